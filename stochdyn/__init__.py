@@ -1,0 +1,153 @@
+"""stochdyn: probabilistic inference in stochastic dynamics.
+
+The public names, each loaded on first use, so that importing the package costs nothing and pulls in no plotting,
+transport or Gaussian-process library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from stochdyn import errors
+from stochdyn._version import __version__
+from stochdyn.errors import (
+    ApproximationWarning,
+    CheckpointError,
+    CheckpointWriteError,
+    ConvergenceWarning,
+    DamagedCheckpointError,
+    DeviceMismatchError,
+    DiffusionError,
+    DiffusionMismatchError,
+    DtypeMismatchError,
+    EmptyDataError,
+    ForeignCheckpointError,
+    HurstRangeError,
+    InvalidInputError,
+    MissingDependencyError,
+    NonFiniteError,
+    NonFiniteLossError,
+    ShapeError,
+    SingularDiffusionError,
+    StochdynError,
+    StochdynWarning,
+    TimeGridError,
+    TooFewDrawsError,
+    UnknownSiteError,
+)
+
+if TYPE_CHECKING:
+    from stochdyn import core, datasets, diagnostics, fractional, infer, objectives, testing, training
+    from stochdyn.core.coefficients import Coefficient, Diagonal, Matrix, Scalar
+    from stochdyn.core.flow import MarginalFlow
+    from stochdyn.core.generators import FokkerPlanck, SparseMasterEquation
+    from stochdyn.core.linear import LinearGaussianMeasure
+    from stochdyn.core.measure import DiffusionMeasure, PathMeasure
+    from stochdyn.core.noise import Brownian, NoiseProcess
+    from stochdyn.core.path import Estimate, PathSample
+    from stochdyn.core.sde import SDE
+    from stochdyn.core.transport import sinkhorn
+    from stochdyn.diagnostics.inference_data import to_inference_data
+    from stochdyn.objectives.base import Objective, ObjectiveValue
+    from stochdyn.objectives.elbo import GaussianObservations, PathELBO
+    from stochdyn.training.trainer import fit
+
+_ROOMS = ("core", "datasets", "diagnostics", "fractional", "infer", "objectives", "testing", "training")
+
+_HOMES = {
+    "Brownian": "core.noise",
+    "Coefficient": "core.coefficients",
+    "Diagonal": "core.coefficients",
+    "DiffusionMeasure": "core.measure",
+    "Estimate": "core.path",
+    "FokkerPlanck": "core.generators",
+    "GaussianObservations": "objectives.elbo",
+    "LinearGaussianMeasure": "core.linear",
+    "MarginalFlow": "core.flow",
+    "Matrix": "core.coefficients",
+    "NoiseProcess": "core.noise",
+    "Objective": "objectives.base",
+    "ObjectiveValue": "objectives.base",
+    "PathELBO": "objectives.elbo",
+    "PathMeasure": "core.measure",
+    "PathSample": "core.path",
+    "SDE": "core.sde",
+    "Scalar": "core.coefficients",
+    "SparseMasterEquation": "core.generators",
+    "fit": "training.trainer",
+    "sinkhorn": "core.transport",
+    "to_inference_data": "diagnostics.inference_data",
+}
+
+__all__ = [
+    "SDE",
+    "ApproximationWarning",
+    "Brownian",
+    "CheckpointError",
+    "CheckpointWriteError",
+    "Coefficient",
+    "ConvergenceWarning",
+    "DamagedCheckpointError",
+    "DeviceMismatchError",
+    "Diagonal",
+    "DiffusionError",
+    "DiffusionMeasure",
+    "DiffusionMismatchError",
+    "DtypeMismatchError",
+    "EmptyDataError",
+    "Estimate",
+    "FokkerPlanck",
+    "ForeignCheckpointError",
+    "GaussianObservations",
+    "HurstRangeError",
+    "InvalidInputError",
+    "LinearGaussianMeasure",
+    "MarginalFlow",
+    "Matrix",
+    "MissingDependencyError",
+    "NoiseProcess",
+    "NonFiniteError",
+    "NonFiniteLossError",
+    "Objective",
+    "ObjectiveValue",
+    "PathELBO",
+    "PathMeasure",
+    "PathSample",
+    "Scalar",
+    "ShapeError",
+    "SingularDiffusionError",
+    "SparseMasterEquation",
+    "StochdynError",
+    "StochdynWarning",
+    "TimeGridError",
+    "TooFewDrawsError",
+    "UnknownSiteError",
+    "__version__",
+    "core",
+    "datasets",
+    "diagnostics",
+    "errors",
+    "fit",
+    "fractional",
+    "infer",
+    "objectives",
+    "sinkhorn",
+    "testing",
+    "to_inference_data",
+    "training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"stochdyn.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"stochdyn.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'stochdyn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

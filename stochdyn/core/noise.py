@@ -1,0 +1,82 @@
+"""Driving noise: how increments are drawn, and how memory states are carried from step to step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Brownian", "NoiseProcess", "NoiseSteps"]
+
+
+@dataclass(frozen=True)
+class NoiseSteps:
+    r"""The linear recursion of a noise process on one time grid, for all steps at once.
+
+    Step :math:`n` draws, per noise channel, ``R`` independent Gaussian innovations
+    :math:`\epsilon_n\sim N(0,\mathrm{diag}(\mathtt{variance}_n))`. The first is the Brownian increment
+    :math:`\Delta W_n` of variance :math:`\Delta_n`; the others are what an exact step of the memory states
+    needs beyond it. Then, with memory states :math:`Y\in\mathbb R^K` per channel,
+
+    .. math::
+        \Delta Z_n = Y_n\cdot\mathtt{recall}_n + \epsilon_n\cdot\mathtt{gain}_n,\qquad
+        Y_{n+1} = \mathtt{decay}_n\odot Y_n + \mathtt{load}_n^\top\epsilon_n .
+
+    Attributes:
+        variance: ``(N, R)`` variances of the innovations; ``variance[:, 0]`` are the step sizes.
+        gain: ``(N, *hurst_batch, R)``; recall: ``(N, *hurst_batch, K)``; decay: ``(N, K)``; load: ``(N, R, K)``.
+            ``hurst_batch`` is empty unless the process carries a batch of parameters; it then aligns with the
+            batch axes of the state.
+    """
+
+    variance: Tensor
+    gain: Tensor
+    recall: Tensor
+    decay: Tensor
+    load: Tensor
+
+
+class NoiseProcess(nn.Module, ABC):
+    r"""A process :math:`Z` that drives :math:`dX=b\,dt+\sigma\,dZ`, itself driven by one Brownian motion a channel.
+
+    Channels are independent copies. All randomness of a path on ``N`` steps is an array of *increments* of
+    shape ``(N, *batch, m * R)``: the first ``m`` columns are the Brownian increments of the ``m`` channels,
+    the remaining ``m * (R - 1)`` columns, channel-major, are the further innovations of exact memory steps.
+
+    Attributes:
+        num_states: ``K``, memory states a channel; 0 for Brownian motion.
+    """
+
+    num_states: int = 0
+
+    @abstractmethod
+    def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
+        """Return the coefficients of every step of the grid ``ts (T,)``, differentiable in the parameters."""
+
+    @abstractmethod
+    def initial_factor(self, *, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Return ``F (Q, K)`` with initial states ``Y_0 = z F``, ``z ~ N(0, I_Q)``; None if they start at 0."""
+
+    def num_innovations(self, ts: Tensor) -> int:
+        """Return ``R``, the number of independent innovations a channel and step on this grid."""
+        return 1
+
+
+class Brownian(NoiseProcess):
+    """Standard Brownian motion: no memory, one innovation a step."""
+
+    num_states = 0
+
+    def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
+        """See :meth:`NoiseProcess.steps`."""
+        dt = (ts[1:] - ts[:-1]).to(dtype)
+        n = dt.shape[0]
+        ones = dt.new_ones(n, 1)
+        empty = dt.new_zeros(n, 0)
+        return NoiseSteps(dt[:, None], ones, empty, empty, dt.new_zeros(n, 1, 0))
+
+    def initial_factor(self, *, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Brownian motion has no memory: None."""
+        return None

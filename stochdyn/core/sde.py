@@ -1,0 +1,216 @@
+"""Stochastic differential equations: drift, diffusion, driving noise, and a control on that noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochdyn._checks import check_event_size
+from stochdyn.core.coefficients import Coefficient, as_coefficient
+from stochdyn.core.noise import Brownian, NoiseProcess
+from stochdyn.errors import InvalidInputError, ShapeError
+
+__all__ = ["SDE", "Control", "Field", "spatial_divergence"]
+
+Field = Callable[[Tensor, Tensor], Any]
+
+
+class Control(nn.Module):
+    r"""A change of law on the driving noise: :math:`dW = u\,dt + s\,dW'`.
+
+    Args:
+        drift: ``u(t, z) -> (..., m)``, or None for no drift.
+        precision: :math:`\alpha(t, z)\ge 0` ``-> (..., m)``, or None. On a grid of step :math:`\Delta` the increments have the
+            variance :math:`s^2\Delta` with :math:`s^2=1/(1+\alpha\Delta)`, which tends to 1 with the step, so the two laws stay
+            equivalent in continuous time while the law on the grid can be matched exactly.
+
+    ``z`` is the full state: ``x``, followed by the memory states of the noise where it has any, ``(..., d + m K)``.
+    """
+
+    def __init__(self, drift: Field | None = None, precision: Field | None = None) -> None:
+        super().__init__()
+        self.drift = drift
+        self.precision = precision
+
+    def then(self, other: Control) -> Control:
+        """Return the control that acts by this one and then by ``other``: drifts and precisions add."""
+        return Control(_sum(self.drift, other.drift), _sum(self.precision, other.precision))
+
+
+class _Sum(nn.Module):
+    def __init__(self, first: Field, second: Field) -> None:
+        super().__init__()
+        self.first = first
+        self.second = second
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.first(t, z) + self.second(t, z)
+
+
+def _sum(first: Field | None, second: Field | None) -> Field | None:
+    if first is None:
+        return second
+    if second is None:
+        return first
+    return _Sum(first, second)
+
+
+class SDE(nn.Module):
+    r"""An Itô equation driven by Brownian motion or by a process with memory.
+
+    .. math:: dX_t = b(t, X_t)\,dt + G(t, X_t)\,dZ_t
+
+    Args:
+        drift: ``drift(t, x)`` returns a tensor like ``x``; a callable or an ``nn.Module``. It is called with
+            ``x (*batch, d)`` and ``t`` of no axes, or with time leading: ``x (time, *batch, d)`` and ``t`` broadcastable to
+            ``x[..., :1]``.
+        diffusion: a positive number, a ``(d,)`` tensor, a ``(d, m)`` tensor, :class:`Scalar`, :class:`Diagonal`,
+            :class:`Matrix`, or a callable ``(t, x)`` that returns one of them.
+        noise: the driving process; Brownian motion if None.
+
+    Raises:
+        DiffusionError: if a constant scalar or diagonal diffusion isn't positive.
+
+    Example:
+        >>> sde = SDE(lambda t, x: -x, 0.5)
+        >>> sde.drift(torch.tensor(0.0), torch.ones(3, 2)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        drift: Field,
+        diffusion: Coefficient | Tensor | float | Field,
+        noise: NoiseProcess | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(drift):
+            raise InvalidInputError("drift must be callable", got=type(drift).__name__, expected="drift(t, x)")
+        if noise is not None and not isinstance(noise, NoiseProcess):
+            raise InvalidInputError("noise must be a NoiseProcess", got=type(noise).__name__)
+        self.drift = drift
+        self.noise: NoiseProcess = noise if noise is not None else Brownian()
+        self.control: Control | None = None
+        self._coefficient: Coefficient | Tensor | float | Field = diffusion
+        if not self.state_dependent:
+            as_coefficient(diffusion).check()  # type: ignore[arg-type]
+
+    @property
+    def state_dependent(self) -> bool:
+        """Whether the diffusion is a function of time and state rather than a constant."""
+        return callable(self._coefficient) and not isinstance(self._coefficient, Coefficient)
+
+    def diffusion(self, t: Tensor, x: Tensor) -> Coefficient:
+        """Return the coefficient at ``t`` and ``x (..., d)``."""
+        if self.state_dependent:
+            coefficient = as_coefficient(self._coefficient(t, x), x)  # type: ignore[operator]
+        else:
+            constant = self._coefficient
+            coefficient = as_coefficient(constant, x if isinstance(constant, float | int) else None)  # type: ignore[arg-type]
+        coefficient.check_dim(x.shape[-1])
+        return coefficient
+
+    def noise_dim(self, t: Tensor, x: Tensor) -> int:
+        """Return ``m``, the number of noise channels."""
+        return self.diffusion(t, x).noise_dim(x.shape[-1])
+
+    def check(self, t: Tensor, x: Tensor) -> None:
+        """Evaluate drift and diffusion once at ``x (*batch, d)`` and raise a typed error where they don't fit.
+
+        Raises:
+            ShapeError: if the drift has another shape than the state, or the diffusion doesn't fit it.
+            DiffusionError: if a scalar or diagonal diffusion isn't positive there.
+            NonFiniteError: if the diffusion isn't finite.
+        """
+        with torch.no_grad():
+            b = self.drift(t, x)
+            if not isinstance(b, Tensor) or (b.ndim and b.shape[-1] not in (1, x.shape[-1])):
+                shape = tuple(b.shape) if isinstance(b, Tensor) else type(b).__name__
+                raise ShapeError("the drift doesn't fit the state", got=f"shape {shape}", expected=f"{tuple(x.shape)}")
+            self.diffusion(t, x).check()
+
+    def controlled(self, u: Field | None = None, precision: Field | None = None) -> SDE:
+        """Return the same equation with its driving noise given the drift ``u`` and the extra ``precision``.
+
+        See :class:`Control` for both. Controls add up.
+        """
+        changed = SDE.__new__(SDE)
+        nn.Module.__init__(changed)
+        changed.drift, changed.noise, changed._coefficient = self.drift, self.noise, self._coefficient
+        control = Control(u, precision)
+        changed.control = control if self.control is None else self.control.then(control)
+        return changed
+
+    def uncontrolled(self) -> SDE:
+        """Return the equation without its control."""
+        plain = self.controlled()
+        plain.control = None
+        return plain
+
+    def shares_base(self, other: SDE) -> bool:
+        """Whether both have the same drift, diffusion and noise objects, so that they differ by control alone."""
+        return (
+            self.drift is other.drift and self._coefficient is other._coefficient and self._same_noise(other)
+        )
+
+    def _same_noise(self, other: SDE) -> bool:
+        brownian = isinstance(self.noise, Brownian) and isinstance(other.noise, Brownian)
+        return brownian or self.noise is other.noise
+
+    def reverse(self, score: Field, horizon: float = 1.0) -> SDE:
+        r"""Return the equation of the time-reversed law, on the clock :math:`\tau=T-t`.
+
+        .. math:: \bar b(\tau, x) = -b(T-\tau, x) + \nabla\cdot(GG^\top) + GG^\top\nabla\log\rho_{T-\tau}(x)
+
+        Args:
+            score: ``score(t, x)``, the gradient of the log density of the forward law, on the forward clock.
+            horizon: ``T``.
+
+        Raises:
+            InvalidInputError: if the noise has memory (the reversal isn't Markov in ``x``) or there is a control.
+
+        Reference:
+            Anderson, "Reverse-time diffusion equation models", 1982.
+        """
+        if self.noise.num_states or self.control is not None:
+            raise InvalidInputError("only an uncontrolled equation driven by Brownian motion can be reversed")
+        return SDE(_ReverseDrift(self, score, horizon), self._reverse_diffusion(horizon))
+
+    def _reverse_diffusion(self, horizon: float) -> Any:
+        if not self.state_dependent:
+            return self._coefficient
+        return lambda tau, x: self.diffusion(horizon - tau, x)
+
+
+class _ReverseDrift(nn.Module):
+    def __init__(self, sde: SDE, score: Field, horizon: float) -> None:
+        super().__init__()
+        self.sde = sde
+        self.score = score
+        self.horizon = horizon
+
+    def forward(self, tau: Tensor, x: Tensor) -> Tensor:
+        t = self.horizon - tau
+        g = self.sde.diffusion(t, x)
+        covariance = g.covariance(x.shape[-1]).to(x.dtype)
+        pull = (covariance @ self.score(t, x).unsqueeze(-1)).squeeze(-1) - self.sde.drift(t, x)
+        return pull + spatial_divergence(self.sde, t, x) if self.sde.state_dependent else pull
+
+
+def spatial_divergence(sde: SDE, t: Tensor, x: Tensor) -> Tensor:
+    r"""Return :math:`(\nabla\cdot GG^\top)_i=\sum_j\partial_j(GG^\top)_{ij}`, ``(..., d)``, by forward derivatives."""
+    check_event_size(x, x.shape[-1], "x")
+    dim = x.shape[-1]
+    total = torch.zeros_like(x)
+    for j in range(dim):
+        direction = torch.zeros_like(x)
+        direction[..., j] = 1.0
+
+        def column(y: Tensor, j: int = j) -> Tensor:
+            return sde.diffusion(t, y).covariance(dim)[..., :, j].expand_as(y).to(y.dtype)
+
+        total = total + torch.func.jvp(column, (x,), (direction,))[1]
+    return total
