@@ -35,6 +35,15 @@ class Control(nn.Module):
         self.drift = drift
         self.precision = precision
 
+    def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
+        """Turn the standard increments ``e (*batch, m R)`` of step ``n`` into those of the controlled law."""
+        dw = e[..., :channels]
+        if self.precision is not None:
+            dw = dw * torch.rsqrt(1.0 + self.precision(t, z) * dt)
+        if self.drift is not None:
+            dw = torch.add(dw, self.drift(t, z), alpha=dt)
+        return dw if e.shape[-1] == channels else torch.cat([dw, e[..., channels:]], -1)
+
     def then(self, other: Control) -> Control:
         """Return the control that acts by this one and then by ``other``: drifts and precisions add."""
         return Control(_sum(self.drift, other.drift), _sum(self.precision, other.precision))
@@ -137,18 +146,20 @@ class SDE(nn.Module):
 
         See :class:`Control` for both. Controls add up.
         """
+        control = Control(u, precision)
+        return self.with_control(control if self.control is None else self.control.then(control))
+
+    def with_control(self, control: Control | None) -> SDE:
+        """Return the same equation under ``control`` in place of its own."""
         changed = SDE.__new__(SDE)
         nn.Module.__init__(changed)
         changed.drift, changed.noise, changed._coefficient = self.drift, self.noise, self._coefficient
-        control = Control(u, precision)
-        changed.control = control if self.control is None else self.control.then(control)
+        changed.control = control
         return changed
 
     def uncontrolled(self) -> SDE:
         """Return the equation without its control."""
-        plain = self.controlled()
-        plain.control = None
-        return plain
+        return self.with_control(None)
 
     def shares_base(self, other: SDE) -> bool:
         """Whether both have the same drift, diffusion and noise objects, so that they differ by control alone."""

@@ -15,7 +15,16 @@ from stochdyn.core.noise import NoiseSteps
 from stochdyn.core.sde import SDE
 from stochdyn.errors import InvalidInputError
 
-__all__ = ["METHODS", "Trajectory", "draw_increments", "increment_scale", "integrate"]
+__all__ = [
+    "METHODS",
+    "Trajectory",
+    "draw_increments",
+    "full_state",
+    "increment_scale",
+    "integrate",
+    "remember",
+    "step_everywhere",
+]
 
 METHODS = ("euler", "heun", "milstein")
 
@@ -164,11 +173,7 @@ class _Problem:
         self.memory_free = sde.noise.num_states == 0
         self.state_shape = torch.broadcast_shapes(x0.shape, (*dw.shape[1:-1], x0.shape[-1]))
         self.steps: NoiseSteps = sde.noise.steps(ts, dtype=x0.dtype)
-        self.brownian = dw[..., : self.channels].unbind(0)
-        residual = dw[..., self.channels :]
-        if residual.shape[-1]:
-            residual = residual.reshape(*residual.shape[:-1], self.channels, -1)
-        self.residual = residual
+        self.increments = dw.unbind(0)
         # Without memory and control, what the noise adds in a step is known for all steps at once.
         self.kicks: tuple[Tensor, ...] | None = None
         if self.coefficient is not None and self.memory_free and sde.control is None:
@@ -197,11 +202,13 @@ class _Problem:
         """One step with any mixture of control, memory and state-dependent diffusion."""
         x = carry[0]
         t, dt = self.times[n], self.dt[n]
-        dw = self._controlled_increment(n, t, dt, carry)
+        e = self.increments[n]
+        if self.sde.control is not None:
+            e = self.sde.control.shape_increment(n, t, dt, full_state(*carry), e, self.channels)
         if self.memory_free:
-            dz, carried = dw, ()
+            dz, carried = e, ()
         else:
-            dz, memory = self._remember(n, carry[1], dw)
+            dz, memory = remember(self.steps, n, carry[1], e, self.channels)
             carried = (memory,)
         slope = self.drift(t, x)
         g = self.coefficient or self.sde.diffusion(t, x)
@@ -214,29 +221,6 @@ class _Problem:
                 x_next = x_next + self._milstein(n, x, kick, dz)
             x = x_next
         return (x, *carried)
-
-    def _controlled_increment(self, n: int, t: Tensor, dt: float, carry: Carry) -> Tensor:
-        dw = self.brownian[n]
-        control = self.sde.control
-        if control is None:
-            return dw
-        z = full_state(*carry)
-        if control.precision is not None:
-            dw = dw * torch.rsqrt(1.0 + control.precision(t, z) * dt)
-        if control.drift is not None:
-            dw = torch.add(dw, control.drift(t, z), alpha=dt)
-        return dw
-
-    def _remember(self, n: int, memory: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
-        """Advance the memory states exactly and return the noise increment ``dz (*batch, m)`` with them."""
-        s = self.steps
-        dz = (memory * s.recall[n].unsqueeze(-2)).sum(-1) + dw * s.gain[n][..., :1]
-        memory = memory * s.decay[n] + dw.unsqueeze(-1) * s.load[n][0]
-        if self.residual.shape[-1]:
-            rest = self.residual[n]
-            dz = dz + (rest * s.gain[n][..., None, 1:]).sum(-1)
-            memory = memory + rest @ s.load[n][1:]
-        return dz, memory
 
     def _variance_rate(self, n: int) -> Tensor:
         """Variance of the noise increment that is new in step n: ``dt`` for Brownian motion."""
@@ -267,6 +251,67 @@ class _Problem:
         along = torch.func.jvp(lambda y: _kick(self.sde, t, y, dz), (x,), (kick.expand_as(x),))[1]
         advection = _self_advection(self.sde, t, x, self.channels)
         return 0.5 * (along - advection * self._variance_rate(n).unsqueeze(-1))
+
+
+def remember(steps: NoiseSteps, n: int | slice, memory: Tensor, e: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Advance the memory states exactly, in step ``n`` or in all steps at once.
+
+    Args:
+        steps: coefficients of the recursion.
+        n: the step; ``slice(None)`` takes all, with time leading in ``memory`` and ``e``.
+        memory: ``(*batch, m, K)``.
+        e: ``(*batch, m R)`` increments.
+        channels: ``m``.
+
+    Returns:
+        The noise increment ``dz (*batch, m)`` and the next memory states.
+    """
+    gain, recall, decay, load = steps.gain[n], steps.recall[n], steps.decay[n], steps.load[n]
+    if isinstance(n, slice):
+        # Per-step coefficients without batch axes get them between time and channel.
+        extra = memory.ndim - 3
+        gain, recall = _pad(gain, extra), _pad(recall, extra)
+        decay = decay.reshape(decay.shape[0], *(1,) * (extra + 1), -1)
+        load = load.reshape(load.shape[0], *(1,) * extra, *load.shape[1:])
+    dw = e[..., :channels]
+    dz = (memory * recall.unsqueeze(-2)).sum(-1) + dw * gain[..., :1]
+    memory = memory * decay + dw.unsqueeze(-1) * load[..., :1, :]
+    if e.shape[-1] > channels:
+        rest = e[..., channels:].unflatten(-1, (channels, -1))
+        dz = dz + (rest * gain[..., None, 1:]).sum(-1)
+        memory = memory + rest @ load[..., 1:, :]
+    return dz, memory
+
+
+def _pad(x: Tensor, batch_axes: int) -> Tensor:
+    """Insert axes after time until ``x (N, *b, R)`` has ``batch_axes`` of them."""
+    while x.ndim - 2 < batch_axes:
+        x = x.unsqueeze(1)
+    return x
+
+
+def step_everywhere(sde: SDE, ts: Tensor, z: Tensor, e: Tensor) -> Tensor:
+    """Take the uncontrolled Euler step from every grid point at once.
+
+    Args:
+        sde: the equation; its control is ignored.
+        ts: ``(T,)``.
+        z: ``(T-1, *batch, d + m K)`` full states before each step.
+        e: ``(T-1, *batch, m R)`` increments.
+
+    Returns:
+        Full states after each step, ``(T-1, *batch, d + m K)``; differentiable, also forward.
+    """
+    states = sde.noise.num_states
+    t = ts[:-1].to(z.dtype).reshape(-1, *(1,) * (z.ndim - 1))
+    dt = (ts[1:] - ts[:-1]).to(z.dtype).reshape(-1, *(1,) * (z.ndim - 1))
+    channels = e.shape[-1] // sde.noise.num_innovations(ts)
+    x = z[..., : z.shape[-1] - channels * states]
+    if not states:
+        return x + sde.drift(t, x) * dt + sde.diffusion(t, x).apply(e)
+    memory = z[..., x.shape[-1] :].unflatten(-1, (channels, states))
+    dz, memory = remember(sde.noise.steps(ts, dtype=z.dtype), slice(None), memory, e, channels)
+    return full_state(x + sde.drift(t, x) * dt + sde.diffusion(t, x).apply(dz), memory)
 
 
 def full_state(x: Tensor, memory: Tensor | None = None) -> Tensor:
