@@ -31,6 +31,7 @@ __all__ = [
     "check_positive_int",
     "check_same_device",
     "check_same_dtype",
+    "check_time_broadcast",
     "check_time_grid",
 ]
 
@@ -146,3 +147,16 @@ def check_choice(value: object, choices: Sequence[str], name: str) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise InvalidInputError(f"{name} is unknown", got=repr(value), expected=" | ".join(map(repr, choices)))
+
+
+def check_time_broadcast(t: Tensor, x: Tensor, name: str = "t") -> None:
+    """Raise unless the times ``t`` broadcast to ``x[..., :1]``."""
+    want = (*x.shape[:-1], 1)
+    aligned = (1,) * (len(want) - t.ndim) + tuple(t.shape)
+    if len(aligned) != len(want) or any(a not in (1, b) for a, b in zip(aligned, want, strict=True)):
+        raise ShapeError(
+            f"{name} must broadcast to x[..., :1]",
+            got=f"shapes {tuple(t.shape)} and {tuple(x.shape)}",
+            expected=f"a number or shape {want}",
+            hint=f"one time a point is {name}[:, None]; times that lead are {name}[:, None, None]",
+        )

@@ -25,6 +25,7 @@ __all__ = [
     "StochdynWarning",
     "TimeGridError",
     "TooFewDrawsError",
+    "UnavailableError",
     "UnknownSiteError",
 ]
 
@@ -118,6 +119,10 @@ class SingularDiffusionError(StochdynError, ValueError):
 
 class DiffusionMismatchError(StochdynError, ValueError):
     """Two laws with different diffusions (or drifts that differ where no noise acts) are mutually singular."""
+
+
+class UnavailableError(StochdynError, NotImplementedError):
+    """A quantity was asked of an object that can't give it: the density of a score network, say."""
 
 
 class UnknownSiteError(StochdynError, KeyError):

@@ -1,0 +1,304 @@
+"""Divergences of vector fields and Laplacians of log densities: exact, forward-mode, or by random probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_choice, check_positive_int
+from stochdyn.errors import ShapeError
+
+__all__ = [
+    "TraceMethod",
+    "divergence",
+    "divergence_probes",
+    "gradient",
+    "jacobian_contraction",
+    "laplacian",
+    "sample_probes",
+    "unbiased_square",
+    "value_and_divergence",
+]
+
+TraceMethod = Literal["exact", "forward", "hutchinson"]
+VectorField = Callable[[Tensor], Tensor]
+ScalarField = Callable[[Tensor], Tensor]
+
+
+def attach(x: Tensor) -> Tensor:
+    """Return ``x`` as a tensor to differentiate with respect to, still connected to the graph of ``x``."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def pull_back(out: Tensor, x: Tensor, weights: Tensor | None = None, create_graph: bool = True) -> Tensor:
+    """Return the gradient of ``sum(weights * out)`` in ``x``, zero where ``out`` doesn't depend on it."""
+    if not out.requires_grad:
+        return torch.zeros_like(x)
+    return torch.autograd.grad(
+        out, x, torch.ones_like(out) if weights is None else weights,
+        retain_graph=True, create_graph=create_graph, materialize_grads=True,
+    )[0]  # fmt: skip
+
+
+def gradient(function: ScalarField, x: Tensor) -> Tensor:
+    r"""Gradient of a scalar field at every point.
+
+    .. math:: g(x) = \nabla f(x)
+
+    Args:
+        function: maps ``(..., d)`` to ``(...)``, every point by itself.
+        x: ``(..., d)`` points.
+
+    Returns:
+        ``(..., d)``; differentiable in ``x`` and in the parameters of ``function`` unless gradients are off.
+        In a sampling loop use ``torch.no_grad()``, or every step keeps its graph.
+
+    Example:
+        >>> gradient(lambda x: 0.5 * x.square().sum(-1), torch.tensor([1.0, 2.0])).detach()
+        tensor([1., 2.])
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = attach(x)
+        result = pull_back(function(y), y, create_graph=create_graph)
+    return result if create_graph else result.detach()
+
+
+def sample_probes(
+    x: Tensor,
+    num_probes: int = 1,
+    distribution: Literal["rademacher", "gaussian"] = "rademacher",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw independent probe vectors of zero mean and unit covariance, ``(num_probes, *x.shape)``.
+
+    Args:
+        x: points whose shape, precision and device the probes take.
+        num_probes: how many probes.
+        distribution: ``"rademacher"`` (signs; the least variance) or ``"gaussian"``.
+        generator: source of randomness; torch's global one if None.
+
+    Example:
+        >>> sample_probes(torch.zeros(5, 3), 2).shape
+        torch.Size([2, 5, 3])
+    """
+    check_positive_int(num_probes, "num_probes")
+    check_choice(distribution, ("rademacher", "gaussian"), "distribution")
+    shape = (num_probes, *x.shape)
+    if distribution == "gaussian":
+        return torch.randn(shape, dtype=x.dtype, device=x.device, generator=generator)
+    return torch.randint(0, 2, shape, device=x.device, generator=generator).to(x.dtype).mul_(2).sub_(1)
+
+
+def unbiased_square(estimates: Tensor) -> Tensor:
+    r"""Square of a mean, unbiased, from independent unbiased estimates of that mean.
+
+    The square of a noisy estimate is too large by its variance; the product of two independent ones isn't.
+    All pairs are used:
+
+    .. math:: \frac{1}{K(K-1)}\sum_{i\ne j} r_i r_j
+
+    Args:
+        estimates: ``(K, ...)`` independent estimates, ``K >= 2``.
+
+    Returns:
+        ``(...)``; single values may be negative.
+
+    Raises:
+        ShapeError: if there are fewer than two estimates.
+
+    Example:
+        >>> unbiased_square(torch.tensor([2.0, 3.0]))
+        tensor(6.)
+    """
+    if estimates.ndim == 0 or estimates.shape[0] < 2:
+        raise ShapeError(
+            "an unbiased square needs at least two independent estimates",
+            got=f"shape {tuple(estimates.shape)}",
+            hint="raise num_probes to 2",
+        )
+    k = estimates.shape[0]
+    return (estimates.sum(0).square() - estimates.square().sum(0)) / (k * (k - 1))
+
+
+def _forward_diagonal(field: VectorField, x: Tensor) -> tuple[Tensor, Tensor]:
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    basis = eye.reshape(-1, *(1,) * (x.ndim - 1), x.shape[-1]).expand(-1, *x.shape)
+
+    def spread(y: Tensor) -> Tensor:
+        return field(y).expand_as(y)
+
+    def along(direction: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = torch.func.jvp(spread, (x,), (direction,))  # type: ignore[misc]
+        return value, (slope * direction).sum(-1)
+
+    value, diagonal = torch.func.vmap(along, out_dims=(None, 0))(basis)  # type: ignore[arg-type]
+    return value, diagonal.sum(0)
+
+
+def divergence_probes(field: Tensor, x: Tensor, probes: Tensor, create_graph: bool = True) -> Tensor:
+    r"""Hutchinson estimates of a divergence, one a probe, of a field that is already evaluated.
+
+    .. math:: \nabla\cdot v \approx \epsilon_k^\top\,(\partial v/\partial x)\,\epsilon_k
+
+    Args:
+        field: ``(..., d)`` values of the field, computed from ``x``.
+        x: ``(..., d)`` points, with ``requires_grad``.
+        probes: ``(K, ..., d)`` from :func:`sample_probes`.
+        create_graph: whether the result is to be differentiated.
+
+    Returns:
+        ``(K, ...)`` unbiased estimates, independent given the field.
+
+    Example:
+        >>> x = torch.ones(4, 3, requires_grad=True)
+        >>> divergence_probes(2 * x, x, sample_probes(x, 2)).shape
+        torch.Size([2, 4])
+
+    Reference:
+        Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1990.
+    """
+    return torch.stack([(pull_back(field, x, e, create_graph) * e).sum(-1) for e in probes])
+
+
+def value_and_divergence(
+    field: VectorField,
+    x: Tensor,
+    method: TraceMethod = "exact",
+    *,
+    num_probes: int = 1,
+    distribution: Literal["rademacher", "gaussian"] = "rademacher",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the field ``(..., d)`` and its divergence ``(...)``; see :func:`divergence`."""
+    check_choice(method, ("exact", "forward", "hutchinson"), "method")
+    if method == "forward":
+        return _forward_diagonal(field, x)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = attach(x)
+        value = field(y).expand_as(y)
+        if method == "hutchinson":
+            probes = sample_probes(x, num_probes, distribution, generator)
+            result = divergence_probes(value, y, probes, create_graph).mean(0)
+        else:
+            result = exact_divergence(value, y, create_graph)
+    return (value, result) if create_graph else (value.detach(), result.detach())
+
+
+def exact_divergence(field: Tensor, x: Tensor, create_graph: bool = True) -> Tensor:
+    """Return the divergence of an evaluated field by one reverse pass a component."""
+    parts = [pull_back(field[..., i], x, create_graph=create_graph)[..., i] for i in range(x.shape[-1])]
+    return torch.stack(parts).sum(0)
+
+
+def divergence(
+    field: VectorField,
+    x: Tensor,
+    method: TraceMethod = "exact",
+    *,
+    num_probes: int = 1,
+    distribution: Literal["rademacher", "gaussian"] = "rademacher",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Divergence of a vector field at every point.
+
+    .. math:: \nabla\cdot v(x) = \sum_i \partial_i v_i(x)
+
+    Args:
+        field: maps ``(..., d)`` to ``(..., d)``, every point by itself (so no batch normalisation).
+        x: ``(..., d)`` points; any leading axes, time among them.
+        method: ``"exact"``: ``d`` reverse passes, works with every field. ``"forward"``: one batched
+            forward-mode pass of ``torch.func``, for accelerators and ``d`` beyond a few; the field may not
+            call ``torch.autograd.grad`` itself. ``"hutchinson"``: one reverse pass a probe, unbiased.
+        num_probes: probes averaged by ``"hutchinson"``.
+        distribution: of the probes, see :func:`sample_probes`.
+        generator: source of randomness; torch's global one if None.
+
+    Returns:
+        ``(...)``; differentiable unless gradients are off.
+
+    Raises:
+        InvalidInputError: if ``method`` or ``distribution`` is unknown, or ``num_probes`` isn't a positive
+            integer.
+
+    Example:
+        >>> divergence(lambda x: x.square(), torch.tensor([1.0, 2.0])).detach()
+        tensor(6.)
+    """
+    return value_and_divergence(
+        field, x, method, num_probes=num_probes, distribution=distribution, generator=generator
+    )[1]
+
+
+def laplacian(
+    function: ScalarField,
+    x: Tensor,
+    method: TraceMethod = "exact",
+    *,
+    num_probes: int = 1,
+    distribution: Literal["rademacher", "gaussian"] = "rademacher",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Laplacian of a scalar field at every point, the divergence of its gradient.
+
+    .. math:: \Delta f(x) = \sum_i \partial_i^2 f(x)
+
+    Args:
+        function: maps ``(..., d)`` to ``(...)``, every point by itself.
+        x: ``(..., d)`` points.
+        method: ``"exact"``, ``"forward"`` (forward over reverse) or ``"hutchinson"``, see :func:`divergence`.
+        num_probes: probes averaged by ``"hutchinson"``.
+        distribution: of the probes, see :func:`sample_probes`.
+        generator: source of randomness; torch's global one if None.
+
+    Returns:
+        ``(...)``; differentiable unless gradients are off.
+
+    Raises:
+        InvalidInputError: as :func:`divergence`.
+
+    Example:
+        >>> laplacian(lambda x: x.pow(3).sum(-1), torch.tensor([1.0, 2.0])).detach()
+        tensor(18.)
+    """
+    if method == "forward":
+        slope: VectorField = torch.func.grad(lambda y: function(y).sum())
+    else:
+
+        def slope(y: Tensor) -> Tensor:
+            return gradient(function, y)
+
+    return divergence(slope, x, method, num_probes=num_probes, distribution=distribution, generator=generator)
+
+
+def jacobian_contraction(values: Tensor, x: Tensor, directions: Tensor, create_graph: bool = True) -> Tensor:
+    r"""Derivatives of evaluated arrays along given directions, by two reverse passes.
+
+    .. math:: \dot h = \sum_j u_j\,\partial_j h(x)
+
+    A reverse pass gives :math:`w^\top\partial h`, linear in :math:`w`; the reverse pass of that is the
+    forward derivative. Unlike ``torch.func.jvp`` it works inside any graph and nests.
+
+    Args:
+        values: ``(..., *k)`` array at every point, computed from ``x``.
+        x: ``(..., d)`` points, with ``requires_grad``.
+        directions: ``(n, ..., d)`` directions.
+        create_graph: whether the result is to be differentiated.
+
+    Returns:
+        ``(n, ..., *k)``; zeros where ``values`` doesn't depend on ``x``.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]], requires_grad=True)
+        >>> jacobian_contraction(x.square(), x, torch.ones(1, 1, 2))
+        tensor([[[2., 4.]]], grad_fn=<StackBackward0>)
+    """
+    weights = torch.zeros_like(values, requires_grad=True)
+    if not values.requires_grad:
+        return values.new_zeros(directions.shape[0], *values.shape)
+    product = pull_back(values, x, weights, create_graph=True)
+    return torch.stack([pull_back(product, weights, u, create_graph) for u in directions])
