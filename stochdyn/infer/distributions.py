@@ -1,0 +1,249 @@
+"""Paths of stochastic differential equations as Pyro distributions, and the sites that carry them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from stochdyn._checks import check_choice, check_event_size, check_ndim, check_same_device, check_time_grid
+from stochdyn.core.coefficients import Matrix
+from stochdyn.core.initial import DistributionStart, FixedStart, InitialLaw, as_initial
+from stochdyn.core.sde import SDE
+from stochdyn.core.solvers import METHODS, draw_increments, increment_scale, integrate
+from stochdyn.core.transition import euler_log_prob
+from stochdyn.errors import InvalidInputError
+from stochdyn.infer.constraints import PinnedPath
+
+__all__ = ["DiffusionPath", "PathIncrements", "sample_path"]
+
+
+class DiffusionPath(TorchDistribution):
+    r"""The law of an SDE's path on a grid, as a distribution with event ``(T, d)``.
+
+    The density is that of the Euler scheme on the grid (see :func:`stochdyn.core.transition.euler_log_prob`). It includes the
+    law of the first point; a fixed start is pinned, so samplers that move in unconstrained space leave it alone.
+
+    Args:
+        sde: the equation. Its coefficients may carry batch axes (parameters drawn in a Pyro model): write them so that they
+            broadcast with ``x (*batch, d)``, such as ``rate[..., None] * x``, and give a batched strength as ``Scalar``.
+        initial: a distribution with event ``(d,)``, or a tensor ``(d,)`` or ``(*batch, d)``.
+        ts: ``(T,)`` strictly increasing times.
+        method: solver that draws paths; the density is always Euler's.
+
+    Raises:
+        TimeGridError: if the grid isn't strictly increasing.
+        ShapeError: if drift, diffusion and start don't fit together.
+        DiffusionError: if the diffusion isn't positive at the start.
+        SingularDiffusionError: by ``log_prob``, if there is no density in state space (use :func:`sample_path`).
+
+    Example:
+        >>> path = DiffusionPath(SDE(lambda t, x: -x, 1.0), torch.zeros(2), torch.linspace(0, 1, 11))
+        >>> path.event_shape, path.sample().shape
+        (torch.Size([11, 2]), torch.Size([11, 2]))
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(
+        self,
+        sde: SDE,
+        initial: Any,
+        ts: Tensor,
+        method: str = "euler",
+        validate_args: bool | None = None,
+    ) -> None:
+        check_time_grid(ts)
+        check_choice(method, METHODS, "method")
+        self.sde = sde
+        self.initial: InitialLaw = as_initial(initial)
+        self.ts = ts
+        self.method = method
+        probe = start_of(self.initial)
+        check_same_device(ts=ts, initial=probe)
+        sde.check(ts[0].to(probe.dtype), probe)
+        batch = batch_shape_of(sde, probe, ts)
+        super().__init__(batch, torch.Size((ts.shape[0], probe.shape[-1])), validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        """Real paths, pinned at a fixed start."""
+        if isinstance(self.initial, FixedStart):
+            return PinnedPath(self.initial.point)
+        return constraints.independent(constraints.real, 2)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> DiffusionPath:
+        """Return the same law with a larger batch of independent copies."""
+        new = self._get_checked_instance(type(self), _instance)
+        for name in self._carried:
+            setattr(new, name, getattr(self, name))
+        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    _carried = ("sde", "initial", "ts", "method")
+
+    def draw_start(self, sample_shape: tuple[int, ...]) -> Tensor:
+        """Return starts ``(*sample, *batch, d)``."""
+        shape = (*sample_shape, *self.batch_shape, self.event_shape[-1])
+        if isinstance(self.initial, DistributionStart):
+            base = self.initial.distribution
+            if base.batch_shape != self.batch_shape:
+                base = base.expand(self.batch_shape)
+            return DistributionStart(base).draw(tuple(sample_shape), None)
+        if isinstance(self.initial, FixedStart):
+            return self.initial.point.expand(shape)
+        return self.initial.draw(shape[:-1], None)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draw paths, differentiable in all parameters."""
+        x0 = self.draw_start(tuple(sample_shape))
+        dw, memory = draw_increments(self.sde, x0, self.ts)
+        return integrate(self.sde, x0, self.ts, dw, memory, method=self.method).x.movedim(0, -2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the Euler log density of paths ``(..., T, d)``."""
+        check_ndim(value, tuple(range(2, 16)), "value", "(..., time, dim)")
+        check_event_size(value, self.event_shape[0], "value", -2)
+        check_event_size(value, self.event_shape[1], "value", -1)
+        if self._validate_args:
+            self._validate_sample(value)
+        log_prob = euler_log_prob(self.sde, self.initial, self.ts, value)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+
+class PathIncrements(TorchDistribution):
+    """Standard increments of the noise on a grid: independent Gaussians, event ``(T-1, m * R)``.
+
+    Args:
+        sde: the equation they will drive; carried for guides.
+        x0: ``(*batch, d)`` start; carried for guides.
+        ts: ``(T,)``.
+        memory0: initial memory states or None; carried for guides.
+
+    Reference:
+        The layout is that of :class:`stochdyn.core.noise.NoiseProcess`.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    support = constraints.independent(constraints.real, 2)
+    has_rsample = True
+
+    def __init__(
+        self, sde: SDE, x0: Tensor, ts: Tensor, memory0: Tensor | None = None, validate_args: bool | None = None
+    ) -> None:
+        self.sde = sde
+        self.x0 = x0
+        self.ts = ts
+        self.memory0 = memory0
+        channels = sde.noise_dim(ts[0].to(x0.dtype), x0)
+        self.scale = increment_scale(sde, ts, channels, x0.dtype)
+        super().__init__(torch.Size(), self.scale.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> PathIncrements:
+        """Return a batch of independent copies."""
+        new = self._get_checked_instance(type(self), _instance)
+        for name in ("sde", "x0", "ts", "memory0", "scale"):
+            setattr(new, name, getattr(self, name))
+        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draw increments."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return torch.randn(shape, dtype=self.scale.dtype, device=self.scale.device) * self.scale
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density of increments ``(..., T-1, m R)``."""
+        check_event_size(value, self.event_shape[0], "value", -2)
+        check_event_size(value, self.event_shape[1], "value", -1)
+        log_prob = dist.Normal(torch.zeros_like(self.scale), self.scale).to_event(2).log_prob(value)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+
+def start_of(initial: InitialLaw) -> Tensor:
+    """Return one start without touching the random state."""
+    if isinstance(initial, FixedStart):
+        return initial.point.detach()
+    if isinstance(initial, DistributionStart):
+        try:
+            return initial.distribution.mean.detach()
+        except NotImplementedError:
+            pass
+    with torch.random.fork_rng():
+        return initial.draw((), None).detach()
+
+
+def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor) -> torch.Size:
+    """Return the batch shape that start, drift and diffusion broadcast to."""
+    with torch.no_grad():
+        t = ts[0].to(x0.dtype)
+        drift = sde.drift(t, x0)
+        kick = sde.diffusion(t, x0).apply(x0.new_zeros(sde.noise_dim(t, x0)))
+    return torch.broadcast_shapes(x0.shape[:-1], drift.shape[:-1], kick.shape[:-1])
+
+
+def is_degenerate(sde: SDE, x0: Tensor, ts: Tensor) -> bool:
+    """Return whether paths of the equation have no density in state space by their shape alone."""
+    g = sde.diffusion(ts[0].to(x0.dtype), x0)
+    return sde.noise.num_states > 0 or (isinstance(g, Matrix) and g.value.shape[-1] < x0.shape[-1])
+
+
+def sample_path(
+    name: str, sde: SDE, initial: Any, ts: Tensor, method: str = "euler", noise_space: bool | None = None
+) -> Tensor:
+    """Sample a path in a Pyro model, whatever drives it.
+
+    Brownian paths with a density are one site ``name``, of :class:`DiffusionPath`. Where no density exists (noise with memory, or
+    noise that reaches only some components) the random sites are the driving increments ``{name}_dw``, a random start
+    ``{name}_0`` and, for noise with a past, ``{name}_past``; ``name`` is then a deterministic site.
+
+    Args:
+        name: site name.
+        sde: the equation.
+        initial: a distribution with event ``(d,)``, or a tensor for a fixed start.
+        ts: ``(T,)`` times.
+        method: solver.
+        noise_space: force (True) or forbid (False) the noise form.
+
+    Returns:
+        The path, ``(*batch, T, d)``.
+
+    Raises:
+        TimeGridError, ShapeError, DiffusionError: as :class:`DiffusionPath`.
+        InvalidInputError: if ``noise_space=False`` and there is no density in state space.
+    """
+    path = DiffusionPath(sde, initial, ts, method)
+    degenerate = is_degenerate(sde, start_of(path.initial), ts)
+    if noise_space is False and degenerate:
+        raise InvalidInputError("paths of this equation have no density in state space", hint="leave noise_space=None")
+    if not degenerate and not noise_space:
+        return pyro.sample(name, path)
+    return pyro.deterministic(name, sample_noise(name, path), event_dim=2)
+
+
+def sample_noise(name: str, path: DiffusionPath) -> Tensor:
+    """Sample the noise sites of ``path`` and return the path that they drive; see :func:`sample_path`."""
+    sde, ts = path.sde, path.ts
+    if isinstance(path.initial, DistributionStart):
+        x0 = pyro.sample(f"{name}_0", path.initial.distribution)
+    elif isinstance(path.initial, FixedStart):
+        x0 = path.initial.point
+    else:
+        raise InvalidInputError("a simulated start has no density", hint="give a distribution or a tensor")
+    memory0 = None
+    factor = sde.noise.initial_factor(dtype=x0.dtype, device=x0.device)
+    if factor is not None:
+        channels = sde.noise_dim(ts[0].to(x0.dtype), x0)
+        standard = x0.new_zeros(channels, factor.shape[0])
+        past = pyro.sample(f"{name}_past", dist.Normal(standard, torch.ones_like(standard)).to_event(2))
+        memory0 = past @ factor
+    dw = pyro.sample(f"{name}_dw", PathIncrements(sde, x0, ts, memory0), infer={"path": name})
+    return integrate(sde, x0, ts, dw.movedim(-2, 0), memory0, method=path.method).x.movedim(0, -2)
