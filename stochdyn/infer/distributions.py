@@ -19,6 +19,7 @@ from stochdyn.core.solvers import METHODS, draw_increments, increment_scale, int
 from stochdyn.core.transition import euler_log_prob
 from stochdyn.errors import InvalidInputError
 from stochdyn.infer.constraints import PinnedPath
+from stochdyn.infer.memo import remembered_path
 
 __all__ = ["DiffusionPath", "PathIncrements", "sample_path"]
 
@@ -136,7 +137,12 @@ class PathIncrements(TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self, sde: SDE, x0: Tensor, ts: Tensor, memory0: Tensor | None = None, validate_args: bool | None = None
+        self,
+        sde: SDE,
+        x0: Tensor,
+        ts: Tensor,
+        memory0: Tensor | None = None,
+        validate_args: bool | None = None,
     ) -> None:
         self.sde = sde
         self.x0 = x0
@@ -223,7 +229,9 @@ def sample_path(
     path = DiffusionPath(sde, initial, ts, method)
     degenerate = is_degenerate(sde, start_of(path.initial), ts)
     if noise_space is False and degenerate:
-        raise InvalidInputError("paths of this equation have no density in state space", hint="leave noise_space=None")
+        raise InvalidInputError(
+            "paths of this equation have no density in state space", hint="leave noise_space=None"
+        )
     if not degenerate and not noise_space:
         return pyro.sample(name, path)
     return pyro.deterministic(name, sample_noise(name, path), event_dim=2)
@@ -246,4 +254,7 @@ def sample_noise(name: str, path: DiffusionPath) -> Tensor:
         past = pyro.sample(f"{name}_past", dist.Normal(standard, torch.ones_like(standard)).to_event(2))
         memory0 = past @ factor
     dw = pyro.sample(f"{name}_dw", PathIncrements(sde, x0, ts, memory0), infer={"path": name})
-    return integrate(sde, x0, ts, dw.movedim(-2, 0), memory0, method=path.method).x.movedim(0, -2)
+    x = remembered_path(dw, sde, ts, x0, memory0) if path.method == "euler" else None
+    if x is None:
+        x = integrate(sde, x0, ts, dw.movedim(-2, 0), memory0, method=path.method).x
+    return x.movedim(0, -2)

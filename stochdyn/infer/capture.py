@@ -1,0 +1,120 @@
+"""Look into a Pyro model without leaving a trace: the distribution of a site, and the likelihood of a path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from stochdyn.errors import UnknownSiteError
+from stochdyn.infer.linearise import Quadratic
+
+__all__ = ["likelihood_quadratic", "site_distribution"]
+
+
+class _FoundError(Exception):
+    """Leaves the model once the site is met."""
+
+    def __init__(self, fn: Any) -> None:
+        super().__init__()
+        self.fn = fn
+
+
+class _Substitute(Messenger):
+    """Give sites the values at hand, and stop at a named one if asked."""
+
+    def __init__(self, values: Mapping[str, Tensor], stop_at: str | None = None) -> None:
+        super().__init__()
+        self.values = values
+        self.stop_at = stop_at
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.stop_at:
+            raise _FoundError(msg["fn"])
+        if msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+            msg["stop"] = False
+            msg["is_observed"] = msg["is_observed"] and True
+
+
+def site_distribution(
+    model: Callable[..., Any],
+    name: str,
+    values: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Return the distribution that ``model`` gives site ``name`` when the sites before it take ``values``.
+
+    Raises:
+        UnknownSiteError: if the model never meets the site.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(poutine.block())
+        stack.enter_context(_Substitute(values, name))
+        try:
+            model(*args, **kwargs)
+        except _FoundError as found:
+            return found.fn
+    raise UnknownSiteError("the model has no such site on this run", got=repr(name))
+
+
+def likelihood_quadratic(
+    model: Callable[..., Any],
+    path_name: str,
+    path: Tensor,
+    skip: set[str],
+    values: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Quadratic:
+    r"""Return the second-order expansion of the model's log-likelihood in the path, around ``path (T, *batch, d)``.
+
+    Any likelihood, mask or irregular set of observation times is served, since only derivatives are taken. Terms that couple different times
+    are folded into the block of each time.
+
+    Args:
+        model: the Pyro model.
+        path_name: the site (random or deterministic) that holds the path.
+        path: reference path, time leading.
+        skip: sites whose density belongs to the prior of the path.
+        values: values of the other latent sites.
+        args: the model's arguments.
+        kwargs: the model's keyword arguments.
+    """
+    with torch.enable_grad():
+        leaf = path.detach().requires_grad_()
+        given = {**values, path_name: leaf.movedim(0, -2)}
+        with poutine.block(), _Substitute(given):
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        total = leaf.sum() * 0.0
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and name not in skip and name != path_name:
+                total = total + _log_prob(site)
+        slope = torch.autograd.grad(total, leaf, create_graph=True)[0]
+        rows = []
+        for j in range(leaf.shape[-1]):
+            row = None
+            if slope.requires_grad:
+                row = torch.autograd.grad(slope[..., j].sum(), leaf, retain_graph=True, allow_unused=True)[0]
+            rows.append(torch.zeros_like(leaf) if row is None else row)
+    curvature = -torch.stack(rows, -2).detach()
+    curvature = 0.5 * (curvature + curvature.mT)
+    # A likelihood that isn't log-concave at the reference gives no information there.
+    values_, vectors = torch.linalg.eigh(curvature)
+    precision = (vectors * values_.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
+    slope = slope.detach()
+    return Quadratic(precision, slope + (precision @ leaf.detach().unsqueeze(-1)).squeeze(-1))
+
+
+def _log_prob(site: Any) -> Tensor:
+    log_prob = site["fn"].log_prob(site["value"])
+    if site["mask"] is not None:
+        log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, torch.zeros_like(log_prob))
+    return (log_prob * site["scale"]).sum()

@@ -1,0 +1,122 @@
+r"""The exact feedback law of a linearised model: where path guides start, and where linear-Gaussian models end.
+
+Around a reference path, a step reads :math:`z_{n+1}\approx A_nz_n+B_n\epsilon_n+c_n` with :math:`\epsilon_n\sim N(0,I)`, and the log-likelihood is
+a quadratic in each state. The likelihood of all data from step :math:`n` on is then :math:`\exp(-\tfrac12z^\top S_nz+\eta_n^\top z)` up to a constant, with
+
+.. math::
+    Q_n&=I+B_n^\top S_{n+1}B_n,\qquad
+    \epsilon_n\mid z_n,\text{data}\sim N\big(Q_n^{-1}B_n^\top(\eta_{n+1}-S_{n+1}(A_nz_n+c_n)),\ Q_n^{-1}\big),\\
+    S_n&=H_n+A_n^\top S_{n+1}A_n-A_n^\top S_{n+1}B_nQ_n^{-1}B_n^\top S_{n+1}A_n ,
+
+and likewise for :math:`\eta_n`. It is the backward information filter, or the linear-quadratic regulator, of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stochdyn.core.sde import SDE
+from stochdyn.core.solvers import full_state, integrate, step_everywhere
+
+__all__ = ["LinearPosterior", "Quadratic", "backward_pass", "linear_steps", "reference_states"]
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """A log-likelihood as a quadratic in the path: ``-1/2 x H x + h x`` at each grid point.
+
+    Attributes:
+        precision: ``H (T, *batch, d, d)``, positive semidefinite.
+        linear: ``h (T, *batch, d)``.
+    """
+
+    precision: Tensor
+    linear: Tensor
+
+
+@dataclass(frozen=True)
+class LinearPosterior:
+    """The posterior of a linearised model in feedback form.
+
+    Attributes:
+        offset: ``(N, *batch, M)`` mean of the standardised increments at ``z = 0``.
+        gain: ``(N, *batch, M, Z)``.
+        factor: ``(N, *batch, M, M)`` lower Cholesky factor of their covariance.
+        start_precision: ``(*batch, Z, Z)`` and start_linear ``(*batch, Z)``: the likelihood as a function of the start.
+    """
+
+    offset: Tensor
+    gain: Tensor
+    factor: Tensor
+    start_precision: Tensor
+    start_linear: Tensor
+
+
+def linear_steps(sde: SDE, ts: Tensor, z: Tensor, e: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``A (N, *batch, Z, Z)``, ``B (N, *batch, Z, M)`` and ``c (N, *batch, Z)`` of every step around ``z`` and ``e``.
+
+    ``B`` refers to increments in units of ``scale (N, M)``.
+    """
+
+    def step(z_: Tensor, e_: Tensor) -> Tensor:
+        return step_everywhere(sde, ts, z_, e_)
+
+    units = scale.reshape(scale.shape[0], *(1,) * (e.ndim - 2), -1).expand_as(e)
+    after = step(z, e)
+    by_state, by_noise = [], []
+    for j in range(z.shape[-1]):
+        direction = torch.zeros_like(z)
+        direction[..., j] = 1.0
+        by_state.append(torch.func.jvp(step, (z, e), (direction, torch.zeros_like(e)))[1])
+    for j in range(e.shape[-1]):
+        direction = torch.zeros_like(e)
+        direction[..., j] = units[..., j]
+        by_noise.append(torch.func.jvp(step, (z, e), (torch.zeros_like(z), direction))[1])
+    a, b = torch.stack(by_state, -1), torch.stack(by_noise, -1)
+    c = after - _times(a, z) - _times(b, e / units)
+    return a, b, c
+
+
+def backward_pass(a: Tensor, b: Tensor, c: Tensor, data: Quadratic) -> LinearPosterior:
+    """Run the backward information filter; see the module's formulas.
+
+    Args:
+        a: ``(N, *batch, Z, Z)``; b: ``(N, *batch, Z, M)``; c: ``(N, *batch, Z)``.
+        data: the quadratic log-likelihood over the first ``d`` components of the state, at ``N + 1`` grid points.
+    """
+    num_steps, size, dim = a.shape[0], a.shape[-1], data.linear.shape[-1]
+    pad = size - dim
+    precision = torch.nn.functional.pad(data.precision, (0, pad, 0, pad))
+    linear = torch.nn.functional.pad(data.linear, (0, pad))
+    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
+    s, eta = precision[-1], linear[-1]
+    offsets, gains, factors = [], [], []
+    for n in range(num_steps - 1, -1, -1):
+        bs = b[n].mT @ s
+        # Q = I + B'SB is at least 1, so its Cholesky factor always exists.
+        chol = torch.linalg.cholesky(eye + bs @ b[n])
+        bsa = bs @ a[n]
+        pull = eta - _times(s, c[n])
+        inner = _times(b[n].mT, pull)
+        gains.append(-torch.cholesky_solve(bsa, chol))
+        offsets.append(torch.cholesky_solve(inner.unsqueeze(-1), chol).squeeze(-1))
+        covariance = torch.cholesky_inverse(chol)
+        factors.append(torch.linalg.cholesky(0.5 * (covariance + covariance.mT)))
+        s_new = precision[n] + a[n].mT @ s @ a[n] + bsa.mT @ gains[-1]
+        s = 0.5 * (s_new + s_new.mT)
+        eta = linear[n] + _times(a[n].mT, pull) + _times(gains[-1].mT, inner)
+    stack = (torch.stack(rows[::-1]) for rows in (offsets, gains, factors))
+    return LinearPosterior(*stack, s, eta)
+
+
+def reference_states(sde: SDE, x0: Tensor, ts: Tensor, e: Tensor, memory0: Tensor | None) -> Tensor:
+    """Return the full states ``(T, *batch, Z)`` along increments ``e (N, *batch, M)`` (shaped by the equation's control)."""
+    run = integrate(sde, x0, ts, e, memory0)
+    return full_state(run.x, run.memory)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,206 @@
+"""Posterior laws of paths as Pyro distributions: what path guides sample from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from stochdyn.core.girsanov import explicit_stop
+from stochdyn.core.sde import SDE
+from stochdyn.core.solvers import draw_increments, full_state, integrate
+from stochdyn.core.transition import steps_of, time_column
+from stochdyn.infer.distributions import DiffusionPath, PathIncrements
+from stochdyn.infer.feedback import Feedback
+from stochdyn.infer.memo import Driven, remember_path
+
+__all__ = ["IncrementPosterior", "PathPosterior", "StartPosterior"]
+
+
+class StartPosterior:
+    """A Gaussian posterior of a random start: ``loc (*batch, d)``, ``scale_tril (*batch, d, d)``."""
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
+        self.law = torch.distributions.MultivariateNormal(loc, scale_tril=scale_tril)
+
+    def draw(self, sample_shape: torch.Size, batch_shape: torch.Size) -> Tensor:
+        """Return ``(*sample, *batch, d)``."""
+        return self.law.expand(batch_shape).rsample(sample_shape)
+
+
+class _FeedbackLaw(TorchDistribution):
+    """What both posterior laws share: the loop under feedback, and the two score forms."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    has_rsample = True
+    _carried: tuple[str, ...] = ()
+    sde: SDE
+    ts: Tensor
+    feedback: Feedback
+    estimator: str
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _FeedbackLaw:
+        """Return a batch of independent copies."""
+        new = self._get_checked_instance(type(self), _instance)
+        for name in self._carried:
+            setattr(new, name, getattr(self, name))
+        new._last = None
+        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
+        return new
+
+    def _run(self, x0: Tensor, memory0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return states ``x``, full states ``z`` (both with time leading) and increments ``e (N, *batch, M)``."""
+        noise, _ = draw_increments(self.sde, x0, self.ts)
+        run = integrate(self.sde.with_control(self.feedback), x0, self.ts, noise, memory0)
+        z = full_state(run.x, run.memory)
+        before = z[:-1]
+        t = time_column(self.ts[:-1], before)
+        scale = self.feedback.scale.reshape(noise.shape[0], *(1,) * (noise.ndim - 2), -1)
+        factor = self.feedback.gains.factor
+        factor = factor.reshape(factor.shape[0], *(1,) * (noise.ndim + 1 - factor.ndim), *factor.shape[1:])
+        spread = (factor @ (noise / scale).unsqueeze(-1)).squeeze(-1)
+        return run.x, z, (self.feedback.mean(t, before) + spread) * scale
+
+    def _log_q(self, e: Tensor, z: Tensor) -> Tensor:
+        return self.feedback.log_prob(e, z, time_column(self.ts[:-1], z))
+
+    def _entropy_term(self, e: Tensor, z: Tensor) -> Tensor:
+        """Return the term to differentiate: its expected gradient is that of the log density."""
+        if self.estimator == "stl":
+            return explicit_stop(lambda inputs: self._log_q(*inputs), (e, z))
+        if self.estimator == "rate":
+            scale = self.feedback.scale.reshape(e.shape[0], *(1,) * (e.ndim - 2), -1)
+            base = torch.distributions.Normal(torch.zeros_like(scale), scale).log_prob(e).sum(-1).sum(0)
+            return base + self.feedback.divergence_rate(z, time_column(self.ts[:-1], z))
+        return self._log_q(e, z)
+
+
+class IncrementPosterior(_FeedbackLaw):
+    """Posterior of the increments of a path, event ``(T-1, m R)``: the guide of a :class:`PathIncrements` site.
+
+    Args:
+        prior: the site's distribution in the model.
+        feedback: the law of the increments given the state.
+        estimator: ``"stl"``, ``"rate"`` or ``"density"``, the gradient of the divergence.
+    """
+
+    support = constraints.independent(constraints.real, 2)
+    _carried = ("sde", "x0", "ts", "memory0", "feedback", "estimator")
+
+    def __init__(self, prior: PathIncrements, feedback: Feedback, estimator: str) -> None:
+        self.sde, self.x0, self.ts, self.memory0 = prior.sde, prior.x0, prior.ts, prior.memory0
+        self.feedback = feedback
+        self.estimator = estimator
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        super().__init__(prior.batch_shape, prior.event_shape, validate_args=False)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draw increments by running the path under feedback."""
+        batch = self._extended_shape(torch.Size(sample_shape))[:-2]
+        x0 = self.x0.expand(*torch.broadcast_shapes(batch, self.x0.shape[:-1]), self.x0.shape[-1])
+        x, z, e = self._run(x0, self.memory0)
+        value = e.movedim(0, -2)
+        remember_path(value, Driven(x, z))
+        self._last = (value, e, z[:-1])
+        return value
+
+    def _states(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self._last is not None and self._last[0] is value:
+            return self._last[1:]
+        e = value.movedim(-2, 0)
+        x0 = self.x0.expand(*torch.broadcast_shapes(e.shape[1:-1], self.x0.shape[:-1]), self.x0.shape[-1])
+        run = integrate(self.sde, x0, self.ts, e, self.memory0)
+        return e, full_state(run.x, run.memory)[:-1]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the exact log density."""
+        return self._log_q(*self._states(value))
+
+    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
+        """Report the exact density, differentiate the estimator."""
+        e, z = self._states(x)
+        log_q = self._log_q(e, z)
+        if self.estimator == "density":
+            return ScoreParts(log_q, 0, log_q)
+        return ScoreParts(log_q, 0, self._entropy_term(e, z))
+
+
+class PathPosterior(_FeedbackLaw):
+    """Posterior of a path in state space, event ``(T, d)``: the guide of a :class:`DiffusionPath` site.
+
+    Args:
+        prior: the site's distribution in the model.
+        feedback: the law of the increments given the state.
+        estimator: as in :class:`IncrementPosterior`.
+        start: posterior of a random start; None for a fixed one.
+    """
+
+    _carried = ("sde", "prior", "ts", "feedback", "estimator", "start")
+
+    def __init__(
+        self, prior: DiffusionPath, feedback: Feedback, estimator: str, start: StartPosterior | None
+    ) -> None:
+        self.sde, self.ts, self.prior = prior.sde, prior.ts, prior
+        self.feedback = feedback
+        self.estimator = estimator
+        self.start = start
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        super().__init__(prior.batch_shape, prior.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        """As the model's."""
+        return self.prior.support
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draw paths under feedback."""
+        sample = torch.Size(sample_shape)
+        if self.start is None:
+            x0 = self.prior.draw_start(()).expand(*sample, *self.batch_shape, self.event_shape[-1])
+        else:
+            x0 = self.start.draw(sample, self.batch_shape)
+        x, z, e = self._run(x0, None)
+        value = x.movedim(0, -2)
+        self._last = (value, e, z[:-1])
+        return value
+
+    def _states(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self._last is not None and self._last[0] is value:
+            return self._last[1:]
+        x = value.movedim(-2, 0)
+        before = x[:-1]
+        t, dt = time_column(self.ts[:-1], before), steps_of(self.ts, before)
+        excess = x[1:] - before - self.sde.drift(t, before) * dt
+        return self.sde.diffusion(t, before).solve(excess), before
+
+    def _log_jacobian(self, z: Tensor) -> Tensor:
+        """Return the log volume change from increments to states."""
+        t = time_column(self.ts[:-1], z)
+        log_det = self.sde.diffusion(t, z).log_det(z.shape[-1])
+        return log_det.expand(z.shape[:-1]).sum(0)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the exact log density on the grid."""
+        e, z = self._states(value)
+        return self._log_q(e, z) - self._log_jacobian(z) + self._log_start(z[0])
+
+    def _log_start(self, x0: Tensor) -> Tensor:
+        return x0.new_zeros(x0.shape[:-1]) if self.start is None else self.start.law.log_prob(x0)
+
+    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
+        """Report the exact density, differentiate the estimator."""
+        e, z = self._states(x)
+        jacobian = self._log_jacobian(z)
+        log_q = self._log_q(e, z) - jacobian + self._log_start(z[0])
+        if self.estimator == "density":
+            return ScoreParts(log_q, 0, log_q)
+        x0 = z[0]
+        start = self._log_start(x0)
+        if self.start is not None and self.estimator == "stl":
+            # Without a time axis to sum over, add one.
+            start = explicit_stop(lambda inputs: self._log_start(inputs[0][0]), (x0.unsqueeze(0),))
+        return ScoreParts(log_q, 0, self._entropy_term(e, z) - jacobian + start)

@@ -1,0 +1,346 @@
+"""One path site of a guide: what the model says about it, and the parameters of its posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from stochdyn.core.initial import DistributionStart
+from stochdyn.core.solvers import full_state, increment_scale, integrate
+from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
+from stochdyn.infer.encoders import ControlNetwork, LikelihoodEncoder
+from stochdyn.infer.feedback import Feedback, Gains
+from stochdyn.infer.linearise import LinearPosterior, Quadratic, backward_pass, linear_steps
+from stochdyn.infer.posterior import StartPosterior
+
+__all__ = ["LinearStart", "PathSite", "SiteView", "fit_linearised", "view_site"]
+
+
+@dataclass(frozen=True)
+class SiteView:
+    """A path site as the model presents it on one run.
+
+    Attributes:
+        fn: the site's distribution.
+        path_name: the site that holds the path itself.
+        x0: ``(*batch, d)`` start, the prior mean where it is random.
+        memory0: ``(*batch, m, K)`` initial memory, or None.
+        scale: ``(N, M)`` prior standard deviations of the increments.
+    """
+
+    fn: DiffusionPath | PathIncrements
+    path_name: str
+    x0: Tensor
+    memory0: Tensor | None
+    scale: Tensor
+
+    @property
+    def dim(self) -> int:
+        """``d``."""
+        return self.x0.shape[-1]
+
+    @property
+    def state_size(self) -> int:
+        """``Z``, components of the full state."""
+        channels = self.scale.shape[-1] // self.fn.sde.noise.num_innovations(self.fn.ts)
+        return self.dim + channels * self.fn.sde.noise.num_states
+
+    @property
+    def random_start(self) -> bool:
+        """Whether the start belongs to this site and is random."""
+        return isinstance(self.fn, DiffusionPath) and not self.fn.initial.fixed
+
+    def batch(self) -> torch.Size:
+        """Return the batch shape of a path."""
+        return torch.broadcast_shapes(self.fn.batch_shape, self.x0.shape[:-1])
+
+    def run(self, e: Tensor, x0: Tensor | None = None, feedback: Feedback | None = None) -> Tensor:
+        """Return the full states ``(T, *batch, Z)`` along increments ``e``."""
+        x0 = self.x0 if x0 is None else x0
+        sde = self.fn.sde.with_control(feedback)
+        run = integrate(sde, x0.expand(*self.batch(), self.dim), self.fn.ts, e, self.memory0)
+        return full_state(run.x, run.memory)
+
+    def zero_increments(self) -> Tensor:
+        """Return increments that are all zero."""
+        return self.x0.new_zeros(self.scale.shape[0], *self.batch(), self.scale.shape[-1])
+
+    def reference(self) -> Tensor:
+        """Return the path without noise, cut off from the graph."""
+        with torch.no_grad():
+            return self.run(self.zero_increments())
+
+    def follow(self, feedback: Feedback, start: StartPosterior | None = None) -> tuple[Tensor, Tensor]:
+        """Return mean increments and the path that they drive, time leading."""
+        x0 = None if start is None else start.law.mean
+        z = self.run(self.zero_increments(), x0, feedback)
+        t = self.fn.ts[:-1].to(z.dtype).reshape(-1, *(1,) * (z.ndim - 1))
+        scale = self.scale.reshape(self.scale.shape[0], *(1,) * (z.ndim - 2), -1)
+        return feedback.mean(t, z[:-1]) * scale, z[..., : self.dim]
+
+
+def view_site(fn: DiffusionPath | PathIncrements, path_name: str) -> SiteView:
+    """Gather what a guide needs from a site's distribution."""
+    if isinstance(fn, PathIncrements):
+        return SiteView(fn, path_name, fn.x0, fn.memory0, fn.scale)
+    x0 = start_of(fn.initial) if not fn.initial.fixed else fn.initial.draw((), None)
+    channels = fn.sde.noise_dim(fn.ts[0].to(x0.dtype), x0)
+    return SiteView(fn, path_name, x0, None, increment_scale(fn.sde, fn.ts, channels, x0.dtype))
+
+
+@dataclass(frozen=True)
+class LinearStart:
+    """A linearised posterior and the path that it was taken around.
+
+    Attributes:
+        posterior: gains in absolute coordinates.
+        states: ``(T, *batch, Z)`` its mean path.
+        increments: ``(N, *batch, M)`` that drive it.
+        start_mean: ``(*batch, d)`` posterior mean of a random start, or None; start_factor ``(*batch, d, d)`` its Cholesky factor.
+    """
+
+    posterior: LinearPosterior
+    states: Tensor
+    increments: Tensor
+    start_mean: Tensor | None
+    start_factor: Tensor | None
+
+    def value(self, view: SiteView) -> Tensor:
+        """Return the mean path (or its increments) in the layout of the site."""
+        if isinstance(view.fn, PathIncrements):
+            return self.increments.movedim(0, -2)
+        return self.states[..., : view.dim].movedim(0, -2)
+
+
+def fit_linearised(
+    view: SiteView, quadratic: Callable[[Tensor], Quadratic], iterations: int = 8, tolerance: float = 1e-6
+) -> LinearStart:
+    """Iterate linearisation and smoothing to the most probable path (Gauss-Newton, or the iterated extended smoother).
+
+    Args:
+        view: the site.
+        quadratic: expansion of the log-likelihood around a path ``(T, *batch, d)``.
+        iterations: at most so many.
+        tolerance: relative change of the path at which to stop.
+
+    Reference:
+        Bell, "The iterated Kalman smoother as a Gauss-Newton method", 1994.
+    """
+    e = view.zero_increments()
+    with torch.no_grad():
+        z = view.run(e)
+    best: LinearStart | None = None
+    for _ in range(iterations):
+        data = quadratic(z[..., : view.dim])
+        with torch.no_grad():
+            a, b, c = linear_steps(view.fn.sde, view.fn.ts, z[:-1], e, view.scale)
+            wide = Quadratic(data.precision.double(), data.linear.double())
+            posterior = backward_pass(a.double(), b.double(), c.double(), wide)
+            start = _start(view, posterior)
+            gains = _absolute(posterior, z)
+            x0 = None if start is None else start[0].to(z.dtype)
+            e_new, _ = view.follow(Feedback(gains, view.scale), None if x0 is None else _Point(x0))  # type: ignore[arg-type]
+            z_new = view.run(view.zero_increments(), x0, Feedback(gains, view.scale))
+        if not bool(torch.isfinite(z_new).all()):
+            break
+        change = float((z_new - z).abs().max() / (1e-12 + z_new.abs().max()))
+        z, e = z_new, e_new
+        mean, factor = (None, None) if start is None else (start[0].to(z.dtype), start[1].to(z.dtype))
+        best = LinearStart(posterior, z, e, mean, factor)
+        if change < tolerance:
+            break
+    if best is None:
+        raise FloatingPointError("the linearised model has no finite posterior; use start='prior'")
+    return best
+
+
+class _Law:
+    def __init__(self, mean: Tensor) -> None:
+        self.mean = mean
+
+
+class _Point:
+    """A start without spread, for following mean paths."""
+
+    def __init__(self, mean: Tensor) -> None:
+        self.law = _Law(mean)
+
+
+def _absolute(posterior: LinearPosterior, like: Tensor) -> Gains:
+    """Return the gains around zero with unit width, in the state's precision."""
+    size = posterior.gain.shape[-1]
+    return Gains(
+        posterior.offset.to(like.dtype),
+        posterior.gain.to(like.dtype),
+        posterior.factor.to(like.dtype),
+        like.new_zeros(like.shape[0] - 1, *(1,) * (like.ndim - 2), size),
+        like.new_ones(size),
+    )
+
+
+def _start(view: SiteView, posterior: LinearPosterior) -> tuple[Tensor, Tensor] | None:
+    """Combine the likelihood as a function of the start with the start's prior, taken as Gaussian."""
+    if not view.random_start or not isinstance(view.fn.initial, DistributionStart):  # type: ignore[union-attr]
+        return None
+    prior = view.fn.initial.distribution  # type: ignore[union-attr]
+    dim = view.dim
+    if hasattr(prior, "precision_matrix"):
+        precision = prior.precision_matrix.double()
+    else:
+        precision = torch.diag_embed(1.0 / prior.variance.double())
+    total = precision + posterior.start_precision[..., :dim, :dim]
+    pull = (precision @ prior.mean.double().unsqueeze(-1)).squeeze(-1) + posterior.start_linear[..., :dim]
+    chol = torch.linalg.cholesky(total)
+    mean = torch.cholesky_solve(pull.unsqueeze(-1), chol).squeeze(-1)
+    return mean, torch.linalg.cholesky(torch.cholesky_inverse(chol))
+
+
+class PathSite(PyroModule):
+    """Parameters of the posterior of one path site: free for each step, or read off the data by an encoder.
+
+    Args:
+        view: the site.
+        start: linearised posterior to start from; None starts at the prior.
+        amortised: whether an encoder sets the feedback.
+        hidden: widths of the control network; empty for none.
+        context: size of the encoder's summary.
+    """
+
+    def __init__(
+        self,
+        view: SiteView,
+        start: LinearStart | None,
+        *,
+        amortised: bool,
+        hidden: Sequence[int],
+        context: int,
+    ) -> None:
+        super().__init__()
+        self.amortised = amortised
+        steps, size, count = view.scale.shape[0], view.state_size, view.scale.shape[-1]
+        batch = view.batch()
+        like = view.x0.detach()
+        centre = view.reference()[:-1] if start is None else start.states[:-1]
+        width = self._measure_width(view, start, centre)
+        self.register_buffer("width", width)
+        lower = torch.tril_indices(count, count, -1)
+        self._lower = (lower[0].tolist(), lower[1].tolist())
+        self.count, self.size = count, size
+        if amortised:
+            self.encoder = LikelihoodEncoder(view.dim, context).to(like)
+            self.head = nn.Linear(context, count + count * size + count + len(self._lower[0])).to(like)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+            if view.random_start:
+                self.start_head = nn.Linear(context, 2 * view.dim).to(like)
+                nn.init.zeros_(self.start_head.weight)
+                nn.init.zeros_(self.start_head.bias)
+        else:
+            self.register_buffer("centre", centre.detach().clone())
+            if start is None:
+                offset = like.new_zeros(steps, *batch, count)
+                gain = like.new_zeros(steps, *batch, count, size)
+                factor = torch.eye(count).to(like).expand(steps, *batch, count, count)
+            else:
+                gains = _absolute(start.posterior, start.states)
+                offset = gains.offset + (gains.gain @ centre.unsqueeze(-1)).squeeze(-1)
+                gain, factor = gains.gain * width, gains.factor
+            self.offset = nn.Parameter(offset.detach().clone())
+            self.gain = nn.Parameter(gain.detach().clone())
+            self.log_diagonal = nn.Parameter(
+                torch.diagonal(factor, dim1=-2, dim2=-1).log().detach().clone().contiguous()
+            )
+            self.lower = nn.Parameter(factor[..., self._lower[0], self._lower[1]].detach().clone())
+            if view.random_start:
+                self._set_start(view, start)
+        self.network = None
+        if hidden:
+            ts = view.fn.ts
+            self.network = ControlNetwork(
+                size,
+                count,
+                hidden,
+                context if amortised else 0,
+                start=float(ts[0]),
+                span=float(ts[-1] - ts[0]),
+            ).to(like)
+
+    def _set_start(self, view: SiteView, start: LinearStart | None) -> None:
+        if start is not None and start.start_mean is not None and start.start_factor is not None:
+            mean, factor = start.start_mean, start.start_factor
+        else:
+            law = view.fn.initial.distribution  # type: ignore[union-attr]
+            mean, factor = law.mean, torch.diag_embed(law.stddev)
+        shape = (*view.batch(), view.dim)
+        mean, factor = mean.expand(shape), factor.expand(*shape, view.dim)
+        self.start_mean = nn.Parameter(mean.detach().clone().contiguous())
+        self.start_log_diagonal = nn.Parameter(
+            torch.diagonal(factor, dim1=-2, dim2=-1).log().detach().clone().contiguous()
+        )
+        self.start_lower = nn.Parameter(torch.tril(factor, -1).detach().clone())
+
+    @staticmethod
+    def _measure_width(view: SiteView, start: LinearStart | None, centre: Tensor) -> Tensor:
+        """Return the spread of the full state around the centre, over time and a few simulated paths."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            gains = None if start is None else _absolute(start.posterior, start.states)
+            feedback = None if gains is None else Feedback(gains, view.scale)
+            squares = []
+            for _ in range(8):
+                e = torch.randn_like(view.zero_increments())
+                scale = view.scale.reshape(view.scale.shape[0], *(1,) * (e.ndim - 2), -1)
+                squares.append(
+                    ((view.run(e * scale, feedback=feedback)[1:] - centre) ** 2).flatten(0, -2).mean(0)
+                )
+            width = torch.stack(squares).mean(0).sqrt()
+        good = torch.isfinite(width) & (width > 1e-8)
+        return torch.where(good, width, torch.ones_like(width))
+
+    def _factor(self, log_diagonal: Tensor, lower: Tensor) -> Tensor:
+        factor = torch.diag_embed(log_diagonal.exp())
+        if not self._lower[0]:
+            return factor
+        below = torch.zeros_like(factor)
+        below[..., self._lower[0], self._lower[1]] = lower
+        return factor + below
+
+    def feedback(self, view: SiteView) -> tuple[Feedback, StartPosterior | None]:
+        """Return the feedback law (and that of a random start) of free parameters."""
+        factor = self._factor(self.log_diagonal, self.lower)
+        gains = Gains(self.offset, self.gain, factor, self.centre, self.width)
+        start = None
+        if view.random_start:
+            tril = torch.tril(self.start_lower, -1) + torch.diag_embed(self.start_log_diagonal.exp())
+            start = StartPosterior(self.start_mean, tril)
+        return Feedback(gains, view.scale, self.network), start
+
+    def read(
+        self, view: SiteView, reference: Tensor, data: Quadratic
+    ) -> tuple[Feedback, StartPosterior | None]:
+        """Return the feedback law that the encoder reads off the likelihood around a reference path."""
+        summary = self.encoder(view.fn.ts, reference[..., : view.dim], data.precision, data.linear)
+        out = self.head(summary[1:])
+        count, size = self.count, self.size
+        offset, gain, log_diagonal, lower = out.split([count, count * size, count, len(self._lower[0])], -1)
+        gains = Gains(
+            offset,
+            gain.unflatten(-1, (count, size)),
+            self._factor(log_diagonal, lower),
+            reference[:-1],
+            self.width,
+        )
+        start = None
+        if view.random_start:
+            law = view.fn.initial.distribution  # type: ignore[union-attr]
+            shift, log_scale = self.start_head(summary[0]).chunk(2, -1)
+            start = StartPosterior(
+                law.mean.detach() + law.stddev.detach() * shift,
+                torch.diag_embed(law.stddev.detach() * log_scale.exp()),
+            )
+        context = summary[1:] if self.network is not None else None
+        return Feedback(gains, view.scale, self.network, context), start
