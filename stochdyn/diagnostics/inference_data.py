@@ -1,0 +1,217 @@
+"""A fitted Pyro model as an ArviZ container: posterior, predictive draws, likelihood, data and densities."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer import MCMC
+from torch import Tensor
+
+from stochdyn._checks import check_positive_int
+from stochdyn.diagnostics.container import from_draws
+from stochdyn.diagnostics.draws import PosteriorDraws, draw_posterior, evaluate_draws
+from stochdyn.errors import InvalidInputError
+
+__all__ = ["to_inference_data"]
+
+
+def to_inference_data(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | MCMC,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    num_draws: int = 1000,
+    coords: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    seed: int | None = 0,
+    *,
+    predictive: bool = True,
+    chunk_size: int | None = None,
+) -> Any:
+    r"""Draw from a guide, or take the draws of an MCMC run, and put all that ArviZ asks for into its container.
+
+    Groups: ``posterior`` (latent and deterministic sites), ``posterior_predictive`` (observed sites drawn anew),
+    ``log_likelihood`` (observed sites, pointwise over their batch axes), ``observed_data``, ``constant_data`` (the
+    grid ``{site}_ts`` of each path site, the indices of subsampled plates and the array arguments that aren't
+    observed) and ``sample_stats``: ``lp``, the log joint density, ``log_q``, the log density of the guide, and
+
+    .. math:: \mathtt{log\_weight} = \log p(y, z) - \log q(z), \qquad z\sim q,
+
+    the log importance weight of a draw; these two are NaN for a guide without a density (a point mass such as
+    ``AutoDelta``) and left out for MCMC, which has ``diverging`` instead. With a subsampled plate all draws share
+    one minibatch, densities are scaled as in the ELBO, and ``log_likelihood`` is that of the minibatch, unscaled.
+
+    Axes are named by their plates; a path site ``x`` lies on ``(x_time, x_dim)``, with the grid as coordinate.
+
+    Args:
+        model: Pyro model.
+        guide: Pyro guide, already fitted, or a ``pyro.infer.MCMC`` that has run.
+        args: positional arguments of model and guide.
+        kwargs: keyword arguments of model and guide.
+        num_draws: how many draws of the guide; an MCMC run has its own.
+        coords: by dimension name, one value an index; they replace those found here.
+        dims: by site name, names of the axes; they replace those found here.
+        seed: of the draws; the global random state is left alone. None draws from that instead.
+        predictive: whether to draw observed sites anew.
+        chunk_size: draws at a time; by default what bounds the memory of the traced values.
+
+    Returns:
+        ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with ArviZ 1.x.
+
+    Raises:
+        UnknownSiteError: if model and guide don't have the same latent sites.
+        ShapeError: if a coordinate doesn't fit its axis.
+        InvalidInputError: if the MCMC run has no draws yet, or ``num_draws`` isn't a positive integer.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> def model(y):
+        ...     rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("record", len(y)):
+        ...         pyro.sample("y", dist.Normal(rate, 1.0), obs=y)
+        >>> def guide(y):
+        ...     pyro.sample("rate", dist.Normal(y.sum() / 4, 0.5))
+        >>> idata = to_inference_data(model, guide, (torch.tensor([0.1, 0.3, 0.2]),), num_draws=100)
+        >>> dict(idata.log_likelihood.sizes)
+        {'chain': 1, 'draw': 100, 'record': 3}
+
+    Reference:
+        The InferenceData schema, https://python.arviz.org.
+    """
+    if isinstance(guide, MCMC):
+        draws, chains, extra = _mcmc_draws(model, guide, args, kwargs, seed, predictive, chunk_size)
+    else:
+        check_positive_int(num_draws, "num_draws")
+        draws = draw_posterior(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_draws=num_draws,
+            seed=seed,
+            predictive=predictive,
+            chunk_size=chunk_size,
+        )
+        assert draws.log_guide is not None
+        chains, extra = 1, {"log_q": draws.log_guide, "log_weight": draws.log_weights}
+    found_dims, found_coords, constants = _axes(draws)
+    for name, value in _array_arguments(model, args, kwargs or {}).items():
+        if not any(_same(value, site.value) for site in draws.sites.values()):
+            constants.setdefault(name if name not in found_coords else f"{name}_data", _array(value))
+    attrs: dict[str, str | int | float] = {"estimator": _estimator(guide)}
+    if seed is not None:
+        attrs["seed"] = seed
+
+    def by_chain(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        return {n: _array(t.reshape(chains, t.shape[0] // chains, *t.shape[1:])) for n, t in tensors.items()}
+
+    return from_draws(
+        by_chain(draws.values),
+        posterior_predictive=by_chain(draws.predictive),
+        log_likelihood=by_chain(draws.log_likelihood),
+        observed_data={n: _array(s.value) for n, s in draws.sites.items() if s.value is not None},
+        constant_data=constants,
+        sample_stats=by_chain({"lp": draws.log_joint, **extra}),
+        coords={**found_coords, **(coords or {})},
+        dims={**found_dims, **(dims or {})},
+        attrs=attrs,
+    )
+
+
+def _mcmc_draws(
+    model: Callable[..., Any],
+    mcmc: MCMC,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    seed: int | None,
+    predictive: bool,
+    chunk_size: int | None,
+) -> tuple[PosteriorDraws, int, dict[str, Tensor]]:
+    grouped = mcmc.get_samples(group_by_chain=True) if mcmc._samples is not None else {}
+    if not grouped:
+        raise InvalidInputError("the MCMC run has no draws", hint="call mcmc.run(...) first")
+    chains, per_chain = next(iter(grouped.values())).shape[:2]
+    draws = evaluate_draws(
+        model,
+        {name: value.flatten(0, 1) for name, value in grouped.items()},
+        args,
+        kwargs,
+        seed=seed,
+        predictive=predictive,
+        chunk_size=chunk_size,
+    )
+    extra = {}
+    if "divergences" in mcmc._diagnostics[0]:
+        diverging = torch.zeros(chains, per_chain, dtype=torch.bool)
+        for chain in range(chains):
+            diverging[chain, mcmc._diagnostics[chain]["divergences"]] = True
+        extra["diverging"] = diverging.flatten()
+    return draws, chains, extra
+
+
+def _axes(draws: PosteriorDraws) -> tuple[dict[str, list[str]], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Name the axes of all sites; return names, coordinates, and the constant data that they rest on."""
+    dims: dict[str, list[str]] = {}
+    coords: dict[str, np.ndarray] = {}
+    constants: dict[str, np.ndarray] = {}
+    for name, site in draws.sites.items():
+        if site.kind == "factor":
+            continue
+        names = [
+            f"{name}_dim_{i}" if plate is None else _plate_dim(plate, draws) for i, plate in enumerate(site.plates)
+        ]
+        if site.times is not None:
+            gap = len(site.shape) - 2 - len(names)
+            names += [f"{name}_dim_{len(names) + i}" for i in range(gap)]
+            names += [f"{name}_time", f"{name}_dim"]
+            coords[f"{name}_time"] = _array(site.times)
+            constants[f"{name}_ts"] = _array(site.times)
+            dims[f"{name}_ts"] = [f"{name}_time"]
+        dims[name] = names
+    for plate, index in draws.subsamples.items():
+        coords[_plate_dim(plate, draws)] = _array(index)
+        constants[f"{plate}_index"] = _array(index)
+        dims[f"{plate}_index"] = [_plate_dim(plate, draws)]
+    return dims, coords, constants
+
+
+def _plate_dim(plate: str, draws: PosteriorDraws) -> str:
+    # xarray takes a variable with the name of a dimension for its coordinate
+    return f"{plate}_plate" if plate in draws.sites else plate
+
+
+def _array_arguments(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Tensor | np.ndarray]:
+    """Return the tensors and arrays among the arguments under the names that the model gives them."""
+    try:
+        named = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model).bind(*args, **kwargs)
+        arguments = {**named.arguments, **named.arguments.pop("kwargs", {})}
+    except (TypeError, ValueError):
+        arguments = {**{f"arg_{i}": value for i, value in enumerate(args)}, **kwargs}
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        parts = value if isinstance(value, tuple | list) else None
+        flat.update({f"{name}_{i}": part for i, part in enumerate(parts)} if parts is not None else {name: value})
+    return {name: value for name, value in flat.items() if isinstance(value, Tensor | np.ndarray)}
+
+
+def _same(value: Any, observed: Tensor | None) -> bool:
+    if observed is None or tuple(value.shape) != tuple(observed.shape):
+        return False
+    return bool(np.array_equal(_array(value), _array(observed), equal_nan=True))
+
+
+def _estimator(guide: Any) -> str:
+    if isinstance(guide, MCMC):
+        return type(guide.kernel).__name__
+    return getattr(guide, "__name__", type(guide).__name__)
+
+
+def _array(value: Any) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)

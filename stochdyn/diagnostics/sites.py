@@ -1,0 +1,117 @@
+"""What the sites of a Pyro trace are: latent, deterministic or observed, their plates, and the time grid of paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor
+
+__all__ = ["HasTimes", "Site", "is_delta", "read_sites"]
+
+Kind = Literal["latent", "deterministic", "observed", "factor"]
+
+
+@runtime_checkable
+class HasTimes(Protocol):
+    """A distribution over paths: it carries the grid ``ts (T,)``, and its event is ``(T, d)`` or ``(T - 1, d)``."""
+
+    ts: Tensor
+
+
+@runtime_checkable
+class _Wrapper(Protocol):
+    base_dist: Any
+
+
+@dataclass(frozen=True)
+class Site:
+    """One sample statement of a model.
+
+    Attributes:
+        kind: ``"latent"``, ``"deterministic"``, ``"observed"`` or ``"factor"``.
+        shape: of one draw's value, ``(*batch, *event)``.
+        batch_shape: the part of ``shape`` that counts independent values.
+        plates: for each batch axis the name of its plate, None where no plate declares it.
+        times: for a path the time of each entry along its second last axis, else None.
+        value: the data of an observed site, else None.
+    """
+
+    kind: Kind
+    shape: tuple[int, ...]
+    batch_shape: tuple[int, ...]
+    plates: tuple[str | None, ...]
+    times: Tensor | None = None
+    value: Tensor | None = None
+
+
+def read_sites(trace: poutine.Trace) -> dict[str, Site]:
+    """Describe every sample statement of a model's trace on one draw, plates' own indices left out."""
+    grids = _grids(trace)
+    return {
+        name: _read(node, grids.get(name))
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not site_is_subsample(node)
+    }
+
+
+def is_delta(fn: Any) -> bool:
+    """Return whether a distribution is a point mass, under whatever wraps it."""
+    return isinstance(_unwrap(fn), dist.Delta)
+
+
+def _unwrap(fn: Any) -> Any:
+    while isinstance(fn, _Wrapper) and not isinstance(fn, HasTimes):
+        fn = fn.base_dist
+    return fn
+
+
+def _grids(trace: poutine.Trace) -> dict[str, Tensor]:
+    """Find the grid of every path site; increments name the deterministic path that they drive in ``infer["path"]``."""
+    grids = {}
+    for name, node in trace.nodes.items():
+        fn = _unwrap(node["fn"]) if node["type"] == "sample" else None
+        if isinstance(fn, HasTimes):
+            grids[name] = fn.ts
+            if "path" in node["infer"]:
+                grids[node["infer"]["path"]] = fn.ts
+    return grids
+
+
+def _read(node: Any, grid: Tensor | None) -> Site:
+    fn, value = node["fn"], node["value"]
+    if site_is_factor(node):
+        return Site("factor", tuple(value.shape), tuple(fn.batch_shape), ())
+    kind: Kind = "latent"
+    if node["infer"].get("_deterministic") or (node["is_observed"] and is_delta(fn)):
+        kind = "deterministic"
+    elif node["is_observed"]:
+        kind = "observed"
+    shape, batch = tuple(fn.batch_shape + fn.event_shape), tuple(fn.batch_shape)
+    if kind == "deterministic":
+        shape = tuple(value.shape)
+        batch = shape[: max(0, value.ndim - fn.event_dim)]
+        if not batch and _fills_plates(node, shape):  # pyro.deterministic takes all axes for event axes
+            batch = shape
+    times = None
+    if grid is not None and len(shape) >= 2 and grid.shape[0] - shape[-2] in (0, 1):
+        times = grid[: shape[-2]]
+    data = value.expand(shape) if kind == "observed" else None
+    return Site(kind, shape, batch, _plates(node, batch), times, data)
+
+
+def _fills_plates(node: Any, shape: tuple[int, ...]) -> bool:
+    sizes = {frame.dim: frame.size for frame in node["cond_indep_stack"] if frame.vectorized}
+    return len(shape) == len(sizes) and all(sizes.get(i - len(shape)) == size for i, size in enumerate(shape))
+
+
+def _plates(node: Any, batch: tuple[int, ...]) -> tuple[str | None, ...]:
+    names = {frame.dim: frame for frame in node["cond_indep_stack"] if frame.vectorized}
+    found: list[str | None] = []
+    for axis, size in enumerate(batch):
+        frame = names.get(axis - len(batch))
+        found.append(frame.name if frame is not None and frame.size == size else None)
+    return tuple(found)
