@@ -1,0 +1,34 @@
+"""Fractional noise: Markov-approximate and exact fractional Brownian motion, and inference with both."""
+
+from __future__ import annotations
+
+from stochdyn.fractional.exact import (
+    fbm_covariance,
+    fgn_autocovariance,
+    fou_autocovariance,
+    sample_fbm,
+    sample_fgn,
+)
+from stochdyn.fractional.noise import MarkovNoise, default_speeds
+from stochdyn.fractional.weights import (
+    cross_moments,
+    geometric_speeds,
+    gram_matrix,
+    optimal_weights,
+    variance_constant,
+)
+
+__all__ = [
+    "MarkovNoise",
+    "cross_moments",
+    "default_speeds",
+    "fbm_covariance",
+    "fgn_autocovariance",
+    "fou_autocovariance",
+    "geometric_speeds",
+    "gram_matrix",
+    "optimal_weights",
+    "sample_fbm",
+    "sample_fgn",
+    "variance_constant",
+]

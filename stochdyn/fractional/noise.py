@@ -1,0 +1,346 @@
+"""Fractional Brownian motion as a sum of Ornstein-Uhlenbeck states driven by one Brownian motion."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from stochdyn._checks import (
+    check_choice,
+    check_finite,
+    check_hurst,
+    check_ndim,
+    check_positive,
+    check_positive_int,
+    check_time_grid,
+)
+from stochdyn.core.noise import NoiseProcess, NoiseSteps
+from stochdyn.errors import ApproximationWarning, InvalidInputError, TimeGridError
+from stochdyn.fractional._quadrature import graded_nodes, levels_for, relative_exponential_mean
+from stochdyn.fractional.weights import Kind, _phi, geometric_speeds, weight_solver
+
+__all__ = ["MarkovNoise", "default_speeds"]
+
+_DROPPED = 1e-4  # innovations with a smaller standard deviation, relative to that of dW, are left out
+_WARN_ERROR = 0.1
+
+
+def default_speeds(num_states: int, horizon: float, step: float, kind: Kind = "II") -> Tensor:
+    r"""Return the log-spaced speeds that :class:`MarkovNoise` uses unless told otherwise.
+
+    Type II: :math:`0.1/T` to :math:`10/\Delta`, the ratio of neighbours kept between 2.5 (below, the states are
+    numerically dependent) and 10 (above, gaps cost more than range gains), but the fastest never under
+    :math:`1/\Delta`. Type I: the infinite past asks for far slower states, so from
+    the fastest the speeds go down by factors of :math:`3+60/K`, to :math:`10^{-3}/T` or less.
+
+    Args:
+        num_states: K.
+        horizon: T, length of the time interval.
+        step: typical time step.
+        kind: ``"I"`` or ``"II"``.
+
+    Returns:
+        float64 ``(K,)``, increasing.
+
+    Example:
+        >>> [round(s, 3) for s in default_speeds(3, 1.0, 0.1).tolist()]
+        [0.1, 1.0, 10.0]
+    """
+    gaps = max(num_states - 1, 1)
+    if kind == "I":
+        fastest = (10.0 if num_states >= 12 else 1.0) / step
+        ratio = 3.0 + 60.0 / num_states
+        slowest = min(max(fastest * ratio**-gaps, 1e-20 / horizon), 1e-3 / horizon)
+    else:
+        slowest = 0.1 / horizon
+        fastest = max(min(10.0 / step, slowest * 10.0**gaps), 1.0 / step, slowest * 2.5**gaps)
+    return geometric_speeds(num_states, slowest, fastest)
+
+
+class _Factors(NamedTuple):
+    """What the grid alone decides, float64: step sizes, loads, decays and their differences from 1."""
+
+    dt: Tensor  # (N,)
+    load: Tensor  # (N, R, K)
+    decay: Tensor  # (N, K)
+    loss: Tensor  # (N, K), decay - 1
+
+
+@lru_cache(maxsize=32)
+def _step_factors(speeds: tuple[float, ...], steps: bytes) -> _Factors:
+    """Exact joint law of (dW, xi_1..xi_K) over each step, as loads on independent innovations of variance dt.
+
+    The conditional covariance of xi given dW is dt Cov_u(e^(-x_i u), e^(-x_j u)) with x = gamma dt and u uniform
+    on [0, 1]. A quadrature for it is a factor already; its singular value decomposition gives the innovations.
+    """
+    dt = torch.from_numpy(np.frombuffer(steps, dtype=np.float64).copy())
+    gamma = torch.tensor(speeds, dtype=torch.float64)
+    # steps that differ by rounding share one decomposition
+    rounded = torch.from_numpy(np.array([float(f"{s:.9e}") for s in dt.tolist()]))
+    unique, inverse = torch.unique(rounded, return_inverse=True)
+    x = unique[:, None] * gamma
+    mean = relative_exponential_mean(x)
+    u, w = graded_nodes(levels_for(float(x.max())))
+    centred = torch.expm1(-x[:, None, :] * u[:, None]) - (mean - 1)[:, None, :]
+    _, s, vh = torch.linalg.svd(centred * w.sqrt()[:, None], full_matrices=False)
+    rank = int((s > _DROPPED).sum(-1).max())
+    load = torch.cat([mean[:, None, :], s[:, :rank, None] * vh[:, :rank, :]], dim=1)[inverse]
+    exponent = -dt[:, None] * gamma
+    return _Factors(dt, load, torch.exp(exponent), torch.expm1(exponent))
+
+
+_FACTORS_OF: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _factors(speeds: tuple[float, ...], horizon: float, ts: Tensor) -> _Factors:
+    """Return the factors of a grid on its device; checked and computed once per tensor ``ts``."""
+    key = (speeds, horizon, -1 if ts.is_inference() else ts._version)
+    known: dict[tuple[object, ...], _Factors] = _FACTORS_OF.setdefault(ts, {})
+    if key not in known:
+        check_time_grid(ts)
+        span = (ts[-1] - ts[0]).item()
+        if span > horizon * (1 + 1e-6):
+            raise TimeGridError(
+                "ts extends past the horizon of the noise",
+                got=f"a span of {span:g}",
+                expected=f"at most {horizon:g}",
+                hint=f"build MarkovNoise with horizon={span:g} or more, so that its weights cover it",
+            )
+        host = ts.detach().to("cpu", torch.float64)
+        found = _step_factors(speeds, (host[1:] - host[:-1]).numpy().tobytes())
+        known.clear()
+        known[key] = _Factors(*(t.to(ts.device) for t in found))
+    return known[key]
+
+
+class MarkovNoise(NoiseProcess):
+    r"""Markov approximation of unit fractional Brownian motion, for use as ``SDE(..., noise=MarkovNoise(...))``.
+
+    .. math::
+        \hat B(t)=\sum_{k=1}^K w_k\,[Y_k(t)-Y_k(0)],\qquad dY_k=-\gamma_kY_k\,dt+dW,
+
+    with one Brownian motion W for all states of a channel and weights that minimise the mean squared path
+    error over ``[0, horizon]``. The target has variance :math:`t^{2H}` for both kinds, so that the Hurst index
+    and the scale of the noise are separate parameters. Type II starts at :math:`Y(0)=0`; type I, the process
+    with stationary increments, starts its states at their stationary law. Note that far from its start unit type
+    II has increments of variance :math:`(V_{\mathrm I}/V_{\mathrm{II}})h^{2H}`, see
+    :func:`~stochdyn.fractional.variance_constant`.
+
+    The states are stepped exactly for any step size and speed: besides :math:`\Delta W` each step draws the few
+    further innovations that the joint law of the states needs, down to a relative variance of 1e-8 (their covariance
+    is then right to about 1e-10).
+    Everything that depends on the Hurst index is computed in float64 and differentiable.
+
+    Args:
+        hurst: Hurst index in (0, 1): a float, or a tensor (a Pyro sample, say), possibly a batch ``(*batch)``
+            that aligns with the batch axes of the state; gradients flow into it.
+        num_states: K. For type I take 12 or more.
+        horizon: T, at least the length of every grid that the noise will be used on.
+        step: typical time step; with ``horizon`` it sets the speeds (:func:`default_speeds`). By default
+            ``horizon / 100``.
+        kind: ``"II"`` (Riemann-Liouville, starts afresh) or ``"I"`` (Mandelbrot-Van Ness, infinite past).
+        learn_hurst: make the Hurst index a parameter, ``hurst_logit``, that starts at ``hurst``.
+        speeds: ``(K,)`` increasing speeds instead of the default ones; 0 stands for Brownian motion itself, so
+            ``MarkovNoise(0.5, speeds=[0.0])`` is exact.
+
+    Attributes:
+        kind, horizon, num_states: as given.
+
+    Raises:
+        HurstRangeError: if ``hurst`` lies outside (0, 1).
+        InvalidInputError: for speeds, sizes or a kind that make no sense.
+
+    Warns:
+        ApproximationWarning: if the relative path error exceeds 0.1 (not checked for tensors that require a
+            gradient; read :attr:`relative_error`).
+
+    Example:
+        >>> noise = MarkovNoise(0.7, num_states=5, horizon=2.0, step=0.02)
+        >>> noise.speeds.shape, noise.relative_error < 0.01
+        (torch.Size([5]), True)
+
+    Reference:
+        R. Daems, M. Opper, G. Crevecoeur and T. Birdal, Variational inference for SDEs driven by fractional
+        noise, ICLR 2024.
+    """
+
+    def __init__(
+        self,
+        hurst: float | Tensor,
+        num_states: int = 8,
+        horizon: float = 1.0,
+        step: float | None = None,
+        kind: Kind = "II",
+        learn_hurst: bool = False,
+        speeds: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        check_hurst(hurst)
+        check_positive_int(num_states, "num_states")
+        check_positive(horizon, "horizon")
+        check_choice(kind, ("I", "II"), "kind")
+        if step is not None:
+            check_positive(step, "step")
+        self.kind: Kind = kind
+        self.horizon = float(horizon)
+        if speeds is None:
+            speeds = default_speeds(num_states, self.horizon, float(step or horizon / 100), kind)
+        else:
+            speeds = torch.as_tensor(speeds, dtype=torch.float64).detach().cpu()
+            check_ndim(speeds, 1, "speeds", "(K,)")
+            check_finite(speeds, "speeds")
+        self._speeds: tuple[float, ...] = tuple(speeds.tolist())
+        self.num_states = len(self._speeds)
+        weight_solver(self._speeds, self.horizon, kind)
+        self._fixed: Tensor | None = None
+        self.hurst_logit: nn.Parameter | None
+        if learn_hurst:
+            start = torch.as_tensor(hurst).detach()
+            start = start if start.is_floating_point() else start.double()
+            dtype = start.dtype if isinstance(hurst, Tensor) else torch.get_default_dtype()
+            self.hurst_logit = nn.Parameter(torch.logit(start.double()).to(dtype))
+        else:
+            self.register_parameter("hurst_logit", None)
+            self._fixed = (
+                hurst if isinstance(hurst, Tensor) else torch.tensor(float(hurst), dtype=torch.float64)
+            )
+        if learn_hurst or not (isinstance(hurst, Tensor) and hurst.requires_grad):
+            self._warn_if_crude()
+
+    def _warn_if_crude(self) -> None:
+        error = self.relative_error
+        if error > _WARN_ERROR:
+            cure = (
+                "slower speeds and more states (num_states of 16 to 24) help type I for hurst > 1/2, "
+                "faster speeds (a smaller step) for hurst < 1/2"
+                if self.kind == "I"
+                else "faster speeds (a smaller step, or speeds=) and more states help"
+            )
+            warnings.warn(
+                f"the Markov approximation of fractional Brownian motion has a relative path error of {error:.3f} "
+                f"(type {self.kind}, {self.num_states} states, speeds {self._speeds[0]:.3g} to "
+                f"{self._speeds[-1]:.3g}, horizon {self.horizon:g}); {cure}",
+                ApproximationWarning,
+                stacklevel=4,
+            )
+
+    @property
+    def hurst(self) -> Tensor:
+        """The Hurst index, ``(*batch)``; differentiable where it is learnt or was given with a gradient."""
+        if self.hurst_logit is not None:
+            return torch.sigmoid(self.hurst_logit)
+        assert self._fixed is not None  # for the type checker: one of the two is always set
+        return self._fixed
+
+    @property
+    def speeds(self) -> Tensor:
+        """Mean-reversion speeds of the memory states, float64 ``(K,)``, 1 / time."""
+        return torch.tensor(self._speeds, dtype=torch.float64)
+
+    def _solve(self) -> tuple[Tensor, Tensor]:
+        return weight_solver(self._speeds, self.horizon, self.kind)(self.hurst.to(torch.float64))
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights of the memory states, float64 ``(*batch, K)``, differentiable in the Hurst index."""
+        return self._solve()[0]
+
+    @property
+    def relative_error(self) -> float:
+        """Relative L2 path error on ``[0, horizon]`` (the worst of a batch)."""
+        with torch.no_grad():
+            return float(self._solve()[1].max())
+
+    def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
+        """See :meth:`NoiseProcess.steps`; ``ts`` may be irregular but not longer than the horizon."""
+        grid = _factors(self._speeds, self.horizon, ts)
+        w = self.weights.to(ts.device)
+        # float64 until here: large weights of slow states cancel in the gain
+        gain = torch.einsum("nrk,...k->n...r", grid.load, w)
+        recall = torch.einsum("nk,...k->n...k", grid.loss, w)
+        variance = grid.dt[:, None].expand(-1, grid.load.shape[1])
+        return NoiseSteps(*(t.to(dtype) for t in (variance, gain, recall, grid.decay, grid.load)))
+
+    def num_innovations(self, ts: Tensor) -> int:
+        """Return ``R``: the Brownian increment and the further innovations of exact steps on this grid."""
+        return _factors(self._speeds, self.horizon, ts).load.shape[1]
+
+    def initial_factor(self, *, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        r"""Return a factor of :math:`P_{ij}=1/(\gamma_i+\gamma_j)` for type I; None for type II."""
+        if self.kind == "II":
+            return None
+        return _stationary_factor(self._speeds).to(device=device, dtype=dtype)
+
+    def covariance(self, ts: Tensor) -> Tensor:
+        r"""Return the covariance :math:`E[\hat B(s)\hat B(t)]`, in closed form.
+
+        Args:
+            ts: ``(T,)`` times since the start of the noise, not negative, increasing.
+
+        Returns:
+            ``(*batch, T, T)`` in float64, differentiable in the Hurst index.
+
+        Example:
+            >>> noise = MarkovNoise(0.5, speeds=[0.0])
+            >>> noise.covariance(torch.tensor([0.5, 1.0])).tolist()
+            [[0.5, 0.5], [0.5, 1.0]]
+        """
+        check_time_grid(ts, min_points=1)
+        t = ts.to(torch.float64)
+        w = self.weights.to(t.device)
+        g = self.speeds.to(t.device)
+        total = g[:, None] + g[None, :]
+        safe = torch.where(total == 0, torch.ones_like(total), total)
+        if self.kind == "I":
+            return _stationary_increment_covariance(t, w, g, safe)
+        low, gap = torch.minimum(t[:, None], t[None, :]), (t[:, None] - t[None, :]).abs()
+        out = 0.0
+        for j in range(self.num_states):
+            mixed = low[..., None] * relative_exponential_mean(total[j] * low[..., None])
+            out = out + torch.einsum("stk,...k->...st", mixed, w * w[..., j, None]) * torch.exp(-g[j] * gap)
+        return torch.as_tensor(out)
+
+    def extra_repr(self) -> str:
+        """Show kind, sizes and range of speeds."""
+        span = f"{self._speeds[0]:.3g}..{self._speeds[-1]:.3g}"
+        return f"kind={self.kind!r}, num_states={self.num_states}, horizon={self.horizon:g}, speeds={span}"
+
+
+def _stationary_increment_covariance(t: Tensor, w: Tensor, g: Tensor, total: Tensor) -> Tensor:
+    """Type I: (v(s) + v(t) - v(|t-s|)) / 2 from Y_k(t) - Y_k(0) = W(t) + phi_k(t), stable for slow states."""
+    volatility = w.sum(-1)
+    pair = w[..., :, None] * w[..., None, :] * (g[:, None] * g[None, :] / total)
+    coefficient = pair.sum(-1) - volatility[..., None] * w * g
+
+    def half_variogram(lag: Tensor) -> Tensor:
+        memory = lag[..., None] ** 2 * _phi(g * lag[..., None])
+        shape = (*volatility.shape, *([1] * lag.ndim))
+        smooth = torch.einsum("...k,tk->...t", coefficient, memory.reshape(-1, memory.shape[-1])).reshape(
+            *volatility.shape, *lag.shape
+        )
+        return 0.5 * (volatility**2).reshape(shape) * lag + smooth
+
+    f = half_variogram(t)
+    return f[..., :, None] + f[..., None, :] - half_variogram((t[:, None] - t[None, :]).abs())
+
+
+@lru_cache(maxsize=32)
+def _stationary_factor(speeds: tuple[float, ...]) -> Tensor:
+    """Factor ``(Q, K)`` of the stationary covariance; the correlations depend on ratios of speeds only."""
+    g = torch.tensor(speeds, dtype=torch.float64)
+    moving = g > 0  # a state of speed 0 is W itself; where it starts is of no effect
+    r = g[moving]
+    scale = (2 * r).rsqrt()
+    correlation = 2 * (r[:, None] * r[None, :]).sqrt() / (r[:, None] + r[None, :])
+    values, vectors = torch.linalg.eigh(correlation)
+    keep = values > 1e-14 * values[-1]
+    factor = torch.zeros(int(keep.sum()), g.shape[0], dtype=torch.float64)
+    factor[:, moving] = (vectors[:, keep] * values[keep].sqrt()).T * scale
+    return factor
