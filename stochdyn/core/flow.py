@@ -23,7 +23,8 @@ from stochdyn.core.divergence import attach, gradient, jacobian_contraction, pul
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError, UnavailableError
 
 if TYPE_CHECKING:
-    from stochdyn.core.generators import ForwardOperator
+    from stochdyn.core.linear import LinearGaussianMeasure
+    from stochdyn.core.operator import ForwardOperator
 
 __all__ = ["GaussianFlow", "LearnedFlow", "MarginalFlow", "MixtureFlow", "as_time"]
 
@@ -133,12 +134,24 @@ class GaussianFlow(MarginalFlow):
         self.covariance = covariance
 
     @classmethod
-    def from_measure(cls, measure: Any) -> GaussianFlow:
-        """Return the marginals of a :class:`stochdyn.LinearGaussianMeasure`.
+    def from_measure(cls, measure: LinearGaussianMeasure) -> GaussianFlow:
+        """Return the marginals of a :class:`stochdyn.LinearGaussianMeasure` without batch axes.
 
-        Times are handed over flat and sorted, without repetitions, as such measures want them.
+        Raises:
+            ShapeError: if the measure is a batch of laws.
+
+        Example:
+            >>> from stochdyn.core.linear import LinearGaussianMeasure
+            >>> flow = GaussianFlow.from_measure(LinearGaussianMeasure.brownian(2))
+            >>> flow.score(2.0, torch.ones(1, 2))
+            tensor([[-0.5000, -0.5000]])
         """
-        return cls(_OnGrid(measure.mean), _OnGrid(measure.covariance))
+        if measure.batch_shape:
+            raise ShapeError(
+                "a flow is one law", got=f"a measure of batch shape {tuple(measure.batch_shape)}"
+            )
+        moments = _LinearMoments(measure)
+        return cls(moments.mean, moments.covariance)
 
     def _moments(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor]:
         time = as_time(t, x)
@@ -192,16 +205,25 @@ def _solve_lower(factor: Tensor, v: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, v.unsqueeze(-1), upper=False).squeeze(-1)
 
 
-class _OnGrid:
-    """Calls a function of a sorted grid at times of any shape."""
+class _LinearMoments:
+    """Moments of a linear-Gaussian law at times of any shape and order, by its transition from the start."""
 
-    def __init__(self, function: TimeFunction) -> None:
-        self.function = function
+    def __init__(self, measure: LinearGaussianMeasure) -> None:
+        self.measure = measure
 
-    def __call__(self, t: Tensor) -> Tensor:
-        grid, index = torch.unique(t.reshape(-1), return_inverse=True)
-        values = self.function(grid)
-        return values[index].reshape(*t.shape, *values.shape[1:])
+    def _from_start(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        flat = t.reshape(-1)
+        parts = self.measure.transition(torch.full_like(flat, self.measure.initial_time), flat)
+        phi, c, q = (part.reshape(*t.shape, *part.shape[1:]) for part in parts)
+        return phi, c, q
+
+    def mean(self, t: Tensor) -> Tensor:
+        phi, c, _ = self._from_start(t)
+        return (phi @ self.measure.initial_mean.unsqueeze(-1)).squeeze(-1) + c
+
+    def covariance(self, t: Tensor) -> Tensor:
+        phi, _, q = self._from_start(t)
+        return phi @ self.measure.initial_cov @ phi.mT + q
 
 
 class MixtureFlow(MarginalFlow):
