@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["graded_nodes", "relative_exponential_mean"]
+__all__ = ["graded_nodes", "levels_for", "relative_exponential_mean"]
 
 _POINTS = 16
 
 
 @lru_cache(maxsize=64)
 def graded_nodes(levels: int) -> tuple[Tensor, Tensor]:
-    """Return nodes and weights on [0, 1]: 16-point Gauss-Legendre on [0, 2^-m], [2^-m, 2^(1-m)], ..., [1/2, 1].
+    """Return nodes and weights on [0, 1]: 16 points on each of [0, 2^-m], [2^-m, 2^(1-m)], ..., [1/2, 1].
 
     With ``levels`` m = log2 of the largest rate, products of exponentials ``exp(-x u)`` up to that rate are
-    integrated to about 1e-15.
+    integrated to about 1e-15 (Gauss-Legendre).
     """
     nodes, weights = np.polynomial.legendre.leggauss(_POINTS)
     edges = np.concatenate([[0.0], 2.0 ** np.arange(-levels, 1)])

@@ -62,8 +62,8 @@ def fbm_covariance(ts: Tensor, hurst: Tensor | float, kind: Kind = "I") -> Tenso
         [[0.5, 0.5], [0.5, 1.0]]
 
     Reference:
-        B. Mandelbrot and J. Van Ness, SIAM Review 10(4), 1968; D. Marinucci and P. Robinson, J. Statist. Plann.
-        Inference 80, 1999 (type II).
+        B. Mandelbrot and J. Van Ness, SIAM Review 10(4), 1968; D. Marinucci and P. Robinson,
+        J. Statist. Plann. Inference 80, 1999 (type II).
     """
     check_choice(kind, ("I", "II"), "kind")
     check_time_grid(ts, min_points=1)
@@ -129,10 +129,10 @@ def sample_fgn(
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    r"""Draw fractional Gaussian noise exactly, in :math:`O(n\log n)`, by embedding its covariance in a circulant.
+    r"""Draw fractional Gaussian noise exactly, in :math:`O(n\log n)`, by circulant embedding.
 
-    The eigenvalues of the circulant of the lags 0, 1, ..., n, n-1, ..., 1 are not negative for any Hurst index, so the
-    law of the draws is exact up to rounding. Draws are differentiable in ``hurst``.
+    The circulant of the autocovariances at lags 0, 1, ..., n, n-1, ..., 1 has no negative eigenvalue for any
+    Hurst index, so the law of the draws is exact up to rounding. Draws are differentiable in ``hurst``.
 
     Args:
         hurst: Hurst index in (0, 1), ``(*batch)``.
@@ -161,7 +161,7 @@ def sample_fgn(
     check_positive_int(n, "n")
     r = fgn_autocovariance(n + 1, hurst, step)
     circulant = torch.cat([r, r[..., 1:-1].flip(-1)], dim=-1)
-    # an eigenvalue that is 0 but for rounding must not be negative, nor have an infinite derivative of its root
+    # an eigenvalue that is 0 but for rounding must not be negative, nor its root have derivative inf
     spectrum = torch.fft.rfft(circulant).real.clamp_min(1e-300)
     z = torch.randn(
         *shape, *r.shape[:-1], 2, n + 1, generator=generator, dtype=torch.float64, device=r.device
@@ -181,7 +181,7 @@ def sample_fbm(
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    r"""Draw paths of unit fractional Brownian motion (type I) on ``n`` equal steps of ``[0, horizon]``, exactly.
+    r"""Draw exact paths of unit fractional Brownian motion (type I) on ``n`` equal steps of ``[0, horizon]``.
 
     Args:
         hurst: Hurst index in (0, 1), ``(*batch)``.
@@ -237,8 +237,8 @@ def fou_autocovariance(lags: Tensor, rate: float, hurst: float, scale: float = 1
         [0.621085, 0.394475]
 
     Reference:
-        P. Cheridito, H. Kawaguchi and M. Maejima, Fractional Ornstein-Uhlenbeck processes, Electron. J. Probab.
-        8, 2003.
+        P. Cheridito, H. Kawaguchi and M. Maejima, Fractional Ornstein-Uhlenbeck processes,
+        Electron. J. Probab. 8, 2003.
     """
     from scipy.special import gamma, gammaincc, hyp1f1
 

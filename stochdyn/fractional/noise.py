@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from stochdyn._checks import (
     check_choice,
@@ -22,21 +18,22 @@ from stochdyn._checks import (
     check_time_grid,
 )
 from stochdyn.core.noise import NoiseProcess, NoiseSteps
-from stochdyn.errors import ApproximationWarning, InvalidInputError, TimeGridError
-from stochdyn.fractional._quadrature import graded_nodes, levels_for, relative_exponential_mean
-from stochdyn.fractional.weights import Kind, _phi, geometric_speeds, weight_solver
+from stochdyn.errors import ApproximationWarning
+from stochdyn.fractional._quadrature import relative_exponential_mean
+from stochdyn.fractional._steps import stationary_factor, step_factors
+from stochdyn.fractional.moments import Kind, entire_1
+from stochdyn.fractional.weights import geometric_speeds, weight_solver
 
 __all__ = ["MarkovNoise", "default_speeds"]
 
-_DROPPED = 1e-4  # innovations with a smaller standard deviation, relative to that of dW, are left out
 _WARN_ERROR = 0.1
 
 
 def default_speeds(num_states: int, horizon: float, step: float, kind: Kind = "II") -> Tensor:
     r"""Return the log-spaced speeds that :class:`MarkovNoise` uses unless told otherwise.
 
-    Type II: :math:`0.1/T` to :math:`10/\Delta`, the ratio of neighbours kept between 2.5 (below, the states are
-    numerically dependent) and 10 (above, gaps cost more than range gains), but the fastest never under
+    Type II: :math:`0.1/T` to :math:`10/\Delta`, the ratio of neighbours kept between 2.5 (below, the states
+    are numerically dependent) and 10 (above, gaps cost more than range gains), but the fastest never under
     :math:`1/\Delta`. Type I: the infinite past asks for far slower states, so from
     the fastest the speeds go down by factors of :math:`3+60/K`, to :math:`10^{-3}/T` or less.
 
@@ -64,78 +61,22 @@ def default_speeds(num_states: int, horizon: float, step: float, kind: Kind = "I
     return geometric_speeds(num_states, slowest, fastest)
 
 
-class _Factors(NamedTuple):
-    """What the grid alone decides, float64: step sizes, loads, decays and their differences from 1."""
-
-    dt: Tensor  # (N,)
-    load: Tensor  # (N, R, K)
-    decay: Tensor  # (N, K)
-    loss: Tensor  # (N, K), decay - 1
-
-
-@lru_cache(maxsize=32)
-def _step_factors(speeds: tuple[float, ...], steps: bytes) -> _Factors:
-    """Exact joint law of (dW, xi_1..xi_K) over each step, as loads on independent innovations of variance dt.
-
-    The conditional covariance of xi given dW is dt Cov_u(e^(-x_i u), e^(-x_j u)) with x = gamma dt and u uniform
-    on [0, 1]. A quadrature for it is a factor already; its singular value decomposition gives the innovations.
-    """
-    dt = torch.from_numpy(np.frombuffer(steps, dtype=np.float64).copy())
-    gamma = torch.tensor(speeds, dtype=torch.float64)
-    # steps that differ by rounding share one decomposition
-    rounded = torch.from_numpy(np.array([float(f"{s:.9e}") for s in dt.tolist()]))
-    unique, inverse = torch.unique(rounded, return_inverse=True)
-    x = unique[:, None] * gamma
-    mean = relative_exponential_mean(x)
-    u, w = graded_nodes(levels_for(float(x.max())))
-    centred = torch.expm1(-x[:, None, :] * u[:, None]) - (mean - 1)[:, None, :]
-    _, s, vh = torch.linalg.svd(centred * w.sqrt()[:, None], full_matrices=False)
-    rank = int((s > _DROPPED).sum(-1).max())
-    load = torch.cat([mean[:, None, :], s[:, :rank, None] * vh[:, :rank, :]], dim=1)[inverse]
-    exponent = -dt[:, None] * gamma
-    return _Factors(dt, load, torch.exp(exponent), torch.expm1(exponent))
-
-
-_FACTORS_OF: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _factors(speeds: tuple[float, ...], horizon: float, ts: Tensor) -> _Factors:
-    """Return the factors of a grid on its device; checked and computed once per tensor ``ts``."""
-    key = (speeds, horizon, -1 if ts.is_inference() else ts._version)
-    known: dict[tuple[object, ...], _Factors] = _FACTORS_OF.setdefault(ts, {})
-    if key not in known:
-        check_time_grid(ts)
-        span = (ts[-1] - ts[0]).item()
-        if span > horizon * (1 + 1e-6):
-            raise TimeGridError(
-                "ts extends past the horizon of the noise",
-                got=f"a span of {span:g}",
-                expected=f"at most {horizon:g}",
-                hint=f"build MarkovNoise with horizon={span:g} or more, so that its weights cover it",
-            )
-        host = ts.detach().to("cpu", torch.float64)
-        found = _step_factors(speeds, (host[1:] - host[:-1]).numpy().tobytes())
-        known.clear()
-        known[key] = _Factors(*(t.to(ts.device) for t in found))
-    return known[key]
-
-
 class MarkovNoise(NoiseProcess):
-    r"""Markov approximation of unit fractional Brownian motion, for use as ``SDE(..., noise=MarkovNoise(...))``.
+    r"""Markov approximation of unit fractional Brownian motion, to drive an SDE: ``SDE(..., noise=...)``.
 
     .. math::
         \hat B(t)=\sum_{k=1}^K w_k\,[Y_k(t)-Y_k(0)],\qquad dY_k=-\gamma_kY_k\,dt+dW,
 
     with one Brownian motion W for all states of a channel and weights that minimise the mean squared path
-    error over ``[0, horizon]``. The target has variance :math:`t^{2H}` for both kinds, so that the Hurst index
-    and the scale of the noise are separate parameters. Type II starts at :math:`Y(0)=0`; type I, the process
-    with stationary increments, starts its states at their stationary law. Note that far from its start unit type
-    II has increments of variance :math:`(V_{\mathrm I}/V_{\mathrm{II}})h^{2H}`, see
+    error over ``[0, horizon]``. The target has variance :math:`t^{2H}` for both kinds, so that the Hurst
+    index and the scale of the noise are separate parameters. Type II starts at :math:`Y(0)=0`; type I, the
+    process with stationary increments, starts its states at their stationary law. Far from its start, unit
+    type II has increments of variance :math:`(V_{\mathrm I}/V_{\mathrm{II}})h^{2H}`, see
     :func:`~stochdyn.fractional.variance_constant`.
 
-    The states are stepped exactly for any step size and speed: besides :math:`\Delta W` each step draws the few
-    further innovations that the joint law of the states needs, down to a relative variance of 1e-8 (their covariance
-    is then right to about 1e-10).
+    The states are stepped exactly for any step size and speed: besides :math:`\Delta W` each step draws the
+    few further innovations that the joint law of the states needs, down to a relative variance of 1e-8 (the
+    covariance of the path is then right to about 1e-10).
     Everything that depends on the Hurst index is computed in float64 and differentiable.
 
     Args:
@@ -147,8 +88,8 @@ class MarkovNoise(NoiseProcess):
             ``horizon / 100``.
         kind: ``"II"`` (Riemann-Liouville, starts afresh) or ``"I"`` (Mandelbrot-Van Ness, infinite past).
         learn_hurst: make the Hurst index a parameter, ``hurst_logit``, that starts at ``hurst``.
-        speeds: ``(K,)`` increasing speeds instead of the default ones; 0 stands for Brownian motion itself, so
-            ``MarkovNoise(0.5, speeds=[0.0])`` is exact.
+        speeds: ``(K,)`` increasing speeds instead of the default ones; 0 stands for Brownian motion itself,
+            so ``MarkovNoise(0.5, speeds=[0.0])`` is exact.
 
     Attributes:
         kind, horizon, num_states: as given.
@@ -224,7 +165,7 @@ class MarkovNoise(NoiseProcess):
                 else "faster speeds (a smaller step, or speeds=) and more states help"
             )
             warnings.warn(
-                f"the Markov approximation of fractional Brownian motion has a relative path error of {error:.3f} "
+                f"the Markov approximation of fractional noise has a relative path error of {error:.3f} "
                 f"(type {self.kind}, {self.num_states} states, speeds {self._speeds[0]:.3g} to "
                 f"{self._speeds[-1]:.3g}, horizon {self.horizon:g}); {cure}",
                 ApproximationWarning,
@@ -260,7 +201,7 @@ class MarkovNoise(NoiseProcess):
 
     def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
         """See :meth:`NoiseProcess.steps`; ``ts`` may be irregular but not longer than the horizon."""
-        grid = _factors(self._speeds, self.horizon, ts)
+        grid = step_factors(self._speeds, self.horizon, ts)
         w = self.weights.to(ts.device)
         # float64 until here: large weights of slow states cancel in the gain
         gain = torch.einsum("nrk,...k->n...r", grid.load, w)
@@ -270,13 +211,13 @@ class MarkovNoise(NoiseProcess):
 
     def num_innovations(self, ts: Tensor) -> int:
         """Return ``R``: the Brownian increment and the further innovations of exact steps on this grid."""
-        return _factors(self._speeds, self.horizon, ts).load.shape[1]
+        return step_factors(self._speeds, self.horizon, ts).load.shape[1]
 
     def initial_factor(self, *, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         r"""Return a factor of :math:`P_{ij}=1/(\gamma_i+\gamma_j)` for type I; None for type II."""
         if self.kind == "II":
             return None
-        return _stationary_factor(self._speeds).to(device=device, dtype=dtype)
+        return stationary_factor(self._speeds).to(device=device, dtype=dtype)
 
     def covariance(self, ts: Tensor) -> Tensor:
         r"""Return the covariance :math:`E[\hat B(s)\hat B(t)]`, in closed form.
@@ -289,7 +230,7 @@ class MarkovNoise(NoiseProcess):
 
         Example:
             >>> noise = MarkovNoise(0.5, speeds=[0.0])
-            >>> noise.covariance(torch.tensor([0.5, 1.0])).tolist()
+            >>> noise.covariance(torch.tensor([0.5, 1.0])).round(decimals=6).tolist()
             [[0.5, 0.5], [0.5, 1.0]]
         """
         check_time_grid(ts, min_points=1)
@@ -301,11 +242,11 @@ class MarkovNoise(NoiseProcess):
         if self.kind == "I":
             return _stationary_increment_covariance(t, w, g, safe)
         low, gap = torch.minimum(t[:, None], t[None, :]), (t[:, None] - t[None, :]).abs()
-        out = 0.0
+        out = torch.zeros((), dtype=t.dtype, device=t.device)
         for j in range(self.num_states):
             mixed = low[..., None] * relative_exponential_mean(total[j] * low[..., None])
             out = out + torch.einsum("stk,...k->...st", mixed, w * w[..., j, None]) * torch.exp(-g[j] * gap)
-        return torch.as_tensor(out)
+        return out
 
     def extra_repr(self) -> str:
         """Show kind, sizes and range of speeds."""
@@ -320,7 +261,7 @@ def _stationary_increment_covariance(t: Tensor, w: Tensor, g: Tensor, total: Ten
     coefficient = pair.sum(-1) - volatility[..., None] * w * g
 
     def half_variogram(lag: Tensor) -> Tensor:
-        memory = lag[..., None] ** 2 * _phi(g * lag[..., None])
+        memory = lag[..., None] ** 2 * entire_1(g * lag[..., None])
         shape = (*volatility.shape, *([1] * lag.ndim))
         smooth = torch.einsum("...k,tk->...t", coefficient, memory.reshape(-1, memory.shape[-1])).reshape(
             *volatility.shape, *lag.shape
@@ -329,18 +270,3 @@ def _stationary_increment_covariance(t: Tensor, w: Tensor, g: Tensor, total: Ten
 
     f = half_variogram(t)
     return f[..., :, None] + f[..., None, :] - half_variogram((t[:, None] - t[None, :]).abs())
-
-
-@lru_cache(maxsize=32)
-def _stationary_factor(speeds: tuple[float, ...]) -> Tensor:
-    """Factor ``(Q, K)`` of the stationary covariance; the correlations depend on ratios of speeds only."""
-    g = torch.tensor(speeds, dtype=torch.float64)
-    moving = g > 0  # a state of speed 0 is W itself; where it starts is of no effect
-    r = g[moving]
-    scale = (2 * r).rsqrt()
-    correlation = 2 * (r[:, None] * r[None, :]).sqrt() / (r[:, None] + r[None, :])
-    values, vectors = torch.linalg.eigh(correlation)
-    keep = values > 1e-14 * values[-1]
-    factor = torch.zeros(int(keep.sum()), g.shape[0], dtype=torch.float64)
-    factor[:, moving] = (vectors[:, keep] * values[keep].sqrt()).T * scale
-    return factor
