@@ -1,4 +1,4 @@
-"""Diagnostics: ArviZ containers, importance weights, calibration, metrics and plots, each loaded on first use."""
+"""ArviZ containers, importance weights, calibration, metrics and plots, each loaded on first use."""
 
 from __future__ import annotations
 

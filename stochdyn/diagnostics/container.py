@@ -1,4 +1,4 @@
-"""Draws as plain arrays into ArviZ's container: InferenceData before ArviZ 1.0, xarray's DataTree from there on."""
+"""Draws as plain arrays into ArviZ's container: InferenceData before 1.0, xarray's DataTree from there on."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def from_draws(
         sample_stats: arrays ``(chain, draw, *shape)``.
         coords: by dimension name, one value an index.
         dims: by variable name, the names of the axes behind ``(chain, draw)``. Axes that aren't named become
-            ``{variable}_dim_{i}``. Names beyond the axes of an array are ignored, so that one entry serves data
-            with event axes and its log likelihood without them.
+            ``{variable}_dim_{i}``. Names beyond the axes of an array are ignored, so that one entry serves
+            data with event axes and its log likelihood without them.
         attrs: attributes of the container and of each group.
 
     Returns:
@@ -118,7 +118,9 @@ def _sample_shape(posterior: Arrays) -> tuple[int, int]:
     name, first = next(iter(posterior.items()))
     shape = np.shape(first)
     if len(shape) < 2:
-        raise ShapeError(f"{name} needs the axes of chains and draws", got=shape, expected="(chain, draw, ...)")
+        raise ShapeError(
+            f"{name} needs the axes of chains and draws", got=shape, expected="(chain, draw, ...)"
+        )
     if 0 in shape[:2]:
         raise EmptyDataError(f"{name} has no draws", got=f"shape {shape}")
     return shape[0], shape[1]
@@ -157,12 +159,14 @@ def _dataset(
                     f"dimension {dim!r} has two sizes", got=f"{known} in {owner!r} and {size} in {name!r}"
                 )
         variables[name] = ((*sample_dims, *names), values)
-    for name, (names, _) in variables.items():
-        if name in sizes and names != (name,):
+    for name in arrays:
+        if name in sizes and variables[name][0] != (name,):
             raise InvalidInputError(
                 f"dimension {name!r} has the name of a variable", hint="rename it through dims"
             )
-    axes = {dim: np.asarray(coords[dim]) if dim in coords else np.arange(size) for dim, (size, _) in sizes.items()}
+    axes = {
+        dim: np.asarray(coords[dim]) if dim in coords else np.arange(size) for dim, (size, _) in sizes.items()
+    }
     for dim, (size, owner) in sizes.items():
         if axes[dim].shape != (size,):
             raise ShapeError(

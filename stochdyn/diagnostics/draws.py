@@ -1,4 +1,4 @@
-"""Posterior draws of a Pyro model with their densities: vectorised where the model allows it, else one by one."""
+"""Posterior draws of a Pyro model with their densities: many at once where the model allows it."""
 
 from __future__ import annotations
 
@@ -8,37 +8,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from stochdyn._checks import check_positive_int
-from stochdyn.diagnostics.sites import Site, is_delta, read_sites
-from stochdyn.errors import ShapeError, StochdynWarning, UnknownSiteError
+from stochdyn.diagnostics.probe import Chunk, NotVectorisedError, Probe, Program, random_values
+from stochdyn.diagnostics.sites import Site
+from stochdyn.errors import StochdynWarning
 
 __all__ = ["PosteriorDraws", "draw_posterior", "evaluate_draws", "seeded"]
 
-_PLATE = "_stochdyn_draws"
 _MAX_ELEMENTS = 2**23
-
-Program = Callable[..., Any]
 
 
 @dataclass
 class PosteriorDraws:
-    """Draws from a guide or a sampler, with what the model says about each; all tensors lead with the draw axis.
+    """Draws from a guide or a sampler, with what the model says about each.
+
+    All tensors lead with the draw axis.
 
     Attributes:
         values: latent and deterministic sites, ``(S, *batch, *event)``.
         predictive: observed sites drawn anew, ``(S, *batch, *event)``; empty unless asked for.
-        log_likelihood: observed sites' log densities, pointwise, ``(S, *batch)``: neither scaled by subsampling nor
-            by ``poutine.scale``, and zero where masked.
+        log_likelihood: observed sites' log densities, pointwise, ``(S, *batch)``: neither scaled by
+            subsampling nor by ``poutine.scale``, and zero where masked.
         log_joint: ``(S,)`` log density of latent and observed sites, scaled as the model says.
-        log_guide: ``(S,)`` log density of the guide, scaled likewise; NaN where it has none (a point mass), None for
-            draws that no guide made.
+        log_guide: ``(S,)`` log density of the guide, scaled likewise; NaN where it has none (a point mass),
+            None for draws that no guide made.
         sites: what each site of the model is, by name.
         subsamples: the indices of every subsampled plate. All draws share them.
         vectorised: whether the model ran on many draws at once.
@@ -74,9 +71,10 @@ def draw_posterior(
 ) -> PosteriorDraws:
     """Draw from a guide and evaluate the model's and the guide's density at every draw.
 
-    The model and the guide run inside one further, outermost plate, a chunk of draws at a time. Some draws are then
-    evaluated once more on their own; a model that isn't written for further batch axes fails or disagrees there, and
-    all draws are made one by one instead. A subsampled plate keeps one minibatch for all draws.
+    The model and the guide run inside one further, outermost plate, a chunk of draws at a time. Some draws
+    are then evaluated once more on their own; a model that isn't written for further batch axes fails or
+    disagrees there, and all draws are made one by one instead. A subsampled plate keeps one minibatch for all
+    draws.
 
     Args:
         model: Pyro model.
@@ -95,6 +93,7 @@ def draw_posterior(
         UnknownSiteError: if model and guide don't have the same latent sites.
 
     Example:
+        >>> import pyro
         >>> import pyro.distributions as dist
         >>> def model(y):
         ...     rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
@@ -107,7 +106,7 @@ def draw_posterior(
     """
     check_positive_int(num_draws, "num_draws")
     with torch.no_grad(), seeded(seed):
-        probe = _Probe(model, guide, tuple(args), dict(kwargs or {}), predictive)
+        probe = Probe(model, guide, tuple(args), dict(kwargs or {}), predictive)
         return _collect(probe, num_draws, chunk_size)
 
 
@@ -140,13 +139,13 @@ def evaluate_draws(
         ShapeError: if a site's draws have another shape than the model gives it.
     """
     with torch.no_grad(), seeded(seed):
-        probe = _Probe(model, None, tuple(args), dict(kwargs or {}), predictive, values)
+        probe = Probe(model, None, tuple(args), dict(kwargs or {}), predictive, values)
         return _collect(probe, next(iter(values.values())).shape[0], chunk_size)
 
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Draw from a generator seeded by ``seed`` and give the global random state back; None changes nothing."""
+    """Draw from ``seed`` on and give the global random state back in the end; None changes nothing."""
     if seed is None:
         yield
         return
@@ -155,174 +154,7 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-class _SetValues(Messenger):
-    """Give random sites their values; unlike ``condition`` they stay random, unlike ``replay`` they need no trace."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.given = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.given and not msg["is_observed"]:
-            msg["value"] = self.given[msg["name"]]
-            msg["done"] = True
-
-
-@dataclass
-class _Chunk:
-    """Traces of a model and a guide on ``size`` draws; the draw axis is ``depth`` from the right of batch shapes."""
-
-    model: poutine.Trace
-    guide: poutine.Trace | None
-    replica: poutine.Trace | None
-    size: int
-    depth: int
-
-
-class _Probe:
-    """One run of guide and model on a single draw: which sites there are, and their shapes."""
-
-    def __init__(
-        self,
-        model: Program,
-        guide: Program | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        predictive: bool,
-        given: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        self.predictive, self.given = predictive, given
-        self.subsamples: dict[str, Tensor] = {}
-        first: dict[str, Any] = {name: value[0] for name, value in (given or {}).items()}
-        self.guide_trace = None
-        if guide is not None:
-            raw = poutine.trace(guide).get_trace(*args, **kwargs)
-            self._keep_subsamples(raw)
-            self.guide_trace = prune_subsample_sites(raw)
-            first = _random_values(self.guide_trace)
-        raw = poutine.trace(_SetValues({**self.subsamples, **first})(model)).get_trace(*args, **kwargs)
-        self._keep_subsamples(raw)
-        self.model_trace = prune_subsample_sites(raw)
-        self.sites = read_sites(self.model_trace)
-        self._check_names(first)
-        self.points: set[str] = set()
-        if self.guide_trace is not None:
-            self.points = {
-                name
-                for name in first
-                if name in self.sites
-                and is_delta(self.guide_trace.nodes[name]["fn"])
-                and not is_delta(self.model_trace.nodes[name]["fn"])
-            }
-        traces = [self.model_trace] + ([self.guide_trace] if self.guide_trace is not None else [])
-        self.depth = 1 + max(_batch_depth(trace) for trace in traces)
-        self.elements = sum(_numel(site.get("value")) for trace in traces for site in trace.nodes.values())
-
-    def _keep_subsamples(self, trace: poutine.Trace) -> None:
-        for name, site in trace.nodes.items():
-            if site_is_subsample(site):
-                self.subsamples[name] = site["value"]
-
-    def _check_names(self, given: Mapping[str, Any]) -> None:
-        wanted = {name for name, site in self.sites.items() if site.kind == "latent"}
-        missing = sorted(wanted - set(given))
-        source = "guide" if self.guide is not None else "draws"
-        if missing:
-            raise UnknownSiteError(
-                f"the {source} lacks sites of the model" if self.guide is not None else "draws lack sites of the model",
-                got=", ".join(sorted(given)) or "none",
-                expected=", ".join(missing),
-                hint="every latent site needs a guide site; enumerated sites must be sampled or marginalised",
-            )
-        foreign = sorted(
-            name
-            for name in set(given) - wanted
-            if self.guide_trace is None or not self.guide_trace.nodes[name]["infer"].get("is_auxiliary")
-        )
-        if foreign:
-            raise UnknownSiteError(
-                f"the {source} has sites that the model lacks" if self.guide is not None else "draws of unknown sites",
-                got=", ".join(foreign),
-                expected=", ".join(sorted(wanted)),
-                hint="mark helper sites of a guide with infer={'is_auxiliary': True}",
-            )
-        if self.guide is None:
-            for name, value in (self.given or {}).items():
-                if tuple(value.shape[1:]) != self.sites[name].shape:
-                    raise ShapeError(
-                        f"draws of {name!r} have the wrong shape",
-                        got=f"shape {tuple(value.shape)}",
-                        expected=f"(draws, {', '.join(map(str, self.sites[name].shape))})",
-                    )
-
-    def run(
-        self, start: int, size: int, depth: int, values: dict[str, Any] | None = None, predictive: bool = True
-    ) -> _Chunk:
-        """Run on ``size`` draws in a plate (``depth > 0``) or on one draw (``depth == 0``), at ``values`` if given."""
-
-        def plated(program: Program) -> Program:
-            if depth == 0:
-                return program
-
-            def inside(*args: Any, **kwargs: Any) -> Any:
-                with pyro.plate(_PLATE, size, dim=-depth):
-                    return program(*args, **kwargs)
-
-            return inside
-
-        guide_trace = None
-        if self.guide is not None:
-            wrapped = _SetValues({**self.subsamples, **(values or {})})(plated(self.guide))
-            guide_trace = self._trace(wrapped)
-            values = _random_values(guide_trace)
-        elif values is None:
-            assert self.given is not None
-            values = {
-                name: self._spread(value[start : start + size], self.sites[name], depth)
-                for name, value in self.given.items()
-            }
-        known = {**self.subsamples, **(values or {})}
-        model_trace = self._trace(_SetValues(known)(plated(self.model)))
-        replica = None
-        if self.predictive and predictive:
-            replica = self._trace(_SetValues(known)(plated(poutine.uncondition(self.model))), densities=False)
-        return _Chunk(model_trace, guide_trace, replica, size, depth)
-
-    def _trace(self, program: Program, densities: bool = True) -> poutine.Trace:
-        # every plate leaves a site with its indices: ours and the model's are no part of the density
-        trace = prune_subsample_sites(poutine.trace(program).get_trace(*self.args, **self.kwargs))
-        if densities:
-            trace.compute_log_prob()
-        return trace
-
-    @staticmethod
-    def _spread(value: Tensor, site: Site, depth: int) -> Tensor:
-        if depth == 0:
-            return value[0]
-        gap = depth - 1 - len(site.batch_shape)
-        return value.reshape(value.shape[0], *(1,) * gap, *value.shape[1:])
-
-
-def _random_values(trace: poutine.Trace) -> dict[str, Any]:
-    return {
-        name: site["value"]
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
-    }
-
-
-def _batch_depth(trace: poutine.Trace) -> int:
-    sites = [s for s in trace.nodes.values() if s["type"] == "sample"]
-    frames = [-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
-    return max(frames + [len(s["fn"].batch_shape) for s in sites if hasattr(s["fn"], "batch_shape")], default=0)
-
-
-def _numel(value: Any) -> int:
-    return value.numel() if isinstance(value, Tensor) else 0
-
-
-def _collect(probe: _Probe, num_draws: int, chunk_size: int | None) -> PosteriorDraws:
+def _collect(probe: Probe, num_draws: int, chunk_size: int | None) -> PosteriorDraws:
     if chunk_size is None:
         chunk_size = max(1, _MAX_ELEMENTS // max(probe.elements, 1))
     check_positive_int(chunk_size, "chunk_size")
@@ -332,9 +164,9 @@ def _collect(probe: _Probe, num_draws: int, chunk_size: int | None) -> Posterior
     except Exception as error:  # whatever a model may raise on axes that it wasn't written for
         reason = str(error).strip().splitlines()
         warnings.warn(
-            "The model and guide can't be run on many draws at once, so they run once a draw, which is slow. Declare "
-            "batch axes with pyro.plate and index from the right, as in x[..., 0], to speed this up. What went "
-            f"wrong: {reason[0] if reason else type(error).__name__}",
+            "The model and guide can't be run on many draws at once, so they run once a draw, which is slow. "
+            "Declare batch axes with pyro.plate and index from the right, as in x[..., 0], to speed this up. "
+            f"What went wrong: {reason[0] if reason else type(error).__name__}",
             StochdynWarning,
             stacklevel=4,
         )
@@ -342,11 +174,7 @@ def _collect(probe: _Probe, num_draws: int, chunk_size: int | None) -> Posterior
     return _join(probe, (_read(probe, probe.run(i, 1, 0)) for i in range(num_draws)), False)
 
 
-class _NotVectorisedError(Exception):
-    """A run on many draws disagrees with a run on one of them."""
-
-
-def _vectorised_chunks(probe: _Probe, num_draws: int, chunk_size: int) -> Iterator[PosteriorDraws]:
+def _vectorised_chunks(probe: Probe, num_draws: int, chunk_size: int) -> Iterator[PosteriorDraws]:
     for start in range(0, num_draws, chunk_size):
         chunk = probe.run(start, min(chunk_size, num_draws - start), probe.depth)
         draws = _read(probe, chunk)
@@ -356,12 +184,13 @@ def _vectorised_chunks(probe: _Probe, num_draws: int, chunk_size: int) -> Iterat
         yield draws
 
 
-def _check_against_single(probe: _Probe, chunk: _Chunk, draws: PosteriorDraws, index: int) -> None:
-    """Raise unless the chunk's draw ``index``, run on its own, has the same densities and deterministic values."""
+def _check_against_single(probe: Probe, chunk: Chunk, draws: PosteriorDraws, index: int) -> None:
+    """Raise unless the chunk's draw ``index``, run alone, has the same densities and deterministic values."""
     if chunk.guide is not None and probe.guide_trace is not None:
-        shapes = {name: site["value"].shape for name, site in probe.guide_trace.nodes.items() if site["type"] == "sample"}
+        shapes = {name: value.shape for name, value in random_values(probe.guide_trace).items()}
         values = {
-            name: _take(value, chunk.size, shapes[name])[index] for name, value in _random_values(chunk.guide).items()
+            name: _take(value, chunk.size, shapes[name])[index]
+            for name, value in random_values(chunk.guide).items()
         }
     else:
         values = {n: v[index] for n, v in draws.values.items() if probe.sites[n].kind == "latent"}
@@ -371,15 +200,15 @@ def _check_against_single(probe: _Probe, chunk: _Chunk, draws: PosteriorDraws, i
         pairs["the guide's density"] = (draws.log_guide[index], single.log_guide[0])
     for name in draws.values:
         pairs[f"site {name!r}"] = (draws.values[name][index], single.values[name][0])
-    for name in draws.log_likelihood:
-        pairs[f"the likelihood of {name!r}"] = (draws.log_likelihood[name][index], single.log_likelihood[name][0])
+    for name, likelihood in draws.log_likelihood.items():
+        pairs[f"the likelihood of {name!r}"] = (likelihood[index], single.log_likelihood[name][0])
     for what, (many, one) in pairs.items():
         tolerance = 30 * torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() else 0.0
         if not torch.allclose(many, one, rtol=tolerance, atol=tolerance, equal_nan=True):
-            raise _NotVectorisedError(f"{what} of a draw among many differs from that of the draw alone")
+            raise NotVectorisedError(f"{what} of a draw among many differs from that of the draw alone")
 
 
-def _read(probe: _Probe, chunk: _Chunk) -> PosteriorDraws:
+def _read(probe: Probe, chunk: Chunk) -> PosteriorDraws:
     """Turn traces into tensors that lead with the draw axis."""
     values, likelihood, predictive = {}, {}, {}
     for name, site in probe.sites.items():
@@ -401,18 +230,18 @@ def _read(probe: _Probe, chunk: _Chunk) -> PosteriorDraws:
     return PosteriorDraws(values, predictive, likelihood, log_joint, log_guide, probe.sites)
 
 
-def _take(value: Tensor, size: int, shape: tuple[int, ...]) -> Tensor:
+def _take(value: Any, size: int, shape: tuple[int, ...]) -> Tensor:
     """Return ``value`` as ``(size, *shape)``, repeated where it doesn't depend on the draw."""
     full = torch.Size((size, *shape))
     if value.numel() == full.numel():
         return value.reshape(full)
     if value.numel() == torch.Size(shape).numel():
         return value.reshape(shape).expand(full)
-    raise _NotVectorisedError(f"a value has shape {tuple(value.shape)} where {tuple(full)} was due")
+    raise NotVectorisedError(f"a value has shape {tuple(value.shape)} where {tuple(full)} was due")
 
 
-def _density(trace: poutine.Trace, chunk: _Chunk) -> Tensor:
-    """Sum log densities over all axes but the draws'; in double precision, since weights are differences of sums."""
+def _density(trace: poutine.Trace, chunk: Chunk) -> Tensor:
+    """Sum log densities over all axes but the draws'; in double precision, as weights are differences."""
     total: Tensor | None = None
     for node in trace.nodes.values():
         if node["type"] != "sample":
@@ -425,7 +254,8 @@ def _density(trace: poutine.Trace, chunk: _Chunk) -> Tensor:
         elif not bool(log_prob.any()):
             continue  # masked out as a whole, as deterministic sites are
         else:
-            raise _NotVectorisedError(f"site {node['name']!r} has a log density of shape {tuple(log_prob.shape)}")
+            shape = tuple(log_prob.shape)
+            raise NotVectorisedError(f"site {node['name']!r} has a log density of shape {shape}")
         total = part if total is None else total + part.to(total.device)
     return torch.zeros(chunk.size, dtype=torch.float64) if total is None else total
 
@@ -434,7 +264,7 @@ def _is_constant(draws: Tensor) -> bool:
     return draws.shape[0] > 1 and bool((draws == draws[:1]).all())
 
 
-def _join(probe: _Probe, chunks: Iterator[PosteriorDraws], vectorised: bool) -> PosteriorDraws:
+def _join(probe: Probe, chunks: Iterator[PosteriorDraws], vectorised: bool) -> PosteriorDraws:
     parts = list(chunks)
 
     def joined(pick: Callable[[PosteriorDraws], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -32,20 +32,23 @@ def to_inference_data(
     predictive: bool = True,
     chunk_size: int | None = None,
 ) -> Any:
-    r"""Draw from a guide, or take the draws of an MCMC run, and put all that ArviZ asks for into its container.
+    r"""Draw from a guide, or take an MCMC run's draws, and put all that ArviZ asks for into its container.
 
-    Groups: ``posterior`` (latent and deterministic sites), ``posterior_predictive`` (observed sites drawn anew),
-    ``log_likelihood`` (observed sites, pointwise over their batch axes), ``observed_data``, ``constant_data`` (the
-    grid ``{site}_ts`` of each path site, the indices of subsampled plates and the array arguments that aren't
-    observed) and ``sample_stats``: ``lp``, the log joint density, ``log_q``, the log density of the guide, and
+    Groups: ``posterior`` (latent and deterministic sites), ``posterior_predictive`` (observed sites drawn
+    anew), ``log_likelihood`` (observed sites, pointwise over their batch axes), ``observed_data``,
+    ``constant_data`` (the grid ``{site}_ts`` of each path site, the indices of subsampled plates and the
+    array arguments that aren't observed) and ``sample_stats``: ``lp``, the log joint density, ``log_q``, the
+    log density of the guide, and
 
     .. math:: \mathtt{log\_weight} = \log p(y, z) - \log q(z), \qquad z\sim q,
 
     the log importance weight of a draw; these two are NaN for a guide without a density (a point mass such as
-    ``AutoDelta``) and left out for MCMC, which has ``diverging`` instead. With a subsampled plate all draws share
-    one minibatch, densities are scaled as in the ELBO, and ``log_likelihood`` is that of the minibatch, unscaled.
+    ``AutoDelta``) and left out for MCMC, which has ``diverging`` instead. With a subsampled plate all draws
+    share one minibatch, densities are scaled as in the ELBO, and ``log_likelihood`` is that of the minibatch,
+    unscaled.
 
-    Axes are named by their plates; a path site ``x`` lies on ``(x_time, x_dim)``, with the grid as coordinate.
+    Axes are named by their plates; a path site ``x`` lies on ``(x_time, x_dim)``, with the grid as
+    coordinate.
 
     Args:
         model: Pyro model.
@@ -146,10 +149,11 @@ def _mcmc_draws(
         chunk_size=chunk_size,
     )
     extra = {}
-    if "divergences" in mcmc._diagnostics[0]:
+    diagnostics: list[Any] = mcmc._diagnostics
+    if "divergences" in diagnostics[0]:
         diverging = torch.zeros(chains, per_chain, dtype=torch.bool)
         for chain in range(chains):
-            diverging[chain, mcmc._diagnostics[chain]["divergences"]] = True
+            diverging[chain, diagnostics[chain]["divergences"]] = True
         extra["diverging"] = diverging.flatten()
     return draws, chains, extra
 
@@ -163,7 +167,8 @@ def _axes(draws: PosteriorDraws) -> tuple[dict[str, list[str]], dict[str, np.nda
         if site.kind == "factor":
             continue
         names = [
-            f"{name}_dim_{i}" if plate is None else _plate_dim(plate, draws) for i, plate in enumerate(site.plates)
+            f"{name}_dim_{i}" if plate is None else _plate_dim(plate, draws)
+            for i, plate in enumerate(site.plates)
         ]
         if site.times is not None:
             gap = len(site.shape) - 2 - len(names)
@@ -190,14 +195,17 @@ def _array_arguments(
 ) -> dict[str, Tensor | np.ndarray]:
     """Return the tensors and arrays among the arguments under the names that the model gives them."""
     try:
-        named = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model).bind(*args, **kwargs)
+        program = model.forward if isinstance(model, torch.nn.Module) else model
+        named = inspect.signature(program).bind(*args, **kwargs)
         arguments = {**named.arguments, **named.arguments.pop("kwargs", {})}
     except (TypeError, ValueError):
         arguments = {**{f"arg_{i}": value for i, value in enumerate(args)}, **kwargs}
     flat: dict[str, Any] = {}
     for name, value in arguments.items():
-        parts = value if isinstance(value, tuple | list) else None
-        flat.update({f"{name}_{i}": part for i, part in enumerate(parts)} if parts is not None else {name: value})
+        if isinstance(value, tuple | list):
+            flat.update({f"{name}_{i}": part for i, part in enumerate(value)})
+        else:
+            flat[name] = value
     return {name: value for name, value in flat.items() if isinstance(value, Tensor | np.ndarray)}
 
 

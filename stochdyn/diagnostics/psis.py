@@ -26,8 +26,8 @@ __all__ = [
     "pareto_smooth",
 ]
 
-# ArviZ has no public function for this in both majors: 0.x has psislw, 1.x only an array method that takes log
-# likelihoods (the other sign) and always normalises. Both are oracles of the tests instead.
+# ArviZ has no public function for this in both majors: 0.x has psislw, 1.x only an array method that takes
+# log likelihoods (the other sign) and normalises. Both are oracles of the tests instead.
 
 _MIN_DRAWS = 100
 
@@ -64,20 +64,22 @@ class ImportanceEvidence:
 def pareto_smooth(
     log_weights: Tensor | np.ndarray, *, relative_efficiency: float = 1.0, rounding: float | None = None
 ) -> ParetoSmoothed:
-    r"""Replace the largest importance weights by quantiles of a generalised Pareto distribution fitted to them.
+    r"""Replace the largest importance weights by quantiles of a Pareto distribution fitted to them.
 
-    The :math:`M=\lceil\min(S/5,\,3\sqrt{S/r})\rceil` largest weights, less the next smaller one, are fitted by
+    The :math:`M=\lceil\min(S/5,\,3\sqrt{S/r})\rceil` largest weights, less the next smaller one, are fitted
+    by
 
     .. math:: p(y\mid\sigma,k)=\frac1\sigma\Big(1+\frac{k\,y}{\sigma}\Big)^{-1/k-1},
 
-    and become its quantiles at :math:`(j-\frac12)/M`, cut at the largest raw weight. The weights have :math:`1/k`
-    finite moments: with :math:`\hat k<0.5` their variance is finite, above 0.7 no sample size is enough in practice.
+    and become its quantiles at :math:`(j-\frac12)/M`, cut at the largest raw weight. The weights have
+    :math:`1/k` finite moments: with :math:`\hat k<0.5` their variance is finite, above 0.7 no sample size is
+    enough in practice.
 
     Args:
         log_weights: ``(..., S)``; minus infinity is a weight of zero.
         relative_efficiency: effective over actual number of draws, ``r``; 1 for independent ones.
-        rounding: log weights within it of each other count as equal; by default 1000 units in the last place of
-            the largest. If all are equal there is no tail: the weights stay and ``khat`` is 0.
+        rounding: log weights within it of each other count as equal; by default 1000 units in the last place
+            of the largest. If all are equal there is no tail: the weights stay and ``khat`` is 0.
 
     Returns:
         Smoothed log weights and k-hat; the latter is infinite if fewer than five weights exceed the rest.
@@ -88,13 +90,14 @@ def pareto_smooth(
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
-        >>> tail = -0.9 * torch.log(torch.rand(4000, generator=generator))  # weights with a Pareto tail, k = 0.9
+        >>> tail = -0.9 * torch.log(torch.rand(4000, generator=generator))  # Pareto, k = 0.9
         >>> bool((pareto_smooth(tail).khat - 0.9).abs() < 0.2)
         True
 
     Reference:
-        Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto smoothed importance sampling", 2024, sections 2 and 3;
-        Zhang and Stephens, "A new and efficient estimation method for the generalized Pareto distribution", 2009.
+        Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto smoothed importance sampling", 2024, sections 2 and
+        3; Zhang and Stephens, "A new and efficient estimation method for the generalized Pareto
+        distribution", 2009.
     """
     given = _checked(log_weights, _MIN_DRAWS)
     check_positive(relative_efficiency, "relative_efficiency")
@@ -127,7 +130,9 @@ def _smooth_row(log_weights: Tensor, tail: int, rounding: float) -> tuple[Tensor
     if not (math.isfinite(k) and math.isfinite(sigma)):
         return log_weights, k
     levels = (torch.arange(above, dtype=torch.float64, device=log_weights.device) + 0.5) / above
-    quantiles = sigma * torch.expm1(-k * torch.log1p(-levels)) / k if k != 0 else -sigma * torch.log1p(-levels)
+    quantiles = (
+        sigma * torch.expm1(-k * torch.log1p(-levels)) / k if k != 0 else -sigma * torch.log1p(-levels)
+    )
     out = log_weights.clone()
     out[order[-above:]] = (quantiles + math.exp(cutoff)).log().clamp(max=0.0)
     return out, k
@@ -137,7 +142,8 @@ def fit_generalized_pareto(excess: Tensor) -> tuple[float, float]:
     """Fit shape and scale to ascending positive ``excess (M,)``; the shape is drawn weakly to 0.5.
 
     Reference:
-        Zhang and Stephens (2009), with the prior of Vehtari et al. (2024), appendix C: 10 pseudo-observations at 0.5.
+        Zhang and Stephens (2009), with the prior of Vehtari et al. (2024), appendix C: 10 pseudo-observations
+        at 0.5.
     """
     count = excess.shape[0]
     grid = 30 + int(math.sqrt(count))
@@ -165,10 +171,11 @@ def khat(
     *,
     chunk_size: int | None = None,
 ) -> float:
-    r"""Return the k-hat of a guide: how heavy the tail of the weights :math:`p(y,z)/q(z)` is, :math:`z\sim q`.
+    r"""Return the k-hat of a guide: how heavy the tail of the weights :math:`p(y,z)/q(z)` is.
 
-    Below 0.5 the guide is close to the posterior; up to 0.7 importance weights can repair it; above, it misses mass
-    that matters (a guide that is too narrow, say). The densities are those of the sites, so never a surrogate.
+    Below 0.5 the guide is close to the posterior; up to 0.7 importance weights can repair it; above, it
+    misses mass that matters (a guide that is too narrow, say). The densities are those of the sites, so never
+    a surrogate.
 
     Args:
         model: Pyro model.
@@ -193,7 +200,7 @@ def khat(
         >>> def model():
         ...     pyro.sample("x", dist.Normal(0.0, 1.0))
         >>> def too_narrow():
-        ...     pyro.sample("x", dist.Normal(0.0, 0.5))
+        ...     pyro.sample("x", dist.Normal(0.0, 0.3))
         >>> khat(model, too_narrow) > 0.7
         True
 
@@ -205,7 +212,9 @@ def khat(
     draws = draw_posterior(model, guide, args, kwargs, num_draws=num_draws, seed=seed, chunk_size=chunk_size)
     log_weights = draws.log_weights
     if bool(log_weights.isnan().all()):
-        raise InvalidInputError("the guide has no density, so no weights", hint="AutoDelta is a point estimate")
+        raise InvalidInputError(
+            "the guide has no density, so no weights", hint="AutoDelta is a point estimate"
+        )
     precisions = [torch.finfo(v.dtype).eps for v in draws.values.values() if v.is_floating_point()]
     # weights are differences of sums of this size in this precision
     rounding = 1e2 * max(precisions, default=1e-16) * max(1.0, draws.log_joint.abs().median().item())
@@ -269,7 +278,9 @@ def importance_mean(values: Tensor, log_weights: Tensor | np.ndarray) -> Estimat
     """
     lw = _checked(log_weights, 2, ndim=1).to(values.device)
     if values.ndim == 0 or values.shape[0] != lw.shape[0]:
-        raise ShapeError("values need one entry a weight", got=f"shape {tuple(values.shape)}", expected=lw.shape[0])
+        raise ShapeError(
+            "values need one entry a weight", got=f"shape {tuple(values.shape)}", expected=lw.shape[0]
+        )
     weight = torch.softmax(lw.to(values.dtype), 0).reshape(-1, *(1,) * (values.ndim - 1))
     mean = (weight * values).sum(0)
     return Estimate(mean, (weight**2 * (values - mean) ** 2).sum(0).sqrt())
@@ -288,8 +299,8 @@ def effective_sample_size(log_weights: Tensor | np.ndarray) -> Tensor:
         NonFiniteError: as :func:`pareto_smooth`.
 
     Example:
-        >>> effective_sample_size(torch.zeros(50))
-        tensor(50.)
+        >>> effective_sample_size(torch.tensor([0.0, 0.0, -torch.inf]))
+        tensor(2.)
 
     Reference:
         Kish, "Survey sampling", 1965.
@@ -303,7 +314,9 @@ def _checked(log_weights: Tensor | np.ndarray, minimum: int, ndim: int | None = 
     lw = lw if lw.is_floating_point() else lw.double()
     if lw.ndim == 0 or (ndim is not None and lw.ndim != ndim):
         raise ShapeError(
-            "log_weights has the wrong number of axes", got=f"shape {tuple(lw.shape)}", expected="(..., draws)"
+            "log_weights has the wrong number of axes",
+            got=f"shape {tuple(lw.shape)}",
+            expected="(..., draws)",
         )
     check_nonempty(lw, "log_weights")
     if lw.shape[-1] < minimum:
@@ -312,7 +325,8 @@ def _checked(log_weights: Tensor | np.ndarray, minimum: int, ndim: int | None = 
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
         raise NonFiniteError(
-            "log_weights must not be NaN or plus infinity", got=f"log_weights{where}={lw[tuple(where)].item()}"
+            "log_weights must not be NaN or plus infinity",
+            got=f"log_weights{where}={lw[tuple(where)].item()}",
         )
     if bool((lw == -math.inf).all(-1).any()):
         raise NonFiniteError("all weights are zero", hint="the proposal misses the target's support")
@@ -320,4 +334,6 @@ def _checked(log_weights: Tensor | np.ndarray, minimum: int, ndim: int | None = 
 
 
 def _too_few(got: int, minimum: int) -> TooFewDrawsError:
-    return TooFewDrawsError("too few draws for the tail of the weights", got=got, expected=f"at least {minimum}")
+    return TooFewDrawsError(
+        "too few draws for the tail of the weights", got=got, expected=f"at least {minimum}"
+    )

@@ -1,4 +1,4 @@
-"""What the sites of a Pyro trace are: latent, deterministic or observed, their plates, and the time grid of paths."""
+"""What the sites of a Pyro trace are: latent, deterministic or observed; their plates and time grids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = Literal["latent", "deterministic", "observed", "factor"]
 
 @runtime_checkable
 class HasTimes(Protocol):
-    """A distribution over paths: it carries the grid ``ts (T,)``, and its event is ``(T, d)`` or ``(T - 1, d)``."""
+    """A distribution over paths, of events ``(T, d)`` or ``(T - 1, d)``, that carries its grid ``(T,)``."""
 
     ts: Tensor
 
@@ -70,14 +70,15 @@ def _unwrap(fn: Any) -> Any:
 
 
 def _grids(trace: poutine.Trace) -> dict[str, Tensor]:
-    """Find the grid of every path site; increments name the deterministic path that they drive in ``infer["path"]``."""
-    grids = {}
+    """Find the grid of every path site; increments name the path that they drive in ``infer["path"]``."""
+    grids: dict[str, Tensor] = {}
     for name, node in trace.nodes.items():
         fn = _unwrap(node["fn"]) if node["type"] == "sample" else None
         if isinstance(fn, HasTimes):
+            infer: Any = node["infer"]
             grids[name] = fn.ts
-            if "path" in node["infer"]:
-                grids[node["infer"]["path"]] = fn.ts
+            if "path" in infer:
+                grids[infer["path"]] = fn.ts
     return grids
 
 

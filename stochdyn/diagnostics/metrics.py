@@ -1,0 +1,375 @@
+"""Distances between samples and scores of predictions."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stochdyn._checks import (
+    check_event_size,
+    check_finite,
+    check_ndim,
+    check_nonempty,
+    check_positive,
+    check_same_device,
+)
+from stochdyn.core.path import Estimate
+from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError, TooFewDrawsError
+
+__all__ = [
+    "crps",
+    "emd",
+    "energy_distance",
+    "interval_coverage",
+    "mmd",
+    "negative_log_predictive_density",
+    "psnr",
+    "rmse",
+]
+
+Sample = Tensor | np.ndarray
+
+
+def emd(
+    x: Sample, y: Sample, p: float = 2, weights_x: Sample | None = None, weights_y: Sample | None = None
+) -> float:
+    r"""Return the exact optimal transport distance between two samples, solved as a linear programme.
+
+    .. math:: W_p(x,y)=\Big(\min_{\pi\in\Pi(a,b)}\sum_{ij}\pi_{ij}\,|x_i-y_j|^p\Big)^{1/p}
+
+    with the Euclidean distance; in one dimension by sorting.
+
+    Args:
+        x: ``(n, d)`` points, or ``(n,)`` for points on the line.
+        y: ``(m, d)`` or ``(m,)``.
+        p: order, at least 1.
+        weights_x: ``(n,)`` non-negative, made to sum to 1; equal if None.
+        weights_y: ``(m,)``.
+
+    Returns:
+        The distance, in the units of ``x``.
+
+    Raises:
+        EmptyDataError: if a sample is empty.
+        NonFiniteError: if a point or a weight isn't finite.
+        ShapeError: if dimensions differ, or weights don't fit.
+        InvalidInputError: if ``p < 1`` or a weight is negative.
+
+    Example:
+        >>> emd(torch.zeros(5, 2), torch.ones(3, 2))  # doctest: +ELLIPSIS
+        1.414213...
+
+    Reference:
+        Peyré and Cuturi, "Computational optimal transport", 2019, equation 2.15; Flamary et al., "POT", 2021.
+    """
+    if not math.isfinite(p) or p < 1:
+        raise InvalidInputError("p must be at least 1", got=p)
+    x, y = _samples(x, y)
+    a, b = _weights(weights_x, x, "weights_x"), _weights(weights_y, y, "weights_y")
+    import ot
+
+    if x.shape[1] == 1:
+        cost = ot.emd2_1d(x[:, 0].numpy(), y[:, 0].numpy(), a, b, metric="minkowski", p=p)
+        return float(max(cost, 0.0) ** (1 / p))
+    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # POT's own warning says the same with less
+        cost, log = ot.emd2(a, b, distance**p, numItermax=10_000_000, log=True)
+    if log["warning"] is not None:
+        warnings.warn(
+            f"The transport problem wasn't solved to the end: {log['warning']}",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return float(max(float(cost), 0.0) ** (1 / p))
+
+
+def energy_distance(x: Sample, y: Sample) -> Tensor:
+    r"""Return the energy distance between two samples, zero only if their laws agree.
+
+    .. math:: D^2=2\,E|X-Y|-E|X-X'|-E|Y-Y'|
+
+    over all pairs, a point with itself included, so that :math:`D^2\ge0`.
+
+    Args:
+        x: ``(n, d)`` or ``(n,)``.
+        y: ``(m, d)`` or ``(m,)``.
+
+    Returns:
+        Scalar ``D``, in double precision.
+
+    Raises:
+        EmptyDataError, NonFiniteError, ShapeError: as :func:`emd`.
+
+    Example:
+        >>> energy_distance(torch.zeros(4), torch.ones(4))
+        tensor(1.4142, dtype=torch.float64)
+
+    Reference:
+        Székely and Rizzo, "Energy statistics", 2013, equation 5.
+    """
+    x, y = _samples(x, y)
+    squared = 2 * _mean_distance(x, y) - _mean_distance(x, x) - _mean_distance(y, y)
+    return squared.clamp(min=0).sqrt()
+
+
+def mmd(x: Sample, y: Sample, bandwidth: float | None = None) -> Tensor:
+    r"""Return the maximum mean discrepancy of two samples under a Gaussian kernel.
+
+    .. math:: \mathrm{MMD}^2=E\,k(X,X')+E\,k(Y,Y')-2\,E\,k(X,Y),\qquad k(x,y)=e^{-|x-y|^2/(2h^2)}
+
+    over all pairs, a point with itself included.
+
+    Args:
+        x: ``(n, d)`` or ``(n,)``.
+        y: ``(m, d)`` or ``(m,)``.
+        bandwidth: ``h``; the median distance within the joined sample if None.
+
+    Returns:
+        Scalar, in double precision.
+
+    Raises:
+        EmptyDataError, NonFiniteError, ShapeError: as :func:`emd`.
+        InvalidInputError: if the bandwidth isn't positive.
+
+    Example:
+        >>> mmd(torch.zeros(1), torch.ones(1), bandwidth=1.0)
+        tensor(0.8871, dtype=torch.float64)
+
+    Reference:
+        Gretton et al., "A kernel two-sample test", 2012, equation 5.
+    """
+    x, y = _samples(x, y)
+    if bandwidth is None:
+        joined = torch.cat([x, y])[:: max(1, (x.shape[0] + y.shape[0]) // 2000)]
+        distances = torch.pdist(joined)
+        bandwidth = distances.median().item() if distances.numel() else 1.0
+        bandwidth = bandwidth if bandwidth > 0 else 1.0
+    check_positive(bandwidth, "bandwidth")
+
+    def kernel(u: Tensor, v: Tensor) -> Tensor:
+        return _mean_over_pairs(u, v, lambda r: torch.exp(-(r**2) / (2 * bandwidth**2)))
+
+    return (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)).clamp(min=0).sqrt()
+
+
+def crps(draws: Tensor, value: Tensor, *, fair: bool = True) -> Tensor:
+    r"""Return the continuous ranked probability score of draws, the smaller the better.
+
+    .. math:: \mathrm{CRPS}(F,y)=E|X-y|-\tfrac12E|X-X'|,\qquad X,X'\sim F.
+
+    Args:
+        draws: ``(S, ...)`` from the predictive law.
+        value: ``(...)`` what came.
+        fair: whether to take the second mean over pairs of distinct draws, which makes the score unbiased for
+            the law they come from; else it is the score of the draws' own empirical law.
+
+    Returns:
+        ``(...)``, in the units of ``value``.
+
+    Raises:
+        TooFewDrawsError: with fewer than two draws.
+        ShapeError: if ``draws`` isn't ``(S, *value.shape)``.
+        NonFiniteError: if a draw or value isn't finite.
+
+    Example:
+        >>> crps(torch.tensor([0.0, 2.0]), torch.tensor(1.0), fair=False)
+        tensor(0.5000)
+
+    Reference:
+        Gneiting and Raftery, "Strictly proper scoring rules, prediction, and estimation", 2007, equation 21;
+        Ferro, "Fair scores for ensemble forecasts", 2014.
+    """
+    _check_draws(draws, value, minimum=2)
+    size = draws.shape[0]
+    ordered = draws.sort(0).values
+    rank = torch.arange(1, size + 1, dtype=draws.dtype, device=draws.device).reshape(-1, *(1,) * value.ndim)
+    spread = ((2 * rank - size - 1) * ordered).sum(0) / (size * (size - 1 if fair else size))  # ½ E|X - X'|
+    return (draws - value).abs().mean(0) - spread
+
+
+def interval_coverage(draws: Tensor, value: Tensor, level: float = 0.9) -> Estimate:
+    """Return how often central intervals of draws contain what came.
+
+    Args:
+        draws: ``(S, ...)``.
+        value: ``(...)``.
+        level: probability of the interval, in (0, 1).
+
+    Returns:
+        The fraction of entries inside and its binomial standard error at the nominal level, which holds if
+        entries are independent of each other.
+
+    Raises:
+        TooFewDrawsError: with fewer draws than two a tail.
+        ShapeError: if ``draws`` isn't ``(S, *value.shape)``.
+        NonFiniteError: if a draw or value isn't finite.
+        InvalidInputError: if the level isn't inside (0, 1).
+
+    Example:
+        >>> draws = torch.linspace(0, 1, 101)[:, None].expand(101, 4)
+        >>> interval_coverage(draws, torch.tensor([0.5, 0.1, 0.7, 2.0])).mean
+        tensor(0.7500)
+    """
+    if not 0 < level < 1:
+        raise InvalidInputError("level must lie strictly between 0 and 1", got=level)
+    _check_draws(draws, value, minimum=math.ceil(4 / (1 - level) - 1e-9))
+    edges = draws.new_tensor([(1 - level) / 2, (1 + level) / 2])
+    low, high = torch.quantile(draws, edges, dim=0)
+    inside = ((value >= low) & (value <= high)).to(draws.dtype)
+    stderr = math.sqrt(level * (1 - level) / value.numel())
+    return Estimate(inside.mean(), draws.new_tensor(stderr))
+
+
+def negative_log_predictive_density(log_likelihood: Tensor, log_weights: Tensor | None = None) -> Tensor:
+    r"""Return the negative log predictive density of each observation.
+
+    .. math:: -\log\sum_s\bar w_s\,p(y_i\mid z_s)
+
+    Args:
+        log_likelihood: ``(S, ...)`` pointwise, of held-out data at each draw.
+        log_weights: ``(S,)`` importance weights of the draws; equal if None.
+
+    Returns:
+        ``(...)`` in nats.
+
+    Raises:
+        EmptyDataError: if there are no draws.
+        ShapeError: if there isn't one weight a draw.
+
+    Example:
+        >>> negative_log_predictive_density(torch.log(torch.tensor([[0.2], [0.4]])))
+        tensor([1.2040])
+
+    Reference:
+        Gelman et al., "Bayesian data analysis", 2013, equation 7.4.
+    """
+    check_nonempty(log_likelihood, "log_likelihood")
+    size = log_likelihood.shape[0]
+    if log_weights is None:
+        return math.log(size) - log_likelihood.logsumexp(0)
+    if tuple(log_weights.shape) != (size,):
+        raise ShapeError(
+            "log_weights need one entry a draw", got=f"shape {tuple(log_weights.shape)}", expected=(size,)
+        )
+    normalised = torch.log_softmax(log_weights.to(log_likelihood.dtype), 0)
+    return -(log_likelihood + normalised.reshape(-1, *(1,) * (log_likelihood.ndim - 1))).logsumexp(0)
+
+
+def rmse(prediction: Tensor, target: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Return the root mean squared error.
+
+    Args:
+        prediction: any shape.
+        target: the same shape.
+        dim: axes to average over; all if None.
+
+    Returns:
+        The error, in the units of ``target``.
+
+    Raises:
+        EmptyDataError, ShapeError, NonFiniteError: for empty, unequal or non-finite input.
+
+    Example:
+        >>> rmse(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
+        tensor(1.4142)
+    """
+    _check_pair(prediction, target)
+    squared = (prediction - target) ** 2
+    return (squared.mean() if dim is None else squared.mean(dim)).sqrt()
+
+
+def psnr(
+    prediction: Tensor, target: Tensor, data_range: float = 1.0, dim: int | tuple[int, ...] | None = None
+) -> Tensor:
+    r"""Return the peak signal-to-noise ratio in decibels.
+
+    .. math:: 20\log_{10}(\mathtt{data\_range}/\mathrm{rmse})
+
+    Args:
+        prediction: any shape.
+        target: the same shape.
+        data_range: distance between the least and the largest possible value.
+        dim: axes to average the squared error over; all if None.
+
+    Returns:
+        Decibels; infinite if there is no error.
+
+    Raises:
+        EmptyDataError, ShapeError, NonFiniteError: as :func:`rmse`.
+        InvalidInputError: if ``data_range`` isn't positive.
+
+    Example:
+        >>> psnr(torch.full((4,), 0.1), torch.zeros(4))
+        tensor(20.)
+    """
+    check_positive(data_range, "data_range")
+    return 20 * torch.log10(data_range / rmse(prediction, target, dim))
+
+
+def _samples(x: Sample, y: Sample) -> tuple[Tensor, Tensor]:
+    pair = []
+    for value, name in ((x, "x"), (y, "y")):
+        points = torch.as_tensor(value).detach().double().cpu()
+        check_nonempty(points, name)
+        check_ndim(points, (1, 2), name, "(points, dim) or (points,)")
+        check_finite(points, name)
+        pair.append(points[:, None] if points.ndim == 1 else points)
+    check_event_size(pair[1], pair[0].shape[1], "y")
+    return pair[0], pair[1]
+
+
+def _weights(weights: Sample | None, points: Tensor, name: str) -> np.ndarray:
+    size = points.shape[0]
+    if weights is None:
+        return np.full(size, 1 / size)
+    w = torch.as_tensor(weights).detach().double().cpu()
+    if tuple(w.shape) != (size,):
+        raise ShapeError(f"{name} needs one entry a point", got=f"shape {tuple(w.shape)}", expected=(size,))
+    check_finite(w, name)
+    if bool((w < 0).any()) or not bool(w.sum() > 0):
+        raise InvalidInputError(
+            f"{name} must be non-negative with a positive sum", got=f"minimum {w.min().item():g}"
+        )
+    return (w / w.sum()).numpy()
+
+
+def _mean_distance(x: Tensor, y: Tensor) -> Tensor:
+    return _mean_over_pairs(x, y, lambda r: r)
+
+
+def _mean_over_pairs(x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    total = x.new_zeros(())
+    for rows in x.split(max(1, 2**22 // y.shape[0])):  # bounds the memory of the distances
+        total = total + function(torch.cdist(rows, y, compute_mode="donot_use_mm_for_euclid_dist")).sum()
+    return total / (x.shape[0] * y.shape[0])
+
+
+def _check_draws(draws: Tensor, value: Tensor, minimum: int) -> None:
+    check_nonempty(value, "value")
+    if draws.ndim != value.ndim + 1 or draws.shape[1:] != value.shape:
+        raise ShapeError(
+            "draws must have one more axis than value, in front",
+            got=f"draws {tuple(draws.shape)}, value {tuple(value.shape)}",
+        )
+    if draws.shape[0] < minimum:
+        raise TooFewDrawsError("too few draws", got=draws.shape[0], expected=f"at least {minimum}")
+    check_same_device(draws=draws, value=value)
+    check_finite(draws, "draws")
+    check_finite(value, "value")
+
+
+def _check_pair(prediction: Tensor, target: Tensor) -> None:
+    check_nonempty(prediction, "prediction")
+    if prediction.shape != target.shape:
+        raise ShapeError(
+            "prediction and target differ in shape",
+            got=f"{tuple(prediction.shape)} and {tuple(target.shape)}",
+        )
+    check_finite(prediction, "prediction")
+    check_finite(target, "target")

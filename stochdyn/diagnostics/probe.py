@@ -1,0 +1,201 @@
+"""One run of a Pyro model and its guide: which sites there are, and how to run them on many draws at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor
+
+from stochdyn.diagnostics.sites import Site, is_delta, read_sites
+from stochdyn.errors import ShapeError, UnknownSiteError
+
+__all__ = ["Chunk", "NotVectorisedError", "Probe", "Program", "SetValues", "random_values"]
+
+_PLATE = "_stochdyn_draws"
+
+Program = Callable[..., Any]
+
+
+class NotVectorisedError(Exception):
+    """A run on many draws disagrees with a run on one of them."""
+
+
+class SetValues(Messenger):
+    """Give sites their values; unlike under ``condition`` they stay random."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.given = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.given and not msg["is_observed"]:
+            msg["value"] = self.given[msg["name"]]
+            msg["done"] = True
+
+
+@dataclass
+class Chunk:
+    """Traces of model and guide on ``size`` draws, whose axis is ``depth`` from the right of batch shapes."""
+
+    model: poutine.Trace
+    guide: poutine.Trace | None
+    replica: poutine.Trace | None
+    size: int
+    depth: int
+
+
+class Probe:
+    """One run of guide and model on a single draw: which sites there are, and their shapes."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        predictive: bool,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.predictive, self.given = predictive, given
+        self.subsamples: dict[str, Tensor] = {}
+        first: dict[str, Any] = {name: value[0] for name, value in (given or {}).items()}
+        self.guide_trace = None
+        if guide is not None:
+            raw = poutine.trace(guide).get_trace(*args, **kwargs)
+            self._keep_subsamples(raw)
+            self.guide_trace = prune_subsample_sites(raw)
+            first = random_values(self.guide_trace)
+        raw = poutine.trace(SetValues({**self.subsamples, **first})(model)).get_trace(*args, **kwargs)
+        self._keep_subsamples(raw)
+        self.model_trace = prune_subsample_sites(raw)
+        self.sites = read_sites(self.model_trace)
+        self._check_names(first)
+        self.points: set[str] = set()
+        if self.guide_trace is not None:
+            self.points = {
+                name
+                for name in first
+                if name in self.sites
+                and is_delta(self.guide_trace.nodes[name]["fn"])
+                and not is_delta(self.model_trace.nodes[name]["fn"])
+            }
+        traces = [self.model_trace] + ([self.guide_trace] if self.guide_trace is not None else [])
+        self.depth = 1 + max(_batch_depth(trace) for trace in traces)
+        self.elements = sum(_numel(site.get("value")) for trace in traces for site in trace.nodes.values())
+
+    def _keep_subsamples(self, trace: poutine.Trace) -> None:
+        for name, site in trace.nodes.items():
+            if site_is_subsample(site):
+                self.subsamples[name] = torch.as_tensor(site["value"])
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        wanted = {name for name, site in self.sites.items() if site.kind == "latent"}
+        missing = sorted(wanted - set(given))
+        source = "the guide" if self.guide is not None else "the set of draws"
+        if missing:
+            raise UnknownSiteError(
+                f"{source} lacks sites of the model",
+                got=", ".join(sorted(given)) or "none",
+                expected=", ".join(missing),
+                hint="every latent site needs a guide site; enumerated sites must be sampled or marginalised",
+            )
+        foreign = sorted(
+            name
+            for name in set(given) - wanted
+            if self.guide_trace is None or not _infer(self.guide_trace, name).get("is_auxiliary")
+        )
+        if foreign:
+            raise UnknownSiteError(
+                f"{source} has sites that the model lacks",
+                got=", ".join(foreign),
+                expected=", ".join(sorted(wanted)),
+                hint="mark helper sites of a guide with infer={'is_auxiliary': True}",
+            )
+        if self.guide is None:
+            for name, value in (self.given or {}).items():
+                if tuple(value.shape[1:]) != self.sites[name].shape:
+                    raise ShapeError(
+                        f"draws of {name!r} have the wrong shape",
+                        got=f"shape {tuple(value.shape)}",
+                        expected=f"(draws, {', '.join(map(str, self.sites[name].shape))})",
+                    )
+
+    def run(
+        self, start: int, size: int, depth: int, values: dict[str, Any] | None = None, predictive: bool = True
+    ) -> Chunk:
+        """Run on ``size`` draws in a plate, or with ``depth=0`` on one; at ``values`` if given."""
+
+        def plated(program: Program) -> Program:
+            if depth == 0:
+                return program
+
+            def inside(*args: Any, **kwargs: Any) -> Any:
+                with pyro.plate(_PLATE, size, dim=-depth):
+                    return program(*args, **kwargs)
+
+            return inside
+
+        guide_trace = None
+        if self.guide is not None:
+            wrapped = SetValues({**self.subsamples, **(values or {})})(plated(self.guide))
+            guide_trace = self._trace(wrapped)
+            values = random_values(guide_trace)
+        elif values is None:
+            assert self.given is not None
+            values = {
+                name: self._spread(value[start : start + size], self.sites[name], depth)
+                for name, value in self.given.items()
+            }
+        known = {**self.subsamples, **(values or {})}
+        model_trace = self._trace(SetValues(known)(plated(self.model)))
+        replica = None
+        if self.predictive and predictive:
+            replica = self._trace(SetValues(known)(plated(poutine.uncondition(self.model))), densities=False)
+        return Chunk(model_trace, guide_trace, replica, size, depth)
+
+    def _trace(self, program: Program, densities: bool = True) -> poutine.Trace:
+        # every plate leaves a site with its indices: ours and the model's are no part of the density
+        trace = prune_subsample_sites(poutine.trace(program).get_trace(*self.args, **self.kwargs))
+        if densities:
+            trace.compute_log_prob()
+        return trace
+
+    @staticmethod
+    def _spread(value: Tensor, site: Site, depth: int) -> Tensor:
+        if depth == 0:
+            return value[0]
+        gap = depth - 1 - len(site.batch_shape)
+        return value.reshape(value.shape[0], *(1,) * gap, *value.shape[1:])
+
+
+def random_values(trace: poutine.Trace) -> dict[str, Any]:
+    """Return the values of all sample statements that weren't observed."""
+    return {
+        name: site["value"]
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+    }
+
+
+def _batch_depth(trace: poutine.Trace) -> int:
+    sites: list[Any] = [s for s in trace.nodes.values() if s["type"] == "sample"]
+    frames = [-f.dim for s in sites for f in s["cond_indep_stack"] if f.dim is not None]
+    batches = [len(s["fn"].batch_shape) for s in sites if isinstance(s["fn"], TorchDistributionMixin)]
+    return max(frames + batches, default=0)
+
+
+def _infer(trace: poutine.Trace, name: str) -> dict[str, Any]:
+    return dict(trace.nodes[name]["infer"] or {})
+
+
+def _numel(value: Any) -> int:
+    return value.numel() if isinstance(value, Tensor) else 0
