@@ -141,7 +141,15 @@ class MissingDependencyError(StochdynError, ImportError):
 
 
 class NonFiniteLossError(StochdynError, FloatingPointError):
-    """Training met a NaN or infinite loss or gradient; the message names the step and the term."""
+    """Training met a NaN or infinite loss or gradient; the message names the step and the term.
+
+    Attributes:
+        step: number of the bad step, from 1; the parameters are those after the step before it.
+        result: the :class:`~stochdyn.training.FitResult` of the steps before it.
+    """
+
+    step: int | None = None
+    result: object | None = None
 
 
 class CheckpointError(StochdynError):
