@@ -6,15 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stochdyn.diagnostics.calibration import (
-        CoverageTable,
-        MCMCSampler,
-        SBCResult,
-        UniformityTest,
-        VariationalSampler,
-        ecdf_band,
-        sbc,
-    )
+    from stochdyn.diagnostics.calibration import CoverageTable, SBCResult, sbc
     from stochdyn.diagnostics.container import from_draws
     from stochdyn.diagnostics.draws import PosteriorDraws, draw_posterior, evaluate_draws
     from stochdyn.diagnostics.inference_data import to_inference_data
@@ -45,19 +37,23 @@ if TYPE_CHECKING:
         khat,
         pareto_smooth,
     )
+    from stochdyn.diagnostics.samplers import MCMCSampler, PosteriorSampler, VariationalSampler
+    from stochdyn.diagnostics.uniformity import EcdfBand, UniformityTest, ecdf_band, rank_uniformity
 
 _HOMES = {
     "CoverageTable": "calibration",
+    "EcdfBand": "uniformity",
     "ImportanceEvidence": "psis",
-    "MCMCSampler": "calibration",
+    "MCMCSampler": "samplers",
     "ParetoSmoothed": "psis",
     "PosteriorDraws": "draws",
+    "PosteriorSampler": "samplers",
     "SBCResult": "calibration",
-    "UniformityTest": "calibration",
-    "VariationalSampler": "calibration",
+    "UniformityTest": "uniformity",
+    "VariationalSampler": "samplers",
     "crps": "metrics",
     "draw_posterior": "draws",
-    "ecdf_band": "calibration",
+    "ecdf_band": "uniformity",
     "effective_sample_size": "psis",
     "emd": "metrics",
     "energy_distance": "metrics",
@@ -77,6 +73,7 @@ _HOMES = {
     "plot_rank_ecdf": "plots",
     "plot_training": "plots",
     "psnr": "metrics",
+    "rank_uniformity": "uniformity",
     "rmse": "metrics",
     "sbc": "calibration",
     "to_inference_data": "inference_data",
@@ -84,10 +81,12 @@ _HOMES = {
 
 __all__ = [
     "CoverageTable",
+    "EcdfBand",
     "ImportanceEvidence",
     "MCMCSampler",
     "ParetoSmoothed",
     "PosteriorDraws",
+    "PosteriorSampler",
     "SBCResult",
     "UniformityTest",
     "VariationalSampler",
@@ -113,6 +112,7 @@ __all__ = [
     "plot_rank_ecdf",
     "plot_training",
     "psnr",
+    "rank_uniformity",
     "rmse",
     "sbc",
     "to_inference_data",

@@ -102,7 +102,7 @@ def draw_posterior(
         ...     pyro.sample("rate", dist.Normal(y / 2, 0.5**0.5))
         >>> draws = draw_posterior(model, guide, (torch.tensor(1.0),), num_draws=3)
         >>> draws.log_weights  # the exact posterior: every weight is the evidence
-        tensor([-1.5155, -1.5155, -1.5155])
+        tensor([-1.5155, -1.5155, -1.5155], dtype=torch.float64)
     """
     check_positive_int(num_draws, "num_draws")
     with torch.no_grad(), seeded(seed):

@@ -201,7 +201,7 @@ def khat(
         ...     pyro.sample("x", dist.Normal(0.0, 1.0))
         >>> def too_narrow():
         ...     pyro.sample("x", dist.Normal(0.0, 0.3))
-        >>> khat(model, too_narrow) > 0.7
+        >>> khat(model, too_narrow, num_draws=10_000) > 0.7
         True
 
     Reference:

@@ -37,6 +37,7 @@ class Site:
         batch_shape: the part of ``shape`` that counts independent values.
         plates: for each batch axis the name of its plate, None where no plate declares it.
         times: for a path the time of each entry along its second last axis, else None.
+        drives: the name of the deterministic path that this site's increments drive, else None.
         value: the data of an observed site, else None.
     """
 
@@ -45,6 +46,7 @@ class Site:
     batch_shape: tuple[int, ...]
     plates: tuple[str | None, ...]
     times: Tensor | None = None
+    drives: str | None = None
     value: Tensor | None = None
 
 
@@ -101,7 +103,7 @@ def _read(node: Any, grid: Tensor | None) -> Site:
     if grid is not None and len(shape) >= 2 and grid.shape[0] - shape[-2] in (0, 1):
         times = grid[: shape[-2]]
     data = value.expand(shape) if kind == "observed" else None
-    return Site(kind, shape, batch, _plates(node, batch), times, data)
+    return Site(kind, shape, batch, _plates(node, batch), times, node["infer"].get("path"), data)
 
 
 def _fills_plates(node: Any, shape: tuple[int, ...]) -> bool:

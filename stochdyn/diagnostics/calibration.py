@@ -1,0 +1,339 @@
+"""Simulation-based calibration of inference in Pyro models: ranks of the truth and coverage."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from stochdyn._checks import check_positive_int
+from stochdyn.diagnostics.draws import evaluate_draws, seeded
+from stochdyn.diagnostics.samplers import MCMCSampler, PosteriorSampler, VariationalSampler
+from stochdyn.diagnostics.sites import Site, read_sites
+from stochdyn.diagnostics.uniformity import UniformityTest, binomial_interval, rank_uniformity
+from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, UnknownSiteError
+
+__all__ = ["CoverageTable", "SBCResult", "sbc"]
+
+TestFunction = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class CoverageTable:
+    """How often central posterior intervals contained the truth.
+
+    Attributes:
+        nominal: ``(L,)`` exact probability of each interval: the level asked for, rounded to what ranks
+            resolve.
+        observed: ``(L,)`` fraction of simulations inside.
+        stderr: ``(L,)`` binomial standard error of that fraction if the nominal probability is right.
+        lower: ``(L,)`` lower end of the 95 % Wilson interval.
+        upper: ``(L,)`` its upper end.
+    """
+
+    nominal: np.ndarray
+    observed: np.ndarray
+    stderr: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+
+
+@dataclass(frozen=True)
+class SBCResult:
+    """Ranks of true values among posterior draws, one a simulation.
+
+    Attributes:
+        ranks: by scalar quantity, ``(num_simulations,)`` integers in ``0, ..., num_draws``; uniform if
+            inference is exact.
+        num_draws: posterior draws that each rank counts.
+        seconds: wall-clock time.
+    """
+
+    ranks: dict[str, np.ndarray]
+    num_draws: int
+    seconds: float = 0.0
+
+    def uniformity(self, level: float = 0.95) -> dict[str, UniformityTest]:
+        """Test each quantity's ranks; ``level`` is that of the simultaneous band."""
+        return {name: rank_uniformity(ranks, self.num_draws + 1, level) for name, ranks in self.ranks.items()}
+
+    def pvalue(self) -> float:
+        """Return the smallest chi-square p-value, times the number of quantities (Bonferroni)."""
+        smallest = min(test.pvalue for test in self.uniformity().values())
+        return min(1.0, smallest * len(self.ranks))
+
+    def coverage(self, levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95)) -> dict[str, CoverageTable]:
+        """Return how often central intervals of the given levels contained the truth.
+
+        Args:
+            levels: probabilities in (0, 1).
+
+        Returns:
+            One table a quantity.
+
+        Raises:
+            InvalidInputError: if a level isn't inside (0, 1).
+        """
+        if not all(0 < level < 1 for level in levels):
+            raise InvalidInputError("levels must lie strictly between 0 and 1", got=tuple(levels))
+        total = self.num_draws + 1
+        tails = [min((total - 1) // 2, max(0, round(total * (1 - level) / 2))) for level in levels]
+        nominal = np.array([1 - 2 * tail / total for tail in tails])
+        tables = {}
+        for name, ranks in self.ranks.items():
+            hits = np.array([((ranks >= tail) & (ranks < total - tail)).sum() for tail in tails])
+            bounds = np.array([binomial_interval(h, len(ranks)) for h in hits])
+            stderr = np.sqrt(nominal * (1 - nominal) / len(ranks))
+            tables[name] = CoverageTable(nominal, hits / len(ranks), stderr, bounds[:, 0], bounds[:, 1])
+        return tables
+
+
+def sbc(
+    model: Callable[..., Any],
+    infer: PosteriorSampler | type[MCMCKernel] | type[AutoGuide],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_simulations: int = 100,
+    num_draws: int = 99,
+    observed: Sequence[str] | None = None,
+    parameters: Sequence[str] | None = None,
+    test_functions: Mapping[str, TestFunction] | None = None,
+    log_joint: bool = False,
+    data_args: Callable[[Mapping[str, Tensor]], Sequence[Any]] | None = None,
+    seed: int | None = 0,
+    progress: bool = False,
+) -> SBCResult:
+    r"""Simulate truth and data from a model, infer, and rank the truth among the posterior draws.
+
+    With :math:`\theta\sim p(\theta)`, :math:`y\sim p(y\mid\theta)` and :math:`\theta_1,\dots,\theta_L\sim
+    p(\theta\mid y)`, for every function :math:`f`
+
+    .. math:: \#\{l: f(\theta_l)<f(\theta)\}\ \text{is uniform on}\ \{0,\dots,L\};
+
+    an overconfident posterior puts too many ranks at the ends, a biased one at one end. By default every
+    element of a latent site is ranked; of a path ``x`` its last point ``x(T)`` and its time average
+    ``mean x``, a dimension each.
+
+    Args:
+        model: Pyro model with proper priors.
+        infer: how posteriors are drawn: a callable ``(model, args, kwargs, num_draws)`` that returns draws of
+            all latent sites, ``(num_draws, *shape)``, such as :class:`MCMCSampler` or
+            :class:`VariationalSampler`; or an MCMC kernel (``NUTS``) or autoguide class, for those samplers'
+            defaults.
+        args: positional arguments of the model. Values of observed sites among them only give shapes.
+        kwargs: keyword arguments of the model.
+        num_simulations: how many ranks a quantity.
+        num_draws: ``L``; one more than it divisible by the bins of a histogram is handy, as 99.
+        observed: names of the data sites; by default those that the model observes at ``args``.
+        parameters: names of the sites to rank; by default all latent sites and deterministic paths.
+        test_functions: further quantities by name: functions of the sites' values, each with a leading axis
+            of draws, that return ``(draws, ...)``.
+        log_joint: whether to rank the log joint density too, which sees errors that no single parameter
+            shows.
+        data_args: returns the arguments that belong to simulated data, for guides that read the data from
+            their arguments; by default ``args`` for all.
+        seed: of everything; the global random state is left alone. None draws from that instead.
+        progress: whether to show a bar.
+
+    Returns:
+        The ranks, with tests of uniformity and coverage.
+
+    Raises:
+        UnknownSiteError: if there is no data site, or a named site doesn't exist.
+        ShapeError: if ``infer`` or a test function returns another number of draws.
+        NonFiniteError: if a draw is NaN.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> def model(y):
+        ...     rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(rate, 1.0), obs=y)
+        >>> def exact(model, args, kwargs, num_draws):
+        ...     y = pyro.poutine.trace(model).get_trace(*args).nodes["y"]["value"]
+        ...     return {"rate": y / 2 + 0.5**0.5 * torch.randn(num_draws)}
+        >>> result = sbc(model, exact, (torch.tensor(0.0),), num_simulations=200)
+        >>> result.pvalue() > 0.001
+        True
+
+    Reference:
+        Talts et al., "Validating Bayesian inference algorithms with simulation-based calibration", 2018;
+        Modrák et al., "Simulation-based calibration checking for Bayesian computation: the choice of test
+        quantities shapes sensitivity", 2023.
+    """
+    check_positive_int(num_simulations, "num_simulations")
+    check_positive_int(num_draws, "num_draws")
+    sampler = _as_sampler(infer)
+    kwargs = dict(kwargs or {})
+    collected: dict[str, list[int]] = {}
+    begin = time.perf_counter()
+    with seeded(seed):
+        with torch.no_grad():
+            sites = read_sites(poutine.trace(model).get_trace(*args, **kwargs))
+        data_names = _data_names(sites, observed)
+        quantities = _quantities(sites, data_names, parameters, test_functions or {})
+        for _ in _counter(num_simulations, progress):
+            with torch.no_grad():
+                trace = poutine.trace(_Release(data_names)(model)).get_trace(*args, **kwargs)
+            nodes: dict[str, Any] = dict(trace.nodes)
+            truth = {name: nodes[name]["value"][None] for name in sites}
+            data = {name: truth[name][0] for name in data_names}
+            conditioned = _Observe(data)(model)
+            inputs = args if data_args is None else data_args(data)
+            draws = _checked_draws(sampler(conditioned, inputs, kwargs, num_draws), num_draws)
+            if log_joint or any(site.kind == "deterministic" for site in sites.values()):
+                draws = _evaluated(conditioned, draws, inputs, kwargs, log_joint)
+                if log_joint:
+                    latent = {
+                        name: truth[name] for name in draws if name in truth and sites[name].kind == "latent"
+                    }
+                    truth[_JOINT] = evaluate_draws(conditioned, latent, inputs, kwargs, seed=None).log_joint
+            functions = {**quantities, **({"log joint": lambda values: values[_JOINT]} if log_joint else {})}
+            for label, function in functions.items():
+                for name, rank in _ranks(label, function(truth), function(draws), num_draws).items():
+                    collected.setdefault(name, []).append(rank)
+    ranks = {name: np.array(values) for name, values in collected.items()}
+    return SBCResult(ranks, num_draws, time.perf_counter() - begin)
+
+
+_JOINT = "_log_joint"
+
+
+class _Release(Messenger):
+    """Let data sites be drawn instead of observed."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+class _Observe(Messenger):
+    """Put simulated data in the place of whatever the model observes; all other sites stay."""
+
+    def __init__(self, data: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.data = dict(data)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.data:
+            msg["is_observed"], msg["value"] = True, self.data[msg["name"]]
+
+
+def _as_sampler(infer: Any) -> PosteriorSampler:
+    if inspect.isclass(infer) and issubclass(infer, MCMCKernel):
+        return MCMCSampler(infer)
+    if inspect.isclass(infer) and issubclass(infer, AutoGuide):
+        return VariationalSampler(infer)
+    if not callable(infer):
+        raise InvalidInputError(
+            "infer can't be called", got=type(infer).__name__, expected="a sampler or a class"
+        )
+    return infer
+
+
+def _counter(number: int, progress: bool) -> Any:
+    if not progress:
+        return range(number)
+    from tqdm.auto import trange
+
+    return trange(number, desc="calibration")
+
+
+def _data_names(sites: Mapping[str, Site], observed: Sequence[str] | None) -> list[str]:
+    names = [n for n, s in sites.items() if s.kind == "observed"] if observed is None else list(observed)
+    missing = [name for name in names if name not in sites]
+    if missing or not names:
+        raise UnknownSiteError(
+            "the model has no such data site" if missing else "the model observes nothing",
+            got=", ".join(missing) or None,
+            expected=", ".join(sites),
+            hint="name the data sites through observed=",
+        )
+    return names
+
+
+def _quantities(
+    sites: Mapping[str, Site],
+    data_names: Sequence[str],
+    parameters: Sequence[str] | None,
+    test_functions: Mapping[str, TestFunction],
+) -> dict[str, TestFunction]:
+    if parameters is None:
+        names = [
+            name
+            for name, site in sites.items()
+            if name not in data_names
+            and site.drives is None
+            and (site.kind == "latent" or (site.kind == "deterministic" and site.times is not None))
+        ]
+    else:
+        names = list(parameters)
+        missing = [name for name in names if name not in sites]
+        if missing:
+            raise UnknownSiteError(
+                "the model has no such site", got=", ".join(missing), expected=", ".join(sites)
+            )
+    found: dict[str, TestFunction] = {}
+    for name in names:
+        if sites[name].times is None:
+            found[name] = lambda values, name=name: values[name]  # type: ignore[misc]
+        else:
+            found[f"{name}(T)"] = lambda values, name=name: values[name][..., -1, :]  # type: ignore[misc]
+            found[f"mean {name}"] = lambda values, name=name: values[name].mean(-2)  # type: ignore[misc]
+    return {**found, **test_functions}
+
+
+def _checked_draws(draws: Mapping[str, Tensor], num_draws: int) -> dict[str, Tensor]:
+    for name, value in draws.items():
+        if value.ndim == 0 or value.shape[0] != num_draws:
+            raise ShapeError(
+                f"infer returned another number of draws of {name!r}",
+                got=f"shape {tuple(value.shape)}",
+                expected=f"({num_draws}, ...)",
+            )
+        if bool(value.isnan().any()):
+            raise NonFiniteError(f"infer returned NaN among the draws of {name!r}")
+    return dict(draws)
+
+
+def _evaluated(
+    model: Callable[..., Any],
+    draws: dict[str, Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    log_joint: bool,
+) -> dict[str, Tensor]:
+    evaluated = evaluate_draws(model, draws, args, kwargs, seed=None)
+    return {**evaluated.values, **({_JOINT: evaluated.log_joint} if log_joint else {})}
+
+
+def _ranks(label: str, truth: Tensor, draws: Tensor, num_draws: int) -> dict[str, int]:
+    """Rank each element of ``truth (1, ...)`` among ``draws (S, ...)``; ties are broken by chance."""
+    if truth.shape[:1] != (1,) or draws.shape[:1] != (num_draws,) or truth.shape[1:] != draws.shape[1:]:
+        raise ShapeError(
+            f"quantity {label!r} must keep the axis of draws",
+            got=f"{tuple(draws.shape)} for draws and {tuple(truth.shape)} for the truth",
+            expected=f"({num_draws}, ...) and (1, ...)",
+        )
+    below = (draws < truth).sum(0)
+    ties = (draws == truth).sum(0)
+    rank = below + (torch.rand(ties.shape) * (ties.cpu() + 1)).long().to(below.device)
+    shape = truth.shape[1:]
+    flat = rank.flatten().tolist()
+    names = [f"{label}[{', '.join(map(str, i))}]" if shape else label for i in np.ndindex(*shape)]
+    return dict(zip(names, flat, strict=True))
