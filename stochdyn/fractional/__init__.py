@@ -9,6 +9,7 @@ from stochdyn.fractional.exact import (
     sample_fbm,
     sample_fgn,
 )
+from stochdyn.fractional.linear import FractionalOU, FractionalOUPosterior
 from stochdyn.fractional.noise import MarkovNoise, default_speeds
 from stochdyn.fractional.weights import (
     cross_moments,
@@ -19,6 +20,8 @@ from stochdyn.fractional.weights import (
 )
 
 __all__ = [
+    "FractionalOU",
+    "FractionalOUPosterior",
     "MarkovNoise",
     "cross_moments",
     "default_speeds",

@@ -1,4 +1,4 @@
-"""Exact steps of Ornstein-Uhlenbeck states that share one Brownian motion: what the time grid alone decides."""
+"""Exact steps of Ornstein-Uhlenbeck states that share one Brownian motion: what the grid alone decides."""
 
 from __future__ import annotations
 
