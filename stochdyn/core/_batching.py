@@ -38,7 +38,7 @@ def flatten_batch(x: Tensor, lead: int, event: int, batch: torch.Size, flat: int
     """Bring ``(*lead, *some batch, *event)`` to ``(*lead, flat, *event)``; ``flat=1`` keeps one."""
     if flat != 1:
         x = align(x, lead, event, batch)
-    return x.reshape(*x.shape[:lead], -1 if flat != 1 else 1, *x.shape[x.ndim - event :])
+    return x.reshape(*x.shape[:lead], 1 if flat == 1 else batch.numel(), *x.shape[x.ndim - event :])
 
 
 def columns(x: Tensor, batch: torch.Size, flat: int, n: int = 1) -> Tensor:

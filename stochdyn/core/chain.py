@@ -153,7 +153,7 @@ class GaussianChain:
             >>> chain = GaussianChain(eye[0] * 0, eye, eye[None], eye * 0, eye[None])
             >>> y = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
             >>> round(chain.filter(y, eye, eye).log_evidence.item(), 4)
-            -3.2426
+            -3.3426
         """
         seen = self._observed(y, emission, obs_cov, mask)
         gains = self._gains(seen)
