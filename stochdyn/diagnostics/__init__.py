@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stochdyn.diagnostics.calibration import CoverageTable, SBCResult, sbc
+    from stochdyn.diagnostics.calibration_plots import plot_coverage, plot_khat, plot_rank_ecdf
     from stochdyn.diagnostics.container import from_draws
     from stochdyn.diagnostics.draws import PosteriorDraws, draw_posterior, evaluate_draws
     from stochdyn.diagnostics.inference_data import to_inference_data
@@ -20,14 +21,7 @@ if TYPE_CHECKING:
         psnr,
         rmse,
     )
-    from stochdyn.diagnostics.plots import (
-        plot_coverage,
-        plot_density,
-        plot_khat,
-        plot_paths,
-        plot_rank_ecdf,
-        plot_training,
-    )
+    from stochdyn.diagnostics.plots import plot_density, plot_paths, plot_training
     from stochdyn.diagnostics.psis import (
         ImportanceEvidence,
         ParetoSmoothed,
@@ -66,11 +60,11 @@ _HOMES = {
     "mmd": "metrics",
     "negative_log_predictive_density": "metrics",
     "pareto_smooth": "psis",
-    "plot_coverage": "plots",
+    "plot_coverage": "calibration_plots",
     "plot_density": "plots",
-    "plot_khat": "plots",
+    "plot_khat": "calibration_plots",
     "plot_paths": "plots",
-    "plot_rank_ecdf": "plots",
+    "plot_rank_ecdf": "calibration_plots",
     "plot_training": "plots",
     "psnr": "metrics",
     "rank_uniformity": "uniformity",
