@@ -126,6 +126,7 @@ def unbiased_square(estimates: Tensor) -> Tensor:
 
 def _forward_diagonal(field: VectorField, x: Tensor) -> tuple[Tensor, Tensor]:
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    x = x.contiguous()  # forward mode refuses expanded tensors
     basis = eye.reshape(-1, *(1,) * (x.ndim - 1), x.shape[-1]).expand(-1, *x.shape)
 
     def spread(y: Tensor) -> Tensor:
