@@ -1,4 +1,4 @@
-"""Look into a Pyro model without leaving a trace: the distribution of a site, and the likelihood of a path."""
+"""Look into a Pyro model from outside: the distribution of a site, and the likelihood of a path."""
 
 from __future__ import annotations
 
@@ -39,8 +39,6 @@ class _Substitute(Messenger):
         if msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
-            msg["stop"] = False
-            msg["is_observed"] = msg["is_observed"] and True
 
 
 def site_distribution(
@@ -67,6 +65,7 @@ def site_distribution(
 
 def likelihood_quadratic(
     model: Callable[..., Any],
+    site_name: str,
     path_name: str,
     path: Tensor,
     skip: set[str],
@@ -76,14 +75,16 @@ def likelihood_quadratic(
 ) -> Quadratic:
     r"""Return the second-order expansion of the model's log-likelihood in the path, around ``path (T, *batch, d)``.
 
-    Any likelihood, mask or irregular set of observation times is served, since only derivatives are taken. Terms that couple different times
-    are folded into the block of each time.
+    Only derivatives are taken, so any likelihood, mask or irregular set of observation times is served. Terms that
+    couple different times are folded into the block of each time. Scales (of a subsampled plate, say) count
+    relative to that of the path's own site.
 
     Args:
         model: the Pyro model.
-        path_name: the site (random or deterministic) that holds the path.
+        site_name: the random site behind the path.
+        path_name: the site (random or deterministic) that holds the path itself.
         path: reference path, time leading.
-        skip: sites whose density belongs to the prior of the path.
+        skip: further sites whose density belongs to the prior of the path.
         values: values of the other latent sites.
         args: the model's arguments.
         kwargs: the model's keyword arguments.
@@ -93,10 +94,11 @@ def likelihood_quadratic(
         given = {**values, path_name: leaf.movedim(0, -2)}
         with poutine.block(), _Substitute(given):
             trace = poutine.trace(model).get_trace(*args, **kwargs)
+        scale = trace.nodes[site_name]["scale"]
         total = leaf.sum() * 0.0
         for name, site in trace.nodes.items():
-            if site["type"] == "sample" and name not in skip and name != path_name:
-                total = total + _log_prob(site)
+            if site["type"] == "sample" and name not in {*skip, site_name, path_name}:
+                total = total + _log_prob(site, scale)
         slope = torch.autograd.grad(total, leaf, create_graph=True)[0]
         rows = []
         for j in range(leaf.shape[-1]):
@@ -107,14 +109,15 @@ def likelihood_quadratic(
     curvature = -torch.stack(rows, -2).detach()
     curvature = 0.5 * (curvature + curvature.mT)
     # A likelihood that isn't log-concave at the reference gives no information there.
-    values_, vectors = torch.linalg.eigh(curvature)
-    precision = (vectors * values_.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
+    eigenvalues, vectors = torch.linalg.eigh(curvature)
+    precision = (vectors * eigenvalues.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
     slope = slope.detach()
     return Quadratic(precision, slope + (precision @ leaf.detach().unsqueeze(-1)).squeeze(-1))
 
 
-def _log_prob(site: Any) -> Tensor:
+def _log_prob(site: Any, scale: Tensor | float) -> Tensor:
+    """Return the site's log density, masked, and scaled relative to ``scale``."""
     log_prob = site["fn"].log_prob(site["value"])
     if site["mask"] is not None:
         log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, torch.zeros_like(log_prob))
-    return (log_prob * site["scale"]).sum()
+    return (log_prob * (site["scale"] / scale)).sum()

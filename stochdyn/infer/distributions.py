@@ -11,13 +11,21 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from stochdyn._checks import check_choice, check_event_size, check_ndim, check_same_device, check_time_grid
+from stochdyn._checks import (
+    check_choice,
+    check_event_size,
+    check_finite,
+    check_ndim,
+    check_same_device,
+    check_same_dtype,
+    check_time_grid,
+)
 from stochdyn.core.coefficients import Matrix
 from stochdyn.core.initial import DistributionStart, FixedStart, InitialLaw, as_initial
 from stochdyn.core.sde import SDE
 from stochdyn.core.solvers import METHODS, draw_increments, increment_scale, integrate
-from stochdyn.core.transition import euler_log_prob
-from stochdyn.errors import InvalidInputError
+from stochdyn.core.transition import check_has_density, euler_log_prob
+from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError
 from stochdyn.infer.constraints import PinnedPath
 from stochdyn.infer.memo import remembered_path
 
@@ -27,23 +35,31 @@ __all__ = ["DiffusionPath", "PathIncrements", "sample_path"]
 class DiffusionPath(TorchDistribution):
     r"""The law of an SDE's path on a grid, as a distribution with event ``(T, d)``.
 
-    The density is that of the Euler scheme on the grid (see :func:`stochdyn.core.transition.euler_log_prob`). It includes the
-    law of the first point; a fixed start is pinned, so samplers that move in unconstrained space leave it alone.
+    The density is that of the Euler scheme on the grid (:func:`stochdyn.core.transition.euler_log_prob`):
+
+    .. math:: \log p_0(x_0) + \sum_n \log N\big(x_{n+1};\ x_n + b(t_n, x_n)\Delta_n,\ G G^\top(t_n, x_n)\,\Delta_n\big)
+
+    A fixed start has no density; it is pinned, so samplers that move in unconstrained space leave it alone.
 
     Args:
-        sde: the equation. Its coefficients may carry batch axes (parameters drawn in a Pyro model): write them so that they
-            broadcast with ``x (*batch, d)``, such as ``rate[..., None] * x``, and give a batched strength as ``Scalar``.
+        sde: the equation. Its coefficients may carry batch axes (parameters drawn in a Pyro model): write them
+            so that they broadcast with ``x (*batch, d)``, such as ``rate[..., None] * x``, and give a batched
+            strength as ``Scalar``.
         initial: a distribution with event ``(d,)``, or a tensor ``(d,)`` or ``(*batch, d)``.
         ts: ``(T,)`` strictly increasing times.
         method: solver that draws paths; the density is always Euler's.
 
     Raises:
         TimeGridError: if the grid isn't strictly increasing.
-        ShapeError: if drift, diffusion and start don't fit together.
+        ShapeError: if drift, diffusion and start don't fit together, or a path given to ``log_prob`` doesn't fit.
         DiffusionError: if the diffusion isn't positive at the start.
+        DeviceMismatchError: if grid, start and equation live on different devices.
+        DtypeMismatchError: if drift or diffusion would change the precision of the state.
+        NonFiniteError: by ``log_prob``, for a path with NaN or infinity, if validation is on.
         SingularDiffusionError: by ``log_prob``, if there is no density in state space (use :func:`sample_path`).
 
     Example:
+        >>> from stochdyn.core.sde import SDE
         >>> path = DiffusionPath(SDE(lambda t, x: -x, 1.0), torch.zeros(2), torch.linspace(0, 1, 11))
         >>> path.event_shape, path.sample().shape
         (torch.Size([11, 2]), torch.Size([11, 2]))
@@ -60,14 +76,18 @@ class DiffusionPath(TorchDistribution):
         method: str = "euler",
         validate_args: bool | None = None,
     ) -> None:
+        if isinstance(ts, Tensor) and isinstance(initial, Tensor):
+            check_same_device(ts=ts, initial=initial)
         check_time_grid(ts)
         check_choice(method, METHODS, "method")
+        if not isinstance(sde, SDE):
+            raise InvalidInputError("sde must be an SDE", got=type(sde).__name__)
         self.sde = sde
         self.initial: InitialLaw = as_initial(initial)
         self.ts = ts
         self.method = method
         probe = start_of(self.initial)
-        check_same_device(ts=ts, initial=probe)
+        check_same_device(ts=ts, initial=probe, **dict(sde.named_parameters()))
         sde.check(ts[0].to(probe.dtype), probe)
         batch = batch_shape_of(sde, probe, ts)
         super().__init__(batch, torch.Size((ts.shape[0], probe.shape[-1])), validate_args=validate_args)
@@ -118,18 +138,43 @@ class DiffusionPath(TorchDistribution):
         log_prob = euler_log_prob(self.sde, self.initial, self.ts, value)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
+    def _validate_sample(self, value: Tensor) -> None:
+        """Raise a typed error unless ``value`` is finite, fits the batch and begins at a fixed start."""
+        check_finite(value.detach(), "the path")
+        try:
+            torch.broadcast_shapes(value.shape[:-2], self.batch_shape)
+        except RuntimeError as error:
+            raise ShapeError(
+                "the path doesn't fit the batch",
+                got=f"shape {tuple(value.shape)}",
+                expected=f"(..., {', '.join(map(str, (*self.batch_shape, *self.event_shape)))})",
+            ) from error
+        support = self.support
+        if isinstance(support, PinnedPath) and not bool(support.check(value).all()):
+            raise InvalidInputError(
+                "the path doesn't begin at the fixed start",
+                got=f"x[0]={value[..., 0, :].flatten(0, -2)[0].tolist()}",
+                expected=support.start.tolist(),
+                hint="give a distribution as initial if the start isn't known",
+            )
+
 
 class PathIncrements(TorchDistribution):
     """Standard increments of the noise on a grid: independent Gaussians, event ``(T-1, m * R)``.
 
-    Args:
-        sde: the equation they will drive; carried for guides.
-        x0: ``(*batch, d)`` start; carried for guides.
-        ts: ``(T,)``.
-        memory0: initial memory states or None; carried for guides.
+    The layout is that of :class:`stochdyn.core.noise.NoiseProcess`. The equation and the start are carried along, so that
+    a guide can see what the increments drive.
 
-    Reference:
-        The layout is that of :class:`stochdyn.core.noise.NoiseProcess`.
+    Args:
+        sde: the equation they will drive.
+        x0: ``(*batch, d)`` start.
+        ts: ``(T,)`` times.
+        memory0: ``(*batch, m, K)`` initial memory states, or None.
+
+    Example:
+        >>> from stochdyn.core.sde import SDE
+        >>> PathIncrements(SDE(lambda t, x: -x, 1.0), torch.zeros(2), torch.linspace(0, 1, 11)).sample().shape
+        torch.Size([10, 2])
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
@@ -180,7 +225,9 @@ def start_of(initial: InitialLaw) -> Tensor:
         return initial.point.detach()
     if isinstance(initial, DistributionStart):
         try:
-            return initial.distribution.mean.detach()
+            mean = initial.distribution.mean.detach()
+            if bool(torch.isfinite(mean).all()):
+                return mean
         except NotImplementedError:
             pass
     with torch.random.fork_rng():
@@ -188,18 +235,31 @@ def start_of(initial: InitialLaw) -> Tensor:
 
 
 def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor) -> torch.Size:
-    """Return the batch shape that start, drift and diffusion broadcast to."""
+    """Return the batch shape that start, drift, diffusion and noise broadcast to.
+
+    Raises:
+        DtypeMismatchError: if drift or diffusion have another precision than the start.
+    """
     with torch.no_grad():
         t = ts[0].to(x0.dtype)
         drift = sde.drift(t, x0)
         kick = sde.diffusion(t, x0).apply(x0.new_zeros(sde.noise_dim(t, x0)))
-    return torch.broadcast_shapes(x0.shape[:-1], drift.shape[:-1], kick.shape[:-1])
+        check_same_dtype(initial=x0, drift=drift if drift.ndim else None, diffusion=kick)
+        shapes = [x0.shape[:-1], drift.shape[:-1], kick.shape[:-1]]
+        if sde.noise.num_states:
+            # The noise may carry a batch of parameters, such as one Hurst index a particle.
+            shapes.append(sde.noise.steps(ts[:2], dtype=x0.dtype).gain.shape[1:-1])
+    return torch.broadcast_shapes(*shapes)
 
 
 def is_degenerate(sde: SDE, x0: Tensor, ts: Tensor) -> bool:
-    """Return whether paths of the equation have no density in state space by their shape alone."""
-    g = sde.diffusion(ts[0].to(x0.dtype), x0)
-    return sde.noise.num_states > 0 or (isinstance(g, Matrix) and g.value.shape[-1] < x0.shape[-1])
+    """Return whether paths of the equation lack a density in state space, judged at the start."""
+    with torch.no_grad():
+        try:
+            check_has_density(sde, sde.diffusion(ts[0].to(x0.dtype), x0), x0.shape[-1])
+        except SingularDiffusionError:
+            return True
+    return False
 
 
 def sample_path(
@@ -207,9 +267,10 @@ def sample_path(
 ) -> Tensor:
     """Sample a path in a Pyro model, whatever drives it.
 
-    Brownian paths with a density are one site ``name``, of :class:`DiffusionPath`. Where no density exists (noise with memory, or
-    noise that reaches only some components) the random sites are the driving increments ``{name}_dw``, a random start
-    ``{name}_0`` and, for noise with a past, ``{name}_past``; ``name`` is then a deterministic site.
+    Brownian paths with a density are one site ``name``, of :class:`DiffusionPath`. Where no density exists (noise
+    with memory, or noise that reaches only some components) the random sites are the driving increments
+    ``{name}_dw``, a random start ``{name}_0`` and, for noise with a past, ``{name}_past``; ``name`` is then a
+    deterministic site.
 
     Args:
         name: site name.
@@ -223,13 +284,22 @@ def sample_path(
         The path, ``(*batch, T, d)``.
 
     Raises:
-        TimeGridError, ShapeError, DiffusionError: as :class:`DiffusionPath`.
-        InvalidInputError: if ``noise_space=False`` and there is no density in state space.
+        TimeGridError: if the grid isn't strictly increasing; and the other errors of :class:`DiffusionPath`.
+        SingularDiffusionError: if ``noise_space=False`` and there is no density in state space.
+
+    Example:
+        >>> from stochdyn.core.sde import SDE
+        >>> push = torch.tensor([[0.0], [1.0]])  # noise moves the velocity alone
+        >>> oscillator = SDE(lambda t, x: torch.stack([x[..., 1], -x[..., 0]], -1), push)
+        >>> ts = torch.linspace(0, 1, 11)
+        >>> trace = pyro.poutine.trace(lambda: sample_path("x", oscillator, torch.zeros(2), ts)).get_trace()
+        >>> trace.nodes["x_dw"]["value"].shape, trace.nodes["x"]["value"].shape
+        (torch.Size([10, 1]), torch.Size([11, 2]))
     """
     path = DiffusionPath(sde, initial, ts, method)
     degenerate = is_degenerate(sde, start_of(path.initial), ts)
     if noise_space is False and degenerate:
-        raise InvalidInputError(
+        raise SingularDiffusionError(
             "paths of this equation have no density in state space", hint="leave noise_space=None"
         )
     if not degenerate and not noise_space:
@@ -239,9 +309,9 @@ def sample_path(
 
 def sample_noise(name: str, path: DiffusionPath) -> Tensor:
     """Sample the noise sites of ``path`` and return the path that they drive; see :func:`sample_path`."""
-    sde, ts = path.sde, path.ts
+    sde, ts, batch = path.sde, path.ts, path.batch_shape
     if isinstance(path.initial, DistributionStart):
-        x0 = pyro.sample(f"{name}_0", path.initial.distribution)
+        x0 = pyro.sample(f"{name}_0", _spread(path.initial.distribution, batch))
     elif isinstance(path.initial, FixedStart):
         x0 = path.initial.point
     else:
@@ -251,10 +321,16 @@ def sample_noise(name: str, path: DiffusionPath) -> Tensor:
     if factor is not None:
         channels = sde.noise_dim(ts[0].to(x0.dtype), x0)
         standard = x0.new_zeros(channels, factor.shape[0])
-        past = pyro.sample(f"{name}_past", dist.Normal(standard, torch.ones_like(standard)).to_event(2))
-        memory0 = past @ factor
-    dw = pyro.sample(f"{name}_dw", PathIncrements(sde, x0, ts, memory0), infer={"path": name})
+        past = dist.Normal(standard, torch.ones_like(standard)).to_event(2)
+        memory0 = pyro.sample(f"{name}_past", _spread(past, batch)) @ factor
+    increments = _spread(PathIncrements(sde, x0, ts, memory0), batch)
+    dw = pyro.sample(f"{name}_dw", increments, infer={"path": name})
     x = remembered_path(dw, sde, ts, x0, memory0) if path.method == "euler" else None
     if x is None:
         x = integrate(sde, x0, ts, dw.movedim(-2, 0), memory0, method=path.method).x
     return x.movedim(0, -2)
+
+
+def _spread(law: Any, batch: torch.Size) -> Any:
+    """Return ``law`` for a whole batch: without a plate, too, every series has noise of its own."""
+    return law.expand(torch.broadcast_shapes(law.batch_shape, batch))

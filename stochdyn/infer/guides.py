@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoNormal
@@ -100,9 +101,11 @@ class AutoPathGuide(AutoGuide):
                 hint="sample paths with stochdyn.infer.sample_path or DiffusionPath",
             )
         self._path_sites = paths
+        self._owned = {n: self._own_start(n, latent) for n in paths}
+        hidden = paths + [n for names in self._owned.values() for n in names]
         self.rest = None
-        if len(latent) > len(paths):
-            self.rest = self._make_rest(poutine.block(self.model, hide=paths))
+        if len(latent) > len(hidden):
+            self.rest = self._make_rest(poutine.block(self.model, hide=hidden))
         with poutine.block(), torch.no_grad():
             self._create_plates(*args, **kwargs)
             values = self._rest_values(args, kwargs)
@@ -111,6 +114,45 @@ class AutoPathGuide(AutoGuide):
         self.sites = PyroModule("sites")
         for index, name in enumerate(paths):
             self._add_site(index, name, latent[name], values, args, kwargs)
+
+    def _own_start(self, name: str, latent: dict[str, Any]) -> tuple[str, ...]:
+        """Return the sites of a random start that are treated together with the increments site ``name``."""
+        site = latent[name]
+        if not isinstance(site["fn"], PathIncrements) or self._is_amortised(site):
+            return ()
+        path, frames = self._path_name(name), {f.name for f in site["cond_indep_stack"]}
+        own = []
+        for start in (f"{path}_0", f"{path}_past"):
+            if start in latent and {f.name for f in latent[start]["cond_indep_stack"]} == frames:
+                own.append(start)
+        return tuple(own)
+
+    def _is_amortised(self, site: Any) -> bool:
+        frames = site["cond_indep_stack"]
+        subsampled = any(f.full_size is not None and f.full_size != f.size for f in frames)
+        if subsampled and self._amortised is False:
+            raise InvalidInputError(
+                "a path in a subsampled plate needs amortised=True", got=f"site {site['name']!r}"
+            )
+        return subsampled if self._amortised is None else self._amortised
+
+    def _view(
+        self,
+        name: str,
+        values: dict[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        own: bool = False,
+    ) -> SiteView:
+        """Return a path site as the model presents it; with ``own``, with the random start treated with it."""
+        fn = site_distribution(self.model, name, values, args, kwargs)
+        path = self._path_name(name)
+        if not own:
+            return view_site(fn, path)
+        nodes, owned = self.prototype_trace.nodes, self._owned[name]
+        law = nodes[f"{path}_0"]["fn"] if f"{path}_0" in owned else None
+        return view_site(fn, path, law, f"{path}_past" in owned)
 
     def _rest_values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
@@ -130,13 +172,11 @@ class AutoPathGuide(AutoGuide):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        frames = site["cond_indep_stack"]
-        subsampled = any(f.full_size is not None and f.full_size != f.size for f in frames)
-        amortised = subsampled if self._amortised is None else self._amortised
-        if subsampled and not amortised:
-            raise InvalidInputError("a path in a subsampled plate needs amortised=True", got=f"site {name!r}")
+        amortised = self._is_amortised(site)
+        for start_name in self._owned[name]:
+            values[start_name] = _prior_mean(self.prototype_trace.nodes[start_name])
         with torch.no_grad():
-            view = view_site(site_distribution(self.model, name, values, args, kwargs), self._path_name(name))
+            view = self._view(name, values, args, kwargs, own=True)
         start = None
         if self._start == "linearised" and not amortised:
             start = fit_linearised(view, lambda x: self._quadratic(name, x, values, args, kwargs))
@@ -163,7 +203,7 @@ class AutoPathGuide(AutoGuide):
             # The increments themselves are replaced by the path that they would drive.
             batch = x.shape[1:-1]
             given[name] = x.new_zeros(*batch, *self.prototype_trace.nodes[name]["fn"].event_shape)
-        return likelihood_quadratic(self.model, path_name, x, prior, given, args, kwargs)
+        return likelihood_quadratic(self.model, name, path_name, x, prior, given, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample all latent sites; returns their values, and the paths under their own names."""
@@ -173,8 +213,10 @@ class AutoPathGuide(AutoGuide):
         values = self._rest_values(args, kwargs)
         result = {n: v for n, v in values.items() if n not in self.plates}
         for index, name in enumerate(self._path_sites):
-            view = view_site(site_distribution(self.model, name, values, args, kwargs), self._path_name(name))
             site: PathSite = getattr(self.sites, f"site_{index}")
+            values |= self._sample_start(name, site)
+            result |= {n: values[n] for n in self._owned[name]}
+            view = self._view(name, values, args, kwargs)
             posterior = self._posterior(site, view, name, values, args, kwargs)
             with ExitStack() as stack:
                 for frame in self.prototype_trace.nodes[name]["cond_indep_stack"]:
@@ -184,6 +226,26 @@ class AutoPathGuide(AutoGuide):
                 driven = values[name]._stochdyn_driven  # type: ignore[attr-defined]
                 result[view.path_name] = driven.x.movedim(0, -2)
         return result
+
+    def _sample_start(self, name: str, site: PathSite) -> dict[str, Tensor]:
+        """Sample the random start that belongs to an increments site: one Gaussian, split into its sites."""
+        owned = self._owned[name]
+        if not owned:
+            return {}
+        nodes, path = self.prototype_trace.nodes, self._path_name(name)
+        values = {}
+        with ExitStack() as stack:
+            for frame in nodes[name]["cond_indep_stack"]:
+                stack.enter_context(self.plates[frame.name])
+            law = site.start_posterior().law
+            joint = dist.MultivariateNormal(law.loc, scale_tril=law.scale_tril)
+            rest = pyro.sample(f"{path}_start", joint, infer={"is_auxiliary": True})
+            for start_name in owned:
+                event = nodes[start_name]["fn"].event_shape
+                part, rest = rest[..., : event.numel()], rest[..., event.numel() :]
+                value = part.reshape(*part.shape[:-1], *event)
+                values[start_name] = pyro.sample(start_name, dist.Delta(value, event_dim=len(event)))
+        return values
 
     def _posterior(
         self,
@@ -214,12 +276,25 @@ class AutoPathGuide(AutoGuide):
             if self.rest is not None:
                 values |= self.rest.median(*args, **kwargs)
             for index, name in enumerate(self._path_sites):
-                view = view_site(
-                    site_distribution(self.model, name, values, args, kwargs), self._path_name(name)
-                )
                 site: PathSite = getattr(self.sites, f"site_{index}")
+                values |= {n: _prior_mean(self.prototype_trace.nodes[n]) for n in self._owned[name]}
+                view = self._view(name, values, args, kwargs, own=True)
                 posterior = self._posterior(site, view, name, values, args, kwargs)
-                e, x = view.follow(posterior.feedback, getattr(posterior, "start", None))
+                start = None
+                if view.start is not None:
+                    joint = (
+                        posterior.start if isinstance(posterior, PathPosterior) else site.start_posterior()
+                    )
+                    start = joint.law.mean  # type: ignore[union-attr]
+                    parts = [p for p in view.start.split(start) if p is not None]
+                    values |= dict(zip(self._owned[name], parts, strict=False))
+                e, z = view.follow(posterior.feedback, start)
+                x = z[..., : view.dim]
                 values[name] = e.movedim(0, -2) if view.path_name != name else x.movedim(0, -2)
                 values[view.path_name] = x.movedim(0, -2)
         return {n: v for n, v in values.items() if n not in self.plates}
+
+
+def _prior_mean(site: Any) -> Tensor:
+    """Return the mean of a start site's prior, in the shape of its value."""
+    return site["fn"].mean.detach().expand(site["value"].shape)

@@ -64,6 +64,7 @@ def linear_steps(sde: SDE, ts: Tensor, z: Tensor, e: Tensor, scale: Tensor) -> t
     def step(z_: Tensor, e_: Tensor) -> Tensor:
         return step_everywhere(sde, ts, z_, e_)
 
+    z, e = z.contiguous(), e.contiguous()
     units = scale.reshape(scale.shape[0], *(1,) * (e.ndim - 2), -1).expand_as(e)
     after = step(z, e)
     by_state, by_noise = [], []

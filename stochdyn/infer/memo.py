@@ -8,45 +8,76 @@ import torch
 from torch import Tensor
 
 from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import full_state, step_everywhere
+from stochdyn.core.solvers import full_state, remember
+from stochdyn.core.transition import time_column
 
 __all__ = ["Driven", "remember_path", "remembered_path"]
 
 
 @dataclass(frozen=True)
 class Driven:
-    """A path ``x (T, *batch, d)`` and its full states ``z (T, *batch, Z)``, kept as long as the increments that drove it live."""
+    """A path kept as long as the increments that drove it live.
+
+    Attributes:
+        x: ``(T, *batch, d)`` path.
+        z: ``(T, *batch, Z)`` full states.
+        marks: what the equation does at every grid point; see :func:`_marks`.
+    """
 
     x: Tensor
     z: Tensor
+    marks: tuple[Tensor, ...]
 
 
-def remember_path(increments: Tensor, driven: Driven) -> None:
-    """Attach the path to its increments."""
+def remember_path(increments: Tensor, sde: SDE, ts: Tensor, x: Tensor, z: Tensor) -> None:
+    """Attach to ``increments (*batch, N, M)`` the path ``x`` and the full states ``z`` that they drive."""
+    with torch.no_grad():
+        driven = Driven(x, z, _marks(sde, ts, z, increments.movedim(-2, 0)))
     increments._stochdyn_driven = driven  # type: ignore[attr-defined]
 
 
 def remembered_path(
     increments: Tensor, sde: SDE, ts: Tensor, x0: Tensor, memory0: Tensor | None
 ) -> Tensor | None:
-    """Return the path ``(T, *batch, d)`` that a guide has integrated for these very increments, if the equation is still the same.
+    """Return the path ``(T, *batch, d)`` integrated for these very increments, or None if the equation isn't the same.
 
-    One vectorised step from all grid points verifies it; the time loop is spared.
+    The equation counts as the same only if drift, noise and memory come out equal to the bit at all grid points:
+    one vectorised evaluation instead of the time loop. A tolerance would let a slightly changed parameter pass.
     """
-    driven = getattr(increments, "_stochdyn_driven", None)
-    if driven is None:
+    driven: Driven | None = getattr(increments, "_stochdyn_driven", None)
+    if driven is None or driven.z.shape[0] != ts.shape[0]:
         return None
-    with torch.no_grad():
-        z = driven.z
-        e = increments.movedim(-2, 0)
-        channels = sde.noise_dim(ts[0].to(x0.dtype), x0)
-        start = full_state(x0, memory0) if memory0 is not None else x0
-        size = z.shape[-1] - (channels * sde.noise.num_states)
-        if size != x0.shape[-1] or e.shape[0] != z.shape[0] - 1:
-            return None
-        off = (step_everywhere(sde, ts, z[:-1], e) - z[1:]).abs().max()
-        off_start = (z[0][..., : start.shape[-1]] - start).abs().max()
-        tolerance = 1e-4 if z.dtype == torch.float32 else 1e-9
-        if not bool(torch.maximum(off, off_start) <= tolerance * (1 + z.abs().max())):
-            return None
+    start = x0 if memory0 is None else full_state(x0, memory0.expand(*x0.shape[:-1], *memory0.shape[-2:]))
+    first = driven.z[0][..., : start.shape[-1]]
+    if x0.shape[-1] != driven.x.shape[-1] or not _same(first, start):
+        return None
+    marks = _marks(sde, ts, driven.z, increments.movedim(-2, 0))
+    if any(m.requires_grad for m in marks) and not driven.x.requires_grad:
+        # The guide ran without a graph, and the model wants one.
+        return None
+    if len(marks) != len(driven.marks) or not all(map(_same, driven.marks, marks)):
+        return None
     return driven.x
+
+
+def _marks(sde: SDE, ts: Tensor, z: Tensor, e: Tensor) -> tuple[Tensor, ...]:
+    """Return what decides a path: grid, drift and kick at all grid points, and the recursion of the memory."""
+    states = sde.noise.num_states
+    before = z[:-1]
+    t = time_column(ts[:-1], before)
+    if not states:
+        return ts, sde.drift(t, before), sde.diffusion(t, before).apply(e)
+    steps = sde.noise.steps(ts, dtype=z.dtype)
+    channels = e.shape[-1] // sde.noise.num_innovations(ts)
+    x = before[..., : z.shape[-1] - channels * states]
+    memory = before[..., x.shape[-1] :].unflatten(-1, (channels, states))
+    dz, after = remember(steps, slice(None), memory, e, channels)
+    return ts, sde.drift(t, x), sde.diffusion(t, x).apply(dz), dz, after
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal to the bit, up to broadcasting."""
+    try:
+        return torch.equal(*torch.broadcast_tensors(a, b))
+    except RuntimeError:
+        return False

@@ -16,20 +16,9 @@ from stochdyn.core.solvers import draw_increments, full_state, integrate
 from stochdyn.core.transition import steps_of, time_column
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
 from stochdyn.infer.feedback import Feedback
-from stochdyn.infer.memo import Driven, remember_path
+from stochdyn.infer.memo import remember_path
 
-__all__ = ["IncrementPosterior", "PathPosterior", "StartPosterior"]
-
-
-class StartPosterior:
-    """A Gaussian posterior of a random start: ``loc (*batch, d)``, ``scale_tril (*batch, d, d)``."""
-
-    def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
-        self.law = torch.distributions.MultivariateNormal(loc, scale_tril=scale_tril)
-
-    def draw(self, sample_shape: torch.Size, batch_shape: torch.Size) -> Tensor:
-        """Return ``(*sample, *batch, d)``."""
-        return self.law.expand(batch_shape).rsample(sample_shape)
+__all__ = ["IncrementPosterior", "PathPosterior"]
 
 
 class _FeedbackLaw(TorchDistribution):
@@ -104,7 +93,7 @@ class IncrementPosterior(_FeedbackLaw):
         x0 = self.x0.expand(*torch.broadcast_shapes(batch, self.x0.shape[:-1]), self.x0.shape[-1])
         x, z, e = self._run(x0, self.memory0)
         value = e.movedim(0, -2)
-        remember_path(value, Driven(x, z))
+        remember_path(value, self.sde, self.ts, x, z)
         self._last = (value, e, z[:-1])
         return value
 

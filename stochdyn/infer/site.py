@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from stochdyn.core.initial import DistributionStart
 from stochdyn.core.solvers import full_state, increment_scale, integrate
+from stochdyn.errors import NonFiniteError
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
 from stochdyn.infer.encoders import ControlNetwork, LikelihoodEncoder
 from stochdyn.infer.feedback import Feedback, Gains
 from stochdyn.infer.linearise import LinearPosterior, Quadratic, backward_pass, linear_steps
-from stochdyn.infer.posterior import StartPosterior
+from stochdyn.infer.start import StartPosterior, StartPrior
 
 __all__ = ["LinearStart", "PathSite", "SiteView", "fit_linearised", "view_site"]
 
@@ -30,6 +31,7 @@ class SiteView:
         x0: ``(*batch, d)`` start, the prior mean where it is random.
         memory0: ``(*batch, m, K)`` initial memory, or None.
         scale: ``(N, M)`` prior standard deviations of the increments.
+        start: what is random at the start and belongs to this site, or None.
     """
 
     fn: DiffusionPath | PathIncrements
@@ -37,6 +39,7 @@ class SiteView:
     x0: Tensor
     memory0: Tensor | None
     scale: Tensor
+    start: StartPrior | None = None
 
     @property
     def dim(self) -> int:
@@ -49,20 +52,17 @@ class SiteView:
         channels = self.scale.shape[-1] // self.fn.sde.noise.num_innovations(self.fn.ts)
         return self.dim + channels * self.fn.sde.noise.num_states
 
-    @property
-    def random_start(self) -> bool:
-        """Whether the start belongs to this site and is random."""
-        return isinstance(self.fn, DiffusionPath) and not self.fn.initial.fixed
-
     def batch(self) -> torch.Size:
         """Return the batch shape of a path."""
         return torch.broadcast_shapes(self.fn.batch_shape, self.x0.shape[:-1])
 
-    def run(self, e: Tensor, x0: Tensor | None = None, feedback: Feedback | None = None) -> Tensor:
-        """Return the full states ``(T, *batch, Z)`` along increments ``e``."""
-        x0 = self.x0 if x0 is None else x0
+    def run(self, e: Tensor, start: Tensor | None = None, feedback: Feedback | None = None) -> Tensor:
+        """Return the full states ``(T, *batch, Z)`` along increments ``e``, from a start of the site's own if given."""
+        x0, memory0 = (
+            (self.x0, self.memory0) if start is None or self.start is None else self.start.states(start)
+        )
         sde = self.fn.sde.with_control(feedback)
-        run = integrate(sde, x0.expand(*self.batch(), self.dim), self.fn.ts, e, self.memory0)
+        run = integrate(sde, x0.expand(*self.batch(), self.dim), self.fn.ts, e, memory0)
         return full_state(run.x, run.memory)
 
     def zero_increments(self) -> Tensor:
@@ -74,22 +74,36 @@ class SiteView:
         with torch.no_grad():
             return self.run(self.zero_increments())
 
-    def follow(self, feedback: Feedback, start: StartPosterior | None = None) -> tuple[Tensor, Tensor]:
-        """Return mean increments and the path that they drive, time leading."""
-        x0 = None if start is None else start.law.mean
-        z = self.run(self.zero_increments(), x0, feedback)
+    def follow(self, feedback: Feedback, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return mean increments ``(N, *batch, M)`` and the full states ``(T, *batch, Z)`` that they drive."""
+        z = self.run(self.zero_increments(), start, feedback)
         t = self.fn.ts[:-1].to(z.dtype).reshape(-1, *(1,) * (z.ndim - 1))
         scale = self.scale.reshape(self.scale.shape[0], *(1,) * (z.ndim - 2), -1)
-        return feedback.mean(t, z[:-1]) * scale, z[..., : self.dim]
+        return feedback.mean(t, z[:-1]) * scale, z
 
 
-def view_site(fn: DiffusionPath | PathIncrements, path_name: str) -> SiteView:
-    """Gather what a guide needs from a site's distribution."""
+def view_site(
+    fn: DiffusionPath | PathIncrements, path_name: str, start_law: Any = None, past: bool = False
+) -> SiteView:
+    """Gather what a guide needs from a site's distribution.
+
+    Args:
+        fn: the site's distribution.
+        path_name: the site that holds the path.
+        start_law: law of a random start that the guide treats with an increments site.
+        past: whether it treats the past of the noise too.
+    """
     if isinstance(fn, PathIncrements):
-        return SiteView(fn, path_name, fn.x0, fn.memory0, fn.scale)
-    x0 = start_of(fn.initial) if not fn.initial.fixed else fn.initial.draw((), None)
-    channels = fn.sde.noise_dim(fn.ts[0].to(x0.dtype), x0)
-    return SiteView(fn, path_name, x0, None, increment_scale(fn.sde, fn.ts, channels, x0.dtype))
+        x0, memory0, scale = fn.x0, fn.memory0, fn.scale
+        channels = scale.shape[-1] // fn.sde.noise.num_innovations(fn.ts)
+        factor = fn.sde.noise.initial_factor(dtype=x0.dtype, device=x0.device) if past else None
+    else:
+        x0 = start_of(fn.initial) if not fn.initial.fixed else fn.initial.draw((), None)
+        channels = fn.sde.noise_dim(fn.ts[0].to(x0.dtype), x0)
+        scale, memory0, factor = increment_scale(fn.sde, fn.ts, channels, x0.dtype), None, None
+        start_law = getattr(fn.initial, "distribution", None)
+    batch = torch.broadcast_shapes(fn.batch_shape, x0.shape[:-1])
+    return SiteView(fn, path_name, x0, memory0, scale, StartPrior.of(start_law, x0, factor, channels, batch))
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,7 @@ class LinearStart:
         posterior: gains in absolute coordinates.
         states: ``(T, *batch, Z)`` its mean path.
         increments: ``(N, *batch, M)`` that drive it.
-        start_mean: ``(*batch, d)`` posterior mean of a random start, or None; start_factor ``(*batch, d, d)`` its Cholesky factor.
+        start_mean: ``(*batch, D)`` posterior mean of a random start, or None; start_factor ``(*batch, D, D)`` its Cholesky factor.
     """
 
     posterior: LinearPosterior
@@ -140,34 +154,21 @@ def fit_linearised(
             a, b, c = linear_steps(view.fn.sde, view.fn.ts, z[:-1], e, view.scale)
             wide = Quadratic(data.precision.double(), data.linear.double())
             posterior = backward_pass(a.double(), b.double(), c.double(), wide)
-            start = _start(view, posterior)
-            gains = _absolute(posterior, z)
-            x0 = None if start is None else start[0].to(z.dtype)
-            e_new, _ = view.follow(Feedback(gains, view.scale), None if x0 is None else _Point(x0))  # type: ignore[arg-type]
-            z_new = view.run(view.zero_increments(), x0, Feedback(gains, view.scale))
+            mean = factor = None
+            if view.start is not None:
+                mean, factor = view.start.posterior(posterior.start_precision, posterior.start_linear)
+                mean, factor = mean.to(z.dtype), factor.to(z.dtype)
+            e_new, z_new = view.follow(Feedback(_absolute(posterior, z), view.scale), mean)
         if not bool(torch.isfinite(z_new).all()):
             break
         change = float((z_new - z).abs().max() / (1e-12 + z_new.abs().max()))
         z, e = z_new, e_new
-        mean, factor = (None, None) if start is None else (start[0].to(z.dtype), start[1].to(z.dtype))
         best = LinearStart(posterior, z, e, mean, factor)
         if change < tolerance:
             break
     if best is None:
-        raise FloatingPointError("the linearised model has no finite posterior; use start='prior'")
+        raise NonFiniteError("the linearised model has no finite posterior", hint="use start='prior'")
     return best
-
-
-class _Law:
-    def __init__(self, mean: Tensor) -> None:
-        self.mean = mean
-
-
-class _Point:
-    """A start without spread, for following mean paths."""
-
-    def __init__(self, mean: Tensor) -> None:
-        self.law = _Law(mean)
 
 
 def _absolute(posterior: LinearPosterior, like: Tensor) -> Gains:
@@ -180,23 +181,6 @@ def _absolute(posterior: LinearPosterior, like: Tensor) -> Gains:
         like.new_zeros(like.shape[0] - 1, *(1,) * (like.ndim - 2), size),
         like.new_ones(size),
     )
-
-
-def _start(view: SiteView, posterior: LinearPosterior) -> tuple[Tensor, Tensor] | None:
-    """Combine the likelihood as a function of the start with the start's prior, taken as Gaussian."""
-    if not view.random_start or not isinstance(view.fn.initial, DistributionStart):  # type: ignore[union-attr]
-        return None
-    prior = view.fn.initial.distribution  # type: ignore[union-attr]
-    dim = view.dim
-    if hasattr(prior, "precision_matrix"):
-        precision = prior.precision_matrix.double()
-    else:
-        precision = torch.diag_embed(1.0 / prior.variance.double())
-    total = precision + posterior.start_precision[..., :dim, :dim]
-    pull = (precision @ prior.mean.double().unsqueeze(-1)).squeeze(-1) + posterior.start_linear[..., :dim]
-    chol = torch.linalg.cholesky(total)
-    mean = torch.cholesky_solve(pull.unsqueeze(-1), chol).squeeze(-1)
-    return mean, torch.linalg.cholesky(torch.cholesky_inverse(chol))
 
 
 class PathSite(PyroModule):
@@ -235,8 +219,8 @@ class PathSite(PyroModule):
             self.head = nn.Linear(context, count + count * size + count + len(self._lower[0])).to(like)
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
-            if view.random_start:
-                self.start_head = nn.Linear(context, 2 * view.dim).to(like)
+            if view.start is not None:
+                self.start_head = nn.Linear(context, 2 * view.start.mean.shape[-1]).to(like)
                 nn.init.zeros_(self.start_head.weight)
                 nn.init.zeros_(self.start_head.bias)
         else:
@@ -255,8 +239,8 @@ class PathSite(PyroModule):
                 torch.diagonal(factor, dim1=-2, dim2=-1).log().detach().clone().contiguous()
             )
             self.lower = nn.Parameter(factor[..., self._lower[0], self._lower[1]].detach().clone())
-            if view.random_start:
-                self._set_start(view, start)
+            if view.start is not None:
+                self._set_start(view.start, start)
         self.network = None
         if hidden:
             ts = view.fn.ts
@@ -269,19 +253,21 @@ class PathSite(PyroModule):
                 span=float(ts[-1] - ts[0]),
             ).to(like)
 
-    def _set_start(self, view: SiteView, start: LinearStart | None) -> None:
+    def _set_start(self, prior: StartPrior, start: LinearStart | None) -> None:
         if start is not None and start.start_mean is not None and start.start_factor is not None:
             mean, factor = start.start_mean, start.start_factor
         else:
-            law = view.fn.initial.distribution  # type: ignore[union-attr]
-            mean, factor = law.mean, torch.diag_embed(law.stddev)
-        shape = (*view.batch(), view.dim)
-        mean, factor = mean.expand(shape), factor.expand(*shape, view.dim)
+            mean = prior.mean
+            factor = torch.linalg.cholesky(torch.linalg.inv(prior.precision))
         self.start_mean = nn.Parameter(mean.detach().clone().contiguous())
-        self.start_log_diagonal = nn.Parameter(
-            torch.diagonal(factor, dim1=-2, dim2=-1).log().detach().clone().contiguous()
-        )
+        diagonal = torch.diagonal(factor, dim1=-2, dim2=-1).log()
+        self.start_log_diagonal = nn.Parameter(diagonal.detach().clone().contiguous())
         self.start_lower = nn.Parameter(torch.tril(factor, -1).detach().clone())
+
+    def start_posterior(self) -> StartPosterior:
+        """Return the free posterior of a random start."""
+        tril = torch.tril(self.start_lower, -1) + torch.diag_embed(self.start_log_diagonal.exp())
+        return StartPosterior(self.start_mean, tril)
 
     @staticmethod
     def _measure_width(view: SiteView, start: LinearStart | None, centre: Tensor) -> Tensor:
@@ -313,10 +299,7 @@ class PathSite(PyroModule):
         """Return the feedback law (and that of a random start) of free parameters."""
         factor = self._factor(self.log_diagonal, self.lower)
         gains = Gains(self.offset, self.gain, factor, self.centre, self.width)
-        start = None
-        if view.random_start:
-            tril = torch.tril(self.start_lower, -1) + torch.diag_embed(self.start_log_diagonal.exp())
-            start = StartPosterior(self.start_mean, tril)
+        start = None if view.start is None else self.start_posterior()
         return Feedback(gains, view.scale, self.network), start
 
     def read(
@@ -335,12 +318,11 @@ class PathSite(PyroModule):
             self.width,
         )
         start = None
-        if view.random_start:
-            law = view.fn.initial.distribution  # type: ignore[union-attr]
+        if view.start is not None:
+            stddev = torch.diagonal(view.start.precision, dim1=-2, dim2=-1).rsqrt()
             shift, log_scale = self.start_head(summary[0]).chunk(2, -1)
             start = StartPosterior(
-                law.mean.detach() + law.stddev.detach() * shift,
-                torch.diag_embed(law.stddev.detach() * log_scale.exp()),
+                view.start.mean + stddev * shift, torch.diag_embed(stddev * log_scale.exp())
             )
         context = summary[1:] if self.network is not None else None
         return Feedback(gains, view.scale, self.network, context), start

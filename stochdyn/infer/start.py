@@ -1,0 +1,113 @@
+"""The random start of a path: its state, the past of its noise, and their joint Gaussian posterior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["StartPosterior", "StartPrior"]
+
+
+class StartPosterior:
+    """A Gaussian posterior of a random start: ``loc (*batch, D)``, ``scale_tril (*batch, D, D)``."""
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
+        self.law = torch.distributions.MultivariateNormal(loc, scale_tril=scale_tril)
+
+    def draw(self, sample_shape: torch.Size, batch_shape: torch.Size) -> Tensor:
+        """Return ``(*sample, *batch, D)``."""
+        return self.law.expand(batch_shape).rsample(sample_shape)
+
+
+@dataclass(frozen=True)
+class StartPrior:
+    """What is random at the start of a path, as one vector: the state's ``d`` components, then the standard normals of the past.
+
+    Attributes:
+        mean: ``(*batch, D)``.
+        precision: ``(*batch, D, D)``, that of a Gaussian with the prior's variances.
+        fixed: ``(*batch, d)`` the state where it isn't random, else None.
+        factor: ``(Q, K)`` from the normals of a channel to its memory states, or None without a past.
+        channels: ``m``.
+    """
+
+    mean: Tensor
+    precision: Tensor
+    fixed: Tensor | None
+    factor: Tensor | None
+    channels: int
+
+    @staticmethod
+    def of(
+        law: Any, x0: Tensor, factor: Tensor | None, channels: int, batch: torch.Size
+    ) -> StartPrior | None:
+        """Build the prior from the law of the state (None if fixed at ``x0``) and the factor of the past; None if nothing is random."""
+        means, precisions = [], []
+        if law is not None:
+            precision = getattr(law, "precision_matrix", None)
+            precisions.append(torch.diag_embed(1.0 / law.variance) if precision is None else precision)
+            means.append(law.mean)
+        if factor is not None:
+            size = channels * factor.shape[0]
+            means.append(x0.new_zeros(size))
+            precisions.append(torch.eye(size, dtype=x0.dtype, device=x0.device))
+        if not means:
+            return None
+        mean = torch.cat([m.detach().expand(*batch, m.shape[-1]) for m in means], -1)
+        precision = mean.new_zeros(*batch, mean.shape[-1], mean.shape[-1])
+        at = 0
+        for block in precisions:
+            end = at + block.shape[-1]
+            precision[..., at:end, at:end] = block.detach()
+            at = end
+        return StartPrior(mean, precision, None if law is not None else x0.detach(), factor, channels)
+
+    @property
+    def state_dim(self) -> int:
+        """How many of the ``D`` components are the state's."""
+        past = 0 if self.factor is None else self.channels * self.factor.shape[0]
+        return self.mean.shape[-1] - past
+
+    def split(self, value: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the state ``(*batch, d)`` and the standard normals of the past ``(*batch, m, Q)``, None where not random."""
+        state = value[..., : self.state_dim] if self.fixed is None else None
+        past = (
+            None if self.factor is None else value[..., self.state_dim :].unflatten(-1, (self.channels, -1))
+        )
+        return state, past
+
+    def states(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the state ``(*batch, d)`` and the memory ``(*batch, m, K)`` that a start implies."""
+        state, past = self.split(value)
+        x0 = self.fixed if state is None else state
+        return x0, None if past is None or self.factor is None else past @ self.factor  # type: ignore[return-value]
+
+    def posterior(self, precision: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
+        """Combine with the likelihood ``exp(-1/2 z S z + eta z)`` of the full state; return mean and Cholesky factor of the covariance."""
+        lift = self._lift(precision.shape[-1]).to(precision)
+        prior = self.precision.to(precision)
+        offset = precision.new_zeros(*self.mean.shape[:-1], precision.shape[-1])
+        if self.fixed is not None:
+            offset[..., : self.fixed.shape[-1]] = self.fixed.to(precision)
+        total = prior + lift.mT @ precision @ lift
+        pull = _times(prior, self.mean.to(precision)) + _times(lift.mT, linear - _times(precision, offset))
+        chol = torch.linalg.cholesky(total)
+        mean = torch.cholesky_solve(pull.unsqueeze(-1), chol).squeeze(-1)
+        return mean, torch.linalg.cholesky(torch.cholesky_inverse(chol))
+
+    def _lift(self, size: int) -> Tensor:
+        """Return the matrix from starts to full states, ``(Z, D)``."""
+        lift = self.mean.new_zeros(size, self.mean.shape[-1])
+        d = self.state_dim
+        lift[:d, :d] = torch.eye(d, dtype=lift.dtype, device=lift.device)
+        if self.factor is not None:
+            rows = size - self.channels * self.factor.shape[1]
+            lift[rows:, d:] = torch.block_diag(*[self.factor.mT.to(lift)] * self.channels)
+        return lift
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
