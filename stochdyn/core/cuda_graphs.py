@@ -52,7 +52,17 @@ def integrate_graphed(sde: SDE, x0: Tensor, ts: Tensor, dw: Tensor, method: str)
         States, ``(T, *batch, d)``.
     """
     grad = torch.is_grad_enabled()
-    key = (method, tuple(ts.tolist()), x0.shape, dw.shape, x0.dtype, x0.device, x0.requires_grad, dw.requires_grad, grad)
+    key = (
+        method,
+        tuple(ts.tolist()),
+        x0.shape,
+        dw.shape,
+        x0.dtype,
+        x0.device,
+        x0.requires_grad,
+        dw.requires_grad,
+        grad,
+    )
     loops = _captured.setdefault(sde, {})
     if key not in loops:
         x0_sample = torch.zeros_like(x0).requires_grad_(x0.requires_grad)

@@ -54,7 +54,9 @@ class FixedStart(InitialLaw):
         super().__init__()
         check_ndim(point, tuple(range(1, 12)), "initial", "(d,) or (*batch, d)")
         if not point.is_floating_point():
-            raise InvalidInputError("a fixed start must be floating", got=point.dtype, hint="use initial.float()")
+            raise InvalidInputError(
+                "a fixed start must be floating", got=point.dtype, hint="use initial.float()"
+            )
         check_finite(point.detach(), "initial")
         self.dim = point.shape[-1]
         if isinstance(point, nn.Parameter):
@@ -139,7 +141,8 @@ class SimulatedMarginal(InitialLaw):
     def log_prob(self, x0: Tensor) -> Tensor:
         """Raise: the density of a simulated marginal isn't known."""
         raise SingularDiffusionError(
-            "the start has no known density: it is simulated", hint="give reverse(..., initial=...) the law at the horizon"
+            "the start has no known density: it is simulated",
+            hint="give reverse(..., initial=...) the law at the horizon",
         )
 
     def _log_ratio(self, other: InitialLaw, x0: Tensor, estimator: str) -> Tensor:
@@ -155,5 +158,7 @@ def as_initial(initial: Any) -> InitialLaw:
     if isinstance(initial, torch.distributions.Distribution):
         return DistributionStart(initial)
     raise InvalidInputError(
-        "initial must be a distribution or a tensor", got=type(initial).__name__, expected="event (d,) or a (d,) tensor"
+        "initial must be a distribution or a tensor",
+        got=type(initial).__name__,
+        expected="event (d,) or a (d,) tensor",
     )

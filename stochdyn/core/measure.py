@@ -111,7 +111,11 @@ class DiffusionMeasure(PathMeasure):
             self.sde, x0, ts, dw, memory0, method=method, checkpoint=checkpoint, cuda_graph=cuda_graph
         )
         channels = self.sde.noise_dim(ts[0].to(x0.dtype), x0)
-        aux = {}
+        aux = {
+            name: value.movedim(0, -2)
+            for name, value in (("control", run.control), ("precision", run.precision))
+            if value is not None
+        }
         if run.memory is not None:
             aux["memory"] = run.memory.movedim(0, -3)
             if dw.shape[-1] > channels:
@@ -145,7 +149,9 @@ class DiffusionMeasure(PathMeasure):
         """
         return euler_log_prob(self.sde, self.initial, path.ts, path.x)
 
-    def log_rn(self, path: PathSample, other: PathMeasure, estimator: str = "density") -> Tensor:
+    def log_rn(
+        self, path: PathSample, other: PathMeasure, estimator: str = "density", *, recorded: bool = False
+    ) -> Tensor:
         r"""Return :math:`\log dQ/dP` on given paths, Q being this law and P ``other``.
 
         Args:
@@ -154,6 +160,9 @@ class DiffusionMeasure(PathMeasure):
             estimator: ``"density"``, the true log weight; ``"rate"``, only its conditional mean under Q; ``"stl"``, the true log
                 weight with the low-noise gradient of :func:`stochdyn.core.girsanov.stl`. The last two mean something on
                 paths of Q alone.
+            recorded: take the control of the law that drew the paths as it was then (``path.aux``) rather than evaluate
+                it again. It saves most of the time where the control is a network, and is right as long as that law hasn't
+                changed since.
 
         Returns:
             ``(*sample,)``.
@@ -163,8 +172,8 @@ class DiffusionMeasure(PathMeasure):
         """
         check_choice(estimator, girsanov.ESTIMATORS, "estimator")
         check_finite(path.x.detach(), "path.x")
-        relation = relate(self, other, path)
-        start = self.initial.log_ratio(other.initial, path.x[..., 0, :], estimator)  # type: ignore[union-attr]
+        relation = relate(self, other, path, recorded)
+        start = self.initial.log_ratio(relation.p.initial, path.x[..., 0, :], estimator)
         if estimator == "rate":
             return start + girsanov.rate(relation.law_q(), relation.law_p(), relation.dt)
         if estimator == "density":
@@ -193,7 +202,8 @@ class DiffusionMeasure(PathMeasure):
             DiffusionMismatchError: if the laws are mutually singular.
         """
         check_positive_int(num_paths, "num_paths", 2)
-        return Estimate.of(self.log_rn(self.sample(ts, (num_paths,), generator), other, estimator))
+        path = self.sample(ts, (num_paths,), generator)
+        return Estimate.of(self.log_rn(path, other, estimator, recorded=True))
 
     def full_state(self, path: PathSample) -> Tensor:
         """Return the states that controls see, time leading: ``(T, *sample, d + m K)``."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from stochdyn.core.girsanov import NoiseLaw
 from stochdyn.core.path import PathSample
 from stochdyn.core.sde import SDE, Control
 from stochdyn.core.transition import check_has_density, steps_of, time_column
-from stochdyn.errors import DiffusionMismatchError
+from stochdyn.errors import DiffusionMismatchError, InvalidInputError
 
 if TYPE_CHECKING:
     from stochdyn.core.measure import DiffusionMeasure
@@ -26,34 +27,60 @@ class Relation:
     """Two laws on the same increments.
 
     Attributes:
-        q: the first equation; p: the second one.
-        gap: ``G^+ (f_Q - f_P)`` at given states, or None where both have the same drift.
-        t: ``(N, 1, ..., 1)``; dt: likewise.
-        z: ``(N, *batch, d + m K)`` full states before each step.
-        e: ``(N, *batch, m)`` increments of P's uncontrolled equation.
+        q: the first law; p: the second one.
+        path: the paths on which they are compared.
+        shared: whether the equations differ by control alone.
+        t: ``(N, 1, ..., 1)`` times before each step; dt: likewise the steps.
+        recorded: the law of the increments that generated the path, as noted while it was sampled, or None.
     """
 
-    q: SDE
-    p: SDE
+    q: DiffusionMeasure
+    p: DiffusionMeasure
+    path: PathSample
     shared: bool
-    dim: int
     t: Tensor
     dt: Tensor
-    z: Tensor
-    e: Tensor
+    recorded: NoiseLaw | None
+
+    @property
+    def source(self) -> SDE | None:
+        """The equation that generated the paths, if it is known."""
+        return cast("SDE | None", getattr(self.path.law, "sde", None))
+
+    @cached_property
+    def z(self) -> Tensor:
+        """``(N, *batch, d + m K)`` full states before each step."""
+        return self.q.full_state(self.path)[:-1]
+
+    @cached_property
+    def e(self) -> Tensor:
+        """``(N, *batch, m)`` increments of P's uncontrolled equation: from the recorded ones, or from the states."""
+        sde = self.source
+        if sde is not None:
+            on_p, on_q = sde.shares_base(self.p.sde), sde.shares_base(self.q.sde)
+            if on_p or on_q:
+                e = self._base_increment(sde.control)
+                return e if on_p else e + self._gap(self.z) * self.dt
+        x = self.path.leading()
+        g = self.p.sde.diffusion(self.t, x[:-1])
+        check_has_density(self.p.sde, g, x.shape[-1])
+        return g.solve(x[1:] - x[:-1] - self.p.sde.drift(self.t, x[:-1]) * self.dt)
 
     def law_q(self, z: Tensor | None = None) -> NoiseLaw:
-        """Return the law of the increments under Q."""
-        z = self.z if z is None else z
-        law = _law(self.q.control, self.t, z)
+        """Return the law of the increments under Q, at other states ``z`` if given."""
+        own = self.source is not None and self.source.control is self.q.sde.control
+        if z is None and self.recorded is not None and own:
+            law = self.recorded
+        else:
+            law = _law(self.q.sde.control, self.t, self.z if z is None else z)
         if self.shared:
             return law
-        gap = _gap(self.q, self.p, self.t, z[..., : self.dim])
+        gap = self._gap(self.z if z is None else z)
         return NoiseLaw(gap if law.drift is None else gap + law.drift, law.precision)
 
     def law_p(self) -> NoiseLaw:
         """Return the law of the increments under P."""
-        return _law(self.p.control, self.t, self.z)
+        return _law(self.p.sde.control, self.t, self.z) if self.p.sde.control is not None else NoiseLaw()
 
     def log_q(self, e: Tensor, z: Tensor) -> Tensor:
         """Return the log density under Q relative to the base, ``(*batch,)``."""
@@ -63,60 +90,59 @@ class Relation:
         """Return the log density under P relative to the base, ``(*batch,)``."""
         return self.law_p().log_ratio_to_base(self.e, self.dt).sum(-1).sum(0)
 
+    def _gap(self, z: Tensor) -> Tensor:
+        return _gap(self.q.sde, self.p.sde, self.t, z[..., : self.path.x.shape[-1]])
 
-def relate(q: DiffusionMeasure, p: Any, path: PathSample) -> Relation:
+    def _base_increment(self, control: Control | None) -> Tensor:
+        """Return the increments of the uncontrolled equation from those that drove the controlled one."""
+        dw = self.path.dw.movedim(-2, 0)
+        if control is None:
+            return dw
+        law = self.recorded or _law(control, self.t, self.z)
+        if law.precision is not None:
+            dw = dw * torch.rsqrt(1 + law.precision * self.dt)
+        return dw if law.drift is None else dw + law.drift * self.dt
+
+
+def relate(q: DiffusionMeasure, p: Any, path: PathSample, recorded: bool = False) -> Relation:
     """Bring two laws and a path on common ground.
+
+    Args:
+        q: the first law.
+        p: the second law.
+        path: the paths.
+        recorded: take the control of the law that generated the paths as noted then, rather than evaluate it again.
 
     Raises:
         DiffusionMismatchError: if the laws are mutually singular.
     """
     if not hasattr(p, "sde"):
         raise DiffusionMismatchError("log_rn compares two DiffusionMeasures", got=type(p).__name__)
-    states = q.full_state(path)
-    z, dim = states[:-1], path.x.shape[-1]
-    t, dt = time_column(path.ts[:-1], z), steps_of(path.ts, z)
+    x = path.leading()[:-1]
+    t, dt = time_column(path.ts[:-1], x), steps_of(path.ts, x)
     shared = q.sde.shares_base(p.sde)
     if not shared:
-        _check_equivalent(q.sde, p.sde, t, z[..., :dim])
-    e = _increments(q, p, path, t, dt, z, dim)
-    return Relation(q.sde, p.sde, shared, dim, t, dt, z, e)
+        _check_equivalent(q.sde, p.sde, t, x)
+    return Relation(q, p, path, shared, t, dt, _noted(path) if recorded else None)
+
+
+def _noted(path: PathSample) -> NoiseLaw | None:
+    known = {name: path.aux[name].movedim(-2, 0) for name in ("control", "precision") if name in path.aux}
+    return NoiseLaw(known.get("control"), known.get("precision")) if known else None
 
 
 def _law(control: Control | None, t: Tensor, z: Tensor) -> NoiseLaw:
     if control is None:
         return NoiseLaw()
-    drift = None if control.drift is None else control.drift(t, z)
-    return NoiseLaw(drift, None if control.precision is None else control.precision(t, z))
+    if type(control).shape_increment is not Control.shape_increment:
+        raise InvalidInputError(
+            "log_rn knows controls by their drift and precision only", got=type(control).__name__
+        )
+    return NoiseLaw(*control.at(t, z))
 
 
 def _gap(q: SDE, p: SDE, t: Tensor, x: Tensor) -> Tensor:
     return p.diffusion(t, x).solve((q.drift(t, x) - p.drift(t, x)).expand_as(x))
-
-
-def _increments(
-    q: DiffusionMeasure, p: Any, path: PathSample, t: Tensor, dt: Tensor, z: Tensor, dim: int
-) -> Tensor:
-    """Return the increments of P's uncontrolled equation: from the recorded ones, or from the states."""
-    law = path.law
-    if law is not None:
-        sde = law.sde  # type: ignore[union-attr]
-        on_p, on_q = sde.shares_base(p.sde), sde.shares_base(q.sde)
-        if on_p or on_q:
-            e = _base_increment(sde.control, path.dw.movedim(-2, 0), t, dt, z)
-            return e if on_p else e + _gap(q.sde, p.sde, t, z[..., :dim]) * dt
-    x = path.leading()
-    g = p.sde.diffusion(t, x[:-1])
-    check_has_density(p.sde, g, dim)
-    return g.solve(x[1:] - x[:-1] - p.sde.drift(t, x[:-1]) * dt)
-
-
-def _base_increment(control: Control | None, dw: Tensor, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
-    if control is None:
-        return dw
-    law = _law(control, t, z)
-    if law.precision is not None:
-        dw = dw * torch.rsqrt(1 + law.precision * dt)
-    return dw if law.drift is None else dw + law.drift * dt
 
 
 def _check_equivalent(q: SDE, p: SDE, t: Tensor, x: Tensor) -> None:
@@ -124,13 +150,20 @@ def _check_equivalent(q: SDE, p: SDE, t: Tensor, x: Tensor) -> None:
     dim = x.shape[-1]
     with torch.no_grad():
         if not q._same_noise(p):
-            raise DiffusionMismatchError("the laws are driven by different noise", hint="share one noise object")
+            raise DiffusionMismatchError(
+                "the laws are driven by different noise", hint="share one noise object"
+            )
         a, b = q.diffusion(t, x), p.diffusion(t, x)
         if not _same(a, b, dim):
             raise DiffusionMismatchError(
                 "the laws have different diffusions and are mutually singular",
                 got=f"largest difference {_difference(a, b, dim):.3g} in G G^T",
                 hint="give both the same diffusion",
+            )
+        if not torch.allclose(a.matrix(dim).to(x), b.matrix(dim).to(x), rtol=1e-4, atol=1e-7):
+            raise DiffusionMismatchError(
+                "the laws have the same G G^T but arrange their noise channels differently",
+                hint="give both the same matrix G",
             )
         if isinstance(b, Matrix) and b.value.shape[-1] < dim:
             v = (q.drift(t, x) - p.drift(t, x)).expand_as(x)

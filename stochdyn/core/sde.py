@@ -37,11 +37,23 @@ class Control(nn.Module):
 
     def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
         """Turn the standard increments ``e (*batch, m R)`` of step ``n`` into those of the controlled law."""
+        return self.apply(*self.at(t, z), dt, e, channels)
+
+    def at(self, t: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return drift and precision at ``t`` and the full state ``z``."""
+        return (
+            None if self.drift is None else self.drift(t, z),
+            None if self.precision is None else self.precision(t, z),
+        )
+
+    @staticmethod
+    def apply(u: Tensor | None, precision: Tensor | None, dt: float, e: Tensor, channels: int) -> Tensor:
+        """Turn standard increments into those of given drift and precision."""
         dw = e[..., :channels]
-        if self.precision is not None:
-            dw = dw * torch.rsqrt(1.0 + self.precision(t, z) * dt)
-        if self.drift is not None:
-            dw = torch.add(dw, self.drift(t, z), alpha=dt)
+        if precision is not None:
+            dw = dw * torch.rsqrt(1.0 + precision * dt)
+        if u is not None:
+            dw = torch.add(dw, u, alpha=dt)
         return dw if e.shape[-1] == channels else torch.cat([dw, e[..., channels:]], -1)
 
     def then(self, other: Control) -> Control:
@@ -97,7 +109,9 @@ class SDE(nn.Module):
     ) -> None:
         super().__init__()
         if not callable(drift):
-            raise InvalidInputError("drift must be callable", got=type(drift).__name__, expected="drift(t, x)")
+            raise InvalidInputError(
+                "drift must be callable", got=type(drift).__name__, expected="drift(t, x)"
+            )
         if noise is not None and not isinstance(noise, NoiseProcess):
             raise InvalidInputError("noise must be a NoiseProcess", got=type(noise).__name__)
         self.drift = drift
@@ -138,7 +152,9 @@ class SDE(nn.Module):
             b = self.drift(t, x)
             if not isinstance(b, Tensor) or (b.ndim and b.shape[-1] not in (1, x.shape[-1])):
                 shape = tuple(b.shape) if isinstance(b, Tensor) else type(b).__name__
-                raise ShapeError("the drift doesn't fit the state", got=f"shape {shape}", expected=f"{tuple(x.shape)}")
+                raise ShapeError(
+                    "the drift doesn't fit the state", got=f"shape {shape}", expected=f"{tuple(x.shape)}"
+                )
             self.diffusion(t, x).check()
 
     def controlled(self, u: Field | None = None, precision: Field | None = None) -> SDE:

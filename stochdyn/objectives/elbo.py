@@ -61,7 +61,9 @@ class GaussianObservations(nn.Module):
         if values.ndim == 1:
             values = values.unsqueeze(-1)
         if values.shape[0] != times.shape[0]:
-            raise ShapeError("times and values differ in length", got=f"{times.shape[0]} and {values.shape[0]}")
+            raise ShapeError(
+                "times and values differ in length", got=f"{times.shape[0]} and {values.shape[0]}"
+            )
         check_positive(scale if isinstance(scale, float | int) else scale.detach(), "scale")
         right = torch.searchsorted(ts, times.contiguous()).clamp(1, ts.shape[0] - 1)
         weight = ((times - ts[right - 1]) / (ts[right] - ts[right - 1])).to(values.dtype)
@@ -106,10 +108,11 @@ class PathELBO(Objective):
         Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders", 2016.
 
     Example:
+        >>> from stochdyn.core.sde import SDE
         >>> ts = torch.linspace(0, 1, 11)
         >>> prior = DiffusionMeasure(torch.zeros(1), SDE(lambda t, x: -x, 1.0))
         >>> likelihood = GaussianObservations(ts, ts[[5, 10]], torch.tensor([0.3, 0.1]), 0.5)
-        >>> value = PathELBO(prior, prior.controlled(nn.Linear(1, 1)), likelihood)(None)
+        >>> value = PathELBO(prior, prior.controlled(lambda t, x: 0.2 - x), likelihood)(None)
         >>> value.bound
         'evidence_lower'
     """
@@ -164,14 +167,17 @@ class PathELBO(Objective):
                 expected=f"{tuple(path.shape)}",
             )
         if self.importance_weighted:
-            log_weight = log_likelihood - self.posterior.log_rn(path, self.prior)
+            log_weight = log_likelihood - self.posterior.log_rn(path, self.prior, recorded=True)
             bound = torch.logsumexp(log_weight, 0) - math.log(self.num_particles)
             elbo = bound.sum()
             return ObjectiveValue(-elbo, {"elbo": elbo.detach()}, "evidence_lower")
         estimator = self._choose()
         with torch.set_grad_enabled(torch.is_grad_enabled() and estimator != "rate"):
-            reported = self.posterior.log_rn(path, self.prior, "stl" if estimator == "stl" else "density")
-        differentiated = self.posterior.log_rn(path, self.prior, "rate") if estimator == "rate" else reported
+            value = "stl" if estimator == "stl" else "density"
+            reported = self.posterior.log_rn(path, self.prior, value, recorded=True)
+        differentiated = reported
+        if estimator == "rate":
+            differentiated = self.posterior.log_rn(path, self.prior, "rate", recorded=True)
         self._watch(log_likelihood.detach() - reported.detach())
         surrogate = (log_likelihood - differentiated).mean(0).sum()
         elbo = (log_likelihood - reported).detach().mean(0).sum()
@@ -204,5 +210,5 @@ class PathELBO(Objective):
     def evidence(self, num_paths: int = 1000, batch: Any = None) -> tuple[Tensor, Tensor]:
         """Return the importance-sampling estimate of the log evidence and the log weights ``(num_paths,)``."""
         path = self.posterior.sample(cast(Tensor, self.grid), (num_paths,), method=self.method)
-        log_weight = self.likelihood(path, batch) - self.posterior.log_rn(path, self.prior)
+        log_weight = self.likelihood(path, batch) - self.posterior.log_rn(path, self.prior, recorded=True)
         return torch.logsumexp(log_weight, 0) - math.log(num_paths), log_weight
