@@ -112,7 +112,8 @@ class MasterEquation(ForwardOperator, ABC):
         row, place = rates.nonzero(as_tuple=True)
         column = encode(b[row, place], self.num_outcomes)
         size = (self.num_states, self.num_states)
-        return torch.sparse_coo_tensor(torch.stack([row, column]), rates[row, place], size).coalesce()
+        places = torch.stack([row, column])
+        return torch.sparse_coo_tensor(places, rates[row, place], size, check_invariants=False).coalesce()
 
     def _check_small(self) -> None:
         if self.num_states > MAX_STATES:
