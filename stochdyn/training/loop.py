@@ -172,12 +172,12 @@ class Run:
         state.optimizer.zero_grad(set_to_none=True)
         loss, terms, bound = call(batch)
         check_loss(loss)
-        if self.watch is not None:
-            self.watch.check(self.parameters)
-            self.watch = None
         state.value = ObjectiveValue(loss.detach(), terms, bound)
         state.log.add(state.value)
         loss.backward()
+        if self.watch is not None:
+            self.watch.check(self.parameters)
+            self.watch = None
         try:
             state.guard.inspect(state.value)
         except NonFiniteLossError as error:

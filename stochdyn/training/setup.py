@@ -173,10 +173,10 @@ class ParameterWatch:
 
     def __init__(self, objective: nn.Module) -> None:
         self._objective = objective
-        self._stored = set(_pyro_store())
+        self._marks = _gradient_marks()
 
     def check(self, trained: Mapping[str, nn.Parameter]) -> None:
-        """Raise if the objective has new parameters now, or has made Pyro parameters that it doesn't own."""
+        """After a backward pass, raise if it reached a parameter that isn't ``trained``."""
         late = [n for n, p in self._objective.named_parameters() if p.requires_grad and n not in trained]
         if late:
             raise InvalidInputError(
@@ -184,8 +184,12 @@ class ParameterWatch:
                 got=", ".join(late[:5]),
                 hint="evaluate the objective once before fit",
             )
-        owned = {id(p) for p in self._objective.parameters()}
-        bare = [n for n, p in _pyro_store().items() if n not in self._stored and id(p) not in owned]
+        owned = {id(p) for p in trained.values()}
+        bare = [
+            name
+            for name, (tensor, mark) in _gradient_marks().items()
+            if tensor not in owned and mark is not None and self._marks.get(name, (0, None))[1] != mark
+        ]
         if bare:
             raise InvalidInputError(
                 "the model has pyro.param statements outside its modules, which fit can't train",
@@ -194,14 +198,13 @@ class ParameterWatch:
             )
 
 
-def _pyro_store() -> dict[str, Tensor]:
-    """Unconstrained tensors of Pyro's global store; empty while nobody has imported Pyro."""
+def _gradient_marks() -> dict[str, tuple[int, tuple[int, int] | None]]:
+    """Identity of every tensor in Pyro's global store, and a mark that changes when its gradient does."""
     pyro = sys.modules.get("pyro")
-    return (
-        {}
-        if pyro is None or not hasattr(pyro, "get_param_store")
-        else dict(pyro.get_param_store().named_parameters())
-    )
+    if pyro is None or not hasattr(pyro, "get_param_store"):
+        return {}
+    stored = pyro.get_param_store().named_parameters()
+    return {n: (id(p), None if p.grad is None else (id(p.grad), p.grad._version)) for n, p in stored}
 
 
 def make_optimizer(
