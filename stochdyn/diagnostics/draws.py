@@ -15,7 +15,7 @@ from torch import Tensor
 from stochdyn._checks import check_positive_int
 from stochdyn.diagnostics.probe import Chunk, NotVectorisedError, Probe, Program, random_values
 from stochdyn.diagnostics.sites import Site
-from stochdyn.errors import StochdynWarning
+from stochdyn.errors import StochdynWarning, UnknownSiteError
 
 __all__ = ["PosteriorDraws", "draw_posterior", "evaluate_draws", "seeded"]
 
@@ -186,15 +186,19 @@ def _vectorised_chunks(probe: Probe, num_draws: int, chunk_size: int) -> Iterato
 
 def _check_against_single(probe: Probe, chunk: Chunk, draws: PosteriorDraws, index: int) -> None:
     """Raise unless the chunk's draw ``index``, run alone, has the same densities and deterministic values."""
+    values = {n: v[index] for n, v in draws.values.items() if probe.sites[n].kind == "latent"}
+    guide = None
     if chunk.guide is not None and probe.guide_trace is not None:
         shapes = {name: value.shape for name, value in random_values(probe.guide_trace).items()}
         values = {
             name: _take(value, chunk.size, shapes[name])[index]
             for name, value in random_values(chunk.guide).items()
         }
-    else:
-        values = {n: v[index] for n, v in draws.values.items() if probe.sites[n].kind == "latent"}
-    single = _read(probe, probe.run(index, 1, 0, values, predictive=False))
+        try:
+            guide = probe.run_guide(values, 1, 0)
+        except Exception:  # a flow without an inverse has the density only of what it has just drawn
+            guide = None
+    single = _read(probe, Chunk(probe.run_model(values, 1, 0), guide, None, 1, 0))
     pairs = {"the joint density": (draws.log_joint[index], single.log_joint[0])}
     if draws.log_guide is not None and single.log_guide is not None:
         pairs["the guide's density"] = (draws.log_guide[index], single.log_guide[0])
@@ -212,6 +216,8 @@ def _read(probe: Probe, chunk: Chunk) -> PosteriorDraws:
     """Turn traces into tensors that lead with the draw axis."""
     values, likelihood, predictive = {}, {}, {}
     for name, site in probe.sites.items():
+        if name not in chunk.model.nodes:
+            raise UnknownSiteError(f"site {name!r} is there in some draws only", hint="mask it instead")
         node = chunk.model.nodes[name]
         if site.kind in ("latent", "deterministic"):
             values[name] = _take(node["value"], chunk.size, site.shape)
@@ -250,7 +256,7 @@ def _density(trace: poutine.Trace, chunk: Chunk) -> Tensor:
         if chunk.depth == 0:
             part = log_prob.sum().reshape(1)
         elif log_prob.ndim == chunk.depth and log_prob.shape[0] in (1, chunk.size):
-            part = log_prob.flatten(1).sum(-1).expand(chunk.size)
+            part = log_prob.reshape(log_prob.shape[0], -1).sum(-1).expand(chunk.size)
         elif not bool(log_prob.any()):
             continue  # masked out as a whole, as deterministic sites are
         else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,8 @@ def to_inference_data(
     found_dims, found_coords, constants = _axes(draws)
     for name, value in _array_arguments(model, args, kwargs or {}).items():
         if not any(_same(value, site.value) for site in draws.sites.values()):
-            constants.setdefault(name if name not in found_coords else f"{name}_data", _array(value))
+            taken = name in draws.sites or name in found_coords
+            constants.setdefault(f"{name}_argument" if taken else name, _array(value))
     attrs: dict[str, str | int | float] = {"estimator": _estimator(guide)}
     if seed is not None:
         attrs["seed"] = seed
@@ -200,13 +202,18 @@ def _array_arguments(
         arguments = {**named.arguments, **named.arguments.pop("kwargs", {})}
     except (TypeError, ValueError):
         arguments = {**{f"arg_{i}": value for i, value in enumerate(args)}, **kwargs}
-    flat: dict[str, Any] = {}
-    for name, value in arguments.items():
-        if isinstance(value, tuple | list):
-            flat.update({f"{name}_{i}": part for i, part in enumerate(value)})
-        else:
-            flat[name] = value
-    return {name: value for name, value in flat.items() if isinstance(value, Tensor | np.ndarray)}
+    return dict(itertools.chain.from_iterable(_leaves(name, value) for name, value in arguments.items()))
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor | np.ndarray]]:
+    if isinstance(value, Tensor | np.ndarray):
+        yield name, value
+    elif isinstance(value, tuple | list):
+        for i, part in enumerate(value):
+            yield from _leaves(f"{name}_{i}", part)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(f"{name}_{key}", part)
 
 
 def _same(value: Any, observed: Tensor | None) -> bool:

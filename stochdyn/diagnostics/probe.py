@@ -29,14 +29,26 @@ class NotVectorisedError(Exception):
 
 
 class SetValues(Messenger):
-    """Give sites their values; unlike under ``condition`` they stay random."""
+    """Give sites their values; unlike under ``condition`` they stay random.
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    Args:
+        values: by site name.
+        check_shapes: raise if a value hasn't the shape that the model gives it on one draw.
+    """
+
+    def __init__(self, values: Mapping[str, Any], check_shapes: bool = False) -> None:
         super().__init__()
         self.given = values
+        self.check_shapes = check_shapes
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.given and not msg["is_observed"]:
+            if self.check_shapes and not site_is_subsample(msg):
+                value, due = self.given[msg["name"]], tuple(msg["fn"].batch_shape + msg["fn"].event_shape)
+                if tuple(value.shape) != due:
+                    raise ShapeError(
+                        f"a draw of {msg['name']!r} has the wrong shape", got=tuple(value.shape), expected=due
+                    )
             msg["value"] = self.given[msg["name"]]
             msg["done"] = True
 
@@ -74,7 +86,8 @@ class Probe:
             self._keep_subsamples(raw)
             self.guide_trace = prune_subsample_sites(raw)
             first = random_values(self.guide_trace)
-        raw = poutine.trace(SetValues({**self.subsamples, **first})(model)).get_trace(*args, **kwargs)
+        handled = SetValues({**self.subsamples, **first}, check_shapes=guide is None)(model)
+        raw = poutine.trace(handled).get_trace(*args, **kwargs)
         self._keep_subsamples(raw)
         self.model_trace = prune_subsample_sites(raw)
         self.sites = read_sites(self.model_trace)
@@ -120,51 +133,44 @@ class Probe:
                 expected=", ".join(sorted(wanted)),
                 hint="mark helper sites of a guide with infer={'is_auxiliary': True}",
             )
-        if self.guide is None:
-            for name, value in (self.given or {}).items():
-                if tuple(value.shape[1:]) != self.sites[name].shape:
-                    raise ShapeError(
-                        f"draws of {name!r} have the wrong shape",
-                        got=f"shape {tuple(value.shape)}",
-                        expected=f"(draws, {', '.join(map(str, self.sites[name].shape))})",
-                    )
 
-    def run(
-        self, start: int, size: int, depth: int, values: dict[str, Any] | None = None, predictive: bool = True
-    ) -> Chunk:
-        """Run on ``size`` draws in a plate, or with ``depth=0`` on one; at ``values`` if given."""
-
-        def plated(program: Program) -> Program:
-            if depth == 0:
-                return program
-
-            def inside(*args: Any, **kwargs: Any) -> Any:
-                with pyro.plate(_PLATE, size, dim=-depth):
-                    return program(*args, **kwargs)
-
-            return inside
-
+    def run(self, start: int, size: int, depth: int) -> Chunk:
+        """Run on ``size`` draws, which follow the first ``start``, in a plate; or with ``depth=0`` on one."""
         guide_trace = None
         if self.guide is not None:
-            wrapped = SetValues({**self.subsamples, **(values or {})})(plated(self.guide))
-            guide_trace = self._trace(wrapped)
+            guide_trace = self.run_guide({}, size, depth)
             values = random_values(guide_trace)
-        elif values is None:
+        else:
             assert self.given is not None
             values = {
                 name: self._spread(value[start : start + size], self.sites[name], depth)
                 for name, value in self.given.items()
             }
-        known = {**self.subsamples, **(values or {})}
-        model_trace = self._trace(SetValues(known)(plated(self.model)))
         replica = None
-        if self.predictive and predictive:
-            replica = self._trace(SetValues(known)(plated(poutine.uncondition(self.model))), densities=False)
-        return Chunk(model_trace, guide_trace, replica, size, depth)
+        if self.predictive:
+            released = poutine.uncondition(self.model)
+            replica = self._trace(released, values, size, depth, densities=False)
+        return Chunk(self.run_model(values, size, depth), guide_trace, replica, size, depth)
 
-    def _trace(self, program: Program, densities: bool = True) -> poutine.Trace:
+    def run_guide(self, values: Mapping[str, Any], size: int, depth: int) -> poutine.Trace:
+        """Run the guide alone, at ``values`` where given."""
+        assert self.guide is not None
+        return self._trace(self.guide, values, size, depth)
+
+    def run_model(self, values: Mapping[str, Any], size: int, depth: int) -> poutine.Trace:
+        """Run the model alone at ``values``."""
+        return self._trace(self.model, values, size, depth)
+
+    def _trace(
+        self, program: Program, values: Mapping[str, Any], size: int, depth: int, densities: bool = True
+    ) -> poutine.Trace:
+        def plated(*args: Any, **kwargs: Any) -> Any:
+            with pyro.plate(_PLATE, size, dim=-depth):
+                return program(*args, **kwargs)
+
+        handled = SetValues({**self.subsamples, **values})(plated if depth > 0 else program)
         # every plate leaves a site with its indices: ours and the model's are no part of the density
-        trace = prune_subsample_sites(poutine.trace(program).get_trace(*self.args, **self.kwargs))
+        trace = prune_subsample_sites(poutine.trace(handled).get_trace(*self.args, **self.kwargs))
         if densities:
             trace.compute_log_prob()
         return trace
