@@ -73,11 +73,11 @@ def likelihood_quadratic(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Quadratic:
-    r"""Return the second-order expansion of the model's log-likelihood in the path, around ``path (T, *batch, d)``.
+    """Return the second-order expansion of the model's log-likelihood around ``path (T, *batch, d)``.
 
-    Only derivatives are taken, so any likelihood, mask or irregular set of observation times is served. Terms that
-    couple different times are folded into the block of each time. Scales (of a subsampled plate, say) count
-    relative to that of the path's own site.
+    Only derivatives are taken, so any likelihood, mask or irregular set of observation times is served.
+    Terms that couple different times are folded into the block of each time. Scales (of a subsampled plate,
+    say) count relative to that of the path's own site.
 
     Args:
         model: the Pyro model.

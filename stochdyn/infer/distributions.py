@@ -20,7 +20,6 @@ from stochdyn._checks import (
     check_same_dtype,
     check_time_grid,
 )
-from stochdyn.core.coefficients import Matrix
 from stochdyn.core.initial import DistributionStart, FixedStart, InitialLaw, as_initial
 from stochdyn.core.sde import SDE
 from stochdyn.core.solvers import METHODS, draw_increments, increment_scale, integrate
@@ -37,26 +36,29 @@ class DiffusionPath(TorchDistribution):
 
     The density is that of the Euler scheme on the grid (:func:`stochdyn.core.transition.euler_log_prob`):
 
-    .. math:: \log p_0(x_0) + \sum_n \log N\big(x_{n+1};\ x_n + b(t_n, x_n)\Delta_n,\ G G^\top(t_n, x_n)\,\Delta_n\big)
+    .. math::
+        \log p_0(x_0) + \sum_n \log N\big(x_{n+1};\ x_n + b(t_n, x_n)\Delta_n,\ (GG^\top)(t_n, x_n)\Delta_n\big)
 
     A fixed start has no density; it is pinned, so samplers that move in unconstrained space leave it alone.
 
     Args:
-        sde: the equation. Its coefficients may carry batch axes (parameters drawn in a Pyro model): write them
-            so that they broadcast with ``x (*batch, d)``, such as ``rate[..., None] * x``, and give a batched
-            strength as ``Scalar``.
+        sde: the equation. Its coefficients may carry batch axes (parameters drawn in a Pyro model): write
+            them so that they broadcast with ``x (*batch, d)``, such as ``rate[..., None] * x``, and give a
+            batched strength as ``Scalar``.
         initial: a distribution with event ``(d,)``, or a tensor ``(d,)`` or ``(*batch, d)``.
         ts: ``(T,)`` strictly increasing times.
         method: solver that draws paths; the density is always Euler's.
 
     Raises:
         TimeGridError: if the grid isn't strictly increasing.
-        ShapeError: if drift, diffusion and start don't fit together, or a path given to ``log_prob`` doesn't fit.
+        ShapeError: if drift, diffusion and start don't fit together, or a path given to ``log_prob``
+            doesn't fit.
         DiffusionError: if the diffusion isn't positive at the start.
         DeviceMismatchError: if grid, start and equation live on different devices.
         DtypeMismatchError: if drift or diffusion would change the precision of the state.
         NonFiniteError: by ``log_prob``, for a path with NaN or infinity, if validation is on.
-        SingularDiffusionError: by ``log_prob``, if there is no density in state space (use :func:`sample_path`).
+        SingularDiffusionError: by ``log_prob``, if there is no density in state space (use
+            :func:`sample_path`).
 
     Example:
         >>> from stochdyn.core.sde import SDE
@@ -93,7 +95,7 @@ class DiffusionPath(TorchDistribution):
         super().__init__(batch, torch.Size((ts.shape[0], probe.shape[-1])), validate_args=validate_args)
 
     @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
+    def support(self) -> constraints.Constraint:
         """Real paths, pinned at a fixed start."""
         if isinstance(self.initial, FixedStart):
             return PinnedPath(self.initial.point)
@@ -162,8 +164,8 @@ class DiffusionPath(TorchDistribution):
 class PathIncrements(TorchDistribution):
     """Standard increments of the noise on a grid: independent Gaussians, event ``(T-1, m * R)``.
 
-    The layout is that of :class:`stochdyn.core.noise.NoiseProcess`. The equation and the start are carried along, so that
-    a guide can see what the increments drive.
+    The layout is that of :class:`stochdyn.core.noise.NoiseProcess`. The equation and the start are carried
+    along, so that a guide can see what the increments drive.
 
     Args:
         sde: the equation they will drive.
@@ -267,10 +269,10 @@ def sample_path(
 ) -> Tensor:
     """Sample a path in a Pyro model, whatever drives it.
 
-    Brownian paths with a density are one site ``name``, of :class:`DiffusionPath`. Where no density exists (noise
-    with memory, or noise that reaches only some components) the random sites are the driving increments
-    ``{name}_dw``, a random start ``{name}_0`` and, for noise with a past, ``{name}_past``; ``name`` is then a
-    deterministic site.
+    Brownian paths with a density are one site ``name``, of :class:`DiffusionPath`. Where no density exists
+    (noise with memory, or noise that reaches only some components) the random sites are the driving
+    increments ``{name}_dw``, a random start ``{name}_0`` and, for noise with a past, ``{name}_past``;
+    ``name`` is then a deterministic site.
 
     Args:
         name: site name.
@@ -324,7 +326,7 @@ def sample_noise(name: str, path: DiffusionPath) -> Tensor:
         past = dist.Normal(standard, torch.ones_like(standard)).to_event(2)
         memory0 = pyro.sample(f"{name}_past", _spread(past, batch)) @ factor
     increments = _spread(PathIncrements(sde, x0, ts, memory0), batch)
-    dw = pyro.sample(f"{name}_dw", increments, infer={"path": name})
+    dw = pyro.sample(f"{name}_dw", increments, infer={"path": name})  # type: ignore[arg-type]
     x = remembered_path(dw, sde, ts, x0, memory0) if path.method == "euler" else None
     if x is None:
         x = integrate(sde, x0, ts, dw.movedim(-2, 0), memory0, method=path.method).x

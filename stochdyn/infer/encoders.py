@@ -1,8 +1,9 @@
-"""Networks of path guides: an encoder that reads the data from the end to the start, and a control network."""
+"""Networks of path guides: an encoder that reads the data backwards, and a control network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ __all__ = ["ControlNetwork", "LikelihoodEncoder"]
 class LikelihoodEncoder(nn.Module):
     r"""Summarise, at every grid point, what the data from there on say about the path.
 
-    It reads no data format. Its input is the second-order expansion of the log-likelihood around a reference path: where there is an
-    observation, of whatever kind, the expansion has a pseudo-observation :math:`H^{-1}h` of precision :math:`H`, and elsewhere it is
-    zero. So irregular times, missing values, masks and non-Gaussian likelihoods need nothing from the user.
+    It reads no data format. Its input is the second-order expansion of the log-likelihood around a
+    reference path: where there is an observation, of whatever kind, the expansion has a pseudo-observation
+    :math:`H^{-1}h` of precision :math:`H`, and elsewhere it is zero. So irregular times, missing values,
+    masks and non-Gaussian likelihoods need nothing from the user.
 
     Args:
         dim: ``d``, components of the path.
@@ -74,7 +76,7 @@ class ControlNetwork(nn.Module):
         self.span = span
         sizes = (state_size + 1 + context_size, *hidden)
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
         last = nn.Linear(sizes[-1], out_size)
         nn.init.zeros_(last.weight)
@@ -82,7 +84,7 @@ class ControlNetwork(nn.Module):
         self.layers = nn.Sequential(*layers, last)
 
     def forward(self, t: Tensor, state: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return ``(..., out_size)``; ``t`` broadcasts with ``state[..., :1]``, ``context`` with ``state``."""
+        """Return ``(..., out_size)``; ``t`` broadcasts with ``state[..., :1]``, so does ``context``."""
         clock = ((t - self.start) / self.span).expand(state[..., :1].shape)
         parts = [clock, state]
         if context is not None:

@@ -40,9 +40,9 @@ class Gains:
 class Feedback(Control):
     """A control of all increments of a step, as the posterior of a path needs it.
 
-    Besides the linear feedback of :class:`Gains` it takes an optional network ``(t, (z - c) / w, context) -> (..., M)`` that is added to
-    the mean. The covariance of a step is a free triangular factor, so the law on the grid can match the exact posterior of a
-    linear-Gaussian model at any step size.
+    Besides the linear feedback of :class:`Gains` it takes an optional network ``(t, (z - c) / w, context)
+    -> (..., M)`` that is added to the mean. The covariance of a step is a free triangular factor, so the
+    law on the grid can match the exact posterior of a linear-Gaussian model at any step size.
 
     Args:
         gains: the linear part.
@@ -79,7 +79,7 @@ class Feedback(Control):
         return (mean + _spread(factor, standard)) * scale
 
     def mean(self, t: Tensor, z: Tensor) -> Tensor:
-        """Return the conditional means of all steps at once, ``(N, *sample, *batch, M)``, given ``z`` before each step."""
+        """Return the conditional means of all steps, ``(N, *sample, *batch, M)``, given ``z`` before each."""
         g = self.gains
         deviation = (z - _lead(g.centre, z.ndim)) / g.width
         mean = _lead(g.offset, z.ndim) + _rows_times(deviation, _lead(g.gain.mT, z.ndim + 1))
@@ -89,7 +89,7 @@ class Feedback(Control):
         return mean
 
     def log_prob(self, e: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """Return the log density of increments ``e (N, *sample, *batch, M)`` given the states before, ``(*sample, *batch)``."""
+        """Return the log density ``(*sample, *batch)`` of increments given the states before each step."""
         scale = _lead(self.scale, e.ndim)
         residual = e / scale - self.mean(t, z)
         factor = _lead(self.gains.factor, e.ndim + 1)
@@ -102,7 +102,7 @@ class Feedback(Control):
         return (-0.5 * white**2 - log_scale - 0.5 * math.log(2 * math.pi)).sum(-1).sum(0)
 
     def divergence_rate(self, z: Tensor, t: Tensor) -> Tensor:
-        """Return the sum over steps of the conditional divergences from the prior increments, ``(*sample, *batch)``."""
+        """Return the sum over steps of the divergences from the prior increments, ``(*sample, *batch)``."""
         mean = self.mean(t, z)
         factor = _lead(self.gains.factor, mean.ndim + 1)
         log_diagonal = torch.diagonal(factor, dim1=-2, dim2=-1).log()

@@ -32,20 +32,24 @@ class AutoPathGuide(AutoGuide):
 
     .. math:: \epsilon_n\mid z_n\sim N\big(k_n+K_n(z_n-c_n)/w+\mathrm{net}(t_n,z_n),\ L_nL_n^\top\big),
 
-    in units of their prior standard deviation; ``z`` is the state with the memory of the noise. The free covariance of a step keeps the bound
-    tight at any step size. Where the data of a path are always the same, :math:`k, K, L` are free parameters that start at the exact
-    posterior of the model linearised around its most probable path (the exact posterior itself where the model given the other sites is linear and Gaussian); with subsampled plates
-    an encoder reads them off the likelihood, so that new series cost nothing.
+    in units of their prior standard deviation; ``z`` is the state with the memory of the noise. The free
+    covariance of a step keeps the bound tight at any step size. Where the data of a path are always the
+    same, :math:`k, K, L` are free parameters that start at the exact posterior of the model linearised
+    around its most probable path (the exact posterior itself where the model given the other sites is
+    linear and Gaussian); with subsampled plates an encoder reads them off the likelihood, so that new
+    series cost nothing.
 
     Args:
-        model: Pyro model with sites made by :func:`sample_path`, :class:`DiffusionPath` or :class:`NoiseReparam`.
+        model: Pyro model with sites made by :func:`sample_path`, :class:`DiffusionPath` or
+            :class:`NoiseReparam`.
         rest: guide for the other latent sites, a callable from a model to an AutoGuide.
         hidden: widths of the control network's hidden layers; empty for linear feedback alone.
-        amortised: read the feedback from an encoder (True) or fit it freely (False); by default True if a plate of
-            the path is subsampled.
+        amortised: read the feedback from an encoder (True) or fit it freely (False); by default True if a
+            plate of the path is subsampled.
         context: size of the encoder's summary.
         start: ``"linearised"`` or ``"prior"``, where free feedback starts.
-        estimator: gradient of the divergence: ``"stl"``, ``"rate"`` or ``"density"``. The value reported is always exact.
+        estimator: gradient of the divergence: ``"stl"``, ``"rate"`` or ``"density"``. The value reported is
+            always exact.
         create_plates: as for Pyro's AutoGuides, for subsampling.
 
     Raises:
@@ -145,7 +149,7 @@ class AutoPathGuide(AutoGuide):
         *,
         own: bool = False,
     ) -> SiteView:
-        """Return a path site as the model presents it; with ``own``, with the random start treated with it."""
+        """Return a path site as the model presents it; ``own`` adds the random start treated with it."""
         fn = site_distribution(self.model, name, values, args, kwargs)
         path = self._path_name(name)
         if not own:
@@ -185,7 +189,7 @@ class AutoPathGuide(AutoGuide):
         setattr(self.sites, f"site_{index}", PathSite(view, start, amortised=amortised, **self._options))
 
     def _path_name(self, name: str) -> str:
-        """Return the site that holds the path: the site itself, or the deterministic one that its increments drive."""
+        """Return the site that holds the path: this one, or the one that its increments drive."""
         site = self.prototype_trace.nodes[name]
         return (
             site["infer"].get("path", name.removesuffix("_dw"))

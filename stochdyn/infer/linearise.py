@@ -1,14 +1,17 @@
-r"""The exact feedback law of a linearised model: where path guides start, and where linear-Gaussian models end.
+r"""The exact feedback law of a linearised model: where path guides start, and linear-Gaussian models end.
 
-Around a reference path, a step reads :math:`z_{n+1}\approx A_nz_n+B_n\epsilon_n+c_n` with :math:`\epsilon_n\sim N(0,I)`, and the log-likelihood is
-a quadratic in each state. The likelihood of all data from step :math:`n` on is then :math:`\exp(-\tfrac12z^\top S_nz+\eta_n^\top z)` up to a constant, with
+Around a reference path, a step reads :math:`z_{n+1}\approx A_nz_n+B_n\epsilon_n+c_n` with
+:math:`\epsilon_n\sim N(0,I)`, and the log-likelihood is a quadratic in each state. The likelihood of all
+data from step :math:`n` on is then :math:`\exp(-\tfrac12z^\top S_nz+\eta_n^\top z)` up to a constant, with
 
 .. math::
     Q_n&=I+B_n^\top S_{n+1}B_n,\qquad
-    \epsilon_n\mid z_n,\text{data}\sim N\big(Q_n^{-1}B_n^\top(\eta_{n+1}-S_{n+1}(A_nz_n+c_n)),\ Q_n^{-1}\big),\\
+    \epsilon_n\mid z_n,\text{data}\sim N\big(Q_n^{-1}B_n^\top(\eta_{n+1}-S_{n+1}(A_nz_n+c_n)),
+        \ Q_n^{-1}\big),\\
     S_n&=H_n+A_n^\top S_{n+1}A_n-A_n^\top S_{n+1}B_nQ_n^{-1}B_n^\top S_{n+1}A_n ,
 
-and likewise for :math:`\eta_n`. It is the backward information filter, or the linear-quadratic regulator, of the model.
+and likewise for :math:`\eta_n`. It is the backward information filter, or the linear-quadratic regulator,
+of the model.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ class LinearPosterior:
         offset: ``(N, *batch, M)`` mean of the standardised increments at ``z = 0``.
         gain: ``(N, *batch, M, Z)``.
         factor: ``(N, *batch, M, M)`` lower Cholesky factor of their covariance.
-        start_precision: ``(*batch, Z, Z)`` and start_linear ``(*batch, Z)``: the likelihood as a function of the start.
+        start_precision: ``(*batch, Z, Z)`` and start_linear ``(*batch, Z)``: the likelihood as a function
+            of the start.
     """
 
     offset: Tensor
@@ -56,7 +60,7 @@ class LinearPosterior:
 
 
 def linear_steps(sde: SDE, ts: Tensor, z: Tensor, e: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``A (N, *batch, Z, Z)``, ``B (N, *batch, Z, M)`` and ``c (N, *batch, Z)`` of every step around ``z`` and ``e``.
+    """Return ``A (N, *batch, Z, Z)``, ``B (N, *batch, Z, M)`` and ``c (N, *batch, Z)`` around ``z``, ``e``.
 
     ``B`` refers to increments in units of ``scale (N, M)``.
     """
@@ -85,8 +89,11 @@ def backward_pass(a: Tensor, b: Tensor, c: Tensor, data: Quadratic) -> LinearPos
     """Run the backward information filter; see the module's formulas.
 
     Args:
-        a: ``(N, *batch, Z, Z)``; b: ``(N, *batch, Z, M)``; c: ``(N, *batch, Z)``.
-        data: the quadratic log-likelihood over the first ``d`` components of the state, at ``N + 1`` grid points.
+        a: ``A (N, *batch, Z, Z)``.
+        b: ``B (N, *batch, Z, M)``.
+        c: ``(N, *batch, Z)``.
+        data: the quadratic log-likelihood over the first ``d`` components of the state, at ``N + 1`` grid
+            points.
     """
     num_steps, size, dim = a.shape[0], a.shape[-1], data.linear.shape[-1]
     pad = size - dim
@@ -109,12 +116,12 @@ def backward_pass(a: Tensor, b: Tensor, c: Tensor, data: Quadratic) -> LinearPos
         s_new = precision[n] + a[n].mT @ s @ a[n] + bsa.mT @ gains[-1]
         s = 0.5 * (s_new + s_new.mT)
         eta = linear[n] + _times(a[n].mT, pull) + _times(gains[-1].mT, inner)
-    stack = (torch.stack(rows[::-1]) for rows in (offsets, gains, factors))
-    return LinearPosterior(*stack, s, eta)
+    offset, gain, factor = (torch.stack(rows[::-1]) for rows in (offsets, gains, factors))
+    return LinearPosterior(offset, gain, factor, s, eta)
 
 
 def reference_states(sde: SDE, x0: Tensor, ts: Tensor, e: Tensor, memory0: Tensor | None) -> Tensor:
-    """Return the full states ``(T, *batch, Z)`` along increments ``e (N, *batch, M)`` (shaped by the equation's control)."""
+    """Return the full states ``(T, *batch, Z)`` along increments ``e (N, *batch, M)``."""
     run = integrate(sde, x0, ts, e, memory0)
     return full_state(run.x, run.memory)
 

@@ -39,10 +39,11 @@ def remember_path(increments: Tensor, sde: SDE, ts: Tensor, x: Tensor, z: Tensor
 def remembered_path(
     increments: Tensor, sde: SDE, ts: Tensor, x0: Tensor, memory0: Tensor | None
 ) -> Tensor | None:
-    """Return the path ``(T, *batch, d)`` integrated for these very increments, or None if the equation isn't the same.
+    """Return the path ``(T, *batch, d)`` of these very increments, or None if the equation isn't the same.
 
-    The equation counts as the same only if drift, noise and memory come out equal to the bit at all grid points:
-    one vectorised evaluation instead of the time loop. A tolerance would let a slightly changed parameter pass.
+    The equation counts as the same only if drift, noise and memory come out equal to the bit at all grid
+    points: one vectorised evaluation instead of the time loop. A tolerance would let a slightly changed
+    parameter pass.
     """
     driven: Driven | None = getattr(increments, "_stochdyn_driven", None)
     if driven is None or driven.z.shape[0] != ts.shape[0]:
@@ -61,7 +62,7 @@ def remembered_path(
 
 
 def _marks(sde: SDE, ts: Tensor, z: Tensor, e: Tensor) -> tuple[Tensor, ...]:
-    """Return what decides a path: grid, drift and kick at all grid points, and the recursion of the memory."""
+    """Return what decides a path: grid, drift and kick at all points, and the recursion of the memory."""
     states = sde.noise.num_states
     before = z[:-1]
     t = time_column(ts[:-1], before)

@@ -20,6 +20,9 @@ from stochdyn.infer.memo import remember_path
 
 __all__ = ["IncrementPosterior", "PathPosterior"]
 
+# Pyro's sign that nothing needs a score-function gradient; its annotation asks for a tensor.
+_ZERO: Any = 0
+
 
 class _FeedbackLaw(TorchDistribution):
     """What both posterior laws share: the loop under feedback, and the two score forms."""
@@ -42,7 +45,7 @@ class _FeedbackLaw(TorchDistribution):
         return new
 
     def _run(self, x0: Tensor, memory0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return states ``x``, full states ``z`` (both with time leading) and increments ``e (N, *batch, M)``."""
+        """Return states ``x``, full states ``z`` and increments ``e (N, *batch, M)``, time leading."""
         noise, _ = draw_increments(self.sde, x0, self.ts)
         run = integrate(self.sde.with_control(self.feedback), x0, self.ts, noise, memory0)
         z = full_state(run.x, run.memory)
@@ -69,7 +72,7 @@ class _FeedbackLaw(TorchDistribution):
 
 
 class IncrementPosterior(_FeedbackLaw):
-    """Posterior of the increments of a path, event ``(T-1, m R)``: the guide of a :class:`PathIncrements` site.
+    """Posterior of the increments of a path, event ``(T-1, m R)``: guides a :class:`PathIncrements` site.
 
     Args:
         prior: the site's distribution in the model.
@@ -114,8 +117,8 @@ class IncrementPosterior(_FeedbackLaw):
         e, z = self._states(x)
         log_q = self._log_q(e, z)
         if self.estimator == "density":
-            return ScoreParts(log_q, 0, log_q)
-        return ScoreParts(log_q, 0, self._entropy_term(e, z))
+            return ScoreParts(log_q, _ZERO, log_q)
+        return ScoreParts(log_q, _ZERO, self._entropy_term(e, z))
 
 
 class PathPosterior(_FeedbackLaw):
@@ -141,7 +144,7 @@ class PathPosterior(_FeedbackLaw):
         super().__init__(prior.batch_shape, prior.event_shape, validate_args=False)
 
     @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
+    def support(self) -> constraints.Constraint:
         """As the model's."""
         return self.prior.support
 
@@ -186,10 +189,9 @@ class PathPosterior(_FeedbackLaw):
         jacobian = self._log_jacobian(z)
         log_q = self._log_q(e, z) - jacobian + self._log_start(z[0])
         if self.estimator == "density":
-            return ScoreParts(log_q, 0, log_q)
+            return ScoreParts(log_q, _ZERO, log_q)
         x0 = z[0]
         start = self._log_start(x0)
-        if self.start is not None and self.estimator == "stl":
-            # Without a time axis to sum over, add one.
-            start = explicit_stop(lambda inputs: self._log_start(inputs[0][0]), (x0.unsqueeze(0),))
-        return ScoreParts(log_q, 0, self._entropy_term(e, z) - jacobian + start)
+        if self.estimator == "stl":
+            start = explicit_stop(lambda inputs: self._log_start(*inputs), (x0,))
+        return ScoreParts(log_q, _ZERO, self._entropy_term(e, z) - jacobian + start)

@@ -16,14 +16,15 @@ __all__ = ["NoiseReparam"]
 class NoiseReparam(Reparam):
     """Reparametrise a :class:`DiffusionPath` site by its driving increments.
 
-    Site ``x`` becomes deterministic; the random sites are ``x_dw``, independent Gaussians, and ``x_0`` where the start is random.
-    Sampling and mean-field guides mix far better there when the path is long or the data are weak.
+    Site ``x`` becomes deterministic; the random sites are ``x_dw``, independent Gaussians, and ``x_0``
+    where the start is random. Sampling and mean-field guides mix far better there when the path is long or
+    the data are weak.
 
     Raises:
         InvalidInputError: if the site isn't a :class:`DiffusionPath`, or is observed.
 
     Example:
-        >>> import pyro
+        >>> import pyro, torch
         >>> from stochdyn.core.sde import SDE
         >>> def model():
         ...     ts = torch.linspace(0, 1, 5)
@@ -33,7 +34,8 @@ class NoiseReparam(Reparam):
         torch.Size([4, 1])
 
     Reference:
-        Papaspiliopoulos, Roberts and Sköld, "A general framework for the parametrization of hierarchical models", 2007.
+        Papaspiliopoulos, Roberts and Sköld, "A general framework for the parametrization of hierarchical
+        models", 2007.
     """
 
     def apply(self, msg: Any) -> Any:

@@ -57,7 +57,7 @@ class SiteView:
         return torch.broadcast_shapes(self.fn.batch_shape, self.x0.shape[:-1])
 
     def run(self, e: Tensor, start: Tensor | None = None, feedback: Feedback | None = None) -> Tensor:
-        """Return the full states ``(T, *batch, Z)`` along increments ``e``, from a start of the site's own if given."""
+        """Return the full states ``(T, *batch, Z)`` along increments, from a start of its own if given."""
         x0, memory0 = (
             (self.x0, self.memory0) if start is None or self.start is None else self.start.states(start)
         )
@@ -75,7 +75,7 @@ class SiteView:
             return self.run(self.zero_increments())
 
     def follow(self, feedback: Feedback, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return mean increments ``(N, *batch, M)`` and the full states ``(T, *batch, Z)`` that they drive."""
+        """Return mean increments ``(N, *batch, M)`` and the full states ``(T, *batch, Z)`` they drive."""
         z = self.run(self.zero_increments(), start, feedback)
         t = self.fn.ts[:-1].to(z.dtype).reshape(-1, *(1,) * (z.ndim - 1))
         scale = self.scale.reshape(self.scale.shape[0], *(1,) * (z.ndim - 2), -1)
@@ -114,7 +114,8 @@ class LinearStart:
         posterior: gains in absolute coordinates.
         states: ``(T, *batch, Z)`` its mean path.
         increments: ``(N, *batch, M)`` that drive it.
-        start_mean: ``(*batch, D)`` posterior mean of a random start, or None; start_factor ``(*batch, D, D)`` its Cholesky factor.
+        start_mean: ``(*batch, D)`` posterior mean of a random start, or None.
+        start_factor: ``(*batch, D, D)`` the Cholesky factor of its covariance, or None.
     """
 
     posterior: LinearPosterior
@@ -133,7 +134,7 @@ class LinearStart:
 def fit_linearised(
     view: SiteView, quadratic: Callable[[Tensor], Quadratic], iterations: int = 8, tolerance: float = 1e-6
 ) -> LinearStart:
-    """Iterate linearisation and smoothing to the most probable path (Gauss-Newton, or the iterated extended smoother).
+    """Iterate linearisation and smoothing to the most probable path: the iterated extended smoother.
 
     Args:
         view: the site.

@@ -24,7 +24,7 @@ class StartPosterior:
 
 @dataclass(frozen=True)
 class StartPrior:
-    """What is random at the start of a path, as one vector: the state's ``d`` components, then the standard normals of the past.
+    """What is random at the start of a path, as one vector: the state, then the standard normals of the past.
 
     Attributes:
         mean: ``(*batch, D)``.
@@ -44,7 +44,15 @@ class StartPrior:
     def of(
         law: Any, x0: Tensor, factor: Tensor | None, channels: int, batch: torch.Size
     ) -> StartPrior | None:
-        """Build the prior from the law of the state (None if fixed at ``x0``) and the factor of the past; None if nothing is random."""
+        """Build the prior, or None if nothing is random.
+
+        Args:
+            law: law of the state; None if it is fixed at ``x0``.
+            x0: ``(*batch, d)``.
+            factor: ``(Q, K)`` from the normals of the past to memory states; None without a past.
+            channels: ``m``.
+            batch: batch shape of the path.
+        """
         means, precisions = [], []
         if law is not None:
             precision = getattr(law, "precision_matrix", None)
@@ -72,7 +80,7 @@ class StartPrior:
         return self.mean.shape[-1] - past
 
     def split(self, value: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the state ``(*batch, d)`` and the standard normals of the past ``(*batch, m, Q)``, None where not random."""
+        """Return the state ``(*batch, d)`` and the past's normals ``(*batch, m, Q)``; None if not random."""
         state = value[..., : self.state_dim] if self.fixed is None else None
         past = (
             None if self.factor is None else value[..., self.state_dim :].unflatten(-1, (self.channels, -1))
@@ -86,7 +94,11 @@ class StartPrior:
         return x0, None if past is None or self.factor is None else past @ self.factor  # type: ignore[return-value]
 
     def posterior(self, precision: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
-        """Combine with the likelihood ``exp(-1/2 z S z + eta z)`` of the full state; return mean and Cholesky factor of the covariance."""
+        """Combine with the likelihood ``exp(-1/2 z S z + eta z)`` of the full state.
+
+        Returns:
+            Posterior mean ``(*batch, D)`` and the Cholesky factor of the covariance ``(*batch, D, D)``.
+        """
         lift = self._lift(precision.shape[-1]).to(precision)
         prior = self.precision.to(precision)
         offset = precision.new_zeros(*self.mean.shape[:-1], precision.shape[-1])
