@@ -179,7 +179,7 @@ class Problem:
         if not _is_plain(control):
             return (control.shape_increment(n, t, dt, z, e, self.channels),)
         u, precision = control.at(t, z)
-        shaped = control.apply(u, precision, dt, e, self.channels)
+        shaped = control.tilt(u, precision, dt, e, self.channels)
         return shaped, *[value for value in (u, precision) if value is not None]
 
     def _general(self, n: int, z: Tensor) -> Row:

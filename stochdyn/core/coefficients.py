@@ -58,7 +58,7 @@ class Coefficient(ABC):
         g = self.matrix(dim)
         return g @ g.mT
 
-    def check_dim(self, dim: int) -> None:
+    def check_dim(self, dim: int) -> None:  # noqa: B027, a scalar fits every state
         """Raise ShapeError unless the coefficient fits a state of ``dim`` components."""
 
 
@@ -96,7 +96,7 @@ class Scalar(Coefficient):
 
     def log_det(self, dim: int) -> Tensor:
         """See :meth:`Coefficient.log_det`."""
-        return dim * self._value.log()
+        return dim * self._value.abs().log()
 
     def matrix(self, dim: int) -> Tensor:
         """See :meth:`Coefficient.matrix`."""
@@ -149,7 +149,7 @@ class Diagonal(Coefficient):
 
     def log_det(self, dim: int) -> Tensor:
         """See :meth:`Coefficient.log_det`."""
-        return self._value.log().expand(*self._value.shape[:-1], dim).sum(-1)
+        return self._value.abs().log().expand(*self._value.shape[:-1], dim).sum(-1)
 
     def matrix(self, dim: int) -> Tensor:
         """See :meth:`Coefficient.matrix`."""

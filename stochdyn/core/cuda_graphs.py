@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +11,15 @@ from stochdyn.core.sde import SDE
 
 __all__ = ["integrate_graphed"]
 
-# One captured loop per equation, grid, shape and precision; dropped with the equation.
-_captured: weakref.WeakKeyDictionary[SDE, dict[tuple[Any, ...], Callable[..., Tensor]]] = (
-    weakref.WeakKeyDictionary()
-)
+
+class _Captures(dict[tuple[Any, ...], Any]):
+    """The captured loops of one equation, kept on it and dropped with it. Copies of the equation start without."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Captures:
+        return _Captures()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Captures, ()
 
 
 class _Loop(nn.Module):
@@ -63,7 +66,7 @@ def integrate_graphed(sde: SDE, x0: Tensor, ts: Tensor, dw: Tensor, method: str)
         dw.requires_grad,
         grad,
     )
-    loops = _captured.setdefault(sde, {})
+    loops = sde.__dict__.setdefault("_captures", _Captures())
     if key not in loops:
         x0_sample = torch.zeros_like(x0).requires_grad_(x0.requires_grad)
         dw_sample = torch.zeros_like(dw).requires_grad_(dw.requires_grad)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_event_size
+from stochdyn._checks import check_event_size, check_same_device, check_same_dtype
 from stochdyn.core.coefficients import Coefficient, as_coefficient
 from stochdyn.core.noise import Brownian, NoiseProcess
-from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.errors import DeviceMismatchError, DtypeMismatchError, InvalidInputError, ShapeError
 
 __all__ = ["SDE", "Control", "Field", "spatial_divergence"]
 
@@ -37,7 +37,7 @@ class Control(nn.Module):
 
     def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
         """Turn the standard increments ``e (*batch, m R)`` of step ``n`` into those of the controlled law."""
-        return self.apply(*self.at(t, z), dt, e, channels)
+        return self.tilt(*self.at(t, z), dt, e, channels)
 
     def at(self, t: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return drift and precision at ``t`` and the full state ``z``."""
@@ -47,7 +47,7 @@ class Control(nn.Module):
         )
 
     @staticmethod
-    def apply(u: Tensor | None, precision: Tensor | None, dt: float, e: Tensor, channels: int) -> Tensor:
+    def tilt(u: Tensor | None, precision: Tensor | None, dt: float, e: Tensor, channels: int) -> Tensor:
         """Turn standard increments into those of given drift and precision."""
         dw = e[..., :channels]
         if precision is not None:
@@ -77,6 +77,31 @@ def _sum(first: Field | None, second: Field | None) -> Field | None:
     if second is None:
         return first
     return _Sum(first, second)
+
+
+class _Constant(nn.Module):
+    """A constant diffusion as a module: its tensor moves with the equation, and a learnt one is a parameter."""
+
+    value: Tensor | float
+
+    def __init__(self, diffusion: Coefficient | Tensor | float) -> None:
+        super().__init__()
+        coefficient = as_coefficient(diffusion)
+        coefficient.check()
+        self.kind = type(coefficient)
+        if not isinstance(diffusion, Coefficient | Tensor):
+            self.value = diffusion
+        elif isinstance(coefficient.value, nn.Parameter):
+            self.value = coefficient.value
+        else:
+            self.register_buffer("value", coefficient.value, persistent=False)
+
+    def coefficient(self) -> Coefficient:
+        """Return the coefficient."""
+        return self.kind(self.value)  # type: ignore[call-arg]
+
+    def forward(self, t: Tensor, x: Tensor) -> Coefficient:
+        return self.coefficient() if isinstance(self.value, Tensor) else as_coefficient(self.value, x)
 
 
 class SDE(nn.Module):
@@ -117,22 +142,17 @@ class SDE(nn.Module):
         self.drift = drift
         self.noise: NoiseProcess = noise if noise is not None else Brownian()
         self.control: Control | None = None
-        self._coefficient: Coefficient | Tensor | float | Field = diffusion
-        if not self.state_dependent:
-            as_coefficient(diffusion).check()  # type: ignore[arg-type]
+        constant = isinstance(diffusion, Coefficient) or not callable(diffusion)
+        self._coefficient: Field = _Constant(diffusion) if constant else diffusion  # type: ignore[arg-type,assignment]
 
     @property
     def state_dependent(self) -> bool:
         """Whether the diffusion is a function of time and state rather than a constant."""
-        return callable(self._coefficient) and not isinstance(self._coefficient, Coefficient)
+        return not isinstance(self._coefficient, _Constant)
 
     def diffusion(self, t: Tensor, x: Tensor) -> Coefficient:
         """Return the coefficient at ``t`` and ``x (..., d)``."""
-        if self.state_dependent:
-            coefficient = as_coefficient(self._coefficient(t, x), x)  # type: ignore[operator]
-        else:
-            constant = self._coefficient
-            coefficient = as_coefficient(constant, x if isinstance(constant, float | int) else None)  # type: ignore[arg-type]
+        coefficient = as_coefficient(self._coefficient(t, x), x)
         coefficient.check_dim(x.shape[-1])
         return coefficient
 
@@ -147,15 +167,39 @@ class SDE(nn.Module):
             ShapeError: if the drift has another shape than the state, or the diffusion doesn't fit it.
             DiffusionError: if a scalar or diagonal diffusion isn't positive there.
             NonFiniteError: if the diffusion isn't finite.
+            DtypeMismatchError, DeviceMismatchError: if state, drift and diffusion differ in precision or device.
         """
         with torch.no_grad():
-            b = self.drift(t, x)
-            if not isinstance(b, Tensor) or (b.ndim and b.shape[-1] not in (1, x.shape[-1])):
-                shape = tuple(b.shape) if isinstance(b, Tensor) else type(b).__name__
+            b = _evaluate(self.drift, "drift", t, x)
+            if b.ndim and b.shape[-1] not in (1, x.shape[-1]):
                 raise ShapeError(
-                    "the drift doesn't fit the state", got=f"shape {shape}", expected=f"{tuple(x.shape)}"
+                    "the drift doesn't fit the state",
+                    got=f"shape {tuple(b.shape)}",
+                    expected=f"{tuple(x.shape)}",
                 )
-            self.diffusion(t, x).check()
+            g = self.diffusion(t, x)
+            g.check()
+            # A tensor without axes takes part in no promotion: a number serves any precision and device.
+            strength = g.value if g.value.ndim else None
+            check_same_device(state=x, drift=b if b.ndim else None, diffusion=strength)
+            check_same_dtype(state=x, drift=b if b.ndim else None, diffusion=strength)
+            if self.control is not None:
+                self._check_control(t, x, g.noise_dim(x.shape[-1]))
+
+    def _check_control(self, t: Tensor, x: Tensor, channels: int) -> None:
+        z = torch.cat([x, x.new_zeros(*x.shape[:-1], channels * self.noise.num_states)], -1)
+        for name in ("drift", "precision"):
+            field = getattr(self.control, name)
+            if field is None:
+                continue
+            value = _evaluate(field, f"control's {name}", t, z)
+            if value.ndim == 0 or value.shape[-1] != channels:
+                raise ShapeError(
+                    f"the control's {name} must have one component a noise channel",
+                    got=f"shape {tuple(value.shape)}",
+                    expected=f"(..., {channels})",
+                )
+            check_same_dtype(state=x, **{f"control {name}": value})
 
     def controlled(self, u: Field | None = None, precision: Field | None = None) -> SDE:
         """Return the same equation with its driving noise given the drift ``u`` and the extra ``precision``.
@@ -179,9 +223,13 @@ class SDE(nn.Module):
 
     def shares_base(self, other: SDE) -> bool:
         """Whether both have the same drift, diffusion and noise objects, so that they differ by control alone."""
-        return (
-            self.drift is other.drift and self._coefficient is other._coefficient and self._same_noise(other)
-        )
+        return self.drift is other.drift and self._same_diffusion(other) and self._same_noise(other)
+
+    def _same_diffusion(self, other: SDE) -> bool:
+        mine, theirs = self._coefficient, other._coefficient
+        if isinstance(mine, _Constant) and isinstance(theirs, _Constant):
+            return mine.kind is theirs.kind and (mine.value is theirs.value)
+        return mine is theirs
 
     def _same_noise(self, other: SDE) -> bool:
         brownian = isinstance(self.noise, Brownian) and isinstance(other.noise, Brownian)
@@ -207,9 +255,27 @@ class SDE(nn.Module):
         return SDE(_ReverseDrift(self, score, horizon), self._reverse_diffusion(horizon))
 
     def _reverse_diffusion(self, horizon: float) -> Any:
-        if not self.state_dependent:
-            return self._coefficient
+        if isinstance(self._coefficient, _Constant):
+            return self._coefficient.coefficient()
         return lambda tau, x: self.diffusion(horizon - tau, x)
+
+
+def _evaluate(field: Field, name: str, t: Tensor, x: Tensor) -> Tensor:
+    """Call a user's function and give an error about precisions or devices its type."""
+    try:
+        value = field(t, x)
+    except RuntimeError as error:
+        reason = str(error)
+        if "dtype" in reason:
+            raise DtypeMismatchError(
+                f"the {name} doesn't take the state's precision {x.dtype}", got=reason
+            ) from error
+        if "device" in reason:
+            raise DeviceMismatchError(f"the {name} doesn't take a state on {x.device}", got=reason) from error
+        raise
+    if not isinstance(value, Tensor):
+        raise ShapeError(f"the {name} must return a tensor", got=type(value).__name__)
+    return value
 
 
 class _ReverseDrift(nn.Module):
