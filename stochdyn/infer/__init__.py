@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, sample_path
 from stochdyn.infer.guides import AutoPathGuide
 from stochdyn.infer.predictive import PathDraws, predict_path
 from stochdyn.infer.reparam import NoiseReparam
+
+if TYPE_CHECKING:
+    from stochdyn.diagnostics.psis import khat
 
 __all__ = [
     "AutoPathGuide",
@@ -13,6 +18,16 @@ __all__ = [
     "NoiseReparam",
     "PathDraws",
     "PathIncrements",
+    "khat",
     "predict_path",
     "sample_path",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # A diagnostic of guides that is asked for beside them; loaded late, since diagnostics build on this room.
+    if name == "khat":
+        from stochdyn.diagnostics.psis import khat
+
+        return khat
+    raise AttributeError(f"module 'stochdyn.infer' has no attribute {name!r}")
