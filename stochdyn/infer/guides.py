@@ -84,11 +84,20 @@ class AutoPathGuide(AutoGuide):
         check_choice(estimator, ESTIMATORS, "estimator")
         super().__init__(model, create_plates=create_plates)
         self._make_rest = rest
-        self._options = {"hidden": tuple(hidden), "context": context}
+        self._options: dict[str, Any] = {"hidden": tuple(hidden), "context": context}
         self._amortised = amortised
         self._start = start
         self.estimator = estimator
         self._path_sites: list[str] = []
+
+    @property
+    def _trace(self) -> Any:
+        """The prototype trace, once there is one."""
+        return self.prototype_trace
+
+    @property
+    def _nodes(self) -> Any:
+        return self._trace.nodes
 
     # The parent guide of `rest` is asked whether it agrees with its view of the model.
     def _check_prototype(self, part_trace: Any) -> None:
@@ -96,7 +105,7 @@ class AutoPathGuide(AutoGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        latent = dict(self.prototype_trace.iter_stochastic_nodes())
+        latent = dict(self._trace.iter_stochastic_nodes())
         paths = [n for n, site in latent.items() if isinstance(site["fn"], DiffusionPath | PathIncrements)]
         if not paths:
             raise UnknownSiteError(
@@ -154,7 +163,7 @@ class AutoPathGuide(AutoGuide):
         path = self._path_name(name)
         if not own:
             return view_site(fn, path)
-        nodes, owned = self.prototype_trace.nodes, self._owned[name]
+        nodes, owned = self._nodes, self._owned[name]
         law = nodes[f"{path}_0"]["fn"] if f"{path}_0" in owned else None
         return view_site(fn, path, law, f"{path}_past" in owned)
 
@@ -178,7 +187,7 @@ class AutoPathGuide(AutoGuide):
     ) -> None:
         amortised = self._is_amortised(site)
         for start_name in self._owned[name]:
-            values[start_name] = _prior_mean(self.prototype_trace.nodes[start_name])
+            values[start_name] = _prior_mean(self._nodes[start_name])
         with torch.no_grad():
             view = self._view(name, values, args, kwargs, own=True)
         start = None
@@ -190,7 +199,7 @@ class AutoPathGuide(AutoGuide):
 
     def _path_name(self, name: str) -> str:
         """Return the site that holds the path: this one, or the one that its increments drive."""
-        site = self.prototype_trace.nodes[name]
+        site = self._nodes[name]
         return (
             site["infer"].get("path", name.removesuffix("_dw"))
             if isinstance(site["fn"], PathIncrements)
@@ -206,7 +215,7 @@ class AutoPathGuide(AutoGuide):
         if path_name != name:
             # The increments themselves are replaced by the path that they would drive.
             batch = x.shape[1:-1]
-            given[name] = x.new_zeros(*batch, *self.prototype_trace.nodes[name]["fn"].event_shape)
+            given[name] = x.new_zeros(*batch, *self._nodes[name]["fn"].event_shape)
         return likelihood_quadratic(self.model, name, path_name, x, prior, given, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -223,7 +232,7 @@ class AutoPathGuide(AutoGuide):
             view = self._view(name, values, args, kwargs)
             posterior = self._posterior(site, view, name, values, args, kwargs)
             with ExitStack() as stack:
-                for frame in self.prototype_trace.nodes[name]["cond_indep_stack"]:
+                for frame in self._nodes[name]["cond_indep_stack"]:
                     stack.enter_context(self.plates[frame.name])
                 values[name] = result[name] = pyro.sample(name, posterior)
             if view.path_name != name:
@@ -236,7 +245,7 @@ class AutoPathGuide(AutoGuide):
         owned = self._owned[name]
         if not owned:
             return {}
-        nodes, path = self.prototype_trace.nodes, self._path_name(name)
+        nodes, path = self._nodes, self._path_name(name)
         values = {}
         with ExitStack() as stack:
             for frame in nodes[name]["cond_indep_stack"]:
@@ -281,7 +290,7 @@ class AutoPathGuide(AutoGuide):
                 values |= self.rest.median(*args, **kwargs)
             for index, name in enumerate(self._path_sites):
                 site: PathSite = getattr(self.sites, f"site_{index}")
-                values |= {n: _prior_mean(self.prototype_trace.nodes[n]) for n in self._owned[name]}
+                values |= {n: _prior_mean(self._nodes[n]) for n in self._owned[name]}
                 view = self._view(name, values, args, kwargs, own=True)
                 posterior = self._posterior(site, view, name, values, args, kwargs)
                 start = None

@@ -122,12 +122,13 @@ def _draw(
         raise UnknownSiteError(
             "the model has no such path", got=repr(name), expected=f"one of {sorted(probe.nodes)}"
         )
-    depths = [-f.dim for s in probe.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]]
+    frames = [f for s in probe.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]]
+    depths = [-f.dim for f in frames if f.dim is not None]
     with pyro.plate("_draws", num_draws, dim=-1 - max(depths, default=0)):
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         trace = poutine.trace(poutine.replay(model, drawn)).get_trace(*args, **kwargs)
-    site = trace.nodes[name]
-    noise = trace.nodes.get(f"{name}_dw")
+    nodes: dict[str, Any] = dict(trace.nodes)
+    site, noise = nodes[name], nodes.get(f"{name}_dw")
     if noise is not None and isinstance(noise["fn"], PathIncrements):
         fn, e = noise["fn"], noise["value"].movedim(-2, 0)
         x0 = fn.x0.expand(*torch.broadcast_shapes(e.shape[1:-1], fn.x0.shape[:-1]), fn.x0.shape[-1])
