@@ -1,0 +1,51 @@
+"""Configuration of the documentation: Sphinx with MyST and furo; docstrings are read from the installed package."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import stochdyn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+project = "stochdyn"
+author = "The stochdyn developers"
+copyright = "2026, the stochdyn developers"
+version = release = stochdyn.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "api_pages",
+    "tables",
+]
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build", "generated"]  # generated: tables that other pages include
+nitpicky = False
+
+autodoc_default_options = {"members": True, "show-inheritance": True, "member-order": "bysource"}
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+
+
+
+def setup(app: object) -> None:
+    """Leave out what Python writes about the fields of named tuples."""
+
+    def skip(app: object, what: str, name: str, obj: object, skipped: bool, options: object) -> bool | None:
+        return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+    app.connect("autodoc-skip-member", skip)  # type: ignore[attr-defined]
+
+
+html_theme = "furo"
+html_title = f"stochdyn {release}"
