@@ -136,6 +136,7 @@ def write_checkpoint(path: str | os.PathLike[str], content: Checkpoint) -> None:
         _replace(folder / name, payload)
         _replace(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
     except OSError as error:
+        _withdraw(folder, name)
         raise CheckpointWriteError(
             f"the checkpoint of step {content.step} couldn't be written to {folder}",
             got=error,
@@ -180,6 +181,13 @@ def _replace(path: Path, payload: bytes) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _withdraw(folder: Path, name: str) -> None:
+    """After a failed save, give back the space of its tensor file unless the manifest names it."""
+    with contextlib.suppress(OSError):
+        if name.encode() not in (folder / MANIFEST).read_bytes():
+            (folder / name).unlink()
 
 
 def _remove_leftovers(folder: Path, keep: str) -> None:

@@ -48,6 +48,12 @@ class World:
             return module
         return DistributedDataParallel(module, **dict(self.options or {}))
 
+    def synchronise(self, module: nn.Module) -> None:
+        """Give every rank the parameters and buffers of rank 0."""
+        if self.size > 1:
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks of a tensor; the tensor itself in a single process."""
         if self.size > 1:

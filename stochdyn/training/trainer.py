@@ -144,6 +144,7 @@ def fit(
         objective.to(place)
         materialise(objective, batches)
         objective.to(place)
+        world.synchronise(objective)
         if seed is not None:
             seed_everything((seed + world.rank * _RANK_STRIDE) % 2**63, place)
         run = Run(objective, batches, callbacks, optimizer, scheduler, options, world, place, watch)
