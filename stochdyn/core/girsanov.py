@@ -95,6 +95,8 @@ def explicit_stop(f: Callable[[tuple[Tensor, ...]], Tensor], inputs: tuple[Tenso
     with torch.enable_grad():
         leaves = tuple(i.detach().requires_grad_() for i in inputs)
         value = f(leaves)
+        if not value.requires_grad:
+            return value
         slopes = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
     value = value.detach()
     for slope, leaf, original in zip(slopes, leaves, inputs, strict=True):
