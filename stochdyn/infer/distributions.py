@@ -37,7 +37,7 @@ class DiffusionPath(TorchDistribution):
     The density is that of the Euler scheme on the grid (:func:`stochdyn.core.transition.euler_log_prob`):
 
     .. math::
-        \log p_0(x_0) + \sum_n \log N\big(x_{n+1};\ x_n + b(t_n, x_n)\Delta_n,\ (GG^\top)(t_n, x_n)\Delta_n\big)
+        \log p_0(x_0) + \sum_n \log N\big(x_{n+1};\ x_n + b(t_n, x_n)\Delta_n,\ GG^\top(t_n, x_n)\Delta_n\big)
 
     A fixed start has no density; it is pinned, so samplers that move in unconstrained space leave it alone.
 

@@ -16,11 +16,15 @@ from torch import Tensor
 
 from stochdyn._checks import check_choice
 from stochdyn.core.girsanov import ESTIMATORS
+from stochdyn.core.initial import DistributionStart
+from stochdyn.core.solvers import integrate
 from stochdyn.errors import InvalidInputError, UnknownSiteError
 from stochdyn.infer.capture import likelihood_quadratic, site_distribution
-from stochdyn.infer.distributions import DiffusionPath, PathIncrements
+from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
+from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.posterior import IncrementPosterior, PathPosterior
 from stochdyn.infer.site import PathSite, SiteView, fit_linearised, view_site
+from stochdyn.infer.start import GaussianStart, StartPosterior, StickingStart, is_unconstrained
 
 __all__ = ["AutoPathGuide"]
 
@@ -54,7 +58,9 @@ class AutoPathGuide(AutoGuide):
 
     Raises:
         UnknownSiteError: on the first call, if the model has no path site.
-        InvalidInputError: on the first call, if a path site is wrapped so that it can't be recognised.
+        InvalidInputError: on the first call, if a path in a subsampled plate is to be fitted freely, or if a
+            path in state space has a random start of constrained support.
+        NonFiniteError: on the first call, if the model can't be linearised.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -105,6 +111,14 @@ class AutoPathGuide(AutoGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
+        try:
+            self._setup_sites(args, kwargs)
+        except BaseException:
+            # Half a guide must not pass for a whole one on the next call.
+            self.prototype_trace = None
+            raise
+
+    def _setup_sites(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         latent = dict(self._trace.iter_stochastic_nodes())
         paths = [n for n, site in latent.items() if isinstance(site["fn"], DiffusionPath | PathIncrements)]
         if not paths:
@@ -121,51 +135,58 @@ class AutoPathGuide(AutoGuide):
             self.rest = self._make_rest(poutine.block(self.model, hide=hidden))
         with poutine.block(), torch.no_grad():
             self._create_plates(*args, **kwargs)
-            values = self._rest_values(args, kwargs)
-            if self.rest is not None and hasattr(self.rest, "median"):
-                values |= {n: v.detach() for n, v in self.rest.median(*args, **kwargs).items()}
+            values = self._centre(self._rest_values(args, kwargs), args, kwargs)
         self.sites = PyroModule("sites")
         for index, name in enumerate(paths):
-            self._add_site(index, name, latent[name], values, args, kwargs)
+            self._add_site(index, name, values, args, kwargs)
 
     def _own_start(self, name: str, latent: dict[str, Any]) -> tuple[str, ...]:
         """Return the sites of a random start that are treated together with the increments site ``name``."""
         site = latent[name]
-        if not isinstance(site["fn"], PathIncrements) or self._is_amortised(site):
+        if not isinstance(site["fn"], PathIncrements):
             return ()
         path, frames = self._path_name(name), {f.name for f in site["cond_indep_stack"]}
         own = []
         for start in (f"{path}_0", f"{path}_past"):
-            if start in latent and {f.name for f in latent[start]["cond_indep_stack"]} == frames:
+            together = start in latent and {f.name for f in latent[start]["cond_indep_stack"]} == frames
+            if together and is_unconstrained(latent[start]["fn"]):
                 own.append(start)
         return tuple(own)
 
-    def _is_amortised(self, site: Any) -> bool:
-        frames = site["cond_indep_stack"]
-        subsampled = any(f.full_size is not None and f.full_size != f.size for f in frames)
+    def _is_subsampled(self, name: str) -> bool:
+        frames = self._nodes[name]["cond_indep_stack"]
+        return any(f.full_size is not None and f.full_size != f.size for f in frames)
+
+    def _is_amortised(self, name: str) -> bool:
+        subsampled = self._is_subsampled(name)
         if subsampled and self._amortised is False:
-            raise InvalidInputError(
-                "a path in a subsampled plate needs amortised=True", got=f"site {site['name']!r}"
-            )
+            raise InvalidInputError("a path in a subsampled plate needs amortised=True", got=f"site {name!r}")
         return subsampled if self._amortised is None else self._amortised
 
+    def _path_name(self, name: str) -> str:
+        """Return the site that holds the path: this one, or the one that its increments drive."""
+        site = self._nodes[name]
+        if not isinstance(site["fn"], PathIncrements):
+            return name
+        return site["infer"].get("path", name.removesuffix("_dw"))
+
     def _view(
-        self,
-        name: str,
-        values: dict[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        own: bool = False,
+        self, name: str, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> SiteView:
-        """Return a path site as the model presents it; ``own`` adds the random start treated with it."""
+        """Return a path site as the model presents it."""
+        return view_site(site_distribution(self.model, name, values, args, kwargs), self._path_name(name))
+
+    def _view_whole(
+        self, name: str, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> SiteView:
+        """Return a path site together with its random start, which is put to its prior mean in ``values``."""
+        laws = {}
+        for start in self._owned[name]:
+            law = laws[start] = site_distribution(self.model, start, values, args, kwargs)
+            values[start] = start_of(DistributionStart(law)) if len(law.event_shape) == 1 else law.mean
         fn = site_distribution(self.model, name, values, args, kwargs)
         path = self._path_name(name)
-        if not own:
-            return view_site(fn, path)
-        nodes, owned = self._nodes, self._owned[name]
-        law = nodes[f"{path}_0"]["fn"] if f"{path}_0" in owned else None
-        return view_site(fn, path, law, f"{path}_past" in owned)
+        return view_site(fn, path, laws.get(f"{path}_0"), f"{path}_past" in laws)
 
     def _rest_values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
@@ -176,35 +197,38 @@ class AutoPathGuide(AutoGuide):
             values |= {n: v for n, v in self.rest(*args, **kwargs).items() if isinstance(v, Tensor)}
         return values
 
+    def _centre(
+        self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return the medians of the other sites, or the given draws where there are none."""
+        centre = {n: v.detach() for n, v in values.items()}
+        if self.rest is None:
+            return centre
+        with poutine.block(), torch.no_grad():
+            try:
+                medians = self.rest.median(*args, **kwargs)
+            except NotImplementedError:
+                return centre
+        # The medians of a subsampled plate are those of all its members.
+        return centre | {n: v for n, v in medians.items() if n in centre and not self._is_subsampled(n)}
+
     def _add_site(
         self,
         index: int,
         name: str,
-        site: Any,
         values: dict[str, Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        amortised = self._is_amortised(site)
-        for start_name in self._owned[name]:
-            values[start_name] = _prior_mean(self._nodes[start_name])
+        amortised = self._is_amortised(name)
         with torch.no_grad():
-            view = self._view(name, values, args, kwargs, own=True)
+            view = self._view_whole(name, values, args, kwargs)
         start = None
         if self._start == "linearised" and not amortised:
             start = fit_linearised(view, lambda x: self._quadratic(name, x, values, args, kwargs))
-            # Sites further on are linearised around this path.
-            values[name] = start.value(view)
+        # Sites further on are linearised around this path.
+        values[name] = view.value() if start is None else start.value(view)
         setattr(self.sites, f"site_{index}", PathSite(view, start, amortised=amortised, **self._options))
-
-    def _path_name(self, name: str) -> str:
-        """Return the site that holds the path: this one, or the one that its increments drive."""
-        site = self._nodes[name]
-        return (
-            site["infer"].get("path", name.removesuffix("_dw"))
-            if isinstance(site["fn"], PathIncrements)
-            else name
-        )
 
     def _quadratic(
         self, name: str, x: Tensor, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -214,9 +238,39 @@ class AutoPathGuide(AutoGuide):
         prior = {name, path_name, f"{path_name}_0", f"{path_name}_past"}
         if path_name != name:
             # The increments themselves are replaced by the path that they would drive.
-            batch = x.shape[1:-1]
-            given[name] = x.new_zeros(*batch, *self._nodes[name]["fn"].event_shape)
+            given[name] = x.new_zeros(*x.shape[1:-1], *self._nodes[name]["fn"].event_shape)
         return likelihood_quadratic(self.model, name, path_name, x, prior, given, args, kwargs)
+
+    def _follow(
+        self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[tuple[Feedback, StartPosterior | None]], dict[str, Tensor]]:
+        """Return the law of every path site, and the values of all sites along the mean paths.
+
+        What encoders read is taken at these values and not at the draws, so no gradient passes through it.
+        """
+        centre = self._centre(values, args, kwargs)
+        laws = []
+        for index, name in enumerate(self._path_sites):
+            site: PathSite = getattr(self.sites, f"site_{index}")
+            with torch.no_grad():
+                view = self._view_whole(name, centre, args, kwargs)
+            if site.amortised:
+                reference = view.reference()
+                data = self._quadratic(name, reference[..., : view.dim], centre, args, kwargs)
+                laws.append(site.read(view, reference, data))
+            else:
+                laws.append((site.free_feedback(view.scale), site.free_start()))
+            feedback, start = laws[-1]
+            with torch.no_grad():
+                mean = None if start is None else start.loc
+                e, z = view.follow(feedback, mean)
+                if view.start is not None and mean is not None:
+                    parts = [p for p in view.start.split(mean) if p is not None]
+                    centre |= dict(zip(self._owned[name], parts, strict=False))
+            x = z[..., : view.dim].movedim(0, -2)
+            centre[view.path_name] = x
+            centre[name] = x if view.path_name == name else e.movedim(0, -2)
+        return laws, centre
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample all latent sites; returns their values, and the paths under their own names."""
@@ -225,56 +279,41 @@ class AutoPathGuide(AutoGuide):
         self._create_plates(*args, **kwargs)
         values = self._rest_values(args, kwargs)
         result = {n: v for n, v in values.items() if n not in self.plates}
-        for index, name in enumerate(self._path_sites):
-            site: PathSite = getattr(self.sites, f"site_{index}")
-            values |= self._sample_start(name, site)
-            result |= {n: values[n] for n in self._owned[name]}
-            view = self._view(name, values, args, kwargs)
-            posterior = self._posterior(site, view, name, values, args, kwargs)
+        sites: list[PathSite] = [getattr(self.sites, f"site_{i}") for i in range(len(self._path_sites))]
+        laws = self._follow(values, args, kwargs)[0] if any(s.amortised for s in sites) else None
+        for index, (name, site) in enumerate(zip(self._path_sites, sites, strict=True)):
+            feedback, start = (None, site.free_start()) if laws is None else laws[index]
             with ExitStack() as stack:
                 for frame in self._nodes[name]["cond_indep_stack"]:
                     stack.enter_context(self.plates[frame.name])
-                values[name] = result[name] = pyro.sample(name, posterior)
+                values |= self._sample_start(name, start)
+                view = self._view(name, values, args, kwargs)
+                feedback = site.free_feedback(view.scale) if feedback is None else feedback
+                values[name] = pyro.sample(name, self._posterior(view, feedback, start))
+            result |= {n: values[n] for n in (*self._owned[name], name)}
             if view.path_name != name:
-                driven = values[name]._stochdyn_driven  # type: ignore[attr-defined]
-                result[view.path_name] = driven.x.movedim(0, -2)
+                result[view.path_name] = _driven_path(view, values[name])
         return result
 
-    def _sample_start(self, name: str, site: PathSite) -> dict[str, Tensor]:
+    def _sample_start(self, name: str, start: StartPosterior | None) -> dict[str, Tensor]:
         """Sample the random start that belongs to an increments site: one Gaussian, split into its sites."""
         owned = self._owned[name]
-        if not owned:
+        if not owned or start is None:
             return {}
-        nodes, path = self._nodes, self._path_name(name)
+        law = StickingStart if self.estimator == "stl" else GaussianStart
+        joint = law(start.loc, scale_tril=start.scale_tril)
+        rest = pyro.sample(f"{self._path_name(name)}_start", joint, infer={"is_auxiliary": True})
         values = {}
-        with ExitStack() as stack:
-            for frame in nodes[name]["cond_indep_stack"]:
-                stack.enter_context(self.plates[frame.name])
-            law = site.start_posterior().law
-            joint = dist.MultivariateNormal(law.loc, scale_tril=law.scale_tril)
-            rest = pyro.sample(f"{path}_start", joint, infer={"is_auxiliary": True})
-            for start_name in owned:
-                event = nodes[start_name]["fn"].event_shape
-                part, rest = rest[..., : event.numel()], rest[..., event.numel() :]
-                value = part.reshape(*part.shape[:-1], *event)
-                values[start_name] = pyro.sample(start_name, dist.Delta(value, event_dim=len(event)))
+        for start_name in owned:
+            event = self._nodes[start_name]["fn"].event_shape
+            part, rest = rest[..., : event.numel()], rest[..., event.numel() :]
+            value = part.reshape(*part.shape[:-1], *event)
+            values[start_name] = pyro.sample(start_name, dist.Delta(value, event_dim=len(event)))
         return values
 
     def _posterior(
-        self,
-        site: PathSite,
-        view: SiteView,
-        name: str,
-        values: dict[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, view: SiteView, feedback: Feedback, start: StartPosterior | None
     ) -> IncrementPosterior | PathPosterior:
-        if site.amortised:
-            reference = view.reference()
-            quadratic = self._quadratic(name, reference[..., : view.dim], values, args, kwargs)
-            feedback, start = site.read(view, reference, quadratic)
-        else:
-            feedback, start = site.feedback(view)
         if isinstance(view.fn, PathIncrements):
             return IncrementPosterior(view.fn, feedback, self.estimator)
         return PathPosterior(view.fn, feedback, self.estimator, start)
@@ -285,29 +324,16 @@ class AutoPathGuide(AutoGuide):
             if self.prototype_trace is None:
                 self._setup_prototype(*args, **kwargs)
             self._create_plates(*args, **kwargs)
-            values = self._rest_values(args, kwargs)
-            if self.rest is not None:
-                values |= self.rest.median(*args, **kwargs)
-            for index, name in enumerate(self._path_sites):
-                site: PathSite = getattr(self.sites, f"site_{index}")
-                values |= {n: _prior_mean(self._nodes[n]) for n in self._owned[name]}
-                view = self._view(name, values, args, kwargs, own=True)
-                posterior = self._posterior(site, view, name, values, args, kwargs)
-                start = None
-                if view.start is not None:
-                    joint = (
-                        posterior.start if isinstance(posterior, PathPosterior) else site.start_posterior()
-                    )
-                    start = joint.law.mean  # type: ignore[union-attr]
-                    parts = [p for p in view.start.split(start) if p is not None]
-                    values |= dict(zip(self._owned[name], parts, strict=False))
-                e, z = view.follow(posterior.feedback, start)
-                x = z[..., : view.dim]
-                values[name] = e.movedim(0, -2) if view.path_name != name else x.movedim(0, -2)
-                values[view.path_name] = x.movedim(0, -2)
-        return {n: v for n, v in values.items() if n not in self.plates}
+            centre = self._follow(self._rest_values(args, kwargs), args, kwargs)[1]
+        return {n: v for n, v in centre.items() if n not in self.plates}
 
 
-def _prior_mean(site: Any) -> Tensor:
-    """Return the mean of a start site's prior, in the shape of its value."""
-    return site["fn"].mean.detach().expand(site["value"].shape)
+def _driven_path(view: SiteView, increments: Tensor) -> Tensor:
+    """Return the path ``(*batch, T, d)`` that increments drive."""
+    driven = getattr(increments, "_stochdyn_driven", None)
+    if driven is not None:
+        return driven.x.movedim(0, -2)
+    # Somebody else has set the increments (by conditioning the guide, say).
+    x0 = view.x0.expand(*increments.shape[:-2], view.dim)
+    run = integrate(view.fn.sde, x0, view.fn.ts, increments.movedim(-2, 0), view.memory0)
+    return run.x.movedim(0, -2)

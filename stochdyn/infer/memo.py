@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import full_state, remember
+from stochdyn.core.solvers import remember
 from stochdyn.core.transition import time_column
 
 __all__ = ["Driven", "remember_path", "remembered_path"]
@@ -48,9 +48,9 @@ def remembered_path(
     driven: Driven | None = getattr(increments, "_stochdyn_driven", None)
     if driven is None or driven.z.shape[0] != ts.shape[0]:
         return None
-    start = x0 if memory0 is None else full_state(x0, memory0.expand(*x0.shape[:-1], *memory0.shape[-2:]))
-    first = driven.z[0][..., : start.shape[-1]]
-    if x0.shape[-1] != driven.x.shape[-1] or not _same(first, start):
+    dim, first = x0.shape[-1], driven.z[0]
+    memory = torch.zeros_like(first[..., dim:]) if memory0 is None else memory0.flatten(-2)
+    if dim != driven.x.shape[-1] or not _same(first[..., :dim], x0) or not _same(first[..., dim:], memory):
         return None
     marks = _marks(sde, ts, driven.z, increments.movedim(-2, 0))
     if any(m.requires_grad for m in marks) and not driven.x.requires_grad:

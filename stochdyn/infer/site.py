@@ -10,13 +10,15 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from stochdyn.core.coefficients import Coefficient, Matrix
+from stochdyn.core.sde import SDE
 from stochdyn.core.solvers import full_state, increment_scale, integrate
-from stochdyn.errors import NonFiniteError
+from stochdyn.errors import InvalidInputError, NonFiniteError
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
 from stochdyn.infer.encoders import ControlNetwork, LikelihoodEncoder
 from stochdyn.infer.feedback import Feedback, Gains
 from stochdyn.infer.linearise import LinearPosterior, Quadratic, backward_pass, linear_steps
-from stochdyn.infer.start import StartPosterior, StartPrior
+from stochdyn.infer.start import StartPosterior, StartPrior, is_unconstrained
 
 __all__ = ["LinearStart", "PathSite", "SiteView", "fit_linearised", "view_site"]
 
@@ -74,6 +76,12 @@ class SiteView:
         with torch.no_grad():
             return self.run(self.zero_increments())
 
+    def value(self) -> Tensor:
+        """Return the path without noise (or its increments) in the layout of the site."""
+        if isinstance(self.fn, PathIncrements):
+            return self.zero_increments().movedim(0, -2)
+        return self.reference()[..., : self.dim].movedim(0, -2)
+
     def follow(self, feedback: Feedback, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return mean increments ``(N, *batch, M)`` and the full states ``(T, *batch, Z)`` they drive."""
         z = self.run(self.zero_increments(), start, feedback)
@@ -98,12 +106,35 @@ def view_site(
         channels = scale.shape[-1] // fn.sde.noise.num_innovations(fn.ts)
         factor = fn.sde.noise.initial_factor(dtype=x0.dtype, device=x0.device) if past else None
     else:
+        fn = _square(fn)
         x0 = start_of(fn.initial) if not fn.initial.fixed else fn.initial.draw((), None)
         channels = fn.sde.noise_dim(fn.ts[0].to(x0.dtype), x0)
         scale, memory0, factor = increment_scale(fn.sde, fn.ts, channels, x0.dtype), None, None
         start_law = getattr(fn.initial, "distribution", None)
+        if start_law is not None and not is_unconstrained(start_law):
+            raise InvalidInputError(
+                "a path in state space needs a start that may be any vector",
+                got=f"support {start_law.support} at site {path_name!r}",
+                hint="sample the path in noise space: noise_space=True, or NoiseReparam",
+            )
     batch = torch.broadcast_shapes(fn.batch_shape, x0.shape[:-1])
     return SiteView(fn, path_name, x0, memory0, scale, StartPrior.of(start_law, x0, factor, channels, batch))
+
+
+def _square(fn: DiffusionPath) -> DiffusionPath:
+    """Return the same law with no more noise channels than components: a path tells no more apart."""
+
+    def root(g: Coefficient) -> Coefficient:
+        return Matrix(torch.linalg.cholesky(g.covariance(dim)))
+
+    sde, dim = fn.sde, fn.event_shape[-1]
+    probe = start_of(fn.initial)
+    constant = sde.diffusion(fn.ts[0].to(probe.dtype), probe)
+    if constant.noise_dim(dim) <= dim:
+        return fn
+    varying = sde.state_dependent
+    diffusion = (lambda t, x: root(sde.diffusion(t, x))) if varying else root(constant)
+    return DiffusionPath(SDE(sde.drift, diffusion), fn.initial, fn.ts, fn.method).expand(fn.batch_shape)
 
 
 @dataclass(frozen=True)
@@ -206,6 +237,7 @@ class PathSite(PyroModule):
     ) -> None:
         super().__init__()
         self.amortised = amortised
+        self.random_start = view.start is not None
         steps, size, count = view.scale.shape[0], view.state_size, view.scale.shape[-1]
         batch = view.batch()
         like = view.x0.detach()
@@ -265,25 +297,27 @@ class PathSite(PyroModule):
         self.start_log_diagonal = nn.Parameter(diagonal.detach().clone().contiguous())
         self.start_lower = nn.Parameter(torch.tril(factor, -1).detach().clone())
 
-    def start_posterior(self) -> StartPosterior:
-        """Return the free posterior of a random start."""
+    def free_start(self) -> StartPosterior | None:
+        """Return the free posterior of a random start; None if nothing is random."""
+        if not self.random_start:
+            return None
         tril = torch.tril(self.start_lower, -1) + torch.diag_embed(self.start_log_diagonal.exp())
         return StartPosterior(self.start_mean, tril)
 
     @staticmethod
     def _measure_width(view: SiteView, start: LinearStart | None, centre: Tensor) -> Tensor:
         """Return the spread of the full state around the centre, over time and a few simulated paths."""
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        generator = torch.Generator(centre.device).manual_seed(0)
+        with torch.no_grad():
             gains = None if start is None else _absolute(start.posterior, start.states)
             feedback = None if gains is None else Feedback(gains, view.scale)
             squares = []
             for _ in range(8):
-                e = torch.randn_like(view.zero_increments())
+                zero = view.zero_increments()
+                e = torch.randn(zero.shape, generator=generator, dtype=zero.dtype, device=zero.device)
                 scale = view.scale.reshape(view.scale.shape[0], *(1,) * (e.ndim - 2), -1)
-                squares.append(
-                    ((view.run(e * scale, feedback=feedback)[1:] - centre) ** 2).flatten(0, -2).mean(0)
-                )
+                states = view.run(e * scale, feedback=feedback)
+                squares.append(((states[1:] - centre) ** 2).flatten(0, -2).mean(0))
             width = torch.stack(squares).mean(0).sqrt()
         good = torch.isfinite(width) & (width > 1e-8)
         return torch.where(good, width, torch.ones_like(width))
@@ -296,12 +330,10 @@ class PathSite(PyroModule):
         below[..., self._lower[0], self._lower[1]] = lower
         return factor + below
 
-    def feedback(self, view: SiteView) -> tuple[Feedback, StartPosterior | None]:
-        """Return the feedback law (and that of a random start) of free parameters."""
+    def free_feedback(self, scale: Tensor) -> Feedback:
+        """Return the feedback law of free parameters, for increments of the prior's ``scale (N, M)``."""
         factor = self._factor(self.log_diagonal, self.lower)
-        gains = Gains(self.offset, self.gain, factor, self.centre, self.width)
-        start = None if view.start is None else self.start_posterior()
-        return Feedback(gains, view.scale, self.network), start
+        return Feedback(Gains(self.offset, self.gain, factor, self.centre, self.width), scale, self.network)
 
     def read(
         self, view: SiteView, reference: Tensor, data: Quadratic

@@ -5,16 +5,51 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import torch
+from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
+from torch.distributions import constraints
 
-__all__ = ["StartPosterior", "StartPrior"]
+from stochdyn.core.girsanov import explicit_stop
+from stochdyn.core.initial import DistributionStart
+from stochdyn.infer.distributions import start_of
+
+__all__ = ["GaussianStart", "StartPosterior", "StartPrior", "StickingStart", "is_unconstrained"]
+
+
+def is_unconstrained(law: Any) -> bool:
+    """Return whether a distribution lives on all vectors, as a Gaussian posterior does."""
+    support: Any = law.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support in (constraints.real, constraints.real_vector)
+
+
+class GaussianStart(dist.MultivariateNormal):
+    """The site of a random start."""
+
+
+class StickingStart(GaussianStart):
+    """The same, with the gradient of its own parameters stopped in the score."""
+
+    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
+        """Report the density, differentiate it along the draw alone."""
+        zero: Any = 0
+        return ScoreParts(self.log_prob(x), zero, explicit_stop(lambda inputs: self.log_prob(*inputs), (x,)))
 
 
 class StartPosterior:
-    """A Gaussian posterior of a random start: ``loc (*batch, D)``, ``scale_tril (*batch, D, D)``."""
+    """A Gaussian posterior of a random start.
+
+    Args:
+        loc: ``(*batch, D)``.
+        scale_tril: ``(*batch, D, D)``.
+    """
 
     def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
+        self.loc = loc
+        self.scale_tril = scale_tril
         self.law = torch.distributions.MultivariateNormal(loc, scale_tril=scale_tril)
 
     def draw(self, sample_shape: torch.Size, batch_shape: torch.Size) -> Tensor:
@@ -55,9 +90,8 @@ class StartPrior:
         """
         means, precisions = [], []
         if law is not None:
-            precision = getattr(law, "precision_matrix", None)
-            precisions.append(torch.diag_embed(1.0 / law.variance) if precision is None else precision)
-            means.append(law.mean)
+            means.append(start_of(DistributionStart(law)))
+            precisions.append(_precision(law, means[0]))
         if factor is not None:
             size = channels * factor.shape[0]
             means.append(x0.new_zeros(size))
@@ -123,3 +157,16 @@ class StartPrior:
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _precision(law: Any, like: Tensor) -> Tensor:
+    """Return the precision of a law by its second moments; one where it has none."""
+    precision = getattr(law, "precision_matrix", None)
+    if precision is not None:
+        return precision
+    try:
+        variance = law.variance
+    except NotImplementedError:
+        variance = torch.full_like(like, torch.nan)
+    good = torch.isfinite(variance) & (variance > 0)
+    return torch.diag_embed(1.0 / torch.where(good, variance, torch.ones_like(variance)))
