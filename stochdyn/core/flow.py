@@ -44,7 +44,7 @@ def as_time(t: Tensor | float, x: Tensor) -> Tensor:
     """
     if not isinstance(t, Tensor):
         dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-        return torch.tensor(float(t), dtype=dtype, device=x.device)
+        return torch.full((), float(t), dtype=dtype, device=x.device)
     check_time_broadcast(t, x)
     return t
 
@@ -70,6 +70,8 @@ class MarginalFlow(nn.Module, ABC):
     @abstractmethod
     def sample(self, t: Tensor | float, n: int, generator: torch.Generator | None = None) -> Tensor:
         r"""Draw ``n`` independent points of every :math:`\rho_t`: ``(*t.shape, n, d)``.
+
+        A number stands for a tensor of torch's default precision.
 
         Raises:
             UnavailableError: if the flow can't be sampled.
@@ -163,19 +165,22 @@ class GaussianFlow(MarginalFlow):
                 got=f"shape {tuple(x.shape)}",
                 expected=f"(..., {mean.shape[-1]})",
             )
-        try:
-            return mean, torch.linalg.cholesky(covariance)
-        except torch.linalg.LinAlgError as error:
+        factor, info = torch.linalg.cholesky_ex(covariance)
+        if factor.device.type != "cpu":
+            # no host synchronisation: a failed factor turns into NaN, which guards downstream report
+            return mean, torch.where((info == 0)[..., None, None], factor, torch.nan)
+        if bool(info.any()):
             raise SingularDiffusionError(
                 "a covariance of the flow isn't positive definite, so there is no density",
                 hint="keep away from times at which the law is a single point",
-            ) from error
+            )
+        return mean, factor
 
     def log_prob(self, t: Tensor | float, x: Tensor) -> Tensor:
         """See :meth:`MarginalFlow.log_prob`.
 
         Raises:
-            SingularDiffusionError: if a covariance isn't positive definite.
+            SingularDiffusionError: if a covariance isn't positive definite (on accelerators the result is NaN).
         """
         mean, factor = self._moments(t, x)
         white = _solve_lower(factor, x - mean)
