@@ -213,8 +213,8 @@ def divergence(
         field: maps ``(..., d)`` to ``(..., d)``, every point by itself (so no batch normalisation).
         x: ``(..., d)`` points; any leading axes, time among them.
         method: ``"exact"``: ``d`` reverse passes; works with every field and is the fastest on CPU.
-            ``"forward"``: one batched forward-mode pass of ``torch.func``, few and large kernels; the field may
-            not call ``torch.autograd.grad`` itself. ``"hutchinson"``: one reverse pass a probe, unbiased.
+            ``"forward"``: one batched forward-mode pass of ``torch.func``, few and large kernels; the field
+            may not call ``torch.autograd.grad`` itself. ``"hutchinson"``: one reverse pass a probe, unbiased.
         num_probes: probes averaged by ``"hutchinson"``.
         distribution: of the probes, see :func:`sample_probes`.
         generator: source of randomness; torch's global one if None.

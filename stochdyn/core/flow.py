@@ -180,7 +180,8 @@ class GaussianFlow(MarginalFlow):
         """See :meth:`MarginalFlow.log_prob`.
 
         Raises:
-            SingularDiffusionError: if a covariance isn't positive definite (on accelerators the result is NaN).
+            SingularDiffusionError: if a covariance isn't positive definite (on accelerators the result is
+                NaN).
         """
         mean, factor = self._moments(t, x)
         white = _solve_lower(factor, x - mean)
