@@ -61,8 +61,18 @@ def _room_page(name: str) -> str:
             continue
         inner = f"{name}.{info.name}"
         heading = f"``{inner}``"
-        lines += [heading, "-" * len(heading), "", f".. automodule:: {inner}", ""]
+        lines += [heading, "-" * len(heading), "", f".. automodule:: {inner}"]
+        if elsewhere := _defined_elsewhere(inner):
+            lines.append(f"   :exclude-members: {', '.join(elsewhere)}")
+        lines.append("")
     return "\n".join(lines)
+
+
+def _defined_elsewhere(name: str) -> list[str]:
+    """Return the public names that a module takes from another one, which documents them."""
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", [])
+    return [n for n in public if getattr(getattr(module, n), "__module__", name) != name]
 
 
 def _names_page() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ FOLDER = Path(__file__).parent / "generated"
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
     app.connect("builder-inited", lambda app: write_tables())
+    app.connect("source-read", lambda app, page, source: _without_missing_tables(source))
     return {"parallel_read_safe": True}
 
 
@@ -29,6 +31,15 @@ def write_tables() -> None:
         path, text = FOLDER / f"{name}.md", _table(rows)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
+
+
+def _without_missing_tables(source: list[str]) -> None:
+    """Say so where a page includes measurements that this checkout doesn't hold."""
+    source[0] = re.sub(
+        r"```\{include\} (?:\.\./)?generated/(\w+\.md)\n```",
+        lambda found: found[0] if (FOLDER / found[1]).exists() else "*Not measured in this checkout.*",
+        source[0],
+    )
 
 
 def _table(rows: list[list[str]]) -> str:
