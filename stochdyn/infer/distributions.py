@@ -153,10 +153,13 @@ class DiffusionPath(TorchDistribution):
             ) from error
         support = self.support
         if isinstance(support, PinnedPath) and not bool(support.check(value).all()):
+            pair = torch.broadcast_tensors(value[..., 0, :], support.start)
+            first, start = (p.reshape(-1, p.shape[-1]) for p in pair)
+            worst = (first - start).abs().sum(-1).argmax()
             raise InvalidInputError(
                 "the path doesn't begin at the fixed start",
-                got=f"x[0]={value[..., 0, :].flatten(0, -2)[0].tolist()}",
-                expected=support.start.tolist(),
+                got=f"x[0]={first[worst].tolist()}",
+                expected=start[worst].tolist(),
                 hint="give a distribution as initial if the start isn't known",
             )
 
