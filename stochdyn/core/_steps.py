@@ -229,8 +229,10 @@ class Problem:
         # For commutative noise the iterated integrals collapse to products:
         # 1/2 sum_kl (dG_k) G_l (dz_k dz_l - delta_kl dt).
         t = self.times[n]
-        along = strength_along(self.sde, t, x, dz, kick.expand_as(x))
         advection = self_advection(self.sde, t, x, self.channels)
+        if not isinstance(g, Matrix):
+            return 0.5 * advection * (dz**2 - self._variance_rate(n).unsqueeze(-1))
+        along = strength_along(self.sde, t, x, dz, kick.expand_as(x))
         return 0.5 * (along - advection * self._variance_rate(n).unsqueeze(-1))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_event_size, check_same_device, check_same_dtype
+from stochdyn._checks import check_same_device, check_same_dtype
 from stochdyn.core.coefficients import Coefficient, as_coefficient
+from stochdyn.core.divergence import jacobian_contraction
 from stochdyn.core.noise import Brownian, NoiseProcess
 from stochdyn.errors import DeviceMismatchError, DtypeMismatchError, InvalidInputError, ShapeError
 
@@ -294,16 +295,13 @@ class _ReverseDrift(nn.Module):
 
 
 def spatial_divergence(sde: SDE, t: Tensor, x: Tensor) -> Tensor:
-    r"""Return :math:`(\nabla\cdot GG^\top)_i=\sum_j\partial_j(GG^\top)_{ij}`, ``(..., d)``, by forward derivatives."""
-    check_event_size(x, x.shape[-1], "x")
+    r"""Return :math:`(\nabla\cdot GG^\top)_i=\sum_j\partial_j(GG^\top)_{ij}`, ``(..., d)``."""
     dim = x.shape[-1]
-    total = torch.zeros_like(x)
-    for j in range(dim):
-        direction = torch.zeros_like(x)
-        direction[..., j] = 1.0
-
-        def column(y: Tensor, j: int = j) -> Tensor:
-            return sde.diffusion(t, y).covariance(dim)[..., :, j].expand_as(y).to(y.dtype)
-
-        total = total + torch.func.jvp(column, (x,), (direction,))[1]
-    return total
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        point = x if x.requires_grad else x.detach().requires_grad_()
+        covariance = sde.diffusion(t, point).covariance(dim).to(x.dtype).expand(*x.shape, dim)
+        unit = torch.eye(dim, dtype=x.dtype, device=x.device)
+        directions = unit.reshape(dim, *(1,) * (x.ndim - 1), dim).expand(dim, *x.shape)
+        slopes = jacobian_contraction(covariance, point, directions, keep)
+    return torch.einsum("j...ij->...i", slopes)
