@@ -38,7 +38,7 @@ DIFFUSIONS = {
 
 
 def random_sites(trace):
-    return [n for n in poutine.util.prune_subsample_sites(trace).stochastic_nodes]
+    return list(poutine.util.prune_subsample_sites(trace).stochastic_nodes)
 
 
 @pytest.mark.parametrize("start", [ZERO, RANDOM], ids=["fixed", "random"])
