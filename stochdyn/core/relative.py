@@ -64,6 +64,13 @@ class Relation:
         x = self.path.leading()
         g = self.p.sde.diffusion(self.t, x[:-1])
         check_has_density(self.p.sde, g, x.shape[-1])
+        controlled = self.p.sde.control is not None or self.q.sde.control is not None
+        if isinstance(g, Matrix) and g.value.shape[-1] > x.shape[-1] and controlled:
+            raise InvalidInputError(
+                "the states don't determine the increments, of which there are more",
+                got=f"{g.value.shape[-1]} noise channels for {x.shape[-1]} components",
+                hint="compare the laws on a path that one of them has drawn",
+            )
         return g.solve(x[1:] - x[:-1] - self.p.sde.drift(self.t, x[:-1]) * self.dt)
 
     def law_q(self, z: Tensor | None = None) -> NoiseLaw:

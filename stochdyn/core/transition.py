@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from stochdyn.core.coefficients import Coefficient, Matrix
+from stochdyn.core.coefficients import Coefficient, Diagonal, Matrix
 from stochdyn.core.initial import InitialLaw
 from stochdyn.core.sde import SDE
 from stochdyn.errors import SingularDiffusionError
@@ -67,26 +67,20 @@ def euler_log_prob(sde: SDE, initial: InitialLaw, ts: Tensor, x: Tensor) -> Tens
     dim = x.shape[-1]
     check_has_density(sde, g, dim)
     excess = after - before - sde.drift(t, before) * dt
-    log_scale = _log_det(g, dim) + 0.5 * dim * dt.log().squeeze(-1)
-    if sde.control is None:
-        squares = _squares(g, excess).sum(-1) / dt.squeeze(-1)
-    else:
-        increments = g.solve(excess)
-        if sde.control.drift is not None:
-            increments = increments - sde.control.drift(t, before) * dt
-        weighted = increments**2 / dt
-        if sde.control.precision is not None:
-            growth = torch.log1p(sde.control.precision(t, before) * dt)
-            weighted = weighted * growth.exp()
-            log_scale = log_scale - 0.5 * growth.sum(-1)
-        squares = weighted.sum(-1)
+    if sde.control is not None:
+        u, precision = sde.control.at(t, before)
+        if u is not None:
+            excess = excess - g.apply(u) * dt
+        if precision is not None:
+            g = _narrowed(g, torch.rsqrt(1 + precision * dt))
+    squares = (g.solve(excess) ** 2).sum(-1) / dt.squeeze(-1)
+    log_scale = g.log_det(dim) + 0.5 * dim * dt.log().squeeze(-1)
     steps = -0.5 * squares - log_scale - 0.5 * dim * math.log(2 * math.pi)
     return initial.log_prob(states[0]) + steps.sum(0)
 
 
-def _log_det(g: Coefficient, dim: int) -> Tensor:
-    return g.log_det(dim)
-
-
-def _squares(g: Coefficient, v: Tensor) -> Tensor:
-    return g.solve(v) ** 2
+def _narrowed(g: Coefficient, scale: Tensor) -> Coefficient:
+    """Return the coefficient whose channels are scaled by ``scale (..., m)``."""
+    if isinstance(g, Matrix):
+        return Matrix(g.value * scale.unsqueeze(-2))
+    return Diagonal(g.apply(scale))
