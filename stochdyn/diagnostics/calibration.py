@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from stochdyn._checks import check_positive_int
 from stochdyn.diagnostics.draws import evaluate_draws, seeded
-from stochdyn.diagnostics.samplers import MCMCSampler, PosteriorSampler, VariationalSampler
+from stochdyn.diagnostics.samplers import PosteriorSampler, as_sampler
 from stochdyn.diagnostics.sites import Site, read_sites
 from stochdyn.diagnostics.uniformity import UniformityTest, binomial_interval, rank_uniformity
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, UnknownSiteError
@@ -174,7 +173,7 @@ def sbc(
     """
     check_positive_int(num_simulations, "num_simulations")
     check_positive_int(num_draws, "num_draws")
-    sampler = _as_sampler(infer)
+    sampler = as_sampler(infer)
     kwargs = dict(kwargs or {})
     collected: dict[str, list[int]] = {}
     begin = time.perf_counter()
@@ -232,18 +231,6 @@ class _Observe(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.data:
             msg["is_observed"], msg["value"] = True, self.data[msg["name"]]
-
-
-def _as_sampler(infer: Any) -> PosteriorSampler:
-    if inspect.isclass(infer) and issubclass(infer, MCMCKernel):
-        return MCMCSampler(infer)
-    if inspect.isclass(infer) and issubclass(infer, AutoGuide):
-        return VariationalSampler(infer)
-    if not callable(infer):
-        raise InvalidInputError(
-            "infer can't be called", got=type(infer).__name__, expected="a sampler or a class"
-        )
-    return infer
 
 
 def _counter(number: int, progress: bool) -> Any:

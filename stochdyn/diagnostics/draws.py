@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor
 
@@ -67,6 +68,7 @@ def draw_posterior(
     num_draws: int = 1000,
     seed: int | None = 0,
     predictive: bool = False,
+    split_events: bool = False,
     chunk_size: int | None = None,
 ) -> PosteriorDraws:
     """Draw from a guide and evaluate the model's and the guide's density at every draw.
@@ -84,6 +86,8 @@ def draw_posterior(
         num_draws: how many draws.
         seed: of the draws, which leave the global random state untouched; None draws from it instead.
         predictive: whether to draw observed sites anew too.
+        split_events: whether ``log_likelihood`` has one value for each element of an observed site that
+            ``to_event`` declares one event, rather than one for the event.
         chunk_size: draws at a time; by default what bounds the traced values to some 64 MiB.
 
     Returns:
@@ -106,7 +110,7 @@ def draw_posterior(
     """
     check_positive_int(num_draws, "num_draws")
     with torch.no_grad(), seeded(seed):
-        probe = Probe(model, guide, tuple(args), dict(kwargs or {}), predictive)
+        probe = Probe(model, guide, tuple(args), dict(kwargs or {}), predictive, split_events)
         return _collect(probe, num_draws, chunk_size)
 
 
@@ -118,6 +122,7 @@ def evaluate_draws(
     *,
     seed: int | None = 0,
     predictive: bool = False,
+    split_events: bool = False,
     chunk_size: int | None = None,
 ) -> PosteriorDraws:
     """Evaluate a model at given draws of all its latent sites, such as those of MCMC.
@@ -129,6 +134,7 @@ def evaluate_draws(
         kwargs: keyword arguments of the model.
         seed: as :func:`draw_posterior`.
         predictive: as :func:`draw_posterior`.
+        split_events: as :func:`draw_posterior`.
         chunk_size: as :func:`draw_posterior`.
 
     Returns:
@@ -139,7 +145,7 @@ def evaluate_draws(
         ShapeError: if a site's draws have another shape than the model gives it.
     """
     with torch.no_grad(), seeded(seed):
-        probe = Probe(model, None, tuple(args), dict(kwargs or {}), predictive, values)
+        probe = Probe(model, None, tuple(args), dict(kwargs or {}), predictive, split_events, values)
         return _collect(probe, next(iter(values.values())).shape[0], chunk_size)
 
 
@@ -222,11 +228,8 @@ def _read(probe: Probe, chunk: Chunk) -> PosteriorDraws:
         if site.kind in ("latent", "deterministic"):
             values[name] = _take(node["value"], chunk.size, site.shape)
         elif site.kind == "observed":
-            pointwise = node["unscaled_log_prob"]
-            if node["mask"] is not None:
-                mask = torch.as_tensor(node["mask"], device=pointwise.device)
-                pointwise = torch.where(mask, pointwise, pointwise.new_zeros(()))
-            likelihood[name] = _take(pointwise, chunk.size, site.batch_shape)
+            elements = site.elements if probe.split_events else site.batch_shape
+            likelihood[name] = _take(_pointwise(node, probe.split_events), chunk.size, elements)
             if chunk.replica is not None:
                 predictive[name] = _take(chunk.replica.nodes[name]["value"], chunk.size, site.shape)
     log_joint = _density(chunk.model, chunk)
@@ -234,6 +237,18 @@ def _read(probe: Probe, chunk: Chunk) -> PosteriorDraws:
     if chunk.guide is not None:
         log_guide = _density(chunk.guide, chunk)
     return PosteriorDraws(values, predictive, likelihood, log_joint, log_guide, probe.sites)
+
+
+def _pointwise(node: Any, split_events: bool) -> Tensor:
+    """Return the log density of each datum, without scales, and zero where masked."""
+    fn, log_prob = node["fn"], node["unscaled_log_prob"]
+    axes = 0
+    if split_events and isinstance(fn, dist.Independent):
+        log_prob, axes = fn.base_dist.log_prob(node["value"]), fn.reinterpreted_batch_ndims
+    if node["mask"] is None:
+        return log_prob
+    mask = torch.as_tensor(node["mask"], device=log_prob.device)
+    return torch.where(mask.reshape((*mask.shape, *(1,) * axes)), log_prob, log_prob.new_zeros(()))
 
 
 def _take(value: Any, size: int, shape: tuple[int, ...]) -> Tensor:

@@ -31,6 +31,7 @@ def to_inference_data(
     seed: int | None = 0,
     *,
     predictive: bool = True,
+    split_events: bool = False,
     chunk_size: int | None = None,
 ) -> Any:
     r"""Draw from a guide, or take an MCMC run's draws, and put all that ArviZ asks for into its container.
@@ -61,6 +62,9 @@ def to_inference_data(
         dims: by site name, names of the axes; they replace those found here.
         seed: of the draws; the global random state is left alone. None draws from that instead.
         predictive: whether to draw observed sites anew.
+        split_events: whether ``log_likelihood`` has one value for each element of an observed site that
+            ``to_event`` declares one event. ``az.loo`` leaves out one such value at a time: elements of a
+            vector of independent records should be split, components of one record should not.
         chunk_size: draws at a time; by default what bounds the memory of the traced values.
 
     Returns:
@@ -87,20 +91,17 @@ def to_inference_data(
     Reference:
         The InferenceData schema, https://python.arviz.org.
     """
+    options: dict[str, Any] = {
+        "seed": seed,
+        "predictive": predictive,
+        "split_events": split_events,
+        "chunk_size": chunk_size,
+    }
     if isinstance(guide, MCMC):
-        draws, chains, extra = _mcmc_draws(model, guide, args, kwargs, seed, predictive, chunk_size)
+        draws, chains, extra = _mcmc_draws(model, guide, args, kwargs, options)
     else:
         check_positive_int(num_draws, "num_draws")
-        draws = draw_posterior(
-            model,
-            guide,
-            args,
-            kwargs,
-            num_draws=num_draws,
-            seed=seed,
-            predictive=predictive,
-            chunk_size=chunk_size,
-        )
+        draws = draw_posterior(model, guide, args, kwargs, num_draws=num_draws, **options)
         assert draws.log_guide is not None
         chains, extra = 1, {"log_q": draws.log_guide, "log_weight": draws.log_weights}
     found_dims, found_coords, constants = _axes(draws)
@@ -133,23 +134,14 @@ def _mcmc_draws(
     mcmc: MCMC,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
-    seed: int | None,
-    predictive: bool,
-    chunk_size: int | None,
+    options: Mapping[str, Any],
 ) -> tuple[PosteriorDraws, int, dict[str, Tensor]]:
     grouped = mcmc.get_samples(group_by_chain=True) if mcmc._samples is not None else {}
     if not grouped:
         raise InvalidInputError("the MCMC run has no draws", hint="call mcmc.run(...) first")
     chains, per_chain = next(iter(grouped.values())).shape[:2]
-    draws = evaluate_draws(
-        model,
-        {name: value.flatten(0, 1) for name, value in grouped.items()},
-        args,
-        kwargs,
-        seed=seed,
-        predictive=predictive,
-        chunk_size=chunk_size,
-    )
+    flat = {name: value.flatten(0, 1) for name, value in grouped.items()}
+    draws = evaluate_draws(model, flat, args, kwargs, **options)
     extra = {}
     diagnostics: list[Any] = mcmc._diagnostics
     if "divergences" in diagnostics[0]:

@@ -74,10 +74,11 @@ class Probe:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         predictive: bool,
+        split_events: bool = False,
         given: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        self.predictive, self.given = predictive, given
+        self.predictive, self.split_events, self.given = predictive, split_events, given
         self.subsamples: dict[str, Tensor] = {}
         first: dict[str, Any] = {name: value[0] for name, value in (given or {}).items()}
         self.guide_trace = None

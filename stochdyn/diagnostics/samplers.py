@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyro
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoGuide, AutoNormal
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from stochdyn._checks import check_positive, check_positive_int
 from stochdyn.diagnostics.draws import draw_posterior
+from stochdyn.errors import InvalidInputError
 
-__all__ = ["MCMCSampler", "PosteriorSampler", "VariationalSampler"]
+__all__ = ["MCMCSampler", "PosteriorSampler", "VariationalSampler", "as_sampler"]
 
 
 class PosteriorSampler(Protocol):
@@ -109,3 +112,16 @@ class VariationalSampler:
                 svi.step(*args, **kwargs)
             draws = draw_posterior(model, guide, args, kwargs, num_draws=num_draws, seed=None)
         return {name: value for name, value in draws.values.items() if draws.sites[name].kind == "latent"}
+
+
+def as_sampler(infer: Any) -> PosteriorSampler:
+    """Return ``infer``, or the sampler with the defaults for an MCMC kernel or autoguide class."""
+    if inspect.isclass(infer) and issubclass(infer, MCMCKernel):
+        return MCMCSampler(infer)
+    if inspect.isclass(infer) and issubclass(infer, AutoGuide):
+        return VariationalSampler(infer)
+    if not callable(infer):
+        raise InvalidInputError(
+            "infer can't be called", got=type(infer).__name__, expected="a sampler or a class"
+        )
+    return infer

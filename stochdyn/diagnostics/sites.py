@@ -35,6 +35,8 @@ class Site:
         kind: ``"latent"``, ``"deterministic"``, ``"observed"`` or ``"factor"``.
         shape: of one draw's value, ``(*batch, *event)``.
         batch_shape: the part of ``shape`` that counts independent values.
+        elements: ``batch_shape`` and the event axes that only declare independent values together
+            (``to_event``).
         plates: for each batch axis the name of its plate, None where no plate declares it.
         times: for a path the time of each entry along its second last axis, else None.
         drives: the name of the deterministic path that this site's increments drive, else None.
@@ -44,6 +46,7 @@ class Site:
     kind: Kind
     shape: tuple[int, ...]
     batch_shape: tuple[int, ...]
+    elements: tuple[int, ...]
     plates: tuple[str | None, ...]
     times: Tensor | None = None
     drives: str | None = None
@@ -87,7 +90,7 @@ def _grids(trace: poutine.Trace) -> dict[str, Tensor]:
 def _read(node: Any, grid: Tensor | None) -> Site:
     fn, value = node["fn"], node["value"]
     if site_is_factor(node):
-        return Site("factor", tuple(value.shape), tuple(fn.batch_shape), ())
+        return Site("factor", tuple(value.shape), tuple(fn.batch_shape), (), ())
     kind: Kind = "latent"
     if node["infer"].get("_deterministic") or (node["is_observed"] and is_delta(fn)):
         kind = "deterministic"
@@ -103,7 +106,8 @@ def _read(node: Any, grid: Tensor | None) -> Site:
     if grid is not None and len(shape) >= 2 and grid.shape[0] - shape[-2] in (0, 1):
         times = grid[: shape[-2]]
     data = value.expand(shape) if kind == "observed" else None
-    return Site(kind, shape, batch, _plates(node, batch), times, node["infer"].get("path"), data)
+    elements = shape[: len(shape) - fn.base_dist.event_dim] if isinstance(fn, dist.Independent) else batch
+    return Site(kind, shape, batch, elements, _plates(node, batch), times, node["infer"].get("path"), data)
 
 
 def _fills_plates(node: Any, shape: tuple[int, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -91,6 +92,12 @@ def ecdf_band(num_values: int, points: np.ndarray | int = 50, level: float = 0.9
     )
     if z.ndim != 1 or z.size == 0 or not ((z > 0) & (z < 1)).all() or (np.diff(z) <= 0).any():
         raise InvalidInputError("points must increase inside (0, 1)", got=np.array2string(z, threshold=8))
+    return _band(num_values, tuple(z.tolist()), level)
+
+
+@functools.lru_cache(maxsize=64)
+def _band(num_values: int, points: tuple[float, ...], level: float) -> EcdfBand:
+    z = np.array(points)
     low, high = 0.0, 1 - level  # no simultaneous band is narrower than the pointwise one
     for _ in range(18):
         gamma = 0.5 * (low + high)
@@ -101,7 +108,10 @@ def ecdf_band(num_values: int, points: np.ndarray | int = 50, level: float = 0.9
             high = gamma
     lower, upper = _edges(num_values, z, low)
     reached = _inside_probability(num_values, z, lower, upper)
-    return EcdfBand(z, lower / num_values, upper / num_values, reached)
+    arrays = (z, lower / num_values, upper / num_values)
+    for array in arrays:
+        array.setflags(write=False)  # bands are kept and shared
+    return EcdfBand(*arrays, reached)
 
 
 def _edges(num_values: int, z: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:

@@ -144,6 +144,27 @@ def test_a_point_estimate_has_no_weights():
     assert np.isfinite(stats["lp"].values).all()
 
 
+def test_a_vector_of_records_can_be_split_for_leaving_one_out():
+    mask = torch.tensor(True)
+
+    def vector(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with poutine.mask(mask=mask):
+            pyro.sample("y", dist.Normal(mean[..., None], 1.0).expand((*mean.shape, 5)).to_event(1), obs=y)
+
+    y = torch.linspace(-1, 1, 5)
+    guide = AutoNormal(vector)
+    guide(y)
+    whole = to_inference_data(vector, guide, (y,), num_draws=7)["log_likelihood"]["y"]
+    split = to_inference_data(vector, guide, (y,), num_draws=7, split_events=True)
+    assert whole.dims == ("chain", "draw")
+    assert split["log_likelihood"]["y"].shape == (1, 7, 5)
+    assert split["log_likelihood"]["y"].dims[-1] == split["observed_data"]["y"].dims[-1]
+    np.testing.assert_allclose(split["log_likelihood"]["y"].sum("y_dim_0"), whole, rtol=1e-5)
+    by_hand = dist.Normal(torch.as_tensor(split["posterior"]["mean"].values)[..., None], 1.0).log_prob(y)
+    np.testing.assert_allclose(split["log_likelihood"]["y"].values, by_hand.numpy(), rtol=1e-5)
+
+
 def test_chains_of_mcmc_stay_chains():
     def plain(y):
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
