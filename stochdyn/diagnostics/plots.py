@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_finite, check_nonempty, check_positive_int, check_time_grid
+from stochdyn._checks import check_finite, check_inside, check_nonempty, check_positive_int, check_time_grid
 from stochdyn.errors import InvalidInputError, MissingDependencyError, ShapeError, TooFewDrawsError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def plot_paths(
         The axes.
 
     Raises:
-        TimeGridError: if the times don't increase.
+        TimeGridError: if the times don't increase, or the forecast starts outside them.
         ShapeError: if draws or observations don't fit their times.
         TooFewDrawsError: with fewer than two draws.
         NonFiniteError: if a draw isn't finite.
@@ -89,6 +89,14 @@ def plot_paths(
     check_finite(paths, "draws")
     _check_levels(levels)
     check_positive_int(num_paths, "num_paths", minimum=0)
+    if observations is not None:
+        shapes = tuple(_tensor(observations[0]).shape), tuple(_tensor(observations[1]).shape)
+        if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
+            raise ShapeError(
+                "observations don't fit", got=f"{shapes[0]} and {shapes[1]}", expected="(n,) both"
+            )
+    if forecast_from is not None:
+        check_inside(_tensor([forecast_from]), grid, "forecast_from")
     ax = as_axes(ax)
     t = grid.numpy()
     for level in sorted(levels, reverse=True):
@@ -101,8 +109,6 @@ def plot_paths(
         ax.plot(t, path, color=colour, alpha=0.4, linewidth=0.6)
     if observations is not None:
         when, what = _tensor(observations[0]), _tensor(observations[1])
-        if when.ndim != 1 or when.shape != what.shape:
-            raise ShapeError("observations don't fit", got=f"{tuple(when.shape)} and {tuple(what.shape)}")
         seen = ~what.isnan()
         ax.plot(when[seen].numpy(), what[seen].numpy(), "k.", markersize=4, label="data", zorder=3)
     ax.set_xlim(t[0], t[-1])
