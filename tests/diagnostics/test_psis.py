@@ -12,7 +12,9 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
+from stochdyn import SDE
 from stochdyn.diagnostics import (
+    draw_posterior,
     effective_sample_size,
     importance_evidence,
     importance_mean,
@@ -28,6 +30,7 @@ from stochdyn.errors import (
     TooFewDrawsError,
     UnknownSiteError,
 )
+from stochdyn.infer import AutoPathGuide, DiffusionPath
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -202,6 +205,23 @@ def test_a_point_mass_has_no_khat():
     guide()
     with pytest.raises(InvalidInputError, match="no density"):
         khat(standard_normal, guide)
+
+
+def test_a_path_guide_that_starts_at_the_exact_posterior_has_equal_weights():
+    ts = torch.linspace(0.0, 1.0, 11, dtype=torch.float64)
+    start = torch.zeros(1, dtype=torch.float64)
+
+    def model():
+        x = pyro.sample("x", DiffusionPath(SDE(lambda t, x: -x, 1.0), start, ts))
+        pyro.sample("y", dist.Normal(x[..., -1, 0], 0.3), obs=torch.tensor(0.8, dtype=torch.float64))
+
+    guide = AutoPathGuide(model, hidden=())
+    guide()
+    draws = draw_posterior(model, guide, num_draws=100)
+    decay = 0.9 ** torch.arange(10, dtype=torch.float64)  # Euler's, with step 0.1
+    evidence = dist.Normal(0.0, (0.1 * (decay**2).sum() + 0.09).sqrt()).log_prob(torch.tensor(0.8))
+    torch.testing.assert_close(draws.log_weights, evidence.expand(100), rtol=0, atol=1e-6)
+    assert khat(model, guide) < 0.5
 
 
 def test_khat_of_a_guide_without_a_site_names_the_site():
