@@ -43,6 +43,35 @@ def pull_back(out: Tensor, x: Tensor, weights: Tensor | None = None, create_grap
     )[0]  # fmt: skip
 
 
+def release(result: Tensor, keep: bool, *inputs: tuple[Tensor, Tensor]) -> Tensor:
+    """Cut ``result`` off from the graph if nothing but our own leaves could be differentiated through it.
+
+    Without this every derivative would come with a graph, and a loop that feeds on derivatives would hold all
+    of its steps in memory, though nothing in it is trained.
+
+    Args:
+        result: a derivative that was computed with a graph.
+        keep: whether gradients were on outside; if not, the result is detached.
+        inputs: pairs of what the caller gave and what :func:`attach` made of it.
+    """
+    if not keep:
+        return result.detach()
+    if any(given.requires_grad for given, _ in inputs):
+        return result
+    own = {id(leaf) for _, leaf in inputs}
+    stack, seen = [result.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in own:
+            return result
+        stack.extend(parent for parent, _ in node.next_functions)
+    return result.detach()
+
+
 def gradient(function: ScalarField, x: Tensor) -> Tensor:
     r"""Gradient of a scalar field at every point.
 
@@ -53,18 +82,17 @@ def gradient(function: ScalarField, x: Tensor) -> Tensor:
         x: ``(..., d)`` points.
 
     Returns:
-        ``(..., d)``; differentiable in ``x`` and in the parameters of ``function`` unless gradients are off.
-        In a sampling loop use ``torch.no_grad()``, or every step keeps its graph.
+        ``(..., d)``; differentiable in ``x`` and in the parameters of ``function`` that require gradients.
 
     Example:
-        >>> gradient(lambda x: 0.5 * x.square().sum(-1), torch.tensor([1.0, 2.0])).detach()
+        >>> gradient(lambda x: 0.5 * x.square().sum(-1), torch.tensor([1.0, 2.0]))
         tensor([1., 2.])
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         y = attach(x)
         result = pull_back(function(y), y, create_graph=create_graph)
-    return result if create_graph else result.detach()
+    return release(result, create_graph, (x, y))
 
 
 def sample_probes(
@@ -187,7 +215,7 @@ def value_and_divergence(
             result = divergence_probes(value, y, probes, create_graph).mean(0)
         else:
             result = exact_divergence(value, y, create_graph)
-    return (value, result) if create_graph else (value.detach(), result.detach())
+    return release(value, create_graph, (x, y)), release(result, create_graph, (x, y))
 
 
 def exact_divergence(field: Tensor, x: Tensor, create_graph: bool = True) -> Tensor:
@@ -227,7 +255,7 @@ def divergence(
             integer.
 
     Example:
-        >>> divergence(lambda x: x.square(), torch.tensor([1.0, 2.0])).detach()
+        >>> divergence(lambda x: x.square(), torch.tensor([1.0, 2.0]))
         tensor(6.)
     """
     return value_and_divergence(
@@ -263,7 +291,7 @@ def laplacian(
         InvalidInputError: as :func:`divergence`.
 
     Example:
-        >>> laplacian(lambda x: x.pow(3).sum(-1), torch.tensor([1.0, 2.0])).detach()
+        >>> laplacian(lambda x: x.pow(3).sum(-1), torch.tensor([1.0, 2.0]))
         tensor(18.)
     """
     if method == "forward":

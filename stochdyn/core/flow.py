@@ -19,7 +19,7 @@ from stochdyn._checks import (
     check_time_broadcast,
 )
 from stochdyn.core._psd import psd_factor
-from stochdyn.core.divergence import attach, gradient, jacobian_contraction, pull_back
+from stochdyn.core.divergence import attach, gradient, jacobian_contraction, pull_back, release
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError, UnavailableError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def time_derivative(function: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: 
         else:
             result = jacobian_contraction(value, s, torch.ones_like(s)[None], create_graph)[0]
     result = result.to(x.dtype) if x.is_floating_point() else result
-    return result if create_graph else result.detach()
+    return release(result, create_graph, (t, s))
 
 
 class GaussianFlow(MarginalFlow):
@@ -309,7 +309,7 @@ class LearnedFlow(MarginalFlow):
 
     Example:
         >>> flow = LearnedFlow(lambda t, x: -0.5 * x.square().sum(-1))
-        >>> flow.score(0.0, torch.ones(1, 2)).detach()
+        >>> flow.score(0.0, torch.ones(1, 2))
         tensor([[-1., -1.]])
     """
 

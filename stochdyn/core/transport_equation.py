@@ -16,6 +16,7 @@ from stochdyn.core.divergence import (
     exact_divergence,
     gradient,
     pull_back,
+    release,
     sample_probes,
 )
 from stochdyn.core.flow import MarginalFlow, as_time, time_derivative
@@ -89,7 +90,7 @@ class TransportOperator(ForwardOperator, ABC):
         with torch.enable_grad():
             y = attach(x)
             rates = self._rates(score(time, y), time, y, method, num_probes, generator, create_graph)
-        return rates.mean(0) if create_graph else rates.mean(0).detach()
+        return release(rates.mean(0), create_graph, (x, y))
 
     def _rates(
         self,
@@ -147,7 +148,7 @@ class TransportOperator(ForwardOperator, ABC):
             y = attach(x)
             current = self.flux(time, y, density(time, y)).expand_as(y)
             result = -exact_divergence(current, y, create_graph)
-        return result if create_graph else result.detach()
+        return release(result, create_graph, (x, y))
 
     def residual(  # type: ignore[override]  # named options in place of any
         self,
@@ -224,9 +225,9 @@ class TransportOperator(ForwardOperator, ABC):
         time = as_time(t, x)
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            y = attach(x)
+            y, s = attach(x), time if stationary else attach(time)
             if form == "density":
-                result = self._density_residual(flow, time, y, stationary)[None]
+                result = self._density_residual(flow, s, y, stationary)[None]
             else:
                 inside = create_graph or form == "score"
                 rates = self._rates(flow.score(time, y), time, y, method, num_probes, generator, inside)
@@ -235,8 +236,8 @@ class TransportOperator(ForwardOperator, ABC):
                 result = -rates
                 if not stationary:
                     change = flow.time_derivative if form == "log" else flow.score_time_derivative
-                    result = result + change(time, y)
-        return result if create_graph else result.detach()
+                    result = result + change(s, y)
+        return release(result, create_graph, (x, y), (time, s))
 
     def _density_residual(self, flow: MarginalFlow, t: Tensor, y: Tensor, stationary: bool) -> Tensor:
         def density(s: Tensor, z: Tensor) -> Tensor:

@@ -82,9 +82,22 @@ def test_gradients_off_means_no_graph_and_the_same_value() -> None:
 
 
 @pytest.mark.parametrize("method", [*EXACT, "hutchinson"])
+def test_graph_is_kept_just_where_something_can_be_trained(method: str) -> None:
+    x, scale = torch.randn(4, 2, dtype=F64), torch.tensor(2.0, dtype=F64, requires_grad=True)
+    fixed = scale.detach()
+    assert not laplacian(lambda y: fixed * y.pow(4).sum(-1), x, method).requires_grad
+    assert not divergence(lambda y: fixed * y.pow(3), x, method).requires_grad
+    assert not gradient(lambda y: fixed * y.pow(4).sum(-1), x).requires_grad
+    assert laplacian(lambda y: scale * y.pow(4).sum(-1), x, method).requires_grad
+    assert divergence(lambda y: scale * y.pow(3), x, method).requires_grad
+    assert gradient(lambda y: scale * y.pow(4).sum(-1), x).requires_grad
+    assert gradient(lambda y: fixed * y.pow(4).sum(-1), x.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("method", [*EXACT, "hutchinson"])
 def test_constant_field_has_zero_divergence(method: str) -> None:
     x = torch.randn(4, 3)
-    assert torch.equal(divergence(lambda y: torch.ones(3), x, method).detach(), torch.zeros(4))
+    assert torch.equal(divergence(lambda y: torch.ones(3), x, method), torch.zeros(4))
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])

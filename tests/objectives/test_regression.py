@@ -45,7 +45,13 @@ class TestRegression(ObjectiveSuite):
 def test_minimiser_is_weighted_least_squares() -> None:
     t, x, y = batch(200)
     objective = Regression(Line(), weight=lambda t, x: (1 + t).squeeze(-1))
-    optimiser = torch.optim.LBFGS(objective.parameters(), max_iter=50, tolerance_grad=1e-12)
+    optimiser = torch.optim.LBFGS(
+        objective.parameters(),
+        max_iter=100,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimiser.zero_grad()
