@@ -12,6 +12,7 @@ from stochdyn._checks import (
     check_choice,
     check_event_size,
     check_finite,
+    check_ndim,
     check_positive_int,
     check_same_device,
     check_time_grid,
@@ -147,6 +148,7 @@ class DiffusionMeasure(PathMeasure):
         Raises:
             SingularDiffusionError: if the diffusion is singular or the noise has memory: no density exists in state space.
         """
+        self._check_path(path)
         return euler_log_prob(self.sde, self.initial, path.ts, path.x)
 
     def log_rn(
@@ -171,7 +173,7 @@ class DiffusionMeasure(PathMeasure):
             DiffusionMismatchError: if the laws are mutually singular.
         """
         check_choice(estimator, girsanov.ESTIMATORS, "estimator")
-        check_finite(path.x.detach(), "path.x")
+        self._check_path(path)
         relation = relate(self, other, path, recorded)
         start = self.initial.log_ratio(relation.p.initial, path.x[..., 0, :], estimator)
         if estimator == "rate":
@@ -210,6 +212,10 @@ class DiffusionMeasure(PathMeasure):
         memory = path.aux.get("memory")
         return full_state(path.leading(), None if memory is None else memory.movedim(-3, 0))
 
-    def check_event(self, x: Tensor) -> None:
-        """Raise ShapeError unless paths ``x (..., T, d)`` have the size of the start."""
-        check_event_size(x, self.initial.dim, "x")
+    def _check_path(self, path: PathSample) -> None:
+        """Raise a typed error unless the path is finite and has the size of the start and of its grid."""
+        check_time_grid(path.ts, "path.ts")
+        check_ndim(path.x, tuple(range(2, 13)), "path.x", "(*sample, T, d)")
+        check_event_size(path.x, self.initial.dim, "path.x")
+        check_event_size(path.x, path.ts.shape[0], "path.x", axis=-2)
+        check_finite(path.x.detach(), "path.x")
