@@ -33,11 +33,6 @@ class World:
     options: Mapping[str, Any] | None = None
 
     @property
-    def local_rank(self) -> int:
-        """Rank among the processes of this machine, as ``torchrun`` counts: the index of its GPU."""
-        return int(os.environ.get("LOCAL_RANK", "0")) if self.size > 1 else 0
-
-    @property
     def is_main(self) -> bool:
         """Whether this process writes checkpoints and shows the progress bar."""
         return self.rank == 0
@@ -88,7 +83,7 @@ class World:
         return [w[8 : 8 + int.from_bytes(w[:8], "little")] for w in whole]
 
 
-def connect(distributed: bool | Mapping[str, Any] | None, device: str | torch.device | None) -> World:
+def connect(distributed: bool | Mapping[str, Any] | None, device: torch.device) -> World:
     """Join the process group that ``torchrun`` or the caller set up.
 
     Args:
@@ -104,13 +99,13 @@ def connect(distributed: bool | Mapping[str, Any] | None, device: str | torch.de
         return World()
     options = distributed if isinstance(distributed, Mapping) else None
     available = dist.is_available()
-    if available and not dist.is_initialized() and {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        on_cuda = device is not None and torch.device(device).type == "cuda"
-        if on_cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        if int(os.environ["WORLD_SIZE"]) > 1 or distributed is not None:
-            dist.init_process_group("nccl" if on_cuda else "gloo")
-            atexit.register(_disconnect)
+    announced = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    wanted = announced and (distributed is not None or int(os.environ["WORLD_SIZE"]) > 1)
+    if available and wanted and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_disconnect)
     if available and dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), options)
     if distributed is not None:

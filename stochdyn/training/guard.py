@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -67,6 +68,9 @@ class FiniteGuard:
             NonFiniteLossError: in immediate mode.
         """
         grads = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        if self.immediate and self._world.size == 1 and _surely_finite(value, list(grads.values())):
+            self._start += 1
+            return
         names = (*value.terms, "", *grads)
         finite = torch.cat([self._finite_values(value), self._finite_gradients(list(grads.values()))])
         if names != self._names:
@@ -133,6 +137,15 @@ class FiniteGuard:
         terms = [self._names[i] for i in found if i < split]
         gradients = [self._names[i] for i in found if i > split]
         raise _error(step, terms, split in found, gradients)
+
+
+def _surely_finite(value: ObjectiveValue, grads: list[Tensor]) -> bool:
+    """Quick test on the CPU; False means that the thorough one must tell."""
+    if not all(math.isfinite(s) for s in (value.loss, *value.terms.values())):
+        return False
+    if not grads or any(g.is_sparse or g.dtype != grads[0].dtype for g in grads):
+        return not grads
+    return math.isfinite(torch.stack(torch._foreach_norm(grads, float("inf"))).sum())
 
 
 def _error(step: int, terms: list[str], loss: bool, gradients: list[str]) -> NonFiniteLossError:

@@ -144,8 +144,10 @@ class Run:
                     callback.on_step(state)
                 look = state.step == options.steps or state.step % options.log_every == 0
                 if look:
-                    recent = state.losses[-options.log_every :]
-                    bar.set_postfix(loss=f"{recent.mean():.5g}", refresh=False)
+                    state.gather()
+                    if not hidden:
+                        recent = state.losses[-options.log_every :]
+                        bar.set_postfix(loss=f"{recent.mean():.5g}", refresh=False)
                 bar.update()
                 # Ranks may see Ctrl-C, or a callback a clock, at different steps: they agree when they look.
                 if self.world.size == 1 or look:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,8 +118,10 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def choose_device(objective: nn.Module, device: str | torch.device | None, local_rank: int) -> torch.device:
+def choose_device(objective: nn.Module, device: str | torch.device | None) -> torch.device:
     """Return the device of a run: the one asked for, or the one the objective is on.
+
+    ``"cuda"`` without a number is the GPU that ``torchrun`` means for this process, else the current one.
 
     Raises:
         InvalidInputError: if the device isn't one, or CUDA isn't there.
@@ -143,7 +146,7 @@ def choose_device(objective: nn.Module, device: str | torch.device | None, local
                 "device is not available", got=str(chosen), hint="this torch sees no CUDA device"
             )
         if chosen == torch.device("cuda"):
-            chosen = torch.device("cuda", local_rank or torch.cuda.current_device())
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
     return chosen
 
 

@@ -132,8 +132,8 @@ def fit(
         )
     if resume and options.folder is None:
         raise InvalidInputError("resume=True needs the directory of the run", hint="pass checkpoint=...")
-    world = connect(distributed, device)
-    place = choose_device(objective, device, world.local_rank)
+    place = choose_device(objective, device)
+    world = connect(distributed, place)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(fork_random_state(seed, place))

@@ -68,6 +68,26 @@ def particles(rank: int, out: dict[str, torch.Tensor]) -> None:
     out["noise"], out["particle_step"] = objective.noise, objective.theta.detach()
 
 
+def pyro_bound(rank: int, out: dict[str, torch.Tensor]) -> None:
+    """Pyro's bound as a module, with a guide that makes its parameters in the first call."""
+    import pyro
+    import pyro.distributions as dist_
+    from pyro.infer import Trace_ELBO
+    from pyro.infer.autoguide import AutoNormal, init_to_sample
+
+    def model(y: torch.Tensor) -> None:
+        mean = pyro.sample("mean", dist_.Normal(0.0, 3.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist_.Normal(mean, 1.0), obs=y)
+
+    pyro.set_rng_seed(rank)
+    guide = AutoNormal(model, init_loc_fn=init_to_sample)
+    bound = Trace_ELBO(num_particles=4, vectorize_particles=True)(model, guide)
+    y = torch.linspace(1.0, 3.0, 16)
+    fit(bound, (y,), steps=300, lr=0.05, progress=False)
+    out.update({f"pyro/{n}": v for n, v in weights(guide).items()})
+
+
 def resumed(rank: int, out: dict[str, torch.Tensor], folder: Path) -> None:
     def go(name: str, steps: int, checkpoint: Path | None, resume: bool) -> None:
         objective = Noisy()
@@ -146,6 +166,7 @@ def main(folder: Path) -> None:
     one_gradient(rank, out)
     long_run(rank, out)
     particles(rank, out)
+    pyro_bound(rank, out)
     resumed(rank, out, folder / "checkpoint")
     stops(rank, out)
     said = errors(rank, out, folder)

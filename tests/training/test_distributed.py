@@ -88,6 +88,14 @@ def test_particles_differ_by_rank_and_their_gradients_are_averaged(two_ranks: Ou
         torch.testing.assert_close(rank["particle_step"], -(first + second) / 2)
 
 
+def test_the_bound_of_pyro_is_trained_on_both_ranks(two_ranks: Outcome) -> None:
+    assert_equal(two_ranks.part(0, "pyro"), two_ranks.part(1, "pyro"))
+    # Conjugate: the posterior mean is sum(y) / (1/9 + 16) = 1.986, and one posterior deviation is 0.25.
+    assert two_ranks.part(0, "pyro")["locs.mean_unconstrained"].item() == pytest.approx(
+        32 / (1 / 9 + 16), abs=0.1
+    )
+
+
 def test_resumes_to_the_same_bits_on_every_rank(two_ranks: Outcome) -> None:
     for rank in (0, 1):
         assert_equal(two_ranks.part(rank, "resumed"), two_ranks.part(rank, "straight"))
