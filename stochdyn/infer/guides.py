@@ -283,17 +283,23 @@ class AutoPathGuide(AutoGuide):
         laws = self._follow(values, args, kwargs)[0] if any(s.amortised for s in sites) else None
         for index, (name, site) in enumerate(zip(self._path_sites, sites, strict=True)):
             feedback, start = (None, site.free_start()) if laws is None else laws[index]
-            with ExitStack() as stack:
-                for frame in self._nodes[name]["cond_indep_stack"]:
-                    stack.enter_context(self.plates[frame.name])
+            with self._plates_of(name):
                 values |= self._sample_start(name, start)
-                view = self._view(name, values, args, kwargs)
-                feedback = site.free_feedback(view.scale) if feedback is None else feedback
+            view = self._view(name, values, args, kwargs)
+            feedback = site.free_feedback(view.scale) if feedback is None else feedback
+            with self._plates_of(name):
                 values[name] = pyro.sample(name, self._posterior(view, feedback, start))
             result |= {n: values[n] for n in (*self._owned[name], name)}
             if view.path_name != name:
                 result[view.path_name] = _driven_path(view, values[name])
         return result
+
+    def _plates_of(self, name: str) -> ExitStack:
+        """Return the plates of a site, entered."""
+        stack = ExitStack()
+        for frame in self._nodes[name]["cond_indep_stack"]:
+            stack.enter_context(self.plates[frame.name])
+        return stack
 
     def _sample_start(self, name: str, start: StartPosterior | None) -> dict[str, Tensor]:
         """Sample the random start that belongs to an increments site: one Gaussian, split into its sites."""
