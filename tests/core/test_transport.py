@@ -1,0 +1,321 @@
+"""Sinkhorn against POT, the closed form for Gaussians and exact transport."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from stochdyn.core import _sinkhorn
+from stochdyn.core.transport import TransportPlan, sinkhorn, sinkhorn_divergence
+from stochdyn.errors import (
+    ConvergenceWarning,
+    DtypeMismatchError,
+    EmptyDataError,
+    InvalidInputError,
+    NonFiniteError,
+    ShapeError,
+)
+
+F64 = torch.float64
+
+
+def _clouds(
+    n: int, m: int, dim: int = 2, shift: float = 3.0, batch: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(*batch, n, dim, dtype=F64, generator=g)
+    y = torch.randn(*batch, m, dim, dtype=F64, generator=g)
+    y[..., 0] += shift
+    return x, y
+
+
+def _weights(n: int, seed: int) -> Tensor:
+    w = 0.1 + torch.rand(n, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    return w / w.sum()
+
+
+def _check_marginals(plan: TransportPlan, tolerance: float) -> None:
+    """The reported error is the true one, and within the tolerance."""
+    p = plan.plan().double()
+    a, b = plan.weights_x.double(), plan.weights_y.double()
+    mass = a.sum(-1)
+    by_rows, by_columns = (p.sum(-1) - a).abs().sum(-1), (p.sum(-2) - b).abs().sum(-1)
+    true = torch.maximum(by_rows, by_columns) / mass
+    rounding = 3 * torch.finfo(plan.cost_matrix.dtype).eps
+    torch.testing.assert_close(plan.marginal_error, true, rtol=1e-6, atol=rounding)
+    assert plan.converged
+    assert float(true.amax()) <= tolerance + rounding
+
+
+@pytest.mark.parametrize("reg", [0.05, 0.5, 5.0])
+def test_plan_equals_pot_in_the_log_domain(reg: float) -> None:
+    ot = pytest.importorskip("ot")
+    x, y = _clouds(40, 30)
+    a, b = _weights(40, 1), _weights(30, 2)
+    plan = sinkhorn(x, y, reg, a, b, tolerance=1e-12)
+    cost = ot.dist(x.numpy(), y.numpy())
+    options = {"method": "sinkhorn_log", "stopThr": 1e-13, "numItermax": 20_000, "warn": False}
+    reference = torch.from_numpy(ot.sinkhorn(a.numpy(), b.numpy(), cost, reg, **options))
+    torch.testing.assert_close(plan.plan(), reference, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(
+        plan.transport_cost, (reference * torch.from_numpy(cost)).sum(), rtol=1e-9, atol=0
+    )
+    _check_marginals(plan, 1e-12)
+
+
+@pytest.mark.parametrize("sigma2", [0.1, 1.0, 10.0])
+def test_gaussians_on_a_line_have_the_closed_form(sigma2: float) -> None:
+    """Covariance of the coupling (sqrt(4 s0 s1 + sigma^4) - sigma^2)/2, and the optimum with its entropy.
+
+    The trapezoid rule is exact to rounding for Gaussians on a fine grid; reg = 2 sigma^2 for this cost.
+    """
+    s0, s1, shift = 1.5, 0.6, 2.0
+    grid = torch.linspace(-9, 9, 181, dtype=F64)[:, None]
+    a, b = (torch.exp(-0.5 * grid[:, 0] ** 2 / s) for s in (s0, s1))
+    plan = sinkhorn(grid, grid + shift, 2 * sigma2, a / a.sum(), b / b.sum(), tolerance=1e-12)
+    exact = 0.5 * (math.sqrt(4 * s0 * s1 + sigma2**2) - sigma2)
+    covariance = grid[:, 0] @ plan.plan() @ grid[:, 0]
+    assert math.isclose(float(covariance), exact, rel_tol=1e-8)
+    value = shift**2 + s0 + s1 - 2 * exact - sigma2 * math.log(1 - exact**2 / (s0 * s1))
+    assert math.isclose(float(plan.value), value, rel_tol=1e-8)
+    # The dual potential is quadratic, and the barycentric map linear with slope covariance / s0.
+    inner = slice(40, -40)
+    torch.testing.assert_close(
+        plan.barycentric(grid + shift)[inner], shift + exact / s0 * grid[inner], rtol=1e-7, atol=1e-7
+    )
+
+
+def test_correlated_gaussians_in_the_plane_have_the_closed_form() -> None:
+    """C = (S0^1/2 D S0^-1/2 - sigma^2)/2, D = (4 S0^1/2 S1 S0^1/2 + sigma^4)^1/2."""
+    first = torch.tensor([[1.0, 0.4], [0.4, 0.7]], dtype=F64)
+    second = torch.tensor([[0.6, -0.2], [-0.2, 1.1]], dtype=F64)
+    sigma2, axis = 0.8, torch.linspace(-5.2, 5.2, 27, dtype=F64)
+    grid = torch.cartesian_prod(axis, axis)
+    a, b = (torch.exp(-0.5 * ((grid @ torch.linalg.inv(s)) * grid).sum(-1)) for s in (first, second))
+    plan = sinkhorn(grid, grid, 2 * sigma2, a / a.sum(), b / b.sum(), tolerance=1e-10)
+
+    def root(matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors * values.sqrt() @ vectors.T
+
+    half = root(first)
+    d = root(4 * half @ second @ half + sigma2**2 * torch.eye(2, dtype=F64))
+    exact = 0.5 * (half @ d @ torch.linalg.inv(half) - sigma2 * torch.eye(2, dtype=F64))
+    torch.testing.assert_close(grid.T @ plan.plan() @ grid, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_tiny_regularisation_reaches_exact_transport(dtype: torch.dtype) -> None:
+    """0 <= <P,C> - min <= reg log n for the entropic plan; the spread of the cost is 1e5 times the reg."""
+    ot = pytest.importorskip("ot")
+    n, reg = 60, 4e-4
+    x, y = _clouds(n, n)
+    exact = ot.emd2([], [], ot.dist(x.numpy(), y.numpy()))
+    plan = sinkhorn(x.to(dtype), y.to(dtype), reg)
+    _check_marginals(plan, 1e-6)
+    rounding = 1e-6 * float(plan.cost_matrix.max())
+    assert -rounding <= float(plan.transport_cost) - exact <= reg * math.log(n) + rounding
+
+
+def test_slow_convergence_is_finished_by_newton_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = _clouds(150, 150)
+    fast = sinkhorn(x, y, 0.02)
+    monkeypatch.setattr(_sinkhorn, "_is_slow", lambda *_: False)
+    slow = sinkhorn(x, y, 0.02, max_iterations=100_000)
+    _check_marginals(fast, 1e-6)
+    torch.testing.assert_close(fast.value, slow.value, rtol=1e-7, atol=0)
+    assert fast.num_iterations < 0.2 * slow.num_iterations
+
+
+@pytest.mark.parametrize("annealing", [1.0, 0.5])
+def test_underflow_falls_back_to_the_log_domain(annealing: float) -> None:
+    """Without annealing, or from senseless potentials, the kernel underflows; the answer stays right."""
+    x, y = _clouds(30, 30, shift=30.0)
+    good = sinkhorn(x, y, 0.5, tolerance=1e-9)
+    plain = sinkhorn(x, y, 0.5, tolerance=1e-9, annealing=annealing)
+    g = torch.Generator().manual_seed(0)
+    wild = tuple(1e4 * torch.randn(30, dtype=F64, generator=g) for _ in range(2))
+    for plan in (plain, sinkhorn(x, y, 0.5, tolerance=1e-9, warm_start=wild)):
+        _check_marginals(plan, 1e-9)
+        torch.testing.assert_close(plan.plan(), good.plan(), rtol=1e-5, atol=1e-9)
+
+
+def test_stopping_early_warns_and_says_the_true_error() -> None:
+    x, y = _clouds(50, 50)
+    with pytest.warns(ConvergenceWarning, match="marginal error"):
+        plan = sinkhorn(x, y, 0.01, max_iterations=20)
+    assert not plan.converged
+    p = plan.plan()
+    true = max(float((p.sum(-1) - 1 / 50).abs().sum()), float((p.sum(-2) - 1 / 50).abs().sum()))
+    assert math.isclose(float(plan.marginal_error), true, rel_tol=1e-6)
+    assert true > 1e-6
+
+
+@pytest.mark.parametrize("reg", [0.05, 2.0])
+def test_batches_equal_single_problems(reg: float) -> None:
+    x, y = _clouds(20, 25, batch=(2, 3))
+    a = torch.stack([_weights(20, s) for s in range(6)]).reshape(2, 3, 20)
+    plan = sinkhorn(x, y, reg, weights_x=a, tolerance=1e-10)
+    assert plan.plan().shape == (2, 3, 20, 25)
+    assert plan.marginal_error.shape == plan.value.shape == plan.transport_cost.shape == (2, 3)
+    _check_marginals(plan, 1e-10)
+    for i in range(2):
+        for j in range(3):
+            alone = sinkhorn(x[i, j], y[i, j], reg, weights_x=a[i, j], tolerance=1e-10)
+            torch.testing.assert_close(plan.plan()[i, j], alone.plan(), rtol=1e-6, atol=1e-10)
+            torch.testing.assert_close(plan.value[i, j], alone.value)
+
+
+def test_weights_of_zero_and_totals_other_than_one() -> None:
+    x, y = _clouds(12, 10)
+    a = _weights(12, 1)
+    a[[0, 5]] = 0.0
+    a, b = 3 * a / a.sum(), 3 * _weights(10, 2)
+    plan = sinkhorn(x, y, 0.3, a, b, tolerance=1e-10)
+    _check_marginals(plan, 1e-10)
+    assert not plan.plan()[[0, 5]].any()
+    kept = a > 0
+    smaller = sinkhorn(x[kept], y, 0.3, a[kept], b, tolerance=1e-10)
+    torch.testing.assert_close(plan.plan()[kept], smaller.plan(), rtol=1e-6, atol=1e-10)
+    unit = sinkhorn(x, y, 0.3, a / 3, b / 3, tolerance=1e-10)
+    torch.testing.assert_close(plan.value, 3 * unit.value)
+
+
+def test_costs_may_be_functions_or_matrices_of_any_sign() -> None:
+    x, y = _clouds(15, 18)
+    base = sinkhorn(x, y, 0.3, tolerance=1e-10).plan()
+    matrix = torch.cdist(x, y) ** 2 - 50 + 7 * x[:, :1]
+    for plan in (
+        sinkhorn(None, None, 0.3, cost=matrix, tolerance=1e-10),
+        sinkhorn(x, y, 0.3, cost=lambda p, q: torch.cdist(p, q) ** 2, tolerance=1e-10),
+    ):
+        torch.testing.assert_close(plan.plan(), base, rtol=1e-6, atol=1e-10)
+
+
+def test_potentials_give_the_plan_and_satisfy_both_equations() -> None:
+    x, y = _clouds(15, 18)
+    a, b = _weights(15, 1), _weights(18, 2)
+    plan = sinkhorn(x, y, 0.3, a, b, tolerance=1e-12)
+    f, g = plan.potentials
+    exponent = (f[:, None] + g - torch.cdist(x, y) ** 2) / 0.3
+    torch.testing.assert_close(plan.plan(), a[:, None] * b * exponent.exp(), rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(
+        torch.logsumexp(exponent + b.log(), 1), torch.zeros(15, dtype=F64), atol=1e-9, rtol=0
+    )
+
+
+def test_value_is_primal_as_well_as_dual() -> None:
+    x, y = _clouds(15, 18)
+    a, b = _weights(15, 1), _weights(18, 2)
+    plan = sinkhorn(x, y, 0.3, a, b, tolerance=1e-12)
+    p = plan.plan()
+    divergence = (p * (p / (a[:, None] * b)).clamp_min(1e-300).log()).sum()
+    torch.testing.assert_close(plan.value, plan.transport_cost + 0.3 * divergence, rtol=1e-9, atol=0)
+
+
+def test_warm_start_saves_iterations() -> None:
+    x, y = _clouds(60, 60)
+    cold = sinkhorn(x, y, 0.05)
+    moved = x + 1e-3 * torch.randn(x.shape, dtype=F64, generator=torch.Generator().manual_seed(3))
+    warm = sinkhorn(moved, y, 0.05, warm_start=cold)
+    fresh = sinkhorn(moved, y, 0.05)
+    _check_marginals(warm, 1e-6)
+    assert warm.num_iterations < fresh.num_iterations
+    torch.testing.assert_close(warm.value, fresh.value, rtol=1e-6, atol=0)
+    assert sinkhorn(x, y, 0.05, warm_start=cold.potentials).num_iterations <= 2
+
+
+def test_gradients_by_the_envelope_theorem() -> None:
+    x, y = (z.requires_grad_() for z in _clouds(5, 6, shift=0.5))
+    logits = torch.zeros(5, dtype=F64, requires_grad=True)
+
+    def value(x: Tensor, y: Tensor, logits: Tensor) -> Tensor:
+        return sinkhorn(x, y, 0.7, logits.softmax(0), tolerance=1e-12).value
+
+    assert torch.autograd.gradcheck(value, (x, y, logits), atol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda x, y: sinkhorn_divergence(x, y, 0.7, tolerance=1e-12), (x, y), atol=1e-6
+    )
+
+
+def test_divergence_is_zero_between_equal_clouds_and_sees_a_shift() -> None:
+    x, _ = _clouds(20, 20)
+    assert abs(float(sinkhorn_divergence(x, x.clone(), 0.5, tolerance=1e-10))) < 1e-9
+    # Shifting a cloud by s adds |s|^2 to the squared cost of every coupling, whatever the reg.
+    shifted = sinkhorn_divergence(x, x + torch.tensor([2.0, 1.0], dtype=F64), 0.5, tolerance=1e-11)
+    assert math.isclose(float(shifted), 5.0, rel_tol=1e-7)
+
+
+def test_sampled_pairs_follow_the_plan() -> None:
+    """Chi-square over the cells expected at least five times; 5 sigma above its mean."""
+    x, y = _clouds(4, 5)
+    plan = sinkhorn(x, y, 2.0, _weights(4, 1), _weights(5, 2), tolerance=1e-10)
+    n = 50_000
+    i, j = plan.sample(n, torch.Generator().manual_seed(0))
+    counts = torch.bincount(i * 5 + j, minlength=20).double()
+    expected = n * plan.plan().flatten()
+    big = expected >= 5
+    chi2 = float(((counts - expected)[big] ** 2 / expected[big]).sum())
+    cells = int(big.sum())
+    assert chi2 < cells + 5 * math.sqrt(2 * cells)
+
+
+def test_float32_keeps_its_dtype_and_the_tolerance_on_larger_clouds() -> None:
+    x, y = _clouds(700, 800)
+    plan = sinkhorn(x.float(), y.float(), 0.1)
+    assert plan.plan().dtype == plan.potentials[0].dtype == plan.value.dtype == torch.float32
+    _check_marginals(plan, 1e-6)
+    torch.testing.assert_close(plan.value.double(), sinkhorn(x, y, 0.1).value, rtol=1e-5, atol=0)
+
+
+def test_blocks_of_rows_don_t_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = _clouds(30, 20)
+    whole = sinkhorn(x, y, 0.1, tolerance=1e-10)
+    values = whole.plan(), whole.value, whole.transport_cost, whole.barycentric(y)
+    monkeypatch.setattr(_sinkhorn, "_CHUNK", 70)
+    monkeypatch.setattr(_sinkhorn, "_SUM", 7)
+    again = sinkhorn(x, y, 0.1, tolerance=1e-10)
+    torch.testing.assert_close(
+        (again.plan(), again.value, again.transport_cost, again.barycentric(y)), values
+    )
+    single = sinkhorn(x.float(), y.float(), 0.1)
+    torch.testing.assert_close(single.plan().double(), values[0], rtol=1e-3, atol=1e-7)
+
+
+X, Y = _clouds(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weights_x": torch.ones(4, dtype=F64)}, InvalidInputError, "same total"),
+        ({"weights_x": torch.tensor([0.5, 0.5, 0.5, -0.5], dtype=F64)}, InvalidInputError, "nonnegative"),
+        ({"weights_y": torch.ones(4, dtype=F64)}, ShapeError, "weights_y doesn't fit"),
+        ({"weights_y": torch.full((5,), torch.nan, dtype=F64)}, NonFiniteError, "weights_y"),
+        ({"weights_y": torch.full((5,), 0.2)}, DtypeMismatchError, "weights_y torch.float32"),
+        ({"x": X.float()}, DtypeMismatchError, "x torch.float32"),
+        ({"x": X * torch.inf}, NonFiniteError, "x must be finite"),
+        ({"x": X[:0]}, EmptyDataError, "x is empty"),
+        ({"x": X[:, 0]}, ShapeError, r"x must be a floating tensor"),
+        ({"y": Y[:, :1]}, ShapeError, "different dimensions"),
+        ({"x": None}, InvalidInputError, "only if cost is a tensor"),
+        ({"cost": torch.zeros(5, 4, dtype=F64)}, ShapeError, "cost doesn't fit"),
+        ({"cost": lambda x, y: x @ y.mT * torch.nan}, NonFiniteError, "cost"),
+        ({"cost": lambda x, y: x}, ShapeError, "cost\\(x, y\\)"),
+        ({"reg": 0.0}, InvalidInputError, "reg must be positive"),
+        ({"tolerance": -1.0}, InvalidInputError, "tolerance must be positive"),
+        ({"max_iterations": 0}, InvalidInputError, "max_iterations"),
+        ({"annealing": 0.0}, InvalidInputError, "annealing"),
+        ({"warm_start": (torch.zeros(5), torch.zeros(5))}, ShapeError, "warm_start"),
+        ({"x": X.expand(2, 4, 2), "y": Y.expand(3, 5, 2)}, ShapeError, "batch shapes don't broadcast"),
+    ],
+)
+def test_bad_input_is_rejected(change: dict, error: type[Exception], message: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(error, match=message):
+            sinkhorn(**{"x": X, "y": Y, "reg": 0.5, **change})
