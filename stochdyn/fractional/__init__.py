@@ -9,6 +9,10 @@ from stochdyn.fractional.exact import (
     sample_fbm,
     sample_fgn,
 )
+from stochdyn.fractional.fgn import FractionalGaussianNoise
+from stochdyn.fractional.hurst import infer_hurst
+from stochdyn.fractional.hurst_guide import HurstGuide, hurst_model
+from stochdyn.fractional.likelihood import FGNFit, HurstLikelihood, fit_fgn, hurst_log_likelihood
 from stochdyn.fractional.linear import FractionalOU, FractionalOUPosterior
 from stochdyn.fractional.noise import MarkovNoise, default_speeds
 from stochdyn.fractional.weights import (
@@ -20,16 +24,24 @@ from stochdyn.fractional.weights import (
 )
 
 __all__ = [
+    "FGNFit",
+    "FractionalGaussianNoise",
     "FractionalOU",
     "FractionalOUPosterior",
+    "HurstGuide",
+    "HurstLikelihood",
     "MarkovNoise",
     "cross_moments",
     "default_speeds",
     "fbm_covariance",
     "fgn_autocovariance",
+    "fit_fgn",
     "fou_autocovariance",
     "geometric_speeds",
     "gram_matrix",
+    "hurst_log_likelihood",
+    "hurst_model",
+    "infer_hurst",
     "optimal_weights",
     "sample_fbm",
     "sample_fgn",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,92 +15,23 @@ from stochdyn._checks import (
     check_hurst,
     check_ndim,
     check_positive,
-    check_positive_int,
     check_time_grid,
 )
 from stochdyn.core.chain import GaussianChain
-from stochdyn.errors import InvalidInputError, ShapeError, TimeGridError
+from stochdyn.errors import InvalidInputError, TimeGridError
 from stochdyn.fractional._augmented import (
     euler_step,
     exact_step,
     prior_state_covariance,
     stationary_covariance,
 )
+from stochdyn.fractional.linear_posterior import FractionalOUPosterior, Problem, joint_covariance
 from stochdyn.fractional.noise import MarkovNoise
 
 __all__ = ["FractionalOU", "FractionalOUPosterior"]
 
 _DEFAULT_STATES = 24
 Start = Tensor | float | Normal | Literal["stationary"] | None
-
-
-@dataclass(frozen=True)
-class FractionalOUPosterior:
-    """The law of a fractional Ornstein-Uhlenbeck path given observations, at the times ``ts``.
-
-    Attributes:
-        ts: ``(T,)``.
-        mean, variance: ``(*B, T)``.
-        log_evidence: ``(*B)`` log density of the observations.
-    """
-
-    ts: Tensor
-    mean: Tensor
-    variance: Tensor
-    log_evidence: Tensor
-    _problem: _Problem
-    _index: Tensor
-
-    def covariance(self) -> Tensor:
-        """Return the joint posterior covariance, ``(*B, T, T)``."""
-        p = self._problem
-        prior = p.joint_covariance()
-        observed = p.mask.nonzero()[:, 0] if p.mask.ndim == 1 else None
-        if observed is None:
-            raise ShapeError("covariance() needs one mask for all series", got=f"mask {tuple(p.mask.shape)}")
-        noise = p.obs_variance[observed].movedim(0, -1)
-        seen = prior[..., observed, :][..., :, observed] + torch.diag_embed(noise)
-        factor = torch.linalg.cholesky(seen)
-        white = torch.linalg.solve_triangular(factor, prior[..., observed, :][..., self._index], upper=False)
-        here = prior[..., self._index, :][..., :, self._index]
-        return (here - white.mT @ white).to(self.mean.dtype)
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``n`` posterior paths, ``(n, *B, T)``, reparametrised."""
-        check_positive_int(n, "n")
-        p = self._problem
-        z = p.chain.sample_posterior(n, p.y, p.emission, p.obs_variance[..., None, None], p.mask, generator)
-        path = z[..., 0].movedim(1, -1)[..., self._index] + p.mean[..., None]
-        return path.to(self.mean.dtype)
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """A chain on a grid with the observations laid out on it; time leads."""
-
-    chain: GaussianChain
-    mean: Tensor
-    y: Tensor  # (N+1, *B, 1), less the mean
-    mask: Tensor  # (N+1,) or (N+1, *B)
-    obs_variance: Tensor  # (N+1,) or (N+1, *B)
-    emission: Tensor  # (1, K+1)
-
-    def joint_covariance(self) -> Tensor:
-        """Covariance of X at all grid points, ``(*B, N+1, N+1)``."""
-        return _joint_covariance(self.chain)
-
-
-def _joint_covariance(chain: GaussianChain) -> Tensor:
-    """Covariance of the first state over time: columns Cov(z_n, x_m) are carried forward together."""
-    _, covs = chain.moments()
-    rows = []
-    columns = covs[0][..., :, :1]
-    for n in range(covs.shape[0]):
-        if n > 0:
-            columns = torch.cat([chain.transition[n - 1] @ columns, covs[n][..., :, :1]], dim=-1)
-        rows.append(torch.nn.functional.pad(columns[..., 0, :], (0, covs.shape[0] - 1 - n)))
-    lower = torch.stack(rows, dim=-2)
-    return lower + lower.tril(-1).mT
 
 
 class FractionalOU:
@@ -209,7 +139,7 @@ class FractionalOU:
     def covariance(self, ts: Tensor) -> Tensor:
         """Return the covariance of X at the times ``ts (T,)``, ``(*B, T, T)``."""
         chain, skip = self._chain(ts)
-        return _joint_covariance(chain)[..., skip:, skip:].to(ts.dtype)
+        return joint_covariance(chain)[..., skip:, skip:].to(ts.dtype)
 
     def sample(self, ts: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``n`` paths at the times ``ts (T,)``: ``(n, *B, T)``, reparametrised."""
@@ -360,7 +290,7 @@ class FractionalOU:
         obs_scale: Tensor | float,
         mask: Tensor | None,
         at: Tensor | None,
-    ) -> tuple[_Problem, Tensor, Tensor]:
+    ) -> tuple[Problem, Tensor, Tensor]:
         check_time_grid(ts, min_points=1)
         if y.ndim == 0:
             check_ndim(y, 1, "y", "(*B, T)")
@@ -396,5 +326,5 @@ class FractionalOU:
             spread = spread.expand(size, *spread.shape[1:])
         emission = torch.zeros(1, chain.state_dim, dtype=torch.float64, device=y.device)
         emission[0, 0] = 1.0
-        problem = _Problem(chain, self.mean.to(y.device), filled[..., None], observed, spread, emission)
+        problem = Problem(chain, self.mean.to(y.device), filled[..., None], observed, spread, emission)
         return problem, torch.searchsorted(union, times) + skip, times
