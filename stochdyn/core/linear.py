@@ -200,7 +200,12 @@ class LinearGaussianMeasure:
 
         Returns:
             ``(N, *B, d, d)``, ``(N, *B, d)``, ``(N, *B, d, d)``; batch axes of size one may be missing.
+
+        Raises:
+            TimeGridError: if a transition ends before its start.
         """
+        if bool((stop < start).any()):
+            raise TimeGridError("a transition must not end before its start", got=f"{(stop - start).min():g}")
         dtype = self.initial_mean.dtype
         if any(v.constant is None for v in self._values):
             dt = (stop - start).to(dtype)

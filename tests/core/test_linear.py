@@ -435,6 +435,24 @@ def test_time_varying_sde_evaluates_at_its_time_with_and_without_leading_time() 
     torch.testing.assert_close(matrix, law.diffusion.at(ts).sum(-1)[:, None].expand(6, 5, 2))
 
 
+def test_sdes_of_batched_laws_align_with_draws_and_leading_time() -> None:
+    rate = torch.tensor([[0.5], [2.0], [3.0]], dtype=F64)
+    x, ts = torch.randn(6, 4, 3, 1, dtype=F64), IRREGULAR
+    constant = LinearGaussianMeasure.ornstein_uhlenbeck(rate, 0.4).to_sde()
+    torch.testing.assert_close(constant.drift(ts[:, None, None, None], x), rate * (0.4 - x))
+    varying = LinearGaussianMeasure(
+        lambda t: -rate[..., None] * (1 + t)[:, None, None, None],
+        _t(0.0),
+        lambda t: (1 + t)[:, None, None, None] * rate[..., None],
+        torch.zeros(3, 1, dtype=F64),
+    ).to_sde()
+    clock = (1 + ts)[:, None, None, None]
+    torch.testing.assert_close(varying.drift(ts[:, None, None, None], x), -rate * clock * x)
+    noise = varying.diffusion(ts[:, None, None, None], x).apply(torch.ones_like(x))
+    torch.testing.assert_close(noise, (rate * clock).expand_as(x))
+    torch.testing.assert_close(varying.drift(ts[2], x[2]), -rate * (1 + ts[2]) * x[2])
+
+
 def test_float32_law_with_float64_times() -> None:
     law = LinearGaussianMeasure.ornstein_uhlenbeck(torch.tensor([1.3]), 0.4, 0.7)
     y = torch.randn(6, 1)
@@ -454,6 +472,7 @@ Y = torch.zeros(2, 1, dtype=F64)
         (lambda law: law.mean(_t(0.0, 0.0)), TimeGridError, "increase strictly"),
         (lambda law: law.mean(_t(-1.0, 0.0)), TimeGridError, "before the initial law"),
         (lambda law: law.mean([0.0, 1.0]), TimeGridError, "must be a tensor"),
+        (lambda law: law.transition(_t(1.0), _t(0.5)), TimeGridError, "before its start"),
         (lambda law: law.log_evidence(_t(1.0, 0.5), Y, 0.1), TimeGridError, "obs_ts must increase"),
         (lambda law: law.log_evidence(_t(1.0, 2.0), Y * torch.nan, 0.1), NonFiniteError, "y must be finite"),
         (lambda law: law.log_evidence(_t(1.0, 2.0), Y[:1], 0.1), ShapeError, "one row per time"),

@@ -51,7 +51,7 @@ def _check_marginals(plan: TransportPlan, tolerance: float) -> None:
     assert float(true.amax()) <= tolerance + rounding
 
 
-@pytest.mark.parametrize("reg", [0.05, 0.5, 5.0])
+@pytest.mark.parametrize("reg", [0.1, 0.5, 5.0])
 def test_plan_equals_pot_in_the_log_domain(reg: float) -> None:
     ot = pytest.importorskip("ot")
     x, y = _clouds(40, 30)
