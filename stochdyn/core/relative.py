@@ -14,7 +14,7 @@ from stochdyn.core.girsanov import NoiseLaw
 from stochdyn.core.path import PathSample
 from stochdyn.core.sde import SDE, Control
 from stochdyn.core.transition import check_has_density, steps_of, time_column
-from stochdyn.errors import DiffusionMismatchError, InvalidInputError
+from stochdyn.errors import DiffusionMismatchError, InvalidInputError, ShapeError
 
 if TYPE_CHECKING:
     from stochdyn.core.measure import DiffusionMeasure
@@ -54,7 +54,7 @@ class Relation:
 
     @cached_property
     def e(self) -> Tensor:
-        """``(N, *batch, m)`` increments of P's uncontrolled equation: from the recorded ones, or from the states."""
+        """``(N, *batch, m)`` increments of P's uncontrolled equation, recorded ones or from the states."""
         sde = self.source
         if sde is not None:
             on_p, on_q = sde.shares_base(self.p.sde), sde.shares_base(self.q.sde)
@@ -118,7 +118,7 @@ def relate(q: DiffusionMeasure, p: Any, path: PathSample, recorded: bool = False
         q: the first law.
         p: the second law.
         path: the paths.
-        recorded: take the control of the law that generated the paths as noted then, rather than evaluate it again.
+        recorded: take the control of the law that drew the paths as noted then, not as it is now.
 
     Raises:
         DiffusionMismatchError: if the laws are mutually singular.
@@ -145,11 +145,27 @@ def _law(control: Control | None, t: Tensor, z: Tensor) -> NoiseLaw:
         raise InvalidInputError(
             "log_rn knows controls by their drift and precision only", got=type(control).__name__
         )
-    return NoiseLaw(*control.at(t, z))
+    u, precision = control.at(t, z)
+    return NoiseLaw(_check_fits(u, z, "control's drift"), _check_fits(precision, z, "control's precision"))
+
+
+def _check_fits(value: Tensor | None, z: Tensor, name: str) -> Tensor | None:
+    """Raise ShapeError if a function grows batch axes when time leads; broadcasting would hide it."""
+    if value is not None and (
+        value.ndim > z.ndim
+        or any(a not in (1, b) for a, b in zip(value.shape[-2::-1], z.shape[-2::-1], strict=False))
+    ):
+        raise ShapeError(
+            f"the {name} has more axes than its states when time leads",
+            got=f"shape {tuple(value.shape)} for t {(z.shape[0], *(1,) * (z.ndim - 1))}, z {tuple(z.shape)}",
+            hint="write it for t that broadcasts to z[..., :1]; what is indexed by t needs t.squeeze(-1)",
+        )
+    return value
 
 
 def _gap(q: SDE, p: SDE, t: Tensor, x: Tensor) -> Tensor:
-    return p.diffusion(t, x).solve((q.drift(t, x) - p.drift(t, x)).expand_as(x))
+    mine, theirs = (_check_fits(sde.drift(t, x), x, "drift") for sde in (q, p))
+    return p.diffusion(t, x).solve((mine - theirs).expand_as(x))  # type: ignore[operator]
 
 
 def _check_equivalent(q: SDE, p: SDE, t: Tensor, x: Tensor) -> None:

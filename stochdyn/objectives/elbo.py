@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from stochdyn._checks import (
     check_choice,
+    check_event_size,
     check_finite,
     check_inside,
     check_nonempty,
     check_positive,
     check_positive_int,
+    check_same_dtype,
     check_time_grid,
 )
 from stochdyn.core.measure import DiffusionMeasure
@@ -75,6 +77,8 @@ class GaussianObservations(nn.Module):
 
     def forward(self, path: PathSample, batch: Any = None) -> Tensor:
         """Return ``(*sample,)`` log-likelihoods."""
+        check_event_size(path.x, self.values.shape[-1], "path.x")
+        check_same_dtype(path=path.x, values=self.values)
         right, weight = cast(Tensor, self.right), cast(Tensor, self.weight)
         states = torch.lerp(path.x[..., right - 1, :], path.x[..., right, :], weight)
         return torch.distributions.Normal(states, self.scale).log_prob(self.values).sum((-2, -1))

@@ -296,6 +296,26 @@ def test_a_recorded_control_spares_its_evaluation() -> None:
     assert calls
 
 
+def test_functions_that_grow_axes_when_time_leads_are_refused() -> None:
+    """A table with a row a step: right in the loop, where t has no axes, and wrong where time leads."""
+    table = torch.randn(3, 1, dtype=F64)
+    law = ou(1.0, 0.5)
+    ts = torch.linspace(0, 3, 4, dtype=F64)
+    for q in (
+        law.controlled(lambda t, x: table[t.long()] * x),
+        law.controlled(None, lambda t, x: table[t.long()] ** 2 + 0 * x),
+    ):
+        path = q.sample(ts, (5,))
+        with pytest.raises(ShapeError, match=r"when time leads.*t\.squeeze"):
+            q.log_rn(path, law)
+    other = sd.DiffusionMeasure(ZERO, sd.SDE(lambda t, x: table[t.long()] * x, 0.5))
+    with pytest.raises(ShapeError, match="when time leads"):
+        law.log_rn(law.sample(ts, (5,)), other)
+    right = law.controlled(lambda t, x: table[t.long().squeeze(-1)] * x)
+    path = right.sample(ts, (5,))
+    torch.testing.assert_close(right.log_rn(path, law), right.log_rn(path, law, recorded=True))
+
+
 # ------------------------------------------------------------------------------------------- time reversal
 
 
