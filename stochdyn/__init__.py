@@ -34,14 +34,20 @@ from stochdyn.errors import (
     StochdynWarning,
     TimeGridError,
     TooFewDrawsError,
+    UnavailableError,
     UnknownSiteError,
 )
 
 if TYPE_CHECKING:
     from stochdyn import core, datasets, diagnostics, fractional, infer, objectives, testing, training
     from stochdyn.core.coefficients import Coefficient, Diagonal, Matrix, Scalar
-    from stochdyn.core.flow import MarginalFlow
-    from stochdyn.core.generators import FokkerPlanck, SparseMasterEquation
+    from stochdyn.core.flow import GaussianFlow, LearnedFlow, MarginalFlow, MixtureFlow
+    from stochdyn.core.generators import (
+        ContinuityEquation,
+        FokkerPlanck,
+        MatrixMasterEquation,
+        SparseMasterEquation,
+    )
     from stochdyn.core.linear import LinearGaussianMeasure
     from stochdyn.core.measure import DiffusionMeasure, PathMeasure
     from stochdyn.core.noise import Brownian, NoiseProcess
@@ -51,11 +57,23 @@ if TYPE_CHECKING:
     from stochdyn.diagnostics.inference_data import to_inference_data
     from stochdyn.objectives.base import Objective, ObjectiveValue
     from stochdyn.objectives.elbo import GaussianObservations, PathELBO
+    from stochdyn.objectives.projection import PathProjection, project_linear_drift
+    from stochdyn.objectives.regression import Regression
+    from stochdyn.objectives.residual import ForwardResidual
     from stochdyn.training.trainer import fit
 
 _ROOMS = ("core", "datasets", "diagnostics", "fractional", "infer", "objectives", "testing", "training")
 
 _HOMES = {
+    "project_linear_drift": "objectives.projection",
+    "PathProjection": "objectives.projection",
+    "Regression": "objectives.regression",
+    "ForwardResidual": "objectives.residual",
+    "MatrixMasterEquation": "core.generators",
+    "ContinuityEquation": "core.generators",
+    "LearnedFlow": "core.flow",
+    "MixtureFlow": "core.flow",
+    "GaussianFlow": "core.flow",
     "Brownian": "core.noise",
     "Coefficient": "core.coefficients",
     "Diagonal": "core.coefficients",
@@ -87,6 +105,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointWriteError",
     "Coefficient",
+    "ContinuityEquation",
     "ConvergenceWarning",
     "DamagedCheckpointError",
     "DeviceMismatchError",
@@ -99,13 +118,18 @@ __all__ = [
     "Estimate",
     "FokkerPlanck",
     "ForeignCheckpointError",
+    "ForwardResidual",
+    "GaussianFlow",
     "GaussianObservations",
     "HurstRangeError",
     "InvalidInputError",
+    "LearnedFlow",
     "LinearGaussianMeasure",
     "MarginalFlow",
     "Matrix",
+    "MatrixMasterEquation",
     "MissingDependencyError",
+    "MixtureFlow",
     "NoiseProcess",
     "NonFiniteError",
     "NonFiniteLossError",
@@ -113,7 +137,9 @@ __all__ = [
     "ObjectiveValue",
     "PathELBO",
     "PathMeasure",
+    "PathProjection",
     "PathSample",
+    "Regression",
     "Scalar",
     "ShapeError",
     "SingularDiffusionError",
@@ -122,6 +148,7 @@ __all__ = [
     "StochdynWarning",
     "TimeGridError",
     "TooFewDrawsError",
+    "UnavailableError",
     "UnknownSiteError",
     "__version__",
     "core",
@@ -132,6 +159,7 @@ __all__ = [
     "fractional",
     "infer",
     "objectives",
+    "project_linear_drift",
     "sinkhorn",
     "testing",
     "to_inference_data",

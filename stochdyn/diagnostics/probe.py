@@ -149,7 +149,7 @@ class Probe:
             }
         replica = None
         if self.predictive:
-            released = poutine.uncondition(self.model)
+            released = Release()(self.model)
             replica = self._trace(released, values, size, depth, densities=False)
         return Chunk(self.run_model(values, size, depth), guide_trace, replica, size, depth)
 
@@ -182,6 +182,14 @@ class Probe:
             return value[0]
         gap = depth - 1 - len(site.batch_shape)
         return value.reshape(value.shape[0], *(1,) * gap, *value.shape[1:])
+
+
+class Release(Messenger):
+    """Draw observed sites anew; deterministic ones, which Pyro marks as observed, stay as they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not msg["infer"].get("_deterministic"):
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 def random_values(trace: poutine.Trace) -> dict[str, Any]:
