@@ -193,7 +193,7 @@ def main() -> dict[str, float]:
     path_khat = sd.infer.khat(level_model, path_guide, args=args, num_draws=1000, seed=options.seed)
     print(
         f"bound {bound:.3f}, exact Kalman evidence {kalman:.3f} on the same yearly grid "
-        f"({continuous:.3f} in continuous time), k-hat {path_khat:.2f}"
+        f"(these parameters in continuous time: {continuous:.3f}), k-hat {path_khat:.2f}"
     )
 
     grid = torch.arange(float(years[0]), float(years[-1]) + FORECAST + 1, dtype=torch.float64)

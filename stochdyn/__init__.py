@@ -1,7 +1,7 @@
 """stochdyn: probabilistic inference in stochastic dynamics.
 
-The public names, each loaded on first use, so that importing the package costs nothing and pulls in no plotting,
-transport or Gaussian-process library.
+The public names, each loaded on first use, so that importing the package costs nothing and pulls in no
+plotting, transport or Gaussian-process library.
 """
 
 from __future__ import annotations
