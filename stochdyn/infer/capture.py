@@ -95,10 +95,12 @@ def likelihood_quadratic(
         with poutine.block(), _Substitute(given):
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         scale = trace.nodes[site_name]["scale"]
-        total = leaf.sum() * 0.0
+        value, total = leaf.detach().sum(-1).sum(0) * 0.0, leaf.sum() * 0.0
         for name, site in trace.nodes.items():
             if site["type"] == "sample" and name not in {*skip, site_name, path_name}:
-                total = total + _log_prob(site, scale)
+                log_prob = _log_prob(site, scale)
+                total = total + log_prob.sum()
+                value = value + _series_sum(log_prob.detach(), value.shape)
         slope = torch.autograd.grad(total, leaf, create_graph=True)[0]
         rows = []
         for j in range(leaf.shape[-1]):
@@ -112,7 +114,8 @@ def likelihood_quadratic(
     eigenvalues, vectors = torch.linalg.eigh(curvature)
     precision = (vectors * eigenvalues.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
     slope = slope.detach()
-    return Quadratic(precision, slope + (precision @ leaf.detach().unsqueeze(-1)).squeeze(-1))
+    linear = slope + (precision @ leaf.detach().unsqueeze(-1)).squeeze(-1)
+    return Quadratic(precision, linear, value)
 
 
 def _log_prob(site: Any, scale: Tensor | float) -> Tensor:
@@ -120,4 +123,16 @@ def _log_prob(site: Any, scale: Tensor | float) -> Tensor:
     log_prob = site["fn"].log_prob(site["value"])
     if site["mask"] is not None:
         log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, torch.zeros_like(log_prob))
-    return (log_prob * (site["scale"] / scale)).sum()
+    return log_prob * (site["scale"] / scale)
+
+
+def _series_sum(log_prob: Tensor, batch: torch.Size) -> Tensor:
+    """Sum over all axes that aren't the path's; what can't be told apart by series is summed whole."""
+    while log_prob.ndim > len(batch):
+        log_prob = log_prob.sum(0)
+    for axis in range(-log_prob.ndim, 0):
+        if batch[axis] == 1:
+            log_prob = log_prob.sum(axis, keepdim=True)
+        elif log_prob.shape[axis] not in (1, batch[axis]):
+            return log_prob.sum()
+    return log_prob

@@ -22,9 +22,11 @@ from stochdyn.errors import InvalidInputError, UnknownSiteError
 from stochdyn.infer.capture import likelihood_quadratic, site_distribution
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
 from stochdyn.infer.feedback import Feedback
+from stochdyn.infer.mode import fit_linearised
 from stochdyn.infer.posterior import IncrementPosterior, PathPosterior
-from stochdyn.infer.site import PathSite, SiteView, fit_linearised, view_site
+from stochdyn.infer.site import PathSite
 from stochdyn.infer.start import GaussianStart, StartPosterior, StickingStart, is_unconstrained
+from stochdyn.infer.view import SiteView, view_site
 
 __all__ = ["AutoPathGuide"]
 

@@ -34,10 +34,12 @@ class Quadratic:
     Attributes:
         precision: ``H (T, *batch, d, d)``, positive semidefinite.
         linear: ``h (T, *batch, d)``.
+        value: ``(*batch,)`` the log-likelihood at the reference path, or None.
     """
 
     precision: Tensor
     linear: Tensor
+    value: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from stochdyn.core.transition import steps_of, time_column
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.memo import remember_path
+from stochdyn.infer.start import StartPosterior
 
 __all__ = ["IncrementPosterior", "PathPosterior"]
 

@@ -1,0 +1,163 @@
+"""The most probable path of a site, and the posterior of the model linearised around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochdyn.errors import NonFiniteError
+from stochdyn.infer.distributions import PathIncrements
+from stochdyn.infer.feedback import Feedback, Gains
+from stochdyn.infer.linearise import LinearPosterior, Quadratic, backward_pass, linear_steps
+from stochdyn.infer.view import SiteView
+
+__all__ = ["LinearStart", "absolute_gains", "fit_linearised"]
+
+
+@dataclass(frozen=True)
+class LinearStart:
+    """A linearised posterior and the path that it was taken around.
+
+    Attributes:
+        posterior: gains in absolute coordinates.
+        states: ``(T, *batch, Z)`` its mean path.
+        increments: ``(N, *batch, M)`` that drive it.
+        start_mean: ``(*batch, D)`` posterior mean of a random start, or None.
+        start_factor: ``(*batch, D, D)`` the Cholesky factor of its covariance, or None.
+    """
+
+    posterior: LinearPosterior
+    states: Tensor
+    increments: Tensor
+    start_mean: Tensor | None
+    start_factor: Tensor | None
+
+    def value(self, view: SiteView) -> Tensor:
+        """Return the mean path (or its increments) in the layout of the site."""
+        if isinstance(view.fn, PathIncrements):
+            return self.increments.movedim(0, -2)
+        return self.states[..., : view.dim].movedim(0, -2)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A path on the way to the most probable one, and how good it is."""
+
+    states: Tensor  # (T, *batch, Z)
+    increments: Tensor  # (N, *batch, M)
+    start: Tensor | None  # (*batch, D)
+    data: Quadratic
+    score: Tensor  # (*batch,)
+
+
+def fit_linearised(
+    view: SiteView, quadratic: Callable[[Tensor], Quadratic], iterations: int = 25, tolerance: float = 1e-6
+) -> LinearStart:
+    """Iterate linearisation and smoothing to the most probable path: the iterated extended smoother.
+
+    Steps are halved, for each series by itself, until the path is no less probable than before.
+
+    Args:
+        view: the site.
+        quadratic: expansion of the log-likelihood around a path ``(T, *batch, d)``.
+        iterations: at most so many.
+        tolerance: relative change of the path at which to stop.
+
+    Raises:
+        NonFiniteError: if the path without noise, or its likelihood, isn't finite.
+
+    Reference:
+        Bell, "The iterated Kalman smoother as a Gauss-Newton method", 1994; Li and Todorov, "Iterative linear
+        quadratic regulator design for nonlinear biological movement systems", 2004.
+    """
+
+    def judge(e: Tensor, z: Tensor, start: Tensor | None) -> _Point:
+        data = quadratic(z[..., : view.dim])
+        score: Any = data.value
+        units = view.scale.reshape(view.scale.shape[0], *(1,) * (e.ndim - 2), -1)
+        score = score - 0.5 * ((e / units) ** 2).sum(-1).sum(0)
+        if view.start is not None and start is not None:
+            excess = (start - view.start.mean).unsqueeze(-1)
+            score = score - 0.5 * (excess.mT @ view.start.precision @ excess)[..., 0, 0]
+        return _Point(z, e, start, data, score)
+
+    with torch.no_grad():
+        start = None if view.start is None else view.start.mean
+        point = judge(view.zero_increments(), view.run(view.zero_increments(), start), start)
+        if not bool(torch.isfinite(point.score).all() and torch.isfinite(point.states).all()):
+            raise NonFiniteError(
+                "the model can't be linearised: its path without noise has no finite likelihood",
+                got=f"log-likelihood {point.score.flatten().tolist()}",
+                hint="use start='prior'",
+            )
+        for _ in range(iterations):
+            posterior = _linearised(view, point)
+            mean = factor = None
+            if view.start is not None:
+                mean, factor = view.start.posterior(posterior.start_precision, posterior.start_linear)
+                mean, factor = mean.to(point.states.dtype), factor.to(point.states.dtype)
+            previous, point = point, _improve(view, judge, point, posterior, mean)
+            size = 1e-12 + point.states.abs().max()
+            if float((point.states - previous.states).abs().max() / size) < tolerance:
+                break
+    held = _held(view, point, posterior)
+    law = replace(posterior, offset=held)
+    return LinearStart(law, point.states, point.increments, point.start, factor)
+
+
+def _linearised(view: SiteView, point: _Point) -> LinearPosterior:
+    """Return the posterior of the model linearised around a path, in float64."""
+    a, b, c = linear_steps(view.fn.sde, view.fn.ts, point.states[:-1], point.increments, view.scale)
+    data = Quadratic(point.data.precision.double(), point.data.linear.double())
+    return backward_pass(a.double(), b.double(), c.double(), data)
+
+
+def _held(view: SiteView, point: _Point, posterior: LinearPosterior) -> Tensor:
+    """Return the offset with which the feedback law's mean path is the given one."""
+    units = view.scale.reshape(view.scale.shape[0], *(1,) * (point.increments.ndim - 2), -1)
+    pull = (posterior.gain @ point.states[:-1].double().unsqueeze(-1)).squeeze(-1)
+    return (point.increments / units).double() - pull
+
+
+def _improve(
+    view: SiteView,
+    judge: Callable[[Tensor, Tensor, Tensor | None], _Point],
+    point: _Point,
+    posterior: LinearPosterior,
+    start: Tensor | None,
+) -> _Point:
+    """Step towards the linearised posterior's mean path, in each series as far as that makes it more probable."""
+    held = _held(view, point, posterior)
+    slack = 100 * torch.finfo(point.score.dtype).eps * (1 + point.score.abs())
+    step = torch.ones_like(point.score)
+    for _ in range(9):
+        share = step.double().unsqueeze(-1)
+        mixed = replace(posterior, offset=held + share * (posterior.offset - held))
+        begin = start
+        if start is not None and point.start is not None:
+            begin = point.start + step.unsqueeze(-1) * (start - point.start)
+        e, z = view.follow(Feedback(absolute_gains(mixed, point.states), view.scale), begin)
+        trial = judge(e, z, begin)
+        worse = ~(trial.score >= point.score - slack) & (step > 0)
+        if not bool(worse.any()):
+            return trial
+        # Where many halvings don't help, this series is left where it is.
+        half = torch.where(step > 2.0**-7, 0.5 * step, torch.zeros_like(step))
+        step = torch.where(worse, half, step)
+    return trial
+
+
+def absolute_gains(posterior: LinearPosterior, like: Tensor) -> Gains:
+    """Return the gains around zero with unit width, in the state's precision."""
+    size = posterior.gain.shape[-1]
+    return Gains(
+        posterior.offset.to(like.dtype),
+        posterior.gain.to(like.dtype),
+        posterior.factor.to(like.dtype),
+        like.new_zeros(like.shape[0] - 1, *(1,) * (like.ndim - 2), size),
+        like.new_ones(size),
+    )
