@@ -1,1 +1,1 @@
-
+"""Objectives: numbers to minimise that say what they mean."""
