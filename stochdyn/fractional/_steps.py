@@ -16,7 +16,7 @@ from stochdyn.fractional._quadrature import graded_nodes, levels_for, relative_e
 
 __all__ = ["StepFactors", "stationary_factor", "step_factors"]
 
-_DROPPED = 1e-4  # innovations with a smaller standard deviation, relative to that of dW, are left out
+_DROPPED = 1e-5  # innovations with a smaller standard deviation, relative to that of dW, are left out
 
 
 class StepFactors(NamedTuple):

@@ -32,7 +32,7 @@ _LARGE = 50.0
 
 def _hurst64(hurst: Tensor | float, device: torch.device | None = None) -> Tensor:
     check_hurst(hurst)
-    return torch.as_tensor(hurst).to(device=device, dtype=torch.float64)
+    return torch.as_tensor(hurst, dtype=torch.float64, device=device)
 
 
 def fbm_covariance(ts: Tensor, hurst: Tensor | float, kind: Kind = "I") -> Tensor:

@@ -81,8 +81,11 @@ class FractionalGaussianNoise(TorchDistribution):
         given = [v for v in (mean, scale, hurst) if isinstance(v, Tensor) and v.is_floating_point()]
         dtype = given[0].dtype if given else torch.get_default_dtype()
         device = given[0].device if given else None
-        tensors = (torch.as_tensor(v, device=device) for v in (hurst, mean, scale))
-        # the Hurst index keeps its precision; the result has that of mean and scale
+        # numbers are taken in full precision; results have that of the mean and scale
+        tensors = (
+            v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=torch.float64, device=device)
+            for v in (hurst, mean, scale)
+        )
         self.hurst, self.mean_value, self.scale = torch.broadcast_tensors(*tensors)
         self.n, self.step, self.likelihood, self._dtype = n, step, likelihood, dtype
         super().__init__(self.hurst.shape, torch.Size([n]), validate_args=validate_args)

@@ -67,6 +67,7 @@ def infer_hurst(
         ConvergenceWarning: if k-hat exceeds 0.7.
 
     Example:
+        >>> import torch
         >>> from stochdyn.fractional import sample_fgn
         >>> y = sample_fgn(0.7, 200, generator=torch.Generator().manual_seed(0))
         >>> idata = infer_hurst(y, steps=200, num_draws=200)

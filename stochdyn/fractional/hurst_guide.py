@@ -54,7 +54,7 @@ def hurst_model(likelihood: HurstLikelihood) -> None:
 
 
 class _SinhArcsinh(Transform):
-    """x to sinh(e^tail (asinh x + skew)): skewness and tail weight for a normal variable (Jones, Pewsey 2009)."""
+    """x to sinh(e^tail (asinh x + skew)): skewness and tail weight for a normal variable."""
 
     domain = constraints.real
     codomain = constraints.real
@@ -87,8 +87,11 @@ class HurstGuide(PyroModule):
     with standard normal :math:`\epsilon` and :math:`\hat\sigma(H)` the maximum given H. The first law is
     skewed, which matters near H = 1, and has tails a little heavier than the posterior's on purpose, so that
     importance weights stay bounded; the second is the Wilson-Hilferty form of a gamma precision; the third is
-    exact, the model being Gaussian in the mean. So neither the correlation of index and scale nor the width of
-    the mean, which grows with the index, is left to be learnt.
+    exact, the model being Gaussian in the mean. So neither the correlation of index and scale nor the width
+    of the mean, which grows with the index, is left to be learnt.
+
+    Reference:
+        M. C. Jones and A. Pewsey, Sinh-arcsinh distributions, Biometrika 96, 2009.
 
     Args:
         likelihood: the tabulated series.

@@ -149,7 +149,7 @@ class HurstLikelihood:
             scale: standard deviation of an increment over unit time; over ``step``, times ``step ** hurst``.
         """
         check_hurst(hurst)
-        h, m, s = (torch.as_tensor(v).to(torch.float64) for v in (hurst, mean, scale))
+        h, m, s = (torch.as_tensor(v, dtype=torch.float64) for v in (hurst, mean, scale))
         log_det, log_p, mu, log_q = self._summaries_at(h).unbind(-1)
         log_sd = torch.log(s) + h * math.log(self.step)
         inverse = torch.exp(-2 * log_sd) * self._spread**2
@@ -161,7 +161,7 @@ class HurstLikelihood:
     def profile(self, hurst: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Return the log likelihood maximised over mean and scale, and the maximising mean and scale."""
         check_hurst(hurst)
-        h = torch.as_tensor(hurst).to(torch.float64)
+        h = torch.as_tensor(hurst, dtype=torch.float64)
         summaries = self._summaries_at(h)
         sd = self._spread * torch.exp(0.5 * (summaries[..., 3] - math.log(self.series.shape[0])))
         mean = summaries[..., 2] * self._spread + self._center

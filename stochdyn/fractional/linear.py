@@ -90,7 +90,7 @@ class FractionalOU:
         check_hurst(hurst)
         check_choice(discretization, ("exact", "euler"), "discretization")
         self.rate, self.mean, self.scale, self.hurst = (
-            torch.as_tensor(v).to(torch.float64) for v in (rate, mean, scale, hurst)
+            torch.as_tensor(v, dtype=torch.float64) for v in (rate, mean, scale, hurst)
         )
         check_finite(self.mean.detach(), "mean")
         self._given_hurst = hurst
@@ -280,7 +280,7 @@ class FractionalOU:
             spread = start.scale.to(mean) ** 2
             cov = cov + spread[..., None, None] * torch.outer(corner, corner)
             start = start.loc
-        offset = torch.as_tensor(start).to(mean) - self.mean.to(mean.device)
+        offset = torch.as_tensor(start, dtype=mean.dtype, device=mean.device) - self.mean.to(mean.device)
         return mean + offset[..., None] * corner, cov
 
     def _problem(
@@ -301,7 +301,7 @@ class FractionalOU:
         check_event_size(keep, ts.shape[0], "mask")
         y64 = torch.where(keep, y.to(torch.float64), torch.zeros((), dtype=torch.float64, device=y.device))
         check_finite(y64.detach(), "y")
-        variance = torch.as_tensor(obs_scale).to(device=y.device, dtype=torch.float64) ** 2
+        variance = torch.as_tensor(obs_scale, dtype=torch.float64, device=y.device) ** 2
         check_finite(variance.detach(), "obs_scale")
         if bool((torch.as_tensor(obs_scale) < 0).any()):
             raise InvalidInputError("obs_scale must not be negative", got=obs_scale)

@@ -48,7 +48,7 @@ def variance_constant(hurst: Tensor | float, kind: Kind = "II") -> Tensor:
     """
     check_choice(kind, ("I", "II"), "kind")
     check_hurst(hurst)
-    h = torch.as_tensor(hurst).to(torch.float64)
+    h = torch.as_tensor(hurst, dtype=torch.float64)
     if kind == "I":
         return torch.exp(-torch.lgamma(2 * h + 1)) / torch.sin(math.pi * h)
     return torch.exp(-2 * torch.lgamma(h + 0.5)) / (2 * h)
@@ -214,6 +214,6 @@ def cross_moments(
     check_hurst(hurst)
     check_positive(horizon, "horizon")
     x = speeds.to(torch.float64) * horizon
-    h = torch.as_tensor(hurst).to(device=x.device, dtype=torch.float64)
+    h = torch.as_tensor(hurst, dtype=torch.float64, device=x.device)
     b = unit_cross(x, h, kind) * torch.exp((h + 1.5) * math.log(horizon))[..., None]
     return b if unit else b * variance_constant(h, kind).sqrt()[..., None]

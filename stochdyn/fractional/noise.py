@@ -75,8 +75,8 @@ class MarkovNoise(NoiseProcess):
     :func:`~stochdyn.fractional.variance_constant`.
 
     The states are stepped exactly for any step size and speed: besides :math:`\Delta W` each step draws the
-    few further innovations that the joint law of the states needs, down to a relative variance of 1e-8 (the
-    covariance of the path is then right to about 1e-10).
+    few further innovations that the joint law of the states needs, down to a relative variance of 1e-10 (the
+    covariance of the path is then right to about 1e-9).
     Everything that depends on the Hurst index is computed in float64 and differentiable.
 
     Args:
@@ -143,10 +143,9 @@ class MarkovNoise(NoiseProcess):
         self._fixed: Tensor | None = None
         self.hurst_logit: nn.Parameter | None
         if learn_hurst:
-            start = torch.as_tensor(hurst).detach()
-            start = start if start.is_floating_point() else start.double()
-            dtype = start.dtype if isinstance(hurst, Tensor) else torch.get_default_dtype()
-            self.hurst_logit = nn.Parameter(torch.logit(start.double()).to(dtype))
+            start = torch.as_tensor(hurst, dtype=torch.float64).detach()
+            dtype = hurst.dtype if isinstance(hurst, Tensor) else torch.get_default_dtype()
+            self.hurst_logit = nn.Parameter(torch.logit(start).to(dtype))
         else:
             self.register_parameter("hurst_logit", None)
             self._fixed = (

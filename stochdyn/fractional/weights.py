@@ -183,5 +183,5 @@ def optimal_weights(
         R. Daems, M. Opper, G. Crevecoeur and T. Birdal, ICLR 2024, section 3.
     """
     check_hurst(hurst)
-    h = torch.as_tensor(hurst).to(torch.float64)
+    h = torch.as_tensor(hurst, dtype=torch.float64)
     return weight_solver(tuple(speeds.detach().to(torch.float64).tolist()), float(horizon), kind)(h)
