@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -92,7 +93,8 @@ def likelihood_quadratic(
     with torch.enable_grad():
         leaf = path.detach().requires_grad_()
         given = {**values, path_name: leaf.movedim(0, -2)}
-        with poutine.block(), _Substitute(given):
+        # Far-off paths are judged by their density alone, whatever the checks of distributions say to them.
+        with poutine.block(), pyro.validation_enabled(False), _Substitute(given):
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         scale = trace.nodes[site_name]["scale"]
         value, total = leaf.detach().sum(-1).sum(0) * 0.0, leaf.sum() * 0.0
@@ -109,7 +111,7 @@ def likelihood_quadratic(
                 row = torch.autograd.grad(slope[..., j].sum(), leaf, retain_graph=True, allow_unused=True)[0]
             rows.append(torch.zeros_like(leaf) if row is None else row)
     curvature = -torch.stack(rows, -2).detach()
-    curvature = 0.5 * (curvature + curvature.mT)
+    curvature = 0.5 * (curvature + curvature.mT).nan_to_num(0.0, 0.0, 0.0)
     # A likelihood that isn't log-concave at the reference gives no information there.
     eigenvalues, vectors = torch.linalg.eigh(curvature)
     precision = (vectors * eigenvalues.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT

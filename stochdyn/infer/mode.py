@@ -75,9 +75,11 @@ def fit_linearised(
         quadratic regulator design for nonlinear biological movement systems", 2004.
     """
 
-    def judge(e: Tensor, z: Tensor, start: Tensor | None) -> _Point:
+    def judge(e: Tensor, z: Tensor, start: Tensor | None, safe: Tensor) -> _Point:
+        finite = torch.isfinite(z).all(-1).all(0)
+        z = torch.where(finite.unsqueeze(-1), z, safe)
         data = quadratic(z[..., : view.dim])
-        score: Any = data.value
+        score: Any = torch.where(finite, data.value, -torch.inf)  # type: ignore[arg-type]
         units = view.scale.reshape(view.scale.shape[0], *(1,) * (e.ndim - 2), -1)
         score = score - 0.5 * ((e / units) ** 2).sum(-1).sum(0)
         if view.start is not None and start is not None:
@@ -87,8 +89,9 @@ def fit_linearised(
 
     with torch.no_grad():
         start = None if view.start is None else view.start.mean
-        point = judge(view.zero_increments(), view.run(view.zero_increments(), start), start)
-        if not bool(torch.isfinite(point.score).all() and torch.isfinite(point.states).all()):
+        still = view.run(view.zero_increments(), start)
+        point = judge(view.zero_increments(), still, start, torch.zeros_like(still))
+        if not bool(torch.isfinite(point.score).all()):
             raise NonFiniteError(
                 "the model can't be linearised: its path without noise has no finite likelihood",
                 got=f"log-likelihood {point.score.flatten().tolist()}",
@@ -125,12 +128,12 @@ def _held(view: SiteView, point: _Point, posterior: LinearPosterior) -> Tensor:
 
 def _improve(
     view: SiteView,
-    judge: Callable[[Tensor, Tensor, Tensor | None], _Point],
+    judge: Callable[[Tensor, Tensor, Tensor | None, Tensor], _Point],
     point: _Point,
     posterior: LinearPosterior,
     start: Tensor | None,
 ) -> _Point:
-    """Step towards the linearised posterior's mean path, in each series as far as that makes it more probable."""
+    """Step towards the linearised posterior, in each series as far as that makes its path more probable."""
     held = _held(view, point, posterior)
     slack = 100 * torch.finfo(point.score.dtype).eps * (1 + point.score.abs())
     step = torch.ones_like(point.score)
@@ -141,7 +144,7 @@ def _improve(
         if start is not None and point.start is not None:
             begin = point.start + step.unsqueeze(-1) * (start - point.start)
         e, z = view.follow(Feedback(absolute_gains(mixed, point.states), view.scale), begin)
-        trial = judge(e, z, begin)
+        trial = judge(e, z, begin, point.states)
         worse = ~(trial.score >= point.score - slack) & (step > 0)
         if not bool(worse.any()):
             return trial
