@@ -94,7 +94,9 @@ def check_ndim(x: Tensor, ndim: int | tuple[int, ...], name: str, meaning: str) 
     """Raise unless ``x`` has ``ndim`` axes; ``meaning`` names them, such as ``"(time, dim)"``."""
     allowed = (ndim,) if isinstance(ndim, int) else ndim
     if x.ndim not in allowed:
-        raise ShapeError(f"{name} has the wrong number of axes", got=f"shape {tuple(x.shape)}", expected=meaning)
+        raise ShapeError(
+            f"{name} has the wrong number of axes", got=f"shape {tuple(x.shape)}", expected=meaning
+        )
 
 
 def check_event_size(x: Tensor, size: int, name: str, axis: int = -1) -> None:
@@ -110,7 +112,9 @@ def check_same_device(**tensors: Tensor | None) -> None:
     seen = {n: t.device for n, t in tensors.items() if t is not None}
     if len(set(seen.values())) > 1:
         listing = ", ".join(f"{n} on {d}" for n, d in seen.items())
-        raise DeviceMismatchError("tensors must share a device", got=listing, hint="move them with .to(device)")
+        raise DeviceMismatchError(
+            "tensors must share a device", got=listing, hint="move them with .to(device)"
+        )
 
 
 def check_same_dtype(**tensors: Tensor | None) -> None:
@@ -118,7 +122,9 @@ def check_same_dtype(**tensors: Tensor | None) -> None:
     seen = {n: t.dtype for n, t in tensors.items() if t is not None and t.is_floating_point()}
     if len(set(seen.values())) > 1:
         listing = ", ".join(f"{n} {d}" for n, d in seen.items())
-        raise DtypeMismatchError("tensors must share a precision", got=listing, hint="convert them with .to(dtype)")
+        raise DtypeMismatchError(
+            "tensors must share a precision", got=listing, hint="convert them with .to(dtype)"
+        )
 
 
 def check_positive(x: Tensor | float, name: str, error: type[InvalidInputError] = InvalidInputError) -> None:
@@ -126,7 +132,9 @@ def check_positive(x: Tensor | float, name: str, error: type[InvalidInputError] 
     value = torch.as_tensor(x)
     check_finite(value.detach(), name)
     if bool((value <= 0).any()):
-        hint = "noise on only some components is a (d, m) matrix with m < d" if error is DiffusionError else None
+        hint = (
+            "noise on only some components is a (d, m) matrix with m < d" if error is DiffusionError else None
+        )
         raise error(f"{name} must be positive", got=f"minimum {value.min().item():g}", hint=hint)
 
 
@@ -146,7 +154,9 @@ def check_hurst(hurst: Tensor | float, name: str = "hurst") -> None:
 def check_choice(value: object, choices: Sequence[str], name: str) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise InvalidInputError(f"{name} is unknown", got=repr(value), expected=" | ".join(map(repr, choices)))
+        raise InvalidInputError(
+            f"{name} is unknown", got=repr(value), expected=" | ".join(map(repr, choices))
+        )
 
 
 def check_time_broadcast(t: Tensor, x: Tensor, name: str = "t") -> None:

@@ -47,7 +47,7 @@ class NoiseLaw:
             if self.drift is None:
                 return torch.zeros_like(e)
             return self.drift * (e - 0.5 * self.drift * dt)
-        growth = self._log_growth(dt)
+        growth = torch.log1p(self.precision * dt)
         return 0.5 * growth - 0.5 * ((e - self._mean(dt)) ** 2 * torch.exp(growth) - e**2) / dt
 
 

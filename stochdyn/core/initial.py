@@ -73,10 +73,11 @@ class FixedStart(InitialLaw):
         return x0.new_zeros(x0.shape[:-1])
 
     def _log_ratio(self, other: InitialLaw, x0: Tensor, estimator: str) -> Tensor:
-        if not torch.equal(self.point.detach(), other.point.detach().to(self.point)):  # type: ignore[arg-type]
+        theirs = other.point if isinstance(other, FixedStart) else self.point
+        if not torch.equal(self.point.detach(), theirs.detach().to(self.point)):
             raise DiffusionMismatchError(
                 "two different fixed starts are mutually singular",
-                got=f"{self.point.tolist()} and {other.point.tolist()}",  # type: ignore[operator]
+                got=f"{self.point.tolist()} and {theirs.tolist()}",
             )
         return x0.new_zeros(x0.shape[:-1])
 
