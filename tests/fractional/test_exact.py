@@ -1,4 +1,4 @@
-"""Exact covariances and samplers of fractional Brownian motion and the fractional Ornstein-Uhlenbeck process."""
+"""Exact covariances and samplers of fractional processes."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_gradients_of_the_exact_laws() -> None:
 
 @pytest.mark.parametrize("hurst", [0.05, 0.3, 0.5, 0.75, 0.97])
 def test_samples_have_the_exact_covariance(hurst: float) -> None:
-    """Whitened squares are chi-square, and so is each draw's projection; p-values above 1e-4 (10 checks a case)."""
+    """Whitened draws are standard normal: sums of squares by chi-square, p-values above 1e-4."""
     n, draws = 16, 4000
     x = sample_fbm(hurst, n, horizon=2.0, size=draws, generator=torch.Generator().manual_seed(11))
     assert torch.equal(x[:, 0], torch.zeros(draws, dtype=F64))

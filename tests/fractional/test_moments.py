@@ -133,7 +133,7 @@ def test_variance_constants(kind: str, table: list[float]) -> None:
 
 @pytest.mark.parametrize("hurst", [0.3, 0.75])
 def test_variance_constant_of_type_one_is_the_integral_of_its_kernel(hurst: float) -> None:
-    """The kernel's past part, int_0^inf ((1+s)^(a-1) - s^(a-1))^2 ds, plus its present 1/(2H), over Gamma(a)^2."""
+    """Its past int_0^inf ((1+s)^(a-1) - s^(a-1))^2 ds and its present 1/(2H), over Gamma(a)^2."""
     e = mp.mpf(hurst) - mp.mpf("0.5")
     past = mp.quad(lambda s: ((1 + s) ** e - s**e) ** 2, [0, 1e-6, 1e-3, 1, 10, mp.inf])
     exact = (past + 1 / (2 * mp.mpf(hurst))) / mp.gamma(e + 1) ** 2
