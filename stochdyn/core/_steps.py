@@ -90,14 +90,16 @@ class Problem:
     def _additive_euler(self) -> Step:
         """Without memory, what the noise adds in a step is known beforehand for all steps at once."""
         assert self.coefficient is not None
-        kicks = self.coefficient.apply(self.dw).unbind(0)
         drift, times, dt, spread = self.drift, self.times, self.dt, self.coefficient.apply
+        number = self.sde.strength
+        if self.control is None and number is not None:
+            increments = self.increments
+            return lambda n, x: (
+                torch.add(torch.add(x, increments[n], alpha=number), drift(times[n], x), alpha=dt[n]),
+            )
+        kicks = self.coefficient.apply(self.dw).unbind(0)
         if self.control is None:
-
-            def free(n: int, x: Tensor) -> Row:
-                return (torch.add(x + kicks[n], drift(times[n], x), alpha=dt[n]),)
-
-            return free
+            return lambda n, x: (torch.add(x + kicks[n], drift(times[n], x), alpha=dt[n]),)
         u = self.control.drift
         assert u is not None
 

@@ -151,6 +151,12 @@ class SDE(nn.Module):
         """Whether the diffusion is a function of time and state rather than a constant."""
         return not isinstance(self._coefficient, _Constant)
 
+    @property
+    def strength(self) -> float | None:
+        """The diffusion where it is a plain number, else None."""
+        value = self._coefficient.value if isinstance(self._coefficient, _Constant) else None
+        return None if value is None or isinstance(value, Tensor) else float(value)
+
     def diffusion(self, t: Tensor, x: Tensor) -> Coefficient:
         """Return the coefficient at ``t`` and ``x (..., d)``."""
         coefficient = as_coefficient(self._coefficient(t, x), x)

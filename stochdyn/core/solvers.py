@@ -60,7 +60,9 @@ def draw_increments(
     batch = x0.shape[:-1]
     shape = (scale.shape[0], *batch, scale.shape[-1])
     normal = torch.randn(shape, generator=generator, dtype=x0.dtype, device=x0.device)
-    dw = normal * scale.reshape(scale.shape[0], *(1,) * len(batch), -1)
+    scale = scale.reshape(scale.shape[0], *(1,) * len(batch), -1)
+    # In place where nothing needs the standard normals any more: large fresh tensors cost more than the product.
+    dw = normal * scale if scale.requires_grad else normal.mul_(scale)
     factor = sde.noise.initial_factor(dtype=x0.dtype, device=x0.device)
     if factor is None:
         return dw, None
