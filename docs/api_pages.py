@@ -20,7 +20,17 @@ import stochdyn
 logger = logging.getLogger(__name__)
 
 # Subpackages in reading order; others follow by name.
-ORDER = ["core", "objectives", "infer", "training", "diagnostics", "fractional", "datasets", "testing", "errors"]
+ORDER = [
+    "core",
+    "objectives",
+    "infer",
+    "training",
+    "diagnostics",
+    "fractional",
+    "datasets",
+    "testing",
+    "errors",
+]
 
 
 def setup(app: Any) -> dict[str, bool]:

@@ -37,7 +37,6 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 
 
-
 def setup(app: object) -> None:
     """Leave out what Python writes about the fields of named tuples."""
 

@@ -37,7 +37,9 @@ def run(page: Path) -> bool:
                 start = time.perf_counter()
                 padded = "\n" * (line - 1) + source
                 exec(compile(padded, str(page), "exec"), names)
-                print(f"{page.relative_to(ROOT)}:{line} ran in {time.perf_counter() - start:.1f} s", flush=True)
+                print(
+                    f"{page.relative_to(ROOT)}:{line} ran in {time.perf_counter() - start:.1f} s", flush=True
+                )
         except Exception:
             traceback.print_exc()
             return False
@@ -49,7 +51,7 @@ def run(page: Path) -> bool:
 def main() -> None:
     """Run the pages named on the command line, or all."""
     pages = [Path(name).resolve() for name in sys.argv[1:]]
-    pages = pages or [ROOT / "README.md", *sorted((ROOT / "docs").glob("[a-z]*/*.md"))]
+    pages = pages or [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
     failed = [page for page in pages if not run(page)]
     if failed:
         sys.exit(f"failed: {', '.join(str(page.relative_to(ROOT)) for page in failed)}")

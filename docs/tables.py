@@ -53,7 +53,9 @@ def tightness() -> list[list[str]]:
     rate, horizon, y, variance = 0.7, 2.0, 0.8, 0.01
     speeds = geometric_speeds(5, 0.05, 20.0)
     weights, _ = optimal_weights(0.3, speeds, horizon)
-    rows = [["steps", "log evidence of the scheme", "best ELBO, shared diffusion", "best ELBO, free variances"]]
+    rows = [
+        ["steps", "log evidence of the scheme", "best ELBO, shared diffusion", "best ELBO, free variances"]
+    ]
     for n in (50, 100, 200, 400, 800, 1600, 3200):
         response = euler_response(n, horizon / n, rate, speeds, weights)
         step_variance = response.square() * horizon / n
