@@ -33,8 +33,9 @@ Probing = Literal["exact", "hutchinson"]
 class TransportOperator(ForwardOperator, ABC):
     r"""A forward operator that carries mass along a velocity, which may itself depend on the score.
 
-    .. math:: L^*\rho = -\nabla\cdot(v\rho),\qquad \frac{L^*\rho}{\rho} = -\nabla\cdot v -
-    v\cdot\nabla\log\rho
+    .. math::
+        L^*\rho = -\nabla\cdot(v\rho),\qquad
+        \frac{L^*\rho}{\rho} = -\nabla\cdot v - v\cdot\nabla\log\rho
 
     All three forms below follow from the velocity, so subclasses give that alone.
     """
