@@ -15,15 +15,15 @@ from torch import Tensor
 from stochdyn.errors import UnknownSiteError
 from stochdyn.infer.linearise import Quadratic
 
-__all__ = ["likelihood_quadratic", "site_distribution"]
+__all__ = ["likelihood_quadratic", "site_distribution", "site_frames"]
 
 
 class _FoundError(Exception):
     """Leaves the model once the site is met."""
 
-    def __init__(self, fn: Any) -> None:
+    def __init__(self, site: Any) -> None:
         super().__init__()
-        self.fn = fn
+        self.site = site
 
 
 class _Substitute(Messenger):
@@ -36,7 +36,7 @@ class _Substitute(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] == self.stop_at:
-            raise _FoundError(msg["fn"])
+            raise _FoundError(msg)
         if msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
@@ -54,13 +54,34 @@ def site_distribution(
     Raises:
         UnknownSiteError: if the model never meets the site.
     """
+    return _meet(model, name, values, args, kwargs)["fn"]
+
+
+def site_frames(
+    model: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Return the plates around site ``name`` on this run of the model.
+
+    Raises:
+        UnknownSiteError: if the model never meets the site.
+    """
+    return _meet(model, name, {}, args, kwargs)["cond_indep_stack"]
+
+
+def _meet(
+    model: Callable[..., Any],
+    name: str,
+    values: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     with ExitStack() as stack:
         stack.enter_context(poutine.block())
         stack.enter_context(_Substitute(values, name))
         try:
             model(*args, **kwargs)
         except _FoundError as found:
-            return found.fn
+            return found.site
     raise UnknownSiteError("the model has no such site on this run", got=repr(name))
 
 

@@ -19,7 +19,7 @@ from stochdyn.core.girsanov import ESTIMATORS
 from stochdyn.core.initial import DistributionStart
 from stochdyn.core.solvers import integrate
 from stochdyn.errors import InvalidInputError, UnknownSiteError
-from stochdyn.infer.capture import likelihood_quadratic, site_distribution
+from stochdyn.infer.capture import likelihood_quadratic, site_distribution, site_frames
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.mode import fit_linearised
@@ -141,6 +141,14 @@ class AutoPathGuide(AutoGuide):
         self.sites = PyroModule("sites")
         for index, name in enumerate(paths):
             self._add_site(index, name, values, args, kwargs)
+
+    def _create_plates(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the plates; where an encoder reads the data, of the sizes that the model gives them this time."""
+        if self.create_plates is None and any(map(self._is_amortised, self._path_sites)):
+            for name in self._path_sites:
+                frames = {f.name: f for f in site_frames(self.model, name, args, kwargs)}
+                self._prototype_frames = {**self._prototype_frames, **frames}
+        return super()._create_plates(*args, **kwargs)
 
     def _own_start(self, name: str, latent: dict[str, Any]) -> tuple[str, ...]:
         """Return the sites of a random start that are treated together with the increments site ``name``."""
