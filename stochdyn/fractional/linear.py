@@ -132,7 +132,7 @@ class FractionalOU:
         """Return mean and variance of X at the times ``ts (T,)``, each ``(*B, T)``."""
         chain, skip = self._chain(ts)
         mean, cov = chain.moments()
-        mean = mean[skip:, ..., 0].movedim(0, -1) + self.mean[..., None]
+        mean = mean[skip:, ..., 0].movedim(0, -1) + self._mean_on(ts.device)
         variance = cov[skip:, ..., 0, 0].movedim(0, -1).expand(mean.shape)
         return mean.to(ts.dtype), variance.to(ts.dtype)
 
@@ -144,7 +144,7 @@ class FractionalOU:
     def sample(self, ts: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``n`` paths at the times ``ts (T,)``: ``(n, *B, T)``, reparametrised."""
         chain, skip = self._chain(ts)
-        path = chain.sample(n, generator)[:, skip:, ..., 0].movedim(1, -1) + self.mean[..., None]
+        path = chain.sample(n, generator)[:, skip:, ..., 0].movedim(1, -1) + self._mean_on(ts.device)
         return path.to(ts.dtype)
 
     # -------------------------------------------------------------------------------------- posterior
@@ -189,7 +189,7 @@ class FractionalOU:
         """
         p, index, times = self._problem(ts, y, obs_scale, mask, at)
         smooth = p.chain.smooth(p.y, p.emission, p.obs_variance[..., None, None], p.mask)
-        mean = smooth.mean[..., 0].movedim(0, -1)[..., index] + self.mean[..., None]
+        mean = smooth.mean[..., 0].movedim(0, -1)[..., index] + self._mean_on(ts.device)
         variance = smooth.cov[..., 0, 0].movedim(0, -1)[..., index].expand(mean.shape)
         return FractionalOUPosterior(
             times, mean.to(y.dtype), variance.to(y.dtype), smooth.log_evidence.to(y.dtype), p, index
@@ -215,6 +215,9 @@ class FractionalOU:
         if t[0] == start:
             return t, 0
         return torch.cat([t.new_full((1,), start), t]), 1
+
+    def _mean_on(self, device: torch.device) -> Tensor:
+        return self.mean.to(device)[..., None]
 
     def _noise(self, t: Tensor) -> MarkovNoise:
         if self.noise is not None:

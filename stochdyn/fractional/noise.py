@@ -168,7 +168,7 @@ class MarkovNoise(NoiseProcess):
                 f"(type {self.kind}, {self.num_states} states, speeds {self._speeds[0]:.3g} to "
                 f"{self._speeds[-1]:.3g}, horizon {self.horizon:g}); {cure}",
                 ApproximationWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
     @property

@@ -55,7 +55,7 @@ def exact_posterior(table: HurstLikelihood) -> dict[str, tuple[float, float]]:
 
 @pytest.fixture(scope="module")
 def nile() -> Any:
-    return infer_hurst(nile_minima().level, steps=800, num_draws=1000, seed=0)
+    return infer_hurst(nile_minima().level, steps=500, num_draws=1000, seed=0)
 
 
 def test_nile_posterior_agrees_with_the_published_fit(nile: Any) -> None:
