@@ -33,7 +33,17 @@ __all__ = [
     "check_same_dtype",
     "check_time_broadcast",
     "check_time_grid",
+    "values_are_checked",
 ]
+
+
+def values_are_checked() -> bool:
+    """Return whether values are looked at, and not only shapes.
+
+    The switch is that of torch's and Pyro's distributions. Samplers turn it off, since their wildest proposals
+    must count as improbable rather than end the run.
+    """
+    return bool(torch.distributions.Distribution._validate_args)
 
 
 def check_time_grid(ts: Tensor, name: str = "ts", min_points: int = 2) -> None:
@@ -72,7 +82,9 @@ def check_inside(times: Tensor, ts: Tensor, name: str = "times", grid: str = "ts
 
 
 def check_finite(x: Tensor, name: str) -> None:
-    """Raise if ``x`` holds NaN or infinity."""
+    """Raise if ``x`` holds NaN or infinity, unless values aren't checked."""
+    if not values_are_checked():
+        return
     bad = ~torch.isfinite(x)
     if bool(bad.any()):
         where = tuple(bad.nonzero()[0].tolist())
@@ -128,7 +140,9 @@ def check_same_dtype(**tensors: Tensor | None) -> None:
 
 
 def check_positive(x: Tensor | float, name: str, error: type[InvalidInputError] = InvalidInputError) -> None:
-    """Raise unless every value is finite and greater than zero."""
+    """Raise unless every value is finite and greater than zero, or values aren't checked."""
+    if not values_are_checked():
+        return
     value = torch.as_tensor(x)
     check_finite(value.detach(), name)
     if bool((value <= 0).any()):
@@ -145,7 +159,9 @@ def check_positive_int(x: int, name: str, minimum: int = 1) -> None:
 
 
 def check_hurst(hurst: Tensor | float, name: str = "hurst") -> None:
-    """Raise unless every value lies strictly between 0 and 1."""
+    """Raise unless every value lies strictly between 0 and 1, or values aren't checked."""
+    if not values_are_checked():
+        return
     value = torch.as_tensor(hurst).detach()
     if not bool(((value > 0) & (value < 1)).all()):
         raise HurstRangeError(f"{name} must lie strictly between 0 and 1", got=value.tolist())

@@ -20,10 +20,11 @@ from stochdyn._checks import (
     check_same_dtype,
     check_time_grid,
 )
+from stochdyn.core.coefficients import Matrix
 from stochdyn.core.initial import DistributionStart, FixedStart, InitialLaw, as_initial
 from stochdyn.core.sde import SDE
 from stochdyn.core.solvers import METHODS, draw_increments, increment_scale, integrate
-from stochdyn.core.transition import check_has_density, euler_log_prob
+from stochdyn.core.transition import euler_log_prob
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError
 from stochdyn.infer.constraints import PinnedPath
 from stochdyn.infer.memo import remembered_path
@@ -260,11 +261,14 @@ def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor) -> torch.Size:
 def is_degenerate(sde: SDE, x0: Tensor, ts: Tensor) -> bool:
     """Return whether paths of the equation lack a density in state space, judged at the start."""
     with torch.no_grad():
-        try:
-            check_has_density(sde, sde.diffusion(ts[0].to(x0.dtype), x0), x0.shape[-1])
-        except SingularDiffusionError:
-            return True
-    return False
+        g = sde.diffusion(ts[0].to(x0.dtype), x0)
+    if sde.noise.num_states or not isinstance(g, Matrix):
+        return sde.noise.num_states > 0
+    if g.value.shape[-1] < g.value.shape[-2]:
+        return True
+    # The sites of a model mustn't depend on a strength that underflows or isn't finite in a sampler's wild proposal.
+    singular = torch.linalg.svdvals(g.value.detach().nan_to_num())
+    return bool(((singular[..., -1] <= 1e-7 * singular[..., 0]) & (singular[..., 0] > 0)).any())
 
 
 def sample_path(

@@ -74,7 +74,9 @@ class PathSite(PyroModule):
             self.log_diagonal = nn.Parameter(
                 torch.diagonal(factor, dim1=-2, dim2=-1).log().detach().clone().contiguous()
             )
-            self.lower = nn.Parameter(factor[..., self._lower[0], self._lower[1]].detach().clone())
+            # Optimisers and data-parallel training have no use for a parameter without elements.
+            below = factor[..., self._lower[0], self._lower[1]].detach().clone()
+            self.lower = nn.Parameter(below) if self._lower[0] else None
             if view.start is not None:
                 self._set_start(view.start, start)
         self.network = None
@@ -125,9 +127,9 @@ class PathSite(PyroModule):
         good = torch.isfinite(width) & (width > 1e-8)
         return torch.where(good, width, torch.ones_like(width))
 
-    def _factor(self, log_diagonal: Tensor, lower: Tensor) -> Tensor:
+    def _factor(self, log_diagonal: Tensor, lower: Tensor | None) -> Tensor:
         factor = torch.diag_embed(log_diagonal.exp())
-        if not self._lower[0]:
+        if lower is None or not self._lower[0]:
             return factor
         below = torch.zeros_like(factor)
         below[..., self._lower[0], self._lower[1]] = lower
