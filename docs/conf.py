@@ -48,3 +48,6 @@ def setup(app: object) -> None:
 
 html_theme = "furo"
 html_title = f"stochdyn {release}"
+
+# A section may hold no further pages than those it names.
+suppress_warnings = ["toc.empty_glob"]

@@ -39,7 +39,20 @@ from stochdyn.errors import (
 )
 
 if TYPE_CHECKING:
-    from stochdyn import core, datasets, diagnostics, fractional, infer, objectives, testing, training
+    from stochdyn import (
+        bridges,
+        core,
+        datasets,
+        diagnostics,
+        fractional,
+        infer,
+        interpolants,
+        objectives,
+        povm,
+        testing,
+        training,
+        vectorfields,
+    )
     from stochdyn.core.coefficients import Coefficient, Diagonal, Matrix, Scalar
     from stochdyn.core.flow import GaussianFlow, LearnedFlow, MarginalFlow, MixtureFlow
     from stochdyn.core.generators import (
@@ -62,7 +75,20 @@ if TYPE_CHECKING:
     from stochdyn.objectives.residual import ForwardResidual
     from stochdyn.training.trainer import fit
 
-_ROOMS = ("core", "datasets", "diagnostics", "fractional", "infer", "objectives", "testing", "training")
+_ROOMS = (
+    "bridges",
+    "core",
+    "datasets",
+    "diagnostics",
+    "fractional",
+    "infer",
+    "interpolants",
+    "objectives",
+    "povm",
+    "testing",
+    "training",
+    "vectorfields",
+)
 
 _HOMES = {
     "project_linear_drift": "objectives.projection",
@@ -151,6 +177,7 @@ __all__ = [
     "UnavailableError",
     "UnknownSiteError",
     "__version__",
+    "bridges",
     "core",
     "datasets",
     "diagnostics",
@@ -158,12 +185,15 @@ __all__ = [
     "fit",
     "fractional",
     "infer",
+    "interpolants",
     "objectives",
+    "povm",
     "project_linear_drift",
     "sinkhorn",
     "testing",
     "to_inference_data",
     "training",
+    "vectorfields",
 ]
 
 
