@@ -14,8 +14,10 @@ __all__ = [
     "DtypeMismatchError",
     "EmptyDataError",
     "ForeignCheckpointError",
+    "FrameError",
     "HurstRangeError",
     "InvalidInputError",
+    "LindbladianError",
     "MissingDependencyError",
     "NonFiniteError",
     "NonFiniteLossError",
@@ -23,10 +25,12 @@ __all__ = [
     "SingularDiffusionError",
     "StochdynError",
     "StochdynWarning",
+    "SystemSizeError",
     "TimeGridError",
     "TooFewDrawsError",
     "UnavailableError",
     "UnknownSiteError",
+    "ZeroProbabilityError",
 ]
 
 
@@ -119,6 +123,22 @@ class SingularDiffusionError(StochdynError, ValueError):
 
 class DiffusionMismatchError(StochdynError, ValueError):
     """Two laws with different diffusions (or drifts that differ where no noise acts) are mutually singular."""
+
+
+class FrameError(InvalidInputError):
+    """Effects don't form an informationally complete measurement: positive, summing to one, spanning all operators."""
+
+
+class LindbladianError(InvalidInputError):
+    """A term of a master equation is unphysical: not Hermitian, of negative rate, or on sites that don't exist."""
+
+
+class SystemSizeError(InvalidInputError):
+    """A system is too large for a method that lists all outcomes or keeps a whole density matrix."""
+
+
+class ZeroProbabilityError(InvalidInputError):
+    """An initial state never gives some outcome of the measurement, so its log probability is infinite."""
 
 
 class UnavailableError(StochdynError, NotImplementedError):

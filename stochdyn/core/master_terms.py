@@ -25,8 +25,9 @@ class SparseMasterEquation(MasterEquation):
         num_outcomes: ``q``.
         terms: pairs of a tuple of sites and a matrix ``(q**k, q**k)`` on them, with ``matrix[a, b]`` the rate
             from ``b`` into ``a`` and the first site slowest. Terms on the same sites are merged.
-        coefficients: maps a time ``()`` to factors ``(number of terms,)``, or times ``(n, 1)`` to ``(n,
-            number of terms)``; all ones if None. With it, terms aren't merged.
+        coefficients: factors ``(number of terms,)``, or a function that maps a time ``()`` to them, and times
+            ``(n, 1)`` to ``(n, number of terms)``; all ones if None. With it, terms aren't merged. Derivatives
+            in the factors are kept.
 
     Raises:
         ShapeError: if a matrix doesn't fit its sites.
@@ -48,7 +49,7 @@ class SparseMasterEquation(MasterEquation):
         num_sites: int,
         num_outcomes: int,
         terms: Sequence[tuple[Sequence[int], Tensor]],
-        coefficients: Callable[[Tensor], Tensor] | None = None,
+        coefficients: Callable[[Tensor], Tensor] | Tensor | None = None,
     ) -> None:
         super().__init__()
         check_positive_int(num_sites, "num_sites")
@@ -56,6 +57,10 @@ class SparseMasterEquation(MasterEquation):
         check_nonempty(terms, "terms")
         self.num_sites, self.num_outcomes = num_sites, num_outcomes
         self.coefficients = coefficients
+        if isinstance(coefficients, Tensor) and coefficients.shape != (len(terms),):
+            raise ShapeError(
+                "one coefficient a term is needed", got=coefficients.shape, expected=(len(terms),)
+            )
         checked = [_sorted_term(s, m.detach(), num_sites, num_outcomes) for s, m in terms]
         self.sites: list[tuple[int, ...]] = []
         matrices: list[Tensor] = []
@@ -81,8 +86,8 @@ class SparseMasterEquation(MasterEquation):
         return torch.stack([self.matrix(i).sum(0).abs().max() for i in range(len(self.sites))]).max()
 
     def _factors(self, t: Tensor | float | None) -> Tensor | None:
-        if self.coefficients is None:
-            return None
+        if self.coefficients is None or isinstance(self.coefficients, Tensor):
+            return self.coefficients
         if t is None:
             raise InvalidInputError("this operator depends on time", hint="pass t")
         reference = self.matrix(0)

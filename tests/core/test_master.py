@@ -361,3 +361,25 @@ def test_bad_input_raises() -> None:
         )
     with pytest.raises(InvalidInputError, match="too many outcomes to list"):
         SparseMasterEquation(40, 2, [((0,), good)]).configurations()
+
+
+def test_coefficients_may_be_a_tensor_and_keep_its_gradient() -> None:
+    terms = [((0,), generator(2)), ((1,), generator(2)), ((0, 1), generator(4))]
+    p = torch.rand(4, dtype=F64)
+    a = all_configurations(2, 2)
+
+    def rates_of(factors: Tensor) -> tuple[Tensor, Tensor]:
+        operator = SparseMasterEquation(2, 2, terms, factors)
+        b, r = operator.connected(a)
+        return operator.apply(p), (r * p[encode(b, 2)]).sum(1)
+
+    factors = torch.tensor([0.5, 2.0, -1.0], dtype=F64, requires_grad=True)
+    change, same = rates_of(factors)
+    scaled = SparseMasterEquation(
+        2, 2, [(s, f * m) for (s, m), f in zip(terms, factors.detach(), strict=True)]
+    )
+    torch.testing.assert_close(change, scaled.apply(p))
+    torch.testing.assert_close(change, same)
+    assert torch.autograd.gradcheck(rates_of, factors)
+    with pytest.raises(ShapeError, match="one coefficient a term"):
+        SparseMasterEquation(2, 2, terms, torch.ones(2))
