@@ -15,17 +15,25 @@ from stochdyn.bridges.families import (
     SharedFeatures,
     ZeroDrift,
 )
+from stochdyn.bridges.gaussian import GaussianBridge
+from stochdyn.bridges.gaussian_refine import GaussianChainBridge, GaussianRefinement, refine_gaussian
+from stochdyn.bridges.partial_gaussian import PartialGaussianBridge
 from stochdyn.bridges.snapshots import Snapshot, Snapshots
 from stochdyn.core.transport import sinkhorn
 
 __all__ = [
     "DriftFamily",
+    "GaussianBridge",
+    "GaussianChainBridge",
+    "GaussianRefinement",
     "LinearDrift",
     "LinearFamily",
     "LotkaVolterra",
+    "PartialGaussianBridge",
     "SharedFeatures",
     "Snapshot",
     "Snapshots",
     "ZeroDrift",
+    "refine_gaussian",
     "sinkhorn",
 ]

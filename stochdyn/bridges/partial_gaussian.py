@@ -105,7 +105,7 @@ class PartialGaussianBridge:
         ]
         prior = _inverse(cov, "initial_cov")
         count = times.shape[0]
-        self._forward = [(prior, prior @ mean)] + [None] * (count - 1)  # type: ignore[list-item]
+        self._forward = [(prior, prior @ mean)] * count
         zero = (means.new_zeros(dim, dim), means.new_zeros(dim))
         self._backward = [zero] * count
         self._precision = means.new_zeros(count, seen, seen)
@@ -153,8 +153,8 @@ class PartialGaussianBridge:
         return self.observe.mT @ self._precision[k] @ self.observe, self.observe.mT @ self._linear[k]
 
     def _information(self, k: int) -> tuple[Tensor, Tensor]:
-        parts = (self._forward[k], self._potential(k), self._backward[k])
-        return sum(p[0] for p in parts), sum(p[1] for p in parts)  # type: ignore[return-value]
+        potential, forward, backward = self._potential(k), self._forward[k], self._backward[k]
+        return forward[0] + potential[0] + backward[0], forward[1] + potential[1] + backward[1]
 
     def _moments(self, k: int) -> tuple[Tensor, Tensor]:
         precision, linear = self._information(k)

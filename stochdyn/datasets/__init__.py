@@ -1,7 +1,17 @@
-"""Small real data sets that ship with the package."""
+"""Small real data sets that ship with the package, and simulators whose truth is known."""
 
 from __future__ import annotations
 
+from stochdyn.datasets.branching import CellSnapshots, branching_cells
 from stochdyn.datasets.nile import NileMinima, nile_minima
+from stochdyn.datasets.oscillators import SimulatedSnapshots, lotka_volterra, repressilator
 
-__all__ = ["NileMinima", "nile_minima"]
+__all__ = [
+    "CellSnapshots",
+    "NileMinima",
+    "SimulatedSnapshots",
+    "branching_cells",
+    "lotka_volterra",
+    "nile_minima",
+    "repressilator",
+]
