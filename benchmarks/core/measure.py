@@ -136,13 +136,17 @@ def agreement(problem: Problem) -> dict[str, float]:
     return {"loss": float(((ours - theirs) / theirs).detach().abs()), "gradient": float(gap / size)}
 
 
+# Linux hands ru_maxrss down from the parent process; VmHWM is the process's own.
 _CHILD = """
 import sys; sys.path.insert(0, {folder!r})
-import resource, torch
+import pathlib, re, resource, torch
 torch.set_num_threads(1)
 from run import problem_of
 problem = problem_of({case!r}, {batch}, {steps})
+status = pathlib.Path("/proc/self/status")
 def peak():
+    if status.exists():
+        return int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 small = problem_of({case!r}, 8, 4)
 for checkpoint in (False, True):

@@ -64,6 +64,29 @@ class Problem:
         shape = (*self.batch, self.channels, self.num_states)
         return full_state(x0, x0.new_zeros(shape) if memory0 is None else memory0.expand(shape))
 
+    def run_in_place(self, start: Tensor) -> Tensor | None:
+        """Run an uncontrolled Euler scheme of additive noise straight into its result.
+
+        Returns:
+            ``(T, *batch, d)``, or None where gradients are recorded or the equation needs :meth:`step`.
+        """
+        plain = self.control is None and not self.num_states and not self.heun
+        if self.coefficient is None or not plain or not _may_overwrite(start, self.dw, self.times[0]):
+            return None
+        number = self.sde.strength
+        kicks = self.increments if number is not None else self.coefficient.apply(self.dw).unbind(0)
+        scale = 1.0 if number is None else number
+        states = start.new_empty(self.num_steps + 1, *start.shape)
+        states[0] = start
+        x, *following = states.unbind(0)
+        drift, times, dt = self.drift, self.times, self.dt
+        for n, ahead in enumerate(following):
+            # The drift comes last: it may depend on x alone, and x isn't touched again.
+            torch.add(x, kicks[n], alpha=scale, out=ahead)
+            ahead.add_(drift(times[n], x), alpha=dt[n])
+            x = ahead
+        return states
+
     def step(self) -> Step:
         """Return the fastest step that this problem allows."""
         if self.coefficient is None:
@@ -236,6 +259,16 @@ class Problem:
             return 0.5 * advection * (dz**2 - self._variance_rate(n).unsqueeze(-1))
         along = strength_along(self.sde, t, x, dz, kick.expand_as(x))
         return 0.5 * (along - advection * self._variance_rate(n).unsqueeze(-1))
+
+
+def _may_overwrite(*inputs: Tensor) -> bool:
+    """Whether results may be written in place: nothing records derivatives or maps over axes."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and len({x.dtype for x in inputs}) == 1
+    )
 
 
 def _batched(coefficient: Coefficient) -> bool:

@@ -134,6 +134,8 @@ def run_loop(
     """Prepare the problem and run the loop; ``dt`` are the steps as numbers, so that nothing here waits for a device."""
     problem = Problem(sde, x0, ts, dt, dw, method)
     start = problem.start(x0, memory0)
+    if (path := problem.run_in_place(start)) is not None:
+        return Trajectory(path, None)
     rows = _loop(problem.step(), start, problem.num_steps, checkpoint)
     states, *records = zip(*rows, strict=True)
     z = torch.stack([start, *states])

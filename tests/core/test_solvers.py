@@ -337,3 +337,15 @@ def test_a_control_may_shape_all_increments_its_own_way(noise: str) -> None:
     run = integrate(sde.with_control(_Doubling()), x0, TS, dw)
     torch.testing.assert_close(run.x, integrate(sde, x0, TS, shaped).x)
     assert run.control is None
+
+
+@pytest.mark.parametrize("diffusion", [0.7, torch.tensor([0.5, 2.0]), torch.tensor([[1.0], [0.5]])])
+def test_without_gradients_the_path_is_the_same(diffusion: float | torch.Tensor) -> None:
+    law = sd.DiffusionMeasure(torch.ones(3, 2), sd.SDE(lambda t, x: torch.sin(x) - t, diffusion))
+    ts = torch.linspace(0, 1, 9)
+    with torch.enable_grad():
+        recorded = law.sample(ts, (5,), torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = law.sample(ts, (5,), torch.Generator().manual_seed(1))
+    assert torch.equal(plain.dw, recorded.dw)
+    torch.testing.assert_close(plain.x, recorded.x, rtol=1e-6, atol=1e-6)

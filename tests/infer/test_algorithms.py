@@ -21,6 +21,8 @@ from pyro.ops.stats import effective_sample_size
 
 from stochdyn.core.coefficients import Scalar
 from stochdyn.core.sde import SDE
+from stochdyn.errors import DiffusionError
+from stochdyn.fractional import MarkovNoise
 from stochdyn.infer import AutoPathGuide, NoiseReparam, sample_path
 from tests.infer.exact import F64, TwoStates, linear_path
 
@@ -253,6 +255,12 @@ class TestNUTS:
             want["x_past"] = (2, 6, 1, 2)
         assert shapes == want
 
+    def test_values_are_checked_again_afterwards(self):
+        with pyro.validation_enabled(False):
+            SDE(lambda t, x: -x, torch.tensor(0.0))
+        with pytest.raises(DiffusionError):
+            SDE(lambda t, x: -x, torch.tensor(0.0))
+
     def test_chains_start_where_the_path_is_pinned(self):
         kernel = NUTS(single)
         kernel.setup(1, Y)
@@ -330,3 +338,48 @@ def test_noise_form_helps_a_mean_field_guide_where_data_are_few():
         final = Trace_ELBO(num_particles=1000, vectorize_particles=True, max_plate_nesting=0)
         gaps[noise_space] = evidence + final.loss(model, guide, noise_space)
     assert 0 < gaps[True] < 0.5 * gaps[None]
+
+
+class TestLatentHurstIndex:
+    """A Hurst index drawn in the model batches the noise itself."""
+
+    @staticmethod
+    def model(y, kind):
+        hurst = pyro.sample("hurst", dist.Beta(torch.tensor(2.0, dtype=F64), 2.0))
+        noise = MarkovNoise(hurst, num_states=4, horizon=1.0, step=0.2, kind=kind)
+        with pyro.plate("series", 3):
+            x = sample_path("x", SDE(lambda t, x: -x, 0.7, noise), ONE, TS)
+            return pyro.sample("y", dist.Normal(x[..., SEEN, 0], 0.3).to_event(1), obs=y)
+
+    @pytest.mark.filterwarnings("ignore::stochdyn.errors.ApproximationWarning")
+    @pytest.mark.parametrize("kind", ["I", "II"])
+    def test_every_particle_has_noise_of_its_own(self, kind):
+        draws = Predictive(self.model, num_samples=5, parallel=True)(None, kind)
+        hurst = draws["hurst"].reshape(5)
+        for i in range(5):
+            given = {n: v[i] for n, v in draws.items() if n in ("x_dw", "x_past")}
+            given["hurst"] = hurst[i]
+            again = poutine.trace(poutine.condition(self.model, given)).get_trace(None, kind)
+            torch.testing.assert_close(draws["x"][i].reshape(3, 6, 1), again.nodes["x"]["value"])
+
+    @pytest.mark.filterwarnings("ignore::stochdyn.errors.ApproximationWarning")
+    @pytest.mark.parametrize("make", [AutoNormal, AutoPathGuide])
+    @pytest.mark.parametrize("vectorized", [False, True])
+    def test_guides_train(self, make, vectorized):
+        guide = make(self.model)
+        elbo = Trace_ELBO(num_particles=3, vectorize_particles=vectorized, max_plate_nesting=1)
+        guide(DATA[:3], "I")
+        before = {n: p.detach().clone() for n, p in guide.named_parameters() if "hurst" in n}
+        losses = step_losses(self.model, guide, elbo, (DATA[:3], "I"))
+        assert all(math.isfinite(loss) for loss in losses)
+        # Location and scale of the index are both learned: a constant gradient of zero would leave them.
+        after = dict(guide.named_parameters())
+        assert len(before) == 2
+        assert all(float((after[n] - p).detach().abs()) > 0 for n, p in before.items())
+
+    @pytest.mark.filterwarnings("ignore::stochdyn.errors.ApproximationWarning")
+    def test_nuts_runs(self):
+        mcmc = MCMC(NUTS(self.model, max_tree_depth=2), num_samples=3, warmup_steps=4, disable_progbar=True)
+        mcmc.run(DATA[:3], "II")
+        hurst = mcmc.get_samples()["hurst"]
+        assert bool(((hurst > 0) & (hurst < 1)).all())
