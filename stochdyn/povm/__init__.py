@@ -5,20 +5,40 @@ from __future__ import annotations
 from stochdyn.povm.frames import FourPauli, Frame, QutritSIC, Tetrahedral
 from stochdyn.povm.graphs import all_to_all, chain, ring, square_lattice
 from stochdyn.povm.lindblad import Lindbladian
+from stochdyn.povm.observables import Observable, observable, observables
 from stochdyn.povm.operators import named_operator, spin_matrices
+from stochdyn.povm.physicality import (
+    Positivity,
+    classical_fidelity,
+    positivity,
+    purity,
+    reduced_density,
+    total_variation,
+    trace_distance,
+)
 from stochdyn.povm.site_frames import SiteFrames
 
 __all__ = [
     "FourPauli",
     "Frame",
     "Lindbladian",
+    "Observable",
+    "Positivity",
     "QutritSIC",
     "SiteFrames",
     "Tetrahedral",
     "all_to_all",
     "chain",
+    "classical_fidelity",
     "named_operator",
+    "observable",
+    "observables",
+    "positivity",
+    "purity",
+    "reduced_density",
     "ring",
     "spin_matrices",
     "square_lattice",
+    "total_variation",
+    "trace_distance",
 ]

@@ -106,7 +106,8 @@ class Frame:
             InvalidInputError: if the state is unknown or no density matrix.
         """
         rho = as_state(state, self.dim)
-        return probabilities_of(rho, [self] * sites_of(rho, self.dim))
+        p = probabilities_of(rho, [self] * sites_of(rho, self.dim))
+        return p.clamp(min=0.0)  # zeros may come out as -1e-17
 
     def positive_probabilities(self, state: Any) -> Tensor:
         """Return :meth:`probabilities` ``(K,)`` of a state of one site, all of them above zero.

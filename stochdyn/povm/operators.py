@@ -24,6 +24,7 @@ __all__ = [
     "named_operator",
     "operator_rank",
     "spin_matrices",
+    "split_name",
 ]
 
 C128 = torch.complex128
@@ -79,8 +80,8 @@ def spin_matrices(dim: int) -> dict[str, Tensor]:
     }
 
 
-def _factors(name: str) -> list[str]:
-    """Split ``"ZZ"``, ``"sigma+ sigma-"`` or ``"sigma-"`` into names of single sites."""
+def split_name(name: str) -> list[str]:
+    """Return the names of single sites in ``"ZZ"``, ``"sigma+ sigma-"`` or ``"sigma-"``."""
     parts = name.replace("*", " ").split()
     if len(parts) > 1:
         return parts
@@ -97,7 +98,7 @@ def operator_rank(name: str) -> int:
         >>> operator_rank("ZZ"), operator_rank("sigma-"), operator_rank("sigma+ sigma-")
         (2, 1, 2)
     """
-    return len(_factors(name))
+    return len(split_name(name))
 
 
 def named_operator(name: str, dim: int = 2) -> Tensor:
@@ -125,7 +126,7 @@ def named_operator(name: str, dim: int = 2) -> Tensor:
     if dim == 2:
         known |= {key: torch.tensor(value, dtype=C128) for key, value in _QUBIT.items()}
     matrices = []
-    for factor in _factors(name):
+    for factor in split_name(name):
         key = _ALIASES.get(factor, factor)
         if key not in known:
             raise InvalidInputError(
