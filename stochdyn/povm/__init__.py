@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from stochdyn.povm.ansatz import Ansatz
+from stochdyn.povm.autoregressive import AutoregressiveAnsatz
 from stochdyn.povm.frames import FourPauli, Frame, QutritSIC, Tetrahedral
 from stochdyn.povm.graphs import all_to_all, chain, ring, square_lattice
+from stochdyn.povm.gru import AutoregressiveGRU
 from stochdyn.povm.lindblad import Lindbladian
 from stochdyn.povm.observables import Observable, observable, observables
 from stochdyn.povm.operators import named_operator, spin_matrices
@@ -17,15 +20,24 @@ from stochdyn.povm.physicality import (
     trace_distance,
 )
 from stochdyn.povm.site_frames import SiteFrames
+from stochdyn.povm.strings import Strings
+from stochdyn.povm.table import FullTable
+from stochdyn.povm.transformer import AutoregressiveTransformer
 
 __all__ = [
+    "Ansatz",
+    "AutoregressiveAnsatz",
+    "AutoregressiveGRU",
+    "AutoregressiveTransformer",
     "FourPauli",
     "Frame",
+    "FullTable",
     "Lindbladian",
     "Observable",
     "Positivity",
     "QutritSIC",
     "SiteFrames",
+    "Strings",
     "Tetrahedral",
     "all_to_all",
     "chain",

@@ -137,7 +137,9 @@ class Ansatz(nn.Module, ABC):
         """Put the trainable parameters to those of a vector ``(P,)``."""
         sizes = [p.numel() for _, p in self.trainable()]
         if vector.shape != (sum(sizes),):
-            raise ShapeError("the vector has the wrong length", got=tuple(vector.shape), expected=(sum(sizes),))
+            raise ShapeError(
+                "the vector has the wrong length", got=tuple(vector.shape), expected=(sum(sizes),)
+            )
         with torch.no_grad():
             for (_, p), part in zip(self.trainable(), vector.split(sizes), strict=True):
                 p.copy_(part.reshape(p.shape))
@@ -167,12 +169,16 @@ class Ansatz(nn.Module, ABC):
         if a.is_floating_point() or a.is_complex() or a.dtype == torch.bool:
             raise InvalidInputError("outcomes must be integers", got=a.dtype)
         if a.ndim != 2 or a.shape[1] != self.num_sites:
-            raise ShapeError("outcomes must be (n, N)", got=f"shape {tuple(a.shape)}", expected=f"(n, {self.num_sites})")
+            raise ShapeError(
+                "outcomes must be (n, N)", got=f"shape {tuple(a.shape)}", expected=f"(n, {self.num_sites})"
+            )
         if torch._C._are_functorch_transforms_active():
             return  # values can't be looked at inside vmap
         if a.numel() and (int(a.min()) < 0 or int(a.max()) >= self.num_outcomes):
             raise InvalidInputError(
-                "an outcome is out of range", got=f"{int(a.min())} to {int(a.max())}", expected=f"0 to {self.num_outcomes - 1}"
+                "an outcome is out of range",
+                got=f"{int(a.min())} to {int(a.max())}",
+                expected=f"0 to {self.num_outcomes - 1}",
             )
 
     def distribution(self, validate_args: bool | None = None) -> OutcomeDistribution:
@@ -182,9 +188,7 @@ class Ansatz(nn.Module, ABC):
         return OutcomeDistribution(self, validate_args=validate_args)
 
 
-def as_strings(
-    strings: Strings | str | None, num_sites: int, shape: Sequence[int] | None
-) -> Strings:
+def as_strings(strings: Strings | str | None, num_sites: int, shape: Sequence[int] | None) -> Strings:
     """Return strings from what users give: an object, the name of a set, or None for the natural order."""
     if isinstance(strings, Strings):
         chosen = strings
@@ -206,7 +210,9 @@ def as_strings(
             expected="None | 'translations' | 'translations+reflections' | 'reflections' | 'snake' | 'snakes' | Strings",
         )
     if chosen.num_sites != num_sites:
-        raise ShapeError("the strings don't fit the ansatz", got=f"{chosen.num_sites} sites", expected=num_sites)
+        raise ShapeError(
+            "the strings don't fit the ansatz", got=f"{chosen.num_sites} sites", expected=num_sites
+        )
     return chosen
 
 
@@ -214,6 +220,8 @@ def _square(num_sites: int, strings: str) -> tuple[int, int]:
     side = round(num_sites**0.5)
     if side * side != num_sites:
         raise InvalidInputError(
-            f"strings={strings!r} needs the shape of the lattice", got=f"{num_sites} sites", hint="pass shape=(rows, columns)"
+            f"strings={strings!r} needs the shape of the lattice",
+            got=f"{num_sites} sites",
+            hint="pass shape=(rows, columns)",
         )
     return side, side

@@ -109,7 +109,9 @@ class AutoregressiveAnsatz(Ansatz):
     def set_site_probabilities(self, p: Tensor) -> None:
         """See :meth:`Ansatz.set_site_probabilities`: the reference takes the state, the head is set to zero."""
         if p.shape != self.reference.shape:
-            raise ShapeError("probabilities must be (N, K)", got=tuple(p.shape), expected=tuple(self.reference.shape))
+            raise ShapeError(
+                "probabilities must be (N, K)", got=tuple(p.shape), expected=tuple(self.reference.shape)
+            )
         with torch.no_grad():
             self.reference.copy_(p.log())
             self.head.weight.zero_()

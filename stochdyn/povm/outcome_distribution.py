@@ -54,7 +54,7 @@ class OutcomeDistribution(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw records ``(*sample, *batch, N)`` from torch's global generator."""
         shape = self._extended_shape(torch.Size(sample_shape))
         n = int(torch.Size(shape[:-1]).numel())
@@ -70,12 +70,16 @@ class OutcomeDistribution(TorchDistribution):
         """
         if value.ndim == 0 or value.shape[-1] != self.ansatz.num_sites:
             raise ShapeError(
-                "a record has one outcome a site", got=tuple(value.shape), expected=f"(..., {self.ansatz.num_sites})"
+                "a record has one outcome a site",
+                got=tuple(value.shape),
+                expected=f"(..., {self.ansatz.num_sites})",
             )
         if self._validate_args:
             self._validate_sample(value)
         flat = self.ansatz.log_prob(value.long().reshape(-1, self.ansatz.num_sites))
-        return flat.reshape(value.shape[:-1]).expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+        return flat.reshape(value.shape[:-1]).expand(
+            torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        )
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all records ``(K**N, *batch, N)``; of a small system."""

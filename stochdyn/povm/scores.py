@@ -34,19 +34,26 @@ class Tape:
         self._outputs: list[Tensor] = []
         self._records: list[tuple[str, tuple[Tensor | None, ...], Tensor | None]] = []
 
-    def _keep(self, kind: str, parameters: tuple[Tensor | None, ...], read: Tensor | None, y: Tensor) -> Tensor:
-        self._records.append((kind, parameters, read))
-        self._outputs.append(y)
+    def _keep(
+        self, kind: str, parameters: tuple[Tensor | None, ...], read: Tensor | None, y: Tensor
+    ) -> Tensor:
+        if y.requires_grad:  # not so where all parameters up to here are frozen
+            self._records.append((kind, parameters, read))
+            self._outputs.append(y)
         return y
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Apply a linear layer ``(..., in) -> (..., out)`` and remember it."""
-        return self._keep("linear", (layer.weight, layer.bias), x.detach(), F.linear(x, layer.weight, layer.bias))
+        return self._keep(
+            "linear", (layer.weight, layer.bias), x.detach(), F.linear(x, layer.weight, layer.bias)
+        )
 
     def norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
         """Apply a layer normalisation over the last axis and remember it."""
         plain = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
-        return self._keep("norm", (layer.weight, layer.bias), plain.detach(), plain * layer.weight + layer.bias)
+        return self._keep(
+            "norm", (layer.weight, layer.bias), plain.detach(), plain * layer.weight + layer.bias
+        )
 
     def table(self, layer: nn.Embedding, index: Tensor) -> Tensor:
         """Look rows of a table up and remember it; for small tables."""
@@ -62,7 +69,9 @@ class Tape:
 
         The graph of ``log_prob`` is used up.
         """
-        slopes = torch.autograd.grad(log_prob.sum(), self._outputs, allow_unused=True)
+        slopes: tuple[Tensor | None, ...] = torch.autograd.grad(
+            log_prob.sum(), self._outputs, allow_unused=True
+        )
         total: dict[int, Tensor] = {}
         for (kind, owned, read), slope in zip(self._records, slopes, strict=True):
             if slope is None:
@@ -99,6 +108,8 @@ def apply_linear(layer: nn.Linear, x: Tensor, tape: Tape | None) -> Tensor:
 
 def apply_norm(layer: nn.LayerNorm, x: Tensor, tape: Tape | None) -> Tensor:
     """Apply a layer normalisation, on the tape if there is one."""
-    return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps) if tape is None else (
-        tape.norm(layer, x)
+    return (
+        F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+        if tape is None
+        else (tape.norm(layer, x))
     )

@@ -77,7 +77,9 @@ class Strings:
         return int(self.orders.shape[1])
 
     def _keys(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        labels = [()] * len(self) if self.relabellings is None else [tuple(r) for r in self.relabellings.tolist()]
+        labels = (
+            [()] * len(self) if self.relabellings is None else [tuple(r) for r in self.relabellings.tolist()]
+        )
         return [(tuple(o), label) for o, label in zip(self.orders.tolist(), labels, strict=True)]
 
     @property
@@ -198,12 +200,16 @@ class Strings:
             (16, True)
         """
         if self.num_sites != other.num_sites:
-            raise ShapeError("strings differ in their number of sites", got=other.num_sites, expected=self.num_sites)
+            raise ShapeError(
+                "strings differ in their number of sites", got=other.num_sites, expected=self.num_sites
+            )
         size = max((s.relabellings.shape[1] for s in (self, other) if s.relabellings is not None), default=0)
         first, second = self._padded(size), other._padded(size)
         found = list(dict.fromkeys(_compose(a, b) for a in first for b in second))
         if len(found) > _LARGEST_GROUP:
-            raise InvalidInputError("there are too many strings", got=len(found), expected=f"at most {_LARGEST_GROUP}")
+            raise InvalidInputError(
+                "there are too many strings", got=len(found), expected=f"at most {_LARGEST_GROUP}"
+            )
         labels = torch.tensor([label for _, label in found]) if size else None
         return Strings(torch.tensor([order for order, _ in found]), labels)
 

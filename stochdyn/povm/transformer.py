@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +105,7 @@ class AutoregressiveTransformer(AutoregressiveAnsatz):
             outcomes = torch.full((rows,), self.num_outcomes, device=self.device)
         x = (self.embedding.weight + self.positions[step])[outcomes]
         for layer, kept in zip(self.layers, cache, strict=True):
-            x = layer.advance(x, kept[:, :rows], step)
+            x = layer.advance(x, kept[:, :rows], step)  # type: ignore[operator]
         return apply_norm(self.norm, x, None)
 
     def branch(self, cache: list[Tensor], source: Tensor, target: slice, steps: int) -> None:
@@ -160,5 +159,3 @@ def _waves(sites: int, width: int) -> Tensor:
     table[:, 0::2] = torch.sin(place * rate)
     table[:, 1::2] = torch.cos(place * rate)[:, : width // 2]
     return table
-
-

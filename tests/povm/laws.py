@@ -30,7 +30,9 @@ def stirred(net: Ansatz, scale: float = 0.7, seed: int = 3) -> Ansatz:
     net = net.double()
     with torch.no_grad():
         for p in net.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(1, p.shape[-1]) ** 0.5)
+            p.add_(
+                scale * torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(1, p.shape[-1]) ** 0.5
+            )
     return net
 
 

@@ -41,7 +41,10 @@ def test_what_was_read_is_given_back(strings: Strings) -> None:
 
 
 def test_products_read_one_after_the_other() -> None:
-    first, second = Strings.snakes((2, 3)), Strings.translations((2, 3)) @ Strings.relabelling(6, (1, 2, 3, 0))
+    first, second = (
+        Strings.snakes((2, 3)),
+        Strings.translations((2, 3)) @ Strings.relabelling(6, (1, 2, 3, 0)),
+    )
     a = torch.randint(4, (1, 6))
     product = {tuple(r) for r in (first @ second).arrange(a)[0].tolist()}
     by_hand = {tuple(r) for b in second.arrange(a)[0] for r in first.arrange(b[None])[0].tolist()}
@@ -55,7 +58,12 @@ def test_steps_of_a_snake_join_neighbours() -> None:
 
 
 def test_translations_keep_bonds_of_the_torus() -> None:
-    bonds = {frozenset((3 * x + y, 3 * ((x + u) % 3) + (y + v) % 3)) for x in range(3) for y in range(3) for u, v in ((0, 1), (1, 0))}
+    bonds = {
+        frozenset((3 * x + y, 3 * ((x + u) % 3) + (y + v) % 3))
+        for x in range(3)
+        for y in range(3)
+        for u, v in ((0, 1), (1, 0))
+    }
     for order in Strings.translations((3, 3)).orders.tolist():
         assert {frozenset(order[i] for i in bond) for bond in bonds} == bonds
 
