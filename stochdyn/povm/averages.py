@@ -9,15 +9,14 @@ from torch import Tensor
 
 from stochdyn._checks import check_positive_int
 from stochdyn.core.master import MasterEquation
-from stochdyn.core.master_terms import SparseMasterEquation
-from stochdyn.core.outcomes import all_configurations, encode
+from stochdyn.core.outcomes import all_configurations
 from stochdyn.errors import SystemSizeError
 from stochdyn.povm.ansatz import Ansatz
 from stochdyn.povm.autoregressive import AutoregressiveAnsatz
+from stochdyn.povm.invariance import is_invariant
 from stochdyn.povm.prefixes import unique_strings
-from stochdyn.povm.strings import Strings
 
-__all__ = ["Averages", "WeightedOutcomes", "is_invariant", "local_rates"]
+__all__ = ["Averages", "WeightedOutcomes", "local_rates"]
 
 _MAX_SUMMED = 1 << 14
 _MAX_LISTED = 1 << 20
@@ -116,34 +115,3 @@ def local_rates(net: Ansatz, operator: MasterEquation, a: Tensor, t: float | Non
     with torch.no_grad():
         parts = [operator.local_rate(net.log_prob, part, t, deduplicate=False) for part in a.split(rows)]
     return torch.cat(parts).double()
-
-
-def is_invariant(operator: MasterEquation, strings: Strings, tolerance: float = 1e-9) -> bool:
-    """Return whether a sum of constant local terms is the same read along any of the strings.
-
-    Operators that depend on time, or aren't sums of local terms, count as not invariant.
-    """
-    if not isinstance(operator, SparseMasterEquation) or callable(operator.coefficients):
-        return False
-    scales = operator.coefficients
-    terms: dict[tuple[int, ...], Tensor] = {}
-    for i, sites in enumerate(operator.sites):
-        matrix = operator.matrix(i) if scales is None else operator.matrix(i) * scales[i].detach()
-        terms[sites] = terms[sites] + matrix if sites in terms else matrix
-    q = operator.num_outcomes
-    for s in range(len(strings)):
-        labels = None if strings.relabellings is None else strings.relabellings[s]
-        place = strings.orders[s].argsort().tolist()  # site -> the step at which it is read
-        for sites, matrix in terms.items():
-            moved = tuple(place[x] for x in sites)
-            target = tuple(sorted(moved))
-            if target not in terms:
-                return False
-            local = all_configurations(len(sites), q, matrix.device)
-            read = local if labels is None else labels.to(local.device)[local]
-            axes = [moved.index(x) for x in target]
-            image = encode(read[:, axes], q)
-            scale = float(matrix.abs().max())
-            if float((terms[target][image[:, None], image] - matrix).abs().max()) > tolerance * scale:
-                return False
-    return True
