@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stochdyn.core.operator import ForwardOperator
 from stochdyn.core.outcomes import all_configurations, encode, unique_rows
-from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
 
 if TYPE_CHECKING:
     from stochdyn.core.flow import MarginalFlow
@@ -105,7 +105,7 @@ class MasterEquation(ForwardOperator, ABC):
         """Return ``L`` as a coalesced sparse matrix ``(q**N, q**N)``, for small ``N``.
 
         Raises:
-            InvalidInputError: if there are over 2**24 outcomes.
+            SystemSizeError: if there are over 2**24 outcomes.
         """
         a = self.configurations()
         b, rates = self.connected(a, t)
@@ -117,7 +117,7 @@ class MasterEquation(ForwardOperator, ABC):
 
     def _check_small(self) -> None:
         if self.num_states > MAX_STATES:
-            raise InvalidInputError(
+            raise SystemSizeError(
                 "there are too many outcomes to list",
                 got=f"{self.num_outcomes}**{self.num_sites}",
                 hint="work on samples: connected, local_rate",

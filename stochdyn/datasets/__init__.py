@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from stochdyn.datasets.branching import CellSnapshots, branching_cells
 from stochdyn.datasets.nile import NileMinima, nile_minima
+from stochdyn.datasets.open_systems import OpenSystem, open_systems
 from stochdyn.datasets.oscillators import SimulatedSnapshots, lotka_volterra, repressilator
 
 __all__ = [
     "CellSnapshots",
     "NileMinima",
+    "OpenSystem",
     "SimulatedSnapshots",
     "branching_cells",
     "lotka_volterra",
     "nile_minima",
+    "open_systems",
     "repressilator",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stochdyn.povm import exact, systems
 from stochdyn.povm.ansatz import Ansatz
 from stochdyn.povm.autoregressive import AutoregressiveAnsatz
 from stochdyn.povm.frames import FourPauli, Frame, QutritSIC, Tetrahedral
@@ -42,6 +43,7 @@ __all__ = [
     "all_to_all",
     "chain",
     "classical_fidelity",
+    "exact",
     "named_operator",
     "observable",
     "observables",
@@ -51,6 +53,7 @@ __all__ = [
     "ring",
     "spin_matrices",
     "square_lattice",
+    "systems",
     "total_variation",
     "trace_distance",
 ]

@@ -70,7 +70,7 @@ class Lindbladian:
         cls, terms: Iterable[Any], jumps: Iterable[Any] = (), num_sites: int | None = None
     ) -> Lindbladian:
         """Return a Lindbladian from QuTiP operators; see :func:`stochdyn.povm.from_qutip`."""
-        from stochdyn.povm.qutip_input import from_qutip
+        from stochdyn.povm.qutip_operators import from_qutip
 
         return from_qutip(terms, jumps, num_sites)
 
