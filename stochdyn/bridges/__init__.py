@@ -17,23 +17,45 @@ from stochdyn.bridges.families import (
 )
 from stochdyn.bridges.gaussian import GaussianBridge
 from stochdyn.bridges.gaussian_refine import GaussianChainBridge, GaussianRefinement, refine_gaussian
+from stochdyn.bridges.matching import BridgeMatching
+from stochdyn.bridges.mechanistic import (
+    ComponentFeatures,
+    EllipticVortex,
+    FeatureDrift,
+    LambOseen,
+    Repressilator,
+)
+from stochdyn.bridges.neural import NeuralDrift, PotentialDrift, SumDrift
 from stochdyn.bridges.partial_gaussian import PartialGaussianBridge
+from stochdyn.bridges.pyro_family import ModuleDrift, PyroDrift, as_family
 from stochdyn.bridges.snapshots import Snapshot, Snapshots
 from stochdyn.core.transport import sinkhorn
 
 __all__ = [
+    "BridgeMatching",
+    "ComponentFeatures",
     "DriftFamily",
+    "EllipticVortex",
+    "FeatureDrift",
     "GaussianBridge",
     "GaussianChainBridge",
     "GaussianRefinement",
+    "LambOseen",
     "LinearDrift",
     "LinearFamily",
     "LotkaVolterra",
+    "ModuleDrift",
+    "NeuralDrift",
     "PartialGaussianBridge",
+    "PotentialDrift",
+    "PyroDrift",
+    "Repressilator",
     "SharedFeatures",
     "Snapshot",
     "Snapshots",
+    "SumDrift",
     "ZeroDrift",
+    "as_family",
     "refine_gaussian",
     "sinkhorn",
 ]

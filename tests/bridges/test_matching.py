@@ -1,0 +1,141 @@
+"""Bridge matching against Gaussian bridges in closed form; resuming; bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import stochdyn as sd
+from stochdyn.bridges.gaussian import GaussianBridge
+from stochdyn.bridges.matching import BridgeMatching
+from stochdyn.bridges.snapshots import Snapshots
+from stochdyn.core.pinned import bridge_drift
+
+F64 = torch.float64
+
+
+def gaussian_snapshots(dim, n=50000, seed=0, times=(0.0, 1.0)):
+    g = torch.Generator().manual_seed(seed)
+    clouds = []
+    for k in range(len(times)):
+        x = torch.randn(n, dim, generator=g)
+        x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.mT).reshape(dim, dim))).mT
+        clouds.append(x + 0.1 * (-1) ** (k + 1))  # moments are exact
+    return Snapshots(list(times), clouds)
+
+
+def test_the_coupling_of_dsbm_s_benchmark():
+    match = BridgeMatching(gaussian_snapshots(5), 1.0, width=0, num_pairs=2048, refresh=40, sim_steps=15)
+    result = match.fit(800, lr=5e-3, progress=False)
+    assert result.bound == "surrogate"
+    x, y = match.couple(0, 50000, torch.Generator().manual_seed(1))
+    cross = ((x - x.mean(0)) * (y - y.mean(0))).mean().item()
+    assert abs(cross / ((math.sqrt(5) - 1) / 2) - 1) < 0.04
+    assert abs(y.var(0).mean().item() - 1) < 0.04
+    assert abs(y.mean().item() - 0.1) < 0.02
+
+
+def test_an_ou_reference_and_unequal_intervals():
+    snaps = gaussian_snapshots(1, times=(0.0, 0.5, 2.0))
+    match = BridgeMatching(snaps, 0.8, rate=0.7, mean=0.3, width=0, num_pairs=2048, refresh=40, sim_steps=15)
+    match.fit(800, lr=5e-3, progress=False)
+    one = torch.ones(1, 1, dtype=F64)
+    for i, horizon in enumerate((0.5, 1.5)):
+        sign = -0.1 if i == 0 else 0.1
+        exact = GaussianBridge(
+            sign * one[0], one, -sign * one[0], one, 0.8, horizon, -0.7 * one, 0.21 * one[0]
+        )
+        x, y = match.couple(i, 50000, torch.Generator().manual_seed(i))
+        cross = ((x - x.mean(0)) * (y - y.mean(0))).mean().item()
+        assert abs(cross / exact.cross_covariance.item() - 1) < 0.06
+        grid = torch.linspace(-2, 2, 9)[:, None]
+        t = snaps.times[i].item() + 0.5 * horizon
+        gap = match.drift(t, grid) - exact.drift(0.5 * horizon, grid.double()).float()
+        assert gap.abs().max() < 0.25
+
+
+def test_trajectories_go_through_the_snapshots_in_order():
+    snaps = Snapshots([0.0, 1.0, 2.0], [0.1 * torch.randn(500, 2) + k**2 for k in range(3)])
+    match = BridgeMatching(snaps, 0.3, width=0, num_pairs=512, batch_size=128, refresh=20, sim_steps=10)
+    match.fit(200, lr=2e-2, progress=False)
+    ts = torch.tensor([0.0, 0.5, 1.0, 1.7, 2.0])
+    x = match.sample(ts, 400, torch.Generator().manual_seed(0))
+    assert x.shape == (400, 5, 2)
+    for t, centre in ((0, 0.0), (2, 1.0), (4, 4.0)):
+        assert (x[:, t].mean(0) - centre).abs().max() < 0.15
+    same = match.sample(ts, 400, torch.Generator().manual_seed(0))
+    assert torch.equal(x, same)
+    assert torch.equal(match.sample(ts[:2], 400, torch.Generator().manual_seed(0))[:, 0], x[:, 0])
+
+
+def test_before_training_the_law_is_the_reference():
+    snaps = Snapshots([0.0, 2.0], [torch.randn(10, 1), torch.randn(10, 1)])
+    match = BridgeMatching(snaps, 0.5, rate=0.7, mean=0.3, num_pairs=16)
+    x = torch.randn(5, 1)
+    assert torch.allclose(match.drift(1.0, x), 0.7 * (0.3 - x))
+
+
+def test_the_target_has_the_drift_of_the_pinned_process_for_its_mean():
+    # with a single pair the mixture is one bridge, and its drift is known
+    snaps = Snapshots([0.0, 1.0], [torch.zeros(1, 1), torch.ones(1, 1)])
+    match = BridgeMatching(snaps, 1.0, width=0, num_pairs=64, batch_size=64, refresh=10**6)
+    match.fit(600, lr=2e-2, progress=False)
+    for s in (0.1, 0.4, 0.7):
+        x = torch.tensor([[s - 0.3], [s + 0.3]])
+        exact = bridge_drift(torch.tensor(0.0), torch.tensor(1 - s), x, torch.ones(1))
+        assert (match.drift(s, x) - exact).abs().max() < 0.25
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        snaps = Snapshots([0.0, 1.0], [torch.randn(50, 2), torch.randn(50, 2) + 1])
+        return BridgeMatching(snaps, 1.0, width=8, num_pairs=64, batch_size=32, refresh=7, sim_steps=4)
+
+    options = {"scheduler": None, "progress": False}
+    whole = build()
+    whole.fit(30, **options)
+    first = build()
+    first.fit(15, checkpoint=tmp_path, ema=None, **options)
+    # averages are of the run; without them the weights are the state
+    again = build()
+    again.fit(30, checkpoint=tmp_path, resume=True, ema=None, **options)
+    straight = build()
+    straight.fit(30, ema=None, **options)
+    for a, b in zip(again.state_dict().values(), straight.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sinkhorn_start_is_nearer_to_the_bridge():
+    snaps = gaussian_snapshots(1, n=2000)
+    match = BridgeMatching(snaps, 1.0, num_pairs=2048, start="sinkhorn")
+    torch.manual_seed(0)
+    match.renew(first=True)
+    x, y = match.pairs[0, 0, 0], match.pairs[0, 1, 0]
+    cross = ((x - x.mean(0)) * (y - y.mean(0))).mean().item()
+    assert abs(cross - (math.sqrt(5) - 1) / 2) < 5 * 1.2 / 2048**0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"diffusion": 0.0}, sd.DiffusionError),
+        ({"diffusion": 1.0, "start": "ot"}, sd.InvalidInputError),
+        ({"diffusion": 1.0, "num_pairs": 0}, sd.InvalidInputError),
+        ({"diffusion": 1.0, "width": -1}, sd.InvalidInputError),
+        ({"diffusion": 1.0, "rate": float("nan")}, sd.NonFiniteError),
+    ],
+)
+def test_bad_input(options, error):
+    with pytest.raises(error):
+        BridgeMatching(Snapshots([0.0, 1.0], [torch.zeros(2, 1), torch.ones(2, 1)]), **options)
+
+
+def test_times_outside():
+    match = BridgeMatching(Snapshots([0.0, 1.0], [torch.zeros(2, 1), torch.ones(2, 1)]), 1.0, num_pairs=4)
+    with pytest.raises(sd.TimeGridError, match="within"):
+        match.sample(torch.tensor([0.0, 1.5]), 3)
+    with pytest.raises(sd.InvalidInputError, match="interval"):
+        match.couple(1, 5)
