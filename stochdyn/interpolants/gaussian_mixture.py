@@ -1,0 +1,141 @@
+"""Gaussian mixtures as distributions: the ends of interpolants whose every density is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+
+from stochdyn._checks import check_finite, check_ndim, check_nonempty, check_same_device, check_same_dtype
+from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError
+
+__all__ = ["GaussianMixture", "mixture_parts"]
+
+
+class GaussianMixture(MixtureSameFamily):
+    r"""A mixture of Gaussians with full covariances.
+
+    .. math:: \rho(x)=\sum_kp_k\,N(x;m_k,C_k)
+
+    Args:
+        weights: ``(K,)``, non-negative with sum one.
+        means: ``(K, d)``.
+        covariances: ``(K, d, d)``; ``(d, d)`` for one that all share; a number or ``(K,)`` for multiples of the
+            identity, or ``(K, d)`` for diagonals.
+
+    Raises:
+        InvalidInputError: if the weights don't sum to one, or one is negative.
+        ShapeError: if shapes don't fit together.
+        SingularDiffusionError: if a covariance isn't symmetric and positive definite.
+
+    Example:
+        >>> law = GaussianMixture(torch.tensor([0.5, 0.5]), torch.tensor([[-2.0], [2.0]]), 0.1)
+        >>> law.sample((3,)).shape
+        torch.Size([3, 1])
+    """
+
+    def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor | float) -> None:
+        weights, means, full = _checked(weights, means, covariances)
+        super().__init__(
+            Categorical(weights, validate_args=False),
+            MultivariateNormal(means, full, validate_args=False),
+            validate_args=False,
+        )
+        self.weights, self.means, self.covariances = weights, means, full
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return ``n`` points ``(n, d)``."""
+        pick = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        noise = torch.randn(n, self.means.shape[-1], 1, dtype=self.means.dtype, device=self.means.device,
+                            generator=generator)  # fmt: skip
+        factor = self.component_distribution.scale_tril  # type: ignore[attr-defined]
+        return self.means[pick] + (factor[pick] @ noise).squeeze(-1)
+
+
+def _checked(weights: Tensor, means: Tensor, covariances: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    for name, value in (("weights", weights), ("means", means)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise InvalidInputError(f"{name} must be a floating tensor", got=type(value).__name__)
+    check_ndim(weights, 1, "weights", "(K,)")
+    check_ndim(means, 2, "means", "(K, d)")
+    check_nonempty(means, "means")
+    check_finite(means, "means")
+    check_finite(weights, "weights")
+    count, dim = means.shape
+    if weights.shape[0] != count:
+        raise ShapeError("a mixture needs one weight a mean", got=weights.shape[0], expected=count)
+    total = float(weights.sum())
+    if bool((weights < 0).any()) or abs(total - 1) > 1e-5:
+        raise InvalidInputError(
+            "weights must be non-negative and sum to one",
+            got=f"sum {total:.6g}, minimum {float(weights.min()):g}",
+            hint="divide them by their sum",
+        )
+    full = _full(torch.as_tensor(covariances, dtype=means.dtype, device=means.device)
+                 if not isinstance(covariances, Tensor) else covariances, count, dim)  # fmt: skip
+    check_same_dtype(weights=weights, means=means, covariances=full)
+    check_same_device(weights=weights, means=means, covariances=full)
+    check_finite(full, "covariances")
+    symmetric = bool(((full - full.mT).abs().amax() <= 1e-5 * full.abs().amax()))
+    if not symmetric or bool((torch.linalg.cholesky_ex(full).info != 0).any()):
+        raise SingularDiffusionError(
+            "covariances must be symmetric and positive definite",
+            got=f"least eigenvalue {float(torch.linalg.eigvalsh(full).amin()):.3g}",
+            hint="a law on a subspace has no density: add a small multiple of the identity",
+        )
+    return weights / weights.sum(), means, full
+
+
+def _full(covariances: Tensor, count: int, dim: int) -> Tensor:
+    eye = torch.eye(dim, dtype=covariances.dtype, device=covariances.device)
+    shape = tuple(covariances.shape)
+    if shape in ((), (count,)):
+        return (covariances[..., None, None] * eye).expand(count, dim, dim)
+    if shape == (count, dim) and shape != (dim, dim):
+        return torch.diag_embed(covariances)
+    if shape in ((dim, dim), (count, dim, dim)):
+        return covariances.expand(count, dim, dim)
+    raise ShapeError(
+        "covariances don't fit the means",
+        got=f"shape {shape}",
+        expected=f"({count}, {dim}, {dim}), ({dim}, {dim}), ({count},) or a number",
+    )
+
+
+def mixture_parts(law: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weights ``(K,)``, means ``(K, d)`` and covariances ``(K, d, d)`` of a Gaussian or a mixture of them.
+
+    Args:
+        law: a :class:`GaussianMixture`; torch's ``MultivariateNormal``, ``Independent(Normal)``, or
+            ``MixtureSameFamily`` of these, without batch axes; or a triple of tensors.
+        name: of the argument, for the error.
+
+    Raises:
+        InvalidInputError: if the law is none of these.
+    """
+    if isinstance(law, GaussianMixture):
+        return law.weights, law.means, law.covariances
+    if isinstance(law, tuple | list) and len(law) == 3:
+        made = GaussianMixture(*law)
+        return made.weights, made.means, made.covariances
+    weights, part = None, law
+    if isinstance(law, MixtureSameFamily):
+        weights, part = law.mixture_distribution.probs, law.component_distribution
+    covariance: Tensor | None = None
+    if isinstance(part, MultivariateNormal):
+        covariance = part.covariance_matrix
+    elif isinstance(part, Independent) and isinstance(part.base_dist, Normal) and len(part.event_shape) == 1:
+        covariance = torch.diag_embed(part.base_dist.variance)
+    if covariance is None:
+        raise InvalidInputError(
+            f"{name} must be a Gaussian or a mixture of Gaussians",
+            got=type(law).__name__,
+            expected="GaussianMixture, MultivariateNormal, Independent(Normal) or MixtureSameFamily of them",
+        )
+    means = part.mean
+    if weights is None:
+        weights, means, covariance = means.new_ones(1), means[None], covariance[None]
+    made = GaussianMixture(weights, means, covariance)
+    return made.weights, made.means, made.covariances

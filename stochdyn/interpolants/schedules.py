@@ -1,0 +1,403 @@
+"""Schedules: the time-dependent coefficients of an interpolant, with the derivatives that its formulas need."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from stochdyn._checks import check_positive
+from stochdyn.errors import InvalidInputError
+
+__all__ = [
+    "BrownianLatent",
+    "Constant",
+    "Cosine",
+    "CosineSquared",
+    "CustomSchedule",
+    "HalfPower",
+    "Linear",
+    "ParabolicLatent",
+    "Remaining",
+    "Schedule",
+    "SigmoidLatent",
+    "Sine",
+    "SineSquaredLatent",
+    "VariancePreserving",
+    "as_schedule",
+]
+
+TimeFunction = Callable[[Tensor], Tensor]
+
+
+class Schedule(nn.Module, ABC):
+    r"""A function of time on [0, 1] with what the formulas of interpolants need of it.
+
+    Subclasses give :meth:`value` and :meth:`derivative`. Schedules whose derivative isn't finite at an end,
+    such as :math:`\sqrt{t(1-t)}`, also give :meth:`square_derivative`, which is.
+
+    Example:
+        >>> Linear().value(torch.tensor(0.25)), Linear().derivative(torch.tensor(0.25))
+        (tensor(0.2500), tensor(1.))
+    """
+
+    #: Whether the value is zero at all times.
+    is_zero = False
+
+    @abstractmethod
+    def value(self, t: Tensor) -> Tensor:
+        """Return the value at times of any shape."""
+
+    @abstractmethod
+    def derivative(self, t: Tensor) -> Tensor:
+        """Return the derivative in time; it may be infinite at 0 and 1."""
+
+    def square(self, t: Tensor) -> Tensor:
+        """Return the square of the value."""
+        return self.value(t).square()
+
+    def square_derivative(self, t: Tensor) -> Tensor:
+        """Return the derivative of the square, finite on the whole of [0, 1]."""
+        return 2 * self.value(t) * self.derivative(t)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """See :meth:`value`."""
+        return self.value(t)
+
+
+class Constant(Schedule):
+    """The same number at all times.
+
+    Args:
+        number: the value.
+
+    Example:
+        >>> Constant(0.0).value(torch.tensor([0.1, 0.9]))
+        tensor([0., 0.])
+    """
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = float(number)
+        self.is_zero = self.number == 0.0
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return torch.full_like(t, self.number)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return torch.zeros_like(t)
+
+
+class Linear(Schedule):
+    r""":math:`t`."""
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return t
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return torch.ones_like(t)
+
+
+class Remaining(Schedule):
+    r""":math:`1-t`."""
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return 1 - t
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return -torch.ones_like(t)
+
+
+class _Trigonometric(Schedule, ABC):
+    r"""A quarter wave :math:`w(t)`, shortened to :math:`\sqrt{1-\gamma^2}\,w` where there is a latent."""
+
+    def __init__(self, gamma: Schedule | None = None) -> None:
+        super().__init__()
+        self.gamma = None if gamma is None or gamma.is_zero else gamma
+        if self.gamma is not None:
+            times = torch.linspace(0, 1, 201, dtype=torch.float64)
+            largest = float(self.gamma.square(times).detach().max())
+            if largest >= 1:
+                raise InvalidInputError(
+                    "a trigonometric path needs a latent below 1", got=f"gamma up to {largest**0.5:g}"
+                )
+
+    @abstractmethod
+    def wave(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the wave and its derivative."""
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        wave = self.wave(t)[0]
+        return wave if self.gamma is None else wave * (1 - self.gamma.square(t)).sqrt()
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        wave, slope = self.wave(t)
+        if self.gamma is None:
+            return slope
+        length = (1 - self.gamma.square(t)).sqrt()
+        return slope * length - wave * self.gamma.square_derivative(t) / (2 * length)
+
+
+class Cosine(_Trigonometric):
+    r""":math:`\sqrt{1-\gamma^2}\,\cos(\pi t/2)`.
+
+    Args:
+        gamma: the latent's schedule; None for none.
+
+    Raises:
+        InvalidInputError: if gamma reaches 1.
+    """
+
+    def wave(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and derivative; the cosine of a quarter turn is zero exactly."""
+        half = 0.5 * math.pi
+        # sin(pi/2 (1 - t)) is exact at t = 1, where cos(pi/2 t) leaves a rounding error.
+        return torch.sin(half * (1 - t)), -half * torch.sin(half * t)
+
+
+class Sine(_Trigonometric):
+    r""":math:`\sqrt{1-\gamma^2}\,\sin(\pi t/2)`.
+
+    Args:
+        gamma: the latent's schedule; None for none.
+
+    Raises:
+        InvalidInputError: if gamma reaches 1.
+    """
+
+    def wave(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sine and derivative."""
+        half = 0.5 * math.pi
+        return torch.sin(half * t), half * torch.sin(half * (1 - t))
+
+
+class CosineSquared(Schedule):
+    r""":math:`\cos^2(\pi t)` on one half of [0, 1] and zero on the other.
+
+    Args:
+        first_half: which half it lives on.
+    """
+
+    def __init__(self, first_half: bool) -> None:
+        super().__init__()
+        self.first_half = first_half
+
+    def _here(self, t: Tensor) -> Tensor:
+        return t < 0.5 if self.first_half else t > 0.5
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return torch.where(self._here(t), torch.cos(math.pi * t).square(), torch.zeros_like(t))
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        slope = -math.pi * torch.sin(2 * math.pi * t)
+        return torch.where(self._here(t), slope, torch.zeros_like(t))
+
+
+class VariancePreserving(Schedule):
+    r""":math:`\sqrt{1-t^2}`, beside :math:`t` the interpolant of an Ornstein-Uhlenbeck process on the clock :math:`t=e^{-\tau}`."""
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return ((1 - t) * (1 + t)).sqrt()
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return -t / self.value(t)
+
+    def square(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.square`."""
+        return (1 - t) * (1 + t)
+
+    def square_derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.square_derivative`."""
+        return -2 * t
+
+
+class _Latent(Schedule, ABC):
+    """A schedule of the latent, ``scale`` times a shape."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        check_positive(scale, "scale")
+        self.scale = float(scale)
+
+
+class BrownianLatent(_Latent):
+    r""":math:`\gamma=\sigma\sqrt{t(1-t)}`, the standard deviation of a Brownian bridge.
+
+    Its derivative is infinite at the ends, :math:`\tfrac12(\gamma^2)\dot{}=\gamma\dot\gamma\to\pm\sigma^2/2` is not.
+
+    Args:
+        scale: :math:`\sigma`, the diffusion of the Brownian motion.
+
+    Example:
+        >>> BrownianLatent(2.0).square_derivative(torch.tensor([0.0, 1.0]))
+        tensor([ 4., -4.])
+    """
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return self.scale * (t * (1 - t)).sqrt()
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return 0.5 * self.scale * (1 - 2 * t) / (t * (1 - t)).sqrt()
+
+    def square(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.square`."""
+        return self.scale**2 * t * (1 - t)
+
+    def square_derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.square_derivative`."""
+        return self.scale**2 * (1 - 2 * t)
+
+
+class ParabolicLatent(_Latent):
+    r""":math:`\gamma=\sigma\,t(1-t)`.
+
+    Args:
+        scale: :math:`\sigma`.
+    """
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return self.scale * t * (1 - t)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return self.scale * (1 - 2 * t)
+
+
+class SineSquaredLatent(_Latent):
+    r""":math:`\gamma=\sigma\sin^2(\pi t)`.
+
+    Args:
+        scale: :math:`\sigma`.
+    """
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        # the smaller of t and 1 - t keeps the zero at t = 1 exact
+        return self.scale * torch.sin(math.pi * torch.minimum(t, 1 - t)).square()
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return self.scale * math.pi * torch.sin(2 * math.pi * t)
+
+
+class SigmoidLatent(_Latent):
+    r"""A plateau between two sigmoid flanks.
+
+    .. math:: \gamma=\sigma\,[\varsigma(f(t-\tfrac12)+1)-\varsigma(f(t-\tfrac12)-1)-\varsigma(-\tfrac f2+1)+\varsigma(-\tfrac f2-1)]
+
+    Args:
+        scale: :math:`\sigma`.
+        steepness: :math:`f`.
+    """
+
+    def __init__(self, scale: float = 1.0, steepness: float = 10.0) -> None:
+        super().__init__(scale)
+        check_positive(steepness, "steepness")
+        self.steepness = float(steepness)
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        # symmetric about one half; the smaller of t and 1 - t makes both ends exact zeros
+        u = self.steepness * (torch.minimum(t, 1 - t) - 0.5)
+        edge = torch.full_like(t, -0.5 * self.steepness)
+        plateau = torch.sigmoid(u + 1) - torch.sigmoid(u - 1)
+        return self.scale * (plateau - torch.sigmoid(edge + 1) + torch.sigmoid(edge - 1))
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        u = self.steepness * (t - 0.5)
+        p, q = torch.sigmoid(u + 1), torch.sigmoid(u - 1)
+        return self.scale * self.steepness * (p * (1 - p) - q * (1 - q))
+
+
+class HalfPower(_Latent):
+    r""":math:`\gamma=\sigma(1-t)\sqrt t`: the latent of a process that leaves a point, :math:`\sigma(1-t)W_t`.
+
+    Args:
+        scale: :math:`\sigma`.
+    """
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return self.scale * (1 - t) * t.sqrt()
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return self.scale * (0.5 - 1.5 * t) / t.sqrt()
+
+    def square_derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.square_derivative`."""
+        return self.scale**2 * (1 - t) * (1 - 3 * t)
+
+
+class CustomSchedule(Schedule):
+    """A user's function of time.
+
+    Args:
+        function: maps times of any shape to values of the same shape; a callable or a module.
+        derivative: likewise; by automatic differentiation if None.
+
+    Raises:
+        InvalidInputError: if an argument isn't callable.
+
+    Example:
+        >>> CustomSchedule(lambda t: t**2).derivative(torch.tensor([0.5]))
+        tensor([1.])
+    """
+
+    def __init__(self, function: TimeFunction, derivative: TimeFunction | None = None) -> None:
+        super().__init__()
+        for name, value in (("function", function), ("derivative", derivative)):
+            if value is not None and not callable(value):
+                raise InvalidInputError(f"{name} must be callable", got=type(value).__name__)
+        self.function = function
+        self.slope = derivative
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return self.function(t)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        if self.slope is not None:
+            return self.slope(t)
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            s = t.detach().requires_grad_()
+            slope = torch.autograd.grad(self.function(s).sum(), s, create_graph=keep)[0]
+        return slope if keep and slope.requires_grad else slope.detach()
+
+
+def as_schedule(value: Schedule | TimeFunction | float, name: str) -> Schedule:
+    """Turn a number or a function into a :class:`Schedule`.
+
+    Raises:
+        InvalidInputError: if it is neither.
+    """
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, int | float):
+        return Constant(value)
+    if callable(value):
+        return CustomSchedule(value)
+    raise InvalidInputError(
+        f"{name} must be a Schedule, a function of time or a number", got=type(value).__name__
+    )
