@@ -27,7 +27,9 @@ def check_known(interpolant: Interpolant, known: Sequence[str]) -> None:
             field.
     """
     if not 1 <= len(known) <= 2:
-        raise InvalidInputError("give one or two fields to learn", got=list(known) or "none", expected=list(TARGETS))
+        raise InvalidInputError(
+            "give one or two fields to learn", got=list(known) or "none", expected=list(TARGETS)
+        )
     for name in known:
         check_choice(name, TARGETS, "field")
         if name in ("score", "denoiser") and interpolant.kind != "one-sided" and not interpolant.has_latent:
@@ -35,9 +37,13 @@ def check_known(interpolant: Interpolant, known: Sequence[str]) -> None:
                 f"a path without a latent has no {name}", got="gamma = 0", hint="give the interpolant a gamma"
             )
         if name in ("eta0", "v") and interpolant.kind == "mirror":
-            raise InvalidInputError(f"on a mirror path {name} says nothing", got=name, hint="learn the denoiser")
+            raise InvalidInputError(
+                f"on a mirror path {name} says nothing", got=name, hint="learn the denoiser"
+            )
         if name in ("eta0", "eta1") and interpolant.correction is not None:
-            raise InvalidInputError(f"a path with a correction isn't linear, so {name} gives no velocity", got=name)
+            raise InvalidInputError(
+                f"a path with a correction isn't linear, so {name} gives no velocity", got=name
+            )
     pair = set(known)
     same = [{"score", "denoiser"}]
     if interpolant.kind == "one-sided":
@@ -96,7 +102,9 @@ def conversion(
     system = [[table[name][i] for i in unknowns] for name in ("x", *asked)]
     solved = _solve(system, [table[target][i] for i in unknowns])
     if solved is None:
-        raise UnavailableError(f"{' and '.join(asked)} don't determine the {target} at every time of this path")
+        raise UnavailableError(
+            f"{' and '.join(asked)} don't determine the {target} at every time of this path"
+        )
     return solved[0], [*solved[1:], *[None] * (len(known) - len(asked))]
 
 

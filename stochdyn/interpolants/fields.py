@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ class FieldNetwork(nn.Module):
             self.embedding = nn.Embedding(num_classes + 1, extra)
         sizes = [dim + 1 + extra, *[width] * depth]
         layers: list[nn.Module] = []
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+        for a, b in itertools.pairwise(sizes):
             layers += [nn.Linear(a, b), activation()]
         layers.append(nn.Linear(sizes[-1], dim if out_dim is None else out_dim))
         self.layers = nn.Sequential(*layers)
@@ -72,7 +73,7 @@ class FieldNetwork(nn.Module):
             if condition is None:
                 condition = x.new_zeros(self.condition_dim)
             parts.append(condition.expand(*x.shape[:-1], self.condition_dim))
-        return self.layers(torch.cat(parts, -1))  # type: ignore[no-any-return]
+        return self.layers(torch.cat(parts, -1))
 
 
 class Fields(nn.Module):
@@ -83,7 +84,9 @@ class Fields(nn.Module):
         networks: by name (``"velocity"``, ``"v"``, ``"score"``, ``"denoiser"``, ``"eta0"``, ``"eta1"``); called as
             ``net(t, x)`` with ``t (..., 1)``, or ``net(t, x, condition)`` where there is one.
         clip: distance from the ends of [0, 1] at which coefficients that grow without bound are held.
-        null_condition: what stands for no condition; see :class:`Guidance`.
+        null_condition: what stands for no condition, in classifier-free guidance.
+        independent: whether the two ends are independent. If they aren't, the noise of a one-sided path isn't either, and its
+            mean gives no score.
 
     Raises:
         InvalidInputError: if there are no networks, or they don't belong to the path.
@@ -95,12 +98,21 @@ class Fields(nn.Module):
         networks: Mapping[str, Network],
         clip: float = 1e-3,
         null_condition: Tensor | None = None,
+        independent: bool = True,
     ) -> None:
         super().__init__()
         check_known(interpolant, list(networks))
+        self._scoreless = interpolant.kind == "one-sided" and not independent
+        if self._scoreless and "score" in networks:
+            raise InvalidInputError(
+                "a score on a one-sided path needs the independent coupling",
+                hint="give the path a latent, such as path='linear' with gamma='brownian'",
+            )
         for name, net in networks.items():
             if not callable(net):
-                raise InvalidInputError(f"{name} must be callable", got=type(net).__name__, expected="net(t, x)")
+                raise InvalidInputError(
+                    f"{name} must be callable", got=type(net).__name__, expected="net(t, x)"
+                )
         if not 0 < clip < 0.5:
             raise InvalidInputError("clip must lie between 0 and 0.5", got=clip)
         self.interpolant, self.clip = interpolant, clip
@@ -114,7 +126,7 @@ class Fields(nn.Module):
     def has_score(self) -> bool:
         """Whether the networks determine a score."""
         it = self.interpolant
-        if not it.has_latent and it.kind != "one-sided":
+        if self._scoreless or (not it.has_latent and it.kind != "one-sided"):
             return False
         needed = 1 if it.kind in ("one-sided", "mirror") else 2
         return len(self.names) >= needed or bool({"score", "denoiser"} & set(self.names))
@@ -129,7 +141,11 @@ class Fields(nn.Module):
         net = self.networks[name] if name in self.networks else self._functions[name]
         value: Tensor = net(t, x) if condition is None else net(t, x, condition)
         if value.shape != x.shape:
-            raise ShapeError(f"the network of the {name} has the wrong shape", got=tuple(value.shape), expected=tuple(x.shape))
+            raise ShapeError(
+                f"the network of the {name} has the wrong shape",
+                got=tuple(value.shape),
+                expected=tuple(x.shape),
+            )
         return value
 
     def guided(self, name: str, t: Tensor, x: Tensor, condition: Any, guidance: float) -> Tensor:
@@ -147,7 +163,8 @@ class Fields(nn.Module):
         """
         if self.null_condition is None:
             raise InvalidInputError(
-                "guidance needs a null condition", hint="train with null_condition=... and condition_dropout above 0"
+                "guidance needs a null condition",
+                hint="train with null_condition=... and condition_dropout above 0",
             )
         return self.null_condition.to(condition).expand_as(condition)
 
@@ -185,7 +202,9 @@ class Fields(nn.Module):
         assert total is not None
         return total
 
-    def forward(self, name: str, t: Tensor | float, x: Tensor, condition: Any = None, guidance: float = 1.0) -> Tensor:
+    def forward(
+        self, name: str, t: Tensor | float, x: Tensor, condition: Any = None, guidance: float = 1.0
+    ) -> Tensor:
         """Return the field ``name`` at ``x (..., d)``.
 
         Raises:

@@ -78,7 +78,7 @@ def _checked(weights: Tensor, means: Tensor, covariances: Tensor | float) -> tup
     check_same_dtype(weights=weights, means=means, covariances=full)
     check_same_device(weights=weights, means=means, covariances=full)
     check_finite(full, "covariances")
-    symmetric = bool(((full - full.mT).abs().amax() <= 1e-5 * full.abs().amax()))
+    symmetric = bool((full - full.mT).abs().amax() <= 1e-5 * full.abs().amax())
     if not symmetric or bool((torch.linalg.cholesky_ex(full).info != 0).any()):
         raise SingularDiffusionError(
             "covariances must be symmetric and positive definite",

@@ -20,18 +20,15 @@ from stochdyn._checks import (
 )
 from stochdyn.core.flow import as_time
 from stochdyn.errors import InvalidInputError, ShapeError, TimeGridError
+from stochdyn.interpolants.latents import BrownianLatent, ParabolicLatent, SigmoidLatent, SineSquaredLatent
 from stochdyn.interpolants.schedules import (
-    BrownianLatent,
     Constant,
     Cosine,
     CosineSquared,
     Linear,
-    ParabolicLatent,
     Remaining,
     Schedule,
-    SigmoidLatent,
     Sine,
-    SineSquaredLatent,
     VariancePreserving,
     as_schedule,
 )
@@ -97,7 +94,8 @@ class Interpolant(nn.Module):
 
     def __init__(
         self,
-        path: str | tuple[Schedule | Callable[[Tensor], Tensor], Schedule | Callable[[Tensor], Tensor]] = "linear",
+        path: str
+        | tuple[Schedule | Callable[[Tensor], Tensor], Schedule | Callable[[Tensor], Tensor]] = "linear",
         gamma: str | Schedule | Callable[[Tensor], Tensor] | None = None,
         scale: float = 1.0,
         *,
@@ -188,7 +186,7 @@ class Interpolant(nn.Module):
         def bend(s: Tensor) -> Tensor:
             return s * (1 - s) * correction(s, x0, x1)
 
-        return torch.func.jvp(bend, (each,), (torch.ones_like(each),))[1]  # type: ignore[no-any-return]
+        return torch.func.jvp(bend, (each,), (torch.ones_like(each),))[1]
 
     def sample(
         self,
@@ -284,7 +282,9 @@ def check_pair(x0: Tensor, x1: Tensor, z: Tensor | None = None) -> None:
         if x is None:
             continue
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise InvalidInputError(f"{name} must be a floating tensor", got=getattr(x, "dtype", type(x).__name__))
+            raise InvalidInputError(
+                f"{name} must be a floating tensor", got=getattr(x, "dtype", type(x).__name__)
+            )
         check_ndim(x, tuple(range(1, 12)), name, "(..., d)")
         check_nonempty(x, name)
     check_event_size(x0, x1.shape[-1], "x0")
@@ -306,7 +306,7 @@ def check_times(t: Tensor) -> None:
 def _latent(gamma: str | Schedule | Callable[[Tensor], Tensor], scale: float) -> Schedule:
     if isinstance(gamma, str):
         check_choice(gamma, (*GAMMAS, "zero"), "gamma")
-        return Constant(0.0) if gamma == "zero" else GAMMAS[gamma](scale)  # type: ignore[call-arg]
+        return Constant(0.0) if gamma == "zero" else GAMMAS[gamma](scale)
     return as_schedule(gamma, "gamma")
 
 

@@ -82,7 +82,9 @@ class GaussianMixtureInterpolant(MarginalFlow):
         if interpolant.kind == "one-sided":
             eye = torch.eye(dim).to(like)
             if float(first[1].abs().max()) > 0 or float((first[2] - eye).abs().max()) > 1e-12:
-                raise InvalidInputError("a one-sided path starts in the standard normal", got="another mixture0")
+                raise InvalidInputError(
+                    "a one-sided path starts in the standard normal", got="another mixture0"
+                )
         k0, k1 = len(first[0]), len(second[0])
         pairs = {
             "weights": (first[0][:, None] * second[0]).flatten(),
@@ -127,7 +129,9 @@ class GaussianMixtureInterpolant(MarginalFlow):
         time = as_time(t, x)
         check_times(time)
         if x.shape[-1] != self.dim:
-            raise ShapeError("x has the wrong dimension", got=f"shape {tuple(x.shape)}", expected=f"(..., {self.dim})")
+            raise ShapeError(
+                "x has the wrong dimension", got=f"shape {tuple(x.shape)}", expected=f"(..., {self.dim})"
+            )
         check_same_dtype(x=x, mixture=self.means0)
         return _Pairs(self, time.to(x.dtype), x)
 
@@ -275,7 +279,9 @@ class _Pairs:
         parts = it.beta.derivative(self.time) * flow.means1 + self.bb * self._through(1)
         if it.kind != "mirror":
             parts = parts + self.aa * self._through(0)
-            parts = parts + torch.where(flow.means0 == 0, flow.means0, it.alpha.derivative(self.time) * flow.means0)
+            parts = parts + torch.where(
+                flow.means0 == 0, flow.means0, it.alpha.derivative(self.time) * flow.means0
+            )
         if latent:
             parts = parts + self.gg * self.y
         return (self.share * parts).sum(-2)

@@ -55,6 +55,11 @@ class Epsilon(nn.Module):
         """Whether there is no noise at all."""
         return self._value == 0.0
 
+    @property
+    def constant(self) -> float | None:
+        """The value where it is the same number at all times, else None."""
+        return None if callable(self._value) or self.taper else self._value
+
     def forward(self, t: Tensor) -> Tensor:
         """Return epsilon at times of any shape."""
         value = self._value(t) if callable(self._value) else torch.full_like(t, self._value)
@@ -93,7 +98,9 @@ class TabulatedEpsilon(nn.Module):
         t, v = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (times, values))
         check_ndim(t, 1, "times", "(T,)")
         if t.shape != v.shape or t.shape[0] < 2:
-            raise ShapeError("epsilon needs one value a time, at least two", got=f"{tuple(t.shape)} and {tuple(v.shape)}")
+            raise ShapeError(
+                "epsilon needs one value a time, at least two", got=f"{tuple(t.shape)} and {tuple(v.shape)}"
+            )
         check_finite(v, "values")
         if bool((v < 0).any()):
             raise InvalidInputError("epsilon must not be negative", got=f"minimum {float(v.min()):g}")
@@ -109,7 +116,9 @@ class TabulatedEpsilon(nn.Module):
         return ((1 - share) * self.values[right - 1] + share * self.values[right]).to(t)
 
 
-def as_epsilon(value: EpsilonLike, interpolant: Interpolant, taper: float = 0.0, largest: float = 10.0) -> Epsilon:
+def as_epsilon(
+    value: EpsilonLike, interpolant: Interpolant, taper: float = 0.0, largest: float = 10.0
+) -> Epsilon:
     """Turn a number, a function of time or ``"optimal"`` into an :class:`Epsilon`.
 
     Args:
@@ -125,12 +134,16 @@ def as_epsilon(value: EpsilonLike, interpolant: Interpolant, taper: float = 0.0,
         return value
     if isinstance(value, str):
         if value != "optimal":
-            raise InvalidInputError("epsilon is unknown", got=repr(value), expected="a number, a function or 'optimal'")
+            raise InvalidInputError(
+                "epsilon is unknown", got=repr(value), expected="a number, a function or 'optimal'"
+            )
         interpolant.optimal_epsilon(0.5)
         check_positive(largest, "largest")
         return Epsilon(interpolant.optimal_epsilon, interpolant, taper, largest)
     if isinstance(value, Tensor):
         if value.ndim:
-            raise InvalidInputError("epsilon must be one number or a function of time", got=f"shape {tuple(value.shape)}")
+            raise InvalidInputError(
+                "epsilon must be one number or a function of time", got=f"shape {tuple(value.shape)}"
+            )
         value = float(value)
     return Epsilon(value, interpolant, taper)

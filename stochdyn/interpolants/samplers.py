@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Literal, cast
 
@@ -123,7 +124,10 @@ def integrate_ode(
     if method in ADAPTIVE:
         from torchdiffeq import odeint
 
-        path = odeint(velocity, x, ts.to(x), method=method, rtol=rtol, atol=atol)
+        # without step_t the last step overshoots the last time, where the field may not exist
+        path = odeint(
+            velocity, x, ts.to(x), method=method, rtol=rtol, atol=atol, options={"step_t": ts.to(x)}
+        )
         return cast(Tensor, path if trajectory else path[-1])
     return _run(_ode_step(velocity, times, dts, method), x, len(dts), trajectory)
 
@@ -139,7 +143,7 @@ def _ode_step(velocity: Field, times: tuple[Tensor, ...], dts: list[float], meth
 
     if method == "heun":
         return heun
-    middles = [0.5 * (a + b) for a, b in zip(times[:-1], times[1:], strict=True)]
+    middles = [0.5 * (a + b) for a, b in itertools.pairwise(times)]
 
     def midpoint(n: int, x: Tensor) -> Tensor:
         half = torch.add(x, velocity(times[n], x), alpha=0.5 * dts[n])
@@ -164,7 +168,8 @@ def step_noise(noise: Noise, ts: Tensor, dts: list[float]) -> list[float]:
     values = values.expand(len(dts)) if values.ndim == 0 else values
     if values.shape != (len(dts),):
         raise InvalidInputError(
-            "noise must be a number, one number a step, or a function of time", got=f"shape {tuple(values.shape)}"
+            "noise must be a number, one number a step, or a function of time",
+            got=f"shape {tuple(values.shape)}",
         )
     check_finite(values, "noise")
     if bool((values < 0).any()):
@@ -290,7 +295,7 @@ def integrate_strang(
     # standard deviations of sqrt(2 epsilon) dW, step by step
     root = _root_of_twice(epsilon)
     spread = step_noise(root, ts, dts)
-    middles = [0.5 * (a + b) for a, b in zip(times[:-1], times[1:], strict=True)]
+    middles = [0.5 * (a + b) for a, b in itertools.pairwise(times)]
 
     def half(start: Tensor, stop: Tensor, h: float, x: Tensor) -> Tensor:
         slope = velocity(start, x)
