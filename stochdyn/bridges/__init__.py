@@ -7,6 +7,7 @@ is chosen from a family of models so that it is nearest in turn.
 
 from __future__ import annotations
 
+from stochdyn.bridges.bridge import SchrodingerBridge
 from stochdyn.bridges.families import (
     DriftFamily,
     LinearDrift,
@@ -17,6 +18,8 @@ from stochdyn.bridges.families import (
 )
 from stochdyn.bridges.gaussian import GaussianBridge
 from stochdyn.bridges.gaussian_refine import GaussianChainBridge, GaussianRefinement, refine_gaussian
+from stochdyn.bridges.history import History, Iteration
+from stochdyn.bridges.marginal import BridgeMarginal
 from stochdyn.bridges.matching import BridgeMatching
 from stochdyn.bridges.mechanistic import (
     ComponentFeatures,
@@ -27,11 +30,14 @@ from stochdyn.bridges.mechanistic import (
 )
 from stochdyn.bridges.neural import NeuralDrift, PotentialDrift, SumDrift
 from stochdyn.bridges.partial_gaussian import PartialGaussianBridge
+from stochdyn.bridges.plots import plot_history, plot_trajectories
 from stochdyn.bridges.pyro_family import ModuleDrift, PyroDrift, as_family
+from stochdyn.bridges.refine import Refinement, refine
 from stochdyn.bridges.snapshots import Snapshot, Snapshots
 from stochdyn.core.transport import sinkhorn
 
 __all__ = [
+    "BridgeMarginal",
     "BridgeMatching",
     "ComponentFeatures",
     "DriftFamily",
@@ -40,6 +46,8 @@ __all__ = [
     "GaussianBridge",
     "GaussianChainBridge",
     "GaussianRefinement",
+    "History",
+    "Iteration",
     "LambOseen",
     "LinearDrift",
     "LinearFamily",
@@ -49,13 +57,18 @@ __all__ = [
     "PartialGaussianBridge",
     "PotentialDrift",
     "PyroDrift",
+    "Refinement",
     "Repressilator",
+    "SchrodingerBridge",
     "SharedFeatures",
     "Snapshot",
     "Snapshots",
     "SumDrift",
     "ZeroDrift",
     "as_family",
+    "plot_history",
+    "plot_trajectories",
+    "refine",
     "refine_gaussian",
     "sinkhorn",
 ]

@@ -62,10 +62,20 @@ class TransportPlan:
         dtype = self.cost_matrix.dtype
         return self._f.to(dtype), self._g.to(dtype)
 
+    @property
+    def scaled_potentials(self) -> tuple[Tensor, Tensor]:
+        r""":math:`f/\varepsilon` and :math:`g/\varepsilon`, in double precision."""
+        return self._f / self.reg, self._g / self.reg
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(*B, n, m)``."""
+        return self.cost_matrix.shape
+
     def plan(self) -> Tensor:
         """Return the coupling ``(*B, n, m)``, a constant for differentiation."""
         out = torch.empty_like(self.cost_matrix, requires_grad=False)
-        for rows, block in self._blocks():
+        for rows, block in self.blocks():
             out[..., rows, :] = block
         return out
 
@@ -73,7 +83,7 @@ class TransportPlan:
     def transport_cost(self) -> Tensor:
         r"""``(*B,)``: :math:`\langle P,C\rangle`, a constant for differentiation; see :attr:`value`."""
         cost = self.cost_matrix.detach()
-        parts = [(block * cost[..., rows, :]).double().sum((-2, -1)) for rows, block in self._blocks()]
+        parts = [(block * cost[..., rows, :]).double().sum((-2, -1)) for rows, block in self.blocks()]
         return torch.stack(parts).sum(0).to(cost.dtype)
 
     @property
@@ -85,7 +95,7 @@ class TransportPlan:
         a, b = self.weights_x, self.weights_y
         dual = (a * self._f).sum(-1) + (b * self._g).sum(-1)
         excess = -a.detach().double().sum(-1)
-        for rows, block in self._blocks():
+        for rows, block in self.blocks():
             excess = excess + block.double().sum((-2, -1))
             if self.cost_matrix.requires_grad:
                 own = self.cost_matrix[..., rows, :]
@@ -99,8 +109,8 @@ class TransportPlan:
             raise ShapeError(
                 "values must have one row per target", got=tuple(values.shape), expected=expected
             )
-        sums = [block @ values for _, block in self._blocks()]
-        mass = [block.sum(-1, keepdim=True) for _, block in self._blocks()]
+        sums = [block @ values for _, block in self.blocks()]
+        mass = [block.sum(-1, keepdim=True) for _, block in self.blocks()]
         return torch.cat(sums, -2) / torch.cat(mass, -2)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -118,7 +128,12 @@ class TransportPlan:
             second.append(torch.multinomial(kernel * target, 1, generator=generator).squeeze(-1))
         return first, torch.cat(second)
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+    def rows(self, index: Tensor) -> Tensor:
+        """Return the weights ``(k, m)``, up to a factor each, of the partners of ``index (k,)``. Not for batches."""
+        kernel = kernel_rows(self.cost_matrix.detach()[index], self._f[index], self._g, self.reg, slice(None))
+        return kernel * self.weights_y.detach()
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the coupling in blocks of rows."""
         cost, a, b = (x.detach() for x in (self.cost_matrix, self.weights_x, self.weights_y))
         b = b / b.sum(-1, keepdim=True)

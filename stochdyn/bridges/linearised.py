@@ -1,0 +1,188 @@
+r"""Transitions of the reference between two snapshots: exact for affine drifts, relinearised for others.
+
+For a nonlinear drift every pair of particles has its own nominal path. About it the process is linear,
+
+.. math:: dX=\big[b(\bar x_t)+\nabla b(\bar x_t)(X-\bar x_t)\big]dt+G\,dW,
+
+its transition density Gaussian, and the mean of the pinned process is the next nominal path. A fixed point is the
+most probable path, and the density Laplace's approximation about it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from stochdyn.bridges._small import mm, mt, mv
+from stochdyn.bridges.chain import Chain, panel_rule
+from stochdyn.bridges.families import DriftFamily
+from stochdyn.core._linear_transition import constant_transition
+
+__all__ = ["AffineTransition", "LinearisedTransition", "Transition", "transition"]
+
+_CHUNK_NUMBERS = 2**23
+
+
+class Transition(ABC):
+    """The reference process between the times ``start`` and ``end``.
+
+    Args:
+        family: the drift.
+        spread: ``(d, d)`` covariance rate of the noise.
+        start: time of the first snapshot.
+        end: time of the second one.
+        step: largest spacing of the inner time grid.
+    """
+
+    def __init__(self, family: DriftFamily, spread: Tensor, start: float, end: float, step: float) -> None:
+        self.family, self.spread, self.start, self.end, self.step = family, spread, start, end, step
+        self.ts, self.quadrature = panel_rule(start, end, step)
+
+    @torch.no_grad()
+    def chain(self, x: Tensor, y: Tensor, ts: Tensor | None = None) -> Chain:
+        """Return the linear process for pairs of ends ``x, y (P, d)`` on ``ts`` (the own grid if None)."""
+        return self._chain(x, y, self.ts if ts is None else ts)
+
+    @abstractmethod
+    def _chain(self, x: Tensor, y: Tensor, grid: Tensor) -> Chain: ...
+
+    @abstractmethod
+    def log_kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log p(y_b | x_a)``, ``(n, m)``, for ``x (n, d)`` and ``y (m, d)``."""
+
+
+class AffineTransition(Transition):
+    """The exact process of a drift :math:`Ax+c`, one chain for all pairs."""
+
+    def __init__(self, family: DriftFamily, spread: Tensor, start: float, end: float, step: float) -> None:
+        super().__init__(family, spread, start, end, step)
+        affine = family.affine()
+        assert affine is not None
+        self.matrix, self.shift = (value.detach().to(spread) for value in affine)
+        whole = torch.tensor([end - start], dtype=torch.float64, device=spread.device)
+        phi, c, q = constant_transition(self.matrix, self.shift, spread, whole, spread.dtype)
+        self.phi, self.constant, self.noise = phi[0], c[0], q[0]
+
+    def whitened(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both clouds in coordinates where the kernel is :math:`e^{-|x-y|^2/2}` but for :meth:`log_constant`."""
+        factor = torch.linalg.cholesky(self.noise)
+        expected = x @ self.phi.mT + self.constant
+        return (
+            torch.linalg.solve_triangular(factor, expected.mT, upper=False).mT.contiguous(),
+            torch.linalg.solve_triangular(factor, y.mT, upper=False).mT.contiguous(),
+        )
+
+    def log_constant(self) -> Tensor:
+        """Return the log of the normalising constant of the kernel."""
+        return -0.5 * torch.logdet(2 * torch.pi * self.noise)
+
+    def log_kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """See :meth:`Transition.log_kernel`."""
+        before, after = self.whitened(x, y)
+        distance = torch.cdist(before, after, compute_mode="donot_use_mm_for_euclid_dist")
+        return -0.5 * distance.square() + self.log_constant()
+
+    def _chain(self, x: Tensor, y: Tensor, grid: Tensor) -> Chain:
+        dtype, count = self.spread.dtype, len(grid)
+        grid = grid.to(self.spread.device)
+        phi, c, q = constant_transition(self.matrix, self.shift, self.spread, grid.diff(), dtype)
+        psi, d, r = constant_transition(self.matrix, self.shift, self.spread, grid[-1] - grid, dtype)
+        return Chain(
+            grid,
+            phi[..., None],
+            c[..., None],
+            q[..., None],
+            psi[..., None],
+            d[..., None],
+            r[..., None],
+            self.matrix[..., None].expand(count, -1, -1, 1),
+            self.shift[..., None].expand(count, -1, 1),
+            self.spread,
+        )
+
+
+class LinearisedTransition(Transition):
+    """A nonlinear drift, linearised about a path of its own for every pair.
+
+    Args:
+        family: the drift.
+        spread: ``(d, d)``.
+        start: time of the first snapshot.
+        end: time of the second one.
+        step: largest spacing of the inner time grid.
+        passes: how often nominal paths are improved before the density is taken.
+    """
+
+    def __init__(
+        self, family: DriftFamily, spread: Tensor, start: float, end: float, step: float, passes: int = 2
+    ) -> None:
+        super().__init__(family, spread, start, end, step)
+        self.passes = passes
+
+    def _chain(self, x: Tensor, y: Tensor, grid: Tensor) -> Chain:
+        x, y = x.mT.contiguous(), y.mT.contiguous()
+        lam = ((grid - grid[0]) / (grid[-1] - grid[0])).to(x)[:, None, None]
+        nominal = x + lam * (y - x)
+        chain = self._linearise(nominal, grid)
+        for _ in range(self.passes):
+            nominal = chain.pin(y).mean(x)
+            chain = self._linearise(nominal, grid)
+        return chain
+
+    def log_kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """See :meth:`Transition.log_kernel`."""
+        n, m, d = x.shape[0], y.shape[0], x.shape[1]
+        rows = max(1, _CHUNK_NUMBERS // (len(self.ts) * d * d * m))
+        parts = []
+        for own in x.split(rows):
+            first = own[:, None].expand(-1, m, -1).reshape(-1, d)
+            second = y.expand(own.shape[0], -1, -1).reshape(-1, d)
+            density = self.chain(first, second).log_density(first.mT, second.mT)
+            parts.append(density.reshape(-1, m))
+        return torch.cat(parts).reshape(n, m)
+
+    def _linearise(self, nominal: Tensor, grid: Tensor) -> Chain:
+        """Linearise about the piecewise linear path ``nominal (K+1, d, P)``; second order in the spacing."""
+        t = grid.to(nominal)[:, None, None]
+        drift, jacobian = self.family.linearise(t, nominal.movedim(-2, -1))
+        b, j = drift.movedim(-1, -2).contiguous(), jacobian.movedim(-3, -1).contiguous()
+        dt = grid.diff().to(nominal)
+        dt1, dt2 = dt[:, None, None], dt[:, None, None, None]
+        middle = 0.5 * (j[1:] + j[:-1]) * dt2
+        square = mm(middle, middle)
+        eye = torch.eye(nominal.shape[1], dtype=nominal.dtype, device=nominal.device)[..., None]
+        matrix = eye + middle + 0.5 * square + mm(middle, square) / 6
+        # what the drift moves beyond the nominal path, carried to the end of the step
+        excess = 0.5 * (b[1:] + b[:-1]) * dt1 - (nominal[1:] - nominal[:-1])
+        excess = excess + 0.5 * mv(middle, excess) + mv(square, excess) / 6
+        shift = nominal[1:] + excess - mv(matrix, nominal[:-1])
+        spread = self.spread[..., None]
+        first, second = mm(middle, spread), mm(square, spread)
+        cross = mm(first, mt(middle))
+        noise = dt2 * (spread + 0.5 * (first + mt(first)) + (second + 2 * cross + mt(second)) / 6)
+        to_end, end_shift, end_noise = _to_end(matrix, shift, noise)
+        level = b - mv(j, nominal)
+        return Chain(grid, matrix, shift, noise, to_end, end_shift, end_noise, j, level, self.spread)
+
+
+def _to_end(matrix: Tensor, shift: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return matrix, shift and covariance of the end given each state, by the backward recursion."""
+    psi = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)[..., None].expand_as(matrix[0])
+    d, r = torch.zeros_like(shift[0]), torch.zeros_like(noise[0])
+    maps, shifts, covariances = [psi], [d], [r]
+    for k in reversed(range(matrix.shape[0])):
+        r = r + mm(mm(psi, noise[k]), mt(psi))
+        d = d + mv(psi, shift[k])
+        psi = mm(psi, matrix[k])
+        maps.append(psi)
+        shifts.append(d)
+        covariances.append(r)
+    return torch.stack(maps[::-1]), torch.stack(shifts[::-1]), torch.stack(covariances[::-1])
+
+
+def transition(family: DriftFamily, spread: Tensor, start: float, end: float, step: float) -> Transition:
+    """Return the exact process where the drift is affine, else the linearised one."""
+    kind = AffineTransition if family.affine() is not None else LinearisedTransition
+    return kind(family, spread, start, end, step)

@@ -1,0 +1,88 @@
+"""The law of a bridge at one time: a mixture of Gaussians, one for every pair of particles."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_event_size, check_positive_int
+from stochdyn.errors import UnavailableError
+
+__all__ = ["BridgeMarginal"]
+
+_CHUNK_NUMBERS = 2**22
+
+
+class BridgeMarginal:
+    r"""A mixture of Gaussians, or of points at the time of a snapshot.
+
+    .. math:: q_t=\sum_sw_s\,N(m_s,\,V_s)
+
+    Attributes:
+        time: the time.
+        means: ``(S, d)``.
+        factors: ``(S, d, d)`` or ``(1, d, d)`` lower factors of the covariances, or None for points.
+        weights: ``(S,)``, their sum is one.
+    """
+
+    def __init__(self, time: float, means: Tensor, factors: Tensor | None, weights: Tensor) -> None:
+        self.time, self.means, self.factors, self.weights = time, means, factors, weights
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``(n, d)``."""
+        check_positive_int(n, "n")
+        index = _multinomial(self.weights, n, generator)
+        centre = self.means[index]
+        if self.factors is None:
+            return centre
+        factor = self.factors[index] if len(self.factors) > 1 else self.factors
+        noise = torch.randn(centre.shape, generator=generator, dtype=centre.dtype, device=centre.device)
+        return centre + (factor @ noise[..., None]).squeeze(-1)
+
+    @property
+    def mean(self) -> Tensor:
+        """``(d,)``."""
+        return self.weights @ self.means
+
+    @property
+    def covariance(self) -> Tensor:
+        """``(d, d)``."""
+        centred = self.means - self.mean
+        between = centred.mT @ (self.weights[:, None] * centred)
+        if self.factors is None:
+            return between
+        own = self.factors @ self.factors.mT
+        return between + (own[0] if len(own) == 1 else torch.einsum("s,sij->ij", self.weights, own))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return the log density ``(...)`` at ``x (..., d)``.
+
+        Raises:
+            UnavailableError: at the time of a snapshot, where the law has no density.
+        """
+        if self.factors is None:
+            raise UnavailableError(
+                "at a snapshot the bridge is a set of points and has no density",
+                got=f"t={self.time:g}",
+                hint="ask at a time between two snapshots",
+            )
+        check_event_size(x, self.means.shape[1], "x")
+        flat = x.reshape(-1, x.shape[-1])
+        constant = self.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        offset = self.weights.log() - constant - 0.5 * x.shape[-1] * math.log(2 * math.pi)
+        rows = max(1, _CHUNK_NUMBERS // self.means.numel())
+        parts = []
+        for own in flat.split(rows):
+            gap = (own[:, None] - self.means)[..., None]
+            white = torch.linalg.solve_triangular(self.factors, gap, upper=False).squeeze(-1)
+            parts.append(torch.logsumexp(offset - 0.5 * white.square().sum(-1), -1))
+        return torch.cat(parts).reshape(x.shape[:-1])
+
+
+def _multinomial(weights: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """Draw indices; unlike ``torch.multinomial`` for any number of categories."""
+    reach = weights.double().cumsum(0)
+    points = torch.rand(n, generator=generator, dtype=torch.float64, device=weights.device) * reach[-1]
+    return torch.searchsorted(reach, points, right=True).clamp_max(len(weights) - 1)

@@ -1,0 +1,116 @@
+"""Pictures of a refinement: objective and parameters over the iterations, trajectories through the snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_positive_int
+from stochdyn.bridges.bridge import SchrodingerBridge
+from stochdyn.bridges.history import History
+from stochdyn.errors import EmptyDataError, ShapeError
+
+__all__ = ["plot_history", "plot_trajectories"]
+
+_MAX_CURVES = 12
+
+
+def plot_history(history: History, truth: Mapping[str, float] | None = None, axes: Any = None) -> Any:
+    """Draw how far the objective is from its last value after every half step, and the parameters per iteration.
+
+    Args:
+        history: of a refinement.
+        truth: known values, drawn as dashed lines.
+        axes: two matplotlib axes; new ones if None.
+
+    Returns:
+        The two axes.
+
+    Raises:
+        EmptyDataError: if there was no iteration.
+    """
+    if not len(history):
+        raise EmptyDataError("the history has no iterations")
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        _, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left, right = axes
+    trace = history.trace
+    gap = (trace - trace.min()).clamp_min(1e-12)
+    left.semilogy(torch.arange(len(gap)).double() / 2, gap, marker=".")
+    left.set_xlabel("iteration")
+    left.set_ylabel("objective above its least value, nats")
+    drawn = 0
+    for name, values in history.parameters.items():
+        for index, curve in enumerate(values.reshape(len(history), -1).T):
+            if drawn == _MAX_CURVES:
+                break
+            label = name if values[0].numel() == 1 else f"{name}[{index}]"
+            (line,) = right.plot(range(1, len(history) + 1), curve, marker=".", label=label)
+            if truth is not None and name in truth and values[0].numel() == 1:
+                right.axhline(truth[name], color=line.get_color(), linestyle="--", linewidth=0.8)
+            drawn += 1
+    right.set_xlabel("iteration")
+    right.set_ylabel("parameters")
+    right.legend(fontsize="small")
+    return axes
+
+
+def plot_trajectories(
+    bridge: SchrodingerBridge,
+    n: int = 50,
+    components: tuple[int, int] | None = None,
+    num_times: int = 200,
+    held_out: Any = (),
+    seed: int = 0,
+    axis: Any = None,
+) -> Any:
+    """Draw trajectories of a bridge and the snapshots they pass through.
+
+    Args:
+        bridge: a solved one.
+        n: number of trajectories.
+        components: the two components to draw against one another; against time, the first one, if the state has only one.
+        num_times: points of a curve.
+        held_out: snapshots that weren't trained on, drawn as crosses.
+        seed: of the draws.
+        axis: matplotlib axis; a new one if None.
+
+    Returns:
+        The axis.
+
+    Raises:
+        ShapeError: if a component doesn't exist.
+    """
+    check_positive_int(n, "n")
+    snaps = bridge.snapshots
+    pair = components or ((0, 1) if snaps.dim > 1 else None)
+    if pair is not None and max(pair) >= snaps.dim:
+        raise ShapeError("there is no such component", got=pair, expected=f"below {snaps.dim}")
+    if axis is None:
+        import matplotlib.pyplot as plt
+
+        _, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+    ts = torch.linspace(float(snaps.times[0]), float(snaps.times[-1]), num_times, dtype=torch.float64)
+    x = bridge.sample(ts, n, torch.Generator(snaps.device).manual_seed(seed)).x.cpu()
+    for path in x:
+        first, second = (ts, path[:, 0]) if pair is None else (path[:, pair[0]], path[:, pair[1]])
+        axis.plot(first, second, color="0.6", linewidth=0.5, alpha=0.6, zorder=1)
+
+    def scatter(time: float, sample: Tensor, **style: Any) -> None:
+        sample = sample.cpu()
+        first = torch.full_like(sample[:, 0], time) if pair is None else sample[:, pair[0]]
+        axis.scatter(first, sample[:, 0 if pair is None else pair[1]], zorder=2, **style)
+
+    for snap in snaps:
+        scatter(snap.time, snap.sample, s=10, label=f"t = {snap.time:g}")
+    for snap in held_out:
+        scatter(snap.time, snap.sample, s=14, marker="x", color="black", linewidth=0.7)
+    axis.set_xlabel("t" if pair is None else f"component {pair[0] + 1}")
+    axis.set_ylabel(f"component {1 if pair is None else pair[1] + 1}")
+    axis.legend(fontsize="small")
+    return axis

@@ -1,0 +1,91 @@
+"""Trajectories of a bridge: partners along the chain of couplings, and states between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stochdyn.bridges._small import cholesky
+from stochdyn.bridges.linearised import AffineTransition, Transition
+from stochdyn.bridges.marginal import _multinomial
+from stochdyn.bridges.snapshots import Snapshots
+from stochdyn.core.transport import TransportPlan
+
+__all__ = ["draw_partners", "draw_paths", "pinned_law"]
+
+
+def draw_partners(
+    plans: list[TransportPlan], first: Tensor, generator: torch.Generator | None
+) -> list[Tensor]:
+    """Return the particles ``(n,)`` visited at every snapshot, from those at the first one."""
+    visited = [first]
+    for plan in plans:
+        rows = plan.rows(visited[-1])
+        reach = rows.double().cumsum(-1)
+        point = torch.rand(len(first), 1, generator=generator, dtype=torch.float64, device=rows.device)
+        chosen = torch.searchsorted(reach, point * reach[:, -1:], right=True).squeeze(-1)
+        visited.append(chosen.clamp_max(rows.shape[-1] - 1))
+    return visited
+
+
+def draw_paths(
+    snapshots: Snapshots,
+    plans: list[TransportPlan],
+    parts: list[Transition],
+    ts: Tensor,
+    n: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Return states ``(n, T, d)`` at ``ts`` and innovations ``(n, T-1, d)`` of unit covariance rate."""
+    first = _multinomial(snapshots.weights[0], n, generator)
+    visited = draw_partners(plans, first, generator)
+    times, wanted = snapshots.times, ts.to(snapshots.times)
+    slack = 1e-9 * float(times[-1] - times[0])
+    x = snapshots.samples[0].new_empty(len(ts), snapshots.dim, n)
+    reached = torch.zeros_like(x)  # sum of innovations up to each time
+    total = torch.zeros_like(x[0])
+    x[(wanted - times[0]).abs() <= slack] = snapshots.samples[0][first].mT
+    for i, part in enumerate(parts):
+        a, b = part.start, part.end
+        if b < float(wanted[0]) - slack or a > float(wanted[-1]) + slack:
+            continue
+        start, end = snapshots.samples[i][visited[i]], snapshots.samples[i + 1][visited[i + 1]]
+        inside = (wanted > a + slack) & (wanted < b - slack)
+        at_end = (wanted - b).abs() <= slack
+        grid, places = _merged(part, wanted[inside])
+        pinned = part.chain(start, end, grid).pin(end.mT.contiguous())
+        states, innovations = pinned.sample(start.mT.contiguous(), generator)
+        sums = total + innovations.cumsum(0)
+        x[inside], x[at_end] = states[places], end.mT
+        reached[inside], reached[at_end] = sums[places - 1], sums[-1]
+        total = sums[-1]
+    factor = torch.linalg.cholesky(parts[0].spread)
+    white = torch.linalg.solve_triangular(factor, reached.diff(dim=0), upper=False)
+    return x.permute(2, 0, 1), white.permute(2, 0, 1)
+
+
+def _merged(part: Transition, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a grid over the interval that contains the times ``inside``, and their places in it.
+
+    An affine transition needs no further points; a linearised one keeps its own where they aren't too close.
+    """
+    ends = part.ts[[0, -1]].to(inside)
+    if isinstance(part, AffineTransition):
+        grid = torch.cat((ends[:1], inside, ends[1:]))
+    else:
+        own = part.ts[1:-1].to(inside)
+        if len(inside):
+            gap = (own[:, None] - inside).abs().amin(-1)
+            own = own[gap > 0.2 * float(part.ts.diff().max())]
+        grid = torch.cat((ends, inside, own)).sort().values
+    return grid, torch.searchsorted(grid, inside)
+
+
+def pinned_law(part: Transition, x: Tensor, y: Tensor, time: float) -> tuple[Tensor, Tensor]:
+    """Return means ``(S, d)`` and lower factors ``(S or 1, d, d)`` at ``time`` of the pinned process."""
+    inside = torch.tensor([time], dtype=torch.float64, device=x.device)
+    grid, places = _merged(part, inside)
+    pinned = part.chain(x, y, grid).pin(y.mT.contiguous())
+    place = int(places[0])
+    mean = pinned.mean(x.mT.contiguous())[place]
+    return mean.mT.contiguous(), cholesky(pinned.covariance()[place]).movedim(-1, 0).contiguous()
