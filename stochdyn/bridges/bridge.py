@@ -45,7 +45,7 @@ class SchrodingerBridge(PathMeasure):
         reference: a drift (:class:`DriftFamily`, ``nn.Module`` or callable ``(t, x)``), an :class:`SDE` or a
             :class:`DiffusionMeasure`; Brownian motion if None.
         diffusion: a number, ``(d,)``, or an invertible ``(d, d)`` matrix; that of the reference if it has one, else 1.
-        step: spacing of the inner time grid; a fiftieth of the shortest interval if None.
+        step: spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
         tolerance: largest marginal error of the couplings, in L1.
         max_iterations: of each coupling.
         relaxation: price of a deviation from a snapshot's weights, in nats per unit of mass; infinite if None. See
@@ -87,7 +87,7 @@ class SchrodingerBridge(PathMeasure):
         self.diffusion = diffusion if diffusion is not None else own if own is not None else 1.0
         self.spread = spread_of(self.diffusion, snapshots)
         if step is None:
-            step = float(snapshots.durations.min()) / 50
+            step = float(snapshots.durations.min()) / 25
         check_positive(step, "step")
         self.step, self.tolerance, self.max_iterations = float(step), tolerance, max_iterations
         self.relaxation = relaxation

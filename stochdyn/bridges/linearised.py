@@ -124,11 +124,14 @@ class LinearisedTransition(Transition):
     def _chain(self, x: Tensor, y: Tensor, grid: Tensor) -> Chain:
         x, y = x.mT.contiguous(), y.mT.contiguous()
         lam = ((grid - grid[0]) / (grid[-1] - grid[0])).to(x)[:, None, None]
-        nominal = x + lam * (y - x)
-        chain = self._linearise(nominal, grid)
+        velocity = ((y - x) / float(grid[-1] - grid[0])).expand(len(grid), -1, -1)
+        chain = self._linearise(x + lam * (y - x), velocity, grid)
         for _ in range(self.passes):
-            nominal = chain.pin(y).mean(x)
-            chain = self._linearise(nominal, grid)
+            pinned = chain.pin(y)
+            nominal = pinned.mean(x)
+            velocity = mv(pinned.slope, nominal[:-1]) + pinned.level
+            last = 2 * (nominal[-1] - nominal[-2]) / float(grid[-1] - grid[-2]) - velocity[-1]
+            chain = self._linearise(nominal, torch.cat((velocity, last[None])), grid)
         return chain
 
     def log_kernel(self, x: Tensor, y: Tensor) -> Tensor:
@@ -143,28 +146,49 @@ class LinearisedTransition(Transition):
             parts.append(density.reshape(-1, m))
         return torch.cat(parts).reshape(n, m)
 
-    def _linearise(self, nominal: Tensor, grid: Tensor) -> Chain:
-        """Linearise about the piecewise linear path ``nominal (K+1, d, P)``; second order in the spacing."""
-        t = grid.to(nominal)[:, None, None]
-        drift, jacobian = self.family.linearise(t, nominal.movedim(-2, -1))
-        b, j = drift.movedim(-1, -2).contiguous(), jacobian.movedim(-3, -1).contiguous()
-        dt = grid.diff().to(nominal)
-        dt1, dt2 = dt[:, None, None], dt[:, None, None, None]
-        middle = 0.5 * (j[1:] + j[:-1]) * dt2
-        square = mm(middle, middle)
-        eye = torch.eye(nominal.shape[1], dtype=nominal.dtype, device=nominal.device)[..., None]
-        matrix = eye + middle + 0.5 * square + mm(middle, square) / 6
+    def _linearise(self, nominal: Tensor, velocity: Tensor, grid: Tensor) -> Chain:
+        r"""Linearise about the path with states and velocities ``(K+1, d, P)``, to fourth order in the spacing.
+
+        Midpoints are those of cubic Hermite interpolation, integrals follow Simpson's rule, and fundamental matrices
+        Magnus' expansion :math:`\exp\big(\tfrac h6(J_0+4J_m+J_1)+\tfrac{h^2}{12}[J_1,J_0]\big)`.
+        """
+        h = grid.diff().to(nominal)
+        h1, h2 = h[:, None, None], h[:, None, None, None]
+        move = nominal[1:] - nominal[:-1]
+        middle = 0.5 * (nominal[1:] + nominal[:-1]) + h1 / 8 * (velocity[:-1] - velocity[1:])
+        speed = 1.5 * move / h1 - 0.25 * (velocity[1:] + velocity[:-1])
+        t = grid.to(nominal)
+        b, j = self._evaluate(t, nominal)
+        b_mid, j_mid = self._evaluate(0.5 * (t[1:] + t[:-1]), middle)
+        j0, j1 = j[:-1], j[1:]
+        whole = _exp(h2 / 6 * (j0 + 4 * j_mid + j1) + h2.square() / 12 * (mm(j1, j0) - mm(j0, j1)))
+        half = _exp(h2 / 24 * (8 * j_mid + 5 * j1 - j0))
         # what the drift moves beyond the nominal path, carried to the end of the step
-        excess = 0.5 * (b[1:] + b[:-1]) * dt1 - (nominal[1:] - nominal[:-1])
-        excess = excess + 0.5 * mv(middle, excess) + mv(square, excess) / 6
-        shift = nominal[1:] + excess - mv(matrix, nominal[:-1])
+        gap = b - velocity
+        excess = h1 / 6 * (mv(whole, gap[:-1]) + 4 * mv(half, b_mid - speed) + gap[1:])
+        shift = nominal[1:] + excess - mv(whole, nominal[:-1])
         spread = self.spread[..., None]
-        first, second = mm(middle, spread), mm(square, spread)
-        cross = mm(first, mt(middle))
-        noise = dt2 * (spread + 0.5 * (first + mt(first)) + (second + 2 * cross + mt(second)) / 6)
+        noise = h2 / 6 * (_conjugate(whole, spread) + 4 * _conjugate(half, spread) + spread)
+        matrix = whole
         to_end, end_shift, end_noise = _to_end(matrix, shift, noise)
         level = b - mv(j, nominal)
         return Chain(grid, matrix, shift, noise, to_end, end_shift, end_noise, j, level, self.spread)
+
+    def _evaluate(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return drift ``(K, d, P)`` and Jacobian ``(K, d, d, P)`` at times ``t (K,)``."""
+        drift, jacobian = self.family.linearise(t[:, None, None], x.movedim(-2, -1))
+        return drift.movedim(-1, -2).contiguous(), jacobian.movedim(-3, -1).contiguous()
+
+
+def _exp(a: Tensor) -> Tensor:
+    """Return the exponential of small matrices, to fourth order."""
+    square = mm(a, a)
+    eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)[..., None]
+    return eye + a + mm(square, 0.5 * eye + a / 6 + square / 24)
+
+
+def _conjugate(a: Tensor, spread: Tensor) -> Tensor:
+    return mm(mm(a, spread), mt(a))
 
 
 def _to_end(matrix: Tensor, shift: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,8 @@ from stochdyn.core.transport import TransportPlan
 
 __all__ = ["DriftNodes", "bridge_nodes", "choose_pairs"]
 
+# Pairs that together have less than this share of a coupling don't count.
+_DROPPED = 1e-10
 # Above this dimension the 2 d points of the cubature rule give way to pairs of opposite random ones.
 _MAX_CUBATURE = 8
 
@@ -51,15 +53,17 @@ def choose_pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return row indices, column indices and weights ``(S,)`` that stand for a coupling.
 
-    All pairs if there are at most ``count``; else a systematic sample of that many, equally weighted, whose counts
+    All pairs that matter if they are at most ``count``; else a systematic sample of that many, equally weighted, whose counts
     differ by less than one from what is expected in every run of rows.
     """
     n, m = plan.shape[-2:]
-    if n * m <= count:
+    if n * m <= max(4 * count, 2**20):
         mass = plan.plan().flatten()
-        kept = (mass > 1e-14 * mass.max()).nonzero().squeeze(-1)
-        weight = mass[kept]
-        return kept // m, kept % m, weight / weight.sum()
+        ordered = mass.sort()
+        kept = ordered.indices[ordered.values.double().cumsum(0) > _DROPPED * mass.double().sum()]
+        if len(kept) <= count:
+            kept = kept.sort().values
+            return kept // m, kept % m, mass[kept] / mass[kept].sum()
     total = plan.weights_x.double().sum()
     offset = torch.rand((), generator=generator, dtype=torch.float64, device=total.device)
     points = (offset + torch.arange(count, dtype=torch.float64, device=total.device)) * (total / count)

@@ -80,12 +80,12 @@ def refine(
     learn_diffusion: bool = False,
     *,
     start: str = "brownian",
-    tolerance: float = 1e-4,
+    tolerance: float = 0.1,
     restarts: int = 0,
     projection: Method = "auto",
     projection_steps: int = 300,
     projection_lr: float = 1e-2,
-    nodes: int = 200_000,
+    nodes: int = 1_000_000,
     population: float | None = None,
     sinkhorn_tolerance: float = 1e-6,
     max_iterations: int = 10_000,
@@ -96,7 +96,7 @@ def refine(
     .. math:: \min_{\theta}\ \min_{q:\,q_{t_i}=\pi_i}\ \mathrm{KL}(q\,\|\,p_\theta)
 
     by turns: the Schrödinger bridge :math:`q^k` for :math:`\theta^{k-1}`, then the :math:`\theta^k` whose drift is nearest to
-    that of :math:`q^k`. The divergence falls with every half step. It stops when it falls by less than ``tolerance``.
+    that of :math:`q^k`. The divergence falls with every half step. It stops when ``population`` times the objective falls by less than ``tolerance``.
 
     Args:
         snapshots: the data.
@@ -106,17 +106,19 @@ def refine(
         outer: largest number of iterations.
         solver: ``"sinkhorn"``; or ``"ipf-gp"`` or ``"ipf-neural"``, iterative proportional fitting with drifts
             regressed by Gaussian processes or networks, as published, for comparison.
-        step: spacing of the inner time grid; a fiftieth of the shortest interval if None.
+        step: spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
         seed: of all randomness.
         learn_diffusion: estimate the overall strength of the noise from the couplings.
         start: ``"brownian"``: the first bridge has no drift, whatever the family's parameters; ``"family"``: they are used.
-        tolerance: fall of the objective, in nats a particle, that counts as none.
+        tolerance: fall of the objective, in nats of the whole population, that counts as none: with 0.1 the parameters still move by a
+            fraction of their standard error.
         restarts: further attempts from parameters drawn by the family's ``reset``; the best one is returned.
         projection: how parameters are fitted; see :func:`stochdyn.bridges.projection.project_drift`.
         projection_steps: steps of Adam an iteration, for families of many parameters.
         projection_lr: its learning rate.
         nodes: number of states that a fit sees.
-        population: particles that the divergence counts for beside a prior; the mean size of a snapshot if None.
+        population: ``N``, particles that the divergence counts for, since seeing these snapshots has the probability
+            :math:`e^{-N\min_q\mathrm{KL}}` (Sanov); the mean size of a snapshot if None.
         sinkhorn_tolerance: largest marginal error of the couplings, in L1.
         max_iterations: of each coupling.
         progress: show a bar.
@@ -183,6 +185,7 @@ def _refine_once(
     population = options["population"] or sum(snapshots.sizes) / len(snapshots)
     diffusion, history = options["diffusion"], History()
     brownian = options["start"] == "brownian" and not from_family
+    least = options["tolerance"] / population
     make = {
         "step": options["step"],
         "tolerance": options["sinkhorn_tolerance"],
@@ -215,13 +218,13 @@ def _refine_once(
         clock = now
         fall = objective - float(following.objective)
         bar.set_postfix(objective=f"{float(following.objective):.5g}", fall=f"{fall:.2g}")
-        if fall < -options["tolerance"] and len(history) > 1:
+        if fall < -least and len(history) > 1:
             # the projection no longer sees what the objective does: the last reference was better
             history.stopped, family = "the objective would rise", kept
             history.iterations.pop()
             break
         bridge = following
-        if fall < options["tolerance"]:
+        if fall < least:
             history.stopped = "the objective no longer falls"
             break
     else:
