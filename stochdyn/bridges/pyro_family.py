@@ -13,7 +13,7 @@ from stochdyn._checks import check_positive_int
 from stochdyn.bridges.families import DriftFamily
 from stochdyn.errors import InvalidInputError, ShapeError, UnknownSiteError
 
-__all__ = ["ModuleDrift", "PyroDrift", "as_family"]
+__all__ = ["ModuleDrift", "PyroDrift", "as_family", "required_arguments"]
 
 Drift = Callable[[Tensor, Tensor], Tensor]
 
@@ -176,7 +176,7 @@ def as_family(drift: Any, dim: int) -> DriftFamily:
         if drift.dim != dim:
             raise ShapeError("the family is for another dimension", got=drift.dim, expected=dim)
         return drift
-    arguments = _required_arguments(drift)
+    arguments = required_arguments(drift)
     if arguments == 0:
         return PyroDrift(drift, dim)
     if isinstance(drift, nn.Module):
@@ -189,7 +189,8 @@ def as_family(drift: Any, dim: int) -> DriftFamily:
     )
 
 
-def _required_arguments(function: Any) -> int | None:
+def required_arguments(function: Any) -> int | None:
+    """Return how many positional arguments a function can't do without; None if that can't be told."""
     if not callable(function):
         return None
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
 import torch
@@ -12,42 +11,14 @@ from torch.distributions import constraints
 
 from stochdyn._checks import check_finite
 from stochdyn.bridges.families import DriftFamily
+from stochdyn.bridges.pyro_family import as_family, required_arguments
 from stochdyn.bridges.snapshots import Snapshot, Snapshots
 from stochdyn.core.coefficients import Coefficient, Scalar, as_coefficient
 from stochdyn.core.measure import DiffusionMeasure
 from stochdyn.core.sde import SDE
-from stochdyn.errors import DiffusionError, InvalidInputError, ShapeError, UnavailableError
+from stochdyn.errors import DiffusionError, ShapeError, UnavailableError
 
-__all__ = [
-    "EmpiricalLaw",
-    "FixedDrift",
-    "ModuleDrift",
-    "as_family",
-    "as_model_family",
-    "as_reference",
-    "spread_of",
-]
-
-
-class ModuleDrift(DriftFamily):
-    """Any module with ``forward(t, x)`` as a family.
-
-    Args:
-        module: the drift.
-        dim: ``d``.
-    """
-
-    def __init__(self, module: nn.Module, dim: int) -> None:
-        super().__init__(dim)
-        self.module = module
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
-        return self.module(t, x)
-
-    def named_values(self) -> dict[str, Tensor]:
-        """Return the module's parameters under the names it gives them."""
-        return {name: value.detach().clone() for name, value in self.module.named_parameters()}
+__all__ = ["EmpiricalLaw", "FixedDrift", "as_reference", "fitted_family", "spread_of"]
 
 
 class FixedDrift(DriftFamily):
@@ -62,25 +33,16 @@ class FixedDrift(DriftFamily):
         return self.function(t, x)
 
 
-def as_family(drift: Any, snapshots: Snapshots) -> DriftFamily:
-    """Return ``drift`` as a family in the precision and on the device of the snapshots, checked on its particles.
+def fitted_family(drift: Any, snapshots: Snapshots) -> DriftFamily:
+    """Return a copy of ``drift`` as a family in the precision and on the device of the snapshots, checked on its particles.
 
     Raises:
         ShapeError: if its value isn't like the state.
-        InvalidInputError: if it isn't callable.
+        InvalidInputError: if it is no drift.
+        NonFiniteError: if it isn't finite where the particles are.
     """
-    if isinstance(drift, DriftFamily):
-        family = drift
-    elif isinstance(drift, nn.Module):
-        family = ModuleDrift(drift, snapshots.dim)
-    elif callable(drift):
-        family = FixedDrift(drift, snapshots.dim)
-    else:
-        raise InvalidInputError(
-            "the reference must be a drift", got=type(drift).__name__, expected="drift(t, x)"
-        )
-    if family.dim != snapshots.dim:
-        raise ShapeError("the drift doesn't fit the particles", got=family.dim, expected=snapshots.dim)
+    plain = callable(drift) and not isinstance(drift, nn.Module) and required_arguments(drift) == 2
+    family = FixedDrift(drift, snapshots.dim) if plain else as_family(copy.deepcopy(drift), snapshots.dim)
     family = family.to(device=snapshots.device, dtype=snapshots.dtype)
     x = snapshots.samples[0][:3]
     with torch.no_grad():
@@ -92,35 +54,20 @@ def as_family(drift: Any, snapshots: Snapshots) -> DriftFamily:
     return family
 
 
-def as_model_family(family: Any, snapshots: Snapshots) -> DriftFamily:
-    """Return what a refinement was given as a family; a callable without arguments is a Pyro model."""
-    if callable(family) and not isinstance(family, nn.Module):
-        needed = [
-            p
-            for p in inspect.signature(family).parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        if not needed:
-            from stochdyn.bridges.pyro_family import PyroDrift
-
-            family = PyroDrift(family, snapshots.dim)
-    return as_family(copy.deepcopy(family), snapshots)
-
-
 def as_reference(reference: Any, snapshots: Snapshots) -> tuple[DriftFamily | None, Coefficient | None]:
     """Return drift and, where the reference has one, diffusion."""
     if reference is None:
         return None, None
     sde = reference.sde if isinstance(reference, DiffusionMeasure) else reference
     if not isinstance(sde, SDE):
-        return as_family(reference, snapshots), None
+        return fitted_family(reference, snapshots), None
     if sde.state_dependent or sde.noise.num_states or sde.control is not None:
         raise UnavailableError(
             "a reference needs constant noise without memory and without control",
             hint="transform the state so that its noise is constant",
         )
     x = snapshots.samples[0]
-    return as_family(sde.drift, snapshots), sde.diffusion(snapshots.times[0].to(x), x)
+    return fitted_family(sde.drift, snapshots), sde.diffusion(snapshots.times[0].to(x), x)
 
 
 def spread_of(diffusion: Any, snapshots: Snapshots) -> Tensor:

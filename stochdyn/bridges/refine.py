@@ -15,7 +15,7 @@ from stochdyn.bridges.bridge import SchrodingerBridge
 from stochdyn.bridges.families import DriftFamily, ZeroDrift
 from stochdyn.bridges.history import History, Iteration
 from stochdyn.bridges.projection import Method, drift_at, path_gain, project_drift
-from stochdyn.bridges.reference import as_model_family, spread_of
+from stochdyn.bridges.reference import fitted_family, spread_of
 from stochdyn.bridges.snapshots import Snapshots
 from stochdyn.core.coefficients import Matrix
 from stochdyn.core.measure import DiffusionMeasure
@@ -156,7 +156,7 @@ def refine(
         "nodes": nodes, "population": population,
         "sinkhorn_tolerance": sinkhorn_tolerance, "max_iterations": max_iterations,
     }  # fmt: skip
-    original = as_model_family(family, snapshots)
+    original = fitted_family(family, snapshots)
     if not any(p.requires_grad for p in original.parameters()):
         raise InvalidInputError("the family has no parameters to refine", got=type(family).__name__)
     spread_of(diffusion, snapshots)

@@ -197,8 +197,8 @@ SNAPS = Snapshots([0.0, 1.0], [torch.zeros(4, 2), torch.ones(4, 2)])
     [
         (lambda: SchrodingerBridge([1, 2]), sd.InvalidInputError, "must be Snapshots"),
         (lambda: SchrodingerBridge(SNAPS, lambda t, x: x[..., :1]), sd.ShapeError, "another shape"),
-        (lambda: SchrodingerBridge(SNAPS, LinearDrift(3)), sd.ShapeError, "doesn't fit the particles"),
-        (lambda: SchrodingerBridge(SNAPS, 3.0), sd.InvalidInputError, "must be a drift"),
+        (lambda: SchrodingerBridge(SNAPS, LinearDrift(3)), sd.ShapeError, "another dimension"),
+        (lambda: SchrodingerBridge(SNAPS, 3.0), sd.InvalidInputError, "no family of drifts"),
         (lambda: SchrodingerBridge(SNAPS, diffusion=-1.0), sd.DiffusionError, "positive"),
         (lambda: SchrodingerBridge(SNAPS, diffusion=torch.tensor([[1.0], [0.0]])), sd.DiffusionError, "every component"),
         (lambda: SchrodingerBridge(SNAPS, step=0.0), sd.InvalidInputError, "step"),

@@ -260,7 +260,7 @@ SNAPS = Snapshots([0.0, 1.0], [torch.zeros(4, 2), torch.ones(4, 2)])
     [
         ({"snapshots": [1]}, sd.InvalidInputError, "must be Snapshots"),
         ({"family": lambda t, x: x}, sd.InvalidInputError, "no parameters"),
-        ({"family": LinearDrift(3)}, sd.ShapeError, "doesn't fit"),
+        ({"family": LinearDrift(3)}, sd.ShapeError, "another dimension"),
         ({"family": nn.Linear(2, 1)}, TypeError, "positional"),
         ({"outer": 0}, sd.InvalidInputError, "outer"),
         ({"solver": "magic"}, sd.InvalidInputError, "solver"),
