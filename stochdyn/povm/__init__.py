@@ -8,6 +8,7 @@ from stochdyn.povm.autoregressive import AutoregressiveAnsatz
 from stochdyn.povm.frames import FourPauli, Frame, QutritSIC, Tetrahedral
 from stochdyn.povm.graphs import all_to_all, chain, ring, square_lattice
 from stochdyn.povm.gru import AutoregressiveGRU
+from stochdyn.povm.inference import RecordModel, infer_parameters
 from stochdyn.povm.lindblad import Lindbladian
 from stochdyn.povm.observables import Observable, observable, observables
 from stochdyn.povm.operators import named_operator, spin_matrices
@@ -20,6 +21,8 @@ from stochdyn.povm.physicality import (
     total_variation,
     trace_distance,
 )
+from stochdyn.povm.propagator import Propagator
+from stochdyn.povm.records import MeasurementRecords, RecordLaw, simulate_records
 from stochdyn.povm.site_frames import SiteFrames
 from stochdyn.povm.strings import Strings
 from stochdyn.povm.table import FullTable
@@ -34,9 +37,13 @@ __all__ = [
     "Frame",
     "FullTable",
     "Lindbladian",
+    "MeasurementRecords",
     "Observable",
     "Positivity",
+    "Propagator",
     "QutritSIC",
+    "RecordLaw",
+    "RecordModel",
     "SiteFrames",
     "Strings",
     "Tetrahedral",
@@ -44,6 +51,7 @@ __all__ = [
     "chain",
     "classical_fidelity",
     "exact",
+    "infer_parameters",
     "named_operator",
     "observable",
     "observables",
@@ -51,6 +59,7 @@ __all__ = [
     "purity",
     "reduced_density",
     "ring",
+    "simulate_records",
     "spin_matrices",
     "square_lattice",
     "systems",

@@ -108,7 +108,7 @@ def coupling_value(coupling: Coupling, t: float) -> float:
         )
     value = coupling.factor
     if coupling.function is not None:
-        value *= float(torch.as_tensor(coupling.function(torch.tensor(t, dtype=torch.float64))))
+        value *= float(coupling.function(torch.tensor(t, dtype=torch.float64)))
     if coupling.value is not None:
         value *= float(coupling.value.detach())
     return value

@@ -224,7 +224,9 @@ class _Factors:
         for coupling in self.couplings:
             value = torch.ones_like(time)
             if coupling.function is not None:
-                value = value * torch.as_tensor(coupling.function(t)).to(self.like)
+                value = value * torch.as_tensor(coupling.function(t), dtype=self.like.dtype).to(
+                    self.like.device
+                )
             if coupling.value is not None:
                 value = value * coupling.value.to(self.like)
             columns.append(value)
