@@ -11,6 +11,7 @@ __all__ = [
     "DeviceMismatchError",
     "DiffusionError",
     "DiffusionMismatchError",
+    "DisconnectedGraphError",
     "DtypeMismatchError",
     "EmptyDataError",
     "ForeignCheckpointError",
@@ -111,6 +112,10 @@ class DiffusionError(InvalidInputError):
 
     For noise that reaches only some components of the state give a ``(d, m)`` matrix with ``m < d``.
     """
+
+
+class DisconnectedGraphError(InvalidInputError):
+    """The neighbourhood graph of a point cloud has several components; the message names them."""
 
 
 class SingularDiffusionError(StochdynError, ValueError):

@@ -1,0 +1,243 @@
+"""Neighbourhood graphs of a point cloud: who is near whom, and with what weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.sparse.csgraph import connected_components
+
+from stochdyn._checks import check_choice
+from stochdyn.errors import DisconnectedGraphError, InvalidInputError, MissingDependencyError
+
+__all__ = ["NeighborGraph", "NeighborSearch", "farthest_points", "neighbor_graph"]
+
+#: Width of the Gaussian weights, in units of the two points' own distances to their farthest neighbour.
+BANDWIDTH = 0.3
+#: Components that an error message lists.
+_LISTED = 4
+
+
+class NeighborSearch:
+    """Nearest neighbours by scikit-learn's trees, or approximately by pynndescent.
+
+    Args:
+        points: ``(n, D)``.
+        method: ``"exact"`` or ``"approximate"``; the second needs the extra ``neighbors``.
+
+    Raises:
+        MissingDependencyError: if pynndescent is asked for and isn't installed.
+    """
+
+    def __init__(self, points: np.ndarray, method: str = "exact") -> None:
+        check_choice(method, ("exact", "approximate"), "search")
+        self.points = points
+        if method == "exact":
+            from sklearn.neighbors import NearestNeighbors
+
+            self._tree = NearestNeighbors().fit(points)
+            return
+        try:
+            from pynndescent import NNDescent
+        except ImportError as error:
+            raise MissingDependencyError(
+                "the approximate search needs pynndescent", hint="pip install 'stochdyn[neighbors]'"
+            ) from error
+        self._tree = None
+        # A single process, and a fixed seed: the graph must not change from run to run.
+        self._index = NNDescent(
+            points, n_neighbors=max(30, min(60, len(points) - 1)), random_state=0, n_jobs=1
+        )
+
+    def query(self, points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return distances and nodes ``(q, count)`` of the nearest nodes, nearest first."""
+        if self._tree is not None:
+            return self._tree.kneighbors(points, count)
+        nodes, distances = self._index.query(points, k=count)
+        return distances.astype(np.float64), nodes.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class NeighborGraph:
+    """A weighted graph, each edge once with ``tails < heads``.
+
+    Attributes:
+        tails: ``(E,)`` one end of every edge.
+        heads: ``(E,)`` the other.
+        weights: ``(E,)`` positive.
+        lengths: ``(E,)`` Euclidean distances.
+        radius: ``(n,)`` distance of every node to the last of its neighbours.
+        density: ``(n,)`` sum of the Gaussian weights at a node, by which the density of the points is divided out.
+        weighting: ``"gaussian"`` or ``"connectivity"``.
+        bandwidth: width of Gaussian weights, relative to the radii.
+    """
+
+    tails: np.ndarray
+    heads: np.ndarray
+    weights: np.ndarray
+    lengths: np.ndarray
+    radius: np.ndarray
+    density: np.ndarray
+    weighting: str = "gaussian"
+    bandwidth: float = BANDWIDTH
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes."""
+        return len(self.radius)
+
+    @property
+    def degree(self) -> np.ndarray:
+        """Sum of the weights at every node, ``(n,)``."""
+        return self.gather(self.weights)
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """Sum a quantity of the edges ``(E,)`` at every node, ``(n,)``."""
+        n = self.num_nodes
+        return np.bincount(self.tails, values, n) + np.bincount(self.heads, values, n)
+
+    def matrix(self) -> sp.csr_matrix:
+        """Return the symmetric matrix of weights, ``(n, n)``."""
+        n = self.num_nodes
+        half = sp.coo_matrix((self.weights, (self.tails, self.heads)), (n, n)).tocsr()
+        return half + half.T
+
+    def components(self) -> np.ndarray:
+        """Return the number of the connected component of every node, ``(n,)``."""
+        return connected_components(self.matrix(), directed=False)[1]
+
+    def require_connected(self) -> None:
+        """Raise DisconnectedGraphError unless every node can be reached from every other."""
+        labels = self.components()
+        sizes = np.bincount(labels)
+        if len(sizes) == 1:
+            return
+        order = np.argsort(-sizes)
+        listing = ", ".join(
+            f"component {label} of {sizes[label]} nodes (such as {_some(labels, label)})"
+            for label in order[:_LISTED]
+        )
+        if len(sizes) > _LISTED:
+            listing += f", and {len(sizes) - _LISTED} smaller ones"
+        raise DisconnectedGraphError(
+            "the graph of the points falls apart",
+            got=f"{len(sizes)} components: {listing}",
+            expected="one",
+            hint="take more neighbours, drop stray points, or pass allow_disconnected=True",
+        )
+
+    def extension(self, distances: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+        """Return the weights ``(q, K)`` between new points and their neighbours, by the rule of the edges.
+
+        Args:
+            distances: ``(q, K)`` to the nearest nodes.
+            nodes: ``(q, K)`` those nodes.
+        """
+        if self.weighting == "connectivity":
+            return np.ones_like(distances)
+        weights = np.exp(-(distances**2) / (self.bandwidth * distances[:, -1:] * self.radius[nodes]))
+        # the point's own density is common to its weights, and cancels wherever they are used
+        return weights / self.density[nodes]
+
+
+def _some(labels: np.ndarray, label: int) -> str:
+    return ", ".join(map(str, np.flatnonzero(labels == label)[:3]))
+
+
+def neighbor_graph(
+    points: np.ndarray,
+    distances: np.ndarray,
+    nodes: np.ndarray,
+    *,
+    kind: str = "knn",
+    weighting: str = "gaussian",
+    bandwidth: float = BANDWIDTH,
+    density_correction: float = 1.0,
+) -> NeighborGraph:
+    r"""Build a graph out of each point's nearest neighbours.
+
+    An edge joins two points if one is among the neighbours of the other (``"knn"``), or, for ``"cknn"``, if
+    :math:`|x_i-x_j|^2<r_ir_j` with the distances :math:`r` to the last neighbour. Its weight is 1
+    (``"connectivity"``), or
+
+    .. math:: w_{ij}=\frac{g_{ij}}{(p_ip_j)^a},\qquad g_{ij}=e^{-|x_i-x_j|^2/(b\,r_ir_j)},\quad p_i=\sum_jg_{ij},
+
+    so that with :math:`a=1` an uneven density of the points leaves no trace in the limit.
+
+    Args:
+        points: ``(n, D)``.
+        distances: ``(n, K)`` to the nearest other points, nearest first.
+        nodes: ``(n, K)`` those points.
+        kind: ``"knn"`` or ``"cknn"``.
+        weighting: ``"gaussian"`` or ``"connectivity"``.
+        bandwidth: b.
+        density_correction: a.
+
+    Raises:
+        InvalidInputError: for coinciding points.
+
+    Reference:
+        Coifman and Lafon, "Diffusion maps", 2006; Berry and Sauer, "Consistent manifold representation for
+        topological data analysis", 2019 (continuous k-nearest neighbours).
+    """
+    check_choice(kind, ("knn", "cknn"), "graph")
+    check_choice(weighting, ("gaussian", "connectivity"), "weights")
+    n, count = nodes.shape
+    spread = float(np.linalg.norm(np.ptp(points, axis=0)))
+    same = np.argwhere(distances <= 1e-13 * spread)
+    if len(same):
+        i, j = int(same[0, 0]), int(nodes[same[0, 0], same[0, 1]])
+        raise InvalidInputError(
+            "points must differ from one another",
+            got=f"points {min(i, j)} and {max(i, j)} coincide ({len(np.unique(same[:, 0]))} points are concerned)",
+            hint="keep one of each, for example by numpy.unique(points, axis=0)",
+        )
+    radius = distances[:, -1]
+    first = np.repeat(np.arange(n), count)
+    near = sp.coo_matrix((distances.ravel(), (first, nodes.ravel())), (n, n)).tocsr()
+    upper = sp.triu(near.maximum(near.T), 1).tocoo()
+    tails, heads, lengths = upper.row.astype(np.int64), upper.col.astype(np.int64), upper.data
+    if kind == "cknn":
+        keep = lengths**2 < radius[tails] * radius[heads]
+        tails, heads, lengths = tails[keep], heads[keep], lengths[keep]
+    weights: np.ndarray = np.ones_like(lengths)
+    density: np.ndarray = np.ones(n)
+    if weighting == "gaussian":
+        weights = np.exp(-(lengths**2) / (bandwidth * radius[tails] * radius[heads]))
+        density = np.bincount(tails, weights, n) + np.bincount(heads, weights, n)
+        density = np.maximum(density / density.mean(), 1e-12) ** density_correction
+        weights = weights / (density[tails] * density[heads])
+    return NeighborGraph(tails, heads, weights, lengths, radius, density, weighting, bandwidth)
+
+
+def farthest_points(points: np.ndarray, count: int | None = None, spacing: float | None = None) -> np.ndarray:
+    """Choose points that cover a cloud evenly, each the farthest from those chosen before.
+
+    Args:
+        points: ``(n, D)``; the first is the start.
+        count: how many to choose, or None to go on until ``spacing``.
+        spacing: stop once every point is nearer than this share of the bounding box's diagonal to a chosen one.
+
+    Returns:
+        ``(q,)`` indices in order of choice, in time and memory n times q and n.
+
+    Raises:
+        InvalidInputError: unless exactly one of ``count`` and ``spacing`` is given.
+
+    Reference:
+        Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985.
+    """
+    if (count is None) == (spacing is None):
+        raise InvalidInputError("give either count or spacing", got=f"count={count}, spacing={spacing}")
+    stop = 0.0 if spacing is None else spacing * float(np.linalg.norm(np.ptp(points, axis=0)))
+    chosen = [0]
+    nearest = ((points - points[0]) ** 2).sum(1)
+    limit = len(points) if count is None else min(count, len(points))
+    while len(chosen) < limit:
+        far = int(nearest.argmax())
+        if nearest[far] <= stop**2:
+            break
+        chosen.append(far)
+        np.minimum(nearest, ((points - points[far]) ** 2).sum(1), out=nearest)
+    return np.array(chosen)
