@@ -11,6 +11,7 @@ from stochdyn.core._derivatives import check_commutative, self_advection, streng
 from stochdyn.core.coefficients import Coefficient, Matrix, Scalar
 from stochdyn.core.noise import NoiseSteps
 from stochdyn.core.sde import SDE, Control
+from stochdyn.errors import InvalidInputError
 
 __all__ = ["Problem", "Row", "Step", "full_state", "remember"]
 
@@ -55,6 +56,11 @@ class Problem:
         self.increments = dw.unbind(0)
         if method != "euler" and self.coefficient is None:
             check_commutative(sde, self.times[0], x0, self.channels, method)
+            if self.steps.per_channel and isinstance(start, Matrix):
+                raise InvalidInputError(
+                    f"{method} can't correct a matrix diffusion whose channels have noise of different kinds",
+                    hint="take a diagonal diffusion, or method='euler'",
+                )
 
     def start(self, x0: Tensor, memory0: Tensor | None) -> Tensor:
         """Return the full state at the first time."""
@@ -95,7 +101,7 @@ class Problem:
             if self.control is None:
                 return self._additive_heun() if self.heun else self._additive_euler()
             return self._general if self.heun or not self._plain_drift else self._additive_euler()
-        batched = self.steps.gain.ndim > 2 or _batched(self.coefficient)
+        batched = bool(self.steps.parameter_batch) or _batched(self.coefficient)
         small = self.dim + self.channels * self.num_states <= _DENSE
         return self._linear_euler() if small and not batched and not self.heun else self._general
 
@@ -229,9 +235,9 @@ class Problem:
         return full_state(ahead, memory), *record
 
     def _variance_rate(self, n: int) -> Tensor:
-        """Variance of the noise increment that is new in step n: ``dt`` for Brownian motion."""
+        """Variance of the noise increment that is new in step n, ``(*batch, 1)`` or one a channel: ``dt`` if Brownian."""
         s = self.steps
-        return (s.gain[n] ** 2 * s.variance[n]).sum(-1)
+        return (s.gain[n] ** 2 * s.variance[n]).sum(-1, keepdim=not s.per_channel)
 
     def _heun(self, n: int, x: Tensor, slope: Tensor, kick: Tensor, dz: Tensor) -> Tensor:
         dt, t, following = self.dt[n], self.times[n], self.times[n + 1]
@@ -248,7 +254,7 @@ class Problem:
     def _correction(self, t: Tensor, x: Tensor, variance: Tensor) -> Tensor | float:
         if self.coefficient is not None:
             return 0.0
-        return 0.5 * self_advection(self.sde, t, x, self.channels) * variance.unsqueeze(-1)
+        return 0.5 * self_advection(self.sde, t, x, self.channels) * variance
 
     def _milstein(self, n: int, x: Tensor, kick: Tensor, dz: Tensor, g: Coefficient) -> Tensor:
         # For commutative noise the iterated integrals collapse to products:
@@ -256,9 +262,9 @@ class Problem:
         t = self.times[n]
         advection = self_advection(self.sde, t, x, self.channels)
         if not isinstance(g, Matrix):
-            return 0.5 * advection * (dz**2 - self._variance_rate(n).unsqueeze(-1))
+            return 0.5 * advection * (dz**2 - self._variance_rate(n))
         along = strength_along(self.sde, t, x, dz, kick.expand_as(x))
-        return 0.5 * (along - advection * self._variance_rate(n).unsqueeze(-1))
+        return 0.5 * (along - advection * self._variance_rate(n))
 
 
 def _may_overwrite(*inputs: Tensor) -> bool:
@@ -308,6 +314,8 @@ def remember(
         The noise increment ``dz (*batch, m)`` and the next memory states.
     """
     gain, recall, decay, load = steps.gain[n], steps.recall[n], steps.decay[n], steps.load[n]
+    if not steps.per_channel:
+        gain, recall = gain.unsqueeze(-2), recall.unsqueeze(-2)
     if isinstance(n, slice):
         # Per-step coefficients without batch axes get them between time and channel.
         extra = memory.ndim - 3
@@ -315,17 +323,17 @@ def remember(
         decay = decay.reshape(decay.shape[0], *(1,) * (extra + 1), -1)
         load = load.reshape(load.shape[0], *(1,) * extra, *load.shape[1:])
     dw = e[..., :channels]
-    dz = (memory * recall.unsqueeze(-2)).sum(-1) + dw * gain[..., :1]
+    dz = (memory * recall).sum(-1) + dw * gain[..., 0]
     memory = memory * decay + dw.unsqueeze(-1) * load[..., :1, :]
     if e.shape[-1] > channels:
         rest = e[..., channels:].unflatten(-1, (channels, -1))
-        dz = dz + (rest * gain[..., None, 1:]).sum(-1)
+        dz = dz + (rest * gain[..., 1:]).sum(-1)
         memory = memory + rest @ load[..., 1:, :]
     return dz, memory
 
 
 def _pad(x: Tensor, batch_axes: int) -> Tensor:
-    """Insert axes after time until ``x (N, *b, R)`` has ``batch_axes`` of them."""
-    while x.ndim - 2 < batch_axes:
+    """Insert axes after time until ``x (N, *b, m, R)`` has ``batch_axes`` of them."""
+    while x.ndim - 3 < batch_axes:
         x = x.unsqueeze(1)
     return x

@@ -29,6 +29,8 @@ class NoiseSteps:
         gain: ``(N, *hurst_batch, R)``; recall: ``(N, *hurst_batch, K)``; decay: ``(N, K)``; load: ``(N, R, K)``.
             ``hurst_batch`` is empty unless the process carries a batch of parameters; it then aligns with the
             batch axes of the state.
+        per_channel: whether gain and recall have an axis of channels too, ``(N, *hurst_batch, m, R)`` and
+            ``(N, *hurst_batch, m, K)``: channels with parameters of their own.
     """
 
     variance: Tensor
@@ -36,6 +38,17 @@ class NoiseSteps:
     recall: Tensor
     decay: Tensor
     load: Tensor
+    per_channel: bool = False
+
+    @property
+    def parameter_batch(self) -> torch.Size:
+        """Batch shape of the parameters behind the coefficients, without that of the channels."""
+        return self.gain.shape[1 : -2 if self.per_channel else -1]
+
+    def to(self, dtype: torch.dtype) -> NoiseSteps:
+        """Return the same coefficients in another precision."""
+        parts = (self.variance, self.gain, self.recall, self.decay, self.load)
+        return NoiseSteps(*(p.to(dtype) for p in parts), per_channel=self.per_channel)
 
 
 class NoiseProcess(nn.Module, ABC):

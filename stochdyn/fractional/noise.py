@@ -18,7 +18,7 @@ from stochdyn._checks import (
     check_time_grid,
 )
 from stochdyn.core.noise import NoiseProcess, NoiseSteps
-from stochdyn.errors import ApproximationWarning
+from stochdyn.errors import ApproximationWarning, InvalidInputError
 from stochdyn.fractional._quadrature import relative_exponential_mean
 from stochdyn.fractional._steps import stationary_factor, step_factors
 from stochdyn.fractional.moments import Kind, entire_1
@@ -90,9 +90,11 @@ class MarkovNoise(NoiseProcess):
         learn_hurst: make the Hurst index a parameter, ``hurst_logit``, that starts at ``hurst``.
         speeds: ``(K,)`` increasing speeds instead of the default ones; 0 stands for Brownian motion itself,
             so ``MarkovNoise(0.5, speeds=[0.0])`` is exact.
+        per_channel: the last axis of ``hurst (*batch, m)`` counts noise channels (one Hurst index for each
+            component of the state) instead of series.
 
     Attributes:
-        kind, horizon, num_states: as given.
+        kind, horizon, num_states, per_channel: as given.
 
     Raises:
         HurstRangeError: if ``hurst`` lies outside (0, 1).
@@ -121,9 +123,15 @@ class MarkovNoise(NoiseProcess):
         kind: Kind = "II",
         learn_hurst: bool = False,
         speeds: Tensor | Sequence[float] | None = None,
+        per_channel: bool = False,
     ) -> None:
         super().__init__()
         check_hurst(hurst)
+        if per_channel and (not isinstance(hurst, Tensor) or hurst.ndim == 0):
+            raise InvalidInputError(
+                "per_channel needs one Hurst index a channel", got=repr(hurst), expected="a tensor (*batch, m)"
+            )
+        self.per_channel = per_channel
         check_positive_int(num_states, "num_states")
         check_positive(horizon, "horizon")
         check_choice(kind, ("I", "II"), "kind")
@@ -206,7 +214,7 @@ class MarkovNoise(NoiseProcess):
         gain = torch.einsum("nrk,...k->n...r", grid.load, w)
         recall = torch.einsum("nk,...k->n...k", grid.loss, w)
         variance = grid.dt[:, None].expand(-1, grid.load.shape[1])
-        return NoiseSteps(*(t.to(dtype) for t in (variance, gain, recall, grid.decay, grid.load)))
+        return NoiseSteps(variance, gain, recall, grid.decay, grid.load, self.per_channel).to(dtype)
 
     def num_innovations(self, ts: Tensor) -> int:
         """Return ``R``: the Brownian increment and the further innovations of exact steps on this grid."""

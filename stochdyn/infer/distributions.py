@@ -254,7 +254,7 @@ def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor) -> torch.Size:
         shapes = [x0.shape[:-1], drift.shape[:-1], kick.shape[:-1]]
         if sde.noise.num_states:
             # The noise may carry a batch of parameters, such as one Hurst index a particle.
-            shapes.append(sde.noise.steps(ts[:2], dtype=x0.dtype).gain.shape[1:-1])
+            shapes.append(sde.noise.steps(ts[:2], dtype=x0.dtype).parameter_batch)
     return torch.broadcast_shapes(*shapes)
 
 

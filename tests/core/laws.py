@@ -31,7 +31,7 @@ class ExactMemory(NoiseProcess):
         variance = torch.cat([dt, values.clamp_min(0)], 1)
         decay = torch.exp(-self.g * dt)
         steps = NoiseSteps(variance, load @ self.w, self.w * (decay - 1), decay, load)
-        return NoiseSteps(*(getattr(steps, n).to(dtype) for n in NoiseSteps.__dataclass_fields__))
+        return steps.to(dtype)
 
     def num_innovations(self, ts: Tensor) -> int:
         return 1 + self.num_states
@@ -80,7 +80,7 @@ class EulerMemory(NoiseProcess):
             1 - self.g * dt,
             torch.ones(dt.shape[0], 1, self.num_states, dtype=F64),
         )
-        return NoiseSteps(*(getattr(steps, n).to(dtype) for n in NoiseSteps.__dataclass_fields__))
+        return steps.to(dtype)
 
     def initial_factor(self, *, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         return None
