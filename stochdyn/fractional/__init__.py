@@ -10,11 +10,14 @@ from stochdyn.fractional.exact import (
     sample_fgn,
 )
 from stochdyn.fractional.fgn import FractionalGaussianNoise
+from stochdyn.fractional.gaussian import GaussianPosterior
+from stochdyn.fractional.gaussian_elbo import GaussianELBO
 from stochdyn.fractional.hurst import infer_hurst
 from stochdyn.fractional.hurst_guide import HurstGuide, hurst_model
 from stochdyn.fractional.likelihood import FGNFit, HurstLikelihood, fit_fgn, hurst_log_likelihood
 from stochdyn.fractional.linear import FractionalOU, FractionalOUPosterior
 from stochdyn.fractional.noise import MarkovNoise, default_speeds
+from stochdyn.fractional.surrogate import AffineDrift
 from stochdyn.fractional.weights import (
     cross_moments,
     geometric_speeds,
@@ -24,10 +27,13 @@ from stochdyn.fractional.weights import (
 )
 
 __all__ = [
+    "AffineDrift",
     "FGNFit",
     "FractionalGaussianNoise",
     "FractionalOU",
     "FractionalOUPosterior",
+    "GaussianELBO",
+    "GaussianPosterior",
     "HurstGuide",
     "HurstLikelihood",
     "MarkovNoise",

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from stochdyn.errors import UnknownSiteError
-from stochdyn.infer.linearise import Quadratic
+from stochdyn.infer.linearise import Quadratic, second_order
 
 __all__ = ["likelihood_quadratic", "site_distribution", "site_frames"]
 
@@ -97,8 +97,8 @@ def likelihood_quadratic(
 ) -> Quadratic:
     """Return the second-order expansion of the model's log-likelihood around ``path (T, *batch, d)``.
 
-    Only derivatives are taken, so any likelihood, mask or irregular set of observation times is served.
-    Terms that couple different times are folded into the block of each time. Scales (of a subsampled plate,
+    Only derivatives are taken (:func:`~stochdyn.infer.linearise.second_order`), so any likelihood, mask or
+    irregular set of observation times is served. Scales (of a subsampled plate,
     say) count relative to that of the path's own site.
 
     Args:
@@ -124,21 +124,7 @@ def likelihood_quadratic(
                 log_prob = _log_prob(site, scale)
                 total = total + log_prob.sum()
                 value = value + _series_sum(log_prob.detach(), value.shape)
-        slope = torch.autograd.grad(total, leaf, create_graph=True)[0]
-        rows = []
-        for j in range(leaf.shape[-1]):
-            row = None
-            if slope.requires_grad:
-                row = torch.autograd.grad(slope[..., j].sum(), leaf, retain_graph=True, allow_unused=True)[0]
-            rows.append(torch.zeros_like(leaf) if row is None else row)
-    curvature = -torch.stack(rows, -2).detach()
-    curvature = 0.5 * (curvature + curvature.mT).nan_to_num(0.0, 0.0, 0.0)
-    # A likelihood that isn't log-concave at the reference gives no information there.
-    eigenvalues, vectors = torch.linalg.eigh(curvature)
-    precision = (vectors * eigenvalues.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
-    slope = slope.detach()
-    linear = slope + (precision @ leaf.detach().unsqueeze(-1)).squeeze(-1)
-    return Quadratic(precision, linear, value)
+        return second_order(total, leaf, value)
 
 
 def _log_prob(site: Any, scale: Tensor | float) -> Tensor:

@@ -16,6 +16,7 @@ of the model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,15 @@ from torch import Tensor
 from stochdyn.core.sde import SDE
 from stochdyn.core.solvers import full_state, integrate, step_everywhere
 
-__all__ = ["LinearPosterior", "Quadratic", "backward_pass", "linear_steps", "reference_states"]
+__all__ = [
+    "LinearPosterior",
+    "Quadratic",
+    "backward_pass",
+    "expand_likelihood",
+    "linear_steps",
+    "reference_states",
+    "second_order",
+]
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,46 @@ class LinearPosterior:
     factor: Tensor
     start_precision: Tensor
     start_linear: Tensor
+
+
+def expand_likelihood(log_likelihood: Callable[[Tensor], Tensor], path: Tensor) -> Quadratic:
+    """Return the second-order expansion of a log-likelihood around a path.
+
+    Args:
+        log_likelihood: maps paths ``(T, *batch, d)`` to ``(*batch,)``, each path's own.
+        path: ``(T, *batch, d)``.
+    """
+    with torch.enable_grad():
+        leaf = path.detach().requires_grad_()
+        value = log_likelihood(leaf)
+        return second_order(value.sum() + 0.0 * leaf.sum(), leaf, value.detach())
+
+
+def second_order(total: Tensor, leaf: Tensor, value: Tensor) -> Quadratic:
+    """Return gradient and curvature of ``total`` in ``leaf (T, *batch, d)``, block by block in time.
+
+    Terms that couple different times are folded into the block of each time, and where the likelihood isn't
+    log-concave it is taken to give no information.
+
+    Args:
+        total: a scalar that is a sum of the log-likelihoods of all series.
+        leaf: the paths, a leaf of the graph.
+        value: ``(*batch,)`` the log-likelihoods themselves.
+    """
+    slope = torch.autograd.grad(total, leaf, create_graph=True)[0]
+    rows = []
+    for j in range(leaf.shape[-1]):
+        row = None
+        if slope.requires_grad:
+            row = torch.autograd.grad(slope[..., j].sum(), leaf, retain_graph=True, allow_unused=True)[0]
+        rows.append(torch.zeros_like(leaf) if row is None else row)
+    curvature = -torch.stack(rows, -2).detach()
+    curvature = 0.5 * (curvature + curvature.mT).nan_to_num(0.0, 0.0, 0.0)
+    eigenvalues, vectors = torch.linalg.eigh(curvature)
+    precision = (vectors * eigenvalues.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
+    slope = slope.detach()
+    linear = slope + (precision @ leaf.detach().unsqueeze(-1)).squeeze(-1)
+    return Quadratic(precision, linear, value)
 
 
 def linear_steps(sde: SDE, ts: Tensor, z: Tensor, e: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
