@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,9 +17,32 @@ from stochdyn.core.path import PathSample
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional.gaussian_law import GaussianDraws, GaussianPathLaw, LinearControl, StartLaw
 from stochdyn.fractional.gaussian_relative import Shift, shift_of
-from stochdyn.fractional.surrogate import AffineDrift, affine_steps, by_column
+from stochdyn.fractional.surrogate import AffineDrift, LinearSteps, affine_steps, by_column
 
 __all__ = ["GaussianPosterior"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a posterior needs of its prior on the grid.
+
+    Attributes:
+        noise: steps of the noise.
+        start: law of the start under P.
+        steps: linear steps of the path, None where the drift isn't affine.
+    """
+
+    noise: NoiseSteps
+    start: StartLaw
+    steps: LinearSteps | None
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether something here has to be computed anew for every gradient."""
+        parts = [self.noise.gain, self.start.origin, self.start.prior_mean, self.start.prior_precision]
+        if self.steps is not None:
+            parts += [self.steps.transition, self.steps.load, self.steps.offset]
+        return any(p.requires_grad for p in parts)
 
 
 class GaussianPosterior(nn.Module):
@@ -96,6 +120,7 @@ class GaussianPosterior(nn.Module):
             self.start_log_diagonal = nn.Parameter(log_diagonal.expand(*batch, width).clone())
             self.start_lower = nn.Parameter(factor.tril(-1).expand(*batch, width, width).clone())
         self.batch_shape = torch.Size(batch)
+        self._kept: tuple[Any, Prepared] | None = None
 
     # ------------------------------------------------------------------------------------------- the law
 
@@ -104,8 +129,48 @@ class GaussianPosterior(nn.Module):
         """Whether the prior's drift is affine, so that everything is in closed form."""
         return isinstance(self.prior.sde.drift, AffineDrift)
 
-    def _noise_steps(self) -> NoiseSteps:
-        return self.prior.sde.noise.steps(cast(Tensor, self.ts), dtype=self.offset.dtype)
+    def prepare(self) -> Prepared:
+        """Return what depends on the prior alone; as long as nothing in the prior changes, it is computed once."""
+        tensors = [*self.prior.parameters(), *self.prior.buffers(), cast(Tensor, self.ts)]
+        key = [(id(x), x._version, x.device, x.dtype) for x in tensors]
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        noise = self.prior.sde.noise.steps(cast(Tensor, self.ts), dtype=self.offset.dtype)
+        found = Prepared(noise, self._start_prior(), self._linear_steps(noise) if self.exact else None)
+        self._kept = None if found.requires_grad else (key, found)
+        return found
+
+    def _linear_steps(self, noise: NoiseSteps) -> LinearSteps:
+        ts = cast(Tensor, self.ts)
+        point = self._start_prior().origin[..., : self.dim]
+        coefficient = self.prior.sde.diffusion(ts[0].to(point), point)
+        matrix, offset = self._affine()
+        return affine_steps(noise, coefficient, (ts[1:] - ts[:-1]).to(point.dtype), matrix, offset)
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        drift = self.prior.sde.drift
+        if isinstance(drift, AffineDrift):
+            return cast(Tensor, drift.matrix)[None], cast(Tensor, drift.offset)[None]
+        assert self.drift_matrix is not None and self.drift_offset is not None
+        return self.drift_matrix, self.drift_offset
+
+    def prepare(self) -> Prepared:
+        """Return what depends on the prior alone; as long as nothing in the prior changes, it is computed once."""
+        tensors = [*self.prior.parameters(), *self.prior.buffers(), cast(Tensor, self.ts)]
+        key = [(id(x), x._version, x.device, x.dtype) for x in tensors]
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        noise = self.prior.sde.noise.steps(cast(Tensor, self.ts), dtype=self.offset.dtype)
+        found = Prepared(noise, self._start_prior(), self._linear_steps(noise) if self.exact else None)
+        self._kept = None if found.requires_grad else (key, found)
+        return found
+
+    def _linear_steps(self, noise: NoiseSteps) -> LinearSteps:
+        ts = cast(Tensor, self.ts)
+        point = self._start_prior().origin[..., : self.dim]
+        coefficient = self.prior.sde.diffusion(ts[0].to(point), point)
+        matrix, offset = self._affine()
+        return affine_steps(noise, coefficient, (ts[1:] - ts[:-1]).to(point.dtype), matrix, offset)
 
     def _affine(self) -> tuple[Tensor, Tensor]:
         drift = self.prior.sde.drift
@@ -118,14 +183,11 @@ class GaussianPosterior(nn.Module):
         """Return the Gaussian law with the present parameters."""
         return self._law(self._noise_steps())
 
-    def _law(self, noise: NoiseSteps) -> GaussianPathLaw:
-        ts = cast(Tensor, self.ts)
-        start = self._start_prior()
-        point = start.origin[..., : self.dim]
-        coefficient = self.prior.sde.diffusion(ts[0].to(point), point)
-        matrix, offset = self._affine()
-        dt = (ts[1:] - ts[:-1]).to(point.dtype)
-        steps = affine_steps(noise, coefficient, dt, matrix, offset)
+    def law(self, prepared: Prepared | None = None) -> GaussianPathLaw:
+        """Return the Gaussian law with the present parameters."""
+        known = self.prepare() if prepared is None else prepared
+        start = known.start
+        steps = self._linear_steps(known.noise) if known.steps is None else known.steps
         factor = torch.diag_embed(self.log_diagonal.exp())
         if self.lower is not None:
             factor = factor + self.lower.tril(-1)
@@ -152,11 +214,11 @@ class GaussianPosterior(nn.Module):
 
     def divergence(self, num_particles: int = 8, generator: torch.Generator | None = None) -> Tensor:
         """Return KL(Q || P) of paths, ``(*B)``: exact for an affine drift, else unbiased."""
-        noise = self._noise_steps()
-        law = self._law(noise)
+        known = self.prepare()
+        law = self.law(known)
         if self.exact:
             return law.divergence()
-        return self.estimate_divergence(law, noise, law.draw(num_particles, generator))
+        return self.estimate_divergence(law, known.noise, law.draw(num_particles, generator))
 
     def estimate_divergence(self, law: GaussianPathLaw, noise: NoiseSteps, draws: GaussianDraws) -> Tensor:
         """Return the closed form, plus the mean over draws of what the nonlinear drift adds."""
@@ -178,8 +240,8 @@ class GaussianPosterior(nn.Module):
             can be continued), and ``log p - log q (n, *B)`` on these paths.
         """
         check_positive_int(n, "n")
-        noise = self._noise_steps()
-        law = self._law(noise)
+        known = self.prepare()
+        noise, law = known.noise, self.law(known)
         draws = law.draw(n, generator)
         e, _ = law.increments(draws)
         z = draws.z

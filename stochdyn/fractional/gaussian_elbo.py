@@ -60,14 +60,14 @@ class GaussianELBO(Objective):
     def forward(self, batch: Any = None) -> ObjectiveValue:
         """Evaluate the bound."""
         posterior = self.posterior
-        noise = posterior._noise_steps()
-        law = posterior._law(noise)
+        known = posterior.prepare()
+        law = posterior.law(known)
         closed = type(self.likelihood) is GaussianObservations
         draws = None if closed and posterior.exact else law.draw(self.num_particles)
         if posterior.exact or draws is None:
             divergence = law.divergence()
         else:
-            divergence = posterior.estimate_divergence(law, noise, draws)
+            divergence = posterior.estimate_divergence(law, known.noise, draws)
         if closed or draws is None:
             fit = expected_log_likelihood(law, cast(GaussianObservations, self.likelihood), posterior.dim)
         else:
