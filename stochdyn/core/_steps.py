@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class Problem:
         self.num_states = sde.noise.num_states
         self.batch = torch.broadcast_shapes(x0.shape[:-1], dw.shape[1:-1])
         self.steps: NoiseSteps = sde.noise.steps(ts, dtype=x0.dtype)
+        self.rows: list[MemoryRow] | None = None
         self.dw = dw
         self.increments = dw.unbind(0)
         if method != "euler" and self.coefficient is None:
@@ -220,7 +222,7 @@ class Problem:
         if self.num_states:
             x = z[..., : self.dim]
             memory = z[..., self.dim :].unflatten(-1, (self.channels, self.num_states))
-            dz, memory = remember(self.steps, n, memory, e, self.channels)
+            dz, memory = _advance(self._rows()[n], memory, e, self.channels)
         else:
             x, dz, memory = z, e, None
         slope = self.drift(t, x)
@@ -233,6 +235,11 @@ class Problem:
             if self.milstein and self.coefficient is None:
                 ahead = ahead + self._milstein(n, x, kick, dz, g)
         return full_state(ahead, memory), *record
+
+    def _rows(self) -> list[MemoryRow]:
+        if self.rows is None:
+            self.rows = memory_rows(self.steps)
+        return self.rows
 
     def _variance_rate(self, n: int) -> Tensor:
         """Variance of the noise increment that is new in step n, ``(*batch, 1)`` or one a channel: ``dt`` if Brownian."""
@@ -322,6 +329,29 @@ def remember(
         gain, recall = _pad(gain, extra), _pad(recall, extra)
         decay = decay.reshape(decay.shape[0], *(1,) * (extra + 1), -1)
         load = load.reshape(load.shape[0], *(1,) * extra, *load.shape[1:])
+    return _advance(MemoryRow(gain, recall, decay, load), memory, e, channels)
+
+
+class MemoryRow(NamedTuple):
+    """The coefficients of one step: gain ``(*b, 1 or m, R)``, recall ``(*b, 1 or m, K)``, decay and load."""
+
+    gain: Tensor
+    recall: Tensor
+    decay: Tensor
+    load: Tensor
+
+
+def memory_rows(steps: NoiseSteps) -> list[MemoryRow]:
+    """Return the rows of all steps; unbound once, as the derivative of indexing costs a tensor of all steps."""
+    gain, recall = steps.gain, steps.recall
+    if not steps.per_channel:
+        gain, recall = gain.unsqueeze(-2), recall.unsqueeze(-2)
+    rows = zip(*(x.unbind(0) for x in (gain, recall, steps.decay, steps.load)), strict=True)
+    return [MemoryRow(*row) for row in rows]
+
+
+def _advance(row: MemoryRow, memory: Tensor, e: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    gain, recall, decay, load = row
     dw = e[..., :channels]
     dz = (memory * recall).sum(-1) + dw * gain[..., 0]
     memory = memory * decay + dw.unsqueeze(-1) * load[..., :1, :]

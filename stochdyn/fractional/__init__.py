@@ -17,7 +17,7 @@ from stochdyn.fractional.hurst_guide import HurstGuide, hurst_model
 from stochdyn.fractional.likelihood import FGNFit, HurstLikelihood, fit_fgn, hurst_log_likelihood
 from stochdyn.fractional.linear import FractionalOU, FractionalOUPosterior
 from stochdyn.fractional.noise import MarkovNoise, default_speeds
-from stochdyn.fractional.surrogate import AffineDrift
+from stochdyn.fractional.affine_drift import AffineDrift
 from stochdyn.fractional.weights import (
     cross_moments,
     geometric_speeds,

@@ -17,7 +17,8 @@ from stochdyn.core.path import PathSample
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional.gaussian_law import GaussianDraws, GaussianPathLaw, LinearControl, StartLaw
 from stochdyn.fractional.gaussian_relative import Shift, shift_of
-from stochdyn.fractional.surrogate import AffineDrift, LinearSteps, affine_steps, by_column
+from stochdyn.core.affine import LinearSteps, affine_steps, by_column
+from stochdyn.fractional.affine_drift import AffineDrift
 
 __all__ = ["GaussianPosterior"]
 

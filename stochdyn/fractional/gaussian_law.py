@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.core.scan import affine_states, gaussian_moments
-from stochdyn.fractional.surrogate import LinearSteps
+from stochdyn.core.affine import LinearSteps
 
 __all__ = ["GaussianDraws", "GaussianPathLaw", "LinearControl", "StartLaw"]
 

@@ -26,7 +26,7 @@ from stochdyn.core.noise import NoiseSteps
 from stochdyn.core.scan import affine_states
 from stochdyn.core.sde import SDE
 from stochdyn.core.transition import time_column
-from stochdyn.fractional.surrogate import by_column
+from stochdyn.core.affine import by_column
 
 __all__ = ["Shift", "shift_of"]
 

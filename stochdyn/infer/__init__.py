@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, sample_path
 from stochdyn.infer.guides import AutoPathGuide
+from stochdyn.infer.laplace import start_at_mode
 from stochdyn.infer.predictive import PathDraws, predict_path
 from stochdyn.infer.reparam import NoiseReparam
 
@@ -21,6 +22,7 @@ __all__ = [
     "khat",
     "predict_path",
     "sample_path",
+    "start_at_mode",
 ]
 
 

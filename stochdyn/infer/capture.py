@@ -94,6 +94,7 @@ def likelihood_quadratic(
     values: Mapping[str, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    keep_graph: bool = False,
 ) -> Quadratic:
     """Return the second-order expansion of the model's log-likelihood around ``path (T, *batch, d)``.
 
@@ -110,6 +111,7 @@ def likelihood_quadratic(
         values: values of the other latent sites.
         args: the model's arguments.
         kwargs: the model's keyword arguments.
+        keep_graph: let gradients reach the other sites.
     """
     with torch.enable_grad():
         leaf = path.detach().requires_grad_()
@@ -124,7 +126,7 @@ def likelihood_quadratic(
                 log_prob = _log_prob(site, scale)
                 total = total + log_prob.sum()
                 value = value + _series_sum(log_prob.detach(), value.shape)
-        return second_order(total, leaf, value)
+        return second_order(total, leaf, value, keep_graph)
 
 
 def _log_prob(site: Any, scale: Tensor | float) -> Tensor:

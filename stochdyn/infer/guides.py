@@ -24,6 +24,7 @@ from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.mode import fit_linearised
 from stochdyn.infer.posterior import IncrementPosterior, PathPosterior
+from stochdyn.infer.recomputed import RecomputedSite
 from stochdyn.infer.site import PathSite
 from stochdyn.infer.start import GaussianStart, StartPosterior, StickingStart, is_unconstrained
 from stochdyn.infer.view import SiteView, view_site
@@ -43,19 +44,24 @@ class AutoPathGuide(AutoGuide):
     same, :math:`k, K, L` are free parameters that start at the exact posterior of the model linearised
     around its most probable path (the exact posterior itself where the model given the other sites is
     linear and Gaussian); with subsampled plates an encoder reads them off the likelihood, so that new
-    series cost nothing.
+    series cost nothing. With ``feedback="recomputed"`` they are computed anew for every draw of the other
+    sites instead, which then may be as dependent on the path as they like: a linear-Gaussian path is
+    integrated out exactly. It costs a backward pass over the grid for each draw.
 
     Args:
         model: Pyro model with sites made by :func:`sample_path`, :class:`DiffusionPath` or
             :class:`NoiseReparam`.
         rest: guide for the other latent sites, a callable from a model to an AutoGuide.
         hidden: widths of the control network's hidden layers; empty for linear feedback alone.
+        feedback: ``"fitted"``, or ``"recomputed"`` for each draw of the other sites, around the most probable
+            path at their medians. Use it with a dependent law of the other sites
+            (``rest=AutoMultivariateNormal``) where their uncertainty matters.
         amortised: read the feedback from an encoder (True) or fit it freely (False); by default True if a
             plate of the path is subsampled.
         context: size of the encoder's summary.
         start: ``"linearised"`` or ``"prior"``, where free feedback starts.
-        estimator: gradient of the divergence: ``"stl"``, ``"rate"`` or ``"density"``. The value reported is
-            always exact.
+        estimator: gradient of the divergence: ``"stl"``, ``"rate"`` or ``"density"``; by default the first, and
+            the last if the feedback is recomputed. The value reported is always exact.
         create_plates: as for Pyro's AutoGuides, for subsampling.
 
     Raises:
@@ -82,20 +88,28 @@ class AutoPathGuide(AutoGuide):
         *,
         rest: Callable[[Callable[..., Any]], AutoGuide] = AutoNormal,
         hidden: Sequence[int] = (32,),
+        feedback: str = "fitted",
         amortised: bool | None = None,
         context: int = 32,
         start: str = "linearised",
-        estimator: str = "stl",
+        estimator: str | None = None,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         check_choice(start, ("linearised", "prior"), "start")
+        check_choice(feedback, ("fitted", "recomputed"), "feedback")
+        if estimator is None:
+            # The gradient in the other sites passes through the feedback too, where it is recomputed.
+            estimator = "stl" if feedback == "fitted" else "density"
         check_choice(estimator, ESTIMATORS, "estimator")
+        if feedback == "recomputed" and (amortised or start != "linearised"):
+            raise InvalidInputError("recomputed feedback leaves amortised and start no say")
         super().__init__(model, create_plates=create_plates)
         self._make_rest = rest
         self._options: dict[str, Any] = {"hidden": tuple(hidden), "context": context}
         self._amortised = amortised
         self._start = start
         self.estimator = estimator
+        self.recomputed = feedback == "recomputed"
         self._path_sites: list[str] = []
 
     @property
@@ -169,6 +183,10 @@ class AutoPathGuide(AutoGuide):
 
     def _is_amortised(self, name: str) -> bool:
         subsampled = self._is_subsampled(name)
+        if subsampled and self.recomputed:
+            raise InvalidInputError(
+                "feedback can't be recomputed for a path in a subsampled plate", got=f"site {name!r}"
+            )
         if subsampled and self._amortised is False:
             raise InvalidInputError("a path in a subsampled plate needs amortised=True", got=f"site {name!r}")
         return subsampled if self._amortised is None else self._amortised
@@ -238,18 +256,29 @@ class AutoPathGuide(AutoGuide):
             start = fit_linearised(view, lambda x: self._quadratic(name, x, values, args, kwargs))
         # Sites further on are linearised around this path.
         values[name] = view.value() if start is None else start.value(view)
+        if self.recomputed and start is not None:
+            setattr(self.sites, f"site_{index}", RecomputedSite(view, start))
+            return
         setattr(self.sites, f"site_{index}", PathSite(view, start, amortised=amortised, **self._options))
 
     def _quadratic(
-        self, name: str, x: Tensor, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        name: str,
+        x: Tensor,
+        values: dict[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        keep_graph: bool = False,
     ) -> Any:
-        given = {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
+        given = dict(values)
+        if not keep_graph:
+            given = {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
         path_name = self._path_name(name)
         prior = {name, path_name, f"{path_name}_0", f"{path_name}_past"}
         if path_name != name:
             # The increments themselves are replaced by the path that they would drive.
             given[name] = x.new_zeros(*x.shape[1:-1], *self._nodes[name]["fn"].event_shape)
-        return likelihood_quadratic(self.model, name, path_name, x, prior, given, args, kwargs)
+        return likelihood_quadratic(self.model, name, path_name, x, prior, given, args, kwargs, keep_graph)
 
     def _follow(
         self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -261,10 +290,12 @@ class AutoPathGuide(AutoGuide):
         centre = self._centre(values, args, kwargs)
         laws = []
         for index, name in enumerate(self._path_sites):
-            site: PathSite = getattr(self.sites, f"site_{index}")
+            site: PathSite | RecomputedSite = getattr(self.sites, f"site_{index}")
             with torch.no_grad():
                 view = self._view_whole(name, centre, args, kwargs)
-            if site.amortised:
+            if isinstance(site, RecomputedSite):
+                laws.append(self._recompute(site, name, centre, args, kwargs, False))
+            elif site.amortised:
                 reference = view.reference()
                 data = self._quadratic(name, reference[..., : view.dim], centre, args, kwargs)
                 laws.append(site.read(view, reference, data))
@@ -282,6 +313,21 @@ class AutoPathGuide(AutoGuide):
             centre[name] = x if view.path_name == name else e.movedim(0, -2)
         return laws, centre
 
+    def _recompute(
+        self,
+        site: RecomputedSite,
+        name: str,
+        values: dict[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        keep_graph: bool,
+    ) -> tuple[Feedback, StartPosterior | None]:
+        """Return the law of a path site that belongs to the given values of the others."""
+        given = dict(values)
+        view = self._view_whole(name, given, args, kwargs)
+        with torch.set_grad_enabled(keep_graph):
+            return site.solve(view, lambda x: self._quadratic(name, x, given, args, kwargs, keep_graph))
+
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample all latent sites; returns their values, and the paths under their own names."""
         if self.prototype_trace is None:
@@ -289,14 +335,20 @@ class AutoPathGuide(AutoGuide):
         self._create_plates(*args, **kwargs)
         values = self._rest_values(args, kwargs)
         result = {n: v for n, v in values.items() if n not in self.plates}
-        sites: list[PathSite] = [getattr(self.sites, f"site_{i}") for i in range(len(self._path_sites))]
+        sites: list[PathSite | RecomputedSite] = [getattr(self.sites, f"site_{i}") for i in range(len(self._path_sites))]
         laws = self._follow(values, args, kwargs)[0] if any(s.amortised for s in sites) else None
         for index, (name, site) in enumerate(zip(self._path_sites, sites, strict=True)):
-            feedback, start = (None, site.free_start()) if laws is None else laws[index]
+            feedback, start = (None, None) if laws is None else laws[index]
+            if isinstance(site, RecomputedSite):
+                feedback, start = self._recompute(site, name, values, args, kwargs, torch.is_grad_enabled())
+            elif laws is None:
+                start = site.free_start()
             with self._plates_of(name):
                 values |= self._sample_start(name, start)
             view = self._view(name, values, args, kwargs)
-            feedback = site.free_feedback(view.scale) if feedback is None else feedback
+            if feedback is None:
+                assert isinstance(site, PathSite)
+                feedback = site.free_feedback(view.scale)
             with self._plates_of(name):
                 values[name] = pyro.sample(name, self._posterior(view, feedback, start))
             result |= {n: values[n] for n in (*self._owned[name], name)}

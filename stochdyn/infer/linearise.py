@@ -22,8 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stochdyn.core.affine import affine_steps
 from stochdyn.core.sde import SDE
 from stochdyn.core.solvers import full_state, integrate, step_everywhere
+from stochdyn.core.transition import time_column
 
 __all__ = [
     "LinearPosterior",
@@ -83,7 +85,7 @@ def expand_likelihood(log_likelihood: Callable[[Tensor], Tensor], path: Tensor) 
         return second_order(value.sum() + 0.0 * leaf.sum(), leaf, value.detach())
 
 
-def second_order(total: Tensor, leaf: Tensor, value: Tensor) -> Quadratic:
+def second_order(total: Tensor, leaf: Tensor, value: Tensor, keep_graph: bool = False) -> Quadratic:
     """Return gradient and curvature of ``total`` in ``leaf (T, *batch, d)``, block by block in time.
 
     Terms that couple different times are folded into the block of each time, and where the likelihood isn't
@@ -93,19 +95,29 @@ def second_order(total: Tensor, leaf: Tensor, value: Tensor) -> Quadratic:
         total: a scalar that is a sum of the log-likelihoods of all series.
         leaf: the paths, a leaf of the graph.
         value: ``(*batch,)`` the log-likelihoods themselves.
+        keep_graph: let gradients of the result reach what else the likelihood depends on.
     """
     slope = torch.autograd.grad(total, leaf, create_graph=True)[0]
     rows = []
     for j in range(leaf.shape[-1]):
         row = None
         if slope.requires_grad:
-            row = torch.autograd.grad(slope[..., j].sum(), leaf, retain_graph=True, allow_unused=True)[0]
+            row = torch.autograd.grad(
+                slope[..., j].sum(), leaf, retain_graph=True, allow_unused=True, create_graph=keep_graph
+            )[0]
         rows.append(torch.zeros_like(leaf) if row is None else row)
-    curvature = -torch.stack(rows, -2).detach()
+    curvature = -torch.stack(rows, -2)
+    if not keep_graph:
+        slope, curvature = slope.detach(), curvature.detach()
     curvature = 0.5 * (curvature + curvature.mT).nan_to_num(0.0, 0.0, 0.0)
-    eigenvalues, vectors = torch.linalg.eigh(curvature)
-    precision = (vectors * eigenvalues.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
-    slope = slope.detach()
+    precision = curvature
+    if leaf.shape[-1] == 1:
+        precision = curvature.clamp_min(0.0)
+    else:
+        eigenvalues, vectors = torch.linalg.eigh(curvature.detach())
+        concave = (vectors * eigenvalues.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
+        # equal eigenvalues have no derivative, so only the curvature itself is differentiated
+        precision = curvature + (concave - curvature.detach())
     linear = slope + (precision @ leaf.detach().unsqueeze(-1)).squeeze(-1)
     return Quadratic(precision, linear, value)
 
@@ -120,6 +132,8 @@ def linear_steps(sde: SDE, ts: Tensor, z: Tensor, e: Tensor, scale: Tensor) -> t
         return step_everywhere(sde, ts, z_, e_)
 
     z, e = z.contiguous(), e.contiguous()
+    if not sde.state_dependent:
+        return _affine_steps(sde, ts, z, e.shape[-1] // sde.noise.num_innovations(ts))
     units = scale.reshape(scale.shape[0], *(1,) * (e.ndim - 2), -1).expand_as(e)
     after = step(z, e)
     by_state, by_noise = [], []
@@ -134,6 +148,24 @@ def linear_steps(sde: SDE, ts: Tensor, z: Tensor, e: Tensor, scale: Tensor) -> t
     a, b = torch.stack(by_state, -1), torch.stack(by_noise, -1)
     c = after - _times(a, z) - _times(b, e / units)
     return a, b, c
+
+
+def _affine_steps(sde: SDE, ts: Tensor, z: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same for a constant diffusion, where only the drift has to be differentiated."""
+    dim = z.shape[-1] - channels * sde.noise.num_states
+    x = z[..., :dim]
+    t, slopes = time_column(ts[:-1], x), []
+    value = torch.zeros_like(x)
+    for j in range(dim):
+        direction = torch.zeros_like(x)
+        direction[..., j] = 1.0
+        value, slope = torch.func.jvp(lambda x_: sde.drift(t, x_), (x,), (direction,))
+        slopes.append(slope.expand_as(x))
+    matrix = torch.stack(slopes, -1)
+    offset = value - _times(matrix, x)
+    dt = (ts[1:] - ts[:-1]).to(x.dtype)
+    steps = affine_steps(sde.noise.steps(ts, dtype=x.dtype), sde.diffusion(t[0], x[0]), dt, matrix, offset)
+    return steps.transition, steps.load, steps.offset
 
 
 def backward_pass(a: Tensor, b: Tensor, c: Tensor, data: Quadratic) -> LinearPosterior:
@@ -151,24 +183,29 @@ def backward_pass(a: Tensor, b: Tensor, c: Tensor, data: Quadratic) -> LinearPos
     precision = torch.nn.functional.pad(data.precision, (0, pad, 0, pad))
     linear = torch.nn.functional.pad(data.linear, (0, pad))
     eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
-    s, eta = precision[-1], linear[-1]
-    offsets, gains, factors = [], [], []
+    s, eta = precision[-1], linear[-1].unsqueeze(-1)
+    # Rows are unbound once: the derivative of indexing costs a tensor of all steps each time.
+    forth, back, load, push, shift, curve, slope = (
+        x.unbind(0) for x in (a, a.mT, b, b.mT, c.unsqueeze(-1), precision, linear.unsqueeze(-1))
+    )
+    offsets, gains, covariances = [], [], []
     for n in range(num_steps - 1, -1, -1):
-        bs = b[n].mT @ s
-        # Q = I + B'SB is at least 1, so its Cholesky factor always exists.
-        chol = torch.linalg.cholesky(eye + bs @ b[n])
-        bsa = bs @ a[n]
-        pull = eta - _times(s, c[n])
-        inner = _times(b[n].mT, pull)
-        gains.append(-torch.cholesky_solve(bsa, chol))
-        offsets.append(torch.cholesky_solve(inner.unsqueeze(-1), chol).squeeze(-1))
-        covariance = torch.cholesky_inverse(chol)
-        factors.append(torch.linalg.cholesky(0.5 * (covariance + covariance.mT)))
-        s_new = precision[n] + a[n].mT @ s @ a[n] + bsa.mT @ gains[-1]
+        bs = push[n] @ s
+        # Q = I + B'SB is at least 1, so inverting it is harmless.
+        covariance = torch.linalg.inv(eye + bs @ load[n])
+        bsa = bs @ forth[n]
+        pull = eta - s @ shift[n]
+        inner = push[n] @ pull
+        gain = -covariance @ bsa
+        gains.append(gain)
+        offsets.append(covariance @ inner)
+        covariances.append(covariance)
+        s_new = curve[n] + back[n] @ s @ forth[n] + bsa.mT @ gain
         s = 0.5 * (s_new + s_new.mT)
-        eta = linear[n] + _times(a[n].mT, pull) + _times(gains[-1].mT, inner)
-    offset, gain, factor = (torch.stack(rows[::-1]) for rows in (offsets, gains, factors))
-    return LinearPosterior(offset, gain, factor, s, eta)
+        eta = slope[n] + back[n] @ pull + gain.mT @ inner
+    offset, gain, covariance = (torch.stack(rows[::-1]) for rows in (offsets, gains, covariances))
+    factor = torch.linalg.cholesky(0.5 * (covariance + covariance.mT))
+    return LinearPosterior(offset.squeeze(-1), gain, factor, s, eta.squeeze(-1))
 
 
 def reference_states(sde: SDE, x0: Tensor, ts: Tensor, e: Tensor, memory0: Tensor | None) -> Tensor:

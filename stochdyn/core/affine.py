@@ -5,50 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stochdyn.core.coefficients import Coefficient
 from stochdyn.core.noise import NoiseSteps
 from stochdyn.core.solvers import full_state, remember
-from stochdyn.errors import ShapeError
 
-__all__ = ["AffineDrift", "LinearSteps", "affine_steps", "by_channel", "by_column"]
-
-
-class AffineDrift(nn.Module):
-    r"""The drift :math:`b(x)=Ax+a`, which the Gaussian posterior treats in closed form.
-
-    Args:
-        matrix: ``A (d, d)`` in 1 / time, or a number for that multiple of the identity.
-        offset: ``a (d,)``, zero if None.
-        learn: make both parameters.
-
-    Raises:
-        ShapeError: if the shapes don't fit.
-
-    Example:
-        >>> AffineDrift(torch.tensor([[-1.0]]))(torch.tensor(0.0), torch.tensor([2.0]))
-        tensor([-2.])
-    """
-
-    def __init__(self, matrix: Tensor, offset: Tensor | None = None, learn: bool = False) -> None:
-        super().__init__()
-        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ShapeError("matrix must be square", got=tuple(matrix.shape), expected="(d, d)")
-        if offset is None:
-            offset = matrix.new_zeros(matrix.shape[0])
-        if offset.shape != matrix.shape[:1]:
-            raise ShapeError("offset must fit matrix", got=tuple(offset.shape), expected=matrix.shape[:1])
-        if learn:
-            self.matrix = nn.Parameter(matrix.detach().clone())
-            self.offset = nn.Parameter(offset.detach().clone())
-        else:
-            self.register_buffer("matrix", matrix)
-            self.register_buffer("offset", offset)
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return ``(..., d)``."""
-        return x @ self.matrix.mT + self.offset
+__all__ = ["LinearSteps", "affine_steps", "by_channel", "by_column"]
 
 
 @dataclass(frozen=True)

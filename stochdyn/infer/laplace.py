@@ -1,0 +1,120 @@
+"""A Laplace start for the sites beside a path: the mode and curvature of the bound with the path integrated out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoMultivariateNormal
+from torch import Tensor
+
+from stochdyn._checks import check_positive_int
+from stochdyn.errors import InvalidInputError, NonFiniteError
+from stochdyn.infer.guides import AutoPathGuide
+
+__all__ = ["start_at_mode"]
+
+_LATENT = "_{}_latent"
+
+
+def start_at_mode(guide: AutoPathGuide, *args: Any, iterations: int = 30, **kwargs: Any) -> Tensor:
+    r"""Put the law of the sites beside a path to the Laplace approximation of their posterior.
+
+    With recomputed feedback the log weight of a draw estimates the evidence given the other sites,
+
+    .. math:: f(u)=\log p(y,x,\theta(u))+\log|\theta'(u)|-\log q(x\mid\theta(u)),\qquad x\sim q(\cdot\mid\theta(u)),
+
+    without any noise if the path is linear and Gaussian given them, and with the same random numbers at every u
+    otherwise. Its mode (by L-BFGS) and the inverse of minus its second derivative (by differences of gradients)
+    become location and covariance of the guide's normal law, from which few steps of stochastic optimisation
+    remain.
+
+    Args:
+        guide: with ``feedback="recomputed"`` and ``rest=AutoMultivariateNormal``.
+        args: arguments of the model.
+        iterations: of L-BFGS, at most.
+        kwargs: keyword arguments of the model.
+
+    Returns:
+        The unconstrained mode.
+
+    Raises:
+        InvalidInputError: for another kind of guide.
+        NonFiniteError: if the second derivative at the mode isn't finite.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from stochdyn import SDE
+        >>> from stochdyn.infer import sample_path
+        >>> def model(ts, y):
+        ...     rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        ...     x = sample_path("x", SDE(lambda t, x: -rate[..., None] * x, 1.0), torch.zeros(1), ts)
+        ...     pyro.sample("y", dist.Normal(x[..., 1:, 0], 0.1).to_event(1), obs=y)
+        >>> guide = AutoPathGuide(model, hidden=(), feedback="recomputed", rest=AutoMultivariateNormal)
+        >>> start_at_mode(guide, torch.linspace(0, 1, 11), torch.zeros(10)).shape
+        torch.Size([1])
+    """
+    check_positive_int(iterations, "iterations")
+    if not isinstance(guide, AutoPathGuide) or not guide.recomputed:
+        raise InvalidInputError("a Laplace start needs an AutoPathGuide with feedback='recomputed'")
+    guide(*args, **kwargs)
+    rest: Any = guide.rest
+    if not isinstance(rest, AutoMultivariateNormal):
+        raise InvalidInputError(
+            "a Laplace start needs other sites with a normal law",
+            got=type(rest).__name__,
+            expected="rest=AutoMultivariateNormal",
+        )
+    site = _LATENT.format(rest._pyro_name)
+    seed = int(torch.randint(2**31, ()))
+
+    def bound(u: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]), poutine.block():
+            torch.manual_seed(seed)
+            drawn = poutine.trace(poutine.condition(guide, data={site: u})).get_trace(*args, **kwargs)
+            model = poutine.trace(poutine.replay(guide.model, drawn)).get_trace(*args, **kwargs)
+            own = drawn.nodes[site]["fn"].log_prob(u)
+            return model.log_prob_sum() - (drawn.log_prob_sum() - own)
+
+    def slope(u: Tensor) -> Tensor:
+        leaf = u.detach().requires_grad_()
+        return torch.autograd.grad(bound(leaf), leaf)[0]
+
+    mode = _maximise(bound, rest.loc.detach().clone(), iterations)
+    curvature = _curvature(slope, mode)
+    with torch.no_grad():
+        covariance = torch.linalg.inv(curvature)
+        factor = torch.linalg.cholesky(covariance)
+        scale = factor.diagonal()
+        rest.loc.copy_(mode)
+        rest.scale = scale
+        rest.scale_tril = factor / scale.unsqueeze(-1)
+    return mode
+
+
+def _maximise(bound: Any, start: Tensor, iterations: int) -> Tensor:
+    """Maximise with L-BFGS; a step to where the bound isn't finite is seen as a wall."""
+    point = start.requires_grad_()
+    optimiser = torch.optim.LBFGS([point], max_iter=iterations, line_search_fn="strong_wolfe", tolerance_change=1e-6)
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = -bound(point)
+        loss.backward()
+        return loss.detach()
+
+    optimiser.step(closure)
+    return point.detach()
+
+
+def _curvature(slope: Any, mode: Tensor, step: float = 1e-3) -> Tensor:
+    """Return minus the second derivative at the mode, made positive definite where the mode isn't quite one."""
+    rows = []
+    for direction in step * torch.eye(mode.shape[0], dtype=mode.dtype, device=mode.device):
+        rows.append((slope(mode - direction) - slope(mode + direction)) / (2 * step))
+    curvature = torch.stack(rows)
+    if not bool(torch.isfinite(curvature).all()):
+        raise NonFiniteError("the bound has no finite second derivative at its mode", got=mode.tolist())
+    values, vectors = torch.linalg.eigh(0.5 * (curvature + curvature.mT))
+    return (vectors * values.clamp_min(1e-2 * float(values.max().clamp_min(1.0)) * 1e-2)) @ vectors.mT

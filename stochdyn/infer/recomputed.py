@@ -1,0 +1,67 @@
+"""A path posterior that is recomputed for every draw of the other latent sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from stochdyn.infer.feedback import Feedback
+from stochdyn.infer.linearise import LinearPosterior, Quadratic, backward_pass, linear_steps
+from stochdyn.infer.mode import LinearStart, absolute_gains
+from stochdyn.infer.start import StartPosterior
+from stochdyn.infer.view import SiteView
+
+__all__ = ["RecomputedSite"]
+
+
+class RecomputedSite(PyroModule):
+    r"""The exact feedback law of the model linearised around a fixed path, given each draw of the other sites.
+
+    :math:`q(x\mid\theta)` then follows :math:`\theta` wherever it goes: a linear-Gaussian path is marginalised
+    exactly, and the law of :math:`\theta` comes out neither too narrow nor too wide on account of the path. It has no
+    parameters; gradients in :math:`\theta` pass through the recursion.
+
+    Args:
+        view: the site.
+        start: posterior linearised around the most probable path, at the centre of the other sites.
+    """
+
+    amortised = False
+
+    def __init__(self, view: SiteView, start: LinearStart) -> None:
+        super().__init__()
+        self.random_start = view.start is not None
+        self.register_buffer("states", start.states.detach().clone())
+        self.register_buffer("increments", start.increments.detach().clone())
+
+    def solve(
+        self, view: SiteView, quadratic: Callable[[Tensor], Quadratic]
+    ) -> tuple[Feedback, StartPosterior | None]:
+        """Return the law of the increments, and that of a random start, for the present values of the other sites.
+
+        Args:
+            view: the site as the model presents it with these values.
+            quadratic: expansion of the log-likelihood around a path ``(T, *batch, d)``.
+        """
+        batch = view.batch()
+        states = _spread(self.states, batch)
+        increments = _spread(self.increments, batch)
+        data = quadratic(states[..., : view.dim])
+        a, b, c = linear_steps(view.fn.sde, view.fn.ts, states[:-1], increments, view.scale)
+        law: LinearPosterior = backward_pass(
+            a.double(), b.double(), c.double(), Quadratic(data.precision.double(), data.linear.double())
+        )
+        start = None
+        if view.start is not None:
+            mean, factor = view.start.posterior(law.start_precision, law.start_linear)
+            start = StartPosterior(mean.to(states.dtype), factor.to(states.dtype))
+        return Feedback(absolute_gains(law, states), view.scale), start
+
+
+def _spread(x: Tensor, batch: torch.Size) -> Tensor:
+    """Give ``x (N, *b, Z)`` the batch axes of the draws."""
+    lead = len(batch) - (x.ndim - 2)
+    return x.reshape(x.shape[0], *(1,) * lead, *x.shape[1:]).expand(x.shape[0], *batch, x.shape[-1]).contiguous()
