@@ -44,7 +44,9 @@ def objective(hurst: float, theta: float, kind: str, steps: int) -> GaussianELBO
     noise = MarkovNoise(hurst, horizon=END, kind=kind, speeds=geometric_speeds(*SPEEDS[kind]))
     ts = torch.linspace(0, END, steps + 1, dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
-    prior = sd.DiffusionMeasure(zero, sd.SDE(AffineDrift(-theta * torch.eye(1, dtype=torch.float64)), 1.0, noise))
+    prior = sd.DiffusionMeasure(
+        zero, sd.SDE(AffineDrift(-theta * torch.eye(1, dtype=torch.float64)), 1.0, noise)
+    )
     return GaussianELBO(GaussianPosterior(prior, ts), sd.GaussianObservations(ts, ts[-1:], zero, SCALE))
 
 
@@ -60,7 +62,10 @@ def library(hurst: float, theta: float, kind: str, train: int = 0) -> tuple[list
     value = objective(hurst, theta, kind, STEPS)
     if train:
         sd.fit(
-            value, steps=train, lr=0.03, progress=False,
+            value,
+            steps=train,
+            lr=0.03,
+            progress=False,
             scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.01 ** (1 / train)),
         )
     else:
@@ -116,18 +121,28 @@ def main() -> None:
     for theta in (0.0, 1.0, 2.0):
         for hurst in hursts:
             for kind in ("I", "II"):
-                std, evidence = exact_bridge(hurst, theta, kind, AT, END, 0.0, SCALE, 200 if options.smoke else 1200)
+                std, evidence = exact_bridge(
+                    hurst, theta, kind, AT, END, 0.0, SCALE, 200 if options.smoke else 1200
+                )
                 mine, bound = library(hurst, theta, kind)
                 row = {
-                    "theta": theta, "hurst": hurst, "kind": kind, "exact std": std, "exact evidence": float(evidence),
-                    "std": mine, "elbo": bound,
-                    "worst relative error of std": max(abs(a / b - 1) for a, b in zip(mine, std, strict=True)),
+                    "theta": theta,
+                    "hurst": hurst,
+                    "kind": kind,
+                    "exact std": std,
+                    "exact evidence": float(evidence),
+                    "std": mine,
+                    "elbo": bound,
+                    "worst relative error of std": max(
+                        abs(a / b - 1) for a, b in zip(mine, std, strict=True)
+                    ),
                     "elbo less evidence": bound - float(evidence),
                 }
                 if kind == "I":
                     theirs, other = published_setting(hurst, theta)
                     row |= {
-                        "published setting std": theirs, "published setting elbo": other,
+                        "published setting std": theirs,
+                        "published setting elbo": other,
                         "published setting worst relative error of std": max(
                             abs(a / b - 1) for a, b in zip(theirs, std, strict=True)
                         ),
@@ -138,14 +153,25 @@ def main() -> None:
     for hurst, theta in ((0.3, 1.0), (0.7, 1.0)):
         steps = 20 if options.smoke else 2000
         linearised, trained_to = library(hurst, theta, "II"), library(hurst, theta, "II", steps)
-        trained.append({
-            "hurst": hurst, "theta": theta, "kind": "II", "steps": steps, "elbo linearised": linearised[1],
-            "elbo trained from the prior": trained_to[1],
-        })
+        trained.append(
+            {
+                "hurst": hurst,
+                "theta": theta,
+                "kind": "II",
+                "steps": steps,
+                "elbo linearised": linearised[1],
+                "elbo trained from the prior": trained_to[1],
+            }
+        )
         print(trained[-1], flush=True)
     report = {
-        "smoke": options.smoke, "machine": machine(), "seconds": round(time.process_time() - start, 1),
-        "speeds": SPEEDS, "steps": STEPS, "rows": rows, "trained": trained,
+        "smoke": options.smoke,
+        "machine": machine(),
+        "seconds": round(time.process_time() - start, 1),
+        "speeds": SPEEDS,
+        "steps": STEPS,
+        "rows": rows,
+        "trained": trained,
     }
     out = options.out or (None if options.smoke else RESULTS)
     if out is not None:

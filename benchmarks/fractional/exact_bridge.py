@@ -25,7 +25,14 @@ def _riemann_liouville(ts: np.ndarray, hurst: float) -> np.ndarray:
 
 
 def exact_bridge(
-    hurst: float, theta: float, kind: str, at: list[float], end: float, value: float, scale: float, n: int = 1200
+    hurst: float,
+    theta: float,
+    kind: str,
+    at: list[float],
+    end: float,
+    value: float,
+    scale: float,
+    n: int = 1200,
 ) -> tuple[list[float], float]:
     r"""Return posterior standard deviations at ``at`` and the log evidence.
 
@@ -33,7 +40,11 @@ def exact_bridge(
     :math:`X_t=B_t-\theta\int_0^te^{-\theta(t-s)}B_s\,ds` by the trapezoid rule on ``n`` steps.
     """
     ts = end * np.arange(1, n + 1) / n
-    cov = fbm_covariance(torch.from_numpy(ts), hurst, kind="I").numpy() if kind == "I" else _riemann_liouville(ts, hurst)
+    cov = (
+        fbm_covariance(torch.from_numpy(ts), hurst, kind="I").numpy()
+        if kind == "I"
+        else _riemann_liouville(ts, hurst)
+    )
     if theta:
         lag = ts[:, None] - ts[None, :]
         weight = np.where(lag >= 0, np.exp(-theta * np.clip(lag, 0, None)), 0.0) * end / n

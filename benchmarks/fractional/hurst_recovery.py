@@ -95,7 +95,9 @@ def main() -> None:
         for hurst in hursts:
             cell: dict[str, Any] = {"n": n, "hurst": hurst, "cramer_rao": cramer_rao(hurst, n), "fits": []}
             for seed in range(seeds):
-                cell["fits"].append(infer(hurst, n, seed, 3 if options.smoke else options.steps, options.particles))
+                cell["fits"].append(
+                    infer(hurst, n, seed, 3 if options.smoke else options.steps, options.particles)
+                )
                 print(n, hurst, cell["fits"][-1], flush=True)
             cell = summarise(cell)
             print({k: v for k, v in cell.items() if k != "fits"}, flush=True)
@@ -103,7 +105,12 @@ def main() -> None:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 known = json.loads(out.read_text()) if out.exists() else {"cells": []}
                 kept = [c for c in known["cells"] if (c["n"], c["hurst"]) != (n, hurst)]
-                known = {"machine": machine(), "steps": options.steps, "particles": options.particles, "cells": [*kept, cell]}
+                known = {
+                    "machine": machine(),
+                    "steps": options.steps,
+                    "particles": options.particles,
+                    "cells": [*kept, cell],
+                }
                 out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 

@@ -49,9 +49,10 @@ def affine_steps(
     states, innovations = steps.load.shape[-1], steps.load.shape[-2]
     size, width = channels * states, channels * innovations
     batch = torch.broadcast_shapes(
-        steps.parameter_batch, matrix.shape[1:-2], offset.shape[1:-1], coefficient.apply(
-            steps.load.new_zeros(channels)
-        ).shape[:-1],
+        steps.parameter_batch,
+        matrix.shape[1:-2],
+        offset.shape[1:-1],
+        coefficient.apply(steps.load.new_zeros(channels)).shape[:-1],
     )
     lead = (1,) * len(batch)
     basis = torch.eye(size + width, dtype=steps.load.dtype, device=steps.load.device)
@@ -61,9 +62,7 @@ def affine_steps(
     )
     kick = coefficient.apply(dz)
     shape = (*torch.broadcast_shapes(kick.shape[:-1], (*dz.shape[:2], *batch)),)
-    image = full_state(
-        kick.expand(*shape, dim), memory.expand(*shape, channels, states)
-    ).movedim(1, -1)
+    image = full_state(kick.expand(*shape, dim), memory.expand(*shape, channels, states)).movedim(1, -1)
     lag = dt.reshape(-1, *lead, 1, 1)
     eye = torch.eye(dim, dtype=lag.dtype, device=lag.device)
     stay = (eye + matrix * lag).expand(*image.shape[:-2], dim, dim)

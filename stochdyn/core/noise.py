@@ -48,7 +48,8 @@ class NoiseSteps:
     def to(self, dtype: torch.dtype) -> NoiseSteps:
         """Return the same coefficients in another precision."""
         parts = (self.variance, self.gain, self.recall, self.decay, self.load)
-        return NoiseSteps(*(p.to(dtype) for p in parts), per_channel=self.per_channel)
+        variance, gain, recall, decay, load = (p.to(dtype) for p in parts)
+        return NoiseSteps(variance, gain, recall, decay, load, self.per_channel)
 
 
 class NoiseProcess(nn.Module, ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stochdyn.fractional.affine_drift import AffineDrift
 from stochdyn.fractional.exact import (
     fbm_covariance,
     fgn_autocovariance,
@@ -17,7 +18,6 @@ from stochdyn.fractional.hurst_guide import HurstGuide, hurst_model
 from stochdyn.fractional.likelihood import FGNFit, HurstLikelihood, fit_fgn, hurst_log_likelihood
 from stochdyn.fractional.linear import FractionalOU, FractionalOUPosterior
 from stochdyn.fractional.noise import MarkovNoise, default_speeds
-from stochdyn.fractional.affine_drift import AffineDrift
 from stochdyn.fractional.weights import (
     cross_moments,
     geometric_speeds,

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import check_positive_int, check_time_grid
+from stochdyn.core.affine import LinearSteps, affine_steps, by_column
 from stochdyn.core.initial import DistributionStart, FixedStart
 from stochdyn.core.measure import DiffusionMeasure
 from stochdyn.core.noise import NoiseSteps
 from stochdyn.core.path import PathSample
 from stochdyn.errors import InvalidInputError
+from stochdyn.fractional.affine_drift import AffineDrift
 from stochdyn.fractional.gaussian_law import GaussianDraws, GaussianPathLaw, LinearControl, StartLaw
 from stochdyn.fractional.gaussian_relative import Shift, shift_of
-from stochdyn.core.affine import LinearSteps, affine_steps, by_column
-from stochdyn.fractional.affine_drift import AffineDrift
 
 __all__ = ["GaussianPosterior"]
 
@@ -49,7 +49,7 @@ class Prepared:
 class GaussianPosterior(nn.Module):
     r"""A posterior of a latent path that is Gaussian: linear feedback on a linear equation.
 
-    The increments of each step follow :math:`\epsilon_n\mid z_n\sim N(k_n+K_nz_n,L_nL_n^\top)`, in units of their
+    The increments of each step follow :math:`\epsilon_n\mid z_n\sim N(k_n+K_n(z_n-Ez_n),L_nL_n^\top)`, in units of their
     prior standard deviation, and drive :math:`dX=(A_tX+a_t)\,dt+\sigma\,dZ`. Here z is the path with the
     memory states of its noise. So means and covariances of all times follow from one linear recursion,
     solved in logarithmic depth.
@@ -62,6 +62,9 @@ class GaussianPosterior(nn.Module):
 
     A Gaussian law with arbitrary marginals would not do here: the memory states and the path are
     driven by one noise, so its divergence would be infinite.
+
+    Attributes:
+        width: ``(Z,)`` scale of the states in the gains, from the prior.
 
     Args:
         prior: the law of the path: constant diffusion, a fixed or Gaussian start.
@@ -122,6 +125,11 @@ class GaussianPosterior(nn.Module):
             self.start_lower = nn.Parameter(factor.tril(-1).expand(*batch, width, width).clone())
         self.batch_shape = torch.Size(batch)
         self._kept: tuple[Any, Prepared] | None = None
+        # gains refer to the spread of the state under the prior, so that all of them are of one size
+        self.register_buffer("width", like.new_ones(size))
+        with torch.no_grad():
+            spread = self.law().moments[1].diagonal(dim1=-2, dim2=-1)[1:].flatten(0, -2).mean(0).sqrt()
+            self.width.copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
 
     # ------------------------------------------------------------------------------------------- the law
 
@@ -133,7 +141,7 @@ class GaussianPosterior(nn.Module):
     def prepare(self) -> Prepared:
         """Return what depends on the prior alone; as long as nothing in the prior changes, it is computed once."""
         tensors = [*self.prior.parameters(), *self.prior.buffers(), cast(Tensor, self.ts)]
-        key = [(id(x), x._version, x.device, x.dtype) for x in tensors]
+        key = (torch.is_grad_enabled(), [(id(x), x._version, x.device, x.dtype) for x in tensors])
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
         noise = self.prior.sde.noise.steps(cast(Tensor, self.ts), dtype=self.offset.dtype)
@@ -154,41 +162,19 @@ class GaussianPosterior(nn.Module):
             return cast(Tensor, drift.matrix)[None], cast(Tensor, drift.offset)[None]
         assert self.drift_matrix is not None and self.drift_offset is not None
         return self.drift_matrix, self.drift_offset
-
-    def prepare(self) -> Prepared:
-        """Return what depends on the prior alone; as long as nothing in the prior changes, it is computed once."""
-        tensors = [*self.prior.parameters(), *self.prior.buffers(), cast(Tensor, self.ts)]
-        key = [(id(x), x._version, x.device, x.dtype) for x in tensors]
-        if self._kept is not None and self._kept[0] == key:
-            return self._kept[1]
-        noise = self.prior.sde.noise.steps(cast(Tensor, self.ts), dtype=self.offset.dtype)
-        found = Prepared(noise, self._start_prior(), self._linear_steps(noise) if self.exact else None)
-        self._kept = None if found.requires_grad else (key, found)
-        return found
-
-    def _linear_steps(self, noise: NoiseSteps) -> LinearSteps:
-        ts = cast(Tensor, self.ts)
-        point = self._start_prior().origin[..., : self.dim]
-        coefficient = self.prior.sde.diffusion(ts[0].to(point), point)
-        matrix, offset = self._affine()
-        return affine_steps(noise, coefficient, (ts[1:] - ts[:-1]).to(point.dtype), matrix, offset)
-
-    def _affine(self) -> tuple[Tensor, Tensor]:
-        drift = self.prior.sde.drift
-        if isinstance(drift, AffineDrift):
-            return cast(Tensor, drift.matrix)[None], cast(Tensor, drift.offset)[None]
-        assert self.drift_matrix is not None and self.drift_offset is not None
-        return self.drift_matrix, self.drift_offset
-
-    def law(self) -> GaussianPathLaw:
-        """Return the Gaussian law with the present parameters."""
-        return self._law(self._noise_steps())
 
     def law(self, prepared: Prepared | None = None) -> GaussianPathLaw:
         """Return the Gaussian law with the present parameters."""
         known = self.prepare() if prepared is None else prepared
         start = known.start
         steps = self._linear_steps(known.noise) if known.steps is None else known.steps
+        lead = len(self.batch_shape)
+        steps = LinearSteps(
+            *(
+                _with_batch(x, lead, event)
+                for x, event in ((steps.transition, 2), (steps.load, 2), (steps.offset, 1))
+            )
+        )
         factor = torch.diag_embed(self.log_diagonal.exp())
         if self.lower is not None:
             factor = factor + self.lower.tril(-1)
@@ -198,7 +184,7 @@ class GaussianPosterior(nn.Module):
             start = StartLaw(
                 start.origin, start.lift, self.start_mean, chol, start.prior_mean, start.prior_precision
             )
-        return GaussianPathLaw(steps, LinearControl(self.offset, self.gain, factor), start)
+        return GaussianPathLaw(steps, LinearControl(self.offset, self.gain / self.width, factor), start)
 
     @property
     def mean(self) -> Tensor:
@@ -330,6 +316,12 @@ class GaussianPosterior(nn.Module):
             raise InvalidInputError(
                 "a Gaussian posterior needs a fixed or Gaussian start", got=type(initial).__name__
             )
+
+
+def _with_batch(x: Tensor, lead: int, event: int) -> Tensor:
+    """Give ``x (N, *b, ...)`` at least ``lead`` batch axes."""
+    missing = lead - (x.ndim - 1 - event)
+    return x if missing <= 0 else x.reshape(x.shape[0], *(1,) * missing, *x.shape[1:])
 
 
 def _gaussian(law: Any) -> tuple[Tensor, Tensor]:

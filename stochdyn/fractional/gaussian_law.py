@@ -8,15 +8,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stochdyn.core.scan import affine_states, gaussian_moments
 from stochdyn.core.affine import LinearSteps
+from stochdyn.core.scan import affine_states, gaussian_moments
 
 __all__ = ["GaussianDraws", "GaussianPathLaw", "LinearControl", "StartLaw"]
 
 
 @dataclass(frozen=True)
 class LinearControl:
-    r"""The law :math:`\epsilon_n\mid z_n\sim N(k_n+K_nz_n,\,L_nL_n^\top)` of standardised increments.
+    r"""The law :math:`\epsilon_n\mid z_n\sim N(k_n+K_n(z_n-E z_n),\,L_nL_n^\top)` of standardised increments.
+
+    Feedback on the deviation from the mean leaves the mean to the offsets alone, which makes the two easy to
+    learn together.
 
     Attributes:
         offset: ``k (N, *B, M)``.
@@ -77,11 +80,13 @@ class GaussianDraws:
 
     Attributes:
         z: ``(N+1, *B, Z, S)`` full states.
+        deviation: the same less their means.
         noise: ``(N, *B, M, S)`` the standard normals behind them.
         start_noise: ``(*B, D, S)``.
     """
 
     z: Tensor
+    deviation: Tensor
     noise: Tensor
     start_noise: Tensor
 
@@ -106,9 +111,11 @@ class GaussianPathLaw:
         return self.steps.transition + self.steps.load @ self.control.gain
 
     @cached_property
-    def offset(self) -> Tensor:
-        """``c + B k (N, *B, Z)``."""
-        return self.steps.offset + (self.steps.load @ self.control.offset.unsqueeze(-1)).squeeze(-1)
+    def mean(self) -> Tensor:
+        """Means ``(N+1, *B, Z)`` of the full state; the feedback has no part in them."""
+        push = self.steps.offset.unsqueeze(-1) + self.steps.load @ self.control.offset.unsqueeze(-1)
+        start = self.start.moments()[0].unsqueeze(-1)
+        return affine_states(self.steps.transition, push, start).squeeze(-1)
 
     @cached_property
     def spread(self) -> Tensor:
@@ -118,38 +125,39 @@ class GaussianPathLaw:
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
         """Means ``(N+1, *B, Z)`` and covariances ``(N+1, *B, Z, Z)`` of the full state."""
-        mean, cov = self.start.moments()
-        return gaussian_moments(self.transition, self.offset, self.spread @ self.spread.mT, mean, cov)
+        cov = self.start.moments()[1]
+        noise = self.spread @ self.spread.mT
+        still = noise.new_zeros(noise.shape[:-1])
+        return self.mean, gaussian_moments(self.transition, still, noise, still[0], cov)[1]
 
     def divergence(self) -> Tensor:
         r"""Return the divergence of the increments' law and the start's from P, ``(*B)``, in closed form.
 
-        .. math:: \tfrac12\sum_n\big[|K_nm_n+k_n|^2+\mathrm{tr}\,K_nP_nK_n^\top+\mathrm{tr}\,L_nL_n^\top-M\big]
+        .. math:: \tfrac12\sum_n\big[|k_n|^2+\mathrm{tr}\,K_nP_nK_n^\top+\mathrm{tr}\,L_nL_n^\top-M\big]
             -\sum_n\log\det L_n .
         """
-        mean, cov = (part[:-1] for part in self.moments)
+        cov = self.moments[1][:-1]
         gain, factor = self.control.gain, self.control.factor
-        pull = (gain @ mean.unsqueeze(-1)).squeeze(-1) + self.control.offset
-        squares = pull.square().sum(-1) + ((gain @ cov) * gain).sum((-2, -1))
+        squares = self.control.offset.square().sum(-1) + ((gain @ cov) * gain).sum((-2, -1))
         spread = factor.square().sum((-2, -1)) - factor.shape[-1]
         return (0.5 * (squares + spread) - _log_diagonal(factor)).sum(0) + self.start.divergence()
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> GaussianDraws:
         """Draw ``n`` paths, all times at once; differentiable."""
-        mean, _ = self.start.moments()
-        like = self.spread
-        kwargs = {"generator": generator, "dtype": like.dtype, "device": like.device}
-        batch = torch.broadcast_shapes(like.shape[1:-2], self.offset.shape[1:-1], mean.shape[:-1])
-        noise = torch.randn(like.shape[0], *batch, like.shape[-1], n, **kwargs)
-        first = torch.randn(*batch, self.start.mean.shape[-1], n, **kwargs)
-        start = mean.unsqueeze(-1) + self.start.lift @ self.start.factor @ first
-        return GaussianDraws(
-            affine_states(self.transition, self.offset.unsqueeze(-1) + like @ noise, start), noise, first
-        )
+        like, mean = self.spread, self.mean
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+        batch = torch.broadcast_shapes(like.shape[1:-2], mean.shape[1:-1])
+        noise = normal(like.shape[0], *batch, like.shape[-1], n)
+        first = normal(*batch, self.start.mean.shape[-1], n)
+        deviation = affine_states(self.transition, like @ noise, self.start.lift @ self.start.factor @ first)
+        return GaussianDraws(mean.unsqueeze(-1) + deviation, deviation, noise, first)
 
     def increments(self, draws: GaussianDraws) -> tuple[Tensor, Tensor]:
         """Return the standardised increments of draws and their conditional means, ``(N, *B, M, S)`` each."""
-        mean = self.control.gain @ draws.z[:-1] + self.control.offset.unsqueeze(-1)
+        mean = self.control.gain @ draws.deviation[:-1] + self.control.offset.unsqueeze(-1)
         return mean + self.control.factor @ draws.noise, mean
 
 

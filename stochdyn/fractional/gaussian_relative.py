@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stochdyn.core.affine import by_column
 from stochdyn.core.noise import NoiseSteps
 from stochdyn.core.scan import affine_states
 from stochdyn.core.sde import SDE
 from stochdyn.core.transition import time_column
-from stochdyn.core.affine import by_column
 
 __all__ = ["Shift", "shift_of"]
 
@@ -54,7 +54,8 @@ def shift_of(
         ts: ``(N+1,)``.
         steps: its noise.
         z: ``(N+1, *B, Z, S)`` full states under Q.
-        matrix: ``(N or 1, *B, d, d)`` and offset: ``(N or 1, *B, d)``, the linear drift.
+        matrix: ``(N or 1, *B, d, d)`` of the linear drift.
+        offset: ``(N or 1, *B, d)`` of the linear drift.
         dim: ``d``.
     """
     columns = z[:-1, ..., :dim, :]
@@ -65,7 +66,7 @@ def shift_of(
     gap = (linear.movedim(-1, 1) - sde.drift(t, x)) * lag
     # (N, S, *B, m) to columns (N, *B, m, S)
     gap = sde.diffusion(t, x).solve(gap).movedim(1, -1)
-    channels, states = gap.shape[-2], steps.load.shape[-1]
+    states = steps.load.shape[-1]
     lead = (1,) * (gap.ndim - 3)
     root = steps.variance.sqrt()
     gain, recall = steps.gain * _lead(root, steps.gain.ndim), steps.recall
@@ -85,7 +86,9 @@ def shift_of(
     forced = gap / size
     # (N, *B, m, K, S)
     memory = affine_states(
-        loop, answer.unsqueeze(-1) * forced.unsqueeze(-2), z.new_zeros(*forced.shape[1:-1], states, z.shape[-1])
+        loop,
+        answer.unsqueeze(-1) * forced.unsqueeze(-2),
+        z.new_zeros(*forced.shape[1:-1], states, z.shape[-1]),
     )
     along = forced - (pull.unsqueeze(-2) @ memory[:-1]).squeeze(-2)
     shift = along.unsqueeze(-2) * direction.unsqueeze(-1)  # (N, *B, m, R, S)

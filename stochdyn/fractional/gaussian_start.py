@@ -33,17 +33,23 @@ def set_linearised(
         x0 = posterior._start_prior()
         point = x0.mean[..., : posterior.dim] if law is not None else x0.origin[..., : posterior.dim]
         point = point.expand(*posterior.batch_shape, posterior.dim)
-        fn = cast(PathIncrements, PathIncrements(sde, point, ts).expand(posterior.batch_shape))
+        fn = PathIncrements(sde, point, ts).expand(posterior.batch_shape)
         past = sde.noise.initial_factor(dtype=point.dtype, device=point.device) is not None
         view = view_site(fn, "x", law, past)
 
         def quadratic(x: Tensor) -> Quadratic:
-            return expand_likelihood(lambda leaf: likelihood(PathSample(ts, leaf.movedim(0, -2), leaf[1:, ..., :0].movedim(0, -2)), batch), x)
+            return expand_likelihood(
+                lambda leaf: likelihood(
+                    PathSample(ts, leaf.movedim(0, -2), leaf[1:, ..., :0].movedim(0, -2)), batch
+                ),
+                x,
+            )
 
         found = fit_linearised(view, quadratic)
         dtype = posterior.offset.dtype
-        posterior.offset.copy_(found.posterior.offset.to(dtype))
-        posterior.gain.copy_(found.posterior.gain.to(dtype))
+        pull = (found.posterior.gain @ found.states[:-1].double().unsqueeze(-1)).squeeze(-1)
+        posterior.offset.copy_((found.posterior.offset + pull).to(dtype))
+        posterior.gain.copy_((found.posterior.gain * posterior.width).to(dtype))
         factor = found.posterior.factor.to(dtype)
         posterior.log_diagonal.copy_(factor.diagonal(dim1=-2, dim2=-1).log())
         if posterior.lower is not None:
@@ -61,7 +67,7 @@ def set_linearised(
             for j in range(posterior.dim):
                 direction = torch.zeros_like(x)
                 direction[..., j] = 1.0
-                value, slope = torch.func.jvp(lambda x_: sde.drift(t, x_), (x,), (direction,))
+                value, slope = torch.func.jvp(lambda x_: sde.drift(t, x_), (x,), (direction,))[:2]
                 slopes.append(slope.expand_as(x))
             matrix = torch.stack(slopes, -1)
             posterior.drift_matrix.copy_(matrix)

@@ -129,7 +129,9 @@ class MarkovNoise(NoiseProcess):
         check_hurst(hurst)
         if per_channel and (not isinstance(hurst, Tensor) or hurst.ndim == 0):
             raise InvalidInputError(
-                "per_channel needs one Hurst index a channel", got=repr(hurst), expected="a tensor (*batch, m)"
+                "per_channel needs one Hurst index a channel",
+                got=repr(hurst),
+                expected="a tensor (*batch, m)",
             )
         self.per_channel = per_channel
         check_positive_int(num_states, "num_states")

@@ -17,7 +17,6 @@ from torch import Tensor
 from stochdyn._checks import check_choice
 from stochdyn.core.girsanov import ESTIMATORS
 from stochdyn.core.initial import DistributionStart
-from stochdyn.core.solvers import integrate
 from stochdyn.errors import InvalidInputError, UnknownSiteError
 from stochdyn.infer.capture import likelihood_quadratic, site_distribution, site_frames
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
@@ -27,7 +26,7 @@ from stochdyn.infer.posterior import IncrementPosterior, PathPosterior
 from stochdyn.infer.recomputed import RecomputedSite
 from stochdyn.infer.site import PathSite
 from stochdyn.infer.start import GaussianStart, StartPosterior, StickingStart, is_unconstrained
-from stochdyn.infer.view import SiteView, view_site
+from stochdyn.infer.view import SiteView, driven_path, view_site
 
 __all__ = ["AutoPathGuide"]
 
@@ -335,7 +334,9 @@ class AutoPathGuide(AutoGuide):
         self._create_plates(*args, **kwargs)
         values = self._rest_values(args, kwargs)
         result = {n: v for n, v in values.items() if n not in self.plates}
-        sites: list[PathSite | RecomputedSite] = [getattr(self.sites, f"site_{i}") for i in range(len(self._path_sites))]
+        sites: list[PathSite | RecomputedSite] = [
+            getattr(self.sites, f"site_{i}") for i in range(len(self._path_sites))
+        ]
         laws = self._follow(values, args, kwargs)[0] if any(s.amortised for s in sites) else None
         for index, (name, site) in enumerate(zip(self._path_sites, sites, strict=True)):
             feedback, start = (None, None) if laws is None else laws[index]
@@ -353,7 +354,7 @@ class AutoPathGuide(AutoGuide):
                 values[name] = pyro.sample(name, self._posterior(view, feedback, start))
             result |= {n: values[n] for n in (*self._owned[name], name)}
             if view.path_name != name:
-                result[view.path_name] = _driven_path(view, values[name])
+                result[view.path_name] = driven_path(view, values[name])
         return result
 
     def _plates_of(self, name: str) -> ExitStack:
@@ -394,14 +395,3 @@ class AutoPathGuide(AutoGuide):
             self._create_plates(*args, **kwargs)
             centre = self._follow(self._rest_values(args, kwargs), args, kwargs)[1]
         return {n: v for n, v in centre.items() if n not in self.plates}
-
-
-def _driven_path(view: SiteView, increments: Tensor) -> Tensor:
-    """Return the path ``(*batch, T, d)`` that increments drive."""
-    driven = getattr(increments, "_stochdyn_driven", None)
-    if driven is not None:
-        return driven.x.movedim(0, -2)
-    # Somebody else has set the increments (by conditioning the guide, say).
-    x0 = view.x0.expand(*increments.shape[:-2], view.dim)
-    run = integrate(view.fn.sde, x0, view.fn.ts, increments.movedim(-2, 0), view.memory0)
-    return run.x.movedim(0, -2)

@@ -74,7 +74,8 @@ def start_at_mode(guide: AutoPathGuide, *args: Any, iterations: int = 30, **kwar
             torch.manual_seed(seed)
             drawn = poutine.trace(poutine.condition(guide, data={site: u})).get_trace(*args, **kwargs)
             model = poutine.trace(poutine.replay(guide.model, drawn)).get_trace(*args, **kwargs)
-            own = drawn.nodes[site]["fn"].log_prob(u)
+            law: Any = drawn.nodes[site]["fn"]
+            own = law.log_prob(u)
             return model.log_prob_sum() - (drawn.log_prob_sum() - own)
 
     def slope(u: Tensor) -> Tensor:
@@ -89,14 +90,16 @@ def start_at_mode(guide: AutoPathGuide, *args: Any, iterations: int = 30, **kwar
         scale = factor.diagonal()
         rest.loc.copy_(mode)
         rest.scale = scale
-        rest.scale_tril = factor / scale.unsqueeze(-1)
+        rest.scale_tril = (factor / scale.unsqueeze(-1)).contiguous()
     return mode
 
 
 def _maximise(bound: Any, start: Tensor, iterations: int) -> Tensor:
     """Maximise with L-BFGS; a step to where the bound isn't finite is seen as a wall."""
     point = start.requires_grad_()
-    optimiser = torch.optim.LBFGS([point], max_iter=iterations, line_search_fn="strong_wolfe", tolerance_change=1e-6)
+    optimiser = torch.optim.LBFGS(
+        [point], max_iter=iterations, line_search_fn="strong_wolfe", tolerance_change=1e-6
+    )
 
     def closure() -> Tensor:
         optimiser.zero_grad()

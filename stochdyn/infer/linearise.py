@@ -159,7 +159,7 @@ def _affine_steps(sde: SDE, ts: Tensor, z: Tensor, channels: int) -> tuple[Tenso
     for j in range(dim):
         direction = torch.zeros_like(x)
         direction[..., j] = 1.0
-        value, slope = torch.func.jvp(lambda x_: sde.drift(t, x_), (x,), (direction,))
+        value, slope = torch.func.jvp(lambda x_: sde.drift(t, x_), (x,), (direction,))[:2]
         slopes.append(slope.expand_as(x))
     matrix = torch.stack(slopes, -1)
     offset = value - _times(matrix, x)

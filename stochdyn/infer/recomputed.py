@@ -64,4 +64,6 @@ class RecomputedSite(PyroModule):
 def _spread(x: Tensor, batch: torch.Size) -> Tensor:
     """Give ``x (N, *b, Z)`` the batch axes of the draws."""
     lead = len(batch) - (x.ndim - 2)
-    return x.reshape(x.shape[0], *(1,) * lead, *x.shape[1:]).expand(x.shape[0], *batch, x.shape[-1]).contiguous()
+    return (
+        x.reshape(x.shape[0], *(1,) * lead, *x.shape[1:]).expand(x.shape[0], *batch, x.shape[-1]).contiguous()
+    )

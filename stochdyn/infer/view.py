@@ -16,7 +16,7 @@ from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.start import StartPrior, is_unconstrained
 
-__all__ = ["SiteView", "view_site"]
+__all__ = ["SiteView", "driven_path", "view_site"]
 
 
 @dataclass(frozen=True)
@@ -131,3 +131,14 @@ def _square(fn: DiffusionPath) -> DiffusionPath:
     varying = sde.state_dependent
     diffusion = (lambda t, x: root(sde.diffusion(t, x))) if varying else root(constant)
     return DiffusionPath(SDE(sde.drift, diffusion), fn.initial, fn.ts, fn.method).expand(fn.batch_shape)
+
+
+def driven_path(view: SiteView, increments: Tensor) -> Tensor:
+    """Return the path ``(*batch, T, d)`` that increments drive."""
+    driven = getattr(increments, "_stochdyn_driven", None)
+    if driven is not None:
+        return driven.x.movedim(0, -2)
+    # Somebody else has set the increments (by conditioning the guide, say).
+    x0 = view.x0.expand(*increments.shape[:-2], view.dim)
+    run = integrate(view.fn.sde, x0, view.fn.ts, increments.movedim(-2, 0), view.memory0)
+    return run.x.movedim(0, -2)
