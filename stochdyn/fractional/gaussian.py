@@ -92,6 +92,9 @@ class GaussianPosterior(nn.Module):
         Brownian case; the treatment of memory is this library's.
     """
 
+    ts: Tensor
+    width: Tensor
+
     def __init__(self, prior: DiffusionMeasure, ts: Tensor, batch_shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         check_time_grid(ts)
@@ -140,17 +143,17 @@ class GaussianPosterior(nn.Module):
 
     def prepare(self) -> Prepared:
         """Return what depends on the prior alone; as long as nothing in the prior changes, it is computed once."""
-        tensors = [*self.prior.parameters(), *self.prior.buffers(), cast(Tensor, self.ts)]
+        tensors = [*self.prior.parameters(), *self.prior.buffers(), self.ts]
         key = (torch.is_grad_enabled(), [(id(x), x._version, x.device, x.dtype) for x in tensors])
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
-        noise = self.prior.sde.noise.steps(cast(Tensor, self.ts), dtype=self.offset.dtype)
+        noise = self.prior.sde.noise.steps(self.ts, dtype=self.offset.dtype)
         found = Prepared(noise, self._start_prior(), self._linear_steps(noise) if self.exact else None)
         self._kept = None if found.requires_grad else (key, found)
         return found
 
     def _linear_steps(self, noise: NoiseSteps) -> LinearSteps:
-        ts = cast(Tensor, self.ts)
+        ts = self.ts
         point = self._start_prior().origin[..., : self.dim]
         coefficient = self.prior.sde.diffusion(ts[0].to(point), point)
         matrix, offset = self._affine()
@@ -217,7 +220,7 @@ class GaussianPosterior(nn.Module):
 
     def _shift(self, noise: NoiseSteps, draws: GaussianDraws) -> Shift:
         matrix, offset = self._affine()
-        return shift_of(self.prior.sde, cast(Tensor, self.ts), noise, draws.z, matrix, offset, self.dim)
+        return shift_of(self.prior.sde, self.ts, noise, draws.z, matrix, offset, self.dim)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[PathSample, Tensor]:
         """Draw ``n`` paths with their exact log density ratios.
@@ -252,7 +255,7 @@ class GaussianPosterior(nn.Module):
             aux["memory"] = z[..., self.dim :].unflatten(-1, (channels, -1))
         if e.shape[-1] > channels:
             aux["residual"] = dw[..., channels:]
-        return PathSample(cast(Tensor, self.ts), z[..., : self.dim], dw[..., :channels], aux)
+        return PathSample(self.ts, z[..., : self.dim], dw[..., :channels], aux)
 
     # --------------------------------------------------------------------------------------- where to start
 
@@ -277,7 +280,7 @@ class GaussianPosterior(nn.Module):
     def _start_prior(self) -> StartLaw:
         """Return the law of the start under P, as its own posterior."""
         initial, sde = self.prior.initial, self.prior.sde
-        ts = cast(Tensor, self.ts)
+        ts = self.ts
         if isinstance(initial, FixedStart):
             point, mean, precision = initial.point, None, None
         else:

@@ -72,7 +72,7 @@ class GaussianELBO(Objective):
             fit = expected_log_likelihood(law, cast(GaussianObservations, self.likelihood), posterior.dim)
         else:
             x = draws.z[..., : posterior.dim, :].movedim(-1, 0).movedim(1, -2)
-            fit = self.likelihood(PathSample(cast(Tensor, posterior.ts), x, x[..., 1:, :0]), batch).mean(0)
+            fit = self.likelihood(PathSample(posterior.ts, x, x[..., 1:, :0]), batch).mean(0)
         elbo = (fit - divergence).sum()
         terms = {"elbo": elbo.detach(), "log_likelihood": fit.detach().sum(), "kl": divergence.detach().sum()}
         return ObjectiveValue(-elbo, terms, "evidence_lower")

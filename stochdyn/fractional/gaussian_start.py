@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def set_linearised(
     posterior: GaussianPosterior, likelihood: Callable[[PathSample, Any], Tensor], batch: Any = None
 ) -> None:
     """Put the parameters of a posterior there; see :meth:`GaussianPosterior.linearise`."""
-    sde, ts = posterior.prior.sde, cast(Tensor, posterior.ts)
+    sde, ts = posterior.prior.sde, posterior.ts
     initial = posterior.prior.initial
     law = initial.distribution if isinstance(initial, DistributionStart) else None
     with torch.no_grad():
