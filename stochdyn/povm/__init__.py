@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stochdyn.povm import exact, systems
+from stochdyn.povm import exact, mean_field, systems, trajectories
 from stochdyn.povm.ansatz import Ansatz
 from stochdyn.povm.autoregressive import AutoregressiveAnsatz
 from stochdyn.povm.frames import FourPauli, Frame, QutritSIC, Tetrahedral
@@ -52,6 +52,7 @@ __all__ = [
     "classical_fidelity",
     "exact",
     "infer_parameters",
+    "mean_field",
     "named_operator",
     "observable",
     "observables",
@@ -65,4 +66,5 @@ __all__ = [
     "systems",
     "total_variation",
     "trace_distance",
+    "trajectories",
 ]

@@ -1,0 +1,61 @@
+"""Interleaved processor times, and a description of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["machine", "race", "seconds"]
+
+
+def machine() -> dict[str, Any]:
+    """Describe where the numbers come from."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load at end": [round(x, 1) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "qutip": _version("qutip"),
+        "clock": "time.process_time",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or "unknown"
+
+
+def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the processor time of one call, and its result."""
+    start = time.process_time()
+    result = run()
+    return time.process_time() - start, result
+
+
+def race(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Return the least processor time of each contender, all taking turns so that a busy moment hits all alike."""
+    best = dict.fromkeys(contenders, float("inf"))
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            best[name] = min(best[name], seconds(run)[0])
+    return best

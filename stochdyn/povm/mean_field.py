@@ -1,0 +1,172 @@
+"""Mean field: the evolution in which every site stays independent of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_time_grid
+from stochdyn.core.master_terms import SparseMasterEquation
+from stochdyn.errors import InvalidInputError
+from stochdyn.povm.frames import Frame, QutritSIC, Tetrahedral
+from stochdyn.povm.observables import Observable, observables
+from stochdyn.povm.operators import as_state
+from stochdyn.povm.site_frames import SiteFrames
+
+if TYPE_CHECKING:
+    from stochdyn.povm.lindblad import Lindbladian
+
+__all__ = ["MeanFieldEvolution", "evolve", "marginal_rates"]
+
+
+@dataclass(frozen=True)
+class MeanFieldEvolution:
+    """An evolution of independent sites.
+
+    Attributes:
+        times: ``(T,)``.
+        expect: by name, ``(T,)`` means of the observables.
+        stderr: by name, ``(T,)`` zeros: there is no sampling, and the error of the closure isn't known.
+        probabilities: ``(T, N, K)`` outcome probabilities of every site.
+    """
+
+    times: Tensor
+    expect: dict[str, Tensor]
+    stderr: dict[str, Tensor]
+    probabilities: Tensor
+
+
+def marginal_rates(operator: SparseMasterEquation, p: Tensor, t: float | None = None) -> Tensor:
+    r"""Return the rates of change of every site's outcome probabilities, all sites being independent.
+
+    .. math:: \dot p_i(a_i) = \sum_{S\ni i}\ \sum_{a_{S\setminus i}}\sum_{b_S}A^{(S)}_{a_Sb_S}\prod_{j\in S}p_j(b_j)
+
+    For independent sites these are the exact rates of the one-site marginals.
+
+    Args:
+        operator: of a Lindbladian.
+        p: ``(N, K)``.
+        t: time, where the operator depends on it.
+
+    Returns:
+        ``(N, K)``, each row summing to zero.
+    """
+    q = operator.num_outcomes
+    factors = operator._factors(t)
+    total = torch.zeros_like(p)
+    for i, sites in enumerate(operator.sites):
+        joint = p[sites[0]]
+        for site in sites[1:]:
+            joint = (joint[:, None] * p[site]).reshape(-1)
+        flux = operator.matrix(i).to(p.dtype) @ joint
+        if factors is not None:
+            flux = flux * factors[i]
+        flux = flux.reshape((q,) * len(sites))
+        for axis, site in enumerate(sites):
+            rest = [k for k in range(len(sites)) if k != axis]
+            total[site] += flux.sum(rest) if rest else flux
+    return total
+
+
+def evolve(
+    model: Lindbladian,
+    state: Any,
+    times: Tensor | Sequence[float],
+    observables: Mapping[str, Any] | Sequence[Any] = ("X", "Y", "Z"),
+    *,
+    povm: Frame | SiteFrames | None = None,
+    rtol: float = 1e-9,
+    atol: float = 1e-11,
+) -> MeanFieldEvolution:
+    """Evolve a product state by mean-field theory: nonlinear equations for single sites, any number of them.
+
+    A baseline: what it misses is what correlations do. Without couplings it is exact.
+
+    Args:
+        model: with its parameters bound.
+        state: name or state of one site, taken for all, or a list with one a site.
+        times: increasing, the first being that of the initial state.
+        observables: see :func:`stochdyn.povm.observable`; a name on two sites is averaged over the bonds of the model.
+        povm: the frame in which probabilities are kept, of no influence on the means.
+        rtol: relative tolerance of the integration.
+        atol: absolute tolerance.
+
+    Raises:
+        TimeGridError: if times don't increase.
+        InvalidInputError: if the state is no product, or there is no frame for sites of so many levels.
+
+    Example:
+        >>> from stochdyn.povm import systems
+        >>> run = evolve(systems.ising(64), "up", [0.0, 1.0], ["Z"])
+        >>> run.probabilities.shape, run.expect["Z"].shape
+        (torch.Size([2, 64, 4]), torch.Size([2]))
+    """
+    grid = torch.as_tensor(times, dtype=torch.float64)
+    check_time_grid(grid, "times", min_points=1)
+    parsed = _parse(model, observables)
+    if povm is None:
+        if model.dim not in (2, 3):
+            raise InvalidInputError(
+                "there is no standard frame for these sites", got=f"{model.dim} levels", hint="pass povm"
+            )
+        povm = Tetrahedral() if model.dim == 2 else QutritSIC()
+    n = model.num_sites
+    states = list(state) if isinstance(state, (list, tuple)) else [state] * n
+    if len(states) != n:
+        raise InvalidInputError("a product state needs one state a site", got=len(states), expected=n)
+    for s in states:
+        if as_state(s, model.dim).shape[0] != model.dim:
+            raise InvalidInputError("mean field starts from a product of single sites")
+    start = torch.stack([povm.at(i).probabilities(s) for i, s in enumerate(states)])
+    operator = model.master_operator(povm)
+    p = _integrate(operator, start, grid, rtol, atol)
+    rho = torch.stack(
+        [torch.einsum("tk,kij->tij", p[:, i].to(torch.complex128), povm.at(i).dual) for i in range(n)], 1
+    )
+    expect = {name: product_expectation(o, rho) for name, o in parsed.items()}
+    return MeanFieldEvolution(grid, expect, {k: torch.zeros_like(v) for k, v in expect.items()}, p)
+
+
+def product_expectation(observable: Observable, rho: Tensor) -> Tensor:
+    """Return the mean ``(T,)`` of an observable in product states, given single sites ``(T, N, d, d)``."""
+    total = torch.zeros(rho.shape[0], dtype=torch.float64)
+    for place in observable.places:
+        value = torch.ones(rho.shape[0], dtype=torch.complex128)
+        first = 0
+        for factor, width in zip(observable.factors, observable.widths, strict=True):
+            joint = rho[:, place[first]]
+            for site in place[first + 1 : first + width]:
+                size = joint.shape[-1] * observable.dim
+                joint = torch.einsum("tij,tkl->tikjl", joint, rho[:, site]).reshape(-1, size, size)
+            value = value * torch.einsum("tij,ji->t", joint, factor)
+            first += width
+        total += value.real
+    return total / len(observable.places)
+
+
+def _parse(model: Lindbladian, specs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Observable]:
+    return observables(specs, model.num_sites, dim=model.dim, bonds=model.bonds)
+
+
+def _integrate(
+    operator: SparseMasterEquation, start: Tensor, grid: Tensor, rtol: float, atol: float
+) -> Tensor:
+    from scipy.integrate import solve_ivp
+
+    if len(grid) == 1:
+        return start[None]
+
+    def change(t: float, y: np.ndarray) -> np.ndarray:
+        p = torch.from_numpy(y.reshape(tuple(start.shape)))
+        return marginal_rates(operator, p, t).detach().numpy().reshape(-1)
+
+    span = (float(grid[0]), float(grid[-1]))
+    run = solve_ivp(change, span, start.numpy().reshape(-1), "DOP853", grid.numpy(), rtol=rtol, atol=atol)
+    if not run.success:
+        raise InvalidInputError("the integration failed", got=run.message, hint="are coefficients finite?")
+    return torch.from_numpy(np.ascontiguousarray(run.y.T)).reshape(len(grid), *start.shape)

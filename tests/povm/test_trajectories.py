@@ -1,0 +1,87 @@
+"""Quantum trajectories: their mean is the Lindblad equation, and single ones stay pure and of norm one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stochdyn.errors import InvalidInputError, SystemSizeError, TimeGridError, UnavailableError
+from stochdyn.povm import Lindbladian, exact, systems, trajectories
+from stochdyn.povm.density import DensityGenerator
+
+F64, C128 = torch.float64, torch.complex128
+
+
+def model(n: int = 2) -> Lindbladian:
+    return Lindbladian(
+        n,
+        [(0.5, "XX", (0, 1)), (0.3, "Z", "all"), (0.7, "Y", 0)],
+        [(1.0, "sigma-", "all"), (0.4, torch.randn(4, 4, dtype=C128) / 4, (0, 1)), (0.2, "Z", 1)],
+    )
+
+
+def test_the_mean_rate_of_the_projector_is_that_of_lindblad() -> None:
+    r"""By Itô: d(psi psi^+) = f psi^+ + psi f^+ + sum_k g_k g_k^+, exactly, for a vector of norm one."""
+    m = model()
+    equation = trajectories.diffusion_equation(m)
+    psi = torch.randn(3, 4, dtype=C128)
+    psi = psi / psi.abs().square().sum(-1, keepdim=True).sqrt()
+    x = torch.cat([psi.real, psi.imag], -1)
+    t = torch.tensor(0.0, dtype=F64)
+    drift = torch.complex(*equation.drift(t, x).chunk(2, -1))
+    spread = equation.diffusion(t, x).value
+    noise = torch.complex(spread[:, :4], spread[:, 4:])
+    outer = torch.einsum("mi,mj->mij", drift, psi.conj())
+    change = outer + outer.mH + torch.einsum("mik,mjk->mij", noise, noise.conj())
+    generator = DensityGenerator(m)
+    for i in range(3):
+        rho = torch.outer(psi[i], psi[i].conj()).numpy()
+        torch.testing.assert_close(change[i], torch.from_numpy(generator(0.0, rho)), atol=1e-12, rtol=0)
+    # the norm neither drifts nor diffuses
+    assert float(change.diagonal(dim1=1, dim2=2).sum(-1).abs().max()) < 1e-12
+    assert float(torch.einsum("mi,mik->mk", psi.conj(), noise).real.abs().max()) < 1e-12
+
+
+def test_means_are_those_of_the_density_matrix() -> None:
+    m = systems.ising(4)
+    times = [0.0, 0.25, 0.5, 1.0]
+    generator = torch.Generator().manual_seed(0)
+    mine = trajectories.evolve(
+        m, "up", times, ["X", "Z", "ZZ"], num_trajectories=400, step=0.01, generator=generator
+    )
+    right = exact.evolve(m, "up", times, ["X", "Z", "ZZ"], backend="matrix")
+    for name in ("X", "Z", "ZZ"):
+        # the step's bias is below 0.01 here; the rest is sampling
+        error = (mine.expect[name] - right.expect[name]).abs() - 0.01
+        assert bool((error <= 4.5 * mine.stderr[name]).all())
+        assert float(mine.stderr[name].max()) < 0.05
+
+
+def test_mixed_initial_states_are_drawn() -> None:
+    rho = torch.tensor([[0.75, 0.25], [0.25, 0.25]], dtype=F64)
+    run = trajectories.evolve(
+        systems.ising(2), [rho, "x-"], [0.0], {"z": ("Z", 0), "x": ("X", 1)}, num_trajectories=4000
+    )
+    assert abs(float(run.expect["z"][0]) - 0.5) < 4.5 * float(run.stderr["z"][0])
+    assert abs(float(run.expect["x"][0]) + 1) < 1e-12
+
+
+BAD = {
+    "times that fall": (lambda: trajectories.evolve(model(), "up", [1.0, 0.0]), TimeGridError, "increase"),
+    "too many sites": (lambda: trajectories.evolve(systems.ising(20), "up", [0.0, 1.0]), SystemSizeError, "too large"),
+    "no jumps": (
+        lambda: trajectories.evolve(Lindbladian(1, [(1.0, "X", 0)]), "up", [0.0, 1.0]), InvalidInputError, "one jump"),
+    "a coefficient that moves": (
+        lambda: trajectories.evolve(Lindbladian(1, [(lambda t: t, "X", 0)], [(1.0, "Z", 0)]), "up", [0.0, 1.0]),
+        UnavailableError, "constant in time"),
+    "a single trajectory": (
+        lambda: trajectories.evolve(model(), "up", [0.0, 1.0], num_trajectories=1), InvalidInputError, "at least 2"),
+    "too few states": (lambda: trajectories.evolve(model(), ["up"], [0.0, 1.0]), InvalidInputError, "one state a site"),
+    "no step": (lambda: trajectories.evolve(model(), "up", [0.0, 1.0], step=0.0), InvalidInputError, "step"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", BAD.values(), ids=BAD.keys())
+def test_bad_input(row) -> None:
+    with pytest.raises(row[1], match=row[2]):
+        row[0]()
