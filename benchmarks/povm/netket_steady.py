@@ -75,9 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     import netket as nk
 
-    rows = [
-        solve(3 if options.smoke else 6, field, 3 if options.smoke else 300) for field in options.fields
-    ]
+    rows = [solve(3 if options.smoke else 6, field, 3 if options.smoke else 300) for field in options.fields]
     print(json.dumps({"netket": nk.__version__, "rows": rows}))
 
 
