@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stochdyn.datasets.branching import CellSnapshots, branching_cells
+from stochdyn.datasets.moving_digits import moving_digits
 from stochdyn.datasets.nile import NileMinima, nile_minima
 from stochdyn.datasets.open_systems import OpenSystem, open_systems
 from stochdyn.datasets.oscillators import SimulatedSnapshots, lotka_volterra, repressilator
@@ -14,6 +15,7 @@ __all__ = [
     "SimulatedSnapshots",
     "branching_cells",
     "lotka_volterra",
+    "moving_digits",
     "nile_minima",
     "open_systems",
     "repressilator",

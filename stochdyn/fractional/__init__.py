@@ -18,6 +18,9 @@ from stochdyn.fractional.hurst_guide import HurstGuide, hurst_model
 from stochdyn.fractional.likelihood import FGNFit, HurstLikelihood, fit_fgn, hurst_log_likelihood
 from stochdyn.fractional.linear import FractionalOU, FractionalOUPosterior
 from stochdyn.fractional.noise import MarkovNoise, default_speeds
+from stochdyn.fractional.rough_volatility import RoughVolatility, rough_volatility
+from stochdyn.fractional.roughness import averaged_autocovariance, infer_roughness, roughness_model
+from stochdyn.fractional.video import EncodedVideo, VideoModel
 from stochdyn.fractional.weights import (
     cross_moments,
     geometric_speeds,
@@ -28,6 +31,7 @@ from stochdyn.fractional.weights import (
 
 __all__ = [
     "AffineDrift",
+    "EncodedVideo",
     "FGNFit",
     "FractionalGaussianNoise",
     "FractionalOU",
@@ -37,6 +41,9 @@ __all__ = [
     "HurstGuide",
     "HurstLikelihood",
     "MarkovNoise",
+    "RoughVolatility",
+    "VideoModel",
+    "averaged_autocovariance",
     "cross_moments",
     "default_speeds",
     "fbm_covariance",
@@ -48,7 +55,10 @@ __all__ = [
     "hurst_log_likelihood",
     "hurst_model",
     "infer_hurst",
+    "infer_roughness",
     "optimal_weights",
+    "rough_volatility",
+    "roughness_model",
     "sample_fbm",
     "sample_fgn",
     "variance_constant",

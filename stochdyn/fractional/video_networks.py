@@ -1,0 +1,188 @@
+"""Networks of the latent video model: frames to features, features to contexts, states back to frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stochdyn.core.networks import TanhNetwork
+
+__all__ = ["ContextEncoder", "FrameDecoder", "FrameEncoder", "JointControl", "StateDiffusion", "StateDrift"]
+
+
+def _groups(channels: int) -> int:
+    return next(g for g in (8, 4, 2, 1) if channels % g == 0)
+
+
+def _side_by_side(module: nn.Sequential) -> nn.Sequential:
+    """Store weights with channels next to each other: convolutions are then twice as fast on the CPU."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class FrameEncoder(nn.Module):
+    """A frame to a vector of features: blocks of convolution, pooling by two, normalisation and SiLU.
+
+    Args:
+        size: height and width of a frame, ``4 * 2**len(widths)``.
+        channels: colours.
+        widths: channels of the blocks.
+        features: components of the result.
+    """
+
+    def __init__(self, size: int, channels: int, widths: Sequence[int], features: int) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for a, b in pairwise((channels, *widths)):
+            blocks += [nn.Conv2d(a, b, 3, padding=1), nn.MaxPool2d(2), nn.GroupNorm(_groups(b), b), nn.SiLU()]
+        self.blocks = _side_by_side(nn.Sequential(*blocks))
+        side = size >> len(widths)
+        self.head = nn.Linear(widths[-1] * side * side, features)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Return features ``(*batch, features)`` of frames ``(*batch, channels, size, size)``."""
+        flat = frames.reshape(-1, *frames.shape[-3:]).contiguous(memory_format=torch.channels_last)
+        return self.head(self.blocks(flat).flatten(1)).reshape(*frames.shape[:-3], -1)
+
+
+class FrameDecoder(nn.Module):
+    """A vector to a frame with values in (0, 1), the mirror image of :class:`FrameEncoder`."""
+
+    def __init__(self, size: int, channels: int, widths: Sequence[int], inputs: int) -> None:
+        super().__init__()
+        self.side = size >> len(widths)
+        self.head = nn.Linear(inputs, widths[-1] * self.side**2)
+        blocks: list[nn.Module] = []
+        for a, b in pairwise((*widths[::-1], channels)):
+            blocks += [nn.GroupNorm(_groups(a), a), nn.SiLU(), nn.ConvTranspose2d(a, b, 4, 2, 1)]
+        self.blocks = _side_by_side(nn.Sequential(*blocks))
+
+    def forward(self, code: Tensor) -> Tensor:
+        """Return frames ``(*batch, channels, size, size)`` for codes ``(*batch, inputs)``."""
+        flat = self.head(code.reshape(-1, code.shape[-1]))
+        small = flat.unflatten(-1, (-1, self.side, self.side)).contiguous(memory_format=torch.channels_last)
+        image = torch.sigmoid(self.blocks(small))
+        return image.reshape(*code.shape[:-1], *image.shape[1:])
+
+
+class ContextEncoder(nn.Module):
+    """Features of all frames to the content of the video, the law of its start, and a context for every frame.
+
+    The content is a function of the componentwise median of the features over time, so that it doesn't depend on
+    their order. The start is read off the features of the first three frames. Contexts are two convolutions
+    over time of width three.
+
+    Args:
+        features: components of a frame's features.
+        content: components of the content.
+        latents: components of the latent state.
+    """
+
+    def __init__(self, features: int, content: int, latents: int) -> None:
+        super().__init__()
+        self.content = nn.Sequential(nn.Linear(features, content), nn.SiLU(), nn.Linear(content, content))
+        self.start = nn.Sequential(
+            nn.Linear(3 * features, features), nn.SiLU(), nn.Linear(features, 2 * latents)
+        )
+        self.over_time = nn.Sequential(
+            nn.Conv1d(features, features, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv1d(features, features, 3, padding=1),
+        )
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return content ``(batch, content)``, mean and deviation of the start ``(batch, latents)``, and contexts.
+
+        Args:
+            features: ``(batch, time, features)``. Contexts are ``(time, batch, features)``, time leading.
+        """
+        content = self.content(features.median(1).values)
+        mean, raw = self.start(features[:, :3].flatten(1)).chunk(2, -1)
+        context = self.over_time(features.mT).permute(2, 0, 1)
+        return content, mean, F.softplus(raw) + 1e-3, context
+
+
+class StateDrift(nn.Module):
+    """The prior drift, a network of the state."""
+
+    def __init__(self, latents: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.network = TanhNetwork((latents, *hidden, latents))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return ``(..., d)``."""
+        return self.network(x)
+
+
+class StateDiffusion(nn.Module):
+    r"""A diagonal diffusion whose component i depends on :math:`x_i` alone, :math:`\mathrm{softplus}(f_i(x_i))`.
+
+    Args:
+        latents: d.
+        hidden: width of each small network :math:`f_i`; 0 for a constant.
+        start: value at the start of training.
+    """
+
+    def __init__(self, latents: int, hidden: int = 0, start: float = 0.5) -> None:
+        super().__init__()
+        level = torch.log(torch.expm1(torch.tensor(start)))
+        self.level = nn.Parameter(level.expand(latents).clone())
+        self.hidden = hidden
+        if hidden:
+            self.weight = nn.Parameter(torch.randn(hidden, latents))
+            self.bias = nn.Parameter(torch.randn(hidden, latents))
+            self.out = nn.Parameter(torch.zeros(hidden, latents))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return the diagonal, like ``x (..., d)``."""
+        raw = self.level.expand_as(x)
+        if self.hidden:
+            raw = raw + (torch.tanh(x.unsqueeze(-2) * self.weight + self.bias) * self.out).sum(-2)
+        return F.softplus(raw) + 1e-3
+
+
+class JointControl(nn.Module):
+    """Drift and extra precision of the driving noise by one network of state, memory and context; zero at first.
+
+    Args:
+        state_size: components of the state with its memory.
+        channels: components of the noise.
+        context: components of the context.
+        hidden: widths of the hidden layers.
+        frame_step: time between the frames that the contexts belong to.
+    """
+
+    #: The precision starts small, and can become large where the data say so.
+    _OFFSET = -2.0
+
+    def __init__(
+        self, state_size: int, channels: int, context: int, hidden: Sequence[int], frame_step: float
+    ) -> None:
+        super().__init__()
+        self.network = TanhNetwork((state_size + context, *hidden, 2 * channels), zero_last=True)
+        self.frame_step = frame_step
+
+    def forward(self, t: Tensor, z: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return drift and precision, ``(..., m)`` each.
+
+        Args:
+            t: time, of no axes or broadcastable to ``z[..., :1]``.
+            z: ``(..., batch, Z)`` states.
+            contexts: ``(time, batch, context)``, interpolated linearly.
+        """
+        position = (t / self.frame_step).clamp(0, contexts.shape[0] - 1)
+        before = position.floor().clamp(max=max(contexts.shape[0] - 2, 0))
+        share = (position - before).to(z.dtype)
+        first = before.long()
+        second = (first + 1).clamp(max=contexts.shape[0] - 1)
+        if t.ndim:  # time leads: (T, 1, ..., 1)
+            shape = (t.shape[0], *(1,) * (z.ndim - 3), *contexts.shape[1:])
+            low, high = contexts[first.flatten()].reshape(shape), contexts[second.flatten()].reshape(shape)
+        else:
+            low, high = contexts[first], contexts[second]
+        context = torch.lerp(low, high, share).expand(*z.shape[:-1], -1)
+        drift, precision = self.network(torch.cat([z, context], -1)).chunk(2, -1)
+        return drift, F.softplus(precision + self._OFFSET)
