@@ -19,7 +19,7 @@ from stochdyn.core.divergence import (
 )
 from stochdyn.core.flow import as_time
 from stochdyn.core.path import Estimate
-from stochdyn.errors import ShapeError
+from stochdyn.errors import InvalidInputError
 
 __all__ = ["Asymmetry", "conservativity", "gauge_residual", "intrinsic_dimension"]
 
@@ -149,7 +149,7 @@ def intrinsic_dimension(score: Field, t: Tensor | float, x: Tensor, std: float, 
     """
     _check_cloud(x)
     if not std > 0:
-        raise ShapeError("std must be positive", got=std)
+        raise InvalidInputError("std must be positive", got=std)
     time, d = as_time(t, x), x.shape[-1]
     keep = torch.is_grad_enabled()
     with torch.enable_grad():

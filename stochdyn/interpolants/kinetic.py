@@ -9,6 +9,8 @@ from torch import Tensor
 
 from stochdyn._checks import check_event_size, check_finite, check_ndim, check_nonempty, check_positive_int
 from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.interpolants.interpolant import Interpolant
+from stochdyn.interpolants.schedules import CustomSchedule
 
 __all__ = ["KineticOptimal", "explained_share"]
 
@@ -174,6 +176,11 @@ class KineticOptimal:
         """Return the derivative of :meth:`beta`."""
         r, slope, angle, speed = self._polar(t)
         return (slope * angle.sin() + r * angle.cos() * speed).to(t.dtype)
+
+    def interpolant(self) -> Interpolant:
+        """Return the one-sided interpolant along this path."""
+        alpha = CustomSchedule(self.alpha, self.alpha_dot)
+        return Interpolant((alpha, CustomSchedule(self.beta, self.beta_dot)), one_sided=True)
 
     def energy(self) -> float:
         r"""Return the kinetic energy a dimension, :math:`\int(\dot r^2+r^2\dot\theta^2\gamma)\,dt`."""

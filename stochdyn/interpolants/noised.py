@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from stochdyn._checks import check_event_size, check_ndim, check_positive, check_positive_int
 from stochdyn.core.flow import MarginalFlow, as_time
 from stochdyn.errors import ShapeError, SingularDiffusionError
+from stochdyn.interpolants.gaussian_mixture import mixture_parts
 from stochdyn.interpolants.processes import AffineProcess, check_process
 
 __all__ = ["NoisedMixture"]
@@ -36,7 +38,8 @@ class NoisedMixture(MarginalFlow):
         SingularDiffusionError: if a covariance has a negative eigenvalue.
 
     Example:
-        >>> from stochdyn.interpolants.processes import OU
+        >>> from stochdyn.interpolants.gaussian_mixture import mixture_parts
+    from stochdyn.interpolants.processes import OU
         >>> truth = NoisedMixture(OU(), torch.ones(2), torch.tensor([[-1.0], [1.0]]), torch.full((2,), 0.1))
         >>> truth.score(0.5, torch.zeros(1, 1))
         tensor([[0.]])
@@ -71,6 +74,11 @@ class NoisedMixture(MarginalFlow):
         self.register_buffer("means", means)
         self.register_buffer("eigenvalues", values.clamp(min=0).to(means))
         self.register_buffer("eigenvectors", vectors.to(means))
+
+    @classmethod
+    def of_law(cls, process: AffineProcess, law: Any) -> NoisedMixture:
+        """Return the marginals from a :class:`GaussianMixture`, or a Gaussian or mixture of torch's distributions."""
+        return cls(process, *mixture_parts(law, "law"))
 
     def _components(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return coordinates along the axes and variances ``(..., K, d)``, and the log joint ``(..., K)``."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import check_choice, check_event_size, check_ndim, check_positive_int
-from stochdyn.core.divergence import value_and_divergence
 from stochdyn.core.measure import DiffusionMeasure
 from stochdyn.errors import UnavailableError
 from stochdyn.interpolants.evidence import feynman_kac_log_density
 from stochdyn.interpolants.exponential import Prediction, exponential_ode, exponential_sde
+from stochdyn.interpolants.likelihood import flow_log_prob
 from stochdyn.interpolants.potential import Potential, PotentialNetwork
 from stochdyn.interpolants.processes import AffineProcess
 
@@ -214,29 +214,11 @@ class ReverseDiffusion(nn.Module):
             return feynman_kac_log_density(
                 self.potential, x, self.prior, steps=steps, num_paths=num_paths, generator=generator
             ).value
-        times = self.process.grid(steps).flip(0).to(x.device)
-        probing: dict[str, Any] = {} if exact else {"num_probes": num_probes, "generator": generator}
-
-        def slope(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            at = t.to(y.dtype)
-            half = 0.5 * self.process.squared_diffusion(at)
-            if exact and isinstance(self.source, PotentialNetwork):
-                s, trace = self.source.log_density_curvature(at, y)
-            else:
-                s, trace = value_and_divergence(
-                    lambda z: self.score(at, z), y, "exact" if exact else "hutchinson", **probing
-                )
-            return self.process.drift(at, y) - half * s, self.process.rate(at) * self.dim - half * trace
-
-        y, total = x, x.new_zeros(x.shape[0])
-        for t, s in itertools.pairwise(times):
-            h = (s - t).to(x.dtype)
-            k1, d1 = slope(t, y)
-            k2, d2 = slope(t + 0.5 * (s - t), y + 0.5 * h * k1)
-            k3, d3 = slope(t + 0.5 * (s - t), y + 0.5 * h * k2)
-            k4, d4 = slope(s, y + h * k3)
-            y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-            total = total + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
+        times = self.process.grid(steps).to(x.device)
+        if not (exact and isinstance(self.source, PotentialNetwork)):
+            probing: dict[str, Any] = {} if exact else {"num_probes": num_probes, "generator": generator}
+            return flow_log_prob(self.velocity, self.prior.log_prob, x, times, "rk4", exact=exact, **probing)
+        y, total = _carry(self.process, self.source, x, times.flip(0))
         return self.prior.log_prob(y) + total
 
     def measure(self) -> DiffusionMeasure:
@@ -246,3 +228,26 @@ class ReverseDiffusion(nn.Module):
         :class:`stochdyn.DiffusionMeasure` it can be controlled, reversed and weighed.
         """
         return DiffusionMeasure(self.prior, self.process.sde().reverse(self.score, self.process.horizon))
+
+
+def _carry(
+    process: AffineProcess, potential: PotentialNetwork, x: Tensor, times: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Follow the ODE by Runge-Kutta steps of order 4, and integrate its divergence, which a potential has cheaply."""
+
+    def slope(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        at = t.to(y.dtype)
+        half = 0.5 * process.squared_diffusion(at)
+        score, curvature = potential.log_density_curvature(at, y)
+        return process.drift(at, y) - half * score, process.rate(at) * potential.dim - half * curvature
+
+    total = x.new_zeros(x.shape[0])
+    for t, s in itertools.pairwise(times):
+        h, middle = (s - t).to(x.dtype), 0.5 * (t + s)
+        k1, d1 = slope(t, x)
+        k2, d2 = slope(middle, x + 0.5 * h * k1)
+        k3, d3 = slope(middle, x + 0.5 * h * k2)
+        k4, d4 = slope(s, x + h * k3)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        total = total + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
+    return x, total
