@@ -159,12 +159,12 @@ def line_run(name: str, seed: int, steps: int, batch: int) -> dict[str, float]:
     return {**row, "residual": squares.mean().item(), "seconds": trained}
 
 
-def line(smoke: bool, out: Path) -> dict[str, Any]:
-    """Run all weights over four seeds; keep what an interrupted run has done."""
+def line(runs: list[str], smoke: bool, out: Path) -> dict[str, Any]:
+    """Run the named weights over four seeds; keep what an interrupted run has done."""
     seeds, steps, batch = (range(1), 30, 64) if smoke else (range(4), 3000, 1024)
     report = _resume(out, {"seeds": len(seeds), "steps": steps, "batch": batch})
-    for seed in seeds:
-        for name in LINE_RUNS:
+    for name in runs:
+        for seed in seeds:
             done = report["rows"].setdefault(name, [])
             if len(done) > seed:
                 continue
@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("part", choices=["cost", "line", "plane"])
     parser.add_argument("--dataset", choices=sorted(DATA), default="blob")
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.1, 1.0, 10.0])
+    parser.add_argument("--runs", nargs="+", choices=list(LINE_RUNS), default=list(LINE_RUNS))
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -224,7 +225,7 @@ def main() -> None:
         report = {"machine": machine(), **cost(options.smoke)}
         print(json.dumps(report["rows"], indent=1))
     elif options.part == "line":
-        report = line(options.smoke, out)
+        report = line(options.runs, options.smoke, out)
     else:
         report = plane(options.dataset, options.weights, options.smoke, out)
     _write(out, report)
