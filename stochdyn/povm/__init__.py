@@ -5,6 +5,8 @@ from __future__ import annotations
 from stochdyn.povm import exact, mean_field, systems, trajectories
 from stochdyn.povm.ansatz import Ansatz
 from stochdyn.povm.autoregressive import AutoregressiveAnsatz
+from stochdyn.povm.evolution import Evolution, EvolutionInterrupted
+from stochdyn.povm.evolve import evolve
 from stochdyn.povm.frames import FourPauli, Frame, QutritSIC, Tetrahedral
 from stochdyn.povm.graphs import all_to_all, chain, ring, square_lattice
 from stochdyn.povm.gru import AutoregressiveGRU
@@ -33,6 +35,8 @@ __all__ = [
     "AutoregressiveAnsatz",
     "AutoregressiveGRU",
     "AutoregressiveTransformer",
+    "Evolution",
+    "EvolutionInterrupted",
     "FourPauli",
     "Frame",
     "FullTable",
@@ -50,6 +54,7 @@ __all__ = [
     "all_to_all",
     "chain",
     "classical_fidelity",
+    "evolve",
     "exact",
     "infer_parameters",
     "mean_field",

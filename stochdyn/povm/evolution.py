@@ -53,7 +53,9 @@ class Evolution:
             InvalidInputError: if there is no such time.
         """
         if not -len(self.times) <= index < len(self.times):
-            raise InvalidInputError("there is no such time", got=index, expected=f"less than {len(self.times)}")
+            raise InvalidInputError(
+                "there is no such time", got=index, expected=f"less than {len(self.times)}"
+            )
         net = copy.deepcopy(self.net)
         net.set_parameter_vector(self.parameters[index])
         return net

@@ -19,7 +19,8 @@ from stochdyn.povm.ansatz import Ansatz
 from stochdyn.povm.averages import Averages
 from stochdyn.povm.evolution import Evolution, EvolutionInterrupted, Record
 from stochdyn.povm.lindblad import Lindbladian
-from stochdyn.povm.observables import Estimator, observables as read_observables
+from stochdyn.povm.observables import Estimator
+from stochdyn.povm.observables import observables as read_observables
 from stochdyn.povm.options import read_options
 from stochdyn.povm.steppers import Stepper, make_stepper
 from stochdyn.training.checkpoint import (

@@ -109,7 +109,5 @@ def read_options(method: str, given: dict[str, Any]) -> Any:
     known = [f.name for f in fields(METHODS[method])]
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise InvalidInputError(
-            f"method {method!r} has no option {unknown[0]!r}", expected=", ".join(known)
-        )
+        raise InvalidInputError(f"method {method!r} has no option {unknown[0]!r}", expected=", ".join(known))
     return METHODS[method](**given)

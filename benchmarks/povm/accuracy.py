@@ -1,0 +1,269 @@
+"""Largest errors of variational evolutions and steady states against exact answers, one JSON a case.
+
+    OMP_NUM_THREADS=1 python benchmarks/povm/accuracy.py ring4-tdvp ring6-tdvp-sampled ...
+
+Without names it lists the cases; ``--smoke`` runs a tiny one and writes nothing. Each case writes
+``benchmarks/povm/results/accuracy/<case>.json``, from which ``table.py`` makes the table of the documentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stochdyn as sd
+from stochdyn.povm import exact
+from stochdyn.povm.strings import Strings
+from stochdyn.povm.systems import reference
+
+RESULTS = Path(__file__).parent / "results" / "accuracy"
+TURN = (3, 2, 1, 0)  # by pi about z, for the rotated tetrahedron
+RING = "translations+reflections"
+
+
+def torus(shape: tuple[int, int]) -> Strings:
+    """All translations of a torus and the swap of its axes, with the turn about z."""
+    n = shape[0] * shape[1]
+    swap = Strings(torch.stack([torch.arange(n), torch.arange(n).reshape(shape).mT.reshape(-1)]))
+    return Strings.translations(shape, reflections=False) @ swap @ Strings.relabelling(n, TURN)
+
+
+#: system, sites, which of its references, last time, ansatz, evolution, bound that the errors should keep
+DYNAMICS: dict[str, dict[str, Any]] = {
+    "ring4-tdvp": {
+        "system": "ising_ring",
+        "sites": 4,
+        "until": 8.0,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
+        "run": {"method": "tdvp", "num_samples": None},
+        "bound": 5e-3,
+        "last": 1e-4,
+    },
+    "ring4-tdvp-natural-order": {
+        "system": "ising_ring",
+        "sites": 4,
+        "until": 8.0,
+        "net": {"layers": 1, "width": 16, "heads": 2},
+        "run": {"method": "tdvp", "num_samples": None},
+        "bound": 5e-3,
+        "last": 1e-4,
+    },
+    "ring4-trapezoid": {
+        "system": "ising_ring",
+        "sites": 4,
+        "until": 1.0,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
+        "run": {"method": "trapezoid", "num_samples": None, "step": 0.1, "iterations": 120},
+        "bound": 5e-3,
+    },
+    "ring4-trapezoid-l2": {
+        "system": "ising_ring",
+        "sites": 4,
+        "until": 1.0,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
+        "run": {"method": "trapezoid", "num_samples": None, "step": 0.1, "iterations": 120, "norm": "l2"},
+        "bound": 5e-3,
+    },
+    "ring4-fit": {
+        "system": "ising_ring",
+        "sites": 4,
+        "until": 8.0,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
+        "run": {"method": "fit", "num_samples": None, "step": 0.05},
+        "bound": 5e-3,
+        "last": 1e-4,
+    },
+    "ring6-tdvp-sampled": {
+        "system": "ising_ring",
+        "sites": 6,
+        "until": 2.0,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
+        "run": {"method": "tdvp", "num_samples": 2000},
+        "bound": 1e-2,
+    },
+    "ring6-tdvp-sampled-natural-order": {
+        "system": "ising_ring",
+        "sites": 6,
+        "until": 2.0,
+        "net": {"layers": 1, "width": 16, "heads": 2},
+        "run": {"method": "tdvp", "num_samples": 2000},
+        "bound": 1e-2,
+    },
+    "ring6-trapezoid-sampled": {
+        "system": "ising_ring",
+        "sites": 6,
+        "until": 2.0,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
+        "run": {"method": "trapezoid", "num_samples": 2000, "step": 0.1, "iterations": 80},
+        "bound": 1e-2,
+    },
+    "ring6-fit-sampled": {
+        "system": "ising_ring",
+        "sites": 6,
+        "until": 2.0,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
+        "run": {"method": "fit", "num_samples": 2000, "step": 0.05},
+        "bound": 1e-2,
+    },
+    "xyz8-tdvp-sampled": {
+        "system": "xyz_ring",
+        "sites": 8,
+        "initial": "y-",
+        "until": 2.0,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
+        "run": {"method": "tdvp", "num_samples": 3000, "tolerance": 5e-3},
+        "bound": 2e-2,
+    },
+    "torus9-tdvp-one-string": {
+        "system": "xyz_torus",
+        "sites": 9,
+        "until": 2.0,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": "snake"},
+        "run": {"method": "tdvp", "num_samples": 2000},
+        "bound": 3e-2,
+    },
+    "torus9-tdvp-eight-snakes": {
+        "system": "xyz_torus",
+        "sites": 9,
+        "until": 2.0,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": "snakes"},
+        "run": {"method": "tdvp", "num_samples": 2000},
+        "bound": 3e-2,
+    },
+    "torus9-tdvp-symmetry-group": {
+        "system": "xyz_torus",
+        "sites": 9,
+        "until": 2.0,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": torus((3, 3))},
+        "run": {"method": "tdvp", "num_samples": 2000},
+        "bound": 3e-2,
+    },
+    "commuting32-tdvp": {
+        "system": "commuting_ring",
+        "sites": 32,
+        "which": {"dephasing": 0.0},
+        "until": 1.0,
+        "net": {"layers": 1, "width": 16, "heads": 2},
+        "run": {"method": "tdvp", "num_samples": 1000, "step": 0.05},
+        "bound": 2e-2,
+        "single": True,
+    },
+    "commuting64-tdvp": {
+        "system": "commuting_ring",
+        "sites": 64,
+        "which": {"dephasing": 0.0},
+        "until": 0.5,
+        "net": {"layers": 1, "width": 16, "heads": 2},
+        "run": {"method": "tdvp", "num_samples": 500, "step": 0.05},
+        "bound": 2e-2,
+        "single": True,
+    },
+}
+
+
+def dynamics(case: dict[str, Any], seed: int, progress: bool) -> dict[str, Any]:
+    """Run an evolution and compare."""
+    povm = sd.povm.Tetrahedral()
+    which = dict(case.get("which", {}))
+    if "initial" in case:
+        which["initial"] = case["initial"]
+    model, known = reference(case["system"], case["sites"], **which)
+    if case["sites"] <= 6:
+        times = torch.linspace(0, case["until"], round(case["until"] / 0.125) + 1, dtype=torch.float64)
+        truth = exact.evolve(model, known.initial, times, ["X", "Y", "Z", "XX", "YY", "ZZ"]).expect
+    else:
+        times = known.times[known.times <= case["until"] + 1e-9]
+        truth = {name: values[: len(times)] for name, values in known.expect.items()}
+    torch.manual_seed(seed)
+    net = sd.povm.AutoregressiveTransformer(case["sites"], **case["net"])
+    net = (net if case.get("single") else net.double()).set_product_state(povm, known.initial)
+    start = time.process_time()
+    run = sd.povm.evolve(
+        net,
+        model,
+        povm,
+        times,
+        observables=["X", "Y", "Z", "XX", "YY", "ZZ"],
+        seed=seed,
+        progress=progress,
+        **case["run"],
+    )
+    seconds = time.process_time() - start
+    errors = {name: (run.expect[name] - truth[name]).abs() for name in run.expect}
+    one = torch.stack([errors[name] for name in "XYZ"])
+    two = torch.stack([errors[name] for name in ("XX", "YY", "ZZ")])
+    return {
+        "largest": float(one.max()),
+        "last": float(one[:, -1].max()),
+        "largest_of_pairs": float(two.max()),
+        "sampling_error": max(float(v.max()) for n, v in run.stderr.items() if n in "XYZ"),
+        "residual": float(run.residual.max()),
+        "steps": len(run.steps["t"]),
+        "parameters": run.parameters.shape[1],
+        "processor_seconds": round(seconds, 1),
+        "by_time": {f"{t:g}": float(e) for t, e in zip(times.tolist(), one.max(0).values, strict=True)},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Describe where the numbers come from."""
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load at end": [round(x, 1) for x in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def describe(case: dict[str, Any]) -> dict[str, Any]:
+    """Return a case as plain data."""
+    return json.loads(json.dumps(case, default=repr))
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", help="names of cases")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="a tiny case, to see that it runs")
+    parser.add_argument("--progress", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.smoke:
+        print(dynamics({**DYNAMICS["ring4-tdvp"], "until": 0.25}, 0, False))
+        return
+    if not options.cases:
+        print("\n".join(DYNAMICS))
+    for name in options.cases:
+        case = DYNAMICS[name]
+        result = {
+            "case": name,
+            "seed": options.seed,
+            "setting": describe(case),
+            **dynamics(case, options.seed, options.progress),
+        }
+        result["kept"] = result["largest"] <= case["bound"] and result["last"] <= case.get("last", 1.0)
+        result["machine"] = machine()
+        options.out.mkdir(parents=True, exist_ok=True)
+        suffix = f"-seed{options.seed}" if options.seed else ""
+        (options.out / f"{name}{suffix}.json").write_text(
+            json.dumps(result, indent=1) + "\n", encoding="utf-8"
+        )
+        shown = {
+            k: result[k]
+            for k in ("largest", "last", "largest_of_pairs", "residual", "steps", "processor_seconds", "kept")
+        }
+        print(name, shown, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Figures of evolutions and of steady states over a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stochdyn.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from stochdyn.povm.evolution import Evolution
+
+__all__ = ["plot_evolution", "plot_phase_diagram"]
+
+
+def plot_evolution(run: Evolution, exact: Any = None, axes: Sequence[Any] | None = None) -> Any:
+    """Draw the observables of an evolution over time, with two standard errors, and below them the residual.
+
+    Args:
+        run: from :func:`stochdyn.povm.evolve`.
+        exact: something with ``times`` and ``expect``, such as from :func:`stochdyn.povm.exact.evolve`, drawn as
+            lines behind the points; None for none.
+        axes: two matplotlib axes; new ones if None.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InvalidInputError: if ``axes`` aren't two.
+    """
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        _, axes = plt.subplots(2, 1, sharex=True, figsize=(6, 5), height_ratios=(3, 1), layout="constrained")
+    if len(axes) != 2:
+        raise InvalidInputError("two axes are needed", got=len(axes))
+    top, bottom = axes
+    for i, (name, values) in enumerate(run.expect.items()):
+        colour = f"C{i}"
+        if exact is not None and name in exact.expect:
+            top.plot(exact.times, exact.expect[name], color=colour, lw=1)
+        style = {"ls": "none" if exact is not None else "-", "marker": "o", "ms": 3, "color": colour}
+        top.errorbar(run.times, values, 2 * run.stderr[name], label=name, capsize=2, **style)
+    top.set_ylabel("expectation")
+    top.legend(ncols=3, fontsize="small")
+    bottom.plot(run.steps["t"], run.steps["residual"], ".-", color="0.3", lw=0.8, ms=3)
+    bottom.set_ylabel("residual")
+    bottom.set_xlabel("time")
+    return top.figure
+
+
+def plot_phase_diagram(
+    parameter: Tensor | Sequence[float],
+    expect: Mapping[str, Tensor | Sequence[float]],
+    errors: Mapping[str, Tensor | Sequence[float]] | None = None,
+    exact: Mapping[str, Tensor | Sequence[float]] | None = None,
+    xlabel: str = "field",
+    axes: Any = None,
+) -> Any:
+    """Draw observables of the steady state over a parameter of the model.
+
+    Args:
+        parameter: ``(n,)`` values.
+        expect: by name, ``(n,)``.
+        errors: by name, half lengths of bars; None for none.
+        exact: by name, drawn as lines; None for none.
+        xlabel: name of the parameter.
+        axes: matplotlib axes; new ones if None.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InvalidInputError: if an observable hasn't one value for each parameter.
+    """
+    x = torch.as_tensor(parameter, dtype=torch.float64)
+    for name, values in expect.items():
+        if len(values) != len(x):
+            raise InvalidInputError(
+                f"{name} must have one value a parameter", got=len(values), expected=len(x)
+            )
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        _, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for i, (name, values) in enumerate(expect.items()):
+        if exact is not None and name in exact:
+            axes.plot(x, exact[name], color=f"C{i}", lw=1)
+        bars = None if errors is None or name not in errors else errors[name]
+        axes.errorbar(x, values, bars, ls="none", marker="o", ms=4, color=f"C{i}", label=name, capsize=2)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("expectation in the steady state")
+    axes.legend()
+    return axes.figure
