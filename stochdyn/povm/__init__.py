@@ -23,9 +23,11 @@ from stochdyn.povm.physicality import (
     total_variation,
     trace_distance,
 )
+from stochdyn.povm.plots import plot_evolution, plot_phase_diagram
 from stochdyn.povm.propagator import Propagator
 from stochdyn.povm.records import MeasurementRecords, RecordLaw, simulate_records
 from stochdyn.povm.site_frames import SiteFrames
+from stochdyn.povm.steady import SteadyState, steady_state
 from stochdyn.povm.strings import Strings
 from stochdyn.povm.table import FullTable
 from stochdyn.povm.transformer import AutoregressiveTransformer
@@ -49,6 +51,7 @@ __all__ = [
     "RecordLaw",
     "RecordModel",
     "SiteFrames",
+    "SteadyState",
     "Strings",
     "Tetrahedral",
     "all_to_all",
@@ -61,6 +64,8 @@ __all__ = [
     "named_operator",
     "observable",
     "observables",
+    "plot_evolution",
+    "plot_phase_diagram",
     "positivity",
     "purity",
     "reduced_density",
@@ -68,6 +73,7 @@ __all__ = [
     "simulate_records",
     "spin_matrices",
     "square_lattice",
+    "steady_state",
     "systems",
     "total_variation",
     "trace_distance",

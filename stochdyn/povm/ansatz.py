@@ -121,6 +121,19 @@ class Ansatz(nn.Module, ABC):
             gradients, log_prob = torch.func.vmap(torch.func.grad(one, has_aux=True), (None, 0))(detached, a)
         return log_prob, torch.cat([gradients[k].reshape(a.shape[0], -1) for k in named], 1)
 
+    def combined_scores(self, a: Tensor, coefficients: Tensor) -> Tensor:
+        r"""Return sums of scores :math:`\sum_kc_{mk}\nabla\log P(a_{mk})` ``(m, P)``.
+
+        Args:
+            a: ``(m, k, N)`` outcomes.
+            coefficients: ``(m, k)``.
+        """
+        rows = []
+        for part, c in zip(a, coefficients, strict=True):
+            scores = self.scores(part)[1]
+            rows.append(c.to(scores.dtype) @ scores)
+        return torch.stack(rows)
+
     def forward(self, a: Tensor) -> Tensor:
         """Return :meth:`log_prob`."""
         return self.log_prob(a)

@@ -213,6 +213,19 @@ class AutoregressiveAnsatz(Ansatz):
             values.append(value.detach())
         return torch.cat(values), torch.cat(rows_of_scores)
 
+    def combined_scores(self, a: Tensor, coefficients: Tensor) -> Tensor:
+        """See :meth:`Ansatz.combined_scores`: the sums are taken in the backward pass, so no single score is kept."""
+        named = dict(self.trainable())
+        _, k, sites = a.shape
+        size = max(1, self.memory // (k * len(self.strings) * self.bytes_per_row * 8))
+        found = []
+        for part, c in zip(a.split(size), coefficients.split(size), strict=True):
+            with torch.enable_grad():
+                tape = Tape(part.shape[0])
+                value = self._whole(part.reshape(-1, sites), tape).reshape(c.shape)
+                found.append(tape.scores((value * c.to(value.dtype)).sum(1), named))
+        return torch.cat(found)
+
     @torch.no_grad()
     def sample(
         self, n: int, generator: torch.Generator | None = None, *, stratified: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from stochdyn.training.checkpoint import (
 )
 from stochdyn.training.interrupt import DeferredInterrupt
 
-__all__ = ["evolve", "expectations"]
+__all__ = ["checked_operator", "evolve", "expectations"]
 
 _LISTABLE = 1 << 18
 _OBSERVE_SEED = 0x0B5E
@@ -55,6 +55,7 @@ def evolve(
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     checkpoint_every: int = 20,
+    stop: Callable[[dict[str, float]], bool] | None = None,
     **options: Any,
 ) -> Evolution:
     r"""Move a variational state along a master equation, :math:`\dot P = LP`, in place.
@@ -84,6 +85,8 @@ def evolve(
         resume: continue the run in ``checkpoint`` to the same bits as if it had never stopped; a fresh run if there
             is none.
         checkpoint_every: steps between saves; each of the times is saved too.
+        stop: called after every step with what it reports (see ``Evolution.steps``); true ends the run there, with the
+            times reached so far.
         options: of the method: :class:`~stochdyn.povm.options.TDVPOptions`,
             :class:`~stochdyn.povm.options.TrapezoidOptions`, :class:`~stochdyn.povm.options.FitOptions`.
 
@@ -113,7 +116,7 @@ def evolve(
     check_time_grid(ts, "times")
     check_positive_int(checkpoint_every, "checkpoint_every")
     chosen = read_options(method, options)
-    operator = _checked_operator(net, model, povm)
+    operator = checked_operator(net, model, povm)
     specs = read_observables(observables, model.num_sites, dim=model.dim, bonds=model.bonds)
     estimators = {name: spec.estimator(povm, device=net.device) for name, spec in specs.items()}
     averages = Averages(net, operator, num_samples, chosen.stratified)
@@ -122,7 +125,7 @@ def evolve(
     if resume and checkpoint is None:
         raise InvalidInputError("resume=True needs the directory of the run", hint="pass checkpoint=...")
     stepper = make_stepper(chosen, net, operator, averages, seed, model.is_time_dependent)
-    run = _Run(net, ts, stepper, Record(list(estimators)), estimators, observe_samples, seed)
+    run = _Run(net, ts, stepper, Record(list(estimators)), estimators, observe_samples, seed, stop)
     if checkpoint is not None:
         identity = {
             "method": method,
@@ -154,7 +157,9 @@ class _Run:
         estimators: Mapping[str, Estimator],
         observe_samples: int | None,
         seed: int,
+        stop: Callable[[dict[str, float]], bool] | None,
     ) -> None:
+        self.stop = stop
         self.net, self.times, self.stepper, self.record = net, times.tolist(), stepper, record
         self.estimators, self.observe_samples, self.seed = estimators, observe_samples, seed
         self.t, self.number, self.worst = self.times[0], 0, 0.0
@@ -210,7 +215,7 @@ class _Run:
                 self.observe()
             while len(self.record.residual) < len(self.times):
                 target = self.times[len(self.record.residual)]
-                self._advance(target)
+                report = self._advance(target)
                 reached = target - self.t <= _CLOSE * max(1.0, abs(target))
                 if reached:
                     self.t = target
@@ -220,11 +225,14 @@ class _Run:
                 bar.set_postfix({n: f"{v[-1]:.4f}" for n, v in self.record.means.items()}, refresh=True)
                 if reached or (self.every and self.number % self.every == 0) or interrupt.requested:
                     self.save()
+                if self.stop is not None and self.stop(report):
+                    self.save()
+                    break
                 if interrupt.requested and len(self.record.residual) < len(self.times):
                     return False
         return True
 
-    def _advance(self, target: float) -> None:
+    def _advance(self, target: float) -> dict[str, float]:
         before = self.net.parameter_vector()
         step = self.stepper.step(self.number, self.t, target - self.t)
         if not bool(torch.isfinite(self.net.parameter_vector()).all()):
@@ -236,7 +244,9 @@ class _Run:
         self.number += 1
         self.t += step.taken
         self.worst = max(self.worst, step.residual)
-        self.record.add_step({"t": self.t, "residual": step.residual, **step.report})
+        report = {"t": self.t, "residual": step.residual, **step.report}
+        self.record.add_step(report)
+        return report
 
 
 _BAR = "{l_bar}{bar}| t={n:.3g} of {total:.3g} [{elapsed}<{remaining}{postfix}]"
@@ -271,7 +281,12 @@ def expectations(
         return found
 
 
-def _checked_operator(net: Ansatz, model: Lindbladian, povm: Any) -> Any:
+def checked_operator(net: Ansatz, model: Lindbladian, povm: Any) -> Any:
+    """Return the master equation of a model, on the device of the ansatz, if all fit together.
+
+    Raises:
+        InvalidInputError: if numbers of sites or outcomes differ.
+    """
     if net.num_sites != model.num_sites:
         raise InvalidInputError(
             "ansatz and model differ in their number of sites", got=net.num_sites, expected=model.num_sites
