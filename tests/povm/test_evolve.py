@@ -1,0 +1,221 @@
+"""Evolutions follow the exact answer by every method, resume to the same bits, and refuse what can't be."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+import stochdyn as sd
+from stochdyn.errors import (
+    ForeignCheckpointError,
+    InvalidInputError,
+    LindbladianError,
+    SystemSizeError,
+    TimeGridError,
+)
+from stochdyn.povm import exact
+from stochdyn.povm.evolve import evolve
+from stochdyn.povm.systems import ising, reference
+
+POVM = sd.povm.Tetrahedral()
+RING = "translations+reflections"
+
+
+def net(
+    sites: int, strings: str | None = RING, state: str = "up", **sizes: int
+) -> sd.povm.AutoregressiveTransformer:
+    torch.manual_seed(0)
+    shape = {"layers": 1, "width": 12, "heads": 2, **sizes}
+    made = sd.povm.AutoregressiveTransformer(sites, strings=strings, **shape).double()
+    return made.set_product_state(POVM, state)
+
+
+def errors(run: sd.povm.Evolution, model: sd.povm.Lindbladian, state: str) -> torch.Tensor:
+    truth = exact.evolve(model, state, run.times, list(run.expect)).expect
+    return torch.stack([(run.expect[name] - truth[name]).abs() for name in run.expect])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "bound"),
+    [
+        ("tdvp", {}, 5e-3),
+        ("tdvp", {"step": 0.05}, 5e-3),
+        ("fit", {}, 5e-3),
+        ("trapezoid", {"step": 0.15, "iterations": 80}, 2e-2),
+        ("trapezoid", {"step": 0.15, "iterations": 80, "norm": "l2"}, 2e-2),
+    ],
+)
+def test_full_summation_follows_the_exact_evolution(method: str, options: dict, bound: float) -> None:
+    """Two sites in transit; without any randomness, so a second run gives the same numbers."""
+    model = ising(2)
+    times = [0.0, 0.15, 0.3]
+    run = evolve(net(2), model, POVM, times, method, None, progress=False, **options)
+    assert float(errors(run, model, "up").max()) < bound
+    if method != "trapezoid":
+        again = evolve(net(2), model, POVM, times, method, None, progress=False, seed=5, **options)
+        assert all(torch.equal(run.expect[name], again.expect[name]) for name in "XYZ")
+    assert all(float(v.max()) == 0 for v in run.stderr.values())
+
+
+@pytest.mark.parametrize("method", ["tdvp", "fit"])
+@pytest.mark.parametrize("strings", [None, RING])
+def test_sampling_follows_the_exact_evolution(method: str, strings: str | None) -> None:
+    """Four sites, 1000 draws: errors of a hundredth at most, as the sampling allows."""
+    model = ising(4)
+    run = evolve(net(4, strings), model, POVM, [0.0, 0.25, 0.5], method, 1000, progress=False)
+    assert float(errors(run, model, "up").max()) < 1.2e-2
+    assert float(run.stderr["Z"].max()) < 0.02
+    assert run.residual[0] == 0
+    assert 0 < float(run.residual[-1]) < 0.3
+
+
+def test_a_product_ansatz_is_exact_without_couplings() -> None:
+    """Sites that don't interact stay a product, which the head's bias alone can follow, at any number of sites."""
+    model, known = reference("free_sites", 8)
+    run = evolve(net(8, None), model, POVM, [0.0, 0.5], num_samples=300, progress=False, tolerance=3e-3)
+    for i, t in enumerate((0.0, 0.5)):
+        place = known.times.tolist().index(t)
+        for name in "YZ":
+            bound = 5 * float(run.stderr[name][i]) + 5e-3
+            assert abs(float(run.expect[name][i] - known.expect[name][place])) < bound
+
+
+def test_coefficients_that_depend_on_time() -> None:
+    model = sd.povm.Lindbladian(
+        2, [(1.0, "ZZ", (0, 1)), (lambda t: torch.cos(3 * t), "X", "all")], [(1.0, "sigma-", "all")]
+    )
+    run = evolve(net(2, None), model, POVM, [0.0, 0.5, 1.0], num_samples=None, progress=False)
+    assert float(errors(run, model, "up").max()) < 5e-3
+
+
+def test_observables_on_places_and_states_at_times() -> None:
+    model = ising(3)
+    run = evolve(
+        net(3, None), model, POVM, [0.0, 0.2], num_samples=None, progress=False,
+        observables={"z": "Z", "zz": ("ZZ", (0, 1))},
+    )  # fmt: skip
+    p = run.state(0).probabilities()
+    assert torch.allclose(p, net(3, None).probabilities(), atol=1e-12)
+    assert float(run.expect["zz"][0]) == pytest.approx(1.0)
+    later = run.state(-1)
+    assert torch.allclose(later.probabilities(), run.net.probabilities())
+    with pytest.raises(InvalidInputError, match="no such time"):
+        run.state(2)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("tdvp", {}), ("fit", {"step": 0.1}), ("trapezoid", {"step": 0.1, "iterations": 10})],
+)
+def test_a_run_resumes_to_the_same_bits(tmp_path, method: str, options: dict) -> None:
+    model, times = ising(3), [0.0, 0.15, 0.3]
+    whole = evolve(net(3), model, POVM, times, method, 200, progress=False, **options)
+    calls = []
+    part = net(3)
+    evolve(
+        part, model, POVM, times, method, 200, progress=False, checkpoint=tmp_path, checkpoint_every=1,
+        stop=lambda report: calls.append(report) or len(calls) == 2, **options,
+    )  # fmt: skip
+    fresh = net(3)
+    resumed = evolve(
+        fresh, model, POVM, times, method, 200, progress=False, checkpoint=tmp_path, resume=True, **options
+    )
+    for name in "XYZ":
+        assert torch.equal(resumed.expect[name], whole.expect[name])
+    assert torch.equal(resumed.parameters, whole.parameters)
+    assert torch.equal(resumed.steps["residual"], whole.steps["residual"])
+    with pytest.raises(ForeignCheckpointError, match="num_samples"):
+        evolve(net(3), model, POVM, times, method, 300, checkpoint=tmp_path, resume=True, **options)
+
+
+def test_an_interrupt_keeps_the_whole_step(tmp_path) -> None:
+    """Ctrl-C in the second step: the result so far comes with the exception, and the run goes on from there."""
+    model, times = ising(3), [0.0, 0.1, 0.4]
+    seen = []
+
+    def press(report: dict[str, float]) -> bool:
+        seen.append(report)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    with pytest.raises(sd.povm.EvolutionInterrupted) as caught:
+        evolve(
+            net(3),
+            model,
+            POVM,
+            times,
+            num_samples=200,
+            progress=False,
+            checkpoint=tmp_path,
+            stop=press,
+            step=0.05,
+        )
+    assert len(caught.value.result.times) >= 1
+    rest = evolve(
+        net(3),
+        model,
+        POVM,
+        times,
+        num_samples=200,
+        progress=False,
+        checkpoint=tmp_path,
+        resume=True,
+        step=0.05,
+    )
+    whole = evolve(net(3), model, POVM, times, num_samples=200, progress=False, step=0.05)
+    assert torch.equal(rest.parameters, whole.parameters)
+
+
+def test_float32_and_other_ansatzes_evolve_too() -> None:
+    model = ising(3)
+    for made in (
+        net(3).float(),
+        sd.povm.AutoregressiveGRU(3, width=8).double().set_product_state(POVM, "up"),
+        sd.povm.FullTable(3).double().set_product_state(POVM, "up"),
+    ):
+        run = evolve(made, model, POVM, [0.0, 0.3], num_samples=None, progress=False)
+        assert float(errors(run, model, "up").max()) < 1e-2
+
+
+def test_bad_input_is_refused_before_any_work(tmp_path) -> None:
+    model = ising(4)
+    with pytest.raises(TimeGridError, match="increase"):
+        evolve(net(4), model, POVM, [0.0, 0.2, 0.1])
+    with pytest.raises(InvalidInputError, match="method is unknown"):
+        evolve(net(4), model, POVM, [0.0, 0.2], "euler")
+    with pytest.raises(InvalidInputError, match="has no option 'iterations'"):
+        evolve(net(4), model, POVM, [0.0, 0.2], "tdvp", iterations=3)
+    with pytest.raises(InvalidInputError, match="step must be positive"):
+        evolve(net(4), model, POVM, [0.0, 0.2], "fit", step=-0.1)
+    with pytest.raises(InvalidInputError, match="number of sites"):
+        evolve(net(3), model, POVM, [0.0, 0.2])
+    with pytest.raises(SystemSizeError, match="too many outcomes"):
+        evolve(net(10, None), ising(10), POVM, [0.0, 0.2], num_samples=None)
+    with pytest.raises(LindbladianError, match="doesn't exist"):
+        evolve(net(4), model, POVM, [0.0, 0.2], observables={"z": ("Z", 4)})
+    with pytest.raises(InvalidInputError, match="needs the directory"):
+        evolve(net(4), model, POVM, [0.0, 0.2], resume=True)
+    with pytest.raises(InvalidInputError, match="number of outcomes"):
+        evolve(sd.povm.AutoregressiveTransformer(4, num_outcomes=9), model, POVM, [0.0, 0.2])
+
+
+@pytest.mark.slow
+def test_the_ising_ring_of_four_to_its_steady_state() -> None:
+    model = ising(4)
+    times = torch.linspace(0, 8, 33, dtype=torch.float64)
+    run = evolve(net(4, width=16), model, POVM, times, num_samples=None, progress=False)
+    found = errors(run, model, "up")
+    assert float(found.max()) < 5e-3
+    assert float(found[:, -1].max()) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_ising_ring_of_six_by_sampling() -> None:
+    model = ising(6)
+    times = torch.linspace(0, 2, 9, dtype=torch.float64)
+    run = evolve(net(6, width=16), model, POVM, times, num_samples=2000, progress=False)
+    assert float(errors(run, model, "up").max()) < 1e-2
