@@ -20,8 +20,9 @@ import torch
 
 import stochdyn as sd
 from stochdyn.povm import exact
+from stochdyn.povm.propagation import stationary_probabilities
 from stochdyn.povm.strings import Strings
-from stochdyn.povm.systems import reference
+from stochdyn.povm.systems import ising, reference
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 TURN = (3, 2, 1, 0)  # by pi about z, for the rotated tetrahedron
@@ -168,6 +169,72 @@ DYNAMICS: dict[str, dict[str, Any]] = {
 }
 
 
+#: fields, sites, size of the reference, ansatz, solver, bound on the observables
+STEADY: dict[str, dict[str, Any]] = {
+    "ring6-steady": {
+        "fields": [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0], "sites": 6, "known": 6,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
+        "run": {"method": "newton", "num_samples": None, "iterations": 60}, "bound": 5e-3,
+    },
+    "ring6-steady-sampled": {
+        "fields": [0.5, 1.0, 2.0, 4.0], "sites": 6, "known": 6,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
+        "run": {"method": "newton", "num_samples": 2000, "iterations": 40}, "bound": 5e-3,
+    },
+    "ring6-steady-descent": {
+        "fields": [1.0, 2.0], "sites": 6, "known": 6,
+        "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
+        "run": {"method": "trapezoid", "num_samples": None, "iterations": 400}, "bound": 5e-3,
+    },
+    "ring16-steady": {
+        "fields": [1.0, 2.0], "sites": 16, "known": 10,
+        "net": {"layers": 1, "width": 16, "heads": 2},
+        "run": {"method": "newton", "num_samples": 600, "iterations": 24}, "bound": 1e-2,
+    },
+}  # fmt: skip
+
+
+def steady(case: dict[str, Any], seed: int, progress: bool) -> dict[str, Any]:
+    """Find steady states, each from a product state, and compare."""
+    povm = sd.povm.Tetrahedral()
+    rows = []
+    for field in case["fields"]:
+        model = ising(case["sites"], 2.0, field)
+        _, known = reference("ising_ring", case["known"], steady=True, field=field)
+        torch.manual_seed(seed)
+        net = (
+            sd.povm.AutoregressiveTransformer(case["sites"], **case["net"])
+            .double()
+            .set_product_state(povm, "up")
+        )
+        found = sd.povm.steady_state(
+            net, model, povm, observables=["X", "Y", "Z"], seed=seed, progress=progress, **case["run"]
+        )
+        row = {
+            "field": field,
+            "largest": max(abs(found.expect[k] - float(known.expect[k])) for k in "XYZ"),
+            "sampling_error": max(found.stderr.values()),
+            "residual": found.residual,
+            "estimate": found.error_estimate,
+            "steps": len(next(iter(found.history.values()))),
+            "processor_seconds": round(found.seconds, 1),
+        }
+        if case["sites"] <= 6:
+            truth = exact.steady_state(model, ["Z"]).state
+            p = net.probabilities()
+            row["trace_distance"] = float(sd.povm.trace_distance(povm.reconstruct(p), truth))
+            exact_p = stationary_probabilities(model.master_operator(povm))
+            row["total_variation"] = float(sd.povm.total_variation(p, exact_p))
+        rows.append(row)
+        print(row, flush=True)
+    return {
+        "rows": rows,
+        "largest": max(row["largest"] for row in rows),
+        "parameters": net.parameter_vector().numel(),
+        "processor_seconds": round(sum(row["processor_seconds"] for row in rows), 1),
+    }
+
+
 def dynamics(case: dict[str, Any], seed: int, progress: bool) -> dict[str, Any]:
     """Run an evolution and compare."""
     povm = sd.povm.Tetrahedral()
@@ -242,27 +309,23 @@ def main() -> None:
         print(dynamics({**DYNAMICS["ring4-tdvp"], "until": 0.25}, 0, False))
         return
     if not options.cases:
-        print("\n".join(DYNAMICS))
+        print("\n".join([*DYNAMICS, *STEADY]))
     for name in options.cases:
-        case = DYNAMICS[name]
-        result = {
-            "case": name,
-            "seed": options.seed,
-            "setting": describe(case),
-            **dynamics(case, options.seed, options.progress),
-        }
-        result["kept"] = result["largest"] <= case["bound"] and result["last"] <= case.get("last", 1.0)
+        kind, run = (DYNAMICS, dynamics) if name in DYNAMICS else (STEADY, steady)
+        case = kind[name]
+        result = {"case": name, "seed": options.seed, "setting": describe(case)}
+        result |= run(case, options.seed, options.progress)
+        result["kept"] = result["largest"] <= case["bound"] and result.get("last", 0.0) <= case.get(
+            "last", 1.0
+        )
         result["machine"] = machine()
         options.out.mkdir(parents=True, exist_ok=True)
         suffix = f"-seed{options.seed}" if options.seed else ""
         (options.out / f"{name}{suffix}.json").write_text(
             json.dumps(result, indent=1) + "\n", encoding="utf-8"
         )
-        shown = {
-            k: result[k]
-            for k in ("largest", "last", "largest_of_pairs", "residual", "steps", "processor_seconds", "kept")
-        }
-        print(name, shown, flush=True)
+        names = ("largest", "last", "largest_of_pairs", "residual", "steps", "processor_seconds", "kept")
+        print(name, {k: result[k] for k in names if k in result}, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -131,9 +132,12 @@ def test_a_run_resumes_to_the_same_bits(tmp_path, method: str, options: dict) ->
         evolve(net(3), model, POVM, times, method, 300, checkpoint=tmp_path, resume=True, **options)
 
 
-def test_an_interrupt_keeps_the_whole_step(tmp_path) -> None:
+def test_an_interrupt_keeps_the_whole_step(tmp_path, request) -> None:
     """Ctrl-C in the second step: the result so far comes with the exception, and the run goes on from there."""
     model, times = ising(3), [0.0, 0.1, 0.4]
+    # a process started in the background ignores Ctrl-C unless told otherwise
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     seen = []
 
     def press(report: dict[str, float]) -> bool:
