@@ -9,12 +9,14 @@ from stochdyn.infer.guides import AutoPathGuide
 from stochdyn.infer.laplace import start_at_mode
 from stochdyn.infer.predictive import PathDraws, predict_path
 from stochdyn.infer.reparam import NoiseReparam
+from stochdyn.infer.skewed import AutoSkewedNormal
 
 if TYPE_CHECKING:
     from stochdyn.diagnostics.psis import khat
 
 __all__ = [
     "AutoPathGuide",
+    "AutoSkewedNormal",
     "DiffusionPath",
     "NoiseReparam",
     "PathDraws",
