@@ -1,0 +1,220 @@
+"""Turn the JSON of ``run.py`` and ``accuracy.py`` into the tables of the documentation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+TABLE = ROOT / "docs" / "generated" / "povm_benchmarks.md"
+
+Report = dict[str, Any]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]]) + "\n"
+
+
+def place(report: Report) -> str:
+    """Say on which machine a report was measured."""
+    m = report["machine"]
+    parts = [m.get("processor"), f"{m['cores']} cores", f"{m['threads']} thread", f"torch {m['torch']}"]
+    parts += [f"QuTiP {m['qutip']}"] if m.get("qutip") else []
+    load = m.get("load at end")
+    parts += [f"load {load[0]:g}"] if load else []
+    return ", ".join(str(p) for p in parts if p)
+
+
+def sampling(report: Report) -> str:
+    """Sampling with keys and values kept."""
+    rows = [
+        [
+            r["sites"],
+            r["batch"],
+            f"{r['kept']:.2f}",
+            f"{r['again']:.2f}",
+            f"**{r['ratio']:.1f}**",
+            report["target"],
+        ]
+        for r in report["rows"]
+    ]
+    head = ["sites", "samples", "kept (s)", "prefix run again (s)", "ratio", "target"]
+    return "### Sampling\n\n" + table(head, rows)
+
+
+def local(report: Report) -> str:
+    """The local estimator."""
+    rows = [
+        [
+            r["sites"],
+            r["frame"],
+            f"{r['connected']:.0f}",
+            r["plain evaluations"],
+            f"{1e3 * r['ours'] / r['samples']:.2f}",
+            f"{1e3 * r['plain'] / r['samples']:.2f}",
+            f"**{r['ratio']:.1f}**",
+            report["target"],
+        ]
+        for r in report["rows"]
+    ]
+    head = [
+        "sites",
+        "frame",
+        "connected",
+        "plain evaluations",
+        "ours (ms a sample)",
+        "plain (ms)",
+        "ratio",
+        "target",
+    ]
+    return (
+        "### Local estimator\n\nIsing ring; plain: a forward pass for each of the 16 outcomes of every bond.\n\n"
+        + table(head, rows)
+    )
+
+
+def exact(report: Report) -> str:
+    """Exact methods."""
+    rows = [
+        [
+            r["sites"],
+            f"{r['qutip']:.2f}",
+            f"{r['matrix']:.2f}",
+            f"{r['outcomes']:.2f}" if "outcomes" in r else "",
+            f"{r['largest difference']:.0e}",
+        ]
+        for r in report["rows"]
+    ]
+    head = [
+        "sites",
+        "QuTiP (s)",
+        "our matrix form (s)",
+        "all outcome probabilities (s)",
+        "largest difference in Z",
+    ]
+    note = f"\n{report['system']}, eleven times, relative tolerance {report['rtol']:g}.\n\n"
+    return "### Exact evolution\n" + note + table(head, rows)
+
+
+def trajectories(report: Report) -> str:
+    """Quantum trajectories by QuTiP."""
+    rows = [[r["sites"], f"{r['seconds']:.2f}", f"{r['standard error of Z']:.3f}"] for r in report["rows"]]
+    head = ["sites", f"QuTiP, {report['trajectories']} trajectories (s)", "largest standard error of Z"]
+    return "### Quantum trajectories\n\n" + table(head, rows)
+
+
+def estimators(report: Report) -> str:
+    """Frames compared."""
+    rows = [
+        [
+            r["frame"],
+            f"{r['condition number']:.1f}",
+            f"{r['variance of Z']:.0f}",
+            *(f"{r[f'connected a site, {m}']:.1f}" for m in ("Ising", "XYZ", "dephasing Ising")),
+            *(f"{r[f'largest row sum, {m}']:.0f}" for m in ("Ising", "XYZ", "dephasing Ising")),
+        ]
+        for r in report["rows"]
+    ]
+    head = ["frame", "condition of the overlap", "variance of Z"]
+    head += [f"connected a site, {m}" for m in ("Ising", "XYZ", "dephasing")]
+    head += [f"largest row sum, {m}" for m in ("Ising", "XYZ", "dephasing")]
+    return f"### Frames\n\nRings of {report['sites']} sites.\n\n" + table(head, rows)
+
+
+def netket(report: Report) -> str:
+    """NetKet's density machine."""
+    rows = [
+        [
+            r["field"],
+            r["iterations"],
+            f"{r['seconds']:.0f}",
+            f"{r['compile_seconds']:.0f}",
+            f"{r['largest error']:.4f}",
+            f"{r['ours']['largest error']:.4f}" if "ours" in r else "",
+            f"{r['ours']['seconds']:.0f}" if "ours" in r else "",
+        ]
+        for r in report["rows"]
+    ]
+    head = ["field", "iterations", "NetKet (s)", "to compile (s)", "NetKet's error", "our error", "ours (s)"]
+    return (
+        f"### Steady state beside NetKet {report['netket']}\n\nIsing ring of six sites; error: the largest of X, Y, Z.\n\n"
+        + table(head, rows)
+    )
+
+
+SECTIONS: dict[str, Callable[[Report], str]] = {
+    "sampling": sampling,
+    "local": local,
+    "netket": netket,
+    "exact": exact,
+    "trajectories": trajectories,
+    "estimators": estimators,
+}
+
+
+def accuracy(reports: Sequence[Report]) -> str:
+    """Errors against exact answers."""
+    rows = []
+    for r in reports:
+        setting = r["setting"]
+        bound = f"{setting['bound']:g}" if "bound" in setting else ""
+        rows.append(
+            [
+                r["case"] + (f", seed {r['seed']}" if r.get("seed") else ""),
+                f"{r['largest']:.1e}",
+                bound,
+                f"{r['last']:.1e}" if "last" in r else "",
+                f"{r['sampling_error']:.1e}" if r.get("sampling_error") else "",
+                r.get("steps", ""),
+                f"{r['processor_seconds']:.0f}",
+                "yes" if r["kept"] else "**no**",
+            ]
+        )
+    head = [
+        "case",
+        "largest error",
+        "bound",
+        "error at the end",
+        "standard error",
+        "steps",
+        "time (s)",
+        "kept",
+    ]
+    return (
+        "### Accuracy\n\nLargest error over times of X, Y, Z (site means) against exact numbers; times in processor seconds.\n\n"
+        + table(head, rows)
+    )
+
+
+def render(results: Path) -> str:
+    """Return the Markdown of all reports in a folder."""
+    parts = []
+    found = [json.loads(p.read_text()) for p in sorted((results / "accuracy").glob("*.json"))]
+    if found:
+        parts.append(accuracy(found) + f"\nMeasured on {place(found[0])}.\n")
+    for name, section in SECTIONS.items():
+        path = results / "speed" / f"{name}.json"
+        if path.exists():
+            report = json.loads(path.read_text())
+            parts.append(section(report) + f"\nMeasured on {place(report)}.\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=TABLE)
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(render(options.results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
