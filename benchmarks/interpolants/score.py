@@ -159,12 +159,12 @@ def line_run(name: str, seed: int, steps: int, batch: int) -> dict[str, float]:
     return {**row, "residual": squares.mean().item(), "seconds": trained}
 
 
-def line(runs: list[str], smoke: bool, out: Path) -> dict[str, Any]:
-    """Run the named weights over four seeds; keep what an interrupted run has done."""
-    seeds, steps, batch = (range(1), 30, 64) if smoke else (range(4), 3000, 1024)
-    report = _resume(out, {"seeds": len(seeds), "steps": steps, "batch": batch})
+def line(runs: list[str], seeds: int, smoke: bool, out: Path) -> dict[str, Any]:
+    """Run the named weights over the seeds; keep what an interrupted run has done."""
+    steps, batch = (30, 64) if smoke else (3000, 1024)
+    report = _resume(out, {"steps": steps, "batch": batch})
     for name in runs:
-        for seed in seeds:
+        for seed in range(1 if smoke else seeds):
             done = report["rows"].setdefault(name, [])
             if len(done) > seed:
                 continue
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--dataset", choices=sorted(DATA), default="blob")
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.1, 1.0, 10.0])
     parser.add_argument("--runs", nargs="+", choices=list(LINE_RUNS), default=list(LINE_RUNS))
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -225,7 +226,7 @@ def main() -> None:
         report = {"machine": machine(), **cost(options.smoke)}
         print(json.dumps(report["rows"], indent=1))
     elif options.part == "line":
-        report = line(options.runs, options.smoke, out)
+        report = line(options.runs, options.seeds, options.smoke, out)
     else:
         report = plane(options.dataset, options.weights, options.smoke, out)
     _write(out, report)

@@ -12,9 +12,7 @@ from stochdyn._checks import check_ndim, check_nonempty, check_positive_int
 from stochdyn.core.divergence import (
     attach,
     divergence,
-    jacobian_contraction,
     pull_back,
-    release,
     sample_probes,
 )
 from stochdyn.core.flow import as_time
@@ -151,13 +149,11 @@ def intrinsic_dimension(score: Field, t: Tensor | float, x: Tensor, std: float, 
     if not std > 0:
         raise InvalidInputError("std must be positive", got=std)
     time, d = as_time(t, x), x.shape[-1]
-    keep = torch.is_grad_enabled()
     with torch.enable_grad():
-        y = attach(x)
-        unit = torch.eye(d, dtype=x.dtype, device=x.device)[:, None].expand(d, *x.shape)
-        columns = jacobian_contraction(score(time, y), y, unit)
-        columns = release(columns, keep, (x, y)).detach()
-    jacobian = columns.movedim(0, -1)
+        y = attach(x.detach())
+        value = score(time, y)
+        rows = [pull_back(value[:, i], y, create_graph=False) for i in range(d)]
+    jacobian = torch.stack(rows, -2).detach()
     spectrum = torch.linalg.eigvalsh(-(std**2) * 0.5 * (jacobian + jacobian.mT))
     return (spectrum < drop).sum(-1)
 

@@ -15,7 +15,7 @@ from stochdyn.errors import UnavailableError
 from stochdyn.interpolants.evidence import feynman_kac_log_density
 from stochdyn.interpolants.exponential import Prediction, exponential_ode, exponential_sde
 from stochdyn.interpolants.likelihood import flow_log_prob
-from stochdyn.interpolants.potential import Potential, PotentialNetwork
+from stochdyn.interpolants.potential import FunctionPotential, Potential, PotentialNetwork
 from stochdyn.interpolants.processes import AffineProcess
 
 __all__ = ["ReverseDiffusion"]
@@ -217,9 +217,19 @@ class ReverseDiffusion(nn.Module):
         times = self.process.grid(steps).to(x.device)
         if not (exact and isinstance(self.source, PotentialNetwork)):
             probing: dict[str, Any] = {} if exact else {"num_probes": num_probes, "generator": generator}
-            return flow_log_prob(self.velocity, self.prior.log_prob, x, times, "rk4", exact=exact, **probing)
+            return flow_log_prob(
+                self._smooth_velocity(), self.prior.log_prob, x, times, "rk4", exact=exact, **probing
+            )
         y, total = _carry(self.process, self.source, x, times.flip(0))
         return self.prior.log_prob(y) + total
+
+    def _smooth_velocity(self) -> Field:
+        """Return a velocity whose divergence can be differentiated again; the jets of a potential network can't."""
+        if not isinstance(self.source, PotentialNetwork):
+            return self.velocity
+        return ReverseDiffusion(
+            self.process, FunctionPotential(self.process, self.source), self.dim, self._like, self.prior
+        ).velocity
 
     def measure(self) -> DiffusionMeasure:
         """Return the law of the reverse SDE on paths, on the clock ``horizon - t``.

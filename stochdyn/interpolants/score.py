@@ -13,7 +13,7 @@ from stochdyn.core.divergence import unbiased_square
 from stochdyn.core.flow import LearnedFlow, as_time
 from stochdyn.core.generators import FokkerPlanck
 from stochdyn.errors import InvalidInputError, ShapeError
-from stochdyn.interpolants.potential import FunctionPotential, Potential
+from stochdyn.interpolants.potential import FunctionPotential, Potential, PotentialNetwork
 from stochdyn.interpolants.processes import AffineProcess, check_process
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
@@ -131,7 +131,7 @@ class ScoreMatching(Objective):
         self.times, self.weight, self.residual_weight = times, weight, residual_weight
         self.collocation, self.averaged_targets = collocation, averaged_targets
         self.operator = FokkerPlanck(process.sde())
-        self.dim: int | None = getattr(potential, "dim", None)
+        self.dim = potential.dim if isinstance(potential, PotentialNetwork) else None
         self.register_buffer("steps_seen", torch.zeros((), dtype=torch.long))
 
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:

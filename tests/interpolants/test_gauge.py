@@ -10,6 +10,7 @@ from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError
 from stochdyn.interpolants import (
     OU,
     NoisedMixture,
+    PotentialNetwork,
     ReverseDiffusion,
     conservativity,
     gauge_residual,
@@ -73,6 +74,15 @@ def test_dimension_of_a_flat_cloud(inside: int) -> None:
     t = torch.tensor(0.005, dtype=F64)
     x = truth.sample(t, 8, torch.Generator().manual_seed(0))
     assert intrinsic_dimension(truth.score, t, x, process.std(t).item()).tolist() == [inside] * 8
+
+
+def test_a_learned_potential_is_conservative_and_has_a_dimension() -> None:
+    torch.manual_seed(0)
+    phi = PotentialNetwork(processes()["ou"], 3, 8, 2, zero_last=False).double()
+    x = torch.randn(6, 3, dtype=F64)
+    assert conservativity(phi.score, 0.3, x).antisymmetric.mean < 1e-25
+    assert intrinsic_dimension(phi.score, 0.3, x, 0.01).tolist() == [3] * 6
+    assert torch.isfinite(gauge_residual(phi.score, lambda t, x: -x, 0.3, x)).all()
 
 
 def test_bad_input() -> None:

@@ -12,7 +12,16 @@ import stochdyn as sd
 from stochdyn.core.flow import LearnedFlow
 from stochdyn.core.generators import ContinuityEquation, FokkerPlanck
 from stochdyn.errors import EmptyDataError, InvalidInputError, NonFiniteError, ShapeError, UnavailableError
-from stochdyn.interpolants import OU, VP, FunctionPotential, PotentialNetwork, ScoreMatching, WeightRamp
+from stochdyn.interpolants import (
+    OU,
+    VP,
+    FunctionPotential,
+    GaussianMixtureInterpolant,
+    Interpolant,
+    PotentialNetwork,
+    ScoreMatching,
+    WeightRamp,
+)
 from stochdyn.objectives.base import Objective
 from stochdyn.objectives.residual import UniformPoints
 from stochdyn.testing import ObjectiveSuite
@@ -236,6 +245,15 @@ def test_the_same_residual_serves_velocities_and_stationary_laws() -> None:
         return process.drift(t, x) - 0.5 * process.squared_diffusion(t) * truth.score(t, x)
 
     assert ContinuityEquation(velocity).residual(flow, 0.3, x).abs().max() < 1e-10
+    it = Interpolant("linear", "brownian")
+    ends = (
+        (torch.ones(1, dtype=F64), torch.zeros(1, 2, dtype=F64), 1.0),
+        (torch.full((2,), 0.5, dtype=F64), x[:2], 0.3),
+    )
+    between = GaussianMixtureInterpolant(it, *ends)
+    assert ContinuityEquation(between.velocity).residual(between, 0.3, x).abs().max() < 1e-10
+    forward = sd.SDE(lambda t, x: between.forward_drift(t, x, 0.4), 0.8**0.5)  # the noise is sqrt(2 epsilon)
+    assert FokkerPlanck(forward).residual(between, 0.3, x).abs().max() < 1e-10
     # A swimmer whose velocity is an Ornstein-Uhlenbeck process, in a harmonic trap: Gaussian, by Lyapunov's equation.
     a = torch.tensor([[-1.0, 1.0], [0.0, -0.5]], dtype=F64)
     g = torch.tensor([0.3, 1.0], dtype=F64)
