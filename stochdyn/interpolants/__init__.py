@@ -35,6 +35,7 @@ from stochdyn.interpolants.score import ScoreMatching, WeightRamp
 from stochdyn.interpolants.student import StudentKernel
 
 if TYPE_CHECKING:
+    from stochdyn.interpolants.diffusion_distribution import DiffusionDistribution
     from stochdyn.interpolants.distribution import InterpolantDistribution
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "AffineProcess",
     "Coupling",
     "CustomSchedule",
+    "DiffusionDistribution",
     "EntropicCoupling",
     "Epsilon",
     "ExactCoupling",
@@ -102,4 +104,8 @@ def __getattr__(name: str) -> Any:
         from stochdyn.interpolants.distribution import InterpolantDistribution
 
         return InterpolantDistribution
+    if name == "DiffusionDistribution":
+        from stochdyn.interpolants.diffusion_distribution import DiffusionDistribution
+
+        return DiffusionDistribution
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

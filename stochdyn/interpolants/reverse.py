@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from stochdyn.interpolants.exponential import Prediction, exponential_ode, expon
 from stochdyn.interpolants.likelihood import flow_log_prob
 from stochdyn.interpolants.potential import FunctionPotential, Potential, PotentialNetwork
 from stochdyn.interpolants.processes import AffineProcess
+
+if TYPE_CHECKING:
+    from stochdyn.interpolants.diffusion_distribution import DiffusionDistribution
 
 __all__ = ["ReverseDiffusion"]
 
@@ -238,6 +241,16 @@ class ReverseDiffusion(nn.Module):
         :class:`stochdyn.DiffusionMeasure` it can be controlled, reversed and weighed.
         """
         return DiffusionMeasure(self.prior, self.process.sde().reverse(self.score, self.process.horizon))
+
+    def distribution(self, steps: int = 50) -> DiffusionDistribution:
+        """Return the law of the ODE at the start time as a Pyro distribution with event ``(d,)``.
+
+        Args:
+            steps: of the grid, for draws and densities alike.
+        """
+        from stochdyn.interpolants.diffusion_distribution import DiffusionDistribution
+
+        return DiffusionDistribution(self, steps)
 
 
 def _carry(

@@ -216,6 +216,26 @@ def test_training_finds_a_gaussian_and_sampling_returns_it() -> None:
     assert sd.interpolants.ode_sde_gap(rev, 500) < 0.5
 
 
+def test_any_network_serves() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 1))
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return self.net(torch.cat([t, x], -1)) - x.square().sum(-1, keepdim=True)
+
+    for residual in ("exact", "hutchinson"):
+        diff = ScoreMatching(VP(), potential=Net(), fp_weight=0.01, residual=residual)  # type: ignore[arg-type]
+        sd.fit(diff, torch.randn(64, 2), steps=3, batch_size=32, progress=False)
+        rev = diff.generator()
+        assert rev.sample(7, method="ode", steps=5).shape == (7, 2)
+        assert rev.sample(7, method="sde", steps=5).shape == (7, 2)
+        assert diff.fokker_planck_residual(0.5, torch.zeros(4, 2)).shape == (4,)
+        assert rev.log_prob(torch.zeros(4, 2), steps=5).shape == (4,)
+        assert sd.interpolants.ode_sde_gap(rev, 20, steps=5) > 0
+
+
 def test_weights_follow_training_and_survive_a_checkpoint(tmp_path: Any) -> None:
     process = OU()
 
