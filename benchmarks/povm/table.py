@@ -192,16 +192,51 @@ def accuracy(reports: Sequence[Report]) -> str:
     )
 
 
+def steady(reports: Sequence[Report]) -> str:
+    """Steady states over the field."""
+    rows = [
+        [
+            r["case"],
+            row["field"],
+            f"{row['largest']:.1e}",
+            f"{r['setting']['bound']:g}",
+            f"{row['sampling_error']:.1e}" if row["sampling_error"] else "",
+            f"{row['trace_distance']:.3f}" if "trace_distance" in row else "",
+            f"{row['estimate']:.1e}" if row.get("estimate") is not None else "",
+            f"{row['processor_seconds']:.0f}",
+        ]
+        for r in reports
+        for row in r["rows"]
+    ]
+    head = ["case", "field", "largest error", "bound", "standard error", "trace distance"]
+    head += ["residual over gap", "time (s)"]
+    note = "Ising ring, largest error of X, Y, Z; sixteen sites against the exact numbers of ten.\n\n"
+    return "### Steady states\n\n" + note + table(head, rows)
+
+
+def beside(report: Report, ours: Sequence[Report]) -> None:
+    """Put our steady states of six sites into the rows of NetKet's report."""
+    rows = {row["field"]: row for r in ours if r["case"] == "ring6-steady" for row in r["rows"]}
+    for row in report["rows"]:
+        if row["field"] in rows:
+            mine = rows[row["field"]]
+            row["ours"] = {"largest error": mine["largest"], "seconds": mine["processor_seconds"]}
+
+
 def render(results: Path) -> str:
     """Return the Markdown of all reports in a folder."""
     parts = []
     found = [json.loads(p.read_text()) for p in sorted((results / "accuracy").glob("*.json"))]
-    if found:
-        parts.append(accuracy(found) + f"\nMeasured on {place(found[0])}.\n")
+    moving, resting = [r for r in found if "rows" not in r], [r for r in found if "rows" in r]
+    for some, write in ((moving, accuracy), (resting, steady)):
+        if some:
+            parts.append(write(some) + f"\nMeasured on {place(some[0])}.\n")
     for name, section in SECTIONS.items():
         path = results / "speed" / f"{name}.json"
         if path.exists():
             report = json.loads(path.read_text())
+            if name == "netket":
+                beside(report, resting)
             parts.append(section(report) + f"\nMeasured on {place(report)}.\n")
     return "\n".join(parts)
 

@@ -66,10 +66,11 @@ class Lindbladian:
         self.jumps: list[Term] = parse_terms(jumps, num_sites, dim, "jump")
 
     @classmethod
-    def from_qutip(
-        cls, terms: Iterable[Any], jumps: Iterable[Any] = (), num_sites: int | None = None
-    ) -> Lindbladian:
-        """Return a Lindbladian from QuTiP operators; see :func:`stochdyn.povm.from_qutip`."""
+    def from_qutip(cls, terms: Any, jumps: Iterable[Any] = (), num_sites: int | None = None) -> Lindbladian:
+        """Return a Lindbladian from QuTiP's local terms, or from a Hamiltonian and collapse operators of the whole lattice.
+
+        See :func:`stochdyn.povm.qutip_operators.from_qutip`.
+        """
         from stochdyn.povm.qutip_operators import from_qutip
 
         return from_qutip(terms, jumps, num_sites)

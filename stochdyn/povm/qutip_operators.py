@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stochdyn.errors import LindbladianError, MissingDependencyError
 from stochdyn.povm.density import check_density_size, coupling_value, full_operator
+from stochdyn.povm.pauli import local_parts
 from stochdyn.povm.terms import Coupling, Term
 
 if TYPE_CHECKING:
@@ -20,16 +21,19 @@ if TYPE_CHECKING:
 __all__ = ["from_qutip", "to_qutip"]
 
 
-def from_qutip(terms: Iterable[Any], jumps: Iterable[Any] = (), num_sites: int | None = None) -> Lindbladian:
-    """Return a Lindbladian from QuTiP operators on single sites or few of them.
+def from_qutip(terms: Any, jumps: Iterable[Any] = (), num_sites: int | None = None) -> Lindbladian:
+    """Return a Lindbladian from QuTiP operators: local terms, or what ``qutip.mesolve`` takes.
 
     Args:
-        terms: Hamiltonian terms ``(coefficient, Qobj or list of Qobj, sites)``, a list having one operator a site.
-        jumps: the same with rates for coefficients; the jump operator itself doesn't carry the root of its rate.
+        terms: Hamiltonian terms ``(coefficient, Qobj or list of Qobj, sites)``, a list having one operator a site; or
+            the Hamiltonian of the whole lattice, a ``Qobj`` of up to ten qubits, which is taken apart into local terms.
+        jumps: the same with rates for coefficients, where the operator doesn't carry the root of its rate; or collapse
+            operators of the whole lattice, which do.
         num_sites: by default one more than the largest site named.
 
     Raises:
-        LindbladianError: as for :class:`stochdyn.povm.Lindbladian`; or if operators differ in their levels.
+        LindbladianError: as for :class:`stochdyn.povm.Lindbladian`; if operators differ in their levels; or if a part of a
+            whole-lattice operator acts on over five sites.
 
     Example:
         >>> import pytest
@@ -38,12 +42,18 @@ def from_qutip(terms: Iterable[Any], jumps: Iterable[Any] = (), num_sites: int |
         ...     [(0.5, [qutip.sigmaz(), qutip.sigmaz()], (0, 1)), (1.0, qutip.sigmax(), 0)],
         ...     [(1.0, qutip.sigmam(), 0)],
         ... )
-        >>> model.num_sites
-        2
+        >>> zz = qutip.tensor(qutip.sigmaz(), qutip.sigmaz())
+        >>> x = qutip.tensor(qutip.sigmax(), qutip.qeye(2))
+        >>> whole = from_qutip(0.5 * zz + x, [qutip.tensor(qutip.sigmam(), qutip.qeye(2))])
+        >>> model.num_sites, whole.bonds
+        (2, [(0, 1)])
     """
     from stochdyn.povm.lindblad import Lindbladian
 
-    terms, jumps = list(terms), list(jumps)
+    jumps = [jumps] if _is_operator(jumps) else list(jumps)
+    if _is_operator(terms) or (not isinstance(terms, (list, tuple)) and hasattr(terms, "dims")):
+        return _from_whole(terms, jumps, num_sites)
+    terms = list(terms)
     levels: set[int] = set()
     highest = 0
     for entry in [*terms, *jumps]:
@@ -62,6 +72,38 @@ def from_qutip(terms: Iterable[Any], jumps: Iterable[Any] = (), num_sites: int |
     if num_sites is None:
         num_sites = highest + 1
     return Lindbladian(num_sites, terms, jumps, dim=levels.pop() if levels else 2)
+
+
+def _is_operator(value: Any) -> bool:
+    return hasattr(value, "dims") and callable(getattr(value, "full", None))
+
+
+def _from_whole(hamiltonian: Any, collapse: list[Any], num_sites: int | None) -> Lindbladian:
+    from stochdyn.povm.lindblad import Lindbladian
+
+    for operator in (hamiltonian, *collapse):
+        if not _is_operator(operator):
+            raise LindbladianError(
+                "Hamiltonian and collapse operators of the whole lattice must be Qobj",
+                got=type(operator).__name__,
+                hint="operators that depend on time go in as local terms with functions for coefficients",
+            )
+        if _levels(operator) != {2}:
+            raise LindbladianError(
+                "operators of the whole lattice must be of qubits", got=f"dims {operator.dims}"
+            )
+    n = len(hamiltonian.dims[0])
+    if num_sites not in (None, n) or any(len(c.dims[0]) != n for c in collapse):
+        raise LindbladianError("operators are of lattices of different size", got=n, expected=num_sites)
+    h = torch.as_tensor(hamiltonian.full())
+    terms = [(1.0, matrix, sites) for sites, matrix in local_parts(h, "the Hamiltonian")]
+    jumps = []
+    for place, c in enumerate(collapse):
+        ((sites, matrix),) = local_parts(
+            torch.as_tensor(c.full()), f"collapse operator {place}", together=True
+        )
+        jumps.append((1.0, matrix, sites))
+    return Lindbladian(n, terms, jumps)
 
 
 def _levels(operator: Any) -> set[int]:
