@@ -22,10 +22,13 @@ from stochdyn.interpolants.likelihood import (
     flow_log_prob,
     flow_with_log_density,
 )
+from stochdyn.interpolants.max_min import MaxMinBridge, PathCorrection
 from stochdyn.interpolants.mixtures import GaussianMixtureInterpolant
 from stochdyn.interpolants.noise_level import Epsilon, TabulatedEpsilon
 from stochdyn.interpolants.noised import NoisedMixture
+from stochdyn.interpolants.point_source import Forecaster, ForecastRegression, PointSource
 from stochdyn.interpolants.potential import FunctionPotential, Potential, PotentialNetwork
+from stochdyn.interpolants.prefetch import CoupledBatches
 from stochdyn.interpolants.processes import OU, VE, VP, AffineProcess, MeanReverting
 from stochdyn.interpolants.regression import InterpolantRegression
 from stochdyn.interpolants.reverse import ReverseDiffusion
@@ -43,6 +46,7 @@ __all__ = [
     "VE",
     "VP",
     "AffineProcess",
+    "CoupledBatches",
     "Coupling",
     "CustomSchedule",
     "DiffusionDistribution",
@@ -51,6 +55,8 @@ __all__ = [
     "ExactCoupling",
     "FieldNetwork",
     "Fields",
+    "ForecastRegression",
+    "Forecaster",
     "FunctionPotential",
     "Gap",
     "GaussianMixture",
@@ -61,9 +67,12 @@ __all__ = [
     "InterpolantGenerator",
     "InterpolantRegression",
     "KineticOptimal",
+    "MaxMinBridge",
     "MeanReverting",
     "NoisedMixture",
+    "PathCorrection",
     "PathWeights",
+    "PointSource",
     "Potential",
     "PotentialNetwork",
     "ReverseDiffusion",

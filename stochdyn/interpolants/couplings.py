@@ -94,13 +94,14 @@ class ExactCoupling(Coupling):
         Raises:
             NonFiniteError: if a point isn't finite.
         """
+        check_finite(x0, "x0")
+        check_finite(x1, "x1")
         if x0.shape[-1] == 1 and not (self.condition_weight and condition is not None):
             # on the line the sorted samples are matched
             partner = torch.empty(x0.shape[0], dtype=torch.long, device=x0.device)
             partner[x0[:, 0].argsort()] = x1[:, 0].argsort()
             return partner
         cost = coupling_cost(x0, x1, condition, self.condition_weight)
-        check_finite(cost, "the cost of the coupling")
         return torch.from_numpy(_assign(cost.cpu().double().numpy())).to(x0.device)
 
 
@@ -113,7 +114,13 @@ def _assign(cost: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan, log = ot.emd(
-            weights, weights, cost, numItermax=max(100_000, 20 * n * n), log=True, check_marginals=False
+            weights,
+            weights,
+            cost,
+            numItermax=max(100_000, 20 * n * n),
+            log=True,
+            center_dual=False,
+            check_marginals=False,
         )
     partner = plan.argmax(1).astype(np.int64)
     if log["warning"] is None and np.array_equal(np.sort(partner), np.arange(n)):

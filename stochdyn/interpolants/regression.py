@@ -246,11 +246,13 @@ class InterpolantRegression(Objective):
         return x0
 
     def _times(self, n: int, like: Tensor) -> Tensor:
-        t = torch.rand(n, 1, dtype=like.dtype, device=like.device)
-        if self.times == "stratified":
+        if self.times == "uniform":
+            t = torch.rand(n, 1, dtype=like.dtype, device=like.device)
+        else:
             # row i of a batch may sit in any stratum: one common shift keeps every time uniform
-            ranks = torch.arange(n, dtype=like.dtype, device=like.device)[:, None]
-            t = (t + ranks).div_(n).add_(torch.rand((), dtype=like.dtype, device=like.device)).remainder_(1.0)
+            u = torch.rand(n + 1, 1, dtype=like.dtype, device=like.device)
+            ranks = torch.arange(n, dtype=like.dtype, device=like.device).unsqueeze(1)
+            t = torch.add(u[n], u[:n] + ranks, alpha=1.0 / n).remainder_(1.0)
         return t.clamp_(self.time_margin, 1 - self.time_margin)
 
     def _drop(self, condition: Any, n: int) -> Any:

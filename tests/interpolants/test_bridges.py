@@ -1,0 +1,147 @@
+"""Schrödinger bridges: by the entropic coupling and by optimising the interpolant, against the Gaussian bridge."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochdyn as sd
+from stochdyn import errors
+from stochdyn.interpolants import (
+    EntropicCoupling,
+    Interpolant,
+    InterpolantRegression,
+    MaxMinBridge,
+    PathCorrection,
+)
+from tests.interpolants.truths import F64
+
+MEAN0, VAR0, MEAN1, VAR1 = 0.0, 1.0, 2.0, 0.3
+
+
+def bridge_drift(t: Tensor, x: Tensor, sigma: float) -> Tensor:
+    """Drift of the bridge between two Gaussians on the line, with the reference sigma dW."""
+    c = 0.5 * (math.sqrt(4 * VAR0 * VAR1 + sigma**4) - sigma**2)
+    mean = (1 - t) * MEAN0 + t * MEAN1
+    var = (1 - t) ** 2 * VAR0 + t**2 * VAR1 + t * (1 - t) * (2 * c + sigma**2)
+    slope = 0.5 * (-2 * (1 - t) * VAR0 + 2 * t * VAR1 + (1 - 2 * t) * (2 * c + sigma**2)) - 0.5 * sigma**2
+    return MEAN1 - MEAN0 + slope / var * (x - mean)
+
+
+def samples(n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x0 = MEAN0 + VAR0**0.5 * torch.randn(n, 1, dtype=dtype, generator=g)
+    return x0, MEAN1 + VAR1**0.5 * torch.randn(n, 1, dtype=dtype, generator=g)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_entropic_pairs_have_the_covariance_of_the_bridge(sigma: float) -> None:
+    x0, x1 = samples(2000, F64)
+    plan = EntropicCoupling(2 * sigma**2).plan(x0, x1)
+    partner_mean = plan.barycentric(x1)
+    cross = float(((x0 - x0.mean()) * (partner_mean - x1.mean())).mean())
+    exact = 0.5 * (math.sqrt(4 * float(x0.var() * x1.var()) + sigma**4) - sigma**2)
+    assert cross == pytest.approx(exact, rel=0.02)
+
+
+def test_drift_of_the_entropic_interpolant_is_that_of_the_bridge() -> None:
+    """Linear regression of the target of b + (sigma^2 / 2) s at one time, with pairs from the plan."""
+    sigma, t = 0.8, 0.4
+    x0, x1 = samples(3000, F64)
+    coupling = EntropicCoupling(2 * sigma**2)
+    it = Interpolant("linear", "brownian", sigma)
+    g = torch.Generator().manual_seed(1)
+    slopes = []
+    for _ in range(20):
+        y = x1[coupling.pair(x0, x1, generator=g)]
+        z = torch.randn(3000, 1, dtype=F64, generator=g)
+        x = it.sample(t, x0, y, z)
+        target = it.target("velocity", t, x0, y, z) + 0.5 * sigma**2 * it.target("score", t, x0, y, z)
+        centred = x - x.mean()
+        slopes.append((centred * target).mean() / centred.square().mean())
+    found = torch.stack(slopes)
+    exact = bridge_drift(torch.tensor(t), torch.tensor(1.0), sigma) - bridge_drift(
+        torch.tensor(t), torch.tensor(0.0), sigma
+    )
+    assert abs(float(found.mean() - exact)) < 5 * float(found.std()) / 20**0.5 + 0.03
+
+
+class Polynomial(nn.Module):
+    """A drift that is affine in the state with coefficients polynomial in time: it holds the bridge closely."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(5))
+        self.b = nn.Parameter(torch.zeros(5))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        powers = torch.cat([(2 * t - 1) ** k for k in range(5)], -1)
+        return (powers @ self.a)[..., None] + (powers @ self.b)[..., None] * x
+
+
+@pytest.mark.slow
+def test_optimising_the_interpolant_finds_the_bridge() -> None:
+    """From independent pairs: the kinetic energy falls to that of the bridge, and the drift becomes the bridge's."""
+    sigma = 1.0
+    x0, x1 = samples(20_000)
+    torch.manual_seed(0)
+
+    def error(drift: nn.Module) -> float:
+        t = torch.linspace(0.05, 0.95, 19)[:, None, None]
+        x = (1 - t) * MEAN0 + t * MEAN1 + torch.linspace(-1.5, 1.5, 11)[:, None] * 0.8
+        with torch.no_grad():
+            return float((drift(t.expand(19, 11, 1), x) - bridge_drift(t, x, sigma)).square().mean())
+
+    fixed = MaxMinBridge(Polynomial(), PathCorrection(1, 32), 0.5 * sigma**2, rate=1e-9)
+    sd.fit(fixed, (x0, x1), steps=1500, lr=1e-2, batch_size=512, progress=False)
+    game = MaxMinBridge(Polynomial(), PathCorrection(1, 32), 0.5 * sigma**2, rate=0.3)
+    sd.fit(game, (x0, x1), steps=4000, lr=1e-2, batch_size=512, progress=False,
+           scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 4000))  # fmt: skip
+    before, after = error(fixed.drift), error(game.drift)  # type: ignore[arg-type]
+    assert after < 0.25 * before
+
+
+def test_the_game_descends_in_the_drift_and_ascends_in_the_path() -> None:
+    x0, x1 = samples(64)
+    torch.manual_seed(0)
+    correction = PathCorrection(1, 8)
+    with torch.no_grad():
+        correction.layers[-1].weight.normal_(std=0.1)
+    objective = MaxMinBridge(Polynomial(), correction, 0.5, rate=1.0)
+    with torch.no_grad():
+        objective.drift.a.fill_(0.3)  # type: ignore[union-attr]
+
+    def loss() -> Tensor:
+        torch.manual_seed(1)
+        return objective((x0, x1)).loss
+
+    before = loss()
+    before.backward()
+    for parameters, sign in ((list(objective.drift.parameters()), 1), (list(correction.parameters()), -1)):  # type: ignore[union-attr]
+        with torch.no_grad():
+            for p in parameters:
+                p.sub_(1e-3 * p.grad)
+            after = loss()
+            for p in parameters:
+                p.add_(1e-3 * p.grad)
+        assert sign * float(before - after) > 0
+
+
+def test_the_interpolant_of_the_game_can_be_used() -> None:
+    objective = MaxMinBridge(Polynomial(), PathCorrection(1, 8), 0.5)
+    x0, x1 = samples(5)
+    it = objective.interpolant()
+    torch.testing.assert_close(it.sample(1.0, x0, x1).detach(), x1)
+    assert InterpolantRegression(it, velocity=Polynomial())((x0, x1)).bound == "surrogate"
+
+
+def test_bad_input() -> None:
+    with pytest.raises(errors.InvalidInputError, match="epsilon must be positive"):
+        MaxMinBridge(Polynomial(), PathCorrection(1), 0.0)
+    with pytest.raises(errors.InvalidInputError, match="a batch is"):
+        MaxMinBridge(Polynomial(), PathCorrection(1), 0.5)(torch.zeros(3, 1))
+    with pytest.raises(errors.InvalidInputError, match="must be callable"):
+        MaxMinBridge(Polynomial(), None, 0.5)  # type: ignore[arg-type]

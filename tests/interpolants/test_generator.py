@@ -1,0 +1,418 @@
+"""The generator: with exact fields its laws are the exact ones; ends without NaN; guidance; path measures; Pyro."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+import stochdyn as sd
+from stochdyn import errors
+from stochdyn.interpolants import (
+    FieldNetwork,
+    Fields,
+    GaussianMixture,
+    GaussianMixtureInterpolant,
+    Interpolant,
+    InterpolantDistribution,
+    InterpolantGenerator,
+    InterpolantRegression,
+    kl_bound,
+    kl_bound_from_losses,
+    optimal_epsilon,
+)
+from stochdyn.interpolants.starts import Starts, looks_normal
+from tests.interpolants.truths import F64, fields_of
+
+LAW = GaussianMixture(
+    torch.tensor([0.3, 0.7], dtype=F64), torch.tensor([[-2.0, 0.0], [1.0, 1.0]], dtype=F64), 0.3
+)
+
+
+def normal(dim: int = 2, dtype: torch.dtype = F64) -> Independent:
+    return Independent(Normal(torch.zeros(dim, dtype=dtype), torch.ones(dim, dtype=dtype)), 1)
+
+
+def exact(path: str = "linear", names: tuple[str, ...] = ("velocity", "denoiser")) -> InterpolantGenerator:
+    flow = GaussianMixtureInterpolant(Interpolant(path), None, LAW)
+    return InterpolantGenerator(
+        Fields(flow.interpolant, {n: getattr(flow, n) for n in names}), Starts(normal())
+    )
+
+
+def assert_moments(x: Tensor, slack: float) -> None:
+    n = len(x)
+    assert float((x.mean(0) - LAW.mean).abs().max()) < 5 * float(LAW.variance.max() / n) ** 0.5 + slack
+    assert float((x.var(0) - LAW.variance).abs().max()) < 0.03 * float(LAW.variance.max()) + slack
+    assert float((x[:, 0] < -0.7).double().mean()) == pytest.approx(0.3, abs=5 * (0.21 / n) ** 0.5 + slack)
+
+
+@pytest.mark.parametrize(
+    "names", [("velocity", "denoiser"), ("v", "score"), ("eta0", "eta1"), ("velocity", "eta1")]
+)
+@pytest.mark.parametrize("method", ["heun", "euler", "strang"])
+def test_samples_have_the_law_whatever_was_learnt(names: tuple[str, str], method: str) -> None:
+    model = exact("linear", names)
+    steps = 200 if method == "euler" else 60
+    x = model.sample(8000, 0.5, steps, method, generator=torch.Generator().manual_seed(0))
+    assert_moments(x, 0.03)
+
+
+@pytest.mark.parametrize("path", ["one-sided-linear", "one-sided-trig", "vp"])
+@pytest.mark.parametrize("name", ["velocity", "denoiser", "eta1"])
+def test_one_network_is_enough_on_one_sided_paths(path: str, name: str) -> None:
+    model = exact(path, (name,))
+    for epsilon in (0.0, "optimal"):
+        x = model.sample(8000, epsilon, 150, generator=torch.Generator().manual_seed(0))
+        assert_moments(x, 0.05)
+
+
+@pytest.mark.parametrize("end", ["taper", "denoise", "none"])
+@pytest.mark.parametrize("path", ["linear", "trig", "encoder-decoder", "one-sided-linear", "vp", "mirror"])
+def test_no_end_gives_nan(path: str, end: str) -> None:
+    it = Interpolant(path)
+    torch.manual_seed(0)
+    names = ("denoiser",) if it.kind in ("one-sided", "mirror") else ("velocity", "denoiser")
+    model = InterpolantGenerator(
+        Fields(it, {n: FieldNetwork(2) for n in names}), Starts(normal(dtype=torch.float32))
+    )
+    for method in ("heun", "euler", "strang"):
+        x = model.sample(50, 0.7, 30, method, end=end)
+        assert x.shape == (50, 2)
+        assert bool(torch.isfinite(x).all())
+    for t in (0.0, 1.0):
+        for field in fields_of(
+            GaussianMixtureInterpolant(it, None, GaussianMixture(torch.ones(1), torch.zeros(1, 2), 1.0))
+        ):
+            if field == "v" or (it.kind, path) == ("two-sided", "encoder-decoder"):
+                continue
+            assert bool(torch.isfinite(model.fields(field, t, x)).all()), field
+
+
+def test_taper_and_denoising_both_end_in_the_law() -> None:
+    model = exact()
+    for end in ("taper", "denoise", "none"):
+        x = model.sample(8000, 1.0, 100, end=end, generator=torch.Generator().manual_seed(1))
+        assert_moments(x, 0.06)
+
+
+def test_flow_densities_are_exact() -> None:
+    model = exact()
+    x = LAW.draw(20, torch.Generator().manual_seed(1))
+    assert float((model.log_prob(x, steps=40) - LAW.log_prob(x)).abs().max()) < 1e-4
+    adaptive = model.log_prob(x[:5], method="dopri5", steps=1)
+    assert float((adaptive - LAW.log_prob(x[:5])).abs().max()) < 1e-3
+    y, log_prob = model.sample_and_log_prob(20, steps=40, generator=torch.Generator().manual_seed(1))
+    assert float((log_prob - LAW.log_prob(y)).abs().max()) < 1e-4
+    back = model.push(model.push(x, 60, "rk4", backward=True), 60, "rk4")
+    assert float((back - x).abs().max()) < 1e-5
+
+
+def test_hutchinson_is_unbiased_for_the_log_density() -> None:
+    model = exact()
+    x = LAW.draw(5, torch.Generator().manual_seed(1))
+    exactly = model.log_prob(x, steps=10)
+    g = torch.Generator().manual_seed(0)
+    draws = torch.stack([model.log_prob(x, exact=False, steps=10, generator=g) for _ in range(200)])
+    error = draws.std(0) / 200**0.5
+    assert bool(((draws.mean(0) - exactly).abs() < 5 * error + 1e-9).all())
+
+
+def test_densities_are_differentiable_in_points_and_parameters() -> None:
+    torch.manual_seed(0)
+    net = FieldNetwork(2, 8, 1).double()
+    model = InterpolantGenerator(Fields(Interpolant("vp"), {"velocity": net}))
+    x = torch.randn(3, 2, dtype=F64, requires_grad=True)
+    torch.autograd.gradcheck(lambda y: model.log_prob(y, steps=3), x)
+    weight = net.layers[0].weight  # type: ignore[union-attr]
+    grad = torch.autograd.grad(model.log_prob(x, steps=3).sum(), weight)[0]
+    h = 1e-6
+    with torch.no_grad():
+        weight[0, 0] += h
+        up = model.log_prob(x, steps=3).sum()
+        weight[0, 0] -= 2 * h
+        down = model.log_prob(x, steps=3).sum()
+        weight[0, 0] += h
+    assert float(grad[0, 0]) == pytest.approx(float((up - down) / (2 * h)), rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("method", ["feynman-kac", "transition"])
+def test_densities_of_the_sde(method: str) -> None:
+    """With exact fields the density of the SDE sampler is that of the data, and the weights hardly vary."""
+    model = exact()
+    x = LAW.draw(12, torch.Generator().manual_seed(1))
+    weights = model.sde_log_prob(
+        x, 0.5, 200, num_paths=64, method=method, generator=torch.Generator().manual_seed(2)
+    )
+    gap = weights.log_prob - LAW.log_prob(x)
+    assert float(gap.abs().mean()) < 0.06
+    assert float(weights.effective_size.min()) > 30
+    assert bool((weights.bound <= weights.log_prob + 1e-12).all())
+
+
+def test_transition_weights_are_unbiased_for_the_scheme() -> None:
+    """Two coarse Euler steps of a linear equation have a Gaussian law that is known; any proposal gives its density."""
+    from stochdyn.interpolants import feynman_kac_log_prob
+
+    ts, g = torch.tensor([0.0, 0.5, 1.0], dtype=F64), 0.8
+    x = torch.linspace(-1.5, 1.5, 4, dtype=F64)[:, None]
+    variance = 1.0
+    for _ in range(2):
+        variance = variance * (1 - 0.5 * 0.9) ** 2 + g**2 * 0.5
+    exactly = Normal(torch.zeros(1, dtype=F64), math.sqrt(variance)).log_prob(x)[:, 0]
+    for score in (lambda t, y: -y, lambda t, y: 0.3 - 0.5 * y, None):
+        weights = feynman_kac_log_prob(
+            lambda t, y: -0.9 * y, g, normal(1).log_prob, x, ts, score=score, num_paths=40_000, method="transition",
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        assert bool(((weights.log_prob - exactly).abs() < 5 * weights.stderr + 1e-9).all())
+
+
+def test_path_measure_has_the_marginals() -> None:
+    measure = exact().measure(epsilon=0.5)
+    path = measure.sample(torch.linspace(0, 1, 201, dtype=F64), (4000,), torch.Generator().manual_seed(0))
+    assert_moments(path.x[:, -1], 0.06)
+    scheduled = exact().measure(epsilon=lambda t: 0.2 + t)
+    path = scheduled.sample(torch.linspace(0, 1, 201, dtype=F64), (4000,), torch.Generator().manual_seed(0))
+    assert_moments(path.x[:, -1], 0.06)
+
+
+def _perturbed(shift: float, tilt: float) -> InterpolantGenerator:
+    flow = GaussianMixtureInterpolant(Interpolant(), None, LAW)
+    networks = {
+        "velocity": lambda t, x: flow.velocity(t, x) + shift,
+        "denoiser": lambda t, x: flow.denoiser(t, x) + tilt,
+    }
+    return InterpolantGenerator(Fields(flow.interpolant, networks), Starts(normal()))
+
+
+def test_girsanov_bound_is_the_divergence_of_path_measures() -> None:
+    """The same number by the core's path measures, whose grid stops short of the ends."""
+    model, truth_model, epsilon = _perturbed(0.3, 0.05), exact(), 0.5
+    flow = GaussianMixtureInterpolant(Interpolant(), None, LAW)
+    g = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(4000, 2, dtype=F64, generator=g), LAW.draw(4000, g)
+    bound = kl_bound(model, x0, x1, epsilon, flow, num_times=100, margin=0.1, generator=g)
+    ts = torch.linspace(0.1, 0.9, 81, dtype=F64)
+    start = _Marginal(flow, 0.1)
+    laws = [sd.DiffusionMeasure(start, m.measure(epsilon).sde) for m in (truth_model, model)]
+    paths = laws[0].kl(laws[1], ts, 2000, g)
+    error = float((bound.stderr**2 + paths.stderr**2).sqrt())
+    assert abs(float(bound.mean - paths.mean)) < 5 * error + 0.01 * float(paths.mean)
+
+
+class _Marginal(sd.core.initial.InitialLaw):
+    """The exact law at one time as a start."""
+
+    def __init__(self, flow: GaussianMixtureInterpolant, t: float) -> None:
+        super().__init__()
+        self.flow, self.t, self.dim = flow, t, 2
+
+    def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        return self.flow.sample(self.t, math.prod(sample_shape), generator).reshape(*sample_shape, 2)
+
+    def log_prob(self, x0: Tensor) -> Tensor:
+        return self.flow.log_prob(self.t, x0)
+
+    def _log_ratio(self, other: sd.core.initial.InitialLaw, x0: Tensor, estimator: str) -> Tensor:
+        return torch.zeros_like(x0[..., 0])
+
+
+def test_the_bound_holds_and_without_truth_it_is_larger() -> None:
+    model = _perturbed(0.5, 0.1)
+    flow = GaussianMixtureInterpolant(Interpolant(), None, LAW)
+    g = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(1000, 2, dtype=F64, generator=g), LAW.draw(1000, g)
+    with_truth = model_bound = kl_bound(model, x0, x1, 0.5, flow, generator=g)
+    x = LAW.draw(300, g)
+    weights = model.sde_log_prob(x, 0.5, 100, num_paths=64, method="transition", generator=g)
+    gap = LAW.log_prob(x) - weights.log_prob
+    divergence, error = float(gap.mean()), float(gap.std() / 300**0.5)
+    assert divergence > 5 * error
+    assert divergence - 5 * error < float(model_bound.mean)
+    from_samples = kl_bound(model, x0, x1, 0.5, generator=g)
+    assert float(from_samples.mean) > float(with_truth.mean) - 5 * float(with_truth.stderr)
+    few = kl_bound(model, x0[:100], x1[:100], 0.5, generator=g)
+    assert float(few.mean) > float(from_samples.mean)
+
+
+def test_printed_constants_fail_where_the_corrected_ones_hold() -> None:
+    """Aligned errors db = eps ds of a one-dimensional model, its density by a Fokker-Planck solver on a grid."""
+    epsilon, size = 1.0, 0.25
+    law = GaussianMixture(torch.tensor([0.5, 0.5], dtype=F64), torch.tensor([[-1.0], [1.0]], dtype=F64), 0.3)
+    flow = GaussianMixtureInterpolant(Interpolant(), None, law)
+    grid = torch.linspace(-7, 7, 701, dtype=F64)
+    h, steps = float(grid[1] - grid[0]), 1000
+    dt = 1.0 / steps
+    faces = 0.5 * (grid[1:] + grid[:-1])
+    density = flow.log_prob(0.0, grid[:, None]).exp()
+    eye = torch.eye(len(grid), dtype=F64)
+    excess = 0.0
+    for n in range(steps):
+        t = (n + 0.5) * dt
+        error = size * torch.sin(2 * faces)
+        drift = flow.forward_drift(t, faces[:, None], epsilon)[:, 0] + 2 * epsilon * error
+        # Chang-Cooper-like central flux, implicit in time
+        peclet = drift * h / epsilon
+        upper = (
+            epsilon
+            / h
+            * peclet
+            / torch.expm1(peclet.clamp(-50, 50)).where(peclet.abs() > 1e-9, torch.ones_like(peclet))
+        )
+        upper = torch.where(peclet.abs() > 1e-9, upper, torch.full_like(upper, epsilon / h))
+        lower = upper + drift
+        rate = torch.zeros_like(eye)
+        k = torch.arange(len(faces))
+        rate[k, k] -= lower
+        rate[k + 1, k] += lower
+        rate[k + 1, k + 1] -= upper
+        rate[k, k + 1] += upper
+        density = torch.linalg.solve(eye - dt / h * rate, density)
+        exactly = flow.log_prob(t, grid[:, None]).exp()
+        excess += 0.5 * dt * float((exactly * (size * torch.sin(2 * grid)).square()).sum() * h)
+        if n == 0:
+            assert float(density.sum() * h) == pytest.approx(1.0, abs=1e-6)
+    target = flow.log_prob(1.0, grid[:, None])
+    divergence = float((target.exp() * (target - density.clamp(min=1e-300).log())).sum() * h)
+    # excess losses: of the velocity eps^2 S, of the score S, S = half the mean squared error of the score
+    corrected = kl_bound_from_losses(epsilon**2 * excess, excess, epsilon)
+    assert 0.5 * corrected < divergence < corrected
+
+
+def test_optimal_noise_balances_the_errors() -> None:
+    model = _perturbed(0.3, 0.1)
+    flow = GaussianMixtureInterpolant(Interpolant(), None, LAW)
+    g = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(500, 2, dtype=F64, generator=g), LAW.draw(500, g)
+    best = optimal_epsilon(model, flow, x0, x1, generator=g)
+    t = torch.tensor([0.2, 0.5, 0.8], dtype=F64)
+    # db = 0.3, ds = -0.1 / gamma
+    torch.testing.assert_close(best(t), 3.0 * (t * (1 - t)).sqrt(), rtol=0.02, atol=0)
+    bounds = [float(kl_bound(model, x0, x1, lambda s, c=c: c * best(s), flow).mean) for c in (0.3, 1.0, 3.0)]
+    assert bounds[1] < min(bounds[0], bounds[2])
+
+
+def test_guidance_interpolates_between_two_models() -> None:
+    class Net(nn.Module):
+        def forward(self, t: Tensor, x: Tensor, condition: Tensor) -> Tensor:
+            return torch.where(condition[:, None] == 1, torch.ones_like(x), torch.zeros_like(x))
+
+    fields = Fields(Interpolant("vp"), {"velocity": Net()}, null_condition=torch.tensor(9))
+    x, label = torch.zeros(3, 2), torch.ones(3, dtype=torch.long)
+    for strength in (0.0, 1.0, 2.5):
+        assert float(fields("velocity", 0.5, x, label, strength)[0, 0]) == pytest.approx(strength)
+    plain = Fields(Interpolant("vp"), {"velocity": Net()})
+    with pytest.raises(errors.InvalidInputError, match="null condition"):
+        plain("velocity", 0.5, x, label, 2.0)
+
+
+def test_labels_steer_samples() -> None:
+    torch.manual_seed(0)
+    label = torch.randint(2, (4000,))
+    x1 = torch.where(label[:, None] == 1, 2.0, -2.0) + 0.3 * torch.randn(4000, 1)
+    objective = InterpolantRegression(
+        Interpolant("vp"), velocity=FieldNetwork(1, 32, 2, num_classes=2), condition_dropout=0.1,
+        null_condition=torch.tensor(2),
+    )  # fmt: skip
+    sd.fit(objective, {"x1": x1, "condition": label}, steps=400, lr=5e-3, batch_size=256, progress=False)
+    model = objective.generator()
+    for k in (0, 1):
+        x = model.sample(500, steps=20, condition=torch.full((500,), k))
+        assert abs(float(x.mean()) - (4.0 * k - 2.0)) < 0.25
+    mixed = model.sample(1000, steps=20, condition=torch.full((1000,), 2))
+    assert 0.4 < float((mixed > 0).double().mean()) < 0.6
+
+
+def test_starts_are_recognised_remembered_or_given() -> None:
+    g = torch.Generator().manual_seed(0)
+    assert looks_normal(torch.randn(2000, 3, generator=g))
+    assert not looks_normal(torch.rand(2000, 3, generator=g))
+    assert not looks_normal(torch.randn(2000, 3, generator=g) + 0.3)
+    heavy = torch.distributions.StudentT(3.0).sample((5000, 2)) / 3**0.5
+    assert not looks_normal(heavy)
+    net, x1 = FieldNetwork(2), torch.randn(500, 2, generator=g)
+    shifted = InterpolantRegression(Interpolant(), velocity=net)
+    shifted((x1 + 5, x1))
+    model = shifted.generator()
+    assert float(model.starts.draw(100).mean()) > 4
+    with pytest.raises(errors.UnavailableError, match="aren't standard normal"):
+        model.log_prob(x1)
+    plain = InterpolantRegression(Interpolant(), velocity=net)
+    plain((torch.randn(500, 2, generator=g), x1))
+    assert bool(torch.isfinite(plain.generator().log_prob(x1[:3], steps=2)).all())
+
+
+def test_distribution_in_pyro() -> None:
+    """A trained prior in a model: its posterior mean under a Gaussian likelihood is the exact one."""
+    pyro.set_rng_seed(0)
+    model = exact("vp", ("velocity",))
+    prior = model.distribution(steps=20, method="heun")
+    assert isinstance(prior, InterpolantDistribution)
+    assert prior.event_shape == (2,)
+    assert prior.sample((3, 4)).shape == (3, 4, 2)
+    value = prior.sample((6,))
+    assert float((prior.log_prob(value) - LAW.log_prob(value)).abs().max()) < 0.02
+    assert prior.expand((5,)).log_prob(value[:5]).shape == (5,)
+    y = torch.tensor([0.6, 0.4], dtype=F64)
+
+    def program() -> None:
+        x = pyro.sample("x", prior)
+        pyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+    loc = torch.zeros(2, dtype=F64, requires_grad=True)
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(pyro.param("loc", loc), 0.3).to_event(1))
+
+    svi = SVI(
+        program, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(num_particles=8, vectorize_particles=True)
+    )
+    for _ in range(60):
+        svi.step()
+    # one component has practically all the posterior mass
+    precision = 1 / 0.3 + 4
+    expected = (torch.tensor([1.0, 1.0], dtype=F64) / 0.3 + 4 * y) / precision
+    assert float((pyro.param("loc").detach() - expected).abs().max()) < 0.15
+
+
+def test_what_models_cannot_do() -> None:
+    flow_only = InterpolantGenerator(
+        Fields(Interpolant("linear", "zero"), {"velocity": FieldNetwork(2)}),
+        Starts(normal(dtype=torch.float32)),
+    )
+    with pytest.raises(errors.UnavailableError, match="give no score"):
+        flow_only.sample(3, epsilon=0.5)
+    with pytest.raises(errors.UnavailableError, match="give no score"):
+        flow_only.measure(0.5)
+    both = exact()
+    with pytest.raises(errors.InvalidInputError, match="path measure needs noise"):
+        both.measure(0.0)
+    with pytest.raises(errors.InvalidInputError, match="depends on the errors"):
+        both.sample(3, epsilon="optimal")
+    with pytest.raises(errors.InvalidInputError, match="a number, a function or 'optimal'"):
+        both.sample(3, epsilon="best")
+    with pytest.raises(errors.InvalidInputError, match="must not be negative"):
+        both.sample(3, epsilon=-1.0)
+    with pytest.raises(errors.InvalidInputError, match="'heun'"):
+        both.sample(3, method="milstein")
+    with pytest.raises(errors.ShapeError, match="axis -1"):
+        both.push(torch.zeros(3, 4))
+    with pytest.raises(errors.EmptyDataError, match="x0 is empty"):
+        both.push(torch.zeros(0, 2))
+    with pytest.raises(errors.NonFiniteError, match="x1"):
+        both.log_prob(torch.full((1, 2), math.nan))
+    with pytest.raises(errors.UnavailableError, match="law of the starts isn't known"):
+        InterpolantGenerator(Fields(Interpolant(), {"velocity": FieldNetwork(2)}), Starts()).sample(3)
+    coupled = InterpolantRegression(Interpolant("vp"), velocity=FieldNetwork(2), coupling="ot").generator()
+    assert not coupled.fields.has_score
+    with pytest.raises(errors.InvalidInputError, match="errors of the fields bound no divergence"):
+        kl_bound(both, torch.zeros(2, 2, dtype=F64), torch.zeros(2, 2, dtype=F64), 0.0)
+    with pytest.raises(errors.InvalidInputError, match="epsilon must be positive"):
+        kl_bound_from_losses(0.1, 0.1, 0.0)

@@ -1,0 +1,324 @@
+"""Regression: the minimisers are the exact fields, signs cancel singularities, batches and conditions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochdyn as sd
+from stochdyn import errors
+from stochdyn.interpolants import (
+    ExactCoupling,
+    FieldNetwork,
+    GaussianMixture,
+    GaussianMixtureInterpolant,
+    Interpolant,
+    InterpolantRegression,
+)
+from stochdyn.testing.objectives import ObjectiveSuite
+from tests.interpolants.truths import F64
+
+
+class TestTwoFields(ObjectiveSuite):
+    def make(self) -> tuple[InterpolantRegression, Any]:
+        g = torch.Generator().manual_seed(0)
+        batch = torch.randn(16, 2, dtype=F64, generator=g), torch.randn(16, 2, dtype=F64, generator=g)
+        nets = {n: FieldNetwork(2, 8, 1).double() for n in ("velocity", "denoiser")}
+        return InterpolantRegression(Interpolant(), **nets), batch
+
+
+class TestScoreWithTransport(ObjectiveSuite):
+    def make(self) -> tuple[InterpolantRegression, Any]:
+        g = torch.Generator().manual_seed(0)
+        batch = torch.randn(16, 2, dtype=F64, generator=g), torch.randn(16, 2, dtype=F64, generator=g)
+        nets = {n: FieldNetwork(2, 8, 1).double() for n in ("v", "score")}
+        return InterpolantRegression(Interpolant("trig"), coupling="ot", **nets), batch
+
+
+class Affine(nn.Module):
+    """A field that is linear in the state and polynomial in time, which is exact for one Gaussian at a fixed time."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, dim, dtype=F64))
+        self.bias = nn.Parameter(torch.zeros(dim, dtype=F64))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return x @ self.weight.mT + self.bias
+
+
+class FixedTime(InterpolantRegression):
+    """All times of a batch are the same."""
+
+    time = 0.35
+
+    def _times(self, n: int, like: Tensor) -> Tensor:
+        return torch.full((n, 1), self.time, dtype=like.dtype)
+
+
+@pytest.mark.parametrize("path", ["linear", "trig", "one-sided-linear", "mirror"])
+@pytest.mark.parametrize("name", ["velocity", "v", "denoiser", "score", "eta0", "eta1"])
+def test_the_minimiser_is_the_field(path: str, name: str) -> None:
+    """Least squares in closed form: the stationary point of the loss on a large sample, against the exact Gaussian."""
+    it = Interpolant(path)
+    if it.kind == "mirror" and name in ("v", "eta0"):
+        return
+    one = torch.ones(1, dtype=F64)
+    first = GaussianMixture(
+        one, torch.tensor([[0.5, -1.0]], dtype=F64), torch.tensor([[1.0, 0.3], [0.3, 0.8]], dtype=F64)
+    )
+    second = GaussianMixture(
+        one, torch.tensor([[2.0, 1.0]], dtype=F64), torch.tensor([[0.5, -0.2], [-0.2, 0.6]], dtype=F64)
+    )
+    truth = GaussianMixtureInterpolant(it, None if it.kind == "one-sided" else first, second)
+    field = Affine(2)
+    objective = FixedTime(it, **{name: field})
+    n = 100_000
+    g = torch.Generator().manual_seed(1)
+    x0 = torch.randn(n, 2, dtype=F64, generator=g) if it.kind == "one-sided" else first.draw(n, g)
+    batch = x0, second.draw(n, g)
+    parameters = [field.weight, field.bias]
+    # the loss is quadratic: one Newton step from anywhere is the minimum
+    torch.manual_seed(3)
+
+    def gradient() -> Tensor:
+        torch.manual_seed(3)
+        return torch.cat([p.flatten() for p in torch.autograd.grad(objective(batch).loss, parameters)])
+
+    start = gradient()
+    columns = []
+    for p in parameters:
+        for k in range(p.numel()):
+            with torch.no_grad():
+                p.view(-1)[k] += 1.0
+            columns.append(gradient() - start)
+            with torch.no_grad():
+                p.view(-1)[k] -= 1.0
+    step = torch.linalg.solve(torch.stack(columns, 1), -start)
+    with torch.no_grad():
+        field.weight.copy_(step[:4].reshape(2, 2))
+        field.bias.copy_(step[4:])
+        points = truth.sample(FixedTime.time, 200, g)
+        found, exact = field(torch.tensor(0.0), points), getattr(truth, name)(FixedTime.time, points)
+    scale = float(exact.std()) + 1.0
+    assert float((found - exact).abs().max()) < 0.05 * scale
+
+
+def _spread(name: str, time: float, antithetic: bool) -> float:
+    """Standard deviation of the loss a pair at one time, with the exact field."""
+    law = GaussianMixture(
+        torch.tensor([0.5, 0.5], dtype=F64), torch.tensor([[-2.0, 0.0], [2.0, 1.0]], dtype=F64), 0.4
+    )
+    it = Interpolant()
+    truth = GaussianMixtureInterpolant(it, None, law)
+    g = torch.Generator().manual_seed(0)
+    n = 20_000
+    x0, x1, z = (
+        torch.randn(n, 2, dtype=F64, generator=g),
+        law.draw(n, g),
+        torch.randn(n, 2, dtype=F64, generator=g),
+    )
+    t = torch.tensor(time, dtype=F64)
+    losses = []
+    for sign in (1, -1) if antithetic else (1,):
+        value = getattr(truth, name)(t, it.sample(t, x0, x1, sign * z))
+        losses.append((value * (0.5 * value - it.target(name, t, x0, x1, sign * z))).sum(-1))
+    return float(torch.stack(losses).mean(0).std())
+
+
+@pytest.mark.parametrize("name", ["score", "velocity"])
+def test_both_signs_of_the_latent_remove_the_singularity(name: str) -> None:
+    """At t = 1e-4 the variance of the loss falls by a factor of more than a thousand (score) or a hundred (velocity)."""
+    ratio = (_spread(name, 1e-4, False) / _spread(name, 1e-4, True)) ** 2
+    assert ratio > (1000 if name == "score" else 100)
+    assert _spread(name, 1e-4, True) == pytest.approx(_spread(name, 1e-2, True), rel=0.2)
+
+
+def test_signs_are_chosen_where_they_pay() -> None:
+    net = FieldNetwork(2)
+    assert InterpolantRegression(Interpolant(), velocity=net).antithetic
+    assert InterpolantRegression(Interpolant("linear", "sin2"), score=net).antithetic
+    assert not InterpolantRegression(Interpolant("linear", "sin2"), velocity=net).antithetic
+    assert not InterpolantRegression(Interpolant(), denoiser=net).antithetic
+    assert not InterpolantRegression(Interpolant("vp"), velocity=net, antithetic=True).antithetic
+
+
+@pytest.mark.parametrize("times", ["stratified", "uniform"])
+def test_times_are_uniform(times: str) -> None:
+    objective = InterpolantRegression(Interpolant(), velocity=FieldNetwork(1), times=times)
+    t = torch.stack([objective._times(50, torch.zeros(1, dtype=F64))[:, 0] for _ in range(400)])
+    assert float(t.min()) >= 1e-5
+    assert float(t.max()) <= 1 - 1e-5
+    # every row is uniform by itself, and a batch covers the interval evenly if it is stratified
+    assert float((t.mean(0) - 0.5).abs().max()) < 5 * (1 / 12 / 400) ** 0.5
+    gaps = t.sort(1).values.diff(dim=1).amax(1)
+    assert (float(gaps.max()) < 0.041) == (times == "stratified")
+
+
+def test_batches_in_all_forms() -> None:
+    x0, x1, label = torch.randn(8, 2), torch.randn(8, 2), torch.randint(3, (8,))
+    net = FieldNetwork(2, num_classes=3)
+    objective = InterpolantRegression(Interpolant(), velocity=net)
+    for batch in (
+        x1,
+        (x0, x1),
+        [x0, x1],
+        (x0, x1, label),
+        {"x1": x1},
+        {"x0": x0, "x1": x1, "condition": label},
+    ):
+        assert bool(torch.isfinite(objective(batch).loss))
+    base = torch.distributions.Independent(torch.distributions.Normal(torch.full((2,), 9.0), 0.1), 1)
+    given = InterpolantRegression(Interpolant(), velocity=net, base=base)
+    assert float(given.pairs(x1)[0].mean()) > 8
+    assert float(given.pairs((x0, x1))[0].mean()) < 2
+
+
+def test_conditions_follow_their_ends_through_a_coupling() -> None:
+    g = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(20, 2, generator=g), torch.randn(20, 2, generator=g)
+    objective = InterpolantRegression(
+        Interpolant(), velocity=FieldNetwork(2, condition_dim=2), coupling=ExactCoupling()
+    )
+    _, ends, condition = objective.pairs((x0, x1, x1 * 2))
+    assert torch.equal(condition, ends * 2)
+    assert not torch.equal(ends, x1)
+
+
+def test_dropped_conditions_become_the_null_one() -> None:
+    seen: list[Tensor] = []
+
+    class Net(FieldNetwork):
+        def forward(self, t: Tensor, x: Tensor, condition: Tensor | None = None) -> Tensor:
+            assert condition is not None
+            seen.append(condition)
+            return super().forward(t, x, condition)
+
+    objective = InterpolantRegression(
+        Interpolant("vp"),
+        velocity=Net(2, num_classes=3),
+        condition_dropout=0.25,
+        null_condition=torch.tensor(3),
+    )
+    x1, label = torch.randn(4000, 2), torch.randint(3, (4000,))
+    objective((x1, x1, label))
+    share = float((seen[0] == 3).double().mean())
+    assert abs(share - 0.25) < 5 * (0.25 * 0.75 / 4000) ** 0.5
+    assert torch.equal(seen[0][seen[0] < 3], label[seen[0] < 3])
+
+
+def test_training_finds_the_velocity() -> None:
+    law = GaussianMixture(torch.tensor([0.5, 0.5]), torch.tensor([[-1.5], [1.5]]), 0.2)
+    it = Interpolant("vp")
+    truth = GaussianMixtureInterpolant(it, None, law)
+    objective = InterpolantRegression(it, velocity=FieldNetwork(1, 32, 2))
+    torch.manual_seed(0)
+    sd.fit(objective, law.sample((5000,)), steps=500, lr=5e-3, batch_size=256, progress=False)
+    x = truth.sample(0.7, 500)
+    with torch.no_grad():
+        error = (objective.generator().velocity(0.7, x) - truth.velocity(0.7, x)).square().mean()
+    assert float(error) < 0.05 * float(truth.velocity(0.7, x).square().mean())
+
+
+def test_resumed_training_continues_to_the_same_bits(tmp_path: Any) -> None:
+    x0, x1 = torch.randn(64, 2), torch.randn(64, 2) + 1
+
+    def objective() -> InterpolantRegression:
+        torch.manual_seed(4)
+        net = {"velocity": FieldNetwork(2, 8, 1), "denoiser": FieldNetwork(2, 8, 1)}
+        return InterpolantRegression(Interpolant(), coupling="entropic", reuse=3, **net)
+
+    whole = sd.fit(objective(), (x0, x1), steps=8, batch_size=16, progress=False)
+    folder = str(tmp_path / "run")
+    sd.fit(objective(), (x0, x1), steps=4, batch_size=16, progress=False, checkpoint=folder)
+    rest = sd.fit(
+        objective(), (x0, x1), steps=8, batch_size=16, progress=False, checkpoint=folder, resume=True
+    )
+    assert torch.equal(whole.losses, rest.losses)
+
+
+NET = FieldNetwork(2)
+X = torch.zeros(4, 2)
+BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "no field": (lambda: InterpolantRegression(Interpolant()), errors.InvalidInputError, "one or two fields"),
+    "three fields": (
+        lambda: InterpolantRegression(Interpolant(), velocity=NET, score=NET, eta0=NET),
+        errors.InvalidInputError,
+        "one or two fields",
+    ),
+    "a field that isn't callable": (
+        lambda: InterpolantRegression(Interpolant(), velocity=1.0),  # type: ignore[arg-type]
+        errors.InvalidInputError,
+        "velocity must be callable",
+    ),
+    "a score on a coupled one-sided path": (
+        lambda: InterpolantRegression(Interpolant("vp"), score=NET, coupling="ot"),
+        errors.InvalidInputError,
+        "needs the independent coupling",
+    ),
+    "an unknown coupling": (
+        lambda: InterpolantRegression(Interpolant(), velocity=NET, coupling="optimal"),
+        errors.InvalidInputError,
+        "coupling is unknown",
+    ),
+    "no reuse": (
+        lambda: InterpolantRegression(Interpolant(), velocity=NET, reuse=0),
+        errors.InvalidInputError,
+        "reuse",
+    ),
+    "dropout without a null": (
+        lambda: InterpolantRegression(Interpolant(), velocity=NET, condition_dropout=0.1),
+        errors.InvalidInputError,
+        "null_condition",
+    ),
+    "weights of another field": (
+        lambda: InterpolantRegression(Interpolant(), velocity=NET, weights={"score": torch.square}),
+        errors.InvalidInputError,
+        "aren't learnt",
+    ),
+    "a base without a vector event": (
+        lambda: InterpolantRegression(Interpolant(), velocity=NET, base=torch.distributions.Normal(0.0, 1.0)),
+        errors.ShapeError,
+        "vector event",
+    ),
+    "no batch": (
+        lambda: InterpolantRegression(Interpolant(), velocity=NET)(),
+        errors.InvalidInputError,
+        "a batch is",
+    ),
+    "an empty batch": (
+        lambda: InterpolantRegression(Interpolant(), velocity=NET)((X[:0], X[:0])),
+        errors.EmptyDataError,
+        "x0 is empty",
+    ),
+    "mismatched dimensions": (
+        lambda: InterpolantRegression(Interpolant(), velocity=NET)((X, X[:, :1])),
+        errors.ShapeError,
+        "axis -1",
+    ),
+    "unknown parts": (
+        lambda: InterpolantRegression(Interpolant(), velocity=NET)({"x1": X, "y": X}),
+        errors.InvalidInputError,
+        "unknown parts",
+    ),
+    "conditions of another number": (
+        lambda: InterpolantRegression(Interpolant(), velocity=NET)((X, X, X[:2])),
+        errors.ShapeError,
+        "one condition a point",
+    ),
+    "a network of another size": (
+        lambda: InterpolantRegression(Interpolant(), velocity=FieldNetwork(2, out_dim=3))((X, X)),
+        errors.ShapeError,
+        "wrong shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", BAD)
+def test_bad_input(row: str) -> None:
+    call, error, message = BAD[row]
+    with pytest.raises(error, match=message):
+        call()
