@@ -56,7 +56,8 @@ class InterpolantRegression(Objective):
             where it pays: for a score, and for a velocity with the Brownian latent.
         times: ``"stratified"`` spreads the times of a batch evenly; ``"uniform"`` draws them independently.
         time_margin: how near to 0 and 1 times may come.
-        weights: functions of time that weigh the losses, by name of field.
+        weights: functions of time that weigh the losses, by name of field. On the ``"vp"`` path velocities are weighed with
+            :math:`\alpha^2` unless something else is given, since their targets are singular at time 1.
         condition_dropout: share of a batch whose condition is replaced by ``null_condition`` (for classifier-free guidance).
         null_condition: a label or a context vector that stands for no condition.
         clip: see :class:`Fields`.
@@ -131,6 +132,10 @@ class InterpolantRegression(Objective):
         self.reuse, self.times, self.time_margin = reuse, times, time_margin
         self.starts = Starts(base, interpolant.starts_normal)
         self.weights = dict(weights or {})
+        if interpolant.path == "vp":
+            # the rate of the noise grows like 1 / alpha towards time 1: unweighted, these losses have no variance
+            for name in {"velocity", "v"} & set(networks):
+                self.weights.setdefault(name, interpolant.alpha.square)
         self.condition_dropout = condition_dropout
         self.antithetic = self._signs(antithetic)
         self._kept: tuple[Tensor, ...] | None = None
