@@ -167,13 +167,15 @@ class _Flat:
 def _gauss_newton(family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float) -> None:
     """Levenberg-Marquardt steps; the curvature is that of the drift's square, and of the prior where positive."""
     flat = _Flat(family)
-    theta, damping = flat.get().double(), 1e-4
+    theta, damping = flat.get().double(), 1e-3
     value, gram, slope = _expand(flat, theta, nodes, white, population)
     for _ in range(50):
         scale = gram.diagonal().clamp_min(1e-12 * gram.diagonal().max()).clamp_min(1e-30)
         improved = False
         for _ in range(8):
             step = torch.linalg.solve(gram + damping * torch.diag(scale), -slope)
+            # no parameter moves by more than half its size, or one half, at once: beyond that the expansion means little
+            step = step / (2 * (step.abs() / theta.abs().clamp_min(1.0)).amax()).clamp_min(1.0)
             proposal = theta + step
             after = _value(flat, proposal, nodes, white, population)
             if bool(after <= value):
