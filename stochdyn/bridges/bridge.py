@@ -48,8 +48,8 @@ class SchrodingerBridge(PathMeasure):
         step: spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
         tolerance: largest marginal error of the couplings, in L1.
         max_iterations: of each coupling.
-        relaxation: price of a deviation from a snapshot's weights, in nats per unit of mass; infinite if None. See
-            :func:`stochdyn.core.transport.sinkhorn`.
+        relaxation: price of a deviation of a coupling from the snapshots' weights and masses, in nats; infinite if None, and masses
+            don't count then. For populations that grow: :func:`stochdyn.core.transport.sinkhorn`.
 
     Raises:
         DiffusionError: if the diffusion is singular, or so small that no path reaches the next snapshot.
@@ -130,16 +130,23 @@ class SchrodingerBridge(PathMeasure):
             "weights_x": a, "weights_y": b, "tolerance": self.tolerance, "max_iterations": self.max_iterations,
             "warm_start": None if start is None else start.potentials,
         }  # fmt: skip
+        price = self.relaxation
+        if price is not None:
+            masses = self.snapshots.masses[i : i + 2] / self.snapshots.masses[i]
+            options |= {"weights_x": a * masses[0], "weights_y": b * masses[1]}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # one for all is given by solve
             if isinstance(part, AffineTransition):
                 before, after = part.whitened(x, y)
                 self._check_reach(i, _nearest(before, after))
-                plan = sinkhorn(before, after, 2.0, **options)
-                return plan, 0.5 * plan.value - part.log_constant()
+                plan = sinkhorn(
+                    before, after, 2.0, relaxation=None if price is None else 2 * price, **options
+                )
+                mass = 1.0 if price is None else plan.mass
+                return plan, 0.5 * plan.value - part.log_constant() * mass
             kernel = part.log_kernel(x, y)
             self._check_reach(i, (-2 * (kernel - kernel.max())).amin(-2).clamp_min(0).sqrt())
-            plan = sinkhorn(None, None, 1.0, cost=-kernel, **options)
+            plan = sinkhorn(None, None, 1.0, cost=-kernel, relaxation=price, **options)
             return plan, plan.value
 
     def _check_reach(self, i: int, distance: Tensor) -> None:

@@ -64,7 +64,7 @@ def choose_pairs(
         if len(kept) <= count:
             kept = kept.sort().values
             return kept // m, kept % m, mass[kept] / mass[kept].sum()
-    total = plan.weights_x.double().sum()
+    total = plan.mass.double()
     offset = torch.rand((), generator=generator, dtype=torch.float64, device=total.device)
     points = (offset + torch.arange(count, dtype=torch.float64, device=total.device)) * (total / count)
     found, before, row = [], torch.zeros_like(total), 0

@@ -90,6 +90,7 @@ def refine(
     projection_lr: float = 1e-2,
     nodes: int = 1_000_000,
     population: float | None = None,
+    relaxation: float | None = None,
     sinkhorn_tolerance: float = 1e-6,
     max_iterations: int = 10_000,
     progress: bool = False,
@@ -124,6 +125,7 @@ def refine(
         nodes: number of states that a fit sees.
         population: ``N``, particles that the divergence counts for, since seeing these snapshots has the probability
             :math:`e^{-N\min_q\mathrm{KL}}` (Sanov); the mean size of a snapshot if None.
+        relaxation: price of deviations from the snapshots' weights and masses; see :class:`SchrodingerBridge`.
         sinkhorn_tolerance: largest marginal error of the couplings, in L1.
         max_iterations: of each coupling.
         progress: show a bar.
@@ -159,7 +161,7 @@ def refine(
         "learn_diffusion": learn_diffusion, "accelerate": accelerate, "start": start, "tolerance": tolerance, "restarts": restarts,
         "projection": projection, "projection_steps": projection_steps, "projection_lr": projection_lr,
         "nodes": nodes, "population": population,
-        "sinkhorn_tolerance": sinkhorn_tolerance, "max_iterations": max_iterations,
+        "relaxation": relaxation, "sinkhorn_tolerance": sinkhorn_tolerance, "max_iterations": max_iterations,
     }  # fmt: skip
     original = fitted_family(family, snapshots)
     if not any(p.requires_grad for p in original.parameters()):
@@ -195,6 +197,7 @@ def _refine_once(
         "step": options["step"],
         "tolerance": options["sinkhorn_tolerance"],
         "max_iterations": options["max_iterations"],
+        "relaxation": options["relaxation"],
     }
     clock = time.process_time()
     first = ZeroDrift(snapshots.dim) if brownian else copy.deepcopy(family)

@@ -19,7 +19,8 @@ from stochdyn._checks import (
     check_same_dtype,
 )
 from stochdyn.core._batching import broadcast_batches
-from stochdyn.core._sinkhorn import kernel_rows, row_chunk, row_chunks, solve
+from stochdyn.core._cost import CostRows, DenseCost, PointCost, row_chunk, row_chunks, squared_distance
+from stochdyn.core._sinkhorn import Problem, kernel_rows, solve
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
 
 __all__ = ["TransportPlan", "sinkhorn", "sinkhorn_divergence"]
@@ -36,7 +37,7 @@ class TransportPlan:
     with weights :math:`a, b` normalised and :math:`M` their total mass before that.
 
     Attributes:
-        cost_matrix: :math:`C`, ``(*B, n, m)``.
+        cost: :math:`C`, ``(*B, n, m)``, as rows that can be had one block at a time; all of it is :attr:`cost_matrix`.
         weights_x: ``(*B, n)``, as given.
         weights_y: ``(*B, m)``, as given.
         reg: :math:`\varepsilon`, in units of the cost.
@@ -44,22 +45,24 @@ class TransportPlan:
             a share of the total mass; measured on the plan itself.
         converged: whether the error is within the tolerance, for every problem of the batch.
         num_iterations: iterations over all levels of the annealing.
+        relaxation: price of a deviation from the weights, or None where they are exact.
     """
 
-    cost_matrix: Tensor
+    cost: CostRows
     weights_x: Tensor
     weights_y: Tensor
     reg: float
     marginal_error: Tensor
     converged: bool
     num_iterations: int
+    relaxation: float | None
     _f: Tensor
     _g: Tensor
 
     @property
     def potentials(self) -> tuple[Tensor, Tensor]:
         """Dual potentials :math:`f` ``(*B, n)`` and :math:`g` ``(*B, m)``, in the precision of the cost."""
-        dtype = self.cost_matrix.dtype
+        dtype = self.cost.dtype
         return self._f.to(dtype), self._g.to(dtype)
 
     @property
@@ -70,20 +73,35 @@ class TransportPlan:
     @property
     def shape(self) -> torch.Size:
         """``(*B, n, m)``."""
-        return self.cost_matrix.shape
+        return self.cost.shape
+
+    @property
+    def cost_matrix(self) -> Tensor:
+        """``(*B, n, m)``, computed if it isn't kept."""
+        return self.cost.dense()
+
+    @property
+    def status(self) -> str:
+        """``"converged"``, or what stopped the iteration."""
+        return "converged" if self.converged else f"stopped after {self.num_iterations} iterations"
 
     def plan(self) -> Tensor:
         """Return the coupling ``(*B, n, m)``, a constant for differentiation."""
-        out = torch.empty_like(self.cost_matrix, requires_grad=False)
+        out = torch.empty(self.cost.shape, dtype=self.cost.dtype, device=self.cost.device)
         for rows, block in self.blocks():
             out[..., rows, :] = block
         return out
 
     @property
+    def mass(self) -> Tensor:
+        """``(*B,)`` total of the coupling."""
+        return torch.stack([block.double().sum((-2, -1)) for _, block in self.blocks()]).sum(0)
+
+    @property
     def transport_cost(self) -> Tensor:
         r"""``(*B,)``: :math:`\langle P,C\rangle`, a constant for differentiation; see :attr:`value`."""
-        cost = self.cost_matrix.detach()
-        parts = [(block * cost[..., rows, :]).double().sum((-2, -1)) for rows, block in self.blocks()]
+        cost = self.cost.detach()
+        parts = [(block * cost.rows(rows)).double().sum((-2, -1)) for rows, block in self.blocks()]
         return torch.stack(parts).sum(0).to(cost.dtype)
 
     @property
@@ -93,19 +111,25 @@ class TransportPlan:
         Differentiable in points, cost and weights by the envelope theorem: the plan's own change drops out.
         """
         a, b = self.weights_x, self.weights_y
-        dual = (a * self._f).sum(-1) + (b * self._g).sum(-1)
+        if self.relaxation is None:
+            dual = (a * self._f).sum(-1) + (b * self._g).sum(-1)
+        else:
+            rho = self.relaxation
+            dual = -rho * (a * (-self._f / rho).expm1()).sum(-1) - rho * (b * (-self._g / rho).expm1()).sum(
+                -1
+            )
         excess = -a.detach().double().sum(-1)
         for rows, block in self.blocks():
             excess = excess + block.double().sum((-2, -1))
-            if self.cost_matrix.requires_grad:
-                own = self.cost_matrix[..., rows, :]
+            if self.cost.requires_grad:
+                own = self.cost.rows(rows)
                 dual = dual + (block * (own - own.detach())).double().sum((-2, -1))
-        return (dual - self.reg * excess).to(self.cost_matrix.dtype)
+        return (dual - self.reg * excess).to(self.cost.dtype)
 
     def barycentric(self, values: Tensor) -> Tensor:
         """Return the mean of ``values (*B, m, k)`` over the partners of every x, ``(*B, n, k)``."""
-        if values.ndim < 2 or values.shape[-2] != self.cost_matrix.shape[-1]:
-            expected = f"(*B, {self.cost_matrix.shape[-1]}, k)"
+        if values.ndim < 2 or values.shape[-2] != self.shape[-1]:
+            expected = f"(*B, {self.shape[-1]}, k)"
             raise ShapeError(
                 "values must have one row per target", got=tuple(values.shape), expected=expected
             )
@@ -116,37 +140,28 @@ class TransportPlan:
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw ``n`` pairs from the coupling; returns the indices ``(n,)`` of both sides. Not for batches."""
         check_positive_int(n, "n")
-        if self.cost_matrix.ndim != 2:
-            raise ShapeError(
-                "pairs are drawn from one plan only", got=f"shape {tuple(self.cost_matrix.shape)}"
-            )
-        cost, target = self.cost_matrix.detach(), self.weights_y.detach()
+        if len(self.shape) != 2:
+            raise ShapeError("pairs are drawn from one plan only", got=f"shape {tuple(self.shape)}")
         first = torch.multinomial(self.weights_x.detach(), n, replacement=True, generator=generator)
-        second = []
-        for own in first.split(row_chunk(cost)):
-            kernel = kernel_rows(cost[own], self._f[own], self._g, self.reg, slice(None))
-            second.append(torch.multinomial(kernel * target, 1, generator=generator).squeeze(-1))
+        second = [
+            torch.multinomial(self.rows(own), 1, generator=generator).squeeze(-1)
+            for own in first.split(row_chunk(self.cost))
+        ]
         return first, torch.cat(second)
 
     def rows(self, index: Tensor) -> Tensor:
         """Return the weights ``(k, m)``, up to a factor each, of the partners of ``index (k,)``. Not for batches."""
-        kernel = kernel_rows(self.cost_matrix.detach()[index], self._f[index], self._g, self.reg, slice(None))
-        return kernel * self.weights_y.detach()
+        return kernel_rows(self.cost.detach(), self._f, self._g, self.reg, index) * self.weights_y.detach()
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the coupling in blocks of rows."""
-        cost, a, b = (x.detach() for x in (self.cost_matrix, self.weights_x, self.weights_y))
+        cost, a, b = self.cost.detach(), self.weights_x.detach(), self.weights_y.detach()
         b = b / b.sum(-1, keepdim=True)
         step = row_chunk(cost)
         for i in row_chunks(cost):
             rows = slice(i, i + step)
             kernel = kernel_rows(cost, self._f, self._g, self.reg, rows)
             yield rows, kernel.mul_(a[..., rows, None]).mul_(b[..., None, :])
-
-
-def squared_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return squared Euclidean distances ``(*B, n, m)``, without the cancellation of the expanded square."""
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def sinkhorn(
@@ -161,6 +176,8 @@ def sinkhorn(
     max_iterations: int = 10_000,
     annealing: float = 0.25,
     warm_start: TransportPlan | tuple[Tensor, Tensor] | None = None,
+    relaxation: float | None = None,
+    memory: float = 4 * 2**30,
 ) -> TransportPlan:
     r"""Solve entropic optimal transport between two weighted clouds.
 
@@ -169,7 +186,8 @@ def sinkhorn(
     Scalings are iterated on a kernel into which the potentials are absorbed whenever they move far; the
     regularisation comes down in steps, each started where the last one ended; slow convergence at the end is
     taken over by Newton steps. Where the kernel under- or overflows, iterations go on in the log domain.
-    Memory is the cost and one kernel. The error reported is measured on the plan that is returned.
+    Memory is the cost and one kernel; where that is too much, one kernel, or blocks only. The error reported is that
+    of the plan that is returned.
 
     Args:
         x: ``(*B, n, d)``; None if ``cost`` is a tensor.
@@ -183,6 +201,11 @@ def sinkhorn(
         max_iterations: over all levels.
         annealing: factor between levels of regularisation, in (0, 1]; 1 for none.
         warm_start: an earlier plan, or its potentials, to start from; there is no annealing then.
+        relaxation: :math:`\rho`, in units of the cost: the marginals may deviate at the price
+            :math:`\rho\,KL(P\mathbf 1\,\|\,a)+\rho\,KL(P^\top\mathbf 1\,\|\,b)`, and totals may differ, for populations that grow.
+            Exact marginals if None.
+        memory: bytes for matrices. A cost that is a function isn't kept where it and its kernel need more, and where the kernel
+            alone needs more, that isn't either: products then compute it anew, block by block.
 
     Returns:
         the plan. If it isn't within the tolerance, ``converged`` is False and a ConvergenceWarning says so.
@@ -206,30 +229,37 @@ def sinkhorn(
     check_positive_int(max_iterations, "max_iterations")
     if not 0 < annealing <= 1:
         raise InvalidInputError("annealing must lie in (0, 1]", got=annealing)
-    matrix = _cost_matrix(x, y, cost)
+    check_positive(memory, "memory")
+    if relaxation is not None:
+        check_positive(relaxation, "relaxation")
+    matrix = _cost_rows(x, y, cost, memory)
     a, b = _weights(weights_x, matrix, -2, "weights_x"), _weights(weights_y, matrix, -1, "weights_y")
     batch = broadcast_batches(
         {"cost": tuple(matrix.shape[:-2]), "weights_x": tuple(a.shape[:-1]), "weights_y": tuple(b.shape[:-1])}
     )
-    matrix, a, b = (t.expand(*batch, *t.shape[t.ndim - e :]) for t, e in ((matrix, 2), (a, 1), (b, 1)))
+    a, b = a.expand(*batch, a.shape[-1]), b.expand(*batch, b.shape[-1])
+    if batch != matrix.shape[:-2]:
+        whole = matrix.dense()
+        matrix = DenseCost(whole.expand(*batch, *whole.shape[-2:]))
     totals = a.detach().sum(-1), b.detach().sum(-1)
     slack = max(1e-9, 100 * torch.finfo(matrix.dtype).eps)
-    if bool(((totals[0] - totals[1]).abs() > slack * totals[0]).any()):
+    if relaxation is None and bool(((totals[0] - totals[1]).abs() > slack * totals[0]).any()):
         raise InvalidInputError(
             "weights_x and weights_y must have the same total",
             got=f"{totals[0].flatten()[0].item():g} and {totals[1].flatten()[0].item():g}",
-            hint="normalise both; unbalanced transport is another problem",
+            hint="normalise both, or give a relaxation: the price of a marginal that deviates",
         )
-    solution = solve(
+    log_ratio = (totals[1].double() / totals[0].double()).log()[..., None]
+    problem = Problem(
         matrix.detach(),
         (a / totals[0][..., None]).detach(),
         (b / totals[1][..., None]).detach(),
-        float(reg),
-        float(tolerance),
-        max_iterations,
-        annealing,
-        _warm(warm_start, a, b),
+        relaxation,
+        log_ratio if relaxation is not None else torch.zeros_like(log_ratio),
+        matrix.shape.numel() * _item_size(matrix) <= memory or isinstance(matrix, DenseCost),
     )
+    start = _warm(warm_start, a, b)
+    solution = solve(problem, float(reg), float(tolerance), max_iterations, annealing, start)
     worst = float(solution.error.amax())
     converged = worst <= tolerance
     if not converged:
@@ -241,13 +271,14 @@ def sinkhorn(
             stacklevel=2,
         )
     return TransportPlan(
-        cost_matrix=matrix,
+        cost=matrix,
         weights_x=a,
         weights_y=b,
         reg=float(reg),
         marginal_error=solution.error,
         converged=converged,
         num_iterations=solution.iterations,
+        relaxation=relaxation,
         _f=solution.f,
         _g=solution.g,
     )
@@ -292,7 +323,11 @@ def sinkhorn_divergence(
     return value(x, y, weights_x, weights_y) - 0.5 * (own[0] + own[1])
 
 
-def _cost_matrix(x: Tensor | None, y: Tensor | None, cost: Cost | Tensor | None) -> Tensor:
+def _item_size(cost: CostRows) -> int:
+    return 8 if cost.dtype == torch.float64 else 4
+
+
+def _cost_rows(x: Tensor | None, y: Tensor | None, cost: Cost | Tensor | None, memory: float) -> CostRows:
     if isinstance(cost, Tensor):
         if cost.ndim < 2 or not cost.is_floating_point():
             raise ShapeError(
@@ -301,38 +336,40 @@ def _cost_matrix(x: Tensor | None, y: Tensor | None, cost: Cost | Tensor | None)
         sizes = tuple(None if z is None else z.shape[-2] for z in (x, y))
         if any(n not in (None, m) for n, m in zip(sizes, cost.shape[-2:], strict=True)):
             raise ShapeError("cost doesn't fit x and y", got=tuple(cost.shape), expected=f"(*B, {sizes})")
-        matrix = cost
-    else:
-        if x is None or y is None:
-            raise InvalidInputError("x and y may be None only if cost is a tensor")
-        for name, z in (("x", x), ("y", y)):
-            if not isinstance(z, Tensor) or z.ndim < 2 or not z.is_floating_point():
-                got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
-                raise ShapeError(f"{name} must be a floating tensor (*B, n, d)", got=got)
-            check_nonempty(z, name)
-            check_finite(z.detach(), name)
-        check_same_dtype(x=x, y=y)
-        check_same_device(x=x, y=y)
-        broadcast_batches({"x": tuple(x.shape[:-2]), "y": tuple(y.shape[:-2])})
-        if cost is None and x.shape[-1] != y.shape[-1]:
-            raise ShapeError(
-                "x and y have different dimensions", got=f"{tuple(x.shape)} and {tuple(y.shape)}"
-            )
-        matrix = squared_distance(x, y) if cost is None else cost(x, y)
-        if matrix.shape[-2:] != (x.shape[-2], y.shape[-2]):
-            expected = f"(*B, {x.shape[-2]}, {y.shape[-2]})"
-            raise ShapeError("cost(x, y) has the wrong shape", got=tuple(matrix.shape), expected=expected)
-    check_nonempty(matrix, "cost")
-    check_finite(matrix.detach(), "cost")
-    return matrix
+        check_nonempty(cost, "cost")
+        check_finite(cost.detach(), "cost")
+        return DenseCost(cost)
+    if x is None or y is None:
+        raise InvalidInputError("x and y may be None only if cost is a tensor")
+    for name, z in (("x", x), ("y", y)):
+        if not isinstance(z, Tensor) or z.ndim < 2 or not z.is_floating_point():
+            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ShapeError(f"{name} must be a floating tensor (*B, n, d)", got=got)
+        check_nonempty(z, name)
+        check_finite(z.detach(), name)
+    check_same_dtype(x=x, y=y)
+    check_same_device(x=x, y=y)
+    broadcast_batches({"x": tuple(x.shape[:-2]), "y": tuple(y.shape[:-2])})
+    if cost is None and x.shape[-1] != y.shape[-1]:
+        raise ShapeError("x and y have different dimensions", got=f"{tuple(x.shape)} and {tuple(y.shape)}")
+    function = squared_distance if cost is None else cost
+    points = PointCost(x, y, function)
+    large = 2 * points.shape.numel() * _item_size(points) > memory
+    probe = function(x[..., :1, :], y) if large else function(x, y)
+    if probe.shape[-2:] != (1 if large else x.shape[-2], y.shape[-2]):
+        expected = f"(*B, {x.shape[-2]}, {y.shape[-2]})"
+        raise ShapeError("cost(x, y) has the wrong shape", got=tuple(probe.shape), expected=expected)
+    check_finite(probe.detach(), "cost")
+    return points if large else DenseCost(probe)
 
 
-def _weights(weights: Tensor | None, matrix: Tensor, axis: int, name: str) -> Tensor:
+def _weights(weights: Tensor | None, matrix: CostRows, axis: int, name: str) -> Tensor:
     size = matrix.shape[axis]
     if weights is None:
-        return matrix.new_full((size,), 1.0 / size)
-    check_same_dtype(**{name: weights, "cost": matrix})
-    check_same_device(**{name: weights, "cost": matrix})
+        return torch.full((size,), 1.0 / size, dtype=matrix.dtype, device=matrix.device)
+    like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
+    check_same_dtype(**{name: weights, "cost": like})
+    check_same_device(**{name: weights, "cost": like})
     if weights.ndim < 1 or weights.shape[-1] != size:
         raise ShapeError(f"{name} doesn't fit the points", got=tuple(weights.shape), expected=f"(*B, {size})")
     check_finite(weights.detach(), name)

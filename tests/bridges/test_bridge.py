@@ -189,6 +189,23 @@ def test_a_warm_start_needs_fewer_iterations(plane: SchrodingerBridge) -> None:
     assert all(p.num_iterations <= 2 for p in again.plans)
 
 
+def test_a_population_that_grows_is_coupled_without_moving_far() -> None:
+    """Two groups, one of which doubles: exact marginals must carry cells across, relaxed ones let it grow."""
+    g = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(30, 1, generator=g, dtype=F64) * 0.1 + c for c in (-2.0, 2.0))
+    x, y = torch.cat((left, right)), torch.cat((left, right)) + 0.1
+    growing = torch.cat((torch.ones(30), 2 * torch.ones(30))).double()
+    snaps = Snapshots([0.0, 1.0], [x, y], [torch.ones(60), growing])
+    crossing = {}
+    for relaxation in (None, 1.0):
+        bridge = SchrodingerBridge(snaps, diffusion=0.7, relaxation=relaxation).solve()
+        plan = bridge.plans[0].plan()
+        crossing[relaxation] = float(plan[:30, 30:].sum() / plan.sum())
+        assert bridge.marginal(0.5).sample(10, g).shape == (10, 1)
+    assert crossing[None] > 0.15
+    assert crossing[1.0] < 0.02
+
+
 SNAPS = Snapshots([0.0, 1.0], [torch.zeros(4, 2), torch.ones(4, 2)])
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stochdyn.core import _sinkhorn
+from stochdyn.core import _cost, _sinkhorn
 from stochdyn.core.transport import TransportPlan, sinkhorn, sinkhorn_divergence
 from stochdyn.errors import (
     ConvergenceWarning,
@@ -276,7 +276,7 @@ def test_blocks_of_rows_don_t_change_the_answer(monkeypatch: pytest.MonkeyPatch)
     x, y = _clouds(30, 20)
     whole = sinkhorn(x, y, 0.1, tolerance=1e-10)
     values = whole.plan(), whole.value, whole.transport_cost, whole.barycentric(y)
-    monkeypatch.setattr(_sinkhorn, "_CHUNK", 70)
+    monkeypatch.setattr(_cost, "_CHUNK", 70)
     monkeypatch.setattr(_sinkhorn, "_SUM", 7)
     again = sinkhorn(x, y, 0.1, tolerance=1e-10)
     torch.testing.assert_close(
@@ -284,6 +284,64 @@ def test_blocks_of_rows_don_t_change_the_answer(monkeypatch: pytest.MonkeyPatch)
     )
     single = sinkhorn(x.float(), y.float(), 0.1)
     torch.testing.assert_close(single.plan().double(), values[0], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("memory", [30 * 20 * 8, 1])
+def test_costs_that_are_not_kept_give_the_same_answer(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clouds whose cost and kernel are more than the memory, or whose kernel alone is."""
+    x, y = _clouds(30, 20)
+    whole = sinkhorn(x, y, 0.1, tolerance=1e-10)
+    monkeypatch.setattr(_cost, "_CHUNK", 70)
+    plan = sinkhorn(x, y, 0.1, tolerance=1e-10, memory=memory)
+    assert isinstance(plan.cost, _cost.PointCost)
+    _check_marginals(plan, 1e-10)
+    torch.testing.assert_close(plan.plan(), whole.plan(), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close((plan.value, plan.transport_cost), (whole.value, whole.transport_cost))
+    index = torch.tensor([3, 3, 29])
+    torch.testing.assert_close(plan.rows(index), whole.rows(index))
+    single = sinkhorn(x.float(), y.float(), 0.1, memory=1)
+    torch.testing.assert_close(single.plan().double(), whole.plan(), rtol=1e-3, atol=1e-7)
+
+
+def test_gradients_where_the_cost_is_not_kept() -> None:
+    x, y = (z.requires_grad_() for z in _clouds(5, 6, shift=0.5))
+    gradients = []
+    for memory in (1e9, 1):
+        x.grad = None
+        sinkhorn(x, y, 0.7, tolerance=1e-12, memory=memory).value.backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("rho", [0.05, 1.0, 50.0])
+@pytest.mark.parametrize("memory", [1e9, 1])
+def test_relaxed_marginals_agree_with_pot(rho: float, memory: float) -> None:
+    ot = pytest.importorskip("ot")
+    x, y = _clouds(20, 25, shift=1.0)
+    a, b = 1.5 * _weights(20, 1), _weights(25, 2)
+    plan = sinkhorn(x, y, 0.2, a, b, relaxation=rho, tolerance=1e-11, memory=memory)
+    cost = ot.dist(x.numpy(), y.numpy())
+    options = {"reg_type": "kl", "c": (a[:, None] * b).numpy(), "numItermax": 100_000, "stopThr": 1e-14}
+    reference = torch.from_numpy(
+        ot.unbalanced.sinkhorn_unbalanced(a.numpy(), b.numpy(), cost, 0.2, rho, **options)
+    )
+    torch.testing.assert_close(plan.plan(), reference, rtol=1e-5, atol=1e-9)
+    assert plan.status == "converged"
+
+    def divergence(p: Tensor, q: Tensor) -> Tensor:
+        return (p * (p / q).log() - p + q).sum()
+
+    p = plan.plan()
+    value = (p * torch.from_numpy(cost)).sum() + 0.2 * divergence(p, a[:, None] * b)
+    value = value + rho * divergence(p.sum(1), a) + rho * divergence(p.sum(0), b)
+    torch.testing.assert_close(plan.value, value, rtol=1e-7, atol=0)
+
+
+def test_a_high_price_of_deviation_is_the_balanced_problem() -> None:
+    x, y = _clouds(20, 25, shift=1.0)
+    exact = sinkhorn(x, y, 0.2, tolerance=1e-10)
+    relaxed = sinkhorn(x, y, 0.2, relaxation=1e7, tolerance=1e-9)
+    torch.testing.assert_close(relaxed.plan(), exact.plan(), rtol=1e-4, atol=1e-9)
 
 
 X, Y = _clouds(4, 5)
@@ -310,6 +368,8 @@ X, Y = _clouds(4, 5)
         ({"tolerance": -1.0}, InvalidInputError, "tolerance must be positive"),
         ({"max_iterations": 0}, InvalidInputError, "max_iterations"),
         ({"annealing": 0.0}, InvalidInputError, "annealing"),
+        ({"relaxation": 0.0}, InvalidInputError, "relaxation"),
+        ({"memory": -1.0}, InvalidInputError, "memory"),
         ({"warm_start": (torch.zeros(5), torch.zeros(5))}, ShapeError, "warm_start"),
         ({"x": X.expand(2, 4, 2), "y": Y.expand(3, 5, 2)}, ShapeError, "batch shapes don't broadcast"),
     ],
