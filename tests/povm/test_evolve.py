@@ -223,3 +223,32 @@ def test_the_ising_ring_of_six_by_sampling() -> None:
     times = torch.linspace(0, 2, 9, dtype=torch.float64)
     run = evolve(net(6, width=16), model, POVM, times, num_samples=2000, progress=False)
     assert float(errors(run, model, "up").max()) < 1e-2
+
+
+def test_three_level_sites_and_frames_that_differ() -> None:
+    """A pair of qutrits measured by nine outcomes each, and a pair of qubits with a frame each."""
+    spin = sd.povm.spin_matrices(3)
+    model = sd.povm.Lindbladian(
+        2,
+        [(1.0, [spin["Sz"], spin["Sz"]], (0, 1)), (0.7, spin["Sx"], "all")],
+        [(0.5, spin["S-"], "all")],
+        dim=3,
+    )
+    povm = sd.povm.QutritSIC()
+    state = torch.diag(torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64))
+    torch.manual_seed(0)
+    made = sd.povm.AutoregressiveTransformer(2, layers=1, width=12, heads=2, num_outcomes=9).double()
+    made.set_product_state(povm, state)
+    specs = {"z": spin["Sz"], "x": spin["Sx"]}
+    run = evolve(made, model, povm, [0.0, 0.2], num_samples=None, progress=False, observables=specs)
+    truth = exact.evolve(model, state, run.times, specs).expect
+    assert max(float((run.expect[k] - truth[k]).abs().max()) for k in specs) < 5e-3
+
+    mixed = sd.povm.SiteFrames([sd.povm.Tetrahedral(), sd.povm.FourPauli()])
+    made = (
+        sd.povm.AutoregressiveTransformer(2, layers=1, width=12, heads=2)
+        .double()
+        .set_product_state(mixed, "up")
+    )
+    run = evolve(made, ising(2), mixed, [0.0, 0.2], num_samples=None, progress=False)
+    assert float(errors(run, ising(2), "up").max()) < 5e-3
