@@ -107,7 +107,7 @@ def evolve(
         >>> net = AutoregressiveTransformer(2, layers=1, width=8, heads=2).double().set_product_state(povm, "up")
         >>> run = evolve(net, model, povm, [0.0, 0.5], num_samples=None, observables={"z": "Z"}, progress=False)
         >>> [round(z, 2) for z in run.expect["z"].tolist()]
-        [1.0, 0.05]
+        [1.0, -0.03]
 
     Reference:
         Luo et al., Phys. Rev. Lett. 128, 090501 (2022); Reh et al., Phys. Rev. Lett. 127, 230501 (2021).

@@ -59,7 +59,7 @@ def fisher_matrix(scores: Tensor, weights: Tensor) -> Tensor:
     .. math:: S = E\,OO^\top - E\,O\;E\,O^\top
 
     Example:
-        >>> fisher_matrix(torch.tensor([[1.0], [-1.0]]), torch.tensor([0.5, 0.5]))
+        >>> fisher_matrix(torch.tensor([[1.0], [-1.0]]), torch.tensor([0.5, 0.5])).round(decimals=4)
         tensor([[1.]])
     """
     factor = _centred(scores, weights)
