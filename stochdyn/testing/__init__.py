@@ -15,5 +15,6 @@ from stochdyn.testing.coefficients import CoefficientSuite
 from stochdyn.testing.flows import MarginalFlowSuite
 from stochdyn.testing.noise import NoiseProcessSuite
 from stochdyn.testing.objectives import ObjectiveSuite
+from stochdyn.testing.states import AnsatzSuite
 
-__all__ = ["CoefficientSuite", "MarginalFlowSuite", "NoiseProcessSuite", "ObjectiveSuite"]
+__all__ = ["AnsatzSuite", "CoefficientSuite", "MarginalFlowSuite", "NoiseProcessSuite", "ObjectiveSuite"]

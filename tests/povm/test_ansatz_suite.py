@@ -1,0 +1,100 @@
+"""Every ansatz passes the conformance suite, and broken ones are caught."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stochdyn.povm.ansatz import Ansatz
+from stochdyn.povm.table import FullTable
+from stochdyn.testing import AnsatzSuite
+from tests.povm.laws import STRINGS, gru, table, transformer
+
+
+class TestTransformer(AnsatzSuite):
+    """Two layers, one string."""
+
+    def make(self) -> Ansatz:
+        return transformer(2)
+
+
+class TestSymmetricTransformer(AnsatzSuite):
+    """A group of strings with relabelled outcomes."""
+
+    def make(self) -> Ansatz:
+        return transformer(1, STRINGS["everything"])
+
+
+class TestGRU(AnsatzSuite):
+    """Snakes, which are no group."""
+
+    def make(self) -> Ansatz:
+        return gru(2, STRINGS["snakes"])
+
+
+class TestTable(AnsatzSuite):
+    """One parameter a string."""
+
+    def make(self) -> Ansatz:
+        return table(3)
+
+
+class PlainTable(Ansatz):
+    """The least that an ansatz must have: scores and their sums come from the base class."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.inner = table(3)
+
+    def log_prob(self, a):
+        return self.inner.log_prob(a)
+
+    def sample(self, n, generator=None, *, stratified=False):
+        return self.inner.sample(n, generator, stratified=stratified)
+
+    def set_site_probabilities(self, p):
+        self.inner.set_site_probabilities(p)
+
+
+class TestDefaults(AnsatzSuite):
+    """What the base class gives."""
+
+    def make(self) -> Ansatz:
+        return PlainTable()
+
+
+class Unnormalised(FullTable):
+    def log_prob(self, a):
+        return super().log_prob(a) * 1.01
+
+
+class Biased(FullTable):
+    def sample(self, n, generator=None, *, stratified=False):
+        a, _ = super().sample(n, generator)
+        a = (a + (torch.arange(n) % 8 == 0)[:, None]) % 4
+        return a, self.log_prob(a).detach()
+
+
+class Doubled(FullTable):
+    def scores(self, a):
+        log_p, scores = super().scores(a)
+        return log_p, 2 * scores
+
+
+@pytest.mark.parametrize(
+    ("broken", "test"),
+    [
+        (Unnormalised, "test_probabilities_sum_to_one"),
+        (Biased, "test_samples_follow_the_law_that_is_scored"),
+        (Doubled, "test_scores_are_gradients_of_single_samples"),
+    ],
+)
+def test_broken_ones_are_caught(broken: type[FullTable], test: str) -> None:
+    class Suite(AnsatzSuite):
+        def make(self) -> Ansatz:
+            net = broken(3).double()
+            net.load_state_dict(table(3).state_dict())
+            return net
+
+    with pytest.raises(AssertionError):
+        getattr(Suite(), test)()
