@@ -133,9 +133,13 @@ class PyroDrift(DriftFamily):
 
     def log_prior(self) -> Tensor:
         """See :meth:`DriftFamily.log_prior`."""
+        return self.log_prior_of(self.values())
+
+    def log_prior_of(self, values: dict[str, Tensor]) -> Tensor:
+        """Return the log prior density of constrained values of the sites."""
         from pyro import poutine
 
-        with poutine.block(), poutine.condition(data=self.values()):
+        with poutine.block(), poutine.condition(data=values):
             trace = poutine.trace(self.model).get_trace()
         return torch.as_tensor(trace.log_prob_sum())
 

@@ -68,7 +68,7 @@ class Refinement:
         """Return an ArviZ posterior over the parameters; see :func:`stochdyn.bridges.posterior`."""
         import stochdyn.bridges as room
 
-        return room.posterior(self, num_draws, **options)  # type: ignore[attr-defined]
+        return room.posterior(self, num_draws, **options)
 
 
 def refine(

@@ -1,0 +1,302 @@
+"""Held-out scores of bridges, choice of a family by them, and forecasts past the last snapshot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_nonempty, check_positive, check_positive_int, check_time_grid
+from stochdyn.bridges.snapshots import Snapshot, Snapshots
+from stochdyn.core.measure import DiffusionMeasure
+from stochdyn.core.path import PathSample
+from stochdyn.core.sde import SDE
+from stochdyn.diagnostics.metrics import emd, mmd
+from stochdyn.errors import EmptyDataError, InvalidInputError, TimeGridError
+
+__all__ = ["HeldOut", "Score", "forecast", "leave_one_out", "sampling_floor", "score"]
+
+
+class _Marginal(Protocol):
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``(n, d)``."""
+
+
+class HasMarginals(Protocol):
+    """A law whose marginal at a time can be sampled."""
+
+    def marginal(self, t: float) -> _Marginal:
+        """Return the law at time ``t``."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Distances of a law from one snapshot.
+
+    Attributes:
+        time: of the snapshot.
+        w1: Wasserstein distance of first order, Euclidean cost, in units of the state.
+        w2: of second order, the root of the mean *squared* distance, taken. Papers call either of them "EMD".
+        mmd: maximum mean discrepancy, Gaussian kernel with the median distance for bandwidth.
+        size: particles of the snapshot.
+    """
+
+    time: float
+    w1: float
+    w2: float
+    mmd: float
+    size: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Scores of several methods on snapshots that they didn't see.
+
+    Attributes:
+        scores: by method, one score a held-out snapshot.
+        floor: what fresh samples of the truth would score, estimated from halves of the snapshots; see :func:`sampling_floor`.
+        best: the method with the least mean W2, or W1 if asked for.
+        metric: by which.
+    """
+
+    scores: dict[str, list[Score]]
+    floor: list[Score]
+    best: str
+    metric: str
+
+    def mean(self, method: str, metric: str = "w2") -> float:
+        """Return a method's mean over the held-out snapshots."""
+        values = [getattr(s, metric) for s in self.scores[method]]
+        return sum(values) / len(values)
+
+    def table(self) -> str:
+        """Return the scores as a Markdown table."""
+        times = [s.time for s in self.floor]
+        lines = [
+            "| method | metric | " + " | ".join(f"t = {t:g}" for t in times) + " | mean |",
+            "|---|---|" + "---|" * (len(times) + 1),
+        ]
+        for name, scores in {**self.scores, "floor (half samples)": self.floor}.items():
+            for metric in ("w1", "w2", "mmd"):
+                values = [getattr(s, metric) for s in scores]
+                cells = " | ".join(f"{v:.3f}" for v in [*values, sum(values) / len(values)])
+                lines.append(f"| {name} | {metric.upper()} | {cells} |")
+        return "\n".join(lines)
+
+
+def score(
+    law: HasMarginals | Tensor,
+    snapshot: Snapshot,
+    num_samples: int = 1000,
+    generator: torch.Generator | None = None,
+) -> Score:
+    r"""Return how far a law is from a snapshot, in three distances that are told apart by name.
+
+    .. math:: W_p=\Big(\min_\pi\sum\pi_{ij}|x_i-y_j|^p\Big)^{1/p},\qquad p=1,2
+
+    Args:
+        law: anything with ``marginal(t).sample(n, generator)``, or particles ``(n, d)``.
+        snapshot: what was seen; its weights count.
+        num_samples: drawn from the law.
+        generator: source of randomness; seeded by 0 if None, so that scores can be compared.
+
+    Example:
+        >>> seen = Snapshots([0.0, 1.0], [torch.zeros(4, 2), torch.ones(5, 2)])
+        >>> round(score(torch.zeros(3, 2), seen[1]).w2, 4)
+        1.4142
+    """
+    check_positive_int(num_samples, "num_samples")
+    if isinstance(law, Tensor):
+        x = law
+    else:
+        if generator is None:
+            generator = torch.Generator(snapshot.sample.device).manual_seed(0)
+        x = law.marginal(snapshot.time).sample(num_samples, generator)
+    x, y, w = x.detach().cpu(), snapshot.sample.cpu(), snapshot.weights.cpu()
+    w1, w2 = (emd(x, y, p=p, weights_y=w) for p in (1, 2))
+    equal = bool((w - w[0]).abs().max() < 1e-9)
+    seen = y
+    if not equal:
+        pick = torch.multinomial(w, max(len(y), 1000), True, generator=torch.Generator().manual_seed(0))
+        seen = y[pick]
+    return Score(snapshot.time, w1, w2, float(mmd(x, seen)), len(snapshot))
+
+
+def sampling_floor(snapshot: Snapshot, repeats: int = 5, seed: int = 0) -> Score:
+    """Return the distances between random halves of a snapshot: what chance alone makes of two samples of one law.
+
+    Halves are smaller than the snapshot, so this floor lies above that of a law known exactly, by about the root of two where
+    the error falls as the root of the size.
+
+    Args:
+        snapshot: at least two particles.
+        repeats: splits to average over.
+        seed: of the splits.
+
+    Raises:
+        EmptyDataError: if there are fewer than two particles.
+    """
+    check_positive_int(repeats, "repeats")
+    if len(snapshot) < 2:
+        raise EmptyDataError("a snapshot of one particle has no halves", got=len(snapshot))
+    generator = torch.Generator(snapshot.sample.device).manual_seed(seed)
+    parts = []
+    for _ in range(repeats):
+        order = torch.randperm(len(snapshot), generator=generator, device=snapshot.sample.device)
+        first, second = order[: len(order) // 2], order[len(order) // 2 :]
+        half = Snapshot(
+            snapshot.time, snapshot.sample[second], snapshot.weights[second] / snapshot.weights[second].sum()
+        )
+        parts.append(score(snapshot.sample[first], half))
+    mean = {name: sum(getattr(p, name) for p in parts) / repeats for name in ("w1", "w2", "mmd")}
+    return Score(snapshot.time, mean["w1"], mean["w2"], mean["mmd"], len(snapshot))
+
+
+def leave_one_out(
+    snapshots: Snapshots,
+    methods: Mapping[str, Any],
+    indices: Sequence[int] | None = None,
+    metric: str = "w2",
+    num_samples: int = 1000,
+    progress: bool = False,
+    **options: Any,
+) -> HeldOut:
+    """Hold out one inner snapshot after the other, fit every method to the rest, and score it on what it didn't see.
+
+    Args:
+        snapshots: all of them.
+        methods: by name: a family (a :class:`DriftFamily`, module, or Pyro model) that is refined with ``options``; None for the
+            Brownian bridge; or a function of the training snapshots that returns a law with ``marginal(t)``. A function of one
+            argument is told from a Pyro model, which has none.
+        indices: which snapshots to hold out; all but the first and the last if None.
+        metric: ``"w1"``, ``"w2"`` or ``"mmd"``: what ``best`` goes by.
+        num_samples: drawn from each law.
+        progress: show a bar.
+        options: arguments of :func:`stochdyn.bridges.refine`, such as ``diffusion``.
+
+    Raises:
+        InvalidInputError: if there is nothing to hold out, or the first or last snapshot should be.
+        EmptyDataError: if there are no methods.
+
+    Example:
+        >>> clouds = [torch.linspace(-1, 1, 9)[:, None] + i for i in range(4)]
+        >>> held = leave_one_out(Snapshots([0.0, 1.0, 2.0, 3.0], clouds), {"none": None}, diffusion=0.3)
+        >>> held.best, len(held.scores["none"])
+        ('none', 2)
+    """
+    from tqdm.auto import tqdm
+
+    check_nonempty(list(methods), "methods")
+    if metric not in ("w1", "w2", "mmd"):
+        raise InvalidInputError("metric is unknown", got=repr(metric), expected="'w1' | 'w2' | 'mmd'")
+    chosen = list(range(1, len(snapshots) - 1)) if indices is None else [i % len(snapshots) for i in indices]
+    if not chosen or any(i in (0, len(snapshots) - 1) for i in chosen):
+        raise InvalidInputError(
+            "only snapshots between others can be held out",
+            got=chosen if chosen else f"{len(snapshots)} snapshots",
+            hint="forecast scores the last one",
+        )
+    scores: dict[str, list[Score]] = {name: [] for name in methods}
+    with tqdm(total=len(chosen) * len(methods), disable=not progress, desc="held out") as bar:
+        for i in chosen:
+            train, (held,) = snapshots.hold_out(i)
+            for name, method in methods.items():
+                law = _fit(method, train, options)
+                scores[name].append(score(law, held, num_samples))
+                bar.update()
+    means = {name: sum(getattr(s, metric) for s in own) / len(own) for name, own in scores.items()}
+    best = min(means, key=lambda name: means[name])
+    return HeldOut(scores, [sampling_floor(snapshots[i]) for i in chosen], best, metric)
+
+
+def _fit(method: Any, train: Snapshots, options: dict[str, Any]) -> HasMarginals:
+    from stochdyn.bridges.bridge import SchrodingerBridge
+    from stochdyn.bridges.families import DriftFamily
+    from stochdyn.bridges.pyro_family import required_arguments
+    from stochdyn.bridges.refine import refine
+
+    if method is None:
+        kept = {k: v for k, v in options.items() if k in ("diffusion", "step")}
+        return SchrodingerBridge(train, None, **kept).solve()
+    is_module = isinstance(method, DriftFamily | torch.nn.Module)
+    if callable(method) and not is_module and required_arguments(method) == 1:
+        fitted: Callable[[Snapshots], Any] = method
+        law = fitted(train)
+        return getattr(law, "measure", law)
+    return refine(train, method, **options).measure
+
+
+def forecast(
+    fit: Any,
+    ts: Tensor,
+    n: int = 1000,
+    generator: torch.Generator | None = None,
+    posterior: Any = None,
+    step: float | None = None,
+) -> PathSample:
+    """Run the refined reference on from the last snapshot, for times that no snapshot has seen.
+
+    Args:
+        fit: what :func:`stochdyn.bridges.refine` returned.
+        ts: ``(T,)`` times, the first not before the last snapshot.
+        n: number of trajectories.
+        generator: source of randomness.
+        posterior: a container from ``fit.posterior``: each trajectory then has parameters of its own, drawn from it, so that the
+            forecast carries their uncertainty.
+        step: of the simulation, at most; the step of the fit if None.
+
+    Returns:
+        Paths ``(n, T, d)``, with the increments since each time before (those of the first time, if it is past the last
+        snapshot, aren't kept).
+
+    Raises:
+        TimeGridError: if a time lies before the last snapshot.
+    """
+    check_time_grid(ts, min_points=1)
+    check_positive_int(n, "n")
+    last = fit.snapshots[len(fit.snapshots) - 1]
+    if float(ts[0]) < last.time - 1e-9:
+        raise TimeGridError(
+            "a forecast starts at the last snapshot", got=float(ts[0]), expected=f">= {last.time:g}"
+        )
+    step = float(fit.measure.step) if step is None else step
+    check_positive(step, "step")
+    grid, places = _refined(last.time, ts.double(), step)
+    start = last.draw(n, generator)
+    if posterior is None:
+        law = DiffusionMeasure(start, fit.reference.sde)
+        path = law.sample(grid.to(start.device), generator=generator)
+        return _thin(path, places, ts)
+    from stochdyn.bridges.uncertainty import families_of
+
+    families = families_of(fit, posterior, min(n, 200), generator)
+    parts = []
+    for own, family in zip(start.tensor_split(len(families)), families, strict=True):
+        law = DiffusionMeasure(own, SDE(family, fit.reference.sde.diffusion(ts[0].to(own), own)))
+        parts.append(_thin(law.sample(grid.to(own.device), generator=generator), places, ts))
+    return PathSample(
+        ts, torch.cat([p.x for p in parts]), torch.cat([p.dw for p in parts]), {}, fit.reference
+    )
+
+
+def _refined(start: float, ts: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """A grid from ``start`` through all ``ts`` with steps of at most ``step``, and where ``ts`` are on it."""
+    knots = torch.cat((ts.new_tensor([start]), ts)) if float(ts[0]) > start + 1e-12 else ts
+    pieces = [knots[:1]]
+    for a, b in zip(knots[:-1].tolist(), knots[1:].tolist(), strict=True):
+        count = max(1, math.ceil((b - a) / step - 1e-9))
+        pieces.append(torch.linspace(a, b, count + 1, dtype=torch.float64)[1:])
+    grid = torch.cat(pieces)
+    if len(grid) == 1:  # only the last snapshot's own time was asked for
+        grid = torch.cat((grid, grid + step))
+    return grid, (grid[:, None] - ts).abs().argmin(0)
+
+
+def _thin(path: PathSample, places: Tensor, ts: Tensor) -> PathSample:
+    total = torch.cat((torch.zeros_like(path.dw[..., :1, :]), path.dw.cumsum(-2)), -2)
+    dw = total[..., places, :].diff(dim=-2)
+    return PathSample(ts, path.x[..., places, :], dw, {}, path.law)
