@@ -105,6 +105,7 @@ def test_the_bootstrap_is_as_wide_as_estimates_scatter(fit):
     assert idata.attrs["refit"] == "linear"
 
 
+@pytest.mark.slow
 def test_full_refits_agree_with_the_response(fit):
     full = bootstrap(fit, 10, seed=2, refit="full", outer=6, nodes=5000)
     linear = bootstrap(fit, 200, seed=2)
