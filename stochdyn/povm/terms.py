@@ -89,6 +89,8 @@ def parse_terms(terms: Iterable[Any], num_sites: int, dim: int, kind: str) -> li
             )
         coefficient, operator, sites = entry
         groups = _site_groups(sites, num_sites, name)
+        if not groups:  # an empty list of bonds, say
+            continue
         matrix = as_operator(operator, dim, len(groups[0]), f"the operator of {name}")
         if kind == "hamiltonian":
             _check_hermitian(matrix, name)
@@ -114,7 +116,7 @@ def _site_groups(sites: Any, num_sites: int, name: str) -> list[tuple[int, ...]]
     else:
         groups = [sites]
     if not groups:
-        raise LindbladianError(f"{name} has no sites")
+        return []
     out: list[tuple[int, ...]] = []
     for group in groups:
         where = tuple(group) if isinstance(group, (tuple, list)) else (group,)

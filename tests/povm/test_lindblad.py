@@ -256,6 +256,11 @@ def test_graphs() -> None:
     assert Lindbladian(3, [(1.0, "ZZ", ring(3)), (1.0, "XX", (1, 0))]).bonds == [(0, 1), (1, 2), (0, 2)]
 
 
+def test_an_empty_list_of_bonds_is_no_term() -> None:
+    model = Lindbladian(1, [(0.5, "ZZ", []), (1.0, "X", "all")])
+    assert [term.sites for term in model.terms] == [(0,)]
+
+
 H = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
 BAD = {
     "a non-Hermitian term": (lambda: Lindbladian(2, [(1.0, H, 0)]), LindbladianError, "term 0 isn't Hermitian"),
