@@ -25,8 +25,8 @@ RESULTS = Path(__file__).parent / "results"
 PARTS = {
     "speed": ("speed", 1, 0),
     "coupling": ("speed", 1, 0),
-    "transport": ("transport", 5, 2000),
-    "sampling": ("sampling", 2, 2000),
+    "transport": ("transport", 5, 1200),
+    "sampling": ("sampling", 2, 1200),
     "mixture": ("densities", 1, 4000),
     "checkerboard": ("densities", 1, 4000),
 }

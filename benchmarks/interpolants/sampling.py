@@ -26,7 +26,7 @@ RUNS = (
 
 def measure(smoke: bool, seeds: int, steps: int) -> dict[str, Any]:
     """Train one flow a pair of laws and seed, and sample it in several ways from the same starts."""
-    pool, test = (1000, 200) if smoke else (50_000, 2000)
+    pool, test = (1000, 200) if smoke else (50_000, 1500)
     rows = []
     for source, target in CASES:
         for seed in range(seeds):

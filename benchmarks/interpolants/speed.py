@@ -79,7 +79,7 @@ def their_step(name: str, options: dict[str, Any]) -> Step:
 def measure_speed(smoke: bool, seeds: int, steps: int) -> dict[str, Any]:
     """Time blocks of steps in turn, and take the least processor time of each."""
     rows = []
-    for size in (256,) if smoke else (256, 512):
+    for size in (256,):
         for coupling, name, options, ours, reuse, target in CASES:
             block = 8 if smoke else (80 if coupling == "independent" else 24)
             repeats = 1 if smoke else 7

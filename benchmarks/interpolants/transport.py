@@ -96,7 +96,7 @@ def _evaluate(net: nn.Module, x0: Tensor, x1: Tensor, squared_distance: float) -
 
 def measure(smoke: bool, seeds: int, steps: int, methods: tuple[str, ...] = METHODS) -> dict[str, Any]:
     """Train and evaluate every method on every pair of laws."""
-    pool, test = (1000, 200) if smoke else (50_000, 2000)
+    pool, test = (1000, 200) if smoke else (50_000, 1500)
     rows: list[dict[str, Any]] = []
     squares = {}
     for source, target in CASES:

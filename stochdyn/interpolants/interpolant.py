@@ -125,7 +125,7 @@ class Interpolant(nn.Module):
             raise InvalidInputError("correction must be callable", got=type(correction).__name__)
         self.correction = correction
         # the commonest path in the fewest operations: small networks train no faster than this is evaluated
-        self._straight = (
+        self.straight = (
             isinstance(self.alpha, Remaining) and isinstance(self.beta, Linear) and correction is None
         )
         self._check_ends()
@@ -165,7 +165,7 @@ class Interpolant(nn.Module):
     def mean(self, t: Tensor | float, x0: Tensor, x1: Tensor) -> Tensor:
         r"""Return :math:`I(t,x_0,x_1)`, the path without its latent, ``(..., d)``."""
         time = as_time(t, x1)
-        if self._straight:
+        if self.straight:
             return torch.lerp(x0, x1, time)
         mixed = self.beta.value(time) * x1
         if self.kind != "mirror":
@@ -176,7 +176,7 @@ class Interpolant(nn.Module):
 
     def mean_derivative(self, t: Tensor | float, x0: Tensor, x1: Tensor) -> Tensor:
         r"""Return :math:`\partial_tI(t,x_0,x_1)`, ``(..., d)``."""
-        if self._straight:
+        if self.straight:
             return x1 - x0
         time = as_time(t, x1)
         slope = self.beta.derivative(time) * x1

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stochdyn._checks import check_choice, check_positive_int, check_same_device, check_same_dtype
@@ -33,7 +34,8 @@ class InterpolantRegression(Objective):
 
     with :math:`y_f` the random variable whose conditional mean is the field: :math:`\dot x_t` for the velocity,
     :math:`\partial_tI` for v, :math:`-z/\gamma` for the score, :math:`z` for the denoiser, :math:`x_0` and :math:`x_1` for the
-    means of the ends. The loss exceeds its minimum by half the mean squared error of the field, and may be negative.
+    means of the ends. The loss exceeds its minimum by half the mean squared error of the field, and may be negative. (Where the
+    path has no latent, :math:`\tfrac12|\hat f-y_f|^2` takes the place of the bracket, which differs by a constant.)
 
     One field determines all others on one-sided and mirror paths, two do on others; with a velocity alone the model has a
     probability flow, but no score.
@@ -138,6 +140,15 @@ class InterpolantRegression(Objective):
                 self.weights.setdefault(name, interpolant.alpha.square)
         self.condition_dropout = condition_dropout
         self.antithetic = self._signs(antithetic)
+        # without a latent the targets are bounded, and the loss can be the mean square itself
+        self._bounded = not interpolant.has_latent
+        self._shortest = (
+            self._bounded
+            and interpolant.straight
+            and not self.weights
+            and tuple(networks) in (("velocity",), ("v",))
+        )
+        self._ranks: Tensor | None = None
         self._kept: tuple[Tensor, ...] | None = None
         self._uses = 0
 
@@ -161,6 +172,11 @@ class InterpolantRegression(Objective):
         x0, x1, condition = self.pairs(batch)
         n = x1.shape[0]
         t = self._times(n, x1)
+        if self._shortest:
+            name = self.fields.names[0]
+            value = self.fields.call(name, t, torch.lerp(x0, x1, t), self._drop(condition, n))
+            loss = F.mse_loss(value, x1 - x0) * (0.5 * x1.shape[-1])
+            return ObjectiveValue(loss, {name: loss.detach()}, "surrogate")
         z = torch.randn_like(x1) if self.interpolant.has_latent else None
         condition = self._drop(condition, n)
         losses = self._losses(t, x0, x1, z, condition)
@@ -185,6 +201,9 @@ class InterpolantRegression(Objective):
             target = it.target(name, t, x0, x1, z)
             if self.antithetic and z is not None:
                 target = torch.cat([target, it.target(name, t, x0, x1, -z)])
+            if self._bounded and name not in self.weights:
+                losses[name] = F.mse_loss(value, target) * (0.5 * value.shape[-1])
+                continue
             loss = (value * (0.5 * value - target)).sum(-1, keepdim=True)
             if name in self.weights:
                 loss = loss * self.weights[name](t2)
@@ -229,7 +248,15 @@ class InterpolantRegression(Objective):
             x0 = self._draw_starts(x1)
         else:
             x0 = given
-        check_pair(x0, x1)
+        alike = isinstance(x0, Tensor) and isinstance(x1, Tensor) and x0.shape == x1.shape
+        if not (
+            alike
+            and x0.dtype == x1.dtype
+            and x0.device == x1.device
+            and x1.is_floating_point()
+            and x1.numel()
+        ):
+            check_pair(x0, x1)
         if x1.ndim != 2:
             raise ShapeError("a batch is (n, d)", got=f"shape {tuple(x1.shape)}")
         if isinstance(condition, Tensor) and condition.shape[:1] != x1.shape[:1]:
@@ -255,10 +282,17 @@ class InterpolantRegression(Objective):
             t = torch.rand(n, 1, dtype=like.dtype, device=like.device)
         else:
             # row i of a batch may sit in any stratum: one common shift keeps every time uniform
+            ranks = self._ranks
+            if (
+                ranks is None
+                or ranks.shape[0] != n
+                or ranks.dtype != like.dtype
+                or ranks.device != like.device
+            ):
+                self._ranks = ranks = torch.arange(n, dtype=like.dtype, device=like.device).unsqueeze(1)
             u = torch.rand(n + 1, 1, dtype=like.dtype, device=like.device)
-            ranks = torch.arange(n, dtype=like.dtype, device=like.device).unsqueeze(1)
             t = torch.add(u[n], u[:n] + ranks, alpha=1.0 / n).remainder_(1.0)
-        return t.clamp_(self.time_margin, 1 - self.time_margin)
+        return t if self._shortest else t.clamp_(self.time_margin, 1 - self.time_margin)
 
     def _drop(self, condition: Any, n: int) -> Any:
         if condition is None or not self.condition_dropout:
