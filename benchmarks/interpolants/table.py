@@ -1,0 +1,185 @@
+"""Turn the JSON files of ``run.py`` into the tables of the documentation; parts that weren't measured are left out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+TABLE = ROOT / "docs" / "generated" / "interpolants_benchmarks.md"
+
+
+def _rows(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(r) + " |" for r in (header, ["---"] * len(header), *rows)]
+
+
+def _mean(values: list[float]) -> str:
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    return f"{mean:.3f} ± {spread:.3f}"
+
+
+def speed(report: dict[str, Any]) -> list[str]:
+    """Training steps a second."""
+    rows = []
+    for r in report["rows"]:
+        ours, theirs = r["steps a second"]["stochdyn"], r["steps a second"]["TorchCFM"]
+        target = "" if r["target"] is None else f"{r['target']:g}"
+        rows.append(
+            [r["coupling"], str(r["reuse"]), f"{ours:.0f}", f"{theirs:.0f}", f"{r['ratio']:.2f}", target]
+        )
+    lead = (
+        f"Training steps a second at batch {report['rows'][0]['batch']}, {report['task']}, {report['network']}; the least "
+        "processor time of interleaved blocks. *Steps a plan* says how many steps one coupling serves, each with fresh times and "
+        "latents; TorchCFM makes a plan for every step."
+    )
+    return [lead, "", *_rows(["coupling", "steps a plan", "stochdyn", "TorchCFM", "ratio", "target"], rows)]
+
+
+def coupling(report: dict[str, Any]) -> list[str]:
+    """What entropic plans are worth."""
+    rows = []
+    for r in report["rows"]:
+        for who in ("stochdyn", "TorchCFM"):
+            v = r[who]
+            mean = ", ".join(f"{x:.2f}" for x in v["target mean"])
+            rows.append([
+                f"{r['sigma']:g}", who, f"{v['marginal error']:.1e}", str(v["distinct sources"]),
+                str(v["distinct targets"]), f"({mean})", f"{1e3 * v['seconds']:.0f}",
+            ])  # fmt: skip
+    true = ", ".join(f"{x:.2f}" for x in report["rows"][0]["true mean"])
+    lead = (
+        f"One batch of {report['batch']} coupled entropically at diffusion σ, {report['task']}: largest L1 error of a marginal, how "
+        f"many distinct points are used, and the mean of the drawn targets (of the batch: ({true}))."
+    )
+    header = ["σ", "library", "marginal error", "sources", "targets", "mean of targets", "ms"]
+    return [lead, "", *_rows(header, rows)]
+
+
+def transport(report: dict[str, Any]) -> list[str]:
+    """Distance to the target and straightness."""
+    cells: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    floors = {}
+    for r in report["rows"]:
+        pair = (r["source"], r["target"])
+        if "floor" in r:
+            floors[pair] = r["floor"]
+            continue
+        for key in ("W2", "NPE", "seconds"):
+            cells[pair][r["method"]][key].append(r[key])
+    rows = []
+    for pair, methods in cells.items():
+        for method, values in methods.items():
+            rows.append([
+                f"{pair[0]} → {pair[1]}", method, _mean(values["W2"]), f"{floors[pair]:.3f}", _mean(values["NPE"]),
+                f"{sum(values['seconds']) / len(values['seconds']):.1f}",
+            ])  # fmt: skip
+    lead = (
+        f"Flows after {report['steps']} steps at batch {report['batch']}, {report['seeds']} seeds, the same network, learning rates "
+        f"and averaging for all; W2 to {report['test points']} held-out points (mean ± standard deviation over seeds; the floor is "
+        "the distance of two such samples of the target itself), and normalised path energy "
+        "NPE = |∫E|v|² − W2²| / W2² of the two laws. Seconds are processor time of the training."
+    )
+    return [lead, "", *_rows(["laws", "method", "W2", "floor", "NPE", "s"], rows)]
+
+
+def sampling(report: dict[str, Any]) -> list[str]:
+    """Evaluations and distance."""
+    cells: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+    base: dict[tuple[str, str, int], float] = {}
+    for r in report["rows"]:
+        if r["method"] == "euler":
+            base[r["source"], r["target"], r["seed"]] = r["W2"]
+    worst: dict[tuple[str, int, int], float] = defaultdict(float)
+    for r in report["rows"]:
+        key = (r["method"], r["steps"], r["evaluations"])
+        ratio = r["W2"] / base[r["source"], r["target"], r["seed"]]
+        cells[key].append(ratio)
+        worst[key] = max(worst[key], ratio)
+    rows = [
+        [k[0], str(k[1]), str(k[2]), f"{sum(v) / len(v):.3f}", f"{worst[k]:.3f}"] for k, v in cells.items()
+    ]
+    lead = "W2 to the target relative to Euler's method with 100 steps, over all pairs of laws and seeds of the table above."
+    return [lead, "", *_rows(["method", "steps", "evaluations", "W2 ratio, mean", "worst"], rows)]
+
+
+def mixture(report: dict[str, Any]) -> list[str]:
+    """The mixture in 128 dimensions."""
+    rows = []
+    for r in report["rows"]:
+        exact = f"{r['KL']:.2f} ± {r['stderr']:.2f}" if "KL" in r else ""
+        bound = f"{r['girsanov bound']:.1f}" if r.get("girsanov bound") else ""
+        rows.append([r["fields"], r["epsilon"], exact, bound, f"{r['kernel KL']:.4f}"])
+    lead = (
+        f"Five modes in {report['dim']} dimensions, {report['steps']} training steps at batch {report['batch']} (networks "
+        f"{report['network']}): KL(ρ₁‖model) in nats by the density of the flow, or of the Euler-Maruyama scheme from "
+        f"{report['paths']} weighted paths a point (an upper estimate); Girsanov's bound with the true fields; and the paper's metric, a "
+        f"divergence of kernel densities of two coordinates of {report['draws']} draws. *exact*: the same with the true fields, "
+        "which is the floor of each metric."
+    )
+    return [lead, "", *_rows(["fields", "ε", "KL", "Girsanov", "kernel KL"], rows)]
+
+
+def checkerboard(report: dict[str, Any]) -> list[str]:
+    """The checkerboard."""
+    rows = [
+        [r["gamma"], r["fields"], r["epsilon"], f"{r['KL']:.3f} ± {r['stderr']:.3f}"] for r in report["rows"]
+    ]
+    lead = (
+        f"Checkerboard, {report['steps']} training steps at batch {report['batch']} (networks {report['network']}): KL(ρ₁‖model) by "
+        f"exact density of the flow (ε = 0), or of the Euler-Maruyama scheme with {report['grid']} steps from {report['paths']} weighted "
+        "paths a point (an upper estimate). *exact*: the same with the true fields."
+    )
+    return [lead, "", *_rows(["latent", "fields", "ε", "KL"], rows)]
+
+
+PARTS = {
+    "speed": speed,
+    "coupling": coupling,
+    "transport": transport,
+    "sampling": sampling,
+    "mixture": mixture,
+    "checkerboard": checkerboard,
+}
+
+
+def render(reports: dict[str, dict[str, Any]]) -> str:
+    """Return the Markdown of all reports that there are."""
+    lines: list[str] = []
+    for name, function in PARTS.items():
+        if name in reports:
+            lines += [*function(reports[name]), ""]
+    machine = next(iter(reports.values()))["machine"]
+    lines.append(
+        f"Measured on {machine['cores']} cores shared with other work ({machine['processor']}), {machine['threads']} thread, torch "
+        f"{machine['torch']}, torchcfm {machine['torchcfm']}, POT {machine['POT']}, Python {machine['python']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def read(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Return the reports in a folder by part."""
+    files = {name: folder / f"{name}.json" for name in PARTS}
+    return {name: json.loads(f.read_text(encoding="utf-8")) for name, f in files.items() if f.exists()}
+
+
+def main() -> None:
+    """Write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=TABLE)
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(render(read(options.results)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
