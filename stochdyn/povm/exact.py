@@ -76,7 +76,7 @@ def evolve(
         model: with its parameters bound.
         state: name or state of one site, taken for all; a list with one a site; or a state of the lattice.
         times: increasing, the first being that of the initial state.
-        observables: see :func:`stochdyn.povm.observable`; a name on two sites is averaged over the bonds of the model.
+        observables: see :func:`~stochdyn.povm.observables.observable`; a name on two sites is averaged over the bonds of the model.
         backend: ``"qutip"``, ``"matrix"`` (our own, by scipy), or ``"auto"``: QuTiP where it is installed.
         rtol: relative tolerance of the integration.
         atol: absolute tolerance.
@@ -137,7 +137,7 @@ def steady_state(
 
     Args:
         model: constant in time.
-        observables: see :func:`stochdyn.povm.observable`.
+        observables: see :func:`~stochdyn.povm.observables.observable`.
         tolerance: on the largest element of the rate of change.
         max_time: end of the evolution.
 

@@ -46,7 +46,7 @@ class RecordModel(PyroModule):
     Args:
         model: with named parameters, constant in time.
         povm: the frame of all sites, or one a site.
-        state: at time 0, as for :func:`stochdyn.povm.exact.evolve`.
+        state: at time 0, as for :func:`~stochdyn.povm.exact.evolve`.
         times: of the measurements.
         priors: Pyro distributions by name of parameter, such as ``{"g": LogNormal(0.0, 1.0)}``.
 
@@ -114,7 +114,7 @@ def infer_parameters(
         records: what was measured.
         model: a small lattice with named parameters, constant in time.
         povm: the frame that was measured with.
-        state: at time 0, as for :func:`stochdyn.povm.exact.evolve`.
+        state: at time 0, as for :func:`~stochdyn.povm.exact.evolve`.
         priors: Pyro distributions by name of parameter; rates need positive ones.
         method: ``"svi"``, with a correlated and skewed guide on the unconstrained scale, or ``"nuts"``.
         steps: of stochastic optimisation, ``"svi"``.

@@ -34,9 +34,9 @@ class Lindbladian:
     * **coefficient** (of a jump: its rate): a number; a function of time; the name of a parameter to be bound
       later, ``"g"`` or ``"0.5*g"``; or a list, one for each place. A tensor that requires a gradient keeps it.
     * **operator**: a name (``"X"``, ``"ZZ"``, ``"sigma-"``, ``"sigma+ sigma-"``; see
-      :func:`stochdyn.povm.named_operator`), a matrix, a ``Qobj``, or a list of these, one a site.
+      :func:`~stochdyn.povm.operators.named_operator`), a matrix, a ``Qobj``, or a list of these, one a site.
     * **sites**: a number or a tuple is one place; a list of them repeats the term at many, such as the bonds
-      that :func:`stochdyn.povm.ring` gives; ``"all"`` is every site.
+      that :func:`~stochdyn.povm.graphs.ring` gives; ``"all"`` is every site.
 
     Args:
         num_sites: ``N``.
@@ -69,7 +69,7 @@ class Lindbladian:
     def from_qutip(cls, terms: Any, jumps: Iterable[Any] = (), num_sites: int | None = None) -> Lindbladian:
         """Return a Lindbladian from QuTiP's local terms, or from a Hamiltonian and collapse operators of the whole lattice.
 
-        See :func:`stochdyn.povm.qutip_operators.from_qutip`.
+        See :func:`~stochdyn.povm.qutip_operators.from_qutip`.
         """
         from stochdyn.povm.qutip_operators import from_qutip
 

@@ -91,7 +91,7 @@ def evolve(
         model: with its parameters bound.
         state: name or state of one site, taken for all, or a list with one a site.
         times: increasing, the first being that of the initial state.
-        observables: see :func:`stochdyn.povm.observable`; a name on two sites is averaged over the bonds of the model.
+        observables: see :func:`~stochdyn.povm.observables.observable`; a name on two sites is averaged over the bonds of the model.
         povm: the frame in which probabilities are kept, of no influence on the means.
         rtol: relative tolerance of the integration.
         atol: absolute tolerance.

@@ -48,7 +48,7 @@ def initial_probabilities(povm: Frame | SiteFrames, state: Any, num_sites: int) 
 
     Args:
         povm: the frame of all sites, or one a site.
-        state: as for :func:`stochdyn.povm.exact.evolve`.
+        state: as for :func:`~stochdyn.povm.exact.evolve`.
         num_sites: ``N``.
     """
     check_outcomes(povm.num_outcomes, num_sites)
@@ -88,7 +88,7 @@ def propagate(
     Args:
         model: with its parameters bound.
         povm: the frame of all sites, or one a site.
-        state: as for :func:`stochdyn.povm.exact.evolve`, or the probabilities ``(K**N,)`` at the first time.
+        state: as for :func:`~stochdyn.povm.exact.evolve`, or the probabilities ``(K**N,)`` at the first time.
         times: increasing, the first being that of the initial state.
         rtol: relative tolerance, if coefficients depend on time.
         atol: absolute tolerance.

@@ -37,7 +37,7 @@ class Propagator(nn.Module):
         model: with named parameters, constant in time.
         povm: the frame of all sites, or one a site. Imperfect detectors are frames too: with a confusion matrix
             ``C`` the effects are ``torch.einsum("ab,bij->aij", C.to(torch.complex128), frame.effects)``.
-        state: at time 0, as for :func:`stochdyn.povm.exact.evolve`.
+        state: at time 0, as for :func:`~stochdyn.povm.exact.evolve`.
         times: increasing, from zero on.
 
     Attributes:

@@ -32,7 +32,7 @@ def from_qutip(terms: Any, jumps: Iterable[Any] = (), num_sites: int | None = No
         num_sites: by default one more than the largest site named.
 
     Raises:
-        LindbladianError: as for :class:`stochdyn.povm.Lindbladian`; if operators differ in their levels; or if a part of a
+        LindbladianError: as for :class:`~stochdyn.povm.lindblad.Lindbladian`; if operators differ in their levels; or if a part of a
             whole-lattice operator acts on over five sites.
 
     Example:

@@ -194,13 +194,13 @@ def simulate_records(
     Args:
         model: with its parameters bound; small, since all probabilities are propagated exactly.
         povm: the frame of all sites, or one a site.
-        state: at time 0, as for :func:`stochdyn.povm.exact.evolve`.
+        state: at time 0, as for :func:`~stochdyn.povm.exact.evolve`.
         times: increasing, from zero on.
         num_records: at each time.
         generator: of the outcomes.
 
     Raises:
-        TimeGridError, SystemSizeError: as for :func:`stochdyn.povm.exact.propagate`.
+        TimeGridError, SystemSizeError: as for :func:`~stochdyn.povm.exact.propagate`.
 
     Example:
         >>> from stochdyn.povm import Tetrahedral, systems

@@ -104,7 +104,7 @@ def dephasing_ising(
 
 
 def build(system: str, num_sites: int, **parameters: Any) -> Lindbladian:
-    """Return the Lindbladian of a system of :func:`stochdyn.datasets.open_systems`.
+    """Return the Lindbladian of a system of :func:`~stochdyn.datasets.open_systems.open_systems`.
 
     Raises:
         InvalidInputError: if the system is unknown.
@@ -136,7 +136,7 @@ def reference(
     """Return a system together with its exact observables.
 
     Args:
-        system: see :class:`stochdyn.datasets.OpenSystem`.
+        system: see :class:`~stochdyn.datasets.open_systems.OpenSystem`.
         num_sites: ``N``.
         steady: the steady state rather than the evolution.
         which: initial state or parameters, where several are on file; the first that fits is returned.

@@ -69,7 +69,7 @@ def parse_terms(terms: Iterable[Any], num_sites: int, dim: int, kind: str) -> li
     """Return the terms of a list of ``(coefficient, operator, sites)``.
 
     Args:
-        terms: see :class:`stochdyn.povm.Lindbladian`.
+        terms: see :class:`~stochdyn.povm.lindblad.Lindbladian`.
         num_sites: of the lattice.
         dim: levels of a site.
         kind: ``"hamiltonian"`` or ``"jump"``.

@@ -141,7 +141,7 @@ def evolve(
         model: its parameters bound, constant in time, with at least one jump.
         state: name or state of one site, taken for all, or a list with one a site.
         times: increasing, the first being that of the initial state.
-        observables: see :func:`stochdyn.povm.observable`.
+        observables: see :func:`~stochdyn.povm.observables.observable`.
         num_trajectories: how many.
         step: largest step of Euler's method.
         generator: of the noise and of mixed initial states.
