@@ -155,14 +155,23 @@ class SpectralKernel(FeatureKernel):
 
     def spectral_weights(self) -> Tensor:
         """See :meth:`FeatureKernel.spectral_weights`."""
-        kappa: Tensor = torch.as_tensor(self.lengthscale).reshape(())
-        nu = self.nu
-        if not isinstance(nu, Tensor) and math.isinf(nu):
-            log_weight = -0.5 * kappa**2 * self.eigenvalues
+        return self.weights_at()
+
+    def weights_at(
+        self, lengthscale: Tensor | float | None = None, nu: Tensor | float | None = None
+    ) -> Tensor:
+        """Return the weights ``(*batch, k)`` at given hyper-parameters ``(*batch)``; the kernel's own where None."""
+        own = torch.as_tensor(self.lengthscale).reshape(()) if lengthscale is None else lengthscale
+        values = self.eigenvalues
+        kappa = torch.as_tensor(own, dtype=values.dtype, device=values.device)[..., None]
+        smooth = self.nu if nu is None else nu
+        if not isinstance(smooth, Tensor) and math.isinf(smooth):
+            log_weight = -0.5 * kappa**2 * values
         else:
-            log_weight = -nu * torch.log(2.0 * nu / kappa**2 + self.eigenvalues)
-        weight = torch.exp(log_weight - log_weight.max())
-        return self._repeat(weight / (weight * self.power).sum())
+            power = torch.as_tensor(smooth, dtype=values.dtype, device=values.device)[..., None]
+            log_weight = -power * torch.log(2.0 * power / kappa**2 + values)
+        weight = torch.exp(log_weight - log_weight.max(-1, keepdim=True).values)
+        return self._repeat(weight / (weight * self.power).sum(-1, keepdim=True))
 
     def _repeat(self, weight: Tensor) -> Tensor:
         """Spread the weights of eigenvalues over features that share them."""
@@ -266,4 +275,4 @@ class ProjectedMatern(SpectralKernel):
         return torch.einsum("qda,qk->qadk", sites.frames, waves).flatten(2)
 
     def _repeat(self, weight: Tensor) -> Tensor:
-        return weight.repeat(self.cloud.ambient_dim)
+        return torch.cat([weight] * self.cloud.ambient_dim, -1)

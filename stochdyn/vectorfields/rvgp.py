@@ -11,16 +11,20 @@ from gpytorch.kernels import Kernel
 from torch import Tensor
 
 from stochdyn._checks import check_choice, check_finite, check_positive, check_positive_int
+from stochdyn.core.sde import SDE
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, UnavailableError
 from stochdyn.vectorfields._input import as_float_tensor, as_vectors
 from stochdyn.vectorfields.ambient import AmbientKernel
 from stochdyn.vectorfields.cloud import PointCloud
-from stochdyn.vectorfields.engines import DenseEngine, Engine, Observations, SpectralEngine, feature_terms
+from stochdyn.vectorfields.engines import Engine, Observations
 from stochdyn.vectorfields.kernels import ConnectionMatern, ProjectedMatern
+from stochdyn.vectorfields.paths import path_observations, quadratic_variation
+from stochdyn.vectorfields.selection import Choice, choose, make_engine
+from stochdyn.vectorfields.surface import TangentDiffusion, TangentDrift
 
 __all__ = ["RVGP"]
 
-_NAMES = ("connection", "projected", "ambient")
+_NAMES = ("connection", "projected", "ambient", "auto")
 #: Normal components above this share of the square of the data deserve a warning.
 _LOST = 0.05
 
@@ -35,12 +39,15 @@ class RVGP:
     Args:
         cloud: the points.
         kernel: ``"connection"`` (:class:`ConnectionMatern`), ``"projected"`` (:class:`ProjectedMatern`), ``"ambient"``
-            (:class:`AmbientKernel`), or any gpytorch kernel of rows, sums and products included.
-        backend: ``"spectral"``: in feature space (kernels without features get a dense covariance).
+            (:class:`AmbientKernel`), any gpytorch kernel of rows, sums and products included, or ``"auto"``: of these and, on
+            spheres, the divergence-free and the Hodge-compositional kernel, the one with the highest evidence.
+        backend: ``"spectral"``: in feature space (kernels without features get a dense covariance); ``"precision"``: the
+            connection Matérn kernel with all its modes, by sparse algebra.
         num_eigenpairs: modes for the named kernels.
-        nu: their smoothness.
+        nu: their smoothness; by default 3/2, and 2 for the precision backend, where it must be whole.
 
     Attributes:
+        candidates: for ``"auto"``, the evidence of every kernel tried, best first; ``chosen`` names the best.
         lost_share: the share of the square of the data that was normal to the tangent spaces, and dropped.
 
     Raises:
@@ -66,23 +73,46 @@ class RVGP:
         backend: str = "spectral",
         *,
         num_eigenpairs: int | None = None,
-        nu: float = 1.5,
+        nu: float | None = None,
     ) -> None:
         if not isinstance(cloud, PointCloud):
             raise InvalidInputError("cloud must be a PointCloud", got=type(cloud).__name__)
-        check_choice(backend, ("spectral",), "backend")
+        check_choice(backend, ("spectral", "precision"), "backend")
         if isinstance(kernel, str):
             check_choice(kernel, _NAMES, "kernel")
         elif not isinstance(kernel, Kernel):
             raise InvalidInputError("kernel must be a name or a gpytorch kernel", got=type(kernel).__name__)
         self.cloud = cloud
         self.backend = backend
-        made = _named(cloud, kernel, num_eigenpairs, nu) if isinstance(kernel, str) else kernel
-        self.kernel: Kernel = made.double().to(cloud.device)
+        self.kernel: Kernel | None = None
+        self.nu = nu
+        self._auto = isinstance(kernel, str) and kernel == "auto"
+        self.candidates: list[Choice] = []
+        self.chosen = kernel if isinstance(kernel, str) else type(kernel).__name__
+        if self._auto:
+            pass
+        elif backend == "precision":
+            self._check_precision(kernel, nu)
+        else:
+            smooth = 1.5 if nu is None else nu
+            made = _named(cloud, kernel, num_eigenpairs, smooth) if isinstance(kernel, str) else kernel
+            self.kernel = made.double().to(cloud.device)
         self.engine: Engine | None = None
         self.lost_share = 0.0
         self._batch: torch.Size = torch.Size()
         self._dtype = torch.float64
+
+    def _check_precision(self, kernel: str | Kernel, nu: float | None) -> None:
+        """Take a connection kernel for the sparse engine, which has it in full."""
+        if isinstance(kernel, ConnectionMatern) and not kernel.trainable_nu:
+            self.kernel = kernel
+            self.nu = kernel.nu if nu is None else nu
+        elif kernel != "connection":
+            raise InvalidInputError(
+                "the precision backend knows the connection Matérn kernel of fixed smoothness only",
+                got=kernel if isinstance(kernel, str) else type(kernel).__name__,
+            )
+        self.nu = 2.0 if self.nu is None else self.nu
 
     # ------------------------------------------------------------------------------------------- fitting
 
@@ -96,6 +126,7 @@ class RVGP:
         learn_noise: bool = True,
         noise_variance: float | None = None,
         steps: int = 100,
+        progress: bool = False,
     ) -> RVGP:
         """Condition on vectors at some nodes or points, and learn the hyper-parameters.
 
@@ -109,6 +140,7 @@ class RVGP:
             learn_noise: learn the noise variance, or the common factor.
             noise_variance: start for it, or its value if it isn't learnt.
             steps: most iterations of the optimiser.
+            progress: show a bar while kernels are tried.
 
         Returns:
             The same object.
@@ -135,32 +167,107 @@ class RVGP:
         data = Observations(
             sites, components.reshape(-1, *components.shape[-2:]), relative.to(self.cloud.device)
         )
-        return self._condition(data, optimize, learn_noise, noise_variance, steps)
+        return self._condition(data, optimize, learn_noise, noise_variance, steps, progress)
+
+    def fit_paths(
+        self,
+        paths: Any,
+        diffusion: float | None = None,
+        *,
+        stride: int = 1,
+        optimize: bool = True,
+        steps: int = 100,
+        progress: bool = False,
+    ) -> RVGP:
+        r"""Condition the field, as the drift of an SDE, on trajectories; exact, see :func:`~.paths.path_observations`.
+
+        Args:
+            paths: a :class:`~stochdyn.PathSample`, or ``(ts, x)`` with ``ts (T,)`` and ``x (*sample, T, D)``.
+            diffusion: σ, the strength of the noise in the tangent spaces; learnt with the other hyper-parameters if None.
+            stride: use every so manyth state.
+            optimize: learn the hyper-parameters.
+            steps: most iterations of the optimiser.
+            progress: show a bar while kernels are tried.
+
+        Returns:
+            The same object; ``diffusion`` holds σ, given or learnt.
+        """
+        data = path_observations(self.cloud, paths, stride)
+        if diffusion is not None:
+            check_positive(diffusion, "diffusion")
+        self._dtype, self._batch, self.lost_share = torch.float64, torch.Size(), 0.0
+        guess = quadratic_variation(data)[0] if diffusion is None else float(diffusion)
+        if diffusion is None and not optimize:
+            raise InvalidInputError("with optimize off the diffusion must be given")
+        return self._condition(data, optimize, diffusion is None, guess**2, steps, progress)
+
+    @property
+    def diffusion(self) -> float:
+        """Strength σ of the noise of the SDE whose drift was fitted by :meth:`fit_paths`."""
+        return math.sqrt(self.noise_variance)
+
+    def as_drift(
+        self, step: float | None = None, *, draw: bool = False, generator: torch.Generator | None = None
+    ) -> TangentDrift:
+        """Return the posterior mean field, or a draw, as a drift ``(t, x)`` for :class:`stochdyn.SDE` in ambient coordinates.
+
+        Args:
+            step: the step of the time grid; if given, every Euler step first projects the state back to the manifold.
+            draw: draw a field from the posterior instead of taking the mean.
+            generator: source of randomness of the draw.
+        """
+        if self._batch != torch.Size():
+            raise InvalidInputError(
+                "many fields were fitted at once", hint="fit the one that should become a drift"
+            )
+        nodes = slice(None)
+        vectors = self.sample(1, generator=generator)[0] if draw else self.predict_mean(nodes)
+        return TangentDrift(self.cloud, vectors.double(), step)
+
+    def as_sde(self, diffusion: float | None = None, step: float | None = None) -> SDE:
+        """Return the SDE on the manifold with the posterior mean as drift and isotropic tangent noise.
+
+        Args:
+            diffusion: σ; by default what :meth:`fit_paths` found.
+            step: as in :meth:`as_drift`.
+        """
+        strength = self.diffusion if diffusion is None else diffusion
+        return SDE(self.as_drift(step), TangentDiffusion(self.cloud, strength))
 
     def _condition(
-        self, data: Observations, optimize: bool, learn_noise: bool, noise_variance: float | None, steps: int
+        self,
+        data: Observations,
+        optimize: bool,
+        learn_noise: bool,
+        noise_variance: float | None,
+        steps: int,
+        progress: bool,
     ) -> RVGP:
         check_positive_int(steps, "steps")
-        before, engine = self.engine, self._engine(data)
         if noise_variance is not None:
             check_positive(noise_variance, "noise_variance")
-            engine.log_noise.data.fill_(math.log(noise_variance))
-        elif not learn_noise:
-            engine.log_noise.data.fill_(0.0)
-        if optimize:
-            engine.optimise(steps, learn_noise)
-        elif before is not None:
-            engine.log_amplitude.data.copy_(before.log_amplitude.data)
-            if noise_variance is None and learn_noise:
-                engine.log_noise.data.copy_(before.log_noise.data)
+
+        def prepare(engine: Engine) -> None:
+            if noise_variance is not None:
+                engine.log_noise.data.fill_(math.log(noise_variance))
+            elif not learn_noise:
+                engine.log_noise.data.fill_(0.0)
+            if optimize:
+                engine.optimise(steps, learn_noise)
+            elif self.engine is not None:
+                engine.log_amplitude.data.copy_(self.engine.log_amplitude.data)
+                if noise_variance is None and learn_noise:
+                    engine.log_noise.data.copy_(self.engine.log_noise.data)
+
+        if self._auto and optimize:
+            chosen, self.kernel, engine, self.candidates = choose(self.cloud, data, prepare, progress)
+            self.backend, self.nu, self.chosen = chosen.backend, chosen.nu, chosen.name
+        else:
+            engine = make_engine(self.cloud, data, self.kernel, self.backend, float(self.nu or 2.0))
+            prepare(engine)
         engine.condition()
         self.engine = engine
         return self
-
-    def _engine(self, data: Observations) -> Engine:
-        if feature_terms(self.kernel) is not None:
-            return SpectralEngine(data, self.kernel).to(self.cloud.device)
-        return DenseEngine(data, self.kernel, self.cloud).to(self.cloud.device)
 
     def _fitted(self) -> Engine:
         if self.engine is None:
@@ -200,13 +307,19 @@ class RVGP:
         """
         check_choice(covariance, ("tangent", "ambient"), "covariance")
         engine, sites = self._fitted(), self.cloud.sites(where)
-        mean = sites.to_ambient(engine.mean(sites)).reshape(*self._batch, len(sites), -1)
+        mean = self.predict_mean(sites)
         cov = engine.covariance(sites)
         if noise:
             cov = cov + engine.noise.detach() * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
         if covariance == "ambient":
             cov = sites.frames @ cov @ sites.frames.mT
-        return mean.to(self._dtype), cov.to(self._dtype)
+        return mean, cov.to(self._dtype)
+
+    def predict_mean(self, where: Any) -> Tensor:
+        """Return posterior means ``(*batch, q, D)`` alone, which cost least."""
+        sites = self.cloud.sites(where)
+        mean = sites.to_ambient(self._fitted().mean(sites)).reshape(*self._batch, len(sites), -1)
+        return mean.to(self._dtype)
 
     def frames(self, where: Any) -> Tensor:
         """Return the tangent frames ``(q, D, m)`` in which covariances at these nodes or points are given."""

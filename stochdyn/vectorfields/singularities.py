@@ -1,0 +1,216 @@
+"""Zeros of vector fields on surfaces: where they are, their index, and how sure the posterior is of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.spatial import ConvexHull, Delaunay
+from torch import Tensor
+
+from stochdyn._checks import check_ndim, check_positive, check_positive_int
+from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.vectorfields._input import as_index, as_vectors
+from stochdyn.vectorfields.cloud import PointCloud
+from stochdyn.vectorfields.connection import connect
+from stochdyn.vectorfields.rvgp import RVGP
+from stochdyn.vectorfields.sphere import sphere_of
+
+__all__ = ["Singularities", "field_index", "find_singularities", "triangulate"]
+
+
+def _require_surface(cloud: PointCloud) -> None:
+    if cloud.dim != 2 or not cloud.is_orientable:
+        raise InvalidInputError(
+            "the index of a zero is defined here on orientable surfaces",
+            got=f"dimension {cloud.dim}, {'' if cloud.is_orientable else 'not '}orientable",
+        )
+
+
+def triangulate(cloud: PointCloud) -> np.ndarray:
+    """Return triangles ``(F, 3)`` of nodes that cover the surface, counter-clockwise in the nodes' frames.
+
+    The faces of a mesh, the convex hull on a sphere, and elsewhere the triangles that at least two of their corners find in
+    the Delaunay triangulation of their neighbours in the tangent plane. On uneven samples the last may leave gaps.
+
+    Args:
+        cloud: points on an orientable surface.
+
+    Reference:
+        Boissonnat and Ghosh, "Manifold reconstruction using tangential Delaunay complexes", 2014.
+    """
+    _require_surface(cloud)
+    if cloud.faces is not None:
+        faces = cloud.faces.cpu().numpy()
+    elif sphere_of(cloud.points) is not None:
+        faces = ConvexHull(cloud.array).simplices
+    else:
+        faces = _tangential(cloud)
+    origin, frames = cloud.array[faces[:, :1]], cloud.node_frames[faces[:, 0]]
+    flat = (cloud.array[faces[:, 1:]] - origin) @ frames
+    backwards = flat[:, 0, 0] * flat[:, 1, 1] - flat[:, 0, 1] * flat[:, 1, 0] < 0
+    faces = faces.astype(np.int64)
+    faces[backwards] = faces[backwards][:, ::-1]
+    return faces
+
+
+def _tangential(cloud: PointCloud) -> np.ndarray:
+    nodes = cloud.search.query(cloud.array, min(cloud.frame_neighbors + 1, len(cloud)))[1]
+    flat = (cloud.array[nodes] - cloud.array[:, None]) @ cloud.node_frames
+    found = []
+    for i in range(len(cloud)):
+        star = Delaunay(flat[i]).simplices
+        here = int(np.flatnonzero(nodes[i] == i)[0])
+        found.append(nodes[i][star[(star == here).any(1)]])
+    triangles, votes = np.unique(np.sort(np.concatenate(found), axis=1), axis=0, return_counts=True)
+    return triangles[votes >= 2]
+
+
+def _turns(cloud: PointCloud, components: Tensor, loops: np.ndarray) -> Tensor:
+    """Return the index of fields ``(*batch, n, 2)`` around loops of nodes ``(F, r)``, ``(*batch, F)`` real numbers."""
+    field = torch.complex(components[..., 0], components[..., 1])
+    total, holonomy = 0.0, np.ones(len(loops), dtype=complex)
+    for k in range(loops.shape[1]):
+        here, there = loops[:, k], loops[:, (k + 1) % loops.shape[1]]
+        maps = connect(cloud.node_frames, there, here)
+        turn = maps[:, 0, 0] + 1j * maps[:, 1, 0]
+        holonomy = holonomy * turn
+        carried = field[..., here] * torch.as_tensor(turn, device=field.device)
+        total = total + torch.angle(field[..., there] * carried.conj())
+    return (total + torch.as_tensor(np.angle(holonomy), device=field.device)) / (2 * torch.pi)
+
+
+def field_index(cloud: PointCloud, vectors: Any, loop: Sequence[int]) -> Tensor:
+    r"""Return how often a field turns around a closed loop of nodes: the sum of the indices of the zeros inside.
+
+    .. math:: \frac1{2\pi}\Big(\sum_k\angle\big(v_{k+1},O_{k+1,k}v_k\big)+\Omega\Big)
+
+    with Ω the rotation by parallel transport around the loop, which must enclose less curvature than π. A vortex, a source and a
+    sink have index 1, a saddle -1.
+
+    Args:
+        cloud: points on an orientable surface.
+        vectors: ``(*batch, n, D)`` at all nodes, or at the nodes of the loop, ``(*batch, len(loop), D)``.
+        loop: neighbouring nodes in order, in either direction.
+
+    Returns:
+        ``(*batch)`` whole numbers.
+
+    Reference:
+        Hopf, "Vektorfelder in n-dimensionalen Mannigfaltigkeiten", 1927; Crane, de Goes, Desbrun and Schröder, "Digital geometry
+        processing with discrete exterior calculus", 2013, section 8.
+    """
+    _require_surface(cloud)
+    nodes = as_index(loop, len(cloud), "loop").numpy()
+    if len(nodes) < 3:
+        raise InvalidInputError("a loop needs at least three nodes", got=len(nodes))
+    v = torch.as_tensor(vectors).detach().to(cloud.device, torch.float64)
+    if v.ndim >= 2 and v.shape[-2] == len(nodes):
+        everywhere = v.new_zeros(*v.shape[:-2], len(cloud), v.shape[-1])
+        everywhere[..., nodes, :] = v
+        v = everywhere
+    v = as_vectors(v, len(cloud), cloud.ambient_dim)
+    flat = (cloud.array[nodes] - cloud.array[nodes].mean(0)) @ cloud.node_frames[nodes[0]]
+    after = np.roll(flat, -1, axis=0)
+    if (flat[:, 0] * after[:, 1] - flat[:, 1] * after[:, 0]).sum() < 0:
+        nodes = nodes[::-1].copy()
+    return _turns(cloud, cloud.sites(slice(None)).to_tangent(v), nodes[None])[..., 0].round()
+
+
+@dataclass(frozen=True)
+class Singularities:
+    """Zeros of the mean field, and of draws from the posterior.
+
+    Attributes:
+        faces: ``(F, 3)`` triangles of nodes.
+        centres: ``(F, D)`` their centres.
+        mean_index: ``(F,)`` index of the posterior mean in each triangle.
+        draw_index: ``(S, F)`` index of each draw.
+    """
+
+    faces: Tensor
+    centres: Tensor
+    mean_index: Tensor
+    draw_index: Tensor
+
+    @property
+    def probability(self) -> Tensor:
+        """Share of the draws with a zero in each triangle, ``(F,)``."""
+        return (self.draw_index != 0).double().mean(0)
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Return the places ``(z, D)`` of the zeros of the mean field, and their indices ``(z,)``."""
+        at = self.mean_index.nonzero()[:, 0]
+        return self.centres[at], self.mean_index[at]
+
+    def around(self, centre: Any, radius: float) -> tuple[Tensor, Tensor]:
+        """Return the total index near a place: of every draw ``(S,)``, and the places of the draws' zeros there ``(z, D)``.
+
+        Args:
+            centre: ``(D,)``.
+            radius: triangles with centres within this distance count.
+        """
+        check_positive(radius, "radius")
+        middle = torch.as_tensor(centre).to(self.centres)
+        if middle.shape != self.centres.shape[1:]:
+            raise ShapeError(
+                "centre must be a point",
+                got=f"shape {tuple(middle.shape)}",
+                expected=f"({self.centres.shape[1]},)",
+            )
+        inside = ((self.centres - middle).norm(dim=-1) <= radius).nonzero()[:, 0]
+        index = self.draw_index[:, inside]
+        return index.sum(1), self.centres[inside[index.nonzero()[:, 1]]]
+
+
+def find_singularities(
+    gp: RVGP, draws: int = 200, generator: torch.Generator | None = None, faces: Any = None
+) -> Singularities:
+    """Find the zeros of a fitted field with their indices, and how the posterior spreads over both.
+
+    Args:
+        gp: fitted to one field on an orientable surface.
+        draws: fields drawn from the joint posterior.
+        generator: source of randomness.
+        faces: ``(F, 3)`` triangles; by default :func:`triangulate`.
+
+    Returns:
+        Indices by triangle, of the mean field and of every draw.
+
+    Raises:
+        InvalidInputError: if the manifold isn't an orientable surface, or many fields were fitted.
+
+    Example:
+        >>> from stochdyn.datasets import wind_on_sphere
+        >>> points, _ = wind_on_sphere(200)
+        >>> spin = torch.linalg.cross(torch.tensor([[0.0, 0.0, 1.0]]).double().expand_as(points), points)
+        >>> gp = RVGP(PointCloud(points, dim=2), num_eigenpairs=30).fit(range(200), spin)
+        >>> zeros = find_singularities(gp, draws=10)
+        >>> int(zeros.mean_index.sum()), zeros.positions()[1].tolist()
+        (2, [1.0, 1.0])
+    """
+    check_positive_int(draws, "draws")
+    cloud = gp.cloud
+    _require_surface(cloud)
+    everywhere = cloud.sites(slice(None))
+    mean = gp.predict_mean(everywhere)
+    if mean.ndim != 2:
+        raise InvalidInputError("many fields were fitted at once", hint="fit one of them")
+    triangles = triangulate(cloud) if faces is None else as_triangles(faces, cloud)
+    drawn = gp.sample(draws, everywhere, generator)
+    both = torch.cat([mean[None], drawn]).double()
+    index = _turns(cloud, everywhere.to_tangent(both), triangles).round()
+    corners = torch.as_tensor(triangles, device=cloud.device)
+    centres = cloud.points[corners].mean(1)
+    return Singularities(corners, centres, index[0], index[1:])
+
+
+def as_triangles(faces: Any, cloud: PointCloud) -> np.ndarray:
+    """Return faces as ``(F, 3)`` nodes of a cloud."""
+    tensor = torch.as_tensor(faces)
+    check_ndim(tensor, 2, "faces", "(F, 3)")
+    flat = as_index(tensor.reshape(-1), len(cloud), "faces")
+    return flat.reshape(-1, 3).numpy()
