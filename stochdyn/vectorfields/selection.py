@@ -58,7 +58,10 @@ def candidates(cloud: PointCloud, rows: int) -> list[Candidate]:
         Candidate("projected", lambda: ProjectedMatern(cloud, 1.5, trainable_nu=True)),
     ]
     if len(cloud) <= MAX_SPARSE_NODES:
-        found.append(Candidate("connection, full rank", lambda: None, "precision", 2.0))
+        found += [
+            Candidate("connection, full rank, ν = 2", lambda: None, "precision", 2.0),
+            Candidate("connection, full rank, ν = 3", lambda: None, "precision", 3.0),
+        ]
     if rows <= MAX_DENSE_ROWS:
         found += [
             Candidate("ambient Matérn 3/2", lambda: AmbientKernel(cloud, 1.5)),

@@ -50,7 +50,7 @@ def test_addition_theorem() -> None:
     """The squared lengths of degree l sum to (2 l + 1) / 4 pi everywhere, up to high degrees."""
     field = vector_harmonics(torch.as_tensor(random_sphere(20)), 25)
     sums = torch.stack(
-        [part.square().sum((1, 2)) for part in field.split([2 * l + 1 for l in range(1, 26)], -1)]
+        [part.square().sum((1, 2)) for part in field.split([2 * l + 1 for l in range(1, 26)], -1)]  # noqa: E741
     )
     expected = torch.tensor([(2 * l + 1) / (4 * math.pi) for l in range(1, 26)])[:, None].double()  # noqa: E741
     torch.testing.assert_close(sums, expected.expand_as(sums))
