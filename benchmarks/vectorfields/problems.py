@@ -19,6 +19,7 @@ class Task(NamedTuple):
     """A field at all nodes of a cloud, to be predicted from some of them."""
 
     name: str
+    split: str
     cloud: PointCloud
     field: Tensor
     train: Tensor
@@ -99,11 +100,19 @@ def wind_tasks(num_points: int, counts: tuple[int, ...], splits: int) -> list[Ta
             cloud = PointCloud(points, 10, 2)
             wind = wind / wind.square().sum(-1).mean().sqrt()
             for seed in range(splits):
-                tasks.append(Task(f"wind, {count} nodes", cloud, wind, *split(num_points, count, seed)))
+                tasks.append(
+                    Task(
+                        f"wind, {count} nodes",
+                        f"month {month}, seed {seed}",
+                        cloud,
+                        wind,
+                        *split(num_points, count, seed),
+                    )
+                )
     return tasks
 
 
-def bunny_tasks(path: Path, smoke: bool, trials: int) -> list[Task]:
+def bunny_tasks(path: Path, smoke: bool, trials: int, only: str = "") -> list[Task]:
     """The cells of the table: sizes, fields and shares of observed nodes."""
     cells = (
         [(308, "diffused", 0.5)]
@@ -118,12 +127,19 @@ def bunny_tasks(path: Path, smoke: bool, trials: int) -> list[Task]:
             (2176, "shadow", 0.5),
         ]
     )
+    cells = [cell for cell in cells if only in _title(*cell)]
     clouds = {n: bunny_cloud(path, n) for n in sorted({n for n, _, _ in cells})}
     tasks = []
     for n, name, share in cells:
         field = (diffused_field if name == "diffused" else shadow_field)(clouds[n])
         for seed in range(1 if smoke or n > 1000 else trials):
             tasks.append(
-                Task(f"{name}, n = {n}, {share:.0%}", clouds[n], field, *split(n, int(share * n), seed))
+                Task(
+                    _title(n, name, share), f"seed {seed}", clouds[n], field, *split(n, int(share * n), seed)
+                )
             )
     return tasks
+
+
+def _title(n: int, name: str, share: float) -> str:
+    return f"{name}, n = {n}, {share:.0%}"

@@ -6,6 +6,7 @@ from stochdyn.vectorfields.ambient import AmbientKernel, ScalarFactor
 from stochdyn.vectorfields.cloud import PointCloud
 from stochdyn.vectorfields.graph import farthest_points
 from stochdyn.vectorfields.kernels import ConnectionMatern, FeatureKernel, ProjectedMatern
+from stochdyn.vectorfields.latent import TrajectoryELBO
 from stochdyn.vectorfields.linear_form import LinearField, sample_field
 from stochdyn.vectorfields.paths import cloud_of_paths
 from stochdyn.vectorfields.rvgp import RVGP
@@ -27,6 +28,7 @@ __all__ = [
     "Surface",
     "TangentDiffusion",
     "TangentDrift",
+    "TrajectoryELBO",
     "cloud_of_paths",
     "farthest_points",
     "field_index",

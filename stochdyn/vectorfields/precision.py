@@ -143,6 +143,8 @@ class PrecisionEngine(Engine):
         """Return the evidence at the best amplitude, for a noise of ``ratio`` times the amplitude, and that amplitude."""
         misfit, log_det = self._misfit(kappa, ratio)
         fields = self._y.shape[1]
+        if not misfit > 0:  # lost to rounding, where a parallel field has nearly no prior precision
+            return -math.inf, math.nan
         amplitude = misfit / (self.data.rows * fields)
         evidence = -0.5 * fields * (self.data.rows * (math.log(2 * math.pi * amplitude) + 1.0) + log_det)
         return evidence, amplitude
