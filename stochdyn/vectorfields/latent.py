@@ -185,6 +185,7 @@ class TrajectoryELBO(Objective):
         with torch.no_grad():
             features = engine.features(everywhere)
             s = (engine.amplitude * engine.prior_variances()).sqrt()
+            s = s.clamp(min=1e-10 * float(s.max()))  # modes without prior variance have none to learn
             lifted = torch.einsum("nda,nak->ndk", everywhere.frames, features) * s
             law = engine.posterior
             mean, spread = law.mean[:, 0] / s, law.root.norm(dim=1) / s
@@ -198,13 +199,9 @@ class TrajectoryELBO(Objective):
         start = Independent(Normal(y[:, 0], float(obs_scale)), 1)
         prior = DiffusionMeasure(start, SDE(self.drift, noise))
         self.control = BridgeControl(self.drift, noise, clock, y, float(obs_scale), step)
-        self.paths = PathELBO(
-            prior,
-            prior.controlled(self.control),
-            _Readings(ts, clock, y, float(obs_scale)),
-            num_particles,
-            ts=ts,
-        )
+        posterior = prior.controlled(self.control, self.control.precision)
+        readings = _Readings(ts, clock, y, float(obs_scale))
+        self.paths = PathELBO(prior, posterior, readings, num_particles, ts=ts)
 
     def vectors(self) -> Tensor:
         """Return the posterior mean of the field at the nodes, ``(n, D)``."""

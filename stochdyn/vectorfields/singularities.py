@@ -72,7 +72,8 @@ def _tangential(cloud: PointCloud) -> np.ndarray:
 def _turns(cloud: PointCloud, components: Tensor, loops: np.ndarray) -> Tensor:
     """Return the index of fields ``(*batch, n, 2)`` around loops of nodes ``(F, r)``, ``(*batch, F)`` real numbers."""
     field = torch.complex(components[..., 0], components[..., 1])
-    total, holonomy = 0.0, np.ones(len(loops), dtype=complex)
+    total = components.new_zeros(*components.shape[:-2], len(loops))
+    holonomy = np.ones(len(loops), dtype=complex)
     for k in range(loops.shape[1]):
         here, there = loops[:, k], loops[:, (k + 1) % loops.shape[1]]
         maps = connect(cloud.node_frames, there, here)

@@ -1,0 +1,174 @@
+"""Plots of vector fields on clouds: arrows in space or the plane, maps of the globe, trajectories."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_event_size
+from stochdyn.errors import InvalidInputError
+from stochdyn.vectorfields._input import as_count, as_points, as_vectors
+from stochdyn.vectorfields.sphere import sphere_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_field", "plot_globe", "plot_trajectories"]
+
+
+def _axes(dim: int, ax: Any) -> Any:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    if dim == 3:
+        return plt.figure(figsize=(6, 6)).add_subplot(projection="3d")
+    return plt.subplots(figsize=(6, 6))[1]
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().double().numpy()
+
+
+def plot_field(
+    points: Any,
+    vectors: Any,
+    *,
+    values: Any = None,
+    every: int = 1,
+    scale: float | None = None,
+    colour: str = "C0",
+    label: str = "",
+    ax: Any = None,
+) -> Axes:
+    """Draw a field as arrows at points of the plane or of space.
+
+    Args:
+        points: ``(n, D)`` with D = 2 or 3.
+        vectors: ``(n, D)``.
+        values: ``(n,)`` to colour the points by, such as the posterior's spread.
+        every: draw every so manyth arrow.
+        scale: length of an arrow of unit length; by default the longest is a fifteenth of the extent.
+        colour: of the arrows.
+        label: for the colour bar of the values.
+        ax: where to draw; new axes if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InvalidInputError: for points of another dimension.
+
+    Example:
+        >>> axes = plot_field(torch.rand(20, 2), torch.rand(20, 2), values=torch.rand(20))
+        >>> len(axes.collections)  # points and arrows
+        2
+    """
+    x = as_points(points)
+    if x.shape[1] not in (2, 3):
+        raise InvalidInputError(
+            "points must lie in the plane or in space to be drawn", got=f"{x.shape[1]} coordinates"
+        )
+    v = as_vectors(vectors, x.shape[0], x.shape[1])
+    every = as_count(every, "every")
+    at, arrows = _array(x), _array(v)
+    longest = float(np.linalg.norm(arrows, axis=1).max())
+    factor = scale if scale is not None else float(np.ptp(at, axis=0).max()) / (15.0 * max(longest, 1e-300))
+    ax = _axes(x.shape[1], ax)
+    if values is not None:
+        shades = _array(torch.as_tensor(values))
+        drawn = ax.scatter(*at.T, c=shades, s=12, cmap="viridis")
+        ax.figure.colorbar(drawn, ax=ax, shrink=0.7, label=label)
+    if x.shape[1] == 3:
+        ax.quiver(*at[::every].T, *(factor * arrows[::every]).T, color=colour, linewidth=0.7)
+        ax.set_box_aspect(np.ptp(at, axis=0))
+    else:
+        ax.quiver(
+            *at[::every].T,
+            *(factor * arrows[::every]).T,
+            angles="xy",
+            scale_units="xy",
+            scale=1,
+            color=colour,
+        )
+        ax.set_aspect("equal")
+    return ax
+
+
+def plot_globe(
+    points: Any,
+    vectors: Any,
+    *,
+    values: Any = None,
+    every: int = 1,
+    scale: float | None = None,
+    label: str = "",
+    ax: Any = None,
+) -> Axes:
+    """Draw a tangent field of a sphere as a map: longitude across, latitude up, arrows to the east and north.
+
+    Args:
+        points: ``(n, 3)`` on a sphere.
+        vectors: ``(n, 3)``.
+        values: ``(n,)`` to colour the points by; the length of the vectors if None.
+        every: draw every so manyth arrow.
+        scale: matplotlib's ``scale`` of the arrows: vector units a width of the map.
+        label: for the colour bar.
+        ax: where to draw; new axes if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InvalidInputError: if the points don't lie on a sphere.
+    """
+    x = as_points(points, dim=3)
+    found = sphere_of(x)
+    if found is None:
+        raise InvalidInputError("the points don't lie on a sphere in three dimensions")
+    v = as_vectors(vectors, x.shape[0], 3)
+    every = as_count(every, "every")
+    at = _array(torch.nn.functional.normalize(x.double() - found[0], dim=-1))
+    arrows = _array(v)
+    longitude, latitude = np.arctan2(at[:, 1], at[:, 0]), np.arcsin(at[:, 2].clip(-1, 1))
+    east = np.stack([-np.sin(longitude), np.cos(longitude), np.zeros(len(at))], 1)
+    north = np.cross(at, east)
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots(figsize=(9, 4.5))[1]
+    shades = np.linalg.norm(arrows, axis=1) if values is None else _array(torch.as_tensor(values))
+    drawn = ax.scatter(np.degrees(longitude), np.degrees(latitude), c=shades, s=14, cmap="viridis")
+    ax.figure.colorbar(drawn, ax=ax, shrink=0.8, label=label)
+    ax.quiver(
+        np.degrees(longitude)[::every],
+        np.degrees(latitude)[::every],
+        (arrows * east).sum(1)[::every],
+        (arrows * north).sum(1)[::every],
+        scale=scale,
+        width=0.0015,
+    )
+    ax.set(xlim=(-180, 180), ylim=(-90, 90), xlabel="longitude", ylabel="latitude")
+    return ax
+
+
+def plot_trajectories(x: Any, *, colour: str = "C1", num_paths: int = 20, ax: Any = None) -> Axes:
+    """Draw trajectories ``(*sample, T, D)`` in the plane or in space, and their starts as dots.
+
+    Args:
+        x: states.
+        colour: of the lines.
+        num_paths: at most so many.
+        ax: where to draw; new axes if None.
+    """
+    paths = torch.as_tensor(x)
+    check_event_size(paths, paths.shape[-1] if paths.shape[-1] in (2, 3) else 3, "x")
+    lines = _array(paths.reshape(-1, *paths.shape[-2:])[:num_paths])
+    ax = _axes(lines.shape[-1], ax)
+    for line in lines:
+        ax.plot(*line.T, color=colour, linewidth=0.8)
+    ax.scatter(*lines[:, 0].T, color=colour, s=8)
+    return ax
