@@ -8,6 +8,7 @@ from stochdyn.interpolants.bounds import kl_bound, kl_bound_from_losses, optimal
 from stochdyn.interpolants.conversions import conversion, convert
 from stochdyn.interpolants.couplings import Coupling, EntropicCoupling, ExactCoupling, IndependentCoupling
 from stochdyn.interpolants.evidence import energy_identity, evidence_bound, feynman_kac_log_density
+from stochdyn.interpolants.evidence_objective import DiffusionEvidence
 from stochdyn.interpolants.exponential import exponential_ode, exponential_sde
 from stochdyn.interpolants.fields import FieldNetwork, Fields
 from stochdyn.interpolants.gap import Gap, histogram_w2, ode_sde_gap
@@ -50,6 +51,7 @@ __all__ = [
     "Coupling",
     "CustomSchedule",
     "DiffusionDistribution",
+    "DiffusionEvidence",
     "EntropicCoupling",
     "Epsilon",
     "ExactCoupling",
