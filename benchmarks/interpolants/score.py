@@ -20,7 +20,20 @@ from typing import Any
 
 import torch
 from laws_1d import evaluate
-from planar import DATA, PUBLISHED, Fresh, adam, cosine, distances, floors, residual_on_data, train
+from planar import (
+    DATA,
+    PUBLISHED,
+    Fresh,
+    adam,
+    cosine,
+    distances,
+    floors,
+    make,
+    prior_of,
+    residual_on_data,
+    train,
+    true_histogram,
+)
 from torch import Tensor, nn
 
 import stochdyn as sd
@@ -174,22 +187,39 @@ def line(runs: list[str], seeds: int, smoke: bool, out: Path) -> dict[str, Any]:
     return report
 
 
-def plane(dataset: str, weights: list[float], smoke: bool, out: Path) -> dict[str, Any]:
-    """Train potentials of the published size at several weights, and compare histograms as published."""
-    steps, batch, n = (20, 64, 4000) if smoke else (10_000, 1000, 200_000)
-    setting = {"dataset": dataset, "steps": steps, "batch": batch, "samples": n, "width": 80}
-    report = _resume(out, setting)
-    if "floors" not in report:
-        report["floors"] = floors(dataset, n)
+def plane(dataset: str, weights: list[float], chunk: int | None, smoke: bool, out: Path) -> dict[str, Any]:
+    """Train potentials of the published size at several weights, and compare histograms as published.
+
+    With ``chunk`` the first model that isn't finished is trained for so many steps only, or evaluated.
+    """
+    steps, batch = (20, 64) if smoke else (6000, 512)
+    report = _resume(out, {"dataset": dataset, "steps": steps, "batch": batch, "width": 80})
     report["published"] = {str(w): row for w, row in PUBLISHED[dataset].items()}
-    for weight in weights:
-        if str(weight) in report["rows"]:
+    truth = true_histogram(dataset, 1 if smoke else 60)
+    if "floors" not in report:
+        report["floors"] = floors(dataset, truth, 30_000 if smoke else 3_000_000)
+    for weight in map(str, weights):
+        if weight in report["rows"]:
             continue
-        diff, seconds = train(dataset, weight, steps, batch)
-        row = {**distances(dataset, diff.generator(), n), "residual": residual_on_data(dataset, diff)}
-        report["rows"][str(weight)] = {**row, "seconds": seconds}
+        progress = report.setdefault("progress", {}).setdefault(weight, {"step": 0, "seconds": 0.0})
+        diff = make(dataset, float(weight))
+        if chunk is None or progress["step"] < steps:
+            begin, until = time.process_time(), None if chunk is None else progress["step"] + chunk
+            folder = None if chunk is None else out.with_name(f"{out.stem}_{weight}")
+            progress["step"] = train(dataset, diff, steps, batch, folder, until)
+            progress["seconds"] += time.process_time() - begin
+            _write(out, report)
+            if chunk is not None:
+                return report
+        else:
+            train(dataset, diff, steps, batch, out.with_name(f"{out.stem}_{weight}"))
+        row = distances(truth, diff.process, diff.score, prior_of(diff), smoke)
+        report["rows"][weight] = {**row, "residual": residual_on_data(dataset, diff), **progress}
+        del report["progress"][weight]
         _write(out, report)
-        print(dataset, weight, {k: round(v, 4) for k, v in row.items()}, round(seconds), flush=True)
+        print(dataset, weight, report["rows"][weight], flush=True)
+        if chunk is not None:
+            return report
     return report
 
 
@@ -214,6 +244,7 @@ def main() -> None:
     parser.add_argument("part", choices=["cost", "line", "plane"])
     parser.add_argument("--dataset", choices=sorted(DATA), default="blob")
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.1, 1.0, 10.0])
+    parser.add_argument("--chunk", type=int, help="steps of training in one call, to be called again")
     parser.add_argument("--runs", nargs="+", choices=list(LINE_RUNS), default=list(LINE_RUNS))
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--smoke", action="store_true")
@@ -228,7 +259,7 @@ def main() -> None:
     elif options.part == "line":
         report = line(options.runs, options.seeds, options.smoke, out)
     else:
-        report = plane(options.dataset, options.weights, options.smoke, out)
+        report = plane(options.dataset, options.weights, options.chunk, options.smoke, out)
     _write(out, report)
 
 
