@@ -111,6 +111,12 @@ def main() -> None:
     """Run all settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument(
+        "--theta", type=float, nargs="*", default=[0.0, 1.0, 2.0], help="other rates in the file are kept"
+    )
+    parser.add_argument(
+        "--train", type=int, default=2000, help="steps of training from the prior; 0 leaves it out"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -118,7 +124,7 @@ def main() -> None:
     start = time.process_time()
     hursts = [0.3, 0.7] if options.smoke else [round(0.1 * i, 1) for i in range(1, 10)]
     rows: list[dict[str, Any]] = []
-    for theta in (0.0, 1.0, 2.0):
+    for theta in options.theta:
         for hurst in hursts:
             for kind in ("I", "II"):
                 std, evidence = exact_bridge(
@@ -149,9 +155,9 @@ def main() -> None:
                     }
                 rows.append(row)
             print(theta, hurst, [round(r["worst relative error of std"], 4) for r in rows[-2:]], flush=True)
-    trained = []
-    for hurst, theta in ((0.3, 1.0), (0.7, 1.0)):
-        steps = 20 if options.smoke else 2000
+    trained: list[dict[str, Any]] = []
+    for hurst, theta in ((0.3, 1.0), (0.7, 1.0)) if options.train else ():
+        steps = 20 if options.smoke else options.train
         linearised, trained_to = library(hurst, theta, "II"), library(hurst, theta, "II", steps)
         trained.append(
             {
@@ -164,16 +170,21 @@ def main() -> None:
             }
         )
         print(trained[-1], flush=True)
+    out = options.out or (None if options.smoke else RESULTS)
+    known = (
+        json.loads(out.read_text(encoding="utf-8"))
+        if out is not None and out.exists()
+        else {"rows": [], "trained": []}
+    )
+    rows = [r for r in known["rows"] if r["theta"] not in options.theta] + rows
     report = {
-        "smoke": options.smoke,
         "machine": machine(),
-        "seconds": round(time.process_time() - start, 1),
+        "seconds of the last run": round(time.process_time() - start, 1),
         "speeds": SPEEDS,
         "steps": STEPS,
         "rows": rows,
-        "trained": trained,
+        "trained": trained or known["trained"],
     }
-    out = options.out or (None if options.smoke else RESULTS)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -80,6 +80,9 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="*", default=[200, 1000])
     parser.add_argument("--hurst", type=float, nargs="*", default=[0.3, 0.5, 0.7, 0.9])
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument(
+        "--first", type=int, default=0, help="first seed; series of other seeds in the file are kept"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--particles", type=int, default=8)
     parser.add_argument("--out", type=Path)
@@ -93,17 +96,18 @@ def main() -> None:
         lengths, hursts, seeds = [30], [0.7], 1
     for n in lengths:
         for hurst in hursts:
-            cell: dict[str, Any] = {"n": n, "hurst": hurst, "cramer_rao": cramer_rao(hurst, n), "fits": []}
-            for seed in range(seeds):
-                cell["fits"].append(
-                    infer(hurst, n, seed, 3 if options.smoke else options.steps, options.particles)
-                )
-                print(n, hurst, cell["fits"][-1], flush=True)
+            known = json.loads(out.read_text()) if out is not None and out.exists() else {"cells": []}
+            fits = [f for c in known["cells"] if (c["n"], c["hurst"]) == (n, hurst) for f in c["fits"]]
+            wanted = range(options.first, options.first + seeds)
+            fits = [f for f in fits if f["seed"] not in wanted]
+            for seed in wanted:
+                fits.append(infer(hurst, n, seed, 3 if options.smoke else options.steps, options.particles))
+                print(n, hurst, fits[-1], flush=True)
+            cell: dict[str, Any] = {"n": n, "hurst": hurst, "cramer_rao": cramer_rao(hurst, n), "fits": fits}
             cell = summarise(cell)
             print({k: v for k, v in cell.items() if k != "fits"}, flush=True)
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                known = json.loads(out.read_text()) if out.exists() else {"cells": []}
                 kept = [c for c in known["cells"] if (c["n"], c["hurst"]) != (n, hurst)]
                 known = {
                     "machine": machine(),

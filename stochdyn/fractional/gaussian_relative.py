@@ -28,7 +28,7 @@ from stochdyn.core.scan import affine_states
 from stochdyn.core.sde import SDE
 from stochdyn.core.transition import time_column
 
-__all__ = ["Shift", "shift_of"]
+__all__ = ["Shift", "shift_by_channel", "shift_of"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,17 @@ def shift_of(
     lag = time_column(ts[1:] - ts[:-1], x).to(x.dtype)
     gap = (linear.movedim(-1, 1) - sde.drift(t, x)) * lag
     # (N, S, *B, m) to columns (N, *B, m, S)
-    gap = sde.diffusion(t, x).solve(gap).movedim(1, -1)
+    shift, memory = shift_by_channel(steps, sde.diffusion(t, x).solve(gap).movedim(1, -1))
+    return Shift(_columns(shift), memory.flatten(-3, -2))
+
+
+def shift_by_channel(steps: NoiseSteps, gap: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return the difference of the innovations ``(N, *B, m, R, S)`` and of the memory states ``(N+1, *B, m, K, S)``.
+
+    Args:
+        steps: the noise.
+        gap: ``(N, *B, m, S)``, :math:`(\tilde b-b)\Delta/\sigma` in every channel.
+    """
     states = steps.load.shape[-1]
     lead = (1,) * (gap.ndim - 3)
     root = steps.variance.sqrt()
@@ -75,24 +85,19 @@ def shift_of(
     gain, recall = (_lead(p, gap.ndim) for p in (gain, recall))  # (N, *b, 1 or m, R or K)
     size = gain.square().sum(-1, keepdim=True).sqrt()
     direction = gain / size
+    forced = gap / size
     if not states:
-        shift = (gap / size).unsqueeze(-2) * direction.unsqueeze(-1)
-        return Shift(_columns(shift), z.new_zeros(*z.shape[:-2], 0, z.shape[-1]))
+        none = gap.new_zeros(gap.shape[0] + 1, *gap.shape[1:-1], 0, gap.shape[-1])
+        return forced.unsqueeze(-2) * direction.unsqueeze(-1), none
     load = (steps.load * root.unsqueeze(-1)).reshape(root.shape[0], *lead, *steps.load.shape[1:])
     answer = direction @ load  # (N, *b, 1 or m, K)
     pull = recall / size
     decay = torch.diag_embed(steps.decay.reshape(root.shape[0], *lead, 1, states))
     loop = decay - answer.unsqueeze(-1) * pull.unsqueeze(-2)
-    forced = gap / size
-    # (N, *B, m, K, S)
-    memory = affine_states(
-        loop,
-        answer.unsqueeze(-1) * forced.unsqueeze(-2),
-        z.new_zeros(*forced.shape[1:-1], states, z.shape[-1]),
-    )
+    start = gap.new_zeros(*forced.shape[1:-1], states, forced.shape[-1])
+    memory = affine_states(loop, answer.unsqueeze(-1) * forced.unsqueeze(-2), start)  # (N+1, *B, m, K, S)
     along = forced - (pull.unsqueeze(-2) @ memory[:-1]).squeeze(-2)
-    shift = along.unsqueeze(-2) * direction.unsqueeze(-1)  # (N, *B, m, R, S)
-    return Shift(_columns(shift), memory.flatten(-3, -2))
+    return along.unsqueeze(-2) * direction.unsqueeze(-1), memory
 
 
 def _columns(shift: Tensor) -> Tensor:

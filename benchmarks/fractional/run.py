@@ -1,0 +1,286 @@
+"""Speed of inference with fractional and Brownian latent SDEs, as ratios in one run.
+
+    OMP_NUM_THREADS=1 python benchmarks/fractional/run.py [--only gaussian lorenz memory] [--smoke]
+
+Results are added to ``benchmarks/fractional/results/speed.json`` section by section; ``table.py`` makes the table of the
+documentation out of all files of that folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, race
+from lorenz import PeerLatentSDE, as_series, data, ours
+
+import stochdyn as sd
+from stochdyn.core.networks import TanhNetwork
+from stochdyn.fractional import (
+    AffineDrift,
+    FractionalOU,
+    GaussianELBO,
+    GaussianPosterior,
+    LatentSDE,
+    MarkovNoise,
+    Series,
+)
+
+RESULTS = Path(__file__).parent / "results" / "speed.json"
+
+
+def _gradient(objective: sd.Objective, trained: torch.nn.Module) -> Callable[[], Any]:
+    parameters = tuple(trained.parameters())
+    return lambda: torch.autograd.grad(objective(None).loss, parameters)
+
+
+def _control(net: TanhNetwork) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return lambda t, z: net(torch.cat([t.expand(z[..., :1].shape), z], -1))
+
+
+def gaussian_against_simulated(smoke: bool) -> list[dict[str, Any]]:
+    """Time a gradient of posterior (c) against the simulated control posterior, 200 steps, a linear model and a double well."""
+    steps, repeats = (20, 1) if smoke else (200, 12)
+    ts = torch.linspace(0, 2, steps + 1)
+    noise = MarkovNoise(0.3, 5, 2.0, 2.0 / steps)
+    values = torch.tensor([0.3, -0.1, 0.4, 0.8, 0.5])
+    data_ = sd.GaussianObservations(ts, ts[[s * steps // 20 for s in (3, 5, 10, 15, 20)]], values, 0.1)
+    rows = []
+    for name, drift in (
+        ("linear", AffineDrift(-torch.eye(1))),
+        ("double well", lambda t, x: 4 * x * (1 - x**2)),
+    ):
+        prior = sd.DiffusionMeasure(torch.zeros(1), sd.SDE(drift, 1.0, noise))
+        closed = GaussianELBO(GaussianPosterior(prior, ts), data_, 8)
+        contenders = {"Gaussian": lambda o=closed: torch.autograd.grad(o(None).loss, list(o.parameters()))}
+        for width in (64, 200, 1000):
+            net = TanhNetwork((1 + 1 + 5, width, width, 1), zero_last=True)
+            loss = sd.PathELBO(
+                prior, prior.controlled(_control(net)), data_, num_particles=32, estimator="rate"
+            )
+            contenders[f"simulated, network {width}-{width}"] = _gradient(loss, net)
+        heavy = {name: contenders.pop(name) for name in list(contenders) if "1000" in name}
+        seconds = race(contenders, repeats) | race(heavy, 1 if smoke else 2)
+        rows.append(
+            {
+                "model": name,
+                "steps": steps,
+                "particles of the simulated": 32,
+                "seconds": seconds,
+                "ratio": {k: v / seconds["Gaussian"] for k, v in seconds.items() if k != "Gaussian"},
+            }
+        )
+        print(rows[-1]["model"], rows[-1]["ratio"], flush=True)
+    return rows
+
+
+def tightness(smoke: bool) -> list[dict[str, Any]]:
+    """Gap of posterior (c) and of the simulated control posterior to the Kalman evidence at 100 steps."""
+    steps, train = (20, 5) if smoke else (100, 400)
+    rows = []
+    for hurst in (0.3, 0.7):
+        ts = torch.linspace(0, 2, steps + 1, dtype=torch.float64)
+        noise = MarkovNoise(hurst, 5, 2.0, 2.0 / steps)
+        index = [steps // 4, steps // 2, steps]
+        values = torch.tensor([0.3, 0.4, 0.5], dtype=torch.float64)
+        data_ = sd.GaussianObservations(ts, ts[index], values, 0.1)
+        prior = sd.DiffusionMeasure(
+            torch.zeros(1, dtype=torch.float64),
+            sd.SDE(AffineDrift(-torch.eye(1, dtype=torch.float64)), 1.0, noise),
+        )
+        mask, y = torch.zeros(steps + 1, dtype=torch.bool), torch.zeros(steps + 1, dtype=torch.float64)
+        mask[index], y[index] = True, values
+        law = FractionalOU(1.0, 0.0, 1.0, hurst, noise=noise, discretization="euler")
+        exact = float(law.log_evidence(ts, y, 0.1, mask=mask))
+        closed = GaussianELBO(GaussianPosterior(prior, ts), data_)
+        sd.fit(
+            closed,
+            steps=10 * train,
+            lr=0.03,
+            progress=False,
+            scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.01 ** (0.1 / train)),
+        )
+        trained = float(closed(None).terms["elbo"])
+        closed.posterior.linearise(data_)
+        net = TanhNetwork((1 + 1 + 5, 64, 64, 1), zero_last=True).double()
+        simulated = sd.PathELBO(prior, prior.controlled(_control(net)), data_, 32)
+        sd.fit(simulated, steps=train, lr=3e-3, progress=False)
+        with torch.no_grad():
+            shared = float(simulated.evidence(4000)[1].mean())
+        rows.append(
+            {
+                "hurst": hurst,
+                "steps": steps,
+                "evidence": exact,
+                "gap of (c), trained from the prior": exact - trained,
+                "gap of (c), linearised": exact - float(closed(None).terms["elbo"]),
+                "gap of the control posterior (a)": exact - shared,
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def lorenz(smoke: bool, batch: int, iterations: int) -> dict[str, Any]:
+    """Time an iteration at the example's size, and the way to the bound that the peer reaches."""
+    full = 32 if smoke else 1024
+    ts, values = data(full, 0)
+    peer = PeerLatentSDE()
+    models = {name: ours(name) for name in ("matching", "tight")}
+    series = as_series(ts, values)
+    contenders = {"torchsde": lambda: torch.autograd.grad(-peer.elbo(ts, values), list(peer.parameters()))}
+    for name, model in models.items():
+        contenders[f"stochdyn, {name}"] = lambda m=model: torch.autograd.grad(
+            m(series).loss, list(m.parameters())
+        )
+    seconds = race(contenders, 1 if smoke else 3)
+    result: dict[str, Any] = {"batch": full, "seconds an iteration": seconds}
+    result["ratio an iteration"] = {k: seconds["torchsde"] / v for k, v in seconds.items() if k != "torchsde"}
+    print(result, flush=True)
+    count = 16 if smoke else batch
+    ts, values = data(count, 1)
+    held_ts, held = data(256, 2)
+    torch.manual_seed(0)
+    peer = PeerLatentSDE()
+    optimiser = torch.optim.Adam(peer.parameters(), lr=5e-3)
+    begin, track = time.process_time(), []
+    spent = 0.0
+    for step in range(2 if smoke else iterations):
+        optimiser.zero_grad()
+        (-peer.elbo(ts, values)).backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1e3)
+        optimiser.step()
+        if step % 20 == 19 or step == (1 if smoke else iterations - 1):
+            spent += time.process_time() - begin
+            with torch.no_grad():
+                track.append(
+                    {"iteration": step + 1, "seconds": spent, "elbo": float(peer.elbo(held_ts, held))}
+                )
+            begin = time.process_time()
+            print("torchsde", track[-1], flush=True)
+    target = max(row["elbo"] for row in track)
+    torch.manual_seed(0)
+    model = ours("matching")
+    series, held_series = as_series(ts, values), as_series(held_ts, held)
+    optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
+    begin, spent, mine = time.process_time(), 0.0, []
+    while spent < 3 * track[-1]["seconds"]:
+        for _ in range(20):
+            optimiser.zero_grad()
+            model(series).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+            optimiser.step()
+        spent += time.process_time() - begin
+        with torch.no_grad():
+            # the true weights of simulated paths, on the same 200 steps as the peer
+            value = float(model.posterior.draw(model, held_series, 1).log_weight.mean())
+        mine.append({"iteration": 20 * (len(mine) + 1), "seconds": spent, "elbo": value})
+        print("stochdyn", mine[-1], flush=True)
+        if value > target or smoke:
+            break
+        begin = time.process_time()
+    return result | {
+        "race": {
+            "batch": count,
+            "torchsde": track,
+            "stochdyn, matching": mine,
+            "target": target,
+            "reached": mine[-1]["elbo"] > target,
+            "ratio": track[-1]["seconds"] / mine[-1]["seconds"],
+        }
+    }
+
+
+_CHILD = """
+import sys; sys.path.insert(0, {folder!r})
+import resource, torch
+torch.set_num_threads(1)
+from run import memory_problem
+small = memory_problem({checkpoint}, 8, 4); torch.autograd.grad(small().sum(), small.parameters())
+problem = memory_problem({checkpoint}, {steps}, {batch})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+torch.autograd.grad(problem().sum(), problem.parameters())
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+class _Loss(torch.nn.Module):
+    def __init__(self, model: LatentSDE, series: Series) -> None:
+        super().__init__()
+        self.model, self.series = model, series
+
+    def forward(self) -> torch.Tensor:
+        return self.model(self.series).loss
+
+
+def memory_problem(checkpoint: bool, steps: int, batch: int) -> _Loss:
+    """Return a latent model on a long grid."""
+    ts = torch.linspace(0, 1, steps + 1)
+    model = LatentSDE(
+        1, 2, ts, hurst=0.7, num_states=4, drift=(64, 64), hidden=(64, 64), context=16, checkpoint=checkpoint
+    )
+    return _Loss(
+        model,
+        Series.regular(ts[:: max(steps // 10, 1)], torch.zeros(batch, len(ts[:: max(steps // 10, 1)]), 1)),
+    )
+
+
+def memory(smoke: bool) -> dict[str, Any]:
+    """Growth of the peak memory by one gradient of 1000 steps, plain and with recomputed segments, each in its own process."""
+    steps, batch = (40, 8) if smoke else (1000, 256)
+    sizes = {}
+    for name, checkpoint in (("plain", False), ("checkpointed", True)):
+        code = _CHILD.format(
+            folder=str(Path(__file__).parent), checkpoint=checkpoint, steps=steps, batch=batch
+        )
+        out = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+        )
+        sizes[name] = float(out.stdout)
+    result = {
+        "steps": steps,
+        "batch": batch,
+        "MiB": sizes,
+        "ratio": sizes["checkpointed"] / max(sizes["plain"], 1e-9),
+    }
+    print(result, flush=True)
+    return result
+
+
+def main() -> None:
+    """Run the sections asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--only", nargs="*", default=["gaussian", "tightness", "memory", "lorenz"])
+    parser.add_argument("--batch", type=int, default=128, help="series of the race on the Lorenz model")
+    parser.add_argument("--iterations", type=int, default=100, help="iterations that torchsde is given there")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sections = {
+        "gaussian": lambda: gaussian_against_simulated(options.smoke),
+        "tightness": lambda: tightness(options.smoke),
+        "memory": lambda: memory(options.smoke),
+        "lorenz": lambda: lorenz(options.smoke, options.batch, options.iterations),
+    }
+    out = options.out or (None if options.smoke else RESULTS)
+    for name in options.only:
+        found = sections[name]()
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            known = json.loads(out.read_text()) if out.exists() else {}
+            out.write_text(
+                json.dumps(known | {"machine": machine(), name: found}, indent=1) + "\n", encoding="utf-8"
+            )
+
+
+if __name__ == "__main__":
+    main()

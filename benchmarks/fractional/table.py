@@ -1,0 +1,176 @@
+"""Turn the JSON files of this folder into the tables of the documentation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+TABLE = ROOT / "docs" / "generated" / "fractional_benchmarks.md"
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows] + [""]
+
+
+def bridge(report: dict[str, Any]) -> list[str]:
+    """Table of the bridge experiment."""
+    lines = [
+        "**Bridge.** $X_0=0$, $dX=-\\theta X\\,dt+dB^H$, $X_2=0$ observed with standard deviation 0.1, 200 steps. Worst relative error of the "
+        "posterior's standard deviation at t = 0.5, 1, 1.5, and bound less evidence (nats), both against exact unit fractional Brownian "
+        "motion. The last columns are the published setting (five states from 0.05 to 20, unnormalised type I, shared diffusion) at the "
+        "optimum of its family (`bridge.py`).",
+        "",
+    ]
+    rows = []
+    by = {(r["theta"], r["hurst"], r["kind"]): r for r in report["rows"]}
+    for theta, hurst in sorted({(t, h) for t, h, _ in by}):
+        one, two = by[theta, hurst, "I"], by[theta, hurst, "II"]
+        error = "worst relative error of std"
+        rows.append([
+            f"{theta:g}", hurst, f"{100 * two[error]:.1f} %", f"{two['elbo less evidence']:+.3f}", f"{100 * one[error]:.1f} %",
+            f"{one['elbo less evidence']:+.3f}", f"{100 * one['published setting ' + error]:.0f} %",
+            f"{one['published setting elbo'] - one['exact evidence']:+.2f}",
+        ])  # fmt: skip
+    return lines + _table(["θ", "H", "type II", "", "type I", "", "published setting", ""], rows)
+
+
+def hurst(report: dict[str, Any]) -> list[str]:
+    """Table of the recovery of the Hurst index."""
+    rows = [
+        [
+            c["n"], c["hurst"], len(c["fits"]), f"{c['rmse']:.4f}", f"{c['cramer_rao']:.4f}", f"{c['ratio']:.2f}",
+            f"{100 * c['coverage of 90 % intervals']:.0f} %", f"{sum(f['seconds'] for f in c['fits']) / len(c['fits']):.0f}",
+        ]
+        for c in sorted(report["cells"], key=lambda c: (c["n"], c["hurst"]))
+    ]  # fmt: skip
+    head = [
+        "n",
+        "H",
+        "series",
+        "RMSE",
+        "Cramér–Rao bound",
+        "ratio",
+        "coverage of 90 % intervals",
+        "processor seconds a fit",
+    ]
+    return ["**Hurst index** of noisy fractional Ornstein–Uhlenbeck series, rate and scale unknown, by inference of the path "
+            "(`hurst_recovery.py`).", "", *_table(head, rows)]  # fmt: skip
+
+
+def double_well(report: dict[str, Any]) -> list[str]:
+    """Table of the double well."""
+    rows = []
+    for row in report["rows"]:
+        self_check = row["smoother against itself"]
+        rows.append([
+            row["hurst"], f"smoother, {row['particles']:.0e} particles, twice", f"{row['evidence'][0]:.2f}, {row['evidence'][1]:.2f}", "",
+            f"{self_check['mean error of the mean, in posterior sd']:.3f}", f"{100 * self_check['mean relative error of the sd']:.1f} %",
+            f"{row['seconds of the smoother']:.0f}",
+        ])  # fmt: skip
+        for fit in row["posteriors"]:
+            for name, part in (
+                (fit["posterior"], fit),
+                (fit["posterior"] + ", weighted", fit["after importance weighting"]),
+            ):
+                rows.append([
+                    row["hurst"], name, f"{fit['importance-weighted evidence']:.2f}" if part is not fit else "",
+                    f"{fit['elbo']:.2f}" if part is fit else "", f"{part['mean error of the mean, in posterior sd']:.3f}",
+                    f"{100 * part['mean relative error of the sd']:.1f} %", f"{fit['seconds']:.0f}" if part is fit else "",
+                ])  # fmt: skip
+    head = [
+        "H",
+        "law",
+        "log evidence",
+        "bound",
+        "error of the mean (posterior sd)",
+        "error of the sd",
+        "processor seconds",
+    ]
+    return [
+        "**Double well** with fractional noise against a particle smoother (`double_well.py`).",
+        "",
+        *_table(head, rows),
+    ]
+
+
+def speed(report: dict[str, Any]) -> list[str]:
+    """Tables of times and memory."""
+    lines: list[str] = []
+    if "tightness" in report:
+        rows = [
+            [r["hurst"], f"{r['gap of (c), linearised']:.1e}", f"{r['gap of (c), trained from the prior']:.3f}",
+             f"{r['gap of the control posterior (a)']:.2f}"]
+            for r in report["tightness"]
+        ]  # fmt: skip
+        lines += ["**Gap to the Kalman evidence** of a linear model at 100 steps, nats (`run.py`).", ""]
+        lines += _table(
+            ["H", "Gaussian (c), linearised", "(c), trained from the prior", "control (a), trained"], rows
+        )
+    if "gaussian" in report:
+        rows = []
+        for r in report["gaussian"]:
+            for name, ratio in r["ratio"].items():
+                rows.append([
+                    r["model"], name, f"{1e3 * r['seconds']['Gaussian']:.1f}", f"{1e3 * r['seconds'][name]:.1f}", f"{ratio:.0f}",
+                ])  # fmt: skip
+        lines += [
+            "**A gradient** of the Gaussian posterior (c) against the simulated control posterior with 32 paths, 200 steps.",
+            "",
+        ]
+        lines += _table(["model", "against", "(c), ms", "other, ms", "ratio"], rows)
+    if "lorenz" in report:
+        found = report["lorenz"]
+        rows = [
+            [name, f"{1e3 * seconds:.0f}", f"{found['ratio an iteration'].get(name, 1):.1f}"]
+            for name, seconds in found["seconds an iteration"].items()
+        ]
+        lines += [
+            f"**Stochastic Lorenz latent model**, the sizes of torchsde's example, batch {found['batch']}: one iteration.",
+            "",
+        ]
+        lines += _table(["posterior", "ms", "times faster than torchsde"], rows)
+        if "race" in found:
+            trial = found["race"]
+            state = "reached" if trial["reached"] else "NOT reached"
+            lines += [
+                f"Race at batch {trial['batch']}: torchsde came to a bound of {trial['target']:.0f} on held-out series in "
+                f"{trial['torchsde'][-1]['seconds']:.0f} processor seconds; it was {state} by matching in "
+                f"{trial['stochdyn, matching'][-1]['seconds']:.0f}: {trial['ratio']:.1f} times faster.", "",
+            ]  # fmt: skip
+    if "memory" in report:
+        found = report["memory"]
+        lines += [
+            f"**Memory** of one gradient at {found['steps']} steps, batch {found['batch']}: {found['MiB']['plain']:.0f} MiB, with recomputed "
+            f"segments {found['MiB']['checkpointed']:.0f} MiB, a ratio of {found['ratio']:.2f}.", "",
+        ]  # fmt: skip
+    return lines
+
+
+def main() -> None:
+    """Write the page."""
+    parts: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+        "bridge": bridge, "hurst_recovery": hurst, "double_well": double_well, "speed": speed,
+    }  # fmt: skip
+    lines, known = [], None
+    for name, render in parts.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            report = json.loads(path.read_text(encoding="utf-8"))
+            known = report.get("machine", known)
+            lines += render(report)
+    if known:
+        lines.append(
+            f"Measured on {known['cores']} cores ({known['processor']}), {known['threads']} thread, torch {known['torch']}, "
+            f"Python {known['python']}; processor time, the least of interleaved repetitions where times are compared. Other work ran on "
+            "the machine."
+        )
+    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Simulated posteriors of a latent SDE: the control of the paper, and the tight one with a variance for every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stochdyn.core.affine import by_column
+from stochdyn.core.networks import TanhNetwork
+from stochdyn.core.path import PathSample
+from stochdyn.core.sde import Control
+from stochdyn.core.solvers import draw_increments, integrate
+from stochdyn.fractional.latent_posterior import Bound, Draws, LatentPosterior
+from stochdyn.fractional.series import Series
+
+if TYPE_CHECKING:
+    from stochdyn.fractional.latent import LatentSDE
+
+__all__ = ["ControlPosterior"]
+
+
+class _Recorder(Control):
+    """A control of all increments of a step that notes its draws and what they add to the divergence."""
+
+    def __init__(
+        self,
+        network: TanhNetwork,
+        context: Tensor,
+        factor: Callable[[int], Tensor] | None,
+        scale: Tensor,
+        width: Tensor,
+        count: int,
+    ) -> None:
+        super().__init__()
+        self.network, self.width, self.count = network, width, count
+        self.context, self.scale = context.unbind(0), scale.unbind(0)
+        self.factor = factor
+        self.rows: dict[int, tuple[Tensor, Tensor, Tensor]] | None = {}
+
+    def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
+        """See :meth:`Control.shape_increment`; ``e`` are increments of the prior."""
+        context, scale = self.context[n], self.scale[n]
+        features = torch.cat([z / self.width, context.expand(*z.shape[:-1], context.shape[-1])], -1)
+        mean = self.network(features) * dt**0.5
+        standard = e / scale
+        divergence = 0.5 * mean.square().sum(-1)
+        if self.factor is None:
+            if self.count < e.shape[-1]:
+                mean = torch.nn.functional.pad(mean, (0, e.shape[-1] - self.count))
+            drawn = mean + standard
+            ratio = -(mean * (0.5 * mean + standard)).sum(-1)
+        else:
+            factor = self.factor(n)
+            drawn = mean + _spread(factor, standard, channels)
+            log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
+            divergence = divergence + 0.5 * (factor.square().sum((-3, -2, -1)) - e.shape[-1]) - log_det
+            ratio = 0.5 * (standard.square() - drawn.square()).sum(-1) + log_det
+        if self.rows is not None:
+            self.rows[n] = (drawn, divergence, ratio)
+        return drawn * scale
+
+    def record(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return standardised increments ``(N, S, B, M)``, and divergence and log ratio ``(S, B)`` of all steps.
+
+        Segments that are computed again for a gradient note nothing.
+        """
+        rows, self.rows = self.rows or {}, None
+        drawn, divergence, ratio = zip(*(rows[n] for n in range(len(rows))), strict=True)
+        return torch.stack(drawn), torch.stack(divergence).sum(0), torch.stack(ratio).sum(0)
+
+
+class ControlPosterior(LatentPosterior):
+    r"""A posterior that is simulated under a control network :math:`u(t,z,\mathrm{context})`.
+
+    Without ``tight`` it is that of the paper: the Brownian increments get the drift u and keep their
+    variance. With it, all innovations of a step get a mean, and those of each channel a covariance
+    :math:`LL^\top` from the context, whose diagonal is :math:`(1+\alpha\Delta)^{-1/2}` before correlation. Then the bound
+    doesn't pay for the time step.
+
+    Args:
+        state_size: components of the full state.
+        channels: ``m``.
+        innovations: ``R`` a channel.
+        context: size of the context.
+        hidden: widths of the control network.
+        tight: see above.
+        checkpoint: recompute segments of the simulation in back-propagation, to save memory.
+    """
+
+    def __init__(
+        self,
+        state_size: int,
+        channels: int,
+        innovations: int,
+        context: int,
+        hidden: Sequence[int],
+        tight: bool,
+        checkpoint: bool | int = False,
+    ) -> None:
+        super().__init__()
+        self.channels, self.innovations, self.tight, self.checkpoint = (
+            channels,
+            innovations,
+            tight,
+            checkpoint,
+        )
+        count = channels * innovations if tight else channels
+        self.count = count
+        self.network = TanhNetwork((state_size + context, *hidden, count), zero_last=True)
+        self.head: nn.Linear | None = None
+        if tight:
+            self.head = nn.Linear(context, channels * innovations * (innovations + 1) // 2)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def _factors(self, context: Tensor, dt: Tensor) -> Callable[[int], Tensor] | None:
+        """Return the function from a step to its factors ``(B, m, R, R)``: of all steps at once, or one by one to save memory."""
+        if self.head is None:
+            return None
+        if self.checkpoint:
+            return lambda n: self._factor(context[n : n + 1], dt[n : n + 1])[0]
+        rows = self._factor(context, dt).unbind(0)
+        return lambda n: rows[n]
+
+    def _factor(self, context: Tensor, dt: Tensor) -> Tensor:
+        """Return lower triangular factors ``(N, B, m, R, R)``."""
+        assert self.head is not None
+        r = self.innovations
+        raw = self.head(context).unflatten(-1, (self.channels, -1))
+        lag = dt.reshape(-1, 1, 1, 1)
+        # close to the variance of the prior at the start of training
+        alpha = torch.exp(3.0 * raw[..., :r] - 3.0)
+        diagonal = torch.rsqrt(1 + alpha * lag)
+        factor = torch.diag_embed(diagonal)
+        if r > 1:
+            rows, columns = torch.tril_indices(r, r, -1)
+            below = torch.zeros_like(factor)
+            below[..., rows, columns] = raw[..., r:] * lag.sqrt()
+            factor = factor + below
+        return factor
+
+    def _simulate(self, model: LatentSDE, series: Series, n: int) -> tuple[PathSample, Tensor, Tensor]:
+        """Return paths ``(n, B)``, divergences and log ratios of the increments, ``(n, B)`` each."""
+        context = model.encoder(series, model.ts)
+        start = self.start(model, context[0], n)
+        sde, ts = model.sde, model.ts
+        scale = model.increment_scale()
+        control = _Recorder(
+            self.network,
+            context[1:],
+            self._factors(context[1:], (ts[1:] - ts[:-1]).to(context.dtype)),
+            scale,
+            model.width,
+            self.count,
+        )
+        noise, _ = draw_increments(sde, start.x0, ts)
+        run = integrate(
+            sde.with_control(control),
+            start.x0,
+            ts,
+            noise,
+            start.memory,
+            method=model.method,
+            checkpoint=self.checkpoint,
+        )
+        drawn, divergence, ratio = control.record()
+        e = (drawn * scale[:, None, None, :]).movedim(0, -2)
+        aux = {} if run.memory is None else {"memory": run.memory.movedim(0, -3)}
+        if e.shape[-1] > self.channels:
+            aux["residual"] = e[..., self.channels :]
+        path = PathSample(ts, run.x.movedim(0, -2), e[..., : self.channels], aux)
+        return path, divergence + start.divergence, ratio + start.log_ratio
+
+    def bound(self, model: LatentSDE, series: Series, n: int) -> Bound:
+        """See :meth:`LatentPosterior.bound`."""
+        path, divergence, ratio = self._simulate(model, series, n)
+        return Bound(model.log_likelihood(path.x, series), divergence, ratio.detach())
+
+    def draw(self, model: LatentSDE, series: Series, n: int) -> Draws:
+        """See :meth:`LatentPosterior.draw`."""
+        path, _, ratio = self._simulate(model, series, n)
+        return Draws(path, ratio, model.log_likelihood(path.x, series))
+
+
+def _spread(factor: Tensor, standard: Tensor, channels: int) -> Tensor:
+    """Multiply normals ``(..., m R)`` by block factors ``(..., m, R, R)``."""
+    if factor.shape[-1] == 1:
+        return factor[..., 0, 0] * standard
+    first, rest = standard[..., :channels, None], standard[..., channels:].unflatten(-1, (channels, -1))
+    blocks = torch.cat([first, rest], -1).unsqueeze(-1)
+    return by_column((factor @ blocks).squeeze(-1))

@@ -1,0 +1,57 @@
+"""An encoder that tells, at every time of a grid, what the observations from there on say."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stochdyn._checks import check_positive_int
+from stochdyn.fractional.series import Series
+
+__all__ = ["SeriesEncoder"]
+
+
+class SeriesEncoder(nn.Module):
+    r"""A recurrent network that reads each series backwards, one step an observation.
+
+    Given the present state, the posterior of the future path depends on the data to come and on nothing else; so the context
+    at t is the summary of all observations at t and after, with the time until the first of them. The cost
+    grows with the observations, not with the grid. Missing components enter as zeros with their mask.
+
+    Args:
+        obs_dim: ``p``.
+        width: size of the summary.
+        span: length of the grid, which scales time.
+    """
+
+    def __init__(self, obs_dim: int, width: int = 64, span: float = 1.0) -> None:
+        super().__init__()
+        check_positive_int(obs_dim, "obs_dim")
+        check_positive_int(width, "width")
+        self.gru = nn.GRU(2 * obs_dim + 2, width)
+        self.after = nn.Parameter(torch.zeros(width))
+        self.span = span
+        self.width = width + 3
+
+    def summaries(self, series: Series) -> Tensor:
+        """Return ``(n+1, B, width)``: what observation i and all later ones say; the last row is that of none."""
+        times = series.times / self.span
+        gap = torch.nn.functional.pad(times.diff(dim=1), (0, 1))
+        seen = series.mask.to(series.values)
+        features = torch.cat([series.values * seen, seen, gap.unsqueeze(-1), times.unsqueeze(-1)], -1)
+        states = self.gru(features.movedim(1, 0).flip(0))[0].flip(0)
+        return torch.cat([states, self.after.expand(1, *states.shape[1:])])
+
+    def forward(self, series: Series, ts: Tensor) -> Tensor:
+        """Return contexts ``(T, B, self.width)`` at the times ``ts (T,)``."""
+        states = self.summaries(series)
+        grid = ts.to(series.times).expand(len(series), -1).contiguous()
+        following = torch.searchsorted(series.times.contiguous(), grid - 1e-6 * self.span).T  # (T, B)
+        context = states.gather(0, following.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+        last = series.times.shape[1] - 1
+        ahead = series.times.T.gather(0, following.clamp_max(last)) - grid.T
+        none = (following > last).to(ahead)
+        wait = (ahead.clamp_min(0.0) / self.span) * (1 - none)
+        # nearness resolves the last steps before an observation
+        near = torch.exp(-30.0 * wait) * (1 - none)
+        return torch.cat([context, torch.stack([wait, near, none], -1)], -1)

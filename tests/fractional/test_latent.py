@@ -1,0 +1,287 @@
+"""Latent SDEs: every posterior's bound is that of its weighted draws; evidence, forecasts, comparison."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import stochdyn as sd
+from stochdyn.errors import HurstRangeError, InvalidInputError, TimeGridError
+from stochdyn.fractional import (
+    AffineDrift,
+    FractionalOU,
+    LatentSDE,
+    MultifractionalNoise,
+    Series,
+    compare_models,
+    evidence,
+    forecast,
+    posterior_paths,
+    predict,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::stochdyn.errors.ApproximationWarning")
+TS = torch.linspace(0, 1, 21)
+KINDS = ("control", "tight", "gaussian", "matching")
+
+
+def _series(seed: int = 0, count: int = 4) -> Series:
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randn(count, 6, 2, generator=g)
+    values[0, 2] = float("nan")
+    values[1, :, 0] = float("nan")
+    return Series.regular(TS[::4] + 0.007 * (TS[::4] < 0.9), values)
+
+
+def _model(posterior: Any, **options: Any) -> LatentSDE:
+    torch.manual_seed(0)
+    defaults: dict[str, Any] = {
+        "posterior": posterior,
+        "hurst": None if posterior == "matching" else torch.tensor([0.3, 0.5, 0.8]),
+        "num_states": 4,
+        "drift": (8,),
+        "hidden": (8,),
+        "context": 6,
+        "num_particles": 2,
+        "obs_scale": 0.5,
+    }
+    model = LatentSDE(2, 3, TS, **(defaults | options))
+    with torch.no_grad():
+        for p in [*model.posterior.parameters(), *getattr(model, "start_head", model.posterior).parameters()]:
+            p.add_(0.03 * torch.randn(p.shape))
+    return model
+
+
+@pytest.mark.parametrize("posterior", KINDS)
+def test_the_bound_is_the_mean_log_weight(posterior: str) -> None:
+    """The trained divergence and the exact density ratios of draws agree."""
+    model, series = _model(posterior, num_particles=50), _series()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        losses = torch.stack([model(series).loss for _ in range(30)])
+        draws = posterior_paths(model, series, 1500, seed=2)
+    mean = draws.log_weight.mean(1)
+    error = math.hypot(float(losses.std()) / math.sqrt(30), float(mean.std()) / math.sqrt(1500))
+    # the matched law is that of continuous time, the draws are on a grid of 20 steps
+    slack = 0.05 * abs(float(mean.mean())) if posterior == "matching" else 0.0
+    assert error < 0.05 * abs(float(mean.mean()))
+    assert abs(float(losses.mean() + mean.mean())) < 4.5 * error + slack
+
+
+@pytest.mark.parametrize("posterior", KINDS)
+def test_every_parameter_is_trained(posterior: str) -> None:
+    model = _model(posterior)
+    model(_series()).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("posterior", ["control", "tight", "gaussian"])
+def test_the_increments_of_draws_drive_them_under_the_prior(posterior: str) -> None:
+    model = _model(posterior, kind="I", num_states=12)
+    with torch.no_grad():
+        path = posterior_paths(model, _series(), 3, seed=0).path
+        dw = torch.cat([path.dw, path.aux["residual"]], -1).movedim(-2, 0)
+        law = sd.DiffusionMeasure(path.x[..., 0, :], model.sde)
+        again = law.drive(TS, path.x[..., 0, :], dw, path.aux["memory"][..., 0, :, :])
+    torch.testing.assert_close(again.x, path.x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("posterior", ["control", "tight", "gaussian"])
+def test_importance_weights_give_the_exact_evidence_of_a_linear_model(posterior: str) -> None:
+    """A fixed fractional Ornstein-Uhlenbeck model with two observations, whatever the posterior's parameters."""
+    options = {
+        "posterior": posterior,
+        "hurst": 0.7,
+        "num_states": 4,
+        "drift": AffineDrift(-torch.eye(1)),
+        "diffusion": 1.0,
+        "decoder": lambda x: x,
+        "obs_scale": 1.0,
+        "hidden": (8,),
+        "context": 6,
+    }
+    torch.manual_seed(0)
+    model = LatentSDE(1, 1, TS, **options)
+    with torch.no_grad():
+        model.start_log_scale.fill_(-3.0)
+    series = Series.regular(TS[[10, 20]], torch.tensor([[[0.5], [-0.3]]]))
+    found = evidence(model, series, 20000)
+    noise = model.sde.noise
+    start = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), math.exp(-3.0))
+    law = FractionalOU(
+        1.0, 0.0, 1.0, float(noise.hurst[0]), start=start, discretization="euler", noise=_same(noise)
+    )
+    mask = torch.zeros(21, dtype=torch.bool)
+    mask[[10, 20]] = True
+    y = torch.zeros(21, dtype=torch.float64)
+    y[[10, 20]] = torch.tensor([0.5, -0.3], dtype=torch.float64)
+    exact = float(law.log_evidence(TS.double(), y, 1.0, mask=mask))
+    assert float(found.stderr) < 0.03
+    assert abs(float(found.log_evidence) - exact) < 4.5 * float(found.stderr)
+    assert float(found.khat) < 0.7
+
+
+def _same(noise: Any) -> Any:
+    from stochdyn.fractional import MarkovNoise
+
+    return MarkovNoise(float(noise.hurst[0]), speeds=noise.speeds, horizon=noise.horizon)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("posterior", ["tight", "gaussian"])
+def test_training_closes_the_gap_that_the_control_posterior_leaves(posterior: str) -> None:
+    """Precise observations on a coarse grid: the shared variance costs nats, the free one doesn't."""
+    options: dict[str, Any] = {
+        "hurst": 0.4,
+        "learn_hurst": False,
+        "num_states": 3,
+        "drift": AffineDrift(-torch.eye(1)),
+        "diffusion": 1.0,
+        "decoder": lambda x: x,
+        "obs_scale": 0.05,
+        "learn_obs_scale": False,
+        "hidden": (32,),
+        "context": 16,
+        "num_particles": 4,
+    }
+    series = Series.regular(TS[[7, 14, 20]], torch.tensor([[[0.5], [-0.3], [0.2]]]))
+    bounds = {}
+    for kind in ("control", posterior):
+        torch.manual_seed(0)
+        model = LatentSDE(1, 1, TS, posterior=kind, **options)
+        for p in (model.start_mean, model.start_log_scale):
+            p.requires_grad_(False)
+        sd.fit(model, series, steps=1500, lr=5e-3, progress=False)
+        bounds[kind] = float(evidence(model, series, 2000).elbo)
+    assert bounds[posterior] > bounds["control"] + 1.0
+
+
+def test_heun_corrects_the_noise_of_a_diffusion_that_depends_on_the_state() -> None:
+    model = _model("tight", diffusion="state", method="heun")
+    assert bool(torch.isfinite(model(_series()).loss))
+    model(_series()).loss.backward()
+
+
+def test_checkpointing_gives_the_same_gradient() -> None:
+    gradients = []
+    for checkpoint in (False, True):
+        model = _model("tight", checkpoint=checkpoint)
+        torch.manual_seed(3)
+        model(_series()).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_hurst_index_that_varies_in_time() -> None:
+    noise = MultifractionalNoise(
+        lambda t: (0.3 + 0.4 * t)[:, None].expand(-1, 3), 4, 1.0, 0.05, per_channel=True
+    )
+    model = _model("gaussian", noise=noise)
+    assert bool(torch.isfinite(model(_series()).loss))
+
+
+def test_minibatches_and_resumption(tmp_path: Any) -> None:
+    series = _series(count=6)
+    whole = sd.fit(_model("tight"), series, steps=6, batch_size=2, progress=False)
+    sd.fit(_model("tight"), series, steps=3, batch_size=2, progress=False, checkpoint=tmp_path)
+    resumed = sd.fit(
+        _model("tight"), series, steps=6, batch_size=2, progress=False, checkpoint=tmp_path, resume=True
+    )
+    assert whole.losses[-1] == resumed.losses[-1]
+
+
+def test_predictions_and_forecasts() -> None:
+    model, series = _model("tight"), _series()
+    assert predict(model, series, num_draws=5, seed=0).shape == (5, 4, 6, 2)
+    assert predict(model, series, TS[3:5], num_draws=5, seed=0).shape == (5, 4, 2, 2)
+    later = torch.tensor([1.05, 1.1, 1.5])
+    ahead = forecast(model, series, later, num_draws=5, seed=0)
+    assert ahead.shape == (5, 4, 3, 2)
+    torch.testing.assert_close(ahead, forecast(model, series, later, num_draws=5, seed=0))
+    with pytest.raises(TimeGridError, match="after the grid"):
+        forecast(model, series, TS[-2:])
+    with pytest.raises(TimeGridError, match="grid of the model"):
+        predict(model, series, later)
+
+
+def test_a_forecast_continues_the_memory_of_the_noise() -> None:
+    """Given the path, the mean of the next step is that of the equation with the memory states."""
+    model = _model("tight", num_particles=1)
+    series = _series(count=2)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        path = posterior_paths(model, series, 4000).path
+        torch.manual_seed(0)
+        ahead = forecast(model, series, torch.tensor([1.05]), num_draws=4000, noise=False)
+        steps = model.sde.noise.steps(torch.tensor([1.0, 1.05]), dtype=torch.float32)
+        recall = (path.aux["memory"][..., -1, :, :] * steps.recall[0]).sum(-1)
+        last = path.x[..., -1, :]
+        expected = last + 0.05 * model.sde.drift(TS[-1], last) + model.strength() * recall
+        gap = ahead[..., 0, :] - model.decoder.mean(expected)
+    assert bool((gap.mean(0).abs() < 4.5 * gap.std(0) / math.sqrt(4000)).all())
+
+
+def test_comparison_over_series_finds_the_smoother_noise() -> None:
+    """Paths with H = 0.9, seen almost without noise: fixed H = 0.9 beats H = 0.3."""
+    from stochdyn.fractional import sample_fbm
+
+    g = torch.Generator().manual_seed(0)
+    x = sample_fbm(0.9, 20, size=(6,), generator=g).to(torch.float32)
+    series = Series.regular(TS[1::2], x[:, 1::2, None])
+
+    def build(hurst: float) -> LatentSDE:
+        return LatentSDE(
+            1, 1, TS, posterior="gaussian", hurst=hurst, learn_hurst=False, num_states=3, drift=AffineDrift(torch.zeros(1, 1)),
+            diffusion=1.0, decoder=lambda x: x, obs_scale=0.1, learn_obs_scale=False, context=8, num_particles=4,
+        )  # fmt: skip
+
+    found = compare_models(
+        {"rough": lambda: build(0.3), "smooth": lambda: build(0.9)},
+        series,
+        folds=2,
+        num_draws=200,
+        steps=150,
+        lr=0.01,
+    )
+    assert found.names[0] == "smooth"
+    assert found.difference["rough"] < -2 * found.stderr["rough"]
+
+
+def test_learnt_indices_have_the_shape_of_the_path() -> None:
+    model = _model("gaussian")
+    assert model.hurst is not None
+    torch.testing.assert_close(model.hurst, torch.tensor([0.3, 0.5, 0.8]))
+    assert _model("matching").hurst is None
+
+
+def test_bad_input() -> None:
+    with pytest.raises(InvalidInputError, match="constant"):
+        _model("gaussian", diffusion="state")
+    with pytest.raises(InvalidInputError, match="noise of its own"):
+        _model("tight", diffusion=torch.eye(3))
+    with pytest.raises(InvalidInputError, match="memory"):
+        _model("matching", hurst=0.7)
+    with pytest.raises(InvalidInputError, match="posterior"):
+        _model("other")
+    with pytest.raises(InvalidInputError, match="diffusion"):
+        _model("tight", diffusion="other")
+    with pytest.raises(HurstRangeError):
+        _model("tight", hurst=1.2)
+    with pytest.raises(InvalidInputError, match="Series"):
+        _model("tight")(torch.zeros(2, 3))
+    with pytest.raises(TimeGridError, match="beyond the grid"):
+        _model("tight")(Series.regular(torch.tensor([0.5, 1.5]), torch.zeros(2, 2, 2)))
+    with pytest.raises(InvalidInputError, match="components"):
+        _model("tight")(Series.regular(TS[::4], torch.zeros(2, 6, 3)))
+    with pytest.raises(InvalidInputError, match="one series a fold"):
+        compare_models({"a": lambda: _model("tight"), "b": lambda: _model("tight")}, _series(), folds=9)
+
+
+def test_precision_follows_the_parameters() -> None:
+    model = _model("gaussian").double()
+    series = _series()
+    value = model(Series(series.times.double(), series.values.double(), series.mask)).loss
+    assert value.dtype == torch.float64
