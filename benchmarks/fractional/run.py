@@ -41,8 +41,13 @@ def _gradient(objective: sd.Objective, trained: torch.nn.Module) -> Callable[[],
     return lambda: torch.autograd.grad(objective(None).loss, parameters)
 
 
-def _control(net: TanhNetwork) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    return lambda t, z: net(torch.cat([t.expand(z[..., :1].shape), z], -1))
+class _Control(torch.nn.Module):
+    def __init__(self, net: TanhNetwork) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([t.expand(z[..., :1].shape), z], -1))
 
 
 def gaussian_against_simulated(smoke: bool) -> list[dict[str, Any]]:
@@ -63,7 +68,7 @@ def gaussian_against_simulated(smoke: bool) -> list[dict[str, Any]]:
         for width in (64, 200, 1000):
             net = TanhNetwork((1 + 1 + 5, width, width, 1), zero_last=True)
             loss = sd.PathELBO(
-                prior, prior.controlled(_control(net)), data_, num_particles=32, estimator="rate"
+                prior, prior.controlled(_Control(net)), data_, num_particles=32, estimator="rate"
             )
             contenders[f"simulated, network {width}-{width}"] = _gradient(loss, net)
         heavy = {name: contenders.pop(name) for name in list(contenders) if "1000" in name}
@@ -110,7 +115,7 @@ def tightness(smoke: bool) -> list[dict[str, Any]]:
         trained = float(closed(None).terms["elbo"])
         closed.posterior.linearise(data_)
         net = TanhNetwork((1 + 1 + 5, 64, 64, 1), zero_last=True).double()
-        simulated = sd.PathELBO(prior, prior.controlled(_control(net)), data_, 32)
+        simulated = sd.PathELBO(prior, prior.controlled(_Control(net)), data_, 32)
         sd.fit(simulated, steps=train, lr=3e-3, progress=False)
         with torch.no_grad():
             shared = float(simulated.evidence(4000)[1].mean())

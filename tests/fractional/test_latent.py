@@ -110,10 +110,9 @@ def test_importance_weights_give_the_exact_evidence_of_a_linear_model(posterior:
     series = Series.regular(TS[[10, 20]], torch.tensor([[[0.5], [-0.3]]]))
     found = evidence(model, series, 20000)
     noise = model.sde.noise
+    hurst = float(noise.hurst[0].detach())
     start = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), math.exp(-3.0))
-    law = FractionalOU(
-        1.0, 0.0, 1.0, float(noise.hurst[0]), start=start, discretization="euler", noise=_same(noise)
-    )
+    law = FractionalOU(1.0, 0.0, 1.0, hurst, start=start, discretization="euler", noise=_same(noise))
     mask = torch.zeros(21, dtype=torch.bool)
     mask[[10, 20]] = True
     y = torch.zeros(21, dtype=torch.float64)
@@ -127,7 +126,7 @@ def test_importance_weights_give_the_exact_evidence_of_a_linear_model(posterior:
 def _same(noise: Any) -> Any:
     from stochdyn.fractional import MarkovNoise
 
-    return MarkovNoise(float(noise.hurst[0]), speeds=noise.speeds, horizon=noise.horizon)
+    return MarkovNoise(float(noise.hurst[0].detach()), speeds=noise.speeds, horizon=noise.horizon)
 
 
 @pytest.mark.slow
