@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import check_choice, check_positive_int
 from stochdyn.core.outcomes import encode
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.povm.ansatz import Ansatz, as_strings
+from stochdyn.povm.pairs import PairCouplings
 from stochdyn.povm.prefixes import evaluate_prefixes, unique_strings
 from stochdyn.povm.scores import Tape, apply_linear
 from stochdyn.povm.strings import Strings
@@ -27,9 +28,9 @@ class AutoregressiveAnsatz(Ansatz):
 
     .. math::
         P_{\mathrm{AR}}(b) = \prod_i p_i(b_i\mid b_{<i}),\qquad
-        p_i(\cdot\mid b_{<i}) = \operatorname{softmax}\bigl(r_i + W h_i(b_{<i}) + c\bigr)
+        p_i(\cdot\mid b_{<i}) = \operatorname{softmax}\bigl(r_i + W h_i(b_{<i}) + c + \textstyle\sum_{j<i}J_{ij}(\cdot, b_j)\bigr)
 
-    with ``r`` the log probabilities of a product state, to which the law reduces exactly for ``W = c = 0``.
+    with ``r`` the log probabilities of a product state, to which the law reduces exactly for ``W = c = J = 0``.
     Subclasses give the features ``h``: of whole strings (:meth:`features`, where gradients are wanted) and step
     by step with a cache (:meth:`start`, :meth:`advance`, :meth:`branch`, for sampling and fast evaluation).
 
@@ -45,6 +46,8 @@ class AutoregressiveAnsatz(Ansatz):
             or :class:`Strings`.
         shape: of the lattice, for strings that need it.
         memory: bytes that caches may use at a time; larger evaluations are done in parts.
+        pairs: direct couplings of pairs of steps (:class:`~stochdyn.povm.pairs.PairCouplings`), one block for
+            ``"all"`` pairs or one a ``"distance"``; None for none.
     """
 
     reference: Tensor
@@ -57,7 +60,10 @@ class AutoregressiveAnsatz(Ansatz):
         strings: Strings | str | None = None,
         shape: Sequence[int] | None = None,
         memory: int = 1 << 27,
+        pairs: str | None = "distance",
     ) -> None:
+        if pairs is not None:
+            check_choice(pairs, ("distance", "all"), "pairs")
         check_positive_int(num_sites, "num_sites")
         check_positive_int(num_outcomes, "num_outcomes", 2)
         check_positive_int(width, "width")
@@ -73,6 +79,9 @@ class AutoregressiveAnsatz(Ansatz):
             )
         self._is_group = self.strings.is_group
         self.head = nn.Linear(width, num_outcomes)
+        self.pairs: PairCouplings | None = None
+        if pairs is not None and num_sites > 1:
+            self.pairs = PairCouplings(num_sites, num_outcomes, shared=pairs == "distance")
         uniform = torch.full((num_sites, num_outcomes), 1 / num_outcomes).log()
         self.register_buffer("reference", uniform)
         self._read_references: tuple[Any, Tensor, bool] | None = None
@@ -104,6 +113,11 @@ class AutoregressiveAnsatz(Ansatz):
         """Return logits ``(..., K)`` of features."""
         return apply_linear(self.head, h, tape)
 
+    def next_logits(self, cache: Any, b: Tensor, step: int, rows: int) -> Tensor:
+        """Return the logits ``(rows, K)`` of a step after the outcomes ``b (rows, step)``, without the reference."""
+        logits = self.read_out(self.advance(cache, b[:, -1] if step else None, step, rows))
+        return logits if self.pairs is None else logits + self.pairs.step(b, step)
+
     # ---------------------------------------------------------------- product states and symmetry
 
     def set_site_probabilities(self, p: Tensor) -> None:
@@ -116,6 +130,8 @@ class AutoregressiveAnsatz(Ansatz):
             self.reference.copy_(p.log())
             self.head.weight.zero_()
             self.head.bias.zero_()
+            if self.pairs is not None:
+                self.pairs.blocks.zero_()
 
     def _references(self) -> tuple[Tensor, bool]:
         """Return the reference as every string reads it ``(S, N, K)``, and whether all read the same."""
@@ -172,6 +188,8 @@ class AutoregressiveAnsatz(Ansatz):
         tokens = torch.cat([b.new_full((b.shape[0], 1), self.num_outcomes), b[:, :-1]], 1)
         reference, same = self._references()
         logits = self.read_out(self.features(tokens, tape), tape)
+        if self.pairs is not None:
+            logits = logits + self.pairs(b, tape)
         logits = logits + (reference[0] if same else reference.repeat(n, 1, 1))
         each = logits.log_softmax(-1).gather(-1, b[..., None])[..., 0].sum(-1).reshape(n, count)
         if count == 1:
@@ -267,7 +285,7 @@ class AutoregressiveAnsatz(Ansatz):
         total = self.reference.new_zeros(rows)
         digits = 1.0 / rows
         for i in range(self.num_sites):
-            logits = self.read_out(self.advance(cache, b[:, i - 1] if i else None, i, rows))
+            logits = self.next_logits(cache, b[:, :i], i, rows)
             conditional = (logits + reference[:, i]).log_softmax(-1)
             upper = conditional.double().exp().cumsum(-1)
             upper[:, -1] = 1.0

@@ -33,6 +33,7 @@ class AutoregressiveGRU(AutoregressiveAnsatz):
         shape: of the lattice, for strings that need it.
         num_outcomes: ``K``.
         memory: bytes that caches may use at a time.
+        pairs: direct couplings of steps, ``"distance"``, ``"all"`` or None; see :class:`AutoregressiveAnsatz`.
 
     Raises:
         InvalidInputError: if a size isn't positive or the strings are unknown.
@@ -57,9 +58,10 @@ class AutoregressiveGRU(AutoregressiveAnsatz):
         shape: Sequence[int] | None = None,
         num_outcomes: int = 4,
         memory: int = 1 << 27,
+        pairs: str | None = "distance",
     ) -> None:
         check_positive_int(layers, "layers")
-        super().__init__(num_sites, num_outcomes, width, strings, shape, memory)
+        super().__init__(num_sites, num_outcomes, width, strings, shape, memory, pairs)
         self.embedding = nn.Embedding(num_outcomes + 1, width)
         self.reads = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(layers))
         self.recalls = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(layers))

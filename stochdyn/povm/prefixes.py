@@ -82,8 +82,7 @@ def _evaluate(net: AutoregressiveAnsatz, b: Tensor, reference: Tensor) -> Tensor
     cache = net.start(m)
     for i in range(sites):
         now, later = alive[i], alive[i + 1]
-        tokens = ordered[:now, i - 1] if i else None
-        logits = net.read_out(net.advance(cache, tokens, i, now)) + reference[i]
+        logits = net.next_logits(cache, ordered[:now, :i], i, now) + reference[i]
         conditional = logits.log_softmax(-1)
         if later > now:
             # the last string before each newcomer that was alive at this step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ class Tape:
     def __init__(self, samples: int) -> None:
         self.samples = samples
         self._outputs: list[Tensor] = []
+        self._finish: dict[int, Callable[[Tensor], Tensor]] = {}
         self._records: list[tuple[str, tuple[Tensor | None, ...], Tensor | None]] = []
 
     def _keep(
@@ -64,6 +65,18 @@ class Tape:
         """Return a table ``(N, width)`` once a row ``(rows, N, width)`` and remember it."""
         return self._keep("positions", (table,), None, table.expand(rows, *table.shape).clone())
 
+    def custom(self, parameter: Tensor, x: Tensor, y: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+        """Remember ``y = x @ matrix.T`` of a matrix that is made of a parameter.
+
+        Args:
+            parameter: what the matrix is made of.
+            x: ``(rows, in)`` what was read.
+            y: ``(rows, out)`` what was written.
+            finish: turns derivatives by the matrix ``(n, out, in)`` into those by the parameter ``(n, numel)``.
+        """
+        self._finish[id(parameter)] = finish
+        return self._keep("custom", (parameter,), x.detach(), y)
+
     def scores(self, log_prob: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the scores ``(n, P)`` of ``log_prob (n,)``, parameters in the given order.
 
@@ -79,6 +92,7 @@ class Tape:
             for parameter, value in zip(owned, self._contributions(kind, read, slope), strict=True):
                 if parameter is not None and parameter.requires_grad:
                     key = id(parameter)
+                    value = self._finish[key](value) if key in self._finish else value
                     total[key] = total[key].add_(value) if key in total else value
         n = self.samples
         columns = [
@@ -96,6 +110,8 @@ class Tape:
         x = read.reshape(n, -1, read.shape[-1])
         if kind == "linear":
             return torch.bmm(g.mT, x), g.sum(1)
+        if kind == "custom":
+            return (torch.bmm(g.mT, x),)
         if kind == "table":
             return (torch.bmm(x.mT, g),)
         return (g * x).sum(1), g.sum(1)

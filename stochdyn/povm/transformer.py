@@ -37,6 +37,7 @@ class AutoregressiveTransformer(AutoregressiveAnsatz):
         num_outcomes: ``K``, 4 for qubits in a minimal frame.
         feedforward: inner width of the second half of a layer; twice the width if None.
         memory: bytes that caches may use at a time.
+        pairs: direct couplings of steps, ``"distance"``, ``"all"`` or None; see :class:`AutoregressiveAnsatz`.
 
     Raises:
         InvalidInputError: if a size isn't positive, ``heads`` doesn't divide ``width`` or the strings are unknown.
@@ -67,9 +68,10 @@ class AutoregressiveTransformer(AutoregressiveAnsatz):
         num_outcomes: int = 4,
         feedforward: int | None = None,
         memory: int = 1 << 27,
+        pairs: str | None = "distance",
     ) -> None:
         check_positive_int(layers, "layers")
-        super().__init__(num_sites, num_outcomes, width, strings, shape, memory)
+        super().__init__(num_sites, num_outcomes, width, strings, shape, memory, pairs)
         check_divisible(width, heads)
         inner = 2 * width if feedforward is None else feedforward
         check_positive_int(inner, "feedforward")

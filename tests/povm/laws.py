@@ -61,5 +61,5 @@ def fisher_p_value(net: Ansatz, draws: int, repeats: int, seed: int) -> float:
         counts = torch.bincount(encode(a, net.num_outcomes), minlength=len(expected)).double()
         seen = torch.cat([counts[~rare], counts[rare].sum()[None]]) if rare.any() else counts
         wanted = torch.cat([expected[~rare], expected[rare].sum()[None]]) if rare.any() else expected
-        values.append(stats.chisquare(seen.numpy(), wanted.numpy()).pvalue)
+        values.append(max(float(stats.chisquare(seen.numpy(), wanted.numpy()).pvalue), 1e-300))
     return float(stats.combine_pvalues(values, method="fisher").pvalue)
