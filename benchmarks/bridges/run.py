@@ -1,0 +1,80 @@
+"""Measurements of the Schrödinger bridges: static solvers against peers, refinements on known and real systems.
+
+    OMP_NUM_THREADS=1 python benchmarks/bridges/run.py --data FOLDER
+
+``--data`` is a folder with the published snapshots (``LV_data.npy``, ``repres_data.npy``, ``GoMvortex_data.npy``,
+``GoMvortexsmall_data.npy``, ``hESC_data_nopickle.npz``); without it only simulated ones are used. Every part writes a
+JSON file of its own to ``--out``; ``table.py`` makes the documentation's tables out of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import solvers
+import systems
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = ("sinkhorn", "scaling", "memory", "lotka_volterra", "repressilator", "gulf", "stem_cells")
+
+
+def machine() -> dict[str, Any]:
+    """Describe where the numbers come from."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load at start": [round(x, 2) for x in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pot": version("pot"),
+        "clock": "time.process_time",
+    }
+
+
+def main() -> None:
+    """Run the parts asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", default=PARTS, help=f"any of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--data", type=Path, help="folder with the published snapshots")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, nothing written unless --out is given"
+    )
+    args = parser.parse_args()
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"unknown part {sorted(unknown)[0]!r}; there are {', '.join(PARTS)}")
+    torch.set_num_threads(1)
+    out = args.out or (None if args.smoke else RESULTS)
+    for part in args.parts:
+        start = time.process_time()
+        if hasattr(solvers, part):
+            result = getattr(solvers, part)(args.smoke)
+        else:
+            result = getattr(systems, part)(args.data, args.smoke)
+        record = {
+            "part": part,
+            "smoke": args.smoke,
+            "machine": machine(),
+            "seconds": time.process_time() - start,
+            "result": result,
+        }
+        print(json.dumps(record, indent=1))
+        if out is not None and result:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
