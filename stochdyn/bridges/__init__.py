@@ -22,6 +22,7 @@ from stochdyn.bridges.gaussian_refine import GaussianChainBridge, GaussianRefine
 from stochdyn.bridges.history import History, Iteration
 from stochdyn.bridges.identifiability import RotationCheck, rotation_invariance
 from stochdyn.bridges.linear_response import LinearResponse
+from stochdyn.bridges.ipf import IPFBridge
 from stochdyn.bridges.marginal import BridgeMarginal
 from stochdyn.bridges.matching import BridgeMatching
 from stochdyn.bridges.mechanistic import (
@@ -55,6 +56,7 @@ __all__ = [
     "GaussianRefinement",
     "HeldOut",
     "History",
+    "IPFBridge",
     "Iteration",
     "LambOseen",
     "LinearDrift",

@@ -16,6 +16,7 @@ from stochdyn.bridges.acceleration import Anderson, get_vector, set_vector
 from stochdyn.bridges.bridge import SchrodingerBridge
 from stochdyn.bridges.families import DriftFamily, ZeroDrift
 from stochdyn.bridges.history import History, Iteration
+from stochdyn.bridges.ipf import IPFBridge
 from stochdyn.bridges.projection import Method, drift_at, path_gain, project_drift
 from stochdyn.bridges.reference import fitted_family, spread_of
 from stochdyn.bridges.snapshots import Snapshots
@@ -39,7 +40,7 @@ class Refinement:
     """
 
     family: DriftFamily
-    measure: SchrodingerBridge
+    measure: SchrodingerBridge | IPFBridge
     history: History
     snapshots: Snapshots
     options: dict[str, Any]
@@ -93,6 +94,7 @@ def refine(
     relaxation: float | None = None,
     sinkhorn_tolerance: float = 1e-6,
     max_iterations: int = 10_000,
+    ipf_sweeps: int = 10,
     progress: bool = False,
 ) -> Refinement:
     r"""Find the reference process of a family, and the bridge on it, that are nearest to one another.
@@ -128,6 +130,7 @@ def refine(
         relaxation: price of deviations from the snapshots' weights and masses; see :class:`SchrodingerBridge`.
         sinkhorn_tolerance: largest marginal error of the couplings, in L1.
         max_iterations: of each coupling.
+        ipf_sweeps: pairs of half-bridges, for the solvers by iterative proportional fitting.
         progress: show a bar.
 
     Returns:
@@ -151,7 +154,8 @@ def refine(
     check_positive_int(outer, "outer")
     check_positive_int(restarts, "restarts", 0)
     check_positive_int(nodes, "nodes")
-    check_choice(solver, ("sinkhorn",), "solver")
+    check_choice(solver, ("sinkhorn", "ipf-gp", "ipf-neural"), "solver")
+    check_positive_int(ipf_sweeps, "ipf_sweeps")
     check_choice(start, ("brownian", "family"), "start")
     check_positive(tolerance, "tolerance")
     if not isinstance(snapshots, Snapshots):
@@ -162,11 +166,14 @@ def refine(
         "projection": projection, "projection_steps": projection_steps, "projection_lr": projection_lr,
         "nodes": nodes, "population": population,
         "relaxation": relaxation, "sinkhorn_tolerance": sinkhorn_tolerance, "max_iterations": max_iterations,
+        "ipf_sweeps": ipf_sweeps,
     }  # fmt: skip
     original = fitted_family(family, snapshots)
     if not any(p.requires_grad for p in original.parameters()):
         raise InvalidInputError("the family has no parameters to refine", got=type(family).__name__)
     spread_of(diffusion, snapshots)
+    if solver != "sinkhorn":
+        return _refine_by_ipf(snapshots, original, options, progress)
     generator = torch.Generator(snapshots.device).manual_seed(seed)
     best: Refinement | None = None
     for attempt in range(restarts + 1):
@@ -248,6 +255,49 @@ def _refine_once(
         history.stopped = "the largest number of iterations"
     bar.close()
     history.final_objective = float(bridge.objective)
+    return Refinement(family, bridge, history, snapshots, options)
+
+
+def _refine_by_ipf(
+    snapshots: Snapshots, family: DriftFamily, options: dict[str, Any], progress: bool
+) -> Refinement:
+    """Run the published loop: a fixed number of iterations, since the objective of simulated bridges isn't monotone."""
+    from tqdm.auto import tqdm
+
+    population = options["population"] or sum(snapshots.sizes) / len(snapshots)
+    learner = options["solver"].removeprefix("ipf-")
+    history, brownian = History(), options["start"] == "brownian"
+    make = {"step": options["step"], "sweeps": options["ipf_sweeps"], "learner": learner}
+
+    def solve(reference: DriftFamily, seed: int) -> IPFBridge:
+        return IPFBridge(snapshots, reference, options["diffusion"], seed=seed, **make).solve()
+
+    clock = time.process_time()
+    generator = torch.Generator(snapshots.device).manual_seed(options["seed"])
+    bridge = solve(ZeroDrift(snapshots.dim) if brownian else copy.deepcopy(family), options["seed"])
+    for k in tqdm(range(options["outer"]), disable=not progress, desc="refine"):
+        nodes = bridge.nodes(options["nodes"], generator)
+        project_drift(
+            family, nodes, bridge.spread, population=population, method=options["projection"],
+            steps=options["projection_steps"], lr=options["projection_lr"], seed=options["seed"],
+        )  # fmt: skip
+        objective = float(bridge.divergence(generator))
+        gain = path_gain(drift_at(bridge.family, nodes), drift_at(family, nodes), nodes, bridge.spread)
+        bridge = solve(copy.deepcopy(family), options["seed"] + k + 1)
+        now = time.process_time()
+        history.iterations.append(
+            Iteration(
+                objective,
+                objective - float(gain),
+                float("nan"),
+                family.named_values(),
+                bridge.sigma,
+                now - clock,
+            )
+        )
+        clock = now
+    history.final_objective = float(bridge.divergence(generator))
+    history.stopped = "the number of iterations"
     return Refinement(family, bridge, history, snapshots, options)
 
 
