@@ -53,8 +53,14 @@ def inverse(a: Tensor) -> Tensor:
         det = first * last - off * off
         rows = (torch.stack((last, -off), -2), torch.stack((-off, first), -2))
         return torch.stack(rows, -3) / det[..., None, None, :]
-    inverted = torch.cholesky_inverse(torch.linalg.cholesky(a.movedim(-1, -3)))
-    return inverted.movedim(-3, -1)
+    usual = a.movedim(-1, -3)
+    factor, failed = torch.linalg.cholesky_ex(usual)
+    if bool(failed.any()):
+        # covariances so flat that rounding made them indefinite: a floor relative to the largest variance
+        floor = torch.finfo(a.dtype).eps ** 0.75 * usual.diagonal(dim1=-2, dim2=-1).amax(-1)
+        eye = torch.eye(size, dtype=a.dtype, device=a.device)
+        factor = torch.linalg.cholesky(usual + torch.where(failed > 0, floor, 0.0)[..., None, None] * eye)
+    return torch.cholesky_inverse(factor).movedim(-3, -1)
 
 
 def log_det(a: Tensor) -> Tensor:

@@ -22,12 +22,20 @@ from stochdyn.core.measure import DiffusionMeasure, PathMeasure
 from stochdyn.core.path import PathSample
 from stochdyn.core.sde import SDE
 from stochdyn.core.transport import TransportPlan, sinkhorn
-from stochdyn.errors import ConvergenceWarning, DiffusionError, InvalidInputError, UnavailableError
+from stochdyn.errors import (
+    ApproximationWarning,
+    ConvergenceWarning,
+    DiffusionError,
+    InvalidInputError,
+    UnavailableError,
+)
 
 __all__ = ["SchrodingerBridge"]
 
 # Beyond this many standard deviations the log-density of a path to the next snapshot is below -5e5.
 _MAX_REACH = 1e3
+# Where the product of step and Jacobian is larger, matrix exponentials of fourth order are wrong by per cents.
+_MAX_STIFFNESS = 1.5
 
 
 class SchrodingerBridge(PathMeasure):
@@ -114,6 +122,14 @@ class SchrodingerBridge(PathMeasure):
             plans.append(plan)
             values.append(value)
         self.plans, self._values = plans, values
+        stiffness = max(getattr(part, "stiffness", 0.0) for part in self._transitions)
+        if stiffness > _MAX_STIFFNESS:
+            warnings.warn(
+                f"The inner time grid is too coarse for this drift: step times Jacobian is {stiffness:.2g}. "
+                f"A step of {self.step / stiffness:.2g} would do",
+                ApproximationWarning,
+                stacklevel=2,
+            )
         if not self.converged:
             warnings.warn(
                 f"A coupling stopped with a marginal error of {float(self.marginal_errors.max()):.1e} "

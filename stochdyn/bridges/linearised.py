@@ -113,6 +113,10 @@ class LinearisedTransition(Transition):
         end: time of the second one.
         step: largest spacing of the inner time grid.
         passes: how often nominal paths are improved before the density is taken.
+
+    Attributes:
+        stiffness: largest product of the step and the norm of the drift's Jacobian that was met last; the expansion means
+            nothing far above one.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class LinearisedTransition(Transition):
     ) -> None:
         super().__init__(family, spread, start, end, step)
         self.passes = passes
+        self.stiffness = 0.0
 
     def _chain(self, x: Tensor, y: Tensor, grid: Tensor) -> Chain:
         x, y = x.mT.contiguous(), y.mT.contiguous()
@@ -161,6 +166,7 @@ class LinearisedTransition(Transition):
         b, j = self._evaluate(t, nominal)
         b_mid, j_mid = self._evaluate(0.5 * (t[1:] + t[:-1]), middle)
         j0, j1 = j[:-1], j[1:]
+        self.stiffness = float((j0.abs().sum(-2).amax((1, 2)) * h).max())
         whole = _exp(h2 / 6 * (j0 + 4 * j_mid + j1) + h2.square() / 12 * (mm(j1, j0) - mm(j0, j1)))
         half = _exp(h2 / 24 * (8 * j_mid + 5 * j1 - j0))
         # what the drift moves beyond the nominal path, carried to the end of the step

@@ -40,8 +40,8 @@ def plot_history(history: History, truth: Mapping[str, float] | None = None, axe
         _, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     left, right = axes
     trace = history.trace
-    gap = (trace - trace.min()).clamp_min(1e-12)
-    left.semilogy(torch.arange(len(gap)).double() / 2, gap, marker=".")
+    gap = (trace - trace.min())[:-1]  # the last one is zero, or nearly so
+    left.semilogy(torch.arange(len(gap)).double() / 2, gap.where(gap > 0, torch.nan), marker=".")
     left.set_xlabel("iteration")
     left.set_ylabel("objective above its least value, nats")
     drawn = 0

@@ -206,6 +206,12 @@ def test_a_population_that_grows_is_coupled_without_moving_far() -> None:
     assert crossing[1.0] < 0.02
 
 
+def test_a_grid_too_coarse_for_the_drift_is_said() -> None:
+    snaps = Snapshots([0.0, 1.0], [torch.zeros(3, 1, dtype=F64), torch.ones(3, 1, dtype=F64)])
+    with pytest.warns(sd.ApproximationWarning, match="too coarse"):
+        SchrodingerBridge(snaps, lambda t, x: -20 * torch.sin(x), 1.0, step=0.25).solve()
+
+
 SNAPS = Snapshots([0.0, 1.0], [torch.zeros(4, 2), torch.ones(4, 2)])
 
 

@@ -59,6 +59,14 @@ def test_the_factor_of_a_vanishing_matrix_is_zero() -> None:
     assert not cholesky(torch.zeros(2, 2, 3, dtype=F64)).any()
 
 
+def test_a_covariance_that_rounding_made_indefinite_is_inverted_on_its_range() -> None:
+    flat = torch.ones(3, 3, dtype=F64) - 1e-15 * torch.eye(3, dtype=F64)
+    inverted = inverse(flat[..., None])[..., 0]
+    assert bool(torch.isfinite(inverted).all())
+    vector = torch.ones(3, dtype=F64)
+    torch.testing.assert_close(vector @ inverted @ vector, torch.tensor(1.0, dtype=F64), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("step", [0.3, 0.1])
 def test_the_quadrature_has_no_node_at_the_ends_and_is_of_fourth_order(step: float) -> None:
     ts, weights = panel_rule(1.0, 2.5, step)

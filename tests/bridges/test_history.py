@@ -43,7 +43,7 @@ def test_records_stack_into_arrays(fit) -> None:
 
 def test_the_picture_shows_every_half_step_and_parameter(fit) -> None:
     left, right = fit.history.plot(truth={"missing": 1.0})
-    assert len(left.lines[0].get_xdata()) == 2 * len(fit.history) + 1
+    assert len(left.lines[0].get_xdata()) == 2 * len(fit.history)
     assert len(right.lines) == 6
     assert right.get_legend() is not None
     mpl.pyplot.close("all")
