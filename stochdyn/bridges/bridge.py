@@ -58,6 +58,8 @@ class SchrodingerBridge(PathMeasure):
         max_iterations: of each coupling.
         relaxation: price of a deviation of a coupling from the snapshots' weights and masses, in nats; infinite if None, and masses
             don't count then. For populations that grow: :func:`stochdyn.core.transport.sinkhorn`.
+        corrections: paths a pair for importance weights of what linearisation leaves out of a nonlinear drift, in couplings and
+            trajectories; none if zero, which is right where the noise is small. See :mod:`stochdyn.bridges.importance`.
 
     Raises:
         DiffusionError: if the diffusion is singular, or so small that no path reaches the next snapshot.
@@ -83,6 +85,7 @@ class SchrodingerBridge(PathMeasure):
         tolerance: float = 1e-6,
         max_iterations: int = 10_000,
         relaxation: float | None = None,
+        corrections: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(snapshots, Snapshots):
@@ -99,6 +102,8 @@ class SchrodingerBridge(PathMeasure):
         check_positive(step, "step")
         self.step, self.tolerance, self.max_iterations = float(step), tolerance, max_iterations
         self.relaxation = relaxation
+        check_positive_int(corrections, "corrections", 0)
+        self.corrections = corrections + corrections % 2
         self.plans: list[TransportPlan] | None = None
         self._transitions: list[Transition] = []
         self._values: list[Tensor] = []
@@ -113,7 +118,8 @@ class SchrodingerBridge(PathMeasure):
         """
         times = self.snapshots.times.tolist()
         self._transitions = [
-            transition(self.family, self.spread, a, b, self.step) for a, b in itertools.pairwise(times)
+            transition(self.family, self.spread, a, b, self.step, self.corrections)
+            for a, b in itertools.pairwise(times)
         ]
         plans, values = [], []
         for i, part in enumerate(self._transitions):

@@ -18,6 +18,7 @@ from torch import Tensor
 from stochdyn.bridges._small import mm, mt, mv
 from stochdyn.bridges.chain import Chain, panel_rule
 from stochdyn.bridges.families import DriftFamily
+from stochdyn.bridges.importance import log_correction, weighted_paths
 from stochdyn.core._linear_transition import constant_transition
 
 __all__ = ["AffineTransition", "LinearisedTransition", "Transition", "transition"]
@@ -113,6 +114,7 @@ class LinearisedTransition(Transition):
         end: time of the second one.
         step: largest spacing of the inner time grid.
         passes: how often nominal paths are improved before the density is taken.
+        corrections: paths a pair for importance weights of the density, an even number; see :mod:`stochdyn.bridges.importance`.
 
     Attributes:
         stiffness: largest product of the step and the norm of the drift's Jacobian that was met last; the expansion means
@@ -120,10 +122,17 @@ class LinearisedTransition(Transition):
     """
 
     def __init__(
-        self, family: DriftFamily, spread: Tensor, start: float, end: float, step: float, passes: int = 2
+        self,
+        family: DriftFamily,
+        spread: Tensor,
+        start: float,
+        end: float,
+        step: float,
+        passes: int = 2,
+        corrections: int = 0,
     ) -> None:
         super().__init__(family, spread, start, end, step)
-        self.passes = passes
+        self.passes, self.corrections = passes, corrections
         self.stiffness = 0.0
 
     def _chain(self, x: Tensor, y: Tensor, grid: Tensor) -> Chain:
@@ -147,9 +156,19 @@ class LinearisedTransition(Transition):
         for own in x.split(rows):
             first = own[:, None].expand(-1, m, -1).reshape(-1, d)
             second = y.expand(own.shape[0], -1, -1).reshape(-1, d)
-            density = self.chain(first, second).log_density(first.mT, second.mT)
+            chain = self.chain(first, second)
+            density = chain.log_density(first.mT, second.mT)
+            if self.corrections:
+                density = density + self._correction(chain, first.mT, second.mT)
             parts.append(density.reshape(-1, m))
         return torch.cat(parts).reshape(n, m)
+
+    @torch.no_grad()
+    def _correction(self, chain: Chain, x: Tensor, y: Tensor) -> Tensor:
+        # the same noise for every parameter, so that the density stays a smooth function of them
+        generator = torch.Generator(x.device).manual_seed(0)
+        ends = x.contiguous(), y.contiguous()
+        return log_correction(weighted_paths(self.family, chain, *ends, self.corrections, generator)[2])
 
     def _linearise(self, nominal: Tensor, velocity: Tensor, grid: Tensor) -> Chain:
         r"""Linearise about the path with states and velocities ``(K+1, d, P)``, to fourth order in the spacing.
@@ -212,7 +231,10 @@ def _to_end(matrix: Tensor, shift: Tensor, noise: Tensor) -> tuple[Tensor, Tenso
     return torch.stack(maps[::-1]), torch.stack(shifts[::-1]), torch.stack(covariances[::-1])
 
 
-def transition(family: DriftFamily, spread: Tensor, start: float, end: float, step: float) -> Transition:
+def transition(
+    family: DriftFamily, spread: Tensor, start: float, end: float, step: float, corrections: int = 0
+) -> Transition:
     """Return the exact process where the drift is affine, else the linearised one."""
-    kind = AffineTransition if family.affine() is not None else LinearisedTransition
-    return kind(family, spread, start, end, step)
+    if family.affine() is not None:
+        return AffineTransition(family, spread, start, end, step)
+    return LinearisedTransition(family, spread, start, end, step, corrections=corrections)

@@ -92,6 +92,7 @@ def refine(
     nodes: int = 1_000_000,
     population: float | None = None,
     relaxation: float | None = None,
+    corrections: int = 0,
     sinkhorn_tolerance: float = 1e-6,
     max_iterations: int = 10_000,
     ipf_sweeps: int = 10,
@@ -128,6 +129,7 @@ def refine(
         population: ``N``, particles that the divergence counts for, since seeing these snapshots has the probability
             :math:`e^{-N\min_q\mathrm{KL}}` (Sanov); the mean size of a snapshot if None.
         relaxation: price of deviations from the snapshots' weights and masses; see :class:`SchrodingerBridge`.
+        corrections: paths a pair for importance weights of what linearisation leaves out; see :class:`SchrodingerBridge`.
         sinkhorn_tolerance: largest marginal error of the couplings, in L1.
         max_iterations: of each coupling.
         ipf_sweeps: pairs of half-bridges, for the solvers by iterative proportional fitting.
@@ -165,7 +167,7 @@ def refine(
         "learn_diffusion": learn_diffusion, "accelerate": accelerate, "start": start, "tolerance": tolerance, "restarts": restarts,
         "projection": projection, "projection_steps": projection_steps, "projection_lr": projection_lr,
         "nodes": nodes, "population": population,
-        "relaxation": relaxation, "sinkhorn_tolerance": sinkhorn_tolerance, "max_iterations": max_iterations,
+        "relaxation": relaxation, "corrections": corrections, "sinkhorn_tolerance": sinkhorn_tolerance, "max_iterations": max_iterations,
         "ipf_sweeps": ipf_sweeps,
     }  # fmt: skip
     original = fitted_family(family, snapshots)
@@ -205,6 +207,7 @@ def _refine_once(
         "tolerance": options["sinkhorn_tolerance"],
         "max_iterations": options["max_iterations"],
         "relaxation": options["relaxation"],
+        "corrections": options["corrections"],
     }
     clock = time.process_time()
     first = ZeroDrift(snapshots.dim) if brownian else copy.deepcopy(family)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from stochdyn.bridges._small import cholesky
-from stochdyn.bridges.linearised import AffineTransition, Transition
+from stochdyn.bridges.importance import weighted_paths
+from stochdyn.bridges.linearised import AffineTransition, LinearisedTransition, Transition
 from stochdyn.bridges.marginal import _multinomial
 from stochdyn.bridges.snapshots import Snapshots
 from stochdyn.core.transport import TransportPlan
@@ -53,8 +54,7 @@ def draw_paths(
         inside = (wanted > a + slack) & (wanted < b - slack)
         at_end = (wanted - b).abs() <= slack
         grid, places = _merged(part, wanted[inside])
-        pinned = part.chain(start, end, grid).pin(end.mT.contiguous())
-        states, innovations = pinned.sample(start.mT.contiguous(), generator)
+        states, innovations = _pinned_paths(part, start, end, grid, generator)
         sums = total + innovations.cumsum(0)
         x[inside], x[at_end] = states[places], end.mT
         reached[inside], reached[at_end] = sums[places - 1], sums[-1]
@@ -62,6 +62,23 @@ def draw_paths(
     factor = torch.linalg.cholesky(parts[0].spread)
     white = torch.linalg.solve_triangular(factor, reached.diff(dim=0), upper=False)
     return x.permute(2, 0, 1), white.permute(2, 0, 1)
+
+
+def _pinned_paths(
+    part: Transition, start: Tensor, end: Tensor, grid: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Draw states ``(K+1, d, n)`` and innovations ``(K, d, n)``; with corrections one of several by its weight."""
+    chain = part.chain(start, end, grid)
+    x, y = start.mT.contiguous(), end.mT.contiguous()
+    repeats = part.corrections if isinstance(part, LinearisedTransition) else 0
+    if not repeats:
+        return chain.pin(y).sample(x, generator)
+    states, kicks, weights = weighted_paths(part.family, chain, x, y, repeats, generator)
+    uniform = torch.rand(x.shape[-1], generator=generator, dtype=x.dtype, device=x.device)
+    chosen = (torch.softmax(weights, 0).cumsum(0) < uniform).sum(0).clamp_max(len(weights) - 1)
+    which = torch.arange(x.shape[-1], device=x.device)
+    pick = (chosen, slice(None), slice(None), which)
+    return states[pick].permute(1, 2, 0), kicks[pick].permute(1, 2, 0)
 
 
 def _merged(part: Transition, inside: Tensor) -> tuple[Tensor, Tensor]:
