@@ -21,8 +21,8 @@ from stochdyn.bridges.gaussian import GaussianBridge
 from stochdyn.bridges.gaussian_refine import GaussianChainBridge, GaussianRefinement, refine_gaussian
 from stochdyn.bridges.history import History, Iteration
 from stochdyn.bridges.identifiability import RotationCheck, rotation_invariance
-from stochdyn.bridges.linear_response import LinearResponse
 from stochdyn.bridges.ipf import IPFBridge
+from stochdyn.bridges.linear_response import LinearResponse
 from stochdyn.bridges.marginal import BridgeMarginal
 from stochdyn.bridges.matching import BridgeMatching
 from stochdyn.bridges.mechanistic import (

@@ -40,7 +40,7 @@ class Refinement:
     """
 
     family: DriftFamily
-    measure: SchrodingerBridge | IPFBridge
+    measure: SchrodingerBridge
     history: History
     snapshots: Snapshots
     options: dict[str, Any]
@@ -301,7 +301,8 @@ def _refine_by_ipf(
         clock = now
     history.final_objective = float(bridge.divergence(generator))
     history.stopped = "the number of iterations"
-    return Refinement(family, bridge, history, snapshots, options)
+    law: Any = bridge  # a PathMeasure of the same shape, without potentials and objective
+    return Refinement(family, law, history, snapshots, options)
 
 
 def _extrapolate(
