@@ -33,6 +33,7 @@ from stochdyn.bridges.mechanistic import (
     Repressilator,
 )
 from stochdyn.bridges.neural import NeuralDrift, PotentialDrift, SumDrift
+from stochdyn.bridges.partial import PartialBridge, momentum
 from stochdyn.bridges.partial_gaussian import PartialGaussianBridge
 from stochdyn.bridges.plots import plot_history, plot_trajectories
 from stochdyn.bridges.profile import BridgeProfile, ProfileFit, fit_profile
@@ -65,6 +66,7 @@ __all__ = [
     "LotkaVolterra",
     "ModuleDrift",
     "NeuralDrift",
+    "PartialBridge",
     "PartialGaussianBridge",
     "PotentialDrift",
     "ProfileFit",
@@ -87,6 +89,7 @@ __all__ = [
     "from_anndata",
     "from_npz",
     "leave_one_out",
+    "momentum",
     "pca",
     "plot_history",
     "plot_trajectories",
