@@ -230,6 +230,7 @@ def _fit(method: Any, train: Snapshots, options: dict[str, Any]) -> HasMarginals
     return refine(train, method, **options).measure
 
 
+@torch.no_grad()
 def forecast(
     fit: Any,
     ts: Tensor,
