@@ -81,8 +81,8 @@ def measure_speed(smoke: bool, seeds: int, steps: int) -> dict[str, Any]:
     rows = []
     for size in (256,):
         for coupling, name, options, ours, reuse, target in CASES:
-            block = 8 if smoke else (80 if coupling == "independent" else 24)
-            repeats = 1 if smoke else 7
+            block = 8 if smoke else 24
+            repeats = 1 if smoke else (60 if coupling == "independent" else 14)
             contenders = {"stochdyn": our_step(ours, reuse), "TorchCFM": their_step(name, options)}
             g = torch.Generator().manual_seed(0)
             batches = [(LAWS["8gaussians"](size, g), LAWS["moons"](size, g)) for _ in range(block)]

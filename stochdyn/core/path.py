@@ -66,5 +66,8 @@ class Estimate:
         """Average independent ``values (n, ...)`` over the first axis."""
         return Estimate(values.mean(0), values.std(0) / values.shape[0] ** 0.5)
 
+    def __float__(self) -> float:
+        return float(self.mean.detach())
+
     def __str__(self) -> str:
         return f"{self.mean.tolist()} ± {self.stderr.tolist()}"

@@ -57,9 +57,9 @@ class Schedule(nn.Module, ABC):
         """Return the derivative of the square, finite on the whole of [0, 1]."""
         return 2 * self.value(t) * self.derivative(t)
 
-    def forward(self, t: Tensor) -> Tensor:
-        """See :meth:`value`."""
-        return self.value(t)
+    def forward(self, t: Tensor | float) -> Tensor:
+        """See :meth:`value`; a number stands for a tensor of torch's default precision."""
+        return self.value(t if isinstance(t, Tensor) else torch.tensor(float(t)))
 
 
 class Constant(Schedule):
