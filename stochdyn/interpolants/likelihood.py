@@ -58,7 +58,7 @@ def flow_with_log_density(
     Example:
         >>> x, change = flow_with_log_density(lambda t, x: -x, torch.ones(1, 2), torch.linspace(0, 1, 11))
         >>> change
-        tensor([2.0000])
+        tensor([2.])
 
     Reference:
         Chen, Rubanova, Bettencourt and Duvenaud, "Neural ordinary differential equations", 2018, theorem 1; Grathwohl et
@@ -187,7 +187,7 @@ def feynman_kac_log_prob(
         ts: ``(T,)`` increasing times.
         score: ``s(t, x)``, the score of the marginals or an approximation.
         num_paths: ``K``, paths a point.
-        method: ``"feynman-kac"`` takes the integrals above by the midpoints of Euler steps; ``"transition"`` weighs with the
+        method: ``"feynman-kac"`` takes the integrals above along Euler steps, with an error of the order of the step; ``"transition"`` weighs with the
             ratio of the transition densities of Euler-Maruyama, which needs no divergence and is unbiased for the
             density of that scheme on this grid, at any step.
         generator: source of randomness.
@@ -204,7 +204,7 @@ def feynman_kac_log_prob(
         >>> weights = feynman_kac_log_prob(
         ...     lambda t, x: -x, 2**0.5, lambda x: normal.log_prob(x).sum(-1), torch.zeros(1, 1),
         ...     torch.linspace(0, 1, 21), score=lambda t, x: -x, num_paths=200)
-        >>> abs(float(weights.log_prob) + 0.919) < 0.05
+        >>> abs(float(weights.log_prob) + 0.919) < 0.1
         True
 
     Reference:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from stochdyn.core.divergence import attach, pull_back, release
 from stochdyn.errors import InvalidInputError
 
 __all__ = [
@@ -253,9 +254,9 @@ class CustomSchedule(Schedule):
             return self.slope(t)
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
-            s = t.detach().requires_grad_()
-            slope = torch.autograd.grad(self.function(s).sum(), s, create_graph=keep)[0]
-        return slope if keep and slope.requires_grad else slope.detach()
+            s = attach(t)
+            slope = pull_back(self.function(s), s, create_graph=keep)
+        return release(slope, keep, (t, s))
 
 
 def as_schedule(value: Schedule | TimeFunction | float, name: str) -> Schedule:
