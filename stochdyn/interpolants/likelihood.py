@@ -187,9 +187,9 @@ def feynman_kac_log_prob(
         ts: ``(T,)`` increasing times.
         score: ``s(t, x)``, the score of the marginals or an approximation.
         num_paths: ``K``, paths a point.
-        method: ``"feynman-kac"`` takes the integrals above along Euler steps, with an error of the order of the step; ``"transition"`` weighs with the
-            ratio of the transition densities of Euler-Maruyama, which needs no divergence and is unbiased for the
-            density of that scheme on this grid, at any step.
+        method: ``"feynman-kac"`` takes the integrals above along Euler steps, with an error of the order of the step;
+            ``"transition"`` weighs with the ratio of the transition densities of Euler-Maruyama, which needs no divergence and is
+            unbiased for the density of that scheme on this grid, at any step.
         generator: source of randomness.
 
     Returns:
