@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn.errors import InvalidInputError, LindbladianError, ShapeError, SystemSizeError
+from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
 from stochdyn.povm.operators import as_state
-from stochdyn.povm.terms import Coupling
+from stochdyn.povm.terms import Coupling, coupling_value
 
 if TYPE_CHECKING:
     from scipy import sparse
 
     from stochdyn.povm.lindblad import Lindbladian
 
-__all__ = ["DensityGenerator", "check_density_size", "coupling_value", "full_operator", "initial_density"]
+__all__ = ["DensityGenerator", "check_density_size", "full_operator", "initial_density"]
 
 _MAX_ELEMENTS = 1 << 26
 
@@ -94,24 +94,6 @@ def full_operator(matrix: Tensor, sites: Sequence[int], num_sites: int, dim: int
     shape = (dim**num_sites, dim**num_sites)
     data = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
     return sparse.csr_matrix(data, shape=shape)
-
-
-def coupling_value(coupling: Coupling, t: float) -> float:
-    """Return the coefficient of a term at a time.
-
-    Raises:
-        LindbladianError: if a parameter isn't bound.
-    """
-    if coupling.parameter is not None:
-        raise LindbladianError(
-            "parameters must be bound first", got=coupling.parameter, hint="model.bind(name=value)"
-        )
-    value = coupling.factor
-    if coupling.function is not None:
-        value *= float(coupling.function(torch.tensor(t, dtype=torch.float64)))
-    if coupling.value is not None:
-        value *= float(coupling.value.detach())
-    return value
 
 
 class DensityGenerator:

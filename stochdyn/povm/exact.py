@@ -85,7 +85,7 @@ def evolve(
     Raises:
         TimeGridError: if times don't increase.
         SystemSizeError: if the density matrix would be too large.
-        LindbladianError: if an observable is on a missing site, or parameters aren't bound.
+        LindbladianError: if an observable is on a missing site, parameters aren't bound, or a rate becomes negative.
         MissingDependencyError: if QuTiP is asked for and not installed.
 
     Example:
@@ -96,6 +96,7 @@ def evolve(
     """
     check_choice(backend, ("auto", "qutip", "matrix"), "backend")
     grid = as_times(times)
+    model.check_rates(grid.tolist())
     parsed = _observables(model, observables)
     rho = initial_density(state, model.num_sites, model.dim)
     if backend == "auto":

@@ -120,7 +120,7 @@ def infer_parameters(
         steps: of stochastic optimisation, ``"svi"``.
         num_draws: of the posterior; with ``"nuts"``, of each chain.
         warmup: of each chain, ``"nuts"``.
-        num_chains: ``"nuts"``, one after the other.
+        num_chains: ``"nuts"``; Pyro runs them in processes of their own where there are cores.
         guide: ``"svi"``, in place of :class:`stochdyn.infer.skewed.AutoSkewedNormal`, of a :class:`RecordModel`.
         seed: of fit and draws; the global random state is left alone. None draws from that instead.
         predictive: draw replicated records too.
@@ -171,7 +171,7 @@ def infer_parameters(
                 NUTS(program, init_strategy=init_to_median(num_samples=50)),
                 num_samples=num_draws,
                 warmup_steps=warmup,
-                num_chains=1 if num_chains == 1 else num_chains,
+                num_chains=num_chains,
                 disable_progbar=not progress,
             )
             chains.run(records)

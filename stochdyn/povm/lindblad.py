@@ -14,7 +14,7 @@ from stochdyn.errors import InvalidInputError, LindbladianError, UnknownSiteErro
 from stochdyn.povm.frames import Frame
 from stochdyn.povm.generator import hamiltonian_matrix, jump_matrix, merge_terms
 from stochdyn.povm.site_frames import SiteFrames
-from stochdyn.povm.terms import Coupling, Term, parse_terms
+from stochdyn.povm.terms import Coupling, Term, coupling_value, parse_terms
 
 __all__ = ["Lindbladian"]
 
@@ -121,6 +121,23 @@ class Lindbladian:
             if coupling.factor * value < 0:
                 raise LindbladianError("a rate is negative", got=f"{coupling.factor * value:g}")
         return bound
+
+    def check_rates(self, times: Iterable[float]) -> None:
+        """Raise unless rates that depend on time are positive at given times.
+
+        Raises:
+            LindbladianError: if one is negative.
+        """
+        moving = [term for term in self.jumps if term.coupling.function is not None]
+        for t in times if moving else ():
+            for term in moving:
+                rate = coupling_value(term.coupling, t)
+                if rate < 0:
+                    raise LindbladianError(
+                        f"a rate becomes negative at time {t:g}",
+                        got=f"{rate:g} on sites {term.sites}",
+                        expected="at least 0",
+                    )
 
     def groups(self, povm: Frame | SiteFrames) -> Grouped:
         """Return local master-equation matrices, merged bond by bond, one list for each distinct coefficient.

@@ -112,6 +112,7 @@ def propagate(
     grid = torch.as_tensor(times, dtype=torch.float64)
     check_time_grid(grid, "times", min_points=1)
     check_outcomes(povm.num_outcomes, model.num_sites)
+    model.check_rates(grid.tolist())
     if isinstance(state, Tensor) and state.is_floating_point() and state.ndim == 1:
         if state.shape[0] != povm.num_outcomes**model.num_sites:
             raise ShapeError(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stochdyn.errors import LindbladianError, MissingDependencyError
-from stochdyn.povm.density import check_density_size, coupling_value, full_operator
+from stochdyn.povm.density import check_density_size, full_operator
 from stochdyn.povm.pauli import local_parts
-from stochdyn.povm.terms import Coupling, Term
+from stochdyn.povm.terms import Coupling, Term, coupling_value
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad import Lindbladian

@@ -14,7 +14,7 @@ from stochdyn._checks import values_are_checked
 from stochdyn.errors import LindbladianError
 from stochdyn.povm.operators import as_operator
 
-__all__ = ["Coupling", "Term", "parse_terms"]
+__all__ = ["Coupling", "Term", "coupling_value", "parse_terms"]
 
 _NAMED = re.compile(r"\s*(?:([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*\*\s*)?([A-Za-z_]\w*)\s*")
 
@@ -63,6 +63,24 @@ class Term:
     coupling: Coupling
     matrix: Tensor
     sites: tuple[int, ...]
+
+
+def coupling_value(coupling: Coupling, t: float) -> float:
+    """Return the coefficient of a term at a time.
+
+    Raises:
+        LindbladianError: if a parameter isn't bound.
+    """
+    if coupling.parameter is not None:
+        raise LindbladianError(
+            "parameters must be bound first", got=coupling.parameter, hint="model.bind(name=value)"
+        )
+    value = coupling.factor
+    if coupling.function is not None:
+        value *= float(coupling.function(torch.tensor(t, dtype=torch.float64)))
+    if coupling.value is not None:
+        value *= float(coupling.value.detach())
+    return value
 
 
 def parse_terms(terms: Iterable[Any], num_sites: int, dim: int, kind: str) -> list[Term]:

@@ -17,9 +17,10 @@ from stochdyn.core.measure import DiffusionMeasure
 from stochdyn.core.path import Estimate
 from stochdyn.core.sde import SDE
 from stochdyn.errors import InvalidInputError, SystemSizeError, UnavailableError
-from stochdyn.povm.density import coupling_value, full_operator
+from stochdyn.povm.density import full_operator
 from stochdyn.povm.observables import Observable, observables
 from stochdyn.povm.operators import as_state
+from stochdyn.povm.terms import coupling_value
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad import Lindbladian

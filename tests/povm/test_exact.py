@@ -237,6 +237,9 @@ BAD = {
     "an unbound parameter": (
         lambda: exact.evolve(Lindbladian(1, [("g", "X", 0)]), "up", [0.0, 1.0], ["Z"], backend="matrix"),
         LindbladianError, "bound first; got g"),
+    "a rate that becomes negative": (
+        lambda: exact.evolve(Lindbladian(1, [], [(lambda t: 1 - t, "sigma-", 0)]), "up", [0.0, 1.0, 2.0], ["Z"]),
+        LindbladianError, "negative at time 2"),
     "an unknown backend": (
         lambda: exact.evolve(ISING, "up", [0.0, 1.0], backend="cray"), InvalidInputError, "backend is unknown"),
     "several steady states": (
