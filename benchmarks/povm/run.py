@@ -19,7 +19,18 @@ import torch
 from measure import machine, race, seconds
 from plain import plain_local_rate, sample_by_prefixes
 
-from stochdyn.povm import AutoregressiveTransformer, FourPauli, Tetrahedral, exact, observables, ring, systems
+from stochdyn.povm import (
+    AutoregressiveTransformer,
+    FourPauli,
+    Lindbladian,
+    Tetrahedral,
+    exact,
+    infer_parameters,
+    observables,
+    ring,
+    simulate_records,
+    systems,
+)
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 NETWORK = {"layers": 2, "width": 32, "heads": 4}
@@ -171,6 +182,39 @@ def estimators(smoke: bool) -> dict[str, Any]:
     return {"sites": sites, "rows": rows}
 
 
+def inference(smoke: bool) -> dict[str, Any]:
+    """Field and decay of two sites from 5000 records at five times, for several data sets."""
+    import pyro.distributions as dist
+
+    truth = {"field": 1.2, "decay": 0.8}
+    model = Lindbladian(2, [("0.5*field", "X", "all"), (0.5, "ZZ", (0, 1))], [("decay", "sigma-", "all")])
+    priors = {name: dist.LogNormal(torch.tensor(0.0, dtype=torch.float64), 1.0) for name in truth}
+    povm, times = Tetrahedral(), [0.4, 0.8, 1.2, 1.6, 2.0]
+    cases = [("svi", 0)] if smoke else [("svi", 0), ("svi", 1), ("svi", 2), ("svi", 3), ("nuts", 2)]
+    rows = []
+    for method, seed in cases:
+        generator = torch.Generator().manual_seed(seed)
+        count = 50 if smoke else 1000
+        records = simulate_records(model.bind(**truth), povm, "up", times, count, generator=generator)
+        options: dict[str, Any] = {"steps": 10} if smoke else {}
+        if method == "nuts":
+            options = {"num_draws": 400, "warmup": 200}
+
+        def run(records: Any = records, method: str = method, options: Any = options) -> Any:
+            return infer_parameters(records, model, povm, "up", priors, method=method, **options)
+
+        spent, idata = seconds(run)
+        row: dict[str, Any] = {"method": method, "seed": seed, "records": len(records), "seconds": spent}
+        row["khat"] = idata.attrs.get("khat")
+        for name, value in truth.items():
+            draws = torch.tensor(idata.posterior[name].values).flatten()
+            low, high = torch.quantile(draws, torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+            row[name] = {"mean": float(draws.mean()), "low": low, "high": high, "inside": low < value < high}
+        rows.append(row)
+        print(row, flush=True)
+    return {"truth": truth, "times": times, "rows": rows}
+
+
 def netket(python: Path | None, smoke: bool) -> dict[str, Any]:
     """NetKet's density-matrix machine on the steady state, run by an interpreter of its own."""
     if python is None:
@@ -192,6 +236,7 @@ SECTIONS = {
     "exact": exact_methods,
     "trajectories": trajectories,
     "estimators": estimators,
+    "inference": inference,
 }
 
 
