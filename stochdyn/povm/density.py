@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
 from stochdyn.povm.operators import as_state
-from stochdyn.povm.terms import Coupling, coupling_value
+from stochdyn.povm.terms import TermCoefficient, coupling_value
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -113,12 +113,12 @@ class DensityGenerator:
     def __init__(self, model: Lindbladian) -> None:
         check_density_size(model.num_sites, model.dim)
         self.size = model.dim**model.num_sites
-        self._drifts: list[tuple[Coupling, Any]] = []
-        self._jumps: list[tuple[Coupling, Any]] = []
-        drifts: dict[Any, tuple[Coupling, Any]] = {}
+        self._drifts: list[tuple[TermCoefficient, Any]] = []
+        self._jumps: list[tuple[TermCoefficient, Any]] = []
+        drifts: dict[Any, tuple[TermCoefficient, Any]] = {}
 
-        def add(coupling: Coupling, operator: Any) -> None:
-            shared = Coupling(1.0, coupling.function, coupling.parameter, coupling.value)
+        def add(coupling: TermCoefficient, operator: Any) -> None:
+            shared = TermCoefficient(1.0, coupling.function, coupling.parameter, coupling.value)
             total = drifts[coupling.key][1] + operator if coupling.key in drifts else operator
             drifts[coupling.key] = (shared, total)
 

@@ -14,12 +14,12 @@ from stochdyn.errors import InvalidInputError, LindbladianError, UnknownSiteErro
 from stochdyn.povm.frames import Frame
 from stochdyn.povm.generator import hamiltonian_matrix, jump_matrix, merge_terms
 from stochdyn.povm.site_frames import SiteFrames
-from stochdyn.povm.terms import Coupling, Term, coupling_value, parse_terms
+from stochdyn.povm.terms import Term, TermCoefficient, coupling_value, parse_terms
 
 __all__ = ["Lindbladian"]
 
 _MAX_LOCAL_OUTCOMES = 1024
-Grouped = list[tuple[Coupling, list[tuple[tuple[int, ...], Tensor]]]]
+Grouped = list[tuple[TermCoefficient, list[tuple[tuple[int, ...], Tensor]]]]
 
 
 class Lindbladian:
@@ -150,8 +150,8 @@ class Lindbladian:
         """
         self._check_frame(povm)
         cache: dict[tuple[Any, ...], Tensor] = {}
-        found: dict[Any, tuple[Coupling, list[tuple[tuple[int, ...], Tensor]]]] = {
-            Coupling().key: (Coupling(), [])
+        found: dict[Any, tuple[TermCoefficient, list[tuple[tuple[int, ...], Tensor]]]] = {
+            TermCoefficient().key: (TermCoefficient(), [])
         }
         for kind, terms in ((hamiltonian_matrix, self.hamiltonian), (jump_matrix, self.jumps)):
             for term in terms:
@@ -231,7 +231,7 @@ class Lindbladian:
 class _Factors:
     """Coefficients of all terms at a time: what differs from a constant, spread over the terms that share it."""
 
-    def __init__(self, couplings: list[Coupling], place: list[int], like: Tensor) -> None:
+    def __init__(self, couplings: list[TermCoefficient], place: list[int], like: Tensor) -> None:
         self.couplings, self.like = couplings, like
         self.place = torch.tensor(place, device=like.device)
 
@@ -258,7 +258,7 @@ def _bind(term: Term, values: Mapping[str, float | Tensor]) -> Term:
         return term
     value = values[coupling.parameter]
     if isinstance(value, Tensor) and value.requires_grad:
-        new = Coupling(coupling.factor, coupling.function, None, value.reshape(()))
+        new = TermCoefficient(coupling.factor, coupling.function, None, value.reshape(()))
     else:
-        new = Coupling(coupling.factor * float(value), coupling.function)
+        new = TermCoefficient(coupling.factor * float(value), coupling.function)
     return Term(new, term.matrix, term.sites)

@@ -13,7 +13,7 @@ from torch import Tensor
 from stochdyn.errors import LindbladianError, MissingDependencyError
 from stochdyn.povm.density import check_density_size, full_operator
 from stochdyn.povm.pauli import local_parts
-from stochdyn.povm.terms import Coupling, Term, coupling_value
+from stochdyn.povm.terms import Term, TermCoefficient, coupling_value
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad import Lindbladian
@@ -158,7 +158,7 @@ def to_qutip(model: Lindbladian) -> tuple[Any, list[Any]]:
     return h, collapse
 
 
-def _coefficient(coupling: Coupling, root: bool = False) -> Callable[[float], float]:
+def _coefficient(coupling: TermCoefficient, root: bool = False) -> Callable[[float], float]:
     """Return a coefficient as QuTiP calls it; of a jump, the root of its rate."""
 
     def value(t: float) -> float:

@@ -14,13 +14,13 @@ from stochdyn._checks import values_are_checked
 from stochdyn.errors import LindbladianError
 from stochdyn.povm.operators import as_operator
 
-__all__ = ["Coupling", "Term", "coupling_value", "parse_terms"]
+__all__ = ["Term", "TermCoefficient", "coupling_value", "parse_terms"]
 
 _NAMED = re.compile(r"\s*(?:([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*\*\s*)?([A-Za-z_]\w*)\s*")
 
 
 @dataclass(frozen=True)
-class Coupling:
+class TermCoefficient:
     """The coefficient of a term, ``factor * function(t) * parameter``; what is None is left out.
 
     Attributes:
@@ -60,12 +60,12 @@ class Term:
         sites: ``k`` different sites.
     """
 
-    coupling: Coupling
+    coupling: TermCoefficient
     matrix: Tensor
     sites: tuple[int, ...]
 
 
-def coupling_value(coupling: Coupling, t: float) -> float:
+def coupling_value(coupling: TermCoefficient, t: float) -> float:
     """Return the coefficient of a term at a time.
 
     Raises:
@@ -153,7 +153,7 @@ def _site_groups(sites: Any, num_sites: int, name: str) -> list[tuple[int, ...]]
     return out
 
 
-def _couplings(coefficient: Any, count: int, name: str) -> list[Coupling]:
+def _couplings(coefficient: Any, count: int, name: str) -> list[TermCoefficient]:
     if isinstance(coefficient, str):
         match = _NAMED.fullmatch(coefficient)
         if match is None:
@@ -162,9 +162,9 @@ def _couplings(coefficient: Any, count: int, name: str) -> list[Coupling]:
                 got=repr(coefficient),
                 expected="a number, a function of time, or a parameter such as 'g' or '0.5*g'",
             )
-        return [Coupling(factor=float(match[1] or 1.0), parameter=match[2])] * count
+        return [TermCoefficient(factor=float(match[1] or 1.0), parameter=match[2])] * count
     if callable(coefficient) and not isinstance(coefficient, Tensor):
-        return [Coupling(function=coefficient)] * count
+        return [TermCoefficient(function=coefficient)] * count
     values = list(coefficient) if _is_listing(coefficient) else [coefficient] * count
     if len(values) != count:
         raise LindbladianError(
@@ -179,18 +179,18 @@ def _is_listing(value: Any) -> bool:
     return bool(getattr(value, "ndim", 0))
 
 
-def _number(value: Any, name: str) -> Coupling:
+def _number(value: Any, name: str) -> TermCoefficient:
     if isinstance(value, Tensor) and value.requires_grad:
-        return Coupling(value=value.reshape(()))
+        return TermCoefficient(value=value.reshape(()))
     if isinstance(value, (str, type(None))) or (callable(value) and not isinstance(value, Tensor)):
         return _couplings(value, 1, name)[0] if value is not None else _bad_number(value, name)
     number = complex(value)
     if number.imag != 0 or not torch.isfinite(torch.tensor(number.real)):
         return _bad_number(value, name)
-    return Coupling(factor=number.real)
+    return TermCoefficient(factor=number.real)
 
 
-def _bad_number(value: Any, name: str) -> Coupling:
+def _bad_number(value: Any, name: str) -> TermCoefficient:
     raise LindbladianError(
         f"the coefficient of {name} must be real and finite",
         got=repr(value),
