@@ -40,8 +40,9 @@ class PeerLatentSDE(nn.Module):
 
     noise_type, sde_type = "diagonal", "ito"
 
-    def __init__(self) -> None:
+    def __init__(self, dt: float = DT) -> None:
         super().__init__()
+        self.dt = dt
         self.gru, self.to_context = nn.GRU(3, HIDDEN), nn.Linear(HIDDEN, CONTEXT)
         self.start = nn.Linear(CONTEXT, 2 * LATENT)
 
@@ -81,7 +82,7 @@ class PeerLatentSDE(nn.Module):
         self.ts, self.context = ts, self.to_context(states)
         mean, log_scale = self.start(self.context[0]).chunk(2, -1)
         z0 = mean + log_scale.exp() * torch.randn_like(mean)
-        z, log_ratio = torchsde.sdeint(self, z0, ts, dt=DT, logqp=True, method="euler")
+        z, log_ratio = torchsde.sdeint(self, z0, ts, dt=self.dt, logqp=True, method="euler")
         fit = torch.distributions.Normal(self.decoder(z), SCALE).log_prob(values.movedim(1, 0)).sum((0, 2))
         q = torch.distributions.Normal(mean, log_scale.exp())
         p = torch.distributions.Normal(self.start_mean, self.start_log_scale.exp())
@@ -89,12 +90,12 @@ class PeerLatentSDE(nn.Module):
         return (fit - log_ratio.sum(0) - kl).mean()
 
 
-def ours(posterior: str) -> LatentSDE:
-    """Return the library's model of the same sizes; its grid has the peer's 200 steps."""
-    ts = torch.linspace(0, END, round(END / DT) + 1)
+def ours(posterior: str, dt: float = DT, checkpoint: bool = False) -> LatentSDE:
+    """Return the library's model of the same sizes; its grid has the peer's steps."""
+    ts = torch.linspace(0, END, round(END / dt) + 1)
     return LatentSDE(
         3, LATENT, ts, posterior=posterior, hurst=None, drift=(HIDDEN, HIDDEN), diffusion="state", decoder=(),
-        obs_scale=SCALE, learn_obs_scale=False, context=CONTEXT, hidden=(HIDDEN, HIDDEN),
+        obs_scale=SCALE, learn_obs_scale=False, checkpoint=checkpoint, context=CONTEXT, hidden=(HIDDEN, HIDDEN),
     )  # fmt: skip
 
 

@@ -28,9 +28,7 @@ from stochdyn.fractional import (
     FractionalOU,
     GaussianELBO,
     GaussianPosterior,
-    LatentSDE,
     MarkovNoise,
-    Series,
 )
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
@@ -143,7 +141,7 @@ def lorenz(smoke: bool, batch: int, iterations: int) -> dict[str, Any]:
     contenders = {"torchsde": lambda: torch.autograd.grad(-peer.elbo(ts, values), list(peer.parameters()))}
     for name, model in models.items():
         contenders[f"stochdyn, {name}"] = lambda m=model: torch.autograd.grad(
-            m(series).loss, list(m.parameters())
+            m(series).loss, [p for p in m.parameters() if p.requires_grad]
         )
     seconds = race(contenders, 1 if smoke else 3)
     result: dict[str, Any] = {"batch": full, "seconds an iteration": seconds}
@@ -208,55 +206,47 @@ import sys; sys.path.insert(0, {folder!r})
 import resource, torch
 torch.set_num_threads(1)
 from run import memory_problem
-small = memory_problem({checkpoint}, 8, 4); torch.autograd.grad(small().sum(), small.parameters())
-problem = memory_problem({checkpoint}, {steps}, {batch})
+loss, parameters = memory_problem({name!r}, 8, 4); torch.autograd.grad(loss(), parameters)
+loss, parameters = memory_problem({name!r}, {steps}, {batch})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-torch.autograd.grad(problem().sum(), problem.parameters())
+torch.autograd.grad(loss(), parameters)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-class _Loss(torch.nn.Module):
-    def __init__(self, model: LatentSDE, series: Series) -> None:
-        super().__init__()
-        self.model, self.series = model, series
-
-    def forward(self) -> torch.Tensor:
-        return self.model(self.series).loss
-
-
-def memory_problem(checkpoint: bool, steps: int, batch: int) -> _Loss:
-    """Return a latent model on a long grid."""
-    ts = torch.linspace(0, 1, steps + 1)
-    model = LatentSDE(
-        1, 2, ts, hurst=0.7, num_states=4, drift=(64, 64), hidden=(64, 64), context=16, checkpoint=checkpoint
-    )
-    return _Loss(
-        model,
-        Series.regular(ts[:: max(steps // 10, 1)], torch.zeros(batch, len(ts[:: max(steps // 10, 1)]), 1)),
-    )
+def memory_problem(
+    name: str, steps: int, batch: int
+) -> tuple[Callable[[], torch.Tensor], list[torch.nn.Parameter]]:
+    """Return loss and parameters of a contender on the Lorenz model with so many steps."""
+    ts, values = data(batch, 0)
+    dt = 2.0 / steps
+    if name == "torchsde":
+        peer = PeerLatentSDE(dt)
+        return lambda: -peer.elbo(ts, values), list(peer.parameters())
+    posterior, _, rest = name.partition(", ")
+    model, series = ours(posterior, dt, bool(rest)), as_series(ts, values)
+    return lambda: model(series).loss, [p for p in model.parameters() if p.requires_grad]
 
 
 def memory(smoke: bool) -> dict[str, Any]:
-    """Growth of the peak memory by one gradient of 1000 steps, plain and with recomputed segments, each in its own process."""
-    steps, batch = (40, 8) if smoke else (1000, 256)
+    """Growth of the peak memory by one gradient of the Lorenz model at 1000 steps, each in its own process."""
+    steps, batch = (40, 8) if smoke else (1000, 128)
     sizes = {}
-    for name, checkpoint in (("plain", False), ("checkpointed", True)):
-        code = _CHILD.format(
-            folder=str(Path(__file__).parent), checkpoint=checkpoint, steps=steps, batch=batch
-        )
+    for name in ("torchsde", "tight", "tight, recomputed segments", "matching"):
+        code = _CHILD.format(folder=str(Path(__file__).parent), name=name, steps=steps, batch=batch)
         out = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
         )
         sizes[name] = float(out.stdout)
-    result = {
+        print(name, sizes[name], flush=True)
+    return {
         "steps": steps,
         "batch": batch,
         "MiB": sizes,
-        "ratio": sizes["checkpointed"] / max(sizes["plain"], 1e-9),
+        "share of torchsde": {
+            k: v / max(sizes["torchsde"], 1e-9) for k, v in sizes.items() if k != "torchsde"
+        },
     }
-    print(result, flush=True)
-    return result
 
 
 def main() -> None:

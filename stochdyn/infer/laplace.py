@@ -120,4 +120,4 @@ def _curvature(slope: Any, mode: Tensor, step: float = 1e-3) -> Tensor:
     if not bool(torch.isfinite(curvature).all()):
         raise NonFiniteError("the bound has no finite second derivative at its mode", got=mode.tolist())
     values, vectors = torch.linalg.eigh(0.5 * (curvature + curvature.mT))
-    return (vectors * values.clamp_min(1e-2 * float(values.max().clamp_min(1.0)) * 1e-2)) @ vectors.mT
+    return (vectors * values.clamp_min(1e-4 * float(values.max().clamp_min(1.0)))) @ vectors.mT
