@@ -22,8 +22,8 @@ def bridge(report: dict[str, Any]) -> list[str]:
     lines = [
         "**Bridge.** $X_0=0$, $dX=-\\theta X\\,dt+dB^H$, $X_2=0$ observed with standard deviation 0.1, 200 steps. Worst relative error of the "
         "posterior's standard deviation at t = 0.5, 1, 1.5, and bound less evidence (nats), both against exact unit fractional Brownian "
-        "motion. The last columns are the published setting (five states from 0.05 to 20, unnormalised type I, shared diffusion; as in the code published with the "
-        "paper, whose figures may come from another version) at the "
+        "motion. The last columns are the published setting (five states from 0.05 to 20, unnormalised type I, shared "
+        "diffusion), as in the code published with the paper, whose figures may come from another version; at the "
         "optimum of its family (`bridge.py`).",
         "",
     ]
