@@ -272,13 +272,9 @@ def test_bridges() -> None:
     assert isinstance(fit.reference, sd.DiffusionMeasure)
     idata = fit.posterior(8)
     assert len(idata.posterior.data_vars) >= 1
-    positive = [s.exp() for s in samples]
+    prey = sd.datasets.lotka_volterra(num_particles=20, times=[0.0, 0.5, 1.0])
     sd.bridges.refine(
-        sd.bridges.Snapshots([0.0, 0.5, 1.2], positive),
-        sd.bridges.LotkaVolterra(),
-        diffusion=0.5,
-        outer=1,
-        step=0.1,
+        sd.bridges.Snapshots(prey.times, prey.samples), sd.bridges.LotkaVolterra(), diffusion=0.1, outer=1
     )
     plan = sd.sinkhorn(samples[0], samples[1], 0.5, weights_x=None, weights_y=None, cost=None, tolerance=1e-6)
     assert plan.plan().shape == (20, 21)
