@@ -58,7 +58,7 @@ def accuracy(tasks: list[Any], models: dict[str, Any], chosen: str, only: str) -
     """Evaluate the models on the tasks whose names hold the given words."""
     for task in tasks:
         for name, make in models.items():
-            if chosen not in name or only not in task.name:
+            if chosen not in name or only not in f"{task.name}, {task.split}":
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -189,7 +189,7 @@ class PrecisionEngine(Engine):
             [float(self.log_lengthscale.detach()), float((self.log_noise - self.log_amplitude).detach())]
         )
         simplex = begin + np.array([[0.0, 0.0], [0.7, 0.0], [0.0, -1.5]])
-        options = {"maxfev": max(steps, 60), "xatol": 0.02, "fatol": 0.02, "initial_simplex": simplex}
+        options = {"maxfev": max(steps, 60), "xatol": 0.05, "fatol": 0.05, "initial_simplex": simplex}
         best = minimize(cost, begin, method="Nelder-Mead", options=options).x
         best[1] = max(best[1], _LEAST_LOG_RATIO)
         kappa, ratio = math.exp(best[0]), math.exp(best[1])

@@ -24,6 +24,8 @@ __all__ = ["Candidate", "Choice", "candidates", "choose", "make_engine"]
 MAX_DENSE_ROWS = 5000
 #: The most nodes for which the full-rank field is tried: its search costs tens of sparse factorisations.
 MAX_SPARSE_NODES = 20_000
+#: The full-rank fields, which cost most, are tried only if the truncated one is this near the best, in nats a component.
+_HOPELESS = 0.4
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,6 @@ def candidates(cloud: PointCloud, rows: int) -> list[Candidate]:
         Candidate("connection", lambda: ConnectionMatern(cloud, 1.5, trainable_nu=True)),
         Candidate("projected", lambda: ProjectedMatern(cloud, 1.5, trainable_nu=True)),
     ]
-    if len(cloud) <= MAX_SPARSE_NODES:
-        found += [
-            Candidate("connection, full rank, ν = 2", lambda: None, "precision", 2.0),
-            Candidate("connection, full rank, ν = 3", lambda: None, "precision", 3.0),
-        ]
     if rows <= MAX_DENSE_ROWS:
         found += [
             Candidate("ambient Matérn 3/2", lambda: AmbientKernel(cloud, 1.5)),
@@ -74,6 +71,11 @@ def candidates(cloud: PointCloud, rows: int) -> list[Candidate]:
                 "divergence-free", lambda: HodgeMatern(cloud, 1.5, 20, "divergence_free", trainable_nu=True)
             ),
             Candidate("Hodge compositional", lambda: hodge_compositional(cloud, 1.5, 20, trainable_nu=True)),
+        ]
+    if len(cloud) <= MAX_SPARSE_NODES:
+        found += [
+            Candidate("connection, full rank, ν = 2", lambda: None, "precision", 2.0),
+            Candidate("connection, full rank, ν = 3", lambda: None, "precision", 3.0),
         ]
     return found
 
@@ -108,7 +110,10 @@ def choose(
     """
     best: tuple[Candidate, Kernel | None, Engine] | None = None
     highest, record = -math.inf, []
+    found: dict[str, float] = {}
     for candidate in tqdm(candidates(cloud, data.rows), desc="kernels", disable=not progress):
+        if candidate.backend == "precision" and highest - found["connection"] > _HOPELESS * data.rows:
+            continue
         start = time.process_time()
         kernel = candidate.make()
         if kernel is not None:
@@ -116,6 +121,7 @@ def choose(
         engine = make_engine(cloud, data, kernel, candidate.backend, candidate.nu)
         prepare(engine)
         evidence = float(engine.evidence().detach())
+        found[candidate.name] = evidence
         record.append(Choice(candidate.name, evidence, time.process_time() - start))
         if evidence > highest:
             highest, best = evidence, (candidate, kernel, engine)
