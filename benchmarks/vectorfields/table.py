@@ -50,11 +50,12 @@ def accuracy(report: dict[str, Any], title: str, text: str) -> list[str]:
         auto = cells.get(("auto", task))
         if not auto:
             continue
-        single = min(
+        singles = [
             mean(r["error"] for r in cells[m, task]) for m in models if m != "auto" and (m, task) in cells
-        )
+        ]
+        ratio = f"{mean(r['error'] for r in auto) / min(singles):.2f}" if singles else "–"
         names = ", ".join(sorted({r["chosen"] for r in auto}))
-        chosen.append([task, str(len(auto)), names, f"{mean(r['error'] for r in auto) / single:.2f}"])
+        chosen.append([task, str(len(auto)), names, ratio])
     return [f"### {title}", "", text, "", *_table(table), *(_table(chosen) if len(chosen) > 1 else [])]
 
 
