@@ -118,7 +118,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "initial": "y-",
         "until": 2.0,
         "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
-        "run": {"method": "tdvp", "num_samples": 1500, "step": 0.04},
+        "run": {"method": "tdvp", "num_samples": 700, "step": 0.05},
         "bound": 2e-2,
     },
     "torus9-tdvp-one-string": {
@@ -145,6 +145,20 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "run": {"method": "tdvp", "num_samples": 400, "step": 0.04},
         "bound": 3e-2,
     },
+    "torus9-tdvp-translations": {
+        "system": "xyz_torus",
+        "sites": 9,
+        "until": 2.0,
+        "net": {
+            "layers": 1,
+            "width": 16,
+            "heads": 2,
+            "pairs": "all",
+            "strings": Strings.translations((3, 3), reflections=False),
+        },
+        "run": {"method": "tdvp", "num_samples": 300, "step": 0.05},
+        "bound": 3e-2,
+    },
     "commuting32-tdvp": {
         "system": "commuting_ring",
         "sites": 32,
@@ -152,7 +166,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "rotated": False,
         "until": 0.5,
         "net": {"layers": 1, "width": 16, "heads": 2},
-        "run": {"method": "tdvp", "num_samples": 600, "step": 0.05},
+        "run": {"method": "tdvp", "num_samples": 300, "step": 0.05},
         "bound": 2e-2,
         "single": True,
     },
@@ -161,9 +175,9 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "sites": 64,
         "which": {"dephasing": 0.0},
         "rotated": False,
-        "until": 0.5,
+        "until": 0.25,
         "net": {"layers": 1, "width": 16, "heads": 2},
-        "run": {"method": "tdvp", "num_samples": 300, "step": 0.1},
+        "run": {"method": "tdvp", "num_samples": 100, "step": 0.05},
         "bound": 2e-2,
         "single": True,
     },
@@ -188,9 +202,9 @@ STEADY: dict[str, dict[str, Any]] = {
         "run": {"method": "trapezoid", "num_samples": None, "iterations": 400}, "bound": 5e-3,
     },
     "ring16-steady": {
-        "fields": [1.0, 2.0], "sites": 16, "known": 10,
+        "fields": [1.0], "sites": 16, "known": 10,
         "net": {"layers": 1, "width": 16, "heads": 2},
-        "run": {"method": "newton", "num_samples": 400, "iterations": 16}, "bound": 1e-2,
+        "run": {"method": "newton", "num_samples": 200, "iterations": 16}, "bound": 1e-2,
     },
 }  # fmt: skip
 
