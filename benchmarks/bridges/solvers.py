@@ -25,11 +25,14 @@ def clouds(n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return x.to(dtype), (y + 1).to(dtype)
 
 
-def sinkhorn(smoke: bool) -> dict[str, Any]:
-    """Solve to an L1 marginal error of 1e-6 with every solver in turn; least processor time of the repeats."""
+def sinkhorn(smoke: bool, log_iterations: int = 20_000, repeats: int = 3) -> dict[str, Any]:
+    """Solve to an L1 marginal error of 1e-6 with every solver in turn; least processor time of the repeats.
+
+    POT's log-domain solver is slow; stopped after fewer iterations than it needs, its time is a lower bound and marked so.
+    """
     import ot
 
-    n, share, repeats = (200, 0.05, 1) if smoke else (2000, 0.01, 3)
+    n, share, repeats = (200, 0.05, 1) if smoke else (2000, 0.01, repeats)
     x, y = clouds(n)
     cost = torch.cdist(x, y).square()
     reg = share * float(cost.mean())
@@ -38,7 +41,10 @@ def sinkhorn(smoke: bool) -> dict[str, Any]:
 
     def pot(method: str, numpy: bool) -> Tensor:
         a, matrix = (weights.numpy(), cost.numpy()) if numpy else (weights, cost)
-        return torch.as_tensor(ot.sinkhorn(a, a, matrix, reg, method=method, **options))
+        most = log_iterations if method == "sinkhorn_log" else 20_000
+        return torch.as_tensor(
+            ot.sinkhorn(a, a, matrix, reg, method=method, **{**options, "numItermax": most})
+        )
 
     contenders: dict[str, tuple[Callable[[], Tensor], int]] = {
         "stochdyn, double precision": (lambda: sd.sinkhorn(x, y, reg).plan(), repeats),
@@ -65,7 +71,13 @@ def sinkhorn(smoke: bool) -> dict[str, Any]:
             errors[name] = max(float((plan.sum(axis) - target).abs().sum()) for axis in (0, 1))
     ours = min(seconds["stochdyn, double precision"])
     rows = {
-        name: {"seconds": min(s), "repeats": len(s), "ratio": min(s) / ours, "marginal_error": errors[name]}
+        name: {
+            "seconds": min(s),
+            "repeats": len(s),
+            "ratio": min(s) / ours,
+            "marginal_error": errors[name],
+            "unfinished": errors[name] > 2e-5,
+        }
         for name, s in seconds.items()
     }
     return {"n": n, "share_of_mean_cost": share, "solvers": rows}

@@ -44,8 +44,15 @@ def sinkhorn(record: dict[str, Any]) -> list[str]:
     ]
     for name, row in result["solvers"].items():
         lines.append(
-            _row(name, f"{row['seconds']:.2f}", f"{row['ratio']:.1f}", f"{row['marginal_error']:.0e}")
+            _row(
+                name,
+                f"{row['seconds']:.2f}",
+                f"{'more than ' if row['unfinished'] else ''}{row['ratio']:.1f}",
+                f"{row['marginal_error']:.0e}",
+            )
         )
+    if any(row["unfinished"] for row in result["solvers"].values()):
+        lines += ["", "*More than*: stopped before it was done."]
     return lines
 
 
