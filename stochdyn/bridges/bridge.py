@@ -160,14 +160,15 @@ class SchrodingerBridge(PathMeasure):
             warnings.simplefilter("ignore", ConvergenceWarning)  # one for all is given by solve
             if isinstance(part, AffineTransition):
                 before, after = part.whitened(x, y)
-                self._check_reach(i, _nearest(before, after))
+                self._check_reach(i, _nearest(before[a > 0], after[b > 0]))
                 plan = sinkhorn(
                     before, after, 2.0, relaxation=None if price is None else 2 * price, **options
                 )
                 mass = 1.0 if price is None else plan.mass
                 return plan, 0.5 * plan.value - part.log_constant() * mass
             kernel = part.log_kernel(x, y)
-            self._check_reach(i, (-2 * (kernel - kernel.max())).amin(-2).clamp_min(0).sqrt())
+            seen = kernel[a > 0][:, b > 0]
+            self._check_reach(i, (-2 * (seen - seen.max())).amin(-2).clamp_min(0).sqrt())
             plan = sinkhorn(None, None, 1.0, cost=-kernel, relaxation=price, **options)
             return plan, plan.value
 

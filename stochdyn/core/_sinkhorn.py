@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.core._cost import CostRows, row_chunk, row_chunks
+from stochdyn.errors import InvalidInputError
 
 __all__ = ["Problem", "Solution", "kernel_rows", "solve"]
 
@@ -24,6 +25,8 @@ _STAGE_TOLERANCE = 1e-3
 _STAGE_ITERATIONS = 500
 _PATIENCE = 60
 _MAX_GRADIENTS = 1000
+# Exponents (f + g - C) / reg are known to about one over this at the least regularisation.
+_LEAST_REG = 10.0
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,14 @@ def solve(
     if warm is None:
         f, g = (torch.zeros(w.shape, dtype=torch.float64, device=w.device) for w in (problem.a, problem.b))
         spread = cost.spread()
+        least = _LEAST_REG * torch.finfo(cost.dtype).eps * spread
+        if reg < least:
+            raise InvalidInputError(
+                f"reg is below what {cost.dtype} can tell of a cost that spreads over {spread:.3g}",
+                got=f"{reg:g}",
+                expected=f"at least {least:.2g}",
+                hint="use a larger one, double precision, or exact transport",
+            )
         while level < spread and annealing < 1:
             level /= annealing
     else:

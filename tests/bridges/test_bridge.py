@@ -212,6 +212,14 @@ def test_a_grid_too_coarse_for_the_drift_is_said() -> None:
         SchrodingerBridge(snaps, lambda t, x: -20 * torch.sin(x), 1.0, step=0.25).solve()
 
 
+def test_particles_of_no_weight_need_not_be_reached() -> None:
+    x = torch.zeros(3, 1, dtype=F64)
+    y = torch.tensor([[0.1], [-0.1], [1e6]], dtype=F64)
+    weights = [torch.ones(3), torch.tensor([1.0, 1.0, 0.0])]
+    law = SchrodingerBridge(Snapshots([0.0, 1.0], [x, y], weights), diffusion=0.5).solve().marginal(0.5)
+    assert abs(law.mean.item()) < 1e-9
+
+
 SNAPS = Snapshots([0.0, 1.0], [torch.zeros(4, 2), torch.ones(4, 2)])
 
 

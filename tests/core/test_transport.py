@@ -365,6 +365,8 @@ X, Y = _clouds(4, 5)
         ({"cost": lambda x, y: x @ y.mT * torch.nan}, NonFiniteError, "cost"),
         ({"cost": lambda x, y: x}, ShapeError, "cost\\(x, y\\)"),
         ({"reg": 0.0}, InvalidInputError, "reg must be positive"),
+        ({"reg": 1e-16}, InvalidInputError, "reg is below what torch.float64 can tell"),
+        ({"x": X.float(), "y": Y.float(), "reg": 1e-8}, InvalidInputError, "reg is below what torch.float32"),
         ({"tolerance": -1.0}, InvalidInputError, "tolerance must be positive"),
         ({"max_iterations": 0}, InvalidInputError, "max_iterations"),
         ({"annealing": 0.0}, InvalidInputError, "annealing"),
