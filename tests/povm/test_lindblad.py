@@ -17,12 +17,9 @@ from stochdyn.povm import (
     QutritSIC,
     SiteFrames,
     Tetrahedral,
-    all_to_all,
-    chain,
     named_operator,
     ring,
     spin_matrices,
-    square_lattice,
 )
 from stochdyn.povm.generator import hamiltonian_matrix, jump_matrix
 from stochdyn.povm.products import density_of, probabilities_of
@@ -239,20 +236,7 @@ def test_parameters_are_bound_and_keep_their_gradient() -> None:
         model.bind(decay=-1.0)
 
 
-def test_graphs() -> None:
-    assert ring(2) == [(0, 1)]
-    assert chain(4) == [(0, 1), (1, 2), (2, 3)]
-    torus = square_lattice(3, 4)
-    assert len(torus) == 24
-    degree = torch.zeros(12, dtype=torch.long)
-    for i, j in torus:
-        degree[i] += 1
-        degree[j] += 1
-    assert degree.tolist() == [4] * 12
-    assert sorted(tuple(sorted(b)) for b in square_lattice(2, 2)) == [(0, 1), (0, 2), (1, 3), (2, 3)]
-    assert len(square_lattice(4, 3, periodic=False)) == 4 * 2 + 3 * 3
-    assert square_lattice(1, 4) == ring(4)
-    assert len(all_to_all(6)) == 15
+def test_bonds_are_the_pairs_that_terms_couple() -> None:
     assert Lindbladian(3, [(1.0, "ZZ", ring(3)), (1.0, "XX", (1, 0))]).bonds == [(0, 1), (1, 2), (0, 2)]
 
 
