@@ -39,7 +39,8 @@ class MaxMinBridge(Objective):
     For a given interpolant the drift becomes :math:`b+\varepsilon s`; the interpolant then moves to where the kinetic energy of that
     drift is least. At the saddle point :math:`dX=\hat u\,dt+\sqrt{2\varepsilon}\,dW` is the Schrödinger bridge with the reference
     :math:`\sqrt{2\varepsilon}\,dW`. It needs no coupling but that of the batch. Where batches can be coupled, the entropic coupling
-    with the Brownian latent (``InterpolantRegression(..., coupling="entropic")``) gets there by a plain regression.
+    with the Brownian latent (``InterpolantRegression(..., coupling="entropic")``) gets there by a plain regression, and
+    is much to be preferred: the game converges slowly, if the rate is small enough, and tells nobody when it doesn't.
 
     Args:
         drift: network for u, ``net(t, x)`` with ``t (n, 1)``.
