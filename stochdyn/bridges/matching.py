@@ -28,6 +28,7 @@ __all__ = ["BridgeMatching"]
 _EDGE = 1e-3
 # bridges drawn through each pair for the affine part, and the longest memory of earlier ones
 _REPEATS, _KEEP = 4, 0.9
+_LAST_RENEWALS = 10
 
 
 class BridgeMatching(Objective):
@@ -260,6 +261,11 @@ class BridgeMatching(Objective):
             with torch.no_grad():
                 for name, parameter in self.named_parameters():
                     parameter.copy_(result.ema[name])
+        if not result.interrupted:
+            # the affine parts belong to the last weights of the networks, not to their average
+            with fork_random_state(seed, self.pairs.device):
+                for _ in range(_LAST_RENEWALS):
+                    self.renew()
         return result
 
     def _fit_affine(self, steps: int, seed: int | None, progress: bool) -> FitResult:
