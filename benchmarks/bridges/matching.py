@@ -25,7 +25,7 @@ def run(dim: int, width: int, steps: int, particles: int, seed: int) -> dict[str
     """Train, and measure the law that the forward network makes of fresh particles of the first end."""
     torch.manual_seed(seed)
     snaps = Snapshots([0.0, 1.0], [torch.randn(particles, dim) - 0.1, torch.randn(particles, dim) + 0.1])
-    match = BridgeMatching(snaps, 1.0, width=width, refresh=30, sim_steps=20, batch_size=512)
+    match = BridgeMatching(snaps, 1.0, width=width, refresh=50, sim_steps=20, batch_size=512)
     began = time.process_time()
     match.fit(steps, seed=seed, progress=False)
     seconds = time.process_time() - began
@@ -59,7 +59,7 @@ def main() -> None:
     rows = []
     for dim in (5, 20, 50):
         for width in (0, 128):
-            steps = 100 if options.smoke else 600
+            steps = 100 if options.smoke else 600 if width else 2000
             rows.append(run(dim, width, steps, 2000 if options.smoke else 200_000, seed=0))
             print(json.dumps(rows[-1]))
     options.out.parent.mkdir(exist_ok=True)
