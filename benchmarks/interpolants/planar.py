@@ -12,7 +12,7 @@ from laws_2d import BINS, BOUND, Gaussian2d, Score, histogram_distance, ode_hist
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.interpolants import OU, AffineProcess, PotentialNetwork, ScoreMatching
+from stochdyn.interpolants import OU, AffineProcess, NoisedMixture, PotentialNetwork, ScoreMatching
 
 Sampler = Callable[[int], Tensor]
 
@@ -137,6 +137,20 @@ def prior_of(diff: ScoreMatching) -> Gaussian2d:
     """The normal law that sampling starts from."""
     base = diff.generator().prior.base_dist
     return Gaussian2d(base.loc, base.scale)
+
+
+def blob_truth(process: AffineProcess) -> NoisedMixture:
+    """The exact marginals of the nine Gaussians."""
+    return NoisedMixture(
+        process, torch.ones(9), 0.65 * torch.tensor(CENTERS), torch.full((9,), 0.65**2 * 0.2)
+    )
+
+
+def horizon_law(truth: NoisedMixture) -> Gaussian2d:
+    """The normal law with the moments of centred data at the horizon."""
+    t, process = torch.tensor(truth.process.horizon), truth.process
+    variance = truth.means.square().mean(0) + truth.eigenvalues.mean(0)
+    return Gaussian2d(torch.zeros(2), (process.scale(t).square() * variance + process.variance(t)).sqrt())
 
 
 def distances(

@@ -25,9 +25,11 @@ from planar import (
     PUBLISHED,
     Fresh,
     adam,
+    blob_truth,
     cosine,
     distances,
     floors,
+    horizon_law,
     make,
     prior_of,
     residual_on_data,
@@ -198,6 +200,9 @@ def plane(dataset: str, weights: list[float], chunk: int | None, smoke: bool, ou
     truth = true_histogram(dataset, 1 if smoke else 60)
     if "floors" not in report:
         report["floors"] = floors(dataset, truth, 30_000 if smoke else 3_000_000)
+    if dataset == "blob" and "exact" not in report and report["rows"]:
+        exact = blob_truth(OU(horizon=4.0, start=5e-4))
+        report["exact"] = distances(truth, exact.process, exact.score, horizon_law(exact), smoke)
     for weight in map(str, weights):
         if weight in report["rows"]:
             continue
