@@ -43,6 +43,9 @@ steps of 200 000 points, 50 000 more for the residual, and 3 million samples by 
 the two, since ours weigh the residual per unit of the log signal-to-noise ratio. *Floor* is the distance of 3 million samples of the
 truth to the truth, and of a pair of such samples; the published numbers contain it.
 
+Without the residual this short training, on a six-thousandth of their points, is behind in one number, the distance of the
+SDE; with the residual all three are ahead.
+
 | data | weight | ODE–truth | published | SDE–truth | published | ODE–SDE | published | floor | training (s) |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
