@@ -207,9 +207,9 @@ def stem_cells(data: Path | None, smoke: bool) -> dict[str, Any]:
             else:
                 small = train.subsample(60, torch.Generator().manual_seed(0))
                 fit = refine(
-                    small, family, diffusion=0.05, outer=3, step=0.25, nodes=40_000, projection_steps=400
+                    small, family, diffusion=0.05, outer=2, step=0.125, nodes=40_000, projection_steps=200
                 )
-                law = SchrodingerBridge(train, fit.family, 0.05, step=0.25).solve()
+                law = SchrodingerBridge(train, fit.family, 0.05, step=0.125).solve()
         scores = held_out(law, [0.5, 1.5, 2.0], [cells[1], cells[3], cells[3]])
         out[name] = {
             "w2_at_0.5": scores[0],

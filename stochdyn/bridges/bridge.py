@@ -27,6 +27,7 @@ from stochdyn.errors import (
     ConvergenceWarning,
     DiffusionError,
     InvalidInputError,
+    NonFiniteError,
     UnavailableError,
 )
 
@@ -167,6 +168,12 @@ class SchrodingerBridge(PathMeasure):
                 mass = 1.0 if price is None else plan.mass
                 return plan, 0.5 * plan.value - part.log_constant() * mass
             kernel = part.log_kernel(x, y)
+            if not bool(torch.isfinite(kernel).all()):
+                raise NonFiniteError(
+                    f"the transition density before t={float(self.snapshots.times[i + 1]):g} isn't finite",
+                    got=f"step times Jacobian up to {getattr(part, 'stiffness', 0.0):.2g}",
+                    hint="give a smaller step, or a smoother drift",
+                )
             seen = kernel[a > 0][:, b > 0]
             self._check_reach(i, (-2 * (seen - seen.max())).amin(-2).clamp_min(0).sqrt())
             plan = sinkhorn(None, None, 1.0, cost=-kernel, relaxation=price, **options)

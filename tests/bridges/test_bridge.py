@@ -243,3 +243,9 @@ SNAPS = Snapshots([0.0, 1.0], [torch.zeros(4, 2), torch.ones(4, 2)])
 def test_bad_input_is_refused(make, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_density_that_is_not_finite_is_an_error_with_its_cause() -> None:
+    snaps = Snapshots([0.0, 1.0], [torch.zeros(3, 1, dtype=F64), torch.ones(3, 1, dtype=F64)])
+    with pytest.raises(sd.NonFiniteError):
+        SchrodingerBridge(snaps, lambda t, x: -1e90 * x**3, 1.0, step=0.1).solve()
