@@ -38,7 +38,8 @@ class Velocity:
     Attributes:
         direction: ``(P,)`` the change of the parameters a unit of time.
         residual: part of the wanted change of the law that the ansatz can't make,
-            :math:`\sqrt{E(\ell-O\dot\theta)^2/E\ell^2}`, between 0 and 1.
+            :math:`\sqrt{E(\ell-O\dot\theta)^2/E\ell^2}`, between 0 and 1; by sampling that of draws left out of the
+            solution, which can exceed 1.
         rate_norm: :math:`\sqrt{E\ell^2}`, how fast the law changes; zero in a steady state.
         mean_rate: :math:`E\ell`, exactly zero but for sampling error.
         rank: number of directions kept, as the sum of the filters.
@@ -94,7 +95,8 @@ def solve_velocity(
         \frac1{\sigma_k}\;\frac1{1+(\mathrm{rcond}\,\sigma_1/\sigma_k)^6}\;\frac1{1+(\mathrm{snr}/\mathrm{SNR}_k)^6}.
 
     The noise of :math:`F_k` is that of the products of score and *residual* :math:`\ell-O\dot\theta`, not of score
-    and rate: errors of ``S`` and ``F`` on the same samples cancel as far as the ansatz can follow.
+    and rate: errors of ``S`` and ``F`` on the same samples cancel as far as the ansatz can follow. Each draw's residual
+    is that of the solution without it (by its leverage), since a solution that meets all samples has none on them.
 
     Args:
         scores: ``(m, P)`` scores.
@@ -128,16 +130,15 @@ def solve_velocity(
     left = vectors if small else (b @ vectors) / values.sqrt()
     force = left.mT @ r
     if min_snr > 0 and num_samples is not None:
-        rest = r - left @ (filters * force)
-        effective = max(1.0, num_samples - float(filters.sum()))
+        rest = _left_out(r, left, filters, force, weights, num_samples)
         # F_k is a mean over draws, of which an outcome of weight w has a share w; left and rest carry its root
         spread = ((left * rest[:, None]).square() / weights[:, None]).sum(0)
-        noise = (spread / effective).sqrt().clamp(min=torch.finfo(values.dtype).tiny)
+        noise = (spread / num_samples).sqrt().clamp(min=torch.finfo(values.dtype).tiny)
         filters = filters / (1 + (min_snr * noise / force.abs().clamp(min=1e-300)) ** _SHARPNESS)
     coefficient = filters * force / values.sqrt()
     direction = b.mT @ (vectors @ (coefficient / values.sqrt())) if small else vectors @ coefficient
     total = float(r.norm())
-    missed = float((r - left @ (filters * force)).norm())
+    missed = float(_left_out(r, left, filters, force, weights, num_samples).norm())
     return Velocity(
         direction,
         missed / total if total > 0 else 0.0,
@@ -146,6 +147,21 @@ def solve_velocity(
         float(filters.sum()),
         FisherMetric(b),
     )
+
+
+def _left_out(
+    r: Tensor, left: Tensor, filters: Tensor, force: Tensor, weights: Tensor, num_samples: int | None
+) -> Tensor:
+    """What each draw would miss if the solution were found without it; by full summation, what it misses.
+
+    Where parameters outnumber samples a solution can meet all of them and still be wrong everywhere else. Left out,
+    a draw's residual grows by 1 / (1 - its leverage); an outcome drawn c times has c times that of one draw.
+    """
+    rest = r - left @ (filters * force)
+    if num_samples is None:
+        return rest
+    leverage = left.square() @ filters / (weights * num_samples).clamp(min=1.0)
+    return rest / (1 - leverage).clamp(min=1e-9)
 
 
 def tdvp_velocity(

@@ -200,3 +200,17 @@ def test_full_summation_of_too_many_outcomes_is_refused() -> None:
     net = transformer(1, sites=8)
     with pytest.raises(SystemSizeError, match="num_samples"):
         Averages(net, ising(8).master_operator(Tetrahedral()), None)
+
+
+def test_more_parameters_than_samples_don_t_hide_what_is_missed() -> None:
+    """Rates of pure noise are met on every sample by 60 parameters, and the residual still says that nothing was learnt."""
+    generator = torch.Generator().manual_seed(7)
+    scores = torch.randn(40, 60, dtype=torch.float64, generator=generator)
+    noise = torch.randn(40, dtype=torch.float64, generator=generator)
+    weights = torch.full((40,), 1 / 40, dtype=torch.float64)
+    met = solve_velocity(scores, noise, weights, None)
+    assert met.residual < 1e-6
+    found = solve_velocity(scores, noise, weights, 40)
+    assert found.residual > 0.5
+    filtered = solve_velocity(scores, noise, weights, 40, min_snr=3.0)
+    assert float(filtered.metric.norm(filtered.direction)) < 0.5 * float(met.metric.norm(met.direction))
