@@ -129,8 +129,9 @@ def solve_velocity(
     # left: samples in the eigenbasis (m, k), orthonormal; force: F_k over the root of the eigenvalue
     left = vectors if small else (b @ vectors) / values.sqrt()
     force = left.mT @ r
+    slack = torch.maximum(rcond * largest / (values + rcond * largest), 1 - filters)
     if min_snr > 0 and num_samples is not None:
-        rest = _left_out(r, left, filters, force, weights, num_samples)
+        rest = _left_out(r, left, slack, force, weights, num_samples)
         # F_k is a mean over draws, of which an outcome of weight w has a share w; left and rest carry its root
         spread = ((left * rest[:, None]).square() / weights[:, None]).sum(0)
         noise = (spread / num_samples).sqrt().clamp(min=torch.finfo(values.dtype).tiny)
@@ -138,7 +139,8 @@ def solve_velocity(
     coefficient = filters * force / values.sqrt()
     direction = b.mT @ (vectors @ (coefficient / values.sqrt())) if small else vectors @ coefficient
     total = float(r.norm())
-    missed = float(_left_out(r, left, filters, force, weights, num_samples).norm())
+    slack = torch.maximum(slack, 1 - filters) if num_samples is not None else 1 - filters
+    missed = float(_left_out(r, left, slack, force, weights, num_samples).norm())
     return Velocity(
         direction,
         missed / total if total > 0 else 0.0,
@@ -150,18 +152,27 @@ def solve_velocity(
 
 
 def _left_out(
-    r: Tensor, left: Tensor, filters: Tensor, force: Tensor, weights: Tensor, num_samples: int | None
+    r: Tensor, left: Tensor, slack: Tensor, force: Tensor, weights: Tensor, num_samples: int | None
 ) -> Tensor:
     """What each draw would miss if the solution were found without it; by full summation, what it misses.
 
     Where parameters outnumber samples a solution can meet all of them and still be wrong everywhere else. Left out,
-    a draw's residual grows by 1 / (1 - its leverage); an outcome drawn c times has c times that of one draw.
+    a draw's residual grows by 1 / (1 - its leverage); an outcome drawn c times has c times the leverage of one draw.
+
+    Args:
+        r: ``(m,)`` centred rates.
+        left: ``(m, k)`` orthonormal.
+        slack: ``(k,)`` one minus the filters, above rounding.
+        force: ``(k,)``.
+        weights: ``(m,)``.
+        num_samples: number of draws.
     """
-    rest = r - left @ (filters * force)
+    rest = r - left @ force + left @ (slack * force)
     if num_samples is None:
         return rest
-    leverage = left.square() @ filters / (weights * num_samples).clamp(min=1.0)
-    return rest / (1 - leverage).clamp(min=1e-9)
+    share = left.square()
+    leverage = share.sum(1) - share @ slack + weights  # the last is that of the mean
+    return rest / (1 - leverage / (weights * num_samples).clamp(min=1.0)).clamp(min=1e-9)
 
 
 def tdvp_velocity(
