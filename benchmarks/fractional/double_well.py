@@ -46,7 +46,7 @@ def problem(hurst: float) -> tuple[sd.SDE, Tensor, Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     paths = sd.DiffusionMeasure(x0, sde).sample(ts, (500,), g).x[..., 0]
     crossed = (paths[:, SEEN] > 0.5).sum(1)
-    truth = paths[int(((crossed >= 3) & (crossed <= 5)).nonzero()[0, 0])]
+    truth = paths[int((crossed - len(SEEN) // 2).abs().argmin())]
     return sde, x0, ts, truth, truth[SEEN] + NOISE * torch.randn(len(SEEN), generator=g, dtype=torch.float64)
 
 

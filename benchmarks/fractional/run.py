@@ -143,10 +143,12 @@ def lorenz(smoke: bool, batch: int, iterations: int) -> dict[str, Any]:
         contenders[f"stochdyn, {name}"] = lambda m=model: torch.autograd.grad(
             m(series).loss, [p for p in m.parameters() if p.requires_grad]
         )
-    seconds = race(contenders, 1 if smoke else 3)
+    seconds = race(contenders, 1 if smoke or not iterations else 3)
     result: dict[str, Any] = {"batch": full, "seconds an iteration": seconds}
     result["ratio an iteration"] = {k: seconds["torchsde"] / v for k, v in seconds.items() if k != "torchsde"}
     print(result, flush=True)
+    if not iterations:
+        return result
     count = 16 if smoke else batch
     ts, values = data(count, 1)
     held_ts, held = data(256, 2)
@@ -255,7 +257,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", nargs="*", default=["gaussian", "tightness", "memory", "lorenz"])
     parser.add_argument("--batch", type=int, default=128, help="series of the race on the Lorenz model")
-    parser.add_argument("--iterations", type=int, default=100, help="iterations that torchsde is given there")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=100,
+        help="iterations that torchsde is given there; 0 leaves the race out",
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

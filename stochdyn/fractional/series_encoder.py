@@ -44,14 +44,16 @@ class SeriesEncoder(nn.Module):
 
     def forward(self, series: Series, ts: Tensor) -> Tensor:
         """Return contexts ``(T, B, self.width)`` at the times ``ts (T,)``."""
-        states = self.summaries(series)
+        # three more columns, filled in place below: long grids are large, and copies of them cost memory
+        states = torch.nn.functional.pad(self.summaries(series), (0, 3))
         grid = ts.to(series.times).expand(len(series), -1).contiguous()
         following = torch.searchsorted(series.times.contiguous(), grid - 1e-6 * self.span).T  # (T, B)
-        context = states.gather(0, following.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+        context = states.gather(0, following.unsqueeze(-1).expand(-1, -1, self.width))
         last = series.times.shape[1] - 1
         ahead = series.times.T.gather(0, following.clamp_max(last)) - grid.T
         none = (following > last).to(ahead)
         wait = (ahead.clamp_min(0.0) / self.span) * (1 - none)
         # nearness resolves the last steps before an observation
         near = torch.exp(-30.0 * wait) * (1 - none)
-        return torch.cat([context, torch.stack([wait, near, none], -1)], -1)
+        context[..., -3:] = torch.stack([wait, near, none], -1)
+        return context
