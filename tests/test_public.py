@@ -48,10 +48,10 @@ def test_the_core_loads_no_pyro_and_no_heavy_library() -> None:
 
 
 def test_import_adds_little_to_that_of_pyro() -> None:
-    """The best of four runs on a machine that may be busy; the promise is 0.3 seconds."""
+    """The best of four runs, in processor time, since the machine may be busy; the promise is 0.3 seconds."""
     code = (
-        "import time, pyro; a = time.perf_counter(); import stochdyn;"
-        "stochdyn.SDE, stochdyn.DiffusionMeasure, stochdyn.PathELBO; print(time.perf_counter() - a)"
+        "import time, pyro; a = time.process_time(); import stochdyn;"
+        "stochdyn.SDE, stochdyn.DiffusionMeasure, stochdyn.PathELBO; print(time.process_time() - a)"
     )
     assert min(float(_fresh(code)) for _ in range(4)) < 0.3
 
