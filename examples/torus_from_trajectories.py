@@ -2,8 +2,8 @@
 
 A particle drifts around both circles of a torus while noise shakes it. Fifty trajectories are observed; neither the torus nor the field
 is told. A cloud is built out of the visited places, and the posterior of the drift is exact, since the Girsanov likelihood is
-quadratic in it. The same data under a Gaussian process of flat space, and under one that sees distances in space but knows the
-tangent planes, show what the manifold adds: their evidence is for the same numbers.
+quadratic in it. A Gaussian process of flat space, whose correlations depend on Euclidean distances, is fitted to the same numbers: its
+evidence and error beside those of the connection kernel show what the manifold adds.
 
 Run it from anywhere: ``python examples/torus_from_trajectories.py [--out DIR]``. It writes a figure.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.vectorfields import RVGP, PointCloud, cloud_of_paths
+from stochdyn.vectorfields import RVGP, cloud_of_paths
 from stochdyn.vectorfields.plots import plot_field, plot_trajectories
 
 MAJOR, MINOR, NOISE = 2.0, 0.7, 0.4
@@ -74,7 +74,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     ts, x = simulate(arguments.paths, arguments.steps, arguments.step, generator)
-    cloud = cloud_of_paths((ts, x), spacing=0.04, dim=2)
+    cloud = cloud_of_paths((ts, x), spacing=0.03, dim=2)
     print(cloud)
     gp = RVGP(cloud).fit_paths((ts, x))
     truth = torus_field(to_torus(cloud.points))
@@ -86,21 +86,15 @@ def main() -> None:
     print(f"95 % intervals hold {(gap.abs() < 1.96 * spread.sqrt()).double().mean():.1%} of the components")
     print(f"diffusion {gp.diffusion:.4f} (true {NOISE})")
 
-    # Evidence on the same, thinned numbers, where dense kernels can follow: one step in ten.
-    thin = (ts[:: arguments.steps // 20], x[:, :: arguments.steps // 20])
-    print("\nlog evidence of one step in ten, in tangent components, and error of the drift:")
-    for name, kernel in (
-        ("connection", "connection"),
-        ("projected scalar", "projected"),
-        ("ambient Matérn", "ambient"),
-    ):
+    # Evidence of the same numbers, thinned so that dense kernels can follow.
+    stride = max(1, arguments.steps // 10)
+    thin = (ts[::stride], x[:, ::stride])
+    print(f"\nlog evidence of one step in {stride}, in tangent components, and error of the drift:")
+    rivals = {"connection": "connection", "projected scalar": "projected", "flat space, Matérn": "ambient"}
+    for name, kernel in rivals.items():
         other = RVGP(cloud, kernel).fit_paths(thin)
         gap = (other.predict_mean(slice(None)) - truth).norm() / truth.norm()
         print(f"  {name:20s} {other.log_marginal_likelihood():10.1f}   {gap:.3f}")
-    flat = PointCloud(cloud.points, cloud.num_neighbors, frames=torch.eye(3).expand(len(cloud), 3, 3))
-    blind = RVGP(flat, "ambient").fit_paths(thin)
-    gap = (blind.predict_mean(slice(None)) - truth).norm() / truth.norm()
-    print(f"  {'flat space, all three':20s} {'(other data)':>10s}   {gap:.3f}")
 
     sde = gp.as_sde(step=arguments.step)
     start = cloud.points[::40]
