@@ -26,7 +26,7 @@ class NewtonStep:
     Attributes:
         mean_square: :math:`E\ell^2` before it, on its outcomes.
         mean_absolute: :math:`E|\ell|=\|LP\|_1` before it.
-        accepted: whether the mean square fell, on the same outcomes.
+        accepted: whether the mean square fell: on the same outcomes by full summation, on fresh draws by sampling.
     """
 
     mean_square: float
@@ -113,13 +113,18 @@ class GaussNewton:
         scale = float(torch.linalg.matrix_norm(gram, 2)) if gram.shape[0] < 64 else _power(gram)
         eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
         before = float(right.square().sum())
+        judge, bar = batch, before
+        if self.averages.num_samples is not None:
+            # fresh draws decide, since a step can meet its own samples and be wrong elsewhere
+            judge = self.averages.draw(generator)
+            bar = self._mean_square(judge.outcomes, judge.weights)
         y = self.net.parameter_vector().double()
         accepted = False
         for _ in range(8):
             solution = torch.linalg.solve(gram + self.damping * scale * eye, right)
             self.net.set_parameter_vector(y - matrix.mT @ solution)
-            after = self._mean_square(a, w)
-            if after < before:
+            after = self._mean_square(judge.outcomes, judge.weights)
+            if after < bar:
                 accepted = True
                 self.damping = max(self.floor, self.damping / 4)
                 break
