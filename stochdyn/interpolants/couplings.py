@@ -184,6 +184,8 @@ class EntropicCoupling(Coupling):
                 "an entropic coupling needs reg", hint="give reg, in units of the squared distance"
             )
         cost = coupling_cost(x0, x1, condition, self.condition_weight)
+        if self.reg < 100 * torch.finfo(cost.dtype).eps * float(cost.max()):
+            cost = cost.double()  # below what single precision tells apart
         start = self._carry(x0, x1) if self.warm_start and not self.condition_weight else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)

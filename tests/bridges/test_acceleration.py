@@ -42,7 +42,7 @@ def test_acceleration_gets_further_in_as_many_iterations_and_never_up() -> None:
     """The repressilator's parameters are strongly correlated: plain iterations creep."""
     data = repressilator(15, times=[0.0, 1.5, 3.0, 4.5], seed=1)
     snaps = Snapshots(data.times, data.samples)
-    options = {"diffusion": 0.1, "outer": 6, "step": 0.4, "nodes": 8_000, "tolerance": 1e-6}
+    options = {"diffusion": 0.1, "outer": 6, "step": 0.2, "nodes": 8_000, "tolerance": 1e-6}
     plain = refine(snaps, Repressilator(), **options)
     fast = refine(snaps, Repressilator(), accelerate=True, **options)
     assert fast.objective < plain.objective - 1.0
