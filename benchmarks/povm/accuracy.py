@@ -118,7 +118,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "initial": "y-",
         "until": 2.0,
         "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
-        "run": {"method": "tdvp", "num_samples": 700, "step": 0.05},
+        "run": {"method": "tdvp", "num_samples": 2000, "step": 0.04},
         "bound": 2e-2,
     },
     "torus9-tdvp-one-string": {
@@ -166,7 +166,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "rotated": False,
         "until": 0.5,
         "net": {"layers": 1, "width": 16, "heads": 2},
-        "run": {"method": "tdvp", "num_samples": 300, "step": 0.05},
+        "run": {"method": "tdvp", "num_samples": 1500, "step": 0.05},
         "bound": 2e-2,
         "single": True,
     },
