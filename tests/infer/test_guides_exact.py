@@ -262,7 +262,7 @@ def test_training_from_the_prior_closes_the_gap():
 
 
 class SlowMemory(NoiseProcess):
-    """The Markov noise of the worked case, by Euler steps of its states as in the notes."""
+    """The Markov noise of the worked case, by Euler steps of its states."""
 
     num_states = 5
 
