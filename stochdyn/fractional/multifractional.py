@@ -12,18 +12,16 @@ from torch import Tensor, nn
 
 from stochdyn._checks import (
     check_choice,
-    check_finite,
     check_hurst,
-    check_ndim,
     check_positive,
     check_positive_int,
     check_time_grid,
 )
-from stochdyn.core.noise import NoiseProcess, NoiseSteps
+from stochdyn.core.noise import NoiseSteps
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError
-from stochdyn.fractional._steps import stationary_factor, step_factors
+from stochdyn.fractional._steps import step_factors
+from stochdyn.fractional.memory import MemoryStates
 from stochdyn.fractional.moments import Kind
-from stochdyn.fractional.noise import default_speeds
 from stochdyn.fractional.weights import weight_solver
 
 __all__ = ["HurstCurve", "MultifractionalNoise", "multifractional_covariance"]
@@ -84,7 +82,7 @@ class HurstCurve(nn.Module):
         return self.logits.diff(dim=-1).square().sum(-1)
 
 
-class MultifractionalNoise(NoiseProcess):
+class MultifractionalNoise(MemoryStates):
     r"""Markov-approximate noise with a Hurst index that depends on time.
 
     The memory states are those of :class:`MarkovNoise`; their optimal weights follow :math:`H(t)`. Two definitions
@@ -137,33 +135,19 @@ class MultifractionalNoise(NoiseProcess):
         speeds: Tensor | Sequence[float] | None = None,
         per_channel: bool = False,
     ) -> None:
-        super().__init__()
         if not callable(hurst):
             raise InvalidInputError(
                 "hurst must be a function of time", got=type(hurst).__name__, hint="a constant is MarkovNoise"
             )
         check_choice(definition, ("process", "increments"), "definition")
-        check_choice(kind, ("I", "II"), "kind")
-        check_positive_int(num_states, "num_states")
-        check_positive(horizon, "horizon")
-        if step is not None:
-            check_positive(step, "step")
         if definition == "process" and kind == "I":
             raise InvalidInputError(
                 "multifractional Brownian motion as a process is of type II here",
                 hint="take kind='II', or definition='increments'",
             )
+        super().__init__(num_states, horizon, step, kind, speeds)
         self.hurst = hurst
-        self.horizon = float(horizon)
-        self.definition, self.kind, self.per_channel = definition, kind, per_channel
-        if speeds is None:
-            speeds = default_speeds(num_states, self.horizon, float(step or horizon / 100), kind)
-        else:
-            speeds = torch.as_tensor(speeds, dtype=torch.float64).detach().cpu()
-            check_ndim(speeds, 1, "speeds", "(K,)")
-            check_finite(speeds, "speeds")
-        self._speeds: tuple[float, ...] = tuple(speeds.tolist())
-        self.num_states = len(self._speeds)
+        self.definition, self.per_channel = definition, per_channel
         error = self.relative_error
         if error > _WARN_ERROR:
             warnings.warn(
@@ -172,11 +156,6 @@ class MultifractionalNoise(NoiseProcess):
                 ApproximationWarning,
                 stacklevel=2,
             )
-
-    @property
-    def speeds(self) -> Tensor:
-        """Mean-reversion speeds, float64 ``(K,)``."""
-        return torch.tensor(self._speeds, dtype=torch.float64)
 
     @property
     def relative_error(self) -> float:
@@ -214,16 +193,6 @@ class MultifractionalNoise(NoiseProcess):
         gain = torch.einsum("nrk,n...k->n...r", grid.load, reach)
         variance = grid.dt[:, None].expand(-1, grid.load.shape[1])
         return NoiseSteps(variance, gain, recall, grid.decay, grid.load, self.per_channel).to(dtype)
-
-    def num_innovations(self, ts: Tensor) -> int:
-        """See :meth:`NoiseProcess.num_innovations`."""
-        return step_factors(self._speeds, self.horizon, ts).load.shape[1]
-
-    def initial_factor(self, *, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """See :meth:`NoiseProcess.initial_factor`."""
-        if self.kind == "II":
-            return None
-        return stationary_factor(self._speeds).to(device=device, dtype=dtype)
 
 
 def multifractional_covariance(ts: Tensor, hurst: Tensor) -> Tensor:

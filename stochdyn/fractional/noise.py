@@ -9,59 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import (
-    check_choice,
-    check_finite,
     check_hurst,
-    check_ndim,
-    check_positive,
-    check_positive_int,
     check_time_grid,
 )
-from stochdyn.core.noise import NoiseProcess, NoiseSteps
+from stochdyn.core.noise import NoiseSteps
 from stochdyn.errors import ApproximationWarning, InvalidInputError
 from stochdyn.fractional._quadrature import relative_exponential_mean
-from stochdyn.fractional._steps import stationary_factor, step_factors
+from stochdyn.fractional._steps import step_factors
+from stochdyn.fractional.memory import MemoryStates, default_speeds
 from stochdyn.fractional.moments import Kind, entire_1
-from stochdyn.fractional.weights import geometric_speeds, weight_solver
+from stochdyn.fractional.weights import weight_solver
 
 __all__ = ["MarkovNoise", "default_speeds"]
 
 _WARN_ERROR = 0.1
 
 
-def default_speeds(num_states: int, horizon: float, step: float, kind: Kind = "II") -> Tensor:
-    r"""Return the log-spaced speeds that :class:`MarkovNoise` uses unless told otherwise.
-
-    Type II: :math:`0.1/T` to :math:`10/\Delta`, the ratio of neighbours kept between 2.5 (below, the states
-    are numerically dependent) and 10 (above, gaps cost more than range gains), but the fastest never under
-    :math:`1/\Delta`. Type I: the infinite past asks for far slower states, so from
-    the fastest the speeds go down by factors of :math:`3+60/K`, to :math:`10^{-3}/T` or less.
-
-    Args:
-        num_states: K.
-        horizon: T, length of the time interval.
-        step: typical time step.
-        kind: ``"I"`` or ``"II"``.
-
-    Returns:
-        float64 ``(K,)``, increasing.
-
-    Example:
-        >>> [round(s, 3) for s in default_speeds(3, 1.0, 0.1).tolist()]
-        [0.1, 1.0, 10.0]
-    """
-    gaps = max(num_states - 1, 1)
-    if kind == "I":
-        fastest = (10.0 if num_states >= 12 else 1.0) / step
-        ratio = 3.0 + 60.0 / num_states
-        slowest = min(max(fastest * ratio**-gaps, 1e-20 / horizon), 1e-3 / horizon)
-    else:
-        slowest = 0.1 / horizon
-        fastest = max(min(10.0 / step, slowest * 10.0**gaps), 1.0 / step, slowest * 2.5**gaps)
-    return geometric_speeds(num_states, slowest, fastest)
-
-
-class MarkovNoise(NoiseProcess):
+class MarkovNoise(MemoryStates):
     r"""Markov approximation of unit fractional Brownian motion, to drive an SDE: ``SDE(..., noise=...)``.
 
     .. math::
@@ -125,7 +89,6 @@ class MarkovNoise(NoiseProcess):
         speeds: Tensor | Sequence[float] | None = None,
         per_channel: bool = False,
     ) -> None:
-        super().__init__()
         check_hurst(hurst)
         if per_channel and (not isinstance(hurst, Tensor) or hurst.ndim == 0):
             raise InvalidInputError(
@@ -133,22 +96,8 @@ class MarkovNoise(NoiseProcess):
                 got=repr(hurst),
                 expected="a tensor (*batch, m)",
             )
+        super().__init__(num_states, horizon, step, kind, speeds)
         self.per_channel = per_channel
-        check_positive_int(num_states, "num_states")
-        check_positive(horizon, "horizon")
-        check_choice(kind, ("I", "II"), "kind")
-        if step is not None:
-            check_positive(step, "step")
-        self.kind: Kind = kind
-        self.horizon = float(horizon)
-        if speeds is None:
-            speeds = default_speeds(num_states, self.horizon, float(step or horizon / 100), kind)
-        else:
-            speeds = torch.as_tensor(speeds, dtype=torch.float64).detach().cpu()
-            check_ndim(speeds, 1, "speeds", "(K,)")
-            check_finite(speeds, "speeds")
-        self._speeds: tuple[float, ...] = tuple(speeds.tolist())
-        self.num_states = len(self._speeds)
         weight_solver(self._speeds, self.horizon, kind)
         self._fixed: Tensor | None = None
         self.hurst_logit: nn.Parameter | None
@@ -189,11 +138,6 @@ class MarkovNoise(NoiseProcess):
         assert self._fixed is not None  # for the type checker: one of the two is always set
         return self._fixed
 
-    @property
-    def speeds(self) -> Tensor:
-        """Mean-reversion speeds of the memory states, float64 ``(K,)``, 1 / time."""
-        return torch.tensor(self._speeds, dtype=torch.float64)
-
     def _solve(self) -> tuple[Tensor, Tensor]:
         return weight_solver(self._speeds, self.horizon, self.kind)(self.hurst.to(torch.float64))
 
@@ -217,16 +161,6 @@ class MarkovNoise(NoiseProcess):
         recall = torch.einsum("nk,...k->n...k", grid.loss, w)
         variance = grid.dt[:, None].expand(-1, grid.load.shape[1])
         return NoiseSteps(variance, gain, recall, grid.decay, grid.load, self.per_channel).to(dtype)
-
-    def num_innovations(self, ts: Tensor) -> int:
-        """Return ``R``: the Brownian increment and the further innovations of exact steps on this grid."""
-        return step_factors(self._speeds, self.horizon, ts).load.shape[1]
-
-    def initial_factor(self, *, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        r"""Return a factor of :math:`P_{ij}=1/(\gamma_i+\gamma_j)` for type I; None for type II."""
-        if self.kind == "II":
-            return None
-        return stationary_factor(self._speeds).to(device=device, dtype=dtype)
 
     def covariance(self, ts: Tensor) -> Tensor:
         r"""Return the covariance :math:`E[\hat B(s)\hat B(t)]`, in closed form.

@@ -187,7 +187,10 @@ class VideoModel(Objective):
         Args:
             frames: ``(batch, time, channels, size, size)``, at least three frames: uint8, or floats in [0, 1].
         """
-        content, mean, deviation, contexts = self.contexts(self.encoder(self._pixels(frames)))
+        return self._encode(self._pixels(frames))
+
+    def _encode(self, pixels: Tensor) -> EncodedVideo:
+        content, mean, deviation, contexts = self.contexts(self.encoder(pixels))
         return EncodedVideo(content, Independent(Normal(mean, deviation), 1), contexts)
 
     def prior(self, like: Tensor) -> DiffusionMeasure:
@@ -209,7 +212,7 @@ class VideoModel(Objective):
         if batch is None:
             raise InvalidInputError("the video model needs a batch of videos")
         frames = self._pixels(batch if isinstance(batch, Tensor) else batch[0])
-        encoded = self.encode(frames)
+        encoded = self._encode(frames)
         law = self.posterior(encoded)
         path = law.sample(self.grid(frames.shape[1], frames.device), (self.num_particles,))
         prior = self.prior(frames)
