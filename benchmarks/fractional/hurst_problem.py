@@ -53,10 +53,13 @@ def cramer_rao(hurst: float, n: int) -> float:
 
 
 def model(ts: Tensor, y: Tensor) -> None:
-    """Noisy fractional Ornstein-Uhlenbeck path with unknown Hurst index, rate and scale; ``ts`` begins at 0."""
+    """Noisy fractional Ornstein-Uhlenbeck path with unknown Hurst index, rate and scale; ``ts`` begins at 0.
+
+    The priors of rate and scale are wide, and half their width off the truth.
+    """
     hurst = pyro.sample("hurst", dist.Uniform(y.new_tensor(0.0), 1.0))
-    rate = pyro.sample("rate", dist.LogNormal(y.new_tensor(0.0), 1.0))
-    scale = pyro.sample("scale", dist.LogNormal(y.new_tensor(0.0), 1.0))
+    rate = pyro.sample("rate", dist.LogNormal(y.new_tensor(0.5), 1.0))
+    scale = pyro.sample("scale", dist.LogNormal(y.new_tensor(-0.5), 1.0))
     sde = sd.SDE(lambda t, x: -rate[..., None] * x, Scalar(scale), path_noise(hurst, y.shape[-1]))
     x = sample_path("x", sde, y.new_zeros(1), ts)
     pyro.sample("y", dist.Normal(x[..., 1:, 0], NOISE).to_event(1), obs=y)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from stochdyn.core.affine import by_column
+from stochdyn.core.affine import by_channel, by_column
 from stochdyn.core.networks import TanhNetwork
 from stochdyn.core.path import PathSample
 from stochdyn.core.sde import Control
 from stochdyn.core.solvers import draw_increments, integrate
+from stochdyn.fractional.latent_parts import ContextHead
 from stochdyn.fractional.latent_posterior import Bound, Draws, LatentPosterior
 from stochdyn.fractional.series import Series
 
@@ -29,6 +30,7 @@ class _Recorder(Control):
         self,
         network: TanhNetwork,
         context: Tensor,
+        feedback: Callable[[int], Tensor] | None,
         factor: Callable[[int], Tensor] | None,
         scale: Tensor,
         width: Tensor,
@@ -37,14 +39,17 @@ class _Recorder(Control):
         super().__init__()
         self.network, self.width, self.count = network, width, count
         self.context, self.scale = context.unbind(0), scale.unbind(0)
-        self.factor = factor
+        self.feedback, self.factor = feedback, factor
         self.rows: dict[int, tuple[Tensor, Tensor, Tensor]] | None = {}
 
     def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
         """See :meth:`Control.shape_increment`; ``e`` are increments of the prior."""
         context, scale = self.context[n], self.scale[n]
-        features = torch.cat([z / self.width, context.expand(*z.shape[:-1], context.shape[-1])], -1)
-        mean = self.network(features) * dt**0.5
+        scaled = z / self.width
+        mean = self.network(torch.cat([scaled, context.expand(*z.shape[:-1], context.shape[-1])], -1))
+        if self.feedback is not None:
+            mean = mean + _respond(self.feedback(n), scaled, channels)
+        mean = mean * dt**0.5
         standard = e / scale
         divergence = 0.5 * mean.square().sum(-1)
         if self.factor is None:
@@ -78,7 +83,8 @@ class ControlPosterior(LatentPosterior):
     Without ``tight`` it is that of the paper: the Brownian increments get the drift u and keep their
     variance. With it, all innovations of a step get a mean, and those of each channel a covariance
     :math:`LL^\top` from the context, whose diagonal is :math:`(1+\alpha\Delta)^{-1/2}` before correlation. Then the bound
-    doesn't pay for the time step.
+    doesn't pay for the time step. Besides the network there is linear feedback on each component's own states, with gains
+    from the context: where the model is linear and its components independent, the exact posterior is of this form.
 
     Args:
         state_size: components of the full state.
@@ -115,15 +121,20 @@ class ControlPosterior(LatentPosterior):
             self.head = nn.Linear(context, channels * innovations * (innovations + 1) // 2)
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
+            self.response = ContextHead(context, count * (1 + state_size // channels))
 
-    def _factors(self, context: Tensor, dt: Tensor) -> Callable[[int], Tensor] | None:
-        """Return the function from a step to its factors ``(B, m, R, R)``: of all steps at once, or one by one to save memory."""
-        if self.head is None:
+    def _by_step(self, of: Callable[..., Tensor], *inputs: Tensor) -> Callable[[int], Tensor] | None:
+        """Return the function from a step to its coefficients: of all steps at once, or one by one to save memory."""
+        if not self.tight:
             return None
         if self.checkpoint:
-            return lambda n: self._factor(context[n : n + 1], dt[n : n + 1])[0]
-        rows = self._factor(context, dt).unbind(0)
+            return lambda n: of(*(x[n : n + 1] for x in inputs))[0]
+        rows = of(*inputs).unbind(0)
         return lambda n: rows[n]
+
+    def _feedback(self, context: Tensor) -> Tensor:
+        """Return offsets and gains ``(N, B, m, R, 1 + 1 + K)`` of innovations on the state and memory of their component."""
+        return self.response(context).unflatten(-1, (self.channels, self.innovations, -1))
 
     def _factor(self, context: Tensor, dt: Tensor) -> Tensor:
         """Return lower triangular factors ``(N, B, m, R, R)``."""
@@ -151,7 +162,8 @@ class ControlPosterior(LatentPosterior):
         control = _Recorder(
             self.network,
             context[1:],
-            self._factors(context[1:], (ts[1:] - ts[:-1]).to(context.dtype)),
+            self._by_step(self._feedback, context[1:]),
+            self._by_step(self._factor, context[1:], (ts[1:] - ts[:-1]).to(context.dtype)),
             scale,
             model.width,
             self.count,
@@ -183,6 +195,12 @@ class ControlPosterior(LatentPosterior):
         """See :meth:`LatentPosterior.draw`."""
         path, _, ratio = self._simulate(model, series, n)
         return Draws(path, ratio, model.log_likelihood(path.x, series))
+
+
+def _respond(feedback: Tensor, z: Tensor, channels: int) -> Tensor:
+    """Return the means ``(..., m R)`` that linear feedback ``(..., m, R, 2 + K)`` on scaled states ``z (..., m + m K)`` gives."""
+    states = by_channel(z, channels).unsqueeze(-1)
+    return by_column(feedback[..., 0] + (feedback[..., 1:] @ states).squeeze(-1))
 
 
 def _spread(factor: Tensor, standard: Tensor, channels: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stochdyn.core.affine import affine_steps, by_column
 from stochdyn.core.coefficients import Scalar
@@ -14,6 +14,7 @@ from stochdyn.core.path import PathSample
 from stochdyn.core.transition import time_column
 from stochdyn.fractional.gaussian_law import GaussianDraws, GaussianPathLaw, LinearControl, StartLaw
 from stochdyn.fractional.gaussian_relative import shift_by_channel
+from stochdyn.fractional.latent_parts import ContextHead
 from stochdyn.fractional.latent_posterior import Bound, Draws, LatentPosterior
 from stochdyn.fractional.series import Series
 
@@ -43,10 +44,7 @@ class AmortisedGaussianPosterior(LatentPosterior):
         self.dim, self.innovations, self.states = dim, innovations, states
         r, k = innovations, states
         self.sizes = [r, r * (1 + k), r, r * (r - 1) // 2, 1, 1]
-        last = nn.Linear(64, dim * sum(self.sizes))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.head = nn.Sequential(nn.Linear(context, 64), nn.Tanh(), last)
+        self.head = ContextHead(context, dim * sum(self.sizes))
 
     def _law(self, model: LatentSDE, context: Tensor) -> tuple[GaussianPathLaw, Tensor, Tensor]:
         """Return the law of batch ``(B, d)`` with states of one component, and its drift: slopes and offsets ``(N, B, d)``."""

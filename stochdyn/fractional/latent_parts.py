@@ -1,4 +1,4 @@
-"""Networks of a latent SDE: drift, diagonal diffusion, decoder."""
+"""Networks of a latent SDE: drift, diagonal diffusion, decoder, heads of posteriors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from stochdyn.core.coefficients import Diagonal
 from stochdyn.core.networks import TanhNetwork
 from stochdyn.fractional.series import Series
 
-__all__ = ["ConstantDiffusion", "DriftNetwork", "GaussianDecoder", "StateDiffusion", "interpolate"]
+__all__ = [
+    "ConstantDiffusion",
+    "ContextHead",
+    "DriftNetwork",
+    "GaussianDecoder",
+    "StateDiffusion",
+    "interpolate",
+]
 
 _SMALLEST = 1e-3
 
@@ -74,6 +81,30 @@ class StateDiffusion(nn.Module):
         """Return the coefficient at ``x (..., d)``."""
         hidden = torch.tanh(x.unsqueeze(-1) * self.slope + self.shift)
         return Diagonal(F.softplus((hidden * self.out).sum(-1) + self.level) + _SMALLEST)
+
+
+class ContextHead(nn.Module):
+    """Reads coefficients of a posterior off the context: a linear map and a network on top, zero at the start.
+
+    Close to an observation most coefficients are nearly linear in what the encoder tells of the time that is left.
+
+    Args:
+        context: size of the context.
+        size: number of coefficients.
+        width: hidden units.
+    """
+
+    def __init__(self, context: int, size: int, width: int = 64) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(context, width), nn.Tanh())
+        self.out = nn.Linear(width, size)
+        self.skip = nn.Linear(context, size, bias=False)
+        for x in (self.out.weight, self.out.bias, self.skip.weight):
+            nn.init.zeros_(x)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Return coefficients ``(..., size)`` for contexts ``(..., C)``."""
+        return self.out(self.hidden(context)) + self.skip(context)
 
 
 class GaussianDecoder(nn.Module):

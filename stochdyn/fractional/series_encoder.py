@@ -10,6 +10,9 @@ from stochdyn.fractional.series import Series
 
 __all__ = ["SeriesEncoder"]
 
+# how fast nearness to the next observation falls off, in units of the grid's length
+_NEAR = (4.0, 16.0, 64.0, 256.0)
+
 
 class SeriesEncoder(nn.Module):
     r"""A recurrent network that reads each series backwards, one step an observation.
@@ -31,7 +34,7 @@ class SeriesEncoder(nn.Module):
         self.gru = nn.GRU(2 * obs_dim + 2, width)
         self.after = nn.Parameter(torch.zeros(width))
         self.span = span
-        self.width = width + 3
+        self.width = width + 2 + len(_NEAR)
 
     def summaries(self, series: Series) -> Tensor:
         """Return ``(n+1, B, width)``: what observation i and all later ones say; the last row is that of none."""
@@ -44,8 +47,8 @@ class SeriesEncoder(nn.Module):
 
     def forward(self, series: Series, ts: Tensor) -> Tensor:
         """Return contexts ``(T, B, self.width)`` at the times ``ts (T,)``."""
-        # three more columns, filled in place below: long grids are large, and copies of them cost memory
-        states = torch.nn.functional.pad(self.summaries(series), (0, 3))
+        # more columns, filled in place below: long grids are large, and copies of them cost memory
+        states = torch.nn.functional.pad(self.summaries(series), (0, 2 + len(_NEAR)))
         grid = ts.to(series.times).expand(len(series), -1).contiguous()
         following = torch.searchsorted(series.times.contiguous(), grid - 1e-6 * self.span).T  # (T, B)
         context = states.gather(0, following.unsqueeze(-1).expand(-1, -1, self.width))
@@ -53,7 +56,7 @@ class SeriesEncoder(nn.Module):
         ahead = series.times.T.gather(0, following.clamp_max(last)) - grid.T
         none = (following > last).to(ahead)
         wait = (ahead.clamp_min(0.0) / self.span) * (1 - none)
-        # nearness resolves the last steps before an observation
-        near = torch.exp(-30.0 * wait) * (1 - none)
-        context[..., -3:] = torch.stack([wait, near, none], -1)
+        # the pull towards an observation grows as the inverse of the time that is left
+        near = [(1 - none) / (1 + rate * wait) for rate in _NEAR]
+        context[..., -2 - len(_NEAR) :] = torch.stack([wait, none, *near], -1)
         return context
