@@ -142,6 +142,19 @@ def speed(report: dict[str, Any]) -> list[str]:
             [name, f"{1e3 * seconds:.0f}", f"{found['ratio an iteration'].get(name, 1):.1f}"]
             for name, seconds in found["seconds an iteration"].items()
         ]
+        other = RESULTS / "diffrax.json"
+        if other.exists():
+            peer, base = (
+                json.loads(other.read_text(encoding="utf-8")),
+                found["seconds an iteration"]["torchsde"],
+            )
+            for name in (k for k in peer if k.startswith("diffrax, ")):
+                seconds = peer[name]["seconds an iteration"]
+                rows.append([
+                    f"{name} ({peer['diffrax']}; {peer[name]['seconds to compile']:.0f} s to compile)",
+                    f"{1e3 * seconds:.0f}",
+                    f"{base / seconds:.1f}",
+                ])  # fmt: skip
         lines += [
             f"**Stochastic Lorenz latent model**, the sizes of torchsde's example, batch {found['batch']}: one iteration.",
             "",
