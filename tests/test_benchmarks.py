@@ -1,4 +1,4 @@
-"""The benchmark of the core runs, and the documentation's table is what its measurements say."""
+"""The benchmark of the core runs, and the documentation's tables are what the measurements say."""
 
 from __future__ import annotations
 
@@ -12,6 +12,19 @@ from types import ModuleType
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "core"
+SCRIPTS = sorted(FOLDER.parent.glob("*/*table*.py"))
+
+# What a script would write, against what is there; nothing is written.
+_DRY_RUN = """
+import pathlib, runpy, sys
+script = sys.argv[1]
+sys.argv, sys.path[0] = [script], str(pathlib.Path(script).parent)
+written = {}
+pathlib.Path.write_text = lambda self, text, **options: written.update({self: text})
+runpy.run_path(script, run_name="__main__")
+stale = [str(path) for path, text in written.items() if path.read_text(encoding="utf-8") != text]
+sys.exit(f"stale: {stale}" if stale else 0 if written else f"{script} wrote nothing")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +58,11 @@ def test_a_quick_run_measures_everything(table: ModuleType, tmp_path: Path) -> N
     assert result["memory"][0]["ratio"] < 0.9
     assert {"processor", "cores", "threads", "torch", "torchsde"} <= set(result["machine"])
     assert table.render(result).count("\n| ") == len(result["speed"]) + len(result["memory"]) + 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_no_table_is_older_than_its_measurements(script: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", _DRY_RUN, str(script)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
