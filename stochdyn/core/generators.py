@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from stochdyn.core.coefficients import Coefficient, Diagonal, Scalar
-from stochdyn.core.divergence import jacobian_contraction, pull_back
+from stochdyn.core.covariance import covariance_divergence
+from stochdyn.core.divergence import pull_back
 from stochdyn.core.master import MasterEquation
 from stochdyn.core.master_terms import MatrixMasterEquation, SparseMasterEquation
 from stochdyn.core.operator import ForwardOperator
@@ -105,43 +105,3 @@ def _apply_covariance(coefficient: Coefficient, v: Tensor) -> Tensor:
         return coefficient.apply(coefficient.apply(v))
     g = coefficient.matrix(v.shape[-1])
     return (g @ (g.mT @ v.unsqueeze(-1))).squeeze(-1)
-
-
-def covariance_divergence(coefficient: Coefficient, x: Tensor, probe: Tensor | None = None) -> Tensor:
-    r"""Divergence of the noise covariance, which carries the noise-induced drift.
-
-    .. math:: (\nabla\cdot D)_i = \sum_j\partial_j D_{ij},\qquad D = GG^\top
-
-    Args:
-        coefficient: the diffusion, computed from ``x``.
-        x: ``(..., d)`` points, with ``requires_grad``.
-        probe: ``(..., d)`` vectors of unit covariance; if given, the unbiased estimate
-            :math:`(\partial_\epsilon D)\,\epsilon` from one directional derivative takes the place of ``d``
-            of them.
-
-    Returns:
-        ``(..., d)``; zero where the coefficient doesn't depend on ``x``.
-
-    Example:
-        >>> x = torch.tensor([[3.0]], requires_grad=True)
-        >>> covariance_divergence(Diagonal(x), x).detach()
-        tensor([[6.]])
-    """
-    d = x.shape[-1]
-    if isinstance(coefficient, Scalar):
-        return pull_back(coefficient.value.square(), x)
-    if isinstance(coefficient, Diagonal):
-        values = coefficient.value.square().expand_as(x)
-    else:
-        values = coefficient.covariance(d).expand(*x.shape, d)
-    if probe is None:
-        eye = torch.eye(d, dtype=x.dtype, device=x.device)
-        directions = eye.reshape(d, *(1,) * (x.ndim - 1), d).expand(d, *x.shape)
-        slopes = jacobian_contraction(values, x, directions)
-        if isinstance(coefficient, Diagonal):
-            return torch.stack([slopes[i, ..., i] for i in range(d)], -1)
-        return torch.stack([slopes[j, ..., j] for j in range(d)]).sum(0)
-    slope = jacobian_contraction(values, x, probe[None])[0]
-    if isinstance(coefficient, Diagonal):
-        return slope * probe
-    return (slope @ probe.unsqueeze(-1)).squeeze(-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stochdyn._checks import check_same_device, check_same_dtype
 from stochdyn.core.coefficients import Coefficient, as_coefficient
-from stochdyn.core.divergence import jacobian_contraction
+from stochdyn.core.covariance import covariance_divergence
 from stochdyn.core.noise import Brownian, NoiseProcess
 from stochdyn.errors import DeviceMismatchError, DtypeMismatchError, InvalidInputError, ShapeError
 
@@ -302,12 +302,7 @@ class _ReverseDrift(nn.Module):
 
 def spatial_divergence(sde: SDE, t: Tensor, x: Tensor) -> Tensor:
     r"""Return :math:`(\nabla\cdot GG^\top)_i=\sum_j\partial_j(GG^\top)_{ij}`, ``(..., d)``."""
-    dim = x.shape[-1]
     keep = torch.is_grad_enabled()
     with torch.enable_grad():
         point = x if x.requires_grad else x.detach().requires_grad_()
-        covariance = sde.diffusion(t, point).covariance(dim).to(x.dtype).expand(*x.shape, dim)
-        unit = torch.eye(dim, dtype=x.dtype, device=x.device)
-        directions = unit.reshape(dim, *(1,) * (x.ndim - 1), dim).expand(dim, *x.shape)
-        slopes = jacobian_contraction(covariance, point, directions, keep)
-    return torch.einsum("j...ij->...i", slopes)
+        return covariance_divergence(sde.diffusion(t, point), point, create_graph=keep).to(x.dtype)

@@ -96,11 +96,18 @@ def test_control_shapes_increments_as_its_law_says() -> None:
     assert shaped.tolist() == [[pytest.approx(0.5 + 0.5 / 1.75**0.5), 7.0]]
 
 
-def test_divergence_of_the_covariance_is_its_derivative() -> None:
-    weight = torch.randn(2, 3, 2, dtype=F64)
-    sde = sd.SDE(
-        lambda t, x: -x, lambda t, x: sd.Matrix(torch.einsum("dmj,...j->...dm", weight, torch.sin(x)) + t)
-    )
+WEIGHT = torch.randn(2, 3, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+DIFFUSIONS = {
+    "matrix": lambda t, x: sd.Matrix(torch.einsum("dmj,...j->...dm", WEIGHT, torch.sin(x)) + t),
+    # each strength depends on both components
+    "diagonal": lambda t, x: sd.Diagonal(2 + torch.sin(x + 0.5 * x.flip(-1)) + t),
+    "scalar": lambda t, x: sd.Scalar(2 + torch.sin(x.sum(-1)) + t),
+}
+
+
+@pytest.mark.parametrize("kind", DIFFUSIONS)
+def test_divergence_of_the_covariance_is_its_derivative(kind: str) -> None:
+    sde = sd.SDE(lambda t, x: -x, DIFFUSIONS[kind])
     x, t = torch.randn(4, 2, dtype=F64), torch.tensor(0.3, dtype=F64)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda y: sde.diffusion(t, y[None]).covariance(2)[0]))(x)
     torch.testing.assert_close(spatial_divergence(sde, t, x), torch.einsum("bijj->bi", jacobian))
