@@ -18,16 +18,15 @@ __all__ = ["MaxMinBridge", "PathCorrection"]
 
 
 class _Reversed(torch.autograd.Function):
-    """The identity, whose gradient is turned round and scaled."""
+    """The identity, whose gradient is turned round."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rate: float) -> Tensor:
-        ctx.rate = rate
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        return -ctx.rate * slope, None
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return -slope
 
 
 class MaxMinBridge(Objective):
@@ -41,12 +40,15 @@ class MaxMinBridge(Objective):
     :math:`\sqrt{2\varepsilon}\,dW`. It needs no coupling but that of the batch. Where batches can be coupled, the entropic coupling
     with the Brownian latent (``InterpolantRegression(..., coupling="entropic")``) gets there by a plain regression, and
     is much to be preferred: the game converges slowly, if the rate is small enough, and tells nobody when it doesn't.
+    Train it with its own learning rates:
+    ``sd.fit(game, pairs, optimizer=lambda _, lr: torch.optim.Adam(game.parameter_groups(lr)))``.
 
     Args:
         drift: network for u, ``net(t, x)`` with ``t (n, 1)``.
         correction: network ``(t, x0, x1) -> (n, d)`` that bends the path, see :class:`Interpolant`.
         epsilon: :math:`\varepsilon`, half the squared diffusion of the reference.
-        rate: learning rate of the interpolant relative to that of the drift. Small rates keep the drift near its optimum.
+        rate: learning rate of the interpolant relative to that of the drift, in :meth:`parameter_groups`. Small rates keep
+            the drift near its optimum.
         gamma: scale of the Brownian latent; :math:`\sqrt{2\varepsilon}`, that of the bridges of the reference, if None.
 
     Raises:
@@ -79,6 +81,18 @@ class MaxMinBridge(Objective):
         """Return the interpolant as it is now."""
         return Interpolant("linear", self.gamma, correction=self.correction)
 
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return the parameters with their learning rates, for an optimiser: ``lr`` for the drift, ``rate * lr`` for the path.
+
+        A factor on the gradient would not do, since Adam and its like are blind to it.
+
+        Raises:
+            InvalidInputError: if the learning rate isn't positive.
+        """
+        check_positive(lr, "lr")
+        parts = ((self.drift, lr), (self.correction, self.rate * lr))
+        return [{"params": list(m.parameters()), "lr": own} for m, own in parts if isinstance(m, nn.Module)]
+
     def forward(self, batch: Any = None) -> ObjectiveValue:
         """Evaluate on ``(x0, x1)``; the gradient ascends in the correction and descends in the drift.
 
@@ -104,7 +118,7 @@ class MaxMinBridge(Objective):
             return s * (1 - s) * self.correction(s, x0, x1)
 
         bent, slope = cast(tuple[Tensor, Tensor], torch.func.jvp(bend, (t,), (torch.ones_like(t),)))
-        bent, slope = _Reversed.apply(bent, self.rate), _Reversed.apply(slope, self.rate)
+        bent, slope = _Reversed.apply(bent), _Reversed.apply(slope)
         middle, rate = torch.lerp(x0, x1, t) + bent, x1 - x0 + slope
         gamma = self.gamma.value(t)
         kick = self.gamma.derivative(t) - self.epsilon / gamma
