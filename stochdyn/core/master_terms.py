@@ -157,6 +157,10 @@ class SparseMasterEquation(MasterEquation):
 
     def connected(self, a: Tensor, t: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`MasterEquation.connected`; ``K`` is 1 plus the number of distinct shifts terms make."""
+        return (a[:, None] + self.shifts) % self.num_outcomes, self.rates(a, t)
+
+    def rates(self, a: Tensor, t: Tensor | float | None = None) -> Tensor:
+        """Return the rates ``(n, K)`` of :meth:`connected` alone, one for each of ``shifts (K, N)``."""
         self._check_outcomes(a)
         factors = self._factors(t)
         rates = self.matrix(0).new_zeros(a.shape[0], self.shifts.shape[0])
@@ -167,7 +171,7 @@ class SparseMasterEquation(MasterEquation):
             if factors is not None:
                 entries = entries * factors[..., members, None]
             rates = rates.index_add(1, columns.reshape(-1), entries.flatten(1).to(rates.dtype))
-        return (a[:, None] + self.shifts) % self.num_outcomes, rates
+        return rates
 
 
 def _sorted_term(

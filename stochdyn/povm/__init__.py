@@ -31,12 +31,14 @@ from stochdyn.povm.steady import SteadyState, steady_state
 from stochdyn.povm.strings import Strings
 from stochdyn.povm.table import FullTable
 from stochdyn.povm.transformer import AutoregressiveTransformer
+from stochdyn.povm.window import AutoregressiveWindow
 
 __all__ = [
     "Ansatz",
     "AutoregressiveAnsatz",
     "AutoregressiveGRU",
     "AutoregressiveTransformer",
+    "AutoregressiveWindow",
     "Evolution",
     "EvolutionInterrupted",
     "FourPauli",

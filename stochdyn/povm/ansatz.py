@@ -104,6 +104,16 @@ class Ansatz(nn.Module, ABC):
         self.set_site_probabilities(torch.stack(rows))
         return self
 
+    def log_ratios(self, a: Tensor, shifts: Tensor) -> Tensor | None:
+        r"""Return :math:`\log P(a+s)-\log P(a)` ``(n, M)``, or None where whole strings are evaluated as fast.
+
+        Args:
+            a: ``(n, N)`` outcomes.
+            shifts: ``(M, N)`` what is added to them, modulo ``K``.
+        """
+        del a, shifts
+        return None
+
     def scores(self, a: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return log probabilities ``(n,)`` and scores :math:`\nabla_\theta\log P_\theta(a)` ``(n, P)``.
 

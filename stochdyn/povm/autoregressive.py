@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stochdyn._checks import check_choice, check_positive_int
+from stochdyn._checks import check_positive_int
 from stochdyn.core.outcomes import encode
-from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.errors import ShapeError
 from stochdyn.povm.ansatz import Ansatz, as_strings
-from stochdyn.povm.pairs import PairCouplings
 from stochdyn.povm.prefixes import evaluate_prefixes, unique_strings
-from stochdyn.povm.scores import Tape, apply_linear
+from stochdyn.povm.scores import Tape
 from stochdyn.povm.strings import Strings
 
 __all__ = ["AutoregressiveAnsatz"]
@@ -28,26 +27,23 @@ class AutoregressiveAnsatz(Ansatz):
 
     .. math::
         P_{\mathrm{AR}}(b) = \prod_i p_i(b_i\mid b_{<i}),\qquad
-        p_i(\cdot\mid b_{<i}) = \operatorname{softmax}\bigl(r_i + W h_i(b_{<i}) + c + \textstyle\sum_{j<i}J_{ij}(\cdot, b_j)\bigr)
+        p_i(\cdot\mid b_{<i}) = \operatorname{softmax}\bigl(r_i + \lambda_i(b_{<i})\bigr)
 
-    with ``r`` the log probabilities of a product state, to which the law reduces exactly for ``W = c = J = 0``.
-    Subclasses give the features ``h``: of whole strings (:meth:`features`, where gradients are wanted) and step
-    by step with a cache (:meth:`start`, :meth:`advance`, :meth:`branch`, for sampling and fast evaluation).
+    with ``r`` the log probabilities of a product state, to which the law reduces exactly for logits
+    :math:`\lambda=0`. Subclasses give the logits: of whole strings (:meth:`logits`, where gradients are wanted) and step
+    by step with a cache (:meth:`start`, :meth:`next_logits`, :meth:`branch`, for sampling and fast evaluation).
 
     Without gradients :meth:`log_prob` evaluates each distinct prefix once (:mod:`stochdyn.povm.prefixes`).
 
     Args:
         num_sites: ``N``.
         num_outcomes: ``K``.
-        width: of the features.
         strings: an order of the sites or a set of them to average over: None for the natural order,
             ``"translations"`` (of a ring, or a torus if ``shape`` is given), ``"translations+reflections"``,
             ``"reflections"``, ``"snake"`` (one path to and fro through a square lattice), ``"snakes"`` (all eight)
             or :class:`Strings`.
         shape: of the lattice, for strings that need it.
         memory: bytes that caches may use at a time; larger evaluations are done in parts.
-        pairs: direct couplings of pairs of steps (:class:`~stochdyn.povm.pairs.PairCouplings`), one block for
-            ``"all"`` pairs or one a ``"distance"``; None for none.
     """
 
     reference: Tensor
@@ -56,20 +52,15 @@ class AutoregressiveAnsatz(Ansatz):
         self,
         num_sites: int,
         num_outcomes: int,
-        width: int,
         strings: Strings | str | None = None,
         shape: Sequence[int] | None = None,
         memory: int = 1 << 27,
-        pairs: str | None = "distance",
     ) -> None:
-        if pairs is not None:
-            check_choice(pairs, ("distance", "all"), "pairs")
         check_positive_int(num_sites, "num_sites")
         check_positive_int(num_outcomes, "num_outcomes", 2)
-        check_positive_int(width, "width")
         check_positive_int(memory, "memory", 1 << 16)
         super().__init__(num_sites, num_outcomes)
-        self.width, self.memory = width, memory
+        self.memory = memory
         self.strings = as_strings(strings, num_sites, shape)
         if self.strings.relabellings is not None and self.strings.relabellings.shape[1] != num_outcomes:
             raise ShapeError(
@@ -78,10 +69,6 @@ class AutoregressiveAnsatz(Ansatz):
                 expected=num_outcomes,
             )
         self._is_group = self.strings.is_group
-        self.head = nn.Linear(width, num_outcomes)
-        self.pairs: PairCouplings | None = None
-        if pairs is not None and num_sites > 1:
-            self.pairs = PairCouplings(num_sites, num_outcomes, shared=pairs == "distance")
         uniform = torch.full((num_sites, num_outcomes), 1 / num_outcomes).log()
         self.register_buffer("reference", uniform)
         self._read_references: tuple[Any, Tensor, bool] | None = None
@@ -89,16 +76,20 @@ class AutoregressiveAnsatz(Ansatz):
     # ---------------------------------------------------------------- what subclasses give
 
     @abstractmethod
-    def features(self, tokens: Tensor, tape: Tape | None = None) -> Tensor:
-        """Return features ``(m, N, width)`` of whole strings; ``tokens (m, N)`` start with ``K``, the first place."""
+    def logits(self, b: Tensor, tape: Tape | None = None) -> Tensor:
+        """Return the logits ``(m, N, K)`` of whole strings ``(m, N)``, without the reference."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Make all logits zero."""
 
     @abstractmethod
     def start(self, rows: int) -> Any:
         """Return an empty cache for ``rows`` strings."""
 
     @abstractmethod
-    def advance(self, cache: Any, outcomes: Tensor | None, step: int, rows: int) -> Tensor:
-        """Read the last outcomes ``(rows,)`` (None at step 0), return features ``(rows, width)`` of the leading rows."""
+    def next_logits(self, cache: Any, b: Tensor, step: int, rows: int) -> Tensor:
+        """Return the logits ``(rows, K)`` of a step after the outcomes ``b (rows, step)``, without the reference."""
 
     @abstractmethod
     def branch(self, cache: Any, source: Tensor, target: slice, steps: int) -> None:
@@ -109,29 +100,17 @@ class AutoregressiveAnsatz(Ansatz):
     def bytes_per_row(self) -> int:
         """Memory that a string needs in a cache."""
 
-    def read_out(self, h: Tensor, tape: Tape | None = None) -> Tensor:
-        """Return logits ``(..., K)`` of features."""
-        return apply_linear(self.head, h, tape)
-
-    def next_logits(self, cache: Any, b: Tensor, step: int, rows: int) -> Tensor:
-        """Return the logits ``(rows, K)`` of a step after the outcomes ``b (rows, step)``, without the reference."""
-        logits = self.read_out(self.advance(cache, b[:, -1] if step else None, step, rows))
-        return logits if self.pairs is None else logits + self.pairs.step(b, step)
-
     # ---------------------------------------------------------------- product states and symmetry
 
     def set_site_probabilities(self, p: Tensor) -> None:
-        """See :meth:`Ansatz.set_site_probabilities`: the reference takes the state, the head is set to zero."""
+        """See :meth:`Ansatz.set_site_probabilities`: the reference takes the state, all logits become zero."""
         if p.shape != self.reference.shape:
             raise ShapeError(
                 "probabilities must be (N, K)", got=tuple(p.shape), expected=tuple(self.reference.shape)
             )
         with torch.no_grad():
             self.reference.copy_(p.log())
-            self.head.weight.zero_()
-            self.head.bias.zero_()
-            if self.pairs is not None:
-                self.pairs.blocks.zero_()
+            self.clear()
 
     def _references(self) -> tuple[Tensor, bool]:
         """Return the reference as every string reads it ``(S, N, K)``, and whether all read the same."""
@@ -185,12 +164,8 @@ class AutoregressiveAnsatz(Ansatz):
         read = self.strings.arrange(a)
         n, count, sites = read.shape
         b = read.reshape(n * count, sites)
-        tokens = torch.cat([b.new_full((b.shape[0], 1), self.num_outcomes), b[:, :-1]], 1)
         reference, same = self._references()
-        logits = self.read_out(self.features(tokens, tape), tape)
-        if self.pairs is not None:
-            logits = logits + self.pairs(b, tape)
-        logits = logits + (reference[0] if same else reference.repeat(n, 1, 1))
+        logits = self.logits(b, tape) + (reference[0] if same else reference.repeat(n, 1, 1))
         each = logits.log_softmax(-1).gather(-1, b[..., None])[..., 0].sum(-1).reshape(n, count)
         if count == 1:
             return each[:, 0]
@@ -304,10 +279,3 @@ class AutoregressiveAnsatz(Ansatz):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._read_references = None
         return super()._apply(fn, recurse)
-
-
-def check_divisible(width: int, heads: int) -> None:
-    """Raise unless ``heads`` divides ``width``."""
-    check_positive_int(heads, "heads")
-    if width % heads:
-        raise InvalidInputError("heads must divide width", got=f"width={width}, heads={heads}")

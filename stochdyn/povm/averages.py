@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stochdyn._checks import check_positive_int
 from stochdyn.core.master import MasterEquation
+from stochdyn.core.master_terms import SparseMasterEquation
 from stochdyn.core.outcomes import all_configurations
 from stochdyn.errors import SystemSizeError
 from stochdyn.povm.ansatz import Ansatz
@@ -113,5 +114,13 @@ def local_rates(net: Ansatz, operator: MasterEquation, a: Tensor, t: float | Non
     width = getattr(operator, "shifts", a[:1]).shape[0]
     rows = max(1, _RATE_BYTES // (8 * a.shape[1] * width))
     with torch.no_grad():
-        parts = [operator.local_rate(net.log_prob, part, t, deduplicate=False) for part in a.split(rows)]
-    return torch.cat(parts).double()
+        return torch.cat([_local_rates(net, operator, part, t) for part in a.split(rows)]).double()
+
+
+def _local_rates(net: Ansatz, operator: MasterEquation, a: Tensor, t: float | None) -> Tensor:
+    if isinstance(operator, SparseMasterEquation):
+        ratios = net.log_ratios(a, operator.shifts)
+        if ratios is not None:
+            rates = operator.rates(a, t).to(ratios.dtype)
+            return (rates * ratios.exp()).sum(1)
+    return operator.local_rate(net.log_prob, a, t, deduplicate=False)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import check_positive_int
-from stochdyn.povm.autoregressive import AutoregressiveAnsatz
+from stochdyn.povm.networks import AutoregressiveNetwork
 from stochdyn.povm.scores import Tape, apply_linear
 from stochdyn.povm.strings import Strings
 
 __all__ = ["AutoregressiveGRU"]
 
 
-class AutoregressiveGRU(AutoregressiveAnsatz):
+class AutoregressiveGRU(AutoregressiveNetwork):
     r"""Conditionals from a gated recurrent network that reads the outcomes one by one.
 
     .. math::
@@ -33,7 +33,7 @@ class AutoregressiveGRU(AutoregressiveAnsatz):
         shape: of the lattice, for strings that need it.
         num_outcomes: ``K``.
         memory: bytes that caches may use at a time.
-        pairs: direct couplings of steps, ``"distance"``, ``"all"`` or None; see :class:`AutoregressiveAnsatz`.
+        pairs: direct couplings of steps, ``"distance"``, ``"all"`` or None; see :class:`~stochdyn.povm.networks.AutoregressiveNetwork`.
 
     Raises:
         InvalidInputError: if a size isn't positive or the strings are unknown.
@@ -79,7 +79,7 @@ class AutoregressiveGRU(AutoregressiveAnsatz):
         return torch.lerp(torch.tanh(n + torch.sigmoid(r + vr) * vn), h, z)
 
     def features(self, tokens: Tensor, tape: Tape | None = None) -> Tensor:
-        """See :meth:`AutoregressiveAnsatz.features`."""
+        """See :meth:`AutoregressiveNetwork.features`."""
         x = self.embedding(tokens) if tape is None else tape.table(self.embedding, tokens)
         for i, layer in enumerate(self.reads):
             read = apply_linear(layer, x, tape)  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ class AutoregressiveGRU(AutoregressiveAnsatz):
         return [self.reference.new_zeros(rows, self.width) for _ in self.reads]
 
     def advance(self, cache: list[Tensor], outcomes: Tensor | None, step: int, rows: int) -> Tensor:
-        """See :meth:`AutoregressiveAnsatz.advance`."""
+        """See :meth:`AutoregressiveNetwork.advance`."""
         if outcomes is None:
             outcomes = torch.full((rows,), self.num_outcomes, device=self.device)
         x = self.embedding(outcomes)

@@ -61,6 +61,10 @@ class Tape:
         one_hot = F.one_hot(index, layer.num_embeddings).to(layer.weight.dtype)
         return self._keep("table", (layer.weight,), one_hot, one_hot @ layer.weight)
 
+    def rows(self, table: Tensor, index: Tensor) -> Tensor:
+        """Look rows ``(*index, K)`` of a large table ``(E, K)`` up and remember which."""
+        return self._keep("rows", (table,), index, table[index])
+
     def positions(self, table: Tensor, rows: int) -> Tensor:
         """Return a table ``(N, width)`` once a row ``(rows, N, width)`` and remember it."""
         return self._keep("positions", (table,), None, table.expand(rows, *table.shape).clone())
@@ -89,7 +93,7 @@ class Tape:
         for (kind, owned, read), slope in zip(self._records, slopes, strict=True):
             if slope is None:
                 continue
-            for parameter, value in zip(owned, self._contributions(kind, read, slope), strict=True):
+            for parameter, value in zip(owned, self._contributions(kind, owned[0], read, slope), strict=True):
                 if parameter is not None and parameter.requires_grad:
                     key = id(parameter)
                     value = self._finish[key](value) if key in self._finish else value
@@ -101,12 +105,20 @@ class Tape:
         ]
         return torch.cat(columns, 1)
 
-    def _contributions(self, kind: str, read: Tensor | None, slope: Tensor) -> tuple[Tensor, ...]:
+    def _contributions(
+        self, kind: str, parameter: Tensor | None, read: Tensor | None, slope: Tensor
+    ) -> tuple[Tensor, ...]:
         n = self.samples
         if kind == "positions":
             return (slope.reshape(n, -1, *slope.shape[1:]).sum(1),)
         assert read is not None  # for the type checker: all other kinds keep what they read
         g = slope.reshape(n, -1, slope.shape[-1])
+        if kind == "rows":
+            assert parameter is not None
+            entries = parameter.shape[0]
+            place = read.reshape(n, -1) + entries * torch.arange(n, device=read.device)[:, None]
+            found = g.new_zeros(n * entries, g.shape[-1])
+            return (found.index_add_(0, place.reshape(-1), g.reshape(-1, g.shape[-1])),)
         x = read.reshape(n, -1, read.shape[-1])
         if kind == "linear":
             return torch.bmm(g.mT, x), g.sum(1)

@@ -10,21 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stochdyn._checks import check_positive_int
-from stochdyn.povm.autoregressive import AutoregressiveAnsatz, check_divisible
+from stochdyn.povm.networks import AutoregressiveNetwork, check_divisible
 from stochdyn.povm.scores import Tape, apply_linear, apply_norm
 from stochdyn.povm.strings import Strings
 
 __all__ = ["AutoregressiveTransformer"]
 
 
-class AutoregressiveTransformer(AutoregressiveAnsatz):
+class AutoregressiveTransformer(AutoregressiveNetwork):
     r"""A causal transformer that gives each outcome's probability from those before it.
 
     .. math::
         x &\leftarrow x + \operatorname{Attention}(\operatorname{norm}x)\\
         x &\leftarrow x + W_2\operatorname{gelu}(W_1\operatorname{norm}x)
 
-    for every layer, then a normalisation and the head of :class:`AutoregressiveAnsatz`. Step ``i`` attends to steps
+    for every layer, then a normalisation and the head of :class:`~stochdyn.povm.networks.AutoregressiveNetwork`. Step ``i`` attends to steps
     ``0..i`` in scoring and in sampling alike, so both follow one law at every depth.
 
     Args:
@@ -37,7 +37,7 @@ class AutoregressiveTransformer(AutoregressiveAnsatz):
         num_outcomes: ``K``, 4 for qubits in a minimal frame.
         feedforward: inner width of the second half of a layer; twice the width if None.
         memory: bytes that caches may use at a time.
-        pairs: direct couplings of steps, ``"distance"``, ``"all"`` or None; see :class:`AutoregressiveAnsatz`.
+        pairs: direct couplings of steps, ``"distance"``, ``"all"`` or None; see :class:`~stochdyn.povm.networks.AutoregressiveNetwork`.
 
     Raises:
         InvalidInputError: if a size isn't positive, ``heads`` doesn't divide ``width`` or the strings are unknown.
@@ -87,7 +87,7 @@ class AutoregressiveTransformer(AutoregressiveAnsatz):
         return 2 * len(self.layers) * self.num_sites * self.width * self.reference.element_size()
 
     def features(self, tokens: Tensor, tape: Tape | None = None) -> Tensor:
-        """See :meth:`AutoregressiveAnsatz.features`."""
+        """See :meth:`AutoregressiveNetwork.features`."""
         if tape is None:
             x = self.embedding(tokens) + self.positions
         else:
@@ -102,7 +102,7 @@ class AutoregressiveTransformer(AutoregressiveAnsatz):
         return [self.reference.new_empty(shape) for _ in self.layers]
 
     def advance(self, cache: list[Tensor], outcomes: Tensor | None, step: int, rows: int) -> Tensor:
-        """See :meth:`AutoregressiveAnsatz.advance`."""
+        """See :meth:`AutoregressiveNetwork.advance`."""
         if outcomes is None:
             outcomes = torch.full((rows,), self.num_outcomes, device=self.device)
         x = (self.embedding.weight + self.positions[step])[outcomes]

@@ -11,6 +11,7 @@ from stochdyn.povm.gru import AutoregressiveGRU
 from stochdyn.povm.strings import Strings
 from stochdyn.povm.table import FullTable
 from stochdyn.povm.transformer import AutoregressiveTransformer
+from stochdyn.povm.window import AutoregressiveWindow
 
 STRINGS: dict[str, Strings | None] = {
     "natural": None,
@@ -44,6 +45,10 @@ def transformer(depth: int, strings: Strings | str | None = None, sites: int = 4
 def gru(depth: int, strings: Strings | str | None = None, sites: int = 4) -> Ansatz:
     torch.manual_seed(depth)
     return stirred(AutoregressiveGRU(sites, layers=depth, width=6, strings=strings))
+
+
+def window(order: int, strings: Strings | str | None = None, sites: int = 4) -> Ansatz:
+    return stirred(AutoregressiveWindow(sites, order, strings=strings))
 
 
 def table(sites: int = 4) -> Ansatz:

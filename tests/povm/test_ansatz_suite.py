@@ -8,7 +8,7 @@ import torch
 from stochdyn.povm.ansatz import Ansatz
 from stochdyn.povm.table import FullTable
 from stochdyn.testing import AnsatzSuite
-from tests.povm.laws import STRINGS, gru, table, transformer
+from tests.povm.laws import STRINGS, gru, table, transformer, window
 
 
 class TestTransformer(AnsatzSuite):
@@ -30,6 +30,13 @@ class TestGRU(AnsatzSuite):
 
     def make(self) -> Ansatz:
         return gru(2, STRINGS["snakes"])
+
+
+class TestWindow(AnsatzSuite):
+    """A window that sees the first sites around the ring, and reflections."""
+
+    def make(self) -> Ansatz:
+        return window(2, STRINGS["reflections"])
 
 
 class TestTable(AnsatzSuite):
