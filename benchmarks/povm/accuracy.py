@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -164,13 +165,46 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "sites": 32,
         "which": {"dephasing": 0.0},
         "rotated": False,
+        "until": 3.0,
+        "ansatz": "AutoregressiveWindow",
+        "net": {"order": 3},
+        "run": {"method": "tdvp", "num_samples": 1000, "step": 0.05},
+        "bound": 2e-2,
+    },
+    "commuting64-tdvp": {
+        "system": "commuting_ring",
+        "sites": 64,
+        "which": {"dephasing": 0.0},
+        "rotated": False,
+        "until": 3.0,
+        "ansatz": "AutoregressiveWindow",
+        "net": {"order": 2},
+        "run": {"method": "tdvp", "num_samples": 1000, "step": 0.05},
+        "bound": 2e-2,
+    },
+    "commuting64-tdvp-order3": {
+        "system": "commuting_ring",
+        "sites": 64,
+        "which": {"dephasing": 0.0},
+        "rotated": False,
+        "until": 3.0,
+        "ansatz": "AutoregressiveWindow",
+        "net": {"order": 3},
+        "run": {"method": "tdvp", "num_samples": 1000, "step": 0.05},
+        "bound": 2e-2,
+    },
+    "commuting32-tdvp-transformer": {
+        "system": "commuting_ring",
+        "sites": 32,
+        "which": {"dephasing": 0.0},
+        "rotated": False,
         "until": 0.5,
         "net": {"layers": 1, "width": 16, "heads": 2},
         "run": {"method": "tdvp", "num_samples": 1500, "step": 0.05},
         "bound": 2e-2,
         "single": True,
     },
-    "commuting64-tdvp": {
+    "commuting64-tdvp-transformer": {
         "system": "commuting_ring",
         "sites": 64,
         "which": {"dephasing": 0.0},
@@ -202,11 +236,24 @@ STEADY: dict[str, dict[str, Any]] = {
         "run": {"method": "trapezoid", "num_samples": None, "iterations": 400}, "bound": 5e-3,
     },
     "ring16-steady": {
+        "fields": [1.0, 2.0], "sites": 16, "known": 10,
+        "ansatz": "AutoregressiveWindow", "net": {"order": 2},
+        "run": {
+            "method": "tdvp", "num_samples": 2000, "duration": 12.0, "step": 0.1, "observe_samples": 65536,
+        },
+        "bound": 1e-2,
+    },
+    "ring16-steady-transformer": {
         "fields": [1.0], "sites": 16, "known": 10,
         "net": {"layers": 1, "width": 16, "heads": 2},
         "run": {"method": "newton", "num_samples": 200, "iterations": 16}, "bound": 1e-2,
     },
 }  # fmt: skip
+
+
+def ansatz(case: dict[str, Any]) -> sd.povm.Ansatz:
+    """Make the ansatz of a case: a transformer, or what it names."""
+    return getattr(sd.povm, case.get("ansatz", "AutoregressiveTransformer"))(case["sites"], **case["net"])
 
 
 def steady(case: dict[str, Any], seed: int, progress: bool) -> dict[str, Any]:
@@ -217,11 +264,7 @@ def steady(case: dict[str, Any], seed: int, progress: bool) -> dict[str, Any]:
         model = ising(case["sites"], 2.0, field)
         _, known = reference("ising_ring", case["known"], steady=True, field=field)
         torch.manual_seed(seed)
-        net = (
-            sd.povm.AutoregressiveTransformer(case["sites"], **case["net"])
-            .double()
-            .set_product_state(povm, "up")
-        )
+        net = ansatz(case).double().set_product_state(povm, "up")
         found = sd.povm.steady_state(
             net, model, povm, observables=["X", "Y", "Z"], seed=seed, progress=progress, **case["run"]
         )
@@ -264,7 +307,7 @@ def dynamics(case: dict[str, Any], seed: int, progress: bool) -> dict[str, Any]:
         times = known.times[known.times <= case["until"] + 1e-9]
         truth = {name: values[: len(times)] for name, values in known.expect.items()}
     torch.manual_seed(seed)
-    net = sd.povm.AutoregressiveTransformer(case["sites"], **case["net"])
+    net = ansatz(case)
     net = (net if case.get("single") else net.double()).set_product_state(povm, known.initial)
     start = time.process_time()
     run = sd.povm.evolve(
@@ -292,6 +335,23 @@ def dynamics(case: dict[str, Any], seed: int, progress: bool) -> dict[str, Any]:
         "processor_seconds": round(seconds, 1),
         "by_time": {f"{t:g}": float(e) for t, e in zip(times.tolist(), one.max(0).values, strict=True)},
     }
+
+
+def source() -> str:
+    """Return which state of the library and of this file was run, as git names trees; they survive a rebase."""
+    here = Path(__file__).resolve().parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    top = Path(ask("rev-parse", "--show-toplevel") or ".")
+    trees = [
+        ask("rev-parse", "--short", f"HEAD:{p}") for p in ("stochdyn/povm", "benchmarks/povm/accuracy.py")
+    ]
+    changed = ask("status", "--porcelain", "--", str(top / "stochdyn"), __file__)
+    return " ".join(trees) + (" and changes" if changed else "")
 
 
 def machine() -> dict[str, Any]:
@@ -328,7 +388,7 @@ def main() -> None:
     for name in options.cases:
         kind, run = (DYNAMICS, dynamics) if name in DYNAMICS else (STEADY, steady)
         case = kind[name]
-        result = {"case": name, "seed": options.seed, "setting": describe(case)}
+        result = {"case": name, "seed": options.seed, "setting": describe(case), "source": source()}
         result |= run(case, options.seed, options.progress)
         result["kept"] = result["largest"] <= case["bound"] and result.get("last", 0.0) <= case.get(
             "last", 1.0

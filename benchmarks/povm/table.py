@@ -207,9 +207,13 @@ def accuracy(reports: Sequence[Report]) -> str:
         rows.append(
             [
                 r["case"] + (f", seed {r['seed']}" if r.get("seed") else ""),
+                f"{setting['until']:g}",
+                r["parameters"],
+                setting["run"]["num_samples"] or "all",
                 f"{r['largest']:.1e}",
                 bound,
                 f"{r['last']:.1e}" if "last" in r else "",
+                f"{r['largest_of_pairs']:.1e}",
                 f"{r['sampling_error']:.1e}" if r.get("sampling_error") else "",
                 r.get("steps", ""),
                 f"{r['processor_seconds']:.0f}",
@@ -218,17 +222,21 @@ def accuracy(reports: Sequence[Report]) -> str:
         )
     head = [
         "case",
+        "to time",
+        "parameters",
+        "draws",
         "largest error",
         "bound",
         "error at the end",
+        "largest error of pairs",
         "standard error",
         "steps",
         "time (s)",
         "kept",
     ]
     return (
-        "### Accuracy\n\nLargest error over times of X, Y, Z (site means) against exact numbers; times in processor seconds.\n\n"
-        + table(head, rows)
+        "### Accuracy\n\nLargest error over times of X, Y, Z (site means) against exact numbers, and of XX, YY, ZZ (bond means); times "
+        "in processor seconds. The number of a name is that of its sites.\n\n" + table(head, rows)
     )
 
 
@@ -238,6 +246,7 @@ def steady(reports: Sequence[Report]) -> str:
         [
             r["case"],
             row["field"],
+            r["setting"]["run"]["num_samples"] or "all",
             f"{row['largest']:.1e}",
             f"{r['setting']['bound']:g}",
             f"{row['sampling_error']:.1e}" if row["sampling_error"] else "",
@@ -248,7 +257,7 @@ def steady(reports: Sequence[Report]) -> str:
         for r in reports
         for row in r["rows"]
     ]
-    head = ["case", "field", "largest error", "bound", "standard error", "trace distance"]
+    head = ["case", "field", "draws", "largest error", "bound", "standard error", "trace distance"]
     head += ["residual over gap", "time (s)"]
     note = "Ising ring, largest error of X, Y, Z; sixteen sites against the exact numbers of ten.\n\n"
     return "### Steady states\n\n" + note + table(head, rows)

@@ -21,7 +21,9 @@ class TDVPOptions:
         step: length of fixed steps; None controls the length by the tolerance.
         first_step: length to try first where it is controlled.
         rcond: relative cut of the eigenvalues of the metric; None for 1e-8 with full summation and 1e-5 with samples.
-        min_snr: directions whose force is less than so many times its sampling noise fade out.
+        min_snr: directions whose force is less than so many times its sampling noise fade out; 0 keeps all. None for 0
+            with more draws than parameters and 2 with fewer: many weak directions left out add up to a bias, but fewer
+            draws can't do without.
         stratified: draw evenly; see :meth:`Ansatz.sample`.
     """
 
@@ -29,7 +31,7 @@ class TDVPOptions:
     step: float | None = None
     first_step: float = 1e-2
     rcond: float | None = None
-    min_snr: float = 2.0
+    min_snr: float | None = None
     stratified: bool = True
 
     def __post_init__(self) -> None:
@@ -37,7 +39,7 @@ class TDVPOptions:
             value = getattr(self, name)
             if value is not None:
                 check_positive(value, name)
-        if not self.min_snr >= 0:
+        if self.min_snr is not None and not self.min_snr >= 0:
             raise InvalidInputError("min_snr must not be negative", got=self.min_snr)
 
 
@@ -76,14 +78,14 @@ class FitOptions:
         step: length of a step.
         iterations: most natural-gradient steps a fit.
         rcond: relative cut of the eigenvalues of the metric; None for 1e-8 with full summation and 1e-5 with samples.
-        min_snr: least ratio of signal to noise.
+        min_snr: least ratio of signal to noise; see :class:`TDVPOptions`.
         stratified: draw evenly; see :meth:`Ansatz.sample`.
     """
 
     step: float = 0.05
     iterations: int = 4
     rcond: float | None = None
-    min_snr: float = 2.0
+    min_snr: float | None = None
     stratified: bool = True
 
     def __post_init__(self) -> None:
@@ -91,7 +93,7 @@ class FitOptions:
         check_positive_int(self.iterations, "iterations")
         if self.rcond is not None:
             check_positive(self.rcond, "rcond")
-        if not self.min_snr >= 0:
+        if self.min_snr is not None and not self.min_snr >= 0:
             raise InvalidInputError("min_snr must not be negative", got=self.min_snr)
 
 

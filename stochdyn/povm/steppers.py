@@ -85,6 +85,14 @@ def _even(longest: float, step: float) -> float:
     return longest / max(1, math.ceil(longest / step - 1e-9))
 
 
+def _min_snr(chosen: float | None, net: Ansatz, averages: Averages) -> float:
+    """Return the least signal to noise: as chosen, or as the number of draws asks for."""
+    if chosen is not None:
+        return chosen
+    draws = averages.num_samples
+    return 2.0 if draws is not None and draws <= net.parameter_vector().numel() else 0.0
+
+
 class TDVPStepper(Stepper):
     """Heun's method along the velocity of the variational principle.
 
@@ -96,6 +104,7 @@ class TDVPStepper(Stepper):
         exact = self.averages.num_samples is None
         self.options = options
         self.rcond = options.rcond if options.rcond is not None else (1e-8 if exact else 1e-5)
+        self.min_snr = _min_snr(options.min_snr, self.net, self.averages)
         self.tolerance = options.tolerance if options.tolerance is not None else (1e-3 if exact else 1e-2)
         self.proposed = options.first_step
         # kept in float64 also where the network isn't, so that small steps add up
@@ -113,7 +122,7 @@ class TDVPStepper(Stepper):
                 self.time(s),
                 generator=self.generator(number),
                 rcond=self.rcond,
-                min_snr=self.options.min_snr,
+                min_snr=self.min_snr,
             )
 
         if self.options.step is not None:
@@ -181,6 +190,7 @@ class FitStepper(Stepper):
         self.options = options
         exact = self.averages.num_samples is None
         self.rcond = options.rcond if options.rcond is not None else (1e-8 if exact else 1e-5)
+        self.min_snr = _min_snr(options.min_snr, self.net, self.averages)
 
     def step(self, number: int, t: float, longest: float) -> Step:
         """See :meth:`Stepper.step`."""
@@ -194,7 +204,7 @@ class FitStepper(Stepper):
             self.generator(number),
             self.options.iterations,
             self.rcond,
-            self.options.min_snr,
+            self.min_snr,
         )
         return Step(h, done.misfit, {"clipped": done.clipped, "iterations": float(done.iterations)})
 

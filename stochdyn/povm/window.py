@@ -140,7 +140,6 @@ class AutoregressiveWindow(AutoregressiveAnsatz):
     def branch(self, cache: None, source: Tensor, target: slice, steps: int) -> None:
         """See :meth:`AutoregressiveAnsatz.branch`: nothing to copy."""
 
-
     # ---------------------------------------------------------------- ratios without whole strings
 
     def log_ratios(self, a: Tensor, shifts: Tensor) -> Tensor | None:
