@@ -95,6 +95,7 @@ def evolve(
 
     Raises:
         TimeGridError: if the times don't increase.
+        LindbladianError: if a rate that depends on time is negative at one of them.
         SystemSizeError: if there are too many outcomes for full summation.
         InvalidInputError: if sizes don't fit, or method or options are unknown. All before any work.
         NonFiniteError: if a step leaves parameters that aren't finite; the state is that before the step.
@@ -114,6 +115,7 @@ def evolve(
     """
     ts = torch.as_tensor(times, dtype=torch.float64)
     check_time_grid(ts, "times")
+    model.check_rates(ts.tolist())
     check_positive_int(checkpoint_every, "checkpoint_every")
     chosen = read_options(method, options)
     operator = checked_operator(net, model, povm)

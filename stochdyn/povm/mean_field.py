@@ -98,6 +98,7 @@ def evolve(
 
     Raises:
         TimeGridError: if times don't increase.
+        LindbladianError: if a rate that depends on time is negative at one of them.
         InvalidInputError: if the state is no product, or there is no frame for sites of so many levels.
 
     Example:
@@ -108,6 +109,7 @@ def evolve(
     """
     grid = torch.as_tensor(times, dtype=torch.float64)
     check_time_grid(grid, "times", min_points=1)
+    model.check_rates(grid.tolist())
     parsed = _parse(model, observables)
     if povm is None:
         if model.dim not in (2, 3):

@@ -227,8 +227,16 @@ def _gap(given: float | None, operator: Any, relaxation: float) -> tuple[float, 
 
 
 def _decay(t: Tensor, rate: Tensor) -> float:
-    """The slope of the logarithm of the rates over the last half of the time, or NaN if they don't decay."""
-    late = (t > t[-1] / 2) & (rate > 0)
+    """The slope of the logarithm of the rates over the last half of the time in which they fall, or NaN if they don't.
+
+    By sampling the rates end on a floor of what the ansatz can't follow, which says nothing about the relaxation.
+    """
+    floor = rate[t > 0.75 * t[-1]].median()
+    above = ((rate > 4 * floor) & (rate > 0)).nonzero()[:, 0]
+    if len(above) == 0:
+        return math.nan
+    end = t[above[-1]]
+    late = (t > end / 2) & (t <= end) & (rate > 0)
     if int(late.sum()) < 4:
         return math.nan
     x, y = t[late] - t[late].mean(), rate[late].log()

@@ -185,6 +185,10 @@ def test_float32_and_other_ansatzes_evolve_too() -> None:
         assert float(errors(run, model, "up").max()) < 1e-2
 
 
+def fading() -> sd.povm.Lindbladian:
+    return sd.povm.Lindbladian(1, [], [(lambda t: 1 - t, "sigma-", 0)])
+
+
 def test_bad_input_is_refused_before_any_work(tmp_path) -> None:
     model = ising(4)
     with pytest.raises(TimeGridError, match="increase"):
@@ -201,6 +205,8 @@ def test_bad_input_is_refused_before_any_work(tmp_path) -> None:
         evolve(net(10, None), ising(10), POVM, [0.0, 0.2], num_samples=None)
     with pytest.raises(LindbladianError, match="doesn't exist"):
         evolve(net(4), model, POVM, [0.0, 0.2], observables={"z": ("Z", 4)})
+    with pytest.raises(LindbladianError, match="negative at time 2"):
+        evolve(net(1), fading(), POVM, [0.0, 1.0, 2.0])
     with pytest.raises(InvalidInputError, match="needs the directory"):
         evolve(net(4), model, POVM, [0.0, 0.2], resume=True)
     with pytest.raises(InvalidInputError, match="number of outcomes"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stochdyn.core.outcomes import all_configurations
-from stochdyn.errors import InvalidInputError, TimeGridError
+from stochdyn.errors import InvalidInputError, LindbladianError, TimeGridError
 from stochdyn.povm import (
     FourPauli,
     Lindbladian,
@@ -82,6 +82,9 @@ BAD = {
     "too few states": (lambda: mean_field.evolve(systems.ising(2), ["up"], [0.0]), InvalidInputError, "one state a site"),
     "an entangled state": (
         lambda: mean_field.evolve(systems.ising(2), torch.eye(4) / 4, [0.0]), InvalidInputError, "product"),
+    "a rate that becomes negative": (
+        lambda: mean_field.evolve(Lindbladian(1, [], [(lambda t: 1 - t, "sigma-", 0)]), "up", [0.0, 2.0], ["Z"]),
+        LindbladianError, "negative at time 2"),
     "sites without a frame": (
         lambda: mean_field.evolve(Lindbladian(1, [(1.0, "Sx", 0)], dim=4), "mixed", [0.0], ["Sz"]),
         InvalidInputError, "Pass povm"),

@@ -75,6 +75,10 @@ def test_the_gap_can_be_given_or_seen_in_the_relaxation() -> None:
     t = torch.linspace(0, 10, 50)
     assert _decay(t, 3 * torch.exp(-0.7 * t)) == pytest.approx(0.7, rel=1e-5)
     assert math.isnan(_decay(t, torch.exp(0.1 * t)))
+    # the floor of sampling isn't taken for slow relaxation
+    assert _decay(t, 3 * torch.exp(-0.7 * t) + 0.02 + 0.001 * torch.cos(40 * t)) == pytest.approx(
+        0.7, rel=0.2
+    )
 
 
 @pytest.mark.parametrize("method", ["newton", "trapezoid"])
