@@ -157,7 +157,8 @@ class SparseMasterEquation(MasterEquation):
 
     def connected(self, a: Tensor, t: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`MasterEquation.connected`; ``K`` is 1 plus the number of distinct shifts terms make."""
-        return (a[:, None] + self.shifts) % self.num_outcomes, self.rates(a, t)
+        rates = self.rates(a, t)
+        return (a[:, None] + self.shifts) % self.num_outcomes, rates
 
     def rates(self, a: Tensor, t: Tensor | float | None = None) -> Tensor:
         """Return the rates ``(n, K)`` of :meth:`connected` alone, one for each of ``shifts (K, N)``."""
