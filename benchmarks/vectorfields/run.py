@@ -87,7 +87,7 @@ def measure(part: str, arguments: argparse.Namespace) -> Iterator[Row]:
     if part == "bunny":
         yield from accuracy(bunny_tasks(arguments.data, smoke, arguments.trials, only), BUNNY, model, only)
     elif part == "wind":
-        tasks = wind_tasks(300 if smoke else 2000, (50,) if smoke else (100, 400), 1 if smoke else 2)
+        tasks = wind_tasks(300 if smoke else 2000, (50,) if smoke else (100, 400), 1 if smoke else 5)
         yield from accuracy(tasks, WIND, model, only)
     else:
         yield from speed(smoke, only, arguments.evaluations)
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for the JSON (default: results/, nothing with --smoke)"
     )
-    parser.add_argument("--trials", type=int, default=2, help="random splits of the bunny's smaller tasks")
+    parser.add_argument("--trials", type=int, default=2, help="random splits of a task of the bunny")
     parser.add_argument("--model", default="", help="only models whose names hold this")
     parser.add_argument("--only", default="", help="only tasks whose names hold this")
     parser.add_argument(

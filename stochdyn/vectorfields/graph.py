@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from scipy.sparse.csgraph import connected_components
 
 from stochdyn._checks import check_choice
@@ -17,6 +20,16 @@ __all__ = ["NeighborGraph", "NeighborSearch", "farthest_points", "neighbor_graph
 BANDWIDTH = 0.3
 #: Components that an error message lists.
 _LISTED = 4
+
+
+@contextmanager
+def _kept_threads() -> Iterator[None]:
+    """Give torch its number of threads back: numba sets that of the whole process."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class NeighborSearch:
@@ -46,15 +59,17 @@ class NeighborSearch:
             ) from error
         self._tree = None
         # A single process, and a fixed seed: the graph must not change from run to run.
-        self._index = NNDescent(
-            points, n_neighbors=max(30, min(60, len(points) - 1)), random_state=0, n_jobs=1
-        )
+        with _kept_threads():
+            self._index = NNDescent(
+                points, n_neighbors=max(30, min(60, len(points) - 1)), random_state=0, n_jobs=1
+            )
 
     def query(self, points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return distances and nodes ``(q, count)`` of the nearest nodes, nearest first."""
         if self._tree is not None:
             return self._tree.kneighbors(points, count)
-        nodes, distances = self._index.query(points, k=count)
+        with _kept_threads():
+            nodes, distances = self._index.query(points, k=count)
         return distances.astype(np.float64), nodes.astype(np.int64)
 
 

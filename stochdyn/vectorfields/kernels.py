@@ -190,8 +190,8 @@ class ConnectionMatern(SpectralKernel):
     Args:
         cloud: the points.
         nu: ν, such as 0.5, 1.5, 2.5 or ``math.inf`` (squared exponential).
-        num_eigenpairs: how many modes; at most all. Truncation costs accuracy long before it saves time: take
-            hundreds.
+        num_eigenpairs: how many modes; by default 300, or all if there are fewer. Truncation costs accuracy long before it
+            saves time: take hundreds.
         trainable_nu: learn ν too.
         lengthscale_prior: prior of the length scale κ. The likelihood is flat in κ above the size of the manifold, so
             by default a wide log-normal one; None for none.
@@ -216,13 +216,14 @@ class ConnectionMatern(SpectralKernel):
         self,
         cloud: PointCloud,
         nu: float = 1.5,
-        num_eigenpairs: int = 300,
+        num_eigenpairs: int | None = None,
         trainable_nu: bool = False,
         lengthscale_prior: Any = "default",
         **kwargs: Any,
     ) -> None:
-        wanted = as_count(num_eigenpairs, "num_eigenpairs")
-        values, modes = cloud.modes(min(wanted, cloud.dim * len(cloud)) if wanted == 300 else wanted)
+        most = cloud.dim * len(cloud)
+        count = min(300, most) if num_eigenpairs is None else as_count(num_eigenpairs, "num_eigenpairs")
+        values, modes = cloud.modes(count)
         power = (modes**2).mean((0, 1))
         super().__init__(cloud, values, power, nu, trainable_nu, lengthscale_prior, **kwargs)
         self.register_buffer("modes", modes, persistent=False)
@@ -243,7 +244,7 @@ class ProjectedMatern(SpectralKernel):
     Args:
         cloud: the points.
         nu: ν as in :class:`ConnectionMatern`.
-        num_eigenpairs: modes of functions; there are D features for each.
+        num_eigenpairs: modes of functions, by default 100, or all if there are fewer; there are D features for each.
         trainable_nu: learn ν too.
         lengthscale_prior: as in :class:`ConnectionMatern`.
 
@@ -256,13 +257,13 @@ class ProjectedMatern(SpectralKernel):
         self,
         cloud: PointCloud,
         nu: float = 1.5,
-        num_eigenpairs: int = 100,
+        num_eigenpairs: int | None = None,
         trainable_nu: bool = False,
         lengthscale_prior: Any = "default",
         **kwargs: Any,
     ) -> None:
-        wanted = as_count(num_eigenpairs, "num_eigenpairs")
-        values, modes = cloud.modes(min(wanted, len(cloud)) if wanted == 100 else wanted, "scalar")
+        count = min(100, len(cloud)) if num_eigenpairs is None else as_count(num_eigenpairs, "num_eigenpairs")
+        values, modes = cloud.modes(count, "scalar")
         # a frame holds m of the D unit vectors, so that each component sees each mode with total strength one
         super().__init__(
             cloud, values, (modes**2).mean((0, 1)), nu, trainable_nu, lengthscale_prior, **kwargs
