@@ -67,7 +67,7 @@ class MeanVariance:
     .. math:: \frac{\operatorname{tr}(s+A)^{-\nu}}{f\sum_iM_i},\qquad A=M^{-1/2}LM^{-1/2}
 
     from all eigenvalues where there are few. Otherwise the lowest are computed and the rest is integrated by
-    stochastic Lanczos quadrature, once for all s and ν (relative error under a hundredth).
+    stochastic Lanczos quadrature, once for all s and ν (relative standard error under a hundredth).
 
     Args:
         cloud: the points.

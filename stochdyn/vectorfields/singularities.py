@@ -127,15 +127,17 @@ class Singularities:
 
     Attributes:
         faces: ``(F, 3)`` triangles of nodes.
-        centres: ``(F, D)`` their centres.
         mean_index: ``(F,)`` index of the posterior mean in each triangle.
         draw_index: ``(S, F)`` index of each draw.
+        mean_places: ``(z, D)`` where the zeros lie within the triangles, in the order of ``mean_index.nonzero()``.
+        draw_places: ``(Z, D)`` the same of the draws, in the order of ``draw_index.nonzero()``.
     """
 
     faces: Tensor
-    centres: Tensor
     mean_index: Tensor
     draw_index: Tensor
+    mean_places: Tensor
+    draw_places: Tensor
 
     @property
     def probability(self) -> Tensor:
@@ -144,27 +146,28 @@ class Singularities:
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Return the places ``(z, D)`` of the zeros of the mean field, and their indices ``(z,)``."""
-        at = self.mean_index.nonzero()[:, 0]
-        return self.centres[at], self.mean_index[at]
+        return self.mean_places, self.mean_index[self.mean_index != 0]
 
     def around(self, centre: Any, radius: float) -> tuple[Tensor, Tensor]:
         """Return the total index near a place: of every draw ``(S,)``, and the places of the draws' zeros there ``(z, D)``.
 
         Args:
             centre: ``(D,)``.
-            radius: triangles with centres within this distance count.
+            radius: zeros within this distance count.
         """
         check_positive(radius, "radius")
-        middle = torch.as_tensor(centre).to(self.centres)
-        if middle.shape != self.centres.shape[1:]:
+        places = self.draw_places
+        middle = torch.as_tensor(centre).to(places)
+        if middle.shape != places.shape[1:]:
             raise ShapeError(
                 "centre must be a point",
                 got=f"shape {tuple(middle.shape)}",
-                expected=f"({self.centres.shape[1]},)",
+                expected=f"({places.shape[1]},)",
             )
-        inside = ((self.centres - middle).norm(dim=-1) <= radius).nonzero()[:, 0]
-        index = self.draw_index[:, inside]
-        return index.sum(1), self.centres[inside[index.nonzero()[:, 1]]]
+        near = (places - middle).norm(dim=-1) <= radius
+        draw, face = self.draw_index.nonzero()[near].unbind(1)
+        index = self.draw_index.new_zeros(len(self.draw_index))
+        return index.index_add(0, draw, self.draw_index[draw, face]), places[near]
 
 
 def find_singularities(
@@ -202,11 +205,32 @@ def find_singularities(
         raise InvalidInputError("many fields were fitted at once", hint="fit one of them")
     triangles = triangulate(cloud) if faces is None else as_triangles(faces, cloud)
     drawn = gp.sample(draws, everywhere, generator)
-    both = torch.cat([mean[None], drawn]).double()
-    index = _turns(cloud, everywhere.to_tangent(both), triangles).round()
+    both = everywhere.to_tangent(torch.cat([mean[None], drawn]).double())
+    index = _turns(cloud, both, triangles).round()
     corners = torch.as_tensor(triangles, device=cloud.device)
-    centres = cloud.points[corners].mean(1)
-    return Singularities(corners, centres, index[0], index[1:])
+    places = [
+        _places(cloud, part, corners, at.nonzero())
+        for part, at in ((both[:1], index[:1]), (both[1:], index[1:]))
+    ]
+    return Singularities(corners, index[0], index[1:], *places)
+
+
+def _places(cloud: PointCloud, components: Tensor, faces: Tensor, at: Tensor) -> Tensor:
+    """Return where fields ``(S, n, 2)`` vanish within triangles, ``(Z, D)``, for pairs ``at (Z, 2)`` of field and triangle.
+
+    The field is taken as linear in the triangle, in the frame of its first corner.
+    """
+    draw, corners = at[:, 0], faces[at[:, 1]]
+    first = corners[:, :1].expand_as(corners).cpu().numpy()
+    maps = torch.as_tensor(connect(cloud.node_frames, first.ravel(), corners.cpu().numpy().ravel()))
+    values = torch.einsum(
+        "zkab,zkb->zka", maps.reshape(*corners.shape, 2, 2).to(components), components[draw[:, None], corners]
+    )
+    after, last = values.roll(-1, 1), values.roll(-2, 1)
+    share = after[..., 0] * last[..., 1] - after[..., 1] * last[..., 0]
+    share = (share * share.sum(1, keepdim=True).sign()).clamp(min=0)
+    share = share + 1e-300  # where all three values are parallel the centre will do
+    return torch.einsum("zk,zkd->zd", share / share.sum(1, keepdim=True), cloud.points[corners].to(share))
 
 
 def as_triangles(faces: Any, cloud: PointCloud) -> np.ndarray:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
+
+from stochdyn.vectorfields import RVGP
 
 
 def fibonacci_sphere(n: int) -> np.ndarray:
@@ -95,3 +100,14 @@ def icosphere(levels: int) -> tuple[np.ndarray, np.ndarray]:
     ).sum(1) < 0
     faces[inward] = faces[inward][:, ::-1]
     return points, faces
+
+
+def as_far_as_draws(gp: RVGP, truth: torch.Tensor, where: Any = slice(None), draws: int = 100) -> float:
+    """How far the truth lies from the posterior mean, in standard deviations of the distances of the posterior's draws.
+
+    Near zero for a calibrated model; large for a fit that is worse than it believes, small for bands that are too wide.
+    """
+    mean = gp.predict_mean(where)
+    drawn = gp.sample(draws, where, torch.Generator().manual_seed(0)) - mean
+    law = drawn.flatten(1).norm(dim=1)
+    return float(((mean - truth).norm() - law.mean()) / law.std())

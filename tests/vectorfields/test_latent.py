@@ -58,9 +58,12 @@ def test_bound_is_near_the_exact_evidence(plane: PointCloud) -> None:
         bounds = torch.stack([objective().terms["elbo"] for _ in range(6)])
     error = bounds.std() / 6**0.5
     assert bounds.mean() < exact + 4 * error
-    assert bounds.mean() > exact - 3.0
-    evidence, _ = objective.paths.evidence(400)
-    assert abs(evidence.sum() - exact) < 3.0
+    assert bounds.mean() > exact - 0.1 * y[:, 1:].numel()  # before any training, a tenth of a nat a number read
+    with torch.no_grad():
+        evidence, log_weights = objective.paths.evidence(1500)
+    weights = (log_weights - log_weights.max(0).values).exp()
+    errors = weights.std(0) / weights.mean(0) / 1500**0.5
+    assert abs(evidence.sum() - exact) < 4.5 * errors.norm()
 
 
 def test_the_field_is_learnt_through_the_noise(plane: PointCloud) -> None:

@@ -19,7 +19,7 @@ from stochdyn.vectorfields import (
     cloud_of_paths,
 )
 from stochdyn.vectorfields.paths import path_observations, quadratic_variation
-from tests.vectorfields.shapes import fibonacci_sphere, torus
+from tests.vectorfields.shapes import as_far_as_draws, fibonacci_sphere, torus
 
 
 def torus_field(points: torch.Tensor) -> torch.Tensor:
@@ -67,16 +67,20 @@ def test_likelihood_is_girsanov_s() -> None:
 def test_field_and_diffusion_come_back(cloud: PointCloud, paths: sd.PathSample) -> None:
     gp = RVGP(cloud).fit_paths(paths)
     truth = torus_field(cloud.points)
-    mean, cov = gp.predict(range(len(cloud)))
-    assert (mean - truth).norm() < 0.25 * truth.norm()
+    # the field is nearer than the posterior says, but not by much: 0.22 of its size, where draws lie at 0.26
+    assert abs(as_far_as_draws(gp, truth)) < 4.5
+    assert (gp.predict_mean(slice(None)) - truth).norm() < 0.3 * truth.norm()
     rough, error = quadratic_variation(path_observations(cloud, paths))
     assert error == pytest.approx(rough / math.sqrt(2 * 2 * 7500))
     assert abs(gp.diffusion - 0.4) < 4.5 * error
     assert rough > gp.diffusion  # the drift inflates squared increments
-    gap = (cloud.sites(range(len(cloud))).to_tangent(mean - truth)).abs() / cov.diagonal(
-        dim1=1, dim2=2
-    ).sqrt()
-    assert 0.85 < (gap < 1.96).double().mean() < 0.995
+    mean, cov = gp.predict(slice(None))
+    band = 1.96 * cov.diagonal(dim1=1, dim2=2).sqrt()
+    drawn = gp.sample(100, generator=torch.Generator().manual_seed(1))
+    nodes = cloud.sites(slice(None))
+    share = (nodes.to_tangent(drawn - mean).abs() < band).double().mean((1, 2))
+    inside = (nodes.to_tangent(truth - mean).abs() < band).double().mean()
+    assert abs(inside - 0.95) < 4.5 * share.std()
     assert gp.log_marginal_likelihood().isfinite()
 
 
@@ -85,8 +89,8 @@ def test_given_diffusion_and_stride(cloud: PointCloud, paths: sd.PathSample) -> 
     assert whole.diffusion == pytest.approx(0.4)
     thinned = RVGP(cloud, num_eigenpairs=100).fit_paths((paths.ts, paths.x), diffusion=0.4, stride=3)
     assert thinned.engine.data.rows < whole.engine.data.rows / 2.9
-    truth = torus_field(cloud.points)
-    assert (thinned.predict_mean(slice(None)) - truth).norm() < 0.25 * truth.norm()
+    for gp in (whole, thinned):
+        assert abs(as_far_as_draws(gp, torus_field(cloud.points))) < 4.5
 
 
 def test_posterior_is_the_dense_one(cloud: PointCloud, paths: sd.PathSample) -> None:
@@ -128,8 +132,7 @@ def test_a_cloud_out_of_the_paths(paths: sd.PathSample) -> None:
     cloud = cloud_of_paths(paths, 0.04, dim=2)
     assert 200 < len(cloud) < 600
     gp = RVGP(cloud).fit_paths(paths)
-    truth = torus_field(cloud.points)
-    assert (gp.predict_mean(slice(None)) - truth).norm() < 0.25 * truth.norm()
+    assert abs(as_far_as_draws(gp, torus_field(cloud.points))) < 4.5
 
 
 def test_bad_input() -> None:

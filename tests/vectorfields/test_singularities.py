@@ -80,41 +80,67 @@ def test_index_around_loops() -> None:
     assert both.tolist() == [1, -1]
 
 
-def test_a_hidden_vortex_is_found_with_a_calibrated_band() -> None:
-    """Killing fields with random axes, seen with noise outside a cap around their zero.
+def spun(cloud: PointCloud, axes: torch.Tensor) -> torch.Tensor:
+    """Rotations about axes ``(*batch, 3)``: Killing fields, which vanish there with index 1."""
+    return torch.linalg.cross(*torch.broadcast_tensors(axes[..., None, :], cloud.points))
 
-    In the cap the draws' total index is 1, and the 95 % bands hold the truth 95 % of the time.
-    """
+
+def test_zeros_are_placed_within_triangles() -> None:
     cloud = PointCloud(fibonacci_sphere(500), 10, dim=2)
-    pole = torch.tensor([0.0, 0.0, 1.0]).double()
+    axis = torch.tensor([0.2, -0.3, 1.0]).double()
+    gp = RVGP(cloud, num_eigenpairs=100, nu=np.inf).fit(
+        range(500), spun(cloud, axis), optimize=False, learn_noise=False, noise_variance=1e-8
+    )
+    zeros = find_singularities(gp, draws=5, generator=torch.Generator().manual_seed(0))
+    places, index = zeros.positions()
+    assert index.tolist() == [1, 1]
+    # within a tenth of the spacing of the points, 0.16; centres of triangles would be off by a third of it
+    gap = torch.nn.functional.normalize(places, dim=1).abs() - (axis / axis.norm()).abs()
+    assert gap.norm(dim=1).max() < 0.016
+    assert zeros.draw_places.shape == (10, 3)
+
+
+def test_a_hidden_vortex_is_found_with_a_calibrated_band() -> None:
+    """200 Killing fields with random axes, seen with noise outside a cap that holds their zero.
+
+    Bands hold what they promise: those of the hidden vectors, and the ellipses of the draws' zeros, at 50 % as at 95 %. Too
+    wide ones fail too: with ν = 3/2, rougher than these fields, the ellipses of 50 % hold 97 % of the zeros.
+    """
+    cloud, fields = PointCloud(fibonacci_sphere(500), 10, dim=2), 200
     hole = cloud.points[:, 2] > np.cos(0.5)
     generator = torch.Generator().manual_seed(0)
-    axes = torch.randn(60, 3, generator=generator, dtype=torch.float64)
-    axes[0] = pole
-    truth = torch.linalg.cross(axes[:, None].expand(60, 500, 3), cloud.points.expand(60, 500, 3))
-    noise = project(cloud, 0.2 * torch.randn(truth.shape, generator=generator, dtype=torch.float64))
-    gp = RVGP(cloud, num_eigenpairs=100, nu=np.inf).fit(~hole, (truth + noise)[:, ~hole])
+    height = 1 - (1 - np.cos(0.3)) * torch.rand(fields, generator=generator).double()
+    angle = 2 * torch.pi * torch.rand(fields, generator=generator).double()
+    rho = (1 - height**2).sqrt()
+    poles = torch.stack([rho * angle.cos(), rho * angle.sin(), height], 1)
+    length = torch.randn(fields, 3, generator=generator, dtype=torch.float64).norm(dim=1)
+    truth = spun(cloud, length[:, None] * poles)
+    noise = 0.6 * torch.randn(fields, 500, 2, generator=generator, dtype=torch.float64)
+    seen = truth + cloud.sites(slice(None)).to_ambient(noise)
+    gp = RVGP(cloud, num_eigenpairs=100, nu=np.inf).fit(~hole, seen[:, ~hole])
     mean, cov = gp.predict(hole)
-    gap = cloud.sites(hole).to_tangent(mean - truth[:, hole]).abs()
-    inside = (gap < 1.96 * cov.diagonal(dim1=1, dim2=2).sqrt()).double().mean()
-    assert abs(inside - 0.95) < 0.03
-    one = RVGP(cloud, gp.kernel).fit(
-        ~hole, (truth + noise)[0, ~hole], optimize=False, noise_variance=gp.noise_variance
-    )
-    one.engine.log_amplitude.data.copy_(gp.engine.log_amplitude.data)
-    one.engine.condition()
-    zeros = find_singularities(one, draws=200, generator=generator)
-    total, places = zeros.around(pole, 0.5)
-    assert (total == 1).double().mean() > 0.95
-    spread = places - places.mean(0)
-    # the true zero lies within the cloud of the draws' zeros
-    distance = (
-        (pole - places.mean(0))[:2]
-        @ torch.linalg.inv(spread[:, :2].T @ spread[:, :2] / len(spread))
-        @ (pole - places.mean(0))[:2]
-    )
-    assert distance < 13.8  # 99.9 % of a chi-square of two degrees of freedom
-    assert (zeros.positions()[0] - pole).norm(dim=1).min() < 0.2
+    ratio = cloud.sites(hole).to_tangent(mean - truth[:, hole]).abs() / cov.diagonal(dim1=1, dim2=2).sqrt()
+    for width, share in ((0.674, 0.5), (1.96, 0.95)):
+        inside = (ratio < width).double().mean((1, 2))
+        assert abs(inside.mean() - share) < 4.5 * inside.std() / fields**0.5
+
+    faces = triangulate(cloud)
+    faces = faces[cloud.array[faces].mean(1)[:, 2] > np.cos(1.0)]
+    right, sure, ranks = 0, [], []
+    for data, pole in zip(seen[:, ~hole], poles, strict=True):
+        zeros = find_singularities(gp.fit(~hole, data, optimize=False), 99, generator, faces)
+        index, places = zeros.around([0.0, 0.0, 1.0], 1.0)
+        right += int(zeros.mean_index.sum() == 1)
+        sure.append(float((index == 1).double().mean()))
+        away = (torch.cat([pole[None], places]) - places.mean(0))[:, :2]
+        squares = (away @ torch.linalg.inv(torch.cov(away[1:].T)) * away).sum(1)
+        ranks.append(float((squares[1:] < squares[0]).double().mean()))
+    sure, ranks = np.array(sure), np.array(ranks)
+    assert sure.mean() > 0.95
+    # the index is as often right as the draws say
+    assert right > sure.sum() - 4.5 * np.sqrt((sure * (1 - sure)).sum())
+    for share in (0.5, 0.95):
+        assert abs((ranks <= share).mean() - share) < 4.5 * np.sqrt(share * (1 - share) / fields)
 
 
 def test_what_has_no_index() -> None:

@@ -54,10 +54,15 @@ def test_random_points_on_the_sphere() -> None:
 
 @pytest.mark.slow
 def test_three_sphere() -> None:
-    """Exact 1 (4 times), 2 (6), 6 (9), 7 (16) on the unit 3-sphere."""
+    """Exact 1 (4 times), 2 (6), 6 (9), 7 (16) on the unit 3-sphere.
+
+    Means of groups change by 0.002 from one sample to another; the rest of the tolerance is the bias of a Gaussian
+    neighbourhood whose squared width is 0.03, which grows with the eigenvalue.
+    """
     values, _ = PointCloud(random_sphere(4000, 3), 30).spectrum(35)
-    for got, true in zip(groups(values, (4, 6, 9, 16)), (1, 2, 6, 7), strict=True):
-        assert abs(got / true - 1) < 0.13
+    got = groups(values, (4, 6, 9, 16)) / np.array([1, 2, 6, 7])
+    assert (got < 1).all()
+    assert (1 - got < [0.065, 0.065, 0.085, 0.085]).all()
     gap = values[[4, 10, 19]] / values[[3, 9, 18]]
     assert (gap > torch.tensor([1.7, 2.4, 1.08])).all()
 
