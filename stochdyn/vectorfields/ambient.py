@@ -17,7 +17,17 @@ from stochdyn.vectorfields.rows import decode
 __all__ = ["AmbientKernel", "ScalarFactor"]
 
 
-class AmbientKernel(Kernel):
+class _OverPoints(Kernel):
+    """A kernel of rows that is made of a scalar kernel of ambient points."""
+
+    def __init__(self, cloud: PointCloud, base: Kernel | float = 1.5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.cloud = cloud
+        self.base_kernel = base if isinstance(base, Kernel) else _scalar(cloud, float(base))
+        self.double().to(cloud.device)
+
+
+class AmbientKernel(_OverPoints):
     r"""Independent fields in every ambient coordinate, projected to the tangent spaces: :math:`K(x,x')=T_x^\top T_{x'}\,k(x,x')`.
 
     The simple rival of kernels that know the manifold: k sees Euclidean distances.
@@ -37,12 +47,6 @@ class AmbientKernel(Kernel):
         torch.Size([2, 2])
     """
 
-    def __init__(self, cloud: PointCloud, base: Kernel | float = 1.5, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.cloud = cloud
-        self.base_kernel = base if isinstance(base, Kernel) else _scalar(cloud, float(base))
-        self.double().to(cloud.device)
-
     def forward(self, x1: Any, x2: Any, diag: bool = False, **params: Any) -> Any:
         """Return the kernel between rows."""
         (p1, t1), (p2, t2) = self._split(x1), self._split(x2)
@@ -59,7 +63,7 @@ class AmbientKernel(Kernel):
         return sites.points, torch.einsum("nda,na->nd", sites.frames, along)
 
 
-class ScalarFactor(Kernel):
+class ScalarFactor(_OverPoints):
     """A scalar kernel of ambient points as a factor of kernels of vector fields: all components get the same value.
 
     Args:
@@ -73,12 +77,6 @@ class ScalarFactor(Kernel):
         >>> (ConnectionMatern(circle, num_eigenpairs=9) * ScalarFactor(circle))(circle.rows([0, 20])).shape
         torch.Size([2, 2])
     """
-
-    def __init__(self, cloud: PointCloud, base: Kernel | float = 1.5, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.cloud = cloud
-        self.base_kernel = base if isinstance(base, Kernel) else _scalar(cloud, float(base))
-        self.double().to(cloud.device)
 
     def forward(self, x1: Any, x2: Any, diag: bool = False, **params: Any) -> Any:
         """Return the kernel between rows, blind to their directions."""

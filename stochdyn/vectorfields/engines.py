@@ -104,6 +104,26 @@ class Engine(nn.Module, ABC):
         """Maximise the evidence times the priors over amplitude, noise and the kernel's hyper-parameters."""
 
 
+class _GaussianLogDensity(torch.autograd.Function):
+    """The summed log density of columns ``(N, B)`` under N(0, C); its slope in C costs one inverse, less than backpropagation."""
+
+    @staticmethod
+    def forward(ctx: Any, covariance: Tensor, y: Tensor) -> Tensor:
+        factor = torch.linalg.cholesky(covariance)
+        solved = torch.cholesky_solve(y, factor)
+        ctx.save_for_backward(factor, solved)
+        rows, fields = y.shape
+        volume = rows * math.log(2 * math.pi) + 2.0 * factor.diagonal().log().sum()
+        return -0.5 * ((y * solved).sum() + fields * volume)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
+        factor, solved = ctx.saved_tensors
+        inverse = torch.cholesky_inverse(factor)
+        return 0.5 * slope * (solved @ solved.mT - solved.shape[1] * inverse), -slope * solved
+
+
 class _TorchEngine(Engine):
     """An engine whose evidence torch differentiates."""
 
@@ -136,6 +156,8 @@ def feature_terms(kernel: Kernel) -> list[tuple[FeatureKernel, list[ScaleKernel]
 class SpectralEngine(_TorchEngine):
     """Regression in feature space: one pass over the data, then solves of the size of the features.
 
+    The evidence of fewer rows than features costs solves of the size of the data.
+
     Args:
         data: observations.
         kernel: a :class:`FeatureKernel`, or sums and multiples of such.
@@ -152,6 +174,8 @@ class SpectralEngine(_TorchEngine):
             )
         self._terms = terms
         self.stats: Gram = accumulate(self._parts())
+        few = data.rows < self.stats.gram.shape[0]
+        self._design = torch.cat([phi for phi, _, _ in self._parts()]) if few else None
         self.posterior: WeightPosterior | None = None
 
     def features(self, sites: Sites) -> Tensor:
@@ -182,7 +206,12 @@ class SpectralEngine(_TorchEngine):
 
     def evidence(self) -> Tensor:
         """See :meth:`Engine.evidence`."""
-        return log_evidence(self.stats, self.amplitude * self.prior_variances(), self.noise)
+        s = self.amplitude * self.prior_variances()
+        if self._design is None:
+            return log_evidence(self.stats, s, self.noise)
+        y, relative = self.data.columns()
+        covariance = (self._design * s) @ self._design.mT + torch.diag_embed(self.noise * relative)
+        return cast(Tensor, _GaussianLogDensity.apply(covariance, y))
 
     def condition(self) -> None:
         """See :meth:`Engine.condition`."""
@@ -215,26 +244,6 @@ class SpectralEngine(_TorchEngine):
         weights = self._law().sample(n, generator)
         drawn = [torch.einsum("qak,nkb->nbqa", phi, weights) for _, phi in self._by_chunk(sites)]
         return torch.cat(drawn, 2)
-
-
-class _GaussianLogDensity(torch.autograd.Function):
-    """The summed log density of columns ``(N, B)`` under N(0, C); its slope in C costs one inverse, less than backpropagation."""
-
-    @staticmethod
-    def forward(ctx: Any, covariance: Tensor, y: Tensor) -> Tensor:
-        factor = torch.linalg.cholesky(covariance)
-        solved = torch.cholesky_solve(y, factor)
-        ctx.save_for_backward(factor, solved)
-        rows, fields = y.shape
-        volume = rows * math.log(2 * math.pi) + 2.0 * factor.diagonal().log().sum()
-        return -0.5 * ((y * solved).sum() + fields * volume)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
-        factor, solved = ctx.saved_tensors
-        inverse = torch.cholesky_inverse(factor)
-        return 0.5 * slope * (solved @ solved.mT - solved.shape[1] * inverse), -slope * solved
 
 
 class DenseEngine(_TorchEngine):

@@ -24,8 +24,8 @@ __all__ = ["Candidate", "Choice", "candidates", "choose", "make_engine"]
 MAX_DENSE_ROWS = 5000
 #: The most nodes for which the full-rank field is tried: its search costs tens of sparse factorisations.
 MAX_SPARSE_NODES = 20_000
-#: The most components of a field on the cloud for which all modes are taken: each step of the search factorises a matrix of that size.
-MAX_ALL_MODES = 1000
+#: The most modes that are all taken, and the most rows with which: the first bounds the eigenproblem, the second the search.
+MAX_ALL_MODES, MAX_ALL_ROWS = 2000, 1000
 #: The full-rank fields, which cost most, are tried only if the truncated one is this near the best, in nats a component.
 _HOPELESS = 0.4
 
@@ -58,14 +58,14 @@ class Choice:
 def candidates(cloud: PointCloud, rows: int) -> list[Candidate]:
     """Return the kernels that are tried on a cloud with so many components observed.
 
-    On small clouds the connection kernel has all its modes. A truncated kernel takes the truncation for truth: with about as
+    Where that is affordable the connection kernel has all its modes. A truncated kernel takes the truncation for truth: with about as
     many modes as observed components it fits the data with a noise that is too small, wins by evidence and predicts badly.
     """
     total = cloud.dim * len(cloud)
-    whole = total <= MAX_ALL_MODES
+    whole = total <= MAX_ALL_MODES and min(rows, total) <= MAX_ALL_ROWS
     found = [
         Candidate(
-            "connection",
+            "connection, all modes" if whole else "connection",
             lambda: ConnectionMatern(cloud, 1.5, total if whole else None, trainable_nu=True),
         ),
         Candidate("projected", lambda: ProjectedMatern(cloud, 1.5, trainable_nu=True)),

@@ -58,7 +58,9 @@ def test_bound_is_near_the_exact_evidence(plane: PointCloud) -> None:
         bounds = torch.stack([objective().terms["elbo"] for _ in range(6)])
     error = bounds.std() / 6**0.5
     assert bounds.mean() < exact + 4 * error
-    assert bounds.mean() > exact - 0.1 * y[:, 1:].numel()  # before any training, a tenth of a nat a number read
+    assert (
+        bounds.mean() > exact - 0.1 * y[:, 1:].numel()
+    )  # before any training, a tenth of a nat a number read
     with torch.no_grad():
         evidence, log_weights = objective.paths.evidence(1500)
     weights = (log_weights - log_weights.max(0).values).exp()

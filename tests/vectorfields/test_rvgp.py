@@ -51,6 +51,7 @@ def noisy(field: torch.Tensor, scale: float, seed: int = 0) -> torch.Tensor:
     "make",
     [
         lambda c: ConnectionMatern(c, num_eigenpairs=80),
+        lambda c: ConnectionMatern(c, num_eigenpairs=400),
         lambda c: ProjectedMatern(c, num_eigenpairs=30),
         AmbientKernel,
         lambda c: ScaleKernel(ConnectionMatern(c, num_eigenpairs=40)) + ProjectedMatern(c, num_eigenpairs=20),

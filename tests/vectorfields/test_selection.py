@@ -8,7 +8,8 @@ import torch
 
 from stochdyn.errors import UnavailableError
 from stochdyn.vectorfields import RVGP, PointCloud
-from tests.vectorfields.shapes import fibonacci_sphere, random_sphere
+from stochdyn.vectorfields.selection import candidates
+from tests.vectorfields.shapes import fibonacci_sphere, random_sphere, torus
 
 
 def test_a_smooth_shadow_is_given_to_an_ambient_kernel_and_a_rotation_to_the_divergence_free() -> None:
@@ -44,6 +45,20 @@ def test_off_spheres_and_before_fitting() -> None:
     turn = torch.stack([-cloud.points[:, 1], cloud.points[:, 0]], -1)
     gp.fit(range(0, n, 3), turn[::3])
     names = {c.name for c in gp.candidates}
-    assert {"connection", "projected", "ambient Matérn 3/2"} <= names
+    assert {"connection, all modes", "projected", "ambient Matérn 3/2"} <= names
     assert "divergence-free" not in names
     assert (gp.predict_mean(slice(None)) - turn).norm() < 0.05 * turn.norm()
+
+
+def test_modes_are_truncated_only_where_all_cost_too_much() -> None:
+    cloud = PointCloud(torus(1100), 12, dim=2)
+    names = [[c.name for c in candidates(cloud, rows)] for rows in (100, 2000)]
+    assert names[0] == names[1]  # 2200 modes are too many however few the rows
+    assert names[0][0] == "connection"
+    assert names[0][-1] == "connection, full rank, ν = 3"
+    small = PointCloud(torus(700), 12, dim=2)
+    assert [candidates(small, rows)[0].name for rows in (100, 1400)] == [
+        "connection, all modes",
+        "connection",
+    ]
+    assert not any("full rank" in c.name for c in candidates(small, 100))
