@@ -167,7 +167,7 @@ class TrajectoryELBO(Objective):
             raise InvalidInputError(
                 "the field must be fitted with a kernel that has features", hint="RVGP(cloud).fit(...)"
             )
-        clock = as_float_tensor(times, "times").detach().double()
+        clock = as_float_tensor(times, "times").detach().double().contiguous()
         check_time_grid(clock, "times")
         y = as_float_tensor(values, "values").detach().double()
         check_ndim(y, (2, 3), "values", "(P, n, D)")

@@ -194,6 +194,10 @@ def test_bad_kernels(cloud: PointCloud) -> None:
         ConnectionMatern(cloud, math.inf, trainable_nu=True)
     with pytest.raises(InvalidInputError, match="at most 400"):
         ConnectionMatern(cloud, num_eigenpairs=401)
+    small = PointCloud(random_sphere(60), 12, dim=2)
+    assert ConnectionMatern(small).spectral_weights().shape == (120,)
+    with pytest.raises(InvalidInputError, match="at most 120"):
+        ConnectionMatern(small, num_eigenpairs=300)
     with pytest.raises(InvalidInputError, match="num_eigenpairs"):
         ConnectionMatern(cloud, num_eigenpairs=0)
     with pytest.raises(InvalidInputError, match=r"0.5, 1.5, 2.5 or inf"):
