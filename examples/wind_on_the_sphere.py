@@ -60,9 +60,10 @@ def main() -> None:
     everywhere, band = gp.predict(slice(None))
     deviation = band.diagonal(dim1=1, dim2=2).sum(-1).sqrt()
     figure, axes = plt.subplots(2, 1, figsize=(9, 9), constrained_layout=True)
-    plot_globe(points, everywhere, every=2, scale=1500, label="speed (m/s)", ax=axes[0])
-    axes[0].scatter(longitude, latitude, c=index, cmap="bwr", marker="x", s=40)
-    axes[0].set_title(f"posterior mean from {arguments.stations} stations; zeros: red +1, blue -1")
+    plot_globe(points, everywhere, every=2, scale=1500, label="speed (m/s)", zeros=zeros, ax=axes[0])
+    axes[0].set_title(
+        f"posterior mean from {arguments.stations} stations; zeros and those of draws: red +1, blue -1"
+    )
     plot_globe(
         points,
         everywhere - wind,

@@ -9,6 +9,7 @@ from stochdyn.vectorfields.kernels import ConnectionMatern, FeatureKernel, Proje
 from stochdyn.vectorfields.latent import TrajectoryELBO
 from stochdyn.vectorfields.linear_form import LinearField, sample_field
 from stochdyn.vectorfields.paths import cloud_of_paths
+from stochdyn.vectorfields.plots import plot_field, plot_globe, plot_trajectories
 from stochdyn.vectorfields.rvgp import RVGP
 from stochdyn.vectorfields.singularities import Singularities, field_index, find_singularities, triangulate
 from stochdyn.vectorfields.sphere import HodgeMatern, hodge_compositional
@@ -34,6 +35,9 @@ __all__ = [
     "field_index",
     "find_singularities",
     "hodge_compositional",
+    "plot_field",
+    "plot_globe",
+    "plot_trajectories",
     "sample_field",
     "triangulate",
 ]

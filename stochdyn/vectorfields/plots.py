@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from stochdyn.vectorfields.sphere import sphere_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from stochdyn.vectorfields.singularities import Singularities
 
 __all__ = ["plot_field", "plot_globe", "plot_trajectories"]
 
@@ -42,6 +45,7 @@ def plot_field(
     scale: float | None = None,
     colour: str = "C0",
     label: str = "",
+    zeros: Singularities | None = None,
     ax: Any = None,
 ) -> Axes:
     """Draw a field as arrows at points of the plane or of space.
@@ -54,6 +58,7 @@ def plot_field(
         scale: length of an arrow of unit length; by default the longest is a fifteenth of the extent.
         colour: of the arrows.
         label: for the colour bar of the values.
+        zeros: of :func:`find_singularities`, to mark: crosses for the mean field, dots for the draws, red for index 1, blue for -1.
         ax: where to draw; new axes if None.
 
     Returns:
@@ -95,6 +100,8 @@ def plot_field(
             color=colour,
         )
         ax.set_aspect("equal")
+    if zeros is not None:
+        _mark(ax, zeros, _array)
     return ax
 
 
@@ -106,6 +113,7 @@ def plot_globe(
     every: int = 1,
     scale: float | None = None,
     label: str = "",
+    zeros: Singularities | None = None,
     ax: Any = None,
 ) -> Axes:
     """Draw a tangent field of a sphere as a map: longitude across, latitude up, arrows to the east and north.
@@ -117,6 +125,7 @@ def plot_globe(
         every: draw every so manyth arrow.
         scale: matplotlib's ``scale`` of the arrows: vector units a width of the map.
         label: for the colour bar.
+        zeros: to mark, as in :func:`plot_field`.
         ax: where to draw; new axes if None.
 
     Returns:
@@ -133,7 +142,7 @@ def plot_globe(
     every = as_count(every, "every")
     at = _array(torch.nn.functional.normalize(x.double() - found[0], dim=-1))
     arrows = _array(v)
-    longitude, latitude = np.arctan2(at[:, 1], at[:, 0]), np.arcsin(at[:, 2].clip(-1, 1))
+    longitude, latitude = np.radians(_on_map(x, found[0]).T)
     east = np.stack([-np.sin(longitude), np.cos(longitude), np.zeros(len(at))], 1)
     north = np.cross(at, east)
     if ax is None:
@@ -151,8 +160,28 @@ def plot_globe(
         scale=scale,
         width=0.0015,
     )
+    if zeros is not None:
+        _mark(ax, zeros, lambda places: _on_map(places, found[0]))
     ax.set(xlim=(-180, 180), ylim=(-90, 90), xlabel="longitude", ylabel="latitude")
     return ax
+
+
+def _on_map(points: Tensor, centre: Tensor) -> np.ndarray:
+    """Longitude and latitude in degrees, ``(n, 2)``."""
+    at = _array(torch.nn.functional.normalize(points.double() - centre, dim=-1))
+    return np.degrees(np.stack([np.arctan2(at[:, 1], at[:, 0]), np.arcsin(at[:, 2].clip(-1, 1))], 1))
+
+
+def _mark(ax: Any, zeros: Singularities, place: Callable[[Tensor], np.ndarray]) -> None:
+    """Mark zeros of the draws by dots and of the mean field by crosses, red where the index is positive."""
+    drawn = zeros.draw_index[zeros.draw_index != 0]
+    places, index = zeros.positions()
+    for at, kind, style in (
+        (zeros.draw_places, drawn, {"marker": ".", "s": 4, "alpha": 0.25}),
+        (places, index, {"marker": "x", "s": 40}),
+    ):
+        colours = np.where(_array(kind) > 0, "red", "blue")
+        ax.scatter(*place(at).T, c=colours, zorder=3, **style)
 
 
 def plot_trajectories(x: Any, *, colour: str = "C1", num_paths: int = 20, ax: Any = None) -> Axes:

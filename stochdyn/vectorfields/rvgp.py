@@ -82,6 +82,7 @@ class RVGP:
             check_choice(kernel, _NAMES, "kernel")
         elif not isinstance(kernel, Kernel):
             raise InvalidInputError("kernel must be a name or a gpytorch kernel", got=type(kernel).__name__)
+        _check_options(kernel, backend, num_eigenpairs, nu)
         self.cloud = cloud
         self.backend = backend
         self.kernel: Kernel | None = None
@@ -101,6 +102,13 @@ class RVGP:
         self.lost_share = 0.0
         self._batch: torch.Size = torch.Size()
         self._dtype = torch.float64
+
+    def __repr__(self) -> str:
+        if self.engine is None:
+            return f"RVGP({self.chosen} on {self.cloud!r}, not fitted)"
+        sites = len(self.engine.data.sites)
+        scales = f"amplitude {self.amplitude**0.5:.3g}, noise {self.noise_variance**0.5:.3g}"
+        return f"RVGP({self.chosen} on {self.cloud!r}, fitted at {sites} sites: {scales})"
 
     def _check_precision(self, kernel: str | Kernel, nu: float | None) -> None:
         """Take a connection kernel for the sparse engine, which has it in full."""
@@ -331,6 +339,22 @@ class RVGP:
         sites = self.cloud.sites(slice(None) if where is None else where)
         drawn = self._fitted().sample(n, sites, generator)
         return sites.to_ambient(drawn).reshape(n, *self._batch, len(sites), -1).to(self._dtype)
+
+
+def _check_options(kernel: str | Kernel, backend: str, num_eigenpairs: int | None, nu: float | None) -> None:
+    """Refuse options that would be ignored."""
+    if kernel == "auto" and (backend != "spectral" or num_eigenpairs is not None or nu is not None):
+        raise InvalidInputError(
+            "kernel='auto' chooses backend, num_eigenpairs and nu itself",
+            hint="leave them out, or name a kernel",
+        )
+    if num_eigenpairs is not None and (backend == "precision" or kernel not in ("connection", "projected")):
+        raise InvalidInputError(
+            "num_eigenpairs is for the named kernels 'connection' and 'projected' of the spectral backend",
+            got=f"kernel={kernel if isinstance(kernel, str) else type(kernel).__name__}, backend={backend}",
+        )
+    if isinstance(kernel, Kernel) and backend == "spectral" and nu is not None:
+        raise InvalidInputError("nu is for named kernels", hint="give it to the kernel itself")
 
 
 def _named(cloud: PointCloud, name: str, num_eigenpairs: int | None, nu: float) -> Kernel:

@@ -10,6 +10,7 @@ import torch
 matplotlib.use("Agg")
 
 from stochdyn.errors import InvalidInputError
+from stochdyn.vectorfields import RVGP, PointCloud, find_singularities
 from stochdyn.vectorfields.plots import plot_field, plot_globe, plot_trajectories
 from tests.vectorfields.shapes import fibonacci_sphere, torus
 
@@ -41,3 +42,20 @@ def test_trajectories() -> None:
     ax = plot_trajectories(torch.randn(4, 5, 7, 3), num_paths=6)
     assert len(ax.lines) == 6
     assert len(plot_trajectories(torch.randn(7, 2)).lines) == 1
+
+
+def test_zeros_are_marked() -> None:
+    cloud = PointCloud(fibonacci_sphere(200), 10, dim=2)
+    spin = torch.linalg.cross(torch.tensor([[0.0, 0.3, 1.0]]).double().expand(200, 3), cloud.points)
+    gp = RVGP(cloud, num_eigenpairs=30).fit(range(200), spin)
+    zeros = find_singularities(gp, draws=4, generator=torch.Generator().manual_seed(0))
+    ax = plot_globe(cloud.points, spin, zeros=zeros)
+    drawn, mean = ax.collections[-2:]
+    assert len(drawn.get_offsets()) == 8
+    # the axis is tilted to longitude 90; its other end lies to the south at -90
+    expected = [[90.0, np.degrees(np.arctan2(1, 0.3))], [-90.0, -np.degrees(np.arctan2(1, 0.3))]]
+    got = mean.get_offsets()[np.argsort(-mean.get_offsets()[:, 1])]
+    np.testing.assert_allclose(got, expected, atol=8.0)
+    assert (mean.get_edgecolor()[:, 0] == 1).all()
+    space = plot_field(cloud.points, spin, zeros=zeros)
+    assert len(space.collections) == 3

@@ -212,7 +212,18 @@ def test_bad_input(cloud: PointCloud, field: torch.Tensor) -> None:
         RVGP(cloud.points)
     with pytest.raises(InvalidInputError, match="name or a gpytorch kernel"):
         RVGP(cloud, 3)
+    for options in ({"nu": 2.5}, {"num_eigenpairs": 40}, {"backend": "precision"}):
+        with pytest.raises(InvalidInputError, match="chooses backend, num_eigenpairs and nu itself"):
+            RVGP(cloud, "auto", **options)
+    with pytest.raises(InvalidInputError, match="kernel=ambient"):
+        RVGP(cloud, "ambient", num_eigenpairs=40)
+    with pytest.raises(InvalidInputError, match="backend=precision"):
+        RVGP(cloud, backend="precision", num_eigenpairs=40)
+    with pytest.raises(InvalidInputError, match="nu is for named kernels"):
+        RVGP(cloud, AmbientKernel(cloud), nu=2.5)
     gp = sd.vectorfields.RVGP(cloud, num_eigenpairs=20)
+    assert "connection on PointCloud(300 points" in repr(gp)
+    assert "not fitted" in repr(gp)
     with pytest.raises(UnavailableError, match="Call fit"):
         gp.predict([0])
     with pytest.raises(ShapeError, match=r"expected \(\*batch, 10, 3\)"):
@@ -228,5 +239,6 @@ def test_bad_input(cloud: PointCloud, field: torch.Tensor) -> None:
     with pytest.raises(InvalidInputError, match="variances must be positive"):
         gp.fit(range(10), field[:10], torch.zeros(10))
     gp.fit(range(10), field[:10])
+    assert "fitted at 10 sites: amplitude" in repr(gp)
     with pytest.raises(InvalidInputError, match="covariance is unknown"):
         gp.predict([0], covariance="banana")
