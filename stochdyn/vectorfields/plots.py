@@ -58,7 +58,8 @@ def plot_field(
         scale: length of an arrow of unit length; by default the longest is a fifteenth of the extent.
         colour: of the arrows.
         label: for the colour bar of the values.
-        zeros: of :func:`find_singularities`, to mark: crosses for the mean field, dots for the draws, red for index 1, blue for -1.
+        zeros: of :func:`~stochdyn.vectorfields.singularities.find_singularities`, to mark: crosses for the mean field, dots
+            for the draws, red for index 1, blue for -1.
         ax: where to draw; new axes if None.
 
     Returns:
