@@ -11,6 +11,7 @@ from stochdyn.povm.frames import FourPauli, Frame, QutritSIC, Tetrahedral
 from stochdyn.povm.graphs import all_to_all, chain, ring, square_lattice
 from stochdyn.povm.gru import AutoregressiveGRU
 from stochdyn.povm.inference import RecordModel, infer_parameters
+from stochdyn.povm.interactions import AutoregressiveInteractions
 from stochdyn.povm.lindblad import Lindbladian
 from stochdyn.povm.observables import Observable, observable, observables
 from stochdyn.povm.operators import named_operator, spin_matrices
@@ -37,6 +38,7 @@ __all__ = [
     "Ansatz",
     "AutoregressiveAnsatz",
     "AutoregressiveGRU",
+    "AutoregressiveInteractions",
     "AutoregressiveTransformer",
     "AutoregressiveWindow",
     "Evolution",

@@ -16,7 +16,7 @@ from stochdyn.povm.scores import Tape
 from stochdyn.povm.strings import Strings
 from stochdyn.povm.window_ratios import RatioPlan
 
-__all__ = ["AutoregressiveWindow"]
+__all__ = ["AutoregressiveWindow", "lattice_offsets"]
 
 _MAX_ENTRIES = 1 << 20
 
@@ -77,16 +77,10 @@ class AutoregressiveWindow(AutoregressiveAnsatz):
     ) -> None:
         check_positive_int(order, "order")
         super().__init__(num_sites, num_outcomes, strings, shape, memory)
-        sizes = (num_sites,) if shape is None else tuple(shape)
-        places = list(product(*(range(n) for n in sizes)))
-        if len(places) != num_sites:
-            raise ShapeError("the lattice has another number of sites", got=sizes, expected=num_sites)
         rows: dict[Any, int] = {}
         used = 0
         nearest, strides, offsets = [], [], []
-        for i in range(num_sites):
-            earlier = [(_offset(places[j], places[i], sizes, periodic), j) for j in range(i)]
-            earlier.sort(key=lambda pair: (sum(x * x for x in pair[0]), -pair[1]))
+        for i, earlier in enumerate(lattice_offsets(num_sites, shape, periodic)):
             chosen = earlier[:order]
             pattern = tuple(offset for offset, _ in chosen) if shared else i
             if pattern not in rows:
@@ -163,6 +157,30 @@ class AutoregressiveWindow(AutoregressiveAnsatz):
                 rows.append((table + reference[step]).log_softmax(-1).reshape(-1))
             code = (b[:, self.neighbours] * self.strides).sum(-1) * self.num_outcomes + b
             return plan.sum(torch.cat(rows), code, len(shifts))
+
+
+def lattice_offsets(
+    num_sites: int, shape: Sequence[int] | None, periodic: bool
+) -> list[list[tuple[tuple[int, ...], int]]]:
+    """Return for every site of a lattice the earlier ones, the nearest first: relative position and number.
+
+    Args:
+        num_sites: ``N``.
+        shape: sizes of the lattice, the last axis fastest; a chain if None.
+        periodic: whether it closes on itself.
+
+    Raises:
+        ShapeError: if the lattice has another number of sites.
+    """
+    sizes = (num_sites,) if shape is None else tuple(shape)
+    places = list(product(*(range(n) for n in sizes)))
+    if len(places) != num_sites:
+        raise ShapeError("the lattice has another number of sites", got=sizes, expected=num_sites)
+    found = []
+    for i in range(num_sites):
+        earlier = [(_offset(places[j], places[i], sizes, periodic), j) for j in range(i)]
+        found.append(sorted(earlier, key=lambda pair: (sum(x * x for x in pair[0]), -pair[1])))
+    return found
 
 
 def _offset(

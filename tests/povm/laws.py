@@ -8,6 +8,7 @@ from scipy import stats
 from stochdyn.core.outcomes import encode
 from stochdyn.povm.ansatz import Ansatz
 from stochdyn.povm.gru import AutoregressiveGRU
+from stochdyn.povm.interactions import AutoregressiveInteractions
 from stochdyn.povm.strings import Strings
 from stochdyn.povm.table import FullTable
 from stochdyn.povm.transformer import AutoregressiveTransformer
@@ -49,6 +50,10 @@ def gru(depth: int, strings: Strings | str | None = None, sites: int = 4) -> Ans
 
 def window(order: int, strings: Strings | str | None = None, sites: int = 4) -> Ansatz:
     return stirred(AutoregressiveWindow(sites, order, strings=strings))
+
+
+def interactions(bodies: int, strings: Strings | str | None = None, sites: int = 4) -> Ansatz:
+    return stirred(AutoregressiveInteractions(sites, bodies, strings=strings))
 
 
 def table(sites: int = 4) -> Ansatz:

@@ -8,7 +8,7 @@ import torch
 from stochdyn.povm.ansatz import Ansatz
 from stochdyn.povm.table import FullTable
 from stochdyn.testing import AnsatzSuite
-from tests.povm.laws import STRINGS, gru, table, transformer, window
+from tests.povm.laws import STRINGS, gru, interactions, table, transformer, window
 
 
 class TestTransformer(AnsatzSuite):
@@ -37,6 +37,13 @@ class TestWindow(AnsatzSuite):
 
     def make(self) -> Ansatz:
         return window(2, STRINGS["reflections"])
+
+
+class TestInteractions(AnsatzSuite):
+    """Up to three sites, and reflections."""
+
+    def make(self) -> Ansatz:
+        return interactions(3, STRINGS["reflections"])
 
 
 class TestTable(AnsatzSuite):
