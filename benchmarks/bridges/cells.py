@@ -8,6 +8,7 @@ Whatever a bridge is free to choose is chosen by leaving out one of the *trainin
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 import warnings
@@ -21,19 +22,22 @@ from machine import machine
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.bridges import SchrodingerBridge, Snapshots, sampling_floor, score
+from stochdyn.bridges import DensityTrend, GrowingBridge, SchrodingerBridge, Snapshots, sampling_floor, score
 
 DIFFUSIONS = (0.1, 0.2, 0.3, 0.5)
+# what a bridge of a growing population may choose from, at the diffusion that was chosen without growth
+GROWTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+RIDGES = (0.1, 0.3, 1.0, 3.0)
 CELLS = 550
 
 
-def load(folder: Path | None, smoke: bool) -> Snapshots:
-    """Return five components of all cells, each scaled to variance one."""
+def load(folder: Path | None, smoke: bool, components: int = 5) -> Snapshots:
+    """Return the first components of all cells, each scaled to variance one."""
     if folder is None:
         cells = sd.datasets.branching_cells(60 if smoke else 300)
         return Snapshots(cells.times, cells.samples).standardised()[0]
     files = [np.load(folder / f"{name}.npz") for name in ("eb_test", "eb_val")]
-    values = np.concatenate([file["X"][:, :5] for file in files])
+    values = np.concatenate([file["X"][:, :components] for file in files])
     labels = np.concatenate([file["ts"] for file in files])
     values = (values - values.mean(0)) / values.std(0)
     limit = 60 if smoke else None
@@ -70,6 +74,24 @@ def choose_diffusion(train: Snapshots) -> float:
     return min(totals, key=lambda d: totals[d])
 
 
+def growing(train: Snapshots, growth: float, ridge: float, diffusion: float) -> GrowingBridge:
+    """The bridge of a growing population."""
+    trend = DensityTrend(train, ridge=ridge)
+    return GrowingBridge(train, growth, trend, diffusion=diffusion, step=0.25, tolerance=1e-4).solve()
+
+
+def choose_growth(train: Snapshots, diffusion: float) -> tuple[float, float]:
+    """The share of growth and the ridge that predict the training snapshots best when each inner one is left out."""
+    totals: dict[tuple[float, float], float] = {}
+    for growth, ridge in itertools.product(GROWTHS, RIDGES):
+        if growth or ridge == RIDGES[0]:  # without growth there is no trend
+            parts = [(*train.hold_out(j),) for j in range(1, len(train) - 1)]
+            laws = [(growing(inner, growth, ridge, diffusion), held) for inner, (held,) in parts]
+            seeded = torch.Generator().manual_seed
+            totals[growth, ridge] = sum(score(law, held, 1000, seeded(0)).w1 for law, held in laws)
+    return min(totals, key=lambda k: totals[k])
+
+
 def held_out(snaps: Snapshots, i: int, seeds: int, steps: int) -> dict[str, Any]:
     """Score all methods on snapshot ``i``."""
     train, (held,) = snaps.hold_out(i)
@@ -87,6 +109,13 @@ def held_out(snaps: Snapshots, i: int, seeds: int, steps: int) -> dict[str, Any]
             score(law, held, count, torch.Generator().manual_seed(seed)).w1 for seed in range(seeds)
         ]
     seconds["bridge"] = time.process_time() - began
+    began = time.process_time()
+    growth, ridge = choose_growth(train, diffusion)
+    grown = growing(train, growth, ridge, diffusion).marginal(held.time)
+    for count in (CELLS, 5000):
+        draws = [grown.sample(count, torch.Generator().manual_seed(seed)) for seed in range(seeds)]
+        scores[f"growing bridge, {count} draws"] = [score(x, held).w1 for x in draws]
+    seconds["growing bridge"] = time.process_time() - began
     before = snaps.samples[i - 1].float()
     span = float(snaps.times[i + 1] - snaps.times[i - 1])
     for kind in ("OT-CFM", "SF2M"):
@@ -101,6 +130,8 @@ def held_out(snaps: Snapshots, i: int, seeds: int, steps: int) -> dict[str, Any]
     row = {
         "time": float(snaps.times[i]),
         "diffusion": diffusion,
+        "growth": growth,
+        "ridge": ridge,
         "floor": floor,
         "w1": scores,
         "seconds": seconds,
@@ -117,7 +148,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with eb_test.npz and eb_val.npz")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of the flow-matching methods")
+    parser.add_argument("--components", type=int, default=5, help="of the embryoid body")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of the flow-matching methods")
     parser.add_argument(
         "--times", type=int, nargs="*", help="held-out snapshots; all inner ones if not given"
     )
@@ -126,7 +158,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*torchdyn.*")
-    snaps = load(options.data, options.smoke)
+    snaps = load(options.data, options.smoke, options.components)
     seeds, steps = (1, 30) if options.smoke else (options.seeds, options.steps)
     rows = [held_out(snaps, i, seeds, steps) for i in options.times or range(1, len(snaps) - 1)]
     if options.out.exists() and options.times:
@@ -139,6 +171,7 @@ def main() -> None:
         "machine": machine("torchcfm", "pot"),
         "data": "embryoid body" if options.data else "simulated",
         "cells": list(snaps.sizes),
+        "components": snaps.dim,
         "steps": steps,
         "smoke": options.smoke,
         "rows": rows,

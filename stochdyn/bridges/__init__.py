@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from stochdyn.bridges.bridge import SchrodingerBridge
 from stochdyn.bridges.cells import from_anndata, from_npz, pca
+from stochdyn.bridges.density_trend import DensityTrend
 from stochdyn.bridges.families import (
     DriftFamily,
     LinearDrift,
@@ -19,6 +20,7 @@ from stochdyn.bridges.families import (
 )
 from stochdyn.bridges.gaussian import GaussianBridge
 from stochdyn.bridges.gaussian_refine import GaussianChainBridge, GaussianRefinement, refine_gaussian
+from stochdyn.bridges.growing import GrowingBridge
 from stochdyn.bridges.history import History, Iteration
 from stochdyn.bridges.identifiability import RotationCheck, rotation_invariance
 from stochdyn.bridges.ipf import IPFBridge
@@ -49,12 +51,14 @@ __all__ = [
     "BridgeMatching",
     "BridgeProfile",
     "ComponentFeatures",
+    "DensityTrend",
     "DriftFamily",
     "EllipticVortex",
     "FeatureDrift",
     "GaussianBridge",
     "GaussianChainBridge",
     "GaussianRefinement",
+    "GrowingBridge",
     "HeldOut",
     "History",
     "IPFBridge",
