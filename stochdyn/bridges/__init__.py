@@ -40,7 +40,7 @@ from stochdyn.bridges.partial_gaussian import PartialGaussianBridge
 from stochdyn.bridges.plots import plot_history, plot_trajectories
 from stochdyn.bridges.profile import BridgeProfile, ProfileFit, fit_profile
 from stochdyn.bridges.pyro_family import ModuleDrift, PyroDrift, as_family
-from stochdyn.bridges.refine import Refinement, refine
+from stochdyn.bridges.refine import Refinement, RefinementInterrupted, refine
 from stochdyn.bridges.scoring import HeldOut, Score, forecast, leave_one_out, sampling_floor, score
 from stochdyn.bridges.snapshots import Snapshot, Snapshots
 from stochdyn.bridges.uncertainty import bootstrap, families_of, posterior
@@ -76,6 +76,7 @@ __all__ = [
     "ProfileFit",
     "PyroDrift",
     "Refinement",
+    "RefinementInterrupted",
     "Repressilator",
     "RotationCheck",
     "SchrodingerBridge",

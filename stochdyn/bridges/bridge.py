@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -178,6 +179,40 @@ class SchrodingerBridge(PathMeasure):
             self._check_reach(i, (-2 * (seen - seen.max())).amin(-2).clamp_min(0).sqrt())
             plan = sinkhorn(None, None, 1.0, cost=-kernel, relaxation=price, **options)
             return plan, plan.value
+
+    def couplings(self) -> dict[str, Any]:
+        """Return the potentials of all couplings and their values, as tensors and plain data; the reference isn't in it."""
+        plans = [
+            {
+                "f": plan._f,
+                "g": plan._g,
+                "error": plan.marginal_error,
+                "converged": plan.converged,
+                "iterations": plan.num_iterations,
+            }
+            for plan in self._solved()
+        ]
+        return {"plans": plans, "values": list(self._values)}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take couplings from :meth:`couplings` instead of solving for them; to the same bits."""
+        limit, self.max_iterations = self.max_iterations, 1
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.solve()
+        finally:
+            self.max_iterations = limit
+        device, plans = self.spread.device, self._solved()
+        self.plans = [
+            replace(
+                plan, _f=own["f"].to(device), _g=own["g"].to(device), marginal_error=own["error"].to(device),
+                converged=own["converged"], num_iterations=own["iterations"],
+            )
+            for plan, own in zip(plans, state["plans"], strict=True)
+        ]  # fmt: skip
+        self._values = [value.to(device) for value in state["values"]]
 
     def _check_reach(self, i: int, distance: Tensor) -> None:
         worst = float(distance.max())

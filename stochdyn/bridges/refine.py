@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
-import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stochdyn._checks import check_choice, check_positive, check_positive_int
-from stochdyn.bridges.acceleration import Anderson, get_vector, set_vector
 from stochdyn.bridges.bridge import SchrodingerBridge
 from stochdyn.bridges.families import DriftFamily, ZeroDrift
 from stochdyn.bridges.history import History, Iteration
 from stochdyn.bridges.ipf import IPFBridge
 from stochdyn.bridges.projection import Method, drift_at, path_gain, project_drift
 from stochdyn.bridges.reference import fitted_family, spread_of
+from stochdyn.bridges.refine_loop import Loop, Store, identity_of
 from stochdyn.bridges.snapshots import Snapshots
-from stochdyn.core.coefficients import Matrix
 from stochdyn.core.measure import DiffusionMeasure
-from stochdyn.errors import ConvergenceWarning, DiffusionError, InvalidInputError, NonFiniteError
+from stochdyn.errors import InvalidInputError, UnavailableError
+from stochdyn.training.interrupt import DeferredInterrupt
 
-__all__ = ["Refinement", "refine"]
+__all__ = ["Refinement", "RefinementInterrupted", "refine"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,18 @@ class Refinement:
         return room.posterior(self, num_draws, **options)
 
 
+class RefinementInterrupted(KeyboardInterrupt):
+    """Ctrl-C stopped a refinement after a whole iteration; the checkpoint, if any, holds that iteration.
+
+    Attributes:
+        result: the :class:`Refinement` so far.
+    """
+
+    def __init__(self, message: str, result: Refinement) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 def refine(
     snapshots: Snapshots,
     family: Any,
@@ -97,6 +110,8 @@ def refine(
     max_iterations: int = 10_000,
     ipf_sweeps: int = 10,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> Refinement:
     r"""Find the reference process of a family, and the bridge on it, that are nearest to one another.
 
@@ -134,6 +149,9 @@ def refine(
         max_iterations: of each coupling.
         ipf_sweeps: pairs of half-bridges, for the solvers by iterative proportional fitting.
         progress: show a bar.
+        checkpoint: directory that is saved to after every iteration, made if need be; for ``solver="sinkhorn"``.
+        resume: continue the run in ``checkpoint`` to the same bits as if it had never stopped; a fresh run if there is none. ``outer``
+            and ``restarts`` may be larger than they were.
 
     Returns:
         Parameters, the bridge, the refined reference, and the history.
@@ -142,6 +160,8 @@ def refine(
         InvalidInputError: for a family without parameters or options that can't work; before any work.
         ShapeError: if the drift doesn't fit the particles.
         DiffusionError: if the noise is so weak that no path reaches the next snapshot.
+        ForeignCheckpointError: if the checkpoint belongs to another run: other data, options or family.
+        RefinementInterrupted: after Ctrl-C, at the end of the iteration, with the result so far.
 
     Example:
         >>> from stochdyn.bridges import LinearDrift, Snapshots
@@ -162,6 +182,12 @@ def refine(
     check_positive(tolerance, "tolerance")
     if not isinstance(snapshots, Snapshots):
         raise InvalidInputError("snapshots must be Snapshots", got=type(snapshots).__name__)
+    if resume and checkpoint is None:
+        raise InvalidInputError("resume=True needs the directory of the run", hint="pass checkpoint=...")
+    if checkpoint is not None and solver != "sinkhorn":
+        raise UnavailableError(
+            "iterative proportional fitting keeps no checkpoints", got=f"solver={solver!r}"
+        )
     options = {
         "diffusion": diffusion, "outer": outer, "solver": solver, "step": step, "seed": seed,
         "learn_diffusion": learn_diffusion, "accelerate": accelerate, "start": start, "tolerance": tolerance, "restarts": restarts,
@@ -176,89 +202,53 @@ def refine(
     spread_of(diffusion, snapshots)
     if solver != "sinkhorn":
         return _refine_by_ipf(snapshots, original, options, progress)
-    generator = torch.Generator(snapshots.device).manual_seed(seed)
-    best: Refinement | None = None
-    for attempt in range(restarts + 1):
-        own = copy.deepcopy(original)
-        if attempt:
-            own.reset(generator)
-        fit = _refine_once(snapshots, own, options, attempt > 0, progress)
-        if best is None or fit.objective < best.objective:
-            best = fit
-    assert best is not None
-    return best
+    store = None if checkpoint is None else Store(Path(checkpoint), identity_of(snapshots, original, options))
+    return _refine_by_sinkhorn(snapshots, original, options, store, resume, progress)
 
 
-def _refine_once(
+def _refine_by_sinkhorn(
     snapshots: Snapshots,
-    family: DriftFamily,
+    original: DriftFamily,
     options: dict[str, Any],
-    from_family: bool,
+    store: Store | None,
+    resume: bool,
     progress: bool,
 ) -> Refinement:
-    from tqdm.auto import tqdm
+    """Run all attempts that aren't done yet, and return the best."""
+    generator = torch.Generator(snapshots.device).manual_seed(options["seed"])
+    saved = store.read() if store is not None and resume else None
+    reached = 0 if saved is None else saved["attempt"]
+    best: Loop | None = None
+    with DeferredInterrupt() as interrupt:
+        for attempt in range(options["restarts"] + 1):
+            own = copy.deepcopy(original)
+            if attempt:
+                own.reset(generator)
+            if attempt < reached:
+                continue
+            loop = Loop(snapshots, own, options, attempt > 0)
+            if saved is not None and attempt == reached:
+                if saved["best"] is not None:
+                    best = Loop(snapshots, copy.deepcopy(original), options, True)
+                    best.load_state_dict(saved["best"])
+                loop.load_state_dict(saved["loop"])
 
-    population = options["population"] or sum(snapshots.sizes) / len(snapshots)
-    diffusion, history = options["diffusion"], History()
-    brownian = options["start"] == "brownian" and not from_family
-    least = options["tolerance"] / population
-    make = {
-        "step": options["step"],
-        "tolerance": options["sinkhorn_tolerance"],
-        "max_iterations": options["max_iterations"],
-        "relaxation": options["relaxation"],
-        "corrections": options["corrections"],
-    }
-    clock = time.process_time()
-    first = ZeroDrift(snapshots.dim) if brownian else copy.deepcopy(family)
-    bridge = SchrodingerBridge(snapshots, first, diffusion, **make).solve()
-    small = sum(p.numel() for p in family.parameters()) <= 60
-    anderson = Anderson(3) if options["accelerate"] and small else None
-    bar = tqdm(range(options["outer"]), disable=not progress, desc="refine")
-    for _ in bar:
-        generator = torch.Generator(snapshots.device).manual_seed(options["seed"])
-        nodes = bridge.nodes(options["nodes"], generator)
-        kept = copy.deepcopy(family)
-        project_drift(
-            family, nodes, bridge.spread, population=population, method=options["projection"],
-            steps=options["projection_steps"], lr=options["projection_lr"], seed=options["seed"],
-        )  # fmt: skip
-        gain = path_gain(drift_at(bridge.family, nodes), drift_at(family, nodes), nodes, bridge.spread)
-        if options["learn_diffusion"]:
-            diffusion = _learnt_diffusion(bridge, family)
-        projected = float(bridge.objective) - float(gain)
-        following = None
-        if anderson is not None:
-            following = _extrapolate(anderson, kept, family, bridge, projected, diffusion, make)
-        if following is None:
-            following = SchrodingerBridge(snapshots, copy.deepcopy(family), diffusion, **make).solve(bridge)
-        else:
-            family = copy.deepcopy(following.family)
-        now = time.process_time()
-        objective = float(bridge.objective)
-        history.iterations.append(
-            Iteration(
-                objective, projected, float(bridge.marginal_errors.max()), family.named_values(),
-                float(following.spread.diagonal().mean().sqrt()), now - clock,
-            )
-        )  # fmt: skip
-        clock = now
-        fall = objective - float(following.objective)
-        bar.set_postfix(objective=f"{float(following.objective):.5g}", fall=f"{fall:.2g}")
-        if fall < -least and len(history) > 1:
-            # the projection no longer sees what the objective does: the last reference was better
-            history.stopped, family = "the objective would rise", kept
-            history.iterations.pop()
-            break
-        bridge = following
-        if fall < least:
-            history.stopped = "the objective no longer falls"
-            break
-    else:
-        history.stopped = "the largest number of iterations"
-    bar.close()
-    history.final_objective = float(bridge.objective)
-    return Refinement(family, bridge, history, snapshots, options)
+            def save(loop: Loop, attempt: int = attempt, best: Loop | None = best) -> None:
+                if store is not None:
+                    store.write(attempt, loop, best)
+
+            whole = loop.run(progress, interrupt, save)
+            if best is None or loop.history.final_objective < best.history.final_objective:
+                best = loop
+            if not whole or (interrupt.requested and attempt < options["restarts"]):
+                result = _result(best, snapshots, options)
+                raise RefinementInterrupted(f"stopped after iteration {len(loop.history)}", result)
+    assert best is not None
+    return _result(best, snapshots, options)
+
+
+def _result(loop: Loop, snapshots: Snapshots, options: dict[str, Any]) -> Refinement:
+    return Refinement(loop.family, loop.bridge, loop.history, snapshots, options)
 
 
 def _refine_by_ipf(
@@ -303,38 +293,3 @@ def _refine_by_ipf(
     history.stopped = "the number of iterations"
     law: Any = bridge  # a PathMeasure of the same shape, without potentials and objective
     return Refinement(family, law, history, snapshots, options)
-
-
-def _extrapolate(
-    anderson: Anderson,
-    before: DriftFamily,
-    after: DriftFamily,
-    bridge: SchrodingerBridge,
-    bound: float,
-    diffusion: Any,
-    make: dict[str, Any],
-) -> SchrodingerBridge | None:
-    """Return the bridge for extrapolated parameters, if it is better than the projection promises; else None."""
-    image = get_vector(after)
-    proposal = anderson.propose(get_vector(before), image)
-    if torch.equal(proposal, image) or not bool(torch.isfinite(proposal).all()):
-        return None
-    bold = copy.deepcopy(after)
-    set_vector(bold, proposal)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            attempt = SchrodingerBridge(bridge.snapshots, bold, diffusion, **make).solve(bridge)
-    except (DiffusionError, NonFiniteError):
-        attempt = None
-    if attempt is None or not attempt.converged or not float(attempt.objective) <= bound:
-        anderson.forget()
-        return None
-    return attempt
-
-
-@torch.no_grad()
-def _learnt_diffusion(bridge: SchrodingerBridge, family: DriftFamily) -> Matrix:
-    """Return the noise whose strength fits the couplings best, the drift being that of ``family``."""
-    factor = bridge.mahalanobis(family) / bridge.snapshots.dim
-    return Matrix(torch.linalg.cholesky(bridge.spread * factor.to(bridge.spread)))
