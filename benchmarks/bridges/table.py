@@ -165,7 +165,8 @@ def stem_cells(record: dict[str, Any]) -> list[str]:
     ]
     for name, row in record["result"].items():
         cells = (row["w2_at_0.5"], row["w2_at_1.5"], row["w2_of_the_second_at_2.0"])
-        lines.append(_row(name, *(f"{c:.3f}" for c in cells), f"{row['seconds']:.1f}"))
+        label = f"{name}, share {row['growth']:g}" if name == "growing" else name
+        lines.append(_row(label, *(f"{c:.3f}" for c in cells), f"{row['seconds']:.1f}"))
     return lines
 
 

@@ -166,6 +166,6 @@ class GrowingBridge:
                 f"Growth leaves the weight of {effective:.1f} of the {len(own)} particles at t={float(self.snapshots.times[j]):g}. "
                 "Give a smaller share of growth, or a trend with a larger ridge",
                 ApproximationWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return tilted
