@@ -32,11 +32,13 @@ def cells(result: dict[str, Any]) -> str:
     static = mean([mean(row["w1"]["static optimal transport, midpoint"]) for row in rows])
     grown = mean([mean(row["w1"]["growing bridge, 5000 draws"]) for row in rows])
     seeds = len(next(iter(rows[0]["w1"].values())))
+    size, components = result["cells"][0], result.get("components", 5)
     lines += [
         "",
-        f"Data: {result['data']}, {result.get('components', 5)} components, {result['cells'][0]} cells a time; means over {seeds} seeds; flow matching trained for {result['steps']} steps "
-        f"(TorchCFM {result['machine'].get('torchcfm', '?')}). Chosen without the held-out time: diffusions {chosen}; shares of growth (ridges) {growth}. "
-        f"The growing bridge is {1 - grown / static:.1%} below the static midpoint. {_machine(result)}",
+        f"Data: {result['data']}, {components} components, {size} cells a time; means over {seeds} seeds; flow matching trained for "
+        f"{result['steps']} steps (TorchCFM {result['machine'].get('torchcfm', '?')}). Chosen without the held-out time: diffusions "
+        f"{chosen}; shares of growth (ridges) {growth}. The growing bridge is {1 - grown / static:.1%} below the static midpoint. "
+        f"{_machine(result)}",
     ]
     return "\n".join(lines) + "\n"
 
