@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import machine, source
 
 import stochdyn as sd
 from stochdyn.povm import exact
@@ -355,34 +353,6 @@ def dynamics(case: dict[str, Any], seed: int, progress: bool) -> dict[str, Any]:
     }
 
 
-def source() -> str:
-    """Return which state of the library and of this file was run, as git names trees; they survive a rebase."""
-    here = Path(__file__).resolve().parent
-
-    def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    top = Path(ask("rev-parse", "--show-toplevel") or ".")
-    trees = [
-        ask("rev-parse", "--short", f"HEAD:{p}") for p in ("stochdyn/povm", "benchmarks/povm/accuracy.py")
-    ]
-    changed = ask("status", "--porcelain", "--", str(top / "stochdyn"), __file__)
-    return " ".join(trees) + (" and changes" if changed else "")
-
-
-def machine() -> dict[str, Any]:
-    """Describe where the numbers come from."""
-    return {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load at end": [round(x, 1) for x in os.getloadavg()],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def describe(case: dict[str, Any]) -> dict[str, Any]:
     """Return a case as plain data."""
     return json.loads(json.dumps(case, default=repr))
@@ -406,7 +376,7 @@ def main() -> None:
     for name in options.cases:
         kind, run = (DYNAMICS, dynamics) if name in DYNAMICS else (STEADY, steady)
         case = kind[name]
-        result = {"case": name, "seed": options.seed, "setting": describe(case), "source": source()}
+        result = {"case": name, "seed": options.seed, "setting": describe(case), "source": source(__file__)}
         result |= run(case, options.seed, options.progress)
         result["kept"] = result["largest"] <= case["bound"] and result.get("last", 0.0) <= case.get(
             "last", 1.0

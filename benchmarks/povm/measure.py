@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["machine", "race", "seconds"]
+__all__ = ["machine", "race", "seconds", "source"]
 
 
 def machine() -> dict[str, Any]:
@@ -43,6 +44,24 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
     return platform.processor() or "unknown"
+
+
+def source(file: str) -> str:
+    """Return which state of the library and of a programme was run, as git names trees; they survive a rebase."""
+    here = Path(file).resolve().parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    top = Path(ask("rev-parse", "--show-toplevel") or ".")
+    trees = [
+        ask("rev-parse", "--short", f"HEAD:{p}")
+        for p in ("stochdyn/povm", f"benchmarks/povm/{Path(file).name}")
+    ]
+    changed = ask("status", "--porcelain", "--", str(top / "stochdyn"), file)
+    return " ".join(trees) + (" and changes" if changed else "")
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine, race, seconds
+from measure import machine, race, seconds, source
 from plain import plain_local_rate, sample_by_prefixes
 
 from stochdyn.povm import (
@@ -122,18 +122,17 @@ def window(smoke: bool) -> dict[str, Any]:
 
         times = race({"window": by_window, "transformer": by_transformer}, 1 if smoke else 3)
         each = {"window": times["window"] / many, "transformer": times["transformer"] / few}
-        options = {"step": 0.05, "observables": ["Z"], "observe_samples": 16, "progress": False}
-        model = systems.ising(sites)
-        step = min(
-            seconds(lambda: evolve(flat, model, povm, [0.0, 0.05], "tdvp", many, **options))[0]
-            for _ in range(3)
-        )
+
+        def step(net: Any = flat, povm: Any = povm, many: int = many) -> Any:
+            options = {"step": 0.05, "observables": ["Z"], "observe_samples": 16, "progress": False}
+            return evolve(net, systems.ising(net.num_sites), povm, [0.0, 0.05], "tdvp", many, **options)
+
         row = {
             "sites": sites,
             "samples": many,
             **each,
             "ratio": each["transformer"] / each["window"],
-            "step": step,
+            "step": min(seconds(step)[0] for _ in range(3)),
         }
         rows.append(row)
         print(row, flush=True)
@@ -300,7 +299,7 @@ def main() -> None:
             result = SECTIONS[name](options.smoke)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            report = {"section": name, **result, "machine": machine()}
+            report = {"section": name, **result, "source": source(__file__), "machine": machine()}
             (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
