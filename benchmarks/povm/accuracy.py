@@ -173,7 +173,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
             "pairs": "all",
             "strings": Strings.translations((3, 3), reflections=False),
         },
-        "run": {"method": "tdvp", "num_samples": 300, "step": 0.05},
+        "run": {"method": "tdvp", "num_samples": 400, "step": 0.04},
         "bound": 3e-2,
     },
     "commuting32-tdvp": {
