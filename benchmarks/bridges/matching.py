@@ -59,7 +59,7 @@ def main() -> None:
     rows = []
     for dim in (5, 20, 50):
         for width in (0, 128):
-            steps = 100 if options.smoke else 600 if width else 2000
+            steps = 100 if options.smoke else 1200 if width else 2000
             rows.append(run(dim, width, steps, 2000 if options.smoke else 200_000, seed=0))
             print(json.dumps(rows[-1]))
     options.out.parent.mkdir(exist_ok=True)
