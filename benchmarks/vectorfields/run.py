@@ -5,7 +5,8 @@
 
 The bunny (the coarse Stanford bunny of the RVGP repository, an ``.npz`` with ``V (2503, 3)``) isn't shipped: Stanford 3D
 Scanning Repository, for research, with credit. Each part writes ``results/PART.json``; ``table.py`` makes the table of the
-documentation from them. Rows are kept as they come, and ``--only`` and ``--model`` measure some of them anew. ``--smoke`` runs
+documentation from them. Rows are kept as they come, and ``--only`` and ``--model`` measure some of them anew; rows of splits
+that a task no longer has are dropped. ``--smoke`` runs
 tiny sizes once and writes nothing unless told to.
 """
 
@@ -81,16 +82,21 @@ def speed(smoke: bool, only: str, evaluations: int | None) -> Iterator[Row]:
         yield {"task": "regression"} | regression(n, k, repeats, evaluations)
 
 
-def measure(part: str, arguments: argparse.Namespace) -> Iterator[Row]:
-    """Run one part, row by row."""
-    smoke, model, only = arguments.smoke, arguments.model, arguments.only
+def tasks_of(part: str, arguments: argparse.Namespace) -> list[Any]:
+    """The fields to be predicted in a part; none for the part about speed."""
+    smoke = arguments.smoke
     if part == "bunny":
-        yield from accuracy(bunny_tasks(arguments.data, smoke, arguments.trials, only), BUNNY, model, only)
-    elif part == "wind":
-        tasks = wind_tasks(300 if smoke else 2000, (50,) if smoke else (100, 400), 1 if smoke else 5)
-        yield from accuracy(tasks, WIND, model, only)
-    else:
-        yield from speed(smoke, only, arguments.evaluations)
+        return bunny_tasks(arguments.data, smoke, arguments.trials, arguments.only)
+    if part == "wind":
+        return wind_tasks(300 if smoke else 2000, (50,) if smoke else (100, 400), 1 if smoke else 5)
+    return []
+
+
+def measure(part: str, tasks: list[Any], arguments: argparse.Namespace) -> Iterator[Row]:
+    """Run one part, row by row."""
+    if part == "speed":
+        return speed(arguments.smoke, arguments.only, arguments.evaluations)
+    return accuracy(tasks, BUNNY if part == "bunny" else WIND, arguments.model, arguments.only)
 
 
 def key(row: Row) -> tuple[Any, ...]:
@@ -123,8 +129,12 @@ def main() -> None:
         known = (
             json.loads(path.read_text(encoding="utf-8"))["rows"] if path is not None and path.exists() else []
         )
-        rows = {key(row): row for row in known}
-        for row in measure(part, arguments):
+        tasks = tasks_of(part, arguments)
+        splits = {name: {t.split for t in tasks if t.name == name} for name in {t.name for t in tasks}}
+        rows = {
+            key(row): row for row in known if row["task"] not in splits or row["split"] in splits[row["task"]]
+        }
+        for row in measure(part, tasks, arguments):
             rows[key(row)] = row
             if path is not None:  # row by row, so that an interrupted run loses nothing
                 path.parent.mkdir(parents=True, exist_ok=True)

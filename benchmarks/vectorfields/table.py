@@ -23,7 +23,7 @@ def accuracy(report: dict[str, Any], title: str, text: str) -> list[str]:
     """Models down, tasks across; the mean over splits, the best in bold."""
     rows = report["rows"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = sorted(dict.fromkeys(row["model"] for row in rows), key="auto".__eq__)
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["model"], row["task"]), []).append(row)

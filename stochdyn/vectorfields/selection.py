@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gpytorch.kernels import Kernel
+from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
 from tqdm import tqdm
 
 from stochdyn.errors import InvalidInputError
@@ -22,22 +22,25 @@ __all__ = ["Candidate", "Choice", "candidates", "choose", "make_engine"]
 
 #: The most rows for which kernels without features are tried.
 MAX_DENSE_ROWS = 5000
+#: The most rows for which a sum of kernels is, whose search takes twice the steps.
+MAX_SUM_ROWS = 2500
 #: The most nodes for which the full-rank field is tried: its search costs tens of sparse factorisations.
 MAX_SPARSE_NODES = 20_000
 #: The most modes that are all taken, and the most rows with which: the first bounds the eigenproblem, the second the search.
 MAX_ALL_MODES, MAX_ALL_ROWS = 2000, 1000
-#: The full-rank fields, which cost most, are tried only if the truncated one is this near the best, in nats a component.
+#: What costs most is tried only if something akin to it is this near the best, in nats a component.
 _HOPELESS = 0.4
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel to try: its name, how to make it, and the backend and smoothness that go with it."""
+    """A kernel to try: its name, how to make it, the backend and smoothness that go with it, and the cheaper ones akin to it."""
 
     name: str
     make: Callable[[], Kernel | None]
     backend: str = "spectral"
     nu: float = 2.0
+    akin: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,13 @@ def candidates(cloud: PointCloud, rows: int) -> list[Candidate]:
     """
     total = cloud.dim * len(cloud)
     whole = total <= MAX_ALL_MODES and min(rows, total) <= MAX_ALL_ROWS
+
+    def connection() -> Kernel:
+        return ConnectionMatern(cloud, 1.5, total if whole else None, trainable_nu=True)
+
+    along = "connection, all modes" if whole else "connection"
     found = [
-        Candidate(
-            "connection, all modes" if whole else "connection",
-            lambda: ConnectionMatern(cloud, 1.5, total if whole else None, trainable_nu=True),
-        ),
+        Candidate(along, connection),
         Candidate("projected", lambda: ProjectedMatern(cloud, 1.5, trainable_nu=True)),
     ]
     if rows <= MAX_DENSE_ROWS:
@@ -85,10 +90,20 @@ def candidates(cloud: PointCloud, rows: int) -> list[Candidate]:
         ]
     if not whole and len(cloud) <= MAX_SPARSE_NODES:
         found += [
-            Candidate("connection, full rank, ν = 2", lambda: None, "precision", 2.0),
-            Candidate("connection, full rank, ν = 3", lambda: None, "precision", 3.0),
+            Candidate("connection, full rank, ν = 2", lambda: None, "precision", 2.0, (along,)),
+            Candidate("connection, full rank, ν = 3", lambda: None, "precision", 3.0, (along,)),
         ]
+    if rows <= MAX_SUM_ROWS:
+        both = (along, "ambient Matérn 3/2")
+        found.append(
+            Candidate(" + ".join(both), lambda: _sum(connection(), AmbientKernel(cloud, 1.5)), akin=both)
+        )
     return found
+
+
+def _sum(*kernels: Kernel) -> Kernel:
+    """Add kernels, each with a variance of its own."""
+    return AdditiveKernel(*(ScaleKernel(kernel) for kernel in kernels))
 
 
 def make_engine(
@@ -123,7 +138,8 @@ def choose(
     highest, record = -math.inf, []
     found: dict[str, float] = {}
     for candidate in tqdm(candidates(cloud, data.rows), desc="kernels", disable=not progress):
-        if candidate.backend == "precision" and highest - found["connection"] > _HOPELESS * data.rows:
+        near = max((found[name] for name in candidate.akin), default=highest)
+        if highest - near > _HOPELESS * data.rows:
             continue
         start = time.process_time()
         kernel = candidate.make()

@@ -55,7 +55,8 @@ def test_modes_are_truncated_only_where_all_cost_too_much() -> None:
     names = [[c.name for c in candidates(cloud, rows)] for rows in (100, 2000)]
     assert names[0] == names[1]  # 2200 modes are too many however few the rows
     assert names[0][0] == "connection"
-    assert names[0][-1] == "connection, full rank, ν = 3"
+    assert names[0][-2:] == ["connection, full rank, ν = 3", "connection + ambient Matérn 3/2"]
+    assert candidates(cloud, 2600)[-1].name == "connection, full rank, ν = 3"  # too many rows for a sum
     small = PointCloud(torus(700), 12, dim=2)
     assert [candidates(small, rows)[0].name for rows in (100, 1400)] == [
         "connection, all modes",
