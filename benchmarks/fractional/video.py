@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine
 from torch import Tensor
 
 import stochdyn as sd
@@ -163,20 +162,14 @@ def main() -> None:
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        machine = {
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": str(arguments.device or "cpu"),
-        }
+        where = machine() | {"device": str(arguments.device or "cpu")}
         setting = {
             k: v
             for k, v in vars(arguments).items()
             if k in ("steps", "lr", "batch", "videos", "test_videos", "samples", "seed")
         }
         out.write_text(
-            json.dumps({"machine": machine, "setting": setting, "rows": rows}, indent=1) + "\n",
+            json.dumps({"machine": where, "setting": setting, "rows": rows}, indent=1) + "\n",
             encoding="utf-8",
         )
         print(f"wrote {out}")
