@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument(
         "--log-iterations", type=int, default=20_000, help="bound on those of POT's log-domain solver"
     )
+    parser.add_argument(
+        "--families", nargs="*", default=(), help="of the gulf part: only these; results of others are kept"
+    )
     args = parser.parse_args()
     unknown = set(args.parts) - set(PARTS)
     if unknown:
@@ -71,7 +74,12 @@ def main() -> None:
             )
             result = getattr(solvers, part)(args.smoke, **extra)
         else:
-            result = getattr(systems, part)(args.data, args.smoke)
+            options: dict[str, Any] = {}
+            if part == "gulf" and args.families:
+                before = (out or RESULTS) / "gulf.json"
+                kept = json.loads(before.read_text(encoding="utf-8"))["result"] if before.exists() else None
+                options = {"families": args.families, "earlier": kept}
+            result = getattr(systems, part)(args.data, args.smoke, **options)
         record = {
             "part": part,
             "smoke": args.smoke,
