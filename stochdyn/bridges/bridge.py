@@ -301,12 +301,19 @@ class SchrodingerBridge(PathMeasure):
 
         Raises:
             TimeGridError: if the grid isn't increasing or leaves the span.
+            NonFiniteError: if the inner time grid is too coarse for the drift on a path.
         """
         check_time_grid(ts)
         check_inside(ts, self.snapshots.times, "ts", "the snapshots")
         shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
         count = int(torch.Size(shape).numel())
         x, dw = sampling.draw_paths(self.snapshots, self._solved(), self._transitions, ts, count, generator)
+        if not bool(torch.isfinite(x).all()):
+            raise NonFiniteError(
+                "trajectories aren't finite",
+                got=f"{float((~torch.isfinite(x)).any(-1).any(-1).double().mean()):.1%} of them",
+                hint="give a smaller step, or a smoother drift",
+            )
         dim = self.snapshots.dim
         return PathSample(ts, x.reshape(*shape, len(ts), dim), dw.reshape(*shape, len(ts) - 1, dim), {}, self)
 
@@ -334,8 +341,8 @@ class SchrodingerBridge(PathMeasure):
             plans[i], max_pairs, torch.Generator(times.device).manual_seed(0)
         )
         x, y = self.snapshots.samples[i][first], self.snapshots.samples[i + 1][second]
-        means, factors = sampling.pinned_law(self._transitions[i], x, y, time)
-        return BridgeMarginal(time, means, factors, weight)
+        law = sampling.pinned_law(self._transitions[i], x, y, time)
+        return BridgeMarginal(time, *sampling.finite_pairs(*law, weight, time))
 
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return the drift of the bridge at times ``t`` and states ``x (*batch, d)``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,12 @@ from stochdyn.bridges.linearised import AffineTransition, LinearisedTransition, 
 from stochdyn.bridges.marginal import _multinomial
 from stochdyn.bridges.snapshots import Snapshots
 from stochdyn.core.transport import TransportPlan
+from stochdyn.errors import ApproximationWarning, NonFiniteError
 
-__all__ = ["draw_partners", "draw_paths", "pinned_law"]
+__all__ = ["draw_partners", "draw_paths", "finite_pairs", "pinned_law"]
+
+# A larger share of a law than this can't be left out of it.
+_LOST = 0.05
 
 
 def draw_partners(
@@ -106,3 +112,36 @@ def pinned_law(part: Transition, x: Tensor, y: Tensor, time: float) -> tuple[Ten
     place = int(places[0])
     mean = pinned.mean(x.mT.contiguous())[place]
     return mean.mT.contiguous(), cholesky(pinned.covariance()[place]).movedim(-1, 0).contiguous()
+
+
+def finite_pairs(
+    means: Tensor, factors: Tensor, weight: Tensor, time: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Drop pairs whose linearised process isn't finite, with a warning; returns means, factors and weights of the others.
+
+    A path that runs through a place where the drift turns much faster than the grid can follow has no linear process.
+
+    Raises:
+        NonFiniteError: if they are more than a twentieth of the law.
+    """
+    fine = torch.isfinite(means).all(-1)
+    shared = len(factors) == 1 and len(means) > 1
+    if not shared:
+        fine = fine & torch.isfinite(factors).flatten(1).all(-1)
+    if bool(fine.all()):
+        return means, factors, weight
+    share = float(weight[~fine].sum() / weight.sum())
+    if share > _LOST:
+        raise NonFiniteError(
+            f"the law at t={time:g} isn't finite",
+            got=f"{share:.1%} of it",
+            hint="give a smaller step, or a smoother drift",
+        )
+    warnings.warn(
+        f"At t={time:g} the grid is too coarse for the drift on the way of {int((~fine).sum())} pairs, {share:.2%} of the law. "
+        "They are left out; a smaller step would keep them",
+        ApproximationWarning,
+        stacklevel=3,
+    )
+    kept = weight[fine] / weight[fine].sum()
+    return means[fine], factors if shared else factors[fine], kept

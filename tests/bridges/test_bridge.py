@@ -11,6 +11,7 @@ from torch import Tensor
 import stochdyn as sd
 from stochdyn.bridges import LinearDrift, LotkaVolterra, Snapshots
 from stochdyn.bridges.bridge import SchrodingerBridge
+from stochdyn.bridges.sampling import finite_pairs
 
 F64 = torch.float64
 
@@ -249,3 +250,14 @@ def test_a_density_that_is_not_finite_is_an_error_with_its_cause() -> None:
     snaps = Snapshots([0.0, 1.0], [torch.zeros(3, 1, dtype=F64), torch.ones(3, 1, dtype=F64)])
     with pytest.raises(sd.NonFiniteError):
         SchrodingerBridge(snaps, lambda t, x: -1e90 * x**3, 1.0, step=0.1).solve()
+
+
+def test_pairs_whose_law_is_not_finite_are_left_out_loudly() -> None:
+    means, factors = torch.tensor([[0.0], [1.0], [2.0]]), torch.ones(3, 1, 1)
+    means[1] = torch.nan
+    with pytest.warns(sd.ApproximationWarning, match=r"1 pairs, 4.00% of the law"):
+        kept = finite_pairs(means, factors, torch.tensor([0.48, 0.04, 0.48]), 0.5)
+    assert kept[0].flatten().tolist() == [0.0, 2.0]
+    assert kept[2].tolist() == [0.5, 0.5]
+    with pytest.raises(sd.NonFiniteError, match=r"smaller step"):
+        finite_pairs(means, factors, torch.tensor([0.4, 0.2, 0.4]), 0.5)
