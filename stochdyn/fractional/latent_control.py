@@ -16,11 +16,14 @@ from stochdyn.core.solvers import draw_increments, integrate
 from stochdyn.fractional.latent_parts import ContextHead
 from stochdyn.fractional.latent_posterior import Bound, Draws, LatentPosterior
 from stochdyn.fractional.series import Series
+from stochdyn.fractional.series_encoder import Contexts
 
 if TYPE_CHECKING:
     from stochdyn.fractional.latent import LatentSDE
 
 __all__ = ["ControlPosterior"]
+
+_AtStep = Callable[[int], Tensor]
 
 
 class _Recorder(Control):
@@ -29,22 +32,22 @@ class _Recorder(Control):
     def __init__(
         self,
         network: TanhNetwork,
-        context: Tensor,
-        feedback: Callable[[int], Tensor] | None,
-        factor: Callable[[int], Tensor] | None,
+        context: _AtStep,
+        feedback: _AtStep | None,
+        factor: _AtStep | None,
         scale: Tensor,
         width: Tensor,
         count: int,
     ) -> None:
         super().__init__()
         self.network, self.width, self.count = network, width, count
-        self.context, self.scale = context.unbind(0), scale.unbind(0)
+        self.context, self.scale = context, scale.unbind(0)
         self.feedback, self.factor = feedback, factor
         self.rows: dict[int, tuple[Tensor, Tensor, Tensor]] | None = {}
 
     def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
         """See :meth:`Control.shape_increment`; ``e`` are increments of the prior."""
-        context, scale = self.context[n], self.scale[n]
+        context, scale = self.context(n), self.scale[n]
         scaled = z / self.width
         mean = self.network(torch.cat([scaled, context.expand(*z.shape[:-1], context.shape[-1])], -1))
         if self.feedback is not None:
@@ -123,14 +126,26 @@ class ControlPosterior(LatentPosterior):
             nn.init.zeros_(self.head.bias)
             self.response = ContextHead(context, count * (1 + state_size // channels))
 
-    def _by_step(self, of: Callable[..., Tensor], *inputs: Tensor) -> Callable[[int], Tensor] | None:
-        """Return the function from a step to its coefficients: of all steps at once, or one by one to save memory."""
-        if not self.tight:
-            return None
+    def _by_step(self, contexts: Contexts, dt: Tensor) -> tuple[_AtStep, _AtStep | None, _AtStep | None]:
+        """Return context, feedback and factor as functions of the step: of all steps at once, or one by one to save memory."""
         if self.checkpoint:
-            return lambda n: of(*(x[n : n + 1] for x in inputs))[0]
-        rows = of(*inputs).unbind(0)
-        return lambda n: rows[n]
+
+            def row(n: int) -> Tensor:
+                return contexts.at(n + 1)
+
+            if not self.tight:
+                return row, None, None
+            return (
+                row,
+                lambda n: self._feedback(row(n)[None])[0],
+                lambda n: self._factor(row(n)[None], dt[n : n + 1])[0],
+            )
+        context = contexts.all()[1:]
+        rows = context.unbind(0)
+        if not self.tight:
+            return rows.__getitem__, None, None
+        feedback, factor = self._feedback(context).unbind(0), self._factor(context, dt).unbind(0)
+        return rows.__getitem__, feedback.__getitem__, factor.__getitem__
 
     def _feedback(self, context: Tensor) -> Tensor:
         """Return offsets and gains ``(N, B, m, R, 1 + 1 + K)`` of innovations on the state and memory of their component."""
@@ -155,15 +170,13 @@ class ControlPosterior(LatentPosterior):
 
     def _simulate(self, model: LatentSDE, series: Series, n: int) -> tuple[PathSample, Tensor, Tensor]:
         """Return paths ``(n, B)``, divergences and log ratios of the increments, ``(n, B)`` each."""
-        context = model.encoder(series, model.ts)
-        start = self.start(model, context[0], n)
         sde, ts = model.sde, model.ts
+        contexts = model.encoder.lookup(series, ts)
+        start = self.start(model, contexts.at(0), n)
         scale = model.increment_scale()
         control = _Recorder(
             self.network,
-            context[1:],
-            self._by_step(self._feedback, context[1:]),
-            self._by_step(self._factor, context[1:], (ts[1:] - ts[:-1]).to(context.dtype)),
+            *self._by_step(contexts, (ts[1:] - ts[:-1]).to(contexts.summaries.dtype)),
             scale,
             model.width,
             self.count,
