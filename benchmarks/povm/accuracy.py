@@ -134,7 +134,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "until": 2.0,
         "ansatz": "AutoregressiveInteractions",
         "net": {"bodies": 3},
-        "run": {"method": "tdvp", "num_samples": 20000, "step": 0.08, "rcond": 1e-4},
+        "run": {"method": "tdvp", "num_samples": 5000, "step": 0.05, "rcond": 1e-4},
         "bound": 3e-2,
     },
     "torus9-tdvp-interactions-strings": {
