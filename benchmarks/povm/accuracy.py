@@ -244,7 +244,9 @@ STEADY: dict[str, dict[str, Any]] = {
     "ring6-steady-sampled": {
         "fields": [0.5, 1.0, 2.0, 4.0], "sites": 6, "known": 6,
         "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
-        "run": {"method": "newton", "num_samples": 4000, "iterations": 40, "observe_samples": 262144},
+        "run": {
+            "method": "tdvp", "num_samples": 2000, "duration": 12.0, "step": 0.15, "observe_samples": 262144,
+        },
         "bound": 5e-3,
     },
     "ring6-steady-descent": {

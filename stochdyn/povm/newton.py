@@ -119,7 +119,7 @@ class GaussNewton:
             judge = self.averages.draw(generator)
             bar = self._mean_square(judge.outcomes, judge.weights)
         y = self.net.parameter_vector().double()
-        accepted = False
+        accepted, start = False, self.damping
         for _ in range(8):
             solution = torch.linalg.solve(gram + self.damping * scale * eye, right)
             self.net.set_parameter_vector(y - matrix.mT @ solution)
@@ -131,6 +131,9 @@ class GaussNewton:
             self.damping = min(self.damping * 8, 1e6)
         else:
             self.net.set_parameter_vector(y)
+            if self.averages.num_samples is not None:
+                # these draws were misleading, which says little about the damping that the next ones need
+                self.damping = min(8 * start, 1.0)
         return NewtonStep(before, float(w @ local.abs()), accepted)
 
     def _mean_square(self, a: Tensor, w: Tensor) -> float:

@@ -258,7 +258,7 @@ def _newton(
     """Take Newton steps until the rates are small; random numbers of each follow from the seed and its number."""
     solver = GaussNewton(net, operator, averages)
     history: list[float] = []
-    best, best_y = math.inf, net.parameter_vector()
+    best, best_y, refused = math.inf, net.parameter_vector(), 0
     identity = {"seed": repr(seed), "num_samples": repr(averages.num_samples), **fingerprint(net)}
     if folder is not None:
         prepare_folder(folder)
@@ -269,7 +269,8 @@ def _newton(
             net.load_state_dict(content.state["net"])
             history, solver.damping = content.state["history"], content.state["damping"]
             best, best_y = content.state["best"], content.state["best_y"].to(net.device)
-    refused = 0
+            refused = content.state["refused"]
+    enough = 2 if averages.num_samples is None else 4
     with tqdm(total=iterations, initial=len(history), disable=not progress, unit="step") as bar:
         while len(history) < iterations:
             before = net.parameter_vector()
@@ -280,14 +281,14 @@ def _newton(
                 best, best_y = step.mean_square, before
             bar.update()
             bar.set_postfix(residual=f"{step.mean_absolute:.3g}")
+            refused = 0 if step.accepted else refused + 1
             if folder is not None:
                 state = {
                     "net": dict(net.state_dict()), "history": history, "damping": solver.damping, "best": best,
-                    "best_y": best_y,
+                    "best_y": best_y, "refused": refused,
                 }  # fmt: skip
                 write_checkpoint(folder, Checkpoint("newton", len(history), identity, state))
-            refused = 0 if step.accepted else refused + 1
-            if step.mean_square < tolerance**2 or refused == 2:
+            if step.mean_square < tolerance**2 or refused == enough:
                 break
     if averages.num_samples is None:
         final = averages.draw()
