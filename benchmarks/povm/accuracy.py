@@ -133,8 +133,8 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "sites": 9,
         "until": 2.0,
         "ansatz": "AutoregressiveInteractions",
-        "net": {"bodies": 3, "order": 5, "shape": (3, 3)},
-        "run": {"method": "tdvp", "num_samples": 4000, "step": 0.05, "rcond": 1e-4},
+        "net": {"bodies": 3},
+        "run": {"method": "tdvp", "num_samples": 20000, "step": 0.08, "rcond": 1e-4},
         "bound": 3e-2,
     },
     "torus9-tdvp-interactions-strings": {
