@@ -138,8 +138,9 @@ def bunny_tasks(path: Path, smoke: bool, trials: int, only: str = "") -> list[Ta
                 Task(title, f"{int(hidden.sum())} nodes", cloud, field, nodes[~hidden], nodes[hidden])
             )
             continue
-        # splits of small clouds differ most, and cost least; those on which auto's candidates were designed are left out
-        first, count = (0, trials) if n > 1000 else (6 if n < 500 else 3, 3 * trials)
+        # splits of small clouds, and with few nodes observed, differ most and cost least; those on which auto's candidates were
+        # designed are left out
+        first, count = (0, trials) if n > 1000 else (6 if n < 500 else 3, (3 if share > 0.2 else 6) * trials)
         for seed in range(first, first + (1 if smoke else count)):
             tasks.append(Task(title, f"seed {seed}", cloud, field, *split(n, int(share * n), seed)))
     return tasks
