@@ -123,7 +123,8 @@ def render(folder: Path) -> str:
             "projected to the surface. Percentages: share of nodes observed. Holes: all nodes observed but those within 0.015 units "
             "of a place, of which the second is a zero of the field; there the unit vectors jump, which no kernel here can "
             "represent, and all are too sure. Errors are means over random splits; splits on which the candidates of `auto` were "
-            "designed aren't used. The sum of two kernels wasn't fitted around holes: its search on 4000 rows takes many minutes.",
+            "designed aren't used, but for one of the two of the whole bunny (n = 2176), on which the sum was tried first. "
+            "The sum of two kernels wasn't fitted around holes: its search on 4000 rows takes many minutes.",
         ),
         "wind": (
             "Wind",
