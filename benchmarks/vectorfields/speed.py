@@ -149,8 +149,9 @@ def regression(n: int, k: int, repeats: int, evaluations: int | None = None) -> 
     }
 
 
+# Linux hands ru_maxrss down from the parent process; VmHWM is the process's own.
 _CHILD = """
-import sys, time, resource, json; sys.path.insert(0, {folder!r})
+import pathlib, re, sys, time, resource, json; sys.path.insert(0, {folder!r})
 import torch
 torch.set_num_threads(1)
 from speed import random_sphere
@@ -158,7 +159,12 @@ from stochdyn.vectorfields import RVGP, PointCloud
 import stochdyn.vectorfields.spectrum, scipy.sparse.linalg, sklearn.neighbors
 small = PointCloud(random_sphere(500), 10, 2)
 RVGP(small, num_eigenpairs=20).fit(range(100), torch.ones(100, 3).double() - small.points[:100])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+status = pathlib.Path("/proc/self/status")
+def peak_kib():
+    if status.exists():
+        return int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_kib()
 points = random_sphere({n})
 a = time.process_time(); cloud = PointCloud(points, 10, 2)
 b = time.process_time(); cloud.spectrum({k})
@@ -168,7 +174,7 @@ gp = RVGP(cloud, num_eigenpairs={k}).fit(range(0, {n}, 2), field[::2])
 d = time.process_time(); mean, cov = gp.predict(range(1, {n}, 2))
 e = time.process_time()
 error = float((mean - field[1::2]).norm() / field[1::2].norm())
-peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+peak = (peak_kib() - before) / 1024
 print(json.dumps(dict(n={n}, k={k}, graph=b-a, spectrum=c-b, fit=d-c, predict=e-d, total=e-a, megabytes=peak, error=error)))
 """
 
