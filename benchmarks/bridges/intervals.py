@@ -1,4 +1,4 @@
-"""Coverage of posterior intervals on simulated Lotka-Volterra data: ``python benchmarks/bridges/coverage.py [--smoke]``.
+"""Coverage of posterior intervals on simulated Lotka-Volterra data: ``python benchmarks/bridges/intervals.py [--smoke]``.
 
 Each data set has fresh particles at every snapshot; each posterior is a bootstrap by linear response.
 """
