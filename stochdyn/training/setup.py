@@ -213,9 +213,10 @@ def _gradient_marks() -> dict[str, tuple[int, tuple[int, int] | None]]:
 def make_optimizer(
     factory: Callable[..., Optimizer] | None, parameters: Sequence[nn.Parameter], lr: float
 ) -> Optimizer:
-    """Return the optimiser: what the factory makes, or Adam (fused where PyTorch has it)."""
+    """Return the optimiser: what the factory makes, or Adam (fused on CUDA)."""
     if factory is None:
-        fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters)
+        # not on the CPU, where PyTorch's fused Adam takes gradients of another memory format for something else
+        fused = all(p.is_cuda and p.is_floating_point() for p in parameters)
         return Adam(parameters, lr=lr, fused=True) if fused else Adam(parameters, lr=lr)
     if not callable(factory):
         raise InvalidInputError(

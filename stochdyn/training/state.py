@@ -173,6 +173,7 @@ class FitState:
         self.step = content.step
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
+        _take_layout(self.optimizer)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.average is not None:
@@ -199,3 +200,12 @@ class FitState:
 
     def _callback_states(self) -> dict[str, Any]:
         return {name: s for name, c in self._named_callbacks().items() if (s := c.state_dict())}
+
+
+def _take_layout(optimizer: Optimizer) -> None:
+    """Lay moments out in memory as their parameters are: a fused optimiser relies on it, and files don't keep it."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            alike = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if alike and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
+from stochdyn.objectives.base import Objective, ObjectiveValue
 from stochdyn.training import FitInterrupted, FitResult, FitState, fit
 from stochdyn.training.checkpoint import read_checkpoint
 from tests.training.toys import Noisy, Quadratic, Regression, regression_data, same_bits, weights
@@ -128,6 +129,41 @@ class TestSameBits:
 
         plain(N, tmp_path)
         assert torch.equal(plain(2 * N, tmp_path, resume=True).losses, plain(2 * N).losses)
+
+
+class Convolution(Objective):
+    """A convolution whose weights lie in memory with the channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, batch: Tensor) -> ObjectiveValue:
+        loss = (self.layer(batch.contiguous(memory_format=torch.channels_last)) - 1).square().mean()
+        return ObjectiveValue(loss, {}, "surrogate")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_moments_keep_the_layout_of_their_parameters(tmp_path: Path, fused: bool) -> None:
+    images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def run(steps: int, folder: Path | None) -> Convolution:
+        objective = Convolution()
+        fit(
+            objective,
+            images,
+            steps=steps,
+            optimizer=partial(torch.optim.Adam, fused=fused),
+            checkpoint=folder,
+            resume=folder is not None,
+            progress=False,
+        )
+        return objective
+
+    whole = run(12, None)
+    run(5, tmp_path)
+    assert same_bits(weights(run(12, tmp_path)), weights(whole))
 
 
 def test_a_finished_run_is_returned_as_it_is(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class TestTheLoop:
     def test_equals_a_loop_by_hand(self) -> None:
         data = regression_data()
         by_hand = Regression()
-        adam = torch.optim.Adam(by_hand.parameters(), lr=0.01, fused=True)
+        adam = torch.optim.Adam(by_hand.parameters(), lr=0.01)
         losses = []
         for _ in range(25):
             adam.zero_grad()
