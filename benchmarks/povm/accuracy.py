@@ -26,6 +26,7 @@ from stochdyn.povm.systems import ising, reference
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 TURN = (3, 2, 1, 0)  # by pi about z, for the rotated tetrahedron
 RING = "translations+reflections"
+COMMUTING = {"system": "commuting_ring", "which": {"dephasing": 0.0}, "rotated": False, "bound": 2e-2}
 
 
 def torus(shape: tuple[int, int]) -> Strings:
@@ -177,58 +178,43 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "bound": 3e-2,
     },
     "commuting32-tdvp": {
-        "system": "commuting_ring",
+        **COMMUTING,
         "sites": 32,
-        "which": {"dephasing": 0.0},
-        "rotated": False,
         "until": 3.0,
         "ansatz": "AutoregressiveWindow",
         "net": {"order": 3},
         "run": {"method": "tdvp", "num_samples": 1000, "step": 0.05},
-        "bound": 2e-2,
     },
     "commuting64-tdvp": {
-        "system": "commuting_ring",
+        **COMMUTING,
         "sites": 64,
-        "which": {"dephasing": 0.0},
-        "rotated": False,
         "until": 3.0,
         "ansatz": "AutoregressiveWindow",
         "net": {"order": 2},
         "run": {"method": "tdvp", "num_samples": 1000, "step": 0.05},
-        "bound": 2e-2,
     },
     "commuting64-tdvp-order3": {
-        "system": "commuting_ring",
+        **COMMUTING,
         "sites": 64,
-        "which": {"dephasing": 0.0},
-        "rotated": False,
         "until": 3.0,
         "ansatz": "AutoregressiveWindow",
         "net": {"order": 3},
         "run": {"method": "tdvp", "num_samples": 1000, "step": 0.05},
-        "bound": 2e-2,
     },
     "commuting32-tdvp-transformer": {
-        "system": "commuting_ring",
+        **COMMUTING,
         "sites": 32,
-        "which": {"dephasing": 0.0},
-        "rotated": False,
         "until": 0.5,
         "net": {"layers": 1, "width": 16, "heads": 2},
         "run": {"method": "tdvp", "num_samples": 1500, "step": 0.05},
-        "bound": 2e-2,
         "single": True,
     },
     "commuting64-tdvp-transformer": {
-        "system": "commuting_ring",
+        **COMMUTING,
         "sites": 64,
-        "which": {"dephasing": 0.0},
-        "rotated": False,
         "until": 0.25,
         "net": {"layers": 1, "width": 16, "heads": 2},
         "run": {"method": "tdvp", "num_samples": 100, "step": 0.05},
-        "bound": 2e-2,
         "single": True,
     },
 }

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ControlPosterior"]
 
-_AtStep = Callable[[int], Tensor]
+_Coefficients = tuple[Tensor, Tensor | None, Tensor | None]
+_AtStep = Callable[[int], _Coefficients]
 
 
 class _Recorder(Control):
@@ -32,36 +33,32 @@ class _Recorder(Control):
     def __init__(
         self,
         network: TanhNetwork,
-        context: _AtStep,
-        feedback: _AtStep | None,
-        factor: _AtStep | None,
+        coefficients: _AtStep,
         scale: Tensor,
         width: Tensor,
         count: int,
     ) -> None:
         super().__init__()
         self.network, self.width, self.count = network, width, count
-        self.context, self.scale = context, scale.unbind(0)
-        self.feedback, self.factor = feedback, factor
+        self.coefficients, self.scale = coefficients, scale.unbind(0)
         self.rows: dict[int, tuple[Tensor, Tensor, Tensor]] | None = {}
 
     def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
         """See :meth:`Control.shape_increment`; ``e`` are increments of the prior."""
-        context, scale = self.context(n), self.scale[n]
+        (context, feedback, factor), scale = self.coefficients(n), self.scale[n]
         scaled = z / self.width
         mean = self.network(torch.cat([scaled, context.expand(*z.shape[:-1], context.shape[-1])], -1))
-        if self.feedback is not None:
-            mean = mean + _respond(self.feedback(n), scaled, channels)
+        if feedback is not None:
+            mean = mean + _respond(feedback, scaled, channels)
         mean = mean * dt**0.5
         standard = e / scale
         divergence = 0.5 * mean.square().sum(-1)
-        if self.factor is None:
+        if factor is None:
             if self.count < e.shape[-1]:
                 mean = torch.nn.functional.pad(mean, (0, e.shape[-1] - self.count))
             drawn = mean + standard
             ratio = -(mean * (0.5 * mean + standard)).sum(-1)
         else:
-            factor = self.factor(n)
             drawn = mean + _spread(factor, standard, channels)
             log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
             divergence = divergence + 0.5 * (factor.square().sum((-3, -2, -1)) - e.shape[-1]) - log_det
@@ -126,26 +123,23 @@ class ControlPosterior(LatentPosterior):
             nn.init.zeros_(self.head.bias)
             self.response = ContextHead(context, count * (1 + state_size // channels))
 
-    def _by_step(self, contexts: Contexts, dt: Tensor) -> tuple[_AtStep, _AtStep | None, _AtStep | None]:
-        """Return context, feedback and factor as functions of the step: of all steps at once, or one by one to save memory."""
+    def _by_step(self, contexts: Contexts, dt: Tensor) -> _AtStep:
+        """Return context, feedback and factor as a function of the step: of all steps at once, or one by one to save memory."""
         if self.checkpoint:
 
-            def row(n: int) -> Tensor:
-                return contexts.at(n + 1)
+            def one(n: int) -> _Coefficients:
+                row = contexts.at(n + 1)
+                if not self.tight:
+                    return row, None, None
+                return row, self._feedback(row[None])[0], self._factor(row[None], dt[n : n + 1])[0]
 
-            if not self.tight:
-                return row, None, None
-            return (
-                row,
-                lambda n: self._feedback(row(n)[None])[0],
-                lambda n: self._factor(row(n)[None], dt[n : n + 1])[0],
-            )
+            return one
         context = contexts.all()[1:]
         rows = context.unbind(0)
         if not self.tight:
-            return rows.__getitem__, None, None
+            return lambda n: (rows[n], None, None)
         feedback, factor = self._feedback(context).unbind(0), self._factor(context, dt).unbind(0)
-        return rows.__getitem__, feedback.__getitem__, factor.__getitem__
+        return lambda n: (rows[n], feedback[n], factor[n])
 
     def _feedback(self, context: Tensor) -> Tensor:
         """Return offsets and gains ``(N, B, m, R, 1 + 1 + K)`` of innovations on the state and memory of their component."""
@@ -176,7 +170,7 @@ class ControlPosterior(LatentPosterior):
         scale = model.increment_scale()
         control = _Recorder(
             self.network,
-            *self._by_step(contexts, (ts[1:] - ts[:-1]).to(contexts.summaries.dtype)),
+            self._by_step(contexts, (ts[1:] - ts[:-1]).to(contexts.summaries.dtype)),
             scale,
             model.width,
             self.count,
