@@ -77,7 +77,8 @@ def double_well(report: dict[str, Any]) -> list[str]:
     for row in report["rows"]:
         self_check = row["smoother against itself"]
         rows.append([
-            row["hurst"], f"smoother, {row['particles']:.0e} particles, twice", f"{row['evidence'][0]:.2f}, {row['evidence'][1]:.2f}", "",
+            row["hurst"], f"smoother, {row['runs'] // 2} runs of {row['particles']:.0e} particles, twice",
+            f"{row['evidence'][0]:.2f}, {row['evidence'][1]:.2f}", "",
             f"{self_check['mean error of the mean, in posterior sd']:.3f}", f"{100 * self_check['mean relative error of the sd']:.1f} %",
             f"{row['seconds of the smoother']:.0f}",
         ])  # fmt: skip
@@ -104,7 +105,19 @@ def double_well(report: dict[str, Any]) -> list[str]:
         "**Double well** with fractional noise against a particle smoother (`double_well.py`).",
         "",
         *_table(head, rows),
+        "",
+        "Errors are against all runs of the smoother, pooled by their evidence; the rows of the smoother compare its two halves. "
+        + _single_runs(report),
+        "",
     ]
+
+
+def _single_runs(report: dict[str, Any]) -> str:
+    """Say how far single runs are apart."""
+    parts = [
+        f"{100 * row['two single runs']['mean relative error of the sd']:.0f} % at H = {row['hurst']}" for row in report["rows"]
+    ]  # fmt: skip
+    return f"Standard deviations of two single runs differ by {' and '.join(parts)}."
 
 
 def video(report: dict[str, Any]) -> list[str]:
