@@ -32,6 +32,8 @@ from stochdyn.infer import AutoPathGuide, start_at_mode
 
 RESULTS = Path(__file__).parent / "results" / "hurst_recovery.json"
 DRAWS = 4000
+#: Draws of the prior at which the search for the mode may begin: of long series the evidence has several modes.
+STARTS = 16
 
 
 def infer(hurst: float, n: int, seed: int, steps: int, particles: int) -> dict[str, float]:
@@ -46,7 +48,7 @@ def infer(hurst: float, n: int, seed: int, steps: int, particles: int) -> dict[s
         feedback="recomputed",
         rest=lambda m: AutoMultivariateNormal(m, init_loc_fn=init_to_median(num_samples=1), init_scale=0.1),
     )
-    start_at_mode(guide, ts, y)
+    start_at_mode(guide, ts, y, starts=STARTS)
     optimiser = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.1 ** (1 / steps)})
     elbo = Trace_ELBO(num_particles=particles, vectorize_particles=True, max_plate_nesting=0)
     svi = SVI(model, guide, optimiser, elbo)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import Tensor
+from torch.distributions import biject_to
 
 from stochdyn._checks import check_positive_int
 from stochdyn.errors import InvalidInputError, NonFiniteError
@@ -18,7 +21,13 @@ __all__ = ["start_at_mode"]
 _LATENT = "_{}_latent"
 
 
-def start_at_mode(guide: AutoPathGuide, *args: Any, iterations: int = 30, **kwargs: Any) -> Tensor:
+#: How many of the prior draws with the greatest bounds a search begins at.
+_CLIMBS = 3
+
+
+def start_at_mode(
+    guide: AutoPathGuide, *args: Any, iterations: int = 30, starts: int = 0, **kwargs: Any
+) -> Tensor:
     r"""Put the law of the sites beside a path to the Laplace approximation of their posterior.
 
     With recomputed feedback the log weight of a draw estimates the evidence given the other sites,
@@ -34,6 +43,8 @@ def start_at_mode(guide: AutoPathGuide, *args: Any, iterations: int = 30, **kwar
         guide: with ``feedback="recomputed"`` and ``rest=AutoMultivariateNormal``.
         args: arguments of the model.
         iterations: of L-BFGS, at most.
+        starts: number of draws of the prior whose bounds are compared, since the posterior may have several modes. Short
+            searches then begin at the best three as well as at the guide's own start, and the highest one is finished.
         kwargs: keyword arguments of the model.
 
     Returns:
@@ -82,7 +93,18 @@ def start_at_mode(guide: AutoPathGuide, *args: Any, iterations: int = 30, **kwar
         leaf = u.detach().requires_grad_()
         return torch.autograd.grad(bound(leaf), leaf)[0]
 
-    mode = _maximise(bound, rest.loc.detach().clone(), iterations)
+    candidates = [rest.loc.detach().clone()]
+    if starts:
+        check_positive_int(starts, "starts")
+        with pyro.validation_enabled(False):
+            draws = [_prior_draw(guide, rest, args, kwargs) for _ in range(starts)]
+            heights = torch.stack([_height(bound, u) for u in draws])
+            for i in heights.topk(min(_CLIMBS, starts)).indices.tolist():
+                candidates.append(draws[i])
+            candidates = [_maximise(bound, u, max(1, iterations // 3)) for u in candidates]
+            heights = torch.stack([_height(bound, u) for u in candidates])
+        candidates = [candidates[int(heights.argmax())]]
+    mode = _maximise(bound, candidates[0], iterations)
     curvature = _curvature(slope, mode)
     with torch.no_grad():
         covariance = torch.linalg.inv(curvature)
@@ -92,6 +114,25 @@ def start_at_mode(guide: AutoPathGuide, *args: Any, iterations: int = 30, **kwar
         rest.scale = scale
         rest.scale_tril = (factor / scale.unsqueeze(-1)).contiguous()
     return mode
+
+
+def _prior_draw(guide: AutoPathGuide, rest: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Draw the sites beside the path from the prior, unconstrained and joined as in their guide."""
+    with torch.no_grad(), poutine.block():
+        nodes = poutine.trace(guide.model).get_trace(*args, **kwargs).nodes
+    parts = []
+    for name, _ in rest.prototype_trace.iter_stochastic_nodes():
+        site: Any = nodes[name]
+        with torch.no_grad():
+            parts.append(biject_to(site["fn"].support).inv(site["value"]).reshape(-1))
+    return torch.cat(parts)
+
+
+def _height(bound: Any, u: Tensor) -> Tensor:
+    """Return the bound, or minus infinity where it isn't a number."""
+    with torch.no_grad():
+        value: Tensor = bound(u)
+    return torch.where(torch.isnan(value), -math.inf, value)
 
 
 def _maximise(bound: Any, start: Tensor, iterations: int) -> Tensor:

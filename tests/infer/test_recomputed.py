@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, init_to_median
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, init_to_median, init_to_value
 from torch import Tensor
 
 import stochdyn as sd
@@ -120,6 +120,32 @@ def test_the_posterior_of_coupled_sites_has_the_right_width() -> None:
     assert 0.8 < sd_fit / sd_exact < 1.15
 
 
+def test_the_higher_of_two_modes_is_found_from_several_starts() -> None:
+    """Two narrow modes at 2 and -2, the second exp(3) times as high; the guide starts at the first."""
+
+    def two_modes() -> None:
+        u = pyro.sample("u", dist.Normal(torch.tensor(0.0, dtype=D), 3.0))
+        humps = torch.stack([-((u - 2) ** 2) / 0.02, 3 - (u + 2) ** 2 / 0.02])
+        pyro.factor("humps", torch.logsumexp(humps, 0))
+        x = sample_path("x", sd.SDE(lambda t, x: -x, 0.5), torch.zeros(1, dtype=D), TS)
+        pyro.sample("y", dist.Normal(x[..., 2::2, 0], 0.1).to_event(1), obs=Y)
+
+    def found(starts: int) -> float:
+        pyro.set_rng_seed(0)
+        near = init_to_value(values={"u": torch.tensor(1.9, dtype=D)})
+        guide = AutoPathGuide(
+            two_modes,
+            hidden=(),
+            feedback="recomputed",
+            rest=lambda m: AutoMultivariateNormal(m, init_loc_fn=near, init_scale=0.1),
+        )
+        return float(start_at_mode(guide, starts=starts))
+
+    # the prior moves the modes by 2 * 0.01 / 9 towards zero
+    assert abs(found(0) - 2) < 0.01
+    assert abs(found(20) + 2) < 0.01
+
+
 def test_bad_choices_are_refused() -> None:
     with pytest.raises(InvalidInputError, match="no say"):
         AutoPathGuide(_model, feedback="recomputed", start="prior")
@@ -129,3 +155,5 @@ def test_bad_choices_are_refused() -> None:
         start_at_mode(AutoPathGuide(_model))
     with pytest.raises(InvalidInputError, match="normal law"):
         start_at_mode(_guide(AutoDelta))
+    with pytest.raises(InvalidInputError, match="starts"):
+        start_at_mode(_guide(), starts=-1)
