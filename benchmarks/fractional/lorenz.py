@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stochdyn.fractional import LatentSDE, Series
 
-__all__ = ["SCALE", "PeerLatentSDE", "data", "ours"]
+__all__ = ["DT", "END", "SCALE", "PeerLatentSDE", "as_series", "data", "ours"]
 
 LATENT, CONTEXT, HIDDEN, SCALE, END, COUNT, DT = 4, 64, 128, 0.01, 2.0, 100, 0.01
 
