@@ -36,6 +36,8 @@ __all__ = [
 _MIN_LENGTH = 30
 #: Hurst indices to climb from: with errors and averages the posterior can have a second mode next to 0.
 _STARTS = (0.12, 0.5)
+# Times that the proposals take on the moments of weighted draws, and the k-hat that ends it.
+_ROUNDS, _TRUSTED = 5, 0.7
 
 
 def averaged_autocovariance(n: int, hurst: Tensor | float, step: float = 1.0) -> Tensor:
@@ -132,7 +134,7 @@ def infer_roughness(
     standard error of about :math:`\sqrt{2/M}`.
 
     The posterior of :func:`roughness_model` is sampled by importance: proposals from a multivariate t law, first around its mode,
-    then with its estimated moments, are weighted by the exact likelihood, the weights Pareto-smoothed,
+    then with its estimated moments (again where the weights don't behave), are weighted by the exact likelihood, the weights Pareto-smoothed,
     and the draws resampled. Attribute ``khat`` says how far
     they can be trusted. Time grows with the cube of the length, to some minutes for 2000 values.
 
@@ -172,15 +174,19 @@ def infer_roughness(
     with seeded(seed), pyro.get_param_store().scope():
         guide = _laplace(arguments)
         draws = draw_posterior(roughness_model, guide, arguments, num_draws=num_draws, seed=None)
-        guide.match(draws.values, pareto_smooth(draws.log_weights).log_weights)
-        draws = draw_posterior(roughness_model, guide, arguments, num_draws=2 * num_draws, seed=None)
         smoothed = pareto_smooth(draws.log_weights)
+        for _ in range(_ROUNDS):
+            guide.match(draws.values, smoothed.log_weights)
+            draws = draw_posterior(roughness_model, guide, arguments, num_draws=2 * num_draws, seed=None)
+            smoothed = pareto_smooth(draws.log_weights)
+            if float(smoothed.khat) <= _TRUSTED:
+                break
         chosen = _resample(smoothed.log_weights, num_draws)
     khat = float(smoothed.khat)
     attrs: dict[str, str | int | float] = {"estimator": "importance", "khat": khat}
     if seed is not None:
         attrs["seed"] = seed
-    if khat > 0.7:
+    if khat > _TRUSTED:
         warnings.warn(
             f"the proposals miss a part of the posterior (k-hat {khat:.2f}); draw more",
             ConvergenceWarning,
