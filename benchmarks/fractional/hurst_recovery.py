@@ -23,7 +23,7 @@ from typing import Any
 import pyro
 import torch
 from common import machine
-from hurst_problem import cramer_rao, grid, model, simulate
+from hurst_problem import STATES, cramer_rao, grid, model, simulate
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, init_to_median
 
@@ -105,7 +105,9 @@ def main() -> None:
             for seed in wanted:
                 fits.append(infer(hurst, n, seed, 3 if options.smoke else options.steps, options.particles))
                 print(n, hurst, fits[-1], flush=True)
-            cell: dict[str, Any] = {"n": n, "hurst": hurst, "cramer_rao": cramer_rao(hurst, n), "fits": fits}
+            cell: dict[str, Any] = {
+                "n": n, "hurst": hurst, "states": STATES, "cramer_rao": cramer_rao(hurst, n), "fits": fits
+            }  # fmt: skip
             cell = summarise(cell)
             print({k: v for k, v in cell.items() if k != "fits"}, flush=True)
             if out is not None:
