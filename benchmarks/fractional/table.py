@@ -44,7 +44,7 @@ def hurst(report: dict[str, Any]) -> list[str]:
     """Table of the recovery of the Hurst index."""
     rows = [
         [
-            c["n"], c["hurst"], len(c["fits"]), f"{c['rmse']:.4f}", f"{c['cramer_rao']:.4f}", f"{c['ratio']:.2f}",
+            c["n"], c["hurst"], c["states"], len(c["fits"]), f"{c['rmse']:.4f}", f"{c['cramer_rao']:.4f}", f"{c['ratio']:.2f}",
             f"{100 * c['coverage of 90 % intervals']:.0f} %", f"{sum(f['seconds'] for f in c['fits']) / len(c['fits']):.0f}",
         ]
         for c in sorted(report["cells"], key=lambda c: (c["n"], c["hurst"]))
@@ -52,6 +52,7 @@ def hurst(report: dict[str, Any]) -> list[str]:
     head = [
         "n",
         "H",
+        "memory states",
         "series",
         "RMSE",
         "Cramér–Rao bound",
