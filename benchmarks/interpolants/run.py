@@ -27,8 +27,8 @@ PARTS = {
     "coupling": ("speed", 1, 0),
     "transport": ("transport", 5, 1200),
     "sampling": ("sampling", 2, 1200),
-    "mixture": ("densities", 1, 1500),
-    "checkerboard": ("densities", 1, 2000),
+    "mixture": ("mixture", 1, 6000),
+    "checkerboard": ("checkerboard", 1, 4000),
 }
 
 

@@ -37,6 +37,7 @@ from stochdyn.interpolants.samplers import integrate_ode, integrate_sde, integra
 from stochdyn.interpolants.schedules import CustomSchedule, Schedule
 from stochdyn.interpolants.score import ScoreMatching, WeightRamp
 from stochdyn.interpolants.student import StudentKernel
+from stochdyn.interpolants.whitened import WhitenedField
 
 if TYPE_CHECKING:
     from stochdyn.interpolants.diffusion_distribution import DiffusionDistribution
@@ -83,6 +84,7 @@ __all__ = [
     "StudentKernel",
     "TabulatedEpsilon",
     "WeightRamp",
+    "WhitenedField",
     "conservativity",
     "conversion",
     "convert",
