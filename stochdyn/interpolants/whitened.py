@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_choice, check_event_size, check_finite, check_ndim, check_same_dtype
+from stochdyn._checks import (
+    check_choice,
+    check_event_size,
+    check_finite,
+    check_ndim,
+    check_positive_int,
+    check_same_dtype,
+)
 from stochdyn.core.flow import as_time
 from stochdyn.errors import InvalidInputError, TooFewDrawsError
 from stochdyn.interpolants.conversions import check_known
@@ -53,7 +60,7 @@ class WhitenedField(nn.Module):
         clip: distance from the ends of [0, 1] at which what grows without bound is held.
 
     Raises:
-        InvalidInputError: if the path has no such field.
+        InvalidInputError: if the path has no such field, or clip or finest are out of range.
 
     Example:
         >>> it = Interpolant("linear")
@@ -97,6 +104,10 @@ class WhitenedField(nn.Module):
         check_known(interpolant, [name])
         if not 0 < clip < 0.5:
             raise InvalidInputError("clip must lie between 0 and 0.5", got=clip)
+        if frequencies:
+            check_positive_int(frequencies, "frequencies")
+            if not finest >= 1:
+                raise InvalidInputError("finest must be at least 1", got=finest)
         self.interpolant, self.name, self.clip = interpolant, name, clip
         dim = mean1.shape[-1]
         self.register_buffer("mean0", mean0.detach().clone())
@@ -160,6 +171,9 @@ class WhitenedField(nn.Module):
             TooFewDrawsError: for fewer than two points.
             NonFiniteError: for points that aren't finite.
         """
+        check_ndim(x1, 2, "x1", "points (n, d)")
+        if x0 is not None:
+            check_same_dtype(x0=x0, x1=x1)
         moments = []
         for data, label in ((x0, "x0"), (x1, "x1")):
             if data is None:
@@ -173,8 +187,6 @@ class WhitenedField(nn.Module):
                     f"{label} has too few points for moments", got=len(data), expected="at least 2"
                 )
             moments.append((data.mean(0), torch.cov(data.mT).reshape(data.shape[-1], -1)))
-        if x0 is not None:
-            check_same_dtype(x0=x0, x1=x1)
         (mean0, covariance0), (mean1, covariance1) = moments
         basis = torch.linalg.eigh((covariance0 + covariance1).double())[1].to(x1) if rotate else None
         rows = []
