@@ -189,14 +189,14 @@ class WhitenedField(nn.Module):
             moments.append((data.mean(0), torch.cov(data.mT).reshape(data.shape[-1], -1)))
         (mean0, covariance0), (mean1, covariance1) = moments
         basis = torch.linalg.eigh((covariance0 + covariance1).double())[1].to(x1) if rotate else None
-        rows = []
+        ends = []
         for mean, covariance in ((mean0, covariance0), (mean1, covariance1)):
             if basis is not None:
                 mean, covariance = mean @ basis, basis.mT @ covariance @ basis
-            rows += [mean, covariance.diagonal().clamp_min(1e-12)]
+            ends.append((mean, covariance.diagonal().clamp_min(1e-12)))
         return cls(
-            interpolant, name, *rows, basis, width, depth, condition_dim=condition_dim, num_classes=num_classes,
-            frequencies=frequencies, finest=finest, clip=clip,
+            interpolant, name, *ends[0], *ends[1], basis=basis, width=width, depth=depth, condition_dim=condition_dim,
+            num_classes=num_classes, frequencies=frequencies, finest=finest, clip=clip,
         )  # fmt: skip
 
     def _log_widths(self, t: Tensor) -> Tensor:
