@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.interpolants import FieldNetwork, Interpolant, InterpolantRegression
+from stochdyn.interpolants import Interpolant, InterpolantRegression, WhitenedField
 from stochdyn.interpolants.plots import plot_densities
 
 mpl.use("Agg")
@@ -47,11 +47,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
 
-    objective = InterpolantRegression(
-        Interpolant("linear", "brownian"), velocity=FieldNetwork(2, 128, 4), denoiser=FieldNetwork(2, 128, 4)
-    )
+    data, it = checkerboard(200_000), Interpolant("linear", "brownian")
+    fields = {
+        name: WhitenedField.from_data(it, name, data, width=128, frequencies=64)
+        for name in ("velocity", "denoiser")
+    }
+    objective = InterpolantRegression(it, **fields)
     sd.fit(
-        objective, checkerboard(200_000), steps=options.steps, lr=2e-3, batch_size=512,
+        objective, data, steps=options.steps, lr=2e-3, batch_size=512,
         scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, options.steps),
     )  # fmt: skip
     model = objective.generator()
