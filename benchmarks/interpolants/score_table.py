@@ -45,7 +45,7 @@ steps of 200 000 points, 50 000 more for the residual, and 3 million samples by 
 the two, since ours weigh the residual per unit of the log signal-to-noise ratio. *Floor* is the distance of 3 million samples of the
 truth to the truth, and of a pair of such samples; the published numbers contain it.
 
-Trained on one of {share:.0f} of their points, ours are ahead in {won} of {cells} cells.
+Trained on {share:.0f} times fewer points, ours are ahead in {won} of {cells} cells.
 
 | data | weight | ODE–truth | published | SDE–truth | published | ODE–SDE | published | floor | training (s) |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
