@@ -76,6 +76,21 @@ def their_step(name: str, options: dict[str, Any]) -> Step:
     return step
 
 
+def bare_step() -> Step:
+    """Return a step of the network and its optimiser alone, on inputs and targets that cost nothing: the limit of any library."""
+    torch.manual_seed(0)
+    net = selu_network()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+    inputs = torch.randn(256, 3)
+
+    def step(x0: Tensor, x1: Tensor) -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(net(inputs), x1).backward()
+        optimizer.step()
+
+    return step
+
+
 def measure_speed(smoke: bool, seeds: int, steps: int) -> dict[str, Any]:
     """Time blocks of steps in turn, and take the least processor time of each."""
     rows = []
@@ -84,6 +99,8 @@ def measure_speed(smoke: bool, seeds: int, steps: int) -> dict[str, Any]:
             block = 8 if smoke else 24
             repeats = 1 if smoke else (60 if coupling == "independent" else 14)
             contenders = {"stochdyn": our_step(ours, reuse), "TorchCFM": their_step(name, options)}
+            if coupling == "independent":
+                contenders["network alone"] = bare_step()
             g = torch.Generator().manual_seed(0)
             batches = [(LAWS["8gaussians"](size, g), LAWS["moons"](size, g)) for _ in range(block)]
             best = dict.fromkeys(contenders, float("inf"))
