@@ -108,7 +108,8 @@ class WhitenedField(nn.Module):
             check_positive_int(frequencies, "frequencies")
             if not finest >= 1:
                 raise InvalidInputError("finest must be at least 1", got=finest)
-        self.interpolant, self.name, self.clip = interpolant, name, clip
+        # not registered: what a path learns isn't the field's to train
+        self._path, self.name, self.clip = (interpolant,), name, clip
         dim = mean1.shape[-1]
         self.register_buffer("mean0", mean0.detach().clone())
         self.register_buffer("variance0", variance0.detach().clone())
@@ -132,6 +133,11 @@ class WhitenedField(nn.Module):
         logs = self._log_widths(torch.cat([near, 1 - near]).to(mean1).unsqueeze(-1))
         low, high = logs.amin(0), logs.amax(0)
         self.register_buffer("log_ranges", torch.stack([low, (high - low).clamp_min(1e-6)]))
+
+    @property
+    def interpolant(self) -> Interpolant:
+        """The path."""
+        return self._path[0]
 
     @classmethod
     def from_data(
@@ -235,11 +241,11 @@ class WhitenedField(nn.Module):
         state = x if self.basis is None else x @ self.basis
         y = (state - centre) * scale
         low, width = self.log_ranges
-        marks = ((self._log_widths(time) - low) * (2 / width) - 1).expand(*x.shape[:-1], 2)
-        waves = () if self.waves is None else (lambda p: (p.sin(), p.cos()))(y @ self.waves)
-        net = self.network(
-            (2 * time - 1).expand(*x.shape[:-1], 1), torch.cat([y, marks, *waves], -1), condition
-        )
+        seen = [y, ((self._log_widths(time) - low) * (2 / width) - 1).expand(*x.shape[:-1], 2)]
+        if self.waves is not None:
+            phase = y @ self.waves
+            seen += [phase.sin(), phase.cos()]
+        net = self.network((2 * time - 1).expand(*x.shape[:-1], 1), torch.cat(seen, -1), condition)
         field = self._field(inner, y, scale, (a, b, da, db), (drift, spread, smooth), net)
         return field if self.basis is None else field @ self.basis.mT
 

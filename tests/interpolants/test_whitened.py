@@ -104,6 +104,21 @@ def test_fields_turn_and_shift_with_the_data() -> None:
     torch.testing.assert_close(there(t, x @ turn.mT + shift), here(t, x) @ turn.mT, rtol=1e-9, atol=1e-9)
 
 
+def test_what_the_path_learns_is_not_the_field_s_to_train() -> None:
+    class Bend(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+            return self.size * (x1 - x0)
+
+    it = Interpolant(correction=Bend())
+    assert len(list(it.parameters())) == 1
+    field = WhitenedField.from_data(it, "velocity", torch.randn(50, 2))
+    assert not {id(p) for p in it.parameters()} & {id(p) for p in field.parameters()}
+
+
 def test_moments_come_from_the_data() -> None:
     g = torch.Generator().manual_seed(0)
     x0, x1 = torch.randn(400, 2, generator=g), torch.randn(400, 2, generator=g) * torch.tensor([3.0, 0.1]) + 7
