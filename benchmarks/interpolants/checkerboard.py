@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from data import checkerboard, checkerboard_log_prob
-from densities import PAIRS, contenders, flow_kl, girsanov, learn, levels, model_of, sde_kl
+from densities import contenders, flow_kl, girsanov, learn, learn_pairs, levels, model_of, sde_kl
 from torch import Tensor
 
 from stochdyn.interpolants import Interpolant
@@ -73,12 +73,7 @@ def measure(smoke: bool, seeds: int, steps: int) -> dict[str, Any]:
     held = torch.randn(4000, 2, generator=g), checkerboard(4000, g)
     log_prob = checkerboard_log_prob(test)
     it, plain = Interpolant("linear", "brownian"), Interpolant("linear", "zero")
-    nets: dict[str, Any] = {}
-    seconds = []
-    for pair in (PAIRS[0], PAIRS[3]):
-        made, spent = learn(it, pair, x0, x1, steps, batch, **network)
-        nets |= made
-        seconds.append(spent)
+    nets, seconds = learn_pairs(it, x0, x1, steps, batch, **network)
     without, spent = learn(plain, ("velocity",), x0, x1, steps, batch, **network)
     seconds.append(spent)
     models = contenders(it, ExactCheckerboard(it), nets, 2)

@@ -44,6 +44,19 @@ def learn(
     return dict(nets), time.process_time() - start
 
 
+def learn_pairs(
+    it: Interpolant, x0: Tensor, x1: Tensor, steps: int, batch: int, **network: Any
+) -> tuple[dict[str, nn.Module], list[float]]:
+    """Train all four fields, b with the denoiser and v with the score; returns networks and processor times."""
+    nets: dict[str, nn.Module] = {}
+    seconds = []
+    for pair in (PAIRS[0], PAIRS[3]):
+        made, spent = learn(it, pair, x0, x1, steps, batch, **network)
+        nets |= made
+        seconds.append(spent)
+    return nets, seconds
+
+
 def model_of(it: Interpolant, networks: dict[str, Any], dim: int) -> InterpolantGenerator:
     """Return the model of these fields, started in the standard normal."""
     return InterpolantGenerator(Fields(it, networks), Starts(standard_normal(dim)))

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from densities import PAIRS, contenders, flow_kl, girsanov, kernel_kl, learn, levels
+from densities import contenders, flow_kl, girsanov, kernel_kl, learn_pairs, levels
 
 from stochdyn.interpolants import GaussianMixture, GaussianMixtureInterpolant, Interpolant
 
@@ -24,12 +24,7 @@ def measure(smoke: bool, seeds: int, steps: int) -> dict[str, Any]:
     it = Interpolant("linear", "brownian")
     pool = 2000 if smoke else 200_000
     x0, x1 = torch.randn(pool, dim, generator=g), law.draw(pool, g)
-    nets: dict[str, Any] = {}
-    seconds = []
-    for pair in (PAIRS[0], PAIRS[3]):
-        made, spent = learn(it, pair, x0, x1, steps, batch, **network)
-        nets |= made
-        seconds.append(spent)
+    nets, seconds = learn_pairs(it, x0, x1, steps, batch, **network)
     test, starts = law.draw(tests, g), torch.randn(n, dim, generator=g)
     fresh, again = law.draw(n, g), law.draw(n, g)
     held = torch.randn(2000, dim, generator=g), law.draw(2000, g)
