@@ -194,7 +194,7 @@ def plane(dataset: str, weights: list[float], chunk: int | None, smoke: bool, ou
 
     With ``chunk`` the first model that isn't finished is trained for so many steps only, or evaluated.
     """
-    steps, batch = (20, 64) if smoke else (6000, 512)
+    steps, batch = (20, 64) if smoke else (30_000, 1024)
     report = _resume(out, {"dataset": dataset, "steps": steps, "batch": batch, "width": 80})
     report["published"] = {str(w): row for w, row in PUBLISHED[dataset].items()}
     truth = true_histogram(dataset, 1 if smoke else 60)
