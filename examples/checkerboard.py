@@ -74,7 +74,7 @@ def main() -> None:
     }
     axes = plot_densities(laws, (-4.5, 4.5, -4.5, 4.5))
     options.out.mkdir(parents=True, exist_ok=True)
-    axes[0].figure.savefig(options.out / "checkerboard.png", dpi=150)
+    axes[0].figure.savefig(options.out / "checkerboard.png", dpi=150, bbox_inches="tight")
     print(f"wrote {options.out / 'checkerboard.png'}")
 
 
