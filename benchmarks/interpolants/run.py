@@ -4,7 +4,7 @@ Run it with one thread:
 
     OMP_NUM_THREADS=1 python benchmarks/interpolants/run.py PART
 
-where PART is ``speed``, ``coupling``, ``transport``, ``sampling``, ``mixture``, ``mixture_wide`` or ``checkerboard``; each writes
+where PART is ``speed``, ``coupling``, ``transport``, ``sampling``, ``mixture``, ``mixture_long`` or ``checkerboard``; each writes
 ``benchmarks/interpolants/results/PART.json``, and ``benchmarks/interpolants/table.py`` makes the tables of the
 documentation out of those files. ``--smoke`` runs on tiny sizes and writes nothing unless told to.
 """
@@ -28,7 +28,7 @@ PARTS = {
     "transport": ("transport", 5, 1200),
     "sampling": ("sampling", 2, 1200),
     "mixture": ("mixture", 1, 6000),
-    "mixture_wide": ("mixture", 1, 3000),
+    "mixture_long": ("mixture", 1, 15_000),
     "checkerboard": ("checkerboard", 1, 4000),
 }
 
