@@ -19,8 +19,6 @@ from stochdyn.infer.guides import AutoPathGuide
 __all__ = ["start_at_mode"]
 
 _LATENT = "_{}_latent"
-
-
 #: How many of the prior draws with the greatest bounds a search begins at.
 _CLIMBS = 3
 
@@ -51,7 +49,7 @@ def start_at_mode(
         The unconstrained mode.
 
     Raises:
-        InvalidInputError: for another kind of guide.
+        InvalidInputError: for another kind of guide, and for counts that aren't positive.
         NonFiniteError: if the second derivative at the mode isn't finite.
 
     Example:
@@ -67,6 +65,8 @@ def start_at_mode(
         torch.Size([1])
     """
     check_positive_int(iterations, "iterations")
+    if starts:
+        check_positive_int(starts, "starts")
     if not isinstance(guide, AutoPathGuide) or not guide.recomputed:
         raise InvalidInputError("a Laplace start needs an AutoPathGuide with feedback='recomputed'")
     guide(*args, **kwargs)
@@ -93,18 +93,16 @@ def start_at_mode(
         leaf = u.detach().requires_grad_()
         return torch.autograd.grad(bound(leaf), leaf)[0]
 
-    candidates = [rest.loc.detach().clone()]
+    start = rest.loc.detach().clone()
     if starts:
-        check_positive_int(starts, "starts")
         with pyro.validation_enabled(False):
             draws = [_prior_draw(guide, rest, args, kwargs) for _ in range(starts)]
-            heights = torch.stack([_height(bound, u) for u in draws])
-            for i in heights.topk(min(_CLIMBS, starts)).indices.tolist():
-                candidates.append(draws[i])
-            candidates = [_maximise(bound, u, max(1, iterations // 3)) for u in candidates]
-            heights = torch.stack([_height(bound, u) for u in candidates])
-        candidates = [candidates[int(heights.argmax())]]
-    mode = _maximise(bound, candidates[0], iterations)
+            climbed = [
+                _maximise(bound, u, max(1, iterations // 3))
+                for u in [start, *_highest(bound, draws, _CLIMBS)]
+            ]
+            start = _highest(bound, climbed, 1)[0]
+    mode = _maximise(bound, start, iterations)
     curvature = _curvature(slope, mode)
     with torch.no_grad():
         covariance = torch.linalg.inv(curvature)
@@ -128,11 +126,12 @@ def _prior_draw(guide: AutoPathGuide, rest: Any, args: tuple[Any, ...], kwargs: 
     return torch.cat(parts)
 
 
-def _height(bound: Any, u: Tensor) -> Tensor:
-    """Return the bound, or minus infinity where it isn't a number."""
+def _highest(bound: Any, points: list[Tensor], count: int) -> list[Tensor]:
+    """Return the points with the greatest bounds, highest first; a bound that isn't a number comes last."""
     with torch.no_grad():
-        value: Tensor = bound(u)
-    return torch.where(torch.isnan(value), -math.inf, value)
+        heights = torch.stack([bound(u) for u in points])
+    heights = torch.where(torch.isnan(heights), -math.inf, heights)
+    return [points[i] for i in heights.topk(min(count, len(points))).indices.tolist()]
 
 
 def _maximise(bound: Any, start: Tensor, iterations: int) -> Tensor:
