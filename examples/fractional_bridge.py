@@ -59,7 +59,7 @@ def main() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    warnings.simplefilter("ignore", sd.ApproximationWarning)
+    warnings.simplefilter("ignore", sd.errors.ApproximationWarning)
     ts = torch.linspace(0, END, STEPS + 1, dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)

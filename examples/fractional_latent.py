@@ -55,7 +55,7 @@ def main() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    warnings.simplefilter("ignore", sd.ApproximationWarning)
+    warnings.simplefilter("ignore", sd.errors.ApproximationWarning)
     torch.manual_seed(0)
     series, fine, clean = simulate(options.series, torch.Generator().manual_seed(0))
     model = LatentSDE(

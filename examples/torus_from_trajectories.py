@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.vectorfields import RVGP, cloud_of_paths
-from stochdyn.vectorfields.plots import plot_field, plot_trajectories
+from stochdyn.vectorfields import RVGP, cloud_of_paths, plot_field, plot_trajectories
 
 MAJOR, MINOR, NOISE = 2.0, 0.7, 0.4
 

@@ -19,8 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import stochdyn as sd
-from stochdyn.vectorfields import RVGP, PointCloud, find_singularities
-from stochdyn.vectorfields.plots import plot_globe
+from stochdyn.vectorfields import RVGP, PointCloud, find_singularities, plot_globe
 
 
 def main() -> None:

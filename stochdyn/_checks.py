@@ -1,9 +1,16 @@
-"""The only place where user input is validated: shapes, time grids, finiteness, devices, precisions."""
+"""The only place where user input is validated, and where arrays of any kind become tensors.
+
+Checkers take any object: what a user passed may be anything, and each of them answers with a typed error that names the
+argument. ``as_*`` functions return what the rest of the library works with.
+"""
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +27,13 @@ from stochdyn.errors import (
 )
 
 __all__ = [
+    "as_generator",
+    "as_sample_shape",
+    "as_seed",
+    "as_tensor",
+    "as_time_grid",
+    "check_bool",
+    "check_callable",
     "check_choice",
     "check_event_size",
     "check_finite",
@@ -29,10 +43,12 @@ __all__ = [
     "check_nonempty",
     "check_positive",
     "check_positive_int",
+    "check_real",
     "check_same_device",
     "check_same_dtype",
     "check_time_broadcast",
     "check_time_grid",
+    "check_type",
     "values_are_checked",
 ]
 
@@ -46,7 +62,226 @@ def values_are_checked() -> bool:
     return bool(torch.distributions.Distribution._validate_args)
 
 
-def check_time_grid(ts: Tensor, name: str = "ts", min_points: int = 2) -> None:
+def as_tensor(
+    x: object,
+    name: str,
+    ndim: int | tuple[int, ...] | None = None,
+    meaning: str = "",
+    *,
+    like: Tensor | None = None,
+    missing: bool = False,
+    finite: bool = True,
+) -> Tensor:
+    """Turn numbers, lists, NumPy, pandas, xarray or torch data into a floating tensor.
+
+    A torch tensor keeps its precision and device and stays on its graph; other arrays keep their floating precision,
+    and whole numbers and lists take torch's default one.
+
+    Args:
+        x: the data.
+        name: the argument's name, for errors.
+        ndim: the numbers of axes that are allowed, any if None.
+        meaning: names the axes, such as ``"(time, dim)"``, for errors.
+        like: a tensor whose precision and device data without their own (lists, numbers, whole numbers) take.
+        missing: whether NaN is allowed, as a missing value.
+        finite: whether to look at the values at all.
+
+    Raises:
+        InvalidInputError: if the data aren't numbers.
+        ShapeError: if they have another number of axes, or rows of unequal lengths.
+        NonFiniteError: if a value is infinite, or NaN where none may be missing.
+    """
+    if isinstance(x, Tensor):
+        value = x
+        if value.is_complex():
+            raise InvalidInputError(f"{name} must be real", got=value.dtype)
+    else:
+        value = _from_array(x, name)
+    if not value.is_floating_point():
+        value = value.to(torch.get_default_dtype() if like is None else like.dtype)
+    elif like is not None and not isinstance(x, Tensor) and not _has_precision(x):
+        value = value.to(like.dtype)
+    if like is not None and not isinstance(x, Tensor):
+        value = value.to(like.device)
+    if ndim is not None:
+        check_ndim(value, ndim, name, meaning or f"{ndim} axes")
+    if finite:
+        seen = value.detach()
+        check_finite(seen[~torch.isnan(seen)] if missing else seen, name)
+    return value
+
+
+def _has_precision(x: object) -> bool:
+    """Return whether data come with a floating precision of their own."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and np.issubdtype(np.dtype(dtype), np.floating)
+
+
+def _from_array(x: object, name: str) -> Tensor:
+    """Turn data that aren't a tensor into one."""
+    if x is None or isinstance(x, str | bytes | dict | set):
+        raise InvalidInputError(
+            f"{name} must be numbers", got=repr(x)[:60], expected="a tensor, an array or a list"
+        )
+    if isinstance(x, Sequence) and any(isinstance(v, Tensor) for v in x):
+        parts = [v if isinstance(v, Tensor) else _from_array(v, name) for v in x]
+        try:
+            return torch.stack(parts)
+        except (RuntimeError, TypeError) as error:
+            raise ShapeError(
+                f"the rows of {name} differ", got=f"shapes {[tuple(p.shape) for p in parts][:4]}"
+            ) from error
+    try:
+        array = np.asarray(x)
+    except (ValueError, TypeError) as error:
+        raise ShapeError(
+            f"{name} must be a regular array of numbers",
+            got=type(x).__name__,
+            hint="rows of unequal lengths can't be stacked",
+        ) from error
+    if array.dtype == object:
+        try:
+            array = array.astype(float)
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(
+                f"{name} must be numbers", got=f"{type(x).__name__} of objects"
+            ) from error
+    if array.dtype.kind not in "fiub":
+        raise InvalidInputError(
+            f"{name} must be real numbers", got=f"{type(x).__name__} of dtype {array.dtype}"
+        )
+    own = _has_precision(x)
+    value = torch.tensor(array)
+    return value if own or not value.is_floating_point() else value.to(torch.get_default_dtype())
+
+
+def as_time_grid(ts: object, name: str = "ts", min_points: int = 2, like: Tensor | None = None) -> Tensor:
+    """Turn times of any kind into a tensor ``(T,)`` that is finite and increases strictly.
+
+    Raises:
+        TimeGridError: if they aren't.
+    """
+    if not isinstance(ts, Tensor):
+        try:
+            ts = as_tensor(ts, name, like=like, finite=False)
+        except InvalidInputError as error:
+            raise TimeGridError(f"{name} must be times", got=repr(ts)[:60]) from error
+    elif not ts.is_floating_point() and not ts.is_complex():
+        ts = ts.to(torch.get_default_dtype() if like is None else like.dtype)
+    check_time_grid(ts, name, min_points)
+    return ts
+
+
+def as_sample_shape(sample_shape: object, name: str = "sample_shape") -> tuple[int, ...]:
+    """Turn an integer or a sequence of integers into the shape of independent draws.
+
+    Raises:
+        InvalidInputError: if a size isn't an integer of at least one.
+    """
+    sizes = (sample_shape,) if _is_integer(sample_shape) else sample_shape
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not all(map(_is_integer, sizes)):
+        raise InvalidInputError(
+            f"{name} must be an integer or a tuple of integers", got=repr(sample_shape)[:60]
+        )
+    shape = tuple(int(n) for n in sizes)
+    if any(n < 1 for n in shape):
+        raise InvalidInputError(f"{name} must be at least 1 along every axis", got=repr(sample_shape))
+    return shape
+
+
+def as_generator(
+    generator: object, device: torch.device | str | None = None, name: str = "generator"
+) -> torch.Generator | None:
+    """Turn a generator, a seed or None into a generator, or None for torch's global one.
+
+    Raises:
+        InvalidInputError: for anything else.
+        DeviceMismatchError: if the generator lives on another kind of device.
+    """
+    if generator is None:
+        return None
+    where = torch.device("cpu" if device is None else device)
+    if isinstance(generator, torch.Generator):
+        if device is not None and generator.device.type != where.type:
+            raise DeviceMismatchError(
+                f"{name} lives on another device", got=str(generator.device), expected=str(where)
+            )
+        return generator
+    if not _is_integer(generator):
+        raise InvalidInputError(f"{name} must be a torch.Generator, a seed or None", got=repr(generator)[:60])
+    return torch.Generator(where).manual_seed(as_seed(generator, name))
+
+
+def as_seed(seed: object, name: str = "seed") -> int:
+    """Turn a whole number of any kind into a seed.
+
+    Raises:
+        InvalidInputError: if it isn't a whole number between 0 and 2^63 - 1.
+    """
+    if not _is_integer(seed) or not 0 <= int(seed) < 2**63:  # type: ignore[call-overload]
+        raise InvalidInputError(f"{name} must be a whole number from 0 to 2^63 - 1", got=repr(seed)[:60])
+    return int(seed)  # type: ignore[call-overload]
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool | np.bool_)
+
+
+def check_bool(x: object, name: str) -> None:
+    """Raise unless ``x`` is True or False."""
+    if not isinstance(x, bool | np.bool_):
+        raise InvalidInputError(f"{name} must be True or False", got=repr(x)[:60])
+
+
+def check_callable(x: object, name: str, meaning: str = "a function") -> None:
+    """Raise unless ``x`` can be called; ``meaning`` says what it should be."""
+    if not callable(x):
+        raise InvalidInputError(f"{name} must be {meaning}", got=type(x).__name__)
+
+
+def check_type(x: object, kind: type | tuple[type, ...], name: str, hint: str | None = None) -> None:
+    """Raise unless ``x`` is an instance of ``kind``."""
+    if not isinstance(x, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise InvalidInputError(
+            f"{name} has the wrong type",
+            got=type(x).__name__,
+            expected=" | ".join(k.__name__ for k in kinds),
+            hint=hint,
+        )
+
+
+def check_real(
+    x: object,
+    name: str,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise unless ``x`` is one finite real number: ``minimum`` and ``maximum`` are allowed, ``above`` and ``below`` aren't."""
+    single = isinstance(x, Tensor | np.ndarray) and getattr(x, "ndim", 1) == 0
+    if isinstance(x, bool | np.bool_) or not (isinstance(x, numbers.Real) or single):
+        raise InvalidInputError(f"{name} must be a real number", got=repr(x)[:60])
+    try:
+        value = float(x.detach() if isinstance(x, Tensor) else x)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"{name} must be a real number", got=repr(x)[:60]) from error
+    if not math.isfinite(value):
+        raise NonFiniteError(f"{name} must be finite", got=f"{name}={value}")
+    bounds = [
+        (value < minimum, f"at least {minimum:g}"),
+        (value > maximum, f"at most {maximum:g}"),
+        (value <= above, f"greater than {above:g}"),
+        (value >= below, f"less than {below:g}"),
+    ]
+    for broken, wanted in bounds:
+        if broken:
+            raise InvalidInputError(f"{name} must be {wanted}", got=f"{value:g}")
+
+
+def check_time_grid(ts: object, name: str = "ts", min_points: int = 2) -> None:
     """Raise unless ``ts`` is a finite, one-dimensional, strictly increasing floating tensor."""
     if not isinstance(ts, Tensor):
         raise TimeGridError(f"{name} must be a tensor", got=type(ts).__name__, hint="use torch.as_tensor")
@@ -81,10 +316,11 @@ def check_inside(times: Tensor, ts: Tensor, name: str = "times", grid: str = "ts
         )
 
 
-def check_finite(x: Tensor, name: str) -> None:
+def check_finite(x: object, name: str) -> None:
     """Raise if ``x`` holds NaN or infinity, unless values aren't checked."""
     if not values_are_checked():
         return
+    x = _numbers(x, name)
     bad = ~torch.isfinite(x)
     if bool(bad.any()):
         where = tuple(bad.nonzero()[0].tolist())
@@ -94,16 +330,19 @@ def check_finite(x: Tensor, name: str) -> None:
         )
 
 
-def check_nonempty(x: Tensor | Sequence[object], name: str) -> None:
-    """Raise if ``x`` has no elements."""
-    size = x.numel() if isinstance(x, Tensor) else len(x)
+def check_nonempty(x: object, name: str) -> None:
+    """Raise if ``x`` has no elements, or can't have any."""
+    if not hasattr(x, "__len__") and not isinstance(x, Tensor):
+        raise InvalidInputError(f"{name} must be data or a sequence", got=type(x).__name__)
+    size = x.numel() if isinstance(x, Tensor) else len(x)  # type: ignore[arg-type]
     if size == 0:
         shape = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else "length 0"
         raise EmptyDataError(f"{name} is empty", got=shape)
 
 
-def check_ndim(x: Tensor, ndim: int | tuple[int, ...], name: str, meaning: str) -> None:
+def check_ndim(x: object, ndim: int | tuple[int, ...], name: str, meaning: str) -> None:
     """Raise unless ``x`` has ``ndim`` axes; ``meaning`` names them, such as ``"(time, dim)"``."""
+    _require_tensor(x, name, meaning)
     allowed = (ndim,) if isinstance(ndim, int) else ndim
     if x.ndim not in allowed:
         raise ShapeError(
@@ -111,9 +350,10 @@ def check_ndim(x: Tensor, ndim: int | tuple[int, ...], name: str, meaning: str) 
         )
 
 
-def check_event_size(x: Tensor, size: int, name: str, axis: int = -1) -> None:
+def check_event_size(x: object, size: int, name: str, axis: int = -1) -> None:
     """Raise unless axis ``axis`` of ``x`` has ``size`` elements."""
-    if x.ndim == 0 or x.shape[axis] != size:
+    _require_tensor(x, name, f"size {size} along axis {axis}")
+    if x.ndim <= (axis if axis >= 0 else -axis - 1) or x.shape[axis] != size:
         raise ShapeError(
             f"{name} has the wrong size along axis {axis}", got=f"shape {tuple(x.shape)}", expected=size
         )
@@ -139,11 +379,11 @@ def check_same_dtype(**tensors: Tensor | None) -> None:
         )
 
 
-def check_positive(x: Tensor | float, name: str, error: type[InvalidInputError] = InvalidInputError) -> None:
+def check_positive(x: object, name: str, error: type[InvalidInputError] = InvalidInputError) -> None:
     """Raise unless every value is finite and greater than zero, or values aren't checked."""
+    value = _numbers(x, name)
     if not values_are_checked():
         return
-    value = torch.as_tensor(x)
     check_finite(value.detach(), name)
     if bool((value <= 0).any()):
         hint = (
@@ -152,24 +392,24 @@ def check_positive(x: Tensor | float, name: str, error: type[InvalidInputError] 
         raise error(f"{name} must be positive", got=f"minimum {value.min().item():g}", hint=hint)
 
 
-def check_positive_int(x: int, name: str, minimum: int = 1) -> None:
+def check_positive_int(x: object, name: str, minimum: int = 1) -> None:
     """Raise unless ``x`` is an integer of at least ``minimum``."""
-    if isinstance(x, bool) or not isinstance(x, int) or x < minimum:
-        raise InvalidInputError(f"{name} must be an integer of at least {minimum}", got=repr(x))
+    if not _is_integer(x) or x < minimum:  # type: ignore[operator]
+        raise InvalidInputError(f"{name} must be an integer of at least {minimum}", got=repr(x)[:60])
 
 
-def check_hurst(hurst: Tensor | float, name: str = "hurst") -> None:
+def check_hurst(hurst: object, name: str = "hurst") -> None:
     """Raise unless every value lies strictly between 0 and 1, or values aren't checked."""
+    value = _numbers(hurst, name).detach()
     if not values_are_checked():
         return
-    value = torch.as_tensor(hurst).detach()
     if not bool(((value > 0) & (value < 1)).all()):
         raise HurstRangeError(f"{name} must lie strictly between 0 and 1", got=value.tolist())
 
 
 def check_choice(value: object, choices: Sequence[str], name: str) -> None:
     """Raise unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str | int | None) or value not in choices:
         raise InvalidInputError(
             f"{name} is unknown", got=repr(value), expected=" | ".join(map(repr, choices))
         )
@@ -186,3 +426,17 @@ def check_time_broadcast(t: Tensor, x: Tensor, name: str = "t") -> None:
             expected=f"a number or shape {want}",
             hint=f"one time a point is {name}[:, None]; times that lead are {name}[:, None, None]",
         )
+
+
+def _require_tensor(x: object, name: str, meaning: str) -> None:
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"{name} must be a tensor", got=type(x).__name__, expected=meaning)
+
+
+def _numbers(x: object, name: str) -> Tensor:
+    """Return a number or a tensor as a tensor; anything else is refused by name."""
+    if isinstance(x, Tensor):
+        return x
+    if isinstance(x, bool | np.bool_) or not isinstance(x, numbers.Real | np.ndarray | list | tuple):
+        raise InvalidInputError(f"{name} must be a number or a tensor", got=repr(x)[:60])
+    return _from_array(x, name)

@@ -170,7 +170,7 @@ class NonFiniteLossError(StochdynError, FloatingPointError):
 
     Attributes:
         step: number of the bad step, from 1; the parameters are those after the step before it.
-        result: the :class:`~stochdyn.training.FitResult` of the steps before it.
+        result: the :class:`~stochdyn.run.FitResult` of the steps before it.
     """
 
     step: int | None = None

@@ -64,5 +64,5 @@ def test_every_public_name_exists_and_says_what_it_is(name: str) -> None:
 
 
 def test_unknown_names_are_attribute_errors() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'SED'"):
+    with pytest.raises(AttributeError, match="No stochdyn attribute SED"):
         sd.SED  # noqa: B018

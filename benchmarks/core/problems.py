@@ -10,8 +10,7 @@ import torchsde
 from torch import Tensor, nn
 
 import stochdyn as sd
-from stochdyn.core.networks import TanhNetwork
-from stochdyn.core.noise import NoiseProcess, NoiseSteps
+from stochdyn.core import NoiseProcess, NoiseSteps, TanhNetwork
 
 __all__ = ["IndependentStates", "MemoryStates", "Problem", "TrivialDrift", "layered", "tuned_brownian"]
 

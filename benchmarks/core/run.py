@@ -20,7 +20,7 @@ import torch
 from measure import agreement, machine, peak_memory, race
 from problems import IndependentStates, MemoryStates, Problem, TrivialDrift, layered
 
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core import TanhNetwork
 
 RESULTS = Path(__file__).parent / "results" / "core.json"
 HIDDEN = (64, 64)

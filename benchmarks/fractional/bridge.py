@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", sd.ApproximationWarning)
+    warnings.simplefilter("ignore", sd.errors.ApproximationWarning)
     start = time.process_time()
     hursts = [0.3, 0.7] if options.smoke else [round(0.1 * i, 1) for i in range(1, 10)]
     rows: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.core.solvers import increment_scale, step_everywhere
+from stochdyn.core import increment_scale, step_everywhere
 from stochdyn.fractional import GaussianELBO, GaussianPosterior, MarkovNoise
 from stochdyn.infer import AutoPathGuide, sample_path
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.core.coefficients import Scalar
+from stochdyn.core import Scalar
 from stochdyn.fractional import FractionalOU, MarkovNoise
 from stochdyn.infer import sample_path
 

@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", sd.ApproximationWarning)
+    warnings.simplefilter("ignore", sd.errors.ApproximationWarning)
     pyro.enable_validation(False)
     out = options.out or (None if options.smoke else RESULTS)
     lengths, hursts, seeds = options.n, options.hurst, options.seeds

@@ -23,7 +23,7 @@ from lorenz import DT, END, PeerLatentSDE, as_series, data, ours
 from tightness import tightness
 
 import stochdyn as sd
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core import TanhNetwork
 from stochdyn.fractional import (
     AffineDrift,
     GaussianELBO,

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.core.networks import TanhNetwork
-from stochdyn.core.sde import Control
+from stochdyn.core import Control, TanhNetwork
 from stochdyn.fractional import (
     AffineDrift,
     FractionalOU,

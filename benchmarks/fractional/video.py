@@ -22,7 +22,7 @@ from torch import Tensor
 
 import stochdyn as sd
 from stochdyn.datasets import moving_digits
-from stochdyn.diagnostics.metrics import psnr
+from stochdyn.diagnostics import psnr
 from stochdyn.fractional import VideoModel
 
 RESULTS = Path(__file__).parent / "results"

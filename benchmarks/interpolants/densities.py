@@ -18,7 +18,7 @@ from stochdyn.interpolants import (
     kl_bound,
     optimal_epsilon,
 )
-from stochdyn.interpolants.starts import Starts, standard_normal
+from stochdyn.interpolants.sampling import Starts, standard_normal
 
 PAIRS = (("velocity", "denoiser"), ("velocity", "score"), ("v", "denoiser"), ("v", "score"))
 LABEL = {"velocity": "b", "v": "v", "denoiser": "η", "score": "s"}

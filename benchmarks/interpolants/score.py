@@ -39,7 +39,7 @@ from planar import (
 from torch import Tensor, nn
 
 import stochdyn as sd
-from stochdyn.core.divergence import unbiased_square
+from stochdyn.core import unbiased_square
 from stochdyn.interpolants import (
     OU,
     FunctionPotential,
@@ -48,7 +48,7 @@ from stochdyn.interpolants import (
     PotentialNetwork,
     ScoreMatching,
 )
-from stochdyn.objectives.residual import UniformPoints
+from stochdyn.objectives import UniformPoints
 
 RESULTS = Path(__file__).parent / "results"
 N = 2000

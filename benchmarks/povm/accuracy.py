@@ -18,9 +18,8 @@ import torch
 from measure import machine, source
 
 import stochdyn as sd
-from stochdyn.povm import exact
-from stochdyn.povm.propagation import stationary_probabilities
-from stochdyn.povm.strings import Strings
+from stochdyn.povm import Strings, exact
+from stochdyn.povm.master import stationary_probabilities
 from stochdyn.povm.systems import ising, reference
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stochdyn.core.outcomes import all_configurations, encode
+from stochdyn.core import all_configurations, encode
 from stochdyn.povm import AutoregressiveTransformer
 
 __all__ = ["plain_local_rate", "sample_by_prefixes"]

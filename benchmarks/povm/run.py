@@ -33,7 +33,7 @@ from stochdyn.povm import (
     simulate_records,
     systems,
 )
-from stochdyn.povm.averages import local_rates
+from stochdyn.povm.dynamics import local_rates
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 NETWORK = {"layers": 2, "width": 32, "heads": 4}
@@ -169,7 +169,7 @@ def trajectories(smoke: bool) -> dict[str, Any]:
     """A hundred quantum trajectories by QuTiP, the cheapest exact rival beyond ten sites; its error is that of sampling."""
     import qutip
 
-    from stochdyn.povm.qutip_operators import to_qutip
+    from stochdyn.povm.lindblad import to_qutip
 
     rows = []
     options = {"progress_bar": "", "map": "serial"}
@@ -193,8 +193,8 @@ def trajectories(smoke: bool) -> dict[str, Any]:
 
 def sum_of_z(sites: int) -> Any:
     """The mean of Z over sites, as a sparse matrix."""
-    from stochdyn.povm.density import full_operator
-    from stochdyn.povm.operators import named_operator
+    from stochdyn.povm import named_operator
+    from stochdyn.povm.master import full_operator
 
     return sum(full_operator(named_operator("Z"), (i,), sites, 2) for i in range(sites)) / sites
 

@@ -20,7 +20,7 @@ from stochdyn.vectorfields import (
     PointCloud,
     hodge_compositional,
 )
-from stochdyn.vectorfields.rows import decode
+from stochdyn.vectorfields.regression import decode
 
 
 class EigenvectorKernel(AmbientKernel):

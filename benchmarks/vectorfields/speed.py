@@ -15,9 +15,9 @@ import torch
 from scipy.optimize import minimize
 from scipy.sparse.linalg import eigsh
 
-from stochdyn.vectorfields import RVGP, ConnectionMatern, PointCloud, engines
-from stochdyn.vectorfields.linear_model import log_evidence
-from stochdyn.vectorfields.spectrum import smallest_eigenpairs
+from stochdyn.vectorfields import RVGP, ConnectionMatern, PointCloud
+from stochdyn.vectorfields.geometry import smallest_eigenpairs
+from stochdyn.vectorfields.regression import engines, log_evidence
 
 
 def random_sphere(n: int) -> np.ndarray:
@@ -156,7 +156,7 @@ import torch
 torch.set_num_threads(1)
 from speed import random_sphere
 from stochdyn.vectorfields import RVGP, PointCloud
-import stochdyn.vectorfields.spectrum, scipy.sparse.linalg, sklearn.neighbors
+import stochdyn.vectorfields.geometry.spectrum, scipy.sparse.linalg, sklearn.neighbors
 small = PointCloud(random_sphere(500), 10, 2)
 RVGP(small, num_eigenpairs=20).fit(range(100), torch.ones(100, 3).double() - small.points[:100])
 status = pathlib.Path("/proc/self/status")

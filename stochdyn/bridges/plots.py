@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_positive_int
-from stochdyn.bridges.bridge import SchrodingerBridge
-from stochdyn.bridges.history import History
+from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
+from stochdyn.bridges.refinement.history import History
 from stochdyn.errors import EmptyDataError, ShapeError
 
 __all__ = ["plot_history", "plot_trajectories"]

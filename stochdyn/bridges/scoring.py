@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_nonempty, check_positive, check_positive_int, check_time_grid
-from stochdyn.bridges.snapshots import Snapshot, Snapshots
-from stochdyn.core.measure import DiffusionMeasure
-from stochdyn.core.path import PathSample
-from stochdyn.core.sde import SDE
+from stochdyn.bridges.data.snapshots import Snapshot, Snapshots
+from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.law.path import PathSample
+from stochdyn.core.sde.equation import SDE
 from stochdyn.diagnostics.metrics import emd, mmd
 from stochdyn.errors import EmptyDataError, InvalidInputError, TimeGridError
 
@@ -214,10 +214,10 @@ def leave_one_out(
 
 
 def _fit(method: Any, train: Snapshots, options: dict[str, Any]) -> HasMarginals:
-    from stochdyn.bridges.bridge import SchrodingerBridge
-    from stochdyn.bridges.families import DriftFamily
-    from stochdyn.bridges.pyro_family import required_arguments
-    from stochdyn.bridges.refine import refine
+    from stochdyn.bridges.families.base import DriftFamily
+    from stochdyn.bridges.families.pyro_family import required_arguments
+    from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
+    from stochdyn.bridges.refinement.refinement import refine
 
     if method is None:
         kept = {k: v for k, v in options.items() if k in ("diffusion", "step")}
@@ -272,7 +272,7 @@ def forecast(
         law = DiffusionMeasure(start, fit.reference.sde)
         path = law.sample(grid.to(start.device), generator=generator)
         return _thin(path, places, ts)
-    from stochdyn.bridges.uncertainty import families_of
+    from stochdyn.bridges.refinement.uncertainty import families_of
 
     families = families_of(fit, posterior, min(n, 200), generator)
     parts = []

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_positive, check_positive_int, check_time_grid
-from stochdyn.core.measure import DiffusionMeasure
-from stochdyn.core.sde import SDE
+from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import DiffusionError, TimeGridError
 
 __all__ = ["SimulatedSnapshots", "lotka_volterra", "repressilator"]

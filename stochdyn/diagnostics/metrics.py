@@ -18,7 +18,7 @@ from stochdyn._checks import (
     check_positive,
     check_same_device,
 )
-from stochdyn.core.path import Estimate
+from stochdyn.core.law.path import Estimate
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError, TooFewDrawsError
 
 __all__ = [

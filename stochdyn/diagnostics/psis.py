@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_nonempty, check_positive
-from stochdyn.core.path import Estimate
+from stochdyn.core.law.path import Estimate
 from stochdyn.diagnostics.draws import draw_posterior
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, TooFewDrawsError
 

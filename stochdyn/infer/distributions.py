@@ -20,11 +20,11 @@ from stochdyn._checks import (
     check_same_dtype,
     check_time_grid,
 )
-from stochdyn.core.coefficients import Matrix
-from stochdyn.core.initial import DistributionStart, FixedStart, InitialLaw, as_initial
-from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import METHODS, draw_increments, increment_scale, integrate
-from stochdyn.core.transition import euler_log_prob
+from stochdyn.core.law.initial import DistributionStart, FixedStart, InitialLaw, as_initial
+from stochdyn.core.law.transition import euler_log_prob
+from stochdyn.core.sde.coefficients import Matrix
+from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.solvers import METHODS, draw_increments, increment_scale, integrate
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError
 from stochdyn.infer.constraints import PinnedPath
 from stochdyn.infer.memo import remembered_path
@@ -35,7 +35,7 @@ __all__ = ["DiffusionPath", "PathIncrements", "sample_path"]
 class DiffusionPath(TorchDistribution):
     r"""The law of an SDE's path on a grid, as a distribution with event ``(T, d)``.
 
-    The density is that of the Euler scheme on the grid (:func:`stochdyn.core.transition.euler_log_prob`):
+    The density is that of the Euler scheme on the grid (:func:`stochdyn.core.law.transition.euler_log_prob`):
 
     .. math::
         \log p_0(x_0) + \sum_n \log N\big(x_{n+1};\ x_n + b(t_n, x_n)\Delta_n,\ GG^\top(t_n, x_n)\Delta_n\big)
@@ -62,7 +62,7 @@ class DiffusionPath(TorchDistribution):
             :func:`sample_path`).
 
     Example:
-        >>> from stochdyn.core.sde import SDE
+        >>> from stochdyn.core import SDE
         >>> path = DiffusionPath(SDE(lambda t, x: -x, 1.0), torch.zeros(2), torch.linspace(0, 1, 11))
         >>> path.event_shape, path.sample().shape
         (torch.Size([11, 2]), torch.Size([11, 2]))
@@ -168,7 +168,7 @@ class DiffusionPath(TorchDistribution):
 class PathIncrements(TorchDistribution):
     """Standard increments of the noise on a grid: independent Gaussians, event ``(T-1, m * R)``.
 
-    The layout is that of :class:`stochdyn.core.noise.NoiseProcess`. The equation and the start are carried
+    The layout is that of :class:`stochdyn.core.sde.noise.NoiseProcess`. The equation and the start are carried
     along, so that a guide can see what the increments drive.
 
     Args:
@@ -178,7 +178,7 @@ class PathIncrements(TorchDistribution):
         memory0: ``(*batch, m, K)`` initial memory states, or None.
 
     Example:
-        >>> from stochdyn.core.sde import SDE
+        >>> from stochdyn.core import SDE
         >>> PathIncrements(SDE(lambda t, x: -x, 1.0), torch.zeros(2), torch.linspace(0, 1, 11)).sample().shape
         torch.Size([10, 2])
     """
@@ -297,7 +297,7 @@ def sample_path(
         SingularDiffusionError: if ``noise_space=False`` and there is no density in state space.
 
     Example:
-        >>> from stochdyn.core.sde import SDE
+        >>> from stochdyn.core import SDE
         >>> push = torch.tensor([[0.0], [1.0]])  # noise moves the velocity alone
         >>> oscillator = SDE(lambda t, x: torch.stack([x[..., 1], -x[..., 0]], -1), push)
         >>> ts = torch.linspace(0, 1, 11)

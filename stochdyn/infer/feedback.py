@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn.core.sde import Control
+from stochdyn.core.sde.equation import Control
 
 __all__ = ["Feedback", "Gains"]
 
@@ -69,7 +69,7 @@ class Feedback(Control):
         ]
 
     def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
-        """See :meth:`stochdyn.core.sde.Control.shape_increment`."""
+        """See :meth:`stochdyn.core.sde.equation.Control.shape_increment`."""
         offset, gain, factor, centre, scale = (rows[n] for rows in self._rows)
         deviation = (z - centre) / self.gains.width
         mean = offset + _rows_times(deviation, gain)

@@ -15,8 +15,8 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from stochdyn._checks import check_choice
-from stochdyn.core.girsanov import ESTIMATORS
-from stochdyn.core.initial import DistributionStart
+from stochdyn.core.law.girsanov import ESTIMATORS
+from stochdyn.core.law.initial import DistributionStart
 from stochdyn.errors import InvalidInputError, UnknownSiteError
 from stochdyn.infer.capture import likelihood_quadratic, site_distribution, site_frames
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of

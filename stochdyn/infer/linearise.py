@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn.core.affine import affine_steps
-from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import full_state, integrate, step_everywhere
-from stochdyn.core.transition import time_column
+from stochdyn.core.gaussian.affine import affine_steps
+from stochdyn.core.law.transition import time_column
+from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.solvers import full_state, integrate, step_everywhere
 
 __all__ = [
     "LinearPosterior",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import remember
-from stochdyn.core.transition import time_column
+from stochdyn.core.law.transition import time_column
+from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.solvers import remember
 
 __all__ = ["Driven", "remember_path", "remembered_path"]
 

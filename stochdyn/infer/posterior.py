@@ -10,10 +10,10 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from stochdyn.core.girsanov import explicit_stop
-from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import draw_increments, full_state, integrate
-from stochdyn.core.transition import steps_of, time_column
+from stochdyn.core.law.girsanov import explicit_stop
+from stochdyn.core.law.transition import steps_of, time_column
+from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.solvers import draw_increments, full_state, integrate
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.memo import remember_path

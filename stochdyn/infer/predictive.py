@@ -12,8 +12,8 @@ from pyro import poutine
 from torch import Tensor
 
 from stochdyn._checks import check_positive_int, check_time_grid
-from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import draw_increments, full_state, integrate
+from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.solvers import draw_increments, full_state, integrate
 from stochdyn.errors import TimeGridError, UnknownSiteError
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
 

@@ -25,7 +25,7 @@ class NoiseReparam(Reparam):
 
     Example:
         >>> import pyro, torch
-        >>> from stochdyn.core.sde import SDE
+        >>> from stochdyn.core import SDE
         >>> def model():
         ...     ts = torch.linspace(0, 1, 5)
         ...     return pyro.sample("x", DiffusionPath(SDE(lambda t, x: -x, 1.0), torch.zeros(1), ts))

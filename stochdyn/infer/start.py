@@ -11,8 +11,8 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 from torch.distributions import constraints
 
-from stochdyn.core.girsanov import explicit_stop
-from stochdyn.core.initial import DistributionStart
+from stochdyn.core.law.girsanov import explicit_stop
+from stochdyn.core.law.initial import DistributionStart
 from stochdyn.infer.distributions import start_of
 
 __all__ = ["GaussianStart", "StartPosterior", "StartPrior", "StickingStart", "is_unconstrained"]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn.core.coefficients import Coefficient, Matrix
-from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import full_state, increment_scale, integrate
+from stochdyn.core.sde.coefficients import Coefficient, Matrix
+from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.solvers import full_state, increment_scale, integrate
 from stochdyn.errors import InvalidInputError
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
 from stochdyn.infer.feedback import Feedback

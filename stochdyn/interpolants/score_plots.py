@@ -9,8 +9,8 @@ from torch import Tensor
 
 from stochdyn._checks import check_choice, check_event_size, check_ndim, check_nonempty, check_positive_int
 from stochdyn.diagnostics.plots import as_axes
-from stochdyn.interpolants.reverse import ReverseDiffusion
-from stochdyn.interpolants.score import ScoreMatching
+from stochdyn.interpolants.sampling.reverse import ReverseDiffusion
+from stochdyn.interpolants.training.score import ScoreMatching
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

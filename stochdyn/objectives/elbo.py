@@ -20,8 +20,8 @@ from stochdyn._checks import (
     check_same_dtype,
     check_time_grid,
 )
-from stochdyn.core.measure import DiffusionMeasure
-from stochdyn.core.path import PathSample
+from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.law.path import PathSample
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
@@ -100,7 +100,7 @@ class PathELBO(Objective):
             always the true log weight.
         ts: ``(T,)`` grid; needed if the likelihood has none.
         importance_weighted: report and optimise the tighter bound :math:`\mathbb E\log\frac1S\sum_s w_s` (IWAE) instead.
-        method: solver; see :func:`stochdyn.core.solvers.integrate`.
+        method: solver; see :func:`stochdyn.core.sde.solvers.integrate`.
         checkpoint: recompute segments in back-propagation, to save memory.
         auto_threshold: variance of the log weights, in squared nats, under which ``"auto"`` changes to ``"stl"``.
 
@@ -112,7 +112,7 @@ class PathELBO(Objective):
         Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders", 2016.
 
     Example:
-        >>> from stochdyn.core.sde import SDE
+        >>> from stochdyn.core import SDE
         >>> ts = torch.linspace(0, 1, 11)
         >>> prior = DiffusionMeasure(torch.zeros(1), SDE(lambda t, x: -x, 1.0))
         >>> likelihood = GaussianObservations(ts, ts[[5, 10]], torch.tensor([0.3, 0.1]), 0.5)

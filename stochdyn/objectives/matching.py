@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stochdyn.core.coefficients import Diagonal, Matrix, Scalar
-from stochdyn.core.sde import SDE, spatial_divergence
+from stochdyn.core.sde.coefficients import Diagonal, Matrix, Scalar
+from stochdyn.core.sde.equation import SDE, spatial_divergence
 from stochdyn.errors import InvalidInputError
 
 __all__ = ["marginal_drift", "matching_rate"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_choice, check_finite
-from stochdyn.core.path import PathSample
-from stochdyn.core.sde import SDE
+from stochdyn.core.law.path import PathSample
+from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
@@ -113,7 +113,7 @@ def project_linear_drift(
         NonFiniteError: if the path isn't finite.
 
     Example:
-        >>> from stochdyn.core.measure import DiffusionMeasure
+        >>> from stochdyn.core import DiffusionMeasure
         >>> ou = DiffusionMeasure(torch.ones(1), SDE(lambda t, x: -2.0 * x, 0.5))
         >>> path = ou.sample(torch.linspace(0, 1, 11), (4,))
         >>> family = SDE(lambda t, x: torch.zeros_like(x), 0.5)
@@ -202,7 +202,7 @@ class PathProjection(Objective):
         InvalidInputError: if the estimator is unknown.
 
     Example:
-        >>> from stochdyn.core.measure import DiffusionMeasure
+        >>> from stochdyn.core import DiffusionMeasure
         >>> law = DiffusionMeasure(torch.ones(1), SDE(lambda t, x: -x, 1.0))
         >>> path = law.sample(torch.linspace(0, 1, 11), (4,))
         >>> value = PathProjection(SDE(lambda t, x: 1.0 - x, 1.0))(path)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_choice, check_positive_int, check_same_device
-from stochdyn.core.divergence import unbiased_square
-from stochdyn.core.flow import MarginalFlow
-from stochdyn.core.operator import ForwardOperator
+from stochdyn.core.forward.divergences import unbiased_square
+from stochdyn.core.forward.flow import MarginalFlow
+from stochdyn.core.forward.operator import ForwardOperator
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
@@ -117,9 +117,9 @@ class ForwardResidual(Objective):
         InvalidInputError: if an option is unknown, or ``"hutchinson"`` has fewer than two probes.
 
     Example:
-        >>> from stochdyn.core.flow import GaussianFlow
-        >>> from stochdyn.core.generators import FokkerPlanck
-        >>> from stochdyn.core.sde import SDE
+        >>> from stochdyn.core import GaussianFlow
+        >>> from stochdyn.core import FokkerPlanck
+        >>> from stochdyn.core import SDE
         >>> flow = GaussianFlow(lambda t: torch.zeros(*t.shape, 1), lambda t: 0.5 * torch.eye(1))
         >>> objective = ForwardResidual(flow, FokkerPlanck(SDE(lambda t, x: -x, 1.0)), stationary=True)
         >>> bool(objective((torch.tensor(0.0), torch.randn(8, 1))).loss < 1e-10)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from stochdyn._checks import check_choice, check_time_grid
 from stochdyn.errors import ConvergenceWarning, MissingDependencyError
-from stochdyn.povm.density import DensityGenerator, initial_density
-from stochdyn.povm.frames import Tetrahedral
-from stochdyn.povm.observables import Observable, observables
-from stochdyn.povm.propagation import propagate, stationary_probabilities
+from stochdyn.povm.frames.frame import Tetrahedral
+from stochdyn.povm.frames.lattice_observables import Observable, observables
+from stochdyn.povm.master.density import DensityGenerator, initial_density
+from stochdyn.povm.master.propagation import propagate, stationary_probabilities
 
 if TYPE_CHECKING:
-    from stochdyn.povm.lindblad import Lindbladian
+    from stochdyn.povm.lindblad.lindbladian import Lindbladian
 
 __all__ = ["ExactEvolution", "ExactSteadyState", "evolve", "propagate", "steady_state"]
 
@@ -76,7 +76,7 @@ def evolve(
         model: with its parameters bound.
         state: name or state of one site, taken for all; a list with one a site; or a state of the lattice.
         times: increasing, the first being that of the initial state.
-        observables: see :func:`~stochdyn.povm.observables.observable`; a name on two sites is averaged over the bonds of the model.
+        observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`; a name on two sites is averaged over the bonds of the model.
         backend: ``"qutip"``, ``"matrix"`` (our own, by scipy), or ``"auto"``: QuTiP where it is installed.
         rtol: relative tolerance of the integration.
         atol: absolute tolerance.
@@ -113,7 +113,7 @@ def evolve(
     if backend == "qutip":
         if not importlib.util.find_spec("qutip"):
             raise MissingDependencyError("QuTiP isn't installed", hint="pip install 'stochdyn[quantum]'")
-        from stochdyn.povm.qutip_operators import integrate
+        from stochdyn.povm.lindblad.qutip_operators import integrate
 
         integrate(model, rho, grid.tolist(), visit, rtol, atol)
     else:
@@ -138,7 +138,7 @@ def steady_state(
 
     Args:
         model: constant in time.
-        observables: see :func:`~stochdyn.povm.observables.observable`.
+        observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`.
         tolerance: on the largest element of the rate of change.
         max_time: end of the evolution.
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_time_grid
-from stochdyn.core.master_terms import SparseMasterEquation
+from stochdyn.core.forward.master_terms import SparseMasterEquation
 from stochdyn.errors import InvalidInputError
-from stochdyn.povm.frames import Frame, QutritSIC, Tetrahedral
-from stochdyn.povm.observables import Observable, observables
-from stochdyn.povm.operators import as_state
-from stochdyn.povm.site_frames import SiteFrames
+from stochdyn.povm.frames.frame import Frame, QutritSIC, Tetrahedral
+from stochdyn.povm.frames.lattice_observables import Observable, observables
+from stochdyn.povm.frames.operators import as_state
+from stochdyn.povm.frames.site_frames import SiteFrames
 
 if TYPE_CHECKING:
-    from stochdyn.povm.lindblad import Lindbladian
+    from stochdyn.povm.lindblad.lindbladian import Lindbladian
 
 __all__ = ["MeanFieldEvolution", "evolve", "marginal_rates"]
 
@@ -91,7 +91,7 @@ def evolve(
         model: with its parameters bound.
         state: name or state of one site, taken for all, or a list with one a site.
         times: increasing, the first being that of the initial state.
-        observables: see :func:`~stochdyn.povm.observables.observable`; a name on two sites is averaged over the bonds of the model.
+        observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`; a name on two sites is averaged over the bonds of the model.
         povm: the frame in which probabilities are kept, of no influence on the means.
         rtol: relative tolerance of the integration.
         atol: absolute tolerance.

@@ -11,7 +11,7 @@ from torch import Tensor
 from stochdyn.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from stochdyn.povm.evolution import Evolution
+    from stochdyn.povm.dynamics.evolution import Evolution
 
 __all__ = ["plot_evolution", "plot_phase_diagram"]
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stochdyn.errors import InvalidInputError
-from stochdyn.povm.graphs import ring, square_lattice
-from stochdyn.povm.lindblad import Lindbladian
+from stochdyn.povm.lindblad.graphs import ring, square_lattice
+from stochdyn.povm.lindblad.lindbladian import Lindbladian
 
 if TYPE_CHECKING:
-    from stochdyn.datasets.open_systems import OpenSystem
+    from stochdyn.datasets.quantum import OpenSystem
 
 __all__ = ["build", "dephasing_ising", "ising", "reference", "xyz"]
 
@@ -104,7 +104,7 @@ def dephasing_ising(
 
 
 def build(system: str, num_sites: int, **parameters: Any) -> Lindbladian:
-    """Return the Lindbladian of a system of :func:`~stochdyn.datasets.open_systems.open_systems`.
+    """Return the Lindbladian of a system of :func:`~stochdyn.datasets.quantum.open_systems`.
 
     Raises:
         InvalidInputError: if the system is unknown.
@@ -136,7 +136,7 @@ def reference(
     """Return a system together with its exact observables.
 
     Args:
-        system: see :class:`~stochdyn.datasets.open_systems.OpenSystem`.
+        system: see :class:`~stochdyn.datasets.quantum.OpenSystem`.
         num_sites: ``N``.
         steady: the steady state rather than the evolution.
         which: initial state or parameters, where several are on file; the first that fits is returned.
@@ -149,7 +149,7 @@ def reference(
         >>> exact.initial, float(exact.expect["ZZ"][-1].round(decimals=6))
         ('x+', 0.902905)
     """
-    from stochdyn.datasets.open_systems import open_systems
+    from stochdyn.datasets.quantum import open_systems
 
     kind = "steady" if steady else "dynamics"
     found = open_systems(kind, system=system, num_sites=num_sites, **which)

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_positive, check_positive_int, check_time_grid
-from stochdyn.core.coefficients import Matrix
-from stochdyn.core.measure import DiffusionMeasure
-from stochdyn.core.path import Estimate
-from stochdyn.core.sde import SDE
+from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.law.path import Estimate
+from stochdyn.core.sde.coefficients import Matrix
+from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError, SystemSizeError, UnavailableError
-from stochdyn.povm.density import full_operator
-from stochdyn.povm.observables import Observable, observables
-from stochdyn.povm.operators import as_state
-from stochdyn.povm.terms import coupling_value
+from stochdyn.povm.frames.lattice_observables import Observable, observables
+from stochdyn.povm.frames.operators import as_state
+from stochdyn.povm.lindblad.terms import coupling_value
+from stochdyn.povm.master.density import full_operator
 
 if TYPE_CHECKING:
-    from stochdyn.povm.lindblad import Lindbladian
+    from stochdyn.povm.lindblad.lindbladian import Lindbladian
 
 __all__ = ["TrajectoryEvolution", "diffusion_equation", "evolve"]
 
@@ -142,7 +142,7 @@ def evolve(
         model: its parameters bound, constant in time, with at least one jump.
         state: name or state of one site, taken for all, or a list with one a site.
         times: increasing, the first being that of the initial state.
-        observables: see :func:`~stochdyn.povm.observables.observable`.
+        observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`.
         num_trajectories: how many.
         step: largest step of Euler's method.
         generator: of the noise and of mixed initial states.

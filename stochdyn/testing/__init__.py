@@ -9,12 +9,6 @@ Example:
     >>> TestMyScalar().test_solve_is_the_pseudo_inverse()
 """
 
-from __future__ import annotations
+from lazy_loader import attach_stub
 
-from stochdyn.testing.coefficients import CoefficientSuite
-from stochdyn.testing.flows import MarginalFlowSuite
-from stochdyn.testing.noise import NoiseProcessSuite
-from stochdyn.testing.objectives import ObjectiveSuite
-from stochdyn.testing.states import AnsatzSuite
-
-__all__ = ["AnsatzSuite", "CoefficientSuite", "MarginalFlowSuite", "NoiseProcessSuite", "ObjectiveSuite"]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -7,14 +7,14 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from stochdyn.core.coefficients import Coefficient
+from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.errors import SingularDiffusionError
 
 __all__ = ["CoefficientSuite"]
 
 
 class CoefficientSuite(ABC):
-    """Tests of a :class:`stochdyn.Coefficient`; subclasses implement :meth:`make`.
+    """Tests of a :class:`stochdyn.core.Coefficient`; subclasses implement :meth:`make`.
 
     Attributes:
         dim: ``d``, components of the state.

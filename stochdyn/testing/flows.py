@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from stochdyn.core.flow import MarginalFlow
+from stochdyn.core.forward.flow import MarginalFlow
 from stochdyn.errors import ShapeError
 
 __all__ = ["MarginalFlowSuite"]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from stochdyn.core.noise import NoiseProcess, NoiseSteps
+from stochdyn.core.sde.noise import NoiseProcess, NoiseSteps
 
 __all__ = ["NoiseProcessSuite"]
 

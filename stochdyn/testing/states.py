@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stochdyn.core.outcomes import all_configurations, encode
+from stochdyn.core.forward.outcomes import all_configurations, encode
 
 if TYPE_CHECKING:
-    from stochdyn.povm.ansatz import Ansatz
+    from stochdyn.povm.ansatz.base import Ansatz
 
 __all__ = ["AnsatzSuite"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stochdyn._checks import check_event_size
 from stochdyn.errors import InvalidInputError
-from stochdyn.vectorfields._input import as_count, as_points, as_vectors
-from stochdyn.vectorfields.sphere import sphere_of
+from stochdyn.vectorfields.geometry.sphere import sphere_of
+from stochdyn.vectorfields.regression._input import as_count, as_points, as_vectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

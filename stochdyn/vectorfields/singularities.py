@@ -13,11 +13,11 @@ from torch import Tensor
 
 from stochdyn._checks import check_ndim, check_positive, check_positive_int
 from stochdyn.errors import InvalidInputError, ShapeError
-from stochdyn.vectorfields._input import as_index, as_vectors
-from stochdyn.vectorfields.cloud import PointCloud
-from stochdyn.vectorfields.connection import connect
-from stochdyn.vectorfields.rvgp import RVGP
-from stochdyn.vectorfields.sphere import sphere_of
+from stochdyn.vectorfields.geometry.cloud import PointCloud
+from stochdyn.vectorfields.geometry.connection import connect
+from stochdyn.vectorfields.geometry.sphere import sphere_of
+from stochdyn.vectorfields.regression._input import as_index, as_vectors
+from stochdyn.vectorfields.regression.rvgp import RVGP
 
 __all__ = ["Singularities", "field_index", "find_singularities", "triangulate"]
 

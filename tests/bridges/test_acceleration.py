@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stochdyn.bridges import LinearDrift, Repressilator, Snapshots, refine
-from stochdyn.bridges.acceleration import Anderson, get_vector, set_vector
+from stochdyn.bridges.refinement import Anderson, get_vector, set_vector
 from stochdyn.datasets import repressilator
 
 F64 = torch.float64

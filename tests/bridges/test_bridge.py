@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.bridges import LinearDrift, LotkaVolterra, Snapshots
-from stochdyn.bridges.bridge import SchrodingerBridge
-from stochdyn.bridges.sampling import finite_pairs
+from stochdyn.bridges import LinearDrift, LotkaVolterra, SchrodingerBridge, Snapshots
+from stochdyn.bridges.laws import finite_pairs
 
 F64 = torch.float64
 
@@ -209,7 +208,7 @@ def test_a_population_that_grows_is_coupled_without_moving_far() -> None:
 
 def test_a_grid_too_coarse_for_the_drift_is_said() -> None:
     snaps = Snapshots([0.0, 1.0], [torch.zeros(3, 1, dtype=F64), torch.ones(3, 1, dtype=F64)])
-    with pytest.warns(sd.ApproximationWarning, match="too coarse"):
+    with pytest.warns(sd.errors.ApproximationWarning, match="too coarse"):
         SchrodingerBridge(snaps, lambda t, x: -20 * torch.sin(x), 1.0, step=0.25).solve()
 
 
@@ -227,18 +226,18 @@ SNAPS = Snapshots([0.0, 1.0], [torch.zeros(4, 2), torch.ones(4, 2)])
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: SchrodingerBridge([1, 2]), sd.InvalidInputError, "must be Snapshots"),
-        (lambda: SchrodingerBridge(SNAPS, lambda t, x: x[..., :1]), sd.ShapeError, "another shape"),
-        (lambda: SchrodingerBridge(SNAPS, LinearDrift(3)), sd.ShapeError, "another dimension"),
-        (lambda: SchrodingerBridge(SNAPS, 3.0), sd.InvalidInputError, "no family of drifts"),
-        (lambda: SchrodingerBridge(SNAPS, diffusion=-1.0), sd.DiffusionError, "positive"),
-        (lambda: SchrodingerBridge(SNAPS, diffusion=torch.tensor([[1.0], [0.0]])), sd.DiffusionError, "every component"),
-        (lambda: SchrodingerBridge(SNAPS, step=0.0), sd.InvalidInputError, "step"),
-        (lambda: SchrodingerBridge(SNAPS, diffusion=1e-4).solve(), sd.DiffusionError, r"1\.41e\+04 standard deviations"),
-        (lambda: SchrodingerBridge(SNAPS).marginal(0.5), sd.UnavailableError, "solve"),
-        (lambda: SchrodingerBridge(SNAPS).solve().marginal(1.5), sd.TimeGridError, "inside"),
-        (lambda: SchrodingerBridge(SNAPS).solve().marginal(1.0).log_prob(torch.zeros(2)), sd.UnavailableError, "density"),
-        (lambda: SchrodingerBridge(SNAPS).solve().sample(torch.tensor([0.0, 2.0])), sd.TimeGridError, "inside"),
+        (lambda: SchrodingerBridge([1, 2]), sd.errors.InvalidInputError, "must be Snapshots"),
+        (lambda: SchrodingerBridge(SNAPS, lambda t, x: x[..., :1]), sd.errors.ShapeError, "another shape"),
+        (lambda: SchrodingerBridge(SNAPS, LinearDrift(3)), sd.errors.ShapeError, "another dimension"),
+        (lambda: SchrodingerBridge(SNAPS, 3.0), sd.errors.InvalidInputError, "no family of drifts"),
+        (lambda: SchrodingerBridge(SNAPS, diffusion=-1.0), sd.errors.DiffusionError, "positive"),
+        (lambda: SchrodingerBridge(SNAPS, diffusion=torch.tensor([[1.0], [0.0]])), sd.errors.DiffusionError, "every component"),
+        (lambda: SchrodingerBridge(SNAPS, step=0.0), sd.errors.InvalidInputError, "step"),
+        (lambda: SchrodingerBridge(SNAPS, diffusion=1e-4).solve(), sd.errors.DiffusionError, r"1\.41e\+04 standard deviations"),
+        (lambda: SchrodingerBridge(SNAPS).marginal(0.5), sd.errors.UnavailableError, "solve"),
+        (lambda: SchrodingerBridge(SNAPS).solve().marginal(1.5), sd.errors.TimeGridError, "inside"),
+        (lambda: SchrodingerBridge(SNAPS).solve().marginal(1.0).log_prob(torch.zeros(2)), sd.errors.UnavailableError, "density"),
+        (lambda: SchrodingerBridge(SNAPS).solve().sample(torch.tensor([0.0, 2.0])), sd.errors.TimeGridError, "inside"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(make, error: type[Exception], message: str) -> None:
@@ -248,16 +247,16 @@ def test_bad_input_is_refused(make, error: type[Exception], message: str) -> Non
 
 def test_a_density_that_is_not_finite_is_an_error_with_its_cause() -> None:
     snaps = Snapshots([0.0, 1.0], [torch.zeros(3, 1, dtype=F64), torch.ones(3, 1, dtype=F64)])
-    with pytest.raises(sd.NonFiniteError):
+    with pytest.raises(sd.errors.NonFiniteError):
         SchrodingerBridge(snaps, lambda t, x: -1e90 * x**3, 1.0, step=0.1).solve()
 
 
 def test_pairs_whose_law_is_not_finite_are_left_out_loudly() -> None:
     means, factors = torch.tensor([[0.0], [1.0], [2.0]]), torch.ones(3, 1, 1)
     means[1] = torch.nan
-    with pytest.warns(sd.ApproximationWarning, match=r"1 pairs, 4.00% of the law"):
+    with pytest.warns(sd.errors.ApproximationWarning, match=r"1 pairs, 4.00% of the law"):
         kept = finite_pairs(means, factors, torch.tensor([0.48, 0.04, 0.48]), 0.5)
     assert kept[0].flatten().tolist() == [0.0, 2.0]
     assert kept[2].tolist() == [0.5, 0.5]
-    with pytest.raises(sd.NonFiniteError, match=r"smaller step"):
+    with pytest.raises(sd.errors.NonFiniteError, match=r"smaller step"):
         finite_pairs(means, factors, torch.tensor([0.4, 0.2, 0.4]), 0.5)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges.cells import from_anndata, from_npz, pca
-from stochdyn.bridges.snapshots import Snapshots
+from stochdyn.bridges import Snapshots, from_anndata, from_npz, pca
 
 
 class Cells:
@@ -68,28 +67,28 @@ def test_a_real_anndata_and_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"time_key": "week"}, sd.InvalidInputError, "week"),
-        ({"time_key": "day"}, sd.InvalidInputError, "no numbers"),
-        ({"time_key": "hour", "representation": "X_phate"}, sd.InvalidInputError, "X_phate"),
-        ({"time_key": "hour", "num_components": 9}, sd.ShapeError, "components"),
-        ({"time_key": "hour", "weights_key": "no"}, sd.InvalidInputError, "weights_key"),
-        ({"time_key": "day", "times": {"d0": 0.0}}, sd.TimeGridError, "times"),
+        ({"time_key": "week"}, sd.errors.InvalidInputError, "week"),
+        ({"time_key": "day"}, sd.errors.InvalidInputError, "no numbers"),
+        ({"time_key": "hour", "representation": "X_phate"}, sd.errors.InvalidInputError, "X_phate"),
+        ({"time_key": "hour", "num_components": 9}, sd.errors.ShapeError, "components"),
+        ({"time_key": "hour", "weights_key": "no"}, sd.errors.InvalidInputError, "weights_key"),
+        ({"time_key": "day", "times": {"d0": 0.0}}, sd.errors.TimeGridError, "times"),
     ],
 )
 def test_bad_cells(options, error, words):
     with pytest.raises(error, match=words):
         from_anndata(Cells(), **options)
-    with pytest.raises(sd.InvalidInputError, match="AnnData"):
+    with pytest.raises(sd.errors.InvalidInputError, match="AnnData"):
         from_anndata([1, 2], "hour")
 
 
 def test_nan_cells_and_times():
     cells = Cells()
     cells.obsm["X_pca"][3, 1] = np.nan
-    with pytest.raises(sd.NonFiniteError, match=r"samples\[2\]"):
+    with pytest.raises(sd.errors.NonFiniteError, match=r"samples\[2\]"):
         from_anndata(cells, "hour")
     cells.obs["hour"][0] = np.nan
-    with pytest.raises(sd.NonFiniteError, match="times"):
+    with pytest.raises(sd.errors.NonFiniteError, match="times"):
         from_anndata(cells, "hour", "X_umap")
 
 
@@ -110,13 +109,13 @@ def test_npz_layouts(tmp_path):
 
 def test_bad_npz(tmp_path):
     np.savez(tmp_path / "a.npz", pcs=np.zeros((6, 3)), day=np.arange(6) // 3)
-    with pytest.raises(sd.InvalidInputError, match="nothing"):
+    with pytest.raises(sd.errors.InvalidInputError, match="nothing"):
         from_npz(tmp_path / "a.npz", "nothing")
-    with pytest.raises(sd.InvalidInputError, match="labels need"):
+    with pytest.raises(sd.errors.InvalidInputError, match="labels need"):
         from_npz(tmp_path / "a.npz", labels="day")
-    with pytest.raises(sd.ShapeError, match="label"):
+    with pytest.raises(sd.errors.ShapeError, match="label"):
         from_npz(tmp_path / "a.npz", "pcs", "day", times=[0.0])
-    with pytest.raises(sd.ShapeError, match="array of cells"):
+    with pytest.raises(sd.errors.ShapeError, match="array of cells"):
         from_npz(tmp_path / "a.npz")
 
 
@@ -135,5 +134,5 @@ def test_principal_components():
     cov = everything.mT @ (weights[:, None] * everything)
     assert torch.allclose(cov, torch.eye(2, dtype=torch.float64), atol=1e-10)
     assert turned.map(lambda x: x[:, :1]).samples[0].var() > turned.map(lambda x: x[:, 3:]).samples[0].var()
-    with pytest.raises(sd.InvalidInputError, match="fewer"):
+    with pytest.raises(sd.errors.InvalidInputError, match="fewer"):
         pca(snaps, 5)

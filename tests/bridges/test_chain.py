@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from stochdyn.bridges import LinearDrift, LotkaVolterra
-from stochdyn.bridges._small import cholesky, inverse, log_det, mm, mt, mv, quadratic
-from stochdyn.bridges.chain import panel_rule
-from stochdyn.bridges.linearised import AffineTransition, LinearisedTransition, transition
+from stochdyn.bridges.laws import (
+    AffineTransition,
+    LinearisedTransition,
+    cholesky,
+    inverse,
+    log_det,
+    mm,
+    mt,
+    mv,
+    panel_rule,
+    quadratic,
+    transition,
+)
 
 F64 = torch.float64
 SPREAD = torch.tensor([[0.3, 0.05], [0.05, 0.2]], dtype=F64)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stochdyn.bridges.density_trend import DensityTrend
-from stochdyn.bridges.snapshots import Snapshots
+from stochdyn.bridges import DensityTrend, Snapshots
 from stochdyn.errors import InvalidInputError, TimeGridError, UnavailableError
 
 F64 = torch.float64

@@ -75,5 +75,5 @@ def test_lotka_volterra_has_its_textbook_form() -> None:
     drift = family(torch.tensor(0.0), torch.tensor([5.0, 4.0]))
     torch.testing.assert_close(drift, torch.tensor([1.0 * 5 - 0.4 * 20, 0.1 * 20 - 0.5 * 4]))
     assert family.named_values()["gamma"].item() == pytest.approx(0.5)
-    with pytest.raises(sd.ShapeError):
+    with pytest.raises(sd.errors.ShapeError):
         family(torch.tensor(0.0), torch.ones(3))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges.gaussian import GaussianBridge
-from stochdyn.core.linear import LinearGaussianMeasure
+from stochdyn.bridges import GaussianBridge
+from stochdyn.core import LinearGaussianMeasure
 
 F64 = torch.float64
 HORIZON = 1.3
@@ -205,16 +205,16 @@ def test_float32_follows_the_inputs():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"cov0": torch.ones(2, 3)}, sd.ShapeError, "cov0"),
-        ({"mean1": torch.ones(3)}, sd.ShapeError, "mean1"),
-        ({"cov1": torch.tensor([[1.0, 0.0], [0.0, -1.0]])}, sd.InvalidInputError, "semi-definite"),
-        ({"cov1": torch.tensor([[1.0, 0.5], [0.0, 1.0]])}, sd.InvalidInputError, "symmetric"),
-        ({"horizon": 0.0}, sd.InvalidInputError, "horizon"),
-        ({"diffusion": -1.0}, sd.DiffusionError, "diffusion"),
-        ({"diffusion": torch.tensor([[0.0], [1.0]])}, sd.SingularDiffusionError, "reach"),
-        ({"mean0": torch.tensor([0.0, float("nan")])}, sd.NonFiniteError, "mean0"),
-        ({"drift_matrix": torch.zeros(3, 3)}, sd.ShapeError, "drift_matrix"),
-        ({"mean0": torch.zeros(2, dtype=F64)}, sd.DtypeMismatchError, "precision"),
+        ({"cov0": torch.ones(2, 3)}, sd.errors.ShapeError, "cov0"),
+        ({"mean1": torch.ones(3)}, sd.errors.ShapeError, "mean1"),
+        ({"cov1": torch.tensor([[1.0, 0.0], [0.0, -1.0]])}, sd.errors.InvalidInputError, "semi-definite"),
+        ({"cov1": torch.tensor([[1.0, 0.5], [0.0, 1.0]])}, sd.errors.InvalidInputError, "symmetric"),
+        ({"horizon": 0.0}, sd.errors.InvalidInputError, "horizon"),
+        ({"diffusion": -1.0}, sd.errors.DiffusionError, "diffusion"),
+        ({"diffusion": torch.tensor([[0.0], [1.0]])}, sd.errors.SingularDiffusionError, "reach"),
+        ({"mean0": torch.tensor([0.0, float("nan")])}, sd.errors.NonFiniteError, "mean0"),
+        ({"drift_matrix": torch.zeros(3, 3)}, sd.errors.ShapeError, "drift_matrix"),
+        ({"mean0": torch.zeros(2, dtype=F64)}, sd.errors.DtypeMismatchError, "precision"),
     ],
 )
 def test_bad_input(change, error, words):
@@ -233,10 +233,10 @@ def test_bad_input(change, error, words):
 def test_times_outside_and_ends_without_density():
     zero = torch.zeros(1)
     bridge = GaussianBridge(zero, zero[None], zero, torch.ones(1, 1), 1.0, 1.0)
-    with pytest.raises(sd.TimeGridError, match="inside the bridge"):
+    with pytest.raises(sd.errors.TimeGridError, match="inside the bridge"):
         bridge.mean(1.5)
-    with pytest.raises(sd.SingularDiffusionError, match="density"):
+    with pytest.raises(sd.errors.SingularDiffusionError, match="density"):
         bridge.marginal(0.0)
-    with pytest.raises(sd.ShapeError, match="x"):
+    with pytest.raises(sd.errors.ShapeError, match="x"):
         bridge.drift(0.5, torch.zeros(3, 2))
     assert bridge.covariance(0.0).item() == 0

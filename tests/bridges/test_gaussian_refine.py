@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges.gaussian_refine import GaussianChainBridge, refine_gaussian
+from stochdyn.bridges import GaussianChainBridge, refine_gaussian
 
 F64 = torch.float64
 
@@ -79,15 +79,15 @@ def test_the_chain_is_markov_and_meets_every_snapshot():
 def test_snapshots_along_a_line_do_not_determine_the_drift_in_the_plane():
     times = torch.tensor([0.0, 1.0], dtype=F64)
     line = torch.ones(2, 2, 2, dtype=F64) + 1e-15 * torch.eye(2, dtype=F64)
-    with pytest.raises(sd.InvalidInputError, match="determine"):
+    with pytest.raises(sd.errors.InvalidInputError, match="determine"):
         refine_gaussian(times, torch.zeros(2, 2, dtype=F64), line, 1e-8)
 
 
 def test_bad_input():
     times, means, covs = ou_snapshots([0.0, 0.75, 1.5])
-    with pytest.raises(sd.TimeGridError, match="increase"):
+    with pytest.raises(sd.errors.TimeGridError, match="increase"):
         GaussianChainBridge(times.flip(0), means, covs, 0.5)
-    with pytest.raises(sd.ShapeError, match="one mean"):
+    with pytest.raises(sd.errors.ShapeError, match="one mean"):
         GaussianChainBridge(times, means[:2], covs, 0.5)
-    with pytest.raises(sd.TimeGridError, match="inside"):
+    with pytest.raises(sd.errors.TimeGridError, match="inside"):
         GaussianChainBridge(times, means, covs, 0.5).mean(2.0)

@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stochdyn.bridges.bridge import SchrodingerBridge
-from stochdyn.bridges.density_trend import DensityTrend
-from stochdyn.bridges.growing import GrowingBridge
-from stochdyn.bridges.scoring import leave_one_out
-from stochdyn.bridges.snapshots import Snapshots
+from stochdyn.bridges import DensityTrend, GrowingBridge, SchrodingerBridge, Snapshots, leave_one_out
 from stochdyn.errors import ApproximationWarning, InvalidInputError, TimeGridError
 
 F64 = torch.float64

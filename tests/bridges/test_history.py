@@ -72,7 +72,7 @@ def test_trajectories_and_snapshots_are_drawn(fit) -> None:
 
 
 def test_bad_pictures_are_refused(fit) -> None:
-    with pytest.raises(sd.EmptyDataError):
+    with pytest.raises(sd.errors.EmptyDataError):
         plot_history(History())
-    with pytest.raises(sd.ShapeError, match="component"):
+    with pytest.raises(sd.errors.ShapeError, match="component"):
         plot_trajectories(fit.measure, components=(0, 5))

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from stochdyn.bridges import SchrodingerBridge, Snapshots
-from stochdyn.bridges.importance import effective_share, log_correction, weighted_paths
-from stochdyn.bridges.linearised import LinearisedTransition
-from stochdyn.bridges.reference import FixedDrift
+from stochdyn.bridges.laws import (
+    FixedDrift,
+    LinearisedTransition,
+    effective_share,
+    log_correction,
+    weighted_paths,
+)
 
 F64 = torch.float64
 SIGMA, HORIZON = 0.8, 0.8

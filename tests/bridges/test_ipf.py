@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges import LinearDrift, Snapshots, refine
-from stochdyn.bridges.ipf import GaussianProcessDrift, IPFBridge, NetworkDrift
+from stochdyn.bridges import IPFBridge, LinearDrift, Snapshots, refine
+from stochdyn.bridges.laws import GaussianProcessDrift, NetworkDrift
 
 F64 = torch.float64
 
@@ -100,9 +100,9 @@ def test_the_loop_runs_with_this_solver() -> None:
 
 
 def test_bad_input_is_refused(snaps: Snapshots) -> None:
-    with pytest.raises(sd.InvalidInputError, match="learner"):
+    with pytest.raises(sd.errors.InvalidInputError, match="learner"):
         IPFBridge(snaps, learner="magic")
-    with pytest.raises(sd.UnavailableError, match="solve"):
+    with pytest.raises(sd.errors.UnavailableError, match="solve"):
         IPFBridge(snaps).stitched()
-    with pytest.raises(sd.UnavailableError, match="one strength"):
+    with pytest.raises(sd.errors.UnavailableError, match="one strength"):
         IPFBridge(Snapshots([0.0, 1.0], torch.zeros(2, 3, 2)), diffusion=torch.tensor([1.0, 2.0]))

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges.gaussian import GaussianBridge
-from stochdyn.bridges.matching import BridgeMatching
-from stochdyn.bridges.snapshots import Snapshots
-from stochdyn.core.pinned import bridge_drift
+from stochdyn.bridges import BridgeMatching, GaussianBridge, Snapshots
+from stochdyn.core import bridge_drift
 
 F64 = torch.float64
 
@@ -121,11 +119,11 @@ def test_sinkhorn_start_is_nearer_to_the_bridge():
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"diffusion": 0.0}, sd.DiffusionError),
-        ({"diffusion": 1.0, "start": "ot"}, sd.InvalidInputError),
-        ({"diffusion": 1.0, "num_pairs": 0}, sd.InvalidInputError),
-        ({"diffusion": 1.0, "width": -1}, sd.InvalidInputError),
-        ({"diffusion": 1.0, "rate": float("nan")}, sd.NonFiniteError),
+        ({"diffusion": 0.0}, sd.errors.DiffusionError),
+        ({"diffusion": 1.0, "start": "ot"}, sd.errors.InvalidInputError),
+        ({"diffusion": 1.0, "num_pairs": 0}, sd.errors.InvalidInputError),
+        ({"diffusion": 1.0, "width": -1}, sd.errors.InvalidInputError),
+        ({"diffusion": 1.0, "rate": float("nan")}, sd.errors.NonFiniteError),
     ],
 )
 def test_bad_input(options, error):
@@ -135,7 +133,7 @@ def test_bad_input(options, error):
 
 def test_times_outside():
     match = BridgeMatching(Snapshots([0.0, 1.0], [torch.zeros(2, 1), torch.ones(2, 1)]), 1.0, num_pairs=4)
-    with pytest.raises(sd.TimeGridError, match="within"):
+    with pytest.raises(sd.errors.TimeGridError, match="within"):
         match.sample(torch.tensor([0.0, 1.5]), 3)
-    with pytest.raises(sd.InvalidInputError, match="interval"):
+    with pytest.raises(sd.errors.InvalidInputError, match="interval"):
         match.couple(1, 5)

@@ -8,13 +8,7 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges.mechanistic import (
-    ComponentFeatures,
-    EllipticVortex,
-    FeatureDrift,
-    LambOseen,
-    Repressilator,
-)
+from stochdyn.bridges import ComponentFeatures, EllipticVortex, FeatureDrift, LambOseen, Repressilator
 
 NOW = torch.zeros(())
 
@@ -108,17 +102,17 @@ def test_features_with_values_in_the_state_space_share_parameters():
 @pytest.mark.parametrize(
     ("build", "error", "words"),
     [
-        (lambda: FeatureDrift(lambda x: x.sum(), 2), sd.ShapeError, "phi"),
-        (lambda: FeatureDrift(3.0, 2), sd.InvalidInputError, "function"),
-        (lambda: ComponentFeatures(lambda x: x, 2), sd.ShapeError, "phi"),
-        (lambda: ComponentFeatures(lambda x: x[..., None], 2, ["a", "b"]), sd.ShapeError, "name"),
-        (lambda: Repressilator(beta=-1.0), sd.InvalidInputError, "beta"),
-        (lambda: Repressilator(dim=1), sd.InvalidInputError, "dim"),
-        (lambda: Repressilator()(NOW, torch.ones(2, 2)), sd.ShapeError, "genes"),
-        (lambda: LambOseen(2, torch.zeros(1, 2)), sd.ShapeError, "centres"),
-        (lambda: LambOseen(0), sd.InvalidInputError, "num_vortices"),
-        (lambda: LambOseen()(NOW, torch.ones(2, 3)), sd.ShapeError, "plane"),
-        (lambda: EllipticVortex()(NOW, torch.ones(2, 3)), sd.ShapeError, "plane"),
+        (lambda: FeatureDrift(lambda x: x.sum(), 2), sd.errors.ShapeError, "phi"),
+        (lambda: FeatureDrift(3.0, 2), sd.errors.InvalidInputError, "function"),
+        (lambda: ComponentFeatures(lambda x: x, 2), sd.errors.ShapeError, "phi"),
+        (lambda: ComponentFeatures(lambda x: x[..., None], 2, ["a", "b"]), sd.errors.ShapeError, "name"),
+        (lambda: Repressilator(beta=-1.0), sd.errors.InvalidInputError, "beta"),
+        (lambda: Repressilator(dim=1), sd.errors.InvalidInputError, "dim"),
+        (lambda: Repressilator()(NOW, torch.ones(2, 2)), sd.errors.ShapeError, "genes"),
+        (lambda: LambOseen(2, torch.zeros(1, 2)), sd.errors.ShapeError, "centres"),
+        (lambda: LambOseen(0), sd.errors.InvalidInputError, "num_vortices"),
+        (lambda: LambOseen()(NOW, torch.ones(2, 3)), sd.errors.ShapeError, "plane"),
+        (lambda: EllipticVortex()(NOW, torch.ones(2, 3)), sd.errors.ShapeError, "plane"),
     ],
 )
 def test_bad_input(build, error, words):

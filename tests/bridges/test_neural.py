@@ -6,10 +6,7 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges.families import LinearDrift
-from stochdyn.bridges.mechanistic import LambOseen
-from stochdyn.bridges.neural import NeuralDrift, PotentialDrift, SumDrift
-from stochdyn.bridges.snapshots import Snapshots
+from stochdyn.bridges import LambOseen, LinearDrift, NeuralDrift, PotentialDrift, Snapshots, SumDrift
 
 F64 = torch.float64
 
@@ -88,13 +85,13 @@ def test_a_sum_of_families():
 
 
 def test_bad_input():
-    with pytest.raises(sd.ShapeError, match="dimension"):
+    with pytest.raises(sd.errors.ShapeError, match="dimension"):
         SumDrift([LinearDrift(3), LambOseen()])
-    with pytest.raises(sd.EmptyDataError):
+    with pytest.raises(sd.errors.EmptyDataError):
         SumDrift([])
-    with pytest.raises(sd.InvalidInputError, match="width"):
+    with pytest.raises(sd.errors.InvalidInputError, match="width"):
         NeuralDrift(2, width=0)
-    with pytest.raises(sd.InvalidInputError, match="scale"):
+    with pytest.raises(sd.errors.InvalidInputError, match="scale"):
         PotentialDrift(2, scale=0.0)
-    with pytest.raises(sd.ShapeError, match="centre"):
+    with pytest.raises(sd.errors.ShapeError, match="centre"):
         PotentialDrift(2, centre=torch.zeros(3))

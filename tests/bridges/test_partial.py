@@ -6,9 +6,7 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges.partial import PartialBridge, momentum
-from stochdyn.bridges.partial_gaussian import PartialGaussianBridge
-from stochdyn.bridges.snapshots import Snapshots
+from stochdyn.bridges import PartialBridge, PartialGaussianBridge, Snapshots, momentum
 
 F64 = torch.float64
 MEANS, COVS = (0.0, 1.0, 0.5, 2.0), (0.3, 0.2, 0.5, 0.1)
@@ -102,9 +100,9 @@ def test_crossing_groups_go_straight_on():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"drift_matrix": torch.zeros(1, 1, dtype=F64)}, sd.ShapeError, "drift_matrix"),
-        ({"diffusion": torch.tensor([[1.0], [0.0]], dtype=F64)}, sd.SingularDiffusionError, "reach"),
-        ({"num_hidden": 1}, sd.InvalidInputError, "num_hidden"),
+        ({"drift_matrix": torch.zeros(1, 1, dtype=F64)}, sd.errors.ShapeError, "drift_matrix"),
+        ({"diffusion": torch.tensor([[1.0], [0.0]], dtype=F64)}, sd.errors.SingularDiffusionError, "reach"),
+        ({"num_hidden": 1}, sd.errors.InvalidInputError, "num_hidden"),
     ],
 )
 def test_bad_input(options, error, words):
@@ -113,5 +111,5 @@ def test_bad_input(options, error, words):
 
 
 def test_too_few_sweeps_are_reported():
-    with pytest.warns(sd.ConvergenceWarning, match="sweeps"):
+    with pytest.warns(sd.errors.ConvergenceWarning, match="sweeps"):
         PartialBridge(snapshots(10), MATRIX, NOISE, max_sweeps=2, rounds=1)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges.gaussian_refine import GaussianChainBridge
-from stochdyn.bridges.partial_gaussian import PartialGaussianBridge
+from stochdyn.bridges import GaussianChainBridge, PartialGaussianBridge
 
 F64 = torch.float64
 TIMES = torch.arange(4, dtype=F64)
@@ -78,7 +77,7 @@ def test_paths_pass_through_the_snapshots_and_move_by_their_velocity():
 
 
 def test_too_few_sweeps_are_reported():
-    with pytest.warns(sd.ConvergenceWarning, match="sweeps"):
+    with pytest.warns(sd.errors.ConvergenceWarning, match="sweeps"):
         law = solved(max_sweeps=3)
     assert not law.converged
 
@@ -86,12 +85,12 @@ def test_too_few_sweeps_are_reported():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"observe": torch.zeros(1, 2, dtype=F64)}, sd.InvalidInputError, "rank"),
-        ({"means": MEANS[:3]}, sd.ShapeError, "means"),
-        ({"covs": torch.zeros_like(COVS)}, sd.SingularDiffusionError, "covs"),
-        ({"diffusion": NOISE.flip(0)}, sd.SingularDiffusionError, "reach"),
-        ({"times": TIMES.flip(0)}, sd.TimeGridError, "increase"),
-        ({"drift_matrix": torch.eye(3, dtype=F64)}, sd.ShapeError, "drift_matrix"),
+        ({"observe": torch.zeros(1, 2, dtype=F64)}, sd.errors.InvalidInputError, "rank"),
+        ({"means": MEANS[:3]}, sd.errors.ShapeError, "means"),
+        ({"covs": torch.zeros_like(COVS)}, sd.errors.SingularDiffusionError, "covs"),
+        ({"diffusion": NOISE.flip(0)}, sd.errors.SingularDiffusionError, "reach"),
+        ({"times": TIMES.flip(0)}, sd.errors.TimeGridError, "increase"),
+        ({"drift_matrix": torch.eye(3, dtype=F64)}, sd.errors.ShapeError, "drift_matrix"),
     ],
 )
 def test_bad_input(change, error, words):

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import stochdyn as sd
-from stochdyn.bridges.families import LinearDrift
-from stochdyn.bridges.pyro_family import ModuleDrift, PyroDrift, as_family
+from stochdyn.bridges import LinearDrift, ModuleDrift, PyroDrift, as_family
 
 NOW = torch.zeros(())
 
@@ -88,10 +87,10 @@ def test_what_becomes_which_family():
 @pytest.mark.parametrize(
     ("drift", "error", "words"),
     [
-        (LinearDrift(3), sd.ShapeError, "dimension"),
-        (lambda t, x: x, sd.InvalidInputError, "family"),
-        (3.0, sd.InvalidInputError, "family"),
-        (lambda: lambda t, x: x, sd.InvalidInputError, "latent"),
+        (LinearDrift(3), sd.errors.ShapeError, "dimension"),
+        (lambda t, x: x, sd.errors.InvalidInputError, "family"),
+        (3.0, sd.errors.InvalidInputError, "family"),
+        (lambda: lambda t, x: x, sd.errors.InvalidInputError, "latent"),
     ],
 )
 def test_bad_input(drift, error, words):
@@ -104,14 +103,14 @@ def test_a_drift_of_the_wrong_shape():
         def forward(self, t, x):
             return x.sum(-1)
 
-    with pytest.raises(sd.ShapeError, match="wrong shape"):
+    with pytest.raises(sd.errors.ShapeError, match="wrong shape"):
         ModuleDrift(Wrong(), 2)
 
     def wrong():
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
         return lambda t, x: a * x[..., :1]
 
-    with pytest.raises(sd.ShapeError, match="wrong shape"):
+    with pytest.raises(sd.errors.ShapeError, match="wrong shape"):
         PyroDrift(wrong, 2)
-    with pytest.raises(sd.UnknownSiteError, match="nothing"):
+    with pytest.raises(sd.errors.UnknownSiteError, match="nothing"):
         PyroDrift(model, 2, init={"nothing": torch.zeros(())})

@@ -240,7 +240,7 @@ def test_what_snapshots_cannot_tell_is_said() -> None:
         def features(self, t: Tensor, x: Tensor) -> Tensor:
             return torch.stack((x, 2 * x), -1)
 
-    with pytest.warns(sd.ApproximationWarning, match="can't be told"):
+    with pytest.warns(sd.errors.ApproximationWarning, match="can't be told"):
         refine(Snapshots([0.0, 1.0, 2.0], clouds), Two(), diffusion=0.5, outer=1)
 
 
@@ -258,16 +258,16 @@ SNAPS = Snapshots([0.0, 1.0], [torch.zeros(4, 2), torch.ones(4, 2)])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"snapshots": [1]}, sd.InvalidInputError, "must be Snapshots"),
-        ({"family": lambda t, x: x}, sd.InvalidInputError, "no parameters"),
-        ({"family": LinearDrift(3)}, sd.ShapeError, "another dimension"),
+        ({"snapshots": [1]}, sd.errors.InvalidInputError, "must be Snapshots"),
+        ({"family": lambda t, x: x}, sd.errors.InvalidInputError, "no parameters"),
+        ({"family": LinearDrift(3)}, sd.errors.ShapeError, "another dimension"),
         ({"family": nn.Linear(2, 1)}, TypeError, "positional"),
-        ({"outer": 0}, sd.InvalidInputError, "outer"),
-        ({"solver": "magic"}, sd.InvalidInputError, "solver"),
-        ({"diffusion": 0.0}, sd.DiffusionError, "positive"),
-        ({"diffusion": 1e-5}, sd.DiffusionError, "standard deviations"),
-        ({"tolerance": 0.0}, sd.InvalidInputError, "tolerance"),
-        ({"start": "middle"}, sd.InvalidInputError, "start"),
+        ({"outer": 0}, sd.errors.InvalidInputError, "outer"),
+        ({"solver": "magic"}, sd.errors.InvalidInputError, "solver"),
+        ({"diffusion": 0.0}, sd.errors.DiffusionError, "positive"),
+        ({"diffusion": 1e-5}, sd.errors.DiffusionError, "standard deviations"),
+        ({"tolerance": 0.0}, sd.errors.InvalidInputError, "tolerance"),
+        ({"start": "middle"}, sd.errors.InvalidInputError, "start"),
     ],
 )
 def test_bad_input_is_refused(change: dict, error: type[Exception], message: str) -> None:

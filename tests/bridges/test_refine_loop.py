@@ -8,9 +8,8 @@ import signal
 import pytest
 import torch
 
-from stochdyn.bridges import LinearDrift, LotkaVolterra, Snapshots, refine
-from stochdyn.bridges.refine import RefinementInterrupted
-from stochdyn.bridges.refine_loop import Loop
+from stochdyn.bridges import LinearDrift, LotkaVolterra, RefinementInterrupted, Snapshots, refine
+from stochdyn.bridges.refinement import Loop
 from stochdyn.errors import ForeignCheckpointError, InvalidInputError, UnavailableError
 
 F64 = torch.float64

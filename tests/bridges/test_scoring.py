@@ -8,10 +8,16 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges.families import LinearDrift
-from stochdyn.bridges.refine import refine
-from stochdyn.bridges.scoring import forecast, leave_one_out, sampling_floor, score
-from stochdyn.bridges.snapshots import Snapshot, Snapshots
+from stochdyn.bridges import (
+    LinearDrift,
+    Snapshot,
+    Snapshots,
+    forecast,
+    leave_one_out,
+    refine,
+    sampling_floor,
+    score,
+)
 
 F64 = torch.float64
 
@@ -121,13 +127,13 @@ def test_forecasts_follow_the_refined_reference():
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda s: leave_one_out(s, {}), sd.EmptyDataError, "methods"),
-        (lambda s: leave_one_out(s, {"a": None}, indices=[0]), sd.InvalidInputError, "between"),
-        (lambda s: leave_one_out(s.select([0, 1]), {"a": None}), sd.InvalidInputError, "between"),
-        (lambda s: leave_one_out(s, {"a": None}, metric="emd"), sd.InvalidInputError, "metric"),
+        (lambda s: leave_one_out(s, {}), sd.errors.EmptyDataError, "methods"),
+        (lambda s: leave_one_out(s, {"a": None}, indices=[0]), sd.errors.InvalidInputError, "between"),
+        (lambda s: leave_one_out(s.select([0, 1]), {"a": None}), sd.errors.InvalidInputError, "between"),
+        (lambda s: leave_one_out(s, {"a": None}, metric="emd"), sd.errors.InvalidInputError, "metric"),
         (
             lambda s: sampling_floor(Snapshot(0.0, torch.zeros(1, 1), torch.ones(1))),
-            sd.EmptyDataError,
+            sd.errors.EmptyDataError,
             "halves",
         ),
     ],
@@ -139,5 +145,5 @@ def test_bad_input(call, error, words):
 
 def test_forecasts_into_the_past():
     fit = refine(ou_snapshots([0.0, 1.0, 2.0], n=10), LinearDrift(1), diffusion=0.5, outer=1)
-    with pytest.raises(sd.TimeGridError, match="last snapshot"):
+    with pytest.raises(sd.errors.TimeGridError, match="last snapshot"):
         forecast(fit, torch.tensor([1.0, 3.0]))

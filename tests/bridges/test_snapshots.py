@@ -82,21 +82,21 @@ def test_standardised_snapshots_have_unit_moments() -> None:
 @pytest.mark.parametrize(
     ("times", "samples", "weights", "error"),
     [
-        ([0.0], [_cloud(3)], None, sd.TimeGridError),
-        ([], [], None, sd.EmptyDataError),
-        ([0.0, 1.0], [_cloud(3), torch.zeros(0, 2)], None, sd.EmptyDataError),
-        ([0.0, 0.0], [_cloud(3), _cloud(3)], None, sd.TimeGridError),
-        ([1.0, 0.0], [_cloud(3), _cloud(3)], None, sd.TimeGridError),
-        ([0.0, float("nan")], [_cloud(3), _cloud(3)], None, sd.NonFiniteError),
-        ([0.0, 1.0], [_cloud(3)], None, sd.ShapeError),
-        ([0.0, 1.0], [_cloud(3), _cloud(3, 3)], None, sd.ShapeError),
-        ([0.0, 1.0], [_cloud(3), torch.zeros(3)], None, sd.ShapeError),
-        ([0.0, 1.0], [_cloud(3), _cloud(3).double()], None, sd.DtypeMismatchError),
-        ([0.0, 1.0], [_cloud(3), torch.full((3, 2), float("nan"))], None, sd.NonFiniteError),
-        ([0.0, 1.0], [_cloud(3), _cloud(3)], [torch.ones(3)], sd.ShapeError),
-        ([0.0, 1.0], [_cloud(3), _cloud(3)], [torch.ones(3), torch.ones(2)], sd.ShapeError),
-        ([0.0, 1.0], [_cloud(3), _cloud(3)], [torch.ones(3), torch.zeros(3)], sd.InvalidInputError),
-        ([0.0, 1.0], [_cloud(3), _cloud(3)], [torch.ones(3), -torch.ones(3)], sd.InvalidInputError),
+        ([0.0], [_cloud(3)], None, sd.errors.TimeGridError),
+        ([], [], None, sd.errors.EmptyDataError),
+        ([0.0, 1.0], [_cloud(3), torch.zeros(0, 2)], None, sd.errors.EmptyDataError),
+        ([0.0, 0.0], [_cloud(3), _cloud(3)], None, sd.errors.TimeGridError),
+        ([1.0, 0.0], [_cloud(3), _cloud(3)], None, sd.errors.TimeGridError),
+        ([0.0, float("nan")], [_cloud(3), _cloud(3)], None, sd.errors.NonFiniteError),
+        ([0.0, 1.0], [_cloud(3)], None, sd.errors.ShapeError),
+        ([0.0, 1.0], [_cloud(3), _cloud(3, 3)], None, sd.errors.ShapeError),
+        ([0.0, 1.0], [_cloud(3), torch.zeros(3)], None, sd.errors.ShapeError),
+        ([0.0, 1.0], [_cloud(3), _cloud(3).double()], None, sd.errors.DtypeMismatchError),
+        ([0.0, 1.0], [_cloud(3), torch.full((3, 2), float("nan"))], None, sd.errors.NonFiniteError),
+        ([0.0, 1.0], [_cloud(3), _cloud(3)], [torch.ones(3)], sd.errors.ShapeError),
+        ([0.0, 1.0], [_cloud(3), _cloud(3)], [torch.ones(3), torch.ones(2)], sd.errors.ShapeError),
+        ([0.0, 1.0], [_cloud(3), _cloud(3)], [torch.ones(3), torch.zeros(3)], sd.errors.InvalidInputError),
+        ([0.0, 1.0], [_cloud(3), _cloud(3)], [torch.ones(3), -torch.ones(3)], sd.errors.InvalidInputError),
     ],
 )
 def test_bad_snapshots_are_refused(times: list, samples: list, weights: list | None, error: type) -> None:
@@ -105,13 +105,13 @@ def test_bad_snapshots_are_refused(times: list, samples: list, weights: list | N
 
 
 def test_the_first_bad_time_is_named() -> None:
-    with pytest.raises(sd.TimeGridError, match=r"times\[2\]=1 after times\[1\]=1"):
+    with pytest.raises(sd.errors.TimeGridError, match=r"times\[2\]=1 after times\[1\]=1"):
         Snapshots([0.0, 1.0, 1.0], [_cloud(3)] * 3)
 
 
 def test_nothing_to_train_on_is_left() -> None:
     snaps = Snapshots([0.0, 1.0], [_cloud(3), _cloud(3)])
-    with pytest.raises(sd.TimeGridError):
+    with pytest.raises(sd.errors.TimeGridError):
         snaps.hold_out(0)
-    with pytest.raises(sd.InvalidInputError, match="no such snapshot"):
+    with pytest.raises(sd.errors.InvalidInputError, match="no such snapshot"):
         snaps.hold_out(5)

@@ -10,16 +10,24 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges.families import LinearDrift, LotkaVolterra
-from stochdyn.bridges.identifiability import rotation_invariance
-from stochdyn.bridges.linear_response import LinearResponse, flatten, parameter_jacobian, with_coordinates
-from stochdyn.bridges.mechanistic import Repressilator
-from stochdyn.bridges.neural import NeuralDrift
-from stochdyn.bridges.profile import BridgeProfile, fit_profile
-from stochdyn.bridges.refine import refine
-from stochdyn.bridges.scoring import forecast
-from stochdyn.bridges.snapshots import Snapshots
-from stochdyn.bridges.uncertainty import bootstrap, families_of, posterior, redrawn_weights
+from stochdyn.bridges import (
+    BridgeProfile,
+    LinearDrift,
+    LinearResponse,
+    LotkaVolterra,
+    NeuralDrift,
+    Repressilator,
+    Snapshots,
+    bootstrap,
+    families_of,
+    fit_profile,
+    forecast,
+    posterior,
+    refine,
+    rotation_invariance,
+)
+from stochdyn.bridges.refinement import flatten, parameter_jacobian, with_coordinates
+from stochdyn.bridges.refinement.uncertainty import redrawn_weights
 
 F64 = torch.float64
 
@@ -131,7 +139,7 @@ def test_families_of_a_posterior(fit):
     first = torch.as_tensor(idata.posterior["matrix"].values[0, 0].copy())
     assert torch.allclose(families[0].named_values()["matrix"], first)
     other = refine(snapshots(), LinearDrift(1, shift=False), diffusion=0.5, outer=1)
-    with pytest.raises(sd.InvalidInputError, match="another family"):
+    with pytest.raises(sd.errors.InvalidInputError, match="another family"):
         families_of(other, idata)
 
 
@@ -201,7 +209,7 @@ def test_a_prior_acts():
     result = fit_profile(strong, steps=1, num_particles=1)
     draws = torch.as_tensor(result.posterior(5).posterior["rate"].values.copy()).flatten()
     assert abs(draws.log().mean() + 1.0) < 0.1
-    with pytest.raises(sd.InvalidInputError, match="prior"):
+    with pytest.raises(sd.errors.InvalidInputError, match="prior"):
         LinearResponse(strong)
 
 
@@ -249,21 +257,21 @@ def test_posteriors_warn_of_rotations():
     g = torch.Generator().manual_seed(0)
     still = [torch.randn(60, 2, generator=g, dtype=F64) for _ in range(3)]
     fit = refine(Snapshots([0.0, 1.0, 2.0], still), LinearDrift(2, shift=False), diffusion=1.0, outer=3)
-    with pytest.warns(sd.ApproximationWarning, match="rotation"):
+    with pytest.warns(sd.errors.ApproximationWarning, match="rotation"):
         posterior(fit, 3, refit="full", outer=1)
 
 
 def test_too_many_parameters():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", sd.ApproximationWarning)
+        warnings.simplefilter("ignore", sd.errors.ApproximationWarning)
         fit = refine(
             snapshots(10), NeuralDrift(1, width=8), diffusion=0.5, outer=1, projection_steps=5, step=0.4
         )
-    with pytest.raises(sd.InvalidInputError, match="too many"):
+    with pytest.raises(sd.errors.InvalidInputError, match="too many"):
         LinearResponse(fit)
     idata = bootstrap(fit, 2, outer=1)
     assert idata.attrs["refit"] == "full"
-    with pytest.raises(sd.InvalidInputError, match="method"):
+    with pytest.raises(sd.errors.InvalidInputError, match="method"):
         posterior(fit, 2, "mcmc")
 
 

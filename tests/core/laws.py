@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stochdyn.core.noise import NoiseProcess, NoiseSteps
+from stochdyn.core import NoiseProcess, NoiseSteps
 
 F64 = torch.float64
 

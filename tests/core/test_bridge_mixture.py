@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from stochdyn.core import bridge_mixture
-from stochdyn.core.bridge_mixture import BridgeMixture
-from stochdyn.core.pinned import PinnedProcess
+from stochdyn.core import BridgeMixture, PinnedProcess
+from stochdyn.core.gaussian import bridge_mixture
 from stochdyn.errors import DtypeMismatchError, InvalidInputError, ShapeError, TimeGridError
 
 F64 = torch.float64

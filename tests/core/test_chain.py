@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stochdyn.core._psd import psd_factor
-from stochdyn.core.chain import GaussianChain
+from stochdyn.core import GaussianChain
+from stochdyn.core.gaussian import psd_factor
 from stochdyn.errors import DtypeMismatchError, NonFiniteError, ShapeError, SingularDiffusionError
 
 F64 = torch.float64

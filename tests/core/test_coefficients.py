@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.core.coefficients import as_coefficient
+from stochdyn.core import as_coefficient
 from stochdyn.errors import DiffusionError, NonFiniteError, ShapeError, SingularDiffusionError
 
 F64 = torch.float64
@@ -100,7 +100,7 @@ def test_a_tensor_that_could_mean_anything_is_refused() -> None:
 
 
 @pytest.mark.parametrize("bad", [sd.Scalar(0.0), sd.Scalar(-1.0), sd.Diagonal(torch.tensor([1.0, 0.0]))])
-def test_strengths_are_positive(bad: sd.Coefficient) -> None:
+def test_strengths_are_positive(bad: sd.core.Coefficient) -> None:
     with pytest.raises(DiffusionError, match="must be positive"):
         bad.check()
 
@@ -112,7 +112,7 @@ def test_matrices_are_finite_but_may_have_any_sign() -> None:
 
 
 @pytest.mark.parametrize("misfit", [sd.Diagonal(torch.ones(2)), sd.Matrix(torch.ones(2, 2))])
-def test_sizes_must_fit_the_state(misfit: sd.Coefficient) -> None:
+def test_sizes_must_fit_the_state(misfit: sd.core.Coefficient) -> None:
     with pytest.raises(ShapeError, match="doesn't fit the state"):
         misfit.check_dim(3)
 

@@ -14,7 +14,7 @@ import torchsde
 from torch import Tensor, nn
 
 import stochdyn as sd
-from stochdyn.core.solvers import integrate
+from stochdyn.core import integrate
 from tests.core.laws import F64, EulerMemory, ExactMemory, log_log_slope
 
 LEVELS = (4, 5, 6, 7, 8)  # 16 to 256 steps

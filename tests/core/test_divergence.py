@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stochdyn.core.divergence import (
-    attach,
+from stochdyn.core import (
     divergence,
     divergence_probes,
     gradient,
@@ -17,6 +16,7 @@ from stochdyn.core.divergence import (
     unbiased_square,
     value_and_divergence,
 )
+from stochdyn.core.forward.divergences import attach
 from stochdyn.errors import InvalidInputError, ShapeError
 
 F64 = torch.float64

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stochdyn.core.flow import GaussianFlow, LearnedFlow, MarginalFlow, MixtureFlow, as_time
-from stochdyn.core.linear import LinearGaussianMeasure
+from stochdyn.core import GaussianFlow, LearnedFlow, LinearGaussianMeasure, MarginalFlow, MixtureFlow, as_time
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError, UnavailableError
 from stochdyn.testing import MarginalFlowSuite
 

@@ -9,13 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from stochdyn.core.coefficients import Diagonal, Matrix, Scalar
-from stochdyn.core.divergence import attach, unbiased_square
-from stochdyn.core.flow import GaussianFlow, LearnedFlow, MixtureFlow
-from stochdyn.core.generators import ContinuityEquation, FokkerPlanck, covariance_divergence
-from stochdyn.core.linear import LinearGaussianMeasure
-from stochdyn.core.noise import Brownian, NoiseProcess
-from stochdyn.core.sde import SDE, Control, spatial_divergence
+from stochdyn.core import (
+    SDE,
+    Brownian,
+    Control,
+    Diagonal,
+    FokkerPlanck,
+    GaussianFlow,
+    LearnedFlow,
+    LinearGaussianMeasure,
+    Matrix,
+    MixtureFlow,
+    NoiseProcess,
+    Scalar,
+    spatial_divergence,
+    unbiased_square,
+)
+from stochdyn.core.forward.divergences import attach
+from stochdyn.core.forward.generators import ContinuityEquation, covariance_divergence
 from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
 
 F64 = torch.float64

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 import stochdyn as sd
-from stochdyn.core.girsanov import NoiseLaw, density, explicit_stop, rate
+from stochdyn.core import NoiseLaw, density, explicit_stop, rate
 from tests.core.laws import F64, EulerMemory, ExactMemory, within
 
 TS = torch.tensor([0.0, 0.15, 0.25, 0.5, 0.8, 1.0], dtype=F64)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import stochdyn as sd
-from stochdyn.core.initial import DistributionStart, FixedStart, SimulatedMarginal, as_initial
+from stochdyn.core import DistributionStart, FixedStart, SimulatedMarginal, as_initial
 from stochdyn.errors import (
     DiffusionMismatchError,
     InvalidInputError,

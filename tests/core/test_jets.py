@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stochdyn.core.jets import Jet, network_jet
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core import Jet, TanhNetwork, network_jet
 from stochdyn.errors import ShapeError
 
 F64 = torch.float64

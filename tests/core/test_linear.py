@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from stochdyn.core import _linear_transition
-from stochdyn.core.linear import LinearGaussianMeasure
+from stochdyn.core import LinearGaussianMeasure
+from stochdyn.core.gaussian import _linear_transition
 from stochdyn.errors import (
     ApproximationWarning,
     DiffusionError,

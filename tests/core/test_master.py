@@ -10,9 +10,15 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from stochdyn.core.flow import LearnedFlow
-from stochdyn.core.master_terms import MatrixMasterEquation, SparseMasterEquation
-from stochdyn.core.outcomes import all_configurations, decode, encode, unique_rows
+from stochdyn.core import (
+    LearnedFlow,
+    MatrixMasterEquation,
+    SparseMasterEquation,
+    all_configurations,
+    decode,
+    encode,
+    unique_rows,
+)
 from stochdyn.errors import InvalidInputError, ShapeError
 
 F64 = torch.float64

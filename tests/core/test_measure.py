@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import stochdyn as sd
-from stochdyn.core.measure import PathMeasure
+from stochdyn.core import PathMeasure
 from stochdyn.errors import (
     DiffusionMismatchError,
     InvalidInputError,
@@ -239,7 +239,10 @@ class _Alien(PathMeasure):
         x = torch.zeros(*sample_shape, ts.shape[0], 1, dtype=F64)
         return sd.PathSample(ts, x, x[..., 1:, :], law=self)
 
-    def log_rn(self, path: sd.PathSample, other: PathMeasure) -> Tensor:
+    def marginal(self, t: Any) -> Any:
+        raise NotImplementedError
+
+    def log_rn(self, path: sd.PathSample, other: PathMeasure) -> Tensor:  # type: ignore[override]
         return torch.zeros(path.shape)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core import TanhNetwork
 from stochdyn.errors import InvalidInputError
 from tests.core.laws import F64
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.core.noise import NoiseProcess
-from stochdyn.core.solvers import draw_increments, increment_scale, remember
+from stochdyn.core import NoiseProcess, draw_increments, increment_scale
+from stochdyn.core.sde.solvers import remember
 from tests.core.laws import F64, EulerMemory, ExactMemory, within
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from stochdyn.core.linear import LinearGaussianMeasure
-from stochdyn.core.pinned import PinnedProcess, linear_scan
+from stochdyn.core import LinearGaussianMeasure, PinnedProcess, linear_scan
 from stochdyn.errors import (
     DtypeMismatchError,
     InvalidInputError,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stochdyn.core.chain import GaussianChain
-from stochdyn.core.scan import affine_states, gaussian_moments
+from stochdyn.core import GaussianChain, affine_states, gaussian_moments
 
 
 def _chain(steps: int, batch: tuple[int, ...], size: int = 3) -> tuple[torch.Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stochdyn as sd
-from stochdyn.core.sde import Control, spatial_divergence
+from stochdyn.core import Control, spatial_divergence
 from stochdyn.errors import (
     DeviceMismatchError,
     DiffusionError,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stochdyn as sd
-from stochdyn.core._steps import Problem
-from stochdyn.core.sde import Control
-from stochdyn.core.solvers import draw_increments, full_state, integrate, remember, step_everywhere
+from stochdyn.core import Control, draw_increments, integrate, step_everywhere
+from stochdyn.core.sde import Problem
+from stochdyn.core.sde.solvers import full_state, remember
 from stochdyn.errors import InvalidInputError
 from tests.core.laws import F64, EulerMemory, ExactMemory
 
@@ -128,7 +128,7 @@ def test_many_memory_states_take_another_route_to_the_same_path(monkeypatch: pyt
     x0 = torch.randn(3, 2, dtype=F64)
     dw, _ = draw_increments(sde, x0, TS)
     dense = integrate(sde, x0, TS, dw)
-    monkeypatch.setattr("stochdyn.core._steps._DENSE", 0)
+    monkeypatch.setattr("stochdyn.core.sde._steps._DENSE", 0)
     assert Problem(sde, x0, TS, [], dw, "euler").step().__name__ == "_general"
     other = integrate(sde, x0, TS, dw)
     torch.testing.assert_close(dense.x, other.x)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import stochdyn as sd
-from stochdyn.core.transition import steps_of, time_column
+from stochdyn.core import steps_of, time_column
 from stochdyn.errors import SingularDiffusionError
 from tests.core.laws import F64, ExactMemory
 

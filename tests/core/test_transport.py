@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stochdyn.core import _cost, _sinkhorn
-from stochdyn.core.transport import TransportPlan, sinkhorn, sinkhorn_divergence
+from stochdyn.core import TransportPlan, sinkhorn, sinkhorn_divergence
+from stochdyn.core.transport import _cost, _sinkhorn
 from stochdyn.errors import (
     ConvergenceWarning,
     DtypeMismatchError,

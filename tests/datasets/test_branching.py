@@ -49,12 +49,12 @@ def test_seeds():
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"times": [1.0, 0.0]}, sd.TimeGridError),
-        ({"times": [-1.0]}, sd.TimeGridError),
-        ({"num_cells": 0}, sd.InvalidInputError),
-        ({"dim": 1}, sd.InvalidInputError),
-        ({"growth": -1.0}, sd.InvalidInputError),
-        ({"diffusion": 0.0}, sd.DiffusionError),
+        ({"times": [1.0, 0.0]}, sd.errors.TimeGridError),
+        ({"times": [-1.0]}, sd.errors.TimeGridError),
+        ({"num_cells": 0}, sd.errors.InvalidInputError),
+        ({"dim": 1}, sd.errors.InvalidInputError),
+        ({"growth": -1.0}, sd.errors.InvalidInputError),
+        ({"diffusion": 0.0}, sd.errors.DiffusionError),
     ],
 )
 def test_bad_input(options, error):

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from stochdyn.datasets import moving_digits
-from stochdyn.datasets.moving_digits import _glyphs, _tracks
+from stochdyn.datasets.digits import _glyphs, _tracks
 from stochdyn.errors import InvalidInputError
 
 

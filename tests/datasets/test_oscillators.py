@@ -60,11 +60,11 @@ def test_seeds_and_generators():
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"times": [0.0, 0.0]}, sd.TimeGridError),
-        ({"times": [-1.0, 0.0]}, sd.TimeGridError),
-        ({"num_particles": 0}, sd.InvalidInputError),
-        ({"diffusion": 0.0}, sd.DiffusionError),
-        ({"step": -1.0}, sd.InvalidInputError),
+        ({"times": [0.0, 0.0]}, sd.errors.TimeGridError),
+        ({"times": [-1.0, 0.0]}, sd.errors.TimeGridError),
+        ({"num_particles": 0}, sd.errors.InvalidInputError),
+        ({"diffusion": 0.0}, sd.errors.DiffusionError),
+        ({"step": -1.0}, sd.errors.InvalidInputError),
     ],
 )
 def test_bad_input(options, error):

@@ -15,7 +15,7 @@ import stochdyn as sd
 from stochdyn.diagnostics import MCMCSampler, SBCResult, VariationalSampler, sbc
 from stochdyn.diagnostics.samplers import as_sampler
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, UnknownSiteError
-from stochdyn.infer.distributions import DiffusionPath
+from stochdyn.infer import DiffusionPath
 
 Y = torch.zeros(2, 3)
 
@@ -212,7 +212,7 @@ def test_a_path_is_ranked_by_its_end_and_its_mean():
 
 
 def test_a_path_that_noise_drives_is_ranked_and_not_its_increments():
-    from stochdyn.infer.distributions import sample_path
+    from stochdyn.infer import sample_path
 
     def driven(y):
         x = sample_path("x", SDE, torch.zeros(1), TS, noise_space=True)

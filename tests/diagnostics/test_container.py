@@ -9,8 +9,8 @@ import warnings
 import numpy as np
 import pytest
 
-from stochdyn.diagnostics import container
-from stochdyn.diagnostics.container import arviz_major, from_draws
+from stochdyn.diagnostics import container, from_draws
+from stochdyn.diagnostics.container import arviz_major
 from stochdyn.errors import EmptyDataError, InvalidInputError, MissingDependencyError, ShapeError
 
 # No torch here either: this file also runs where only ArviZ is installed.

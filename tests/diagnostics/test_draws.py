@@ -20,7 +20,8 @@ from pyro.infer.autoguide import (
     AutoNormal,
 )
 
-from stochdyn.diagnostics.draws import draw_posterior, evaluate_draws, seeded
+from stochdyn.diagnostics import draw_posterior, evaluate_draws
+from stochdyn.diagnostics.draws import seeded
 from stochdyn.errors import InvalidInputError, ShapeError, StochdynWarning, UnknownSiteError
 
 Y = torch.tensor([0.3, -1.2, 0.8, 2.1, 0.0], dtype=torch.float64)

@@ -16,8 +16,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 import stochdyn as sd
 from stochdyn.diagnostics import draw_posterior, to_inference_data
 from stochdyn.errors import InvalidInputError, ShapeError, UnknownSiteError
-from stochdyn.infer.distributions import DiffusionPath, sample_path
-from stochdyn.infer.reparam import NoiseReparam
+from stochdyn.infer import DiffusionPath, NoiseReparam, sample_path
 
 Y = torch.linspace(-1, 1, 12).reshape(4, 3)
 

@@ -25,7 +25,7 @@ from stochdyn.errors import (
     TimeGridError,
     TooFewDrawsError,
 )
-from stochdyn.training.result import FitResult
+from stochdyn.run import FitResult
 
 TS = torch.linspace(0.0, 2.0, 9)
 

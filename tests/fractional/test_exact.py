@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import chi2
 
-from stochdyn import HurstRangeError, InvalidInputError, TimeGridError
+from stochdyn.errors import HurstRangeError, InvalidInputError, TimeGridError
 from stochdyn.fractional import (
     fbm_covariance,
     fgn_autocovariance,

@@ -10,7 +10,7 @@ from pyro.infer import MCMC, NUTS, Predictive
 from scipy.stats import kstest
 from torch.distributions import MultivariateNormal
 
-from stochdyn import HurstRangeError, InvalidInputError, ShapeError
+from stochdyn.errors import HurstRangeError, InvalidInputError, ShapeError
 from stochdyn.fractional import FractionalGaussianNoise, HurstLikelihood, fbm_covariance, sample_fgn
 
 F64 = torch.float64

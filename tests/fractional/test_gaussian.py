@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.core.solvers import integrate
+from stochdyn.core import integrate
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional import AffineDrift, FractionalOU, GaussianELBO, GaussianPosterior, MarkovNoise
 

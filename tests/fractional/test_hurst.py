@@ -13,9 +13,15 @@ from scipy.linalg import toeplitz
 from scipy.stats import binom, chi2
 from torch import Tensor
 
-from stochdyn import ConvergenceWarning, EmptyDataError, InvalidInputError, NonFiniteError, TooFewDrawsError
 from stochdyn.datasets import nile_minima
-from stochdyn.diagnostics.psis import pareto_smooth
+from stochdyn.diagnostics import pareto_smooth
+from stochdyn.errors import (
+    ConvergenceWarning,
+    EmptyDataError,
+    InvalidInputError,
+    NonFiniteError,
+    TooFewDrawsError,
+)
 from stochdyn.fractional import HurstLikelihood, fgn_autocovariance, fit_fgn, infer_hurst, sample_fgn
 
 F64 = torch.float64
@@ -211,7 +217,7 @@ def test_bad_numbers() -> None:
 
 def test_a_poor_guide_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guide left ten times too narrow must not pass in silence."""
-    from stochdyn.fractional import hurst as module
+    from stochdyn.fractional.hurst import inference as module
 
     def narrow(table: HurstLikelihood, best: Any, steps: int, progress: bool) -> Any:
         guide = module.HurstGuide(table, best)

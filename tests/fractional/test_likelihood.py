@@ -10,7 +10,8 @@ from scipy.linalg import toeplitz
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from stochdyn import (
+from stochdyn.datasets import nile_minima
+from stochdyn.errors import (
     EmptyDataError,
     HurstRangeError,
     InvalidInputError,
@@ -18,7 +19,6 @@ from stochdyn import (
     ShapeError,
     TooFewDrawsError,
 )
-from stochdyn.datasets import nile_minima
 from stochdyn.fractional import HurstLikelihood, fgn_autocovariance, fit_fgn, hurst_log_likelihood, sample_fgn
 
 F64 = torch.float64

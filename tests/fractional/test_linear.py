@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
-from stochdyn import (
+from stochdyn.errors import (
     ApproximationWarning,
     HurstRangeError,
     InvalidInputError,
@@ -27,7 +27,7 @@ from stochdyn.fractional import (
     geometric_speeds,
     variance_constant,
 )
-from stochdyn.fractional._augmented import divided_exponential, exact_step, impulse_response
+from stochdyn.fractional.noise import divided_exponential, exact_step, impulse_response
 
 F64 = torch.float64
 FIVE = torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0], dtype=F64)
@@ -203,7 +203,7 @@ def test_stationary_start_has_the_published_autocovariance(hurst: float) -> None
 
 def test_stationary_law_solves_the_lyapunov_equation() -> None:
     """Cov(X, Y_k) = sigma g_k / (theta + g_k) sum_j w_j / (g_j + g_k), with unscaled states."""
-    from stochdyn.fractional._augmented import stationary_covariance
+    from stochdyn.fractional.noise import stationary_covariance
 
     noise = reference_noise(0.8, kind="I")
     g, w = noise.speeds, noise.weights

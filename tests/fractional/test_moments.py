@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from stochdyn import HurstRangeError, InvalidInputError
+from stochdyn.errors import HurstRangeError, InvalidInputError
 from stochdyn.fractional import cross_moments, geometric_speeds, gram_matrix, variance_constant
 
 HURSTS = [0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99]

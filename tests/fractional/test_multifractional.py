@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.core.noise import NoiseProcess
+from stochdyn.core import NoiseProcess
 from stochdyn.errors import ApproximationWarning, HurstRangeError, InvalidInputError, ShapeError
 from stochdyn.fractional import (
     AffineDrift,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn import ApproximationWarning, HurstRangeError, InvalidInputError, TimeGridError
+from stochdyn.errors import ApproximationWarning, HurstRangeError, InvalidInputError, TimeGridError
 from stochdyn.fractional import (
     MarkovNoise,
     default_speeds,

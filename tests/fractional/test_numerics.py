@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.core.solvers import draw_increments, full_state, integrate, step_everywhere
+from stochdyn.core import draw_increments, integrate, step_everywhere
+from stochdyn.core.sde.solvers import full_state
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional import MarkovNoise, geometric_speeds
 

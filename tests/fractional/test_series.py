@@ -7,7 +7,7 @@ import torch
 
 from stochdyn.errors import EmptyDataError, InvalidInputError, NonFiniteError, ShapeError, TimeGridError
 from stochdyn.fractional import Series
-from stochdyn.fractional.series_encoder import SeriesEncoder
+from stochdyn.fractional.latent import SeriesEncoder
 
 NAN = float("nan")
 

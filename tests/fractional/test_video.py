@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import stochdyn as sd
-from stochdyn.core.noise import Brownian
+from stochdyn.core import Brownian
 from stochdyn.datasets import moving_digits
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError
 from stochdyn.fractional import VideoModel
-from stochdyn.fractional.video_networks import JointControl, StateDiffusion
+from stochdyn.fractional.video import JointControl, StateDiffusion
 
 SMALL: dict[str, Any] = {
     "num_frames": 5,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stochdyn import ApproximationWarning, HurstRangeError, InvalidInputError
+from stochdyn.errors import ApproximationWarning, HurstRangeError, InvalidInputError
 from stochdyn.fractional import (
     cross_moments,
     geometric_speeds,
@@ -13,7 +13,7 @@ from stochdyn.fractional import (
     optimal_weights,
     variance_constant,
 )
-from stochdyn.fractional.weights import weight_solver
+from stochdyn.fractional.noise import weight_solver
 
 REFERENCE_GRID = geometric_speeds(5, 0.05, 20.0)
 

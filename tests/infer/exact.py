@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn.core.noise import NoiseProcess, NoiseSteps
+from stochdyn.core import NoiseProcess, NoiseSteps
 
 F64 = torch.float64
 

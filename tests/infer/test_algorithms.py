@@ -19,8 +19,7 @@ from pyro.infer.autoguide import (
 )
 from pyro.ops.stats import effective_sample_size
 
-from stochdyn.core.coefficients import Scalar
-from stochdyn.core.sde import SDE
+from stochdyn.core import SDE, Scalar
 from stochdyn.errors import DiffusionError
 from stochdyn.fractional import MarkovNoise
 from stochdyn.infer import AutoPathGuide, NoiseReparam, sample_path

@@ -8,9 +8,8 @@ import pytest
 import torch
 from pyro.infer import NUTS
 
-from stochdyn.core.sde import SDE
-from stochdyn.diagnostics import khat, sbc
-from stochdyn.diagnostics.samplers import MCMCSampler
+from stochdyn.core import SDE
+from stochdyn.diagnostics import MCMCSampler, khat, sbc
 from stochdyn.infer import AutoPathGuide, sample_path
 from tests.infer.exact import F64
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from stochdyn.core.sde import SDE
+from stochdyn.core import SDE
 from stochdyn.errors import UnknownSiteError
 from stochdyn.infer import sample_path
 from stochdyn.infer.capture import likelihood_quadratic, site_distribution

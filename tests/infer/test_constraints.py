@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import biject_to, transform_to
 
-from stochdyn.core.sde import SDE
+from stochdyn.core import SDE
 from stochdyn.infer import DiffusionPath
 from stochdyn.infer.constraints import PinnedPath, PinStart
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.distributions import biject_to
 
-from stochdyn.core.coefficients import Diagonal, Matrix, Scalar
-from stochdyn.core.sde import SDE
+from stochdyn.core import SDE, Diagonal, Matrix, Scalar
 from stochdyn.errors import (
     DeviceMismatchError,
     DiffusionError,

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import full_state, integrate
-from stochdyn.core.transition import time_column
+from stochdyn.core import SDE, integrate, time_column
+from stochdyn.core.sde.solvers import full_state
 from stochdyn.infer.encoders import ControlNetwork
 from stochdyn.infer.feedback import Feedback, Gains
 from tests.infer.exact import F64, TwoStates

@@ -12,8 +12,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
-from stochdyn.core.coefficients import Scalar
-from stochdyn.core.sde import SDE
+from stochdyn.core import SDE, Scalar
 from stochdyn.errors import InvalidInputError, UnknownSiteError
 from stochdyn.infer import AutoPathGuide, DiffusionPath, sample_path
 from stochdyn.infer.site import PathSite

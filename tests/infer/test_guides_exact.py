@@ -12,9 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
-from stochdyn.core.coefficients import Matrix, Scalar
-from stochdyn.core.noise import NoiseProcess, NoiseSteps
-from stochdyn.core.sde import SDE
+from stochdyn.core import SDE, Matrix, NoiseProcess, NoiseSteps, Scalar
 from stochdyn.diagnostics import khat
 from stochdyn.fractional import MarkovNoise
 from stochdyn.infer import AutoPathGuide, DiffusionPath, NoiseReparam, sample_path

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 
-from stochdyn.core.sde import SDE
+from stochdyn.core import SDE
 from stochdyn.diagnostics import khat
 from stochdyn.infer import AutoPathGuide, sample_path
 from tests.infer.exact import F64

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stochdyn.core.chain import GaussianChain
-from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import step_everywhere
+from stochdyn.core import SDE, GaussianChain, step_everywhere
 from stochdyn.infer.linearise import Quadratic, backward_pass, linear_steps, reference_states
 from tests.infer.exact import F64, TwoStates
 

@@ -9,8 +9,8 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
-from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import full_state, integrate
+from stochdyn.core import SDE, integrate
+from stochdyn.core.sde.solvers import full_state
 from stochdyn.infer import AutoPathGuide, distributions, sample_path
 from stochdyn.infer.memo import remember_path, remembered_path
 from tests.infer.exact import F64, TwoStates

@@ -9,8 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import integrate
+from stochdyn.core import SDE, integrate
 from stochdyn.errors import NonFiniteError
 from stochdyn.infer import AutoPathGuide, sample_path
 from stochdyn.infer.capture import likelihood_quadratic, site_distribution

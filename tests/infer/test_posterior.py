@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import increment_scale
+from stochdyn.core import SDE, increment_scale
 from stochdyn.infer import DiffusionPath, PathIncrements
 from stochdyn.infer.feedback import Feedback, Gains
 from stochdyn.infer.linearise import Quadratic, backward_pass, linear_steps

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, init_to_medi
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.core.coefficients import Scalar
+from stochdyn.core import Scalar
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional import FractionalOU, MarkovNoise
 from stochdyn.infer import AutoPathGuide, sample_path, start_at_mode

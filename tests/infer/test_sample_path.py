@@ -10,9 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from stochdyn.core.coefficients import Matrix, Scalar
-from stochdyn.core.sde import SDE
-from stochdyn.core.solvers import integrate
+from stochdyn.core import SDE, Matrix, Scalar, integrate
 from stochdyn.errors import InvalidInputError, SingularDiffusionError, TimeGridError
 from stochdyn.fractional import MarkovNoise
 from stochdyn.infer import DiffusionPath, NoiseReparam, PathIncrements, sample_path

@@ -6,8 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from stochdyn.core.coefficients import Matrix
-from stochdyn.core.sde import SDE
+from stochdyn.core import SDE, Matrix
 from stochdyn.errors import InvalidInputError
 from stochdyn.infer import AutoPathGuide, DiffusionPath, PathIncrements, sample_path
 from stochdyn.infer.view import view_site

@@ -9,7 +9,7 @@ import torch
 
 from stochdyn import errors
 from stochdyn.interpolants import Interpolant, conversion, convert
-from stochdyn.interpolants.conversions import check_known
+from stochdyn.interpolants.fields import check_known
 from tests.interpolants.truths import ALL_PATHS, F64, fields_of, truth
 
 

@@ -21,7 +21,7 @@ from stochdyn.interpolants import (
     Interpolant,
     InterpolantRegression,
 )
-from stochdyn.interpolants.couplings import as_coupling, coupling_cost
+from stochdyn.interpolants.training import as_coupling, coupling_cost
 
 
 def eight_gaussians_and_moons(n: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:

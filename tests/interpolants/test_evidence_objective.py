@@ -10,7 +10,7 @@ import torch
 import stochdyn as sd
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants import OU, DiffusionEvidence, PotentialNetwork, ScoreMatching
-from stochdyn.objectives.base import Objective
+from stochdyn.objectives import Objective
 from stochdyn.testing import ObjectiveSuite
 from tests.interpolants.laws import F64
 

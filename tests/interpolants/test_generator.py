@@ -27,7 +27,8 @@ from stochdyn.interpolants import (
     kl_bound_from_losses,
     optimal_epsilon,
 )
-from stochdyn.interpolants.starts import Starts, looks_normal
+from stochdyn.interpolants.sampling import Starts
+from stochdyn.interpolants.sampling.starts import looks_normal
 from tests.interpolants.truths import F64, fields_of
 
 LAW = GaussianMixture(
@@ -207,7 +208,7 @@ def test_girsanov_bound_is_the_divergence_of_path_measures() -> None:
     assert abs(float(bound.mean - paths.mean)) < 5 * error + 0.01 * float(paths.mean)
 
 
-class _Marginal(sd.core.initial.InitialLaw):
+class _Marginal(sd.core.InitialLaw):
     """The exact law at one time as a start."""
 
     def __init__(self, flow: GaussianMixtureInterpolant, t: float) -> None:
@@ -220,7 +221,7 @@ class _Marginal(sd.core.initial.InitialLaw):
     def log_prob(self, x0: Tensor) -> Tensor:
         return self.flow.log_prob(self.t, x0)
 
-    def _log_ratio(self, other: sd.core.initial.InitialLaw, x0: Tensor, estimator: str) -> Tensor:
+    def _log_ratio(self, other: sd.core.InitialLaw, x0: Tensor, estimator: str) -> Tensor:
         return torch.zeros_like(x0[..., 0])
 
 

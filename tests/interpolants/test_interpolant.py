@@ -11,7 +11,7 @@ from torch import nn
 
 from stochdyn import errors
 from stochdyn.interpolants import Interpolant
-from stochdyn.interpolants.schedules import Constant
+from stochdyn.interpolants.paths import Constant
 from tests.interpolants.truths import ALL_PATHS, F64
 
 

@@ -9,10 +9,10 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from stochdyn import errors
-from stochdyn.core.divergence import gradient
-from stochdyn.core.generators import ContinuityEquation
+from stochdyn.core import gradient
+from stochdyn.core.forward.generators import ContinuityEquation
 from stochdyn.interpolants import GaussianMixture, GaussianMixtureInterpolant, Interpolant
-from stochdyn.testing.flows import MarginalFlowSuite
+from stochdyn.testing import MarginalFlowSuite
 from tests.interpolants.truths import ALL_PATHS, F64, fields_of, mixture, truth
 
 TIMES = torch.tensor([0.15, 0.5, 0.85], dtype=F64)[:, None, None]
@@ -80,7 +80,7 @@ def test_score_is_the_gradient_and_minus_the_latent_over_its_scale(path: str, di
 def test_velocity_carries_the_density(path: str, dim: int) -> None:
     """The transport equation with the time derivative by automatic differentiation of the log density."""
     flow, t, x = _case(path, dim)
-    from stochdyn.core.flow import time_derivative
+    from stochdyn.core.forward.flow import time_derivative
 
     change = time_derivative(flow.log_prob, t.expand(*x.shape[:-1], 1), x)
     assert float((change - flow.time_derivative(t, x)).abs().max()) < 1e-10 * dim

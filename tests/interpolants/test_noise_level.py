@@ -9,7 +9,7 @@ import torch
 
 from stochdyn import errors
 from stochdyn.interpolants import Epsilon, Interpolant, TabulatedEpsilon
-from stochdyn.interpolants.noise_level import as_epsilon
+from stochdyn.interpolants.sampling import as_epsilon
 
 T = torch.linspace(0, 1, 11, dtype=torch.float64)
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stochdyn.core.divergence import unbiased_square
-from stochdyn.core.flow import LearnedFlow
-from stochdyn.core.generators import FokkerPlanck
+from stochdyn.core import FokkerPlanck, LearnedFlow, unbiased_square
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants import OU, FunctionPotential, PotentialNetwork
 from tests.interpolants.laws import F64, gaussian, mixture, processes

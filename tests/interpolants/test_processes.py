@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from stochdyn.core.generators import FokkerPlanck
+from stochdyn.core import FokkerPlanck
 from stochdyn.errors import InvalidInputError, ShapeError, TimeGridError
 from stochdyn.interpolants import OU, VE, VP, MeanReverting
 from stochdyn.testing import MarginalFlowSuite

@@ -18,7 +18,7 @@ from stochdyn.interpolants import (
     Interpolant,
     InterpolantRegression,
 )
-from stochdyn.testing.objectives import ObjectiveSuite
+from stochdyn.testing import ObjectiveSuite
 from tests.interpolants.truths import F64
 
 

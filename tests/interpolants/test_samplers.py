@@ -20,7 +20,7 @@ from stochdyn.interpolants import (
     integrate_strang,
     time_grid,
 )
-from stochdyn.interpolants.samplers import ODE_METHODS
+from stochdyn.interpolants.sampling import ODE_METHODS
 from tests.interpolants.truths import F64
 
 # Gauss-Hermite-like nodes: sums over them are exact means of polynomials of degree below four

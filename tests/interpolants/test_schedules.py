@@ -6,22 +6,19 @@ import pytest
 import torch
 
 from stochdyn.errors import InvalidInputError
-from stochdyn.interpolants.latents import (
+from stochdyn.interpolants import CustomSchedule, Schedule
+from stochdyn.interpolants.paths import (
     BrownianLatent,
-    HalfPower,
-    ParabolicLatent,
-    SigmoidLatent,
-    SineSquaredLatent,
-)
-from stochdyn.interpolants.schedules import (
     Constant,
     Cosine,
     CosineSquared,
-    CustomSchedule,
+    HalfPower,
     Linear,
+    ParabolicLatent,
     Remaining,
-    Schedule,
+    SigmoidLatent,
     Sine,
+    SineSquaredLatent,
     VariancePreserving,
     as_schedule,
 )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import stochdyn as sd
-from stochdyn.core.flow import LearnedFlow
-from stochdyn.core.generators import ContinuityEquation, FokkerPlanck
+from stochdyn.core import FokkerPlanck, LearnedFlow
+from stochdyn.core.forward.generators import ContinuityEquation
 from stochdyn.errors import EmptyDataError, InvalidInputError, NonFiniteError, ShapeError, UnavailableError
 from stochdyn.interpolants import (
     OU,
@@ -22,8 +22,7 @@ from stochdyn.interpolants import (
     ScoreMatching,
     WeightRamp,
 )
-from stochdyn.objectives.base import Objective
-from stochdyn.objectives.residual import UniformPoints
+from stochdyn.objectives import Objective, UniformPoints
 from stochdyn.testing import ObjectiveSuite
 from tests.interpolants.laws import F64, gaussian, mixture, processes
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.core.solvers import integrate
+from stochdyn.core import integrate
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional import MarkovNoise
-from stochdyn.objectives.matching import marginal_drift, matching_rate
+from stochdyn.objectives import marginal_drift, matching_rate
 
 D = torch.float64
 

@@ -8,14 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stochdyn.core.coefficients import Diagonal
-from stochdyn.core.measure import DiffusionMeasure
-from stochdyn.core.noise import Brownian
-from stochdyn.core.path import PathSample
-from stochdyn.core.sde import SDE
+from stochdyn.core import SDE, Brownian, Diagonal, DiffusionMeasure, PathSample
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError
-from stochdyn.objectives.base import Objective
-from stochdyn.objectives.projection import PathProjection, project_linear_drift
+from stochdyn.objectives import Objective, PathProjection, project_linear_drift
 from stochdyn.testing import ObjectiveSuite
 
 F64 = torch.float64

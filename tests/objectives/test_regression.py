@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from stochdyn.errors import InvalidInputError, ShapeError
-from stochdyn.objectives.base import Objective
-from stochdyn.objectives.regression import Regression
+from stochdyn.objectives import Objective, Regression
 from stochdyn.testing import ObjectiveSuite
 
 F64 = torch.float64

@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stochdyn.core.flow import GaussianFlow, LearnedFlow
-from stochdyn.core.generators import FokkerPlanck, SparseMasterEquation
-from stochdyn.core.linear import LinearGaussianMeasure
-from stochdyn.core.outcomes import all_configurations
-from stochdyn.core.sde import SDE
+from stochdyn.core import (
+    SDE,
+    FokkerPlanck,
+    GaussianFlow,
+    LearnedFlow,
+    LinearGaussianMeasure,
+    all_configurations,
+)
+from stochdyn.core.forward.generators import SparseMasterEquation
 from stochdyn.errors import InvalidInputError, ShapeError
-from stochdyn.objectives.base import Objective
-from stochdyn.objectives.residual import FlowPoints, ForwardResidual, UniformPoints
+from stochdyn.objectives import FlowPoints, ForwardResidual, Objective, UniformPoints
 from stochdyn.testing import ObjectiveSuite
 
 F64 = torch.float64

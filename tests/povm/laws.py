@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from scipy import stats
 
-from stochdyn.core.outcomes import encode
-from stochdyn.povm.ansatz import Ansatz
-from stochdyn.povm.gru import AutoregressiveGRU
-from stochdyn.povm.interactions import AutoregressiveInteractions
-from stochdyn.povm.strings import Strings
-from stochdyn.povm.table import FullTable
-from stochdyn.povm.transformer import AutoregressiveTransformer
-from stochdyn.povm.window import AutoregressiveWindow
+from stochdyn.core import encode
+from stochdyn.povm import (
+    Ansatz,
+    AutoregressiveGRU,
+    AutoregressiveInteractions,
+    AutoregressiveTransformer,
+    AutoregressiveWindow,
+    FullTable,
+    Strings,
+)
 
 STRINGS: dict[str, Strings | None] = {
     "natural": None,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stochdyn.povm.ansatz import Ansatz
-from stochdyn.povm.table import FullTable
+from stochdyn.povm import Ansatz, FullTable
 from stochdyn.testing import AnsatzSuite
 from tests.povm.laws import STRINGS, gru, interactions, table, transformer, window
 

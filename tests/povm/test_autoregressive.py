@@ -6,14 +6,17 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.core.outcomes import all_configurations, encode
+from stochdyn.core import all_configurations, encode
 from stochdyn.errors import InvalidInputError, ShapeError, ZeroProbabilityError
-from stochdyn.povm.ansatz import Ansatz
-from stochdyn.povm.frames import FourPauli, Tetrahedral
-from stochdyn.povm.gru import AutoregressiveGRU
-from stochdyn.povm.strings import Strings
-from stochdyn.povm.table import FullTable
-from stochdyn.povm.transformer import AutoregressiveTransformer
+from stochdyn.povm import (
+    Ansatz,
+    AutoregressiveGRU,
+    AutoregressiveTransformer,
+    FourPauli,
+    FullTable,
+    Strings,
+    Tetrahedral,
+)
 from tests.povm.laws import STRINGS, fisher_p_value, gru, stirred, table, transformer
 
 EVERY = all_configurations(4, 4)

@@ -17,8 +17,7 @@ from stochdyn.errors import (
     SystemSizeError,
     TimeGridError,
 )
-from stochdyn.povm import exact
-from stochdyn.povm.evolve import evolve
+from stochdyn.povm import evolve, exact
 from stochdyn.povm.systems import ising, reference
 
 POVM = sd.povm.Tetrahedral()

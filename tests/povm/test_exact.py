@@ -27,8 +27,8 @@ from stochdyn.povm import (
     ring,
     systems,
 )
-from stochdyn.povm.density import DensityGenerator, initial_density
-from stochdyn.povm.observables import partial_trace
+from stochdyn.povm.frames.lattice_observables import partial_trace
+from stochdyn.povm.master import DensityGenerator, initial_density
 
 F64, C128 = torch.float64, torch.complex128
 NAMES = ["X", "Y", "Z", "XX", "YY", "ZZ"]
@@ -119,7 +119,7 @@ def test_propagation_without_a_matrix_is_that_with_one(monkeypatch) -> None:
     model = systems.xyz(4, 1.0, 0.3, -0.5, field=0.2)
     times = [0.0, 0.5, 2.0]
     with_matrix = exact.propagate(model, FourPauli(), "x+", times)
-    monkeypatch.setattr("stochdyn.povm.propagation._MAX_MATRIX", 1)
+    monkeypatch.setattr("stochdyn.povm.master.propagation._MAX_MATRIX", 1)
     without = exact.propagate(model, FourPauli(), "x+", times)
     torch.testing.assert_close(without, with_matrix, atol=1e-13, rtol=0)
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from stochdyn.errors import FrameError, InvalidInputError, ShapeError, ZeroProbabilityError
 from stochdyn.povm import FourPauli, Frame, QutritSIC, SiteFrames, Tetrahedral, named_operator, spin_matrices
-from stochdyn.povm.operators import as_operator, as_state, operator_rank
-from stochdyn.povm.products import product_dual, product_effects
+from stochdyn.povm.frames import as_operator, as_state, operator_rank, product_dual, product_effects
 
 F64, C128 = torch.float64, torch.complex128
 FRAMES = [Tetrahedral(), Tetrahedral(rotated=False), FourPauli(), QutritSIC()]

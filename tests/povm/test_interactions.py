@@ -8,12 +8,11 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.core.outcomes import all_configurations
+from stochdyn.core import all_configurations
 from stochdyn.errors import InvalidInputError, SystemSizeError
-from stochdyn.povm.averages import Averages
-from stochdyn.povm.interactions import AutoregressiveInteractions
+from stochdyn.povm import AutoregressiveInteractions
+from stochdyn.povm.dynamics import Averages, fisher_matrix, tdvp_velocity
 from stochdyn.povm.systems import ising
-from stochdyn.povm.tdvp import fisher_matrix, tdvp_velocity
 from tests.povm.laws import fisher_p_value, interactions, stirred
 
 POVM = sd.povm.Tetrahedral()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stochdyn.core.outcomes import all_configurations, encode
+from stochdyn.core import all_configurations, encode
 from stochdyn.errors import InvalidInputError, LindbladianError, ShapeError, UnknownSiteError
 from stochdyn.povm import (
     FourPauli,
@@ -21,8 +21,8 @@ from stochdyn.povm import (
     ring,
     spin_matrices,
 )
-from stochdyn.povm.generator import hamiltonian_matrix, jump_matrix
-from stochdyn.povm.products import density_of, probabilities_of
+from stochdyn.povm.frames import density_of, probabilities_of
+from stochdyn.povm.lindblad import hamiltonian_matrix, jump_matrix
 
 F64, C128 = torch.float64, torch.complex128
 QUBIT = [Tetrahedral(), Tetrahedral(rotated=False), FourPauli()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stochdyn.core.outcomes import all_configurations
+from stochdyn.core import all_configurations
 from stochdyn.errors import InvalidInputError, LindbladianError, TimeGridError
 from stochdyn.povm import (
     FourPauli,
@@ -18,7 +18,7 @@ from stochdyn.povm import (
     ring,
     systems,
 )
-from stochdyn.povm.physicality import marginal
+from stochdyn.povm.master import marginal
 
 F64, C128 = torch.float64, torch.complex128
 

@@ -6,11 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from stochdyn.core.outcomes import decode
+from stochdyn.core import decode
 from stochdyn.errors import InvalidInputError, LindbladianError, ShapeError, TooFewDrawsError
-from stochdyn.povm import FourPauli, QutritSIC, SiteFrames, Tetrahedral, named_operator, ring
-from stochdyn.povm.observables import observable, observables, partial_trace
-from stochdyn.povm.products import probabilities_of
+from stochdyn.povm import (
+    FourPauli,
+    QutritSIC,
+    SiteFrames,
+    Tetrahedral,
+    named_operator,
+    observable,
+    observables,
+    ring,
+)
+from stochdyn.povm.frames import probabilities_of
+from stochdyn.povm.frames.lattice_observables import partial_trace
 
 F64, C128 = torch.float64, torch.complex128
 N = 4

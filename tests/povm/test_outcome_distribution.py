@@ -7,7 +7,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 
-from stochdyn.core.outcomes import all_configurations, encode
+from stochdyn.core import all_configurations, encode
 from stochdyn.errors import ShapeError
 from tests.povm.laws import table, transformer
 

@@ -6,13 +6,10 @@ import pytest
 import torch
 
 from stochdyn.errors import InvalidInputError
-from stochdyn.povm.ansatz import Ansatz
-from stochdyn.povm.averages import Averages
-from stochdyn.povm.frames import Tetrahedral
-from stochdyn.povm.pairs import PairCouplings
+from stochdyn.povm import Ansatz, AutoregressiveTransformer, Tetrahedral
+from stochdyn.povm.ansatz import PairCouplings
+from stochdyn.povm.dynamics import Averages, tdvp_velocity
 from stochdyn.povm.systems import ising
-from stochdyn.povm.tdvp import tdvp_velocity
-from stochdyn.povm.transformer import AutoregressiveTransformer
 from stochdyn.testing import AnsatzSuite
 from tests.povm.laws import STRINGS, stirred
 

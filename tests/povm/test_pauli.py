@@ -7,8 +7,8 @@ import torch
 
 from stochdyn.errors import LindbladianError, ShapeError, SystemSizeError
 from stochdyn.povm import Lindbladian, Tetrahedral, named_operator, ring, systems
-from stochdyn.povm.density import full_operator
-from stochdyn.povm.pauli import local_parts, pauli_coefficients
+from stochdyn.povm.lindblad import local_parts, pauli_coefficients
+from stochdyn.povm.master import full_operator
 
 C128 = torch.complex128
 
@@ -42,7 +42,7 @@ def test_parts_add_up() -> None:
 
 def test_operators_of_qutip_solvers_are_models() -> None:
     qutip = pytest.importorskip("qutip")
-    from stochdyn.povm.qutip_operators import to_qutip
+    from stochdyn.povm.lindblad import to_qutip
 
     model = Lindbladian(
         4,

@@ -6,20 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from stochdyn.core.outcomes import decode
+from stochdyn.core import decode
 from stochdyn.errors import InvalidInputError, LindbladianError, ShapeError, TooFewDrawsError
-from stochdyn.povm import FourPauli, SiteFrames, Tetrahedral
-from stochdyn.povm.observables import partial_trace
-from stochdyn.povm.physicality import (
+from stochdyn.povm import (
+    FourPauli,
+    SiteFrames,
+    Tetrahedral,
     classical_fidelity,
-    marginal,
     positivity,
     purity,
     reduced_density,
     total_variation,
     trace_distance,
 )
-from stochdyn.povm.products import probabilities_of
+from stochdyn.povm.frames import probabilities_of
+from stochdyn.povm.frames.lattice_observables import partial_trace
+from stochdyn.povm.master import marginal
 
 F64, C128 = torch.float64, torch.complex128
 MIXED = SiteFrames([Tetrahedral(), FourPauli(), Tetrahedral(rotated=False)])

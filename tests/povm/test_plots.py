@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from stochdyn.errors import InvalidInputError
-from stochdyn.povm.evolution import Evolution
-from stochdyn.povm.plots import plot_evolution, plot_phase_diagram
-from stochdyn.povm.table import FullTable
+from stochdyn.povm import Evolution, FullTable, plot_evolution, plot_phase_diagram
 
 matplotlib.use("Agg")
 

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.core.outcomes import encode
+from stochdyn.core import encode
 from stochdyn.errors import (
     EmptyDataError,
     InvalidInputError,

@@ -5,16 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stochdyn.core.outcomes import all_configurations
-from stochdyn.povm.averages import Averages, local_rates
-from stochdyn.povm.frames import Tetrahedral
-from stochdyn.povm.newton import GaussNewton, rates_and_gradients
-from stochdyn.povm.residuals import ResidualProblem
-from stochdyn.povm.stationary import StationaryResidual, spectral_gap
+from stochdyn.core import all_configurations
+from stochdyn.povm import Tetrahedral
+from stochdyn.povm.dynamics import (
+    Averages,
+    GaussNewton,
+    ResidualProblem,
+    StationaryResidual,
+    fit_to_target,
+    local_rates,
+    minimise,
+    rates_and_gradients,
+    spectral_gap,
+    target_step,
+    trapezoid_problem,
+)
 from stochdyn.povm.systems import ising
-from stochdyn.povm.target import fit_to_target, target_step
-from stochdyn.povm.trapezoid import minimise, trapezoid_problem
-from stochdyn.testing.objectives import ObjectiveSuite
+from stochdyn.testing import ObjectiveSuite
 from tests.povm.laws import STRINGS, table, transformer
 
 POVM = Tetrahedral()
@@ -153,7 +160,7 @@ def test_gradients_of_rates_don_t_depend_on_how_they_are_summed(monkeypatch) -> 
     net = transformer(1, STRINGS["translations"])
     a = all_configurations(4, 4)
     once = rates_and_gradients(net, OPERATOR, a)[1]
-    monkeypatch.setattr("stochdyn.povm.newton._SCORE_BYTES", 0)
+    monkeypatch.setattr("stochdyn.povm.dynamics.newton._SCORE_BYTES", 0)
     assert torch.allclose(rates_and_gradients(net, OPERATOR, a)[1], once, rtol=0, atol=1e-10)
 
 

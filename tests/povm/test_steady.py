@@ -9,8 +9,7 @@ import torch
 
 import stochdyn as sd
 from stochdyn.errors import InvalidInputError
-from stochdyn.povm import exact
-from stochdyn.povm.steady import steady_state
+from stochdyn.povm import exact, steady_state
 from stochdyn.povm.systems import ising, reference
 
 POVM = sd.povm.Tetrahedral()
@@ -59,7 +58,7 @@ def test_the_error_estimate_is_of_the_size_of_the_error() -> None:
     state = net(3)
     found = steady_state(state, model, POVM, "tdvp", None, duration=5.0, progress=False)
     operator = model.master_operator(POVM)
-    from stochdyn.povm.propagation import stationary_probabilities
+    from stochdyn.povm.master import stationary_probabilities
 
     off = float((state.probabilities() - stationary_probabilities(operator)).abs().sum())
     assert off / 10 < found.error_estimate < 10 * off
@@ -70,7 +69,7 @@ def test_the_gap_can_be_given_or_seen_in_the_relaxation() -> None:
     given = steady_state(net(2), model, POVM, "newton", None, gap=0.5, iterations=5, progress=False)
     assert (given.gap, given.gap_source) == (0.5, "given")
     assert given.error_estimate == pytest.approx(2 * given.residual)
-    from stochdyn.povm.steady import _decay
+    from stochdyn.povm.dynamics.steady import _decay
 
     t = torch.linspace(0, 10, 50)
     assert _decay(t, 3 * torch.exp(-0.7 * t)) == pytest.approx(0.7, rel=1e-5)

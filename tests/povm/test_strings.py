@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stochdyn.errors import InvalidInputError, ShapeError
-from stochdyn.povm.strings import Strings
+from stochdyn.povm import Strings
 
 
 @pytest.mark.parametrize(

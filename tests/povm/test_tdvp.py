@@ -5,15 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stochdyn.core.outcomes import all_configurations
+from stochdyn.core import all_configurations
 from stochdyn.errors import SystemSizeError
-from stochdyn.povm.averages import Averages, local_rates
-from stochdyn.povm.frames import Tetrahedral
-from stochdyn.povm.heun import controlled_step, plain_step
-from stochdyn.povm.invariance import irreducible_terms, is_invariant
-from stochdyn.povm.strings import Strings
+from stochdyn.povm import Strings, Tetrahedral
+from stochdyn.povm.ansatz import irreducible_terms, is_invariant
+from stochdyn.povm.dynamics import (
+    Averages,
+    controlled_step,
+    fisher_matrix,
+    local_rates,
+    plain_step,
+    solve_velocity,
+    tdvp_velocity,
+)
 from stochdyn.povm.systems import ising, xyz
-from stochdyn.povm.tdvp import fisher_matrix, solve_velocity, tdvp_velocity
 from tests.povm.laws import STRINGS, table, transformer
 
 EVERY = all_configurations(4, 4)

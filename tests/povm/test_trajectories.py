@@ -7,7 +7,7 @@ import torch
 
 from stochdyn.errors import InvalidInputError, SystemSizeError, TimeGridError, UnavailableError
 from stochdyn.povm import Lindbladian, exact, systems, trajectories
-from stochdyn.povm.density import DensityGenerator
+from stochdyn.povm.master import DensityGenerator
 
 F64, C128 = torch.float64, torch.complex128
 

@@ -6,15 +6,11 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.core.outcomes import all_configurations, encode
+from stochdyn.core import all_configurations, encode
 from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
-from stochdyn.povm.averages import Averages, local_rates
-from stochdyn.povm.options import read_options
-from stochdyn.povm.steppers import make_stepper
-from stochdyn.povm.strings import Strings
+from stochdyn.povm import AutoregressiveWindow, Strings
+from stochdyn.povm.dynamics import Averages, local_rates, make_stepper, read_options, tdvp_velocity
 from stochdyn.povm.systems import ising, reference
-from stochdyn.povm.tdvp import tdvp_velocity
-from stochdyn.povm.window import AutoregressiveWindow
 from tests.povm.laws import fisher_p_value, stirred, window
 
 POVM = sd.povm.Tetrahedral()

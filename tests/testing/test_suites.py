@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stochdyn.core.coefficients import Coefficient, Diagonal, Matrix, Scalar
-from stochdyn.core.flow import GaussianFlow, MarginalFlow
-from stochdyn.core.noise import Brownian, NoiseProcess, NoiseSteps
-from stochdyn.objectives.base import Objective, ObjectiveValue
+from stochdyn.core import (
+    Brownian,
+    Coefficient,
+    Diagonal,
+    GaussianFlow,
+    MarginalFlow,
+    Matrix,
+    NoiseProcess,
+    NoiseSteps,
+    Scalar,
+)
+from stochdyn.objectives import Objective, ObjectiveValue
 from stochdyn.testing import CoefficientSuite, MarginalFlowSuite, NoiseProcessSuite, ObjectiveSuite
 
 F64 = torch.float64

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stochdyn.vectorfields import PointCloud
-from stochdyn.vectorfields.connection import connect, holonomy, orient, polar_factor
+from stochdyn.vectorfields.geometry import connect, holonomy, orient, polar_factor
 from tests.vectorfields.shapes import fibonacci_sphere, klein_bottle, random_sphere, sphere_frames
 
 

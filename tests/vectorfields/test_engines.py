@@ -7,7 +7,7 @@ import torch
 
 from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields import RVGP, PointCloud
-from stochdyn.vectorfields.engines import _GaussianLogDensity
+from stochdyn.vectorfields.regression.engines import _GaussianLogDensity
 from tests.vectorfields.shapes import fibonacci_sphere
 
 
@@ -27,7 +27,7 @@ def test_dense_density_and_its_slopes() -> None:
 
 
 def test_too_many_rows_for_a_dense_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stochdyn.vectorfields.engines.MAX_DENSE_ROWS", 100)
+    monkeypatch.setattr("stochdyn.vectorfields.regression.engines.MAX_DENSE_ROWS", 100)
     cloud = PointCloud(fibonacci_sphere(60), 8, dim=2)
     with pytest.raises(InvalidInputError, match=r"120 components.*at most 100.*kernel with features"):
         RVGP(cloud, "ambient").fit(range(60), torch.zeros(60, 3))

@@ -7,7 +7,7 @@ import pytest
 
 from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields import PointCloud, farthest_points
-from stochdyn.vectorfields.laplacian import masses
+from stochdyn.vectorfields.geometry import masses
 from tests.vectorfields.shapes import fibonacci_sphere, random_sphere
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stochdyn.vectorfields.linear_model import accumulate, log_evidence, weight_posterior
+from stochdyn.vectorfields.regression import accumulate, log_evidence, weight_posterior
 
 
 def problem(rows: int = 30, k: int = 7, fields: int = 3) -> tuple[torch.Tensor, ...]:

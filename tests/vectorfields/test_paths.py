@@ -18,7 +18,7 @@ from stochdyn.vectorfields import (
     TangentDrift,
     cloud_of_paths,
 )
-from stochdyn.vectorfields.paths import path_observations, quadratic_variation
+from stochdyn.vectorfields.regression import path_observations, quadratic_variation
 from tests.vectorfields.shapes import as_far_as_draws, fibonacci_sphere, torus
 
 
@@ -146,7 +146,7 @@ def test_bad_input() -> None:
         gp.fit_paths((ts[:4], x))
     with pytest.raises(ShapeError, match="wrong size along axis -1"):
         gp.fit_paths((ts, x[..., :2]))
-    with pytest.raises(sd.TimeGridError):
+    with pytest.raises(sd.errors.TimeGridError):
         gp.fit_paths((ts.flip(0), x))
     with pytest.raises(InvalidInputError, match="stride leaves no step"):
         gp.fit_paths((ts, x), stride=9)

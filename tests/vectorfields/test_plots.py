@@ -10,8 +10,14 @@ import torch
 matplotlib.use("Agg")
 
 from stochdyn.errors import InvalidInputError
-from stochdyn.vectorfields import RVGP, PointCloud, find_singularities
-from stochdyn.vectorfields.plots import plot_field, plot_globe, plot_trajectories
+from stochdyn.vectorfields import (
+    RVGP,
+    PointCloud,
+    find_singularities,
+    plot_field,
+    plot_globe,
+    plot_trajectories,
+)
 from tests.vectorfields.shapes import fibonacci_sphere, torus
 
 

@@ -10,7 +10,8 @@ import torch
 
 from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields import RVGP, AmbientKernel, ConnectionMatern, PointCloud
-from stochdyn.vectorfields.markov_field import _LOW, _PROBES, MeanVariance, Normals, root_sample
+from stochdyn.vectorfields.regression import MeanVariance, Normals, root_sample
+from stochdyn.vectorfields.regression.markov_field import _LOW, _PROBES
 from tests.vectorfields.shapes import klein_bottle, random_sphere, sphere_frames
 
 

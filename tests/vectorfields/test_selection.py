@@ -8,7 +8,7 @@ import torch
 
 from stochdyn.errors import UnavailableError
 from stochdyn.vectorfields import RVGP, PointCloud
-from stochdyn.vectorfields.selection import candidates
+from stochdyn.vectorfields.regression import candidates
 from tests.vectorfields.shapes import fibonacci_sphere, random_sphere, torus
 
 

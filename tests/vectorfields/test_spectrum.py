@@ -8,7 +8,7 @@ import torch
 
 from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields import PointCloud
-from stochdyn.vectorfields.spectrum import smallest_eigenpairs
+from stochdyn.vectorfields.geometry import smallest_eigenpairs
 from tests.vectorfields.shapes import (
     clifford_torus,
     fibonacci_sphere,
@@ -127,8 +127,7 @@ def test_flat_klein_bottle_has_one_parallel_field() -> None:
 
 def _flat_quotient_spectrum(u: np.ndarray, v: np.ndarray, n: int, k: int) -> np.ndarray:
     """Spectrum from the graph of a square lattice with the reflecting identification written into the connections."""
-    from stochdyn.vectorfields.graph import NeighborGraph
-    from stochdyn.vectorfields.laplacian import assemble, masses
+    from stochdyn.vectorfields.geometry import NeighborGraph, assemble, masses
 
     index = np.arange(len(u)).reshape(n, 2 * n)
     flipped = index[:, (-np.arange(2 * n)) % (2 * n)]
@@ -203,7 +202,7 @@ def test_gauge_isometry_and_permutation() -> None:
 def test_spectra_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     cloud = PointCloud(random_sphere(500), 12, dim=2)
     values, modes = cloud.spectrum(30)
-    monkeypatch.setattr("stochdyn.vectorfields.spectrum._solve", None)
+    monkeypatch.setattr("stochdyn.vectorfields.geometry.spectrum._solve", None)
     fewer, modes_fewer = cloud.spectrum(10)
     assert torch.equal(fewer, values[:10])
     assert torch.equal(modes_fewer, modes[..., :10])

@@ -11,7 +11,7 @@ from scipy.special import sph_harm_y
 
 from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields import RVGP, ConnectionMatern, HodgeMatern, PointCloud, hodge_compositional
-from stochdyn.vectorfields.sphere import sphere_of, vector_harmonics
+from stochdyn.vectorfields.geometry import sphere_of, vector_harmonics
 from tests.vectorfields.shapes import fibonacci_sphere, random_sphere, sphere_frames, torus
 
 

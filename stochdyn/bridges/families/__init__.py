@@ -1,0 +1,5 @@
+"""Families of drifts that a reference process is chosen from."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,0 +1,255 @@
+"""Drift families of networks: free ones, gradients of a smooth potential, and sums of families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stochdyn._checks import check_positive, check_positive_int
+from stochdyn.bridges.data.snapshots import Snapshots
+from stochdyn.bridges.families.base import DriftFamily
+from stochdyn.core.networks import TanhNetwork
+from stochdyn.errors import EmptyDataError, ShapeError
+
+__all__ = ["NeuralDrift", "PotentialDrift", "SumDrift"]
+
+
+class _Scaled(DriftFamily):
+    """What both networks share: units of the state and of time, in which they see numbers around one."""
+
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, dim: int, centre: Tensor | None, scale: Tensor | float, duration: float, start: float
+    ) -> None:
+        super().__init__(dim)
+        check_positive(scale, "scale")
+        check_positive(duration, "duration")
+        like = centre if centre is not None else scale if isinstance(scale, Tensor) else torch.zeros(())
+        middle = like.new_zeros(dim) if centre is None else centre
+        unit = torch.as_tensor(scale).to(like).expand(dim).clone()
+        if middle.shape != (dim,):
+            raise ShapeError("centre doesn't fit", got=tuple(middle.shape), expected=(dim,))
+        self.register_buffer("centre", middle)
+        self.register_buffer("scale", unit)
+        self.duration, self.start = float(duration), float(start)
+
+    def _inputs(self, t: Tensor, x: Tensor, time: bool) -> Tensor:
+        state = (x - self.centre) / self.scale
+        if not time:
+            return state
+        clock = (torch.as_tensor(t, device=x.device) - self.start) / self.duration
+        clock = clock.to(x.dtype).expand(*x.shape[:-1], 1)
+        return torch.cat((state, clock), -1)
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew, the last layer's included, a tenth of the usual size."""
+        with torch.no_grad():
+            for value in self.parameters():
+                bound = 0.1 / max(value.shape[-1], 1) ** 0.5
+                noise = torch.rand(value.shape, generator=generator, dtype=value.dtype, device=value.device)
+                value.copy_((2 * noise - 1) * (bound if value.ndim < 2 else 10 * bound))
+
+
+def _units(snapshots: Snapshots) -> dict[str, Tensor | float]:
+    _, centre, scale = snapshots.standardised()
+    start, end = float(snapshots.times[0]), float(snapshots.times[-1])
+    return {"centre": centre, "scale": scale, "duration": end - start, "start": start}
+
+
+class NeuralDrift(_Scaled):
+    r"""A network without structure, beside a linear part.
+
+    .. math:: b(t,x)=\frac{\varsigma}{T}\big(A\hat x+c+\mathrm{net}(\hat x)\big),\qquad \hat x=(x-m)/\varsigma
+
+    It starts as zero. Identifiability ends here: many drifts carry the same marginals, and the refinement finds the one nearest
+    to where it started.
+
+    Args:
+        dim: ``d``.
+        width: of two hidden layers.
+        time: whether the drift may change with time.
+        centre: :math:`m`, ``(d,)``; zero if None.
+        scale: :math:`\varsigma`, a number or ``(d,)``: the size of the data.
+        duration: :math:`T`, the time over which particles move by about their scale.
+        start: time that counts as zero.
+
+    Example:
+        >>> NeuralDrift(2, width=16)(torch.zeros(()), torch.ones(3, 2)).abs().max().item()
+        0.0
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int = 64,
+        time: bool = False,
+        *,
+        centre: Tensor | None = None,
+        scale: Tensor | float = 1.0,
+        duration: float = 1.0,
+        start: float = 0.0,
+    ) -> None:
+        super().__init__(dim, centre, scale, duration, start)
+        check_positive_int(width, "width")
+        self.time = time
+        self.linear = nn.Linear(dim + time, dim).to(self.centre)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.net = TanhNetwork((dim + time, width, width, dim), zero_last=True).to(self.centre)
+
+    @classmethod
+    def for_snapshots(cls, snapshots: Snapshots, width: int = 64, time: bool = False) -> NeuralDrift:
+        """Return a drift in the units of given snapshots."""
+        return cls(snapshots.dim, width, time, **_units(snapshots))  # type: ignore[arg-type]
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """See :meth:`DriftFamily.forward`."""
+        inputs = self._inputs(t, x, self.time)
+        return (self.linear(inputs) + self.net(inputs)) * (self.scale / self.duration)
+
+
+class PotentialDrift(_Scaled):
+    r"""Descent in a smooth landscape: minus the gradient of a potential network.
+
+    .. math::
+        b(t,x)=-\nabla V(x),\qquad V(x)=\frac{|\varsigma|^2}{dT}\Big(w^\top\tanh\big(W_2\tanh(W_1\hat x+b_1)+b_2\big)
+            +\tfrac12\hat x^\top\mathrm{diag}(\kappa)\hat x+h^\top\hat x\Big)
+
+    The gradient is written out, so it is smooth (a ReLU potential would have a
+    piecewise constant drift) and costs two passes. Among drifts with the same marginals a gradient is the one without
+    circulation, so this family is identifiable where free networks aren't.
+
+    Args:
+        dim: ``d``.
+        width: of two hidden layers.
+        time: whether the landscape may change with time.
+        centre: as in :class:`NeuralDrift`.
+        scale: likewise.
+        duration: likewise.
+        start: likewise.
+
+    Example:
+        >>> landscape = PotentialDrift(2, width=16)
+        >>> landscape(torch.zeros(()), torch.ones(3, 2)).shape
+        torch.Size([3, 2])
+
+    Reference: Lavenant, Zhang, Kim & Schiebinger (2024), Toward a mathematical theory of trajectory inference
+    (gradient drifts are identifiable from marginals).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int = 64,
+        time: bool = False,
+        *,
+        centre: Tensor | None = None,
+        scale: Tensor | float = 1.0,
+        duration: float = 1.0,
+        start: float = 0.0,
+    ) -> None:
+        super().__init__(dim, centre, scale, duration, start)
+        check_positive_int(width, "width")
+        self.time = time
+        self.first = nn.Linear(dim + time, width).to(self.centre)
+        self.second = nn.Linear(width, width).to(self.centre)
+        self.last = nn.Parameter(self.centre.new_zeros(width))
+        self.curvature = nn.Parameter(self.centre.new_zeros(dim))
+        self.slope = nn.Parameter(self.centre.new_zeros(dim))
+
+    @classmethod
+    def for_snapshots(cls, snapshots: Snapshots, width: int = 64, time: bool = False) -> PotentialDrift:
+        """Return a drift in the units of given snapshots."""
+        return cls(snapshots.dim, width, time, **_units(snapshots))  # type: ignore[arg-type]
+
+    def potential(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return the landscape ``(*batch,)``, in units of state squared per time."""
+        inputs = self._inputs(t, x, self.time)
+        state = inputs[..., : self.dim]
+        hidden = torch.tanh(self.second(torch.tanh(self.first(inputs))))
+        smooth = 0.5 * (self.curvature * state.square()).sum(-1) + state @ self.slope
+        return (hidden @ self.last + smooth) * self._unit()
+
+    def _unit(self) -> Tensor:
+        return self.scale.square().mean() / self.duration
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """See :meth:`DriftFamily.forward`."""
+        inputs = self._inputs(t, x, self.time)
+        state = inputs[..., : self.dim]
+        below = torch.tanh(self.first(inputs))
+        above = torch.tanh(self.second(below))
+        inner = F.linear((1 - above.square()) * self.last, self.second.weight.mT)
+        gradient = F.linear((1 - below.square()) * inner, self.first.weight[:, : self.dim].mT)
+        return -(gradient + self.curvature * state + self.slope) * (self._unit() / self.scale)
+
+
+class SumDrift(DriftFamily):
+    r"""The sum of families: a mechanism, and a network for what it leaves out.
+
+    .. math:: b(t,x)=\sum_j b_j(t,x)
+
+    Args:
+        families: at least one, of the same dimension.
+
+    Raises:
+        EmptyDataError, ShapeError: on families that don't fit.
+
+    Example:
+        >>> from stochdyn.bridges import LambOseen
+        >>> family = SumDrift([LambOseen(), NeuralDrift(2, width=8)])
+        >>> sorted(family.named_values())[0]
+        '0.centres'
+    """
+
+    def __init__(self, families: Sequence[DriftFamily]) -> None:
+        if not families:
+            raise EmptyDataError("families is empty")
+        dims = {family.dim for family in families}
+        if len(dims) > 1:
+            raise ShapeError("families must share a dimension", got=sorted(dims))
+        super().__init__(families[0].dim)
+        self.families = nn.ModuleList(families)
+
+    def _members(self) -> list[DriftFamily]:
+        return list(self.families)  # type: ignore[arg-type]
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """See :meth:`DriftFamily.forward`."""
+        return torch.stack([family(t, x) for family in self._members()]).sum(0)
+
+    def linearise(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`DriftFamily.linearise`."""
+        values, slopes = zip(*(family.linearise(t, x) for family in self._members()), strict=True)
+        return torch.stack(values).sum(0), torch.stack(slopes).sum(0)
+
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        """See :meth:`DriftFamily.affine`."""
+        parts = [family.affine() for family in self._members()]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        return torch.stack([a for a, _ in known]).sum(0), torch.stack([c for _, c in known]).sum(0)
+
+    def named_values(self) -> dict[str, Tensor]:
+        """Return the members' values, with the number of the member before each name."""
+        return {
+            f"{j}.{name}": value
+            for j, family in enumerate(self._members())
+            for name, value in family.named_values().items()
+        }
+
+    def log_prior(self) -> Tensor | None:
+        """See :meth:`DriftFamily.log_prior`."""
+        known = [p for p in (family.log_prior() for family in self._members()) if p is not None]
+        return torch.stack(known).sum() if known else None
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Reset every member."""
+        for family in self._members():
+            family.reset(generator)

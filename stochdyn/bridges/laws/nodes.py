@@ -1,0 +1,117 @@
+"""Weighted nodes that stand for a bridge when a drift is fitted to it: where it is, and how it moves there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stochdyn.bridges.laws._small import cholesky, mv
+from stochdyn.bridges.laws.linearised import Transition
+from stochdyn.core.transport.entropic import TransportPlan
+
+__all__ = ["DriftNodes", "bridge_nodes", "choose_pairs"]
+
+# Pairs that together have less than this share of a coupling don't count.
+_DROPPED = 1e-10
+# Above this dimension the 2 d points of the cubature rule give way to pairs of opposite random ones.
+_MAX_CUBATURE = 8
+
+
+@dataclass(frozen=True)
+class DriftNodes:
+    r"""A quadrature rule for expectations over a law of paths and over time.
+
+    .. math:: \mathbb E\int g(t,X_t,u_t)\,dt\approx\sum_jw_j\,g(t_j,x_j,u_j)
+
+    Attributes:
+        t: ``(N, 1)`` times.
+        x: ``(N, d)`` states.
+        u: ``(N, d)`` drifts; their conditional mean given time and state is the drift of the law.
+        weight: ``(N,)``, in units of time; they add up to the length of the time span.
+    """
+
+    t: Tensor
+    x: Tensor
+    u: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def join(parts: list[DriftNodes]) -> DriftNodes:
+        """Return all nodes of several time spans."""
+        fields = ("t", "x", "u", "weight")
+        return DriftNodes(*(torch.cat([getattr(p, name) for p in parts]) for name in fields))
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+
+def choose_pairs(
+    plan: TransportPlan, count: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row indices, column indices and weights ``(S,)`` that stand for a coupling.
+
+    All pairs that matter if they are at most ``count``; else a systematic sample of that many, equally weighted, whose counts
+    differ by less than one from what is expected in every run of rows.
+    """
+    n, m = plan.shape[-2:]
+    if n * m <= max(4 * count, 2**20):
+        mass = plan.plan().flatten()
+        ordered = mass.sort()
+        kept = ordered.indices[ordered.values.double().cumsum(0) > _DROPPED * mass.double().sum()]
+        if len(kept) <= count:
+            kept = kept.sort().values
+            return kept // m, kept % m, mass[kept] / mass[kept].sum()
+    total = plan.mass.double()
+    offset = torch.rand((), generator=generator, dtype=torch.float64, device=total.device)
+    points = (offset + torch.arange(count, dtype=torch.float64, device=total.device)) * (total / count)
+    found, before, row = [], torch.zeros_like(total), 0
+    for rows, block in plan.blocks():
+        reach = before + block.double().flatten().cumsum(0)
+        last = rows.stop is None or rows.stop >= n
+        inside = (points >= before) & ((points < reach[-1]) if not last else (points >= before))
+        place = torch.searchsorted(reach, points[inside], right=True).clamp_max(block.numel() - 1)
+        found.append(place + row * m)
+        before, row = reach[-1], row + block.shape[-2]
+    chosen = torch.cat(found)
+    weight = plan.weights_x.new_full(chosen.shape, 1.0 / len(chosen))
+    return chosen // m, chosen % m, weight
+
+
+def bridge_nodes(
+    step: Transition,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    generator: torch.Generator | None = None,
+) -> DriftNodes:
+    """Return nodes for the pinned process of weighted pairs ``x, y (S, d)`` over one interval.
+
+    Times are those of the transition's quadrature rule. The Gaussian law at each is replaced by ``2 d`` points at
+    plus and minus ``sqrt(d)`` standard deviations along its axes, exact up to third degree, or beyond eight dimensions by two
+    opposite random ones.
+    """
+    pinned = step.chain(x, y).pin(y.mT.contiguous())
+    size, dim = x.shape
+    mean = pinned.mean(x.mT.contiguous())[1:-1]
+    factor = cholesky(pinned.covariance()[1:-1])
+    if dim <= _MAX_CUBATURE:
+        columns = math.sqrt(dim) * factor.transpose(0, 2)  # (d columns, d rows, K-1, P)
+        offsets = torch.cat((columns, -columns)).transpose(1, 2)
+    else:
+        draws = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        kick = mv(factor, draws)
+        offsets = torch.stack((kick, -kick))
+    states = mean + offsets  # (C, K-1, d, P)
+    drifts = mv(pinned.slope[1:], states) + pinned.level[1:]
+    copies, times = states.shape[0], states.shape[1]
+    t = step.ts[1:-1].to(x)[:, None].expand(copies, times, size).reshape(-1, 1)
+    quadrature = step.quadrature.to(x)[:, None] * (weight / copies)
+    return DriftNodes(
+        t,
+        states.movedim(2, -1).reshape(-1, dim),
+        drifts.movedim(2, -1).reshape(-1, dim),
+        quadrature.expand(copies, times, size).reshape(-1),
+    )

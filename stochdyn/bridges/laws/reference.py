@@ -1,0 +1,135 @@
+"""What a reference process may be given as, its noise, and the law of a snapshot as its start."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from stochdyn._checks import check_finite
+from stochdyn.bridges.data.snapshots import Snapshot, Snapshots
+from stochdyn.bridges.families.base import DriftFamily
+from stochdyn.bridges.families.pyro_family import as_family, required_arguments
+from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.sde.coefficients import Coefficient, Scalar, as_coefficient
+from stochdyn.core.sde.equation import SDE
+from stochdyn.errors import DiffusionError, ShapeError, UnavailableError
+
+__all__ = ["EmpiricalLaw", "FixedDrift", "as_reference", "fitted_family", "spread_of"]
+
+
+class FixedDrift(DriftFamily):
+    """A drift without parameters, given as a function ``(t, x)``."""
+
+    def __init__(self, function: Any, dim: int) -> None:
+        super().__init__(dim)
+        self.function = function
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """See :meth:`DriftFamily.forward`."""
+        return self.function(t, x)
+
+
+def fitted_family(drift: Any, snapshots: Snapshots) -> DriftFamily:
+    """Return a copy of ``drift`` as a family in the precision and on the device of the snapshots, checked on its particles.
+
+    Raises:
+        ShapeError: if its value isn't like the state.
+        InvalidInputError: if it is no drift.
+        NonFiniteError: if it isn't finite where the particles are.
+    """
+    plain = callable(drift) and not isinstance(drift, nn.Module) and required_arguments(drift) == 2
+    family = FixedDrift(drift, snapshots.dim) if plain else as_family(copy.deepcopy(drift), snapshots.dim)
+    family = family.to(device=snapshots.device, dtype=snapshots.dtype)
+    x = snapshots.samples[0][:3]
+    with torch.no_grad():
+        value = family(snapshots.times[0].to(x), x)
+    if not isinstance(value, Tensor) or value.shape != x.shape:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ShapeError("the drift has another shape than the state", got=got, expected=tuple(x.shape))
+    check_finite(value, "drift")
+    return family
+
+
+def as_reference(reference: Any, snapshots: Snapshots) -> tuple[DriftFamily | None, Coefficient | None]:
+    """Return drift and, where the reference has one, diffusion."""
+    if reference is None:
+        return None, None
+    sde = reference.sde if isinstance(reference, DiffusionMeasure) else reference
+    if not isinstance(sde, SDE):
+        return fitted_family(reference, snapshots), None
+    if sde.state_dependent or sde.noise.num_states or sde.control is not None:
+        raise UnavailableError(
+            "a reference needs constant noise without memory and without control",
+            hint="transform the state so that its noise is constant",
+        )
+    x = snapshots.samples[0]
+    return fitted_family(sde.drift, snapshots), sde.diffusion(snapshots.times[0].to(x), x)
+
+
+def spread_of(diffusion: Any, snapshots: Snapshots) -> Tensor:
+    """Return the covariance rate ``G G^T (d, d)`` of a constant diffusion, in the precision of the snapshots.
+
+    Raises:
+        DiffusionError: if it isn't positive, or singular.
+    """
+    if callable(diffusion) and not isinstance(diffusion, Coefficient):
+        raise UnavailableError("a reference needs constant noise", got="a diffusion that is a function")
+    coefficient = as_coefficient(diffusion)
+    coefficient.check()
+    coefficient.check_dim(snapshots.dim)
+    if coefficient.value.ndim > 2 or (isinstance(coefficient, Scalar) and coefficient.value.ndim):
+        raise ShapeError("the diffusion must be one for all", got=tuple(coefficient.value.shape))
+    spread = coefficient.covariance(snapshots.dim).detach().to(snapshots.samples[0])
+    smallest = float(torch.linalg.eigvalsh(spread.double())[0])
+    if not smallest > 1e-12 * float(spread.diagonal().max()):
+        raise DiffusionError(
+            "the diffusion must reach every component",
+            got=f"smallest eigenvalue {smallest:.3g} of its covariance",
+            hint="a state that is seen only in part needs a momentum reference",
+        )
+    return spread
+
+
+class EmpiricalLaw(torch.distributions.Distribution):
+    """Weighted particles as a distribution with event ``(d,)``; it has samples and no density.
+
+    Args:
+        sample: ``(n, d)``.
+        weights: ``(n,)``.
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012, torch's own convention
+    support = constraints.independent(constraints.real, 1)
+
+    def __init__(self, sample: Tensor, weights: Tensor) -> None:
+        self.particles, self.weights = sample, weights
+        super().__init__(event_shape=sample.shape[1:], validate_args=False)
+
+    @staticmethod
+    def of(snapshot: Snapshot) -> EmpiricalLaw:
+        """Return the law of a snapshot."""
+        return EmpiricalLaw(snapshot.sample, snapshot.weights)
+
+    @property
+    def mean(self) -> Tensor:
+        """``(d,)``."""
+        return self.weights @ self.particles
+
+    @property
+    def variance(self) -> Tensor:
+        """``(d,)``."""
+        return self.weights @ (self.particles - self.mean).square()
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw ``(*sample, d)``."""
+        shape = torch.Size(sample_shape)
+        index = torch.multinomial(self.weights, max(shape.numel(), 1), replacement=True)
+        return self.particles[index[: shape.numel()]].reshape(*shape, -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Raise: particles have no density."""
+        raise UnavailableError("the law of a snapshot has no density")

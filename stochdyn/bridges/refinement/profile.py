@@ -1,0 +1,239 @@
+"""The profile objective of a refinement as a Pyro model: parameters are sampled, paths integrated out by the bridge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_positive, check_positive_int
+from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
+from stochdyn.bridges.refinement.identifiability import check_information
+from stochdyn.bridges.refinement.linear_response import (
+    LinearResponse,
+    flatten,
+    pair_moments,
+    with_coordinates,
+)
+from stochdyn.bridges.refinement.uncertainty import COORDINATES, redrawn_weights
+
+if TYPE_CHECKING:
+    from stochdyn.bridges.refinement.refinement import Refinement
+
+__all__ = ["BridgeProfile", "ProfileFit", "fit_profile"]
+
+_WIDE = 100.0
+
+
+class BridgeProfile:
+    r"""A Pyro model of the parameters :math:`\theta` of a reference, with the paths integrated out.
+
+    .. math:: p(\theta\mid\pi)\propto p(\theta)\,e^{-\eta N F(\theta)},\qquad
+        F(\theta)=\min_{q:\,q_{t_i}=\pi_i}\mathrm{KL}(q\,\|\,p_\theta)
+
+    Paths are latent. Were one cohort of :math:`N` particles seen at all snapshots, its law of large deviations (Sanov) would be this with
+    :math:`\eta=1`, and the evidence lower bound of a guide :math:`r(\theta)\,q_\theta(\mathrm{path})`, whose paths follow the bridge, is
+
+    .. math:: E_r[\log p(\theta)-N F(\theta)]+H(r).
+
+    With fresh particles at every snapshot, each adds noise of its own, and :math:`\eta<1`; :func:`fit_profile` finds it. The gradient
+    is that of the divergence at a fixed bridge (envelope theorem):
+
+    .. math:: \nabla F=-E_{q_\theta}\int(\partial_\theta b_\theta)^\top(GG^\top)^{-1}(u-b_\theta)\,dt .
+
+    Args:
+        fit: what :func:`stochdyn.bridges.refine` returned.
+        temper: :math:`\eta`, positive.
+        population: :math:`N`; the mean size of a snapshot if None.
+        width: standard deviations ``(P,)`` of the normal prior about the fit that stands for a flat one where the family has no prior
+            of its own.
+    """
+
+    def __init__(
+        self,
+        fit: Refinement,
+        temper: float = 1.0,
+        population: float | None = None,
+        width: Tensor | None = None,
+    ) -> None:
+        check_positive(temper, "temper")
+        self.fit, self.family, self.bridge = fit, fit.family, fit.measure
+        sizes = fit.snapshots.sizes
+        self.population = float(population or sum(sizes) / len(sizes))
+        self.temper = float(temper)
+        self.centre = flatten(self.family)
+        self.width = torch.full_like(self.centre, 1e3) if width is None else width
+        self.floor = float(self.bridge.objective)
+        self._white = torch.linalg.inv(torch.linalg.cholesky(self.bridge.spread))
+        self._memo: dict[bytes, tuple[Tensor, Tensor]] = {}
+
+    def evaluate(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``F`` less its value at the fit, and its gradient ``(P,)``, at ``theta (P,)``."""
+        key = theta.detach().double().numpy().tobytes()
+        if key not in self._memo:
+            moved = with_coordinates(self.family, theta.detach())
+            old = self.bridge
+            bridge = SchrodingerBridge(
+                self.fit.snapshots, moved, old.diffusion, step=old.step, tolerance=old.tolerance,
+                max_iterations=old.max_iterations,
+            ).solve(old)  # fmt: skip
+            gradient = torch.zeros_like(self.centre)
+            for i, (part, plan) in enumerate(zip(bridge._transitions, bridge._solved(), strict=True)):
+                first, second, _, moments = pair_moments(bridge, i, part, plan, moved, self._white)
+                gradient -= plan.plan()[first, second].double() @ moments
+            self._memo[key] = bridge.objective.double() - self.floor, gradient
+        return self._memo[key]
+
+    def log_prior(self, theta: Tensor) -> Tensor:
+        """Return the family's own log prior density in these coordinates, differentiable, or zero."""
+        from stochdyn.bridges.families.pyro_family import PyroDrift
+
+        if not isinstance(self.family, PyroDrift):
+            return theta.new_zeros(())
+        moved, place, parts = self.family, 0, []
+        values = {}
+        for name in moved.sites:
+            own = moved.unconstrained[name.replace(".", "__")]
+            raw = theta[place : place + own.numel()].reshape(own.shape).to(own.dtype)
+            place += own.numel()
+            transform = moved._bijections[name]
+            values[name] = transform(raw)
+            log_det = transform.log_abs_det_jacobian(raw, values[name])
+            parts.append(log_det.sum())
+        return torch.stack(parts).sum() + moved.log_prior_of(values)
+
+    def __call__(self) -> None:
+        """Sample the parameters and score them."""
+        import pyro
+        import pyro.distributions as dist
+
+        theta = pyro.sample(COORDINATES, dist.Normal(self.centre, self.width).to_event(1))
+        rows = theta.reshape(-1, theta.shape[-1])
+        scores = torch.stack([_Profile.apply(row, self) for row in rows])
+        prior = torch.stack([self.log_prior(row).double() for row in rows])
+        batch = theta.shape[:-1]
+        pyro.factor("bridge", -self.temper * self.population * scores.reshape(batch))
+        pyro.factor("prior", prior.reshape(batch))
+        named = [with_coordinates(self.family, row.detach()).named_values() for row in rows]
+        for name, first in named[0].items():
+            stacked = torch.stack([values[name] for values in named])
+            pyro.deterministic(name, stacked.reshape((*batch, *first.shape)), event_dim=first.ndim)
+
+
+class _Profile(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, profile: BridgeProfile) -> Tensor:
+        value, gradient = profile.evaluate(theta)
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return slope * gradient, None
+
+
+class ProfileFit:
+    """A fitted guide of a :class:`BridgeProfile`.
+
+    Attributes:
+        model: the model.
+        guide: an ``AutoMultivariateNormal`` over the coordinates.
+        losses: minus the evidence lower bound of every step, up to a constant.
+        temper: the power of the likelihood.
+    """
+
+    def __init__(self, model: BridgeProfile, guide: Any, losses: list[float]) -> None:
+        self.model, self.guide, self.losses, self.temper = model, guide, losses, model.temper
+
+    def posterior(self, num_draws: int = 100, seed: int = 0) -> Any:
+        """Draw from the guide by :func:`stochdyn.to_inference_data`."""
+        from stochdyn.diagnostics.inference_data import to_inference_data
+
+        idata = to_inference_data(self.model, self.guide, num_draws=num_draws, seed=seed)
+        idata.attrs["temper"] = self.temper
+        idata.attrs["guide"] = idata.attrs.get("estimator", "")
+        idata.attrs["estimator"] = "svi"
+        return idata
+
+
+def fit_profile(
+    fit: Refinement,
+    steps: int = 30,
+    lr: float = 0.02,
+    num_particles: int = 2,
+    seed: int = 0,
+    temper: float | None = None,
+    population: float | None = None,
+    progress: bool = False,
+) -> ProfileFit:
+    r"""Fit a Gaussian guide to the posterior of a :class:`BridgeProfile` by Pyro's SVI.
+
+    The guide starts at Laplace's approximation, from the linear response of the refinement. The likelihood's power is
+
+    .. math:: \eta=P\,/\,\mathrm{tr}\big(N F''\,\Sigma\big),
+
+    where :math:`\Sigma` is the bootstrap's covariance: the posterior then is as wide as estimates scatter, on average over directions
+    in the metric of its own information.
+
+    Args:
+        fit: what :func:`stochdyn.bridges.refine` returned, of a family with at most sixty parameters.
+        steps: of SVI; each costs ``num_particles`` bridges.
+        lr: of Adam, in units of the guide's own coordinates.
+        num_particles: draws a step.
+        seed: of everything.
+        temper: :math:`\eta`; calibrated if None, 1 for one cohort that was seen at all snapshots.
+        population: :math:`N`; the mean size of a snapshot if None.
+        progress: show a bar.
+
+    Raises:
+        InvalidInputError: for more parameters.
+
+    Reference: Lyddon, Holmes & Walker (2019), General Bayesian updating and the loss-likelihood bootstrap, Biometrika 106.
+    """
+    import pyro
+    from pyro.infer import SVI, Trace_ELBO
+    from pyro.infer.autoguide import AutoMultivariateNormal, init_to_value
+    from pyro.optim import PyroOptim
+    from tqdm.auto import tqdm
+
+    check_positive_int(steps, "steps", 0)
+    check_positive_int(num_particles, "num_particles")
+    response = LinearResponse(fit, ignore_prior=True)
+    check_information(response, stacklevel=4)
+    count = float(population or sum(fit.snapshots.sizes) / len(fit.snapshots))
+    information = count * _positive(response.observed)
+    if temper is None:
+        generator = torch.Generator(fit.snapshots.device).manual_seed(seed)
+        draws = response(redrawn_weights(fit.snapshots, 100, generator))
+        temper = min(1.0, len(draws.mT) / float((information @ torch.cov(draws.mT)).diagonal().sum()))
+    has_prior = fit.family.log_prior() is not None
+    width = _WIDE * torch.linalg.inv(temper * information).diagonal().sqrt()
+    model = BridgeProfile(fit, temper, population, torch.full_like(width, 1e4) if has_prior else width)
+    if has_prior:
+        curvature = torch.autograd.functional.hessian(model.log_prior, flatten(fit.family))
+        information = information - curvature.to(information) / temper
+    spread = torch.linalg.cholesky(torch.linalg.inv(temper * _positive(information)))
+    start = flatten(fit.family) if has_prior else response.converged
+    guide = AutoMultivariateNormal(
+        model, init_loc_fn=init_to_value(values={COORDINATES: start}), init_scale=0.1
+    )
+    with torch.random.fork_rng(devices=[]):
+        pyro.set_rng_seed(seed)
+        guide()
+        with torch.no_grad():
+            diagonal = spread.diagonal()
+            guide.scale = diagonal.clone()
+            guide.scale_tril = spread / diagonal[:, None]
+        # steps in units of the guide's spread: location by its standard deviations
+        optimiser = PyroOptim(torch.optim.Adam, {"lr": lr * float(diagonal.mean())})
+        svi = SVI(model, guide, optimiser, Trace_ELBO(num_particles=num_particles))
+        losses = [float(svi.step()) for _ in tqdm(range(steps), disable=not progress, desc="svi")]
+    return ProfileFit(model, guide, losses)
+
+
+def _positive(matrix: Tensor) -> Tensor:
+    """Return the matrix with eigenvalues at least a millionth of the largest."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(1e-6 * float(values[-1]))) @ vectors.mT

@@ -1,0 +1,5 @@
+"""Forward (Kolmogorov) equations: marginal flows, their operators and residuals, divergences."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,0 +1,280 @@
+"""Forward operators that carry mass along a velocity, and how far a flow is from solving their equation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_choice, check_positive_int
+from stochdyn.core.forward.divergences import (
+    attach,
+    divergence_probes,
+    exact_divergence,
+    gradient,
+    pull_back,
+    release,
+    sample_probes,
+)
+from stochdyn.core.forward.flow import MarginalFlow, as_time, time_derivative
+from stochdyn.core.forward.operator import ForwardOperator
+from stochdyn.errors import InvalidInputError
+
+__all__ = ["ContinuityEquation", "TransportOperator"]
+
+Field = Callable[[Tensor, Tensor], Tensor]
+Form = Literal["log", "score", "density"]
+Probing = Literal["exact", "hutchinson"]
+
+
+class TransportOperator(ForwardOperator, ABC):
+    r"""A forward operator that carries mass along a velocity, which may itself depend on the score.
+
+    .. math::
+        L^*\rho = -\nabla\cdot(v\rho),\qquad
+        \frac{L^*\rho}{\rho} = -\nabla\cdot v - v\cdot\nabla\log\rho
+
+    All three forms below follow from the velocity, so subclasses give that alone.
+    """
+
+    @property
+    def random_velocity(self) -> bool:
+        """Whether :meth:`velocity` makes use of a probe."""
+        return False
+
+    @abstractmethod
+    def velocity(self, t: Tensor, x: Tensor, score: Tensor, probe: Tensor | None = None) -> Tensor:
+        """Return the velocity ``(..., d)`` of a density with the given score ``(..., d)``.
+
+        Args:
+            t: times that broadcast to ``x[..., :1]``.
+            x: ``(..., d)`` points with ``requires_grad``.
+            score: ``(..., d)`` gradient of the log density.
+            probe: ``(..., d)`` vectors of unit covariance: where given, an unbiased estimate will do, made
+                with these and linear in nothing else that is random.
+        """
+
+    @abstractmethod
+    def flux(self, t: Tensor, x: Tensor, density: Tensor) -> Tensor:
+        """Return the probability current ``(..., d)`` of a density ``(...)`` computed from ``x``."""
+
+    def log_rate(
+        self,
+        score: Field,
+        t: Tensor | float,
+        x: Tensor,
+        *,
+        method: Probing = "exact",
+        num_probes: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        r"""Rate of change that the equation asks of a log density, from its score.
+
+        .. math:: \frac{L^*\rho}{\rho}(x) = -\nabla\cdot v - v\cdot s
+
+        Args:
+            score: ``score(t, x) -> (..., d)``.
+            t: time or times, broadcast to ``x[..., :1]``.
+            x: ``(..., d)`` points.
+            method: ``"exact"`` (``d`` reverse passes) or ``"hutchinson"`` (one a probe, unbiased).
+            num_probes: probes averaged by ``"hutchinson"``.
+            generator: source of randomness; torch's global one if None.
+
+        Returns:
+            ``(...)``.
+        """
+        time = as_time(t, x)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            y = attach(x)
+            rates = self._rates(score(time, y), time, y, method, num_probes, generator, create_graph)
+        return release(rates.mean(0), create_graph, (x, y))
+
+    def _rates(
+        self,
+        score: Tensor,
+        t: Tensor,
+        y: Tensor,
+        method: str,
+        num_probes: int,
+        generator: torch.Generator | None,
+        create_graph: bool = True,
+    ) -> Tensor:
+        """Return ``(K, ...)`` independent unbiased values of the log rate (``K = 1`` when exact)."""
+        check_choice(method, ("exact", "hutchinson"), "method")
+        if method == "exact":
+            v = self.velocity(t, y, score).expand_as(y)
+            return (-exact_divergence(v, y, create_graph) - (v * score).sum(-1))[None]
+        check_positive_int(num_probes, "num_probes")
+        if not self.random_velocity:
+            v = self.velocity(t, y, score).expand_as(y)
+            probes = sample_probes(y, num_probes, generator=generator)
+            return -divergence_probes(v, y, probes, create_graph) - (v * score).sum(-1)
+        rates = []
+        for _ in range(num_probes):
+            inner, outer = sample_probes(y, 2, generator=generator)
+            v = self.velocity(t, y, score, inner).expand_as(y)
+            rates.append(-divergence_probes(v, y, outer[None], create_graph)[0] - (v * score).sum(-1))
+        return torch.stack(rates)
+
+    def score_rate(self, score: Field, t: Tensor | float, x: Tensor, **options: Any) -> Tensor:
+        r"""Rate of change that the equation asks of a score, ``(..., d)``; options as :meth:`log_rate`.
+
+        .. math:: \nabla\left[-\nabla\cdot v - v\cdot s\right]
+        """
+        time = as_time(t, x)
+        return gradient(lambda y: self.log_rate(score, time, y, **options), x)
+
+    def density_rate(self, density: Field, t: Tensor | float, x: Tensor) -> Tensor:
+        r"""Rate of change that the equation asks of a density, signed or not, ``(...)``.
+
+        .. math:: L^*\rho(x) = -\nabla\cdot J,
+
+        with the probability current :math:`J=v\rho` written without a division by :math:`\rho`.
+
+        Args:
+            density: ``density(t, x) -> (...)``.
+            t: time or times, broadcast to ``x[..., :1]``.
+            x: ``(..., d)`` points.
+
+        Returns:
+            ``(...)``.
+        """
+        time = as_time(t, x)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            y = attach(x)
+            current = self.flux(time, y, density(time, y)).expand_as(y)
+            result = -exact_divergence(current, y, create_graph)
+        return release(result, create_graph, (x, y))
+
+    def residual(  # type: ignore[override]  # named options in place of any
+        self,
+        flow: MarginalFlow,
+        t: Tensor | float,
+        x: Tensor,
+        *,
+        form: Form = "log",
+        method: Probing = "exact",
+        num_probes: int = 1,
+        stationary: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        r"""How far a flow is from solving the forward equation, at every point.
+
+        .. math::
+            R &= \partial_t\log\rho + \nabla\cdot v + v\cdot s &&\text{(log)}\\
+            R &= \partial_t s + \nabla(\nabla\cdot v + v\cdot s) &&\text{(score)}\\
+            R &= \partial_t\rho - L^*\rho &&\text{(density)}
+
+        Args:
+            flow: the densities. The score form asks it for its score only, so it serves score networks.
+            t: time or times, broadcast to ``x[..., :1]``.
+            x: ``(..., d)`` points.
+            form: ``"log"``, ``"score"`` or ``"density"``.
+            method: ``"exact"``, or ``"hutchinson"`` (log and score form): unbiased, but its square isn't, see
+                :meth:`residual_probes`.
+            num_probes: probes averaged by ``"hutchinson"``.
+            stationary: leave out the time derivative.
+            generator: source of randomness; torch's global one if None.
+
+        Returns:
+            ``(...)``, and ``(..., d)`` in score form; zero for a solution.
+
+        Raises:
+            ShapeError: if ``t`` doesn't broadcast to ``x[..., :1]``.
+            InvalidInputError: if an option is unknown, or ``"hutchinson"`` is asked of the density form.
+            UnavailableError: if the log or density form is asked of a flow without a density.
+
+        Reference:
+            Lai et al., "FP-Diffusion", ICML 2023 (score form).
+        """
+        return self.residual_probes(
+            flow,
+            t,
+            x,
+            form=form,
+            method=method,
+            num_probes=num_probes,
+            stationary=stationary,
+            generator=generator,
+        ).mean(0)
+
+    def residual_probes(  # type: ignore[override]  # named options in place of any
+        self,
+        flow: MarginalFlow,
+        t: Tensor | float,
+        x: Tensor,
+        *,
+        form: Form = "log",
+        method: Probing = "hutchinson",
+        num_probes: int = 2,
+        stationary: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return ``(num_probes, ...)`` independent unbiased residuals, for :func:`unbiased_square`.
+
+        Arguments as :meth:`residual`; with ``method="exact"`` the leading axis is 1.
+        """
+        check_choice(form, ("log", "score", "density"), "form")
+        check_choice(method, ("exact", "hutchinson"), "method")
+        if form == "density" and method == "hutchinson":
+            raise InvalidInputError("the density form is exact only", hint="use form='log' with probes")
+        time = as_time(t, x)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            y, s = attach(x), time if stationary else attach(time)
+            if form == "density":
+                result = self._density_residual(flow, s, y, stationary)[None]
+            else:
+                inside = create_graph or form == "score"
+                rates = self._rates(flow.score(time, y), time, y, method, num_probes, generator, inside)
+                if form == "score":
+                    rates = torch.stack([pull_back(r, y, create_graph=create_graph) for r in rates])
+                result = -rates
+                if not stationary:
+                    change = flow.time_derivative if form == "log" else flow.score_time_derivative
+                    result = result + change(s, y)
+        return release(result, create_graph, (x, y), (time, s))
+
+    def _density_residual(self, flow: MarginalFlow, t: Tensor, y: Tensor, stationary: bool) -> Tensor:
+        def density(s: Tensor, z: Tensor) -> Tensor:
+            return flow.log_prob(s, z).exp()
+
+        rate = -self.density_rate(density, t, y)
+        return rate if stationary else rate + time_derivative(density, t, y)
+
+
+class ContinuityEquation(TransportOperator):
+    r"""Transport along a given velocity field: the forward equation of an ordinary differential equation.
+
+    .. math:: \partial_t\rho = -\nabla\cdot(b\rho)
+
+    Args:
+        field: ``b(t, x) -> (..., d)``, a callable or module.
+
+    Example:
+        >>> from stochdyn.core import GaussianFlow
+        >>> grow = GaussianFlow(lambda t: torch.zeros(*t.shape, 1), lambda t: (2 * t).exp()[..., None, None])
+        >>> ContinuityEquation(lambda t, x: x).residual(grow, 0.5, torch.ones(1, 1)).abs() < 1e-6
+        tensor([True])
+    """
+
+    def __init__(self, field: Field) -> None:
+        super().__init__()
+        if not callable(field):
+            raise InvalidInputError(
+                "field must be callable", got=type(field).__name__, expected="field(t, x)"
+            )
+        self.field = field
+
+    def velocity(self, t: Tensor, x: Tensor, score: Tensor, probe: Tensor | None = None) -> Tensor:
+        """See :meth:`TransportOperator.velocity`."""
+        return self.field(t, x)
+
+    def flux(self, t: Tensor, x: Tensor, density: Tensor) -> Tensor:
+        """See :meth:`TransportOperator.flux`."""
+        return self.field(t, x) * density.unsqueeze(-1)

@@ -1,0 +1,286 @@
+"""Linear-Gaussian Markov chains in discrete time: moments, Kalman filter, smoother, evidence, samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_finite, check_positive_int, check_same_device, check_same_dtype
+from stochdyn.core.gaussian import _kalman
+from stochdyn.core.gaussian._batching import (
+    broadcast_batches,
+    columns,
+    flatten_batch,
+    restore,
+    restore_columns,
+    samples_first,
+)
+from stochdyn.core.gaussian._observations import Observed, prepare
+from stochdyn.core.gaussian._psd import psd_factor, symmetrise
+from stochdyn.errors import ShapeError
+
+__all__ = ["GaussianChain", "GaussianFilter", "GaussianSmoother"]
+
+
+@dataclass(frozen=True)
+class GaussianFilter:
+    """Laws of the state given the observations so far.
+
+    Attributes:
+        mean, cov: after the observation of the same index, ``(N+1, *B, z)`` and ``(N+1, *B, z, z)``.
+        predicted_mean, predicted_cov: before it, of the same shapes.
+        log_evidence: ``(*B,)`` log density of all observations.
+    """
+
+    mean: Tensor
+    cov: Tensor
+    predicted_mean: Tensor
+    predicted_cov: Tensor
+    log_evidence: Tensor
+
+
+@dataclass(frozen=True)
+class GaussianSmoother:
+    """Laws of the state given all observations.
+
+    Attributes:
+        mean, cov: ``(N+1, *B, z)`` and ``(N+1, *B, z, z)``.
+        log_evidence: ``(*B,)`` log density of all observations.
+    """
+
+    mean: Tensor
+    cov: Tensor
+    log_evidence: Tensor
+
+
+class GaussianChain:
+    r"""A linear-Gaussian Markov chain.
+
+    .. math:: z_{n+1}=A_nz_n+c_n+e_n,\qquad e_n\sim N(0,Q_n),\qquad z_0\sim N(m_0,P_0).
+
+    :math:`Q_n` and :math:`P_0` may be singular, :math:`P_0` may be zero (a fixed start). Every answer is
+    exact and differentiable in every tensor. Nothing is inverted but the covariance of an observation, so
+    nearly collinear states do no harm; float64 is recommended for long chains.
+
+    Args:
+        initial_mean: ``(*B, z)``.
+        initial_cov: ``(*B, z, z)``.
+        transition: ``(N, *B, z, z)``.
+        offset: ``(N, *B, z)``.
+        noise_cov: ``(N, *B, z, z)``.
+
+    Batch axes broadcast, and may be left out of any argument.
+
+    Raises:
+        ShapeError, DtypeMismatchError, DeviceMismatchError, NonFiniteError: on arguments that don't fit.
+
+    Example:
+        >>> one = torch.ones(3, 1, 1, dtype=torch.float64)
+        >>> walk = GaussianChain(one[0, 0] * 0, one[0] * 0, one, one[..., 0] * 0, one)
+        >>> walk.moments()[1].flatten().tolist()
+        [0.0, 1.0, 2.0, 3.0]
+
+    Reference: Durbin & Koopman (2012), Time Series Analysis by State Space Methods, chapter 4.
+    """
+
+    def __init__(
+        self, initial_mean: Tensor, initial_cov: Tensor, transition: Tensor, offset: Tensor, noise_cov: Tensor
+    ) -> None:
+        named = {
+            "initial_mean": (initial_mean, 0, 1),
+            "initial_cov": (initial_cov, 0, 2),
+            "transition": (transition, 1, 2),
+            "offset": (offset, 1, 1),
+            "noise_cov": (noise_cov, 1, 2),
+        }
+        tensors = {name: entry[0] for name, entry in named.items()}
+        check_same_device(**tensors)
+        check_same_dtype(**tensors)
+        for name, (x, lead, event) in named.items():
+            if x.ndim < lead + event:
+                expected = ("(N, *B" if lead else "(*B") + ", z" * event + ")"
+                raise ShapeError(f"{name} has too few axes", got=f"shape {tuple(x.shape)}", expected=expected)
+            check_finite(x.detach(), name)
+        size, steps = initial_mean.shape[-1], transition.shape[0]
+        for name, (x, lead, event) in named.items():
+            if x.shape[x.ndim - event :] != (size,) * event or (lead and x.shape[0] != steps):
+                raise ShapeError(
+                    f"{name} doesn't fit the other arguments",
+                    got=f"shape {tuple(x.shape)}",
+                    expected=f"N={steps} steps of z={size} states",
+                )
+        self.initial_mean, self.initial_cov = initial_mean, initial_cov
+        self.transition, self.offset, self.noise_cov = transition, offset, noise_cov
+        self.num_steps, self.state_dim = steps, size
+        self._cov_batch = broadcast_batches(
+            {n: tuple(x.shape[k : x.ndim - e]) for n, (x, k, e) in named.items() if e == 2}
+        )
+        self.batch_shape = broadcast_batches(
+            {n: tuple(x.shape[k : x.ndim - e]) for n, (x, k, e) in named.items()}
+        )
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return the marginal means ``(N+1, *B, z)`` and covariances ``(N+1, *B, z, z)``."""
+        batch, flat = self.batch_shape, self._flat(self.batch_shape)
+        a = flatten_batch(self.transition, 1, 2, batch, flat)
+        start = columns(self.initial_mean[None], batch, flat)[0]
+        mean = _kalman.propagate(start, a, columns(self.offset, batch, flat))
+        cov = flatten_batch(self.initial_cov, 0, 2, batch, flat)
+        covs = _kalman.propagate_covariance(cov, a, flatten_batch(self.noise_cov, 1, 2, batch, flat))
+        return restore_columns(mean, batch, flat), restore(covs, batch, flat)
+
+    def filter(
+        self, y: Tensor, emission: Tensor, obs_cov: Tensor, mask: Tensor | None = None
+    ) -> GaussianFilter:
+        r"""Condition on the past: :math:`y_n=H_nz_n+\epsilon_n`, :math:`\epsilon_n\sim N(0,R_n)`.
+
+        Args:
+            y: ``(N+1, *B, p)``; anything, NaN included, where the mask is False.
+            emission: ``(p, z)`` or ``(N+1, *B, p, z)``.
+            obs_cov: ``(p, p)`` or ``(N+1, *B, p, p)``.
+            mask: True where observed: ``(N+1, *B)`` for whole vectors, or with as many axes as ``y`` for
+                single components. None: everything is.
+
+        Raises:
+            ShapeError, NonFiniteError, DtypeMismatchError: on arguments that don't fit.
+            SingularDiffusionError: if an observation has no density given those before it.
+
+        Example:
+            >>> eye = torch.eye(1, dtype=torch.float64)
+            >>> chain = GaussianChain(eye[0] * 0, eye, eye[None], eye * 0, eye[None])
+            >>> y = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+            >>> round(chain.filter(y, eye, eye).log_evidence.item(), 4)
+            -3.3426
+        """
+        seen = self._observed(y, emission, obs_cov, mask)
+        gains = self._gains(seen)
+        predicted, filtered, white = self._forward(gains, seen)
+        batch, flat = seen.batch, seen.flat
+        return GaussianFilter(
+            mean=restore_columns(filtered, batch, flat),
+            cov=restore(gains.filtered(seen.obs_cov), batch, flat),
+            predicted_mean=restore_columns(predicted, batch, flat),
+            predicted_cov=restore(gains.predicted, batch, flat),
+            log_evidence=_log_evidence(gains, white, seen),
+        )
+
+    def log_evidence(
+        self, y: Tensor, emission: Tensor, obs_cov: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the ``(*B,)`` log density of the observations; arguments as in :meth:`filter`."""
+        seen = self._observed(y, emission, obs_cov, mask)
+        gains = self._gains(seen)
+        return _log_evidence(gains, self._forward(gains, seen)[2], seen)
+
+    def smooth(
+        self, y: Tensor, emission: Tensor, obs_cov: Tensor, mask: Tensor | None = None
+    ) -> GaussianSmoother:
+        """Condition on all observations; arguments as in :meth:`filter`.
+
+        Reference: Bierman (1973), Fixed interval smoothing with discrete measurements (the modified
+        Bryson-Frazier form, which inverts no state covariance).
+        """
+        seen = self._observed(y, emission, obs_cov, mask)
+        gains = self._gains(seen)
+        _, filtered, white = self._forward(gains, seen)
+        a = flatten_batch(self.transition, 1, 2, seen.batch, seen.flat)
+        cov = gains.filtered(seen.obs_cov)
+        mean = filtered + cov @ _kalman.backward_means(gains, a, white)
+        cov = symmetrise(cov - cov @ _kalman.backward_covariances(gains, a) @ cov)
+        return GaussianSmoother(
+            mean=restore_columns(mean, seen.batch, seen.flat),
+            cov=restore(cov, seen.batch, seen.flat),
+            log_evidence=_log_evidence(gains, white, seen),
+        )
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``n`` paths, ``(n, N+1, *B, z)``, reparametrised."""
+        check_positive_int(n, "n")
+        batch = self.batch_shape
+        return samples_first(self._draw(n, batch, self._flat(batch), generator), n, batch)
+
+    def sample_posterior(
+        self,
+        n: int,
+        y: Tensor,
+        emission: Tensor,
+        obs_cov: Tensor,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw ``n`` paths given the observations, ``(n, N+1, *B, z)``; arguments as in :meth:`filter`.
+
+        A prior path is drawn with observations of its own, and corrected by the smoothed residual, so the
+        draws are exact also where the posterior covariance is singular.
+
+        Reference: Durbin & Koopman (2002), A simple and efficient simulation smoother, Biometrika 89.
+        """
+        check_positive_int(n, "n")
+        seen = self._observed(y, emission, obs_cov, mask)
+        gains = self._gains(seen)
+        z = self._draw(n, seen.batch, seen.flat, generator)
+        noise = _correlated(seen.obs_cov, z.shape[-1], generator)
+        data = columns(seen.y, seen.batch, seen.flat, n)
+        residual = data - seen.emission @ z - noise
+        a = flatten_batch(self.transition, 1, 2, seen.batch, seen.flat)
+        zero = torch.zeros_like(z[0])
+        _, filtered, white = _kalman.forward_means(
+            gains, zero, a, torch.zeros_like(z[:-1]), seen.emission, residual
+        )
+        cov = gains.filtered(seen.obs_cov)
+        z = z + filtered + cov @ _kalman.backward_means(gains, a, white)
+        return samples_first(z, n, seen.batch)
+
+    def _observed(self, y: Tensor, emission: Tensor, obs_cov: Tensor, mask: Tensor | None) -> Observed:
+        check_same_device(y=y, emission=emission, obs_cov=obs_cov, mask=mask, transition=self.transition)
+        check_same_dtype(y=y, emission=emission, obs_cov=obs_cov, transition=self.transition)
+        shape = self.num_steps + 1, self.state_dim
+        return prepare(y, emission, obs_cov, mask, shape, self._cov_batch, self.batch_shape)
+
+    def _flat(self, batch: torch.Size) -> int:
+        return 1 if self._cov_batch.numel() == 1 else batch.numel()
+
+    def _draw(self, n: int, batch: torch.Size, flat: int, generator: torch.Generator | None) -> Tensor:
+        start = columns(self.initial_mean[None], batch, flat, n)
+        width = start.shape[-1]
+        first = _correlated(flatten_batch(self.initial_cov[None], 1, 2, batch, flat), width, generator)
+        noise = _correlated(flatten_batch(self.noise_cov, 1, 2, batch, flat), width, generator)
+        a = flatten_batch(self.transition, 1, 2, batch, flat)
+        return _kalman.propagate((start + first)[0], a, columns(self.offset, batch, flat, n) + noise)
+
+    def _gains(self, seen: Observed) -> _kalman.Gains:
+        return _kalman.riccati(
+            flatten_batch(self.initial_cov, 0, 2, seen.batch, seen.flat),
+            flatten_batch(self.transition, 1, 2, seen.batch, seen.flat),
+            flatten_batch(self.noise_cov, 1, 2, seen.batch, seen.flat),
+            seen.emission,
+            seen.obs_cov,
+        )
+
+    def _forward(self, gains: _kalman.Gains, seen: Observed) -> tuple[Tensor, Tensor, Tensor]:
+        return _kalman.forward_means(
+            gains,
+            columns(self.initial_mean[None], seen.batch, seen.flat)[0],
+            flatten_batch(self.transition, 1, 2, seen.batch, seen.flat),
+            columns(self.offset, seen.batch, seen.flat),
+            seen.emission,
+            columns(seen.y, seen.batch, seen.flat),
+        )
+
+
+def _correlated(cov: Tensor, width: int, generator: torch.Generator | None) -> Tensor:
+    """Draw ``width`` columns of noise of each covariance ``(T, flat, k, k)``."""
+    shape = (*cov.shape[:-1], width)
+    white = torch.randn(shape, generator=generator, dtype=cov.dtype, device=cov.device)
+    return psd_factor(cov) @ white
+
+
+def _log_evidence(gains: _kalman.Gains, white: Tensor, seen: Observed) -> Tensor:
+    squares = restore_columns(white.square().sum((0, 2), keepdim=True), seen.batch, seen.flat)[0, ..., 0]
+    log_scale = restore(
+        gains.factor.diagonal(dim1=-2, dim2=-1).log().sum((0, 2))[None], seen.batch, seen.flat
+    )[0]
+    return -0.5 * (squares + seen.num_seen * math.log(2 * math.pi)) - log_scale

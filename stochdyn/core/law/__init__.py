@@ -1,0 +1,5 @@
+"""Laws on path space: paths, initial laws, densities, log ratios, control and time reversal."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,0 +1,101 @@
+"""The contract of laws on path space: what every law offers, and what it answers where it can't."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NoReturn
+
+from torch import Tensor, nn
+
+from stochdyn.core.law.marginals import Generator, Marginal, SampleShape
+from stochdyn.core.law.path import Path
+from stochdyn.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from stochdyn.core.forward.operator import ForwardOperator
+
+__all__ = ["PathMeasure"]
+
+
+class PathMeasure(nn.Module, ABC):
+    r"""A probability law on paths.
+
+    Every law of the library, in every system, offers the verbs below; whatever consumes laws asks for them and for
+    nothing else. :meth:`sample` and :meth:`marginal` are always there and speak of the same law, weights and growth
+    included. A law that lacks one of the others raises :class:`~stochdyn.errors.UnavailableError`, which says why.
+
+    Laws with Gaussian marginals also have ``mean(ts) (*batch, T, d)`` and ``covariance(ts) (*batch, T, d, d)``, which are
+    marginal everywhere, and ``joint_covariance(ts) (*batch, T d, T d)``.
+
+    A new law inherits :class:`stochdyn.testing.PathMeasureSuite` in its tests.
+    """
+
+    @abstractmethod
+    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> Path:
+        """Draw independent paths.
+
+        Args:
+            ts: ``(T,)`` strictly increasing times at which the paths are wanted.
+            sample_shape: the shape of independent draws, an integer or a tuple.
+            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+
+        Returns:
+            A path with ``ts`` and ``x (*sample, *batch, T, d)``.
+
+        Raises:
+            TimeGridError: if the grid doesn't increase strictly, or leaves the span of the law.
+        """
+
+    @abstractmethod
+    def marginal(self, t: Tensor | float) -> Marginal:
+        """Return the law of the state at one time, the same law that :meth:`sample` has there.
+
+        Raises:
+            TimeGridError: if the time lies outside the span of the law.
+        """
+
+    def log_rn(
+        self, path: Path, other: PathMeasure, estimator: str = "density", *, recorded: bool = False
+    ) -> Tensor:
+        r"""Return :math:`\log dQ/dP` on given paths, ``(*sample, *batch)``, Q being this law as it is now and P ``other``.
+
+        Args:
+            path: paths of either law.
+            other: P.
+            estimator: ``"density"``, the true log weight; ``"rate"``, only its conditional mean under Q; ``"stl"``, the true
+                log weight with a gradient of less noise.
+            recorded: reuse what the law noted while it drew the paths. This saves time and is right as long as the law
+                hasn't changed since.
+
+        Raises:
+            UnavailableError: if the density ratio isn't known.
+            DiffusionMismatchError: if the laws are mutually singular.
+        """
+        self._refuse("log_rn", "its density with respect to another law isn't known")
+
+    def forward(self) -> ForwardOperator:
+        """Return the forward (Kolmogorov) operator of the law, for ``flow.residual(t, x, law.forward())``.
+
+        Raises:
+            UnavailableError: if the marginals obey no forward equation in the state alone.
+        """
+        self._refuse("forward", "its marginals obey no known forward equation")
+
+    def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the drift ``(..., d)`` of a diffusion at ``x (..., d)``, controls included.
+
+        Raises:
+            UnavailableError: if the law isn't a diffusion in its state alone.
+        """
+        self._refuse("drift", "it isn't a diffusion in its state alone")
+
+    def rates(self, t: Tensor | float) -> Tensor:
+        """Return the jump rates ``(*batch, S, S)`` at a time, each row summing to zero.
+
+        Raises:
+            UnavailableError: if the law isn't a jump process on finitely many states.
+        """
+        self._refuse("rates", "it isn't a jump process on finitely many states")
+
+    def _refuse(self, verb: str, reason: str) -> NoReturn:
+        raise UnavailableError(f"{type(self).__name__} has no {verb}: {reason}")

@@ -1,0 +1,5 @@
+"""Stochastic differential equations: coefficients, driving noise, and the one time loop."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

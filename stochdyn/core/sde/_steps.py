@@ -1,0 +1,369 @@
+"""One step of a fixed-grid integrator; what doesn't depend on the running state is computed beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stochdyn.core.sde._derivatives import check_commutative, self_advection, strength_along
+from stochdyn.core.sde.coefficients import Coefficient, Matrix, Scalar
+from stochdyn.core.sde.equation import SDE, Control
+from stochdyn.core.sde.noise import NoiseSteps
+from stochdyn.errors import InvalidInputError
+
+__all__ = ["Problem", "Row", "Step", "full_state", "remember"]
+
+#: The full state after a step, and the drift and the precision of the control during it, where it has them.
+Row = tuple[Tensor, ...]
+Step = Callable[[int, Tensor], Row]
+
+# Up to this many components the linear part of a step is one small matrix product; beyond, that costs more
+# than products by element.
+_DENSE = 32
+
+
+class Problem:
+    """An equation on a grid. The running state is the full state ``z (*batch, d + m K)``.
+
+    Args:
+        sde: the equation.
+        x0: ``(*batch, d)``.
+        ts: ``(T,)``.
+        dt: the steps of the grid as numbers.
+        dw: ``(N, *batch, m R)`` increments.
+        method: name of the scheme.
+    """
+
+    def __init__(self, sde: SDE, x0: Tensor, ts: Tensor, dt: list[float], dw: Tensor, method: str) -> None:
+        self.sde = sde
+        # Modules look their members up slowly; the loop shouldn't.
+        self.drift = sde.drift
+        self.control = sde.control
+        self.heun, self.milstein = method == "heun", method == "milstein"
+        self.dt = dt
+        self.num_steps = len(dt)
+        self.dim = x0.shape[-1]
+        self.times = ts.to(x0.dtype).unbind(0)
+        start = sde.diffusion(self.times[0], x0)
+        self.coefficient = None if sde.state_dependent else start
+        self.channels = start.noise_dim(self.dim)
+        self.num_states = sde.noise.num_states
+        self.batch = torch.broadcast_shapes(x0.shape[:-1], dw.shape[1:-1])
+        self.steps: NoiseSteps = sde.noise.steps(ts, dtype=x0.dtype)
+        self.rows: list[MemoryRow] | None = None
+        self.dw = dw
+        self.increments = dw.unbind(0)
+        if method != "euler" and self.coefficient is None:
+            check_commutative(sde, self.times[0], x0, self.channels, method)
+            if self.steps.per_channel and isinstance(start, Matrix):
+                raise InvalidInputError(
+                    f"{method} can't correct a matrix diffusion whose channels have noise of different kinds",
+                    hint="take a diagonal diffusion, or method='euler'",
+                )
+
+    def start(self, x0: Tensor, memory0: Tensor | None) -> Tensor:
+        """Return the full state at the first time."""
+        x0 = x0.expand(*self.batch, self.dim)
+        if not self.num_states:
+            return x0
+        shape = (*self.batch, self.channels, self.num_states)
+        return full_state(x0, x0.new_zeros(shape) if memory0 is None else memory0.expand(shape))
+
+    def run_in_place(self, start: Tensor) -> Tensor | None:
+        """Run an uncontrolled Euler scheme of additive noise straight into its result.
+
+        Returns:
+            ``(T, *batch, d)``, or None where gradients are recorded or the equation needs :meth:`step`.
+        """
+        plain = self.control is None and not self.num_states and not self.heun
+        if self.coefficient is None or not plain or not _may_overwrite(start, self.dw, self.times[0]):
+            return None
+        number = self.sde.strength
+        kicks = self.increments if number is not None else self.coefficient.apply(self.dw).unbind(0)
+        scale = 1.0 if number is None else number
+        states = start.new_empty(self.num_steps + 1, *start.shape)
+        states[0] = start
+        x, *following = states.unbind(0)
+        drift, times, dt = self.drift, self.times, self.dt
+        for n, ahead in enumerate(following):
+            # The drift comes last: it may depend on x alone, and x isn't touched again.
+            torch.add(x, kicks[n], alpha=scale, out=ahead)
+            ahead.add_(drift(times[n], x), alpha=dt[n])
+            x = ahead
+        return states
+
+    def step(self) -> Step:
+        """Return the fastest step that this problem allows."""
+        if self.coefficient is None:
+            return self._general
+        if self.num_states == 0:
+            if self.control is None:
+                return self._additive_heun() if self.heun else self._additive_euler()
+            return self._general if self.heun or not self._plain_drift else self._additive_euler()
+        batched = bool(self.steps.parameter_batch) or _batched(self.coefficient)
+        small = self.dim + self.channels * self.num_states <= _DENSE
+        return self._linear_euler() if small and not batched and not self.heun else self._general
+
+    @property
+    def _plain_drift(self) -> bool:
+        """Whether the control does nothing but add a drift."""
+        control = self.control
+        return (
+            control is not None
+            and _is_plain(control)
+            and control.precision is None
+            and control.drift is not None
+        )
+
+    def _additive_euler(self) -> Step:
+        """Without memory, what the noise adds in a step is known beforehand for all steps at once."""
+        assert self.coefficient is not None
+        drift, times, dt, spread = self.drift, self.times, self.dt, self.coefficient.apply
+        number = self.sde.strength
+        if self.control is None and number is not None:
+            increments = self.increments
+            return lambda n, x: (
+                torch.add(torch.add(x, increments[n], alpha=number), drift(times[n], x), alpha=dt[n]),
+            )
+        kicks = self.coefficient.apply(self.dw).unbind(0)
+        if self.control is None:
+            return lambda n, x: (torch.add(x + kicks[n], drift(times[n], x), alpha=dt[n]),)
+        u = self.control.drift
+        assert u is not None
+
+        def steered(n: int, x: Tensor) -> Row:
+            control = u(times[n], x)
+            slope = drift(times[n], x) + spread(control)
+            return torch.add(x + kicks[n], slope, alpha=dt[n]), control
+
+        return steered
+
+    def _additive_heun(self) -> Step:
+        assert self.coefficient is not None
+        kicks = self.coefficient.apply(self.dw).unbind(0)
+        drift, times, dts = self.drift, self.times, self.dt
+
+        def step(n: int, x: Tensor) -> Row:
+            kicked, slope = x + kicks[n], drift(times[n], x)
+            guess = torch.add(kicked, slope, alpha=dts[n])
+            return (torch.add(kicked, slope + drift(times[n + 1], guess), alpha=0.5 * dts[n]),)
+
+        return step
+
+    def _linear_euler(self) -> Step:
+        """With memory and a constant coefficient a step is linear in state, increments and drifts."""
+        carry_over, spread = self._linear_maps()
+        keep, load = carry_over.unbind(0), spread.unbind(0)
+        steps = torch.tensor(self.dt, dtype=spread.dtype, device=spread.device)[:, None, None]
+        push = (
+            torch.eye(self.dim, carry_over.shape[-1], dtype=spread.dtype, device=spread.device) * steps
+        ).unbind(0)
+        drift, times, dim, control = self.drift, self.times, self.dim, self.control
+
+        def drifted(n: int, z: Tensor, ahead: Tensor) -> Tensor:
+            x = z[..., :dim]
+            return _affine(ahead, drift(times[n], x).expand_as(x), push[n])
+
+        if control is None or self._plain_drift:
+            loads = spread.reshape(spread.shape[0], *(1,) * (len(self.batch) - 1), *spread.shape[1:])
+            kicks = (self.dw @ loads if self.batch else (self.dw.unsqueeze(-2) @ spread).squeeze(-2)).unbind(
+                0
+            )
+            if control is None:
+                return lambda n, z: (drifted(n, z, _affine(kicks[n], z, keep[n])),)
+            u, steer = control.drift, (spread[:, : self.channels] * steps).unbind(0)
+            assert u is not None
+
+            def steered(n: int, z: Tensor) -> Row:
+                value = u(times[n], z)
+                ahead = _affine(_affine(kicks[n], z, keep[n]), value, steer[n])
+                return drifted(n, z, ahead), value
+
+            return steered
+
+        def shaped(n: int, z: Tensor) -> Row:
+            e, *record = self._shape(n, z)
+            return drifted(n, z, _affine(z @ keep[n], e, load[n])), *record
+
+        return shaped
+
+    def _linear_maps(self) -> tuple[Tensor, Tensor]:
+        """Return what takes state and increments one step on, ``(N, d + m K, d + m K)`` and ``(N, m R, d + m K)``."""
+        assert self.coefficient is not None
+        m, k = self.channels, self.num_states
+        like = self.steps.load
+        size, width = m * k, self.dw.shape[-1]
+        basis = torch.eye(size + width, dtype=like.dtype, device=like.device).expand(self.num_steps, -1, -1)
+        memory, e = basis[..., :size].unflatten(-1, (m, k)), basis[..., size:]
+        dz, memory = remember(self.steps, slice(None), memory, e, m)
+        image = full_state(self.coefficient.apply(dz), memory)
+        still = torch.eye(self.dim, image.shape[-1], dtype=like.dtype, device=like.device)
+        return torch.cat([still.expand(self.num_steps, -1, -1), image[:, :size]], 1), image[:, size:]
+
+    def _shape(self, n: int, z: Tensor) -> Row:
+        """Return the increments of step ``n`` under the control, and the record of the control."""
+        control, e = self.control, self.increments[n]
+        if control is None:
+            return (e,)
+        t, dt = self.times[n], self.dt[n]
+        if not _is_plain(control):
+            return (control.shape_increment(n, t, dt, z, e, self.channels),)
+        u, precision = control.at(t, z)
+        shaped = control.tilt(u, precision, dt, e, self.channels)
+        return shaped, *[value for value in (u, precision) if value is not None]
+
+    def _general(self, n: int, z: Tensor) -> Row:
+        """One step with any mixture of control, memory and state-dependent diffusion."""
+        t, dt = self.times[n], self.dt[n]
+        e, *record = self._shape(n, z)
+        if self.num_states:
+            x = z[..., : self.dim]
+            memory = z[..., self.dim :].unflatten(-1, (self.channels, self.num_states))
+            dz, memory = _advance(self._rows()[n], memory, e, self.channels)
+        else:
+            x, dz, memory = z, e, None
+        slope = self.drift(t, x)
+        g = self.coefficient or self.sde.diffusion(t, x)
+        kick = g.apply(dz)
+        if self.heun:
+            ahead = self._heun(n, x, slope, kick, dz)
+        else:
+            ahead = torch.add(x + kick, slope, alpha=dt)
+            if self.milstein and self.coefficient is None:
+                ahead = ahead + self._milstein(n, x, kick, dz, g)
+        return full_state(ahead, memory), *record
+
+    def _rows(self) -> list[MemoryRow]:
+        if self.rows is None:
+            self.rows = memory_rows(self.steps)
+        return self.rows
+
+    def _variance_rate(self, n: int) -> Tensor:
+        """Variance of the noise increment that is new in step n, ``(*batch, 1)`` or one a channel: ``dt`` if Brownian."""
+        s = self.steps
+        return (s.gain[n] ** 2 * s.variance[n]).sum(-1, keepdim=not s.per_channel)
+
+    def _heun(self, n: int, x: Tensor, slope: Tensor, kick: Tensor, dz: Tensor) -> Tensor:
+        dt, t, following = self.dt[n], self.times[n], self.times[n + 1]
+        variance = self._variance_rate(n)
+        shift = self._correction(t, x, variance)
+        guess = torch.add(x + kick - shift, slope, alpha=dt)
+        drifted = torch.add(x, slope + self.drift(following, guess), alpha=0.5 * dt)
+        if self.coefficient is not None:
+            return drifted + kick
+        kick_next = self.sde.diffusion(following, guess).apply(dz)
+        shift_next = self._correction(following, guess, variance)
+        return drifted + 0.5 * (kick + kick_next) - 0.5 * (shift + shift_next)
+
+    def _correction(self, t: Tensor, x: Tensor, variance: Tensor) -> Tensor | float:
+        if self.coefficient is not None:
+            return 0.0
+        return 0.5 * self_advection(self.sde, t, x, self.channels) * variance
+
+    def _milstein(self, n: int, x: Tensor, kick: Tensor, dz: Tensor, g: Coefficient) -> Tensor:
+        # For commutative noise the iterated integrals collapse to products:
+        # 1/2 sum_kl (dG_k) G_l (dz_k dz_l - delta_kl dt).
+        t = self.times[n]
+        advection = self_advection(self.sde, t, x, self.channels)
+        if not isinstance(g, Matrix):
+            return 0.5 * advection * (dz**2 - self._variance_rate(n))
+        along = strength_along(self.sde, t, x, dz, kick.expand_as(x))
+        return 0.5 * (along - advection * self._variance_rate(n))
+
+
+def _may_overwrite(*inputs: Tensor) -> bool:
+    """Whether results may be written in place: nothing records derivatives or maps over axes."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and len({x.dtype for x in inputs}) == 1
+    )
+
+
+def _batched(coefficient: Coefficient) -> bool:
+    own = 0 if isinstance(coefficient, Scalar) else 2 if isinstance(coefficient, Matrix) else 1
+    return coefficient.value.ndim > own
+
+
+def _is_plain(control: Control) -> bool:
+    return type(control).shape_increment is Control.shape_increment
+
+
+def _affine(shift: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+    """Return ``shift + x @ matrix``, in one kernel where there is one batch axis."""
+    if x.ndim == 2 and shift.ndim == 2 and x.shape[0] == shift.shape[0]:
+        return torch.addmm(shift, x, matrix)
+    return shift + x @ matrix
+
+
+def full_state(x: Tensor, memory: Tensor | None = None) -> Tensor:
+    """Return ``x`` followed by its memory states, ``(..., d + m K)``."""
+    return x if memory is None else torch.cat([x, memory.flatten(-2)], -1)
+
+
+def remember(
+    steps: NoiseSteps, n: int | slice, memory: Tensor, e: Tensor, channels: int
+) -> tuple[Tensor, Tensor]:
+    """Advance the memory states exactly, in step ``n`` or in all steps at once.
+
+    Args:
+        steps: coefficients of the recursion.
+        n: the step; ``slice(None)`` takes all, with time leading in ``memory`` and ``e``.
+        memory: ``(*batch, m, K)``.
+        e: ``(*batch, m R)`` increments.
+        channels: ``m``.
+
+    Returns:
+        The noise increment ``dz (*batch, m)`` and the next memory states.
+    """
+    gain, recall, decay, load = steps.gain[n], steps.recall[n], steps.decay[n], steps.load[n]
+    if not steps.per_channel:
+        gain, recall = gain.unsqueeze(-2), recall.unsqueeze(-2)
+    if isinstance(n, slice):
+        # Per-step coefficients without batch axes get them between time and channel.
+        extra = memory.ndim - 3
+        gain, recall = _pad(gain, extra), _pad(recall, extra)
+        decay = decay.reshape(decay.shape[0], *(1,) * (extra + 1), -1)
+        load = load.reshape(load.shape[0], *(1,) * extra, *load.shape[1:])
+    return _advance(MemoryRow(gain, recall, decay, load), memory, e, channels)
+
+
+class MemoryRow(NamedTuple):
+    """The coefficients of one step: gain ``(*b, 1 or m, R)``, recall ``(*b, 1 or m, K)``, decay and load."""
+
+    gain: Tensor
+    recall: Tensor
+    decay: Tensor
+    load: Tensor
+
+
+def memory_rows(steps: NoiseSteps) -> list[MemoryRow]:
+    """Return the rows of all steps; unbound once, as the derivative of indexing costs a tensor of all steps."""
+    gain, recall = steps.gain, steps.recall
+    if not steps.per_channel:
+        gain, recall = gain.unsqueeze(-2), recall.unsqueeze(-2)
+    rows = zip(*(x.unbind(0) for x in (gain, recall, steps.decay, steps.load)), strict=True)
+    return [MemoryRow(*row) for row in rows]
+
+
+def _advance(row: MemoryRow, memory: Tensor, e: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    gain, recall, decay, load = row
+    dw = e[..., :channels]
+    dz = (memory * recall).sum(-1) + dw * gain[..., 0]
+    memory = memory * decay + dw.unsqueeze(-1) * load[..., :1, :]
+    if e.shape[-1] > channels:
+        rest = e[..., channels:].unflatten(-1, (channels, -1))
+        dz = dz + (rest * gain[..., 1:]).sum(-1)
+        memory = memory + rest @ load[..., 1:, :]
+    return dz, memory
+
+
+def _pad(x: Tensor, batch_axes: int) -> Tensor:
+    """Insert axes after time until ``x (N, *b, m, R)`` has ``batch_axes`` of them."""
+    while x.ndim - 3 < batch_axes:
+        x = x.unsqueeze(1)
+    return x

@@ -1,0 +1,308 @@
+"""Stochastic differential equations: drift, diffusion, driving noise, and a control on that noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochdyn._checks import check_same_device, check_same_dtype
+from stochdyn.core.sde.coefficients import Coefficient, as_coefficient
+from stochdyn.core.sde.covariance import covariance_divergence
+from stochdyn.core.sde.noise import Brownian, NoiseProcess
+from stochdyn.errors import DeviceMismatchError, DtypeMismatchError, InvalidInputError, ShapeError
+
+__all__ = ["SDE", "Control", "Field", "spatial_divergence"]
+
+Field = Callable[[Tensor, Tensor], Any]
+
+
+class Control(nn.Module):
+    r"""A change of law on the driving noise: :math:`dW = u\,dt + s\,dW'`.
+
+    Args:
+        drift: ``u(t, z) -> (..., m)``, or None for no drift.
+        precision: :math:`\alpha(t, z)\ge 0` ``-> (..., m)``, or None. On a grid of step :math:`\Delta` the increments have the
+            variance :math:`s^2\Delta` with :math:`s^2=1/(1+\alpha\Delta)`, which tends to 1 with the step, so the two laws stay
+            equivalent in continuous time while the law on the grid can be matched exactly.
+
+    ``z`` is the full state: ``x``, followed by the memory states of the noise where it has any, ``(..., d + m K)``.
+    """
+
+    def __init__(self, drift: Field | None = None, precision: Field | None = None) -> None:
+        super().__init__()
+        self.drift = drift
+        self.precision = precision
+
+    def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
+        """Turn the standard increments ``e (*batch, m R)`` of step ``n`` into those of the controlled law."""
+        return self.tilt(*self.at(t, z), dt, e, channels)
+
+    def at(self, t: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return drift and precision at ``t`` and the full state ``z``."""
+        return (
+            None if self.drift is None else self.drift(t, z),
+            None if self.precision is None else self.precision(t, z),
+        )
+
+    @staticmethod
+    def tilt(u: Tensor | None, precision: Tensor | None, dt: float, e: Tensor, channels: int) -> Tensor:
+        """Turn standard increments into those of given drift and precision."""
+        dw = e[..., :channels]
+        if precision is not None:
+            dw = dw * torch.rsqrt(1.0 + precision * dt)
+        if u is not None:
+            dw = torch.add(dw, u, alpha=dt)
+        return dw if e.shape[-1] == channels else torch.cat([dw, e[..., channels:]], -1)
+
+    def then(self, other: Control) -> Control:
+        """Return the control that acts by this one and then by ``other``: drifts and precisions add."""
+        return Control(_sum(self.drift, other.drift), _sum(self.precision, other.precision))
+
+
+class _Sum(nn.Module):
+    def __init__(self, first: Field, second: Field) -> None:
+        super().__init__()
+        self.first = first
+        self.second = second
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.first(t, z) + self.second(t, z)
+
+
+def _sum(first: Field | None, second: Field | None) -> Field | None:
+    if first is None:
+        return second
+    if second is None:
+        return first
+    return _Sum(first, second)
+
+
+class _Constant(nn.Module):
+    """A constant diffusion as a module: its tensor moves with the equation, and a learnt one is a parameter."""
+
+    value: Tensor | float
+
+    def __init__(self, diffusion: Coefficient | Tensor | float) -> None:
+        super().__init__()
+        coefficient = as_coefficient(diffusion)
+        coefficient.check()
+        self.kind = type(coefficient)
+        if not isinstance(diffusion, Coefficient | Tensor):
+            self.value = diffusion
+        elif isinstance(coefficient.value, nn.Parameter):
+            self.value = coefficient.value
+        else:
+            self.register_buffer("value", coefficient.value, persistent=False)
+
+    def coefficient(self) -> Coefficient:
+        """Return the coefficient."""
+        return self.kind(self.value)  # type: ignore[call-arg]
+
+    def forward(self, t: Tensor, x: Tensor) -> Coefficient:
+        return self.coefficient() if isinstance(self.value, Tensor) else as_coefficient(self.value, x)
+
+
+class SDE(nn.Module):
+    r"""An Itô equation driven by Brownian motion or by a process with memory.
+
+    .. math:: dX_t = b(t, X_t)\,dt + G(t, X_t)\,dZ_t
+
+    Args:
+        drift: ``drift(t, x)`` returns a tensor like ``x``; a callable or an ``nn.Module``. It is called with
+            ``x (*batch, d)`` and ``t`` of no axes, or with time leading: ``x (time, *batch, d)`` and ``t`` broadcastable to
+            ``x[..., :1]``.
+        diffusion: a positive number, a ``(d,)`` tensor, a ``(d, m)`` tensor, :class:`Scalar`, :class:`Diagonal`,
+            :class:`Matrix`, or a callable ``(t, x)`` that returns one of them.
+        noise: the driving process; Brownian motion if None.
+
+    Raises:
+        DiffusionError: if a constant scalar or diagonal diffusion isn't positive.
+
+    Example:
+        >>> sde = SDE(lambda t, x: -x, 0.5)
+        >>> sde.drift(torch.tensor(0.0), torch.ones(3, 2)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        drift: Field,
+        diffusion: Coefficient | Tensor | float | Field,
+        noise: NoiseProcess | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(drift):
+            raise InvalidInputError(
+                "drift must be callable", got=type(drift).__name__, expected="drift(t, x)"
+            )
+        if noise is not None and not isinstance(noise, NoiseProcess):
+            raise InvalidInputError("noise must be a NoiseProcess", got=type(noise).__name__)
+        self.drift = drift
+        self.noise: NoiseProcess = noise if noise is not None else Brownian()
+        self.control: Control | None = None
+        constant = isinstance(diffusion, Coefficient) or not callable(diffusion)
+        self._coefficient: Field = _Constant(diffusion) if constant else diffusion  # type: ignore[arg-type,assignment]
+
+    @property
+    def state_dependent(self) -> bool:
+        """Whether the diffusion is a function of time and state rather than a constant."""
+        return not isinstance(self._coefficient, _Constant)
+
+    @property
+    def strength(self) -> float | None:
+        """The diffusion where it is a plain number, else None."""
+        value = self._coefficient.value if isinstance(self._coefficient, _Constant) else None
+        return None if value is None or isinstance(value, Tensor) else float(value)
+
+    def diffusion(self, t: Tensor, x: Tensor) -> Coefficient:
+        """Return the coefficient at ``t`` and ``x (..., d)``."""
+        coefficient = as_coefficient(self._coefficient(t, x), x)
+        coefficient.check_dim(x.shape[-1])
+        return coefficient
+
+    def noise_dim(self, t: Tensor, x: Tensor) -> int:
+        """Return ``m``, the number of noise channels."""
+        return self.diffusion(t, x).noise_dim(x.shape[-1])
+
+    def check(self, t: Tensor, x: Tensor) -> None:
+        """Evaluate drift and diffusion once at ``x (*batch, d)`` and raise a typed error where they don't fit.
+
+        Raises:
+            ShapeError: if the drift has another shape than the state, or the diffusion doesn't fit it.
+            DiffusionError: if a scalar or diagonal diffusion isn't positive there.
+            NonFiniteError: if the diffusion isn't finite.
+            DtypeMismatchError, DeviceMismatchError: if state, drift and diffusion differ in precision or device.
+        """
+        with torch.no_grad():
+            b = _evaluate(self.drift, "drift", t, x)
+            if b.ndim and b.shape[-1] not in (1, x.shape[-1]):
+                raise ShapeError(
+                    "the drift doesn't fit the state",
+                    got=f"shape {tuple(b.shape)}",
+                    expected=f"{tuple(x.shape)}",
+                )
+            g = self.diffusion(t, x)
+            g.check()
+            # A tensor without axes takes part in no promotion: a number serves any precision and device.
+            strength = g.value if g.value.ndim else None
+            check_same_device(state=x, drift=b if b.ndim else None, diffusion=strength)
+            check_same_dtype(state=x, drift=b if b.ndim else None, diffusion=strength)
+            if self.control is not None:
+                self._check_control(t, x, g.noise_dim(x.shape[-1]))
+
+    def _check_control(self, t: Tensor, x: Tensor, channels: int) -> None:
+        z = torch.cat([x, x.new_zeros(*x.shape[:-1], channels * self.noise.num_states)], -1)
+        for name in ("drift", "precision"):
+            field = getattr(self.control, name)
+            if field is None:
+                continue
+            value = _evaluate(field, f"control's {name}", t, z)
+            if value.ndim == 0 or value.shape[-1] != channels:
+                raise ShapeError(
+                    f"the control's {name} must have one component a noise channel",
+                    got=f"shape {tuple(value.shape)}",
+                    expected=f"(..., {channels})",
+                )
+            check_same_dtype(state=x, **{f"control {name}": value})
+
+    def controlled(self, u: Field | None = None, precision: Field | None = None) -> SDE:
+        """Return the same equation with its driving noise given the drift ``u`` and the extra ``precision``.
+
+        See :class:`Control` for both. Controls add up.
+        """
+        control = Control(u, precision)
+        return self.with_control(control if self.control is None else self.control.then(control))
+
+    def with_control(self, control: Control | None) -> SDE:
+        """Return the same equation under ``control`` in place of its own."""
+        changed = SDE.__new__(SDE)
+        nn.Module.__init__(changed)
+        changed.drift, changed.noise, changed._coefficient = self.drift, self.noise, self._coefficient
+        changed.control = control
+        return changed
+
+    def uncontrolled(self) -> SDE:
+        """Return the equation without its control."""
+        return self.with_control(None)
+
+    def shares_base(self, other: SDE) -> bool:
+        """Whether both have the same drift, diffusion and noise objects, so that they differ by control alone."""
+        return self.drift is other.drift and self._same_diffusion(other) and self._same_noise(other)
+
+    def _same_diffusion(self, other: SDE) -> bool:
+        mine, theirs = self._coefficient, other._coefficient
+        if isinstance(mine, _Constant) and isinstance(theirs, _Constant):
+            return mine.kind is theirs.kind and (mine.value is theirs.value)
+        return mine is theirs
+
+    def _same_noise(self, other: SDE) -> bool:
+        brownian = isinstance(self.noise, Brownian) and isinstance(other.noise, Brownian)
+        return brownian or self.noise is other.noise
+
+    def reverse(self, score: Field, horizon: float = 1.0) -> SDE:
+        r"""Return the equation of the time-reversed law, on the clock :math:`\tau=T-t`.
+
+        .. math:: \bar b(\tau, x) = -b(T-\tau, x) + \nabla\cdot(GG^\top) + GG^\top\nabla\log\rho_{T-\tau}(x)
+
+        Args:
+            score: ``score(t, x)``, the gradient of the log density of the forward law, on the forward clock.
+            horizon: ``T``.
+
+        Raises:
+            InvalidInputError: if the noise has memory (the reversal isn't Markov in ``x``) or there is a control.
+
+        Reference:
+            Anderson, "Reverse-time diffusion equation models", 1982.
+        """
+        if self.noise.num_states or self.control is not None:
+            raise InvalidInputError("only an uncontrolled equation driven by Brownian motion can be reversed")
+        return SDE(_ReverseDrift(self, score, horizon), self._reverse_diffusion(horizon))
+
+    def _reverse_diffusion(self, horizon: float) -> Any:
+        if isinstance(self._coefficient, _Constant):
+            return self._coefficient.coefficient()
+        return lambda tau, x: self.diffusion(horizon - tau, x)
+
+
+def _evaluate(field: Field, name: str, t: Tensor, x: Tensor) -> Tensor:
+    """Call a user's function and give an error about precisions or devices its type."""
+    try:
+        value = field(t, x)
+    except RuntimeError as error:
+        reason = str(error)
+        if "dtype" in reason:
+            raise DtypeMismatchError(
+                f"the {name} doesn't take the state's precision {x.dtype}", got=reason
+            ) from error
+        if "device" in reason:
+            raise DeviceMismatchError(f"the {name} doesn't take a state on {x.device}", got=reason) from error
+        raise
+    if not isinstance(value, Tensor):
+        raise ShapeError(f"the {name} must return a tensor", got=type(value).__name__)
+    return value
+
+
+class _ReverseDrift(nn.Module):
+    def __init__(self, sde: SDE, score: Field, horizon: float) -> None:
+        super().__init__()
+        self.sde = sde
+        self.score = score
+        self.horizon = horizon
+
+    def forward(self, tau: Tensor, x: Tensor) -> Tensor:
+        t = self.horizon - tau
+        g = self.sde.diffusion(t, x)
+        covariance = g.covariance(x.shape[-1]).to(x.dtype)
+        pull = (covariance @ self.score(t, x).unsqueeze(-1)).squeeze(-1) - self.sde.drift(t, x)
+        return pull + spatial_divergence(self.sde, t, x) if self.sde.state_dependent else pull
+
+
+def spatial_divergence(sde: SDE, t: Tensor, x: Tensor) -> Tensor:
+    r"""Return :math:`(\nabla\cdot GG^\top)_i=\sum_j\partial_j(GG^\top)_{ij}`, ``(..., d)``."""
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        point = x if x.requires_grad else x.detach().requires_grad_()
+        return covariance_divergence(sde.diffusion(t, point), point, create_graph=keep).to(x.dtype)

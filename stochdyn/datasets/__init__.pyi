@@ -1,0 +1,13 @@
+from .branching import CellSnapshots as CellSnapshots
+from .branching import branching_cells as branching_cells
+from .digits import moving_digits as moving_digits
+from .nile import NileMinima as NileMinima
+from .nile import nile_minima as nile_minima
+from .oscillators import SimulatedSnapshots as SimulatedSnapshots
+from .oscillators import lotka_volterra as lotka_volterra
+from .oscillators import repressilator as repressilator
+from .quantum import OpenSystem as OpenSystem
+from .quantum import open_systems as open_systems
+from .wind import WindClimatology as WindClimatology
+from .wind import wind_climatology as wind_climatology
+from .wind import wind_on_sphere as wind_on_sphere

@@ -1,0 +1,5 @@
+"""Exact fractional Brownian motion and fractional Gaussian noise: covariances, draws, likelihoods."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,0 +1,11 @@
+from .fbm import fbm_covariance as fbm_covariance
+from .fbm import fgn_autocovariance as fgn_autocovariance
+from .fbm import fou_autocovariance as fou_autocovariance
+from .fbm import sample_fbm as sample_fbm
+from .fbm import sample_fgn as sample_fgn
+from .fgn import FractionalGaussianNoise as FractionalGaussianNoise
+from .likelihood import HURST_LIMITS as HURST_LIMITS
+from .likelihood import FGNFit as FGNFit
+from .likelihood import HurstLikelihood as HurstLikelihood
+from .likelihood import fit_fgn as fit_fgn
+from .likelihood import hurst_log_likelihood as hurst_log_likelihood

@@ -1,0 +1,5 @@
+"""Inference of the Hurst index and of roughness."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,0 +1,273 @@
+"""Beyond one bound: evidence from true path weights, their k-hat, forecasts, predictions and comparison of models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_positive_int, check_time_grid
+from stochdyn.core.sde.solvers import draw_increments, integrate
+from stochdyn.errors import InvalidInputError, TimeGridError
+from stochdyn.fractional.latent.base import Draws
+from stochdyn.fractional.latent.model import LatentSDE
+from stochdyn.fractional.latent.networks import interpolate
+from stochdyn.fractional.latent.series import Series
+
+__all__ = [
+    "Comparison",
+    "SeriesEvidence",
+    "compare_models",
+    "evidence",
+    "forecast",
+    "posterior_paths",
+    "predict",
+]
+
+_MIN_FOR_KHAT = 100
+
+
+@dataclass(frozen=True)
+class SeriesEvidence:
+    r"""Importance-sampling estimates of the log evidence of each series.
+
+    Attributes:
+        log_evidence: ``(B,)`` the importance-weighted bound, :math:`\log\frac1n\sum_iw_i`.
+        elbo: ``(B,)`` the mean log weight.
+        khat: ``(B,)`` Pareto shape of the weights: up to 0.7 the estimate can be trusted; NaN for fewer than 100 draws.
+        stderr: ``(B,)`` standard error of ``log_evidence``, meaningful where k-hat is small.
+    """
+
+    log_evidence: Tensor
+    elbo: Tensor
+    khat: Tensor
+    stderr: Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models ranked by what they give to series they weren't trained on.
+
+    Attributes:
+        names: best first.
+        total: log predictive density of all held-out series under each.
+        difference: that of each less the best.
+        stderr: standard error of the difference, from the spread over series; 0 for the best.
+        pointwise: ``(B,)`` for each name.
+    """
+
+    names: tuple[str, ...]
+    total: dict[str, float]
+    difference: dict[str, float]
+    stderr: dict[str, float]
+    pointwise: dict[str, Tensor]
+
+
+@torch.no_grad()
+def posterior_paths(model: LatentSDE, series: Series, num_draws: int = 100, seed: int | None = None) -> Draws:
+    """Draw latent paths of each series from the fitted posterior, with their exact log weights.
+
+    Args:
+        model: a fitted model.
+        series: of B series.
+        num_draws: S.
+        seed: seed of the draws; the global random state is left as it was. None draws from that instead.
+
+    Returns:
+        Paths of shape ``(S, B)`` and weights ``(S, B)``.
+    """
+    check_positive_int(num_draws, "num_draws")
+    model._check(series)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return model.posterior.draw(model, series, num_draws)
+
+
+def evidence(model: LatentSDE, series: Series, num_draws: int = 1000, seed: int | None = 0) -> SeriesEvidence:
+    r"""Estimate the log evidence of each series from the true weights of posterior paths.
+
+    .. math:: \log p(y)\approx\log\frac1S\sum_s\exp\big[\log p(y\mid x_s)+\log p(x_s)-\log q(x_s\mid y)\big],
+
+    in expectation a lower bound that is tighter than the ELBO and tends to the evidence.
+
+    Args:
+        model: a fitted model.
+        series: of B series.
+        num_draws: S.
+        seed: of the draws.
+
+    Example:
+        >>> ts = torch.linspace(0, 1, 11)
+        >>> model = LatentSDE(1, 1, ts, hurst=0.7, num_states=3, drift=(8,), hidden=(8,), context=8)
+        >>> found = evidence(model, Series.regular(ts[::5], torch.zeros(2, 3, 1)), num_draws=200)
+        >>> bool((found.log_evidence >= found.elbo).all())
+        True
+
+    Reference:
+        Y. Burda, R. Grosse and R. Salakhutdinov, Importance weighted autoencoders, 2016; A. Vehtari et al., Pareto
+        smoothed importance sampling, JMLR 2024.
+    """
+    from stochdyn.diagnostics.psis import pareto_smooth
+
+    draws = posterior_paths(model, series, num_draws, seed)
+    log_weight = draws.log_weight
+    total = torch.logsumexp(log_weight, 0)
+    share = torch.softmax(log_weight, 0)
+    khat = torch.full_like(total, torch.nan)
+    if num_draws >= _MIN_FOR_KHAT:
+        khat = torch.stack([torch.as_tensor(pareto_smooth(w).khat) for w in log_weight.T]).to(total)
+    stderr = (share.square().sum(0) - 1 / num_draws).clamp_min(0.0).sqrt()
+    return SeriesEvidence(total - math.log(num_draws), log_weight.mean(0), khat, stderr)
+
+
+@torch.no_grad()
+def predict(
+    model: LatentSDE,
+    series: Series,
+    times: Tensor | None = None,
+    num_draws: int = 100,
+    seed: int | None = None,
+) -> Tensor:
+    """Draw replicated observations from the posterior predictive law.
+
+    Args:
+        model: a fitted model.
+        series: what is known.
+        times: ``(n,)`` times on the grid of the model; each series' own times if None.
+        num_draws: S.
+        seed: of the draws.
+
+    Returns:
+        ``(S, B, n, p)``.
+
+    Raises:
+        TimeGridError: for times off the grid (see :func:`forecast` for later ones).
+    """
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        draws = posterior_paths(model, series, num_draws)
+        at = series.times
+        if times is not None:
+            check_time_grid(times, min_points=1)
+            if bool(((times < model.ts[0]) | (times > model.ts[-1])).any()):
+                raise TimeGridError(
+                    "times must lie on the grid of the model", hint="forecast() goes beyond its end"
+                )
+            at = times.to(series.times).expand(len(series), -1)
+        x = interpolate(draws.path.x.movedim(-2, 0), model.ts, at)  # (n, S, B, d)
+        return model.decoder.sample(x).movedim(0, -2)
+
+
+@torch.no_grad()
+def forecast(
+    model: LatentSDE,
+    series: Series,
+    times: Tensor,
+    num_draws: int = 100,
+    seed: int | None = None,
+    noise: bool = True,
+) -> Tensor:
+    """Draw observations at times after the end of the grid: the equation continued, memory of the noise included.
+
+    Args:
+        model: a fitted model.
+        series: what is known.
+        times: ``(n,)`` increasing, after the last grid point; one step from each to the next.
+        num_draws: S.
+        seed: of the draws.
+        noise: whether to add observation noise; without it the decoder's means are returned.
+
+    Returns:
+        ``(S, B, n, p)``.
+
+    Raises:
+        TimeGridError: if a time isn't after the grid, or the times span more than the horizon of the noise.
+    """
+    check_time_grid(times, min_points=1)
+    if not bool(times[0] > model.ts[-1]):
+        raise TimeGridError(
+            "forecasts begin after the grid",
+            got=f"{float(times[0]):g}",
+            expected=f"more than {float(model.ts[-1]):g}",
+        )
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        path = posterior_paths(model, series, num_draws).path
+        grid = torch.cat([model.ts[-1:], times.to(model.ts)])
+        last = path.x[..., -1, :]
+        memory = path.aux["memory"][..., -1, :, :] if "memory" in path.aux else None
+        dw, _ = draw_increments(model.sde, last, grid)
+        x = integrate(model.sde, last, grid, dw, memory, method=model.method).x[1:]
+        out = model.decoder.sample(x) if noise else model.decoder.mean(x)
+        return out.movedim(0, -2)
+
+
+def compare_models(
+    build: Mapping[str, Callable[[], LatentSDE]],
+    series: Series,
+    folds: int = 5,
+    num_draws: int = 500,
+    seed: int = 0,
+    **options: Any,
+) -> Comparison:
+    """Compare models by cross-validation over series: each series is predicted by a model that hasn't seen it.
+
+    With as many folds as series this leaves out one series at a time.
+
+    Args:
+        build: a function for each name that returns a fresh model: Hurst index fixed at 1/2 against a free one, say.
+        series: the data.
+        folds: number of parts; each is left out once.
+        num_draws: posterior paths for the log evidence of a held-out series.
+        seed: of the folds, the training and the draws.
+        options: passed on to :func:`stochdyn.fit`: ``steps``, ``lr``, ``batch_size``.
+
+    Raises:
+        InvalidInputError: for fewer series than folds.
+
+    Reference:
+        A. Vehtari, A. Gelman and J. Gabry, Practical Bayesian model evaluation using leave-one-out cross-validation,
+        Statistics and Computing 27, 2017.
+    """
+    from stochdyn.run.trainer import fit
+
+    count = len(series)
+    check_positive_int(folds, "folds", 2)
+    if count < folds or len(build) < 2:
+        raise InvalidInputError(
+            "a comparison needs two models and at least one series a fold",
+            got=f"{len(build)} models, {count} series",
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    pointwise = {name: torch.zeros(count) for name in build}
+    for name, make in build.items():
+        for part in range(folds):
+            held = order[part::folds]
+            kept = torch.cat([order[other::folds] for other in range(folds) if other != part])
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = make()
+            fit(model, _select(series, kept), seed=seed, progress=False, **options)
+            found = evidence(model, _select(series, held), num_draws, seed)
+            pointwise[name][held] = found.log_evidence.to(pointwise[name])
+    total = {name: float(values.sum()) for name, values in pointwise.items()}
+    names = tuple(sorted(total, key=lambda name: -total[name]))
+    gaps = {name: pointwise[name] - pointwise[names[0]] for name in names}
+    return Comparison(
+        names,
+        total,
+        {name: float(gap.sum()) for name, gap in gaps.items()},
+        {name: float(gap.std() * math.sqrt(count)) for name, gap in gaps.items()},
+        pointwise,
+    )
+
+
+def _select(series: Series, index: Tensor) -> Series:
+    return Series(series.times[index], series.values[index], series.mask[index])

@@ -1,0 +1,137 @@
+"""A Gaussian posterior of latent paths that an encoder reads off the series: no loop over time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stochdyn.core.gaussian.affine import affine_steps, by_column
+from stochdyn.core.law.path import PathSample
+from stochdyn.core.law.transition import time_column
+from stochdyn.core.sde.coefficients import Scalar
+from stochdyn.fractional.latent.base import Bound, Draws, LatentPosterior
+from stochdyn.fractional.latent.gaussian_law import GaussianDraws, GaussianPathLaw, LinearControl, StartLaw
+from stochdyn.fractional.latent.gaussian_relative import shift_by_channel
+from stochdyn.fractional.latent.networks import ContextHead
+from stochdyn.fractional.latent.series import Series
+
+if TYPE_CHECKING:
+    from stochdyn.fractional.latent.model import LatentSDE
+
+__all__ = ["AmortisedGaussianPosterior"]
+
+
+class AmortisedGaussianPosterior(LatentPosterior):
+    r"""Linear feedback on a linear equation, with coefficients from the context of each step.
+
+    For each component i the increments follow :math:`\epsilon_n\mid z_n\sim N(k_n+K_n(z_n-Ez_n),L_nL_n^\top)` and drive
+    :math:`dX_i=(\alpha_nX_i+a_n)dt+\sigma_i\,dZ_i`; k, K, L, alpha and a are read off the series. See
+    :class:`~stochdyn.fractional.GaussianPosterior` for the mathematics. All components see all of the context, but
+    given the series they are independent, which keeps heads and matrices small.
+
+    Args:
+        dim: ``d``.
+        innovations: ``R`` a channel.
+        states: ``K``.
+        context: size of the context.
+    """
+
+    def __init__(self, dim: int, innovations: int, states: int, context: int) -> None:
+        super().__init__()
+        self.dim, self.innovations, self.states = dim, innovations, states
+        r, k = innovations, states
+        self.sizes = [r, r * (1 + k), r, r * (r - 1) // 2, 1, 1]
+        self.head = ContextHead(context, dim * sum(self.sizes))
+
+    def _law(self, model: LatentSDE, context: Tensor) -> tuple[GaussianPathLaw, Tensor, Tensor]:
+        """Return the law of batch ``(B, d)`` with states of one component, and its drift: slopes and offsets ``(N, B, d)``."""
+        d, r, k = self.dim, self.innovations, self.states
+        dt = (model.ts[1:] - model.ts[:-1]).to(context.dtype)
+        lag = dt.reshape(-1, 1, 1, 1)
+        raw = self.head(context[1:]).unflatten(-1, (d, sum(self.sizes)))
+        offset, gain, log_alpha, below, slope, push = raw.split(self.sizes, -1)
+        factor = torch.diag_embed(torch.rsqrt(1 + torch.exp(3 * log_alpha - 3) * lag))
+        if r > 1:
+            rows, columns = torch.tril_indices(r, r, -1)
+            lower = torch.zeros_like(factor)
+            lower[..., rows, columns] = below * lag.sqrt()
+            factor = factor + lower
+        noise = replace(model.noise_steps(), per_channel=False)  # components are a batch here
+        steps = affine_steps(noise, Scalar(model.strength()), dt, slope.unsqueeze(-1), push)
+        width = torch.cat([model.width[:d, None], model.width[d:].reshape(d, k)], -1)
+        feedback = gain.unflatten(-1, (r, 1 + k)) * lag.sqrt().unsqueeze(-1) / width.unsqueeze(-2)
+        control = LinearControl(offset * lag.sqrt(), feedback, factor)
+        return GaussianPathLaw(steps, control, self._start(model, context[0])), slope[..., 0], push[..., 0]
+
+    def _start(self, model: LatentSDE, context: Tensor) -> StartLaw:
+        d = self.dim
+        mean, log_scale = model.start_head(context).chunk(2, -1)
+        prior_mean, prior_scale = model.start_prior()
+
+        def by_component(x: Tensor) -> Tensor:
+            return (
+                torch.cat([x[..., :d, None], x[..., d:].unflatten(-1, (d, -1))], -1)
+                if x.shape[-1] > d
+                else x[..., None]
+            )
+
+        factor = model.sde.noise.initial_factor(dtype=mean.dtype, device=mean.device)
+        lift = mean.new_zeros(1 + self.states, by_component(mean).shape[-1])
+        lift[0, 0] = 1.0
+        if factor is not None:
+            lift[1:, 1:] = factor.mT
+        center = by_component(prior_mean)
+        return StartLaw(
+            mean.new_zeros(1 + self.states),
+            lift,
+            by_component(prior_mean + prior_scale * mean),
+            torch.diag_embed(by_component(prior_scale * log_scale.exp())),
+            center,
+            torch.diag_embed(by_component(prior_scale**-2)),
+        )
+
+    def _draw(
+        self, model: LatentSDE, series: Series, n: int
+    ) -> tuple[GaussianPathLaw, GaussianDraws, Tensor, Tensor]:
+        """Return law, draws, and by what the innovations ``(N, B, d, R, S)`` and memories ``(N+1, B, d, K, S)`` of P differ."""
+        law, slope, push = self._law(model, model.encoder(series, model.ts))
+        draws = law.draw(n)
+        x = draws.z[:-1, ..., 0, :]  # (N, B, d, S)
+        linear = slope.unsqueeze(-1) * x + push.unsqueeze(-1)
+        points = x.movedim(-1, 1)
+        t, lag = time_column(model.ts[:-1], points), time_column(model.ts[1:] - model.ts[:-1], points)
+        gap = (linear.movedim(-1, 1) - model.sde.drift(t, points)) * lag / model.strength()
+        return law, draws, *shift_by_channel(model.noise_steps(), gap.movedim(1, -1))
+
+    def bound(self, model: LatentSDE, series: Series, n: int) -> Bound:
+        """See :meth:`LatentPosterior.bound`."""
+        law, draws, extra, _ = self._draw(model, series, n)
+        pull = law.increments(draws)[1]
+        correction = (extra * (pull + 0.5 * extra)).sum((-3, -2)).sum(0).mean(-1)
+        fit = model.log_likelihood(_paths(draws.z[..., 0, :]), series)
+        return Bound(fit, law.divergence().sum(-1) + correction)
+
+    def draw(self, model: LatentSDE, series: Series, n: int) -> Draws:
+        """See :meth:`LatentPosterior.draw`."""
+        law, draws, extra, memory = self._draw(model, series, n)
+        e = law.increments(draws)[0] + extra  # (N, B, d, R, S)
+        log_det = law.control.factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1)).sum(0)
+        ratio = 0.5 * (draws.noise.square() - e.square()).sum((-3, -2)).sum(0) + log_det.unsqueeze(-1)
+        ratio = ratio - law.start.log_ratio(draws.start_noise).sum(1)
+        x = _paths(draws.z[..., 0, :])
+        dw = by_column(e.movedim(-1, 0).movedim(1, -3)) * model.increment_scale()
+        aux = {}
+        if self.states:
+            aux["memory"] = (draws.z[..., 1:, :] + memory).movedim(-1, 0).movedim(1, -3)
+        if dw.shape[-1] > self.dim:
+            aux["residual"] = dw[..., self.dim :]
+        path = PathSample(model.ts, x, dw[..., : self.dim], aux)
+        return Draws(path, ratio.movedim(-1, 0), model.log_likelihood(x, series))
+
+
+def _paths(x: Tensor) -> Tensor:
+    """Bring columns ``(T, B, d, S)`` into the shape ``(S, B, T, d)``."""
+    return x.movedim(-1, 0).movedim(1, -2)

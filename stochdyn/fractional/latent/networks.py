@@ -1,0 +1,152 @@
+"""Networks of a latent SDE: drift, diagonal diffusion, decoder, heads of posteriors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stochdyn.core.networks import TanhNetwork
+from stochdyn.core.sde.coefficients import Diagonal
+from stochdyn.fractional.latent.series import Series
+
+__all__ = [
+    "ConstantDiffusion",
+    "ContextHead",
+    "DriftNetwork",
+    "GaussianDecoder",
+    "StateDiffusion",
+    "interpolate",
+]
+
+_SMALLEST = 1e-3
+
+
+class DriftNetwork(nn.Module):
+    """A tanh network of the state alone: the equation is the same at all times.
+
+    Args:
+        dim: ``d``.
+        hidden: widths.
+    """
+
+    def __init__(self, dim: int, hidden: Sequence[int] = (64, 64)) -> None:
+        super().__init__()
+        self.net = TanhNetwork((dim, *hidden, dim))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return ``(..., d)``."""
+        return self.net(x)
+
+
+class ConstantDiffusion(nn.Module):
+    r"""A learnt diagonal diffusion that is the same everywhere, :math:`\sigma_i=\mathrm{softplus}(s_i)`.
+
+    Args:
+        dim: ``d``.
+        strength: where it starts.
+    """
+
+    def __init__(self, dim: int, strength: float = 0.5) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.full((dim,), strength).expm1().log())
+
+    def forward(self, t: Tensor, x: Tensor) -> Diagonal:
+        """Return the coefficient."""
+        return Diagonal(F.softplus(self.raw).to(x.dtype) + _SMALLEST)
+
+
+class StateDiffusion(nn.Module):
+    r"""A learnt diagonal diffusion in which each component sees its own state, :math:`\sigma_i(x_i)`.
+
+    This noise commutes, so Heun's and Milstein's schemes serve it. With a noise of instantaneous variance
+    :math:`(\sum_kw_k)^2dt` their Itô correction is :math:`\tfrac12\sigma_i\sigma_i'(\sum_kw_k)^2`.
+
+    Args:
+        dim: ``d``.
+        width: hidden units a component.
+        strength: where it starts, roughly.
+    """
+
+    def __init__(self, dim: int, width: int = 16, strength: float = 0.5) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.randn(dim, width))
+        self.shift = nn.Parameter(torch.randn(dim, width))
+        self.out = nn.Parameter(torch.randn(dim, width) * 0.1 / width**0.5)
+        self.level = nn.Parameter(torch.full((dim,), strength).expm1().log())
+
+    def forward(self, t: Tensor, x: Tensor) -> Diagonal:
+        """Return the coefficient at ``x (..., d)``."""
+        hidden = torch.tanh(x.unsqueeze(-1) * self.slope + self.shift)
+        return Diagonal(F.softplus((hidden * self.out).sum(-1) + self.level) + _SMALLEST)
+
+
+class ContextHead(nn.Module):
+    """Reads coefficients of a posterior off the context: a linear map and a network on top, zero at the start.
+
+    Close to an observation most coefficients are nearly linear in what the encoder tells of the time that is left.
+
+    Args:
+        context: size of the context.
+        size: number of coefficients.
+        width: hidden units.
+    """
+
+    def __init__(self, context: int, size: int, width: int = 64) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(context, width), nn.Tanh())
+        self.out = nn.Linear(width, size)
+        self.skip = nn.Linear(context, size, bias=False)
+        for x in (self.out.weight, self.out.bias, self.skip.weight):
+            nn.init.zeros_(x)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Return coefficients ``(..., size)`` for contexts ``(..., C)``."""
+        return self.out(self.hidden(context)) + self.skip(context)
+
+
+class GaussianDecoder(nn.Module):
+    r"""Observations :math:`y\sim N(f(x),\mathrm{diag}\,s^2)` of the state.
+
+    Args:
+        mean: f, from ``(..., d)`` to ``(..., p)``.
+        obs_dim: ``p``.
+        scale: where s starts.
+        learn_scale: whether s is a parameter.
+    """
+
+    def __init__(
+        self, mean: Callable[[Tensor], Tensor], obs_dim: int, scale: float = 0.1, learn_scale: bool = True
+    ) -> None:
+        super().__init__()
+        self.mean = mean
+        log_scale = torch.full((obs_dim,), scale).log()
+        self.log_scale = nn.Parameter(log_scale, requires_grad=learn_scale)
+
+    def log_prob(self, x: Tensor, series: Series) -> Tensor:
+        """Return log densities ``(n, S, B)`` of the observations, given the states ``x (n, S, B, d)`` at their times."""
+        law = torch.distributions.Normal(self.mean(x), self.log_scale.exp(), validate_args=False)
+        terms = law.log_prob(series.values.movedim(1, 0).unsqueeze(1))
+        seen = series.mask.movedim(1, 0).unsqueeze(1)
+        return torch.where(seen, terms, torch.zeros_like(terms)).sum(-1)
+
+    def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw observations ``(..., p)`` of states ``(..., d)``."""
+        mean = self.mean(x)
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        return mean + self.log_scale.exp() * noise
+
+
+def interpolate(x: Tensor, ts: Tensor, times: Tensor) -> Tensor:
+    """Return paths ``x (T, S, B, d)`` at each series' own times ``(B, n)``, linear between grid points: ``(n, S, B, d)``."""
+    grid, when = ts.to(x.dtype), times.to(x.dtype)
+    right = torch.searchsorted(grid, when.contiguous()).clamp(1, ts.shape[0] - 1)
+    weight = ((when - grid[right - 1]) / (grid[right] - grid[right - 1])).clamp(0.0, 1.0)
+    shape = (*x.shape[1:3], x.shape[3])
+
+    def at(index: Tensor) -> Tensor:
+        return x.gather(0, index.T[:, None, :, None].expand(-1, *shape))
+
+    return torch.lerp(at(right - 1), at(right), weight.T[:, None, :, None])

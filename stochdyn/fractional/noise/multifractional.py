@@ -1,0 +1,237 @@
+"""Fractional noise whose Hurst index changes in time, in both definitions, and a learnable curve for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from scipy.special import hyp2f1
+from torch import Tensor, nn
+
+from stochdyn._checks import (
+    check_choice,
+    check_hurst,
+    check_positive,
+    check_positive_int,
+    check_time_grid,
+)
+from stochdyn.core.sde.noise import NoiseSteps
+from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError
+from stochdyn.fractional.noise._steps import step_factors
+from stochdyn.fractional.noise.memory import MemoryStates
+from stochdyn.fractional.noise.moments import Kind
+from stochdyn.fractional.noise.weights import weight_solver
+
+__all__ = ["HurstCurve", "MultifractionalNoise", "multifractional_covariance"]
+
+_WARN_ERROR = 0.1
+_PROBES = 33
+
+
+class HurstCurve(nn.Module):
+    r"""A Hurst index that varies in time: linear between knots on the logit scale.
+
+    .. math:: \operatorname{logit}H(t)=\sum_jh_j\,\Lambda_j(t),
+
+    with :math:`\Lambda_j` the hat functions of equally spaced knots.
+
+    Args:
+        knots: their number, or the logits ``(*batch, J)`` themselves (a Pyro sample, say), left of t in the result.
+        horizon: the last knot; the first is at ``start``.
+        hurst: where the parameters begin if ``knots`` is a number.
+        start: time of the first knot.
+
+    Raises:
+        HurstRangeError: for a Hurst index outside (0, 1).
+        InvalidInputError: for fewer than two knots.
+
+    Example:
+        >>> curve = HurstCurve(torch.tensor([-1.0, 1.0]), horizon=2.0)
+        >>> [round(h, 4) for h in curve(torch.tensor([0.0, 1.0, 2.0])).tolist()]
+        [0.2689, 0.5, 0.7311]
+    """
+
+    def __init__(self, knots: int | Tensor, horizon: float, hurst: float = 0.5, start: float = 0.0) -> None:
+        super().__init__()
+        check_positive(horizon - start, "horizon - start")
+        self.start, self.horizon = float(start), float(horizon)
+        if isinstance(knots, Tensor):
+            if knots.ndim == 0 or knots.shape[-1] < 2:
+                raise ShapeError(
+                    "a curve needs two knots or more", got=tuple(knots.shape), expected="(*batch, J)"
+                )
+            self.logits = knots
+        else:
+            check_positive_int(knots, "knots", 2)
+            check_hurst(hurst)
+            self.logits = nn.Parameter(torch.logit(torch.full((knots,), float(hurst), dtype=torch.float64)))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Return ``H (T, *batch)`` at times ``t (T,)``; constant outside the knots."""
+        count = self.logits.shape[-1]
+        place = (t - self.start) / (self.horizon - self.start) * (count - 1)
+        place = place.to(self.logits).clamp(0, count - 1)
+        left = place.floor().long().clamp_max(count - 2)
+        logits = torch.lerp(self.logits[..., left], self.logits[..., left + 1], place - left)
+        return torch.sigmoid(logits).movedim(-1, 0)
+
+    def roughness(self) -> Tensor:
+        r"""Return :math:`\sum_j(h_{j+1}-h_j)^2`, the exponent of a random-walk prior up to its scale, ``(*batch)``."""
+        return self.logits.diff(dim=-1).square().sum(-1)
+
+
+class MultifractionalNoise(MemoryStates):
+    r"""Markov-approximate noise with a Hurst index that depends on time.
+
+    The memory states are those of :class:`MarkovNoise`; their optimal weights follow :math:`H(t)`. Two definitions
+    are in use, which agree for a constant index:
+
+    - ``"process"``: :math:`\hat B(t)=\sum_kw_k(H(t))\,Y_k(t)`, multifractional Brownian motion of type II
+      (Riemann-Liouville). Its variance is :math:`t^{2H(t)}`, and a change of H moves the level of the path:
+      :math:`d\hat B=\sum_kw_k\,dY_k+H'\sum_kw_k'(H)\,Y_k\,dt`.
+    - ``"increments"``: :math:`d\hat B=\sum_kw_k(H(t))\,dY_k`. The past keeps the index it had; only the increments change
+      their character.
+
+    Steps are exact given H at the grid points (for ``"increments"``, H is that at the start of each step).
+
+    Args:
+        hurst: a function from times ``(T,)`` to indices ``(T, *batch)`` in (0, 1): a callable or a module, such as
+            :class:`HurstCurve`. Gradients flow into it.
+        num_states: K.
+        horizon: at least the length of every grid; grids begin at the start of the noise.
+        step: typical time step, by default ``horizon / 100``.
+        definition: see above.
+        kind: ``"II"``, or ``"I"`` for ``"increments"``.
+        speeds: ``(K,)`` speeds instead of the default ones.
+        per_channel: the last axis of H counts noise channels.
+
+    Raises:
+        HurstRangeError: if H leaves (0, 1).
+        InvalidInputError: for ``"process"`` with type I, whose value at the start would have to be remembered.
+
+    Warns:
+        ApproximationWarning: if the relative path error for some H(t) exceeds 0.1.
+
+    Example:
+        >>> noise = MultifractionalNoise(HurstCurve(2, horizon=1.0, hurst=0.7), 5, horizon=1.0)
+        >>> noise.steps(torch.linspace(0, 1, 11), dtype=torch.float32).recall.shape
+        torch.Size([10, 5])
+
+    Reference:
+        R. F. Peltier and J. Lévy Véhel, Multifractional Brownian motion, INRIA 2645, 1995; R. Daems et al., ICLR
+        2024, for the Markov approximation.
+    """
+
+    def __init__(
+        self,
+        hurst: Callable[[Tensor], Tensor],
+        num_states: int = 8,
+        horizon: float = 1.0,
+        step: float | None = None,
+        definition: Literal["process", "increments"] = "process",
+        kind: Kind = "II",
+        speeds: Tensor | Sequence[float] | None = None,
+        per_channel: bool = False,
+    ) -> None:
+        if not callable(hurst):
+            raise InvalidInputError(
+                "hurst must be a function of time", got=type(hurst).__name__, hint="a constant is MarkovNoise"
+            )
+        check_choice(definition, ("process", "increments"), "definition")
+        if definition == "process" and kind == "I":
+            raise InvalidInputError(
+                "multifractional Brownian motion as a process is of type II here",
+                hint="take kind='II', or definition='increments'",
+            )
+        super().__init__(num_states, horizon, step, kind, speeds)
+        self.hurst = hurst
+        self.definition, self.per_channel = definition, per_channel
+        error = self.relative_error
+        if error > _WARN_ERROR:
+            warnings.warn(
+                f"the Markov approximation has a relative path error of up to {error:.3f} along H(t); "
+                "faster speeds (a smaller step, or speeds=) and more states help",
+                ApproximationWarning,
+                stacklevel=2,
+            )
+
+    @property
+    def relative_error(self) -> float:
+        """Largest relative path error of a constant index along ``H(t)``."""
+        with torch.no_grad():
+            grid = torch.linspace(0, self.horizon, _PROBES, dtype=torch.float64)
+            return float(self._solve(grid)[1].max())
+
+    def _solve(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        hurst = self.hurst(t)
+        check_hurst(hurst)
+        if hurst.ndim == 0 or hurst.shape[0] != t.shape[0]:
+            raise ShapeError(
+                "hurst must return one index a time",
+                got=tuple(hurst.shape),
+                expected=f"({t.shape[0]}, *batch)",
+            )
+        return weight_solver(self._speeds, self.horizon, self.kind)(hurst.to(torch.float64))
+
+    def weights(self, t: Tensor) -> Tensor:
+        """Return the weights at times ``t (T,)`` since the start, float64 ``(T, *batch, K)``."""
+        return self._solve(t)[0]
+
+    def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
+        """See :meth:`NoiseProcess.steps`."""
+        grid = step_factors(self._speeds, self.horizon, ts)
+        w = self.weights((ts - ts[0]).to(torch.float64)).to(ts.device)
+        before, after = w[:-1], w[1:]
+        loss, decay = (_beside(x, before.ndim) for x in (grid.loss, grid.decay))
+        if self.definition == "increments":
+            recall, reach = before * loss, before
+        else:
+            # w' decay - w, written so that a constant index loses no digits
+            recall, reach = before * loss + (after - before) * decay, after
+        gain = torch.einsum("nrk,n...k->n...r", grid.load, reach)
+        variance = grid.dt[:, None].expand(-1, grid.load.shape[1])
+        return NoiseSteps(variance, gain, recall, grid.decay, grid.load, self.per_channel).to(dtype)
+
+
+def multifractional_covariance(ts: Tensor, hurst: Tensor) -> Tensor:
+    r"""Return the exact covariance of unit multifractional Brownian motion of type II (``"process"``).
+
+    .. math::
+        E[B(s)B(t)]=2\sqrt{H_sH_t}\int_0^s(s-u)^{H_s-1/2}(t-u)^{H_t-1/2}du
+        =\frac{2\sqrt{H_sH_t}}{a}\,s^{a}\,t^{\beta}\,{}_2F_1\!\left(-\beta,1;a+1;\tfrac st\right),
+
+    :math:`s\le t`, :math:`a=H_s+\tfrac12`, :math:`\beta=H_t-\tfrac12`.
+
+    Args:
+        ts: ``(T,)`` positive times.
+        hurst: ``(T,)`` the index at these times; a constant gives fractional Brownian motion of type II.
+
+    Returns:
+        float64 ``(T, T)``.
+
+    Raises:
+        HurstRangeError: for an index outside (0, 1).
+        TimeGridError: for times that don't increase.
+
+    Example:
+        >>> multifractional_covariance(torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.5])).tolist()
+        [[0.5, 0.5], [0.5, 1.0]]
+    """
+    check_time_grid(ts, min_points=1)
+    check_hurst(hurst)
+    t, h = ts.to(torch.float64), hurst.to(torch.float64).expand(ts.shape)
+    low, high = torch.minimum(t[:, None], t[None, :]), torch.maximum(t[:, None], t[None, :])
+    earlier = t[:, None] <= t[None, :]
+    first = torch.where(earlier, h[:, None], h[None, :]) + 0.5
+    beta = torch.where(earlier, h[None, :], h[:, None]) - 0.5
+    ratio = (low / high).fill_diagonal_(0.0)
+    series = torch.from_numpy(hyp2f1(-beta.numpy(), 1.0, (first + 1).numpy(), ratio.numpy()))
+    cov = 2 * (h[:, None] * h[None, :]).sqrt() / first * low**first * high**beta * series
+    return cov.diagonal_scatter(t ** (2 * h))
+
+
+def _beside(x: Tensor, ndim: int) -> Tensor:
+    """Give ``x (N, K)`` batch axes between time and states until it has ``ndim`` axes."""
+    return x.reshape(x.shape[0], *(1,) * (ndim - 2), x.shape[1])

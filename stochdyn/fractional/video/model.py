@@ -1,0 +1,321 @@
+"""The latent video SDE: frames decoded from a content and a path driven by fractional or Brownian noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from stochdyn._checks import check_choice, check_ndim, check_positive, check_positive_int
+from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.sde.equation import SDE, Control
+from stochdyn.core.sde.noise import Brownian, NoiseProcess
+from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError
+from stochdyn.fractional.noise.markov import MarkovNoise
+from stochdyn.fractional.video.networks import (
+    ContextEncoder,
+    FrameDecoder,
+    FrameEncoder,
+    JointControl,
+    StateDiffusion,
+    StateDrift,
+)
+from stochdyn.objectives.base import Objective, ObjectiveValue
+
+__all__ = ["EncodedVideo", "VideoModel"]
+
+
+@dataclass(frozen=True)
+class EncodedVideo:
+    """What the encoder says of a batch of videos.
+
+    Attributes:
+        content: ``(batch, content)``.
+        start: law of the latent start, batch shape ``(batch,)``, event ``(latents,)``.
+        contexts: ``(time, batch, features)``, which the control reads.
+    """
+
+    content: Tensor
+    start: Independent
+    contexts: Tensor
+
+
+class _VideoControl(Control):
+    """The control of one batch of videos; from ``until`` on the noise is left to the prior."""
+
+    def __init__(self, joint: JointControl, contexts: Tensor, until: float = math.inf) -> None:
+        super().__init__(lambda t, z: self.at(t, z)[0], lambda t, z: self.at(t, z)[1])
+        self.joint, self.contexts, self.until = joint, contexts, until
+
+    def at(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Control.at`; drift and precision come out of one network."""
+        drift, precision = self.joint(t, z, self.contexts)
+        if math.isinf(self.until):
+            return drift, precision
+        watched = t < self.until
+        return drift * watched, precision * watched
+
+
+class VideoModel(Objective):
+    r"""A video as a static content and a latent SDE path, with a variational posterior; minus its evidence bound.
+
+    .. math::
+        X_0\sim N(0,I),\quad dX=b(X)\,dt+\sigma(X)\,dB^H,\qquad
+        o_i\sim N(\mathrm{decode}(X_{t_i}, w),\ s^2 I),
+
+    with networks for drift, diffusion and decoder, and one Hurst index, learned with them. The posterior encodes
+    the frames into the content :math:`w` (a point estimate), the law of :math:`X_0`, and a control of the noise with a
+    variance of its own in every step, so that the bound doesn't pay for the size of the time step. The objective is the mean over
+    the batch of
+
+    .. math:: -\mathrm{ELBO}=-\mathbb E_Q\Big[\sum_i\log N(o_i;\mathrm{decode}(X_{t_i},w),s^2)\Big]+\mathrm{KL}(Q\,\|\,P).
+
+    Args:
+        num_frames: frames of the longest video or prediction; sets the horizon of the noise.
+        size: height and width in pixels, a power of two, at least 16.
+        channels: colours.
+        noise: ``"fractional"``, ``"brownian"``, or a :class:`~stochdyn.core.sde.noise.NoiseProcess`.
+        hurst: where the Hurst index starts.
+        num_states: memory states of the fractional noise a latent dimension.
+        kind: ``"I"`` or ``"II"``, see :class:`MarkovNoise`.
+        latents: components of the latent state.
+        content: components of the content.
+        features: components of a frame's features.
+        widths: channels of the convolutions, one a halving of the frame; frames shrink to 4 x 4.
+        hidden: widths of the drift and control networks.
+        frame_step: time between frames.
+        substeps: solver steps between frames.
+        observation_scale: s; :math:`\sqrt{1/2}` makes minus the log-likelihood the sum of squared errors, up to a constant.
+        diffusion_width: width of the networks of the state-dependent diffusion; 0 for a constant one.
+        num_particles: paths a video and step of training.
+
+    Example:
+        >>> from stochdyn.datasets import moving_digits
+        >>> videos = moving_digits(2, num_frames=4, size=16)
+        >>> model = VideoModel(4, size=16, widths=(4, 8), hidden=(16,), latents=2, features=8, content=8)
+        >>> value = model(videos)
+        >>> value.bound, model.reconstruct(videos).shape
+        ('evidence_lower', torch.Size([2, 4, 1, 16, 16]))
+
+    Reference:
+        R. Daems, M. Opper, G. Crevecoeur and T. Birdal, Variational inference for SDEs driven by fractional
+        noise, ICLR 2024. The variance of the noise increments is an addition.
+    """
+
+    def __init__(
+        self,
+        num_frames: int = 16,
+        size: int = 32,
+        channels: int = 1,
+        *,
+        noise: str | NoiseProcess = "fractional",
+        hurst: float = 0.5,
+        num_states: int = 5,
+        kind: str = "II",
+        latents: int = 4,
+        content: int = 64,
+        features: int = 64,
+        widths: Sequence[int] = (16, 32, 64),
+        hidden: Sequence[int] = (100, 100),
+        frame_step: float = 0.1,
+        substeps: int = 3,
+        observation_scale: float = math.sqrt(0.5),
+        diffusion_width: int = 8,
+        num_particles: int = 1,
+    ) -> None:
+        super().__init__()
+        check_positive_int(num_frames, "num_frames", 3)
+        for name, value in (("latents", latents), ("substeps", substeps), ("num_particles", num_particles)):
+            check_positive_int(value, name)
+        check_positive(frame_step, "frame_step")
+        check_positive(observation_scale, "observation_scale")
+        if size >> len(widths) != 4 or size != 4 << len(widths):
+            raise InvalidInputError(
+                "every width halves the frame, down to 4 x 4",
+                got=f"size={size} and {len(widths)} widths",
+                expected=f"{max(1, (size // 4).bit_length() - 1)} widths, and a size that is a power of two",
+            )
+        self.num_frames, self.size, self.channels = num_frames, size, channels
+        self.frame_step, self.substeps = frame_step, substeps
+        self.observation_scale = observation_scale
+        self.latents, self.num_particles = latents, num_particles
+        self.encoder = FrameEncoder(size, channels, widths, features)
+        self.contexts = ContextEncoder(features, content, latents)
+        self.decoder = FrameDecoder(size, channels, widths, latents + content)
+        horizon = num_frames * frame_step
+        self.noise = _noise(noise, hurst, num_states, kind, horizon, frame_step / substeps)
+        self.equation = SDE(StateDrift(latents, hidden), StateDiffusion(latents, diffusion_width), self.noise)
+        size_z = latents * (1 + self.noise.num_states)
+        self.control = JointControl(size_z, latents, features, hidden, frame_step)
+
+    @classmethod
+    def paper(cls, noise: str | NoiseProcess = "fractional", **changes: Any) -> VideoModel:
+        """Return the size of the published experiment: 25 frames of 64 x 64 pixels, for a GPU.
+
+        Example:
+            >>> model = VideoModel.paper()
+            >>> model.size, model.num_frames
+            (64, 25)
+        """
+        sizes: dict[str, Any] = {
+            "num_frames": 25,
+            "size": 64,
+            "latents": 6,
+            "widths": (64, 128, 256, 256),
+            "hidden": (200, 200),
+        }
+        return cls(noise=noise, **(sizes | changes))
+
+    @property
+    def hurst(self) -> Tensor | None:
+        """The Hurst index, or None for Brownian noise."""
+        return self.noise.hurst if isinstance(self.noise, MarkovNoise) else None
+
+    def grid(self, num_frames: int, device: torch.device | None = None) -> Tensor:
+        """Return the solver's grid for so many frames, ``((num_frames - 1) * substeps + 1,)``."""
+        steps = (num_frames - 1) * self.substeps
+        return torch.arange(steps + 1, device=device) * (self.frame_step / self.substeps)
+
+    def encode(self, frames: Tensor) -> EncodedVideo:
+        """Return content, law of the start and contexts of videos.
+
+        Args:
+            frames: ``(batch, time, channels, size, size)``, at least three frames: uint8, or floats in [0, 1].
+        """
+        return self._encode(self._pixels(frames))
+
+    def _encode(self, pixels: Tensor) -> EncodedVideo:
+        content, mean, deviation, contexts = self.contexts(self.encoder(pixels))
+        return EncodedVideo(content, Independent(Normal(mean, deviation), 1), contexts)
+
+    def prior(self, like: Tensor) -> DiffusionMeasure:
+        """Return the law P of latent paths, of the precision and device of ``like``."""
+        zero = like.new_zeros(self.latents)
+        return DiffusionMeasure(Independent(Normal(zero, torch.ones_like(zero)), 1), self.equation)
+
+    def posterior(self, encoded: EncodedVideo, until: float = math.inf) -> DiffusionMeasure:
+        """Return the law Q of latent paths given videos; from the time ``until`` on it follows the prior."""
+        control = _VideoControl(self.control, encoded.contexts, until)
+        return DiffusionMeasure(encoded.start, self.equation.with_control(control))
+
+    def forward(self, batch: Tensor | Sequence[Tensor] | None = None) -> ObjectiveValue:
+        """Evaluate minus the evidence bound of a batch of videos, as a mean over the batch.
+
+        Args:
+            batch: ``(batch, time, channels, size, size)``.
+        """
+        if batch is None:
+            raise InvalidInputError("the video model needs a batch of videos")
+        frames = self._pixels(batch if isinstance(batch, Tensor) else batch[0])
+        encoded = self._encode(frames)
+        law = self.posterior(encoded)
+        path = law.sample(self.grid(frames.shape[1], frames.device), (self.num_particles,))
+        prior = self.prior(frames)
+        divergence = law.log_rn(path, prior, "rate", recorded=True)
+        decoded = self.decode(path.x[..., :: self.substeps, :], encoded.content)
+        squares = (decoded - frames).square().sum((-4, -3, -2, -1))
+        pixels = frames[0].numel()
+        constant = 0.5 * pixels * math.log(2 * math.pi * self.observation_scale**2)
+        fit = squares / (2 * self.observation_scale**2)
+        loss = (fit + divergence).mean() + constant
+        terms = {
+            "elbo": -loss.detach(),
+            "squared_error": squares.detach().mean(),
+            "kl": divergence.detach().mean(),
+        }
+        if self.hurst is not None:
+            terms["hurst"] = self.hurst.detach().mean()
+        return ObjectiveValue(loss, terms, "evidence_lower")
+
+    def decode(self, x: Tensor, content: Tensor) -> Tensor:
+        """Return frames ``(*sample, batch, time, channels, size, size)``.
+
+        Args:
+            x: ``(*sample, batch, time, latents)`` states at the times of the frames.
+            content: ``(batch, content)``.
+        """
+        wide = content.unsqueeze(-2).expand(*x.shape[:-1], content.shape[-1])
+        return self.decoder(torch.cat([x, wide], -1))
+
+    @torch.no_grad()
+    def reconstruct(
+        self, frames: Tensor, num_samples: int = 1, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the mean over posterior paths of the decoded frames, like ``frames`` but in [0, 1]."""
+        encoded = self.encode(frames)
+        grid = self.grid(frames.shape[1], encoded.content.device)
+        path = self.posterior(encoded).sample(grid, (num_samples,), generator)
+        return self.decode(path.x[..., :: self.substeps, :], encoded.content).mean(0)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        frames: Tensor,
+        num_frames: int,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue videos: posterior paths through the frames given, the prior's own noise after them.
+
+        Args:
+            frames: ``(batch, seen, channels, size, size)``, at least three frames.
+            num_frames: frames of the result, those given included.
+            num_samples: continuations of each video.
+            generator: source of randomness.
+
+        Returns:
+            ``(num_samples, batch, num_frames, channels, size, size)`` in [0, 1].
+
+        Raises:
+            InvalidInputError: if there is nothing to predict, or more than the horizon of the noise.
+        """
+        seen = frames.shape[1]
+        if not seen < num_frames <= self.num_frames:
+            raise InvalidInputError(
+                "can't predict this many frames",
+                got=f"num_frames={num_frames} after {seen}",
+                expected=f"{seen + 1} to {self.num_frames}",
+                hint="num_frames of the model sets the horizon of its noise",
+            )
+        encoded = self.encode(frames)
+        until = (seen - 1) * self.frame_step - 1e-6 * self.frame_step
+        law = self.posterior(encoded, until)
+        path = law.sample(self.grid(num_frames, encoded.content.device), (num_samples,), generator)
+        return self.decode(path.x[..., :: self.substeps, :], encoded.content)
+
+    def _pixels(self, frames: Tensor) -> Tensor:
+        check_ndim(frames, 5, "frames", "(batch, time, channels, size, size)")
+        if frames.shape[2:] != (self.channels, self.size, self.size) or frames.shape[1] < 3:
+            raise ShapeError(
+                "the videos don't fit the model",
+                got=f"shape {tuple(frames.shape)}",
+                expected=f"(batch, 3 frames or more, {self.channels}, {self.size}, {self.size})",
+            )
+        if frames.shape[1] > self.num_frames:
+            raise InvalidInputError(
+                "the videos are longer than the horizon of the noise",
+                got=f"{frames.shape[1]} frames",
+                expected=f"at most {self.num_frames}",
+                hint="build the model with a larger num_frames",
+            )
+        if frames.dtype == torch.uint8:
+            return frames.to(self.control.network.layers[0].weight.dtype) / 255  # type: ignore[arg-type]
+        if not frames.requires_grad and not bool(torch.isfinite(frames).all()):
+            raise NonFiniteError("frames aren't finite")
+        return frames
+
+
+def _noise(
+    noise: str | NoiseProcess, hurst: float, num_states: int, kind: str, horizon: float, step: float
+) -> NoiseProcess:
+    if isinstance(noise, NoiseProcess):
+        return noise
+    check_choice(noise, ("fractional", "brownian"), "noise")
+    if noise == "brownian":
+        return Brownian()
+    return MarkovNoise(hurst, num_states, horizon, step, kind, learn_hurst=True)  # type: ignore[arg-type]

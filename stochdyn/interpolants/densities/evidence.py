@@ -1,0 +1,245 @@
+"""What the Fokker-Planck residual says about the law of the reverse SDE: density, evidence bound, energy."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_event_size, check_ndim, check_nonempty, check_positive_int
+from stochdyn.core.law.path import Estimate
+from stochdyn.errors import InvalidInputError
+from stochdyn.interpolants.fields.potential import Potential
+from stochdyn.interpolants.paths.processes import AffineProcess
+
+__all__ = ["LogDensity", "energy_identity", "evidence_bound", "feynman_kac_log_density"]
+
+
+class LogDensity(NamedTuple):
+    """Log densities ``(n,)`` and their standard errors ``(n,)``."""
+
+    value: Tensor
+    stderr: Tensor
+
+
+def feynman_kac_log_density(
+    potential: Potential,
+    x: Tensor,
+    prior: Any,
+    *,
+    steps: int = 100,
+    num_paths: int = 64,
+    generator: torch.Generator | None = None,
+) -> LogDensity:
+    r"""Log density of the reverse SDE of a potential, at the start time, from paths of the *noising* process.
+
+    .. math::
+        \frac{q_t(x)}{e^{\Phi(t,x)}}=E\Big[\frac{\pi(X_T)}{e^{\Phi(T,X_T)}}\exp\int_t^TR(u,X_u)\,du\ \Big|\ X_t=x\Big]
+
+    with ``R`` the residual of the potential: where it vanishes and the prior is that of the potential, the density is the
+    exponential of the potential itself. The mean inside is unbiased but for the grid; its logarithm is too
+    small by about half the squared standard error.
+
+    Args:
+        potential: the log density, up to a constant.
+        x: ``(n, d)`` points at the start time.
+        prior: law at the horizon.
+        steps: steps of the paths, equal in the log signal-to-noise ratio.
+        num_paths: paths a point.
+        generator: source of randomness.
+
+    Returns:
+        Log densities and standard errors.
+
+    Raises:
+        ShapeError, EmptyDataError: if ``x`` isn't ``(n, d)`` with points in it.
+
+    Example:
+        >>> from stochdyn.interpolants import PotentialNetwork
+        >>> from stochdyn.interpolants import OU
+        >>> phi = PotentialNetwork(OU(), 1)
+        >>> prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(1), 0.5**0.5), 1)
+        >>> feynman_kac_log_density(phi, torch.zeros(2, 1), prior, steps=4, num_paths=3).value.shape
+        torch.Size([2])
+    """
+    _check(potential.process, x)
+    check_positive_int(steps, "steps")
+    check_positive_int(num_paths, "num_paths", 2)
+    process = potential.process
+    times = process.grid(steps).flip(0).to(x.device)
+    center = process.center(x)
+    start = times[0].to(x.dtype)
+    y = (x - center).expand(num_paths, *x.shape)
+    total = x.new_zeros(num_paths, x.shape[0])
+    before = potential.score_and_residual(start, x).residuals[0].expand_as(total)
+    for s, t in itertools.pairwise(times):
+        ratio, variance = (v.to(x.dtype) for v in process.kernel(s, t))
+        noise = torch.randn(y.shape, dtype=x.dtype, device=x.device, generator=generator)
+        y = ratio * y + variance.sqrt() * noise
+        now = potential.score_and_residual(t.to(x.dtype), y + center).residuals[0]
+        total = total + 0.5 * (t - s).to(x.dtype) * (before + now)
+        before = now
+    end = y + center
+    total = total + prior.log_prob(end) - potential(times[-1].to(x.dtype), end)
+    weights = (total - total.amax(0)).exp()
+    mean = weights.mean(0)
+    stderr = weights.std(0) / (num_paths**0.5 * mean)
+    return LogDensity(potential(start, x) + total.amax(0) + mean.log(), stderr)
+
+
+def evidence_bound(
+    potential: Potential,
+    x: Tensor,
+    prior: Any,
+    *,
+    num_draws: int = 64,
+    generator: torch.Generator | None = None,
+) -> LogDensity:
+    r"""Lower bound on the log density of the reverse SDE, free of simulation.
+
+    .. math::
+        \log q_t(x)\ \ge\ \Phi(t,x)+E\Big[\int_t^TR(u,X_u)\,du+\log\frac{\pi(X_T)}{e^{\Phi(T,X_T)}}\ \Big|\ X_t=x\Big],
+
+    Jensen's inequality on :func:`feynman_kac_log_density`. Times are drawn uniformly in the log signal-to-noise ratio, one
+    stratum a draw, and every point comes from the kernel of the process, so no path is simulated.
+
+    Args:
+        potential: the log density, up to a constant.
+        x: ``(n, d)`` points at the start time.
+        prior: law at the horizon.
+        num_draws: draws a point.
+        generator: source of randomness.
+
+    Returns:
+        Unbiased estimates of the bound, differentiable, and standard errors (too large rather than too small, since they
+        ignore the strata).
+
+    Raises:
+        ShapeError, EmptyDataError: if ``x`` isn't ``(n, d)`` with points in it.
+    """
+    _check(potential.process, x)
+    check_positive_int(num_draws, "num_draws", 2)
+    process = potential.process
+    n, like = x.shape[0], {"dtype": x.dtype, "device": x.device}
+    ends = torch.tensor([process.horizon, process.start], dtype=torch.float64)
+    low, high = process.log_snr(ends).tolist()
+    strata = torch.arange(num_draws, **like)[:, None, None]  # type: ignore[call-overload]
+    share = (strata + torch.rand(num_draws, n, 1, generator=generator, **like)) / num_draws  # type: ignore[call-overload]
+    t = process.time_of_log_snr(low + (high - low) * share).clamp(process.start, process.horizon)
+    # dt = d(log snr) / |rate|, so that uniform times in the latter integrate over the former
+    measure = (high - low) * 2 * process.variance(t) / process.squared_diffusion(t)
+    start = torch.full((), process.start, **like)  # type: ignore[call-overload]
+    residual = potential.score_and_residual(t, _carry(process, x, start, t, generator)).residuals[0]
+    horizon = torch.full((), process.horizon, **like)  # type: ignore[call-overload]
+    end = _carry(process, x.expand(num_draws, *x.shape), start, horizon, generator)
+    values = measure.squeeze(-1) * residual + prior.log_prob(end) - potential(horizon, end)
+    return LogDensity(potential(start, x) + values.mean(0), values.std(0) / num_draws**0.5)
+
+
+class Energy(NamedTuple):
+    """Both sides of the energy identity that can be estimated, and their difference.
+
+    Attributes:
+        residual: integral of the mean residual under the reverse SDE.
+        prior: divergence of the prior from the potential at the horizon, of a law from an unnormalised density.
+        start: the same at the start time, of the reverse SDE.
+        mismatch: ``residual + prior - start``: the energy of what separates SDE and ODE, zero where they agree.
+    """
+
+    residual: Estimate
+    prior: Estimate
+    start: Estimate
+    mismatch: Estimate
+
+
+def energy_identity(
+    potential: Potential,
+    prior: Any,
+    *,
+    num_samples: int = 512,
+    steps: int = 200,
+    num_paths: int = 64,
+    generator: torch.Generator | None = None,
+) -> Energy:
+    r"""Energy of the velocity that separates the reverse SDE from the probability-flow ODE.
+
+    .. math::
+        \tfrac12\int g^2E_q|\nabla e|^2dt=\int E_q[R]\,dt+\mathrm{KL}(\pi\|e^{\Phi_T})-\mathrm{KL}(q_0\|e^{\Phi_0}),
+        \qquad e=\log\frac{q_t}{e^{\Phi_t}},
+
+    whose left side is the kinetic energy, in units of :math:`g^2/2`, of the difference between the ODE's velocity and the
+    velocity that carries the law ``q`` of the SDE. The right side needs the residual along simulated reverse paths and
+    the density of their ends.
+
+    Args:
+        potential: the log density, up to a constant.
+        prior: law at the horizon, with ``sample`` and ``log_prob``.
+        num_samples: reverse paths.
+        steps: their steps; also those of the forward paths that give the density of their ends.
+        num_paths: forward paths an end.
+        generator: source of randomness; draws from the prior come from torch's global one.
+
+    Returns:
+        The parts and the energy, with standard errors.
+    """
+    check_positive_int(num_samples, "num_samples", 2)
+    process = potential.process
+    with torch.no_grad():
+        x = prior.sample((num_samples,))
+        at_prior = prior.log_prob(x) - potential(process.horizon, x)
+        times = process.grid(steps).to(x.device)
+        total = x.new_zeros(num_samples)
+        score, residual = _first(potential, times[0], x)
+        for t, s in itertools.pairwise(times):
+            x = _reverse_step(process, score, x, t, s, generator)
+            score, after = _first(potential, s, x)
+            total = total + 0.5 * (t - s).to(x.dtype) * (residual + after)
+            residual = after
+        log_q = feynman_kac_log_density(
+            potential, x, prior, steps=steps, num_paths=num_paths, generator=generator
+        ).value
+        at_start = log_q - potential(process.start, x)
+    parts = (total, at_prior, at_start, total + at_prior - at_start)
+    return Energy(*(Estimate.of(part) for part in parts))
+
+
+def _first(potential: Potential, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    score, residuals = potential.score_and_residual(t.to(x.dtype), x)
+    return score, residuals[0]
+
+
+def _reverse_step(
+    process: AffineProcess, score: Tensor, x: Tensor, t: Tensor, s: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """One exponential step of order 1 of the reverse SDE from ``t`` down to ``s``."""
+    h = process.log_snr(s) - process.log_snr(t)
+    std, before = process.std(s).to(x.dtype), process.std(t).to(x.dtype)
+    decay = (-h).exp().to(x.dtype)
+    center = process.center(x)
+    start = process.denoised(t.to(x.dtype), x, score) - center
+    shrink = -torch.expm1(-2 * h).to(x.dtype)
+    noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    moved = std / before * decay * (x - center) + process.scale(s).to(x.dtype) * shrink * start
+    return center + moved + std * shrink.sqrt() * noise
+
+
+def _carry(
+    process: AffineProcess, x: Tensor, s: Tensor, t: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Draw ``X_t`` given ``X_s = x``."""
+    ratio, variance = process.kernel(s, t)
+    center = process.center(x)
+    mean = center + ratio * (x - center)
+    noise = torch.randn(mean.shape, dtype=x.dtype, device=x.device, generator=generator)
+    return mean + variance.sqrt() * noise
+
+
+def _check(process: AffineProcess, x: Tensor) -> None:
+    check_ndim(x, 2, "x", "(n, d)")
+    check_nonempty(x, "x")
+    if process.mean.ndim:
+        check_event_size(x, process.mean.shape[0], "x")
+    if not x.is_floating_point():
+        raise InvalidInputError("x must be floating", got=x.dtype)

@@ -1,0 +1,11 @@
+from .conversions import check_known as check_known
+from .conversions import conversion as conversion
+from .conversions import convert as convert
+from .drift import ForwardDrift as ForwardDrift
+from .networks import FieldNetwork as FieldNetwork
+from .networks import Fields as Fields
+from .potential import FunctionPotential as FunctionPotential
+from .potential import Potential as Potential
+from .potential import PotentialNetwork as PotentialNetwork
+from .potential import ScoreAndResidual as ScoreAndResidual
+from .whitened import WhitenedField as WhitenedField

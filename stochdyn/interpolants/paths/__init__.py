@@ -1,0 +1,5 @@
+"""Interpolants and noising processes: random paths between two laws, with exact cases."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

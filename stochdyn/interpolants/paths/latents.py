@@ -1,0 +1,137 @@
+"""Schedules of the latent: zero at both ends of [0, 1] and positive between."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_positive
+from stochdyn.interpolants.paths.schedules import Schedule
+
+__all__ = ["BrownianLatent", "HalfPower", "ParabolicLatent", "SigmoidLatent", "SineSquaredLatent"]
+
+
+class _Latent(Schedule, ABC):
+    """A schedule of the latent, ``scale`` times a shape."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        check_positive(scale, "scale")
+        self.scale = float(scale)
+
+
+class BrownianLatent(_Latent):
+    r""":math:`\gamma=\sigma\sqrt{t(1-t)}`, the standard deviation of a Brownian bridge.
+
+    Its derivative is infinite at the ends, :math:`\tfrac12(\gamma^2)\dot{}=\gamma\dot\gamma\to\pm\sigma^2/2` is not.
+
+    Args:
+        scale: :math:`\sigma`, the diffusion of the Brownian motion.
+
+    Example:
+        >>> BrownianLatent(2.0).square_derivative(torch.tensor([0.0, 1.0]))
+        tensor([ 4., -4.])
+    """
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return self.scale * (t * (1 - t)).sqrt()
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return 0.5 * self.scale * (1 - 2 * t) / (t * (1 - t)).sqrt()
+
+    def square(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.square`."""
+        return self.scale**2 * t * (1 - t)
+
+    def square_derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.square_derivative`."""
+        return self.scale**2 * (1 - 2 * t)
+
+
+class ParabolicLatent(_Latent):
+    r""":math:`\gamma=\sigma\,t(1-t)`.
+
+    Args:
+        scale: :math:`\sigma`.
+    """
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return self.scale * t * (1 - t)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return self.scale * (1 - 2 * t)
+
+
+class SineSquaredLatent(_Latent):
+    r""":math:`\gamma=\sigma\sin^2(\pi t)`.
+
+    Args:
+        scale: :math:`\sigma`.
+    """
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        # the smaller of t and 1 - t keeps the zero at t = 1 exact
+        return self.scale * torch.sin(math.pi * torch.minimum(t, 1 - t)).square()
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return self.scale * math.pi * torch.sin(2 * math.pi * t)
+
+
+class SigmoidLatent(_Latent):
+    r"""A plateau between two sigmoid flanks.
+
+    .. math:: \gamma=\sigma\,[\varsigma(f(t-\tfrac12)+1)-\varsigma(f(t-\tfrac12)-1)-\varsigma(-\tfrac f2+1)+\varsigma(-\tfrac f2-1)]
+
+    Args:
+        scale: :math:`\sigma`.
+        steepness: :math:`f`.
+    """
+
+    def __init__(self, scale: float = 1.0, steepness: float = 10.0) -> None:
+        super().__init__(scale)
+        check_positive(steepness, "steepness")
+        self.steepness = float(steepness)
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        # symmetric about one half; the smaller of t and 1 - t makes both ends exact zeros
+        u = self.steepness * (torch.minimum(t, 1 - t) - 0.5)
+        edge = torch.full_like(t, -0.5 * self.steepness)
+        # the two differences are formed alike, so that their rounding errors cancel at the ends
+        rise = torch.sigmoid(u + 1) - torch.sigmoid(edge + 1)
+        return self.scale * (rise - (torch.sigmoid(u - 1) - torch.sigmoid(edge - 1)))
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        u = self.steepness * (t - 0.5)
+        p, q = torch.sigmoid(u + 1), torch.sigmoid(u - 1)
+        return self.scale * self.steepness * (p * (1 - p) - q * (1 - q))
+
+
+class HalfPower(_Latent):
+    r""":math:`\gamma=\sigma(1-t)\sqrt t`: the latent of a process that leaves a point, :math:`\sigma(1-t)W_t`.
+
+    Args:
+        scale: :math:`\sigma`.
+    """
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return self.scale * (1 - t) * t.sqrt()
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return self.scale * (0.5 - 1.5 * t) / t.sqrt()
+
+    def square_derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.square_derivative`."""
+        return self.scale**2 * (1 - t) * (1 - 3 * t)

@@ -1,0 +1,123 @@
+"""Exact marginals of a noising process started from a mixture of Gaussians: the truth to test against."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_event_size, check_ndim, check_positive, check_positive_int
+from stochdyn.core.forward.flow import MarginalFlow, as_time
+from stochdyn.errors import ShapeError, SingularDiffusionError
+from stochdyn.interpolants.paths.gaussian_mixture import mixture_parts
+from stochdyn.interpolants.paths.processes import AffineProcess, check_process
+
+__all__ = ["NoisedMixture"]
+
+
+class NoisedMixture(MarginalFlow):
+    r"""Marginals of an affine process whose start is a mixture of Gaussians.
+
+    .. math:: p_t=\sum_kw_kN\big(\mu+a_t(m_k-\mu),\ a_t^2C_k+\sigma_t^2I\big)
+
+    Every covariance is diagonalised once, so a time costs no factorisation, and everything is in the log
+    domain.
+
+    Args:
+        process: the process.
+        weights: ``(K,)`` positive; they are normalised.
+        means: ``(K, d)``.
+        covariances: ``(K, d, d)``, ``(K, d)`` variances, or ``(K,)`` of multiples of the identity. Singular ones are
+            allowed (points have variance 0), and have a density from any positive time on.
+
+    Raises:
+        ShapeError: if sizes don't fit.
+        InvalidInputError: if a weight isn't positive.
+        SingularDiffusionError: if a covariance has a negative eigenvalue.
+
+    Example:
+        >>> from stochdyn.interpolants.paths import mixture_parts
+    from stochdyn.interpolants.paths.processes import OU
+        >>> truth = NoisedMixture(OU(), torch.ones(2), torch.tensor([[-1.0], [1.0]]), torch.full((2,), 0.1))
+        >>> truth.score(0.5, torch.zeros(1, 1))
+        tensor([[0.]])
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    def __init__(self, process: AffineProcess, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
+        super().__init__()
+        self.process = check_process(process)
+        check_ndim(means, 2, "means", "(K, d)")
+        check_positive(weights, "weights")
+        k, d = means.shape
+        for value, name in ((weights, "weights"), (covariances, "covariances")):
+            if value.ndim == 0 or value.shape[0] != k:
+                raise ShapeError(f"{name} need one entry a component", got=tuple(value.shape), expected=k)
+        check_ndim(weights, 1, "weights", "(K,)")
+        check_ndim(covariances, (1, 2, 3), "covariances", "(K, d, d), (K, d) or (K,)")
+        if covariances.ndim == 3:
+            values, vectors = torch.linalg.eigh(covariances.expand(k, d, d))
+        else:
+            values = covariances.reshape(k, -1).expand(k, d)
+            vectors = torch.eye(d, dtype=means.dtype, device=means.device).expand(k, d, d)
+        if bool((values < -1e-6 * values.abs().amax()).any()):
+            raise SingularDiffusionError(
+                "covariances must have no negative eigenvalue", got=values.min().item()
+            )
+        self.register_buffer("log_weights", (weights / weights.sum()).log().to(means))
+        self.register_buffer("means", means)
+        self.register_buffer("eigenvalues", values.clamp(min=0).to(means))
+        self.register_buffer("eigenvectors", vectors.to(means))
+
+    @classmethod
+    def of_law(cls, process: AffineProcess, law: Any) -> NoisedMixture:
+        """Return the marginals from a :class:`GaussianMixture`, or a Gaussian or mixture of torch's distributions."""
+        return cls(process, *mixture_parts(law, "law"))
+
+    def _components(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return coordinates along the axes and variances ``(..., K, d)``, and the log joint ``(..., K)``."""
+        check_event_size(x, self.means.shape[1], "x")
+        time = as_time(t, x).to(x.dtype)
+        leading = time.unsqueeze(-1) if time.ndim else time
+        means, vectors = self.means.to(x.dtype), self.eigenvectors.to(x.dtype)
+        shift = x.unsqueeze(-2) - self.process.location(leading, means)
+        along = (shift.unsqueeze(-2) @ vectors).squeeze(-2)
+        variance = self.process.scale(leading).square() * self.eigenvalues.to(x.dtype)
+        variance = (variance + self.process.variance(leading)).expand_as(along)
+        logs = -0.5 * (along.square() / variance + variance.log()).sum(-1)
+        joint = logs + self.log_weights.to(x.dtype) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
+        return along, variance, joint
+
+    def log_prob(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """See :meth:`stochdyn.MarginalFlow.log_prob`."""
+        return self._components(t, x)[2].logsumexp(-1)
+
+    def score(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """See :meth:`stochdyn.MarginalFlow.score`."""
+        along, variance, joint = self._components(t, x)
+        pull = self.eigenvectors.to(x.dtype) @ (along / variance).unsqueeze(-1)
+        return -(pull.squeeze(-1) * joint.softmax(-1).unsqueeze(-1)).sum(-2)
+
+    def sample(self, t: Tensor | float, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """See :meth:`stochdyn.MarginalFlow.sample`."""
+        check_positive_int(n, "n")
+        time = t if isinstance(t, Tensor) else torch.tensor(float(t))
+        shape = (*time.shape, n)
+        device = self.means.device
+        pick = torch.multinomial(
+            self.log_weights.exp(), math.prod(shape), replacement=True, generator=generator
+        ).reshape(shape)
+        d = self.means.shape[1]
+        dtype = torch.promote_types(self.means.dtype, time.dtype)
+        normal = torch.randn(*shape, d, dtype=dtype, device=device, generator=generator)
+        noise = torch.randn(*shape, d, dtype=dtype, device=device, generator=generator)
+        root = self.eigenvectors.to(dtype) * self.eigenvalues.to(dtype).sqrt().unsqueeze(-2)
+        x0 = self.means.to(dtype)[pick] + (root[pick] @ normal.unsqueeze(-1)).squeeze(-1)
+        leading = time.to(dtype)[..., None, None] if time.ndim else time.to(dtype)
+        return self.process.perturb(leading, x0, noise)

@@ -1,0 +1,276 @@
+"""Schedules: the time-dependent coefficients of an interpolant, with the derivatives that its formulas need."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from stochdyn.core.forward.divergences import attach, pull_back, release
+from stochdyn.errors import InvalidInputError
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "CosineSquared",
+    "CustomSchedule",
+    "Linear",
+    "Remaining",
+    "Schedule",
+    "Sine",
+    "VariancePreserving",
+    "as_schedule",
+]
+
+TimeFunction = Callable[[Tensor], Tensor]
+
+
+class Schedule(nn.Module, ABC):
+    r"""A function of time on [0, 1] with what the formulas of interpolants need of it.
+
+    Subclasses give :meth:`value` and :meth:`derivative`. Schedules whose derivative isn't finite at an end,
+    such as :math:`\sqrt{t(1-t)}`, also give :meth:`square_derivative`, which is.
+
+    Example:
+        >>> Linear().value(torch.tensor(0.25)), Linear().derivative(torch.tensor(0.25))
+        (tensor(0.2500), tensor(1.))
+    """
+
+    #: Whether the value is zero at all times.
+    is_zero = False
+
+    @abstractmethod
+    def value(self, t: Tensor) -> Tensor:
+        """Return the value at times of any shape."""
+
+    @abstractmethod
+    def derivative(self, t: Tensor) -> Tensor:
+        """Return the derivative in time; it may be infinite at 0 and 1."""
+
+    def square(self, t: Tensor) -> Tensor:
+        """Return the square of the value."""
+        return self.value(t).square()
+
+    def square_derivative(self, t: Tensor) -> Tensor:
+        """Return the derivative of the square, finite on the whole of [0, 1]."""
+        return 2 * self.value(t) * self.derivative(t)
+
+    def forward(self, t: Tensor | float) -> Tensor:
+        """See :meth:`value`; a number stands for a tensor of torch's default precision."""
+        return self.value(t if isinstance(t, Tensor) else torch.tensor(float(t)))
+
+
+class Constant(Schedule):
+    """The same number at all times.
+
+    Args:
+        number: the value.
+
+    Example:
+        >>> Constant(0.0).value(torch.tensor([0.1, 0.9]))
+        tensor([0., 0.])
+    """
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = float(number)
+        self.is_zero = self.number == 0.0
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return torch.full_like(t, self.number)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return torch.zeros_like(t)
+
+
+class Linear(Schedule):
+    r""":math:`t`."""
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return t
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return torch.ones_like(t)
+
+
+class Remaining(Schedule):
+    r""":math:`1-t`."""
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return 1 - t
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return -torch.ones_like(t)
+
+
+class _Trigonometric(Schedule, ABC):
+    r"""A quarter wave :math:`w(t)`, shortened to :math:`\sqrt{1-\gamma^2}\,w` where there is a latent."""
+
+    def __init__(self, gamma: Schedule | None = None) -> None:
+        super().__init__()
+        self.gamma = None if gamma is None or gamma.is_zero else gamma
+        if self.gamma is not None:
+            times = torch.linspace(0, 1, 201, dtype=torch.float64)
+            largest = float(self.gamma.square(times).detach().max())
+            if largest >= 1:
+                raise InvalidInputError(
+                    "a trigonometric path needs a latent below 1", got=f"gamma up to {largest**0.5:g}"
+                )
+
+    @abstractmethod
+    def wave(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the wave and its derivative."""
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        wave = self.wave(t)[0]
+        return wave if self.gamma is None else wave * (1 - self.gamma.square(t)).sqrt()
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        wave, slope = self.wave(t)
+        if self.gamma is None:
+            return slope
+        length = (1 - self.gamma.square(t)).sqrt()
+        return slope * length - wave * self.gamma.square_derivative(t) / (2 * length)
+
+
+class Cosine(_Trigonometric):
+    r""":math:`\sqrt{1-\gamma^2}\,\cos(\pi t/2)`.
+
+    Args:
+        gamma: the latent's schedule; None for none.
+
+    Raises:
+        InvalidInputError: if gamma reaches 1.
+    """
+
+    def wave(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and derivative; the cosine of a quarter turn is zero exactly."""
+        half = 0.5 * math.pi
+        # sin(pi/2 (1 - t)) is exact at t = 1, where cos(pi/2 t) leaves a rounding error.
+        return torch.sin(half * (1 - t)), -half * torch.sin(half * t)
+
+
+class Sine(_Trigonometric):
+    r""":math:`\sqrt{1-\gamma^2}\,\sin(\pi t/2)`.
+
+    Args:
+        gamma: the latent's schedule; None for none.
+
+    Raises:
+        InvalidInputError: if gamma reaches 1.
+    """
+
+    def wave(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sine and derivative."""
+        half = 0.5 * math.pi
+        return torch.sin(half * t), half * torch.sin(half * (1 - t))
+
+
+class CosineSquared(Schedule):
+    r""":math:`\cos^2(\pi t)` on one half of [0, 1] and zero on the other.
+
+    Args:
+        first_half: which half it lives on.
+    """
+
+    def __init__(self, first_half: bool) -> None:
+        super().__init__()
+        self.first_half = first_half
+
+    def _here(self, t: Tensor) -> Tensor:
+        return t < 0.5 if self.first_half else t > 0.5
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return torch.where(self._here(t), torch.cos(math.pi * t).square(), torch.zeros_like(t))
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        slope = -math.pi * torch.sin(2 * math.pi * t)
+        return torch.where(self._here(t), slope, torch.zeros_like(t))
+
+
+class VariancePreserving(Schedule):
+    r""":math:`\sqrt{1-t^2}`, beside :math:`t` the interpolant of an Ornstein-Uhlenbeck process on the clock :math:`t=e^{-\tau}`."""
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return ((1 - t) * (1 + t)).sqrt()
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        return -t / self.value(t)
+
+    def square(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.square`."""
+        return (1 - t) * (1 + t)
+
+    def square_derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.square_derivative`."""
+        return -2 * t
+
+
+class CustomSchedule(Schedule):
+    """A user's function of time.
+
+    Args:
+        function: maps times of any shape to values of the same shape; a callable or a module.
+        derivative: likewise; by automatic differentiation if None.
+
+    Raises:
+        InvalidInputError: if an argument isn't callable.
+
+    Example:
+        >>> CustomSchedule(lambda t: t**2).derivative(torch.tensor([0.5]))
+        tensor([1.])
+    """
+
+    def __init__(self, function: TimeFunction, derivative: TimeFunction | None = None) -> None:
+        super().__init__()
+        for name, value in (("function", function), ("derivative", derivative)):
+            if value is not None and not callable(value):
+                raise InvalidInputError(f"{name} must be callable", got=type(value).__name__)
+        self.function = function
+        self.slope = derivative
+
+    def value(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.value`."""
+        return self.function(t)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """See :meth:`Schedule.derivative`."""
+        if self.slope is not None:
+            return self.slope(t)
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            s = attach(t)
+            slope = pull_back(self.function(s), s, create_graph=keep)
+        return release(slope, keep, (t, s))
+
+
+def as_schedule(value: Schedule | TimeFunction | float, name: str) -> Schedule:
+    """Turn a number or a function into a :class:`Schedule`.
+
+    Raises:
+        InvalidInputError: if it is neither.
+    """
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, int | float):
+        return Constant(value)
+    if callable(value):
+        return CustomSchedule(value)
+    raise InvalidInputError(
+        f"{name} must be a Schedule, a function of time or a number", got=type(value).__name__
+    )

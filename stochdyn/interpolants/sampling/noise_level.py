@@ -1,0 +1,149 @@
+"""How much noise a sampler adds: epsilon as a number, a schedule, or the one that minimises the path divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stochdyn._checks import check_finite, check_ndim, check_positive
+from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.interpolants.paths.interpolant import Interpolant
+
+__all__ = ["Epsilon", "TabulatedEpsilon", "as_epsilon"]
+
+EpsilonLike = float | str | Tensor | Callable[[Tensor], Tensor]
+
+
+class Epsilon(nn.Module):
+    r"""The strength of the noise :math:`\sqrt{2\varepsilon(t)}\,dW` in the sampler of an interpolant.
+
+    Any :math:`\varepsilon(t)\ge0` leaves the marginals of the exact model as they are; what changes is how errors of the
+    networks are corrected on the way, and what the steps of the integrator cost.
+
+    Args:
+        value: a number, or a function of times of any shape.
+        interpolant: the path.
+        taper: width of the ends of [0, 1] in which epsilon falls to zero like the latent (like alpha on one-sided paths),
+            so that :math:`\varepsilon s` stays bounded there; 0 for none.
+        largest: cap.
+
+    Raises:
+        InvalidInputError: if the value is a negative number.
+    """
+
+    def __init__(
+        self,
+        value: float | Callable[[Tensor], Tensor],
+        interpolant: Interpolant,
+        taper: float = 0.0,
+        largest: float = float("inf"),
+    ) -> None:
+        super().__init__()
+        if not callable(value):
+            check_finite(torch.as_tensor(value, dtype=torch.float64), "epsilon")
+            if float(value) < 0:
+                raise InvalidInputError("epsilon must not be negative", got=value)
+            value = float(value)
+        if not 0 <= taper < 0.5:
+            raise InvalidInputError("taper must lie in [0, 0.5)", got=taper)
+        self._value, self.interpolant, self.taper, self.largest = value, interpolant, float(taper), largest
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether there is no noise at all."""
+        return self._value == 0.0
+
+    @property
+    def constant(self) -> float | None:
+        """The value where it is the same number at all times, else None."""
+        return None if callable(self._value) or self.taper else self._value
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Return epsilon at times of any shape."""
+        value = self._value(t) if callable(self._value) else torch.full_like(t, self._value)
+        value = torch.as_tensor(value, dtype=t.dtype, device=t.device).expand(t.shape)
+        value = value.nan_to_num(nan=0.0, posinf=self.largest if self.largest < float("inf") else 1e6)
+        if self.largest < float("inf"):
+            value = value.clamp(max=self.largest)
+        if self.taper:
+            noise = self.interpolant.noise
+            inner = noise.value(t.clamp(self.taper, 1 - self.taper))
+            value = value * torch.where(inner > 0, noise.value(t) / inner, torch.ones_like(t))
+        return value
+
+
+class TabulatedEpsilon(nn.Module):
+    """Epsilon given at some times and interpolated linearly between.
+
+    Args:
+        times: ``(T,)`` strictly increasing in [0, 1].
+        values: ``(T,)`` non-negative.
+
+    Raises:
+        ShapeError: if the two don't fit together.
+        InvalidInputError: if a value is negative.
+
+    Example:
+        >>> TabulatedEpsilon([0.0, 1.0], [0.0, 2.0])(torch.tensor(0.25))
+        tensor(0.5000)
+    """
+
+    times: Tensor
+    values: Tensor
+
+    def __init__(self, times: Tensor | Sequence[float], values: Tensor | Sequence[float]) -> None:
+        super().__init__()
+        t, v = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (times, values))
+        check_ndim(t, 1, "times", "(T,)")
+        if t.shape != v.shape or t.shape[0] < 2:
+            raise ShapeError(
+                "epsilon needs one value a time, at least two", got=f"{tuple(t.shape)} and {tuple(v.shape)}"
+            )
+        check_finite(v, "values")
+        if bool((v < 0).any()):
+            raise InvalidInputError("epsilon must not be negative", got=f"minimum {float(v.min()):g}")
+        self.register_buffer("times", t)
+        self.register_buffer("values", v)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Return epsilon at times of any shape."""
+        s = t.detach().to(self.times).clamp(self.times[0], self.times[-1])
+        right = torch.searchsorted(self.times, s.contiguous()).clamp(1, len(self.times) - 1)
+        a, b = self.times[right - 1], self.times[right]
+        share = (s - a) / (b - a)
+        return ((1 - share) * self.values[right - 1] + share * self.values[right]).to(t)
+
+
+def as_epsilon(
+    value: EpsilonLike, interpolant: Interpolant, taper: float = 0.0, largest: float = 10.0
+) -> Epsilon:
+    """Turn a number, a function of time or ``"optimal"`` into an :class:`Epsilon`.
+
+    Args:
+        value: what the user gave.
+        interpolant: the path.
+        taper: see :class:`Epsilon`.
+        largest: cap of ``"optimal"``, which is unbounded at time 0 on one-sided paths.
+
+    Raises:
+        InvalidInputError: if it is negative, another string, or ``"optimal"`` on a two-sided path.
+    """
+    if isinstance(value, Epsilon):
+        return value
+    if isinstance(value, str):
+        if value != "optimal":
+            raise InvalidInputError(
+                "epsilon is unknown", got=repr(value), expected="a number, a function or 'optimal'"
+            )
+        interpolant.optimal_epsilon(0.5)
+        check_positive(largest, "largest")
+        return Epsilon(interpolant.optimal_epsilon, interpolant, taper, largest)
+    if isinstance(value, Tensor):
+        if value.ndim:
+            raise InvalidInputError(
+                "epsilon must be one number or a function of time", got=f"shape {tuple(value.shape)}"
+            )
+        value = float(value)
+    return Epsilon(value, interpolant, taper)

@@ -1,0 +1,15 @@
+from .couplings import Coupling as Coupling
+from .couplings import EntropicCoupling as EntropicCoupling
+from .couplings import ExactCoupling as ExactCoupling
+from .couplings import IndependentCoupling as IndependentCoupling
+from .couplings import as_coupling as as_coupling
+from .couplings import coupling_cost as coupling_cost
+from .evidence_objective import DiffusionEvidence as DiffusionEvidence
+from .max_min import MaxMinBridge as MaxMinBridge
+from .max_min import PathCorrection as PathCorrection
+from .point_source import Forecaster as Forecaster
+from .point_source import ForecastRegression as ForecastRegression
+from .point_source import PointSource as PointSource
+from .prefetch import CoupledBatches as CoupledBatches
+from .regression import InterpolantRegression as InterpolantRegression
+from .score import ScoreMatching as ScoreMatching

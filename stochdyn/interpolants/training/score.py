@@ -1,0 +1,356 @@
+"""Score matching of a noising process, with its Fokker-Planck equation as a regulariser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_choice, check_finite, check_ndim, check_nonempty, check_positive_int
+from stochdyn.core.forward.divergences import unbiased_square
+from stochdyn.core.forward.flow import LearnedFlow, as_time
+from stochdyn.core.forward.generators import FokkerPlanck
+from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.interpolants.fields.potential import FunctionPotential, Potential, PotentialNetwork
+from stochdyn.interpolants.paths.processes import AffineProcess, check_process
+from stochdyn.objectives.base import Objective, ObjectiveValue
+
+if TYPE_CHECKING:
+    from stochdyn.interpolants.sampling.reverse import ReverseDiffusion
+
+__all__ = ["ScoreMatching"]
+
+Field = Callable[[Tensor, Tensor], Tensor]
+TimeFunction = Callable[[Tensor], Tensor]
+WeightSchedule = Callable[[Tensor], Tensor]
+PointSampler = Callable[[], tuple[Tensor, Tensor]]
+
+#: Weights of the squared error of the score and of the squared residual, as functions of time.
+_WEIGHTS = ("variance", "likelihood", "none")
+_RESIDUAL_WEIGHTS = ("log-snr", "variance", "none")
+
+
+class ScoreMatching(Objective):
+    r"""Denoising score matching, with the square of the Fokker-Planck residual at a weight.
+
+    .. math::
+        \ell = \mathbb E\Big[w(t)\,\big|s_\theta(t,X_t)+\tfrac{z}{\sigma_t}\big|^2\Big]
+             + \omega\,\mathbb E\big[\rho(t)\,R_\theta(t,X_t)^2\big],\qquad X_t=\mu+a_t(x_0-\mu)+\sigma_tz
+
+    The minimiser of the first term is the score of the noised data. A learned one that isn't exact drives a reverse
+    SDE and a probability-flow ODE whose laws differ; they agree where the residual ``R`` of the log density
+    vanishes.
+
+    Args:
+        process: the noising process.
+        potential: the log density as a :class:`Potential`, or any ``potential(t, x) -> (...)`` or ``(..., 1)``.
+        score: in its place, ``score(t, x) -> (..., d)``. The residual is then that of the score form.
+        fp_weight: ``omega``, a number, or a function of the number of training steps so far (a tensor), such as
+            :class:`WeightRamp`.
+        residual: ``"exact"``, ``"forward"`` (forward-mode Laplacian of a function potential) or
+            ``"hutchinson"``: two probes or more, whose products estimate the square without bias.
+        num_probes: probes a point for ``"hutchinson"``.
+        times: how times are drawn: ``"log-snr"`` (uniform in the log signal-to-noise ratio), ``"uniform"``, both with one
+            time in each of ``n`` equal strata, or a function ``times(n) -> (n,)``.
+        weight: ``w``: ``"variance"`` (sigma squared), ``"likelihood"`` (half of g squared), ``"none"``, or a function of
+            time.
+        residual_weight: ``rho``: ``"log-snr"`` (squared residual a unit of log signal-to-noise ratio, hence finite at
+            small times), ``"variance"`` (sigma to the fourth power), ``"none"``, or a function of time.
+        collocation: where the residual is evaluated: None on the noised data themselves, or a sampler of ``(t, x)``
+            such as :class:`stochdyn.objectives.residual.UniformPoints`.
+        averaged_targets: replace the noise of each point by its mean given the point and the batch as the set of
+            possible starts; far less variance in few dimensions, and a bias that falls with the size of the batch.
+
+    Raises:
+        InvalidInputError: unless exactly one of ``potential`` and ``score`` is given, or an option is unknown or doesn't
+            fit.
+
+    Example:
+        >>> from stochdyn.interpolants import PotentialNetwork
+        >>> from stochdyn.interpolants import OU
+        >>> diff = ScoreMatching(OU(), potential=PotentialNetwork(OU(), 2), fp_weight=0.01)
+        >>> sorted(diff(torch.randn(16, 2)).terms)
+        ['residual', 'score']
+
+    Reference:
+        Vincent, "A connection between score matching and denoising autoencoders", 2011; Deveney et al., "Closing the ODE-SDE
+        gap in score-based diffusion models through the Fokker-Planck equation", 2025; Lai et al., "FP-Diffusion", 2023
+        (score form); Xu, Tong and Jaakkola, "Stable target field", 2023 (averaged targets).
+    """
+
+    steps_seen: Tensor
+
+    def __init__(
+        self,
+        process: AffineProcess,
+        potential: Potential | Field | None = None,
+        score: Field | None = None,
+        *,
+        fp_weight: float | WeightSchedule = 0.0,
+        residual: Literal["exact", "forward", "hutchinson"] = "exact",
+        num_probes: int = 2,
+        times: Literal["log-snr", "uniform"] | Callable[[int], Tensor] = "log-snr",
+        weight: Literal["variance", "likelihood", "none"] | TimeFunction = "variance",
+        residual_weight: Literal["log-snr", "variance", "none"] | TimeFunction = "log-snr",
+        collocation: PointSampler | None = None,
+        averaged_targets: bool = False,
+    ) -> None:
+        super().__init__()
+        self.process = check_process(process)
+        if (potential is None) == (score is None):
+            raise InvalidInputError(
+                "give a potential or a score", got="both" if potential is not None else "neither"
+            )
+        for field, name in ((potential, "potential"), (score, "score")):
+            if field is not None and not callable(field):
+                raise InvalidInputError(
+                    f"{name} must be callable", got=type(field).__name__, expected=f"{name}(t, x)"
+                )
+        if isinstance(fp_weight, int | float) and not 0 <= fp_weight < float("inf"):
+            raise InvalidInputError("fp_weight must be finite and not negative", got=fp_weight)
+        check_choice(residual, ("exact", "forward", "hutchinson"), "residual")
+        check_positive_int(num_probes, "num_probes", 2 if residual == "hutchinson" else 1)
+        _check_option(times, ("log-snr", "uniform"), "times")
+        _check_option(weight, _WEIGHTS, "weight")
+        _check_option(residual_weight, _RESIDUAL_WEIGHTS, "residual_weight")
+        if residual == "forward" and score is not None:
+            raise InvalidInputError(
+                "a score has no forward-mode residual", hint="use residual='exact' or 'hutchinson'"
+            )
+        self.potential: Potential | None = None
+        if isinstance(potential, Potential):
+            _check_same_process(process, potential.process)
+            self.potential = potential
+        elif potential is not None:
+            self.potential = FunctionPotential(process, potential)
+        self.score_field = score
+        self.fp_weight, self.num_probes = fp_weight, num_probes
+        self.method: Literal["exact", "forward", "hutchinson"] = residual
+        self.times, self.weight, self.residual_weight = times, weight, residual_weight
+        self.collocation, self.averaged_targets = collocation, averaged_targets
+        self.operator = FokkerPlanck(process.sde())
+        self.dim = potential.dim if isinstance(potential, PotentialNetwork) else None
+        self.register_buffer("steps_seen", torch.zeros((), dtype=torch.long))
+
+    def score(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the learned score ``(..., d)`` at ``x (..., d)``."""
+        if self.potential is not None:
+            return self.potential.score(t, x)
+        assert self.score_field is not None
+        return self.score_field(as_time(t, x).to(x.dtype).expand(*x.shape[:-1], 1), x)
+
+    def flow(self) -> LearnedFlow:
+        """Return the learned marginals as a :class:`stochdyn.LearnedFlow`, for :class:`stochdyn.objectives.ForwardResidual` say."""
+        if self.potential is not None:
+            return LearnedFlow(self.potential)
+        assert self.score_field is not None
+        return LearnedFlow(self.score_field, predicts="score")
+
+    def draw_times(self, n: int, like: Tensor) -> Tensor:
+        """Draw times ``(n, 1)`` between start and horizon, from torch's global generator."""
+        if callable(self.times):
+            t = self.times(n)
+            if tuple(t.shape) != (n,):
+                raise ShapeError("times must return one time a point", got=tuple(t.shape), expected=(n,))
+            return t.to(like)[:, None]
+        start, horizon = self.process.start, self.process.horizon
+        # One time in each of n equal strata: the batch covers all times evenly, at the law of a uniform draw.
+        strata = torch.arange(n, dtype=like.dtype, device=like.device)[:, None]
+        u = (strata + torch.rand(n, 1, dtype=like.dtype, device=like.device)) / n
+        if self.times == "uniform":
+            return start + (horizon - start) * u
+        ends = torch.tensor([horizon, start], dtype=torch.float64)
+        low, high = self.process.log_snr(ends).tolist()
+        return self.process.time_of_log_snr(low + (high - low) * u).clamp(start, horizon)
+
+    def fokker_planck_residual(
+        self, t: Tensor | float, x: Tensor, form: Literal["log", "score"] | None = None, **options: Any
+    ) -> Tensor:
+        r"""How far the learned marginals are from solving the forward equation.
+
+        Args:
+            t: a number, or times that broadcast to ``x[..., :1]``.
+            x: ``(..., d)``.
+            form: ``"log"`` (a potential only) or ``"score"``, its gradient in space; None for the one that is trained.
+            options: as :meth:`stochdyn.FokkerPlanck.residual`.
+
+        Returns:
+            ``(...)`` in log form, ``(..., d)`` in score form.
+
+        Raises:
+            ShapeError: if ``t`` doesn't broadcast to ``x[..., :1]``.
+            UnavailableError: if the log form is asked of a score network.
+        """
+        if self.potential is not None and form != "score" and not options:
+            return self.potential.score_and_residual(t, x).residuals[0]
+        options["form"] = form or ("score" if self.potential is None else "log")
+        time = as_time(t, x).to(x.dtype).expand(*x.shape[:-1], 1)
+        return self.operator.residual(self.flow(), time, x, **options)
+
+    def forward(self, batch: Any = None) -> ObjectiveValue:
+        """Evaluate on data ``batch (n, d)``.
+
+        Raises:
+            ShapeError, EmptyDataError: if the batch isn't ``(n, d)`` with points in it.
+            InvalidInputError: if it isn't floating.
+        """
+        x0 = batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch
+        _check_batch(x0)
+        self.dim = x0.shape[-1]
+        t = self.draw_times(x0.shape[0], x0)
+        z = torch.randn_like(x0)
+        x = self.process.perturb(t, x0, z)
+        if self.averaged_targets:
+            z = self._averaged_noise(t, x, x0)
+        weight = self._fp_weight(x0)
+        on_path = weight is not None and self.collocation is None
+        if on_path:
+            score, squares = self._score_and_square(t, x)
+        else:
+            score = self.score(t, x)
+        std = self.process.std(t)
+        error = (std * score + z).square().sum(-1)
+        loss = fit = (error * self._weight(t, std)).mean()
+        terms = {"score": fit.detach()}
+        if weight is not None:
+            if self.collocation is not None:
+                t, x = self.collocation()
+                squares = self._score_and_square(t, x)[1]
+            penalty = (squares * self._residual_weight(t)).mean()
+            loss = loss + weight * penalty
+            terms["residual"] = penalty.detach()
+        if self.training and torch.is_grad_enabled():
+            self.steps_seen.add_(1)
+        return ObjectiveValue(loss, terms, "surrogate")
+
+    def generator(self, dim: int | None = None) -> ReverseDiffusion:
+        """Return the generative model: the reverse SDE, the probability-flow ODE, and their densities.
+
+        Args:
+            dim: ``d``; known from the potential, or once a batch was seen.
+
+        Raises:
+            InvalidInputError: if the dimension is unknown.
+        """
+        from stochdyn.interpolants.sampling.reverse import ReverseDiffusion
+
+        dim = self.dim if dim is None else dim
+        if dim is None:
+            raise InvalidInputError("the dimension isn't known yet", hint="pass dim=..., or fit first")
+        source: Any = self.potential if self.potential is not None else self.score
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        return ReverseDiffusion(self.process, source, dim, like.detach())
+
+    def _fp_weight(self, like: Tensor) -> Tensor | float | None:
+        if callable(self.fp_weight):
+            return self.fp_weight(self.steps_seen).to(like)
+        return self.fp_weight or None
+
+    def _score_and_square(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the score and the squared residual ``(n,)``, exact or without bias."""
+        if self.potential is not None:
+            score, residuals = self.potential.score_and_residual(t, x, self.method, self.num_probes)
+        else:
+            options: dict[str, Any] = {"form": "score", "method": self.method}
+            if self.method == "hutchinson":
+                options["num_probes"] = self.num_probes
+            score, residuals = self.score(t, x), self.operator.residual_probes(self.flow(), t, x, **options)
+        squares = residuals[0].square() if self.method != "hutchinson" else unbiased_square(residuals)
+        return score, squares if self.potential is not None else squares.sum(-1)
+
+    def _weight(self, t: Tensor, std: Tensor) -> Tensor:
+        """Return the weight of the squared error of the noise, which is sigma squared that of the score."""
+        if callable(self.weight):
+            weight = self.weight(t) / std.square()
+        elif self.weight == "variance":
+            return std.new_ones(())
+        elif self.weight == "likelihood":
+            weight = 0.5 * self.process.squared_diffusion(t) / std.square()
+        else:
+            weight = 1 / std.square()
+        return weight.squeeze(-1)
+
+    def _residual_weight(self, t: Tensor) -> Tensor:
+        if callable(self.residual_weight):
+            weight = self.residual_weight(t)
+        elif self.residual_weight == "none":
+            return t.new_ones(())
+        else:
+            weight = self.process.variance(t).square()
+            if self.residual_weight == "log-snr":
+                weight = 4 * weight / self.process.squared_diffusion(t).square()
+        return weight.reshape(t.shape[:-1]) if weight.ndim == t.ndim else weight
+
+    def _averaged_noise(self, t: Tensor, x: Tensor, x0: Tensor) -> Tensor:
+        """Mean of the noise given the point, if the start is any point of the batch."""
+        with torch.no_grad():
+            center = self.process.center(x0)
+            scale, std = self.process.scale(t), self.process.std(t)
+            y, start = (x - center) / std, x0 - center
+            snr = scale / std
+            logits = snr * (y @ start.t()) - 0.5 * snr.square() * start.square().sum(-1)
+            return y - snr * (logits.softmax(-1) @ start)
+
+
+class WeightRamp:
+    """A weight that moves geometrically between two values over a span of training steps.
+
+    Args:
+        first: weight up to step ``begin``; 0 starts the ramp at a thousandth of ``last``, after nothing before.
+        last: weight from step ``end`` on.
+        begin: step at which it starts to move.
+        end: step at which it has arrived.
+
+    Raises:
+        InvalidInputError: for a negative weight, or an end not after the begin.
+
+    Example:
+        >>> WeightRamp(0.0, 0.1, 100, 200)(torch.tensor([50, 200]))
+        tensor([0.0000, 0.1000])
+    """
+
+    def __init__(self, first: float, last: float, begin: int, end: int) -> None:
+        if first < 0 or last < 0 or not end > begin >= 0:
+            raise InvalidInputError(
+                "a ramp needs weights that aren't negative and 0 <= begin < end",
+                got=f"first={first}, last={last}, begin={begin}, end={end}",
+            )
+        self.first, self.last, self.begin, self.end = first, last, begin, end
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """Return the weight after ``step`` steps."""
+        share = ((step.to(torch.get_default_dtype()) - self.begin) / (self.end - self.begin)).clamp(0, 1)
+        floor = 1e-3 * max(self.first, self.last)
+        low, high = max(self.first, floor), max(self.last, floor)
+        moving = low * (high / max(low, 1e-300)) ** share if high else share * 0
+        moving = torch.where(share >= 1, torch.full_like(moving, self.last), moving)
+        return torch.where(share <= 0, torch.full_like(moving, self.first), moving)
+
+
+def _check_option(value: Any, choices: tuple[str, ...], name: str) -> None:
+    if not callable(value):
+        check_choice(value, choices, name)
+
+
+def _check_same_process(ours: AffineProcess, given: AffineProcess) -> None:
+    if given is ours:
+        return
+    t = torch.linspace(given.start, given.horizon, 5)
+    same = type(ours) is type(given) and ours.horizon == given.horizon and ours.start == given.start
+    if not (same and torch.equal(ours.variance(t), given.variance(t)) and torch.equal(ours.mean, given.mean)):
+        raise InvalidInputError(
+            "the potential is of another process", got=type(ours).__name__, hint="build both from one process"
+        )
+
+
+def _check_batch(x0: Any) -> None:
+    if not isinstance(x0, Tensor):
+        raise InvalidInputError("a batch is a tensor of data", got=type(x0).__name__, expected="(n, d)")
+    check_ndim(x0, 2, "batch", "(n, d)")
+    check_nonempty(x0, "batch")
+    if not x0.is_floating_point():
+        raise InvalidInputError("data must be floating", got=x0.dtype, hint="use data.float()")
+    if x0.device.type == "cpu":
+        check_finite(x0, "batch")

@@ -1,0 +1,17 @@
+from .autoregressive import AutoregressiveAnsatz as AutoregressiveAnsatz
+from .base import Ansatz as Ansatz
+from .gru import AutoregressiveGRU as AutoregressiveGRU
+from .interactions import AutoregressiveInteractions as AutoregressiveInteractions
+from .invariance import irreducible_terms as irreducible_terms
+from .invariance import is_invariant as is_invariant
+from .networks import AutoregressiveNetwork as AutoregressiveNetwork
+from .outcome_distribution import OutcomeDistribution as OutcomeDistribution
+from .pairs import PairCouplings as PairCouplings
+from .prefixes import evaluate_prefixes as evaluate_prefixes
+from .prefixes import unique_strings as unique_strings
+from .strings import Strings as Strings
+from .table import FullTable as FullTable
+from .transformer import AutoregressiveTransformer as AutoregressiveTransformer
+from .window import AutoregressiveWindow as AutoregressiveWindow
+from .window import lattice_offsets as lattice_offsets
+from .window_ratios import RatioPlan as RatioPlan

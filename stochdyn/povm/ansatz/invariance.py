@@ -1,0 +1,97 @@
+"""Whether a master equation is the same read along other strings."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from stochdyn.core.forward.master import MasterEquation
+from stochdyn.core.forward.master_terms import SparseMasterEquation
+from stochdyn.core.forward.outcomes import all_configurations, encode
+from stochdyn.povm.ansatz.strings import Strings
+
+__all__ = ["irreducible_terms", "is_invariant"]
+
+Terms = dict[tuple[int, ...], Tensor]
+
+
+def irreducible_terms(operator: SparseMasterEquation) -> Terms:
+    r"""Return the unique terms of an operator whose parts on fewer sites are split off.
+
+    How a sum is cut into local matrices is arbitrary: a one-site term may stand in either bond. With
+    :math:`E_i(A)=\operatorname{tr}_iA\otimes 1_i/K`, the parts
+
+    .. math:: A_R = \prod_{i\in R}(1-E_i)\prod_{i\in S\setminus R}E_i\;A,\qquad A=\sum_{R\subseteq S}A_R
+
+    have no part on fewer sites than ``R``, so the sums of them are the operator's own.
+
+    Args:
+        operator: with constant coefficients.
+
+    Returns:
+        For every set of sites the matrix ``(K**k, K**k)``; zeros are left out.
+    """
+    q = operator.num_outcomes
+    total: Terms = {}
+    scales = operator.coefficients
+    for index, sites in enumerate(operator.sites):
+        matrix = operator.matrix(index)
+        if isinstance(scales, Tensor):
+            matrix = matrix * scales[index].detach()
+        for size in range(len(sites) + 1):
+            for kept in itertools.combinations(range(len(sites)), size):
+                part = _part(matrix, len(sites), kept, q)
+                where = tuple(sites[i] for i in kept)
+                total[where] = total[where] + part if where in total else part
+    scale = max((float(m.abs().max()) for m in total.values()), default=0.0)
+    return {where: m for where, m in total.items() if float(m.abs().max()) > 1e-12 * scale}
+
+
+def _part(matrix: Tensor, k: int, kept: tuple[int, ...], q: int) -> Tensor:
+    """The irreducible part on the sites ``kept`` of a matrix on ``k`` sites."""
+    tensor = matrix.reshape((q,) * (2 * k))
+    for i in reversed([i for i in range(k) if i not in kept]):
+        half = tensor.ndim // 2
+        tensor = tensor.diagonal(dim1=i, dim2=half + i).sum(-1) / q
+    n = len(kept)
+    for i in range(n):
+        mean = tensor.diagonal(dim1=i, dim2=n + i).sum(-1) / q
+        eye = torch.eye(q, dtype=matrix.dtype, device=matrix.device)
+        spread = torch.tensordot(mean, eye, dims=0).movedim((-2, -1), (i, n + i))
+        tensor = tensor - spread
+    return tensor.reshape(q**n, q**n)
+
+
+def is_invariant(operator: MasterEquation, strings: Strings, tolerance: float = 1e-9) -> bool:
+    """Return whether a sum of constant local terms is the same read along each of the strings.
+
+    Operators that depend on time, or aren't sums of local terms, count as not invariant.
+
+    Example:
+        >>> flip = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
+        >>> ring = SparseMasterEquation(3, 2, [((i,), flip) for i in range(3)])
+        >>> is_invariant(ring, Strings.translations(3))
+        True
+    """
+    if not isinstance(operator, SparseMasterEquation):
+        return False
+    if operator.coefficients is not None and not isinstance(operator.coefficients, Tensor):
+        return False
+    terms, q = irreducible_terms(operator), operator.num_outcomes
+    scale = max((float(m.abs().max()) for m in terms.values()), default=0.0)
+    for s in range(len(strings)):
+        labels = None if strings.relabellings is None else strings.relabellings[s]
+        step = strings.orders[s].argsort().tolist()  # at which step a site is read
+        for sites, matrix in terms.items():
+            moved = tuple(step[x] for x in sites)
+            target = tuple(sorted(moved))
+            if target not in terms:
+                return False
+            local = all_configurations(len(sites), q, matrix.device)
+            read = local if labels is None else labels.to(local.device)[local]
+            image = encode(read[:, [moved.index(x) for x in target]], q)
+            if float((terms[target][image[:, None], image] - matrix).abs().max()) > tolerance * scale:
+                return False
+    return True

@@ -1,0 +1,163 @@
+"""The causal transformer over outcome strings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stochdyn._checks import check_positive_int
+from stochdyn.povm.ansatz.networks import AutoregressiveNetwork, check_divisible
+from stochdyn.povm.ansatz.strings import Strings
+from stochdyn.povm.dynamics.scores import Tape, apply_linear, apply_norm
+
+__all__ = ["AutoregressiveTransformer"]
+
+
+class AutoregressiveTransformer(AutoregressiveNetwork):
+    r"""A causal transformer that gives each outcome's probability from those before it.
+
+    .. math::
+        x &\leftarrow x + \operatorname{Attention}(\operatorname{norm}x)\\
+        x &\leftarrow x + W_2\operatorname{gelu}(W_1\operatorname{norm}x)
+
+    for every layer, then a normalisation and the head of :class:`~stochdyn.povm.ansatz.networks.AutoregressiveNetwork`. Step ``i`` attends to steps
+    ``0..i`` in scoring and in sampling alike, so both follow one law at every depth.
+
+    Args:
+        num_sites: ``N``.
+        layers: depth.
+        width: of the embedding.
+        heads: of the attention; must divide ``width``.
+        strings: order of the sites, or the set of them to average over; see :class:`AutoregressiveAnsatz`.
+        shape: of the lattice, for strings that need it.
+        num_outcomes: ``K``, 4 for qubits in a minimal frame.
+        feedforward: inner width of the second half of a layer; twice the width if None.
+        memory: bytes that caches may use at a time.
+        pairs: direct couplings of steps, ``"distance"``, ``"all"`` or None; see :class:`~stochdyn.povm.ansatz.networks.AutoregressiveNetwork`.
+
+    Raises:
+        InvalidInputError: if a size isn't positive, ``heads`` doesn't divide ``width`` or the strings are unknown.
+        ShapeError: if the strings don't fit.
+
+    Example:
+        >>> net = AutoregressiveTransformer(3, layers=1, width=8, heads=2, strings="translations").double()
+        >>> round(float(net.probabilities().sum()), 10)
+        1.0
+        >>> a, log_p = net.sample(5, generator=torch.Generator().manual_seed(0))
+        >>> a.shape, bool((log_p - net.log_prob(a)).abs().max() < 1e-10)
+        (torch.Size([5, 3]), True)
+
+    Reference:
+        Luo, Chen, Carrasquilla and Clark, Phys. Rev. Lett. 128, 090501 (2022); the layer is that of Vaswani et al.
+        (2017) with the normalisation first.
+    """
+
+    def __init__(
+        self,
+        num_sites: int,
+        layers: int = 2,
+        width: int = 32,
+        heads: int = 4,
+        strings: Strings | str | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        num_outcomes: int = 4,
+        feedforward: int | None = None,
+        memory: int = 1 << 27,
+        pairs: str | None = "distance",
+    ) -> None:
+        check_positive_int(layers, "layers")
+        super().__init__(num_sites, num_outcomes, width, strings, shape, memory, pairs)
+        check_divisible(width, heads)
+        inner = 2 * width if feedforward is None else feedforward
+        check_positive_int(inner, "feedforward")
+        self.heads = heads
+        self.embedding = nn.Embedding(num_outcomes + 1, width)
+        self.positions = nn.Parameter(_waves(num_sites, width))
+        self.layers = nn.ModuleList(_Layer(width, heads, inner) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """See :meth:`AutoregressiveAnsatz.bytes_per_row`."""
+        return 2 * len(self.layers) * self.num_sites * self.width * self.reference.element_size()
+
+    def features(self, tokens: Tensor, tape: Tape | None = None) -> Tensor:
+        """See :meth:`AutoregressiveNetwork.features`."""
+        if tape is None:
+            x = self.embedding(tokens) + self.positions
+        else:
+            x = tape.table(self.embedding, tokens) + tape.positions(self.positions, tokens.shape[0])
+        for layer in self.layers:
+            x = layer(x, tape)
+        return apply_norm(self.norm, x, tape)
+
+    def start(self, rows: int) -> list[Tensor]:
+        """See :meth:`AutoregressiveAnsatz.start`: keys and values ``(2, rows, heads, N, width / heads)`` a layer."""
+        shape = (2, rows, self.heads, self.num_sites, self.width // self.heads)
+        return [self.reference.new_empty(shape) for _ in self.layers]
+
+    def advance(self, cache: list[Tensor], outcomes: Tensor | None, step: int, rows: int) -> Tensor:
+        """See :meth:`AutoregressiveNetwork.advance`."""
+        if outcomes is None:
+            outcomes = torch.full((rows,), self.num_outcomes, device=self.device)
+        x = (self.embedding.weight + self.positions[step])[outcomes]
+        for layer, kept in zip(self.layers, cache, strict=True):
+            x = layer.advance(x, kept[:, :rows], step)  # type: ignore[operator]
+        return apply_norm(self.norm, x, None)
+
+    def branch(self, cache: list[Tensor], source: Tensor, target: slice, steps: int) -> None:
+        """See :meth:`AutoregressiveAnsatz.branch`."""
+        for kept in cache:
+            kept[:, target, :, :steps] = kept[:, source, :, :steps]
+
+
+class _Layer(nn.Module):
+    """Attention to earlier steps, then two linear layers, each with a normalisation before and a bypass."""
+
+    def __init__(self, width: int, heads: int, inner: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, width // heads
+        self.norm_attention, self.norm_feedforward = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.project = nn.Linear(width, 3 * width)
+        self.join = nn.Linear(width, width)
+        self.widen, self.narrow = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def _feedforward(self, x: Tensor, tape: Tape | None) -> Tensor:
+        h = apply_norm(self.norm_feedforward, x, tape)
+        return x + apply_linear(self.narrow, F.gelu(apply_linear(self.widen, h, tape)), tape)
+
+    def forward(self, x: Tensor, tape: Tape | None) -> Tensor:
+        """All steps at once, ``(m, N, width)``."""
+        m, sites, width = x.shape
+        joint = apply_linear(self.project, apply_norm(self.norm_attention, x, tape), tape)
+        q, k, v = joint.reshape(m, sites, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
+        mask = torch.ones(sites, sites, dtype=torch.bool, device=x.device).triu(1)
+        # written out, since the fused attention has no rule for torch.func.vmap
+        weight = (q @ k.mT / math.sqrt(self.size)).masked_fill(mask, -torch.inf).softmax(-1)
+        read = (weight @ v).transpose(1, 2).reshape(m, sites, width)
+        return self._feedforward(x + apply_linear(self.join, read, tape), tape)
+
+    def advance(self, x: Tensor, kept: Tensor, step: int) -> Tensor:
+        """One step ``(rows, width)``, with the keys and values of earlier ones in ``kept``."""
+        rows, width = x.shape
+        joint = apply_linear(self.project, apply_norm(self.norm_attention, x, None), None)
+        q, kept[0, :, :, step], kept[1, :, :, step] = joint.reshape(rows, 3, self.heads, self.size).unbind(1)
+        k, v = kept[0, :, :, : step + 1], kept[1, :, :, : step + 1]
+        weight = ((k @ q[..., None])[..., 0] / math.sqrt(self.size)).softmax(-1)
+        read = (weight[:, :, None] @ v).reshape(rows, width)
+        return self._feedforward(x + apply_linear(self.join, read, None), None)
+
+
+def _waves(sites: int, width: int) -> Tensor:
+    """Sines and cosines of geometrically spaced frequencies, from which positions start to learn."""
+    place = torch.arange(sites)[:, None]
+    rate = torch.exp(-math.log(4.0 * sites) * torch.arange(0, width, 2) / width)
+    table = torch.zeros(sites, width)
+    table[:, 0::2] = torch.sin(place * rate)
+    table[:, 1::2] = torch.cos(place * rate)[:, : width // 2]
+    return table

@@ -1,0 +1,83 @@
+"""Products of frames over several sites: effects, duals, probabilities and estimators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from stochdyn.povm.frames.frame import Frame
+
+__all__ = [
+    "coefficients_of",
+    "density_of",
+    "probabilities_of",
+    "product_dual",
+    "product_effects",
+    "sites_of",
+]
+
+C128 = torch.complex128
+
+
+def product_effects(frames: Sequence[Frame]) -> Tensor:
+    """Return the effects ``(K**k, d**k, d**k)`` of several sites, the first slowest."""
+    return _kron([frame.effects for frame in frames])
+
+
+def product_dual(frames: Sequence[Frame]) -> Tensor:
+    """Return the dual frame ``(K**k, d**k, d**k)`` of several sites, the first slowest."""
+    return _kron([frame.dual for frame in frames])
+
+
+def probabilities_of(rho: Tensor, frames: Sequence[Frame]) -> Tensor:
+    """Return the outcome probabilities ``(prod K,)`` of a density matrix, site by site without large products."""
+    return _contract(rho, [frame.effects for frame in frames]).real.contiguous()
+
+
+def coefficients_of(operator: Tensor, frames: Sequence[Frame]) -> Tensor:
+    """Return the estimator ``(prod K,)`` of an operator on several sites; real if it is Hermitian."""
+    values = _contract(operator, [frame.dual for frame in frames])
+    scale = float(operator.abs().max())
+    if float((operator - operator.mH).abs().max()) <= 1e-12 * max(scale, 1e-300):
+        return values.real.contiguous()
+    return values
+
+
+def density_of(p: Tensor, frames: Sequence[Frame]) -> Tensor:
+    """Return the density matrix that outcome probabilities ``(prod K,)`` describe."""
+    k = len(frames)
+    tensor = p.to(C128).reshape([frame.num_outcomes for frame in frames])
+    for frame in frames:  # the leading outcome axis turns into a pair of axes at the end
+        tensor = torch.tensordot(tensor, frame.dual, dims=([0], [0]))
+    order = [*range(0, 2 * k, 2), *range(1, 2 * k, 2)]
+    size = math.prod(frame.dim for frame in frames)
+    return tensor.permute(order).reshape(size, size)
+
+
+def sites_of(matrix: Tensor, dim: int) -> int:
+    """Return on how many sites of ``dim`` levels a matrix acts."""
+    return round(math.log(matrix.shape[0], dim))
+
+
+def _contract(operator: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Traces of an operator with all products of one matrix a site."""
+    k = len(matrices)
+    dims = [m.shape[-1] for m in matrices]
+    order = [axis for i in range(k) for axis in (i, k + i)]
+    tensor = operator.reshape(dims + dims).permute(order)
+    for m in matrices:  # the leading pair of axes turns into an outcome axis at the end
+        tensor = torch.tensordot(tensor, m, dims=([0, 1], [2, 1]))
+    return tensor.reshape(-1)
+
+
+def _kron(stacks: Sequence[Tensor]) -> Tensor:
+    out = stacks[0]
+    for m in stacks[1:]:
+        size = out.shape[-1] * m.shape[-1]
+        out = torch.einsum("aij,bkl->abikjl", out, m).reshape(out.shape[0] * m.shape[0], size, size)
+    return out

@@ -1,0 +1,16 @@
+from .generator import hamiltonian_matrix as hamiltonian_matrix
+from .generator import jump_matrix as jump_matrix
+from .generator import merge_terms as merge_terms
+from .graphs import all_to_all as all_to_all
+from .graphs import chain as chain
+from .graphs import ring as ring
+from .graphs import square_lattice as square_lattice
+from .lindbladian import Lindbladian as Lindbladian
+from .pauli import local_parts as local_parts
+from .pauli import pauli_coefficients as pauli_coefficients
+from .qutip_operators import from_qutip as from_qutip
+from .qutip_operators import to_qutip as to_qutip
+from .terms import Term as Term
+from .terms import TermCoefficient as TermCoefficient
+from .terms import coupling_value as coupling_value
+from .terms import parse_terms as parse_terms

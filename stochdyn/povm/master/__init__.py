@@ -1,0 +1,5 @@
+"""Exact propagation on small lattices, and whether probabilities belong to a quantum state."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,0 +1,17 @@
+from .density import DensityGenerator as DensityGenerator
+from .density import check_density_size as check_density_size
+from .density import full_operator as full_operator
+from .density import initial_density as initial_density
+from .physicality import Positivity as Positivity
+from .physicality import classical_fidelity as classical_fidelity
+from .physicality import marginal as marginal
+from .physicality import positivity as positivity
+from .physicality import purity as purity
+from .physicality import reduced_density as reduced_density
+from .physicality import total_variation as total_variation
+from .physicality import trace_distance as trace_distance
+from .propagation import initial_probabilities as initial_probabilities
+from .propagation import propagate as propagate
+from .propagation import sparse_generator as sparse_generator
+from .propagation import stationary_probabilities as stationary_probabilities
+from .propagator import Propagator as Propagator

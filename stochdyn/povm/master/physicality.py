@@ -1,0 +1,229 @@
+"""Whether probabilities belong to a quantum state: reduced density matrices, their eigenvalues, purity, distances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_positive_int
+from stochdyn.core.forward.outcomes import encode
+from stochdyn.core.law.path import Estimate
+from stochdyn.errors import InvalidInputError, LindbladianError, ShapeError, TooFewDrawsError
+from stochdyn.povm.frames.frame import Frame
+from stochdyn.povm.frames.products import density_of
+from stochdyn.povm.frames.site_frames import SiteFrames
+
+__all__ = [
+    "Positivity",
+    "classical_fidelity",
+    "marginal",
+    "positivity",
+    "purity",
+    "reduced_density",
+    "total_variation",
+    "trace_distance",
+]
+
+Povm = Frame | SiteFrames
+_MAX_SITES = 5
+
+
+@dataclass(frozen=True)
+class Positivity:
+    r"""How far reduced density matrices are from being positive.
+
+    Normalised probabilities always give matrices of trace one, yet not always positive ones. A lowest eigenvalue
+    below zero by many standard errors proves that the probabilities belong to no quantum state; one above zero
+    proves nothing about larger regions.
+
+    Attributes:
+        places: the sites of each reduced matrix.
+        lowest: ``(P,)`` lowest eigenvalue of each.
+        stderr: ``(P,)`` standard error by the bootstrap, zero for exact probabilities. Sampling noise pushes
+            lowest eigenvalues down, by an amount of this order.
+    """
+
+    places: tuple[tuple[int, ...], ...]
+    lowest: Tensor
+    stderr: Tensor
+
+    @property
+    def worst(self) -> tuple[tuple[int, ...], float, float]:
+        """The place with the lowest eigenvalue, that eigenvalue, and its standard error."""
+        i = int(self.lowest.argmin())
+        return self.places[i], float(self.lowest[i]), float(self.stderr[i])
+
+
+def marginal(p: Tensor, sites: Sequence[int], num_outcomes: int) -> Tensor:
+    """Return the probabilities ``(*batch, K**k)`` of the outcomes on some sites, from all, ``(*batch, K**N)``."""
+    n = _num_sites(p.shape[-1], num_outcomes)
+    _check_sites(sites, n)
+    lead = p.ndim - 1
+    tensor = p.reshape(*p.shape[:-1], *(num_outcomes,) * n)
+    rest = [lead + i for i in range(n) if i not in sites]
+    order = [lead + i for i in sites]
+    return (
+        tensor.permute(*range(lead), *order, *rest)
+        .reshape(*p.shape[:-1], num_outcomes ** len(sites), -1)
+        .sum(-1)
+    )
+
+
+def reduced_density(povm: Povm, outcomes: Tensor, sites: Sequence[int]) -> Tensor:
+    r"""Return the reduced density matrix on some sites.
+
+    .. math:: \rho_A = \sum_{a_A} p(a_A)\,N_{a_A}
+
+    Args:
+        povm: the frame of all sites, or one a site.
+        outcomes: samples ``(n, N)`` (integers), or probabilities ``(K**N,)`` of all outcomes (floating).
+        sites: at most five.
+
+    Returns:
+        ``(d**k, d**k)`` complex128, Hermitian of trace one, not necessarily positive.
+
+    Raises:
+        LindbladianError: if a site doesn't exist or comes twice.
+        InvalidInputError: if there are too many sites.
+
+    Example:
+        >>> from stochdyn.povm import Tetrahedral
+        >>> p = Tetrahedral().probabilities("up")
+        >>> reduced_density(Tetrahedral(), p, [0]).real.abs().round(decimals=6).tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
+    """
+    p = _local_probabilities(povm, outcomes, sites)
+    return density_of(p, [povm.at(site) for site in sites])
+
+
+def positivity(
+    povm: Povm,
+    outcomes: Tensor,
+    places: Sequence[Sequence[int]],
+    *,
+    bootstrap: int = 50,
+    generator: torch.Generator | None = None,
+) -> Positivity:
+    """Return the lowest eigenvalues of reduced density matrices.
+
+    Args:
+        povm: the frame of all sites, or one a site.
+        outcomes: samples ``(n, N)`` (integers), or probabilities ``(K**N,)`` of all outcomes (floating).
+        places: the sites of each matrix, such as the bonds of the lattice.
+        bootstrap: resamplings for the standard error, of samples only.
+        generator: of the resampling.
+
+    Raises:
+        LindbladianError: if a site doesn't exist or comes twice.
+        TooFewDrawsError: if there are fewer than two samples.
+    """
+    sampled = not outcomes.is_floating_point()
+    if sampled and outcomes.shape[0] < 2:
+        raise TooFewDrawsError("a standard error needs at least two samples", got=outcomes.shape[0])
+    lowest, errors = [], []
+    for sites in places:
+        frames = [povm.at(site) for site in sites]
+        p = _local_probabilities(povm, outcomes, sites)
+        lowest.append(torch.linalg.eigvalsh(density_of(p, frames))[0])
+        if not sampled:
+            errors.append(torch.zeros_like(lowest[-1]))
+            continue
+        check_positive_int(bootstrap, "bootstrap", 2)
+        n = outcomes.shape[0]
+        drawn = torch.multinomial(p.float().clamp(min=0).expand(bootstrap, -1), n, True, generator=generator)
+        counts = torch.zeros(bootstrap, p.shape[0], dtype=p.dtype, device=p.device)
+        counts.scatter_add_(1, drawn, counts.new_ones(1, 1).expand(bootstrap, n))
+        again = torch.stack([torch.linalg.eigvalsh(density_of(c / n, frames))[0] for c in counts])
+        errors.append(again.std())
+    return Positivity(tuple(tuple(s) for s in places), torch.stack(lowest), torch.stack(errors))
+
+
+def purity(povm: Povm, outcomes: Tensor) -> Estimate:
+    r"""Return the purity of the whole system.
+
+    .. math:: \operatorname{Tr}\rho^2 = \sum_{ab}p(a)\,T^{-1}_{ab}\,p(b)
+
+    From samples this is a mean over pairs whose variance grows exponentially with the number of sites: use it for
+    some ten at most, and look at the standard error.
+
+    Args:
+        povm: the frame of all sites, or one a site.
+        outcomes: samples ``(n, N)`` (integers), paired first half with second, or probabilities ``(K**N,)``
+            (floating), for which the error is zero.
+    """
+    k = povm.num_outcomes
+    if outcomes.is_floating_point():
+        n = _num_sites(outcomes.shape[-1], k)
+        tensor = outcomes.reshape((k,) * n)
+        for site in range(n):
+            inverse = povm.at(site).inverse_overlap.to(outcomes)
+            tensor = torch.movedim(torch.tensordot(tensor, inverse, dims=([site], [0])), -1, site)
+        mean = (tensor.reshape(-1) * outcomes).sum()
+        return Estimate(mean, torch.zeros_like(mean))
+    half = outcomes.shape[0] // 2
+    if half < 2:
+        raise TooFewDrawsError("purity needs at least four samples", got=outcomes.shape[0])
+    a, b = outcomes[:half], outcomes[half : 2 * half]
+    columns = [
+        povm.at(site).inverse_overlap.to(outcomes.device)[a[:, site], b[:, site]]
+        for site in range(a.shape[1])
+    ]
+    return Estimate.of(reduce(torch.mul, columns))
+
+
+def total_variation(p: Tensor, q: Tensor) -> Tensor:
+    r"""Return :math:`\tfrac12\sum_a|p(a)-q(a)|` over the last axis.
+
+    It bounds differences of outcome frequencies, not the trace distance of the states.
+    """
+    return 0.5 * (p - q).abs().sum(-1)
+
+
+def classical_fidelity(p: Tensor, q: Tensor) -> Tensor:
+    r"""Return :math:`\sum_a\sqrt{p(a)q(a)}` over the last axis; negative entries count as zero."""
+    return (p.clamp(min=0) * q.clamp(min=0)).sqrt().sum(-1)
+
+
+def trace_distance(rho: Tensor, sigma: Tensor) -> Tensor:
+    r"""Return :math:`\tfrac12\operatorname{Tr}|\rho-\sigma|` of Hermitian matrices ``(*batch, D, D)``."""
+    return 0.5 * torch.linalg.eigvalsh(rho - sigma).abs().sum(-1)
+
+
+def _local_probabilities(povm: Povm, outcomes: Tensor, sites: Sequence[int]) -> Tensor:
+    if len(sites) > _MAX_SITES:
+        raise InvalidInputError("too many sites", got=len(sites), expected=f"at most {_MAX_SITES}")
+    if outcomes.is_floating_point():
+        return marginal(outcomes, sites, povm.num_outcomes)
+    if outcomes.ndim != 2:
+        raise ShapeError("samples must be (n, N)", got=f"shape {tuple(outcomes.shape)}")
+    _check_sites(sites, outcomes.shape[1])
+    index = encode(outcomes[:, list(sites)], povm.num_outcomes)
+    counts = torch.bincount(index, minlength=povm.num_outcomes ** len(sites))
+    return counts.double() / outcomes.shape[0]
+
+
+def _num_sites(size: int, num_outcomes: int) -> int:
+    n, total = 0, 1
+    while total < size:
+        n, total = n + 1, total * num_outcomes
+    if total != size or n == 0:
+        raise ShapeError(
+            "a vector over all outcomes has K**N entries", got=size, expected=f"a power of {num_outcomes}"
+        )
+    return n
+
+
+def _check_sites(sites: Sequence[int], num_sites: int) -> None:
+    if len(set(sites)) != len(sites):
+        raise LindbladianError("a site comes twice", got=tuple(sites))
+    outside = [s for s in sites if not 0 <= s < num_sites]
+    if outside or not sites:
+        raise LindbladianError(
+            "a site doesn't exist",
+            got=outside[0] if outside else "no sites",
+            expected=f"sites 0 to {num_sites - 1}",
+        )

@@ -1,0 +1,203 @@
+"""Exact propagation of outcome probabilities by the master equation, for small lattices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_time_grid
+from stochdyn.core.forward.master_terms import SparseMasterEquation
+from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
+from stochdyn.povm.frames.frame import Frame
+from stochdyn.povm.frames.products import probabilities_of
+from stochdyn.povm.frames.site_frames import SiteFrames
+from stochdyn.povm.master.density import initial_density
+
+if TYPE_CHECKING:
+    from scipy import sparse
+
+    from stochdyn.povm.lindblad.lindbladian import Lindbladian
+
+__all__ = ["initial_probabilities", "propagate", "sparse_generator", "stationary_probabilities"]
+
+_MAX_OUTCOMES = 1 << 20
+_MAX_MATRIX = 1 << 15
+
+
+def check_outcomes(num_outcomes: int, num_sites: int) -> None:
+    """Raise unless all outcomes can be listed.
+
+    Raises:
+        SystemSizeError: if there are over 2**20.
+    """
+    if num_outcomes**num_sites > _MAX_OUTCOMES:
+        raise SystemSizeError(
+            "there are too many outcomes to propagate all probabilities",
+            got=f"{num_outcomes}**{num_sites}",
+            expected=f"at most {_MAX_OUTCOMES}",
+            hint="sample instead: stochdyn.povm.evolve with a network",
+        )
+
+
+def initial_probabilities(povm: Frame | SiteFrames, state: Any, num_sites: int) -> Tensor:
+    """Return the probabilities ``(K**N,)`` of all outcomes in a state.
+
+    Args:
+        povm: the frame of all sites, or one a site.
+        state: as for :func:`~stochdyn.povm.exact.evolve`.
+        num_sites: ``N``.
+    """
+    check_outcomes(povm.num_outcomes, num_sites)
+    rho = initial_density(state, num_sites, povm.dim)
+    return probabilities_of(rho, [povm.at(i) for i in range(num_sites)]).clamp(min=0.0)
+
+
+def sparse_generator(operator: SparseMasterEquation, t: float | None = None) -> sparse.csr_matrix:
+    """Return the master operator as a scipy sparse matrix.
+
+    Raises:
+        SystemSizeError: if there are too many outcomes.
+    """
+    from scipy import sparse
+
+    check_outcomes(operator.num_outcomes, operator.num_sites)
+    matrix = operator.to_sparse(t).detach()
+    rows, columns = matrix.indices().numpy()
+    return sparse.csr_matrix((matrix.values().double().numpy(), (rows, columns)), shape=tuple(matrix.shape))
+
+
+def propagate(
+    model: Lindbladian,
+    povm: Frame | SiteFrames,
+    state: Any,
+    times: Tensor | Sequence[float],
+    *,
+    rtol: float = 1e-11,
+    atol: float = 1e-14,
+) -> Tensor:
+    r"""Return the probabilities of all outcomes at all times, from the master equation.
+
+    .. math:: p(t) = e^{Lt}p(0)
+
+    by the action of the matrix exponential, or by a Runge-Kutta method of order eight if coefficients depend on time.
+
+    Args:
+        model: with its parameters bound.
+        povm: the frame of all sites, or one a site.
+        state: as for :func:`~stochdyn.povm.exact.evolve`, or the probabilities ``(K**N,)`` at the first time.
+        times: increasing, the first being that of the initial state.
+        rtol: relative tolerance, if coefficients depend on time.
+        atol: absolute tolerance.
+
+    Returns:
+        ``(T, K**N)`` float64, the first site slowest.
+
+    Raises:
+        TimeGridError: if times don't increase.
+        SystemSizeError: if there are over 2**20 outcomes (ten qubits).
+
+    Example:
+        >>> from stochdyn.povm import Lindbladian, Tetrahedral
+        >>> p = propagate(Lindbladian(1, [(1.0, "X", 0)]), Tetrahedral(), "up", [0.0, 0.5])
+        >>> p.sum(1)
+        tensor([1., 1.], dtype=torch.float64)
+
+    Reference:
+        Al-Mohy and Higham, SIAM J. Sci. Comput. 33, 488 (2011).
+    """
+    grid = torch.as_tensor(times, dtype=torch.float64)
+    check_time_grid(grid, "times", min_points=1)
+    check_outcomes(povm.num_outcomes, model.num_sites)
+    model.check_rates(grid.tolist())
+    if isinstance(state, Tensor) and state.is_floating_point() and state.ndim == 1:
+        if state.shape[0] != povm.num_outcomes**model.num_sites:
+            raise ShapeError(
+                "there is one probability an outcome",
+                got=state.shape[0],
+                expected=povm.num_outcomes**model.num_sites,
+            )
+        p = state.detach().double().cpu()
+    else:
+        p = initial_probabilities(povm, state, model.num_sites)
+    operator = model.master_operator(povm)
+    if model.is_time_dependent:
+        return _integrate(operator, p, grid, rtol, atol)
+    from scipy.sparse.linalg import expm_multiply
+
+    matrix = sparse_generator(operator) if operator.num_states <= _MAX_MATRIX else _matrix_free(operator)
+    trace = _trace(operator)
+    values = [p.numpy()]
+    for span in (grid[1:] - grid[:-1]).tolist():
+        values.append(expm_multiply(matrix * span, values[-1], traceA=trace * span))
+    return torch.from_numpy(np.stack(values))
+
+
+def _trace(operator: SparseMasterEquation) -> float:
+    n, q = operator.num_sites, operator.num_outcomes
+    factors = operator.coefficients
+    weights = factors.tolist() if isinstance(factors, Tensor) else [1.0] * len(operator.sites)
+    return sum(
+        weight * float(operator.matrix(i).trace()) * q ** (n - len(sites))
+        for i, (sites, weight) in enumerate(zip(operator.sites, weights, strict=True))
+    )
+
+
+def _matrix_free(operator: SparseMasterEquation) -> Any:
+    """The operator for scipy, applied term by term: at nine sites its entries alone would take a gigabyte."""
+    from scipy.sparse.linalg import LinearOperator
+
+    def by(function: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+        def act(x: np.ndarray) -> np.ndarray:
+            columns = torch.from_numpy(np.ascontiguousarray(x.reshape(operator.num_states, -1).T))
+            return function(columns).detach().numpy().T.reshape(x.shape)
+
+        return act
+
+    forward, adjoint = by(operator.apply), by(operator.apply_adjoint)
+    size = (operator.num_states, operator.num_states)
+    return LinearOperator(
+        size, matvec=forward, matmat=forward, rmatvec=adjoint, rmatmat=adjoint, dtype=np.float64
+    )
+
+
+def _integrate(operator: SparseMasterEquation, p: Tensor, grid: Tensor, rtol: float, atol: float) -> Tensor:
+    from scipy.integrate import solve_ivp
+
+    def change(t: float, y: np.ndarray) -> np.ndarray:
+        return operator.apply(torch.from_numpy(y), t).detach().numpy()
+
+    if len(grid) == 1:
+        return p[None]
+    span = (float(grid[0]), float(grid[-1]))
+    run = solve_ivp(change, span, p.numpy(), "DOP853", grid.numpy(), rtol=rtol, atol=atol)
+    if not run.success:
+        raise InvalidInputError("the integration failed", got=run.message, hint="are coefficients finite?")
+    return torch.from_numpy(np.ascontiguousarray(run.y.T))
+
+
+def stationary_probabilities(operator: SparseMasterEquation) -> Tensor:
+    r"""Return the probabilities ``(K**N,)`` with :math:`Lp=0`, by a dense solve.
+
+    Raises:
+        InvalidInputError: if there are several stationary states, or the operator depends on time.
+        SystemSizeError: if there are over 4096 outcomes.
+    """
+    if operator.num_states > 4096:
+        raise SystemSizeError(
+            "there are too many outcomes for a dense solve", got=operator.num_states, expected=4096
+        )
+    matrix = operator.to_sparse().to_dense().detach().double().clone()
+    matrix[0] = 1.0  # rows sum to zero, so one of them is redundant; normalisation takes its place
+    right = torch.zeros(operator.num_states, dtype=torch.float64)
+    right[0] = 1.0
+    lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
+    diagonal = lu.diagonal().abs()
+    if int(info) or float(diagonal.min()) < 1e-13 * float(diagonal.max()):
+        raise InvalidInputError(
+            "the steady state isn't unique", hint="add a jump that mixes what the Hamiltonian keeps apart"
+        )
+    return torch.linalg.lu_solve(lu, pivots, right[:, None])[:, 0]

@@ -1,0 +1,10 @@
+from .callbacks import Callback as Callback
+from .callbacks import EarlyStopping as EarlyStopping
+from .callbacks import Every as Every
+from .callbacks import KeepBest as KeepBest
+from .interrupt import FitInterrupted as FitInterrupted
+from .result import FitResult as FitResult
+from .state import FitState as FitState
+from .trainer import fit as fit
+from .weights import load_weights as load_weights
+from .weights import save_weights as save_weights

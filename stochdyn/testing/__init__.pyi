@@ -1,0 +1,5 @@
+from .coefficients import CoefficientSuite as CoefficientSuite
+from .flows import MarginalFlowSuite as MarginalFlowSuite
+from .noise import NoiseProcessSuite as NoiseProcessSuite
+from .objectives import ObjectiveSuite as ObjectiveSuite
+from .states import AnsatzSuite as AnsatzSuite

@@ -1,0 +1,322 @@
+"""Engines of Gaussian-process regression behind one interface: in feature space, and dense for any kernel."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from stochdyn.errors import InvalidInputError
+from stochdyn.vectorfields.geometry.cloud import PointCloud
+from stochdyn.vectorfields.regression.kernels import FeatureKernel
+from stochdyn.vectorfields.regression.linear_model import (
+    Gram,
+    WeightPosterior,
+    accumulate,
+    log_evidence,
+    weight_posterior,
+)
+from stochdyn.vectorfields.regression.optimise import log_prior, maximise
+from stochdyn.vectorfields.regression.rows import rows_of
+from stochdyn.vectorfields.regression.sites import Sites
+
+__all__ = ["DenseEngine", "Engine", "Observations", "SpectralEngine", "feature_terms"]
+
+#: Numbers of a block of features that are held at once.
+_CHUNK = 16_000_000
+#: The most rows for which a dense covariance is factorised.
+MAX_DENSE_ROWS = 12_000
+
+
+class Observations:
+    """What was observed: sites, components in their frames, and relative noise variances.
+
+    Args:
+        sites: ``q`` of them.
+        components: ``(B, q, m)``.
+        relative: ``(q,)`` noise variances up to the common factor.
+    """
+
+    def __init__(self, sites: Sites, components: Tensor, relative: Tensor) -> None:
+        self.sites, self.components, self.relative = sites, components, relative
+
+    @property
+    def rows(self) -> int:
+        """Number of components observed of one field."""
+        return self.components.shape[1] * self.components.shape[2]
+
+    def columns(self, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Return values ``(N, B)`` and relative variances ``(N,)`` of the rows at some of the sites."""
+        y = self.components[:, part].flatten(1).mT
+        return y, self.relative[part].repeat_interleave(self.components.shape[2])
+
+
+class Engine(nn.Module, ABC):
+    """A Gaussian process with an amplitude, a noise variance and a kernel, conditioned on observations."""
+
+    def __init__(self, data: Observations) -> None:
+        super().__init__()
+        self.data = data
+        scale = float((data.components**2).mean())
+        scale = scale if scale > 0 else 1.0
+        typical = float(data.relative.median())
+        self.log_amplitude = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float64))
+        self.log_noise = nn.Parameter(torch.tensor(math.log(0.05 * scale / typical), dtype=torch.float64))
+
+    @property
+    def amplitude(self) -> Tensor:
+        """Prior variance of a component."""
+        return self.log_amplitude.exp()
+
+    @property
+    def noise(self) -> Tensor:
+        """Noise variance τ² of a component, to be multiplied by the relative ones."""
+        return self.log_noise.exp()
+
+    @abstractmethod
+    def evidence(self) -> Tensor:
+        """Return the log marginal likelihood of all fields."""
+
+    @abstractmethod
+    def condition(self) -> None:
+        """Compute the posterior under the present hyper-parameters."""
+
+    @abstractmethod
+    def mean(self, sites: Sites) -> Tensor:
+        """Return posterior means of components, ``(B, q, m)``."""
+
+    @abstractmethod
+    def covariance(self, sites: Sites) -> Tensor:
+        """Return posterior covariances at each site, ``(q, m, m)``; all fields share them."""
+
+    @abstractmethod
+    def sample(self, n: int, sites: Sites, generator: torch.Generator | None) -> Tensor:
+        """Draw from the joint posterior, ``(n, B, q, m)``."""
+
+    @abstractmethod
+    def optimise(self, steps: int, learn_noise: bool) -> None:
+        """Maximise the evidence times the priors over amplitude, noise and the kernel's hyper-parameters."""
+
+
+class _GaussianLogDensity(torch.autograd.Function):
+    """The summed log density of columns ``(N, B)`` under N(0, C); its slope in C costs one inverse, less than backpropagation."""
+
+    @staticmethod
+    def forward(ctx: Any, covariance: Tensor, y: Tensor) -> Tensor:
+        factor = torch.linalg.cholesky(covariance)
+        solved = torch.cholesky_solve(y, factor)
+        ctx.save_for_backward(factor, solved)
+        rows, fields = y.shape
+        volume = rows * math.log(2 * math.pi) + 2.0 * factor.diagonal().log().sum()
+        return -0.5 * ((y * solved).sum() + fields * volume)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
+        factor, solved = ctx.saved_tensors
+        inverse = torch.cholesky_inverse(factor)
+        return 0.5 * slope * (solved @ solved.mT - solved.shape[1] * inverse), -slope * solved
+
+
+class _TorchEngine(Engine):
+    """An engine whose evidence torch differentiates."""
+
+    def __init__(self, data: Observations, kernel: Kernel) -> None:
+        super().__init__(data)
+        self.kernel = kernel
+
+    def optimise(self, steps: int, learn_noise: bool) -> None:
+        """See :meth:`Engine.optimise`."""
+        parameters = [self.log_amplitude, *(p for p in self.kernel.parameters() if p.requires_grad)]
+        if learn_noise:
+            parameters.append(self.log_noise)
+        scale = 1.0 / (self.data.rows * self.data.components.shape[0])
+        maximise(lambda: scale * (self.evidence().cpu() + log_prior(self.kernel)), parameters, steps)
+
+
+def feature_terms(kernel: Kernel) -> list[tuple[FeatureKernel, list[ScaleKernel]]] | None:
+    """Take a sum of scaled finite-rank kernels apart; None if some part has no features."""
+    if isinstance(kernel, FeatureKernel):
+        return [(kernel, [])]
+    if isinstance(kernel, ScaleKernel):
+        inner = feature_terms(kernel.base_kernel)
+        return None if inner is None else [(base, [kernel, *scales]) for base, scales in inner]
+    if isinstance(kernel, AdditiveKernel):
+        parts = [feature_terms(part) for part in kernel.kernels]
+        return None if any(p is None for p in parts) else [term for p in parts if p is not None for term in p]
+    return None
+
+
+class SpectralEngine(_TorchEngine):
+    """Regression in feature space: one pass over the data, then solves of the size of the features.
+
+    The evidence of fewer rows than features costs solves of the size of the data.
+
+    Args:
+        data: observations.
+        kernel: a :class:`FeatureKernel`, or sums and multiples of such.
+    """
+
+    def __init__(self, data: Observations, kernel: Kernel) -> None:
+        super().__init__(data, kernel)
+        terms = feature_terms(kernel)
+        if terms is None:
+            raise InvalidInputError(
+                "the spectral backend needs kernels with features",
+                got=type(kernel).__name__,
+                hint="leave backend to its default, which falls back to a dense covariance",
+            )
+        self._terms = terms
+        self.stats: Gram = accumulate(self._parts())
+        few = data.rows < self.stats.gram.shape[0]
+        self._design = torch.cat([phi for phi, _, _ in self._parts()]) if few else None
+        self.posterior: WeightPosterior | None = None
+
+    def features(self, sites: Sites) -> Tensor:
+        """Return the features of all terms, ``(q, m, k)``."""
+        return torch.cat([base.features(sites) for base, _ in self._terms], -1)
+
+    def prior_variances(self) -> Tensor:
+        """Return the prior variances of the weights without the amplitude, ``(k,)``."""
+        parts = []
+        for base, scales in self._terms:
+            weight = base.spectral_weights()
+            for scale in scales:
+                weight = weight * scale.outputscale
+            parts.append(weight)
+        return torch.cat(parts)
+
+    def _step(self, width: int) -> int:
+        return max(1, _CHUNK // (width * self.data.components.shape[2]))
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        width = sum(base.spectral_weights().shape[0] for base, _ in self._terms)
+        step = self._step(width)
+        with torch.no_grad():
+            for start in range(0, len(self.data.sites), step):
+                part = slice(start, start + step)
+                phi = self.features(self.data.sites.take(part)).flatten(0, 1)
+                yield (phi, *self.data.columns(part))
+
+    def evidence(self) -> Tensor:
+        """See :meth:`Engine.evidence`."""
+        s = self.amplitude * self.prior_variances()
+        if self._design is None:
+            return log_evidence(self.stats, s, self.noise)
+        y, relative = self.data.columns()
+        covariance = (self._design * s) @ self._design.mT + torch.diag_embed(self.noise * relative)
+        return cast(Tensor, _GaussianLogDensity.apply(covariance, y))
+
+    def condition(self) -> None:
+        """See :meth:`Engine.condition`."""
+        with torch.no_grad():
+            s = self.amplitude * self.prior_variances()
+            self.posterior = weight_posterior(self.stats, s, self.noise)
+
+    def _law(self) -> WeightPosterior:
+        assert self.posterior is not None
+        return self.posterior
+
+    def _by_chunk(self, sites: Sites) -> Iterator[tuple[slice, Tensor]]:
+        step = self._step(self._law().root.shape[0])
+        with torch.no_grad():
+            for start in range(0, len(sites), step):
+                part = slice(start, start + step)
+                yield part, self.features(sites.take(part))
+
+    def mean(self, sites: Sites) -> Tensor:
+        """See :meth:`Engine.mean`."""
+        return torch.cat([phi @ self._law().mean for _, phi in self._by_chunk(sites)]).movedim(-1, 0)
+
+    def covariance(self, sites: Sites) -> Tensor:
+        """See :meth:`Engine.covariance`."""
+        halves = (phi @ self._law().root for _, phi in self._by_chunk(sites))
+        return torch.cat([half @ half.mT for half in halves])
+
+    def sample(self, n: int, sites: Sites, generator: torch.Generator | None) -> Tensor:
+        """See :meth:`Engine.sample`."""
+        weights = self._law().sample(n, generator)
+        drawn = [torch.einsum("qak,nkb->nbqa", phi, weights) for _, phi in self._by_chunk(sites)]
+        return torch.cat(drawn, 2)
+
+
+class DenseEngine(_TorchEngine):
+    """Regression with the dense covariance of the observed components, for kernels without features.
+
+    Args:
+        data: observations.
+        kernel: a gpytorch kernel of rows.
+        cloud: where the fields live.
+
+    Raises:
+        InvalidInputError: for more rows than a dense matrix can hold.
+    """
+
+    def __init__(self, data: Observations, kernel: Kernel, cloud: PointCloud) -> None:
+        super().__init__(data, kernel)
+        if data.rows > MAX_DENSE_ROWS:
+            raise InvalidInputError(
+                "there are too many observations for a dense covariance",
+                got=f"{data.rows} components",
+                expected=f"at most {MAX_DENSE_ROWS}",
+                hint="use a kernel with features (connection, projected) or the precision backend",
+            )
+        self.cloud = cloud
+        self._x = rows_of(data.sites)
+        self._y, self._relative = data.columns()
+
+    def _covariance(self) -> Tensor:
+        covariance = self.amplitude * self.kernel(self._x, self._x).to_dense()
+        return covariance + torch.diag_embed(self.noise * self._relative)
+
+    def evidence(self) -> Tensor:
+        """See :meth:`Engine.evidence`."""
+        return cast(Tensor, _GaussianLogDensity.apply(self._covariance(), self._y))
+
+    def condition(self) -> None:
+        """See :meth:`Engine.condition`."""
+        with torch.no_grad():
+            self._root = torch.linalg.cholesky(self._covariance())
+            self._solved = torch.cholesky_solve(self._y, self._root)
+
+    def _cross(self, rows: Tensor) -> Tensor:
+        return self.amplitude * self.kernel(rows, self._x).to_dense()
+
+    def mean(self, sites: Sites) -> Tensor:
+        """See :meth:`Engine.mean`."""
+        with torch.no_grad():
+            flat = self._cross(rows_of(sites)) @ self._solved
+        return flat.mT.reshape(flat.shape[1], len(sites), -1)
+
+    def _posterior(self, rows: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(self._root, self._cross(rows).mT, upper=False)
+        return self.amplitude * self.kernel(rows, rows).to_dense() - half.mT @ half
+
+    def covariance(self, sites: Sites) -> Tensor:
+        """See :meth:`Engine.covariance`."""
+        m = sites.frames.shape[-1]
+        blocks = []
+        step = max(1, 1000 // m)
+        with torch.no_grad():
+            for start in range(0, len(sites), step):
+                part = sites.take(slice(start, start + step))
+                joint = self._posterior(rows_of(part)).reshape(len(part), m, len(part), m)
+                blocks.append(joint.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        return torch.cat(blocks)
+
+    def sample(self, n: int, sites: Sites, generator: torch.Generator | None) -> Tensor:
+        """See :meth:`Engine.sample`."""
+        with torch.no_grad():
+            joint = self._posterior(rows_of(sites))
+            values, vectors = torch.linalg.eigh(0.5 * (joint + joint.mT))
+            root = vectors * values.clamp(min=0).sqrt()
+            mean = self.mean(sites)
+            shape = (n, mean.shape[0], root.shape[1])
+            normal = torch.randn(shape, generator=generator, dtype=root.dtype, device=root.device)
+            return mean + (normal @ root.mT).reshape(n, *mean.shape)

@@ -1,0 +1,279 @@
+"""Finite-rank kernels of tangent vector fields for gpytorch: connection Matérn and projected scalar Matérn."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from gpytorch.constraints import Positive
+from gpytorch.kernels import Kernel
+from gpytorch.models import exact_prediction_strategies
+from gpytorch.priors import LogNormalPrior
+from linear_operator.operators import MatmulLinearOperator
+from torch import Tensor
+
+from stochdyn._checks import check_positive
+from stochdyn.errors import InvalidInputError
+from stochdyn.vectorfields.geometry.cloud import PointCloud
+from stochdyn.vectorfields.geometry.operators import DenseCovariance, FeatureCovariance
+from stochdyn.vectorfields.regression._input import as_count
+from stochdyn.vectorfields.regression.rows import decode
+from stochdyn.vectorfields.regression.sites import Sites
+
+__all__ = ["ConnectionMatern", "FeatureKernel", "ProjectedMatern", "SpectralKernel"]
+
+
+class FeatureKernel(Kernel):
+    r"""A kernel of tangent fields with finitely many features, :math:`K(x,x')=\Phi(x)\,\mathrm{diag}(s)\,\Phi(x')^\top`.
+
+    ``Φ(x) (m, k)`` holds components in the tangent frame at x and doesn't depend on hyper-parameters; the spectral
+    weights ``s (k,)`` do. Subclasses implement :meth:`features` and :meth:`spectral_weights`. Inputs are rows, see
+    :meth:`PointCloud.rows`. With gpytorch's exact models all solves take the low-rank path.
+
+    Args:
+        cloud: where the fields live.
+    """
+
+    is_stationary = False
+    has_lengthscale = True
+
+    def __init__(self, cloud: PointCloud, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.cloud = cloud
+        self.double().to(cloud.device)
+
+    def features(self, sites: Sites) -> Tensor:
+        """Return ``Φ (q, m, k)`` at the sites, in double precision."""
+        raise NotImplementedError
+
+    def spectral_weights(self) -> Tensor:
+        """Return ``s (k,)``, differentiable in the hyper-parameters; the prior variance averages to one."""
+        raise NotImplementedError
+
+    def row_features(self, x: Tensor) -> Tensor:
+        r"""Return :math:`\sqrt s\,\Phi^\top t` of every row ``(x, t)``, ``(N, k)``."""
+        sites, along = decode(self.cloud, x)
+        return torch.einsum("na,nak->nk", along, self.features(sites)) * self.spectral_weights().sqrt()
+
+    def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any) -> Any:
+        """Return the kernel between rows; see :class:`gpytorch.kernels.Kernel`."""
+        same = x1.shape == x2.shape and torch.equal(x1, x2)
+        z1 = self.row_features(x1)
+        z2 = z1 if same else self.row_features(x2)
+        if diag:
+            return (z1 * z2).sum(-1)
+        if not same:
+            return MatmulLinearOperator(z1, z2.mT)
+        return FeatureCovariance(z1) if z1.shape[-1] < z1.shape[-2] else DenseCovariance(z1 @ z1.mT)
+
+    def prediction_strategy(
+        self, train_inputs: Any, train_prior_dist: Any, train_labels: Any, likelihood: Any
+    ) -> Any:
+        """Return gpytorch's strategy for low-rank kernels, whose variances are exact."""
+        parts = (train_inputs, train_prior_dist, train_labels, likelihood)
+        # later versions of gpytorch choose by the number of features
+        choose = getattr(exact_prediction_strategies, "select_prediction_strategy", None)
+        if choose is not None:
+            return choose(self.spectral_weights().shape[0], *parts)
+        if self.spectral_weights().shape[0] < train_labels.shape[-1]:
+            return exact_prediction_strategies.LinearPredictionStrategy(*parts)
+        return super().prediction_strategy(*parts)
+
+    def __mul__(self, other: Kernel) -> Kernel:
+        if isinstance(other, FeatureKernel):
+            raise InvalidInputError(
+                "two kernels of vector fields have no product: it would depend on the frames",
+                hint="multiply by a scalar kernel, stochdyn.vectorfields.ScalarFactor(cloud, kernel)",
+            )
+        return super().__mul__(other)
+
+
+class SpectralKernel(FeatureKernel):
+    r"""A kernel whose spectral weights are a function of Laplacian eigenvalues.
+
+    .. math:: a(\lambda)=\Big(\frac{2\nu}{\kappa^2}+\lambda\Big)^{-\nu},\qquad
+        a(\lambda)=e^{-\kappa^2\lambda/2}\ \text{ for }\nu=\infty
+
+    Args:
+        cloud: where the fields live.
+        eigenvalues: ``(k,)`` in 1 / length².
+        power: ``(k,)`` mean square of each feature over nodes and components.
+        nu: ν > 0 or ``math.inf``.
+        trainable_nu: learn ν, from the given value on.
+    """
+
+    eigenvalues: Tensor
+    power: Tensor
+
+    def __init__(
+        self,
+        cloud: PointCloud,
+        eigenvalues: Tensor,
+        power: Tensor,
+        nu: float = 1.5,
+        trainable_nu: bool = False,
+        lengthscale_prior: Any = "default",
+        **kwargs: Any,
+    ) -> None:
+        if math.isnan(nu) or nu <= 0:
+            raise InvalidInputError("nu must be positive, or infinite", got=nu)
+        if trainable_nu and math.isinf(nu):
+            raise InvalidInputError(
+                "an infinite nu can't be learnt", hint="start from a finite one, such as 1.5"
+            )
+        # a wave that the graph resolves well: the length at which the likelihood has something to say
+        resolved = float(eigenvalues[min(10, eigenvalues.shape[0] - 1)])
+        start = math.sqrt((2.0 * nu if math.isfinite(nu) else 2.0) / max(resolved, 1e-12))
+        prior = LogNormalPrior(math.log(start), 1.5) if lengthscale_prior == "default" else lengthscale_prior
+        super().__init__(cloud, lengthscale_prior=prior, **kwargs)
+        self.register_buffer("eigenvalues", eigenvalues)
+        self.register_buffer("power", power)
+        self.trainable_nu = trainable_nu
+        self._nu = float(nu)
+        if trainable_nu:
+            self.register_parameter("raw_nu", torch.nn.Parameter(torch.zeros((), dtype=torch.float64)))
+            self.register_constraint("raw_nu", Positive())
+            self.register_prior("nu_prior", LogNormalPrior(math.log(1.5), 0.7), "nu")
+            self.nu = nu
+        self.double().to(cloud.device)
+        self.lengthscale = start
+
+    @property
+    def nu(self) -> Any:
+        """Smoothness ν: a number, or a tensor if it is learnt."""
+        return self.raw_nu_constraint.transform(self.raw_nu) if self.trainable_nu else self._nu
+
+    @nu.setter
+    def nu(self, value: Tensor | float) -> None:
+        if not self.trainable_nu:
+            self._nu = float(value)
+            return
+        check_positive(value, "nu")
+        raw = torch.as_tensor(value, dtype=torch.float64, device=self.raw_nu.device)
+        self.initialize(raw_nu=self.raw_nu_constraint.inverse_transform(raw))
+
+    def spectral_weights(self) -> Tensor:
+        """See :meth:`FeatureKernel.spectral_weights`."""
+        return self.weights_at()
+
+    def weights_at(
+        self, lengthscale: Tensor | float | None = None, nu: Tensor | float | None = None
+    ) -> Tensor:
+        """Return the weights ``(*batch, k)`` at given hyper-parameters ``(*batch)``; the kernel's own where None."""
+        own = torch.as_tensor(self.lengthscale).reshape(()) if lengthscale is None else lengthscale
+        values = self.eigenvalues
+        kappa = torch.as_tensor(own, dtype=values.dtype, device=values.device)[..., None]
+        smooth = self.nu if nu is None else nu
+        if not isinstance(smooth, Tensor) and math.isinf(smooth):
+            log_weight = -0.5 * kappa**2 * values
+        else:
+            power = torch.as_tensor(smooth, dtype=values.dtype, device=values.device)[..., None]
+            log_weight = -power * torch.log(2.0 * power / kappa**2 + values)
+        weight = torch.exp(log_weight - log_weight.max(-1, keepdim=True).values)
+        return self._repeat(weight / (weight * self.power).sum(-1, keepdim=True))
+
+    def _repeat(self, weight: Tensor) -> Tensor:
+        """Spread the weights of eigenvalues over features that share them."""
+        return weight
+
+
+class ConnectionMatern(SpectralKernel):
+    r"""Matérn kernel of vector fields, from the eigenpairs of the connection Laplacian.
+
+    .. math:: K(x_i,x_j)=\sum_l s_l\,u_l(i)\,u_l(j)^\top,\qquad s_l\propto\Big(\frac{2\nu}{\kappa^2}+\lambda_l\Big)^{-\nu},
+
+    with :math:`e^{-\kappa^2\lambda_l/2}` in place of the power for ν = ∞, and s scaled so that the prior variance, averaged
+    over nodes and components, is one. It doesn't depend on the choice of frames. Fields have about ν - m/2 derivatives on a
+    manifold of dimension m.
+
+    Args:
+        cloud: the points.
+        nu: ν, such as 0.5, 1.5, 2.5 or ``math.inf`` (squared exponential).
+        num_eigenpairs: how many modes; by default 300, or all if there are fewer. Truncation costs accuracy long before it
+            saves time: take hundreds.
+        trainable_nu: learn ν too.
+        lengthscale_prior: prior of the length scale κ. The likelihood is flat in κ above the size of the manifold, so
+            by default a wide log-normal one; None for none.
+
+    Raises:
+        InvalidInputError: for ν that isn't positive, or more eigenpairs than there are.
+
+    Example:
+        >>> angle = torch.arange(40, dtype=torch.float64) * 2 * torch.pi / 40
+        >>> circle = PointCloud(torch.stack([angle.cos(), angle.sin()], -1), num_neighbors=4, dim=1)
+        >>> kernel = ConnectionMatern(circle, nu=1.5, num_eigenpairs=20)
+        >>> x = circle.rows(range(40))
+        >>> round(float(kernel(x, diag=True).mean()), 6)
+        1.0
+
+    Reference:
+        Peach et al., "Implicit Gaussian process representation of vector fields over arbitrary latent manifolds",
+        2024, section 3.3; Borovitskiy et al., "Matérn Gaussian processes on graphs", 2021, equation 13.
+    """
+
+    def __init__(
+        self,
+        cloud: PointCloud,
+        nu: float = 1.5,
+        num_eigenpairs: int | None = None,
+        trainable_nu: bool = False,
+        lengthscale_prior: Any = "default",
+        **kwargs: Any,
+    ) -> None:
+        most = cloud.dim * len(cloud)
+        count = min(300, most) if num_eigenpairs is None else as_count(num_eigenpairs, "num_eigenpairs")
+        values, modes = cloud.modes(count)
+        power = (modes**2).mean((0, 1))
+        super().__init__(cloud, values, power, nu, trainable_nu, lengthscale_prior, **kwargs)
+        self.register_buffer("modes", modes, persistent=False)
+
+    def features(self, sites: Sites) -> Tensor:
+        """See :meth:`FeatureKernel.features`."""
+        return sites.extend(self.modes, self.eigenvalues)
+
+
+class ProjectedMatern(SpectralKernel):
+    r"""Independent scalar graph-Matérn fields in every ambient coordinate, projected to the tangent spaces.
+
+    .. math:: K(x_i,x_j)=T_i^\top T_j\,k(x_i,x_j),\qquad k(x_i,x_j)=\sum_ls_lf_l(i)f_l(j)
+
+    with the eigenpairs of the Laplacian of functions. Strong where the field is the shadow of a smooth field of the
+    surrounding space.
+
+    Args:
+        cloud: the points.
+        nu: ν as in :class:`ConnectionMatern`.
+        num_eigenpairs: modes of functions, by default 100, or all if there are fewer; there are D features for each.
+        trainable_nu: learn ν too.
+        lengthscale_prior: as in :class:`ConnectionMatern`.
+
+    Reference:
+        Hutchinson, Terenin, Borovitskiy, Takao, Teh and Deisenroth, "Vector-valued Gaussian processes on Riemannian
+        manifolds via gauge independent projected kernels", 2021, section 3.
+    """
+
+    def __init__(
+        self,
+        cloud: PointCloud,
+        nu: float = 1.5,
+        num_eigenpairs: int | None = None,
+        trainable_nu: bool = False,
+        lengthscale_prior: Any = "default",
+        **kwargs: Any,
+    ) -> None:
+        count = min(100, len(cloud)) if num_eigenpairs is None else as_count(num_eigenpairs, "num_eigenpairs")
+        values, modes = cloud.modes(count, "scalar")
+        # a frame holds m of the D unit vectors, so that each component sees each mode with total strength one
+        super().__init__(
+            cloud, values, (modes**2).mean((0, 1)), nu, trainable_nu, lengthscale_prior, **kwargs
+        )
+        self.register_buffer("modes", modes, persistent=False)
+
+    def features(self, sites: Sites) -> Tensor:
+        """See :meth:`FeatureKernel.features`."""
+        waves = sites.extend(self.modes, self.eigenvalues, tangent=False)[:, 0]
+        return torch.einsum("qda,qk->qadk", sites.frames, waves).flatten(2)
+
+    def _repeat(self, weight: Tensor) -> Tensor:
+        return torch.cat([weight] * self.cloud.ambient_dim, -1)

@@ -1,0 +1,377 @@
+"""Gaussian-process regression of tangent vector fields on a point cloud."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from gpytorch.kernels import Kernel
+from torch import Tensor
+
+from stochdyn._checks import check_choice, check_finite, check_positive, check_positive_int
+from stochdyn.core.sde.equation import SDE
+from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, UnavailableError
+from stochdyn.vectorfields.geometry.cloud import PointCloud
+from stochdyn.vectorfields.geometry.surface import TangentDiffusion, TangentDrift
+from stochdyn.vectorfields.regression._input import as_float_tensor, as_vectors
+from stochdyn.vectorfields.regression.ambient import AmbientKernel
+from stochdyn.vectorfields.regression.engines import Engine, Observations
+from stochdyn.vectorfields.regression.kernels import ConnectionMatern, ProjectedMatern
+from stochdyn.vectorfields.regression.paths import path_observations, quadratic_variation
+from stochdyn.vectorfields.regression.selection import Choice, choose, make_engine
+
+__all__ = ["RVGP"]
+
+_NAMES = ("connection", "projected", "ambient", "auto")
+#: Normal components above this share of the square of the data deserve a warning.
+_LOST = 0.05
+
+
+class RVGP:
+    r"""A Gaussian process over vector fields that are tangent to the manifold of a point cloud.
+
+    .. math:: v(x_i)=T_i\big(f(x_i)+\varepsilon_i\big),\qquad f\sim GP(0,\sigma^2K),\quad\varepsilon_i\sim N(0,\tau^2r_iI_m)
+
+    in tangent coordinates, with hyper-parameters at the maximum of the marginal likelihood times their priors.
+
+    Args:
+        cloud: the points.
+        kernel: ``"connection"`` (:class:`ConnectionMatern`), ``"projected"`` (:class:`ProjectedMatern`), ``"ambient"``
+            (:class:`AmbientKernel`), any gpytorch kernel of rows, sums and products included, or ``"auto"``: of these and, on
+            spheres, the divergence-free and the Hodge-compositional kernel, the one with the highest evidence.
+        backend: ``"spectral"``: in feature space (kernels without features get a dense covariance); ``"precision"``: the
+            connection Matérn kernel with all its modes, by sparse algebra.
+        num_eigenpairs: modes for the named kernels.
+        nu: their smoothness; by default 3/2, and 2 for the precision backend, where it must be whole.
+
+    Attributes:
+        candidates: for ``"auto"``, the evidence of every kernel tried, best first; ``chosen`` names the best.
+        lost_share: the share of the square of the data that was normal to the tangent spaces, and dropped.
+
+    Raises:
+        InvalidInputError: for unknown names.
+
+    Example:
+        >>> angle = torch.arange(40, dtype=torch.float64) * 2 * torch.pi / 40
+        >>> points = torch.stack([angle.cos(), angle.sin()], -1)
+        >>> field = torch.stack([-angle.sin(), angle.cos()], -1)
+        >>> gp = RVGP(PointCloud(points, num_neighbors=4, dim=1), num_eigenpairs=20)
+        >>> mean, cov = gp.fit(range(0, 40, 2), field[::2]).predict(range(1, 40, 2))
+        >>> bool((mean - field[1::2]).norm() < 0.05 * field[1::2].norm()), tuple(cov.shape)
+        (True, (20, 1, 1))
+
+    Reference:
+        Peach et al., "Implicit Gaussian process representation of vector fields over arbitrary latent manifolds", 2024.
+    """
+
+    def __init__(
+        self,
+        cloud: PointCloud,
+        kernel: str | Kernel = "connection",
+        backend: str = "spectral",
+        *,
+        num_eigenpairs: int | None = None,
+        nu: float | None = None,
+    ) -> None:
+        if not isinstance(cloud, PointCloud):
+            raise InvalidInputError("cloud must be a PointCloud", got=type(cloud).__name__)
+        check_choice(backend, ("spectral", "precision"), "backend")
+        if isinstance(kernel, str):
+            check_choice(kernel, _NAMES, "kernel")
+        elif not isinstance(kernel, Kernel):
+            raise InvalidInputError("kernel must be a name or a gpytorch kernel", got=type(kernel).__name__)
+        _check_options(kernel, backend, num_eigenpairs, nu)
+        self.cloud = cloud
+        self.backend = backend
+        self.kernel: Kernel | None = None
+        self.nu = nu
+        self._auto = isinstance(kernel, str) and kernel == "auto"
+        self.candidates: list[Choice] = []
+        self.chosen = kernel if isinstance(kernel, str) else type(kernel).__name__
+        if self._auto:
+            pass
+        elif backend == "precision":
+            self._check_precision(kernel, nu)
+        else:
+            smooth = 1.5 if nu is None else nu
+            made = _named(cloud, kernel, num_eigenpairs, smooth) if isinstance(kernel, str) else kernel
+            self.kernel = made.double().to(cloud.device)
+        self.engine: Engine | None = None
+        self.lost_share = 0.0
+        self._batch: torch.Size = torch.Size()
+        self._dtype = torch.float64
+
+    def __repr__(self) -> str:
+        if self.engine is None:
+            return f"RVGP({self.chosen} on {self.cloud!r}, not fitted)"
+        sites = len(self.engine.data.sites)
+        scales = f"amplitude {self.amplitude**0.5:.3g}, noise {self.noise_variance**0.5:.3g}"
+        return f"RVGP({self.chosen} on {self.cloud!r}, fitted at {sites} sites: {scales})"
+
+    def _check_precision(self, kernel: str | Kernel, nu: float | None) -> None:
+        """Take a connection kernel for the sparse engine, which has it in full."""
+        if isinstance(kernel, ConnectionMatern) and not kernel.trainable_nu:
+            self.kernel = kernel
+            self.nu = kernel.nu if nu is None else nu
+        elif kernel != "connection":
+            raise InvalidInputError(
+                "the precision backend knows the connection Matérn kernel of fixed smoothness only",
+                got=kernel if isinstance(kernel, str) else type(kernel).__name__,
+            )
+        self.nu = 2.0 if self.nu is None else self.nu
+
+    # ------------------------------------------------------------------------------------------- fitting
+
+    def fit(
+        self,
+        index: Any,
+        vectors: Any,
+        variances: Any = None,
+        *,
+        optimize: bool = True,
+        learn_noise: bool = True,
+        noise_variance: float | None = None,
+        steps: int = 100,
+        progress: bool = False,
+    ) -> RVGP:
+        """Condition on vectors at some nodes or points, and learn the hyper-parameters.
+
+        Args:
+            index: nodes (whole numbers, a boolean mask, a slice), or points ``(q, D)``.
+            vectors: ambient ``(q, D)``, or ``(*batch, q, D)`` for many fields that share sites, hyper-parameters and the one
+                factorisation. Parts normal to the tangent spaces are dropped, see ``lost_share``.
+            variances: ``(q,)`` noise variances of a component, exact if ``learn_noise`` is off and up to a common factor
+                otherwise; equal if None.
+            optimize: learn the hyper-parameters; otherwise they stay as they are.
+            learn_noise: learn the noise variance, or the common factor.
+            noise_variance: start for it, or its value if it isn't learnt.
+            steps: most iterations of the optimiser.
+            progress: show a bar while kernels are tried.
+
+        Returns:
+            The same object.
+
+        Raises:
+            InvalidInputError: for sites outside the cloud.
+            ShapeError, NonFiniteError: for vectors that don't fit.
+        """
+        sites = self.cloud.sites(index)
+        v = as_vectors(vectors, len(sites), self.cloud.ambient_dim)
+        relative = _variances(variances, len(sites))
+        self._dtype, self._batch = v.dtype, v.shape[:-2]
+        v = v.detach().to(self.cloud.device, torch.float64)
+        components = sites.to_tangent(v)
+        total = float((v**2).sum())
+        self.lost_share = max(0.0, 1.0 - float((components**2).sum()) / total) if total > 0 else 0.0
+        if self.lost_share > _LOST:
+            warnings.warn(
+                f"{self.lost_share:.0%} of the square of the vectors is normal to the tangent spaces and was dropped. "
+                "Are they tangent vectors of this manifold, in these coordinates?",
+                ApproximationWarning,
+                stacklevel=2,
+            )
+        data = Observations(
+            sites, components.reshape(-1, *components.shape[-2:]), relative.to(self.cloud.device)
+        )
+        return self._condition(data, optimize, learn_noise, noise_variance, steps, progress)
+
+    def fit_paths(
+        self,
+        paths: Any,
+        diffusion: float | None = None,
+        *,
+        stride: int = 1,
+        optimize: bool = True,
+        steps: int = 100,
+        progress: bool = False,
+    ) -> RVGP:
+        r"""Condition the field, as the drift of an SDE, on trajectories; exact, see :func:`~.paths.path_observations`.
+
+        Args:
+            paths: a :class:`~stochdyn.PathSample`, or ``(ts, x)`` with ``ts (T,)`` and ``x (*sample, T, D)``.
+            diffusion: σ, the strength of the noise in the tangent spaces; learnt with the other hyper-parameters if None.
+            stride: use every so manyth state.
+            optimize: learn the hyper-parameters.
+            steps: most iterations of the optimiser.
+            progress: show a bar while kernels are tried.
+
+        Returns:
+            The same object; ``diffusion`` holds σ, given or learnt.
+        """
+        data = path_observations(self.cloud, paths, stride)
+        if diffusion is not None:
+            check_positive(diffusion, "diffusion")
+        self._dtype, self._batch, self.lost_share = torch.float64, torch.Size(), 0.0
+        guess = quadratic_variation(data)[0] if diffusion is None else float(diffusion)
+        if diffusion is None and not optimize:
+            raise InvalidInputError("with optimize off the diffusion must be given")
+        return self._condition(data, optimize, diffusion is None, guess**2, steps, progress)
+
+    @property
+    def diffusion(self) -> float:
+        """Strength σ of the noise of the SDE whose drift was fitted by :meth:`fit_paths`."""
+        return math.sqrt(self.noise_variance)
+
+    def as_drift(
+        self, step: float | None = None, *, draw: bool = False, generator: torch.Generator | None = None
+    ) -> TangentDrift:
+        """Return the posterior mean field, or a draw, as a drift ``(t, x)`` for :class:`stochdyn.SDE` in ambient coordinates.
+
+        Args:
+            step: the step of the time grid; if given, every Euler step first projects the state back to the manifold.
+            draw: draw a field from the posterior instead of taking the mean.
+            generator: source of randomness of the draw.
+        """
+        if self._batch != torch.Size():
+            raise InvalidInputError(
+                "many fields were fitted at once", hint="fit the one that should become a drift"
+            )
+        nodes = slice(None)
+        vectors = self.sample(1, generator=generator)[0] if draw else self.predict_mean(nodes)
+        return TangentDrift(self.cloud, vectors.double(), step)
+
+    def as_sde(self, diffusion: float | None = None, step: float | None = None) -> SDE:
+        """Return the SDE on the manifold with the posterior mean as drift and isotropic tangent noise.
+
+        Args:
+            diffusion: σ; by default what :meth:`fit_paths` found.
+            step: as in :meth:`as_drift`.
+        """
+        strength = self.diffusion if diffusion is None else diffusion
+        return SDE(self.as_drift(step), TangentDiffusion(self.cloud, strength))
+
+    def _condition(
+        self,
+        data: Observations,
+        optimize: bool,
+        learn_noise: bool,
+        noise_variance: float | None,
+        steps: int,
+        progress: bool,
+    ) -> RVGP:
+        check_positive_int(steps, "steps")
+        if noise_variance is not None:
+            check_positive(noise_variance, "noise_variance")
+
+        def prepare(engine: Engine) -> None:
+            if noise_variance is not None:
+                engine.log_noise.data.fill_(math.log(noise_variance))
+            elif not learn_noise:
+                engine.log_noise.data.fill_(0.0)
+            if optimize:
+                engine.optimise(steps, learn_noise)
+            elif self.engine is not None:
+                engine.log_amplitude.data.copy_(self.engine.log_amplitude.data)
+                if noise_variance is None and learn_noise:
+                    engine.log_noise.data.copy_(self.engine.log_noise.data)
+
+        if self._auto and optimize:
+            chosen, self.kernel, engine, self.candidates = choose(self.cloud, data, prepare, progress)
+            self.backend, self.nu, self.chosen = chosen.backend, chosen.nu, chosen.name
+        else:
+            engine = make_engine(self.cloud, data, self.kernel, self.backend, float(self.nu or 2.0))
+            prepare(engine)
+        engine.condition()
+        self.engine = engine
+        return self
+
+    def _fitted(self) -> Engine:
+        if self.engine is None:
+            raise UnavailableError("there is no posterior yet", hint="call fit(...) first")
+        return self.engine
+
+    # ---------------------------------------------------------------------------------------- the answer
+
+    @property
+    def noise_variance(self) -> float:
+        """Variance τ² of the noise of a component."""
+        return float(self._fitted().noise.detach())
+
+    @property
+    def amplitude(self) -> float:
+        """Prior variance σ² of a component, averaged over the cloud."""
+        return float(self._fitted().amplitude.detach())
+
+    def log_marginal_likelihood(self) -> Tensor:
+        """Return the log density of the tangent components of the data, summed over fields."""
+        with torch.no_grad():
+            return self._fitted().evidence()
+
+    def predict(
+        self, where: Any, *, covariance: str = "tangent", noise: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the posterior field at nodes or, by Nyström's extension, at new points.
+
+        Args:
+            where: nodes or points ``(q, D)``.
+            covariance: ``"tangent"`` in the frames of :meth:`frames`, or ``"ambient"``.
+            noise: add the (common) noise variance of a new observation.
+
+        Returns:
+            Means ``(*batch, q, D)`` in ambient coordinates, and covariances ``(q, m, m)`` or ``(q, D, D)``, the same for all
+            fields.
+        """
+        check_choice(covariance, ("tangent", "ambient"), "covariance")
+        engine, sites = self._fitted(), self.cloud.sites(where)
+        mean = self.predict_mean(sites)
+        cov = engine.covariance(sites)
+        if noise:
+            cov = cov + engine.noise.detach() * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+        if covariance == "ambient":
+            cov = sites.frames @ cov @ sites.frames.mT
+        return mean, cov.to(self._dtype)
+
+    def predict_mean(self, where: Any) -> Tensor:
+        """Return posterior means ``(*batch, q, D)`` alone, which cost least."""
+        sites = self.cloud.sites(where)
+        mean = sites.to_ambient(self._fitted().mean(sites)).reshape(*self._batch, len(sites), -1)
+        return mean.to(self._dtype)
+
+    def frames(self, where: Any) -> Tensor:
+        """Return the tangent frames ``(q, D, m)`` in which covariances at these nodes or points are given."""
+        return self.cloud.sites(where).frames.to(self._dtype)
+
+    def sample(self, n: int, where: Any = None, generator: torch.Generator | None = None) -> Tensor:
+        """Draw fields from the joint posterior, ``(n, *batch, q, D)``; at all nodes if ``where`` is None."""
+        check_positive_int(n, "n")
+        sites = self.cloud.sites(slice(None) if where is None else where)
+        drawn = self._fitted().sample(n, sites, generator)
+        return sites.to_ambient(drawn).reshape(n, *self._batch, len(sites), -1).to(self._dtype)
+
+
+def _check_options(kernel: str | Kernel, backend: str, num_eigenpairs: int | None, nu: float | None) -> None:
+    """Refuse options that would be ignored."""
+    if kernel == "auto" and (backend != "spectral" or num_eigenpairs is not None or nu is not None):
+        raise InvalidInputError(
+            "kernel='auto' chooses backend, num_eigenpairs and nu itself",
+            hint="leave them out, or name a kernel",
+        )
+    if num_eigenpairs is not None and (backend == "precision" or kernel not in ("connection", "projected")):
+        raise InvalidInputError(
+            "num_eigenpairs is for the named kernels 'connection' and 'projected' of the spectral backend",
+            got=f"kernel={kernel if isinstance(kernel, str) else type(kernel).__name__}, backend={backend}",
+        )
+    if isinstance(kernel, Kernel) and backend == "spectral" and nu is not None:
+        raise InvalidInputError("nu is for named kernels", hint="give it to the kernel itself")
+
+
+def _named(cloud: PointCloud, name: str, num_eigenpairs: int | None, nu: float) -> Kernel:
+    counts: dict[str, Any] = {} if num_eigenpairs is None else {"num_eigenpairs": num_eigenpairs}
+    if name == "ambient":
+        return AmbientKernel(cloud, nu)
+    return (ConnectionMatern if name == "connection" else ProjectedMatern)(cloud, nu, **counts)
+
+
+def _variances(variances: Any, rows: int) -> Tensor:
+    if variances is None:
+        return torch.ones(rows, dtype=torch.float64)
+    tensor = as_float_tensor(variances, "variances").detach().double()
+    if tensor.shape != (rows,):
+        raise ShapeError(
+            "variances must hold one number a site", got=f"shape {tuple(tensor.shape)}", expected=f"({rows},)"
+        )
+    check_finite(tensor, "variances")
+    check_positive(tensor, "variances")
+    return tensor
