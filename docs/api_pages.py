@@ -24,13 +24,15 @@ ORDER = [
     "core",
     "objectives",
     "infer",
-    "training",
+    "run",
     "diagnostics",
     "fractional",
     "interpolants",
     "bridges",
     "vectorfields",
     "povm",
+    "jumps",
+    "nonequilibrium",
     "datasets",
     "testing",
     "errors",
@@ -69,17 +71,26 @@ def _room_page(name: str) -> str:
     lines = [title, "=" * len(title), ""]
     if not hasattr(module, "__path__"):
         return "\n".join([*lines, f".. automodule:: {name}", ""])
-    lines += [f".. automodule:: {name}", "   :no-members:", ""]
-    for info in pkgutil.iter_modules(module.__path__):
+    lines += [f".. automodule:: {name}", "   :no-members:", "", *_inner(module, "-")]
+    return "\n".join(lines)
+
+
+def _inner(package: ModuleType, underline: str) -> list[str]:
+    """Return the sections of a package's modules, folder by folder."""
+    lines = []
+    for info in pkgutil.iter_modules(package.__path__):
         if info.name.startswith("_"):
             continue
-        inner = f"{name}.{info.name}"
+        inner = f"{package.__name__}.{info.name}"
         heading = f"``{inner}``"
-        lines += [heading, "-" * len(heading), "", f".. automodule:: {inner}"]
+        lines += [heading, underline * len(heading), "", f".. automodule:: {inner}"]
+        if info.ispkg:
+            lines += ["   :no-members:", "", *_inner(importlib.import_module(inner), "^")]
+            continue
         if elsewhere := _defined_elsewhere(inner):
             lines.append(f"   :exclude-members: {', '.join(elsewhere)}")
         lines.append("")
-    return "\n".join(lines)
+    return lines
 
 
 def _defined_elsewhere(name: str) -> list[str]:

@@ -1,6 +1,5 @@
 from .forward.continuity import ContinuityEquation as ContinuityEquation
 from .forward.continuity import TransportOperator as TransportOperator
-from .forward.divergences import TraceMethod as TraceMethod
 from .forward.divergences import divergence as divergence
 from .forward.divergences import divergence_probes as divergence_probes
 from .forward.divergences import gradient as gradient
@@ -73,7 +72,6 @@ from .sde.covariance import covariance_divergence as covariance_divergence
 from .sde.cuda_graphs import integrate_graphed as integrate_graphed
 from .sde.equation import SDE as SDE
 from .sde.equation import Control as Control
-from .sde.equation import Field as Field
 from .sde.equation import spatial_divergence as spatial_divergence
 from .sde.jets import Jet as Jet
 from .sde.jets import network_jet as network_jet

@@ -1,4 +1,3 @@
-from .base import Bound as Bound
 from .base import Objective as Objective
 from .base import ObjectiveValue as ObjectiveValue
 from .elbo import GaussianObservations as GaussianObservations
