@@ -2,8 +2,10 @@ from ._foreign import khat as khat
 from .distributions import DiffusionPath as DiffusionPath
 from .distributions import PathIncrements as PathIncrements
 from .distributions import sample_path as sample_path
+from .fitting import fit_guide as fit_guide
 from .guides import AutoPathGuide as AutoPathGuide
 from .laplace import start_at_mode as start_at_mode
+from .law_distribution import LawDistribution as LawDistribution
 from .predictive import PathDraws as PathDraws
 from .predictive import predict_path as predict_path
 from .reparam import NoiseReparam as NoiseReparam

@@ -7,7 +7,6 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -27,12 +26,13 @@ from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.solvers import METHODS, draw_increments, increment_scale, integrate
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError
 from stochdyn.infer.constraints import PinnedPath
+from stochdyn.infer.law_distribution import LawDistribution
 from stochdyn.infer.memo import remembered_path
 
 __all__ = ["DiffusionPath", "PathIncrements", "sample_path"]
 
 
-class DiffusionPath(TorchDistribution):
+class DiffusionPath(LawDistribution):
     r"""The law of an SDE's path on a grid, as a distribution with event ``(T, d)``.
 
     The density is that of the Euler scheme on the grid (:func:`stochdyn.core.law.transition.euler_log_prob`):
@@ -68,8 +68,8 @@ class DiffusionPath(TorchDistribution):
         (torch.Size([11, 2]), torch.Size([11, 2]))
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
     has_rsample = True
+    _carried = ("sde", "initial", "ts", "method")
 
     def __init__(
         self,
@@ -101,17 +101,6 @@ class DiffusionPath(TorchDistribution):
         if isinstance(self.initial, FixedStart):
             return PinnedPath(self.initial.point)
         return constraints.independent(constraints.real, 2)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> DiffusionPath:
-        """Return the same law with a larger batch of independent copies."""
-        new = self._get_checked_instance(type(self), _instance)
-        for name in self._carried:
-            setattr(new, name, getattr(self, name))
-        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    _carried = ("sde", "initial", "ts", "method")
 
     def draw_start(self, sample_shape: tuple[int, ...]) -> Tensor:
         """Return starts ``(*sample, *batch, d)``."""
@@ -165,7 +154,7 @@ class DiffusionPath(TorchDistribution):
             )
 
 
-class PathIncrements(TorchDistribution):
+class PathIncrements(LawDistribution):
     """Standard increments of the noise on a grid: independent Gaussians, event ``(T-1, m * R)``.
 
     The layout is that of :class:`stochdyn.core.sde.noise.NoiseProcess`. The equation and the start are carried
@@ -183,9 +172,9 @@ class PathIncrements(TorchDistribution):
         torch.Size([10, 2])
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
+    _carried = ("sde", "x0", "ts", "memory0", "scale")
 
     def __init__(
         self,
@@ -202,15 +191,6 @@ class PathIncrements(TorchDistribution):
         channels = sde.noise_dim(ts[0].to(x0.dtype), x0)
         self.scale = increment_scale(sde, ts, channels, x0.dtype)
         super().__init__(torch.Size(), self.scale.shape, validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> PathIncrements:
-        """Return a batch of independent copies."""
-        new = self._get_checked_instance(type(self), _instance)
-        for name in ("sde", "x0", "ts", "memory0", "scale"):
-            setattr(new, name, getattr(self, name))
-        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw increments."""

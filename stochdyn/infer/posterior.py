@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pyro.distributions.score_parts import ScoreParts
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -16,6 +15,7 @@ from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.solvers import draw_increments, full_state, integrate
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
 from stochdyn.infer.feedback import Feedback
+from stochdyn.infer.law_distribution import LawDistribution
 from stochdyn.infer.memo import remember_path
 from stochdyn.infer.start import StartPosterior
 
@@ -25,25 +25,17 @@ __all__ = ["IncrementPosterior", "PathPosterior"]
 _ZERO: Any = 0
 
 
-class _FeedbackLaw(TorchDistribution):
+class _FeedbackLaw(LawDistribution):
     """What both posterior laws share: the loop under feedback, and the two score forms."""
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
     has_rsample = True
-    _carried: tuple[str, ...] = ()
     sde: SDE
     ts: Tensor
     feedback: Feedback
     estimator: str
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _FeedbackLaw:
-        """Return a batch of independent copies."""
-        new = self._get_checked_instance(type(self), _instance)
-        for name in self._carried:
-            setattr(new, name, getattr(self, name))
+    def _fill(self, new: Self, batch_shape: torch.Size) -> None:
         new._last = None
-        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
-        return new
 
     def _run(self, x0: Tensor, memory0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return states ``x``, full states ``z`` and increments ``e (N, *batch, M)``, time leading."""

@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from stochdyn._checks import check_event_size, check_hurst, check_positive, check_positive_int
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional.exact.fbm import fgn_autocovariance, sample_fgn
 from stochdyn.fractional.exact.likelihood import HurstLikelihood
+from stochdyn.infer.law_distribution import LawDistribution
 
 __all__ = ["FractionalGaussianNoise"]
 
 
-class FractionalGaussianNoise(TorchDistribution):
+class FractionalGaussianNoise(LawDistribution):
     r"""Fractional Gaussian noise: ``n`` increments of scaled fractional Brownian motion, plus a mean.
 
     .. math::
@@ -57,6 +57,8 @@ class FractionalGaussianNoise(TorchDistribution):
     }
     support = constraints.real_vector
     has_rsample = True
+    _carried = ("n", "step", "likelihood", "_dtype")
+    _batched = ("hurst", "mean_value", "scale")
 
     def __init__(
         self,
@@ -107,18 +109,6 @@ class FractionalGaussianNoise(TorchDistribution):
         lags = torch.arange(self.n, device=self.hurst.device)
         r = fgn_autocovariance(self.n, self.hurst, self.step)
         return r[..., (lags[:, None] - lags).abs()] * self.scale.double()[..., None, None] ** 2
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> FractionalGaussianNoise:
-        """Return the same law with batch axes expanded."""
-        new: FractionalGaussianNoise = self._get_checked_instance(FractionalGaussianNoise, _instance)
-        shape = torch.Size(batch_shape)
-        new.hurst, new.mean_value, new.scale = (
-            v.expand(shape) for v in (self.hurst, self.mean_value, self.scale)
-        )
-        new.n, new.step, new.likelihood, new._dtype = self.n, self.step, self.likelihood, self._dtype
-        super(FractionalGaussianNoise, new).__init__(shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw ``(*sample_shape, *batch, n)``, exactly."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import pyro
-from pyro.infer import SVI, Trace_ELBO
-from pyro.optim import ClippedAdam
 from torch import Tensor
 
 from stochdyn._checks import check_positive_int
@@ -18,8 +15,9 @@ from stochdyn.diagnostics.draws import draw_posterior, seeded
 from stochdyn.diagnostics.psis import pareto_smooth
 from stochdyn.errors import ConvergenceWarning
 from stochdyn.fractional.exact.fgn import FractionalGaussianNoise
-from stochdyn.fractional.exact.likelihood import FGNFit, HurstLikelihood, maximise
+from stochdyn.fractional.exact.likelihood import HurstLikelihood, maximise
 from stochdyn.fractional.hurst.guide import HurstGuide, hurst_model
+from stochdyn.infer.fitting import fit_guide
 
 __all__ = ["infer_hurst"]
 
@@ -79,7 +77,18 @@ def infer_hurst(
     table = HurstLikelihood(series, step)
     best = maximise(table)
     with seeded(seed), pyro.get_param_store().scope():
-        guide = _fit(table, best, steps, progress)
+        guide = HurstGuide(table, best)
+        with pyro.validation_enabled(False):  # the arguments are ours, and the checks a third of the time
+            fit_guide(
+                hurst_model,
+                guide,
+                (table,),
+                steps=steps,
+                lr=0.02,
+                num_particles=_PARTICLES,
+                seed=None,
+                progress=progress,
+            )
         draws = draw_posterior(hurst_model, guide, (table,), num_draws=num_draws, seed=None)
         values = {name: draws.values[name].reshape(num_draws).double() for name in ("hurst", "mean", "scale")}
         replicated = {}
@@ -120,20 +129,3 @@ def infer_hurst(
         dims={"series": ["time"]},
         attrs=attrs,
     )
-
-
-def _fit(table: HurstLikelihood, best: FGNFit, steps: int, progress: bool) -> HurstGuide:
-    """Fit the guide; steps shrink to a hundredth, so that the noise of the gradient averages out."""
-    guide = HurstGuide(table, best)
-    optim = ClippedAdam({"lr": 0.02, "lrd": 0.01 ** (1 / steps)})
-    elbo = Trace_ELBO(num_particles=_PARTICLES, vectorize_particles=True, max_plate_nesting=0)
-    svi = SVI(hurst_model, guide, optim, elbo)
-    bar: Iterable[int] = range(steps)
-    if progress:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(bar, desc="infer_hurst")
-    with pyro.validation_enabled(False):  # the arguments are ours, and the checks a third of the time
-        for _ in bar:
-            svi.step(table)
-    return guide

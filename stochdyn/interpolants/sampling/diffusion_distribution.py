@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn._checks import check_event_size, check_positive_int
+from stochdyn.infer.law_distribution import LawDistribution
 from stochdyn.interpolants.sampling.samplers import integrate_ode
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["DiffusionDistribution"]
 
 
-class DiffusionDistribution(TorchDistribution):
+class DiffusionDistribution(LawDistribution):
     """The law of the probability-flow ODE of a learned score, at the start time of its process, with event ``(d,)``.
 
     Draws are differentiable in the parameters of the score, and so are densities.
@@ -34,7 +34,7 @@ class DiffusionDistribution(TorchDistribution):
         Song et al., "Score-based generative modeling through SDEs", 2021, section 4.3.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    _carried = ("model", "steps")
     support = constraints.real_vector
     has_rsample = True
 
@@ -42,14 +42,6 @@ class DiffusionDistribution(TorchDistribution):
         check_positive_int(steps, "steps")
         self.model, self.steps = model, steps
         super().__init__(torch.Size(), torch.Size([model.dim]), validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> DiffusionDistribution:
-        """Return a batch of independent copies."""
-        new = self._get_checked_instance(type(self), _instance)
-        new.model, new.steps = self.model, self.steps
-        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw ``(*sample, *batch, d)``."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn._checks import check_event_size, check_positive_int
+from stochdyn.infer.law_distribution import LawDistribution
 
 if TYPE_CHECKING:
     from stochdyn.interpolants.sampling.generator import InterpolantGenerator
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["InterpolantDistribution"]
 
 
-class InterpolantDistribution(TorchDistribution):
+class InterpolantDistribution(LawDistribution):
     """The law of a model's probability flow, with event ``(d,)``.
 
     Draws are differentiable in the networks' parameters, and so are densities.
@@ -32,7 +32,7 @@ class InterpolantDistribution(TorchDistribution):
         UnavailableError: if the density of the starts isn't known.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    _carried = ("model", "steps", "method", "condition", "law")
     support = constraints.real_vector
     has_rsample = True
 
@@ -48,15 +48,6 @@ class InterpolantDistribution(TorchDistribution):
         self.model, self.steps, self.method, self.condition = model, steps, method, condition
         self.law = model.starts.law()
         super().__init__(torch.Size(), torch.Size(self.law.event_shape), validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> InterpolantDistribution:
-        """Return a batch of independent copies."""
-        new = self._get_checked_instance(type(self), _instance)
-        for name in ("model", "steps", "method", "condition", "law"):
-            setattr(new, name, getattr(self, name))
-        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def _condition(self, n: int) -> Any:
         if self.condition is None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn.core.forward.outcomes import all_configurations
 from stochdyn.errors import ShapeError
+from stochdyn.infer.law_distribution import LawDistribution
 
 if TYPE_CHECKING:
     from stochdyn.povm.ansatz.base import Ansatz
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["OutcomeDistribution"]
 
 
-class OutcomeDistribution(TorchDistribution):
+class OutcomeDistribution(LawDistribution):
     """The law of one measurement record: a string of integer outcomes, event ``(N,)``.
 
     ``log_prob`` is differentiable in the parameters of the ansatz, so a record can enter a Pyro model as an observed
@@ -34,7 +34,7 @@ class OutcomeDistribution(TorchDistribution):
         (torch.Size([3]), torch.Size([5, 3]))
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    _carried = ("ansatz",)
     has_enumerate_support = True
 
     def __init__(self, ansatz: Ansatz, validate_args: bool | None = None) -> None:
@@ -45,14 +45,6 @@ class OutcomeDistribution(TorchDistribution):
     def support(self) -> constraints.Constraint:
         """Integers below the number of outcomes, on every site."""
         return constraints.independent(constraints.integer_interval(0, self.ansatz.num_outcomes - 1), 1)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> OutcomeDistribution:
-        """Return independent copies of the law."""
-        new = self._get_checked_instance(type(self), _instance)
-        new.ansatz = self.ansatz
-        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw records ``(*sample, *batch, N)`` from torch's global generator."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoGuide, init_to_median
 from pyro.nn import PyroModule
-from pyro.optim import ClippedAdam
 from torch import Tensor
 
 from stochdyn._checks import check_choice, check_nonempty, check_positive_int
@@ -20,6 +19,7 @@ from stochdyn.diagnostics.draws import seeded
 from stochdyn.diagnostics.inference_data import to_inference_data
 from stochdyn.diagnostics.psis import pareto_smooth
 from stochdyn.errors import ConvergenceWarning, ShapeError
+from stochdyn.infer.fitting import fit_guide
 from stochdyn.infer.skewed import AutoSkewedNormal
 from stochdyn.povm.frames.frame import Frame
 from stochdyn.povm.frames.site_frames import SiteFrames
@@ -178,7 +178,16 @@ def infer_parameters(
             return to_inference_data(program, chains, (records,), seed=seed, predictive=predictive)
         if guide is None:
             guide = AutoSkewedNormal(program, init_to_median(num_samples=50)).start_at_mode(records)
-        _fit(program, guide, records, steps, progress)
+        fit_guide(
+            program,
+            guide,
+            (records,),
+            steps=steps,
+            lr=0.005,
+            num_particles=_PARTICLES,
+            seed=None,
+            progress=progress,
+        )
         idata = to_inference_data(
             program, guide, (records,), num_draws=num_draws, seed=seed, predictive=predictive
         )
@@ -193,19 +202,3 @@ def infer_parameters(
             stacklevel=2,
         )
     return idata
-
-
-def _fit(
-    program: RecordModel, guide: AutoGuide, records: MeasurementRecords, steps: int, progress: bool
-) -> None:
-    """Fit the guide; steps shrink to a hundredth, so that the noise of the gradient averages out."""
-    optim = ClippedAdam({"lr": 0.005, "lrd": 0.01 ** (1 / steps)})
-    elbo = Trace_ELBO(num_particles=_PARTICLES, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(program, guide, optim, elbo)
-    bar: Iterable[int] = range(steps)
-    if progress:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(bar, desc="infer_parameters")
-    for _ in bar:
-        svi.step(records)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn._checks import check_positive_int, check_time_grid
 from stochdyn.core.forward.outcomes import decode, encode
 from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.infer.law_distribution import LawDistribution
 from stochdyn.povm.frames.frame import Frame
 from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.master.propagation import propagate
@@ -88,7 +88,7 @@ class MeasurementRecords:
         return torch.bincount(cell, minlength=len(self.times) * size).reshape(len(self.times), size)
 
 
-class RecordLaw(TorchDistribution):
+class RecordLaw(LawDistribution):
     r"""The law of independent measurement records at several times, as a Pyro distribution.
 
     Batch ``(*batch, R)``, one a record; event ``(N,)``.
@@ -114,7 +114,7 @@ class RecordLaw(TorchDistribution):
         (torch.Size([3]), tensor([0.3943, 0.1057, 0.2500], dtype=torch.float64))
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's protocol)
+    _carried = ("num_sites", "num_outcomes", "time_index")
 
     def __init__(
         self,
@@ -145,20 +145,18 @@ class RecordLaw(TorchDistribution):
         """Integers below the number of outcomes, on every site."""
         return constraints.independent(constraints.integer_interval(0, self.num_outcomes - 1), 1)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> RecordLaw:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         """Return the law with a larger batch shape; the axis of records stays as it is."""
         batch_shape = torch.Size(batch_shape)
         if batch_shape[-1:] != self.batch_shape[-1:]:
             raise ShapeError(
                 "the axis of records can't be expanded", got=batch_shape, expected=self.batch_shape
             )
-        new = self._get_checked_instance(type(self), _instance)
-        new.num_sites, new.num_outcomes, new.time_index = self.num_sites, self.num_outcomes, self.time_index
+        return super().expand(batch_shape, _instance)
+
+    def _fill(self, new: Self, batch_shape: torch.Size) -> None:
         tail = self.log_probabilities.shape[-3:]
         new.log_probabilities = self.log_probabilities.expand(*batch_shape[:-1], *tail)
-        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw records ``(*sample, *batch, N)`` from torch's global generator."""
