@@ -159,7 +159,8 @@ def as_time_grid(ts: object, name: str = "ts", min_points: int = 2, like: Tensor
     """Turn times of any kind into a tensor ``(T,)`` that is finite and increases strictly.
 
     Raises:
-        TimeGridError: if they aren't.
+        TimeGridError: if they aren't times, or don't increase.
+        NonFiniteError: if they hold NaN or infinity.
     """
     if not isinstance(ts, Tensor):
         try:

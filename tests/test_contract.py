@@ -47,7 +47,7 @@ def test_core() -> None:
     Q = P.controlled(lambda t, x: 1.0 - x)
     for estimator in ("density", "rate", "stl"):
         assert Q.log_rn(path, P, estimator=estimator).shape == (100,)
-    estimate = Q.kl(P, ts, num_paths=64, generator=seeded())
+    estimate = Q.kl(P, ts, num_samples=64, generator=seeded())
     assert estimate.stderr > 0
     assert P.log_prob(path).shape == (100,)
     assert isinstance(P.reverse(lambda t, x: -x), sd.DiffusionMeasure)

@@ -10,7 +10,7 @@ import torchsde
 from torch import Tensor, nn
 
 import stochdyn as sd
-from stochdyn.core import NoiseProcess, NoiseSteps, TanhNetwork
+from stochdyn.core import Euler, NoiseProcess, NoiseSteps, TanhNetwork
 
 __all__ = ["IndependentStates", "MemoryStates", "Problem", "TrivialDrift", "layered", "tuned_brownian"]
 
@@ -139,7 +139,7 @@ class MemoryStates(Problem):
 
     def ours(self, checkpoint: bool = False) -> Tensor:
         """See :meth:`Problem.ours`."""
-        path = self.guide.sample(self.ts, checkpoint=checkpoint)
+        path = self.guide.sample(self.ts, method=Euler(checkpoint=checkpoint))
         divergence = self.guide.log_rn(path, self.prior, "rate", recorded=True)
         return path.x[..., -1, :].square().sum() + divergence.sum()
 
@@ -214,7 +214,7 @@ class TrivialDrift(Problem):
 
     def ours(self, checkpoint: bool = False) -> Tensor:
         """See :meth:`Problem.ours`."""
-        return self.law.sample(self.ts, checkpoint=checkpoint).x[..., -1, :].square().sum()
+        return self.law.sample(self.ts, method=Euler(checkpoint=checkpoint)).x[..., -1, :].square().sum()
 
     def theirs(self, noise_type: str, bm: Any = None) -> Tensor:
         """See :meth:`Problem.theirs`."""

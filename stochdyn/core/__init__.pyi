@@ -75,10 +75,15 @@ from .sde.equation import Control as Control
 from .sde.equation import spatial_divergence as spatial_divergence
 from .sde.jets import Jet as Jet
 from .sde.jets import network_jet as network_jet
+from .sde.methods import METHODS as METHODS
+from .sde.methods import Euler as Euler
+from .sde.methods import Heun as Heun
+from .sde.methods import Method as Method
+from .sde.methods import Milstein as Milstein
+from .sde.methods import as_method as as_method
 from .sde.noise import Brownian as Brownian
 from .sde.noise import NoiseProcess as NoiseProcess
 from .sde.noise import NoiseSteps as NoiseSteps
-from .sde.solvers import METHODS as METHODS
 from .sde.solvers import Trajectory as Trajectory
 from .sde.solvers import draw_increments as draw_increments
 from .sde.solvers import increment_scale as increment_scale

@@ -19,9 +19,10 @@ from stochdyn._checks import (
     check_positive_int,
     check_same_dtype,
     check_time_grid,
+    check_type,
 )
-from stochdyn.core.law.diffusion import DiffusionMeasure
-from stochdyn.core.law.path import PathSample
+from stochdyn.core.law.measure import PathMeasure
+from stochdyn.core.law.path import Path
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
@@ -31,7 +32,7 @@ __all__ = ["GaussianObservations", "PathELBO", "PathLikelihood"]
 class PathLikelihood(Protocol):
     """What scores paths: ``likelihood(path, batch) -> (*sample,)`` log densities of the data given each path."""
 
-    def __call__(self, path: PathSample, batch: Any) -> Tensor:
+    def __call__(self, path: Path, batch: Any) -> Tensor:
         """Return ``log p(data | path)`` for every path."""
 
 
@@ -75,7 +76,7 @@ class GaussianObservations(nn.Module):
         self.register_buffer("weight", weight.unsqueeze(-1))
         self.scale = scale
 
-    def forward(self, path: PathSample, batch: Any = None) -> Tensor:
+    def forward(self, path: Path, batch: Any = None) -> Tensor:
         """Return ``(*sample,)`` log-likelihoods."""
         check_event_size(path.x, self.values.shape[-1], "path.x")
         check_same_dtype(path=path.x, values=self.values)
@@ -92,7 +93,8 @@ class PathELBO(Objective):
 
     Args:
         prior: P, the law of the latent path.
-        posterior: Q, a law with the same diffusion, usually ``prior.controlled(u, precision)``.
+        posterior: Q, a law with a density with respect to P: for diffusions usually ``prior.controlled(u, precision)``. How its
+            paths are simulated, their integration method included, is a matter of the law.
         likelihood: maps paths (and the batch) to log-likelihoods; if it has an attribute ``ts``, that is the grid.
         num_particles: paths drawn per evaluation.
         estimator: gradient of the divergence: ``"rate"``, ``"stl"``, ``"density"``, or ``"auto"``: ``"rate"`` while the log
@@ -100,8 +102,6 @@ class PathELBO(Objective):
             always the true log weight.
         ts: ``(T,)`` grid; needed if the likelihood has none.
         importance_weighted: report and optimise the tighter bound :math:`\mathbb E\log\frac1S\sum_s w_s` (IWAE) instead.
-        method: solver; see :func:`stochdyn.core.sde.solvers.integrate`.
-        checkpoint: recompute segments in back-propagation, to save memory.
         auto_threshold: variance of the log weights, in squared nats, under which ``"auto"`` changes to ``"stl"``.
 
     Raises:
@@ -112,7 +112,7 @@ class PathELBO(Objective):
         Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders", 2016.
 
     Example:
-        >>> from stochdyn.core import SDE
+        >>> from stochdyn.core import DiffusionMeasure, SDE
         >>> ts = torch.linspace(0, 1, 11)
         >>> prior = DiffusionMeasure(torch.zeros(1), SDE(lambda t, x: -x, 1.0))
         >>> likelihood = GaussianObservations(ts, ts[[5, 10]], torch.tensor([0.3, 0.1]), 0.5)
@@ -125,19 +125,19 @@ class PathELBO(Objective):
 
     def __init__(
         self,
-        prior: DiffusionMeasure,
-        posterior: DiffusionMeasure,
-        likelihood: PathLikelihood | Callable[[PathSample, Any], Tensor],
+        prior: PathMeasure,
+        posterior: PathMeasure,
+        likelihood: PathLikelihood | Callable[[Any, Any], Tensor],
         num_particles: int = 8,
         estimator: str = "auto",
         *,
         ts: Tensor | None = None,
         importance_weighted: bool = False,
-        method: str = "euler",
-        checkpoint: bool | int = False,
         auto_threshold: float = 4.0,
     ) -> None:
         super().__init__()
+        check_type(prior, PathMeasure, "prior")
+        check_type(posterior, PathMeasure, "posterior")
         check_choice(estimator, ("auto", "density", "rate", "stl"), "estimator")
         check_positive_int(num_particles, "num_particles")
         grid = ts if ts is not None else getattr(likelihood, "ts", None)
@@ -150,8 +150,6 @@ class PathELBO(Objective):
         self.num_particles = num_particles
         self.estimator = estimator
         self.importance_weighted = importance_weighted
-        self.method = method
-        self.checkpoint = checkpoint
         self.auto_threshold = auto_threshold
         self.register_buffer("grid", grid)
         # Running variance of the log weights: saved with the parameters, so that a resumed run chooses the same estimator.
@@ -160,9 +158,7 @@ class PathELBO(Objective):
     def forward(self, batch: Any = None) -> ObjectiveValue:
         """Draw paths of the posterior and evaluate the bound."""
         grid = cast(Tensor, self.grid)
-        path = self.posterior.sample(
-            grid, (self.num_particles,), method=self.method, checkpoint=self.checkpoint
-        )
+        path = self.posterior.sample(grid, self.num_particles)
         log_likelihood = self.likelihood(path, batch)
         if log_likelihood.shape != path.shape:
             raise ShapeError(
@@ -213,6 +209,6 @@ class PathELBO(Objective):
     @torch.no_grad()
     def evidence(self, num_paths: int = 1000, batch: Any = None) -> tuple[Tensor, Tensor]:
         """Return the importance-sampling estimate of the log evidence and the log weights ``(num_paths,)``."""
-        path = self.posterior.sample(cast(Tensor, self.grid), (num_paths,), method=self.method)
+        path = self.posterior.sample(cast(Tensor, self.grid), num_paths)
         log_weight = self.likelihood(path, batch) - self.posterior.log_rn(path, self.prior, recorded=True)
         return torch.logsumexp(log_weight, 0) - math.log(num_paths), log_weight

@@ -122,8 +122,8 @@ def test_a_fixed_and_a_random_start_are_singular(estimator: str) -> None:
 
 
 def test_a_simulated_marginal_has_draws_but_no_density() -> None:
-    law = sd.DiffusionMeasure(WIDE, sd.SDE(lambda t, x: -x, 0.6))
-    start = SimulatedMarginal(law, horizon=1.0, num_steps=100)
+    law = sd.DiffusionMeasure(WIDE, sd.SDE(lambda t, x: -x, 0.6), dt=0.01)
+    start = SimulatedMarginal(law, horizon=1.0)
     x = start.draw((4000,), torch.Generator().manual_seed(1))
     h = 0.01
     decay = (1 - h) ** 200

@@ -60,7 +60,7 @@ def test_a_learnt_diffusion_gets_gradients(wrap: object) -> None:
 def test_a_constant_diffusion_moves_with_the_equation() -> None:
     sde = sd.SDE(Pull(2), torch.ones(2)).double()
     assert sde.diffusion(torch.tensor(0.0), torch.zeros(2, dtype=F64)).value.dtype == F64
-    assert "_coefficient.value" not in sde.state_dict()
+    assert torch.equal(sde.state_dict()["_coefficient.value"], torch.ones(2, dtype=F64))
 
 
 def test_copies_are_independent_equations() -> None:

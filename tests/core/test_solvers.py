@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stochdyn as sd
-from stochdyn.core import Control, draw_increments, integrate, step_everywhere
+from stochdyn.core import Control, Euler, draw_increments, integrate, step_everywhere
 from stochdyn.core.sde import Problem
 from stochdyn.core.sde.solvers import full_state, remember
 from stochdyn.errors import InvalidInputError
@@ -232,7 +232,9 @@ def test_cuda_graph_is_ignored_off_cuda() -> None:
     sde = _equation("diagonal", "Brownian", "drift")
     x0 = torch.randn(4, 2, dtype=F64)
     dw, _ = draw_increments(sde, x0, TS)
-    assert torch.equal(integrate(sde, x0, TS, dw, cuda_graph=True).x, integrate(sde, x0, TS, dw).x)
+    assert torch.equal(
+        integrate(sde, x0, TS, dw, method=Euler(cuda_graph=True)).x, integrate(sde, x0, TS, dw).x
+    )
 
 
 @pytest.mark.gpu
@@ -245,7 +247,7 @@ def test_cuda_graph_replays_the_loop_and_its_gradient() -> None:
         dw, _ = draw_increments(sde, x0, ts)
         results = []
         for graphed in (True, False):
-            x = integrate(sde, x0, ts, dw, cuda_graph=graphed).x
+            x = integrate(sde, x0, ts, dw, method=Euler(cuda_graph=graphed)).x
             results.append(
                 (x.detach().clone(), torch.autograd.grad(x[-1].square().sum(), list(net.parameters())))
             )

@@ -91,7 +91,7 @@ def test_measure_is_the_reverse_law() -> None:
     # The law that another score drives differs by a path divergence in closed form: constant shift c of the score.
     other = ReverseDiffusion(rev.process, lambda t, x: truth.score(t, x) + 0.3, 2, end, rev.prior).measure()
     grid = torch.linspace(0, span, 200, dtype=F64)
-    kl = P.kl(other, grid, num_paths=64)
+    kl = P.kl(other, grid, num_samples=64)
     assert kl.mean.item() == pytest.approx(0.5 * 2 * 0.3**2 * 1.3**2 * span, rel=1e-3)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import stochdyn as sd
+from stochdyn.core import Euler
 from stochdyn.errors import (
     DtypeMismatchError,
     EmptyDataError,
@@ -263,17 +264,21 @@ def test_training_reaches_the_evidence() -> None:
     assert -4 * float(log_weights.std()) / 2000**0.5 < gap < 0.02
 
 
-@pytest.mark.parametrize("setting", [{"checkpoint": True}, {"method": "heun"}])
-def test_options_of_the_solver_are_passed_on(setting: dict[str, Any]) -> None:
+@pytest.mark.parametrize("method", [Euler(checkpoint=True), "heun"])
+def test_the_law_decides_how_its_paths_are_simulated(method: Any) -> None:
     chain = Chain(20)
     w = torch.tensor([0.8, 0.2], dtype=F64, requires_grad=True)
-    torch.manual_seed(1)
-    plain = chain.elbo(chain.guide(True, w[0], w[1]), 5)(None).loss
-    torch.manual_seed(1)
-    other = chain.elbo(chain.guide(True, w[0], w[1]), 5, **setting)(None).loss
-    assert torch.equal(plain, other) == ("checkpoint" in setting)
-    a, b = (torch.autograd.grad(loss, w)[0] for loss in (plain, other))
-    assert torch.equal(a, b) == ("checkpoint" in setting)
+    losses = []
+    for scheme in ("euler", method):
+        prior = sd.DiffusionMeasure(chain.prior.initial, chain.prior.sde, method=scheme)
+        guide = chain.guide(True, w[0], w[1])
+        posterior = sd.DiffusionMeasure(guide.initial, guide.sde, method=scheme)
+        torch.manual_seed(1)
+        losses.append(sd.PathELBO(prior, posterior, chain.likelihood, 5)(None).loss)
+    same = method != "heun"
+    assert torch.equal(*losses) == same
+    a, b = (torch.autograd.grad(loss, w)[0] for loss in losses)
+    assert torch.equal(a, b) == same
 
 
 def test_series_in_a_batch_have_their_bounds_added() -> None:

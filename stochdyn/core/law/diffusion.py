@@ -1,88 +1,139 @@
-"""Laws on path space: sampling, densities, log-ratios, divergences, control and time reversal."""
+"""The law of the solution of an SDE: sampling, densities, log-ratios, divergences, control and time reversal."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochdyn._checks import (
     as_generator,
+    as_sample_shape,
+    as_tensor,
+    as_time_grid,
     check_choice,
     check_event_size,
     check_finite,
     check_ndim,
+    check_positive,
     check_positive_int,
+    check_real,
     check_same_device,
+    check_time_broadcast,
     check_time_grid,
+    check_type,
+    values_are_checked,
 )
 from stochdyn.core.law import girsanov
 from stochdyn.core.law.initial import InitialLaw, SimulatedMarginal, as_initial
-from stochdyn.core.law.marginals import Generator, SampledMarginal
+from stochdyn.core.law.marginals import Generator, Marginal, SampledMarginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure
-from stochdyn.core.law.path import Estimate, PathSample
+from stochdyn.core.law.path import Estimate, Path, PathSample
 from stochdyn.core.law.relative import relate
 from stochdyn.core.law.transition import euler_log_prob
-from stochdyn.core.sde.equation import SDE, Field
+from stochdyn.core.sde.equation import SDE, Control, Field
+from stochdyn.core.sde.methods import Method, as_method
 from stochdyn.core.sde.solvers import draw_increments, full_state, integrate
+from stochdyn.errors import NonFiniteError, ShapeError, TimeGridError
+
+if TYPE_CHECKING:
+    from stochdyn.core.forward.generators import FokkerPlanck
 
 __all__ = ["DiffusionMeasure"]
+
+# Where the law has to simulate up to a time by itself and holds no step of its own, it takes this many steps.
+_LEAD_STEPS = 200
 
 
 class DiffusionMeasure(PathMeasure):
     r"""The law of the solution of an SDE with a given initial law.
 
+    Paths are drawn on the grid that is asked for, one step per interval, or in steps of at most ``dt`` where that is given: then
+    the law doesn't depend on the grid, and a coarse grid hides no pulse of the drift.
+
     Args:
         initial: a torch or Pyro distribution with event ``(d,)``, or a tensor ``(d,)`` (or ``(*batch, d)``) for a fixed start.
         sde: the equation.
+        start_time: the time at which ``initial`` holds. Paths that are asked for from a later time on are simulated from here.
+            None lets every grid start the law at its own first time; :meth:`marginal` then counts from time zero.
+        dt: the largest step of a simulation, in the unit of the times. None takes the grid as it is, and 200 steps where
+            the law has to reach a time by itself (in :meth:`marginal`, and from ``start_time`` to the first time of a grid).
+        method: the integration method: :class:`~stochdyn.core.Euler`, :class:`~stochdyn.core.Heun` or
+            :class:`~stochdyn.core.Milstein`, or the name of one.
 
     Raises:
         ShapeError: if the initial law's event isn't a vector, or drift or diffusion don't fit it.
+        InvalidInputError: if another argument has the wrong type, or ``dt`` isn't positive.
 
     Example:
         >>> P = DiffusionMeasure(torch.zeros(1), SDE(lambda t, x: -x, 1.0))
         >>> Q = P.controlled(lambda t, x: torch.ones_like(x))
         >>> ts = torch.linspace(0, 1, 11)
-        >>> Q.kl(P, ts, num_paths=8).mean
+        >>> Q.kl(P, ts, num_samples=8).mean
         tensor(0.5000)
     """
 
-    def __init__(self, initial: Any, sde: SDE) -> None:
+    start_time: Tensor | float | None
+
+    def __init__(
+        self,
+        initial: Any,
+        sde: SDE,
+        *,
+        start_time: Tensor | float | None = None,
+        dt: float | None = None,
+        method: Method | str = "euler",
+    ) -> None:
         super().__init__()
+        check_type(sde, SDE, "sde")
         self.initial: InitialLaw = as_initial(initial)
         self.sde = sde
+        if start_time is not None:
+            check_real(start_time, "start_time")
+        if isinstance(start_time, Tensor) and not isinstance(start_time, nn.Parameter):
+            self.register_buffer("start_time", start_time)
+        else:
+            self.start_time = start_time
+        if dt is not None:
+            check_real(dt, "dt")
+            check_positive(dt, "dt")
+        self.dt = None if dt is None else float(dt)
+        self.method = as_method(method)
 
     def sample(
         self,
         ts: Tensor,
-        sample_shape: tuple[int, ...] = (),
-        generator: torch.Generator | None = None,
+        sample_shape: SampleShape = (),
+        generator: Generator = None,
         *,
-        method: str = "euler",
-        checkpoint: bool | int = False,
-        cuda_graph: bool = False,
+        method: Method | str | None = None,
     ) -> PathSample:
         """Draw paths with the increments that drove them.
 
         Args:
-            ts: ``(T,)`` strictly increasing grid; every interval is one step.
-            sample_shape: shape of independent draws.
-            generator: source of randomness; the global one if None.
-            method: ``"euler"``, ``"heun"`` or ``"milstein"``; see :func:`stochdyn.core.sde.solvers.integrate`.
-            checkpoint: recompute segments when back-propagating, to save memory.
-            cuda_graph: capture the loop in a CUDA graph; ignored off CUDA.
+            ts: ``(T,)`` strictly increasing times, data of any kind.
+            sample_shape: the shape of independent draws, an integer or a tuple.
+            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            method: the integration method; None takes that of the law.
 
         Raises:
-            TimeGridError: if the grid isn't strictly increasing.
+            TimeGridError: if the grid isn't strictly increasing, or begins before the law does.
             DeviceMismatchError: if grid and initial law live on different devices.
+            NonFiniteError: if a path explodes.
         """
-        check_time_grid(ts)
-        x0 = self.initial.draw(tuple(sample_shape), generator)
+        scheme = self.method if method is None else as_method(method)
+        like = self.initial.like()
+        ts = as_time_grid(ts, like=like)
+        shape, source = as_sample_shape(sample_shape), as_generator(generator, like.device)
+        grid, index = self._simulation_grid(ts)
+        x0 = self.initial.draw(shape, source)
         check_same_device(ts=ts, initial=x0)
-        self.sde.check(ts[0].to(x0.dtype), x0)
-        dw, memory0 = draw_increments(self.sde, x0, ts, generator)
-        return self.drive(ts, x0, dw, memory0, method=method, checkpoint=checkpoint, cuda_graph=cuda_graph)
+        self.sde.check(grid[0].to(x0.dtype), x0)
+        dw, memory0 = draw_increments(self.sde, x0, grid, source)
+        path = self._run(grid, x0, dw, memory0, scheme)
+        return path if index is None else path.at(index)
 
     def drive(
         self,
@@ -91,14 +142,41 @@ class DiffusionMeasure(PathMeasure):
         dw: Tensor,
         memory0: Tensor | None = None,
         *,
-        method: str = "euler",
-        checkpoint: bool | int = False,
-        cuda_graph: bool = False,
+        method: Method | str | None = None,
     ) -> PathSample:
-        """Return the paths from ``x0 (*batch, d)`` along given increments ``dw (T-1, *batch, m * R)``."""
-        run = integrate(
-            self.sde, x0, ts, dw, memory0, method=method, checkpoint=checkpoint, cuda_graph=cuda_graph
-        )
+        """Return the paths that given increments drive, one step per interval of the grid.
+
+        Args:
+            ts: ``(T,)`` strictly increasing times.
+            x0: ``(*batch, d)`` states at the first time.
+            dw: ``(T-1, *batch, m * R)`` increments under this law, control included, in the layout of
+                :class:`~stochdyn.core.NoiseProcess`; ``(T-1, *batch, m)`` for Brownian motion.
+            memory0: ``(*batch, m, K)`` memory states of the noise at the first time, zero if None.
+            method: the integration method; None takes that of the law.
+
+        Raises:
+            TimeGridError: if the grid isn't strictly increasing.
+            ShapeError: if start or increments don't fit the equation and the grid.
+            NonFiniteError: if a path explodes.
+        """
+        scheme = self.method if method is None else as_method(method)
+        ts = as_time_grid(ts, like=self.initial.like())
+        check_ndim(x0, tuple(range(1, 13)), "x0", "(*batch, d)")
+        check_event_size(x0, self.initial.dim, "x0")
+        check_ndim(dw, tuple(range(2, 14)), "dw", "(T-1, *batch, m)")
+        check_event_size(dw, ts.shape[0] - 1, "dw", axis=0)
+        check_same_device(ts=ts, x0=x0, dw=dw)
+        channels = self.sde.noise_dim(ts[0].to(x0.dtype), x0)
+        check_event_size(dw, channels * self.sde.noise.num_innovations(ts), "dw")
+        try:
+            torch.broadcast_shapes(x0.shape[:-1], dw.shape[1:-1])
+        except RuntimeError as error:
+            got = f"shapes {tuple(x0.shape)} and {tuple(dw.shape)}"
+            raise ShapeError("x0 and dw have batch axes that don't fit each other", got=got) from error
+        return self._run(ts, x0, dw, memory0, scheme)
+
+    def _run(self, ts: Tensor, x0: Tensor, dw: Tensor, memory0: Tensor | None, method: Method) -> PathSample:
+        run = integrate(self.sde, x0, ts, dw, memory0, method=method)
         channels = self.sde.noise_dim(ts[0].to(x0.dtype), x0)
         aux = {
             name: value.movedim(0, -2)
@@ -109,14 +187,44 @@ class DiffusionMeasure(PathMeasure):
             aux["memory"] = run.memory.movedim(0, -3)
             if dw.shape[-1] > channels:
                 aux["residual"] = dw[..., channels:].movedim(0, -2)
+        _check_explosion(ts, run.x)
         return PathSample(ts, run.x.movedim(0, -2), dw[..., :channels].movedim(0, -2), aux, self)
+
+    def _simulation_grid(self, ts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the grid on which paths are simulated, and where ``ts`` stands on it; None if it is ``ts``."""
+        knots, lead = ts, 0
+        if self.start_time is not None:
+            start = torch.as_tensor(self.start_time, device=ts.device).to(ts.dtype)
+            slack = 4 * torch.finfo(ts.dtype).eps * max(abs(float(ts[0])), abs(float(start)))
+            if ts[0] < start - slack:
+                raise TimeGridError(
+                    "ts begins before the law does",
+                    got=f"ts[0]={float(ts[0]):g}",
+                    expected=f"at least {float(start):g}",
+                )
+            if ts[0] > start + slack:
+                knots, lead = torch.cat([start.reshape(1), ts]), 1
+        counts = self._step_counts(knots, lead)
+        if lead == 0 and all(n == 1 for n in counts):
+            return ts, None
+        grid = [_divided(a, b, n)[:-1] for a, b, n in zip(knots[:-1], knots[1:], counts, strict=True)]
+        index = torch.tensor([0, *counts], device=ts.device).cumsum(0)[lead:]
+        return torch.cat([*grid, knots[-1:]]), index
+
+    def _step_counts(self, knots: Tensor, lead: int) -> list[int]:
+        """Return the number of steps in every interval; the first ``lead`` ones aren't the user's."""
+        if self.dt is None:
+            return [_LEAD_STEPS] * lead + [1] * (knots.shape[0] - 1 - lead)
+        # Differences of large times carry rounding errors, which must not cost a step.
+        slack = 8 * torch.finfo(knots.dtype).eps * float(knots.detach().abs().max())
+        return [max(1, math.ceil((h - slack) / self.dt)) for h in (knots[1:] - knots[:-1]).tolist()]
 
     def controlled(self, u: Field | None = None, precision: Field | None = None) -> DiffusionMeasure:
         """Return the law whose driving noise has drift ``u(t, z) -> (..., m)``, and increments of extra ``precision``.
 
         ``z`` is ``x``, followed by the memory states where the noise has any. See :class:`stochdyn.core.sde.equation.Control`.
         """
-        return DiffusionMeasure(self.initial, self.sde.controlled(u, precision))
+        return self._like(self.initial, self.sde.controlled(u, precision), self.start_time)
 
     def reverse(self, score: Any, horizon: float = 1.0, initial: Any = None) -> DiffusionMeasure:
         """Return the time-reversed law on the clock ``horizon - t``.
@@ -128,18 +236,79 @@ class DiffusionMeasure(PathMeasure):
         """
         score_fn = score if callable(score) and not hasattr(score, "score") else score.score
         start = SimulatedMarginal(self, horizon) if initial is None else initial
-        return DiffusionMeasure(start, self.sde.reverse(score_fn, horizon))
+        return self._like(
+            start, self.sde.reverse(score_fn, horizon), None if self.start_time is None else 0.0
+        )
 
-    def marginal(self, t: Tensor | float) -> SampledMarginal:
-        """Return the law at time ``t`` of paths that start at time zero, by simulation in 200 steps."""
-        horizon = float(t)
+    def _like(self, initial: Any, sde: SDE, start_time: Tensor | float | None) -> DiffusionMeasure:
+        return DiffusionMeasure(initial, sde, start_time=start_time, dt=self.dt, method=self.method)
+
+    def marginal(self, t: Tensor | float) -> Marginal:
+        """Return the law at one time of paths that start at ``start_time``, or at time zero where that is None.
+
+        At the start it is the initial law. Later it is known by simulation, in steps of ``dt`` or in 200 steps.
+
+        Raises:
+            TimeGridError: if the time lies before the start.
+        """
+        check_real(t, "t")
+        time = t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
+        start = torch.as_tensor(0.0 if self.start_time is None else self.start_time).to(time)
+        if time < start:
+            raise TimeGridError(
+                "the law begins later", got=f"t={float(time):g}", expected=f"at least {float(start):g}"
+            )
+        if time == start:
+            return self.initial.marginal()
 
         def draw(sample_shape: tuple[int, ...], generator: Generator) -> Tensor:
-            x0 = self.initial.draw((), as_generator(generator))
-            ts = torch.linspace(0, horizon, 201, dtype=x0.dtype, device=x0.device)
-            return self.sample(ts, sample_shape, as_generator(generator)).x[..., -1, :]
+            like = self.initial.like()
+            source = as_generator(generator, like.device)
+            x0 = self.initial.draw(sample_shape, source)
+            knots = torch.stack([start, time]).to(like.device)
+            ts = _divided(knots[0], knots[1], self._step_counts(knots, 1)[0])
+            dw, memory0 = draw_increments(self.sde, x0, ts, source)
+            return self._run(ts, x0, dw, memory0, self.method).x[..., -1, :]
 
         return SampledMarginal(draw)
+
+    def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the drift ``(..., d)`` at ``x (..., d)``, that of the control included: ``b(t, x) + G(t, x) u(t, x)``.
+
+        Raises:
+            UnavailableError: if the noise has memory, so that the state alone doesn't decide it.
+            ShapeError: if the times or the states don't fit.
+        """
+        control = self.sde.control
+        if self.sde.noise.num_states:
+            self._refuse("drift", "its noise has memory, so the state alone doesn't decide it")
+        if control is not None and type(control).shape_increment is not Control.shape_increment:
+            self._refuse("drift", f"{type(control).__name__} acts on the increments of a grid")
+        x = as_tensor(x, "x", like=self.initial.like())
+        check_event_size(x, self.initial.dim, "x")
+        time = as_tensor(t, "t", like=x).to(x)
+        check_time_broadcast(time, x)
+        slope = self.sde.drift(time, x)
+        if control is not None and control.drift is not None:
+            slope = slope + self.sde.diffusion(time, x).apply(control.drift(time, x))
+        return slope.expand_as(x)
+
+    def forward(self) -> FokkerPlanck:
+        """Return the Fokker-Planck operator of the law.
+
+        Raises:
+            UnavailableError: if the noise has memory, or the control acts on the increments of a grid.
+        """
+        from stochdyn.core.forward.generators import FokkerPlanck
+
+        control = self.sde.control
+        if self.sde.noise.num_states:
+            self._refuse(
+                "forward", "its noise has memory, so its marginals obey no equation in the state alone"
+            )
+        if control is not None and type(control).shape_increment is not Control.shape_increment:
+            self._refuse("forward", f"{type(control).__name__} acts on the increments of a grid")
+        return FokkerPlanck(self.sde)
 
     def log_prob(self, path: PathSample) -> Tensor:
         """Return the Euler log density of paths, ``(*sample,)``, with that of a random start.
@@ -147,11 +316,11 @@ class DiffusionMeasure(PathMeasure):
         Raises:
             SingularDiffusionError: if the diffusion is singular or the noise has memory: no density exists in state space.
         """
-        self._check_path(path)
+        path = self._check_path(path)
         return euler_log_prob(self.sde, self.initial, path.ts, path.x)
 
     def log_rn(
-        self, path: PathSample, other: PathMeasure, estimator: str = "density", *, recorded: bool = False
+        self, path: Path, other: PathMeasure, estimator: str = "density", *, recorded: bool = False
     ) -> Tensor:
         r"""Return :math:`\log dQ/dP` on given paths, Q being this law and P ``other``.
 
@@ -172,7 +341,7 @@ class DiffusionMeasure(PathMeasure):
             DiffusionMismatchError: if the laws are mutually singular.
         """
         check_choice(estimator, girsanov.ESTIMATORS, "estimator")
-        self._check_path(path)
+        path = self._check_path(path)
         relation = relate(self, other, path, recorded)
         start = self.initial.log_ratio(relation.p.initial, path.x[..., 0, :], estimator)
         if estimator == "rate":
@@ -186,8 +355,8 @@ class DiffusionMeasure(PathMeasure):
         self,
         other: PathMeasure,
         ts: Tensor,
-        num_paths: int = 4096,
-        generator: torch.Generator | None = None,
+        num_samples: int = 4096,
+        generator: Generator = None,
         estimator: str = "rate",
     ) -> Estimate:
         """Return KL(this || other) on the grid by simulation.
@@ -195,15 +364,15 @@ class DiffusionMeasure(PathMeasure):
         Args:
             other: the second law.
             ts: ``(T,)`` grid.
-            num_paths: number of paths of this law.
-            generator: source of randomness.
-            estimator: see :meth:`log_rn`; ``"rate"`` has the least noise.
+            num_samples: the number of paths of this law that are drawn.
+            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            estimator: which form of the log ratio is averaged; see :meth:`log_rn`. ``"rate"`` has the least noise.
 
         Raises:
             DiffusionMismatchError: if the laws are mutually singular.
         """
-        check_positive_int(num_paths, "num_paths", 2)
-        path = self.sample(ts, (num_paths,), generator)
+        check_positive_int(num_samples, "num_samples", 2)
+        path = self.sample(ts, num_samples, generator)
         return Estimate.of(self.log_rn(path, other, estimator, recorded=True))
 
     def full_state(self, path: PathSample) -> Tensor:
@@ -211,10 +380,43 @@ class DiffusionMeasure(PathMeasure):
         memory = path.aux.get("memory")
         return full_state(path.leading(), None if memory is None else memory.movedim(-3, 0))
 
-    def _check_path(self, path: PathSample) -> None:
-        """Raise a typed error unless the path is finite and has the size of the start and of its grid."""
+    def _check_path(self, path: Path) -> PathSample:
+        """Return the paths on the grid of their simulation; raise a typed error unless they are finite and fit this law."""
+        check_type(path, PathSample, "path")
+        path = path.fine if path.fine is not None else path
         check_time_grid(path.ts, "path.ts")
         check_ndim(path.x, tuple(range(2, 13)), "path.x", "(*sample, T, d)")
         check_event_size(path.x, self.initial.dim, "path.x")
         check_event_size(path.x, path.ts.shape[0], "path.x", axis=-2)
         check_finite(path.x.detach(), "path.x")
+        if self.start_time is not None:
+            first, start = float(path.ts[0]), float(self.start_time)
+            if abs(first - start) > 1e-5 * float(path.ts[-1] - path.ts[0]):
+                raise TimeGridError(
+                    "a density needs paths from the start of the law on",
+                    got=f"path.ts[0]={first:g}",
+                    expected=f"start_time={start:g}",
+                )
+        return path
+
+
+def _divided(a: Tensor, b: Tensor, n: int) -> Tensor:
+    """Return ``n + 1`` equally spaced times from ``a`` to ``b``, differentiable in both."""
+    return torch.lerp(a, b, torch.linspace(0, 1, n + 1, dtype=a.dtype, device=a.device))
+
+
+def _check_explosion(ts: Tensor, x: Tensor) -> None:
+    """Raise NonFiniteError if a path ``x (T, *batch, d)`` explodes; every scheme adds to the state, so it stays so."""
+    if not values_are_checked():
+        return
+    last = x[-1].detach()
+    bad = ~torch.isfinite(last)
+    if not bool(bad.any()):
+        return
+    first = int((~torch.isfinite(x.detach())).flatten(1).any(-1).nonzero()[0, 0])
+    count = int(bad.any(-1).sum())
+    raise NonFiniteError(
+        "paths explode",
+        got=f"{count} of {max(1, last[..., 0].numel())} beyond the largest number from t={float(ts[first]):g} on",
+        hint="take smaller steps (dt=... of the law, or a finer ts), or check the sign of the drift",
+    )

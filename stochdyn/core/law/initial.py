@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_finite, check_ndim
+from stochdyn._checks import as_generator, as_tensor, check_finite, check_ndim
+from stochdyn.core.law.marginals import GaussianMarginal, Marginal, SampledMarginal
+from stochdyn.core.law.template import Template
 from stochdyn.errors import DiffusionMismatchError, InvalidInputError, ShapeError, SingularDiffusionError
 
 if TYPE_CHECKING:
@@ -28,6 +32,14 @@ class InitialLaw(nn.Module, ABC):
     def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         """Return starts ``(*sample, *batch, d)``, differentiable where the law is."""
 
+    def like(self) -> Tensor:
+        """Return a tensor of the precision and on the device of the starts."""
+        return next(iter((*self.parameters(), *self.buffers())), torch.empty(0))
+
+    def marginal(self) -> Marginal:
+        """Return the law of the start as a marginal."""
+        return _StartMarginal(self)
+
     @abstractmethod
     def log_prob(self, x0: Tensor) -> Tensor:
         """Return the log density at ``x0 (..., d)``; zero for a fixed start, which is no part of the event."""
@@ -42,6 +54,20 @@ class InitialLaw(nn.Module, ABC):
 
     @abstractmethod
     def _log_ratio(self, other: InitialLaw, x0: Tensor, estimator: str) -> Tensor: ...
+
+
+class _StartMarginal(SampledMarginal):
+    """The law of a start, with its density."""
+
+    def __init__(self, initial: InitialLaw) -> None:
+        super().__init__(
+            lambda shape, source: initial.draw(shape, as_generator(source, initial.like().device))
+        )
+        self.initial = initial
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return the log density ``(...)`` at ``x (..., d)``."""
+        return self.initial.log_prob(x)
 
 
 class FixedStart(InitialLaw):
@@ -62,7 +88,12 @@ class FixedStart(InitialLaw):
         if isinstance(point, nn.Parameter):
             self.point = point
         else:
-            self.register_buffer("point", point, persistent=False)
+            # A copy, so that loading a state doesn't write into the user's tensor.
+            self.register_buffer("point", point if point.requires_grad else point.detach().clone())
+
+    def marginal(self) -> Marginal:
+        """See :meth:`InitialLaw.marginal`."""
+        return GaussianMarginal(self.point, self.point.new_zeros(*self.point.shape, self.dim))
 
     def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         """See :meth:`InitialLaw.draw`."""
@@ -74,7 +105,7 @@ class FixedStart(InitialLaw):
 
     def _log_ratio(self, other: InitialLaw, x0: Tensor, estimator: str) -> Tensor:
         theirs = other.point if isinstance(other, FixedStart) else self.point
-        if not torch.equal(self.point.detach(), theirs.detach().to(self.point)):
+        if not _equal(self.point.detach(), theirs.detach().to(self.point)):
             raise DiffusionMismatchError(
                 "two different fixed starts are mutually singular",
                 got=f"{self.point.tolist()} and {theirs.tolist()}",
@@ -83,23 +114,54 @@ class FixedStart(InitialLaw):
 
 
 class DistributionStart(InitialLaw):
-    """A start drawn from a torch or Pyro distribution with event ``(d,)``."""
+    """A start drawn from a torch or Pyro distribution with event ``(d,)``.
 
-    def __init__(self, distribution: torch.distributions.Distribution) -> None:
+    The tensors that define the distribution become part of this module: parameters are learnt, the others move with it and
+    are saved with it. What a distribution is given as the *result* of a computation (``log_scale.exp()``) is computed once, before
+    any learning; give a function that returns the distribution, or a module, to have it computed at every use.
+
+    Args:
+        distribution: the distribution, or a function (a module, for one) without arguments that returns it.
+    """
+
+    def __init__(self, distribution: Any) -> None:
         super().__init__()
-        if len(distribution.event_shape) != 1:
+        if isinstance(distribution, torch.distributions.Distribution):
+            self._template: Template | None = Template(distribution)
+            for name, value in list(self._template.tensors.items()):
+                if isinstance(value, nn.Parameter):
+                    self.register_parameter(name, value)
+                else:
+                    self.register_buffer(name, value if value.requires_grad else value.detach().clone())
+        else:
+            self._template, self.recipe = None, distribution
+        law = self.distribution
+        if not isinstance(law, torch.distributions.Distribution):
+            raise InvalidInputError("initial() must return a distribution", got=type(law).__name__)
+        if len(law.event_shape) != 1:
             raise ShapeError(
                 "the initial law must have a vector event",
-                got=f"event shape {tuple(distribution.event_shape)}",
+                got=f"event shape {tuple(law.event_shape)}",
                 expected="(d,)",
                 hint="use .to_event(1) or torch.distributions.Independent",
             )
-        self.distribution = distribution
-        self.dim = distribution.event_shape[0]
+        self.dim = law.event_shape[0]
+
+    @property
+    def distribution(self) -> torch.distributions.Distribution:
+        """The distribution of the start, of the tensors as they are now."""
+        if self._template is None:
+            return self.recipe()  # type: ignore[no-any-return]
+        return self._template.filled({name: getattr(self, name) for name in self._template.tensors})
+
+    def like(self) -> Tensor:
+        """See :meth:`InitialLaw.like`."""
+        return super().like() if self._template is not None else self.distribution.mean.detach()
 
     def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         """See :meth:`InitialLaw.draw`."""
-        sampler = self.distribution.rsample if self.distribution.has_rsample else self.distribution.sample
+        law = self.distribution
+        sampler = law.rsample if law.has_rsample else law.sample
         if generator is None:
             return sampler(torch.Size(sample_shape))
         # torch distributions take no generator: lend them the global one, seeded from ours.
@@ -123,21 +185,30 @@ class DistributionStart(InitialLaw):
         return self.log_prob(x0) - other.log_prob(x0)
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two points are the same up to repetition along batch axes."""
+    try:
+        return bool((a == b).all())
+    except RuntimeError:
+        return False
+
+
 class SimulatedMarginal(InitialLaw):
     """The law of a diffusion at a later time, drawn by simulating up to there; its density isn't known."""
 
-    def __init__(self, measure: DiffusionMeasure, horizon: float, num_steps: int = 200) -> None:
+    def __init__(self, measure: DiffusionMeasure, horizon: Tensor | float) -> None:
         super().__init__()
         self.measure = measure
         self.horizon = horizon
-        self.num_steps = num_steps
         self.dim = measure.initial.dim
+
+    def like(self) -> Tensor:
+        """See :meth:`InitialLaw.like`."""
+        return self.measure.initial.like()
 
     def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         """See :meth:`InitialLaw.draw`."""
-        probe = self.measure.initial.draw((), generator)
-        ts = torch.linspace(0, self.horizon, self.num_steps + 1, dtype=probe.dtype, device=probe.device)
-        return self.measure.sample(ts, sample_shape, generator).x[..., -1, :]
+        return self.measure.marginal(self.horizon).sample(sample_shape, generator)
 
     def log_prob(self, x0: Tensor) -> Tensor:
         """Raise: the density of a simulated marginal isn't known."""
@@ -151,13 +222,17 @@ class SimulatedMarginal(InitialLaw):
 
 
 def as_initial(initial: Any) -> InitialLaw:
-    """Turn a distribution, a tensor or an :class:`InitialLaw` into an :class:`InitialLaw`."""
+    """Turn a distribution, a function that returns one, a point of any kind or an :class:`InitialLaw` into an :class:`InitialLaw`."""
     if isinstance(initial, InitialLaw):
         return initial
     if isinstance(initial, Tensor):
         return FixedStart(initial)
     if isinstance(initial, torch.distributions.Distribution):
         return DistributionStart(initial)
+    if not isinstance(initial, numbers.Number | str | type) and callable(initial):
+        return DistributionStart(initial)
+    if isinstance(initial, Sequence) or hasattr(initial, "__array__"):
+        return FixedStart(as_tensor(initial, "initial"))
     raise InvalidInputError(
         "initial must be a distribution or a tensor",
         got=type(initial).__name__,

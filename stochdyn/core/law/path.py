@@ -60,11 +60,23 @@ class PathSample:
     dw: Tensor
     aux: dict[str, Tensor] = field(default_factory=dict)
     law: PathMeasure | None = field(default=None, repr=False, compare=False)
+    # Paths on the grid of the simulation, and the states and times here that were taken from them.
+    _fine: tuple[PathSample, Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def shape(self) -> torch.Size:
         """Sample and batch shape."""
         return self.x.shape[:-2]
+
+    @property
+    def fine(self) -> PathSample | None:
+        """The same paths on the finer grid on which they were simulated, or None where that is ``ts``.
+
+        Densities are taken there. A copy with other states or times has none.
+        """
+        if self._fine is None or self._fine[1] is not self.x or self._fine[2] is not self.ts:
+            return None
+        return self._fine[0]
 
     def leading(self) -> Tensor:
         """Return the states with time leading, ``(T, *sample, *batch, d)``."""
@@ -73,7 +85,26 @@ class PathSample:
     def detach(self) -> PathSample:
         """Return the same path cut off from the graph."""
         aux = {k: v.detach() for k, v in self.aux.items()}
-        return replace(self, x=self.x.detach(), dw=self.dw.detach(), aux=aux)
+        x = self.x.detach()
+        fine = None if self.fine is None else (self.fine.detach(), x, self.ts)
+        return replace(self, x=x, dw=self.dw.detach(), aux=aux, _fine=fine)
+
+    def at(self, index: Tensor) -> PathSample:
+        """Return the paths at some of their times, with their increments summed; the whole ones are their :attr:`fine`.
+
+        Args:
+            index: ``(n,)`` increasing positions on the grid, two or more.
+        """
+        # Sums of increments are differences of the driving process, added piece by piece lest large sums cancel.
+        piece = torch.searchsorted(index, torch.arange(self.dw.shape[-2], device=index.device), right=True)
+        inside = (piece > 0) & (piece < index.shape[0])
+        count = index.shape[0] - 1
+        place = torch.where(inside, piece - 1, count)
+        total = self.dw.new_zeros(*self.dw.shape[:-2], count + 1, self.dw.shape[-1])
+        dw = total.index_add(-2, place, self.dw)[..., :count, :]
+        aux = {name: value[..., index, :, :] for name, value in self.aux.items() if name == "memory"}
+        ts, x = self.ts[index], self.x[..., index, :]
+        return PathSample(ts, x, dw, aux, self.law, (self, x, ts))
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,15 @@ from .equation import Field as Field
 from .equation import spatial_divergence as spatial_divergence
 from .jets import Jet as Jet
 from .jets import network_jet as network_jet
+from .methods import METHODS as METHODS
+from .methods import Euler as Euler
+from .methods import Heun as Heun
+from .methods import Method as Method
+from .methods import Milstein as Milstein
+from .methods import as_method as as_method
 from .noise import Brownian as Brownian
 from .noise import NoiseProcess as NoiseProcess
 from .noise import NoiseSteps as NoiseSteps
-from .solvers import METHODS as METHODS
 from .solvers import Trajectory as Trajectory
 from .solvers import draw_increments as draw_increments
 from .solvers import increment_scale as increment_scale

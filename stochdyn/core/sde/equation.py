@@ -95,7 +95,10 @@ class _Constant(nn.Module):
         elif isinstance(coefficient.value, nn.Parameter):
             self.value = coefficient.value
         else:
-            self.register_buffer("value", coefficient.value, persistent=False)
+            self.register_buffer(
+                "value",
+                coefficient.value if coefficient.value.requires_grad else coefficient.value.detach().clone(),
+            )
 
     def coefficient(self) -> Coefficient:
         """Return the coefficient."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from stochdyn._checks import check_choice
 from stochdyn.core.sde._steps import Problem, Row, Step, full_state, remember
 from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.methods import METHODS, Method, as_method
 
 __all__ = [
     "METHODS",
@@ -22,8 +22,6 @@ __all__ = [
     "remember",
     "step_everywhere",
 ]
-
-METHODS = ("euler", "heun", "milstein")
 
 
 @dataclass(frozen=True)
@@ -79,18 +77,10 @@ def integrate(
     dw: Tensor,
     memory0: Tensor | None = None,
     *,
-    method: str = "euler",
+    method: Method | str = "euler",
     checkpoint: bool | int = False,
-    cuda_graph: bool = False,
 ) -> Trajectory:
-    r"""Integrate an SDE along given increments on a fixed grid.
-
-    Methods, all in the Itô sense:
-
-    - ``"euler"``: strong order 1/2, and 1 for additive noise.
-    - ``"milstein"``: strong order 1 for commutative noise (refused for other noise).
-    - ``"heun"``: trapezoidal drift and noise on the Stratonovich form of the equation, converted from Itô by
-      :math:`-\tfrac12\sum_k (\partial G_k) G_k`; weak order 2 in the drift for additive noise, and strong order 1 for commutative noise.
+    r"""Integrate an SDE, in the Itô sense, along given increments on a fixed grid.
 
     Args:
         sde: the equation, with its control.
@@ -98,10 +88,9 @@ def integrate(
         ts: ``(T,)`` grid.
         dw: ``(T-1, *batch, m * R)`` increments under the controlled law, in the layout of :class:`NoiseProcess`.
         memory0: ``(*batch, m, K)`` initial memory, zero if None.
-        method: see above.
-        checkpoint: store only every so many steps and recompute between them when back-propagating; True takes
-            the square root of the number of steps.
-        cuda_graph: capture the loop in a CUDA graph; ignored off CUDA.
+        method: :class:`~stochdyn.core.sde.Euler`, :class:`~stochdyn.core.sde.Heun` or
+            :class:`~stochdyn.core.sde.Milstein`, or the name of one.
+        checkpoint: takes the place of the method's own ``checkpoint`` unless it is False.
 
     Returns:
         The trajectory, time leading.
@@ -112,13 +101,13 @@ def integrate(
     Reference:
         Kloeden and Platen, "Numerical solution of stochastic differential equations", 1992, chapters 10 and 11.
     """
-    check_choice(method, METHODS, "method")
-    if cuda_graph and x0.is_cuda and sde.noise.num_states == 0:
+    scheme = as_method(method)
+    if scheme.cuda_graph and x0.is_cuda and sde.noise.num_states == 0:
         from stochdyn.core.sde.cuda_graphs import integrate_graphed
 
-        return Trajectory(integrate_graphed(sde, x0, ts, dw, method), None)
+        return Trajectory(integrate_graphed(sde, x0, ts, dw, scheme.name), None)
     dt = (ts[1:] - ts[:-1]).tolist()
-    return run_loop(sde, x0, ts, dt, dw, memory0, method, checkpoint)
+    return run_loop(sde, x0, ts, dt, dw, memory0, scheme.name, checkpoint or scheme.checkpoint)
 
 
 def run_loop(

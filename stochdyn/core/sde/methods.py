@@ -1,0 +1,98 @@
+"""Integration methods as objects that own their options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from stochdyn._checks import check_bool, check_choice, check_positive_int
+from stochdyn.errors import InvalidInputError
+
+__all__ = ["METHODS", "Euler", "Heun", "Method", "Milstein", "as_method"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A fixed-grid scheme for an Itô equation, and how its time loop runs.
+
+    Attributes:
+        checkpoint: how much of the loop is stored for back-propagation. False stores every step; a whole number ``k`` stores
+            every ``k``-th and recomputes the steps between; True takes the square root of the number of steps.
+        cuda_graph: capture the loop in a CUDA graph, so that all steps are one launch. It has no effect on a CPU.
+    """
+
+    checkpoint: bool | int = False
+    cuda_graph: bool = False
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.checkpoint, bool):
+            check_positive_int(self.checkpoint, "checkpoint")
+        check_bool(self.cuda_graph, "cuda_graph")
+
+
+@dataclass(frozen=True)
+class Euler(Method):
+    """The Euler-Maruyama scheme: strong order 1/2, and 1 for additive noise.
+
+    Use it when in doubt: it is the cheapest, it takes any noise, and its steps have the Gaussian densities that ``log_prob``
+    and ``log_rn`` are made of.
+
+    Example:
+        >>> Euler(checkpoint=True)
+        Euler(checkpoint=True, cuda_graph=False)
+    """
+
+    name: ClassVar[str] = "euler"
+
+
+@dataclass(frozen=True)
+class Heun(Method):
+    r"""Trapezoidal drift and noise on the Stratonovich form of the equation.
+
+    The form is converted from Itô by :math:`-\tfrac12\sum_k (\partial G_k) G_k`. The scheme has weak order 2 in the drift for additive
+    noise, and strong order 1 for commutative noise. Use it where the drift is smooth and steps are long.
+
+    Example:
+        >>> Heun().name
+        'heun'
+    """
+
+    name: ClassVar[str] = "heun"
+
+
+@dataclass(frozen=True)
+class Milstein(Method):
+    """The Milstein scheme: strong order 1 for commutative noise; other noise is refused.
+
+    Use it where the diffusion depends on the state and single paths matter, as for geometric Brownian motion.
+
+    Example:
+        >>> Milstein().name
+        'milstein'
+    """
+
+    name: ClassVar[str] = "milstein"
+
+
+_KINDS: dict[str, type[Method]] = {kind.name: kind for kind in (Euler, Heun, Milstein)}
+#: The names of the methods.
+METHODS = tuple(_KINDS)
+
+
+def as_method(method: object, name: str = "method") -> Method:
+    """Return a method, or the one that a string names with its defaults.
+
+    Raises:
+        InvalidInputError: for an unknown name or another type.
+    """
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str):
+        raise InvalidInputError(
+            f"{name} must be an integration method or the name of one",
+            got=repr(method)[:60],
+            expected="Euler() | Heun() | Milstein() | 'euler' | 'heun' | 'milstein'",
+        )
+    check_choice(method, METHODS, name)
+    return _KINDS[method]()
