@@ -101,10 +101,12 @@ def fit_guide(
     args, kwargs = tuple(args), dict(kwargs or {})
     parameter = next(guide.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    with fork_random_state(seed, device), poutine.block():
+    with fork_random_state(seed, device), torch.random.fork_rng(), poutine.block():
         # An automatic guide has its parameters only once it has run.
         guide(*args, **kwargs)
-    elbo = Trace_ELBO(num_particles=num_particles, vectorize_particles=True)
+        depth = _plate_depth(poutine.trace(guide), args, kwargs)
+        depth = max(depth, _plate_depth(poutine.trace(model), args, kwargs))
+    elbo = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=depth)
     return fit(
         _Bound(elbo(model, guide), guide, args, kwargs),
         steps=steps,
@@ -115,3 +117,10 @@ def fit_guide(
         resume=resume,
         optimizer=partial(ClippedAdam, lrd=_DECAY ** (1 / steps)),
     )
+
+
+def _plate_depth(tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return how many batch axes the plates of a program take."""
+    nodes = tracer.get_trace(*args, **kwargs).nodes.values()
+    frames = [f for site in nodes if site["type"] == "sample" for f in site["cond_indep_stack"]]
+    return max((-f.dim for f in frames if f.vectorized), default=0)
