@@ -1,0 +1,113 @@
+"""Every law of the package passes the suite of laws; a new one fails here until it has a factory."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+import stochdyn as sd
+from stochdyn.core import PathMeasure
+from stochdyn.testing import PathMeasureSuite
+
+F64 = torch.float64
+ZERO, ONE = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A law, how it is made, and what the suite has to know about it.
+
+    Attributes:
+        make: returns the law, ready to be sampled.
+        ts: the ends of the grid on which it is sampled, and the number of times.
+        other: returns an equivalent law.
+        outside: a time at which the law doesn't live.
+        bias: see :class:`stochdyn.testing.PathMeasureSuite`.
+    """
+
+    make: Callable[[], PathMeasure]
+    ts: tuple[float, float, int] = (0.0, 1.0, 21)
+    other: Callable[[], PathMeasure] | None = None
+    outside: float | None = None
+    bias: float = 0.05
+    batch: tuple[int, ...] = ()
+
+
+def decay(t: Tensor, x: Tensor) -> Tensor:
+    return -x
+
+
+def diffusion() -> sd.DiffusionMeasure:
+    start = MultivariateNormal(ONE, 0.1 * torch.eye(2, dtype=F64))
+    return sd.DiffusionMeasure(start, sd.SDE(decay, 0.5), start_time=0.0)
+
+
+CASES: dict[str, Case] = {
+    "DiffusionMeasure": Case(
+        diffusion, other=lambda: diffusion().controlled(lambda t, x: 0.5 - x), outside=-0.1
+    ),
+}
+
+
+def laws() -> list[type[PathMeasure]]:
+    """Return the concrete laws that the package defines."""
+    for module in pkgutil.walk_packages(sd.__path__, "stochdyn."):
+        importlib.import_module(module.name)
+
+    def below(kind: type[PathMeasure]) -> Iterator[type[PathMeasure]]:
+        for child in kind.__subclasses__():
+            yield child
+            yield from below(child)
+
+    found = {
+        k for k in below(PathMeasure) if k.__module__.startswith("stochdyn.") and not inspect.isabstract(k)
+    }
+    return sorted(found, key=lambda kind: kind.__name__)
+
+
+def suite(case: Case) -> PathMeasureSuite:
+    class Suite(PathMeasureSuite):
+        bias, batch = case.bias, case.batch
+
+        def make(self) -> PathMeasure:
+            return case.make()
+
+        def ts(self) -> Tensor:
+            return torch.linspace(*case.ts, dtype=F64)
+
+        def other(self) -> PathMeasure | None:
+            return None if case.other is None else case.other()
+
+        def outside(self) -> float | None:
+            return case.outside
+
+    return Suite()
+
+
+# Laws that are on their way to the contract.
+PENDING = {"IPFBridge", "SchrodingerBridge"}
+CHECKS = [name for name in dir(PathMeasureSuite) if name.startswith("test_")]
+
+
+def test_every_law_has_a_factory() -> None:
+    kinds = {type(case.make()) for case in CASES.values()}
+    missing = [
+        f"{kind.__module__}.{kind.__name__}"
+        for kind in laws()
+        if kind not in kinds and kind.__name__ not in PENDING
+    ]
+    assert not missing, f"laws without a factory: {missing}"
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", CASES)
+def test_laws(name: str, check: str) -> None:
+    getattr(suite(CASES[name]), check)()
