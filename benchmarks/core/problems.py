@@ -10,7 +10,7 @@ import torchsde
 from torch import Tensor, nn
 
 import stochdyn as sd
-from stochdyn.core import Euler, NoiseProcess, NoiseSteps, TanhNetwork
+from stochdyn.core import MLP, Euler, NoiseProcess, NoiseSteps
 
 __all__ = ["IndependentStates", "MemoryStates", "Problem", "TrivialDrift", "layered", "tuned_brownian"]
 
@@ -48,7 +48,7 @@ class Clocked(nn.Module):
         return self.network(torch.cat([t.expand(*z.shape[:-1], 1), z], -1))
 
 
-def layered(network: TanhNetwork) -> nn.Sequential:
+def layered(network: MLP) -> nn.Sequential:
     """Return the same function of the same parameters out of torch's own layers."""
     layers: list[nn.Module] = []
     for layer in network.layers:

@@ -20,7 +20,7 @@ import torch
 from measure import agreement, machine, peak_memory, race
 from problems import IndependentStates, MemoryStates, Problem, TrivialDrift, layered
 
-from stochdyn.core import TanhNetwork
+from stochdyn.core import MLP
 
 RESULTS = Path(__file__).parent / "results" / "core.json"
 HIDDEN = (64, 64)
@@ -33,7 +33,7 @@ def problem_of(case: str, batch: int, steps: int) -> Problem:
         return TrivialDrift(batch, steps, int(case[-1]))
     kind, networks = case.split(" / ")
     memory = kind == "memory"
-    fused = TanhNetwork((6, *HIDDEN, 1 if memory else 5))
+    fused = MLP((6, *HIDDEN, 1 if memory else 5))
     sides = {
         "torch layers": (layered(fused), layered(fused)),
         "fused": (fused, fused),

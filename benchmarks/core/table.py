@@ -12,8 +12,8 @@ TARGET = HERE.parents[1] / "docs" / "generated" / "core_benchmarks.md"
 
 NETWORKS = {
     "torch layers": ("`nn.Sequential`", "the same"),
-    "fused": ("`TanhNetwork`", "the same"),
-    "fused against torch layers": ("`TanhNetwork`", "`nn.Sequential`, same weights"),
+    "fused": ("`MLP`", "the same"),
+    "fused against torch layers": ("`MLP`", "`nn.Sequential`, same weights"),
 }
 
 

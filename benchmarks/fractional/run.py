@@ -23,7 +23,7 @@ from lorenz import DT, END, PeerLatentSDE, as_series, data, ours
 from tightness import tightness
 
 import stochdyn as sd
-from stochdyn.core import TanhNetwork
+from stochdyn.core import MLP
 from stochdyn.fractional import (
     AffineDrift,
     GaussianELBO,
@@ -40,7 +40,7 @@ def _gradient(objective: sd.Objective, trained: torch.nn.Module) -> Callable[[],
 
 
 class _Control(torch.nn.Module):
-    def __init__(self, net: TanhNetwork) -> None:
+    def __init__(self, net: MLP) -> None:
         super().__init__()
         self.net = net
 
@@ -64,7 +64,7 @@ def gaussian_against_simulated(smoke: bool) -> list[dict[str, Any]]:
         closed = GaussianELBO(GaussianPosterior(prior, ts), data_, 8)
         contenders = {"Gaussian": lambda o=closed: torch.autograd.grad(o(None).loss, list(o.parameters()))}
         for width in (64, 200, 1000):
-            net = TanhNetwork((1 + 1 + 5, width, width, 1), zero_last=True)
+            net = MLP((1 + 1 + 5, width, width, 1), zero_last=True)
             loss = sd.PathELBO(
                 prior, prior.controlled(_Control(net)), data_, num_particles=32, estimator="rate"
             )

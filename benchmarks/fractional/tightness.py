@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.core import Control, TanhNetwork
+from stochdyn.core import MLP, Control
 from stochdyn.fractional import (
     AffineDrift,
     FractionalOU,
@@ -31,7 +31,7 @@ VALUES = (0.3, 0.4, 0.5)
 class _NetworkControl(Control):
     """A control network of time, state and memory."""
 
-    def __init__(self, net: TanhNetwork) -> None:
+    def __init__(self, net: MLP) -> None:
         super().__init__()
         self.net = net
 
@@ -113,7 +113,7 @@ def tightness(smoke: bool) -> list[dict[str, Any]]:
         row["gap of (c), trained from the prior"] = exact - float(closed(None).terms["elbo"])
         closed.posterior.linearise(data)
         row["gap of (c), linearised"] = exact - float(closed(None).terms["elbo"])
-        net = TanhNetwork((1 + 1 + 5, 64, 64, 1), zero_last=True).double()
+        net = MLP((1 + 1 + 5, 64, 64, 1), zero_last=True).double()
         simulated = sd.PathELBO(prior, prior.controlled(_NetworkControl(net)), data, 32)
         sd.fit(simulated, steps=train, lr=3e-3, progress=False)
         with torch.no_grad():

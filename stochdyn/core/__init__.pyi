@@ -62,7 +62,8 @@ from .law.transition import check_has_density as check_has_density
 from .law.transition import euler_log_prob as euler_log_prob
 from .law.transition import steps_of as steps_of
 from .law.transition import time_column as time_column
-from .networks import TanhNetwork as TanhNetwork
+from .networks import MLP as MLP
+from .networks import StateNetwork as StateNetwork
 from .sde.coefficients import Coefficient as Coefficient
 from .sde.coefficients import Diagonal as Diagonal
 from .sde.coefficients import Matrix as Matrix

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stochdyn.core import Jet, TanhNetwork, network_jet
+from stochdyn.core import MLP, Jet, network_jet
 from stochdyn.errors import ShapeError
 
 F64 = torch.float64
 
 
-def network(depth: int) -> tuple[TanhNetwork, nn.Sequential]:
+def network(depth: int) -> tuple[MLP, nn.Sequential]:
     """A network, and the same out of torch's layers."""
     torch.manual_seed(depth)
-    fused = TanhNetwork((3, *[8] * depth, 1)).double()
+    fused = MLP((3, *[8] * depth, 1)).double()
     plain: list[nn.Module] = []
     for layer in fused.layers:
         plain += [layer, nn.Tanh()]
@@ -70,8 +70,8 @@ def test_gradients_in_parameters_inputs_and_directions(each: bool) -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(ShapeError, match="one output"):
-        network_jet(TanhNetwork((2, 4, 2)), torch.ones(1, 2))
+        network_jet(MLP((2, 4, 2)), torch.ones(1, 2))
     with pytest.raises(ShapeError, match="wrong size"):
-        network_jet(TanhNetwork((2, 4, 1)), torch.ones(1, 3))
+        network_jet(MLP((2, 4, 1)), torch.ones(1, 3))
     with pytest.raises(ShapeError, match="directions"):
-        network_jet(TanhNetwork((2, 4, 1)), torch.ones(1, 2), torch.ones(2))
+        network_jet(MLP((2, 4, 1)), torch.ones(1, 2), torch.ones(2))

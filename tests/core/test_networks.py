@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stochdyn.core import TanhNetwork
-from stochdyn.errors import InvalidInputError
+from stochdyn.core import MLP, StateNetwork
+from stochdyn.errors import InvalidInputError, ShapeError
 from tests.core.laws import F64
 
 
-def layered(network: TanhNetwork) -> nn.Sequential:
+def layered(network: MLP) -> nn.Sequential:
     layers: list[nn.Module] = []
     for layer in network.layers:
         layers += [layer, nn.Tanh()]
@@ -26,7 +26,7 @@ def layered(network: TanhNetwork) -> nn.Sequential:
 def test_equals_linear_layers_with_tanh_between(
     sizes: tuple[int, ...], batch: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    network = TanhNetwork(sizes).to(dtype)
+    network = MLP(sizes).to(dtype)
     x = torch.randn(*batch, sizes[0], dtype=dtype, requires_grad=True)
     tolerance = {"rtol": 0.0, "atol": 1e-12 if dtype == F64 else 3e-6}
     values, gradients = [], []
@@ -45,7 +45,7 @@ def test_equals_linear_layers_with_tanh_between(
 
 
 def test_first_and_second_derivatives() -> None:
-    network = TanhNetwork((2, 5, 4, 1)).double()
+    network = MLP((2, 5, 4, 1)).double()
     x = torch.randn(3, 2, dtype=F64, requires_grad=True)
     inputs = (x, *network.parameters())
     assert torch.autograd.gradcheck(lambda x, *w: network(x), inputs)
@@ -53,7 +53,7 @@ def test_first_and_second_derivatives() -> None:
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
-    network = TanhNetwork((2, 5, 1)).double()
+    network = MLP((2, 5, 1)).double()
     for parameter in network.layers[0].parameters():
         parameter.requires_grad_(False)
     x = torch.randn(3, 2, dtype=F64)
@@ -66,7 +66,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 
 def test_transforms_of_functions() -> None:
-    network = TanhNetwork((2, 5, 3)).double()
+    network = MLP((2, 5, 3)).double()
     plain = layered(network)
     x, v = torch.randn(4, 2, dtype=F64), torch.randn(4, 2, dtype=F64)
     for transform in (
@@ -82,18 +82,18 @@ def test_transforms_of_functions() -> None:
 
 
 def test_checkpointing_and_saving() -> None:
-    network = TanhNetwork((2, 5, 1))
+    network = MLP((2, 5, 1))
     x = torch.randn(4, 2, requires_grad=True)
     plain = torch.autograd.grad(network(x).sum(), x)[0]
     again = torch.utils.checkpoint.checkpoint(network, x, use_reentrant=False)
     assert torch.equal(torch.autograd.grad(again.sum(), x)[0], plain)
-    other = TanhNetwork((2, 5, 1))
+    other = MLP((2, 5, 1))
     other.load_state_dict(network.state_dict())
     assert torch.equal(other(x), network(x))
 
 
 def test_a_last_layer_of_zeros_starts_as_the_zero_function() -> None:
-    network = TanhNetwork((2, 5, 3), zero_last=True)
+    network = MLP((2, 5, 3), zero_last=True)
     x = torch.randn(4, 2)
     assert not network(x).any()
     network(x).sum().backward()
@@ -105,4 +105,30 @@ def test_a_last_layer_of_zeros_starts_as_the_zero_function() -> None:
 @pytest.mark.parametrize("sizes", [(3,), (), (3, 0), (3, 2.0)])
 def test_bad_sizes(sizes: tuple[int, ...]) -> None:
     with pytest.raises(InvalidInputError, match="sizes"):
-        TanhNetwork(sizes)
+        MLP(sizes)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "softplus", "elu", torch.sin, nn.SiLU()])
+def test_other_activations_stand_between_the_layers(activation: object) -> None:
+    network = MLP((2, 5, 4, 1), activation=activation).double()  # type: ignore[arg-type]
+    f = getattr(nn.functional, activation) if isinstance(activation, str) else activation
+    x = torch.randn(3, 2, dtype=F64)
+    first, second, last = network.layers
+    torch.testing.assert_close(network(x), last(f(second(f(first(x))))))  # type: ignore[operator]
+    with pytest.raises(InvalidInputError, match="activation is unknown"):
+        MLP((2, 3, 1), activation="tahn")
+
+
+@pytest.mark.parametrize("lead", [(), (6,)])
+def test_a_state_network_takes_time_of_no_axes_or_leading_and_a_context(lead: tuple[int, ...]) -> None:
+    net = StateNetwork(2, 3, (8,), context=4, time=lambda t: torch.cat([t.sin(), t.cos()], -1)).double()
+    x, context = torch.randn(*lead, 5, 2, dtype=F64), torch.randn(5, 4, dtype=F64)
+    t = torch.linspace(0, 1, 6, dtype=F64).reshape(6, 1, 1) if lead else torch.tensor(0.3, dtype=F64)
+    value = net(t, x, context)
+    assert value.shape == (*lead, 5, 3)
+    one = net(float(t.flatten()[0]), x[0] if lead else x, context)
+    torch.testing.assert_close(value[0] if lead else value, one)
+    for wrong in (None, context[:, :2]):
+        with pytest.raises((ShapeError, RuntimeError)):
+            net(t, x, wrong)
+    assert float(StateNetwork(2, zero_last=True)(0.0, torch.randn(4, 2)).abs().max()) == 0.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stochdyn._checks import check_positive, check_positive_int
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core.networks import MLP
 from stochdyn.errors import EmptyDataError, ShapeError
 
 __all__ = ["NeuralDrift", "PotentialDrift", "SumDrift"]
@@ -100,7 +100,7 @@ class NeuralDrift(_Scaled):
         self.linear = nn.Linear(dim + time, dim).to(self.centre)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        self.net = TanhNetwork((dim + time, width, width, dim), zero_last=True).to(self.centre)
+        self.net = MLP((dim + time, width, width, dim), zero_last=True).to(self.centre)
 
     @classmethod
     def for_snapshots(cls, snapshots: Snapshots, width: int = 64, time: bool = False) -> NeuralDrift:

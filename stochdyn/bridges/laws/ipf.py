@@ -19,7 +19,7 @@ from stochdyn.bridges.laws.reference import EmpiricalLaw, as_reference, spread_o
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core.networks import MLP
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import UnavailableError
 
@@ -89,7 +89,7 @@ class NetworkDrift(DriftRegression):
         self, dim: int, width: int = 64, steps: int = 200, lr: float = 1e-2, mean: Field | None = None
     ) -> None:
         super().__init__()
-        self.net = TanhNetwork((dim + 1, width, width, dim), zero_last=True)
+        self.net = MLP((dim + 1, width, width, dim), zero_last=True)
         self.steps, self.lr, self.mean = steps, lr, mean
 
     def fit(self, t: Tensor, x: Tensor, rate: Tensor, noise: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core.networks import MLP
 
 __all__ = ["IntervalDrift"]
 
@@ -43,10 +43,10 @@ class IntervalDrift(nn.Module):
         self.register_buffer("affine", torch.zeros(num_intervals, size, dim).to(centre))
         self.register_buffer("gram", torch.zeros(num_intervals, size, size).to(centre))
         self.register_buffer("moment", torch.zeros(num_intervals, size, dim).to(centre))
-        self.net: TanhNetwork | None = None
+        self.net: MLP | None = None
         if width:
             inputs = dim + _BASIS + (num_intervals if num_intervals > 1 else 0)
-            self.net = TanhNetwork((inputs, width, width, dim), zero_last=True).to(centre)
+            self.net = MLP((inputs, width, width, dim), zero_last=True).to(centre)
         self.register_buffer("label", torch.eye(num_intervals).to(centre), persistent=False)
 
     def forward(self, s: Tensor, x: Tensor) -> Tensor:

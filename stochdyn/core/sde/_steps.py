@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stochdyn.core._transforms import transforms_are_active
 from stochdyn.core.sde._derivatives import check_commutative, self_advection, strength_along
 from stochdyn.core.sde.coefficients import Coefficient, Matrix, Scalar
 from stochdyn.core.sde.equation import SDE, Control
@@ -276,12 +277,7 @@ class Problem:
 
 def _may_overwrite(*inputs: Tensor) -> bool:
     """Whether results may be written in place: nothing records derivatives or maps over axes."""
-    return (
-        not torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-        and len({x.dtype for x in inputs}) == 1
-    )
+    return not torch.is_grad_enabled() and not transforms_are_active() and len({x.dtype for x in inputs}) == 1
 
 
 def _batched(coefficient: Coefficient) -> bool:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_ndim
-from stochdyn.core.networks import TanhNetwork
-from stochdyn.errors import ShapeError
+from stochdyn._checks import check_event_size, check_ndim, check_type
+from stochdyn.core.networks import MLP
+from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["Jet", "network_jet"]
 
@@ -29,7 +29,7 @@ class Jet(NamedTuple):
     curvature: Tensor | None
 
 
-def network_jet(network: TanhNetwork, u: Tensor, directions: Tensor | None = None, each: bool = False) -> Jet:
+def network_jet(network: MLP, u: Tensor, directions: Tensor | None = None, each: bool = False) -> Jet:
     r"""Value, gradient and second derivatives along given directions of a network with one output.
 
     .. math:: f(u),\qquad \nabla f(u),\qquad \sum_k e_k^\top\,\nabla^2 f(u)\,e_k
@@ -53,7 +53,7 @@ def network_jet(network: TanhNetwork, u: Tensor, directions: Tensor | None = Non
         ShapeError: if the network has more than one output, or shapes don't fit.
 
     Example:
-        >>> net = TanhNetwork((2, 8, 1)).double()
+        >>> net = MLP((2, 8, 1)).double()
         >>> u, unit = torch.ones(3, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
         >>> network_jet(net, u, unit[:, None]).curvature.shape
         torch.Size([3])
@@ -62,6 +62,9 @@ def network_jet(network: TanhNetwork, u: Tensor, directions: Tensor | None = Non
         Griewank and Walther, "Evaluating derivatives", 2008, chapter 13; Li et al., "A computational framework
         for neural network-based variational Monte Carlo with forward Laplacian", 2024.
     """
+    check_type(network, MLP, "network")
+    if network.activation != "tanh":
+        raise InvalidInputError("a jet is of a tanh network", got=f"activation {network.activation!r}")
     weights: list[tuple[Tensor, Tensor]] = [(m.weight, m.bias) for m in network.layers]  # type: ignore[misc]
     check_ndim(u, 2, "u", "(n, in)")
     check_event_size(u, weights[0][0].shape[1], "u")

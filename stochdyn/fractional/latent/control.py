@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stochdyn.core.gaussian.affine import by_channel, by_column
 from stochdyn.core.law.path import PathSample
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core.networks import MLP
 from stochdyn.core.sde.equation import Control
 from stochdyn.core.sde.solvers import draw_increments, integrate
 from stochdyn.fractional.latent.base import Bound, Draws, LatentPosterior
@@ -32,7 +32,7 @@ class _Recorder(Control):
 
     def __init__(
         self,
-        network: TanhNetwork,
+        network: MLP,
         coefficients: _AtStep,
         scale: Tensor,
         width: Tensor,
@@ -115,7 +115,7 @@ class ControlPosterior(LatentPosterior):
         )
         count = channels * innovations if tight else channels
         self.count = count
-        self.network = TanhNetwork((state_size + context, *hidden, count), zero_last=True)
+        self.network = MLP((state_size + context, *hidden, count), zero_last=True)
         self.head: nn.Linear | None = None
         if tight:
             self.head = nn.Linear(context, channels * innovations * (innovations + 1) // 2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.law.transition import time_column
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core.networks import MLP
 from stochdyn.core.sde.equation import SDE, Control, spatial_divergence
 from stochdyn.core.sde.solvers import draw_increments, integrate
 from stochdyn.errors import InvalidInputError
@@ -49,7 +49,7 @@ class MatchingPosterior(LatentPosterior):
         super().__init__()
         self.dim, self.span = dim, span
         self.gru = nn.GRU(2 * obs_dim + 2, width, bidirectional=True)
-        self.network = TanhNetwork((2 * width + 1, *hidden, 2 * dim))
+        self.network = MLP((2 * width + 1, *hidden, 2 * dim))
 
     def marginal(self, series: Series) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Return the function from times ``(L, B, 1)`` to mean and standard deviation ``(L, B, d)``."""

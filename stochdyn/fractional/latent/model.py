@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stochdyn._checks import check_choice, check_positive_int, check_time_grid
 from stochdyn.core.gaussian.affine import by_column
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core.networks import MLP
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.noise import Brownian, NoiseProcess, NoiseSteps
@@ -169,7 +169,7 @@ class LatentSDE(Objective):
             )
         if posterior == "matching":
             check_brownian(self.sde)
-        mean = decoder if callable(decoder) else TanhNetwork((latent_dim, *decoder, obs_dim))
+        mean = decoder if callable(decoder) else MLP((latent_dim, *decoder, obs_dim))
         self.decoder = GaussianDecoder(mean, obs_dim, obs_scale, learn_obs_scale)
         factor = noise.initial_factor(dtype=torch.get_default_dtype(), device=ts.device)
         self._past = 0 if factor is None else factor.shape[0]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core.networks import MLP
 from stochdyn.core.sde.coefficients import Diagonal
 from stochdyn.fractional.latent.series import Series
 
@@ -34,7 +34,7 @@ class DriftNetwork(nn.Module):
 
     def __init__(self, dim: int, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__()
-        self.net = TanhNetwork((dim, *hidden, dim))
+        self.net = MLP((dim, *hidden, dim))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return ``(..., d)``."""

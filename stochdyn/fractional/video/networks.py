@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core.networks import MLP
 
 __all__ = ["ContextEncoder", "FrameDecoder", "FrameEncoder", "JointControl", "StateDiffusion", "StateDrift"]
 
@@ -110,7 +110,7 @@ class StateDrift(nn.Module):
 
     def __init__(self, latents: int, hidden: Sequence[int]) -> None:
         super().__init__()
-        self.network = TanhNetwork((latents, *hidden, latents))
+        self.network = MLP((latents, *hidden, latents))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return ``(..., d)``."""
@@ -162,7 +162,7 @@ class JointControl(nn.Module):
         self, state_size: int, channels: int, context: int, hidden: Sequence[int], frame_step: float
     ) -> None:
         super().__init__()
-        self.network = TanhNetwork((state_size + context, *hidden, 2 * channels), zero_last=True)
+        self.network = MLP((state_size + context, *hidden, 2 * channels), zero_last=True)
         self.frame_step = frame_step
 
     def forward(self, t: Tensor, z: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from stochdyn.core.forward.divergences import (
     sample_probes,
 )
 from stochdyn.core.forward.flow import MarginalFlow, as_time
-from stochdyn.core.networks import TanhNetwork
+from stochdyn.core.networks import MLP
 from stochdyn.core.sde.jets import network_jet
 from stochdyn.errors import ShapeError
 from stochdyn.interpolants.paths.processes import AffineProcess, check_process
@@ -198,7 +198,7 @@ class PotentialNetwork(Potential):
             check_positive_int(size, name)
         check_positive(variance, "variance")
         self.dim = dim
-        self.network = TanhNetwork((dim + 1, *[width] * depth, 1), zero_last)
+        self.network = MLP((dim + 1, *[width] * depth, 1), zero_last)
         self.network.layers[-1].bias.requires_grad_(
             False
         )  # a constant, which neither score nor residual sees

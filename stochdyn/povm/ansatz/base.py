@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stochdyn.core._transforms import maps_are_active
 from stochdyn.core.forward.outcomes import all_configurations
 from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
 from stochdyn.povm.ansatz.strings import Strings
@@ -195,7 +196,7 @@ class Ansatz(nn.Module, ABC):
             raise ShapeError(
                 "outcomes must be (n, N)", got=f"shape {tuple(a.shape)}", expected=f"(n, {self.num_sites})"
             )
-        if torch._C._are_functorch_transforms_active():
+        if maps_are_active():
             return  # values can't be looked at inside vmap
         if a.numel() and (int(a.min()) < 0 or int(a.max()) >= self.num_outcomes):
             raise InvalidInputError(
