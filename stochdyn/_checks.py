@@ -96,11 +96,9 @@ def as_tensor(
         if value.is_complex():
             raise InvalidInputError(f"{name} must be real", got=value.dtype)
     else:
-        value = _from_array(x, name)
+        value = _from_array(x, name, torch.get_default_dtype() if like is None else like.dtype)
     if not value.is_floating_point():
         value = value.to(torch.get_default_dtype() if like is None else like.dtype)
-    elif like is not None and not isinstance(x, Tensor) and not _has_precision(x):
-        value = value.to(like.dtype)
     if like is not None and not isinstance(x, Tensor):
         value = value.to(like.device)
     if ndim is not None:
@@ -117,14 +115,14 @@ def _has_precision(x: object) -> bool:
     return dtype is not None and np.issubdtype(np.dtype(dtype), np.floating)
 
 
-def _from_array(x: object, name: str) -> Tensor:
-    """Turn data that aren't a tensor into one."""
+def _from_array(x: object, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Turn data that aren't a tensor into one; numbers without a floating precision of their own take ``dtype``."""
     if x is None or isinstance(x, str | bytes | dict | set):
         raise InvalidInputError(
             f"{name} must be numbers", got=repr(x)[:60], expected="a tensor, an array or a list"
         )
     if isinstance(x, Sequence) and any(isinstance(v, Tensor) for v in x):
-        parts = [v if isinstance(v, Tensor) else _from_array(v, name) for v in x]
+        parts = [v if isinstance(v, Tensor) else _from_array(v, name, dtype) for v in x]
         try:
             return torch.stack(parts)
         except (RuntimeError, TypeError) as error:
@@ -152,7 +150,7 @@ def _from_array(x: object, name: str) -> Tensor:
         )
     own = _has_precision(x)
     value = torch.tensor(array)
-    return value if own or not value.is_floating_point() else value.to(torch.get_default_dtype())
+    return value if own or not value.is_floating_point() else value.to(dtype or torch.get_default_dtype())
 
 
 def as_time_grid(ts: object, name: str = "ts", min_points: int = 2, like: Tensor | None = None) -> Tensor:

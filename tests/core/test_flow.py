@@ -71,7 +71,7 @@ def test_gaussian_density_matches_torch(d: int) -> None:
 
 def test_linear_measure_gives_its_marginals_in_any_order_of_times() -> None:
     lin = LinearGaussianMeasure.ornstein_uhlenbeck(
-        torch.tensor([1.0, 2.0], dtype=F64), 0.5, start=torch.ones(2, dtype=F64)
+        torch.tensor([1.0, 2.0], dtype=F64), 0.5, initial_mean=torch.ones(2, dtype=F64)
     )
     flow = GaussianFlow.from_measure(lin)
     t = torch.tensor([0.7, 0.2, 0.7], dtype=F64)
@@ -81,7 +81,7 @@ def test_linear_measure_gives_its_marginals_in_any_order_of_times() -> None:
 
 
 def test_linear_measure_flow_has_the_right_time_derivative() -> None:
-    lin = LinearGaussianMeasure.ornstein_uhlenbeck(1.0, start=torch.ones(1, dtype=F64))
+    lin = LinearGaussianMeasure.ornstein_uhlenbeck(1.0, initial_mean=torch.ones(1, dtype=F64))
     flow, x, h = GaussianFlow.from_measure(lin), torch.randn(5, 1, dtype=F64), 1e-5
     difference = (flow.log_prob(0.6 + h, x) - flow.log_prob(0.6 - h, x)) / (2 * h)
     torch.testing.assert_close(flow.time_derivative(0.6, x), difference, rtol=1e-7, atol=1e-8)
@@ -90,7 +90,7 @@ def test_linear_measure_flow_has_the_right_time_derivative() -> None:
 
 
 def test_batched_measure_is_refused() -> None:
-    lin = LinearGaussianMeasure.ornstein_uhlenbeck(1.0, start=torch.ones(3, 1))
+    lin = LinearGaussianMeasure.ornstein_uhlenbeck(1.0, initial_mean=torch.ones(3, 1))
     with pytest.raises(ShapeError, match="a flow is one law"):
         GaussianFlow.from_measure(lin)
 

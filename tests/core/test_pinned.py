@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from stochdyn.core import LinearGaussianMeasure, PinnedProcess, linear_scan
+from stochdyn.core import LinearGaussianMeasure, PathSample, PinnedProcess
 from stochdyn.errors import (
     DtypeMismatchError,
     InvalidInputError,
@@ -46,14 +46,14 @@ def test_moments_and_density_equal_the_conditioned_process(rate: float) -> None:
     bridge, exact = _bridge(rate), _exact(rate)
     torch.testing.assert_close(bridge.mean(TS)[:, 0], exact.mean, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(bridge.variance(TS)[:, 0], exact.variance, rtol=1e-10, atol=1e-11)
-    x = bridge.sample(TS, 20, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(bridge.log_prob(TS, x), exact.log_prob(x[..., 0]), rtol=1e-9, atol=1e-9)
+    path = bridge.sample(TS, 20, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(bridge.log_prob(path), exact.log_prob(path.x[..., 0]), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("rate", [0.0, 2.0])
 def test_samples_have_the_joint_law(rate: float) -> None:
     n = 40_000
-    x = _bridge(rate).sample(TS, n, torch.Generator().manual_seed(1))[..., 0]
+    x = _bridge(rate).sample(TS, n, torch.Generator().manual_seed(1)).x[..., 0]
     exact = _exact(rate)
     var, cov = exact.variance, exact.covariance_matrix
     assert ((x.mean(0) - exact.mean).abs() <= 5 * (var / n).sqrt()).all()
@@ -65,15 +65,16 @@ def test_samples_have_the_joint_law(rate: float) -> None:
 def test_ends_are_hit_and_carry_no_density() -> None:
     bridge = _bridge()
     ts = torch.cat((_t(0.2), TS, _t(2.5)))
-    x = bridge.sample(ts, 7)
+    path = bridge.sample(ts, 7)
+    x = path.x
     assert torch.equal(x[:, 0, 0], torch.full((7,), 0.5, dtype=F64))
     torch.testing.assert_close(x[:, -1, 0], torch.full((7,), -1.0, dtype=F64))
     assert not bridge.variance(ts)[[0, -1]].any()
-    torch.testing.assert_close(bridge.log_prob(ts, x), bridge.log_prob(TS, x[:, 1:-1]))
+    torch.testing.assert_close(bridge.log_prob(path), bridge.log_prob(PathSample.of_states(TS, x[:, 1:-1])))
 
 
 def test_brownian_bridge_has_its_textbook_moments() -> None:
-    bridge = PinnedProcess(_t(1.0, 0.0), _t(3.0, 5.0), scale=_t(1.0, 2.0), end_time=4.0)
+    bridge = PinnedProcess(_t(1.0, 0.0), _t(3.0, 5.0), diffusion=_t(1.0, 2.0), end_time=4.0)
     ts = _t(1.0, 3.0)
     torch.testing.assert_close(bridge.mean(ts), torch.stack((_t(1.5, 1.25), _t(2.5, 3.75))))
     torch.testing.assert_close(bridge.variance(ts), torch.stack((_t(0.75, 3.0), _t(0.75, 3.0))))
@@ -85,7 +86,7 @@ def test_strong_reversion_over_long_times_neither_overflows_nor_loses_the_statio
     middle = _t(500.0)
     torch.testing.assert_close(bridge.mean(middle), _t(1.0)[None])
     torch.testing.assert_close(bridge.variance(middle), _t(4 / 200)[None])
-    x = bridge.sample(ts, 20, torch.Generator().manual_seed(0))
+    x = bridge.sample(ts, 20, torch.Generator().manual_seed(0)).x
     inner = x[:, 1:-1]  # steps of 25 relaxation times: independent draws of the stationary law
     assert torch.isfinite(x).all()
     assert abs(float(inner.mean()) - 1) <= 5 * math.sqrt(0.02 / inner.numel())
@@ -127,8 +128,8 @@ def test_drift_is_doobs_transform_of_the_free_process() -> None:
 
 
 def test_bridge_equals_the_linear_posterior_with_an_exact_observation() -> None:
-    free = LinearGaussianMeasure.ornstein_uhlenbeck(_t(1.3), 0.4, 0.7, start=_t(0.5), initial_time=0.2)
-    pinned = free.posterior(_t(2.5), _t(-1.0)[:, None], 0.0, at=TS)
+    free = LinearGaussianMeasure.ornstein_uhlenbeck(_t(1.3), 0.4, 0.7, initial_mean=_t(0.5), initial_time=0.2)
+    pinned = free.posterior(_t(2.5), _t(-1.0)[:, None], 0.0, TS)
     torch.testing.assert_close(_bridge().mean(TS), pinned.mean, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(_bridge().variance(TS), pinned.variance, rtol=1e-9, atol=1e-10)
 
@@ -136,12 +137,15 @@ def test_bridge_equals_the_linear_posterior_with_an_exact_observation() -> None:
 def test_batches_of_bridges() -> None:
     starts, ends = torch.randn(3, 2, dtype=F64), torch.randn(4, 1, 2, dtype=F64)
     many = PinnedProcess(starts, ends, _t(0.0, 2.0), end_time=3.0)
-    x = many.sample(TS, 5)
+    path = many.sample(TS, 5)
+    x = path.x
     assert x.shape == (5, 4, 3, 5, 2)
-    assert many.log_prob(TS, x).shape == (5, 4, 3)
+    assert many.log_prob(path).shape == (5, 4, 3)
     one = PinnedProcess(starts[1], ends[2, 0], _t(0.0, 2.0), end_time=3.0)
     torch.testing.assert_close(many.mean(TS)[2, 1], one.mean(TS))
-    torch.testing.assert_close(many.log_prob(TS, x)[:, 2, 1], one.log_prob(TS, x[:, 2, 1]))
+    torch.testing.assert_close(
+        many.log_prob(path)[:, 2, 1], one.log_prob(PathSample.of_states(TS, x[:, 2, 1]))
+    )
     torch.testing.assert_close(many.drift(1.0, x[..., 0, :])[:, 2, 1], one.drift(1.0, x[:, 2, 1, 0]))
 
 
@@ -164,11 +168,12 @@ def test_sde_of_the_bridge_reaches_its_law() -> None:
 def test_gradients(rate: float) -> None:
     def everything(start, end, scale, centre, ts):
         bridge = PinnedProcess(start, end, rate, centre, scale, end_time=3.0)
-        x = bridge.sample(ts, 2, torch.Generator().manual_seed(0))
+        path = bridge.sample(ts, 2, torch.Generator().manual_seed(0))
+        x = path.x
         return (
             bridge.mean(ts),
             bridge.variance(ts),
-            bridge.log_prob(ts, x),
+            bridge.log_prob(path),
             x,
             bridge.drift(1.0, x[..., 0, :]),
         )
@@ -187,49 +192,43 @@ def test_gradient_in_the_rate_is_even_around_brownian_motion() -> None:
     assert not slope.any()  # an even function of the rate
 
 
-def test_linear_scan_equals_the_loop() -> None:
-    g = torch.Generator().manual_seed(0)
-    for steps in (1, 2, 7, 64):
-        decay, increments = (
-            torch.rand(steps, 2, dtype=F64, generator=g),
-            torch.randn(3, steps, 2, dtype=F64, generator=g),
-        )
-        z, out = torch.zeros(3, 2, dtype=F64), []
-        for n in range(steps):
-            z = decay[n] * z + increments[:, n]
-            out.append(z)
-        torch.testing.assert_close(linear_scan(decay, increments), torch.stack(out, -2))
-
-
 def test_float32_state_with_float64_times() -> None:
     bridge = PinnedProcess(
         torch.tensor([0.5]), torch.tensor([-1.0]), 1.3, 0.4, 0.7, start_time=0.2, end_time=2.5
     )
     assert bridge.mean(TS).dtype == torch.float32
-    assert bridge.sample(TS, 2).dtype == torch.float32
+    assert bridge.sample(TS, 2).x.dtype == torch.float32
     torch.testing.assert_close(bridge.mean(TS).double(), _bridge().mean(TS), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: PinnedProcess(_t(0.0), _t(1.0), scale=-1.0), InvalidInputError, "scale must be positive"),
+        (
+            lambda: PinnedProcess(_t(0.0), _t(1.0), diffusion=-1.0),
+            InvalidInputError,
+            "diffusion must be positive",
+        ),
         (lambda: PinnedProcess(_t(0.0), _t(1.0, 2.0)), ShapeError, "same size"),
-        (lambda: PinnedProcess(_t(0.0), torch.ones(1)), DtypeMismatchError, "end torch.float32"),
-        (lambda: PinnedProcess(_t(math.nan), _t(1.0)), NonFiniteError, "start"),
+        (lambda: PinnedProcess(_t(0.0), torch.ones(1)), DtypeMismatchError, "final torch.float32"),
+        (lambda: PinnedProcess(_t(math.nan), _t(1.0)), NonFiniteError, "initial"),
         (lambda: PinnedProcess(_t(0.0), _t(1.0), end_time=0.0), TimeGridError, "after start_time"),
-        (lambda: PinnedProcess(0.0, _t(1.0)), ShapeError, "start must be a floating tensor"),
+        (lambda: PinnedProcess(0.0, _t(1.0)), ShapeError, "initial must be"),
         (lambda: _bridge().mean(_t(0.1, 1.0)), TimeGridError, "inside the span"),
         (lambda: _bridge().mean(_t(1.0, 0.5)), TimeGridError, "increase strictly"),
         (lambda: _bridge().drift(2.5, _t(1.0)), TimeGridError, "singular"),
         (lambda: _bridge().transition(1.0, _t(1.0), 0.5), TimeGridError, "don't fit"),
-        (lambda: _bridge().log_prob(TS, torch.zeros(4, 1, dtype=F64)), ShapeError, "x has the wrong shape"),
         (
-            lambda: _bridge().log_prob(TS, torch.full((5, 1), math.inf, dtype=F64)),
-            NonFiniteError,
-            "x must be",
+            lambda: _bridge().log_prob(PathSample.of_states(TS, torch.zeros(4, 1, dtype=F64))),
+            ShapeError,
+            "path.x has the wrong",
         ),
-        (lambda: _bridge().sample(TS, 0), InvalidInputError, "n must be"),
+        (
+            lambda: _bridge().log_prob(PathSample.of_states(TS, torch.full((5, 1), math.inf, dtype=F64))),
+            NonFiniteError,
+            "path.x must be",
+        ),
+        (lambda: _bridge().sample(TS, 0), InvalidInputError, "sample_shape must be"),
     ],
 )
 def test_bad_input_is_rejected(call, error: type[Exception], message: str) -> None:

@@ -40,7 +40,7 @@ class Potential(nn.Module):
 def equation(d: int = 2) -> tuple[SDE, GaussianFlow, GaussianFlow]:
     """An OU equation, its exact flow from N(1, 0.4), and the start held still."""
     lin = LinearGaussianMeasure.ornstein_uhlenbeck(
-        1.0, start=torch.ones(d, dtype=F64), start_cov=0.4 * torch.eye(d, dtype=F64)
+        1.0, initial_mean=torch.ones(d, dtype=F64), initial_cov=0.4 * torch.eye(d, dtype=F64)
     )
     flow = GaussianFlow.from_measure(lin)
     start = GaussianFlow(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stochdyn.core.gaussian._psd import psd_factor, symmetrise
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
+from stochdyn.core.gaussian.small import psd_factor, symmetrise
 from stochdyn.errors import SingularDiffusionError
 
 __all__ = ["PinnedLinear"]

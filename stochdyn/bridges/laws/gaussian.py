@@ -18,8 +18,8 @@ from stochdyn._checks import (
 )
 from stochdyn.bridges.laws._pinned_linear import PinnedLinear
 from stochdyn.core.forward.flow import GaussianFlow, as_time
-from stochdyn.core.gaussian._psd import psd_factor, symmetrise
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
+from stochdyn.core.gaussian.small import psd_factor, symmetrise
 from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError, TimeGridError
 

@@ -16,8 +16,8 @@ from stochdyn._checks import (
     check_time_grid,
 )
 from stochdyn.bridges.laws._pinned_linear import PinnedLinear
-from stochdyn.core.gaussian._psd import symmetrise
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
+from stochdyn.core.gaussian.small import symmetrise
 from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.errors import (
     ConvergenceWarning,

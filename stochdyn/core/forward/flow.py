@@ -19,7 +19,7 @@ from stochdyn._checks import (
     check_time_broadcast,
 )
 from stochdyn.core.forward.divergences import attach, gradient, jacobian_contraction, pull_back, release
-from stochdyn.core.gaussian._psd import psd_factor
+from stochdyn.core.gaussian.small import psd_factor
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError, UnavailableError
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_finite, check_positive_int, check_same_device, check_same_dtype
-from stochdyn.core.gaussian import _kalman
-from stochdyn.core.gaussian._batching import (
+from stochdyn._checks import as_generator, as_sample_shape, check_finite, check_same_device, check_same_dtype
+from stochdyn.core.gaussian import filter as kalman
+from stochdyn.core.gaussian.layout import (
     broadcast_batches,
     columns,
     flatten_batch,
@@ -18,8 +18,15 @@ from stochdyn.core.gaussian._batching import (
     restore_columns,
     samples_first,
 )
-from stochdyn.core.gaussian._observations import Observed, prepare
-from stochdyn.core.gaussian._psd import psd_factor, symmetrise
+from stochdyn.core.gaussian.observations import Observed, prepare
+from stochdyn.core.gaussian.recursion import (
+    affine_states,
+    covariance_states,
+    gaussian_moments,
+    joint_covariance,
+)
+from stochdyn.core.gaussian.small import psd_factor, symmetrise
+from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.errors import ShapeError
 
 __all__ = ["GaussianChain", "GaussianFilter", "GaussianSmoother"]
@@ -122,15 +129,38 @@ class GaussianChain:
             {n: tuple(x.shape[k : x.ndim - e]) for n, (x, k, e) in named.items()}
         )
 
+    def detach(self) -> GaussianChain:
+        """Return the same chain cut off from the graph."""
+        parts = self.initial_mean, self.initial_cov, self.transition, self.offset, self.noise_cov
+        return GaussianChain(*(x.detach() for x in parts))
+
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return the marginal means ``(N+1, *B, z)`` and covariances ``(N+1, *B, z, z)``."""
         batch, flat = self.batch_shape, self._flat(self.batch_shape)
         a = flatten_batch(self.transition, 1, 2, batch, flat)
-        start = columns(self.initial_mean[None], batch, flat)[0]
-        mean = _kalman.propagate(start, a, columns(self.offset, batch, flat))
+        noise = flatten_batch(self.noise_cov, 1, 2, batch, flat)
         cov = flatten_batch(self.initial_cov, 0, 2, batch, flat)
-        covs = _kalman.propagate_covariance(cov, a, flatten_batch(self.noise_cov, 1, 2, batch, flat))
+        start = columns(self.initial_mean[None], batch, flat)[0]
+        offset = columns(self.offset, batch, flat)
+        if start.shape[-1] == 1:
+            mean, covs = gaussian_moments(a, offset[..., 0], noise, start[..., 0], cov)
+            mean = mean[..., None]
+        else:
+            # Series that share their covariance: one recursion for it, and a column per series for the means.
+            mean, covs = affine_states(a, offset, start), covariance_states(a, noise, cov)
         return restore_columns(mean, batch, flat), restore(covs, batch, flat)
+
+    def joint_covariance(self, emission: Tensor | None = None) -> Tensor:
+        """Return the covariance ``(*B, (N+1) d, (N+1) d)`` of the path, flattened with time leading.
+
+        Args:
+            emission: ``(d, z)``, for the covariance of ``emission @ z`` alone; None for the whole state.
+        """
+        batch, flat = self.batch_shape, self._flat(self.batch_shape)
+        a = flatten_batch(self.transition, 1, 2, batch, flat)
+        noise = flatten_batch(self.noise_cov, 1, 2, batch, flat)
+        covs = covariance_states(a, noise, flatten_batch(self.initial_cov, 0, 2, batch, flat))
+        return restore(joint_covariance(covs, a, emission)[None], batch, flat)[0]
 
     def filter(
         self, y: Tensor, emission: Tensor, obs_cov: Tensor, mask: Tensor | None = None
@@ -188,51 +218,102 @@ class GaussianChain:
         _, filtered, white = self._forward(gains, seen)
         a = flatten_batch(self.transition, 1, 2, seen.batch, seen.flat)
         cov = gains.filtered(seen.obs_cov)
-        mean = filtered + cov @ _kalman.backward_means(gains, a, white)
-        cov = symmetrise(cov - cov @ _kalman.backward_covariances(gains, a) @ cov)
+        mean = filtered + cov @ kalman.backward_means(gains, a, white)
+        cov = symmetrise(cov - cov @ kalman.backward_covariances(gains, a) @ cov)
         return GaussianSmoother(
             mean=restore_columns(mean, seen.batch, seen.flat),
             cov=restore(cov, seen.batch, seen.flat),
             log_evidence=_log_evidence(gains, white, seen),
         )
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``n`` paths, ``(n, N+1, *B, z)``, reparametrised."""
-        check_positive_int(n, "n")
-        batch = self.batch_shape
-        return samples_first(self._draw(n, batch, self._flat(batch), generator), n, batch)
-
-    def sample_posterior(
+    def posterior_joint_covariance(
         self,
-        n: int,
         y: Tensor,
         emission: Tensor,
         obs_cov: Tensor,
         mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """Draw ``n`` paths given the observations, ``(n, N+1, *B, z)``; arguments as in :meth:`filter`.
+        r"""Return the covariance of the path given the observations, ``(*B, (N+1) d, (N+1) d)``.
+
+        .. math:: \mathrm{Cov}(z_n,z_m\mid y)=(I-P_nN_n)\,L_{n-1}\cdots L_m\,P_m,\qquad L=A(I-KH),\quad n\ge m,
+
+        with the predicted covariances P and the covariance N of the adjoint; no state covariance is inverted.
+
+        Args:
+            y: as in :meth:`filter`.
+            emission: as in :meth:`filter`.
+            obs_cov: as in :meth:`filter`.
+            mask: as in :meth:`filter`.
+            read: ``(d, z)``, for the covariance of ``read @ z`` alone; None for the whole state.
+
+        Reference: de Jong & Mackinnon (1988), Covariances for smoothed estimates in state space models.
+        """
+        seen = self._observed(y, emission, obs_cov, mask)
+        gains = self._gains(seen)
+        a = flatten_batch(self.transition, 1, 2, seen.batch, seen.flat)
+        # N_n = H^T S^{-1} H + (I-KH)^T A^T N_{n+1} A (I-KH), for the state before its own observation
+        later = kalman.backward_covariances(gains, a)
+        adjoint = gains.weighted.mT @ gains.weighted + gains.closed.mT @ later @ gains.closed
+        eye = torch.eye(self.state_dim, dtype=a.dtype, device=a.device)
+        left = eye - gains.predicted @ adjoint
+        joint = joint_covariance(gains.predicted, a @ gains.closed[:-1], read, left)
+        return restore(joint[None], seen.batch, seen.flat)[0]
+
+    def score_of_start(
+        self, y: Tensor, emission: Tensor, obs_cov: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        r"""Return the gradient of :math:`\log p(y_1,\dots,y_N\mid z_0)` at ``initial_mean``, ``(*B, z)``.
+
+        The chain must start from a fixed point; arguments as in :meth:`filter`, of which the first observation doesn't count.
+        """
+        seen = self._observed(y, emission, obs_cov, mask)
+        gains = self._gains(seen)
+        white = self._forward(gains, seen)[2]
+        a = flatten_batch(self.transition, 1, 2, seen.batch, seen.flat)
+        return restore_columns(kalman.backward_means(gains, a, white), seen.batch, seen.flat)[0]
+
+    def sample(self, sample_shape: SampleShape = (), generator: Generator = None) -> Tensor:
+        """Draw paths, ``(*sample, N+1, *B, z)``, reparametrised."""
+        shape = as_sample_shape(sample_shape)
+        batch, n = self.batch_shape, math.prod(shape)
+        source = as_generator(generator, self.transition.device)
+        z = samples_first(self._draw(n, batch, self._flat(batch), source), n, batch)
+        return z.reshape(*shape, *z.shape[1:])
+
+    def sample_posterior(
+        self,
+        sample_shape: SampleShape,
+        y: Tensor,
+        emission: Tensor,
+        obs_cov: Tensor,
+        mask: Tensor | None = None,
+        generator: Generator = None,
+    ) -> Tensor:
+        """Draw paths given the observations, ``(*sample, N+1, *B, z)``; arguments as in :meth:`filter`.
 
         A prior path is drawn with observations of its own, and corrected by the smoothed residual, so the
         draws are exact also where the posterior covariance is singular.
 
         Reference: Durbin & Koopman (2002), A simple and efficient simulation smoother, Biometrika 89.
         """
-        check_positive_int(n, "n")
+        shape = as_sample_shape(sample_shape)
+        n, source = math.prod(shape), as_generator(generator, self.transition.device)
         seen = self._observed(y, emission, obs_cov, mask)
         gains = self._gains(seen)
-        z = self._draw(n, seen.batch, seen.flat, generator)
-        noise = _correlated(seen.obs_cov, z.shape[-1], generator)
+        z = self._draw(n, seen.batch, seen.flat, source)
+        noise = _correlated(seen.obs_cov, z.shape[-1], source)
         data = columns(seen.y, seen.batch, seen.flat, n)
         residual = data - seen.emission @ z - noise
         a = flatten_batch(self.transition, 1, 2, seen.batch, seen.flat)
         zero = torch.zeros_like(z[0])
-        _, filtered, white = _kalman.forward_means(
+        _, filtered, white = kalman.forward_means(
             gains, zero, a, torch.zeros_like(z[:-1]), seen.emission, residual
         )
         cov = gains.filtered(seen.obs_cov)
-        z = z + filtered + cov @ _kalman.backward_means(gains, a, white)
-        return samples_first(z, n, seen.batch)
+        z = z + filtered + cov @ kalman.backward_means(gains, a, white)
+        z = samples_first(z, n, seen.batch)
+        return z.reshape(*shape, *z.shape[1:])
 
     def _observed(self, y: Tensor, emission: Tensor, obs_cov: Tensor, mask: Tensor | None) -> Observed:
         check_same_device(y=y, emission=emission, obs_cov=obs_cov, mask=mask, transition=self.transition)
@@ -249,10 +330,10 @@ class GaussianChain:
         first = _correlated(flatten_batch(self.initial_cov[None], 1, 2, batch, flat), width, generator)
         noise = _correlated(flatten_batch(self.noise_cov, 1, 2, batch, flat), width, generator)
         a = flatten_batch(self.transition, 1, 2, batch, flat)
-        return _kalman.propagate((start + first)[0], a, columns(self.offset, batch, flat, n) + noise)
+        return affine_states(a, columns(self.offset, batch, flat, n) + noise, (start + first)[0])
 
-    def _gains(self, seen: Observed) -> _kalman.Gains:
-        return _kalman.riccati(
+    def _gains(self, seen: Observed) -> kalman.Gains:
+        return kalman.riccati(
             flatten_batch(self.initial_cov, 0, 2, seen.batch, seen.flat),
             flatten_batch(self.transition, 1, 2, seen.batch, seen.flat),
             flatten_batch(self.noise_cov, 1, 2, seen.batch, seen.flat),
@@ -260,8 +341,8 @@ class GaussianChain:
             seen.obs_cov,
         )
 
-    def _forward(self, gains: _kalman.Gains, seen: Observed) -> tuple[Tensor, Tensor, Tensor]:
-        return _kalman.forward_means(
+    def _forward(self, gains: kalman.Gains, seen: Observed) -> tuple[Tensor, Tensor, Tensor]:
+        return kalman.forward_means(
             gains,
             columns(self.initial_mean[None], seen.batch, seen.flat)[0],
             flatten_batch(self.transition, 1, 2, seen.batch, seen.flat),
@@ -278,7 +359,7 @@ def _correlated(cov: Tensor, width: int, generator: torch.Generator | None) -> T
     return psd_factor(cov) @ white
 
 
-def _log_evidence(gains: _kalman.Gains, white: Tensor, seen: Observed) -> Tensor:
+def _log_evidence(gains: kalman.Gains, white: Tensor, seen: Observed) -> Tensor:
     squares = restore_columns(white.square().sum((0, 2), keepdim=True), seen.batch, seen.flat)[0, ..., 0]
     log_scale = restore(
         gains.factor.diagonal(dim1=-2, dim2=-1).log().sum((0, 2))[None], seen.batch, seen.flat

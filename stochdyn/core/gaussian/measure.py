@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochdyn._checks import (
-    check_finite,
+    as_tensor,
     check_nonempty,
     check_positive,
     check_positive_int,
+    check_real,
     check_same_device,
     check_same_dtype,
     check_time_grid,
+    check_type,
 )
-from stochdyn.core.gaussian import _linear_density
-from stochdyn.core.gaussian._batching import broadcast_batches
-from stochdyn.core.gaussian._linear_coefficients import TimeFunction, as_diffusion, as_time_value
-from stochdyn.core.gaussian._linear_observations import LinearGaussianPosterior, gather_observations
-from stochdyn.core.gaussian._linear_transition import Transition, grid_transition, varying_transition
+from stochdyn.core.forward.flow import as_time
 from stochdyn.core.gaussian.chain import GaussianChain
-from stochdyn.core.sde.coefficients import Coefficient
-from stochdyn.errors import ShapeError, TimeGridError
+from stochdyn.core.gaussian.coefficients import (
+    TimeFunction,
+    TimeValue,
+    as_diffusion,
+    as_time_value,
+)
+from stochdyn.core.gaussian.density import grid_kl, path_kl, same_covariance
+from stochdyn.core.gaussian.law import GaussianPathMeasure
+from stochdyn.core.gaussian.layout import align, broadcast_batches
+from stochdyn.core.gaussian.transition import Transition, grid_transition, varying_transition
+from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.sde.coefficients import Coefficient, Matrix
+from stochdyn.core.sde.equation import SDE
+from stochdyn.errors import DiffusionMismatchError, ShapeError, SingularDiffusionError, TimeGridError
 
-if TYPE_CHECKING:
-    from stochdyn.core.law.diffusion import DiffusionMeasure
-    from stochdyn.core.sde.equation import SDE
-
-__all__ = ["LinearGaussianMeasure", "LinearGaussianPosterior"]
+__all__ = ["LinearGaussianMeasure"]
 
 
-class LinearGaussianMeasure:
+class LinearGaussianMeasure(GaussianPathMeasure):
     r"""The law of a linear equation with a Gaussian start, in closed form.
 
     .. math:: dX_t=(A(t)X_t+b(t))\,dt+G(t)\,dW_t,\qquad X_{t_0}\sim N(m_0,P_0).
 
     Transitions between any two times are exact for constant coefficients, and accurate to ``tolerance`` for
     coefficients that vary in time. All answers are differentiable in all tensors, also in the times.
+
+    Use it where drift and noise don't depend on the state but linearly: nothing is simulated. A
+    :class:`~stochdyn.DiffusionMeasure` takes any drift, by steps; :meth:`as_measure` turns this law into one.
 
     Args:
         drift_matrix: :math:`A`, ``(*B, d, d)`` in 1/time, or a function of times ``(n,)`` that returns
@@ -47,16 +54,17 @@ class LinearGaussianMeasure:
         diffusion: :math:`G`: a positive number, ``(d,)``, ``(*B, d, m)``, a :class:`Coefficient`, or a
             function that returns ``(n, *B, d, m)``.
         initial_mean: :math:`m_0`, ``(*B, d)``. Its dtype and device are those of all answers.
-        initial_cov: :math:`P_0`, ``(*B, d, d)``; None or zero for a fixed start.
+        initial_cov: :math:`P_0`, ``(*B, d, d)``; None or zero for a fixed start, of single members of a batch too.
         initial_time: :math:`t_0`. Times may start there or later.
-        tolerance: relative accuracy of time-varying transitions (default 1e-10, in float32 1e-5).
+        tolerance: relative accuracy of time-varying transitions (default 1e-10, in float32 1e-5), of every component of
+            every member of a batch in its own scale.
 
     Raises:
         ShapeError, DtypeMismatchError, DeviceMismatchError, NonFiniteError, DiffusionError: on arguments that
             don't fit.
 
     Example:
-        >>> ou = LinearGaussianMeasure.ornstein_uhlenbeck(rate=1.0, scale=2.0, start=torch.zeros(1))
+        >>> ou = LinearGaussianMeasure.ornstein_uhlenbeck(rate=1.0, diffusion=2.0, initial_mean=torch.zeros(1))
         >>> ou.covariance(torch.tensor([0.0, 1.0])).flatten()
         tensor([0.0000, 1.7293])
 
@@ -65,96 +73,106 @@ class LinearGaussianMeasure:
 
     def __init__(
         self,
-        drift_matrix: Tensor | TimeFunction,
-        drift_offset: Tensor | TimeFunction,
-        diffusion: Coefficient | Tensor | float | TimeFunction,
+        drift_matrix: Tensor | TimeFunction | TimeValue,
+        drift_offset: Tensor | TimeFunction | TimeValue,
+        diffusion: Coefficient | Tensor | float | TimeFunction | TimeValue,
         initial_mean: Tensor,
-        initial_cov: Tensor | None = None,
+        initial_cov: Tensor | TimeValue | None = None,
         *,
         initial_time: float = 0.0,
         tolerance: float | None = None,
     ) -> None:
-        if (
-            not isinstance(initial_mean, Tensor)
-            or initial_mean.ndim < 1
-            or not initial_mean.is_floating_point()
-        ):
-            raise ShapeError(
-                "initial_mean must be a floating tensor (*B, d)", got=type(initial_mean).__name__
-            )
+        super().__init__()
+        initial_mean = as_tensor(initial_mean, "initial_mean")
+        if initial_mean.ndim < 1:
+            raise ShapeError("initial_mean must be (*B, d)", got=tuple(initial_mean.shape))
         check_nonempty(initial_mean, "initial_mean")
-        check_finite(initial_mean.detach(), "initial_mean")
+        check_real(initial_time, "initial_time")
+        if tolerance is not None:
+            check_real(tolerance, "tolerance", above=0.0, below=1.0)
         dim = initial_mean.shape[-1]
-        self.fixed_start = initial_cov is None or not bool((initial_cov != 0).any())
         if initial_cov is None:
             initial_cov = torch.zeros(dim, dim, dtype=initial_mean.dtype, device=initial_mean.device)
-        if initial_cov.ndim < 2 or initial_cov.shape[-2:] != (dim, dim):
-            raise ShapeError(
-                "initial_cov has the wrong shape",
-                got=tuple(initial_cov.shape),
-                expected=f"(*B, {dim}, {dim})",
-            )
-        check_finite(initial_cov.detach(), "initial_cov")
-        self.drift_matrix = as_time_value(drift_matrix, "drift_matrix", (dim, dim))
-        self.drift_offset = as_time_value(drift_offset, "drift_offset", (dim,))
+        self._initial_mean = as_time_value(initial_mean, "initial_mean", (dim,), initial_mean)
+        self._initial_cov = as_time_value(initial_cov, "initial_cov", (dim, dim), initial_mean)
+        self.drift_matrix = as_time_value(drift_matrix, "drift_matrix", (dim, dim), initial_mean)
+        self.drift_offset = as_time_value(drift_offset, "drift_offset", (dim,), initial_mean)
         self.diffusion = as_diffusion(diffusion, initial_mean)
-        self._values = (self.drift_matrix, self.drift_offset, self.diffusion)
-        given = {v.name: v.constant for v in self._values}
-        check_same_device(initial_mean=initial_mean, initial_cov=initial_cov, **given)
-        check_same_dtype(initial_mean=initial_mean, initial_cov=initial_cov, **given)
-        self.initial_mean, self.initial_cov = initial_mean, initial_cov
+        given = {v.name: v.constant for v in (self._initial_mean, self._initial_cov, *self._values)}
+        check_same_device(**given)
+        check_same_dtype(**given)
         self.initial_time, self.tolerance, self.dim = float(initial_time), tolerance, dim
         probe = initial_mean.new_full((1,), self.initial_time)
         self.batch_shape = broadcast_batches(
-            {
-                "initial_mean": tuple(initial_mean.shape[:-1]),
-                "initial_cov": tuple(initial_cov.shape[:-2]),
-                **{v.name: v.batch(probe) for v in self._values},
-            }
+            {v.name: v.batch(probe) for v in (self._initial_mean, self._initial_cov, *self._values)}
         )
+
+    @property
+    def _values(self) -> tuple[TimeValue, TimeValue, TimeValue]:
+        return self.drift_matrix, self.drift_offset, self.diffusion
+
+    @property
+    def like(self) -> Tensor:
+        """See :meth:`GaussianPathMeasure.like`."""
+        return self.initial_mean
+
+    @property
+    def initial_mean(self) -> Tensor:
+        """The mean of the start, ``(*B, d)``."""
+        value = self._initial_mean.constant
+        assert value is not None
+        return value
+
+    @property
+    def initial_cov(self) -> Tensor:
+        """The covariance of the start, ``(*B, d, d)``, zero if it is fixed."""
+        value = self._initial_cov.constant
+        assert value is not None
+        return value
 
     @classmethod
     def brownian(
         cls,
         dim: int = 1,
-        scale: Tensor | float = 1.0,
+        diffusion: Tensor | float = 1.0,
         *,
-        start: Tensor | None = None,
-        start_cov: Tensor | None = None,
+        initial_mean: Tensor | None = None,
+        initial_cov: Tensor | None = None,
         initial_time: float = 0.0,
     ) -> LinearGaussianMeasure:
-        """Return Brownian motion of ``dim`` components from ``start (*B, d)`` (zero if None).
+        """Return Brownian motion of ``dim`` components from ``initial_mean (*B, d)`` (zero if None).
 
         Example:
-            >>> LinearGaussianMeasure.brownian(scale=2.0).covariance(torch.tensor([3.0])).item()
+            >>> LinearGaussianMeasure.brownian(diffusion=2.0).covariance(torch.tensor([3.0])).item()
             12.0
         """
         check_positive_int(dim, "dim")
-        if start is None:
-            like = scale if isinstance(scale, Tensor) else torch.zeros(())
-            start = torch.zeros(dim, dtype=like.dtype, device=like.device)
-        zero = torch.zeros(start.shape[-1], dtype=start.dtype, device=start.device)
-        return cls(torch.diag(zero), zero, scale, start, start_cov, initial_time=initial_time)
+        if initial_mean is None:
+            like = diffusion if isinstance(diffusion, Tensor) else torch.zeros(())
+            initial_mean = torch.zeros(dim, dtype=like.dtype, device=like.device)
+        initial_mean = as_tensor(initial_mean, "initial_mean")
+        zero = torch.zeros(initial_mean.shape[-1], dtype=initial_mean.dtype, device=initial_mean.device)
+        return cls(torch.diag(zero), zero, diffusion, initial_mean, initial_cov, initial_time=initial_time)
 
     @classmethod
     def ornstein_uhlenbeck(
         cls,
         rate: Tensor | float,
         mean: Tensor | float = 0.0,
-        scale: Tensor | float = 1.0,
+        diffusion: Tensor | float = 1.0,
         *,
-        start: Tensor | None = None,
-        start_cov: Tensor | None = None,
+        initial_mean: Tensor | None = None,
+        initial_cov: Tensor | None = None,
         initial_time: float = 0.0,
     ) -> LinearGaussianMeasure:
         r"""Return :math:`dX=\theta(\mu-X)dt+\sigma dW`, components independent.
 
         Args:
             rate: :math:`\theta`, a number or ``(*B, d)``, in 1/time.
-            mean: :math:`\mu`, likewise.
-            scale: :math:`\sigma`, likewise, positive.
-            start: ``(*B, d)``, the mean of the start; None for the stationary law (of positive rate).
-            start_cov: ``(*B, d, d)``; None for a fixed start.
+            mean: :math:`\mu`, likewise, in units of the state.
+            diffusion: :math:`\sigma`, likewise, positive, in units of the state per root of time.
+            initial_mean: ``(*B, d)``, the mean of the start; None for the stationary law (of positive rate).
+            initial_cov: ``(*B, d, d)``; None for a fixed start.
             initial_time: time of the start.
 
         Example:
@@ -162,21 +180,32 @@ class LinearGaussianMeasure:
             >>> ou.covariance(torch.tensor([0.0, 5.0])).flatten()
             tensor([0.2500, 0.2500])
         """
-        given = [x for x in (rate, mean, scale, start) if isinstance(x, Tensor)]
+        named = {"rate": rate, "mean": mean, "diffusion": diffusion}
+        given = [x for x in (rate, mean, diffusion, initial_mean) if isinstance(x, Tensor)]
         check_same_dtype(**{str(i): x for i, x in enumerate(given)})
         like = given[0] if given else torch.zeros(())
-        parts = [torch.as_tensor(x, dtype=None if isinstance(x, Tensor) else like.dtype, device=like.device)
-                 for x in (rate, mean, scale)]  # fmt: skip
-        shapes = {n: tuple(x.shape) for n, x in zip(("rate", "mean", "scale"), parts, strict=True)}
-        shape = broadcast_batches({**shapes, "vector": (1 if start is None else start.shape[-1],)})
-        theta, mu, sigma = (x.expand(shape) for x in parts)
-        check_positive(sigma.detach(), "scale")
-        if start is None:
+        theta, mu, sigma = (as_tensor(x, name, like=like) for name, x in named.items())
+        if initial_mean is not None:
+            initial_mean = as_tensor(initial_mean, "initial_mean", like=like)
+        shapes = {n: tuple(x.shape) for n, x in zip(named, (theta, mu, sigma), strict=True)}
+        size = 1 if initial_mean is None else initial_mean.shape[-1]
+        shape = broadcast_batches({**shapes, "vector": (size,)})
+        check_positive(sigma.detach(), "diffusion")
+        zero = torch.zeros(shape[-1], dtype=theta.dtype, device=theta.device)
+        dim = shape[-1]
+        covariance: Tensor | TimeValue | None = initial_cov
+        if initial_mean is None:
             check_positive(theta.detach(), "rate")
-            start, start_cov = mu, torch.diag_embed(sigma.square() / (2 * theta))
-        diffusion = torch.diag_embed(sigma)
+            initial_mean = mu if mu.shape == shape else mu.expand(shape)
+            covariance = TimeValue("initial_cov", (dim, dim), (theta, sigma, zero), _stationary_covariance)
+        # The coefficients are made of the parameters whenever they are asked for, so that these may be learnt.
         return cls(
-            torch.diag_embed(-theta), theta * mu, diffusion, start, start_cov, initial_time=initial_time
+            TimeValue("drift_matrix", (dim, dim), (theta, zero), _relaxation),
+            TimeValue("drift_offset", (dim,), (theta, mu, zero), _restoring),
+            TimeValue("diffusion", (dim, None), (sigma, zero), _strengths),
+            initial_mean,
+            covariance,
+            initial_time=initial_time,
         )
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,6 +233,7 @@ class LinearGaussianMeasure:
         Raises:
             TimeGridError: if a transition ends before its start.
         """
+        start, stop = torch.broadcast_tensors(start, stop)
         if bool((stop < start).any()):
             raise TimeGridError("a transition must not end before its start", got=f"{(stop - start).min():g}")
         dtype = self.initial_mean.dtype
@@ -217,7 +247,8 @@ class LinearGaussianMeasure:
         """Return the discrete chain of the law at times ``ts (T,)``."""
         check_time_grid(ts, min_points=1)
         check_same_device(ts=ts, initial_mean=self.initial_mean)
-        if float(ts[0].detach()) < self.initial_time:
+        origin = ts.new_full((1,), self.initial_time)
+        if bool(ts[0] < origin):
             raise TimeGridError(
                 "ts starts before the initial law",
                 got=float(ts[0].detach()),
@@ -225,109 +256,19 @@ class LinearGaussianMeasure:
             )
         phi, c, q = self.transition(ts[:-1], ts[1:])
         mean, cov = self.initial_mean, self.initial_cov
-        if float(ts[0].detach()) > self.initial_time or ts.requires_grad:
-            origin = ts.new_full((1,), self.initial_time)
+        if bool(ts[0] > origin) or ts.requires_grad:
             a0, c0, q0 = (x[0] for x in self.transition(origin, ts[:1]))
             mean = (a0 @ mean[..., None]).squeeze(-1) + c0
             cov = a0 @ cov @ a0.mT + q0
         return GaussianChain(mean, cov, phi, c, q)
 
-    def mean(self, ts: Tensor) -> Tensor:
-        """Return the means ``(*B, T, d)`` at times ``ts (T,)``."""
-        return self.chain(ts).moments()[0].movedim(0, -2)
+    def covariance_rate(self, t: Tensor) -> Tensor:
+        """Return :math:`GG^\\top (*B, d, d)` at one time."""
+        return self.coefficients(t.reshape(1).to(self.like.dtype))[2][0]
 
-    def covariance(self, ts: Tensor) -> Tensor:
-        """Return the marginal covariances ``(*B, T, d, d)`` at times ``ts (T,)``."""
-        return self.chain(ts).moments()[1].movedim(0, -3)
-
-    def joint_covariance(self, ts: Tensor) -> Tensor:
-        """Return the covariance ``(*B, T d, T d)`` of the path, flattened with time leading."""
-        return _linear_density.joint_covariance(self.chain(ts))
-
-    def sample(self, ts: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``n`` exact paths, ``(n, *B, T, d)``, reparametrised."""
-        return self.chain(ts).sample(n, generator).movedim(1, -2)
-
-    def log_prob(self, ts: Tensor, x: Tensor) -> Tensor:
-        """Return the exact log density of values ``x (*sample, *B, T, d)`` at times ``ts (T,)``.
-
-        A fixed start on the grid is not part of the event: the density is then that of the later points given
-        the first.
-
-        Raises:
-            SingularDiffusionError: if a transition has no density.
-        """
-        check_same_dtype(x=x, initial_mean=self.initial_mean)
-        check_same_device(x=x, initial_mean=self.initial_mean)
-        if x.ndim < 2 or x.shape[-2:] != (ts.shape[0], self.dim):
-            expected = f"(*sample, *B, {ts.shape[0]}, {self.dim})"
-            raise ShapeError("x has the wrong shape", got=tuple(x.shape), expected=expected)
-        check_finite(x.detach(), "x")
-        conditional = self.fixed_start and float(ts[0].detach()) == self.initial_time
-        return _linear_density.chain_log_prob(self.chain(ts), x, conditional)
-
-    def log_evidence(
-        self,
-        obs_ts: Tensor,
-        y: Tensor,
-        obs_scale: Tensor | float,
-        emission: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        r"""Return the ``(*B,)`` log density of observations :math:`y_i=HX_{t_i}+\sigma_i\epsilon_i`.
-
-        Args:
-            obs_ts: ``(T,)`` strictly increasing, none before the initial time.
-            y: ``(*B, T, p)``; anything, NaN included, where the mask is False.
-            obs_scale: standard deviation of the noise: a number, ``(p,)``, ``(T, p)`` or ``(*B, T, p)``;
-                zero for exact observations.
-            emission: :math:`H`, ``(p, d)`` or ``(*B, T, p, d)``; None for the identity.
-            mask: True where observed: ``(T,)``, ``(*B, T)`` or, with as many axes as ``y``, ``(*B, T, p)``.
-
-        Raises:
-            TimeGridError, ShapeError, NonFiniteError, InvalidInputError: on arguments that don't fit.
-            SingularDiffusionError: if the observations have no density.
-
-        Example:
-            >>> ts, y = torch.tensor([1.0, 2.0]), torch.tensor([[0.3], [0.1]])
-            >>> LinearGaussianMeasure.brownian().log_evidence(ts, y, obs_scale=0.1)
-            tensor(-1.9163)
-        """
-        nodes, data, _ = gather_observations(self, obs_ts, y, obs_scale, emission, mask, at=None)
-        return self.chain(nodes).log_evidence(**data)
-
-    def posterior(
-        self,
-        obs_ts: Tensor,
-        y: Tensor,
-        obs_scale: Tensor | float,
-        at: Tensor | None = None,
-        emission: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> LinearGaussianPosterior:
-        """Condition on observations; the other arguments are those of :meth:`log_evidence`.
-
-        Args:
-            obs_ts: times of the observations.
-            y: observations.
-            obs_scale: standard deviation of their noise.
-            at: ``(S,)`` times at which the posterior is wanted, before, between or after the observations;
-                the times of the observations if None.
-            emission: how the state is observed.
-            mask: which values are observed.
-        """
-        nodes, data, where = gather_observations(self, obs_ts, y, obs_scale, emission, mask, at=at)
-        chain = self.chain(nodes)
-        smoothed = chain.smooth(**data)
-        return LinearGaussianPosterior(
-            ts=obs_ts if at is None else at,
-            mean=smoothed.mean.index_select(0, where).movedim(0, -2),
-            covariance=smoothed.cov.index_select(0, where).movedim(0, -3),
-            log_evidence=smoothed.log_evidence,
-            _chain=chain,
-            _observations=data,
-            _where=where,
-        )
+    def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the drift ``A x + b (..., d)`` at ``x (..., *B, d)``; ``t`` is a number or broadcastable to ``x[..., :1]``."""
+        return _drift(self, as_time(t, x), x)
 
     def kl(self, other: LinearGaussianMeasure, ts: Tensor) -> Tensor:
         """Return the exact divergence ``(*B,)`` of the laws of the values at ``ts (T,)``.
@@ -336,7 +277,13 @@ class LinearGaussianMeasure:
             SingularDiffusionError: if a transition of either law has no density.
             DiffusionMismatchError: if the laws start from different fixed points.
         """
-        return _linear_density.grid_kl(self, other, ts)
+        check_type(
+            other,
+            LinearGaussianMeasure,
+            "other",
+            "other laws have Monte Carlo estimates, by as_measure().kl(...)",
+        )
+        return grid_kl(self, other, ts)
 
     def path_kl(self, other: LinearGaussianMeasure, ts: Tensor) -> Tensor:
         r"""Return the exact divergence ``(*B,)`` of the laws of the whole paths over the span of ``ts (T,)``.
@@ -349,20 +296,100 @@ class LinearGaussianMeasure:
         Raises:
             DiffusionMismatchError: if the diffusions differ, or the drifts differ where no noise acts.
         """
-        return _linear_density.path_kl(self, other, ts)
+        check_type(other, LinearGaussianMeasure, "other")
+        return path_kl(self, other, ts)
+
+    def check_comparable(self, other: GaussianPathMeasure, ts: Tensor) -> None:
+        """See :meth:`GaussianPathMeasure.check_comparable`: linear equations must share their diffusion."""
+        super().check_comparable(other, ts)
+        if not isinstance(other, LinearGaussianMeasure):
+            return
+        times = ts.detach().to(self.like.dtype)
+        mine, theirs = self.coefficients(times)[2], other.coefficients(times)[2]
+        lead = max(mine.ndim, theirs.ndim) - 3
+        batch = broadcast_batches({"this": tuple(mine.shape[1:-2]), "other": tuple(theirs.shape[1:-2])})
+        assert len(batch) == lead
+        if not bool(same_covariance(align(mine, 1, 2, batch), align(theirs, 1, 2, batch)).all()):
+            raise DiffusionMismatchError(
+                "the laws have different diffusions, so their path laws are mutually singular",
+                hint="densities of the values at some times are log_prob(path) of each",
+            )
 
     def to_sde(self) -> SDE:
         """Return the equation of this law, for simulation and control."""
-        from stochdyn.core.gaussian._linear_sde import to_sde
-
-        return to_sde(self)
+        constant = self.diffusion.constant
+        return SDE(_LinearDrift(self), _LinearDiffusion(self) if constant is None else Matrix(constant))
 
     def as_measure(self) -> DiffusionMeasure:
-        """Return this law as a :class:`DiffusionMeasure`, which starts at the first point of any grid.
+        """Return this law as a :class:`~stochdyn.DiffusionMeasure`, which starts at the first point of any grid.
 
         Raises:
             SingularDiffusionError: if the start is neither fixed nor of full rank.
         """
-        from stochdyn.core.gaussian._linear_sde import as_measure
+        mean, cov = self.initial_mean.expand(*self.batch_shape, self.dim), self.initial_cov
+        if not bool((cov != 0).any()):
+            return DiffusionMeasure(mean, self.to_sde())
+        factor, info = torch.linalg.cholesky_ex(cov)
+        if bool((info != 0).any()):
+            raise SingularDiffusionError(
+                "the initial covariance is singular but not zero, so the start has no density"
+            )
+        return DiffusionMeasure(
+            torch.distributions.MultivariateNormal(mean, scale_tril=factor), self.to_sde()
+        )
 
-        return as_measure(self)
+
+def _relaxation(theta: Tensor, zero: Tensor) -> Tensor:
+    return torch.diag_embed(zero - theta)
+
+
+def _restoring(theta: Tensor, mu: Tensor, zero: Tensor) -> Tensor:
+    return theta * mu + zero
+
+
+def _strengths(sigma: Tensor, zero: Tensor) -> Tensor:
+    return torch.diag_embed(sigma + zero)
+
+
+def _stationary_covariance(theta: Tensor, sigma: Tensor, zero: Tensor) -> Tensor:
+    return torch.diag_embed(sigma.square() / (2 * theta) + zero)
+
+
+def _at(value: TimeValue, t: Tensor, x: Tensor) -> Tensor:
+    """Evaluate at ``t``, broadcastable to ``x[..., :1]``, aligned with ``x (..., *B, d)``."""
+    constant = value.constant
+    if constant is not None:
+        return constant
+    out = value.at(t.reshape(-1).to(x.dtype))
+    if t.numel() == 1:
+        return out[0]
+    own = out.ndim - 1 - len(value.event)
+    lead = t.shape[: max(t.ndim - 1, 1)]
+    if own and t.numel() == lead[0]:
+        # Time leads; axes of the draws stand between it and the batch of the coefficients.
+        gap = x.ndim - 2 - own
+        return out.reshape(lead[0], *(1,) * gap, *out.shape[1:])
+    return out.reshape(*lead, *out.shape[1:])
+
+
+def _drift(law: LinearGaussianMeasure, t: Tensor, x: Tensor) -> Tensor:
+    a, b = (_at(v, t, x) for v in (law.drift_matrix, law.drift_offset))
+    return (a @ x[..., None]).squeeze(-1) + b if a.ndim > 2 else x @ a.mT + b
+
+
+class _LinearDrift(nn.Module):
+    def __init__(self, law: LinearGaussianMeasure) -> None:
+        super().__init__()
+        self.law = law
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return _drift(self.law, t, x)
+
+
+class _LinearDiffusion(nn.Module):
+    def __init__(self, law: LinearGaussianMeasure) -> None:
+        super().__init__()
+        self.law = law
+
+    def forward(self, t: Tensor, x: Tensor) -> Coefficient:
+        return Matrix(_at(self.law.diffusion, t, x))

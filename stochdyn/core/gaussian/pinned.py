@@ -1,31 +1,34 @@
-"""Brownian and Ornstein-Uhlenbeck bridges in closed form, and mixtures of them."""
+"""Brownian and Ornstein-Uhlenbeck processes pinned at both ends, in closed form."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochdyn._checks import (
-    check_finite,
+    as_generator,
+    as_sample_shape,
+    as_tensor,
     check_inside,
     check_nonempty,
     check_positive,
-    check_positive_int,
+    check_real,
     check_same_device,
     check_same_dtype,
     check_time_broadcast,
-    check_time_grid,
 )
-from stochdyn.core.gaussian._batching import broadcast_batches
+from stochdyn.core.gaussian.chain import GaussianChain
+from stochdyn.core.gaussian.law import GaussianPathMeasure
+from stochdyn.core.gaussian.layout import broadcast_batches
+from stochdyn.core.gaussian.recursion import affine_states
+from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.law.marginals import Generator, SampleShape
+from stochdyn.core.law.path import PathSample
+from stochdyn.core.sde.coefficients import Diagonal
+from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError, ShapeError, TimeGridError
 
-if TYPE_CHECKING:
-    from stochdyn.core.sde.equation import SDE
-
-__all__ = ["PinnedProcess", "bridge_coefficients", "bridge_drift", "linear_scan"]
+__all__ = ["PinnedProcess", "bridge_coefficients", "bridge_drift"]
 
 
 def _saturation(x: Tensor) -> Tensor:
@@ -82,43 +85,21 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, torch.ones_like(x)).sqrt() * (x > 0)
 
 
-def linear_scan(decay: Tensor, increments: Tensor) -> Tensor:
-    r"""Solve :math:`z_n=\mathtt{decay}_n z_{n-1}+\mathtt{increments}_n` from zero, all times at once.
-
-    Args:
-        decay: ``(..., T, d)``.
-        increments: ``(..., T, d)``, with batch axes that broadcast.
-
-    Example:
-        >>> linear_scan(torch.full((3, 1), 0.5), torch.ones(3, 1)).flatten()
-        tensor([1.0000, 1.5000, 1.7500])
-
-    Reference: Hillis & Steele (1986), Data parallel algorithms.
-    """
-    steps, offset = increments.shape[-2], 1
-    while offset < steps:
-        early, late = increments[..., :offset, :], increments[..., offset:, :]
-        late = late + decay[..., offset:, :] * increments[..., :-offset, :]
-        increments = torch.cat((early, late), -2)
-        decay = torch.cat((decay[..., :offset, :], decay[..., offset:, :] * decay[..., :-offset, :]), -2)
-        offset *= 2
-    return increments
-
-
-class PinnedProcess:
+class PinnedProcess(GaussianPathMeasure):
     r"""A Brownian motion or Ornstein-Uhlenbeck process with both ends known.
 
     .. math:: dX=\theta(\mu-X)dt+\sigma dW\quad\text{given}\quad X_{t_0}=x_0,\ X_T=x_T;
 
-    components are independent, and :math:`\theta=0` is Brownian motion. A general linear equation is pinned
-    by :meth:`LinearGaussianMeasure.posterior` with observations of scale zero.
+    components are independent, and :math:`\theta=0` is Brownian motion. Use it for large states and many pairs of ends:
+    nothing grows with the square of the state. A general linear equation is pinned by
+    :meth:`LinearGaussianMeasure.conditioned` on observations of scale zero.
 
     Args:
-        start: :math:`x_0`, ``(*B, d)``.
-        end: :math:`x_T`, ``(*B, d)``.
+        initial: :math:`x_0`, ``(*B, d)``.
+        final: :math:`x_T`, ``(*B, d)``.
         rate: :math:`\theta`, a number or broadcastable to ``(*B, d)``, in 1/time.
-        mean: :math:`\mu`, likewise.
-        scale: :math:`\sigma`, likewise, positive.
+        mean: :math:`\mu`, likewise, in units of the state.
+        diffusion: :math:`\sigma`, likewise, positive, in units of the state per root of time.
         start_time: :math:`t_0`.
         end_time: :math:`T`.
 
@@ -137,49 +118,125 @@ class PinnedProcess:
 
     def __init__(
         self,
-        start: Tensor,
-        end: Tensor,
+        initial: Tensor,
+        final: Tensor,
         rate: Tensor | float = 0.0,
         mean: Tensor | float = 0.0,
-        scale: Tensor | float = 1.0,
+        diffusion: Tensor | float = 1.0,
         *,
         start_time: float = 0.0,
         end_time: float = 1.0,
     ) -> None:
-        self.rate, self.centre, self.scale = check_bridge(
-            start, end, rate, mean, scale, start_time=start_time, end_time=end_time
-        )
-        shapes = {"start": start, "end": end, "rate": self.rate, "mean": self.centre, "scale": self.scale}
-        shape = broadcast_batches({n: tuple(x.shape) for n, x in shapes.items()})
-        self.start, self.end = start.expand(shape), end.expand(shape)
+        super().__init__()
+        named = check_bridge(initial, final, rate, mean, diffusion, start_time=start_time, end_time=end_time)
+        shape = broadcast_batches({n: tuple(x.shape) for n, x in named.items()})
+        for name, x in named.items():
+            if isinstance(x, nn.Parameter):
+                self.register_parameter(f"_{name}", x)
+            else:
+                self.register_buffer(f"_{name}", x if x.requires_grad else x.detach().clone())
         self.start_time, self.end_time = float(start_time), float(end_time)
         self.batch_shape, self.dim = shape[:-1], shape[-1]
 
+    @property
+    def initial(self) -> Tensor:
+        """The start, ``(*B, d)``."""
+        return self._expand("initial")
+
+    @property
+    def final(self) -> Tensor:
+        """The end, ``(*B, d)``."""
+        return self._expand("final")
+
+    @property
+    def like(self) -> Tensor:
+        """See :meth:`GaussianPathMeasure.like`."""
+        return self.get_parameter_or_buffer("initial")
+
+    def get_parameter_or_buffer(self, name: str) -> Tensor:
+        """Return what was given as ``name``."""
+        value = getattr(self, f"_{name}")
+        assert isinstance(value, Tensor)
+        return value
+
+    def _expand(self, name: str) -> Tensor:
+        return self.get_parameter_or_buffer(name).expand(*self.batch_shape, self.dim)
+
     def _lift(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rate, mean and scale with an axis for time before the last."""
-        shape = self.start.shape
-        rate, centre, scale = (x.expand(shape)[..., None, :] for x in (self.rate, self.centre, self.scale))
+        """Rate, mean and diffusion with an axis for time before the last."""
+        rate, centre, scale = (self._expand(n)[..., None, :] for n in ("rate", "mean", "diffusion"))
         return rate, centre, scale
 
     def _clock(self, ts: Tensor) -> tuple[Tensor, Tensor]:
         """Time since the start and to the end, ``(T, 1)``, subtracted in the precision of the grid."""
-        check_time_grid(ts, min_points=1)
-        check_same_device(ts=ts, start=self.start)
         check_inside(ts.detach(), ts.new_tensor([self.start_time, self.end_time]), "ts", "the bridge")
-        dtype = self.start.dtype
+        dtype = self.like.dtype
         elapsed, remaining = (ts - self.start_time).clamp_min(0), (self.end_time - ts).clamp_min(0)
         return elapsed.to(dtype)[:, None], remaining.to(dtype)[:, None]
 
+    def _steps(self, ts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Decay, pull of the end and variance ``(*B, T, d)`` of the step to every time from the one before."""
+        rate, _, scale = self._lift()
+        elapsed, remaining = self._clock(ts)
+        steps = torch.cat((elapsed[:1], (ts[1:] - ts[:-1]).to(elapsed.dtype)[:, None]))
+        decay, last, variance = bridge_coefficients(rate, steps, remaining)
+        return decay, last, scale.square() * variance
+
     def mean(self, ts: Tensor) -> Tensor:
         """Return the means ``(*B, T, d)`` at times ``ts (T,)`` of the span, ends included."""
+        ts = self._grid(ts)
         rate, centre, _ = self._lift()
         first, last, _ = bridge_coefficients(rate, *self._clock(ts))
-        return centre + first * (self.start[..., None, :] - centre) + last * (self.end[..., None, :] - centre)
+        return (
+            centre
+            + first * (self.initial[..., None, :] - centre)
+            + last * (self.final[..., None, :] - centre)
+        )
 
     def variance(self, ts: Tensor) -> Tensor:
         """Return the marginal variances ``(*B, T, d)`` at times ``ts (T,)``."""
+        ts = self._grid(ts)
         rate, _, scale = self._lift()
         return scale.square() * bridge_coefficients(rate, *self._clock(ts))[2]
+
+    def covariance(self, ts: Tensor) -> Tensor:
+        """Return the marginal covariances ``(*B, T, d, d)`` at times ``ts (T,)``, which are diagonal."""
+        return torch.diag_embed(self.variance(ts))
+
+    def chain(self, ts: Tensor) -> GaussianChain:
+        """Return the chain of the law at times ``ts (T,)``."""
+        decay, last, variance = (x.movedim(-2, 0) for x in self._steps(ts))
+        _, centre, _ = self._lift()
+        centre = centre[..., 0, :]
+        # X_n - mu = decay (X_{n-1} - mu) + last (x_T - mu) + noise
+        shift = (1 - decay - last) * centre + last * self.final
+        return GaussianChain(
+            decay[0] * self.initial + shift[0],
+            torch.diag_embed(variance[0]),
+            torch.diag_embed(decay[1:]),
+            shift[1:],
+            torch.diag_embed(variance[1:]),
+        )
+
+    def certain(self, chain: GaussianChain, ts: Tensor) -> Tensor:
+        """Return ``(T,)``, True at the pinned ends."""
+        elapsed, remaining = self._clock(ts)
+        return ((elapsed <= 0) | (remaining <= 0)).flatten()
+
+    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
+        """Draw exact paths ``(*sample, *B, T, d)`` at times ``ts (T,)``; see :meth:`PathMeasure.sample`."""
+        ts, shape = self._grid(ts), as_sample_shape(sample_shape)
+        source = as_generator(generator, self.like.device)
+        mean = self.mean(ts)
+        decay, _, variance = self._steps(ts)
+        noise = torch.randn(*shape, *mean.shape, dtype=mean.dtype, device=mean.device, generator=source)
+        # Components are independent: as many scalar recursions, one column per draw.
+        kicks = (safe_sqrt(variance) * noise).reshape(-1, *mean.shape).movedim(-2, 0).movedim(1, -1)
+        gap = affine_states(
+            decay.movedim(-2, 0)[1:, ..., None, None], kicks[1:].unsqueeze(-2), kicks[0].unsqueeze(-2)
+        )
+        gap = gap.squeeze(-2).movedim(-1, 0).movedim(1, -2)
+        return PathSample.of_states(ts, mean + gap.reshape(*shape, *mean.shape), self)
 
     def transition(self, t: Tensor | float, x: Tensor, stop: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return mean and variance ``(..., d)`` of the bridge at ``stop``, given ``x (..., *B, d)`` at ``t``.
@@ -197,9 +254,10 @@ class PinnedProcess:
                 expected=f"{self.start_time:g} <= t <= stop <= {self.end_time:g}, t before the end",
             )
         elapsed, remaining = (stop - t).to(x.dtype), (self.end_time - stop).to(x.dtype)
-        first, last, variance = bridge_coefficients(self.rate, elapsed, remaining)
-        mean = self.centre + first * (x - self.centre) + last * (self.end - self.centre)
-        return mean, (self.scale.square() * variance).expand(mean.shape)
+        rate, centre, scale = (self._expand(n) for n in ("rate", "mean", "diffusion"))
+        first, last, variance = bridge_coefficients(rate, elapsed, remaining)
+        mean = centre + first * (x - centre) + last * (self.final - centre)
+        return mean, (scale.square() * variance).expand(mean.shape)
 
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return the drift ``(..., d)`` of the bridge's own equation, whose diffusion is :math:`\sigma`.
@@ -217,80 +275,56 @@ class PinnedProcess:
                 "the drift of a bridge is singular at its end", got=f"t up to {t.max().item():g}"
             )
         remaining = (self.end_time - t).to(x.dtype)
-        return bridge_drift(self.rate, remaining, x - self.centre, self.end - self.centre)
+        rate, centre = self._expand("rate"), self._expand("mean")
+        return bridge_drift(rate, remaining, x - centre, self.final - centre)
+
+    def covariance_rate(self, t: Tensor) -> Tensor:
+        """See :meth:`GaussianPathMeasure.covariance_rate`."""
+        return torch.diag_embed(self._expand("diffusion").square())
 
     def to_sde(self) -> SDE:
         """Return the bridge's equation, to be simulated on grids that stop before the end."""
-        from stochdyn.core.sde.coefficients import Diagonal
-        from stochdyn.core.sde.equation import SDE
+        return SDE(self.drift, Diagonal(self._expand("diffusion")))
 
-        return SDE(self.drift, Diagonal(self.scale.expand(self.start.shape)))
-
-    def sample(self, ts: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``n`` exact paths, ``(n, *B, T, d)``, at times ``ts (T,)``; all times at once."""
-        check_positive_int(n, "n")
-        rate, _, scale = self._lift()
-        mean = self.mean(ts)
-        elapsed, remaining = self._clock(ts)
-        steps = torch.cat((elapsed[:1], (ts[1:] - ts[:-1]).to(elapsed.dtype)[:, None]))
-        decay, _, variance = bridge_coefficients(rate, steps, remaining)
-        noise = torch.randn(n, *mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
-        return mean + linear_scan(decay, scale * safe_sqrt(variance) * noise)
-
-    def log_prob(self, ts: Tensor, x: Tensor) -> Tensor:
-        """Return the log density of values ``x (*sample, *B, T, d)`` at times ``ts (T,)``.
-
-        The pinned ends, where the grid holds them, are not part of the event.
-        """
-        check_same_dtype(x=x, start=self.start)
-        elapsed, remaining = self._clock(ts)
-        if x.ndim < 2 or x.shape[-2:] != (ts.shape[0], self.dim):
-            expected = f"(*sample, *B, {ts.shape[0]}, {self.dim})"
-            raise ShapeError("x has the wrong shape", got=tuple(x.shape), expected=expected)
-        check_finite(x.detach(), "x")
-        inside = ((elapsed > 0) & (remaining > 0)).flatten()
-        x, elapsed, remaining = x[..., inside, :], elapsed[inside], remaining[inside]
-        rate, centre, scale = self._lift()
-        start = self.start[..., None, :]
-        before = torch.cat((start.expand(*x.shape[:-2], 1, self.dim), x), -2)[..., :-1, :]
-        steps = torch.cat((elapsed[:1], elapsed[1:] - elapsed[:-1]))
-        first, last, variance = bridge_coefficients(rate, steps, remaining)
-        mean = centre + first * (before - centre) + last * (self.end[..., None, :] - centre)
-        variance = scale.square() * variance
-        terms = (x - mean).square() / variance + variance.log() + math.log(2 * math.pi)
-        return -0.5 * terms.sum((-2, -1))
+    def as_measure(self) -> DiffusionMeasure:
+        """Return the bridge as a :class:`~stochdyn.DiffusionMeasure`, for grids from its start to before its end."""
+        return DiffusionMeasure(self.initial, self.to_sde())
 
 
 def check_bridge(
-    start: Tensor,
-    end: Tensor,
-    rate: Tensor | float,
-    mean: Tensor | float,
-    scale: Tensor | float,
+    initial: object,
+    final: object,
+    rate: object,
+    mean: object,
+    diffusion: object,
     *,
     start_time: float,
     end_time: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the arguments of a bridge; return rate, mean and scale as tensors like ``start``."""
-    for name, x in (("start", start), ("end", end)):
-        if not isinstance(x, Tensor) or x.ndim < 1 or not x.is_floating_point():
-            raise ShapeError(f"{name} must be a floating tensor (*B, d)", got=type(x).__name__)
+) -> dict[str, Tensor]:
+    """Check the arguments of a bridge; returns them by name as tensors like ``initial``."""
+    initial = as_tensor(initial, "initial")
+    final = as_tensor(final, "final", like=initial)
+    for name, x in (("initial", initial), ("final", final)):
+        if x.ndim < 1:
+            raise ShapeError(f"{name} must be (*B, d)", got=tuple(x.shape))
         check_nonempty(x, name)
-        check_finite(x.detach(), name)
-    given = {n: x for n, x in (("rate", rate), ("mean", mean), ("scale", scale)) if isinstance(x, Tensor)}
-    check_same_dtype(start=start, end=end, **given)
-    check_same_device(start=start, end=end, **given)
-    if start.shape[-1] != end.shape[-1]:
+    if initial.shape[-1] != final.shape[-1]:
         raise ShapeError(
-            "start and end must have the same size", got=f"{tuple(start.shape)}, {tuple(end.shape)}"
+            "initial and final must have the same size", got=f"{tuple(initial.shape)}, {tuple(final.shape)}"
         )
-    if not math.isfinite(start_time) or not math.isfinite(end_time) or end_time <= start_time:
+    check_real(start_time, "start_time")
+    check_real(end_time, "end_time")
+    if end_time <= start_time:
         raise TimeGridError("end_time must be after start_time", got=f"{start_time}, {end_time}")
-    check_positive(scale.detach() if isinstance(scale, Tensor) else scale, "scale")
-    parts = [torch.as_tensor(x, dtype=start.dtype, device=start.device) for x in (rate, mean, scale)]
-    for name, x in zip(("rate", "mean"), parts, strict=False):
-        check_finite(x.detach(), name)
-    return parts[0], parts[1], parts[2]
+    given = {
+        name: as_tensor(x, name, like=initial)
+        for name, x in (("rate", rate), ("mean", mean), ("diffusion", diffusion))
+    }
+    check_positive(given["diffusion"].detach(), "diffusion")
+    named = {"initial": initial, "final": final, **given}
+    check_same_dtype(**named)
+    check_same_device(**named)
+    return named
 
 
 def _as_time(t: Tensor | float, x: Tensor) -> Tensor:

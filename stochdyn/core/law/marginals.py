@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_generator, as_sample_shape
-from stochdyn.core.gaussian._psd import psd_factor
+from stochdyn.core.gaussian.small import psd_factor
 from stochdyn.errors import SingularDiffusionError, UnavailableError
 
 __all__ = ["GaussianMarginal", "Generator", "Marginal", "SampleShape", "SampledMarginal"]

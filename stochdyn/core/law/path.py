@@ -48,7 +48,8 @@ class PathSample:
     Attributes:
         ts: ``(T,)`` times.
         x: ``(*sample, *batch, T, d)`` states.
-        dw: ``(*sample, *batch, T-1, m)`` increments of the Brownian motion that drove the path under the law that generated it.
+        dw: ``(*sample, *batch, T-1, m)`` increments of the Brownian motion that drove the path under the law that generated it;
+            ``m`` is zero for a law that draws the states without them.
         aux: further tensors: for noise with memory ``"memory" (*sample, *batch, T, m, K)`` and, where a step needs more
             than one Gaussian number a channel, ``"residual" (*sample, *batch, T-1, m * (R-1))``; for a controlled law what its
             control was, ``"control"`` and ``"precision" (*sample, *batch, T-1, m)``.
@@ -62,6 +63,11 @@ class PathSample:
     law: PathMeasure | None = field(default=None, repr=False, compare=False)
     # Paths on the grid of the simulation, and the states and times here that were taken from them.
     _fine: tuple[PathSample, Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of_states(cls, ts: Tensor, x: Tensor, law: PathMeasure | None = None) -> PathSample:
+        """Return paths ``x (*sample, *batch, T, d)`` at ``ts (T,)`` of which no increments are known."""
+        return cls(ts, x, x.new_zeros(*x.shape[:-2], x.shape[-2] - 1, 0), law=law)
 
     @property
     def shape(self) -> torch.Size:

@@ -18,7 +18,7 @@ from stochdyn._checks import (
     check_same_device,
     check_same_dtype,
 )
-from stochdyn.core.gaussian._batching import broadcast_batches
+from stochdyn.core.gaussian.layout import broadcast_batches
 from stochdyn.core.transport._cost import (
     CostRows,
     DenseCost,

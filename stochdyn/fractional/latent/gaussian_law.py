@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.core.gaussian.affine import LinearSteps
-from stochdyn.core.gaussian.scan import affine_states, gaussian_moments
+from stochdyn.core.gaussian.recursion import affine_states, gaussian_moments
 
 __all__ = ["GaussianDraws", "GaussianPathLaw", "LinearControl", "StartLaw"]
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.core.gaussian.affine import by_column
-from stochdyn.core.gaussian.scan import affine_states
+from stochdyn.core.gaussian.recursion import affine_states
 from stochdyn.core.law.transition import time_column
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.noise import NoiseSteps

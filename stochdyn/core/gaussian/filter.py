@@ -1,4 +1,4 @@
-r"""The recursions behind :class:`stochdyn.core.gaussian.chain.GaussianChain`: pure functions on prepared tensors.
+r"""The Kalman recursions behind :class:`stochdyn.core.gaussian.chain.GaussianChain`: pure functions on prepared tensors.
 
 All tensors lead with time and carry one flat batch axis ``b`` of size 1 or ``B``. The covariance recursion
 knows no data, so it runs once however many series share it; means then carry the series as columns ``s``.
@@ -11,18 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn.core.gaussian._psd import symmetrise
+from stochdyn.core.gaussian.recursion import affine_states, covariance_states
+from stochdyn.core.gaussian.small import symmetrise
 from stochdyn.errors import SingularDiffusionError
 
-__all__ = [
-    "Gains",
-    "backward_covariances",
-    "backward_means",
-    "forward_means",
-    "propagate",
-    "propagate_covariance",
-    "riccati",
-]
+__all__ = ["Gains", "backward_covariances", "backward_means", "forward_means", "riccati"]
 
 
 @dataclass(frozen=True)
@@ -47,25 +40,6 @@ class Gains:
         """Return the covariances after each observation, in Joseph's form."""
         kept = self.closed @ self.predicted @ self.closed.mT
         return symmetrise(kept + self.gain @ obs_cov @ self.gain.mT)
-
-
-def propagate(initial: Tensor, transition: Tensor, offset: Tensor) -> Tensor:
-    """Run ``m' = A m + c`` from ``initial (b, z, s)``; returns ``(N+1, b, z, s)``."""
-    state, states = initial, [initial]
-    for a, c in zip(transition.unbind(0), offset.unbind(0), strict=True):
-        state = torch.baddbmm(c, a, state)
-        states.append(state)
-    return torch.stack(states)
-
-
-def propagate_covariance(initial: Tensor, transition: Tensor, noise_cov: Tensor) -> Tensor:
-    """Run ``P' = A P A^T + Q`` from ``initial (b, z, z)``; returns ``(N+1, b, z, z)``."""
-    cov, covs = initial, [initial]
-    for a, q in zip(transition.unbind(0), noise_cov.unbind(0), strict=True):
-        cov = torch.baddbmm(q, torch.bmm(a, cov), a.mT)
-        cov = 0.5 * (cov + cov.mT)
-        covs.append(cov)
-    return torch.stack(covs)
 
 
 def riccati(
@@ -129,7 +103,7 @@ def forward_means(
     """
     entering = gains.gain @ y
     loop = transition @ gains.closed[:-1]
-    predicted = propagate(initial, loop, transition @ entering[:-1] + offset)
+    predicted = affine_states(loop, transition @ entering[:-1] + offset, initial)
     white = torch.linalg.solve_triangular(gains.factor, y - emission @ predicted, upper=False)
     return predicted, gains.closed @ predicted + entering, white
 
@@ -144,12 +118,8 @@ def backward_means(gains: Gains, transition: Tensor, white: Tensor) -> Tensor:
     """
     entering = transition.mT @ (gains.weighted[1:].mT @ white[1:])
     loop = transition.mT @ gains.closed[1:].mT
-    message = torch.zeros_like(gains.predicted[0, :, :, :1]).expand(-1, -1, white.shape[-1])
-    messages = [message]
-    for feed, back in zip(reversed(entering.unbind(0)), reversed(loop.unbind(0)), strict=True):
-        message = torch.baddbmm(feed, back, message)
-        messages.append(message)
-    return torch.stack(messages[::-1])
+    last = torch.zeros_like(gains.predicted[0, :, :, :1]).expand(-1, -1, white.shape[-1])
+    return affine_states(loop.flip(0), entering.flip(0), last).flip(0)
 
 
 def backward_covariances(gains: Gains, transition: Tensor) -> Tensor:
@@ -161,12 +131,7 @@ def backward_covariances(gains: Gains, transition: Tensor) -> Tensor:
         ``(N+1, b, z, z)``: :math:`A_n^\top\Lambda_{n+1}A_n`.
     """
     seen = gains.weighted[1:] @ transition
-    entering = seen.mT @ seen
     loop = gains.closed[1:] @ transition
-    message = torch.zeros_like(gains.predicted[0])
-    messages = [message]
-    for feed, path in zip(reversed(entering.unbind(0)), reversed(loop.unbind(0)), strict=True):
-        message = torch.baddbmm(feed, torch.bmm(path.mT, message), path)
-        message = 0.5 * (message + message.mT)
-        messages.append(message)
-    return torch.stack(messages[::-1])
+    return covariance_states(
+        loop.mT.flip(0), (seen.mT @ seen).flip(0), torch.zeros_like(gains.predicted[0])
+    ).flip(0)

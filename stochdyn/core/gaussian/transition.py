@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stochdyn.core.gaussian._psd import symmetrise
+from stochdyn.core.gaussian.small import standard_deviations, symmetrise
 from stochdyn.errors import ApproximationWarning
 
 __all__ = ["Transition", "constant_transition", "grid_transition", "varying_transition"]
@@ -19,7 +19,8 @@ Transition = tuple[Tensor, Tensor, Tensor]
 Coefficients = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 _TERMS = 14
-_MAX_SUBSTEPS = 1024
+_MAX_LEVEL = 10  # of halving: 1024 substeps
+_LEAST_SUBSTEPS = 32
 # Gauss-Legendre nodes and weights on [0, 1], order 6.
 _NODES = (0.5 - math.sqrt(15) / 10, 0.5, 0.5 + math.sqrt(15) / 10)
 _WEIGHTS = (5 / 18, 8 / 18, 5 / 18)
@@ -77,16 +78,22 @@ def constant_transition(a: Tensor, b: Tensor, s: Tensor, dt: Tensor, dtype: torc
 def grid_transition(a: Tensor, b: Tensor, s: Tensor, start: Tensor, stop: Tensor) -> Transition:
     """Return :func:`constant_transition` over ``[start, stop]``, each step length computed once.
 
-    Lengths count as equal if they differ by no more than the rounding of the times.
+    Lengths count as equal if they differ by no more than the rounding of their own times.
     """
     dt = stop - start
     if dt.requires_grad or dt.numel() < 2:
         return constant_transition(a, b, s, dt, a.dtype)
-    resolution = 4 * torch.finfo(dt.dtype).eps * torch.maximum(start.abs().max(), stop.abs().max())
-    unique, where = torch.unique((dt / resolution).round(), return_inverse=True)
-    if unique.numel() == dt.numel():
+    resolution = 4 * torch.finfo(dt.dtype).eps * torch.maximum(start.abs(), stop.abs())
+    ordered, order = dt.sort()
+    fine = resolution[order]
+    apart = ordered[1:] - ordered[:-1] > torch.minimum(fine[1:], fine[:-1])
+    label = torch.cat((apart.new_zeros(1, dtype=torch.long), apart.cumsum(0)))
+    first = torch.cat((apart.new_ones(1), apart)).nonzero()[:, 0]
+    # A chain of lengths, each near the next, is no group.
+    if first.numel() == dt.numel() or bool((ordered - ordered[first][label] > 4 * fine).any()):
         return constant_transition(a, b, s, dt, a.dtype)
-    phi, c, q = constant_transition(a, b, s, torch.empty_like(unique).scatter_(0, where, dt), a.dtype)
+    phi, c, q = constant_transition(a, b, s, ordered[first], a.dtype)
+    where = torch.empty_like(label).scatter_(0, order, label)
     return phi[where], c[where], q[where]
 
 
@@ -100,7 +107,8 @@ def varying_transition(
     .. math:: c=\int\Phi(t+h,u)\,b(u)\,du,\qquad Q=\int\Phi(t+h,u)\,S(u)\,\Phi(t+h,u)^\top du
 
     three-point Gauss quadrature (positive weights, so :math:`Q` stays positive semi-definite), on substeps
-    that are halved until the answer stops changing.
+    that are halved until the answer stops changing, for each interval by itself, in each component of each batch
+    member relative to its own scale.
 
     Args:
         coefficients: maps times ``(n,)`` to ``(A, b, S)``, each ``(n, *B, ...)``.
@@ -112,39 +120,59 @@ def varying_transition(
     """
     if tolerance is None:
         tolerance = 1e-10 if dt.dtype == torch.float64 else 1e-5
-    substeps = 1
+    if not dt.numel():
+        return _integrate(coefficients, start, dt, 1)[0]
     with torch.no_grad():
-        if dt.numel():
-            norm = coefficients(start)[0].abs().sum(-2).flatten(1).amax(1)
-            need = 2 * float((norm * dt).max())
-            substeps = min(_MAX_SUBSTEPS // 2, 2 ** max(0, math.ceil(math.log2(max(need, 1.0)))))
-        coarse = _integrate(coefficients, start, dt, substeps)
-        while True:
-            substeps *= 2
-            fine = _integrate(coefficients, start, dt, substeps)
-            change = max(_relative_change(x, y) for x, y in zip(coarse, fine, strict=True))
-            # Order six: the finer answer is about 64 times nearer than the change.
-            if change <= 16 * tolerance:
-                break
-            if substeps >= _MAX_SUBSTEPS:
-                warnings.warn(
-                    f"time-varying coefficients: the transition still changes by {change:.1e} at {substeps} "
-                    f"substeps (relative). Put times at which coefficients jump on the grid, or refine it",
-                    ApproximationWarning,
-                    stacklevel=4,
-                )
-                break
-            coarse = fine
-    return _integrate(coefficients, start, dt, substeps) if torch.is_grad_enabled() else fine
+        levels = _needed_levels(coefficients, start.detach(), dt.detach(), tolerance)
+    parts: list[Transition] = []
+    places = []
+    for level in levels.unique().tolist():
+        where = (levels == level).nonzero()[:, 0]
+        parts.append(_integrate(coefficients, start[where], dt[where], 2**level)[0])
+        places.append(where)
+    back = torch.argsort(torch.cat(places))
+    phi, c, q = (torch.cat(x)[back] for x in zip(*parts, strict=True))
+    return phi, c, q
 
 
-def _relative_change(x: Tensor, y: Tensor) -> float:
-    if not x.numel():
-        return 0.0
-    return float((x - y).abs().max() / y.abs().max().clamp_min(torch.finfo(y.dtype).tiny))
+def _needed_levels(coefficients: Coefficients, start: Tensor, dt: Tensor, tolerance: float) -> Tensor:
+    """Return ``(N,)`` exponents of two: the number of substeps from which on each interval's answer stays."""
+    norm = coefficients(start)[0].abs().sum(-2).flatten(1).amax(1)
+    # Few intervals are looked at more finely, so that a pulse between the times asked for is seen.
+    least = math.ceil(math.log2(max(1.0, _LEAST_SUBSTEPS / dt.shape[0])))
+    levels = (2 * norm * dt).clamp_min(1.0).log2().ceil().long().clamp(least, _MAX_LEVEL - 1)
+    done = torch.zeros_like(dt, dtype=torch.bool)
+    for level in range(int(levels.min()), _MAX_LEVEL):
+        where = ((levels == level) & ~done).nonzero()[:, 0]
+        if not where.numel():
+            continue
+        coarse, _ = _integrate(coefficients, start[where], dt[where], 2**level)
+        fine, scales = _integrate(coefficients, start[where], dt[where], 2 ** (level + 1))
+        change = torch.stack([_relative_change(*x) for x in zip(coarse, fine, scales, strict=True)]).amax(0)
+        # Order six: the finer answer is about 64 times nearer than the change.
+        good = change <= 16 * tolerance
+        levels[where] = level + 1
+        done[where] = good
+        if level + 1 == _MAX_LEVEL and not bool(good.all()):
+            warnings.warn(
+                f"time-varying coefficients: the transition still changes by {float(change.max()):.1e} at "
+                f"{2**_MAX_LEVEL} substeps (relative). Put times at which coefficients jump on the grid, or refine it",
+                ApproximationWarning,
+                stacklevel=5,
+            )
+    return levels
 
 
-def _integrate(coefficients: Coefficients, start: Tensor, dt: Tensor, substeps: int) -> Transition:
+def _relative_change(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """Return the largest change ``(N,)`` of any entry in units of its scale."""
+    gap = (x - y).abs()
+    return torch.where(gap > 0, gap / scale, gap).flatten(1).amax(1)
+
+
+def _integrate(
+    coefficients: Coefficients, start: Tensor, dt: Tensor, substeps: int
+) -> tuple[Transition, Transition]:
+    """Return the transitions by ``substeps`` substeps, and the scale of each of their entries."""
     n = dt.shape[0]
     h = dt / substeps
     left = start[:, None] + h[:, None] * torch.arange(substeps, dtype=dt.dtype, device=dt.device)
@@ -159,16 +187,38 @@ def _integrate(coefficients: Coefficients, start: Tensor, dt: Tensor, substeps: 
     propagators = torch.linalg.matrix_exp(_magnus(a, length.reshape(n, 1, 4, *(1,) * (a.ndim - 4))))
     inner = left[..., None] + h[:, None, None] * nodes
     _, b, s = (x.reshape(*inner.shape, *x.shape[1:]) for x in coefficients(inner.flatten()))
+    # Gauss quadrature of Phi b and Phi S Phi^T over each substep.
     weights = h[:, None, None] * torch.tensor(_WEIGHTS, dtype=dt.dtype, device=dt.device)
     phi, to_end = propagators[:, :, 0], propagators[:, :, 1:]
-    c = (to_end @ (b * weights.reshape(*weights.shape, *(1,) * (b.ndim - 3)))[..., None]).squeeze(-1).sum(2)
+    push = (to_end @ (b * weights.reshape(*weights.shape, *(1,) * (b.ndim - 3)))[..., None]).squeeze(-1)
+    c, size_c = push.sum(2), push.detach().abs().sum(2)
     q = (to_end @ (s * weights.reshape(*weights.shape, *(1,) * (s.ndim - 3))) @ to_end.mT).sum(2)
+    # What each component of the state does to another, in absolute value: entries of A h, in units of both.
+    rate = (a[:, :, 0].detach().abs().mean(2) * h.detach().reshape(n, *(1,) * (a.ndim - 3))).sum(1)
     while phi.shape[1] > 1:
         first, second = phi[:, ::2], phi[:, 1::2]
         c = (second @ c[:, ::2, ..., None]).squeeze(-1) + c[:, 1::2]
+        size_c = (second.detach().abs() @ size_c[:, ::2, ..., None]).squeeze(-1) + size_c[:, 1::2]
         q = second @ q[:, ::2] @ second.mT + q[:, 1::2]
         phi = second @ first
-    return phi[:, 0], c[:, 0], symmetrise(q[:, 0])
+    phi, c, q = phi[:, 0], c[:, 0], symmetrise(q[:, 0])
+    unit = standard_deviations(q)
+    scales = _propagator_scale(phi.detach(), rate), size_c[:, 0], unit[..., :, None] * unit[..., None, :]
+    return (phi, c, q), scales
+
+
+def _propagator_scale(phi: Tensor, rate: Tensor) -> Tensor:
+    """Return the scale of each entry of ``phi``: what would change its row as much as the row's largest entry does.
+
+    Entry ij has the units of component i over those of component j; ``rate`` has them too, and says how strongly
+    the two are coupled.
+    """
+    pattern = torch.eye(phi.shape[-1], dtype=phi.dtype, device=phi.device) + rate + 0.5 * rate @ rate
+    unit = pattern.diagonal(dim1=-2, dim2=-1).sqrt()
+    pattern = pattern / unit[..., :, None] / unit[..., None, :]
+    tiny = torch.finfo(phi.dtype).tiny
+    row = (phi.abs() / pattern.clamp_min(tiny)).masked_fill(pattern <= 0, 0.0).amax(-1, keepdim=True)
+    return torch.maximum(row * pattern, phi.abs())
 
 
 def _magnus(a: Tensor, h: Tensor) -> Tensor:
