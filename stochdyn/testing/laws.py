@@ -152,9 +152,10 @@ class PathMeasureSuite(ABC):
             marginal = law.marginal(ts[index])
             drawn, seen = marginal.sample(self.num_samples, 2).detach(), x[..., index, :]
             spread = seen.std(0)
-            self._agree("mean", seen, drawn, spread)
+            self._agree("mean", seen, drawn, spread, _rounding(seen))
             centre = seen.mean(0)
-            self._agree("second moment", (seen - centre) ** 2, (drawn - centre) ** 2, spread**2)
+            floor = _rounding(seen) ** 2
+            self._agree("second moment", (seen - centre) ** 2, (drawn - centre) ** 2, spread**2, floor)
             error = 6 * spread / self.num_samples**0.5 + self.bias * spread + _rounding(seen)
             assert bool(((marginal.mean.detach() - centre).abs() <= error).all()), (
                 "the marginal's mean is off"
@@ -164,8 +165,8 @@ class PathMeasureSuite(ABC):
             error = 6 * fourth / self.num_samples**0.5 + 2 * self.bias * spread**2 + _rounding(seen) ** 2
             assert bool(((variance - spread**2).abs() <= error).all()), "the marginal's variance is off"
 
-    def _agree(self, name: str, a: Tensor, b: Tensor, unit: Tensor) -> None:
-        error = 5 * ((a.var(0) + b.var(0)) / self.num_samples).sqrt() + 2 * self.bias * unit + _rounding(a)
+    def _agree(self, name: str, a: Tensor, b: Tensor, unit: Tensor, floor: Tensor) -> None:
+        error = 5 * ((a.var(0) + b.var(0)) / self.num_samples).sqrt() + 2 * self.bias * unit + floor
         gap = (a.mean(0) - b.mean(0)).abs()
         assert bool((gap <= error).all()), (
             f"the {name} of paths and of the marginal differ by {float(gap.max()):.3g}"

@@ -203,7 +203,7 @@ class GaussianPathMeasure(PathMeasure):
         return out
 
     def covariance_rate(self, t: Tensor) -> Tensor:
-        """Return :math:`GG^\\top (*B, d, d)` of a diffusion at one time.
+        r"""Return :math:`GG^\top (*B, d, d)` of a diffusion at one time.
 
         Raises:
             UnavailableError: if the law isn't a diffusion in its state alone.

@@ -263,7 +263,7 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         return GaussianChain(mean, cov, phi, c, q)
 
     def covariance_rate(self, t: Tensor) -> Tensor:
-        """Return :math:`GG^\\top (*B, d, d)` at one time."""
+        r"""Return :math:`GG^\top (*B, d, d)` at one time."""
         return self.coefficients(t.reshape(1).to(self.like.dtype))[2][0]
 
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
@@ -321,14 +321,14 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         return SDE(_LinearDrift(self), _LinearDiffusion(self) if constant is None else Matrix(constant))
 
     def as_measure(self) -> DiffusionMeasure:
-        """Return this law as a :class:`~stochdyn.DiffusionMeasure`, which starts at the first point of any grid.
+        """Return this law as a :class:`~stochdyn.DiffusionMeasure`, which is simulated step by step from ``initial_time`` on.
 
         Raises:
             SingularDiffusionError: if the start is neither fixed nor of full rank.
         """
         mean, cov = self.initial_mean.expand(*self.batch_shape, self.dim), self.initial_cov
         if not bool((cov != 0).any()):
-            return DiffusionMeasure(mean, self.to_sde())
+            return DiffusionMeasure(mean, self.to_sde(), start_time=self.initial_time)
         factor, info = torch.linalg.cholesky_ex(cov)
         if bool((info != 0).any()):
             raise SingularDiffusionError(

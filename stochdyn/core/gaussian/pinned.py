@@ -287,8 +287,8 @@ class PinnedProcess(GaussianPathMeasure):
         return SDE(self.drift, Diagonal(self._expand("diffusion")))
 
     def as_measure(self) -> DiffusionMeasure:
-        """Return the bridge as a :class:`~stochdyn.DiffusionMeasure`, for grids from its start to before its end."""
-        return DiffusionMeasure(self.initial, self.to_sde())
+        """Return the bridge as a :class:`~stochdyn.DiffusionMeasure`, for grids that end before it does."""
+        return DiffusionMeasure(self.initial, self.to_sde(), start_time=self.start_time)
 
 
 def check_bridge(
