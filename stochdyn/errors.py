@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ApproximationWarning",
     "CheckpointError",
+    "CheckpointInUseError",
     "CheckpointWriteError",
     "ConvergenceWarning",
     "DamagedCheckpointError",
@@ -186,7 +187,11 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class ForeignCheckpointError(CheckpointError):
-    """A checkpoint is sound but belongs to another model, optimiser or data size."""
+    """A checkpoint is sound but belongs to another run: its model, data or options aren't these."""
+
+
+class CheckpointInUseError(CheckpointError):
+    """Another run, in this process or another one, writes its checkpoints to the same directory."""
 
 
 class CheckpointWriteError(CheckpointError, OSError):

@@ -2,7 +2,12 @@ from .callbacks import Callback as Callback
 from .callbacks import EarlyStopping as EarlyStopping
 from .callbacks import Every as Every
 from .callbacks import KeepBest as KeepBest
-from .interrupt import FitInterrupted as FitInterrupted
+from .engine import Resumable as Resumable
+from .engine import run_to_end as run_to_end
+from .identity import digest as digest
+from .interrupt import Interrupted as Interrupted
+from .progress import progress_bar as progress_bar
+from .randomness import OwnRandomness as OwnRandomness
 from .result import FitResult as FitResult
 from .state import FitState as FitState
 from .trainer import fit as fit

@@ -10,10 +10,10 @@ The manifest names the tensor file with its size and SHA-256, and carries a SHA-
 file never overwrites the one in use; only after the new manifest is on the disk is the old tensor file
 removed. So a crash at any moment leaves one whole checkpoint: the old or the new.
 
-Manifest fields: ``format`` (``"stochdyn-checkpoint"``), ``version``, ``library``, ``kind`` (``"training"`` or
-``"weights"``), ``step``, ``fingerprint`` (names, shapes and dtypes of the objective's state), ``tensors``
-(``file``, ``bytes``, ``sha256``), ``state`` (see :mod:`stochdyn.run.encoding`) and ``sha256`` of all the
-rest.
+Manifest fields: ``format`` (``"stochdyn-checkpoint"``), ``version``, ``library``, ``kind`` (which run, or
+``"weights"`` or ``"object"``), ``step``, ``identity`` (what the run depends on, see
+:mod:`stochdyn.run.identity`), ``tensors`` (``file``, ``bytes``, ``sha256``), ``state`` (see
+:mod:`stochdyn.run.encoding`) and ``sha256`` of all the rest.
 """
 
 from __future__ import annotations
@@ -22,36 +22,33 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from stochdyn._version import __version__
 from stochdyn.errors import (
     CheckpointError,
     CheckpointWriteError,
     DamagedCheckpointError,
-    ForeignCheckpointError,
 )
 from stochdyn.run.encoding import decode, encode
+from stochdyn.run.folder import read_file, replace_file
 
-__all__ = [
-    "Checkpoint",
-    "check_fingerprint",
-    "fingerprint",
-    "prepare_folder",
-    "read_checkpoint",
-    "write_checkpoint",
-]
+__all__ = ["Checkpoint", "read_checkpoint", "write_checkpoint"]
 
 FORMAT = "stochdyn-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "checkpoint.json"
+_TENSOR_FILE = re.compile(r"tensors-\d{9,18}-[0-9a-f]{8}\.safetensors")
+# How often a manifest is read again when somebody saves meanwhile.
+_PATIENCE = 5
 _NOTHING_YET = "first save in progress"
 
 
@@ -61,47 +58,8 @@ class Checkpoint:
 
     kind: str
     step: int
-    fingerprint: dict[str, str]
+    identity: dict[str, str]
     state: dict[str, Any]
-
-
-def fingerprint(module: nn.Module) -> dict[str, str]:
-    """Return shape and dtype of every parameter and buffer by name.
-
-    Example:
-        >>> fingerprint(nn.Linear(2, 1))
-        {'weight': 'float32 (1, 2)', 'bias': 'float32 (1,)'}
-    """
-    described = {}
-    for name, value in module.state_dict().items():
-        is_tensor = isinstance(value, Tensor)
-        described[name] = f"{str(value.dtype)[6:]} {tuple(value.shape)}" if is_tensor else "extra state"
-    return described
-
-
-def check_fingerprint(path: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """Raise ForeignCheckpointError, with the names that differ, unless a checkpoint fits a module.
-
-    Args:
-        path: of the checkpoint, for the message.
-        found: fingerprint in the checkpoint.
-        expected: fingerprint of the module, or of whatever else must agree.
-    """
-    differences = []
-    for name in dict.fromkeys([*expected, *found]):
-        if name not in found:
-            differences.append(f"{name} is missing")
-        elif name not in expected:
-            differences.append(f"{name} is unknown here")
-        elif found[name] != expected[name]:
-            differences.append(f"{name} is {found[name]} instead of {expected[name]}")
-    if differences:
-        more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
-        raise ForeignCheckpointError(
-            f"the checkpoint {path} belongs to another run",
-            got="; ".join(differences[:8]) + more,
-            hint="build the objective and call fit as in that run, or choose another directory",
-        )
 
 
 def write_checkpoint(path: str | os.PathLike[str], content: Checkpoint) -> None:
@@ -122,7 +80,7 @@ def write_checkpoint(path: str | os.PathLike[str], content: Checkpoint) -> None:
         "library": __version__,
         "kind": content.kind,
         "step": content.step,
-        "fingerprint": content.fingerprint,
+        "identity": content.identity,
         "tensors": {"file": name, "bytes": len(payload), "sha256": digest},
         "state": state,
     }
@@ -132,9 +90,9 @@ def write_checkpoint(path: str | os.PathLike[str], content: Checkpoint) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MANIFEST).exists():
             # So that a crash in the very first save isn't taken for a lost manifest.
-            _replace(folder / MANIFEST, json.dumps({"format": FORMAT, "kind": _NOTHING_YET}).encode())
-        _replace(folder / name, payload)
-        _replace(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+            replace_file(folder / MANIFEST, json.dumps({"format": FORMAT, "kind": _NOTHING_YET}).encode())
+        replace_file(folder / name, payload)
+        replace_file(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
     except OSError as error:
         _withdraw(folder, name)
         raise CheckpointWriteError(
@@ -145,48 +103,10 @@ def write_checkpoint(path: str | os.PathLike[str], content: Checkpoint) -> None:
     _remove_leftovers(folder, keep=name)
 
 
-def prepare_folder(path: str | os.PathLike[str]) -> None:
-    """Make the directory and see that it can be written to.
-
-    Raises:
-        CheckpointWriteError: if not.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{MANIFEST}.probe"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointWriteError(f"checkpoints can't be written to {folder}", got=error) from error
-
-
-def _replace(path: Path, payload: bytes) -> None:
-    """Put ``payload`` at ``path`` so that a crash leaves the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    if os.name == "posix":
-        # The new name itself reaches the disk only when the directory does.
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _withdraw(folder: Path, name: str) -> None:
     """After a failed save, give back the space of its tensor file unless the manifest names it."""
-    with contextlib.suppress(OSError):
-        if name.encode() not in (folder / MANIFEST).read_bytes():
+    with contextlib.suppress(OSError, CheckpointError):
+        if name.encode() not in read_file(folder / MANIFEST):
             (folder / name).unlink()
 
 
@@ -203,11 +123,30 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint | None:
 
     Raises:
         DamagedCheckpointError: if the checkpoint was cut short or altered, or isn't one.
-        CheckpointError: if a newer version of the library wrote it, or the file system refuses to read it.
+        CheckpointError: if another version of the library wrote it, or the file system refuses to read it.
     """
     folder = Path(path)
+    before: bytes | None = None
+    for _ in range(_PATIENCE):
+        text = _read_manifest(folder)
+        manifest = None if text is None else _parse(folder, text)
+        if manifest is None:
+            return None
+        name = manifest["tensors"]["file"]
+        try:
+            return _decode(folder, manifest, read_file(folder / name))
+        except FileNotFoundError as error:
+            # Somebody who saves at this moment puts a new manifest in place before the old tensors go.
+            if text == before:
+                raise DamagedCheckpointError(f"the checkpoint {folder} lacks a file", got=name) from error
+            before = text
+    raise DamagedCheckpointError(f"the checkpoint {folder} changes while it is read")
+
+
+def _read_manifest(folder: Path) -> bytes | None:
+    """Return the text of the manifest; None if the directory holds no checkpoint."""
     try:
-        text = _read(folder / MANIFEST)
+        return read_file(folder / MANIFEST)
     except FileNotFoundError:
         if folder.is_dir() and any(folder.glob("tensors-*.safetensors")):
             raise DamagedCheckpointError(
@@ -218,16 +157,64 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint | None:
         raise DamagedCheckpointError(
             "a checkpoint is a directory", got=f"the file {folder}", hint="name the directory that holds it"
         ) from error
-    manifest = _parse(folder, text)
-    if manifest is None:
-        return None
-    described = manifest["tensors"]
+
+
+def _parse(folder: Path, text: bytes) -> dict[str, Any] | None:
+    """Return a manifest whose fields are all there and of their kinds; None for the mark of a first save."""
+    where = folder / MANIFEST
     try:
-        payload = _read(folder / described["file"])
-    except FileNotFoundError as error:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{where} isn't JSON", got=error) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DamagedCheckpointError(f"{where} isn't the manifest of a checkpoint")
+    if manifest.get("kind") == _NOTHING_YET:
+        return None
+    if manifest.get("sha256") != _manifest_digest(manifest):
+        raise DamagedCheckpointError(f"{where} was altered: its checksum doesn't fit")
+    version = manifest.get("version")
+    if isinstance(version, int) and version != VERSION:
+        age = "a newer" if version > VERSION else "an older"
+        raise CheckpointError(
+            f"{age} stochdyn ({manifest.get('library')}) wrote the checkpoint {folder}",
+            got=f"format version {version}",
+            expected=f"version {VERSION}",
+        )
+    wrong = [name for name, right in _FIELDS.items() if not right(manifest.get(name))]
+    if wrong:
         raise DamagedCheckpointError(
-            f"the checkpoint {folder} lacks a file", got=described["file"]
-        ) from error
+            f"{where} lacks what a checkpoint has, or has it wrong", got=", ".join(wrong)
+        )
+    return manifest
+
+
+def _is_count(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def _is_tensor_entry(x: object) -> bool:
+    """Whether a manifest names a tensor file: one of this directory, and of the kind that is written here."""
+    return (
+        isinstance(x, dict)
+        and isinstance(x.get("file"), str)
+        and _TENSOR_FILE.fullmatch(x["file"]) is not None
+        and _is_count(x.get("bytes"))
+        and isinstance(x.get("sha256"), str)
+    )
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "version": _is_count,
+    "kind": lambda x: isinstance(x, str),
+    "step": _is_count,
+    "identity": lambda x: isinstance(x, dict) and all(isinstance(v, str) for v in x.values()),
+    "tensors": _is_tensor_entry,
+    "state": lambda x: isinstance(x, dict),
+}
+
+
+def _decode(folder: Path, manifest: dict[str, Any], payload: bytes) -> Checkpoint:
+    described = manifest["tensors"]
     if len(payload) != described["bytes"] or hashlib.sha256(payload).hexdigest() != described["sha256"]:
         raise DamagedCheckpointError(
             f"the tensor file of the checkpoint {folder} was cut short or altered",
@@ -238,38 +225,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint | None:
         tensors = safetensors.torch.load(payload)
     except SafetensorError as error:
         raise DamagedCheckpointError(f"the tensor file of {folder} isn't safetensors", got=error) from error
-    state = decode(manifest["state"], tensors)
-    return Checkpoint(manifest["kind"], manifest["step"], manifest["fingerprint"], state)
-
-
-def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read", got=error) from error
-
-
-def _parse(folder: Path, text: bytes) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads(text)
-    except ValueError as error:
-        raise DamagedCheckpointError(f"{folder / MANIFEST} isn't JSON", got=error) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DamagedCheckpointError(f"{folder / MANIFEST} isn't the manifest of a checkpoint")
-    if manifest.get("kind") == _NOTHING_YET:
-        return None
-    version = manifest.get("version")
-    if isinstance(version, int) and version > VERSION:
-        raise CheckpointError(
-            f"a newer stochdyn ({manifest.get('library')}) wrote the checkpoint {folder}",
-            got=f"format version {version}",
-            expected=f"at most {VERSION}",
-        )
-    if manifest.get("sha256") != _manifest_digest(manifest):
-        raise DamagedCheckpointError(f"{folder / MANIFEST} was altered: its checksum doesn't fit")
-    return manifest
+        state = decode(manifest["state"], tensors)
+    except (ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        raise DamagedCheckpointError(
+            f"the state in {folder / MANIFEST} can't be read", got=type(error).__name__
+        ) from error
+    return Checkpoint(manifest["kind"], manifest["step"], manifest["identity"], state)
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:

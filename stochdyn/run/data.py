@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import as_tensor, check_positive_int
 from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError
 from stochdyn.run.distributed import World
-from stochdyn.run.randomness import capture_random_state, restore_random_state
+from stochdyn.run.encoding import map_tensors
+from stochdyn.run.randomness import global_state, set_global_state
 
-__all__ = ["Batches", "make_batches", "map_tensors"]
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply ``function`` to every tensor in nested tuples, lists, dicts and dataclasses.
-
-    Anything else passes through.
-
-    Example:
-        >>> map_tensors(lambda x: x + 1, (torch.zeros(1), {"a": torch.ones(1)}, "text"))
-        (tensor([1.]), {'a': tensor([2.])}, 'text')
-    """
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, tuple):
-        parts = [map_tensors(function, v) for v in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    if isinstance(tree, list):
-        return [map_tensors(function, v) for v in tree]
-    if isinstance(tree, Mapping):
-        return {k: map_tensors(function, v) for k, v in tree.items()}
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        changed = copy.copy(tree)
-        for spec in dataclasses.fields(tree):
-            # Also for frozen classes, and without running checks of __post_init__ on a slice again.
-            object.__setattr__(changed, spec.name, map_tensors(function, getattr(tree, spec.name)))
-        return changed
-    return tree
+__all__ = ["Batches", "make_batches"]
 
 
 def _move(tree: Any, device: torch.device) -> Any:
@@ -56,9 +29,11 @@ class Batches(ABC):
 
     Attributes:
         items: number of items in the data; None where it has none or can't be known.
+        source: what the batches are made of, for the identity of a run.
     """
 
     items: int | None = None
+    source: Any = None
 
     @abstractmethod
     def next(self) -> Any:
@@ -163,16 +138,16 @@ class _Loader(Batches):
         if set_epoch is not None:
             set_epoch(self._epoch)
         self._start = {
-            "global": capture_random_state(torch.device("cpu")),
+            "global": global_state(),
             "own": [g.get_state() for g in self._generators()],
         }
         self._iterator = iter(self._loader)
 
     def first(self) -> Any:
-        before = capture_random_state(torch.device("cpu"))
+        before = global_state()
         own = [g.get_state() for g in self._generators()]
         batch = next(iter(self._loader), None)
-        restore_random_state(before, torch.device("cpu"))
+        set_global_state(before)
         for generator, state in zip(self._generators(), own, strict=True):
             generator.set_state(state)
         if batch is None:
@@ -200,8 +175,9 @@ class _Loader(Batches):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._epoch, self._position = state["epoch"], state["position"]
         if not state["start"]:
+            self._iterator = None
             return
-        restore_random_state(state["start"]["global"], torch.device("cpu"))
+        set_global_state(state["start"]["global"])
         for generator, start in zip(self._generators(), state["start"]["own"], strict=True):
             generator.set_state(start)
         self._begin()
@@ -239,10 +215,10 @@ def _refuse_empty(x: Tensor) -> Tensor:
 
 
 def make_batches(data: Any, batch_size: int | None, seed: int, world: World, device: torch.device) -> Batches:
-    """Return the sequence of batches for ``data``.
+    """Return the sequence of batches for ``data``, tensors, arrays or lists of numbers in nested containers.
 
     Args:
-        data: None; a tensor, or a tuple, list, dict or dataclass of tensors; a Dataset; a DataLoader.
+        data: None; a tensor or array, or a tuple, list, dict or dataclass of them; a Dataset; a DataLoader.
         batch_size: items of a batch on each rank; None makes the whole data the batch (on every rank).
         seed: decides the permutations.
         world: the ranks that share the data.
@@ -253,6 +229,44 @@ def make_batches(data: Any, batch_size: int | None, seed: int, world: World, dev
         ShapeError: if a minibatch is asked of tensors that differ in their first axis.
         InvalidInputError: if ``batch_size`` comes with ``data=None`` or with a DataLoader.
     """
+    data = _as_tensors(data)
+    batches = _make_batches(data, batch_size, seed, world, device)
+    if isinstance(data, DataLoader):
+        batches.source = {
+            "dataset": data.dataset,
+            "batch_size": data.batch_size,
+            "drop_last": data.drop_last,
+            "sampler": type(data.sampler),
+        }
+    else:
+        batches.source = tuple(data.tensors) if isinstance(data, TensorDataset) else data
+    return batches
+
+
+def _as_tensors(tree: Any) -> Any:
+    """Turn arrays, tables and lists of numbers in nested containers into tensors; whole numbers (labels) stay whole."""
+    if isinstance(tree, Tensor | Dataset | DataLoader) or tree is None:
+        return tree
+    if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
+        return tuple(_as_tensors(v) for v in tree)
+    if isinstance(tree, list):
+        if tree and all(isinstance(v, int | float) for v in tree):
+            return torch.tensor(tree)
+        return [_as_tensors(v) for v in tree]
+    if isinstance(tree, dict):
+        return {k: _as_tensors(v) for k, v in tree.items()}
+    if isinstance(tree, Mapping) or not hasattr(tree, "__array__"):
+        return tree
+    array = np.asarray(tree)
+    if array.dtype.kind not in "fiubc":
+        return as_tensor(tree, "data", finite=False)
+    # A copy: arrays may be read-only, and training must not change them.
+    return torch.tensor(array)
+
+
+def _make_batches(
+    data: Any, batch_size: int | None, seed: int, world: World, device: torch.device
+) -> Batches:
     if batch_size is not None:
         check_positive_int(batch_size, "batch_size")
     if data is None or isinstance(data, DataLoader):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn.errors import InvalidInputError
+from stochdyn._checks import check_real
 
 __all__ = ["ParameterAverage"]
 
@@ -37,10 +37,7 @@ class ParameterAverage:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        if not 0.0 < decay < 1.0:
-            raise InvalidInputError(
-                "ema must lie strictly between 0 and 1", got=decay, expected="such as 0.999"
-            )
+        check_real(decay, "ema", above=0.0, below=1.0)
         self.decay = decay
         self.count = 0
         self.values: dict[str, Tensor] = {n: p.detach().clone() for n, p in parameters.items()}

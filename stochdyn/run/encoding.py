@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from stochdyn.errors import CheckpointError, DamagedCheckpointError
 
-__all__ = ["decode", "encode", "pack", "unpack"]
+__all__ = ["decode", "encode", "map_tensors", "pack", "unpack"]
 
 # A dict whose only key is one of these is a tagged value; an ordinary dict that has one is written as pairs.
 _TAGS = frozenset({"$tensor", "$complex_tensor", "$tuple", "$pairs", "$counter", "$float", "$bytes"})
@@ -112,6 +114,33 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
                 tensor = tensors[content]
                 return torch.view_as_complex(tensor) if tag == "$complex_tensor" else tensor
     return {k: decode(v, tensors) for k, v in value.items()}
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply ``function`` to every tensor in nested tuples, lists, dicts and dataclasses.
+
+    Anything else passes through.
+
+    Example:
+        >>> map_tensors(lambda x: x + 1, (torch.zeros(1), {"a": torch.ones(1)}, "text"))
+        (tensor([1.]), {'a': tensor([2.])}, 'text')
+    """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, tuple):
+        parts = [map_tensors(function, v) for v in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    if isinstance(tree, list):
+        return [map_tensors(function, v) for v in tree]
+    if isinstance(tree, Mapping):
+        return {k: map_tensors(function, v) for k, v in tree.items()}
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        changed = copy.copy(tree)
+        for spec in dataclasses.fields(tree):
+            # Also for frozen classes, and without running checks of __post_init__ on a slice again.
+            object.__setattr__(changed, spec.name, map_tensors(function, getattr(tree, spec.name)))
+        return changed
+    return tree
 
 
 def pack(tree: Any) -> bytes:

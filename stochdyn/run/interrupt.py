@@ -1,29 +1,34 @@
-"""Ctrl-C that waits for the end of a training step, so that what is saved is a whole step."""
+"""Ctrl-C that waits for the end of a step, so that what is saved and returned is a whole one."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from stochdyn.run.result import FitResult
-
-__all__ = ["DeferredInterrupt", "FitInterrupted"]
+__all__ = ["DeferredInterrupt", "Interrupted"]
 
 
-class FitInterrupted(KeyboardInterrupt):
-    """Ctrl-C stopped :func:`stochdyn.fit` after a whole step; the checkpoint, if any, holds that step.
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C stopped a long run after a whole step; the checkpoint, if there is one, holds that step.
 
-    It is a ``KeyboardInterrupt``, so a script stops as it should; whoever catches it finds the run so far
-    in ``result``.
+    It is a ``KeyboardInterrupt``, so that a script stops as it should; whoever catches it finds the run so far in
+    ``result``. Every long run of the library raises it: :func:`stochdyn.fit`, ``refine``, ``evolve`` and the others.
 
     Attributes:
-        result: the :class:`~stochdyn.run.FitResult` up to the last whole step.
+        result: what the run would have returned, up to the last whole step.
+
+    Example:
+        >>> from stochdyn.run import Interrupted
+        >>> try:
+        ...     raise Interrupted("stopped after step 3", result=[1.0, 2.0, 3.0])
+        ... except Interrupted as stopped:
+        ...     print(len(stopped.result))
+        3
     """
 
-    def __init__(self, message: str, result: FitResult) -> None:
+    def __init__(self, message: str, result: Any) -> None:
         super().__init__(message)
         self.result = result
 

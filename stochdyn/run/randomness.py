@@ -1,16 +1,27 @@
-"""Random state of a run: seeding it, leaving the caller's untouched, and carrying it through a checkpoint."""
+"""Random state of a run: generators of its own, which two runs in two threads never mix up."""
 
 from __future__ import annotations
 
 import random
+import threading
+import time
+import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["capture_random_state", "fork_random_state", "restore_random_state", "seed_everything"]
+from stochdyn._checks import as_seed
+from stochdyn.errors import StochdynWarning
+
+__all__ = ["OwnRandomness", "fork_random_state", "global_state", "seed_everything", "set_global_state"]
+
+# Seconds after which a run that waits for the step of another one says so.
+_PATIENCE = 60.0
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
@@ -23,48 +34,237 @@ def seed_everything(seed: int, device: torch.device) -> None:
             torch.cuda.manual_seed(seed)
 
 
-def capture_random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of the global generators of Python, NumPy and torch as tensors.
+class _Globals:
+    """A copy of the state of the process's generators: Python's, NumPy's and torch's on the CPU and some GPUs."""
+
+    def __init__(self, devices: frozenset[torch.device]) -> None:
+        self.python = random.getstate()
+        self.numpy = np.random.get_state(legacy=True)
+        self.torch = torch.get_rng_state()
+        self.cuda = {d: torch.cuda.get_rng_state(d) for d in devices}
+
+    def put_back(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state as tensors, for a file."""
+        _, words, gauss = self.python
+        _, keys, position, has_gauss, cached = self.numpy
+        found = {
+            "python": torch.tensor(words, dtype=torch.int64),
+            "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+            "numpy": torch.tensor([*map(int, keys), int(position), int(has_gauss)], dtype=torch.int64),
+            "numpy_gauss": torch.tensor([float(cached)], dtype=torch.float64),
+            "torch": self.torch,
+        }
+        for state in self.cuda.values():
+            found["cuda"] = state
+        return found
+
+    def take(self, state: Mapping[str, Tensor]) -> None:
+        """Become the state that :meth:`tensors` returned."""
+        gauss = state["python_gauss"].tolist()
+        self.python = (3, tuple(state["python"].tolist()), gauss[0] if gauss else None)
+        *keys, position, has_gauss = state["numpy"].tolist()
+        self.numpy = (
+            "MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()
+        )  # fmt: skip
+        self.torch = state["torch"].contiguous()
+        if "cuda" in state:
+            self.cuda = {d: state["cuda"].contiguous() for d in self.cuda}
+
+
+class _Turns:
+    """Whose numbers the process's generators give at the moment: one thread's at a time, in the order of asking."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._queue: deque[object] = deque()
+        self._busy = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether another thread waits."""
+        return bool(self._queue)
+
+    def take(self) -> None:
+        ticket = object()
+        began, said = time.monotonic(), False
+        with self._changed:
+            self._queue.append(ticket)
+            try:
+                while self._busy or self._queue[0] is not ticket:
+                    self._changed.wait(1.0)
+                    if not said and time.monotonic() - began > _PATIENCE:
+                        said = True
+                        warnings.warn(
+                            "a run waits for the step of a run in another thread to end. Runs take turns, step by step; "
+                            "one that is started in a thread by a step of another, which waits for it, never begins",
+                            StochdynWarning,
+                            stacklevel=2,
+                        )
+                self._busy = True
+            finally:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
+
+    def give(self) -> None:
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+
+
+_turns = _Turns()
+
+
+class _Here(threading.local):
+    """What this thread has put in place of the process's generators."""
+
+    def __init__(self) -> None:
+        self.stack: list[OwnRandomness] = []
+        self.base: _Globals | None = None
+        self.devices: frozenset[torch.device] = frozenset()
+
+
+_here = _Here()
+
+
+class OwnRandomness:
+    """Generators of its own for a block of code, whatever global ones the code draws from.
+
+    Inside the block the global generators of Python, NumPy and torch (on the CPU and on ``device``) are those of this
+    object; after it they are the caller's again, as they were. The object keeps its place between blocks. Blocks may be
+    nested. Only one thread is inside at a time; :meth:`yield_turn` lets another one in at a place where that does no
+    harm, so that two runs in two threads give the numbers that each gives alone. Code that draws from the global
+    generators in other threads, outside any such block, isn't kept away.
 
     Args:
-        device: the CUDA device whose generator is captured as well; other kinds add nothing.
-
-    Returns:
-        Tensors under the keys ``python``, ``python_gauss``, ``numpy``, ``numpy_gauss``, ``torch`` and, on a
-        CUDA device, ``cuda``.
+        seed: what the generators start from; None draws a seed from torch's global generator at the first entrance.
+        device: the device whose generator belongs to the block, besides the CPU's.
 
     Example:
-        >>> state = capture_random_state(torch.device("cpu"))
-        >>> a = torch.rand(3)
-        >>> restore_random_state(state, torch.device("cpu"))
-        >>> torch.equal(a, torch.rand(3))
+        >>> own = OwnRandomness(0)
+        >>> with own:
+        ...     first = torch.rand(2)
+        >>> with OwnRandomness(1):
+        ...     other = torch.rand(2)
+        >>> with own:
+        ...     second = torch.rand(2)
+        >>> both = torch.rand(4, generator=torch.Generator().manual_seed(0))
+        >>> torch.equal(torch.cat((first, second)), both)
         True
     """
-    _, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state = {
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*map(int, keys), int(position), int(has_gauss)], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([float(cached)], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+
+    def __init__(self, seed: int | None = 0, device: torch.device | str = "cpu") -> None:
+        self.seed = None if seed is None else as_seed(seed)
+        self.device = torch.device(device)
+        self._devices = frozenset({self.device} if self.device.type == "cuda" else ())
+        self._kept: _Globals | None = None
+        self._depth = 0
+
+    def __enter__(self) -> OwnRandomness:
+        if _here.stack and _here.stack[-1] is self:
+            self._depth += 1
+            return self
+        if not _here.stack:
+            _turns.take()
+        try:
+            if self.seed is None:
+                self.seed = int(torch.randint(2**62, ()))
+            if _here.stack:
+                _here.stack[-1]._keep()
+            else:
+                _here.base, _here.devices = _Globals(self._devices), self._devices
+            new = self._devices - _here.devices
+            if new and _here.base is not None:
+                _here.base.cuda |= _Globals(new).cuda
+                _here.devices |= new
+            if self._kept is None:
+                seed_everything(self.seed, self.device)
+            else:
+                self._kept.put_back()
+        except BaseException:
+            if not _here.stack:
+                _turns.give()
+            raise
+        _here.stack.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._depth:
+            self._depth -= 1
+            return
+        self._keep()
+        _here.stack.pop()
+        if _here.stack:
+            _here.stack[-1]._back()
+            return
+        self._leave()
+
+    def reseed(self, seed: int) -> None:
+        """Start again from a seed; inside the block."""
+        seed_everything(seed % 2**63, self.device)
+
+    def yield_turn(self) -> None:
+        """Let another thread's block run if one waits; inside the block, at a place where nothing is half done."""
+        if not _turns.wanted:
+            return
+        self._keep()
+        self._leave()
+        _turns.take()
+        _here.base = _Globals(_here.devices)
+        self._back()
+
+    def snapshot(self) -> Any:
+        """Return the present place, for :meth:`rewind`; inside the block, and quick."""
+        return _Globals(self._devices)
+
+    def rewind(self, snapshot: Any) -> None:
+        """Go back to the place that :meth:`snapshot` noted; inside the block."""
+        snapshot.put_back()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the present place as tensors, for a checkpoint; inside the block."""
+        return _Globals(self._devices).tensors()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go to the place that :meth:`state` noted; inside the block."""
+        now = _Globals(self._devices)
+        now.take(state)
+        now.put_back()
+
+    def _keep(self) -> None:
+        self._kept = _Globals(self._devices)
+
+    def _back(self) -> None:
+        assert self._kept is not None
+        self._kept.put_back()
+
+    @staticmethod
+    def _leave() -> None:
+        """Give the process its own generators back, and the turn to whoever waits."""
+        try:
+            if _here.base is not None:
+                _here.base.put_back()
+                _here.base = None if not _here.stack else _here.base
+        finally:
+            _turns.give()
 
 
-def restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set the global generators to a state from :func:`capture_random_state`."""
-    gauss = state["python_gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
-    *keys, position, has_gauss = state["numpy"].tolist()
-    np.random.set_state(
-        ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item())
-    )
-    torch.set_rng_state(state["torch"].contiguous())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].contiguous(), device)
+def global_state() -> dict[str, Tensor]:
+    """Return the state of the process's generators on the CPU as tensors."""
+    return _Globals(frozenset()).tensors()
+
+
+def set_global_state(state: Mapping[str, Tensor]) -> None:
+    """Put the process's generators on the CPU where :func:`global_state` found them."""
+    now = _Globals(frozenset())
+    now.take(state)
+    now.put_back()
 
 
 @contextmanager
@@ -77,9 +277,5 @@ def fork_random_state(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
-    before = capture_random_state(device)
-    try:
-        seed_everything(seed, device)
+    with OwnRandomness(seed, device):
         yield
-    finally:
-        restore_random_state(before, device)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.errors import InvalidInputError
 from stochdyn.objectives.base import ObjectiveValue
 
 __all__ = ["FitResult", "LossLog"]
@@ -117,18 +117,8 @@ class LossLog:
         return {name: series.values for name, series in self._terms.items()}
 
     def add(self, value: ObjectiveValue) -> None:
-        """Note one step; nothing leaves the device."""
-        terms = {}
-        for name, term in value.terms.items():
-            term = torch.as_tensor(term).detach()
-            if term.numel() != 1:
-                raise ShapeError(
-                    f"the objective's term {name!r} must be a scalar", got=f"shape {tuple(term.shape)}"
-                )
-            terms[name] = (
-                term.reshape(()) if term.is_floating_point() else term.reshape(()).to(value.loss.dtype)
-            )
-        self._pending.append(ObjectiveValue(value.loss.detach(), terms, value.bound))
+        """Note one step, by its detached value; nothing leaves the device."""
+        self._pending.append(value)
 
     def gather(self, reduce: Callable[[Tensor], Tensor], limit: int | None = None) -> None:
         """Bring the noted steps, at most ``limit`` of them, to the host through ``reduce``."""

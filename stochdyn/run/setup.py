@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,77 +14,104 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from stochdyn._checks import check_choice, check_positive, check_positive_int
+from stochdyn._checks import as_seed, check_choice, check_positive_int, check_real
 from stochdyn.errors import DeviceMismatchError, InvalidInputError, ShapeError
 from stochdyn.objectives.base import Objective, ObjectiveValue
 from stochdyn.run.data import Batches
+from stochdyn.run.identity import held_by
 
 __all__ = [
+    "SPEED_OPTIONS",
     "Call",
     "Options",
     "ParameterWatch",
     "check_loss",
     "choose_device",
+    "describe_optimizer",
+    "describe_scheduler",
     "make_optimizer",
     "make_scheduler",
     "materialise",
 ]
 
 
+#: Options of optimisers that decide about speed only, and that follow the device.
+SPEED_OPTIONS = ("foreach", "fused", "capturable")
+_PRECISIONS = {"bfloat16": torch.bfloat16}
+
+
 @dataclass(frozen=True)
 class Options:
-    """The plain settings of a run; what must agree for a run to be resumed is in :meth:`identity`."""
+    """The plain settings of a run, checked."""
 
     steps: int
     lr: float
     batch_size: int | None
     seed: int | None
-    progress: bool
-    folder: Path | None
     clip_norm: float | None
     ema: float | None
-    checkpoint_every: int
+    accumulate: int
+    precision: str | None
     log_every: int
-    on_interrupt: str
 
     def __post_init__(self) -> None:
         check_positive_int(self.steps, "steps")
-        check_positive(self.lr, "lr")
-        check_positive_int(self.checkpoint_every, "checkpoint_every")
-        check_positive_int(self.log_every, "log_every")
-        check_choice(self.on_interrupt, ("raise", "return"), "on_interrupt")
+        check_real(self.lr, "lr", above=0.0)
+        if self.batch_size is not None:
+            check_positive_int(self.batch_size, "batch_size")
+        if self.seed is not None:
+            as_seed(self.seed)
         if self.clip_norm is not None:
-            check_positive(self.clip_norm, "clip_norm")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise InvalidInputError("seed must be a non-negative integer below 2**63", got=self.seed)
+            check_real(self.clip_norm, "clip_norm", above=0.0)
+        if self.ema is not None:
+            check_real(self.ema, "ema", above=0.0, below=1.0)
+        check_positive_int(self.accumulate, "accumulate")
+        check_positive_int(self.log_every, "log_every")
+        if self.precision == "float16":
+            raise InvalidInputError(
+                "precision='float16' needs scaled losses, which fit doesn't do", hint="use 'bfloat16'"
+            )
+        if self.precision is not None:
+            check_choice(self.precision, tuple(_PRECISIONS), "precision")
 
-    def identity(
-        self, optimizer: Optimizer, scheduler: LRScheduler | None, items: int | None, ranks: int
-    ) -> dict[str, str]:
-        """Return what must agree between a checkpoint and the run that continues it, readable."""
-        named = {
-            "optimizer": type(optimizer).__name__,
-            "scheduler": None if scheduler is None else type(scheduler).__name__,
-            "lr": self.lr,
-            "batch_size": self.batch_size,
-            "number of items": items,
-            "seed": self.seed,
-            "clip_norm": self.clip_norm,
-            "ema": self.ema,
-            "number of ranks": ranks,
-        }
-        return {name: str(value) for name, value in named.items()}
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The precision of matrix products, or None for that of their factors."""
+        return None if self.precision is None else _PRECISIONS[self.precision]
+
+
+def describe_optimizer(optimizer: Optimizer) -> dict[str, object]:
+    """Return class and options of a fresh optimiser, for the identity of a run."""
+    found: dict[str, object] = {"optimizer": type(optimizer).__name__}
+    several = len(optimizer.param_groups) > 1
+    for i, group in enumerate(optimizer.param_groups):
+        prefix = f"optimizer.{i}" if several else "optimizer"
+        found[f"{prefix}.number of parameters"] = len(group["params"])
+        for name, value in group.items():
+            if name != "params" and name not in SPEED_OPTIONS:
+                found[f"{prefix}.{name}"] = value
+    return found
+
+
+def describe_scheduler(scheduler: LRScheduler | None) -> dict[str, object]:
+    """Return class and options of a fresh scheduler, such as where it ends, for the identity of a run."""
+    if scheduler is None:
+        return {"scheduler": None}
+    return {
+        "scheduler": type(scheduler).__name__,
+        **{f"scheduler.{n}": v for n, v in held_by(scheduler).items()},
+    }
 
 
 class Call(nn.Module):
-    """One calling convention for objectives and plain modules, in tuples that data-parallel wrappers know."""
+    """One calling convention for objectives and plain modules."""
 
     def __init__(self, objective: nn.Module) -> None:
         super().__init__()
         self.objective = objective
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
-        """Return loss, terms and bound of one batch."""
+    def forward(self, batch: Any) -> ObjectiveValue:
+        """Return the value of one batch."""
         if isinstance(self.objective, Objective) or batch is None:
             value = self.objective() if batch is None else self.objective(batch)
         elif isinstance(batch, (tuple, list)):
@@ -95,9 +121,9 @@ class Call(nn.Module):
         else:
             value = self.objective(batch)
         if isinstance(value, Tensor):
-            return value, {}, "surrogate"
+            return ObjectiveValue(value)
         if isinstance(value, ObjectiveValue):
-            return value.loss, value.terms, value.bound
+            return value
         raise InvalidInputError(
             "the objective must return an ObjectiveValue or a scalar tensor", got=type(value).__name__
         )
@@ -227,7 +253,7 @@ def make_optimizer(
     made = factory(parameters, lr=lr)
     if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
         hint = (
-            "LBFGS evaluates several times a step"
+            "LBFGS evaluates several times per step"
             if isinstance(made, LBFGS)
             else "Pyro optimisers go with SVI"
         )

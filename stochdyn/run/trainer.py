@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,16 +11,17 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from stochdyn._checks import check_bool, check_choice, check_positive_int, check_type
 from stochdyn.errors import InvalidInputError
 from stochdyn.run.callbacks import Callback
 from stochdyn.run.data import make_batches
 from stochdyn.run.distributed import connect
-from stochdyn.run.interrupt import DeferredInterrupt
-from stochdyn.run.loop import Run
-from stochdyn.run.randomness import fork_random_state, seed_everything
+from stochdyn.run.engine import as_folder, run_to_end
+from stochdyn.run.randomness import OwnRandomness
 from stochdyn.run.result import FitResult
 from stochdyn.run.setup import Options, ParameterWatch, choose_device, materialise
 from stochdyn.run.state import FitState
+from stochdyn.run.training import Training
 
 __all__ = ["fit"]
 
@@ -47,6 +46,8 @@ def fit(
     scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     clip_norm: float | None = None,
     ema: float | None = None,
+    accumulate: int = 1,
+    precision: Literal["bfloat16"] | None = None,
     checkpoint_every: int = 500,
     log_every: int = 10,
     distributed: bool | Mapping[str, Any] | None = None,
@@ -68,25 +69,31 @@ def fit(
             returns a scalar loss. A plain module is called with the batch as its arguments (``*batch`` for a
             tuple or list, ``**batch`` for a dict). Only what ``objective.parameters()`` lists is trained, so
             bare ``pyro.param`` statements are not: use PyroModules.
-        data: None; a tensor, or a tuple, list, dict or dataclass of tensors whose first axis counts items; a
-            Dataset; a DataLoader.
-        steps: total number of steps, those of a resumed run included.
+        data: None; a tensor, an array or a list of numbers, or a tuple, list, dict or dataclass of them whose first
+            axis counts items; a Dataset; a DataLoader. Whole numbers, such as labels, stay whole.
+        steps: total number of updates, those of a resumed run included.
         lr: learning rate.
         batch_size: items of a batch (on each rank); None makes the whole data the batch. Batches follow one
-            random permutation an epoch and all have this size: items left over wait for another epoch.
-        seed: seeds Python, NumPy, torch and the permutations for this run (rank r of data-parallel training
-            its own); None draws from the caller's generators instead.
+            random permutation per epoch and all have this size: items left over wait for another epoch.
+        seed: what Python's, NumPy's and torch's generators, which are the run's own while it lasts, and the permutations
+            start from (rank r of data-parallel training has its own); None draws a seed from torch's generator.
         device: such as ``"cuda"``; the objective and the data are moved there. None takes the objective's.
-        progress: show a bar with the loss.
+        progress: whether to show a bar with the loss, which appears after two seconds.
         checkpoint: directory for checkpoints, made if need be. One that is there already is replaced at the
             first save unless ``resume`` is set.
-        resume: continue the run in ``checkpoint`` to the same bits as if it had never stopped; a fresh run if
-            there is none. Arguments other than ``steps`` must be those of that run.
+        resume: whether to continue the run in ``checkpoint`` to the same bits as if it had never stopped; a fresh run
+            if there is none. Everything but ``steps`` and the callbacks must be as in that run
+            (:mod:`stochdyn.run.identity` says what is compared): another optimiser option is refused, and so is a
+            schedule with another end.
         callbacks: :class:`Callback` objects, or functions called with the :class:`FitState` after every step.
         optimizer: called as ``optimizer(parameters, lr=lr)``; Adam if None.
-        scheduler: called as ``scheduler(optimizer)``; steps after every step.
+        scheduler: called as ``scheduler(optimizer)``; steps after every update.
         clip_norm: bound on the 2-norm of all gradients together.
         ema: decay of an exponential average of the parameters, which becomes ``result.ema``.
+        accumulate: number of batches whose mean gradient makes one update: as a batch so many times larger, in the
+            memory of one.
+        precision: ``"bfloat16"`` evaluates the objective with matrix products in that precision (torch's autocast), with
+            parameters and updates in their own; None in the precision of the parameters.
         checkpoint_every: steps between saves; the end of the run is saved always.
         log_every: steps between looks at the losses (and, on a GPU, at the watch for NaN).
         distributed: None uses DistributedDataParallel under ``torchrun`` or in an initialised process group,
@@ -94,8 +101,8 @@ def fit(
             ``batch_size`` all ranks see the whole data and differ in their random numbers. Ranks must share
             the file system for ``resume``.
         on_interrupt: after Ctrl-C the current step is finished and the checkpoint saved; then ``"raise"``
-            raises :class:`FitInterrupted` (a KeyboardInterrupt that holds the result), ``"return"`` returns
-            the result. A second Ctrl-C stops at once.
+            raises :class:`Interrupted` (a KeyboardInterrupt that holds the result), ``"return"`` returns
+            the result. A second Ctrl-C stops at once, with the result of the steps before.
 
     Returns:
         Losses and terms of all steps, the objective, the averaged parameters, and how the run ended.
@@ -103,10 +110,14 @@ def fit(
     Raises:
         InvalidInputError: for arguments that can't work; before any step.
         NonFiniteLossError: naming the step and the term or parameter; its ``result`` holds the run before it.
+        CheckpointInUseError: if another run has the checkpoint's directory.
         CheckpointWriteError: if a checkpoint can't be written; the previous one is whole.
         DamagedCheckpointError: if the checkpoint to resume was cut short or altered.
-        ForeignCheckpointError: if it belongs to another model, optimiser or data size.
-        FitInterrupted: after Ctrl-C.
+        ForeignCheckpointError: if it belongs to another run; the message names what differs.
+        Interrupted: after Ctrl-C.
+
+    An exception of the objective or of a callback goes through; the checkpoint then holds the last whole step, and the
+    exception's ``result`` the run so far.
 
     Example:
         >>> from stochdyn.objectives import Objective, ObjectiveValue
@@ -116,38 +127,46 @@ def fit(
         ...         self.mean = nn.Parameter(torch.zeros(()))
         ...     def forward(self, batch=None):
         ...         return ObjectiveValue((batch - self.mean).square().mean())
-        >>> result = fit(Fit(), torch.full((8,), 3.0), steps=200, lr=0.1, progress=False)
+        >>> result = fit(Fit(), torch.full((8,), 3.0), steps=200, lr=0.1)
         >>> round(result.objective.mean.item(), 2)
         3.0
     """
-    options = Options(
-        steps, lr, batch_size, seed, progress, None if checkpoint is None else Path(checkpoint),
-        clip_norm, ema, checkpoint_every, log_every, on_interrupt,
-    )  # fmt: skip
+    options = Options(steps, lr, batch_size, seed, clip_norm, ema, accumulate, precision, log_every)
+    check_positive_int(checkpoint_every, "checkpoint_every")
+    check_choice(on_interrupt, ("raise", "return"), "on_interrupt")
+    check_bool(progress, "progress")
+    check_bool(resume, "resume")
+    check_type(distributed, (bool, Mapping, type(None)), "distributed")
+    as_folder(checkpoint, resume)
     if not isinstance(objective, nn.Module):
         raise InvalidInputError(
             "objective must be a torch.nn.Module",
             got=type(objective).__name__,
             hint="subclass stochdyn.Objective, or use Trace_ELBO()(model, guide)",
         )
-    if resume and options.folder is None:
-        raise InvalidInputError("resume=True needs the directory of the run", hint="pass checkpoint=...")
     place = choose_device(objective, device)
     world = connect(distributed, place)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(fork_random_state(seed, place))
+    own = OwnRandomness(seed, place)
+    with torch.enable_grad(), own:
         # Ranks must draw one permutation, so without a seed they agree on one.
-        order_seed = world.agree(int(torch.randint(2**62, ())), place) if seed is None else seed
-        batches = make_batches(data, batch_size, order_seed, world, place)
+        assert own.seed is not None
+        shared = world.agree(own.seed, place) if seed is None else seed
+        batches = make_batches(data, batch_size, shared, world, place)
         watch = ParameterWatch(objective)
         objective.to(place)
         materialise(objective, batches)
         objective.to(place)
         world.synchronise(objective)
-        if seed is not None:
-            seed_everything((seed + world.rank * _RANK_STRIDE) % 2**63, place)
-        run = Run(objective, batches, callbacks, optimizer, scheduler, options, world, place, watch)
-        if options.folder is not None:
-            run.open_checkpoint(options.folder, resume)
-        return run.train(stack.enter_context(DeferredInterrupt()))
+        own.reseed(shared + world.rank * _RANK_STRIDE)
+        run = Training(objective, batches, callbacks, optimizer, scheduler, options, world, place, watch)
+        return run_to_end(
+            run,
+            "fit",
+            identity=None if checkpoint is None else run.identity(),
+            randomness=own,
+            progress=progress,
+            checkpoint=checkpoint,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            on_interrupt=on_interrupt,
+        )

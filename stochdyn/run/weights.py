@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from stochdyn.errors import CheckpointError, InvalidInputError
-from stochdyn.run.checkpoint import (
-    Checkpoint,
-    check_fingerprint,
-    fingerprint,
-    read_checkpoint,
-    write_checkpoint,
-)
+from stochdyn.errors import CheckpointError, DamagedCheckpointError, InvalidInputError
+from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from stochdyn.run.folder import claimed
+from stochdyn.run.identity import check_same_run, fingerprint
 
 __all__ = ["load_weights", "save_weights"]
 
@@ -28,6 +25,7 @@ def save_weights(objective: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the directory, made if need be; weights that it holds already are replaced.
 
     Raises:
+        CheckpointInUseError: if a run writes to the directory.
         CheckpointWriteError: if the disk is full or refuses; what was there is then still whole.
 
     Example:
@@ -40,7 +38,8 @@ def save_weights(objective: nn.Module, path: str | os.PathLike[str]) -> None:
         True
     """
     content = Checkpoint("weights", 0, fingerprint(objective), {"objective": dict(objective.state_dict())})
-    write_checkpoint(path, content)
+    with claimed(path):
+        write_checkpoint(path, content)
 
 
 def load_weights(path: str | os.PathLike[str], objective: nn.Module, *, ema: bool = False) -> None:
@@ -62,13 +61,23 @@ def load_weights(path: str | os.PathLike[str], objective: nn.Module, *, ema: boo
         raise CheckpointError(
             "there are no weights to load", got=os.fspath(path), expected="a checkpoint directory"
         )
-    check_fingerprint(Path(path), content.fingerprint, fingerprint(objective))
-    values: dict[str, Any] = dict(content.state["objective"])
+    values, average = _weights_in(Path(path), content)
+    check_same_run(Path(path), fingerprint(values), fingerprint(objective))
     if ema:
-        average = content.state.get("ema")
         if average is None:
             raise InvalidInputError(
                 f"the checkpoint {path} keeps no average", hint="train with fit(..., ema=0.999)"
             )
-        values.update(average["values"])
+        values.update(average)
     objective.load_state_dict(values)
+
+
+def _weights_in(folder: Path, content: Checkpoint) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """Return the weights, and their average if there is one, from weights alone or from a run of ``fit``."""
+    check_same_run(folder, {"kind": content.kind}, {"kind": "fit" if content.kind == "fit" else "weights"})
+    try:
+        state = content.state["job"] if content.kind == "fit" else content.state
+        average = None if state.get("ema") is None else dict(state["ema"]["values"])
+        return dict(state["objective"]), average
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedCheckpointError(f"the checkpoint {folder} lacks its weights", got=repr(error)) from error

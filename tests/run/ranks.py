@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-import stochdyn.run.loop as loop_module
+import stochdyn.run.engine as engine_module
+import stochdyn.run.progress as progress_module
 from stochdyn.errors import CheckpointWriteError, NonFiniteLossError, StochdynError
 from stochdyn.objectives import ObjectiveValue
 from stochdyn.run import EarlyStopping, FitState, fit
@@ -129,13 +130,13 @@ def errors(rank: int, out: dict[str, torch.Tensor], folder: Path) -> list[str]:
     def refuse(*args: Any) -> None:
         raise CheckpointWriteError("full", got=os.strerror(errno.ENOSPC))
 
-    real = loop_module.write_checkpoint
-    loop_module.write_checkpoint = refuse
+    real = engine_module.write_checkpoint
+    engine_module.write_checkpoint = refuse
     note(
         lambda: fit(Quadratic(torch.ones(1)), steps=2, progress=False, checkpoint=folder / "full"),
         CheckpointWriteError,
     )
-    loop_module.write_checkpoint = real
+    engine_module.write_checkpoint = real
     return said
 
 
@@ -160,6 +161,7 @@ def stops(rank: int, out: dict[str, torch.Tensor]) -> None:
 
 
 def main(folder: Path) -> None:
+    progress_module.DELAY = 0.0
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     out: dict[str, torch.Tensor] = {}

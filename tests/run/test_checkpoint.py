@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import stochdyn
 import stochdyn.run.checkpoint as checkpoint_module
+import stochdyn.run.folder as folder_module
 from stochdyn.errors import (
     CheckpointError,
     CheckpointWriteError,
@@ -68,15 +69,15 @@ class TestFormat:
         assert set(files(tmp_path)) == {MANIFEST, name}  # earlier saves and partial files are gone
         assert (manifest["step"], manifest["kind"], manifest["library"]) == (
             6,
-            "training",
+            "fit",
             stochdyn.__version__,
         )
-        assert manifest["fingerprint"]["net.0.weight"] == "float32 (8, 3)"
+        assert manifest["identity"]["objective.net.0.weight"] == "float32 (8, 3)"
         tensors = safetensors.torch.load_file(tmp_path / name)
-        assert torch.equal(tensors["state/objective/net.0.weight"], objective.net[0].weight)
-        assert torch.equal(tensors["state/log/losses"], result.losses)
+        assert torch.equal(tensors["state/job/objective/net.0.weight"], objective.net[0].weight)
+        assert torch.equal(tensors["state/job/log/losses"], result.losses)
         assert result.ema is not None
-        assert torch.equal(tensors["state/ema/values/net.0.bias"], result.ema["net.0.bias"])
+        assert torch.equal(tensors["state/job/ema/values/net.0.bias"], result.ema["net.0.bias"])
         assert not any(b"pickle" in data or data[:1] == b"\x80" for data in files(tmp_path).values())
 
     def test_saving_twice_leaves_one_and_is_found_by_steps(self, tmp_path: Path) -> None:
@@ -179,12 +180,15 @@ class TestDamage:
         with pytest.raises(DamagedCheckpointError, match="a checkpoint is a directory"):
             read_checkpoint(tmp_path / "file")
 
-    def test_a_newer_format_is_named(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("version", "age"), [(99, "a newer"), (1, "an older")])
+    def test_another_format_is_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, age: str
+    ) -> None:
+        monkeypatch.setattr(checkpoint_module, "VERSION", version)
+        monkeypatch.setattr(checkpoint_module, "__version__", "9.9")
         write_checkpoint(tmp_path, content(1))
-        manifest = json.loads((tmp_path / MANIFEST).read_text())
-        manifest.update(version=99, library="9.9")
-        (tmp_path / MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(CheckpointError, match=r"newer stochdyn \(9\.9\).*format version 99"):
+        monkeypatch.undo()
+        with pytest.raises(CheckpointError, match=rf"{age} stochdyn \(9\.9\).*format version {version}"):
             read_checkpoint(tmp_path)
 
 
@@ -238,12 +242,14 @@ class TestForeign:
     def test_another_data_size_is_refused(self, tmp_path: Path) -> None:
         run(Regression(), tmp_path)
         settings: dict[str, Any] = {"batch_size": 4, "progress": False, "checkpoint": tmp_path}
-        with pytest.raises(ForeignCheckpointError, match="number of items is 20 instead of 30"):
+        with pytest.raises(
+            ForeignCheckpointError, match=r"number of items is 20 instead of 30; data\.0 is float32 \(20, 3\)"
+        ):
             fit(Regression(), regression_data(30), steps=9, resume=True, **settings)
 
     def test_bare_weights_are_no_run(self, tmp_path: Path) -> None:
         save_weights(Regression(), tmp_path)
-        with pytest.raises(ForeignCheckpointError, match="kind is weights instead of training"):
+        with pytest.raises(ForeignCheckpointError, match="kind is weights instead of fit"):
             run(Regression(), tmp_path, resume=True)
 
 
@@ -258,7 +264,7 @@ def _fail_write(monkeypatch: pytest.MonkeyPatch, call: int, action: Any) -> None
             action()
         real(handle)
 
-    monkeypatch.setattr(checkpoint_module.os, "fsync", fsync)
+    monkeypatch.setattr(folder_module.os, "fsync", fsync)
 
 
 def _no_space() -> None:
@@ -340,7 +346,7 @@ class TestFullDisk:
 
 KILLED = """
 import os, signal, sys
-from tests.run.test_checkpoint import content, stored_step, checkpoint_module
+from tests.run.test_checkpoint import content, stored_step
 from stochdyn.run.checkpoint import read_checkpoint, write_checkpoint
 from pathlib import Path
 

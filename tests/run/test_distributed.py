@@ -104,7 +104,7 @@ def test_resumes_to_the_same_bits_on_every_rank(two_ranks: Outcome) -> None:
         assert torch.equal(values["half_losses"], values["straight_losses"][:12])
     content = read_checkpoint(two_ranks.folder / "checkpoint")
     assert content is not None
-    states = [rank["random"]["torch"] for rank in content.state["ranks"]]
+    states = [rank["torch"] for rank in content.state["random"]]
     assert len(states) == 2
     assert not torch.equal(states[0], states[1])
 
@@ -119,7 +119,7 @@ def test_a_bad_loss_on_one_rank_stops_both_at_the_same_step(two_ranks: Outcome) 
 def test_a_full_disk_on_the_main_rank_stops_both(two_ranks: Outcome) -> None:
     assert two_ranks.said[0][1] == "CheckpointWriteError: full; got No space left on device"
     assert two_ranks.said[1][1].startswith(
-        "CheckpointWriteError: the main rank couldn't write the checkpoint"
+        "CheckpointWriteError: the main process couldn't write the checkpoint"
     )
 
 

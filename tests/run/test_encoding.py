@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from stochdyn.errors import CheckpointError, DamagedCheckpointError, InvalidInputError
 from stochdyn.run.ema import ParameterAverage
 from stochdyn.run.encoding import decode, encode, pack, unpack
-from stochdyn.run.randomness import capture_random_state, restore_random_state
+from stochdyn.run.randomness import global_state, set_global_state
 
 leaves = (
     st.none()
@@ -109,9 +109,8 @@ def test_a_missing_tensor_is_damage() -> None:
 
 
 def test_random_state_survives_encoding() -> None:
-    device = torch.device("cpu")
     random.gauss(0, 1), np.random.randn(1)  # both now hold a second Gaussian in store
-    state = unpack(pack(capture_random_state(device)))
+    state = unpack(pack(global_state()))
 
     def draw() -> tuple[Any, ...]:
         return (
@@ -124,7 +123,7 @@ def test_random_state_survives_encoding() -> None:
 
     expected = draw()
     draw()
-    restore_random_state(state, device)
+    set_global_state(state)
     assert draw() == expected
 
 
@@ -144,5 +143,5 @@ def test_average_follows_its_recursion() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1, float("nan")])
 def test_average_needs_a_decay_inside_the_unit_interval(decay: float) -> None:
-    with pytest.raises(InvalidInputError, match="ema must lie strictly between 0 and 1"):
+    with pytest.raises(InvalidInputError, match=r"ema must be (greater|less|finite)"):
         ParameterAverage({}, decay)

@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from stochdyn.objectives import Objective, ObjectiveValue
-from stochdyn.run import FitInterrupted, FitResult, FitState, fit
+from stochdyn.run import FitResult, FitState, Interrupted, fit
 from stochdyn.run.checkpoint import read_checkpoint
 from tests.run.toys import Noisy, Quadratic, Regression, regression_data, same_bits, weights
 
@@ -70,6 +70,16 @@ def assert_same(a: tuple[FitResult, dict[str, Tensor]], b: tuple[FitResult, dict
         assert same_bits(a[0].ema, b[0].ema)
 
 
+class Breaks(Noisy):
+    """Fails in its 25th evaluation, halfway, where memory is little."""
+
+    def forward(self, batch: Any = None) -> ObjectiveValue:
+        value = super().forward(batch)
+        if self.calls == 25 and os.environ["MEMORY"] == "little":
+            raise RuntimeError("no more memory")
+        return value
+
+
 class TestSameBits:
     @pytest.mark.parametrize("scheduler", SCHEDULERS)
     def test_with_every_kind_of_schedule(self, tmp_path: Path, scheduler: str) -> None:
@@ -106,14 +116,55 @@ class TestSameBits:
     def test_saving_and_logging_often_change_nothing(self, tmp_path: Path) -> None:
         assert_same(run(2 * N, tmp_path, checkpoint_every=1, log_every=3), run(2 * N))
 
-    def test_from_the_last_save_after_an_error(self, tmp_path: Path) -> None:
+    def test_from_the_last_step_after_an_error_of_a_callback(self, tmp_path: Path) -> None:
         def fail(state: FitState) -> None:
             if state.step == 25:
                 raise RuntimeError("power cut")
 
-        with pytest.raises(RuntimeError, match="power cut"):
+        with pytest.raises(RuntimeError, match="power cut") as caught:
             run(2 * N, tmp_path, checkpoint_every=10, callbacks=[fail])
+        assert caught.value.result.steps == 25  # type: ignore[attr-defined]
         assert_same(run(2 * N, tmp_path, resume=True), run(2 * N))
+
+    @pytest.mark.parametrize("loader", [False, True])
+    def test_from_the_last_step_after_an_error_of_the_objective(
+        self, tmp_path: Path, loader: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The failed evaluation has drawn numbers, taken a batch and changed a buffer: all of that is undone."""
+        settings: dict[str, Any] = {"steps": 2 * N, "lr": 0.01, "batch_size": 3, "progress": False}
+        settings["data"] = regression_data()
+        if loader:
+            settings["data"] = DataLoader(TensorDataset(*regression_data()), batch_size=3, shuffle=True)
+            settings["batch_size"] = None
+        monkeypatch.setenv("MEMORY", "little")
+        broken, again, whole = Breaks(), Breaks(), Breaks()
+        with pytest.raises(RuntimeError, match="no more memory") as caught:
+            fit(broken, checkpoint=tmp_path, **settings)
+        assert caught.value.result.steps == 24  # type: ignore[attr-defined]
+        assert "step 24 of 34; the checkpoint" in caught.value.__notes__[0]
+        assert broken.calls == 24
+        monkeypatch.setenv("MEMORY", "enough")
+        resumed = fit(again, checkpoint=tmp_path, resume=True, **settings)
+        assert torch.equal(resumed.losses, fit(whole, **settings).losses)
+        assert same_bits(weights(again), weights(whole))
+
+    def test_callbacks_see_every_step_once_after_an_error_among_them(self, tmp_path: Path) -> None:
+        seen: list[tuple[str, int]] = []
+        faulty = [True]
+
+        def first(state: FitState) -> None:
+            seen.append(("first", state.step))
+
+        def second(state: FitState) -> None:
+            if state.step == 3 and faulty[0]:
+                raise KeyError("plot")
+            seen.append(("second", state.step))
+
+        with pytest.raises(KeyError):
+            run(5, tmp_path, callbacks=[first, second])
+        faulty[0] = False
+        run(5, tmp_path, callbacks=[first, second], resume=True)
+        assert seen == [(name, step) for step in range(1, 6) for name in ("first", "second")]
 
     def test_without_a_seed(self, tmp_path: Path) -> None:
         def plain(steps: int, folder: Path | None = None, resume: bool = False) -> FitResult:
@@ -218,7 +269,9 @@ class TestInterrupt:
         return callback
 
     def test_ctrl_c_saves_a_whole_step_and_hands_over_the_result(self, tmp_path: Path) -> None:
-        with pytest.raises(FitInterrupted, match=f"interrupted after step 13 of {2 * N}.*holds it") as caught:
+        with pytest.raises(
+            Interrupted, match=f"fit interrupted after step 13 of {2 * N}.*holds it"
+        ) as caught:
             run(2 * N, tmp_path, callbacks=[self.press(13)])
         result = caught.value.result
         assert (result.steps, len(result.losses), result.interrupted) == (13, 13, True)
@@ -233,9 +286,9 @@ class TestInterrupt:
         assert "interrupted" in repr(result)
 
     def test_a_second_ctrl_c_stops_at_once(self, tmp_path: Path) -> None:
-        with pytest.raises(KeyboardInterrupt) as caught:
+        with pytest.raises(Interrupted) as caught:
             run(2 * N, tmp_path, callbacks=[self.press(13, times=2)], checkpoint_every=5)
-        assert not isinstance(caught.value, FitInterrupted)
+        assert caught.value.result.steps == 13
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert_same(run(2 * N, tmp_path, resume=True), run(2 * N))
 

@@ -16,7 +16,8 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import stochdyn.run.state as state_module
+import stochdyn.run.progress as progress_module
+import stochdyn.run.training as training_module
 from stochdyn.errors import DeviceMismatchError, EmptyDataError, InvalidInputError, ShapeError
 from stochdyn.objectives import ObjectiveValue
 from stochdyn.run import FitResult, fit
@@ -25,7 +26,7 @@ from tests.run.toys import Quadratic, Regression, regression_data, same_bits, we
 
 
 def quiet(*args: Any, **kwargs: Any) -> FitResult:
-    return fit(*args, progress=False, **kwargs)
+    return fit(*args, **{"progress": False, **kwargs})
 
 
 class TestTheLoop:
@@ -132,6 +133,57 @@ class TestTheLoop:
         assert torch.equal(runs[0].losses, runs[1].losses)
 
 
+class Labels(nn.Module):
+    """A classifier: its data are numbers and labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+        with torch.no_grad():
+            self.net.weight.copy_(torch.arange(6.0).reshape(2, 3) / 7)
+            self.net.bias.zero_()
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        assert label.dtype == torch.int64
+        return nn.functional.cross_entropy(self.net(x), label)
+
+
+class TestAccumulationAndPrecision:
+    def test_accumulated_batches_are_one_large_batch(self) -> None:
+        data = regression_data(24, torch.float64)
+        large, small = Regression(dtype=torch.float64), Regression(dtype=torch.float64)
+        whole = quiet(large, data, steps=8, lr=0.02, batch_size=12, clip_norm=1.0)
+        parts = quiet(small, data, steps=8, lr=0.02, batch_size=4, accumulate=3, clip_norm=1.0)
+        torch.testing.assert_close(parts.losses, whole.losses, rtol=1e-12, atol=0)
+        torch.testing.assert_close(parts.terms["error"], whole.terms["error"], rtol=1e-12, atol=0)
+        torch.testing.assert_close(weights(small), weights(large), rtol=1e-12, atol=0)
+
+    def test_bfloat16_is_that_of_the_products_and_not_of_the_parameters(self) -> None:
+        seen: list[torch.dtype] = []
+
+        class Watch(Regression):
+            def forward(self, batch: Any = None) -> ObjectiveValue:
+                seen.append(self.net(batch[0]).dtype)
+                return super().forward(batch)
+
+        objective = Watch()
+        result = quiet(objective, regression_data(), steps=40, lr=0.02, precision="bfloat16")
+        assert set(seen) == {torch.bfloat16}
+        assert {p.dtype for p in objective.parameters()} == {torch.float32}
+        assert result.losses[-1] < result.losses[0]
+
+    @pytest.mark.parametrize("kind", ["torch", "numpy", "lists"])
+    def test_data_of_any_kind_and_whole_labels(self, kind: str) -> None:
+        x, y = torch.arange(12.0).reshape(4, 3).sin(), torch.tensor([0, 1, 1, 0])
+        data: Any = (x, y)
+        if kind == "numpy":
+            data = (x.numpy(), y.numpy())
+        elif kind == "lists":
+            data = (x.numpy(), y.tolist())
+        expected = quiet(Labels(), (x, y), steps=5, lr=0.1, batch_size=2).losses
+        assert torch.equal(quiet(Labels(), data, steps=5, lr=0.1, batch_size=2).losses, expected)
+
+
 class TestNoWaiting:
     def test_nothing_is_read_back_between_looks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With the guard as it is on a GPU, values cross to the host at the looks only."""
@@ -151,7 +203,7 @@ class TestNoWaiting:
         def count(state: Any) -> None:
             step[0] = state.step
 
-        monkeypatch.setattr(state_module, "FiniteGuard", deferred)
+        monkeypatch.setattr(training_module, "FiniteGuard", deferred)
         data = regression_data()
         with Count():
             quiet(
@@ -301,11 +353,18 @@ class TestRandomness:
 
 
 class TestProgress:
-    def test_the_bar_shows_steps_and_loss(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_bar_shows_steps_and_loss(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(progress_module, "DELAY", 0.0)
         fit(Quadratic(torch.ones(1)), steps=20, lr=1e-9)
         err = capsys.readouterr().err
         assert "20/20" in err
         assert "loss=0.5" in err
+
+    def test_a_short_run_shows_none(self, capsys: pytest.CaptureFixture[str]) -> None:
+        fit(Quadratic(torch.ones(1)), steps=20)
+        assert capsys.readouterr() == ("", "")
 
     def test_without_it_nothing_is_written(self, capsys: pytest.CaptureFixture[str]) -> None:
         quiet(Quadratic(torch.ones(1)), steps=20)
@@ -338,10 +397,21 @@ five = torch.zeros(5)
 BAD = [
     (Quadratic, {"steps": 0}, InvalidInputError, "steps must be an integer of at least 1"),
     (Quadratic, {"steps": 2.5}, InvalidInputError, "steps must be an integer"),
-    (Quadratic, {"lr": -1.0}, InvalidInputError, "lr must be positive"),
-    (Quadratic, {"clip_norm": 0.0}, InvalidInputError, "clip_norm must be positive"),
-    (Quadratic, {"ema": 1.5}, InvalidInputError, "ema must lie strictly between 0 and 1"),
-    (Quadratic, {"seed": -1}, InvalidInputError, "seed must be a non-negative integer"),
+    (Quadratic, {"lr": -1.0}, InvalidInputError, "lr must be greater than 0"),
+    (Quadratic, {"lr": "a"}, InvalidInputError, "lr must be a real number; got 'a'"),
+    (Quadratic, {"clip_norm": 0.0}, InvalidInputError, "clip_norm must be greater than 0"),
+    (Quadratic, {"ema": 1.5}, InvalidInputError, "ema must be less than 1"),
+    (Quadratic, {"ema": "0.9"}, InvalidInputError, "ema must be a real number"),
+    (Quadratic, {"seed": -1}, InvalidInputError, "seed must be a whole number"),
+    (Quadratic, {"seed": "one"}, InvalidInputError, "seed must be a whole number"),
+    (Quadratic, {"accumulate": 0}, InvalidInputError, "accumulate must be an integer of at least 1"),
+    (Quadratic, {"precision": "half"}, InvalidInputError, "precision is unknown"),
+    (Quadratic, {"precision": "float16"}, InvalidInputError, "needs scaled losses.*bfloat16"),
+    (Quadratic, {"progress": 3}, InvalidInputError, "progress must be True or False"),
+    (Quadratic, {"resume": "yes"}, InvalidInputError, "resume must be True or False"),
+    (Quadratic, {"checkpoint": 3}, InvalidInputError, "checkpoint must be the path of a directory"),
+    (Quadratic, {"distributed": "yes"}, InvalidInputError, "distributed has the wrong type"),
+    (Quadratic, {"callbacks": len}, InvalidInputError, "callbacks has the wrong type.*in a list"),
     (Quadratic, {"log_every": 0}, InvalidInputError, "log_every must be"),
     (Quadratic, {"checkpoint_every": 0}, InvalidInputError, "checkpoint_every must be"),
     (Quadratic, {"on_interrupt": "sulk"}, InvalidInputError, "on_interrupt is unknown"),

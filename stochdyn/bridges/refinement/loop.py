@@ -21,14 +21,9 @@ from stochdyn.bridges.refinement.history import History, Iteration
 from stochdyn.bridges.refinement.projection import drift_at, path_gain, project_drift
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.errors import ConvergenceWarning, DiffusionError, NonFiniteError
-from stochdyn.run.checkpoint import (
-    Checkpoint,
-    check_fingerprint,
-    fingerprint,
-    prepare_folder,
-    read_checkpoint,
-    write_checkpoint,
-)
+from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from stochdyn.run.folder import prepare_folder
+from stochdyn.run.identity import check_same_run, fingerprint
 from stochdyn.run.interrupt import DeferredInterrupt
 
 __all__ = ["Loop", "Store", "identity_of"]
@@ -217,8 +212,8 @@ class Store:
         content = read_checkpoint(self.folder)
         if content is None:
             return None
-        check_fingerprint(self.folder, {"kind": content.kind}, {"kind": "refinement"})
-        check_fingerprint(self.folder, content.fingerprint, self.identity)
+        check_same_run(self.folder, {"kind": content.kind}, {"kind": "refinement"})
+        check_same_run(self.folder, content.identity, self.identity)
         return content.state
 
     def write(self, attempt: int, loop: Loop, best: Loop | None) -> None:

@@ -24,14 +24,9 @@ from stochdyn.povm.dynamics.time_evolution import checked_operator, evolve, expe
 from stochdyn.povm.frames.lattice_observables import observables as read_observables
 from stochdyn.povm.lindblad.lindbladian import Lindbladian
 from stochdyn.run.callbacks import KeepBest
-from stochdyn.run.checkpoint import (
-    Checkpoint,
-    check_fingerprint,
-    fingerprint,
-    prepare_folder,
-    read_checkpoint,
-    write_checkpoint,
-)
+from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from stochdyn.run.folder import prepare_folder
+from stochdyn.run.identity import check_same_run, fingerprint
 from stochdyn.run.trainer import fit
 
 __all__ = ["SteadyState", "steady_state"]
@@ -264,8 +259,8 @@ def _newton(
         prepare_folder(folder)
         content = read_checkpoint(folder) if resume else None
         if content is not None:
-            check_fingerprint(folder, {"kind": content.kind}, {"kind": "newton"})
-            check_fingerprint(folder, content.fingerprint, identity)
+            check_same_run(folder, {"kind": content.kind}, {"kind": "newton"})
+            check_same_run(folder, content.identity, identity)
             net.load_state_dict(content.state["net"])
             history, solver.damping = content.state["history"], content.state["damping"]
             best, best_y = content.state["best"], content.state["best_y"].to(net.device)

@@ -23,14 +23,9 @@ from stochdyn.povm.dynamics.steppers import Stepper, make_stepper
 from stochdyn.povm.frames.lattice_observables import Estimator
 from stochdyn.povm.frames.lattice_observables import observables as read_observables
 from stochdyn.povm.lindblad.lindbladian import Lindbladian
-from stochdyn.run.checkpoint import (
-    Checkpoint,
-    check_fingerprint,
-    fingerprint,
-    prepare_folder,
-    read_checkpoint,
-    write_checkpoint,
-)
+from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from stochdyn.run.folder import prepare_folder
+from stochdyn.run.identity import check_same_run, fingerprint
 from stochdyn.run.interrupt import DeferredInterrupt
 
 __all__ = ["checked_operator", "evolve", "expectations"]
@@ -176,8 +171,8 @@ class _Run:
         content = read_checkpoint(folder) if resume else None
         if content is None:
             return
-        check_fingerprint(folder, {"kind": content.kind}, {"kind": "evolution"})
-        check_fingerprint(folder, content.fingerprint, self.identity)
+        check_same_run(folder, {"kind": content.kind}, {"kind": "evolution"})
+        check_same_run(folder, content.identity, self.identity)
         state = content.state
         self.net.load_state_dict(state["net"])
         self.stepper.load_state_dict(state["stepper"])
