@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pyro
@@ -26,8 +27,8 @@ from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.solvers import METHODS, draw_increments, increment_scale, integrate
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError
 from stochdyn.infer.constraints import PinnedPath
+from stochdyn.infer.driven import sample_driven
 from stochdyn.infer.law_distribution import LawDistribution
-from stochdyn.infer.memo import remembered_path
 
 __all__ = ["DiffusionPath", "PathIncrements", "sample_path"]
 
@@ -165,6 +166,7 @@ class PathIncrements(LawDistribution):
         x0: ``(*batch, d)`` start.
         ts: ``(T,)`` times.
         memory0: ``(*batch, m, K)`` initial memory states, or None.
+        method: solver that turns them into a path.
 
     Example:
         >>> from stochdyn.core import SDE
@@ -174,7 +176,7 @@ class PathIncrements(LawDistribution):
 
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
-    _carried = ("sde", "x0", "ts", "memory0", "scale")
+    _carried = ("sde", "x0", "ts", "memory0", "method", "scale")
 
     def __init__(
         self,
@@ -182,15 +184,23 @@ class PathIncrements(LawDistribution):
         x0: Tensor,
         ts: Tensor,
         memory0: Tensor | None = None,
+        method: str = "euler",
         validate_args: bool | None = None,
     ) -> None:
         self.sde = sde
         self.x0 = x0
         self.ts = ts
         self.memory0 = memory0
+        self.method = method
         channels = sde.noise_dim(ts[0].to(x0.dtype), x0)
         self.scale = increment_scale(sde, ts, channels, x0.dtype)
         super().__init__(torch.Size(), self.scale.shape, validate_args=validate_args)
+
+    def starting_at(self, x0: Tensor, memory0: Tensor | None) -> PathIncrements:
+        """Return the same increments for a path from another start."""
+        new = copy.copy(self)
+        new.x0, new.memory0 = x0, memory0
+        return new
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw increments."""
@@ -239,16 +249,16 @@ def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor) -> torch.Size:
 
 
 def is_degenerate(sde: SDE, x0: Tensor, ts: Tensor) -> bool:
-    """Return whether paths of the equation lack a density in state space, judged at the start."""
+    """Return whether paths of the equation lack a density in state space by its form: memory, or fewer channels than components.
+
+    The sites of a model mustn't depend on the values of its parameters, so a square matrix counts as regular, however
+    small it gets.
+    """
+    if sde.noise.num_states:
+        return True
     with torch.no_grad():
         g = sde.diffusion(ts[0].to(x0.dtype), x0)
-    if sde.noise.num_states or not isinstance(g, Matrix):
-        return sde.noise.num_states > 0
-    if g.value.shape[-1] < g.value.shape[-2]:
-        return True
-    # The sites of a model mustn't depend on a strength that underflows or isn't finite in a sampler's wild proposal.
-    singular = torch.linalg.svdvals(g.value.detach().nan_to_num())
-    return bool(((singular[..., -1] <= 1e-7 * singular[..., 0]) & (singular[..., 0] > 0)).any())
+    return isinstance(g, Matrix) and g.value.shape[-1] < g.value.shape[-2]
 
 
 def sample_path(
@@ -257,9 +267,10 @@ def sample_path(
     """Sample a path in a Pyro model, whatever drives it.
 
     Brownian paths with a density are one site ``name``, of :class:`DiffusionPath`. Where no density exists
-    (noise with memory, or noise that reaches only some components) the random sites are the driving
-    increments ``{name}_dw``, a random start ``{name}_0`` and, for noise with a past, ``{name}_past``;
-    ``name`` is then a deterministic site.
+    (noise with memory, or a ``(d, m)`` matrix with fewer channels than components) or is known (another method than Euler's)
+    the random sites are the driving increments ``{name}_dw``, a random start ``{name}_0`` and, for noise with a past,
+    ``{name}_past``; ``name`` is then a deterministic site. Which of the two it is depends on the form of the equation alone
+    and never on the values of its parameters; a singular square matrix needs ``noise_space=True``.
 
     Args:
         name: site name.
@@ -267,7 +278,7 @@ def sample_path(
         initial: a distribution with event ``(d,)``, or a tensor for a fixed start.
         ts: ``(T,)`` times.
         method: solver.
-        noise_space: force (True) or forbid (False) the noise form.
+        noise_space: True for the noise form, False for the path itself; None chooses by the form of the equation.
 
     Returns:
         The path, ``(*batch, T, d)``.
@@ -287,11 +298,14 @@ def sample_path(
     """
     path = DiffusionPath(sde, initial, ts, method)
     degenerate = is_degenerate(sde, start_of(path.initial), ts)
-    if noise_space is False and degenerate:
+    if noise_space is False and (degenerate or method != "euler"):
         raise SingularDiffusionError(
-            "paths of this equation have no density in state space", hint="leave noise_space=None"
+            "paths of this equation have no density in state space"
+            if degenerate
+            else f"the density of paths by method {method!r} isn't known",
+            hint="leave noise_space=None",
         )
-    if not degenerate and not noise_space:
+    if not degenerate and not noise_space and method == "euler":
         return pyro.sample(name, path)
     return pyro.deterministic(name, sample_noise(name, path), event_dim=2)
 
@@ -300,7 +314,7 @@ def sample_noise(name: str, path: DiffusionPath) -> Tensor:
     """Sample the noise sites of ``path`` and return the path that they drive; see :func:`sample_path`."""
     sde, ts, batch = path.sde, path.ts, path.batch_shape
     if isinstance(path.initial, DistributionStart):
-        x0 = pyro.sample(f"{name}_0", _spread(path.initial.distribution, batch))
+        x0 = pyro.sample(f"{name}_0", _spread(path.initial.distribution, batch), infer={"path": name})  # type: ignore[arg-type]
     elif isinstance(path.initial, FixedStart):
         x0 = path.initial.point
     else:
@@ -311,13 +325,8 @@ def sample_noise(name: str, path: DiffusionPath) -> Tensor:
         channels = sde.noise_dim(ts[0].to(x0.dtype), x0)
         standard = x0.new_zeros(channels, factor.shape[0])
         past = dist.Normal(standard, torch.ones_like(standard)).to_event(2)
-        memory0 = pyro.sample(f"{name}_past", _spread(past, batch)) @ factor
-    increments = _spread(PathIncrements(sde, x0, ts, memory0), batch)
-    dw = pyro.sample(f"{name}_dw", increments, infer={"path": name})  # type: ignore[arg-type]
-    x = remembered_path(dw, sde, ts, x0, memory0) if path.method == "euler" else None
-    if x is None:
-        x = integrate(sde, x0, ts, dw.movedim(-2, 0), memory0, method=path.method).x
-    return x.movedim(0, -2)
+        memory0 = pyro.sample(f"{name}_past", _spread(past, batch), infer={"path": name}) @ factor  # type: ignore[arg-type]
+    return sample_driven(name, _spread(PathIncrements(sde, x0, ts, memory0, path.method), batch))
 
 
 def _spread(law: Any, batch: torch.Size) -> Any:

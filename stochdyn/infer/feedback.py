@@ -49,6 +49,7 @@ class Feedback(Control):
         scale: ``(N, M)`` prior standard deviations of the increments.
         network: the nonlinear part, or None.
         context: ``(N, *batch, C)`` what the network is told at each step, or None.
+        own: the control of the equation itself, which acts on the increments after the feedback.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Feedback(Control):
         scale: Tensor,
         network: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
         context: Tensor | None = None,
+        own: Control | None = None,
     ) -> None:
         super().__init__()
+        self.own = own
         self.gains = gains
         self.scale = scale
         self.network = network
@@ -76,7 +79,12 @@ class Feedback(Control):
         if self.network is not None:
             mean = mean + self.network(t, deviation, None if self.context is None else self.context[n])
         standard = e / scale
-        return (mean + _spread(factor, standard)) * scale
+        shaped = (mean + _spread(factor, standard)) * scale
+        return shaped if self.own is None else self.own.shape_increment(n, t, dt, z, shaped, channels)
+
+    def before(self, own: Control | None) -> Feedback:
+        """Return the same feedback, followed by the control of the equation itself."""
+        return Feedback(self.gains, self.scale, self.network, self.context, own)
 
     def mean(self, t: Tensor, z: Tensor) -> Tensor:
         """Return the conditional means of all steps, ``(N, *sample, *batch, M)``, given ``z`` before each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,15 +18,16 @@ from stochdyn._checks import check_choice
 from stochdyn.core.law.girsanov import ESTIMATORS
 from stochdyn.core.law.initial import DistributionStart
 from stochdyn.errors import InvalidInputError, UnknownSiteError
-from stochdyn.infer.capture import likelihood_quadratic, site_distribution, site_frames
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.mode import fit_linearised
+from stochdyn.infer.model_call import Given, ModelCall, still_increments
+from stochdyn.infer.naming import fresh_name, rename
 from stochdyn.infer.posterior import IncrementPosterior, PathPosterior
 from stochdyn.infer.recomputed import RecomputedSite
 from stochdyn.infer.site import PathSite
 from stochdyn.infer.start import GaussianStart, StartPosterior, StickingStart, is_unconstrained
-from stochdyn.infer.view import SiteView, driven_path, view_site
+from stochdyn.infer.view import SiteView, view_site
 
 __all__ = ["AutoPathGuide"]
 
@@ -103,6 +104,7 @@ class AutoPathGuide(AutoGuide):
         if feedback == "recomputed" and (amortised or start != "linearised"):
             raise InvalidInputError("recomputed feedback leaves amortised and start no say")
         super().__init__(model, create_plates=create_plates)
+        self._pyro_name = fresh_name(type(self).__name__)
         self._make_rest = rest
         self._options: dict[str, Any] = {"hidden": tuple(hidden), "context": context}
         self._amortised = amortised
@@ -110,6 +112,8 @@ class AutoPathGuide(AutoGuide):
         self.estimator = estimator
         self.recomputed = feedback == "recomputed"
         self._path_sites: list[str] = []
+        self._late_plates: frozenset[str] = frozenset()
+        self._pending: dict[str, Tensor] | None = None
 
     @property
     def _trace(self) -> Any:
@@ -120,20 +124,43 @@ class AutoPathGuide(AutoGuide):
     def _nodes(self) -> Any:
         return self._trace.nodes
 
+    # Storage. A guide keeps its model, and a copy has parameters of its own in Pyro's store.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "master": None, "plates": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        rename(self, type(self).__name__)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Load what fits; before the first call, keep it until the parameters are there."""
+        if self.prototype_trace is None:
+            self._pending = {n[len(prefix) :]: v for n, v in state_dict.items() if n.startswith(prefix)}
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    # Set-up, on the first call.
+
     # The parent guide of `rest` is asked whether it agrees with its view of the model.
     def _check_prototype(self, part_trace: Any) -> None:
         return
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
+        # A path drawn from the prior may run where the likelihood isn't defined; nobody asks for its density here.
+        with pyro.validation_enabled(False):
+            super()._setup_prototype(*args, **kwargs)
         try:
-            self._setup_sites(args, kwargs)
+            self._setup_sites(ModelCall(self.model, args, kwargs))
         except BaseException:
             # Half a guide must not pass for a whole one on the next call.
             self.prototype_trace = None
             raise
+        if self._pending is not None:
+            state, self._pending = self._pending, None
+            self.load_state_dict(state)
 
-    def _setup_sites(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _setup_sites(self, call: ModelCall) -> None:
         latent = dict(self._trace.iter_stochastic_nodes())
         paths = [n for n, site in latent.items() if isinstance(site["fn"], DiffusionPath | PathIncrements)]
         if not paths:
@@ -149,19 +176,12 @@ class AutoPathGuide(AutoGuide):
         if len(latent) > len(hidden):
             self.rest = self._make_rest(poutine.block(self.model, hide=hidden))
         with poutine.block(), torch.no_grad():
-            self._create_plates(*args, **kwargs)
-            values = self._centre(self._rest_values(args, kwargs), args, kwargs)
+            self._create_plates(*call.args, **call.kwargs)
+            values = self._centre(self._draw_others(call), call)
         self.sites = PyroModule("sites")
         for index, name in enumerate(paths):
-            self._add_site(index, name, values, args, kwargs)
-
-    def _create_plates(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the plates; where an encoder reads the data, of the sizes that the model gives them this time."""
-        if self.create_plates is None and any(map(self._is_amortised, self._path_sites)):
-            for name in self._path_sites:
-                frames = {f.name: f for f in site_frames(self.model, name, args, kwargs)}
-                self._prototype_frames = {**self._prototype_frames, **frames}
-        return super()._create_plates(*args, **kwargs)
+            self._add_site(index, name, values, call)
+        self._late_plates = self._find_late_plates()
 
     def _own_start(self, name: str, latent: dict[str, Any]) -> tuple[str, ...]:
         """Return the sites of a random start that are treated together with the increments site ``name``."""
@@ -171,10 +191,29 @@ class AutoPathGuide(AutoGuide):
         path, frames = self._path_name(name), {f.name for f in site["cond_indep_stack"]}
         own = []
         for start in (f"{path}_0", f"{path}_past"):
-            together = start in latent and {f.name for f in latent[start]["cond_indep_stack"]} == frames
+            if start not in latent or (latent[start]["infer"] or {}).get("path") != path:
+                continue
+            together = {f.name for f in latent[start]["cond_indep_stack"]} == frames
             if together and is_unconstrained(latent[start]["fn"]):
                 own.append(start)
         return tuple(own)
+
+    def _add_site(self, index: int, name: str, values: dict[str, Tensor], call: ModelCall) -> None:
+        amortised = self._is_amortised(name)
+        with torch.no_grad():
+            view = self._view(name, call, values)
+        start = None
+        if self._start == "linearised" and not amortised:
+            path, prior = self._path_name(name), self._prior_sites(name)
+            start = fit_linearised(view, lambda x: call.likelihood(name, path, prior, values, x))
+        # Sites further on are linearised around this path.
+        values[name] = view.value() if start is None else start.value(view)
+        if self.recomputed and start is not None:
+            setattr(self.sites, f"site_{index}", RecomputedSite(view, start))
+            return
+        setattr(self.sites, f"site_{index}", PathSite(view, start, amortised=amortised, **self._options))
+
+    # What the sites are.
 
     def _is_subsampled(self, name: str) -> bool:
         frames = self._nodes[name]["cond_indep_stack"]
@@ -197,165 +236,54 @@ class AutoPathGuide(AutoGuide):
             return name
         return site["infer"].get("path", name.removesuffix("_dw"))
 
-    def _view(
-        self, name: str, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> SiteView:
-        """Return a path site as the model presents it."""
-        return view_site(site_distribution(self.model, name, values, args, kwargs), self._path_name(name))
-
-    def _view_whole(
-        self, name: str, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> SiteView:
-        """Return a path site together with its random start, which is put to its prior mean in ``values``."""
-        laws = {}
-        for start in self._owned[name]:
-            law = laws[start] = site_distribution(self.model, start, values, args, kwargs)
-            values[start] = start_of(DistributionStart(law)) if len(law.event_shape) == 1 else law.mean
-        fn = site_distribution(self.model, name, values, args, kwargs)
+    def _prior_sites(self, name: str) -> set[str]:
+        """Return the sites whose density belongs to the prior of the path."""
         path = self._path_name(name)
-        return view_site(fn, path, laws.get(f"{path}_0"), f"{path}_past" in laws)
+        return {name, path, f"{path}_0", f"{path}_past"}
 
-    def _rest_values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        values: dict[str, Tensor] = {}
-        for name, plate in self.plates.items():
-            with plate as indices:
-                values[name] = indices
-        if self.rest is not None:
-            values |= {n: v for n, v in self.rest(*args, **kwargs).items() if isinstance(v, Tensor)}
-        return values
+    def _site(self, name: str) -> PathSite | RecomputedSite:
+        return getattr(self.sites, f"site_{self._path_sites.index(name)}")
 
-    def _centre(
-        self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """Return the medians of the other sites, or the given draws where there are none."""
-        centre = {n: v.detach() for n, v in values.items()}
-        if self.rest is None:
-            return centre
-        with poutine.block(), torch.no_grad():
-            try:
-                medians = self.rest.median(*args, **kwargs)
-            except NotImplementedError:
-                return centre
-        # The medians of a subsampled plate are those of all its members.
-        return centre | {n: v for n, v in medians.items() if n in centre and not self._is_subsampled(n)}
+    # Plates.
 
-    def _add_site(
-        self,
-        index: int,
-        name: str,
-        values: dict[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        amortised = self._is_amortised(name)
-        with torch.no_grad():
-            view = self._view_whole(name, values, args, kwargs)
-        start = None
-        if self._start == "linearised" and not amortised:
-            start = fit_linearised(view, lambda x: self._quadratic(name, x, values, args, kwargs))
-        # Sites further on are linearised around this path.
-        values[name] = view.value() if start is None else start.value(view)
-        if self.recomputed and start is not None:
-            setattr(self.sites, f"site_{index}", RecomputedSite(view, start))
-            return
-        setattr(self.sites, f"site_{index}", PathSite(view, start, amortised=amortised, **self._options))
+    def _find_late_plates(self) -> frozenset[str]:
+        """Return the plates that are entered only when the model has said their sizes, which may change from call to call.
 
-    def _quadratic(
-        self,
-        name: str,
-        x: Tensor,
-        values: dict[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        keep_graph: bool = False,
-    ) -> Any:
-        given = dict(values)
-        if not keep_graph:
-            given = {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
-        path_name = self._path_name(name)
-        prior = {name, path_name, f"{path_name}_0", f"{path_name}_past"}
-        if path_name != name:
-            # The increments themselves are replaced by the path that they would drive.
-            given[name] = x.new_zeros(*x.shape[1:-1], *self._nodes[name]["fn"].event_shape)
-        return likelihood_quadratic(self.model, name, path_name, x, prior, given, args, kwargs, keep_graph)
-
-    def _follow(
-        self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[list[tuple[Feedback, StartPosterior | None]], dict[str, Tensor]]:
-        """Return the law of every path site, and the values of all sites along the mean paths.
-
-        What encoders read is taken at these values and not at the draws, so no gradient passes through it.
+        These are the plates of amortised paths, unless the user makes them or other sites share them.
         """
-        centre = self._centre(values, args, kwargs)
-        laws = []
-        for index, name in enumerate(self._path_sites):
-            site: PathSite | RecomputedSite = getattr(self.sites, f"site_{index}")
-            with torch.no_grad():
-                view = self._view_whole(name, centre, args, kwargs)
-            if isinstance(site, RecomputedSite):
-                laws.append(self._recompute(site, name, centre, args, kwargs, False))
-            elif site.amortised:
-                reference = view.reference()
-                data = self._quadratic(name, reference[..., : view.dim], centre, args, kwargs)
-                laws.append(site.read(view, reference, data))
-            else:
-                laws.append((site.free_feedback(view.scale), site.free_start()))
-            feedback, start = laws[-1]
-            with torch.no_grad():
-                mean = None if start is None else start.loc
-                e, z = view.follow(feedback, mean)
-                if view.start is not None and mean is not None:
-                    parts = [p for p in view.start.split(mean) if p is not None]
-                    centre |= dict(zip(self._owned[name], parts, strict=False))
-            x = z[..., : view.dim].movedim(0, -2)
-            centre[view.path_name] = x
-            centre[name] = x if view.path_name == name else e.movedim(0, -2)
-        return laws, centre
+        if self.create_plates is not None:
+            return frozenset()
+        late = {
+            f.name
+            for name in self._path_sites
+            if self._is_amortised(name)
+            for f in self._nodes[name]["cond_indep_stack"]
+        }
+        if self.rest is not None:
+            for _, site in self.rest.prototype_trace.iter_stochastic_nodes():
+                late -= {f.name for f in site["cond_indep_stack"]}
+        return frozenset(late)
 
-    def _recompute(
-        self,
-        site: RecomputedSite,
-        name: str,
-        values: dict[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        keep_graph: bool,
-    ) -> tuple[Feedback, StartPosterior | None]:
-        """Return the law of a path site that belongs to the given values of the others."""
-        given = dict(values)
-        view = self._view_whole(name, given, args, kwargs)
-        with torch.set_grad_enabled(keep_graph):
-            return site.solve(view, lambda x: self._quadratic(name, x, given, args, kwargs, keep_graph))
+    def _create_plates(self, *args: Any, **kwargs: Any) -> Any:
+        frames = self._prototype_frames
+        self._prototype_frames = {n: f for n, f in frames.items() if n not in self._late_plates}
+        try:
+            return super()._create_plates(*args, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            self._prototype_frames = frames
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample all latent sites; returns their values, and the paths under their own names."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        self._create_plates(*args, **kwargs)
-        values = self._rest_values(args, kwargs)
-        result = {n: v for n, v in values.items() if n not in self.plates}
-        sites: list[PathSite | RecomputedSite] = [
-            getattr(self.sites, f"site_{i}") for i in range(len(self._path_sites))
-        ]
-        laws = self._follow(values, args, kwargs)[0] if any(s.amortised for s in sites) else None
-        for index, (name, site) in enumerate(zip(self._path_sites, sites, strict=True)):
-            feedback, start = (None, None) if laws is None else laws[index]
-            if isinstance(site, RecomputedSite):
-                feedback, start = self._recompute(site, name, values, args, kwargs, torch.is_grad_enabled())
-            elif laws is None:
-                start = site.free_start()
-            with self._plates_of(name):
-                values |= self._sample_start(name, start)
-            view = self._view(name, values, args, kwargs)
-            if feedback is None:
-                assert isinstance(site, PathSite)
-                feedback = site.free_feedback(view.scale)
-            with self._plates_of(name):
-                values[name] = pyro.sample(name, self._posterior(view, feedback, start))
-            result |= {n: values[n] for n in (*self._owned[name], name)}
-            if view.path_name != name:
-                result[view.path_name] = driven_path(view, values[name])
-        return result
+    def _enter_late_plates(self, name: str, run: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Make the plates of an amortised path as the model made them; return their indices."""
+        indices = {}
+        for frame in run[name]["cond_indep_stack"]:
+            if frame.name not in self._late_plates or frame.name in self.plates:
+                continue
+            drawn = run[frame.name]["value"] if frame.name in run else None
+            plate = pyro.plate(frame.name, frame.full_size or frame.size, subsample=drawn, dim=frame.dim)
+            self.plates[frame.name] = plate
+            with plate as indices[frame.name]:
+                pass
+        return indices
 
     def _plates_of(self, name: str) -> ExitStack:
         """Return the plates of a site, entered."""
@@ -363,6 +291,164 @@ class AutoPathGuide(AutoGuide):
         for frame in self._nodes[name]["cond_indep_stack"]:
             stack.enter_context(self.plates[frame.name])
         return stack
+
+    # The other sites.
+
+    def _draw_others(self, call: ModelCall) -> dict[str, Tensor]:
+        """Draw the sites beside the paths, and the indices of the plates."""
+        self._create_plates(*call.args, **call.kwargs)
+        values: dict[str, Tensor] = {}
+        for name, plate in self.plates.items():
+            with plate as indices:
+                values[name] = indices
+        if self.rest is not None:
+            drawn = self.rest(*call.args, **call.kwargs)
+            values |= {n: v for n, v in drawn.items() if isinstance(v, Tensor)}
+        return values
+
+    def _centre(self, values: dict[str, Tensor], call: ModelCall) -> dict[str, Tensor]:
+        """Return the medians of the other sites, or the given draws where there are none."""
+        centre = {n: v.detach() for n, v in values.items()}
+        if self.rest is None:
+            return centre
+        with poutine.block(), torch.no_grad():
+            try:
+                medians = self.rest.median(*call.args, **call.kwargs)
+            except NotImplementedError:
+                return centre
+        # The medians of a subsampled plate are those of all its members.
+        return centre | {n: v for n, v in medians.items() if n in centre and not self._is_subsampled(n)}
+
+    def _draws_shape(self, values: Mapping[str, Tensor]) -> torch.Size:
+        """Return the batch axes that draws of the other sites have beyond those of the model."""
+        shapes = []
+        for name, value in values.items():
+            if name in self._nodes and name not in self.plates:
+                site = self._nodes[name]
+                extra = value.ndim - site["value"].ndim
+                if extra > 0:
+                    shapes.append((*value.shape[:extra], *(1,) * len(site["fn"].batch_shape)))
+        return torch.broadcast_shapes(*shapes) if shapes else torch.Size()
+
+    # The laws of the paths.
+
+    def _start_at_mean(self, laws: dict[str, Any], name: str) -> Given:
+        """Return what notes the law of a random start, and puts the start to its mean."""
+
+        def mean(msg: Any) -> Tensor:
+            law = laws[name] = msg["fn"]
+            return start_of(DistributionStart(law)) if len(law.event_shape) == 1 else law.mean
+
+        return mean
+
+    def _view_of(self, name: str, fn: Any, laws: Mapping[str, Any], values: Mapping[str, Tensor]) -> SiteView:
+        path = self._path_name(name)
+        draws = self._draws_shape(values)
+        return view_site(fn, path, laws.get(f"{path}_0"), f"{path}_past" in laws, draws)
+
+    def _view(self, name: str, call: ModelCall, values: dict[str, Tensor]) -> SiteView:
+        """Return a path site together with its random start, which is put to its prior mean in ``values``."""
+        laws: dict[str, Any] = {}
+        given: dict[str, Given] = dict(values)
+        given |= {n: self._start_at_mean(laws, n) for n in self._owned[name]}
+        fn = call.site(name, given)["fn"]
+        view = self._view_of(name, fn, laws, values)
+        if view.start is not None:
+            parts = [p for p in view.start.split(view.start.mean) if p is not None]
+            values |= dict(zip(self._owned[name], parts, strict=False))
+        return view
+
+    def _read(
+        self, name: str, call: ModelCall, values: dict[str, Tensor], keep_graph: bool
+    ) -> tuple[SiteView, Feedback, StartPosterior | None]:
+        """Return the law of a path that is read off the likelihood, in one run of the model.
+
+        The model is given the path at which the likelihood is expanded as soon as it has told the path's equation.
+        """
+        site, path = self._site(name), self._path_name(name)
+        laws: dict[str, Any] = {}
+        met: dict[str, Any] = {}
+
+        def at_path(msg: Any) -> Tensor:
+            view = self._view_of(name, msg["fn"], laws, values)
+            with torch.set_grad_enabled(keep_graph):
+                reference = site.reference(view)
+            leaf = reference[..., : view.dim]
+            if not leaf.requires_grad:
+                leaf = leaf.detach().requires_grad_()
+            met.update(view=view, reference=reference, leaf=leaf)
+            return leaf.movedim(0, -2) if path == name else still_increments(msg["fn"], view.batch())
+
+        given: dict[str, Given] = dict(values)
+        if not keep_graph:
+            given = {n: v.detach() for n, v in values.items()}
+        given |= {n: self._start_at_mean(laws, n) for n in self._owned[name]}
+        given[name] = at_path
+        # Far-off paths are judged by their density alone, whatever the checks of distributions say to them.
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            run = call.run(given, {path: lambda: met["leaf"].movedim(0, -2)})
+            data = run.quadratic(met["leaf"], name, self._prior_sites(name), keep_graph)
+        indices = self._enter_late_plates(name, run.sites)
+        if any(not torch.equal(i, run.sites[n]["value"]) for n, i in indices.items() if n in run.sites):
+            # Somebody else has chosen the members of the plate.
+            values |= indices
+            return self._read(name, call, values, keep_graph)
+        values |= indices
+        with torch.set_grad_enabled(keep_graph):
+            feedback, start = site.read(met["view"], met["reference"], data, keep_graph)
+        return met["view"], feedback, start
+
+    def _law(
+        self, name: str, call: ModelCall, values: dict[str, Tensor]
+    ) -> tuple[SiteView, Feedback, StartPosterior | None]:
+        """Return the law of a path for given values of the other sites, from the mean of a random start."""
+        site = self._site(name)
+        if site.reads_likelihood:
+            return self._read(name, call, values, False)
+        assert isinstance(site, PathSite)
+        view = self._view(name, call, values)
+        return view, site.free_feedback(view.scale), site.free_start()
+
+    def _draw_path(self, name: str, call: ModelCall, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sample a path site and its random start; ``values`` gets them too."""
+        site = self._site(name)
+        feedback = None
+        if site.reads_likelihood:
+            view, feedback, start = self._read(name, call, values, torch.is_grad_enabled())
+            with self._plates_of(name):
+                values |= self._sample_start(name, start)
+            if self._owned[name]:
+                path = self._path_name(name)
+                view = view.starting_at(values.get(f"{path}_0"), values.get(f"{path}_past"))
+        else:
+            assert isinstance(site, PathSite)
+            start = site.free_start()
+            with self._plates_of(name):
+                values |= self._sample_start(name, start)
+            # What is random at the start has its value by now.
+            view = self._view_of(name, call.site(name, values)["fn"], {}, values)
+            feedback = site.free_feedback(view.scale)
+        law = self._posterior(view, feedback, start)
+        infer = {"path": view.path_name}
+        if isinstance(law, IncrementPosterior):
+            infer["driven"] = law.driven
+        with self._plates_of(name):
+            values[name] = pyro.sample(name, law, infer=infer)  # type: ignore[arg-type]
+        result = {n: values[n] for n in (*self._owned[name], name)}
+        if isinstance(law, IncrementPosterior):
+            result[view.path_name] = law.path(values[name])
+        return result
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample all latent sites; returns their values, and the paths under their own names."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        call = ModelCall(self.model, args, kwargs)
+        values = self._draw_others(call)
+        result = {n: v for n, v in values.items() if n not in self.plates}
+        for name in self._path_sites:
+            result |= self._draw_path(name, call, values)
+        return result
 
     def _sample_start(self, name: str, start: StartPosterior | None) -> dict[str, Tensor]:
         """Sample the random start that belongs to an increments site: one Gaussian, split into its sites."""
@@ -392,6 +478,16 @@ class AutoPathGuide(AutoGuide):
         with torch.no_grad(), poutine.block():
             if self.prototype_trace is None:
                 self._setup_prototype(*args, **kwargs)
-            self._create_plates(*args, **kwargs)
-            centre = self._follow(self._rest_values(args, kwargs), args, kwargs)[1]
+            call = ModelCall(self.model, args, kwargs)
+            centre = self._centre(self._draw_others(call), call)
+            for name in self._path_sites:
+                view, feedback, start = self._law(name, call, centre)
+                mean = None if start is None else start.loc
+                e, z = view.follow(feedback, mean)
+                if view.start is not None and mean is not None:
+                    parts = [p for p in view.start.split(mean) if p is not None]
+                    centre |= dict(zip(self._owned[name], parts, strict=False))
+                x = z[..., : view.dim].movedim(0, -2)
+                centre[view.path_name] = x
+                centre[name] = x if view.path_name == name else e.movedim(0, -2)
         return {n: v for n, v in centre.items() if n not in self.plates}

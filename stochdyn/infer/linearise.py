@@ -26,6 +26,7 @@ from stochdyn.core.gaussian.affine import affine_steps
 from stochdyn.core.law.transition import time_column
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.solvers import full_state, integrate, step_everywhere
+from stochdyn.infer.shaping import shape_increments
 
 __all__ = [
     "LinearPosterior",
@@ -33,7 +34,6 @@ __all__ = [
     "backward_pass",
     "expand_likelihood",
     "linear_steps",
-    "reference_states",
     "second_order",
 ]
 
@@ -122,46 +122,88 @@ def second_order(total: Tensor, leaf: Tensor, value: Tensor, keep_graph: bool = 
     return Quadratic(precision, linear, value)
 
 
-def linear_steps(sde: SDE, ts: Tensor, z: Tensor, e: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linear_steps(
+    sde: SDE,
+    ts: Tensor,
+    z: Tensor,
+    e: Tensor,
+    scale: Tensor,
+    method: str = "euler",
+    keep_graph: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``A (N, *batch, Z, Z)``, ``B (N, *batch, Z, M)`` and ``c (N, *batch, Z)`` around ``z``, ``e``.
 
-    ``B`` refers to increments in units of ``scale (N, M)``.
+    Args:
+        sde: the equation; its own control is part of the step.
+        ts: ``(T,)``.
+        z: ``(N, *batch, Z)`` full states before each step.
+        e: ``(N, *batch, M)`` increments.
+        scale: ``(N, M)`` units of the increments that ``B`` refers to.
+        method: the solver whose steps are linearised.
+        keep_graph: whether gradients reach the parameters of the equation.
     """
-
-    def step(z_: Tensor, e_: Tensor) -> Tensor:
-        return step_everywhere(sde, ts, z_, e_)
-
-    z, e = z.contiguous(), e.contiguous()
-    if not sde.state_dependent:
-        return _affine_steps(sde, ts, z, e.shape[-1] // sde.noise.num_innovations(ts))
-    units = scale.reshape(scale.shape[0], *(1,) * (e.ndim - 2), -1).expand_as(e)
-    after = step(z, e)
-    by_state, by_noise = [], []
-    for j in range(z.shape[-1]):
-        direction = torch.zeros_like(z)
-        direction[..., j] = 1.0
-        by_state.append(torch.func.jvp(step, (z, e), (direction, torch.zeros_like(e)))[1])
-    for j in range(e.shape[-1]):
-        direction = torch.zeros_like(e)
-        direction[..., j] = units[..., j]
-        by_noise.append(torch.func.jvp(step, (z, e), (torch.zeros_like(z), direction))[1])
-    a, b = torch.stack(by_state, -1), torch.stack(by_noise, -1)
-    c = after - _times(a, z) - _times(b, e / units)
-    return a, b, c
+    z, e = z.detach().contiguous(), e.detach().contiguous()
+    if not sde.state_dependent and sde.control is None and method == "euler":
+        return _affine_steps(sde, ts, z, e.shape[-1] // sde.noise.num_innovations(ts), keep_graph)
+    units = scale.reshape(scale.shape[0], *(1,) * (e.ndim - 2), -1)
+    with torch.enable_grad():
+        inputs = z.requires_grad_(), e.requires_grad_()
+        after = _step(sde, ts, *inputs, method)
+        a, b = _derivatives(after, inputs, keep_graph)
+    b = b * units.unsqueeze(-2)
+    z, e = (x.detach() for x in inputs)
+    if not keep_graph:
+        after = after.detach()
+    return a, b, after - _times(a, z) - _times(b, e / units)
 
 
-def _affine_steps(sde: SDE, ts: Tensor, z: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+def _step(sde: SDE, ts: Tensor, z: Tensor, e: Tensor, method: str) -> Tensor:
+    """Take the step from every grid point, ``(N, *batch, Z)``."""
+    e = shape_increments(sde, ts, z, e)
+    if method == "euler":
+        return step_everywhere(sde, ts, z, e)
+    free, states = sde.uncontrolled(), sde.noise.num_states
+    channels = e.shape[-1] // sde.noise.num_innovations(ts)
+    dim = z.shape[-1] - channels * states
+    rows = []
+    for n in range(z.shape[0]):
+        memory = z[n, ..., dim:].unflatten(-1, (channels, states)) if states else None
+        run = integrate(free, z[n, ..., :dim], ts[n : n + 2], e[n : n + 1], memory, method=method)
+        rows.append(full_state(run.x, run.memory)[1])
+    return torch.stack(rows)
+
+
+def _derivatives(value: Tensor, inputs: tuple[Tensor, ...], keep_graph: bool) -> list[Tensor]:
+    """Return the matrices ``(..., O, I)`` of derivatives of ``value (..., O)``, row by row in the last axis.
+
+    Reverse mode asks of a drift no more than training does.
+    """
+    rows: list[list[Tensor]] = [[] for _ in inputs]
+    for j in range(value.shape[-1]):
+        found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+        if value.requires_grad:
+            found = torch.autograd.grad(
+                value[..., j].sum(), inputs, retain_graph=True, create_graph=keep_graph, allow_unused=True
+            )
+        for row, slope, x in zip(rows, found, inputs, strict=True):
+            row.append(torch.zeros_like(x) if slope is None else slope)
+    matrices = [torch.stack(row, -2) for row in rows]
+    return matrices if keep_graph else [m.detach() for m in matrices]
+
+
+def _affine_steps(
+    sde: SDE, ts: Tensor, z: Tensor, channels: int, keep_graph: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same for a constant diffusion, where only the drift has to be differentiated."""
-    dim = z.shape[-1] - channels * sde.noise.num_states
-    x = z[..., :dim]
-    t, slopes = time_column(ts[:-1], x), []
-    value = torch.zeros_like(x)
-    for j in range(dim):
-        direction = torch.zeros_like(x)
-        direction[..., j] = 1.0
-        value, slope = torch.func.jvp(lambda x_: sde.drift(t, x_), (x,), (direction,))[:2]
-        slopes.append(slope.expand_as(x))
-    matrix = torch.stack(slopes, -1)
+    x = z[..., : z.shape[-1] - channels * sde.noise.num_states].detach()
+    t = time_column(ts[:-1], x)
+    with torch.enable_grad():
+        leaf = x.requires_grad_()
+        value = sde.drift(t, leaf).expand_as(leaf)
+        (matrix,) = _derivatives(value, (leaf,), keep_graph)
+    x = leaf.detach()
+    if not keep_graph:
+        value = value.detach()
     offset = value - _times(matrix, x)
     dt = (ts[1:] - ts[:-1]).to(x.dtype)
     steps = affine_steps(sde.noise.steps(ts, dtype=x.dtype), sde.diffusion(t[0], x[0]), dt, matrix, offset)
@@ -206,12 +248,6 @@ def backward_pass(a: Tensor, b: Tensor, c: Tensor, data: Quadratic) -> LinearPos
     offset, gain, covariance = (torch.stack(rows[::-1]) for rows in (offsets, gains, covariances))
     factor = torch.linalg.cholesky(0.5 * (covariance + covariance.mT))
     return LinearPosterior(offset.squeeze(-1), gain, factor, s, eta.squeeze(-1))
-
-
-def reference_states(sde: SDE, x0: Tensor, ts: Tensor, e: Tensor, memory0: Tensor | None) -> Tensor:
-    """Return the full states ``(T, *batch, Z)`` along increments ``e (N, *batch, M)``."""
-    run = integrate(sde, x0, ts, e, memory0)
-    return full_state(run.x, run.memory)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from stochdyn.errors import NonFiniteError
 from stochdyn.infer.distributions import PathIncrements
 from stochdyn.infer.feedback import Feedback, Gains
-from stochdyn.infer.linearise import LinearPosterior, Quadratic, backward_pass, linear_steps
+from stochdyn.infer.linearise import LinearPosterior, Quadratic, backward_pass
 from stochdyn.infer.view import SiteView
 
 __all__ = ["LinearStart", "absolute_gains", "fit_linearised"]
@@ -114,7 +114,7 @@ def fit_linearised(
 
 def _linearised(view: SiteView, point: _Point) -> LinearPosterior:
     """Return the posterior of the model linearised around a path, in float64."""
-    a, b, c = linear_steps(view.fn.sde, view.fn.ts, point.states[:-1], point.increments, view.scale)
+    a, b, c = view.linear_steps(point.states, point.increments)
     data = Quadratic(point.data.precision.double(), point.data.linear.double())
     return backward_pass(a.double(), b.double(), c.double(), data)
 

@@ -14,9 +14,10 @@ from stochdyn.core.law.transition import steps_of, time_column
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.solvers import draw_increments, full_state, integrate
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
+from stochdyn.infer.driven import DrivenPath
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.law_distribution import LawDistribution
-from stochdyn.infer.memo import remember_path
+from stochdyn.infer.shaping import base_increments, log_shrinkage
 from stochdyn.infer.start import StartPosterior
 
 __all__ = ["IncrementPosterior", "PathPosterior"]
@@ -33,6 +34,8 @@ class _FeedbackLaw(LawDistribution):
     ts: Tensor
     feedback: Feedback
     estimator: str
+    #: The solver under which the density is exact: that of the path in noise space, Euler's in state space.
+    method = "euler"
 
     def _fill(self, new: Self, batch_shape: torch.Size) -> None:
         new._last = None
@@ -40,7 +43,8 @@ class _FeedbackLaw(LawDistribution):
     def _run(self, x0: Tensor, memory0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return states ``x``, full states ``z`` and increments ``e (N, *batch, M)``, time leading."""
         noise, _ = draw_increments(self.sde, x0, self.ts)
-        run = integrate(self.sde.with_control(self.feedback), x0, self.ts, noise, memory0)
+        controlled = self.sde.with_control(self.feedback.before(self.sde.control))
+        run = integrate(controlled, x0, self.ts, noise, memory0, method=self.method)
         z = full_state(run.x, run.memory)
         before = z[:-1]
         t = time_column(self.ts[:-1], before)
@@ -74,12 +78,14 @@ class IncrementPosterior(_FeedbackLaw):
     """
 
     support = constraints.independent(constraints.real, 2)
-    _carried = ("sde", "x0", "ts", "memory0", "feedback", "estimator")
+    _carried = ("prior", "sde", "x0", "ts", "memory0", "method", "feedback", "estimator", "driven")
 
     def __init__(self, prior: PathIncrements, feedback: Feedback, estimator: str) -> None:
+        self.prior, self.method = prior, prior.method
         self.sde, self.x0, self.ts, self.memory0 = prior.sde, prior.x0, prior.ts, prior.memory0
         self.feedback = feedback
         self.estimator = estimator
+        self.driven = DrivenPath()
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         super().__init__(prior.batch_shape, prior.event_shape, validate_args=False)
 
@@ -89,7 +95,7 @@ class IncrementPosterior(_FeedbackLaw):
         x0 = self.x0.expand(*torch.broadcast_shapes(batch, self.x0.shape[:-1]), self.x0.shape[-1])
         x, z, e = self._run(x0, self.memory0)
         value = e.movedim(0, -2)
-        remember_path(value, self.sde, self.ts, x, z)
+        self.driven.set(self.prior, value, x, z)
         self._last = (value, e, z[:-1])
         return value
 
@@ -98,8 +104,18 @@ class IncrementPosterior(_FeedbackLaw):
             return self._last[1:]
         e = value.movedim(-2, 0)
         x0 = self.x0.expand(*torch.broadcast_shapes(e.shape[1:-1], self.x0.shape[:-1]), self.x0.shape[-1])
-        run = integrate(self.sde, x0, self.ts, e, self.memory0)
+        run = integrate(self.sde, x0, self.ts, e, self.memory0, method=self.method)
         return e, full_state(run.x, run.memory)[:-1]
+
+    def path(self, value: Tensor) -> Tensor:
+        """Return the path ``(*batch, T, d)`` that increments drive."""
+        x = self.driven.path(self.prior, value)
+        if x is None:
+            # Somebody else has set the increments (by conditioning the guide, say).
+            x0 = self.x0.expand(*value.shape[:-2], self.x0.shape[-1])
+            e = value.movedim(-2, 0)
+            x = integrate(self.sde, x0, self.ts, e, self.memory0, method=self.method).x
+        return x.movedim(0, -2)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the exact log density."""
@@ -160,12 +176,13 @@ class PathPosterior(_FeedbackLaw):
         before = x[:-1]
         t, dt = time_column(self.ts[:-1], before), steps_of(self.ts, before)
         excess = x[1:] - before - self.sde.drift(t, before) * dt
-        return self.sde.diffusion(t, before).solve(excess), before
+        dw = self.sde.diffusion(t, before).solve(excess)
+        return base_increments(self.sde, self.ts, before, dw), before
 
     def _log_jacobian(self, z: Tensor) -> Tensor:
         """Return the log volume change from increments to states."""
         t = time_column(self.ts[:-1], z)
-        log_det = self.sde.diffusion(t, z).log_det(z.shape[-1])
+        log_det = self.sde.diffusion(t, z).log_det(z.shape[-1]) + log_shrinkage(self.sde, self.ts, z)
         return log_det.expand(z.shape[:-1]).sum(0)
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from stochdyn.infer.feedback import Feedback
-from stochdyn.infer.linearise import LinearPosterior, Quadratic, backward_pass, linear_steps
+from stochdyn.infer.linearise import LinearPosterior, Quadratic, backward_pass
 from stochdyn.infer.mode import LinearStart, absolute_gains
 from stochdyn.infer.start import StartPosterior
 from stochdyn.infer.view import SiteView
@@ -29,7 +27,8 @@ class RecomputedSite(PyroModule):
         start: posterior linearised around the most probable path, at the centre of the other sites.
     """
 
-    amortised = False
+    #: Whether the law is read off the likelihood at every call.
+    reads_likelihood = True
 
     def __init__(self, view: SiteView, start: LinearStart) -> None:
         super().__init__()
@@ -37,28 +36,31 @@ class RecomputedSite(PyroModule):
         self.register_buffer("states", start.states.detach().clone())
         self.register_buffer("increments", start.increments.detach().clone())
 
-    def solve(
-        self, view: SiteView, quadratic: Callable[[Tensor], Quadratic]
+    def reference(self, view: SiteView) -> Tensor:
+        """Return the full states ``(T, *batch, Z)`` around which the likelihood is expanded."""
+        return _spread(self.states, view.batch())
+
+    def read(
+        self, view: SiteView, reference: Tensor, data: Quadratic, keep_graph: bool
     ) -> tuple[Feedback, StartPosterior | None]:
         """Return the law of the increments, and that of a random start, for the present values of the other sites.
 
         Args:
             view: the site as the model presents it with these values.
-            quadratic: expansion of the log-likelihood around a path ``(T, *batch, d)``.
+            reference: the states at which it was expanded.
+            data: expansion of the log-likelihood.
+            keep_graph: whether gradients reach the other sites.
         """
-        batch = view.batch()
-        states = _spread(self.states, batch)
-        increments = _spread(self.increments, batch)
-        data = quadratic(states[..., : view.dim])
-        a, b, c = linear_steps(view.fn.sde, view.fn.ts, states[:-1], increments, view.scale)
+        increments = _spread(self.increments, view.batch())
+        a, b, c = view.linear_steps(reference, increments, keep_graph)
         law: LinearPosterior = backward_pass(
             a.double(), b.double(), c.double(), Quadratic(data.precision.double(), data.linear.double())
         )
         start = None
         if view.start is not None:
             mean, factor = view.start.posterior(law.start_precision, law.start_linear)
-            start = StartPosterior(mean.to(states.dtype), factor.to(states.dtype))
-        return Feedback(absolute_gains(law, states), view.scale), start
+            start = StartPosterior(mean.to(reference.dtype), factor.to(reference.dtype))
+        return Feedback(absolute_gains(law, reference), view.scale), start
 
 
 def _spread(x: Tensor, batch: torch.Size) -> Tensor:

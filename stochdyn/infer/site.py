@@ -39,7 +39,7 @@ class PathSite(PyroModule):
         context: int,
     ) -> None:
         super().__init__()
-        self.amortised = amortised
+        self.amortised = self.reads_likelihood = amortised
         self.random_start = view.start is not None
         steps, size, count = view.scale.shape[0], view.state_size, view.scale.shape[-1]
         batch = view.batch()
@@ -140,8 +140,12 @@ class PathSite(PyroModule):
         factor = self._factor(self.log_diagonal, self.lower)
         return Feedback(Gains(self.offset, self.gain, factor, self.centre, self.width), scale, self.network)
 
+    def reference(self, view: SiteView) -> Tensor:
+        """Return the full states ``(T, *batch, Z)`` of the path without noise, at which the encoder reads the likelihood."""
+        return view.run(view.zero_increments())
+
     def read(
-        self, view: SiteView, reference: Tensor, data: Quadratic
+        self, view: SiteView, reference: Tensor, data: Quadratic, keep_graph: bool
     ) -> tuple[Feedback, StartPosterior | None]:
         """Return the feedback law that the encoder reads off the likelihood around a reference path."""
         summary = self.encoder(view.fn.ts, reference[..., : view.dim], data.precision, data.linear)

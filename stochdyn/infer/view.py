@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stochdyn.core.law.initial import DistributionStart
 from stochdyn.core.sde.coefficients import Coefficient, Matrix
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.solvers import full_state, increment_scale, integrate
 from stochdyn.errors import InvalidInputError
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
 from stochdyn.infer.feedback import Feedback
+from stochdyn.infer.linearise import linear_steps
+from stochdyn.infer.shaping import check_control
 from stochdyn.infer.start import StartPrior, is_unconstrained
 
-__all__ = ["SiteView", "driven_path", "view_site"]
+__all__ = ["SiteView", "view_site"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class SiteView:
         x0: ``(*batch, d)`` start, the prior mean where it is random.
         memory0: ``(*batch, m, K)`` initial memory, or None.
         scale: ``(N, M)`` prior standard deviations of the increments.
+        shape: batch shape of a path, the axes of the other sites' draws included.
         start: what is random at the start and belongs to this site, or None.
     """
 
@@ -37,7 +41,13 @@ class SiteView:
     x0: Tensor
     memory0: Tensor | None
     scale: Tensor
+    shape: torch.Size
     start: StartPrior | None = None
+
+    @property
+    def method(self) -> str:
+        """The solver that turns increments into a path; in state space that of the density."""
+        return self.fn.method if isinstance(self.fn, PathIncrements) else "euler"
 
     @property
     def dim(self) -> int:
@@ -52,15 +62,18 @@ class SiteView:
 
     def batch(self) -> torch.Size:
         """Return the batch shape of a path."""
-        return torch.broadcast_shapes(self.fn.batch_shape, self.x0.shape[:-1])
+        return self.shape
 
     def run(self, e: Tensor, start: Tensor | None = None, feedback: Feedback | None = None) -> Tensor:
         """Return the full states ``(T, *batch, Z)`` along increments, from a start of its own if given."""
         x0, memory0 = (
             (self.x0, self.memory0) if start is None or self.start is None else self.start.states(start)
         )
-        sde = self.fn.sde.with_control(feedback)
-        run = integrate(sde, x0.expand(*self.batch(), self.dim), self.fn.ts, e, memory0)
+        sde = self.fn.sde
+        if feedback is not None:
+            sde = sde.with_control(feedback.before(sde.control))
+        x0 = x0.expand(*self.batch(), self.dim)
+        run = integrate(sde, x0, self.fn.ts, e, memory0, method=self.method)
         return full_state(run.x, run.memory)
 
     def zero_increments(self) -> Tensor:
@@ -78,6 +91,23 @@ class SiteView:
             return self.zero_increments().movedim(0, -2)
         return self.reference()[..., : self.dim].movedim(0, -2)
 
+    def linear_steps(
+        self, states: Tensor, increments: Tensor, keep_graph: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the steps linearised around full states ``(T, *batch, Z)`` and increments ``(N, *batch, M)``."""
+        fn = self.fn
+        return linear_steps(fn.sde, fn.ts, states[:-1], increments, self.scale, self.method, keep_graph)
+
+    def starting_at(self, x0: Tensor | None, past: Tensor | None) -> SiteView:
+        """Return the view of an increments site whose path starts at a drawn state, and with a drawn past of the noise."""
+        assert isinstance(self.fn, PathIncrements)
+        x0 = self.x0 if x0 is None else x0
+        memory0 = self.memory0
+        if past is not None:
+            assert self.start is not None and self.start.factor is not None
+            memory0 = past @ self.start.factor
+        return replace(self, fn=self.fn.starting_at(x0, memory0), x0=x0, memory0=memory0)
+
     def follow(self, feedback: Feedback, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return mean increments ``(N, *batch, M)`` and the full states ``(T, *batch, Z)`` they drive."""
         z = self.run(self.zero_increments(), start, feedback)
@@ -87,7 +117,11 @@ class SiteView:
 
 
 def view_site(
-    fn: DiffusionPath | PathIncrements, path_name: str, start_law: Any = None, past: bool = False
+    fn: DiffusionPath | PathIncrements,
+    path_name: str,
+    start_law: Any = None,
+    past: bool = False,
+    draws: torch.Size = torch.Size(),
 ) -> SiteView:
     """Gather what a guide needs from a site's distribution.
 
@@ -96,7 +130,9 @@ def view_site(
         path_name: the site that holds the path.
         start_law: law of a random start that the guide treats with an increments site.
         past: whether it treats the past of the noise too.
+        draws: batch axes of the draws of other sites, which the likelihood may depend on.
     """
+    check_control(fn.sde)
     if isinstance(fn, PathIncrements):
         x0, memory0, scale = fn.x0, fn.memory0, fn.scale
         channels = scale.shape[-1] // fn.sde.noise.num_innovations(fn.ts)
@@ -106,15 +142,16 @@ def view_site(
         x0 = start_of(fn.initial) if not fn.initial.fixed else fn.initial.draw((), None)
         channels = fn.sde.noise_dim(fn.ts[0].to(x0.dtype), x0)
         scale, memory0, factor = increment_scale(fn.sde, fn.ts, channels, x0.dtype), None, None
-        start_law = getattr(fn.initial, "distribution", None)
+        start_law = fn.initial.distribution if isinstance(fn.initial, DistributionStart) else None
         if start_law is not None and not is_unconstrained(start_law):
             raise InvalidInputError(
                 "a path in state space needs a start that may be any vector",
                 got=f"support {start_law.support} at site {path_name!r}",
                 hint="sample the path in noise space: noise_space=True, or NoiseReparam",
             )
-    batch = torch.broadcast_shapes(fn.batch_shape, x0.shape[:-1])
-    return SiteView(fn, path_name, x0, memory0, scale, StartPrior.of(start_law, x0, factor, channels, batch))
+    batch = torch.broadcast_shapes(fn.batch_shape, x0.shape[:-1], draws)
+    prior = StartPrior.of(start_law, x0, factor, channels, batch)
+    return SiteView(fn, path_name, x0, memory0, scale, batch, prior)
 
 
 def _square(fn: DiffusionPath) -> DiffusionPath:
@@ -129,16 +166,11 @@ def _square(fn: DiffusionPath) -> DiffusionPath:
     if constant.noise_dim(dim) <= dim:
         return fn
     varying = sde.state_dependent
+    if sde.control is not None:
+        raise InvalidInputError(
+            "a controlled path in state space needs as many noise channels as components, or fewer",
+            got=f"{constant.noise_dim(dim)} channels for {dim} components",
+            hint="sample the path in noise space: noise_space=True",
+        )
     diffusion = (lambda t, x: root(sde.diffusion(t, x))) if varying else root(constant)
     return DiffusionPath(SDE(sde.drift, diffusion), fn.initial, fn.ts, fn.method).expand(fn.batch_shape)
-
-
-def driven_path(view: SiteView, increments: Tensor) -> Tensor:
-    """Return the path ``(*batch, T, d)`` that increments drive."""
-    driven = getattr(increments, "_stochdyn_driven", None)
-    if driven is not None:
-        return driven.x.movedim(0, -2)
-    # Somebody else has set the increments (by conditioning the guide, say).
-    x0 = view.x0.expand(*increments.shape[:-2], view.dim)
-    run = integrate(view.fn.sde, x0, view.fn.ts, increments.movedim(-2, 0), view.memory0)
-    return run.x.movedim(0, -2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stochdyn.core import SDE, GaussianChain, step_everywhere
-from stochdyn.infer.linearise import Quadratic, backward_pass, linear_steps, reference_states
+from stochdyn.infer.linearise import Quadratic, backward_pass, linear_steps
 from tests.infer.exact import F64, TwoStates
 
 TS = torch.tensor([0.0, 0.1, 0.25, 0.3, 0.7, 1.0], dtype=F64)
@@ -103,11 +103,3 @@ def test_no_data_leaves_the_prior():
     assert torch.equal(posterior.offset, torch.zeros_like(posterior.offset))
     assert torch.equal(posterior.gain, torch.zeros_like(posterior.gain))
     torch.testing.assert_close(posterior.factor, torch.eye(2, dtype=F64).expand(N, 2, 2))
-
-
-def test_reference_states_hold_path_and_memory():
-    sde = SDE(lambda t, x: -x, 0.5, TwoStates())
-    e = torch.randn(N, 1, dtype=F64)
-    z = reference_states(sde, torch.ones(1, dtype=F64), TS, e, None)
-    assert z.shape == (N + 1, 3)
-    torch.testing.assert_close(step_everywhere(sde, TS, z[:-1], e), z[1:])

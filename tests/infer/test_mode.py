@@ -12,9 +12,9 @@ import torch
 from stochdyn.core import SDE, integrate
 from stochdyn.errors import NonFiniteError
 from stochdyn.infer import AutoPathGuide, sample_path
-from stochdyn.infer.capture import likelihood_quadratic, site_distribution
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.mode import absolute_gains, fit_linearised
+from stochdyn.infer.model_call import ModelCall
 from stochdyn.infer.view import view_site
 from tests.infer.exact import F64, TwoStates
 
@@ -48,11 +48,11 @@ def most_probable(sde, likelihood, batch=(), noise_space=True):
             pyro.sample("y", law(x[..., SEEN, 0]).to_event(1), obs=y)
 
     site = "x_dw" if noise_space or sde.noise.num_states else "x"
-    view = view_site(site_distribution(model, site, {}, (), {}), "x")
+    call = ModelCall(model, (), {})
+    view = view_site(call.site(site, {})["fn"], "x")
 
     def quadratic(x):
-        values = {"x_dw": torch.zeros(*batch, 20, 1, dtype=F64)}
-        return likelihood_quadratic(model, site, "x", x, set(), values, (), {})
+        return call.likelihood(site, "x", {site, "x"}, {}, x)
 
     return view, fit_linearised(view, quadratic), log_likelihood
 

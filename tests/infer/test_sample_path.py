@@ -11,7 +11,13 @@ import torch
 from pyro import poutine
 
 from stochdyn.core import SDE, Matrix, Scalar, integrate
-from stochdyn.errors import InvalidInputError, SingularDiffusionError, TimeGridError
+from stochdyn.errors import (
+    DiffusionError,
+    InvalidInputError,
+    NonFiniteError,
+    SingularDiffusionError,
+    TimeGridError,
+)
 from stochdyn.fractional import MarkovNoise
 from stochdyn.infer import DiffusionPath, NoiseReparam, PathIncrements, sample_path
 from stochdyn.infer.distributions import is_degenerate, start_of
@@ -147,13 +153,48 @@ def test_noise_that_reaches_some_components_is_sampled_by_its_increments():
         (torch.eye(2), None, False),
         (torch.ones(2, 3).cumsum(1) ** 2 * torch.tensor([[1.0], [-2.0]]) + torch.eye(2, 3), None, False),
         (torch.ones(2, 1), None, True),
-        (torch.ones(2, 2), None, True),
-        (lambda t, x: Matrix(torch.ones(2, 2)), None, True),
+        (torch.ones(2, 2), None, False),
+        (lambda t, x: Matrix(torch.ones(2, 1)), None, True),
         (1.0, TwoStates(), True),
     ],
 )
-def test_singular_noise_is_recognised(diffusion, noise, degenerate):
+def test_noise_without_a_density_is_recognised_by_its_form(diffusion, noise, degenerate):
     assert is_degenerate(SDE(lambda t, x: -x, diffusion, noise), torch.zeros(2), TS) is degenerate
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e-40, 0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "diffusion",
+    [
+        lambda s: torch.stack([torch.stack([s * 0 + 1, s * 0]), torch.stack([s * 0, s])]),
+        lambda s: Matrix(s * torch.eye(2)),
+    ],
+    ids=["one component", "both"],
+)
+def test_sites_do_not_depend_on_the_values_of_parameters(diffusion, scale):
+    def model():
+        s = pyro.sample("s", dist.Delta(torch.tensor(scale)))
+        return sample_path("x", SDE(lambda t, x: -x, diffusion(s)), torch.zeros(2), TS.float())
+
+    try:
+        trace = poutine.trace(model).get_trace()
+    except (DiffusionError, NonFiniteError):  # a strength that isn't one
+        return
+    assert random_sites(trace) == ["s", "x"]
+
+
+def test_a_singular_square_matrix_is_told_what_to_do():
+    path = DiffusionPath(SDE(lambda t, x: -x, torch.ones(2, 2, dtype=F64)), ZERO, TS)
+    with pytest.raises(SingularDiffusionError, match="noise_space=True"):
+        path.log_prob(path.sample())
+
+
+def test_another_solver_is_sampled_by_its_noise():
+    sde = SDE(lambda t, x: -x, 0.5)
+    trace = poutine.trace(lambda: sample_path("x", sde, ZERO, TS, method="heun")).get_trace()
+    assert random_sites(trace) == ["x_dw"]
+    with pytest.raises(SingularDiffusionError, match="heun"):
+        sample_path("x", sde, ZERO, TS, method="heun", noise_space=False)
 
 
 def test_series_without_a_plate_have_noise_of_their_own():

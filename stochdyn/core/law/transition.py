@@ -45,7 +45,7 @@ def check_has_density(sde: SDE, coefficient: Coefficient, dim: int) -> None:
             raise SingularDiffusionError(
                 "the diffusion is singular, so paths have no density in state space",
                 got=f"smallest singular value {smallest[..., -1].min().item():g}",
-                hint="work in noise space: log_rn, kl, or stochdyn.infer.sample_path in a Pyro model",
+                hint="work in noise space: log_rn, kl, or sample_path(..., noise_space=True) in a Pyro model",
             )
 
 

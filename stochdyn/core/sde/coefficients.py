@@ -209,7 +209,7 @@ class Matrix(Coefficient):
             raise SingularDiffusionError(
                 "the diffusion is singular, so paths have no density in state space",
                 got=f"a {d} x {m} matrix",
-                hint="work in noise space: log_rn, kl, or stochdyn.infer.sample_path in a Pyro model",
+                hint="work in noise space: log_rn, kl, or sample_path(..., noise_space=True) in a Pyro model",
             )
         if m > d:
             return 0.5 * torch.linalg.slogdet(self.covariance(dim)).logabsdet

@@ -11,7 +11,7 @@ from pyro import poutine
 from stochdyn.core import SDE
 from stochdyn.errors import UnknownSiteError
 from stochdyn.infer import sample_path
-from stochdyn.infer.capture import likelihood_quadratic, site_distribution
+from stochdyn.infer.model_call import ModelCall
 from tests.infer.exact import F64
 
 TS = torch.linspace(0, 1, 5, dtype=F64)
@@ -20,7 +20,7 @@ START = torch.zeros(2, dtype=F64)
 
 
 def quadratic(model, path, site="x", args=(), values=None):
-    return likelihood_quadratic(model, site, "x", path, set(), values or {}, args, {})
+    return ModelCall(model, args, {}).likelihood(site, "x", {site, "x"}, values or {}, path)
 
 
 def path(batch=()):
@@ -107,8 +107,7 @@ def test_the_prior_of_the_path_is_left_out(noise_space):
         sample_path("x", SDE1, start, TS, noise_space=noise_space)
 
     site = "x_dw" if noise_space else "x"
-    values = {"x_dw": torch.zeros(4, 2, dtype=F64)} if noise_space else {}
-    got = likelihood_quadratic(model, site, "x", path(), {"x_0"}, values, (), {})
+    got = ModelCall(model, (), {}).likelihood(site, "x", {site, "x", "x_0"}, {}, path())
     assert float(got.precision.abs().max()) == float(got.linear.abs().max()) == 0.0
 
 
@@ -132,17 +131,18 @@ class TestSiteDistribution:
 
     def test_law_of_a_site_given_those_before(self):
         rate = torch.tensor(2.0, dtype=F64)
-        fn = site_distribution(self.model, "x", {"rate": rate}, (), {"rate_scale": 2.0})
+        fn = ModelCall(self.model, (), {"rate_scale": 2.0}).site("x", {"rate": rate})["fn"]
         assert fn.batch_shape == (3,)
         x = torch.ones(2, dtype=F64)
         torch.testing.assert_close(fn.sde.drift(TS[0], x), -2 * x)
 
     def test_nothing_is_left_in_an_outer_trace(self):
         with poutine.trace() as trace:
-            site_distribution(self.model, "y", {}, (), {})
-            likelihood_quadratic(self.model, "x", "x", path((3,)), set(), {}, (), {})
+            call = ModelCall(self.model, (), {})
+            call.site("y", {})
+            call.likelihood("x", "x", {"x"}, {}, path((3,)))
         assert not trace.trace.nodes
 
     def test_unknown_site_is_told(self):
         with pytest.raises(UnknownSiteError, match="'z'"):
-            site_distribution(self.model, "z", {}, (), {})
+            ModelCall(self.model, (), {}).site("z", {})
