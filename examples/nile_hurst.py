@@ -87,7 +87,7 @@ def level_noise(hurst: Tensor, ts: Tensor) -> MarkovNoise:
     return MarkovNoise(hurst, num_states=8, horizon=float(ts[-1] - ts[0]) + FORECAST, step=1.0)
 
 
-def kalman_evidence(p: dict[str, Tensor], ts: Tensor, level: Tensor, discretization: str = "euler") -> Tensor:
+def kalman_evidence(p: dict[str, Tensor], ts: Tensor, level: Tensor, method: str = "euler") -> Tensor:
     """Exact log evidence of the latent level, on the yearly grid or in continuous time."""
     start = torch.distributions.Normal(p["mean"], torch.full_like(p["mean"], 120.0))
     ou = FractionalOU(
@@ -96,9 +96,9 @@ def kalman_evidence(p: dict[str, Tensor], ts: Tensor, level: Tensor, discretizat
         p["scale"],
         p["hurst"],
         level_noise(p["hurst"], ts),
-        start=start,
+        initial=start,
         start_time=float(ts[0]),
-        discretization=discretization,
+        method=method,
     )
     return ou.log_evidence(ts, level, p["noise"])
 

@@ -36,14 +36,14 @@ STATES = 10
 def simulate(hurst: float, n: int, seed: int) -> Tensor:
     """Return ``n`` noisy values every STEP of dX = -RATE X dt + SCALE dB^H from X(0) = 0, without time-step error."""
     g = torch.Generator().manual_seed(seed)
-    x = truth(hurst, n).sample(_times(n), 1, g)[0]
+    x = truth(hurst, n).sample(_times(n), (), g).x[:, 0]
     return x + NOISE * torch.randn(n, generator=g, dtype=torch.float64)
 
 
 def truth(hurst: float, n: int, rate: float = RATE, scale: float = SCALE) -> FractionalOU:
     """Return the law behind the data: exact steps, and many more and faster memory states than the model has."""
     noise = MarkovNoise(hurst, 16, horizon=n * STEP, step=STEP / 100)
-    return FractionalOU(rate, 0.0, scale, hurst, noise=noise, start=0.0)
+    return FractionalOU(rate, 0.0, scale, hurst, noise=noise, initial=0.0)
 
 
 def cramer_rao(hurst: float, n: int) -> float:
@@ -54,7 +54,7 @@ def cramer_rao(hurst: float, n: int) -> float:
     ts, eps = _times(n), 1e-4
 
     def cov(h: float, log_rate: float, log_scale: float) -> Tensor:
-        return truth(h, n, RATE * math.exp(log_rate), SCALE * math.exp(log_scale)).covariance(ts)
+        return truth(h, n, RATE * math.exp(log_rate), SCALE * math.exp(log_scale)).joint_covariance(ts)
 
     inverse = torch.linalg.inv(cov(hurst, 0, 0) + NOISE**2 * torch.eye(n, dtype=torch.float64))
     slopes = [

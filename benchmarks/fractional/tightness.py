@@ -98,7 +98,7 @@ def tightness(smoke: bool) -> list[dict[str, Any]]:
         prior = sd.DiffusionMeasure(torch.zeros(1, dtype=torch.float64), sde)
         mask, y = torch.zeros(steps + 1, dtype=torch.bool), torch.zeros(steps + 1, dtype=torch.float64)
         mask[index], y[index] = True, values
-        law = FractionalOU(1.0, 0.0, 1.0, hurst, noise=noise, discretization="euler")
+        law = FractionalOU(1.0, 0.0, 1.0, hurst, noise=noise, method="euler")
         exact = float(law.log_evidence(ts, y, SD, mask=mask))
         row: dict[str, Any] = {"hurst": hurst, "steps": steps, "evidence": exact}
         row["gap of (b), AutoPathGuide"] = exact - _by_guide(sde, ts, index, values)

@@ -35,7 +35,6 @@ from .noise.weights import gram_matrix as gram_matrix
 from .noise.weights import optimal_weights as optimal_weights
 from .noise.weights import variance_constant as variance_constant
 from .ou.process import FractionalOU as FractionalOU
-from .ou.process import FractionalOUPosterior as FractionalOUPosterior
 from .video.model import EncodedVideo as EncodedVideo
 from .video.model import VideoModel as VideoModel
 from .volatility import RoughVolatility as RoughVolatility

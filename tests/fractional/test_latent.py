@@ -112,7 +112,7 @@ def test_importance_weights_give_the_exact_evidence_of_a_linear_model(posterior:
     noise = model.sde.noise
     hurst = float(noise.hurst[0].detach())
     start = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), math.exp(-3.0))
-    law = FractionalOU(1.0, 0.0, 1.0, hurst, start=start, discretization="euler", noise=_same(noise))
+    law = FractionalOU(1.0, 0.0, 1.0, hurst, initial=start, method="euler", noise=_same(noise))
     mask = torch.zeros(21, dtype=torch.bool)
     mask[[10, 20]] = True
     y = torch.zeros(21, dtype=torch.float64)

@@ -85,7 +85,7 @@ def test_exact_process_by_a_linear_map_of_fbm() -> None:
 
 @pytest.mark.parametrize(("rate", "deviation", "evidence"), [(1.0, 0.5282, -0.6416), (2.0, 0.4274, -0.2126)])
 def test_published_bridges_of_the_exact_process(rate: float, deviation: float, evidence: float) -> None:
-    post = FractionalOU(rate, 0.0, 1.0, 0.7).posterior(END, torch.zeros(1, dtype=F64), 0.1, at=END / 2)
+    post = FractionalOU(rate, 0.0, 1.0, 0.7).posterior(END, torch.zeros(1, dtype=F64), 0.1, END / 2)
     assert float(post.variance.sqrt()) == pytest.approx(deviation, abs=2e-4)
     assert float(post.log_evidence) == pytest.approx(evidence, abs=2e-4)
 
@@ -104,9 +104,7 @@ def test_published_bridges_of_approximations(
 ) -> None:
     noise = quiet(0.7, speeds=geometric_speeds(k, low, high), horizon=6.0, kind="I")
     scale = float(variance_constant(0.7, "I")) ** 0.5 if coded else 1.0
-    post = FractionalOU(rate, 0.0, scale, 0.7, noise).posterior(
-        END, torch.zeros(1, dtype=F64), 0.1, at=END / 2
-    )
+    post = FractionalOU(rate, 0.0, scale, 0.7, noise).posterior(END, torch.zeros(1, dtype=F64), 0.1, END / 2)
     assert float(post.variance.sqrt()) == pytest.approx(deviation, abs=6e-5)
     assert float(post.log_evidence) == pytest.approx(evidence, abs=6e-5)
 
@@ -120,9 +118,9 @@ def test_worked_case_and_the_law_of_its_euler_scheme(steps: int) -> None:
     ts = torch.linspace(0, 2, steps + 1, dtype=F64)
     data, mask = torch.zeros(steps + 1, dtype=F64), torch.zeros(steps + 1, dtype=torch.bool)
     data[-1], mask[-1] = 0.8, True
-    euler = FractionalOU(0.7, 0.0, 1.0, 0.3, reference_noise(0.3), discretization="euler")
-    assert float(euler.log_evidence(ts, data, 0.1, mask)) == pytest.approx(exact, abs=0.015 / steps)
-    assert float(euler.log_evidence(ts, data, 0.1, mask)) != pytest.approx(exact, abs=1e-6)
+    euler = FractionalOU(0.7, 0.0, 1.0, 0.3, reference_noise(0.3), method="euler")
+    assert float(euler.log_evidence(ts, data, 0.1, mask=mask)) == pytest.approx(exact, abs=0.015 / steps)
+    assert float(euler.log_evidence(ts, data, 0.1, mask=mask)) != pytest.approx(exact, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ closed forms
@@ -159,7 +157,7 @@ def test_one_observation_in_closed_form() -> None:
     total = rates[:, None] + rates
     variance = (c[:, None] * c * -np.expm1(-total * 2) / total).sum()
     exact = float(Normal(math.exp(-2 * theta) * x0, math.sqrt(variance + 0.01)).log_prob(torch.tensor(y)))
-    ou = FractionalOU(theta, 0.0, 1.0, hurst, noise, start=x0)
+    ou = FractionalOU(theta, 0.0, 1.0, hurst, noise, initial=x0)
     assert float(ou.log_evidence(END, torch.tensor([y], dtype=F64), 0.1)) == pytest.approx(exact, abs=1e-7)
 
 
@@ -186,14 +184,14 @@ def test_steps_compose() -> None:
 
 def test_no_drift_leaves_the_noise() -> None:
     noise = reference_noise(0.6)
-    cov = FractionalOU(1e-10, 0.0, 2.0, 0.6, noise).covariance(FIVE)
+    cov = FractionalOU(1e-10, 0.0, 2.0, 0.6, noise).joint_covariance(FIVE)
     assert torch.allclose(cov, 4 * noise.covariance(FIVE), rtol=1e-8)
 
 
 @pytest.mark.parametrize("hurst", [0.3, 0.5, 0.7, 0.9])
 def test_stationary_start_has_the_published_autocovariance(hurst: float) -> None:
     lags = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=F64)
-    cov = FractionalOU(1.0, 0.0, 1.0, hurst, start="stationary").covariance(lags)
+    cov = FractionalOU(1.0, 0.0, 1.0, hurst, initial="stationary").joint_covariance(lags)
     exact = fou_autocovariance(lags, 1.0, hurst)
     assert torch.allclose(cov[0], exact, atol=2.5e-3)
     # the law doesn't move
@@ -230,11 +228,13 @@ def test_posterior_of_a_batch_on_an_irregular_grid(irregular: tuple[Tensor, ...]
     """Kalman smoother against conditioning of the joint law, with missing data, forecasts and two parameter sets."""
     ts, at, mask, y = irregular
     rate, mean = torch.tensor([0.5, 2.0], dtype=F64), torch.tensor([0.1, -0.2], dtype=F64)
-    ou = FractionalOU(rate, mean, 0.7, 0.6, MarkovNoise(0.6, 12, horizon=4.0, step=0.05, kind="I"), start=1.5)
-    post = ou.posterior(ts, y, 0.2, at, mask)
+    ou = FractionalOU(
+        rate, mean, 0.7, 0.6, MarkovNoise(0.6, 12, horizon=4.0, step=0.05, kind="I"), initial=1.5
+    )
+    post = ou.posterior(ts, y, 0.2, at, mask=mask)
     union = torch.cat([ts, at]).sort().values
-    prior_mean, cov = ou.moments(union)[0], ou.covariance(union)
-    assert torch.allclose(ou.moments(union)[1], cov.diagonal(dim1=-2, dim2=-1), rtol=1e-10)
+    prior_mean, cov = ou.mean(union)[..., 0], ou.joint_covariance(union)
+    assert torch.allclose(ou.covariance(union)[..., 0, 0], cov.diagonal(dim1=-2, dim2=-1), rtol=1e-10)
     seen, here = torch.searchsorted(union, ts[mask]), torch.searchsorted(union, at)
     total = cov[:, seen][:, :, seen] + 0.04 * torch.eye(len(seen), dtype=F64)
     gain = torch.linalg.solve(total, cov[:, seen][:, :, here]).mT
@@ -242,21 +242,21 @@ def test_posterior_of_a_batch_on_an_irregular_grid(irregular: tuple[Tensor, ...]
     expected = prior_mean[:, here] + (gain @ residual[..., None])[..., 0]
     expected_cov = cov[:, here][:, :, here] - gain @ cov[:, seen][:, :, here]
     evidence = MultivariateNormal(prior_mean[:, seen], total).log_prob(y[:, mask])
-    assert torch.allclose(post.mean, expected, atol=1e-8)
-    assert torch.allclose(post.variance, expected_cov.diagonal(dim1=-2, dim2=-1), atol=1e-8)
-    assert torch.allclose(post.covariance(), expected_cov, atol=1e-8)
+    assert torch.allclose(post.mean[..., 0], expected, atol=1e-8)
+    assert torch.allclose(post.variance[..., 0], expected_cov.diagonal(dim1=-2, dim2=-1), atol=1e-8)
+    assert torch.allclose(post.law.joint_covariance(at), expected_cov, atol=1e-8)
     assert torch.allclose(post.log_evidence, evidence, rtol=1e-9)
-    assert torch.allclose(ou.log_evidence(ts, y, 0.2, mask), evidence, rtol=1e-9)
+    assert torch.allclose(ou.log_evidence(ts, y, 0.2, mask=mask), evidence, rtol=1e-9)
 
 
 def test_posterior_samples_have_the_posterior_law(irregular: tuple[Tensor, ...]) -> None:
     ts, at, mask, y = irregular
     ou = FractionalOU(0.5, 0.1, 0.7, 0.6, MarkovNoise(0.6, 6, horizon=4.0, step=0.05))
-    post = ou.posterior(ts, y[0], 0.2, at, mask)
-    draws = post.sample(4000, torch.Generator().manual_seed(4))
+    post = ou.posterior(ts, y[0], 0.2, at, mask=mask)
+    draws = post.law.sample(at, 4000, torch.Generator().manual_seed(4)).x[..., 0]
     assert draws.shape == (4000, 10)
-    factor = torch.linalg.cholesky(post.covariance())
-    white = torch.linalg.solve_triangular(factor, (draws - post.mean).T, upper=False)
+    factor = torch.linalg.cholesky(post.law.joint_covariance(at))
+    white = torch.linalg.solve_triangular(factor, (draws - post.mean[..., 0]).T, upper=False)
     assert (white.mean(1) * math.sqrt(4000)).abs().max() < 5
     assert ((white @ white.T / 4000 - torch.eye(10, dtype=F64)) * math.sqrt(4000 / 2)).abs().max() < 5
 
@@ -264,9 +264,9 @@ def test_posterior_samples_have_the_posterior_law(irregular: tuple[Tensor, ...])
 def test_prior_samples_of_a_batch_are_independent() -> None:
     """Series that differ in their means only share a covariance, not their noise."""
     ou = FractionalOU(1.0, torch.tensor([0.0, 5.0], dtype=F64), 1.0, 0.7, reference_noise(0.7))
-    x = ou.sample(FIVE, 4000, torch.Generator().manual_seed(0))
+    x = ou.sample(FIVE, 4000, torch.Generator().manual_seed(0)).x[..., 0]
     assert x.shape == (4000, 2, 5)
-    mean, variance = ou.moments(FIVE)
+    mean, variance = ou.mean(FIVE)[..., 0], ou.covariance(FIVE)[..., 0, 0]
     assert (((x.mean(0) - mean) / (variance / 4000).sqrt()).abs() < 5).all()
     assert (((x.var(0) - variance) / (variance * math.sqrt(2 / 4000))).abs() < 5).all()
     a, b = (x - mean)[:, 0, -1], (x - mean)[:, 1, -1]
@@ -276,12 +276,12 @@ def test_prior_samples_of_a_batch_are_independent() -> None:
 def test_per_observation_noise_and_a_gaussian_start() -> None:
     noise = reference_noise(0.6)
     spread = torch.tensor([0.1, 0.2, 0.1, 0.4, 0.3], dtype=F64)
-    ou = FractionalOU(0.8, 0.2, 1.1, 0.6, noise, start=Normal(torch.tensor(0.5), torch.tensor(0.3)))
-    mean, cov = ou.moments(FIVE)[0], ou.covariance(FIVE)
+    ou = FractionalOU(0.8, 0.2, 1.1, 0.6, noise, initial=Normal(torch.tensor(0.5), torch.tensor(0.3)))
+    mean, cov = ou.mean(FIVE)[:, 0], ou.joint_covariance(FIVE)
     decay = torch.exp(-0.8 * FIVE)
-    fixed = FractionalOU(0.8, 0.2, 1.1, 0.6, noise, start=0.5)
+    fixed = FractionalOU(0.8, 0.2, 1.1, 0.6, noise, initial=0.5)
     assert torch.allclose(mean, 0.2 + 0.3 * decay, atol=1e-7)
-    assert torch.allclose(cov, fixed.covariance(FIVE) + 0.09 * decay * decay[:, None], atol=1e-7)
+    assert torch.allclose(cov, fixed.joint_covariance(FIVE) + 0.09 * decay * decay[:, None], atol=1e-7)
     exact = MultivariateNormal(mean, cov + torch.diag(spread**2)).log_prob(DATA)
     assert float(ou.log_evidence(FIVE, DATA, spread)) == pytest.approx(float(exact), abs=1e-9)
 
@@ -307,35 +307,35 @@ def test_start_times_and_precision() -> None:
     assert float(single) == pytest.approx(float(plain.log_evidence(FIVE, DATA, 0.1)), rel=1e-6)
     # a first observation at the start itself
     ts = torch.tensor([0.0, 1.0], dtype=F64)
-    start = FractionalOU(1.0, 0.0, 1.0, 0.6, noise, start=0.4)
-    assert torch.allclose(start.moments(ts)[0], torch.tensor([0.4, 0.4 * math.exp(-1)], dtype=F64))
-    assert float(start.moments(ts)[1][0]) == 0.0
+    start = FractionalOU(1.0, 0.0, 1.0, 0.6, noise, initial=0.4)
+    assert torch.allclose(start.mean(ts)[:, 0], torch.tensor([0.4, 0.4 * math.exp(-1)], dtype=F64))
+    assert float(start.covariance(ts)[0]) == 0.0
 
 
 # ------------------------------------------------------------------------------------------------ errors
 
 
 def test_bad_parameters() -> None:
-    for rate, scale, name in ((0.0, 1.0, "rate"), (-1.0, 1.0, "rate"), (1.0, 0.0, "scale")):
-        with pytest.raises(InvalidInputError, match=f"{name} must be positive"):
+    for rate, scale, name in ((-1.0, 1.0, "rate must not be negative"), (1.0, 0.0, "scale must be positive")):
+        with pytest.raises(InvalidInputError, match=name):
             FractionalOU(rate, 0.0, scale, 0.7)
     with pytest.raises(HurstRangeError):
         FractionalOU(1.0, 0.0, 1.0, 1.0)
     with pytest.raises(InvalidInputError, match=r"hurst=noise\.hurst"):
         FractionalOU(1.0, 0.0, 1.0, 0.6, reference_noise(0.7))
     with pytest.raises(InvalidInputError, match="stationary increments"):
-        FractionalOU(1.0, 0.0, 1.0, 0.7, reference_noise(0.7), start="stationary")
-    with pytest.raises(InvalidInputError, match="start is unknown"):
-        FractionalOU(1.0, 0.0, 1.0, 0.7, start="equilibrium")  # type: ignore[arg-type]
-    with pytest.raises(InvalidInputError, match="discretization is unknown"):
-        FractionalOU(1.0, 0.0, 1.0, 0.7, discretization="heun")  # type: ignore[arg-type]
+        FractionalOU(1.0, 0.0, 1.0, 0.7, reference_noise(0.7), initial="stationary")
+    with pytest.raises(InvalidInputError, match="initial is unknown"):
+        FractionalOU(1.0, 0.0, 1.0, 0.7, initial="equilibrium")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="method is unknown"):
+        FractionalOU(1.0, 0.0, 1.0, 0.7, method="heun")  # type: ignore[arg-type]
 
 
 def test_bad_data() -> None:
     ou = FractionalOU(1.0, 0.0, 1.0, 0.7, reference_noise(0.7))
-    with pytest.raises(NonFiniteError, match=r"y\[1\]"):
-        ou.log_evidence(FIVE, torch.tensor([0.0, float("nan"), 0.0, 0.0, 0.0], dtype=F64), 0.1)
-    with pytest.raises(ShapeError, match="y has the wrong size"):
+    with pytest.raises(NonFiniteError, match=r"y\[1, 0\]"):
+        ou.log_evidence(FIVE, torch.tensor([0.0, float("inf"), 0.0, 0.0, 0.0], dtype=F64), 0.1)
+    with pytest.raises(ShapeError, match="one row per time"):
         ou.log_evidence(FIVE, DATA[:4], 0.1)
     with pytest.raises(TimeGridError, match="increase strictly"):
         ou.log_evidence(FIVE.flip(0), DATA, 0.1)
@@ -345,5 +345,5 @@ def test_bad_data() -> None:
         ou.log_evidence(FIVE * 2, DATA, 0.1)
     with pytest.raises(InvalidInputError, match="obs_scale must not be negative"):
         ou.log_evidence(FIVE, DATA, -0.1)
-    with pytest.raises(InvalidInputError, match="mask must be boolean"):
-        ou.log_evidence(FIVE, DATA, 0.1, torch.ones(5))
+    with pytest.raises(InvalidInputError, match="mask must be a boolean"):
+        ou.log_evidence(FIVE, DATA, 0.1, mask=torch.ones(5))

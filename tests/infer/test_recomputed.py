@@ -44,7 +44,7 @@ def _guide(rest: object = None) -> AutoPathGuide:
 
 
 def _evidence(hurst: Tensor, scale: Tensor) -> Tensor:
-    law = FractionalOU(1.0, 0.0, scale, hurst, noise=_noise(hurst), discretization="euler")
+    law = FractionalOU(1.0, 0.0, scale, hurst, noise=_noise(hurst), method="euler")
     mask = torch.zeros(21, dtype=torch.bool)
     mask[2::2] = True
     y = torch.zeros(21, dtype=D)

@@ -322,9 +322,6 @@ class GaussianPathMeasure(PathMeasure):
         if offset is not None:
             shift = through @ offset.unsqueeze(-1)  # (T or nothing, *B, p, 1)
             values = values - shift.squeeze(-1)
-            if seen.mask is not None:
-                seen_mask = seen.mask if seen.mask.ndim == values.ndim else seen.mask[..., None]
-                values = torch.where(seen_mask, values, torch.zeros_like(values))
         if read is not None:
             through = through @ read
         return Observations(seen.times, values, through, seen.obs_cov, seen.mask)

@@ -95,6 +95,8 @@ def _component_mask(mask: Tensor | None, y: Tensor) -> Tensor:
             expected=f"({times}, *B) or ({times}, *B, {p})",
         )
     if mask.ndim < y.ndim:
+        # A mask of times alone holds for all series.
+        mask = mask.reshape(times, *(1,) * (y.ndim - 1 - mask.ndim), *mask.shape[1:])
         return mask[..., None].expand(*mask.shape, p)
     if mask.shape[-1] not in (1, p):
         raise ShapeError("mask must fit y along the last axis", got=tuple(mask.shape), expected=p)
@@ -208,7 +210,8 @@ def _missing(y: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
     common = here.all(batch, keepdim=True) if batch else here
     here = common if torch.equal(common.expand_as(here), here) else here
     if mask is not None:
-        here = here & (mask[..., None] if mask.ndim < y.ndim else mask)
+        whole = mask if mask.ndim == y.ndim else mask[..., None]
+        here = here & whole.reshape(y.shape[0], *(1,) * (y.ndim - whole.ndim), *whole.shape[1:])
     return here, torch.where(lost, torch.zeros_like(y), y)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from stochdyn.core.gaussian.small import standard_deviations, symmetrise
 from stochdyn.errors import ApproximationWarning
 
-__all__ = ["Transition", "constant_transition", "grid_transition", "varying_transition"]
+__all__ = ["Transition", "constant_transition", "distinct_steps", "grid_transition", "varying_transition"]
 
 #: ``(phi, c, q)``: ``(N, *B, d, d)``, ``(N, *B, d)``, ``(N, *B, d, d)``.
 Transition = tuple[Tensor, Tensor, Tensor]
@@ -75,14 +75,15 @@ def constant_transition(a: Tensor, b: Tensor, s: Tensor, dt: Tensor, dtype: torc
     return excess + torch.eye(a.shape[-1], dtype=dtype, device=a.device), c, q
 
 
-def grid_transition(a: Tensor, b: Tensor, s: Tensor, start: Tensor, stop: Tensor) -> Transition:
-    """Return :func:`constant_transition` over ``[start, stop]``, each step length computed once.
+def distinct_steps(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the different lengths of intervals ``[start, stop]``, each once, and where each interval finds its own.
 
-    Lengths count as equal if they differ by no more than the rounding of their own times.
+    Lengths count as equal if they differ by no more than the rounding of their own times. None instead of the places says that
+    the lengths are those of the intervals themselves, in their order, as they are where they carry a gradient.
     """
     dt = stop - start
     if dt.requires_grad or dt.numel() < 2:
-        return constant_transition(a, b, s, dt, a.dtype)
+        return dt, None
     resolution = 4 * torch.finfo(dt.dtype).eps * torch.maximum(start.abs(), stop.abs())
     ordered, order = dt.sort()
     fine = resolution[order]
@@ -91,10 +92,15 @@ def grid_transition(a: Tensor, b: Tensor, s: Tensor, start: Tensor, stop: Tensor
     first = torch.cat((apart.new_ones(1), apart)).nonzero()[:, 0]
     # A chain of lengths, each near the next, is no group.
     if first.numel() == dt.numel() or bool((ordered - ordered[first][label] > 4 * fine).any()):
-        return constant_transition(a, b, s, dt, a.dtype)
-    phi, c, q = constant_transition(a, b, s, ordered[first], a.dtype)
-    where = torch.empty_like(label).scatter_(0, order, label)
-    return phi[where], c[where], q[where]
+        return dt, None
+    return ordered[first], torch.empty_like(label).scatter_(0, order, label)
+
+
+def grid_transition(a: Tensor, b: Tensor, s: Tensor, start: Tensor, stop: Tensor) -> Transition:
+    """Return :func:`constant_transition` over ``[start, stop]``, each step length computed once."""
+    dt, where = distinct_steps(start, stop)
+    phi, c, q = constant_transition(a, b, s, dt, a.dtype)
+    return (phi, c, q) if where is None else (phi[where], c[where], q[where])
 
 
 def varying_transition(

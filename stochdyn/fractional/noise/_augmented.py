@@ -12,6 +12,9 @@ from torch import Tensor
 
 from stochdyn.fractional.noise._quadrature import graded_nodes, levels_for, relative_exponential_mean
 
+# Numbers that a block of the quadrature holds at once.
+_MOST = 2**24
+
 __all__ = ["divided_exponential", "euler_step", "exact_step", "impulse_response", "stationary_covariance"]
 
 
@@ -60,11 +63,16 @@ def exact_step(dt: Tensor, theta: Tensor, scale: Tensor, gamma: Tensor, w: Tenso
         torch.exp(-theta * lag), to_x / _state_scale(gamma), torch.exp(-gamma * lag[..., None])
     )
     rates = torch.maximum(theta.detach().max(), gamma.max())
-    u, weight = (t.to(dt) for t in graded_nodes(levels_for(float(rates * dt.max()))))
-    nodes = (dt[:, None] * u).reshape(-1, u.shape[0], *([1] * len(batch)))
-    f = _responses(nodes * ones, theta, scale, gamma, w)
-    f = f * (weight.reshape(-1, *([1] * len(batch))) * lag[:, None]).sqrt()[..., None]
-    return transition, torch.einsum("uj...a,uj...b->u...ab", f, f)
+    u, weight = (t.to(dt) for t in graded_nodes(levels_for(float(rates * dt.detach().max()))))
+    root = weight.sqrt().reshape(-1, *([1] * len(batch)), 1)
+    # Few steps at a time: the responses at all nodes are the largest tensor here.
+    most = max(1, _MOST // (u.shape[0] * ones.numel() * (gamma.shape[0] + 1)))
+    covs = []
+    for part in dt.split(most):
+        nodes = (part[:, None] * u).reshape(-1, u.shape[0], *([1] * len(batch)))
+        f = _responses(nodes * ones, theta, scale, gamma, w) * root
+        covs.append(torch.einsum("uj...a,uj...b->u...ab", f, f))
+    return transition, torch.cat(covs) * lag[..., None, None]
 
 
 def euler_step(

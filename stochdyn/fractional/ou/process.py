@@ -1,24 +1,36 @@
-"""The fractional Ornstein-Uhlenbeck process as a linear-Gaussian law: moments, evidence, posterior."""
+"""The fractional Ornstein-Uhlenbeck process as a Gaussian law on paths."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal
 
 from stochdyn._checks import (
+    as_tensor,
     check_choice,
-    check_event_size,
     check_finite,
     check_hurst,
-    check_ndim,
     check_positive,
-    check_time_grid,
+    check_real,
+    check_type,
 )
 from stochdyn.core.gaussian.chain import GaussianChain
-from stochdyn.errors import InvalidInputError, TimeGridError
+from stochdyn.core.gaussian.law import GaussianPathMeasure
+from stochdyn.core.gaussian.layout import broadcast_batches
+from stochdyn.core.gaussian.observations import Observations
+from stochdyn.core.gaussian.transition import distinct_steps
+from stochdyn.errors import (
+    ApproximationWarning,
+    DiffusionMismatchError,
+    InvalidInputError,
+    TimeGridError,
+    UnavailableError,
+)
 from stochdyn.fractional.noise._augmented import (
     euler_step,
     exact_step,
@@ -26,52 +38,61 @@ from stochdyn.fractional.noise._augmented import (
     stationary_covariance,
 )
 from stochdyn.fractional.noise.markov import MarkovNoise
-from stochdyn.fractional.ou.posterior import FractionalOUPosterior, Problem, joint_covariance
+from stochdyn.fractional.noise.weights import geometric_speeds
 
-__all__ = ["FractionalOU", "FractionalOUPosterior"]
+__all__ = ["FractionalOU"]
 
-_DEFAULT_STATES = 24
+# Of the default noise: so many states, from this speed per span to this one per shortest step. The states step exactly, so fast
+# ones cost nothing, and rough noise needs them; long memory needs the slow ones.
+_STATES, _SLOWEST, _FASTEST = 40, 1e-14, 1e13
 Start = Tensor | float | Normal | Literal["stationary"] | None
 
 
-class FractionalOU:
+class FractionalOU(GaussianPathMeasure):
     r"""The fractional Ornstein-Uhlenbeck process, through Markov-approximate fractional Brownian motion.
 
     .. math:: dX=-\theta(X-\mu)\,dt+\sigma\,dB^H.
 
     With memory states the process is linear and Gaussian, so its moments, the evidence of noisy observations
     and the posterior path are exact for the approximating process: the only error is that of the noise, which
-    ``noise.relative_error`` measures. All results are differentiable in all parameters, computed in float64
-    and returned in the dtype of the data.
+    ``noise.relative_error`` measures. All results are differentiable in all parameters and in the times, computed in
+    float64 and returned in the precision of the times.
+
+    Observed series are ``y (*B, T)``, one value per time. A path has one component, ``x (*sample, *B, T, 1)``.
 
     Args:
-        rate: mean reversion :math:`\theta>0`, 1 / time.
-        mean: level :math:`\mu`.
+        rate: mean reversion :math:`\theta\ge0`, in 1/time; zero is fractional Brownian motion.
+        mean: level :math:`\mu`, in units of X.
         scale: :math:`\sigma>0`, in units of X per unit time to the power H.
-        hurst: Hurst index in (0, 1). Parameters are floats or tensors that broadcast to ``(*B)``.
-        noise: the :class:`MarkovNoise` to use; its Hurst index must be ``hurst``. By default type I with 24
-            states, built for the span of the times asked for.
-        start: X at ``start_time``: a number or tensor, a ``Normal`` law, ``"stationary"`` (jointly with the
-            memory states; type I only), or by default the mean.
+        hurst: Hurst index in (0, 1). Parameters are numbers or tensors that broadcast to ``(*B)``.
+        noise: the :class:`MarkovNoise` to use; its Hurst index must be ``hurst``. By default type I with 40
+            states, built for the span and the shortest step of the times asked for, rounded to powers of two.
+        initial: X at ``start_time``: a number or tensor, a ``Normal`` law, ``"stationary"`` (jointly with the
+            memory states; type I and a positive rate only), or by default the mean.
         start_time: when process and noise start; no time may lie before it. By default the first time asked
             for if the start is stationary, otherwise 0.
-        discretization: ``"exact"``, or ``"euler"`` for the law of the Euler scheme on the grid given (what
+        method: ``"exact"``, or ``"euler"`` for the law of the Euler scheme on the grid given (what
             :class:`~stochdyn.SDE` simulates there): the oracle for inference on such a grid.
 
     Raises:
         HurstRangeError: if ``hurst`` lies outside (0, 1).
-        InvalidInputError: for a rate or scale that isn't positive, or noise that doesn't fit.
+        InvalidInputError: for a negative rate, a scale that isn't positive, or noise that doesn't fit.
 
     Example:
         >>> ou = FractionalOU(rate=1.0, mean=0.0, scale=1.0, hurst=0.7)
-        >>> ts = torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0], dtype=torch.float64)
+        >>> times = torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0], dtype=torch.float64)
         >>> y = torch.tensor([0.3, -0.1, 0.4, 0.8, 0.5], dtype=torch.float64)
-        >>> round(float(ou.log_evidence(ts, y, obs_scale=0.1)), 2)
+        >>> round(float(ou.log_evidence(times, y, obs_scale=0.1)), 2)
         -2.35
 
     Reference:
         P. Cheridito, H. Kawaguchi and M. Maejima, Electron. J. Probab. 8, 2003; R. Daems et al., ICLR 2024.
     """
+
+    _rate: Tensor
+    _mean: Tensor
+    _scale: Tensor
+    _hurst: Tensor
 
     def __init__(
         self,
@@ -81,253 +102,251 @@ class FractionalOU:
         hurst: Tensor | float,
         noise: MarkovNoise | None = None,
         *,
-        start: Start = None,
+        initial: Start = None,
         start_time: float | None = None,
-        discretization: Literal["exact", "euler"] = "exact",
+        method: Literal["exact", "euler"] = "exact",
     ) -> None:
-        check_positive(rate, "rate")
-        check_positive(scale, "scale")
-        check_hurst(hurst)
-        check_choice(discretization, ("exact", "euler"), "discretization")
-        self.rate, self.mean, self.scale, self.hurst = (
-            torch.as_tensor(v, dtype=torch.float64) for v in (rate, mean, scale, hurst)
-        )
-        check_finite(self.mean.detach(), "mean")
-        self._given_hurst = hurst
+        super().__init__()
+        double = torch.zeros((), dtype=torch.float64)
+        given = {"rate": rate, "mean": mean, "scale": scale, "hurst": hurst}
+        values = {name: as_tensor(value, name, like=double) for name, value in given.items()}
+        if bool((values["rate"].detach() < 0).any()):
+            raise InvalidInputError("rate must not be negative", got=values["rate"].tolist())
+        check_positive(values["scale"].detach(), "scale")
+        check_hurst(values["hurst"])
+        check_choice(method, ("exact", "euler"), "method")
+        for name, value in values.items():
+            # Noise that is given has its own Hurst index, which may be learnt.
+            self._hold(name, value.detach() if name == "hurst" and noise is not None else value)
         if noise is not None:
-            if not isinstance(noise, MarkovNoise):
-                raise InvalidInputError(
-                    "noise must be a MarkovNoise",
-                    got=type(noise).__name__,
-                    hint="Brownian motion is MarkovNoise(0.5, speeds=[0.0])",
-                )
-            theirs = noise.hurst.detach().to(torch.float64)
-            if theirs.numel() != self.hurst.numel() or not torch.allclose(
-                theirs.flatten().cpu(), self.hurst.detach().flatten().cpu(), rtol=0.0, atol=1e-6
+            check_type(noise, MarkovNoise, "noise", "Brownian motion is MarkovNoise(0.5, speeds=[0.0])")
+            theirs, mine = noise.hurst.detach().to(torch.float64), values["hurst"].detach().to(torch.float64)
+            if theirs.numel() != mine.numel() or not torch.allclose(
+                theirs.flatten().cpu(), mine.flatten().cpu(), rtol=0.0, atol=1e-6
             ):
                 raise InvalidInputError(
                     "hurst and the Hurst index of noise must agree",
-                    got=f"{self.hurst.tolist()} and {noise.hurst.tolist()}",
+                    got=f"{values['hurst'].tolist()} and {noise.hurst.tolist()}",
                     hint="pass hurst=noise.hurst",
                 )
-        if start == "stationary" and noise is not None and noise.kind != "I":
-            raise InvalidInputError(
-                "a stationary start needs noise with stationary increments",
-                got=f"noise of type {noise.kind}",
-                hint="build it with kind='I'",
-            )
-        if isinstance(start, str):
-            check_choice(start, ("stationary",), "start")
-        self.noise = noise
-        self.start = start
-        self.start_time = start_time
-        self.discretization = discretization
-        self.batch_shape = torch.broadcast_shapes(
-            self.rate.shape, self.mean.shape, self.scale.shape, self.hurst.shape
-        )
+        self.noise, self.method = noise, method
+        self.stationary = isinstance(initial, str)
+        self._take_initial(initial)
+        if start_time is not None:
+            check_real(start_time, "start_time")
+        self.start_time = None if start_time is None else float(start_time)
+        self.dim = 1
+        shapes = {name: tuple(value.shape) for name, value in values.items()}
+        for name in ("initial_mean", "initial_scale"):
+            value = getattr(self, f"_{name}")
+            shapes[name] = () if value is None else tuple(value.shape)
+        self.batch_shape = broadcast_batches(shapes)
 
-    # ------------------------------------------------------------------------------------------ prior
-
-    def moments(self, ts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of X at the times ``ts (T,)``, each ``(*B, T)``."""
-        chain, skip = self._chain(ts)
-        mean, cov = chain.moments()
-        mean = mean[skip:, ..., 0].movedim(0, -1) + self._mean_on(ts.device)
-        variance = cov[skip:, ..., 0, 0].movedim(0, -1).expand(mean.shape)
-        return mean.to(ts.dtype), variance.to(ts.dtype)
-
-    def covariance(self, ts: Tensor) -> Tensor:
-        """Return the covariance of X at the times ``ts (T,)``, ``(*B, T, T)``."""
-        chain, skip = self._chain(ts)
-        return joint_covariance(chain)[..., skip:, skip:].to(ts.dtype)
-
-    def sample(self, ts: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``n`` paths at the times ``ts (T,)``: ``(n, *B, T)``, reparametrised."""
-        chain, skip = self._chain(ts)
-        path = chain.sample(n, generator)[:, skip:, ..., 0].movedim(1, -1) + self._mean_on(ts.device)
-        return path.to(ts.dtype)
-
-    # -------------------------------------------------------------------------------------- posterior
-
-    def log_evidence(
-        self, ts: Tensor, y: Tensor, obs_scale: Tensor | float, mask: Tensor | None = None
-    ) -> Tensor:
-        r"""Return the log density of observations :math:`y_i\sim N(X(t_i),s^2)`.
-
-        Args:
-            ts: ``(T,)`` increasing observation times.
-            y: ``(*B, T)``; must be finite where observed.
-            obs_scale: s, not negative; a number, or a tensor that broadcasts with ``y``.
-            mask: ``(T,)`` or like ``y``, True where observed.
-
-        Returns:
-            ``(*B)``.
-
-        Raises:
-            NonFiniteError, ShapeError, TimeGridError: for data that don't fit.
-        """
-        p = self._problem(ts, y, obs_scale, mask, None)[0]
-        value = p.chain.log_evidence(p.y, p.emission, p.obs_variance[..., None, None], p.mask)
-        return value.to(y.dtype)
-
-    def posterior(
-        self,
-        ts: Tensor,
-        y: Tensor,
-        obs_scale: Tensor | float,
-        at: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FractionalOUPosterior:
-        """Return the law of X given observations, at the times ``at``; arguments as in :meth:`log_evidence`.
-
-        Args:
-            ts: ``(T,)``.
-            y: ``(*B, T)``.
-            obs_scale: observation noise.
-            at: ``(T',)`` increasing times, between, before or after the observations; by default ``ts``.
-            mask: True where observed.
-        """
-        p, index, times = self._problem(ts, y, obs_scale, mask, at)
-        smooth = p.chain.smooth(p.y, p.emission, p.obs_variance[..., None, None], p.mask)
-        mean = smooth.mean[..., 0].movedim(0, -1)[..., index] + self._mean_on(ts.device)
-        variance = smooth.cov[..., 0, 0].movedim(0, -1)[..., index].expand(mean.shape)
-        return FractionalOUPosterior(
-            times, mean.to(y.dtype), variance.to(y.dtype), smooth.log_evidence.to(y.dtype), p, index
-        )
-
-    # --------------------------------------------------------------------------------------- machinery
-
-    def _grid(self, ts: Tensor) -> tuple[Tensor, int]:
-        """The grid in float64, with the start in front where it isn't yet, and how many points that adds."""
-        check_time_grid(ts, min_points=1)
-        t = ts.detach().to(torch.float64)
-        stationary = isinstance(self.start, str)
-        if self.start_time is None and stationary:
-            return t, 0
-        start = 0.0 if self.start_time is None else float(self.start_time)
-        if t[0] < start:
-            raise TimeGridError(
-                "times must not lie before the start of the process",
-                got=f"{t[0].item():g}",
-                expected=f"at least start_time={start:g}",
-                hint="set start_time, or start='stationary'",
-            )
-        if t[0] == start:
-            return t, 0
-        return torch.cat([t.new_full((1,), start), t]), 1
-
-    def _mean_on(self, device: torch.device) -> Tensor:
-        return self.mean.to(device)[..., None]
-
-    def _noise(self, t: Tensor) -> MarkovNoise:
-        if self.noise is not None:
-            return self.noise
-        span = float(t[-1] - t[0])
-        gaps = t[1:] - t[:-1]
-        step = min(float(gaps.min()), span / 1000)
-        return MarkovNoise(self._given_hurst, _DEFAULT_STATES, span, step, kind="I")
-
-    def _chain(self, ts: Tensor) -> tuple[GaussianChain, int]:
-        t, skip = self._grid(ts)
-        if t.shape[0] < 2:
-            t = torch.cat([t, t + 1.0])  # a law at one time needs a noise, and no step
-            chain = self._chain_on(t)
-            none = slice(0, 0)
-            return GaussianChain(
-                chain.initial_mean,
-                chain.initial_cov,
-                chain.transition[none],
-                chain.offset[none],
-                chain.noise_cov[none],
-            ), skip
-        return self._chain_on(t), skip
-
-    def _chain_on(self, t: Tensor) -> GaussianChain:
-        noise = self._noise(t)
-        steps = noise.steps(t, dtype=torch.float64)  # checks the grid against the horizon
-        gamma, w = noise.speeds.to(t.device), noise.weights.to(t.device)
-        batch = torch.broadcast_shapes(self.rate.shape, self.scale.shape, w.shape[:-1])
-        theta, scale = self.rate.to(t.device).expand(batch), self.scale.to(t.device).expand(batch)
-        w = w.expand(*batch, w.shape[-1])
-        dt, inverse = torch.unique(t[1:] - t[:-1], return_inverse=True)
-        if self.discretization == "exact":
-            transition, noise_cov = exact_step(dt, theta, scale, gamma, w)
+    def _hold(self, name: str, value: Tensor | None) -> None:
+        if isinstance(value, nn.Parameter):
+            self.register_parameter(f"_{name}", value)
         else:
-            first = torch.stack([(inverse == i).nonzero()[0, 0] for i in range(dt.shape[0])])
-            gain, recall = (
-                c[first].expand(dt.shape[0], *batch, c.shape[-1]) for c in (steps.gain, steps.recall)
+            copy = value if value is None or value.requires_grad else value.detach().clone()
+            self.register_buffer(f"_{name}", copy)
+
+    def _take_initial(self, initial: Start) -> None:
+        """Check the start and keep its mean and standard deviation, None for the level and for a fixed one."""
+        mean: Tensor | None = None
+        spread: Tensor | None = None
+        if isinstance(initial, str):
+            check_choice(initial, ("stationary",), "initial")
+            if self.noise is not None and self.noise.kind != "I":
+                raise InvalidInputError(
+                    "a stationary start needs noise with stationary increments",
+                    got=f"noise of type {self.noise.kind}",
+                    hint="build it with kind='I'",
+                )
+            check_positive(self._rate.detach(), "rate")
+        elif isinstance(initial, Normal):
+            mean, spread = initial.loc, initial.scale
+        elif initial is not None:
+            mean = as_tensor(initial, "initial", like=torch.zeros((), dtype=torch.float64))
+        if mean is not None:
+            check_finite(mean.detach(), "initial")
+        self._hold("initial_mean", mean)
+        self._hold("initial_scale", spread)
+
+    @property
+    def rate(self) -> Tensor:
+        """The mean reversion, ``(*B)``."""
+        return self._rate
+
+    @property
+    def level(self) -> Tensor:
+        """The mean to which the process reverts, ``(*B)``."""
+        return self._mean
+
+    @property
+    def scale(self) -> Tensor:
+        """The strength of the noise, ``(*B)``."""
+        return self._scale
+
+    @property
+    def hurst(self) -> Tensor:
+        """The Hurst index, ``(*B)``."""
+        return self._hurst if self.noise is None else self.noise.hurst
+
+    @property
+    def like(self) -> Tensor:
+        """See :meth:`GaussianPathMeasure.like`."""
+        return self._rate
+
+    def dtype_at(self, ts: Tensor) -> torch.dtype:
+        """Return the precision of the times."""
+        return ts.dtype
+
+    def read(self) -> tuple[Tensor | None, Tensor | None]:
+        """The path is the first state of the chain, beside the level."""
+        states = self.noise.num_states if self.noise is not None else _STATES
+        emission = torch.zeros(1, states + 1, dtype=torch.float64, device=self.like.device)
+        emission[0, 0] = 1.0
+        return emission, self._mean.to(torch.float64)[..., None]
+
+    # ------------------------------------------------------------------------------------ the chain
+
+    def chain(self, ts: Tensor) -> GaussianChain:
+        """Return the chain of X less its level and of the memory states, scaled to variance one, at times ``ts (T,)``."""
+        t = ts.to(torch.float64)
+        origin = self._start(t)
+        noise = self._noise(t, origin)
+        if float(t[-1].detach()) - float(origin) > noise.horizon * (1 + 1e-9):
+            raise TimeGridError(
+                "ts is longer than the horizon of the noise",
+                got=f"{float(t[-1].detach()) - float(origin):g}",
+                expected=f"at most {noise.horizon:g}",
+                hint="build the noise with a larger horizon",
             )
-            transition, noise_cov = euler_step(dt, theta, scale, gamma, gain, recall, steps.load[first])
-        transition, noise_cov = transition[inverse], noise_cov[inverse]
-        mean, cov = self._initial(theta, scale, gamma, w, noise.kind)
+        mean, cov = self._initial(noise)
+        if bool(t[0] > origin) or ts.requires_grad:
+            # Up to the first time asked for.
+            (first,), (spread,) = self._steps(noise, origin[None], t[:1])
+            mean = (first @ mean.unsqueeze(-1)).squeeze(-1)
+            cov = first @ cov @ first.mT + spread
+        transition, noise_cov = self._steps(noise, t[:-1], t[1:])
         return GaussianChain(mean, cov, transition, torch.zeros_like(transition[..., 0]), noise_cov)
 
-    def _initial(
-        self, theta: Tensor, scale: Tensor, gamma: Tensor, w: Tensor, kind: str
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of (X - mean, scaled states) at the start."""
+    def _start(self, t: Tensor) -> Tensor:
+        """Return when the process starts, in float64."""
+        if self.start_time is None and self.stationary:
+            return t[0].detach()
+        origin = t.new_full((), self.start_time or 0.0)
+        if bool(t[0] < origin):
+            raise TimeGridError(
+                "times must not lie before the start of the process",
+                got=f"{float(t[0].detach()):g}",
+                expected=f"at least start_time={float(origin):g}",
+                hint="set start_time, or initial='stationary'",
+            )
+        return origin
+
+    def _noise(self, t: Tensor, origin: Tensor) -> MarkovNoise:
+        if self.noise is not None:
+            return self.noise
+        gaps = torch.cat((t.detach()[:1] - origin, t.detach().diff()))
+        gaps = gaps[gaps > 0]
+        step, span = (1.0, 1.0) if not gaps.numel() else (float(gaps.min()), float(t[-1].detach() - origin))
+        # Rounded to powers of two, so that a few more times change nothing.
+        horizon, least = 2.0 ** math.ceil(math.log2(span) - 1e-9), 2.0 ** math.floor(math.log2(step) + 1e-9)
+        speeds = geometric_speeds(_STATES, _SLOWEST / horizon, _FASTEST / least)
+        with warnings.catch_warnings():
+            # That many speeds are nearly dependent over the whole span; the shortest steps tell them apart.
+            warnings.filterwarnings("ignore", "the speeds are nearly dependent", ApproximationWarning)
+            return MarkovNoise(self._hurst, speeds=speeds, horizon=horizon, kind="I")
+
+    def _parameters_of(self, noise: MarkovNoise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return rate and scale ``(*b)``, speeds ``(K,)`` and weights ``(*b, K)``."""
+        device = self.like.device
+        gamma, w = noise.speeds.to(device), noise.weights.to(device)
+        theta, scale = self._rate.to(torch.float64), self._scale.to(torch.float64)
+        batch = torch.broadcast_shapes(theta.shape, scale.shape, w.shape[:-1])
+        return theta.expand(batch), scale.expand(batch), gamma, w.expand(*batch, w.shape[-1])
+
+    def _steps(self, noise: MarkovNoise, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        """Return transition matrices and noise covariances of the steps, ``(N, *b, K+1, K+1)``."""
+        theta, scale, gamma, w = self._parameters_of(noise)
+        dt, where = distinct_steps(start, stop)
+        if not dt.numel():
+            none = w.new_zeros(0, *w.shape[:-1], w.shape[-1] + 1, w.shape[-1] + 1)
+            return none, none
+        if self.method == "exact":
+            transition, noise_cov = exact_step(dt, theta, scale, gamma, w)
+        else:
+            grid = torch.cat((dt.new_zeros(1), dt.detach().cumsum(0)))
+            steps = noise.steps(
+                grid * (noise.horizon / max(float(grid[-1]), noise.horizon)), dtype=torch.float64
+            )
+            gain, recall = (
+                c.expand(dt.shape[0], *w.shape[:-1], c.shape[-1]) for c in (steps.gain, steps.recall)
+            )
+            transition, noise_cov = euler_step(dt, theta, scale, gamma, gain, recall, steps.load)
+        return (transition, noise_cov) if where is None else (transition[where], noise_cov[where])
+
+    def _initial(self, noise: MarkovNoise) -> tuple[Tensor, Tensor]:
+        """Return mean and covariance of (X - level, scaled states) at the start."""
+        theta, scale, gamma, w = self._parameters_of(noise)
         k = gamma.shape[0]
-        cov = gamma.new_zeros(k + 1, k + 1)
-        if kind == "I":
-            cov[1:, 1:] = prior_state_covariance(gamma)
-        # the means carry all batch axes, so that series that share a covariance are still drawn independently
+        # The means carry all batch axes, so that series that share a covariance are still drawn independently.
         mean = gamma.new_zeros(*self.batch_shape, k + 1)
-        start = self.start
-        if isinstance(start, str):
+        if self.stationary:
             return mean, stationary_covariance(theta, scale, gamma, w)
-        if start is None:
-            return mean, cov
+        cov = gamma.new_zeros(k + 1, k + 1)
+        if noise.kind == "I":
+            cov[1:, 1:] = prior_state_covariance(gamma)
         corner = gamma.new_zeros(k + 1)
         corner[0] = 1.0
-        if isinstance(start, Normal):
-            spread = start.scale.to(mean) ** 2
-            cov = cov + spread[..., None, None] * torch.outer(corner, corner)
-            start = start.loc
-        offset = torch.as_tensor(start, dtype=mean.dtype, device=mean.device) - self.mean.to(mean.device)
-        return mean + offset[..., None] * corner, cov
+        if self._initial_scale is not None:
+            cov = cov + self._initial_scale.to(mean).square()[..., None, None] * torch.outer(corner, corner)
+        if self._initial_mean is not None:
+            gap = self._initial_mean.to(mean) - self._mean.to(torch.float64)
+            mean = mean + gap[..., None] * corner
+        return mean, cov
 
-    def _problem(
-        self,
-        ts: Tensor,
-        y: Tensor,
-        obs_scale: Tensor | float,
-        mask: Tensor | None,
-        at: Tensor | None,
-    ) -> tuple[Problem, Tensor, Tensor]:
-        check_time_grid(ts, min_points=1)
-        if y.ndim == 0:
-            check_ndim(y, 1, "y", "(*B, T)")
-        check_event_size(y, ts.shape[0], "y")
-        if mask is not None and mask.dtype != torch.bool:
-            raise InvalidInputError("mask must be boolean", got=mask.dtype)
-        keep = torch.ones_like(ts, dtype=torch.bool) if mask is None else mask
-        check_event_size(keep, ts.shape[0], "mask")
-        y64 = torch.where(keep, y.to(torch.float64), torch.zeros((), dtype=torch.float64, device=y.device))
-        check_finite(y64.detach(), "y")
-        variance = torch.as_tensor(obs_scale, dtype=torch.float64, device=y.device) ** 2
-        check_finite(variance.detach(), "obs_scale")
-        if bool((torch.as_tensor(obs_scale) < 0).any()):
-            raise InvalidInputError("obs_scale must not be negative", got=obs_scale)
-        if at is None:
-            union, times = ts, ts
+    # ------------------------------------------------------------------------- what the law consumes
+
+    def certain(self, chain: GaussianChain, ts: Tensor) -> Tensor:
+        """Return ``(T, *b)``, True where X is known: at a fixed start."""
+        fixed = chain.initial_cov[..., 0, 0] == 0
+        out = torch.zeros(ts.shape[0], *fixed.shape, dtype=torch.bool, device=fixed.device)
+        out[0] = fixed
+        return out
+
+    def observations(
+        self, times: object, y: object, obs_scale: object, emission: object, mask: object
+    ) -> Observations:
+        """Take series ``y (*B, T)`` where no emission says otherwise, in any precision."""
+        like = torch.zeros((), dtype=torch.float64, device=self.like.device)
+        y = as_tensor(y, "y", like=like, finite=False).to(torch.float64)
+        scale = as_tensor(obs_scale, "obs_scale", like=like).to(torch.float64)
+        if emission is None:
+            y = y.unsqueeze(-1)
+            scale = scale.unsqueeze(-1) if scale.ndim else scale
         else:
-            check_time_grid(at, "at", min_points=1)
-            union, times = torch.unique(torch.cat([ts, at.to(ts)])), at.to(ts)
-        chain, skip = self._chain(union)
-        size = union.shape[0] + skip
-        seen = torch.searchsorted(union, ts) + skip
-        residual = (y64 - self.mean.to(y.device)[..., None]).movedim(-1, 0)
-        filled = residual.new_zeros(size, *residual.shape[1:]).index_copy(0, seen, residual)
-        keep_lead = keep.movedim(-1, 0)
-        observed = torch.zeros(size, *keep_lead.shape[1:], dtype=torch.bool, device=y.device)
-        observed = observed.index_copy(0, seen, keep_lead)
-        if variance.ndim > 0 and variance.shape[-1] > 1:
-            lead = variance.movedim(-1, 0)
-            spread = lead.new_ones(size, *lead.shape[1:]).index_copy(0, seen, lead)
-        else:
-            spread = variance.reshape(variance.shape[:-1])[None] if variance.ndim else variance[None]
-            spread = spread.expand(size, *spread.shape[1:])
-        emission = torch.zeros(1, chain.state_dim, dtype=torch.float64, device=y.device)
-        emission[0, 0] = 1.0
-        problem = Problem(chain, self.mean.to(y.device), filled[..., None], observed, spread, emission)
-        return problem, torch.searchsorted(union, times) + skip, times
+            emission = as_tensor(emission, "emission", like=like).to(torch.float64)
+        return super().observations(times, y, scale, emission, mask)
+
+    def _state_like(self, times: object) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.like.device)
+
+    def check_comparable(self, other: GaussianPathMeasure, ts: Tensor) -> None:
+        """See :meth:`GaussianPathMeasure.check_comparable`: the noises must agree."""
+        super().check_comparable(other, ts)
+        if not isinstance(other, FractionalOU):
+            raise UnavailableError("the density of a fractional process is known against another one alone")
+        for name in ("scale", "hurst"):
+            mine, theirs = (law.get_buffer_or_parameter(name).to(torch.float64) for law in (self, other))
+            if bool(((mine - theirs).abs() > 1e-12 * mine.abs()).any()):
+                raise DiffusionMismatchError(
+                    f"the laws differ in their {name}, so they are mutually singular",
+                    got=f"{mine.tolist()} and {theirs.tolist()}",
+                )
+
+    def get_buffer_or_parameter(self, name: str) -> Tensor:
+        """Return the parameter of the process called ``name``."""
+        value = getattr(self, f"_{name}")
+        assert isinstance(value, Tensor)
+        return value
