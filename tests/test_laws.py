@@ -50,7 +50,34 @@ def diffusion() -> sd.DiffusionMeasure:
     return sd.DiffusionMeasure(start, sd.SDE(decay, 0.5), start_time=0.0)
 
 
+def ornstein_uhlenbeck(rate: float = 1.3, mean: float = 0.3) -> sd.LinearGaussianMeasure:
+    return sd.LinearGaussianMeasure.ornstein_uhlenbeck(rate * ONE, mean, 0.8)
+
+
+def fractional(hurst: float, rate: float = 1.3) -> sd.fractional.FractionalOU:
+    return sd.fractional.FractionalOU(rate, 0.3, 0.8, hurst, initial=1.0)
+
+
 CASES: dict[str, Case] = {
+    "LinearGaussianMeasure": Case(
+        ornstein_uhlenbeck, other=lambda: ornstein_uhlenbeck(0.9, 0.2), outside=-0.1, bias=0.0
+    ),
+    "PinnedProcess": Case(
+        lambda: sd.core.PinnedProcess(ZERO, ONE, 1.3, 0.4, 0.7),
+        other=lambda: sd.core.PinnedProcess(ZERO, ONE, 0.2, 0.1, 0.7),
+        outside=1.5,
+        bias=0.0,
+    ),
+    "ConditionedMeasure": Case(
+        lambda: ornstein_uhlenbeck().conditioned([0.42, 1.4], ONE.expand(2, 2), 0.4),
+        other=ornstein_uhlenbeck,
+        outside=-0.1,
+        bias=0.0,
+    ),
+    "FractionalOU": Case(
+        lambda: fractional(0.7), other=lambda: fractional(0.7, 0.9), outside=-0.1, bias=0.01
+    ),
+    "rough FractionalOU": Case(lambda: fractional(0.2), outside=-0.1),
     "DiffusionMeasure": Case(
         diffusion, other=lambda: diffusion().controlled(lambda t, x: 0.5 - x), outside=-0.1
     ),

@@ -43,11 +43,17 @@ class ConditionedMeasure(GaussianPathMeasure):
         self._emission: Tensor
         self._obs_cov: Tensor
         self._mask: Tensor | None
-        self.register_buffer("times", seen.times)
-        self.register_buffer("_y", seen.y)
-        self.register_buffer("_emission", seen.emission)
-        self.register_buffer("_obs_cov", seen.obs_cov)
-        self.register_buffer("_mask", seen.mask)
+        parts = {
+            "times": seen.times,
+            "_y": seen.y,
+            "_emission": seen.emission,
+            "_obs_cov": seen.obs_cov,
+            "_mask": seen.mask,
+        }
+        for name, value in parts.items():
+            self.register_buffer(
+                name, value if value is None or value.requires_grad else value.detach().clone()
+            )
         self.dim = prior.dim
         self.batch_shape = torch.broadcast_shapes(
             prior.batch_shape, seen.y.shape[1:-1], seen.emission.shape[1:-2], seen.obs_cov.shape[1:-2]
