@@ -34,4 +34,6 @@ from .objectives.base import Objective as Objective
 from .objectives.base import ObjectiveValue as ObjectiveValue
 from .objectives.elbo import GaussianObservations as GaussianObservations
 from .objectives.elbo import PathELBO as PathELBO
+from .run.storage import load as load
+from .run.storage import save as save
 from .run.trainer import fit as fit

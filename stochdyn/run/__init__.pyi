@@ -10,6 +10,9 @@ from .progress import progress_bar as progress_bar
 from .randomness import OwnRandomness as OwnRandomness
 from .result import FitResult as FitResult
 from .state import FitState as FitState
+from .storage import load as load
+from .storage import save as save
+from .storage import storable as storable
 from .trainer import fit as fit
 from .weights import load_weights as load_weights
 from .weights import save_weights as save_weights

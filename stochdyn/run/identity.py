@@ -10,8 +10,8 @@ it was when the checkpoint was written:
   beginning and the save (running means, counters), since it is part of the run's state;
 * functions, by their bytecode, constants, default values, closures and the global variables that they read; classes of
   the user, by their methods. Functions and classes of installed libraries count by name;
-* any other object, by its class and what it holds. A class that keeps derived values (a cache) says what counts by a
-  method ``_identity_``, which returns it; cached properties are left out anyway.
+* any other object, by its class and what it holds. A class that keeps derived values (a cache) lists the names of those
+  attributes in ``_derived_``, and they don't count; cached properties don't anyway.
 
 Bytecode differs between versions of Python, so a checkpoint of a run with the user's own functions stays with the version
 that wrote it.
@@ -165,9 +165,9 @@ def _describe(name: str, thing: object, found: dict[str, str]) -> None:
         found[name] = f"{type(thing).__name__} of {len(thing)}"
         for i, value in enumerate(thing):
             _describe(f"{name}.{i}", value, found)
-    elif dataclasses.is_dataclass(thing) and not isinstance(thing, type) and not hasattr(thing, "_identity_"):
+    elif dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         found[name] = type(thing).__qualname__
-        for spec in dataclasses.fields(thing):
+        for spec in _fields(thing):
             _describe(f"{name}.{spec.name}", getattr(thing, spec.name, None), found)
     else:
         found[name] = _text(thing)
@@ -217,6 +217,10 @@ def _class_text(kind: type) -> str:
     return f"{kind.__qualname__} {digest(kind)[:12]}" if own else kind.__qualname__
 
 
+def _fields(thing: Any) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(thing) if f.name not in getattr(type(thing), "_derived_", ())]
+
+
 def held_by(thing: object) -> dict[str, Any]:
     """Return what an object holds by name: attributes and slots, without what torch keeps and what is derived."""
     names: dict[str, Any] = {}
@@ -226,7 +230,7 @@ def held_by(thing: object) -> dict[str, Any]:
             if hasattr(thing, name):
                 names[name] = getattr(thing, name)
     names.update(getattr(thing, "__dict__", {}))
-    skipped: frozenset[str] = frozenset({"__weakref__", "__dict__"})
+    skipped = {"__weakref__", "__dict__", *getattr(type(thing), "_derived_", ())}
     # Other libraries keep caches and marks of use under private names; what this one keeps there counts.
     where = type(thing).__module__
     foreign = _is_library(where) and not where.startswith(_OWN) and not isinstance(thing, LRScheduler)
@@ -337,12 +341,8 @@ class _Hasher:
         self._put("object", self._done[id(thing)])
 
     def _feed_content(self, thing: Any) -> None:
-        own = None if isinstance(thing, type) else getattr(type(thing), "_identity_", None)
         if isinstance(thing, type):
             self._feed_class(thing)
-        elif own is not None:
-            self._put("own", type(thing).__qualname__)
-            self.feed(own(thing))
         elif isinstance(thing, Tensor):
             self._feed_tensor(thing)
         elif isinstance(thing, np.ndarray):
@@ -386,11 +386,14 @@ class _Hasher:
             self._feed_parts((thing.fget, thing.fset))
         elif isinstance(thing, functools.cached_property):
             self.feed(thing.func)
+        elif type(thing).__module__.startswith("pyro.poutine"):
+            # Traces of a model that a guide keeps: random draws, which say nothing about the model.
+            return
         elif hasattr(thing, "__array__") and hasattr(thing, "shape"):
             self.feed(np.asarray(thing))
             self._feed_parts([str(getattr(thing, name, "")) for name in ("columns", "index", "dims")])
         elif dataclasses.is_dataclass(thing):
-            for spec in dataclasses.fields(thing):
+            for spec in _fields(thing):
                 self._put("field", spec.name)
                 self.feed(getattr(thing, spec.name, None))
         elif not isinstance(thing, torch.Generator) and not callable(getattr(thing, "__next__", None)):

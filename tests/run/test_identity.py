@@ -39,12 +39,12 @@ class Law:
         return 3
 
 
-class Cached:
-    def __init__(self, value: int) -> None:
-        self.value, self._memo = value, {}
+class Cached(nn.Module):
+    _derived_ = ("_memo",)
 
-    def _identity_(self) -> int:
-        return self.value
+    def __init__(self, value: int) -> None:
+        super().__init__()
+        self.value, self._memo = value, {}
 
 
 class Slotted:
@@ -154,10 +154,12 @@ def test_what_does_not_change_it_does_not(kind: str) -> None:
 
 def test_derived_values_do_not_count() -> None:
     law, cached = Law(1.0), Cached(1)
-    before = digest(law), digest(cached)
+    before, described = (digest(law), digest(cached)), describe({"x": cached})
     assert law.derived == 3
     cached._memo["x"] = torch.ones(1)
     assert (digest(law), digest(cached)) == before
+    assert describe({"x": cached}) == described
+    assert digest(Cached(2)) != digest(cached)
 
 
 def test_global_variables_that_a_function_reads_count(monkeypatch: pytest.MonkeyPatch) -> None:

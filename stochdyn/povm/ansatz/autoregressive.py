@@ -47,6 +47,7 @@ class AutoregressiveAnsatz(Ansatz):
     """
 
     reference: Tensor
+    _derived_ = ("_read_references",)
 
     def __init__(
         self,

@@ -74,6 +74,8 @@ class PointCloud:
         "Vector diffusion maps and the connection Laplacian", 2012.
     """
 
+    _derived_ = ("_spectra",)
+
     def __init__(
         self,
         points: Any,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -63,6 +64,15 @@ class NeighborSearch:
             self._index = NNDescent(
                 points, n_neighbors=max(30, min(60, len(points) - 1)), random_state=0, n_jobs=1
             )
+
+    def to_storage(self) -> dict[str, object]:
+        """Return what the search is made of: the trees themselves are made again."""
+        return {"points": self.points, "method": "approximate" if self._tree is None else "exact"}
+
+    @classmethod
+    def from_storage(cls, state: Mapping[str, Any]) -> NeighborSearch:
+        """Return the search that :meth:`to_storage` described."""
+        return cls(state["points"], state["method"])
 
     def query(self, points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return distances and nodes ``(q, count)`` of the nearest nodes, nearest first."""
