@@ -22,3 +22,5 @@ from .singularities import Singularities as Singularities
 from .singularities import field_index as field_index
 from .singularities import find_singularities as find_singularities
 from .singularities import triangulate as triangulate
+from .geometry.triangulation import Triangulation as Triangulation
+from .geometry.triangulation import inspect_triangles as inspect_triangles

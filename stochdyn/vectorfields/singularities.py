@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.spatial import ConvexHull, Delaunay
 from torch import Tensor
 
 from stochdyn._checks import check_ndim, check_positive, check_positive_int
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.connection import connect
-from stochdyn.vectorfields.geometry.sphere import sphere_of
+from stochdyn.vectorfields.geometry.triangulation import triangles_of
 from stochdyn.vectorfields.regression._input import as_index, as_vectors
 from stochdyn.vectorfields.regression.rvgp import RVGP
 
@@ -33,40 +32,23 @@ def _require_surface(cloud: PointCloud) -> None:
 def triangulate(cloud: PointCloud) -> np.ndarray:
     """Return triangles ``(F, 3)`` of nodes that cover the surface, counter-clockwise in the nodes' frames.
 
-    The faces of a mesh, the convex hull on a sphere, and elsewhere the triangles that at least two of their corners find in
-    the Delaunay triangulation of their neighbours in the tangent plane. On uneven samples the last may leave gaps.
+    The faces of a mesh; for a cloud see :func:`~stochdyn.vectorfields.geometry.triangulation.triangles_of`. An open
+    surface, such as a cap of a sphere, stays open. :func:`inspect_triangles` tells the Euler characteristic of the result.
 
     Args:
         cloud: points on an orientable surface.
 
-    Reference:
-        Boissonnat and Ghosh, "Manifold reconstruction using tangential Delaunay complexes", 2014.
+    Warns:
+        ApproximationWarning: if the triangles of a cloud have gaps, overlap, or leave nodes out.
     """
     _require_surface(cloud)
-    if cloud.faces is not None:
-        faces = cloud.faces.cpu().numpy()
-    elif sphere_of(cloud.points) is not None:
-        faces = ConvexHull(cloud.array).simplices
-    else:
-        faces = _tangential(cloud)
+    faces = triangles_of(cloud) if cloud.faces is None else cloud.faces.cpu().numpy()
     origin, frames = cloud.array[faces[:, :1]], cloud.node_frames[faces[:, 0]]
     flat = (cloud.array[faces[:, 1:]] - origin) @ frames
     backwards = flat[:, 0, 0] * flat[:, 1, 1] - flat[:, 0, 1] * flat[:, 1, 0] < 0
     faces = faces.astype(np.int64)
     faces[backwards] = faces[backwards][:, ::-1]
     return faces
-
-
-def _tangential(cloud: PointCloud) -> np.ndarray:
-    nodes = cloud.search.query(cloud.array, min(cloud.frame_neighbors + 1, len(cloud)))[1]
-    flat = (cloud.array[nodes] - cloud.array[:, None]) @ cloud.node_frames
-    found = []
-    for i in range(len(cloud)):
-        star = Delaunay(flat[i]).simplices
-        here = int(np.flatnonzero(nodes[i] == i)[0])
-        found.append(nodes[i][star[(star == here).any(1)]])
-    triangles, votes = np.unique(np.sort(np.concatenate(found), axis=1), axis=0, return_counts=True)
-    return triangles[votes >= 2]
 
 
 def _turns(cloud: PointCloud, components: Tensor, loops: np.ndarray) -> Tensor:

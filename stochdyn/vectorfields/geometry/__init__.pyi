@@ -31,3 +31,6 @@ from .sphere import vector_harmonics as vector_harmonics
 from .surface import Surface as Surface
 from .surface import TangentDiffusion as TangentDiffusion
 from .surface import TangentDrift as TangentDrift
+from .triangulation import Triangulation as Triangulation
+from .triangulation import inspect_triangles as inspect_triangles
+from .triangulation import triangles_of as triangles_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -217,6 +218,11 @@ class PointCloud:
         """Median distance between neighbours, in the unit of the points."""
         return float(np.median(self._graph.lengths))
 
+    @functools.cached_property
+    def two_rings(self) -> list[np.ndarray]:
+        """For every node the nodes within two edges, itself first."""
+        return self._graph.rings(2)
+
     def pencil(self, kind: str = "connection", *, real: bool = False) -> laplacian.Pencil:
         """Return the sparse Laplacian and its masses.
 
@@ -284,25 +290,16 @@ class PointCloud:
 
     def _node_sites(self, index: Tensor) -> Sites:
         index = index.to(self.device)
-        one = torch.ones(len(index), dtype=torch.float64, device=self.device)
-        return Sites(
-            self._tensor(self.array)[index],
-            self._tensor(self.node_frames)[index],
-            index[:, None],
-            one[:, None],
-            None,
-            one,
-            torch.zeros_like(one),
-        )
+        one = torch.ones(len(index), 1, dtype=torch.float64, device=self.device)
+        points, frames = self._tensor(self.array)[index], self._tensor(self.node_frames)[index]
+        return Sites(points, frames, index[:, None], one, None)
 
     def _point_sites(self, points: Tensor) -> Sites:
         array = points.detach().cpu().double().numpy()
         ties = extension.tie(self, array)
         nodes = torch.as_tensor(ties.nodes, device=self.device)
-        frames, weights, maps, degree, mass = (
-            self._tensor(part) for part in (ties.frames, ties.weights, ties.maps, ties.degree, ties.mass)
-        )
-        return Sites(self._tensor(array), frames, nodes, weights, maps, degree, mass)
+        frames, weights, maps = (self._tensor(part) for part in (ties.frames, ties.weights, ties.maps))
+        return Sites(self._tensor(array), frames, nodes, weights, maps)
 
     def transport(self, vectors: Any, path: Sequence[int]) -> Tensor:
         """Carry an ambient vector ``(D,)`` at ``path[0]`` along neighbouring nodes to ``path[-1]``."""

@@ -1,4 +1,4 @@
-"""How new points are tied to the nodes of a cloud: neighbours, weights, frames and connections."""
+"""The reader of fields off the nodes: how a new point is tied to the nodes around it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Ties", "tie"]
 
-#: Farther than this many local radii from any node, a place isn't on the manifold that the cloud shows.
-_FAR = 3.0
+#: Farther than this many local radii from any node, the cloud says nothing of the manifold.
+_FAR = 1.0
+#: Correlation length of the reader, in local radii, and what keeps its small systems solvable.
+_REACH, _NUGGET = 1.0, 1e-9
+#: Points whose small systems are solved at once.
+_BLOCK = 20_000
 
 
 @dataclass(frozen=True)
@@ -29,44 +33,78 @@ class Ties:
     frames: np.ndarray
     weights: np.ndarray
     maps: np.ndarray
-    degree: np.ndarray
-    mass: np.ndarray
 
 
 def tie(cloud: PointCloud, points: np.ndarray) -> Ties:
-    """Tie points ``(q, D)`` to a cloud by the rules that tie its nodes to one another.
+    r"""Tie points ``(q, D)`` to a cloud: neighbours, frames, connections, and the weights by which fields are read.
+
+    The value at a new point is the best linear prediction from its neighbours for a field whose components, carried by
+    the connection, have the correlation :math:`k(d)=(1+d^2/2\rho^2)^{-1}` with ρ the radius of the neighbourhood:
+
+    .. math:: u(x)=\sum_jc_jO_{xj}u_j,\qquad c=K^{-1}k(x).
+
+    So smooth fields are read to high order between the nodes, the reading is exact and continuous at the nodes, and
+    it falls to zero away from all of them, in holes and past borders. What the weights leave out is made up for by
+    :meth:`~stochdyn.vectorfields.regression.engines.Engine.missing_variance`.
 
     Warns:
-        ApproximationWarning: if points lie far from all nodes.
+        ApproximationWarning: if points lie farther from all nodes than these from one another.
     """
-    graph, count = cloud.graph, min(cloud.num_neighbors, len(cloud))
-    distances, nodes = cloud.search.query(points, min(max(count, cloud.frame_neighbors), len(cloud)))
-    distance = distances[:, 0] / graph.radius[nodes[:, 0]]
+    count = min(max(cloud.num_neighbors, cloud.frame_neighbors), len(cloud))
+    distances, nodes = cloud.search.query(points, count)
+    radius = cloud.graph.radius[nodes[:, 0]]
+    distance = distances[:, 0] / radius
     if (distance > _FAR).any():
         warnings.warn(
             f"{int((distance > _FAR).sum())} of {len(points)} points lie off the cloud: their nearest node is up to "
-            f"{distance.max():.1f} neighbourhoods away.",
+            f"{distance.max():.1f} neighbourhoods away, and the field falls back to its prior there.",
             ApproximationWarning,
             stacklevel=5,
         )
     turned = local_frames(cloud.array, points, distances, nodes, cloud.dim)
-    distances, nodes = distances[:, :count], nodes[:, :count]
-    weights = graph.extension(distances, nodes)
-    mass, degree = np.zeros(len(points)), weights.sum(1)
-    if cloud.faces is None:
-        if cloud.normalization == "local":
-            mass = (weights * distances**2).sum(1) / (2.0 * cloud.dim)
-        else:
-            mass = degree * (cloud.mass.sum() / graph.degree.sum())
+    if cloud.faces is not None:
+        distances, nodes = _along_the_mesh(cloud, points, nodes[:, 0], count)
+    weights = _weights(cloud.array, distances, nodes, radius)
     node_frames = cloud.node_frames
-    on_node = distance <= 1e-9
+    on_node = distance <= 1e-12
     turned[on_node] = node_frames[nodes[on_node, 0]]
-    weights[on_node] = np.eye(1, count)
-    degree[on_node], mass[on_node] = 1.0, 0.0
+    weights[on_node] = np.eye(1, nodes.shape[1])
     maps = polar_factor(np.einsum("qda,qjdb->qjab", turned, node_frames[nodes]))
     if cloud.is_orientable:
         # a new frame has no handedness of its own, and takes that of its nearest node
         flip = np.linalg.det(maps[:, 0]) < 0
         turned[flip, :, -1] *= -1.0
         maps[flip, :, -1, :] *= -1.0
-    return Ties(nodes, turned, weights, maps, degree, mass)
+    return Ties(nodes, turned, weights, maps)
+
+
+def _weights(array: np.ndarray, distances: np.ndarray, nodes: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Return ``c = K⁻¹ k(x)`` for every point, ``(q, K)``; distances in units of the local radius."""
+    out = np.empty(nodes.shape)
+    nugget = _NUGGET * np.eye(nodes.shape[1])
+    for start in range(0, len(nodes), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        near = array[nodes[part]] / radius[part, None, None]
+        # |a - b|² by differences, which keeps near neighbours apart far from the origin
+        apart = ((near[:, :, None] - near[:, None]) ** 2).sum(-1)
+        gram = 1.0 / (1.0 + apart / (2.0 * _REACH**2)) + nugget
+        cross = 1.0 / (1.0 + (distances[part] / radius[part, None]) ** 2 / (2.0 * _REACH**2))
+        out[part] = np.linalg.solve(gram, cross[..., None])[..., 0]
+    return out
+
+
+def _along_the_mesh(
+    cloud: PointCloud, points: np.ndarray, nearest: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the vertices nearest to each point among those within two edges of its nearest vertex, nearest first.
+
+    The two sides of a fold are near in space and far along the surface.
+    """
+    rings = cloud.two_rings
+    width = max(len(rings[i]) for i in np.unique(nearest))
+    found = np.stack([np.resize(rings[i], width) for i in nearest])
+    distances = np.linalg.norm(cloud.array[found] - points[:, None], axis=-1)
+    # vertices repeated to fill a row count once
+    fill = np.arange(width) >= np.array([len(rings[i]) for i in nearest])[:, None]
+    order = np.argsort(np.where(fill, np.inf, distances), axis=1)[:, : min(count, min(len(r) for r in rings))]
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(found, order, 1)

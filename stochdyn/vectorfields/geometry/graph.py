@@ -152,18 +152,16 @@ class NeighborGraph:
             hint="take more neighbours, drop stray points, or pass allow_disconnected=True",
         )
 
-    def extension(self, distances: np.ndarray, nodes: np.ndarray) -> np.ndarray:
-        """Return the weights ``(q, K)`` between new points and their neighbours, by the rule of the edges.
-
-        Args:
-            distances: ``(q, K)`` to the nearest nodes.
-            nodes: ``(q, K)`` those nodes.
-        """
-        if self.weighting == "connectivity":
-            return np.ones_like(distances)
-        weights = np.exp(-(distances**2) / (self.bandwidth * distances[:, -1:] * self.radius[nodes]))
-        # the point's own density is common to its weights, and cancels wherever they are used
-        return weights / self.density[nodes]
+    def rings(self, hops: int) -> list[np.ndarray]:
+        """Return, for every node, the nodes within so many edges of it, itself first."""
+        n = self.num_nodes
+        link = sp.coo_matrix((np.ones(len(self.tails)), (self.tails, self.heads)), (n, n)).tocsr()
+        link = link + link.T + sp.identity(n, format="csr")
+        reach = link
+        for _ in range(hops - 1):
+            reach = reach @ link
+        parts = np.split(reach.indices, reach.indptr[1:-1])
+        return [np.concatenate([[i], part[part != i]]) for i, part in enumerate(parts)]
 
 
 def _some(labels: np.ndarray, label: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
+from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel, ScaleKernel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -95,6 +95,14 @@ class Engine(nn.Module, ABC):
     def covariance(self, sites: Sites) -> Tensor:
         """Return posterior covariances at each site, ``(q, m, m)``; all fields share them."""
 
+    def mean_variance(self) -> Tensor:
+        """Return the kernel's own variance of a component, averaged over the cloud: one unless it holds scales of its own."""
+        return torch.ones((), dtype=torch.float64)
+
+    @abstractmethod
+    def missing_variance(self, sites: Sites) -> Tensor:
+        """Return the prior variance ``(q,)`` of a component that reading fields off the nodes leaves out at each site."""
+
     @abstractmethod
     def sample(self, n: int, sites: Sites, generator: torch.Generator | None) -> Tensor:
         """Draw from the joint posterior, ``(n, B, q, m)``."""
@@ -131,13 +139,20 @@ class _TorchEngine(Engine):
         super().__init__(data)
         self.kernel = kernel
 
+    def mean_variance(self) -> Tensor:
+        """See :meth:`Engine.mean_variance`."""
+        return mean_variance(self.kernel, self.data.sites)
+
+    def missing_variance(self, sites: Sites) -> Tensor:
+        """See :meth:`Engine.missing_variance`."""
+        with torch.no_grad():
+            return self.amplitude * missing_variance(self.kernel, sites)
+
     def optimise(self, steps: int, learn_noise: bool) -> None:
         """See :meth:`Engine.optimise`."""
-        parameters = [self.log_amplitude, *(p for p in self.kernel.parameters() if p.requires_grad)]
-        if learn_noise:
-            parameters.append(self.log_noise)
+        own = {"amplitude": self.log_amplitude} | ({"noise": self.log_noise} if learn_noise else {})
         scale = 1.0 / (self.data.rows * self.data.components.shape[0])
-        maximise(lambda: scale * (self.evidence().cpu() + log_prior(self.kernel)), parameters, steps)
+        maximise(lambda: scale * (self.evidence().cpu() + log_prior(self.kernel)), [self.kernel], own, steps)
 
 
 def feature_terms(kernel: Kernel) -> list[tuple[FeatureKernel, list[ScaleKernel]]] | None:
@@ -151,6 +166,30 @@ def feature_terms(kernel: Kernel) -> list[tuple[FeatureKernel, list[ScaleKernel]
         parts = [feature_terms(part) for part in kernel.kernels]
         return None if any(p is None for p in parts) else [term for p in parts if p is not None for term in p]
     return None
+
+
+def missing_variance(kernel: Kernel, sites: Sites) -> Tensor:
+    """Return the prior variance ``(q,)`` that the features of a kernel leave out at sites; sums and multiples are taken apart."""
+    if isinstance(kernel, FeatureKernel):
+        return kernel.missing_variance(sites)
+    if isinstance(kernel, ScaleKernel):
+        return kernel.outputscale * missing_variance(kernel.base_kernel, sites)
+    none = torch.zeros(len(sites), dtype=torch.float64, device=sites.points.device)
+    if isinstance(kernel, AdditiveKernel | ProductKernel):
+        # factors of a product are scalar kernels of variance one, but for one
+        return sum((missing_variance(part, sites) for part in kernel.kernels), none)
+    return none
+
+
+def mean_variance(kernel: Kernel, sites: Sites) -> Tensor:
+    """Return the mean variance of a component: that of features by construction, of other kernels over the sites."""
+    if isinstance(kernel, FeatureKernel):
+        return torch.ones((), dtype=torch.float64)
+    if isinstance(kernel, ScaleKernel):
+        return kernel.outputscale * mean_variance(kernel.base_kernel, sites)
+    if isinstance(kernel, AdditiveKernel):
+        return torch.stack([mean_variance(part, sites) for part in kernel.kernels]).sum()
+    return kernel(rows_of(sites), diag=True).mean()
 
 
 class SpectralEngine(_TorchEngine):

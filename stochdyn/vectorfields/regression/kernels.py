@@ -24,6 +24,10 @@ from stochdyn.vectorfields.regression.sites import Sites
 __all__ = ["ConnectionMatern", "FeatureKernel", "ProjectedMatern", "SpectralKernel"]
 
 
+#: Numbers of a block of features that are held at once.
+_CHUNK = 16_000_000
+
+
 class FeatureKernel(Kernel):
     r"""A kernel of tangent fields with finitely many features, :math:`K(x,x')=\Phi(x)\,\mathrm{diag}(s)\,\Phi(x')^\top`.
 
@@ -50,6 +54,14 @@ class FeatureKernel(Kernel):
     def spectral_weights(self) -> Tensor:
         """Return ``s (k,)``, differentiable in the hyper-parameters; the prior variance averages to one."""
         raise NotImplementedError
+
+    def missing_variance(self, sites: Sites) -> Tensor:
+        """Return the prior variance ``(q,)`` of a component that the features leave out at the sites.
+
+        Zero where the features are exact. Features that are read off the nodes lose, between the nodes and away from
+        them, what the nodes don't tell; a posterior adds it, so that its prior is the same everywhere.
+        """
+        return torch.zeros(len(sites), dtype=torch.float64, device=sites.points.device)
 
     def row_features(self, x: Tensor) -> Tensor:
         r"""Return :math:`\sqrt s\,\Phi^\top t` of every row ``(x, t)``, ``(N, k)``."""
@@ -124,7 +136,9 @@ class SpectralKernel(FeatureKernel):
             )
         # a wave that the graph resolves well: the length at which the likelihood has something to say
         resolved = float(eigenvalues[min(10, eigenvalues.shape[0] - 1)])
-        start = math.sqrt((2.0 * nu if math.isfinite(nu) else 2.0) / max(resolved, 1e-12))
+        # (a graph of so few modes that all are constant falls back on its own size)
+        least = 1e-9 * float(cloud.spacing) ** -2
+        start = math.sqrt((2.0 * nu if math.isfinite(nu) else 2.0) / max(resolved, least))
         prior = LogNormalPrior(math.log(start), 1.5) if lengthscale_prior == "default" else lengthscale_prior
         super().__init__(cloud, lengthscale_prior=prior, **kwargs)
         self.register_buffer("eigenvalues", eigenvalues)
@@ -177,6 +191,22 @@ class SpectralKernel(FeatureKernel):
         """Spread the weights of eigenvalues over features that share them."""
         return weight
 
+    def _missing(self, sites: Sites) -> Tensor:
+        """Return what reading lost: the neighbours' prior variance less that of the features, where this is positive."""
+        if sites.are_nodes:
+            return FeatureKernel.missing_variance(self, sites)
+        weights = self.spectral_weights()
+        at_nodes = self._variances(self.cloud.sites(slice(None)), weights)
+        share = sites.weights.abs()
+        around = (at_nodes[sites.nodes] * share).sum(-1) / share.sum(-1).clamp(min=1e-300)
+        return (around - self._variances(sites, weights)).clamp(min=0)
+
+    def _variances(self, sites: Sites, weights: Tensor) -> Tensor:
+        """Return the variance of a component at the sites, averaged over components, ``(q,)``."""
+        step = max(1, _CHUNK // (weights.shape[0] * self.cloud.dim))
+        parts = [sites.take(slice(i, i + step)) for i in range(0, len(sites), step)]
+        return torch.cat([(self.features(part).square() @ weights).mean(-1) for part in parts])
+
 
 class ConnectionMatern(SpectralKernel):
     r"""Matérn kernel of vector fields, from the eigenpairs of the connection Laplacian.
@@ -228,9 +258,13 @@ class ConnectionMatern(SpectralKernel):
         super().__init__(cloud, values, power, nu, trainable_nu, lengthscale_prior, **kwargs)
         self.register_buffer("modes", modes, persistent=False)
 
+    def missing_variance(self, sites: Sites) -> Tensor:
+        """See :meth:`FeatureKernel.missing_variance`."""
+        return self._missing(sites)
+
     def features(self, sites: Sites) -> Tensor:
         """See :meth:`FeatureKernel.features`."""
-        return sites.extend(self.modes, self.eigenvalues)
+        return sites.extend(self.modes)
 
 
 class ProjectedMatern(SpectralKernel):
@@ -270,9 +304,13 @@ class ProjectedMatern(SpectralKernel):
         )
         self.register_buffer("modes", modes, persistent=False)
 
+    def missing_variance(self, sites: Sites) -> Tensor:
+        """See :meth:`FeatureKernel.missing_variance`."""
+        return self._missing(sites)
+
     def features(self, sites: Sites) -> Tensor:
         """See :meth:`FeatureKernel.features`."""
-        waves = sites.extend(self.modes, self.eigenvalues, tangent=False)[:, 0]
+        waves = sites.extend(self.modes, tangent=False)[:, 0]
         return torch.einsum("qda,qk->qadk", sites.frames, waves).flatten(2)
 
     def _repeat(self, weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from stochdyn.errors import ConvergenceWarning
 
 __all__ = ["log_prior", "maximise"]
+
+#: How far a logarithm may move from its start.
+_REACH = 8.0
 
 
 def log_prior(module: nn.Module) -> Tensor:
@@ -24,49 +28,73 @@ def log_prior(module: nn.Module) -> Tensor:
 
 
 def maximise(
-    value: Callable[[], Tensor], parameters: Sequence[nn.Parameter], steps: int = 100, tolerance: float = 1e-7
+    value: Callable[[], Tensor],
+    modules: Sequence[nn.Module],
+    parameters: dict[str, nn.Parameter],
+    steps: int = 100,
+    tolerance: float = 1e-7,
 ) -> float:
     """Maximise by L-BFGS in place, and return the value reached.
 
-    A trial step where the value can't be computed, because a factorisation fails or overflows, counts as minus infinity.
+    Parameters that gpytorch constrains to be positive are searched in the logarithm of their value, not in the raw
+    coordinate that gpytorch stores, which is a logarithm for small values and linear for large ones: so the search is
+    the same in every unit. A trial step where the value can't be computed, because a factorisation fails or overflows,
+    counts as minus infinity.
 
     Args:
         value: returns what to maximise; differentiable in the parameters.
-        parameters: to change.
-        steps: most iterations.
-        tolerance: relative change of the value at which to stop.
+        modules: gpytorch modules whose trainable parameters are searched.
+        parameters: further parameters by name, which are logarithms already.
+        steps: the largest number of iterations.
+        tolerance: the relative change of the value at which to stop.
+
+    Warns:
+        ConvergenceWarning: if the steps run out, or a parameter ends at the bound of the search.
     """
-    sizes = [p.numel() for p in parameters]
-
-    def load(flat: np.ndarray) -> None:
-        with torch.no_grad():
-            for p, part in zip(parameters, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
-                p.copy_(torch.as_tensor(part).reshape(p.shape))
-
-    def flat_of(tensors: Sequence[Tensor]) -> np.ndarray:
-        return np.concatenate([t.detach().cpu().double().numpy().ravel() for t in tensors])
+    coordinates = [_Coordinate(name, p, None) for name, p in parameters.items()]
+    for module in modules:
+        for name, parameter, constraint in module.named_parameters_and_constraints():  # type: ignore[operator]
+            if parameter.requires_grad:
+                coordinates.append(_Coordinate(name.rpartition(".")[2].removeprefix("raw_"), parameter, constraint))
+    sizes = [c.parameter.numel() for c in coordinates]
 
     def cost(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        load(flat)
+        parts = np.split(flat, np.cumsum(sizes)[:-1])
+        slopes_within = [c.load(part) for c, part in zip(coordinates, parts, strict=True)]
         try:
             loss = -value()
-            slopes = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+            slopes = torch.autograd.grad(loss, [c.parameter for c in coordinates], allow_unused=True)
         except torch.linalg.LinAlgError:
             return 1e25, np.zeros_like(flat)
-        gradient = flat_of(
-            [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, slopes, strict=True)]
+        gradient = np.concatenate(
+            [
+                np.zeros(size) if g is None else g.detach().cpu().double().numpy().ravel() * inner
+                for g, inner, size in zip(slopes, slopes_within, sizes, strict=True)
+            ]
         )
         if not np.isfinite(loss.item()) or not np.isfinite(gradient).all():
             return 1e25, np.zeros_like(flat)
         return loss.item(), gradient
 
-    start = flat_of(list(parameters))
-    # Steps in log scales: none of more than a factor e^8 either way from where it began.
-    bounds = [(v - 8.0, v + 8.0) for v in start]
+    start = np.concatenate([c.start() for c in coordinates])
+    # In logarithms: no parameter moves by more than a factor e^8 either way from where it began.
+    bounds = [(v - _REACH, v + _REACH) for v in start]
     found = minimize(
         cost, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": steps, "ftol": tolerance}
     )
-    load(found.x)
+    for c, part in zip(coordinates, np.split(found.x, np.cumsum(sizes)[:-1]), strict=True):
+        c.load(part)
+    variances = {*parameters, "outputscale"}
+    names = np.repeat([c.name for c in coordinates], sizes)
+    # A variance at its bound is an answer (no noise, or a part of a sum that isn't there); a length isn't.
+    stuck = [str(name) for name in names[np.abs(found.x - start) > _REACH - 1e-6] if name not in variances]
+    if stuck:
+        warnings.warn(
+            f"The search ended at its bound for {', '.join(sorted(set(stuck)))}: the data don't determine it, or the "
+            "start was far off. Give the kernel another start or a prior.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
     if found.status == 1:
         warnings.warn(
             f"The hyper-parameters were still improving after {steps} steps.",
@@ -74,3 +102,33 @@ def maximise(
             stacklevel=4,
         )
     return -float(found.fun)
+
+
+class _Coordinate:
+    """One parameter as the search sees it: the logarithm of its value where it is constrained to be positive."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, constraint: Any) -> None:
+        self.name, self.parameter, self.constraint = name, parameter, constraint
+        self.positive = constraint is not None and float(constraint.lower_bound) == 0.0
+
+    def start(self) -> np.ndarray:
+        """Return where the search begins."""
+        value = self.parameter.detach()
+        if self.positive:
+            value = self.constraint.transform(value).log()
+        return value.cpu().double().numpy().ravel()
+
+    def load(self, part: np.ndarray) -> np.ndarray:
+        """Set the parameter, and return the slope of its raw value in the coordinate of the search."""
+        z = torch.as_tensor(part).reshape(self.parameter.shape)
+        if not self.positive:
+            with torch.no_grad():
+                self.parameter.copy_(z)
+            return np.ones(part.shape)
+        z.requires_grad_()
+        with torch.enable_grad():
+            raw = self.constraint.inverse_transform(z.exp())
+            slope = torch.autograd.grad(raw.sum(), z)[0]
+        with torch.no_grad():
+            self.parameter.copy_(raw)
+        return slope.numpy().ravel()

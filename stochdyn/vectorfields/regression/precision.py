@@ -70,7 +70,7 @@ class PrecisionEngine(Engine):
         self._half_mass = np.sqrt(self.pencil.row_mass())
         low = cloud.modes(min(12, cloud.dim * len(cloud)))[0]
         self.start = (
-            math.sqrt(2.0 * self.nu / max(float(low[-1]), 1e-12)) if lengthscale is None else lengthscale
+            math.sqrt(2.0 * self.nu / max(float(low[-1]), 1e-9 * cloud.spacing**-2)) if lengthscale is None else lengthscale
         )
         self.prior_scale = prior_scale
         self.log_lengthscale = torch.nn.Parameter(torch.tensor(math.log(self.start), dtype=torch.float64))
@@ -106,11 +106,11 @@ class PrecisionEngine(Engine):
         return columns.reshape(-1, self.pencil.fibre, columns.shape[-1])
 
     def _tie(self, sites: Sites) -> sp.csr_matrix:
-        """What reads the scaled unknowns M^{1/2} u at sites: new points average their neighbours."""
+        """What reads the scaled unknowns M^{1/2} u at sites."""
         nodes = sites.nodes.cpu().numpy()
         q, count = nodes.shape
         n, m = len(self.cloud), self.pencil.fibre
-        share = (sites.weights / sites.degree[:, None]).cpu().numpy()
+        share = sites.weights.cpu().numpy()
         maps = (
             np.broadcast_to(np.eye(m), (q, count, m, m)) if sites.maps is None else sites.maps.cpu().numpy()
         )
@@ -218,21 +218,34 @@ class PrecisionEngine(Engine):
         return self._as_tensor(self._components(self._tie(sites) @ self._mean).transpose(2, 0, 1))
 
     def covariance(self, sites: Sites) -> Tensor:
-        """See :meth:`Engine.covariance`; one sparse solve a row."""
+        """See :meth:`Engine.covariance`; one sparse solve per row."""
+        return self._as_tensor(self._covariances(self._factor, sites))
+
+    def _covariances(self, factor: Any, sites: Sites) -> np.ndarray:
+        """Return the covariances ``(q, m, m)`` at sites under the precision that was factorised."""
         sees, m = self._tie(sites), self.pencil.fibre
         per = 1 if self.pencil.paired else m
         out = np.empty((len(sites), m, m))
         step = max(1, _BLOCK // per)
         for start in range(0, len(sites), step):
             part = sees[start * per : (start + step) * per]
-            half = self._factor.solve(np.ascontiguousarray(part.conj().T.toarray()))
+            half = factor.solve(np.ascontiguousarray(part.conj().T.toarray()))
             block = part @ half
             if self.pencil.paired:
                 out[start : start + step] = block.diagonal().real[:, None, None] * np.eye(2)
             else:
                 q = len(block) // m
                 out[start : start + step] = block.reshape(q, m, q, m)[np.arange(q), :, np.arange(q)]
-        return self._as_tensor(out)
+        return out
+
+    def missing_variance(self, sites: Sites) -> Tensor:
+        """See :meth:`Engine.missing_variance`: the prior's mean variance less what the reading has."""
+        if sites.are_nodes:
+            return torch.zeros(len(sites), dtype=torch.float64, device=self.cloud.device)
+        prior = self._covariances(factorise(self._prior(self.lengthscale)[0]), sites)
+        # a complex unknown of unit variance has components of half
+        mean = prior.trace(axis1=1, axis2=2) / prior.shape[1]
+        return float(self.amplitude.detach()) * self._as_tensor(np.maximum(1.0 - mean, 0.0))
 
     def sample(self, n: int, sites: Sites, generator: torch.Generator | None) -> Tensor:
         """See :meth:`Engine.sample`: perturbed data, then one solve (Papandreou and Yuille, 2010)."""

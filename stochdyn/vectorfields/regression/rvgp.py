@@ -20,6 +20,7 @@ from stochdyn.vectorfields.regression.ambient import AmbientKernel
 from stochdyn.vectorfields.regression.engines import Engine, Observations
 from stochdyn.vectorfields.regression.kernels import ConnectionMatern, ProjectedMatern
 from stochdyn.vectorfields.regression.paths import path_observations, quadratic_variation
+from stochdyn.vectorfields.regression.precision import PrecisionEngine
 from stochdyn.vectorfields.regression.selection import Choice, choose, make_engine
 
 __all__ = ["RVGP"]
@@ -85,7 +86,7 @@ class RVGP:
         _check_options(kernel, backend, num_eigenpairs, nu)
         self.cloud = cloud
         self.backend = backend
-        self.kernel: Kernel | None = None
+        self._kernel: Kernel | None = None
         self.nu = nu
         self._auto = isinstance(kernel, str) and kernel == "auto"
         self.candidates: list[Choice] = []
@@ -97,11 +98,29 @@ class RVGP:
         else:
             smooth = 1.5 if nu is None else nu
             made = _named(cloud, kernel, num_eigenpairs, smooth) if isinstance(kernel, str) else kernel
-            self.kernel = made.double().to(cloud.device)
+            self._kernel = made.double().to(cloud.device)
         self.engine: Engine | None = None
         self.lost_share = 0.0
+        self._of_paths = False
         self._batch: torch.Size = torch.Size()
         self._dtype = torch.float64
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel with its present hyper-parameters; of the precision backend the connection Matérn kernel that it has in full.
+
+        Raises:
+            UnavailableError: for ``"auto"`` before a fit, since no kernel is chosen yet.
+        """
+        if self.backend == "precision":
+            kernel = ConnectionMatern(self.cloud, float(self.nu or 2.0)) if self._kernel is None else self._kernel
+            if isinstance(self.engine, PrecisionEngine):
+                kernel.lengthscale = self.engine.lengthscale
+            self._kernel = kernel
+            return kernel
+        if self._kernel is None:
+            raise UnavailableError("there is no kernel yet", hint="kernel='auto' is chosen by fit(...)")
+        return self._kernel
 
     def __repr__(self) -> str:
         if self.engine is None:
@@ -113,7 +132,7 @@ class RVGP:
     def _check_precision(self, kernel: str | Kernel, nu: float | None) -> None:
         """Take a connection kernel for the sparse engine, which has it in full."""
         if isinstance(kernel, ConnectionMatern) and not kernel.trainable_nu:
-            self.kernel = kernel
+            self._kernel = kernel
             self.nu = kernel.nu if nu is None else nu
         elif kernel != "connection":
             raise InvalidInputError(
@@ -175,7 +194,9 @@ class RVGP:
         data = Observations(
             sites, components.reshape(-1, *components.shape[-2:]), relative.to(self.cloud.device)
         )
-        return self._condition(data, optimize, learn_noise, noise_variance, steps, progress)
+        self._condition(data, optimize, learn_noise, noise_variance, steps, progress)
+        self._of_paths = False
+        return self
 
     def fit_paths(
         self,
@@ -207,11 +228,23 @@ class RVGP:
         guess = quadratic_variation(data)[0] if diffusion is None else float(diffusion)
         if diffusion is None and not optimize:
             raise InvalidInputError("with optimize off the diffusion must be given")
-        return self._condition(data, optimize, diffusion is None, guess**2, steps, progress)
+        self._condition(data, optimize, diffusion is None, guess**2, steps, progress)
+        self._of_paths = True
+        return self
 
     @property
     def diffusion(self) -> float:
-        """Strength σ of the noise of the SDE whose drift was fitted by :meth:`fit_paths`."""
+        """Strength σ of the noise of the SDE whose drift was fitted by :meth:`fit_paths`, in length / √time.
+
+        Raises:
+            UnavailableError: after :meth:`fit`, whose noise is an error of measurement and no diffusion.
+        """
+        self._fitted()
+        if not self._of_paths:
+            raise UnavailableError(
+                "the noise of vectors is an error of measurement, not a diffusion",
+                hint="give as_sde(diffusion=...), or fit trajectories with fit_paths",
+            )
         return math.sqrt(self.noise_variance)
 
     def as_drift(
@@ -268,10 +301,10 @@ class RVGP:
                     engine.log_noise.data.copy_(self.engine.log_noise.data)
 
         if self._auto and optimize:
-            chosen, self.kernel, engine, self.candidates = choose(self.cloud, data, prepare, progress)
+            chosen, self._kernel, engine, self.candidates = choose(self.cloud, data, prepare, progress)
             self.backend, self.nu, self.chosen = chosen.backend, chosen.nu, chosen.name
         else:
-            engine = make_engine(self.cloud, data, self.kernel, self.backend, float(self.nu or 2.0))
+            engine = make_engine(self.cloud, data, self._kernel, self.backend, float(self.nu or 2.0))
             prepare(engine)
         engine.condition()
         self.engine = engine
@@ -291,8 +324,10 @@ class RVGP:
 
     @property
     def amplitude(self) -> float:
-        """Prior variance σ² of a component, averaged over the cloud."""
-        return float(self._fitted().amplitude.detach())
+        """Prior variance σ² of a component, averaged over the cloud; scales and sums within the kernel included."""
+        engine = self._fitted()
+        with torch.no_grad():
+            return float(engine.amplitude * engine.mean_variance())
 
     def log_marginal_likelihood(self) -> Tensor:
         """Return the log density of the tangent components of the data, summed over fields."""
@@ -317,8 +352,8 @@ class RVGP:
         engine, sites = self._fitted(), self.cloud.sites(where)
         mean = self.predict_mean(sites)
         cov = engine.covariance(sites)
-        if noise:
-            cov = cov + engine.noise.detach() * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+        white = engine.missing_variance(sites) + (engine.noise.detach() if noise else 0.0)
+        cov = cov + white[:, None, None] * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
         if covariance == "ambient":
             cov = sites.frames @ cov @ sites.frames.mT
         return mean, cov.to(self._dtype)
@@ -337,7 +372,12 @@ class RVGP:
         """Draw fields from the joint posterior, ``(n, *batch, q, D)``; at all nodes if ``where`` is None."""
         check_positive_int(n, "n")
         sites = self.cloud.sites(slice(None) if where is None else where)
-        drawn = self._fitted().sample(n, sites, generator)
+        engine = self._fitted()
+        drawn = engine.sample(n, sites, generator)
+        if not sites.are_nodes:  # what the nodes don't tell is independent from point to point
+            spread = engine.missing_variance(sites).sqrt()[:, None]
+            noise = torch.randn(drawn.shape, generator=generator, dtype=drawn.dtype, device=drawn.device)
+            drawn = drawn + spread * noise
         return sites.to_ambient(drawn).reshape(n, *self._batch, len(sites), -1).to(self._dtype)
 
 

@@ -9,18 +9,18 @@ from torch import Tensor
 
 __all__ = ["Sites"]
 
-#: A mode that varies faster than the graph can tell isn't extended beyond this factor.
-_MIN_DENOMINATOR = 0.1
 #: Numbers gathered at once when modes are extended.
 _CHUNK = 4_000_000
 
 
 @dataclass(frozen=True)
 class Sites:
-    r"""Points with tangent frames, and how fields on the nodes extend to them.
+    r"""Points with tangent frames, and how fields on the nodes are read there.
 
-    A mode with :math:`Lu=\lambda Mu` satisfies :math:`u_i=(d_i-\lambda M_i)^{-1}\sum_jw_{ij}O_{ij}u_j` at every
-    node. Read at a new point, this is its extension (Nyström's). A node is the special case of one neighbour, itself.
+    .. math:: u(x)=\sum_jc_jO_{xj}u_j
+
+    with the weights of :func:`~stochdyn.vectorfields.geometry.extension.tie`. A node is the special case of one
+    neighbour, itself.
 
     Attributes:
         points: ``(q, D)``.
@@ -28,8 +28,6 @@ class Sites:
         nodes: ``(q, K)`` neighbours.
         weights: ``(q, K)`` of the neighbours.
         maps: ``(q, K, m, m)`` connections from the neighbours, None where every site is a node.
-        degree: ``(q,)`` sum of the weights.
-        mass: ``(q,)`` masses; 0 at nodes, whose value isn't extended.
     """
 
     points: Tensor
@@ -37,8 +35,6 @@ class Sites:
     nodes: Tensor
     weights: Tensor
     maps: Tensor | None
-    degree: Tensor
-    mass: Tensor
 
     def __len__(self) -> int:
         return self.points.shape[0]
@@ -51,16 +47,14 @@ class Sites:
     def take(self, chosen: slice | Tensor) -> Sites:
         """Return some of the sites."""
         maps = None if self.maps is None else self.maps[chosen]
-        parts = (self.points, self.frames, self.nodes, self.weights, self.degree, self.mass)
-        points, frames, nodes, weights, degree, mass = (p[chosen] for p in parts)
-        return Sites(points, frames, nodes, weights, maps, degree, mass)
+        points, frames, nodes, weights = (p[chosen] for p in (self.points, self.frames, self.nodes, self.weights))
+        return Sites(points, frames, nodes, weights, maps)
 
-    def extend(self, fields: Tensor, eigenvalues: Tensor | None = None, *, tangent: bool = True) -> Tensor:
-        """Extend modes, or plain fields, from the nodes to the sites.
+    def extend(self, fields: Tensor, *, tangent: bool = True) -> Tensor:
+        """Read fields on the nodes at the sites.
 
         Args:
             fields: ``(n, f, k)`` with f = m components of tangent fields, or 1 of functions.
-            eigenvalues: ``(k,)`` of the modes; None averages the fields of the neighbours.
             tangent: whether the fields are tangent, so that they are carried by the connection, or functions.
 
         Returns:
@@ -75,13 +69,7 @@ class Sites:
         for start in range(0, q, step):
             part = slice(start, start + step)
             near = fields[self.nodes[part]] * self.weights[part][..., None, None]
-            total = torch.einsum("qjab,qjbk->qak", self.maps[part], near) if tangent else near.sum(1)
-            below = self.degree[part][:, None]
-            if eigenvalues is not None:
-                below = torch.maximum(
-                    below - eigenvalues * self.mass[part][:, None], _MIN_DENOMINATOR * below
-                )
-            out[part] = total / below[:, None, :]
+            out[part] = torch.einsum("qjab,qjbk->qak", self.maps[part], near) if tangent else near.sum(1)
         return out
 
     def to_tangent(self, vectors: Tensor) -> Tensor:
