@@ -95,7 +95,7 @@ def main() -> None:
         gap = (other.predict_mean(slice(None)) - truth).norm() / truth.norm()
         print(f"  {name:20s} {other.log_marginal_likelihood():10.1f}   {gap:.3f}")
 
-    sde = gp.as_sde(step=arguments.step)
+    sde = gp.as_sde(dt=arguments.step)
     start = cloud.points[::40]
     new = sd.DiffusionMeasure(start, sde).sample(ts, generator=generator)
     off = (to_torus(new.x) - new.x).norm(dim=-1).mean()

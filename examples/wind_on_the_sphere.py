@@ -45,7 +45,7 @@ def main() -> None:
     spread = (cov.diagonal(dim1=1, dim2=2) + gp.noise_variance).sqrt()
     print(f"{gp.chosen}: relative error at {len(held)} held-out places {error:.3f}")
     print(f"95 % intervals hold {(gap < 1.96 * spread).double().mean():.1%} of the components")
-    zeros = find_singularities(gp, draws=100, generator=torch.Generator().manual_seed(0))
+    zeros = find_singularities(gp, num_draws=100, generator=torch.Generator().manual_seed(0))
     places, index = zeros.positions()
     sure = zeros.probability[zeros.mean_index != 0]
     print(f"{len(index)} zeros of the mean field; their indices sum to {int(index.sum())}")

@@ -87,7 +87,7 @@ def evaluate(task: Task, make: Callable[[PointCloud], RVGP]) -> dict[str, Any]:
     start = time.process_time()
     gp = make(task.cloud).fit(task.train, task.field[task.train])
     fitted = time.process_time() - start
-    mean, cov = gp.predict(task.test, noise=True)
+    mean, cov = gp.predict(task.test, with_noise=True)
     truth = task.field[task.test]
     gap = torch.einsum("qda,qd->qa", gp.frames(task.test), truth - mean)
     factor = torch.linalg.cholesky(cov)

@@ -61,7 +61,7 @@ def bunny_cloud(path: Path, n: int) -> tuple[PointCloud, float]:
     The longest coordinate is 1.
     """
     vertices = np.load(path)["V"].astype(np.float64)
-    points = vertices[farthest_points(vertices, count=n)]
+    points = vertices[farthest_points(vertices, num_points=n)]
     unit = float(np.abs(points).max())
     points = points / unit
     cloud = PointCloud(

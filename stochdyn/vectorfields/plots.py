@@ -54,7 +54,7 @@ def plot_field(
         points: ``(n, D)`` with D = 2 or 3.
         vectors: ``(n, D)``.
         values: ``(n,)`` to colour the points by, such as the posterior's spread.
-        every: draw every so manyth arrow.
+        every: draw the arrows whose number is a multiple of this one.
         scale: length of an arrow of unit length; by default the longest is a fifteenth of the extent.
         colour: of the arrows.
         label: for the colour bar of the values.
@@ -123,7 +123,7 @@ def plot_globe(
         points: ``(n, 3)`` on a sphere.
         vectors: ``(n, 3)``.
         values: ``(n,)`` to colour the points by; the length of the vectors if None.
-        every: draw every so manyth arrow.
+        every: draw the arrows whose number is a multiple of this one.
         scale: matplotlib's ``scale`` of the arrows: vector units a width of the map.
         label: for the colour bar.
         zeros: to mark, as in :func:`plot_field`.

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_ndim, check_positive, check_positive_int
+from stochdyn._checks import check_ndim, check_positive, check_positive_int, check_type
+from stochdyn.core.law.marginals import Generator
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.connection import connect
@@ -153,13 +154,13 @@ class Singularities:
 
 
 def find_singularities(
-    gp: RVGP, draws: int = 200, generator: torch.Generator | None = None, faces: Any = None
+    gp: RVGP, num_draws: int = 200, generator: Generator = None, faces: Any = None
 ) -> Singularities:
     """Find the zeros of a fitted field with their indices, and how the posterior spreads over both.
 
     Args:
         gp: fitted to one field on an orientable surface.
-        draws: fields drawn from the joint posterior.
+        num_draws: the number of fields drawn from the joint posterior.
         generator: source of randomness.
         faces: ``(F, 3)`` triangles; by default :func:`triangulate`.
 
@@ -174,11 +175,12 @@ def find_singularities(
         >>> points, _ = wind_on_sphere(200)
         >>> spin = torch.linalg.cross(torch.tensor([[0.0, 0.0, 1.0]]).double().expand_as(points), points)
         >>> gp = RVGP(PointCloud(points, dim=2), num_eigenpairs=30).fit(range(200), spin)
-        >>> zeros = find_singularities(gp, draws=10)
+        >>> zeros = find_singularities(gp, num_draws=10)
         >>> int(zeros.mean_index.sum()), zeros.positions()[1].tolist()
         (2, [1.0, 1.0])
     """
-    check_positive_int(draws, "draws")
+    check_type(gp, RVGP, "gp")
+    check_positive_int(num_draws, "num_draws")
     cloud = gp.cloud
     _require_surface(cloud)
     everywhere = cloud.sites(slice(None))
@@ -186,7 +188,7 @@ def find_singularities(
     if mean.ndim != 2:
         raise InvalidInputError("many fields were fitted at once", hint="fit one of them")
     triangles = triangulate(cloud) if faces is None else as_triangles(faces, cloud)
-    drawn = gp.sample(draws, everywhere, generator)
+    drawn = gp.sample(num_draws, everywhere, generator)
     both = everywhere.to_tangent(torch.cat([mean[None], drawn]).double())
     index = _turns(cloud, both, triangles).round()
     corners = torch.as_tensor(triangles, device=cloud.device)

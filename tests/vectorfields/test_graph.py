@@ -61,7 +61,7 @@ def test_approximate_neighbours_are_nearly_the_nearest() -> None:
 
 def test_thinning_covers_evenly() -> None:
     points = random_sphere(500)
-    chosen = farthest_points(points, count=60)
+    chosen = farthest_points(points, num_points=60)
     assert chosen[0] == 0
     assert len(set(chosen.tolist())) == 60
     gap = np.linalg.norm(points[:, None] - points[chosen][None], axis=-1)
@@ -71,5 +71,5 @@ def test_thinning_covers_evenly() -> None:
     by_spacing = farthest_points(points, spacing=0.1)
     gap = np.linalg.norm(points[:, None] - points[by_spacing][None], axis=-1).min(1)
     assert gap.max() <= 0.1 * np.linalg.norm(np.ptp(points, axis=0))
-    with pytest.raises(InvalidInputError, match="either count or spacing"):
+    with pytest.raises(InvalidInputError, match="either num_points or spacing"):
         farthest_points(points)

@@ -114,7 +114,7 @@ def test_posterior_is_the_dense_one(cloud: PointCloud, paths: sd.PathSample) -> 
 
 def test_the_posterior_is_a_drift(cloud: PointCloud, paths: sd.PathSample) -> None:
     gp = RVGP(cloud, num_eigenpairs=60).fit_paths(paths)
-    sde = gp.as_sde(step=0.02)
+    sde = gp.as_sde(dt=0.02)
     path = sd.DiffusionMeasure(cloud.points[:20], sde).sample(
         paths.ts[:50], generator=torch.Generator().manual_seed(0)
     )
@@ -140,7 +140,7 @@ def test_bad_input() -> None:
     gp = RVGP(cloud, num_eigenpairs=20)
     ts, x = torch.linspace(0, 1, 5), torch.zeros(2, 5, 3)
     x[..., 2] = 1.0
-    with pytest.raises(InvalidInputError, match="PathSample or a pair"):
+    with pytest.raises(InvalidInputError, match="a pair of times and states"):
         gp.fit_paths(x)
     with pytest.raises(ShapeError, match="wrong size along axis -2"):
         gp.fit_paths((ts[:4], x))
@@ -161,3 +161,17 @@ def test_bad_input() -> None:
     gp.fit(range(10), torch.zeros(2, 10, 3))
     with pytest.raises(InvalidInputError, match="many fields"):
         gp.as_drift()
+
+
+def test_trials_of_unequal_length_and_missing_states() -> None:
+    cloud = PointCloud(fibonacci_sphere(200), dim=2)
+    g = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(40, 3, generator=g).double().cumsum(0), dim=-1)
+    ts = torch.linspace(0, 2, 40).double()
+    whole = path_observations(cloud, (ts, x))
+    parts = path_observations(cloud, [(ts[:15], x[:15]), (ts[14:], x[14:])])
+    assert torch.equal(whole.components, parts.components)
+    gap = x.clone()
+    gap[20] = math.nan
+    assert path_observations(cloud, (ts, gap)).rows == whole.rows - 4
+    assert len(cloud_of_paths([(ts[:15], x[:15]), (ts[14:], x[14:])], num_neighbors=5, dim=2)) > 10

@@ -54,7 +54,7 @@ def test_zeros_are_marked() -> None:
     cloud = PointCloud(fibonacci_sphere(200), 10, dim=2)
     spin = torch.linalg.cross(torch.tensor([[0.0, 0.3, 1.0]]).double().expand(200, 3), cloud.points)
     gp = RVGP(cloud, num_eigenpairs=30).fit(range(200), spin)
-    zeros = find_singularities(gp, draws=4, generator=torch.Generator().manual_seed(0))
+    zeros = find_singularities(gp, num_draws=4, generator=torch.Generator().manual_seed(0))
     ax = plot_globe(cloud.points, spin, zeros=zeros)
     drawn, mean = ax.collections[-2:]
     assert len(drawn.get_offsets()) == 8

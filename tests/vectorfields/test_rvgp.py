@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from stochdyn.vectorfields import (
     ProjectedMatern,
     ScalarFactor,
 )
-from tests.vectorfields.shapes import as_far_as_draws, random_sphere, sphere_frames
+from tests.vectorfields.shapes import as_far_as_draws, icosphere, random_sphere, sphere_frames
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_posterior_and_evidence_equal_dense_algebra(
     with torch.no_grad():
         x, x_new = cloud.rows(train), cloud.rows(test)
         k, cross, prior = (
-            kernel(a, b).to_dense() * gp.amplitude for a, b in ((x, x), (x_new, x), (x_new, x_new))
+            kernel(a, b).to_dense() * gp.engine.amplitude for a, b in ((x, x), (x_new, x), (x_new, x_new))
         )
         noise = 0.02 * relative.repeat_interleave(2)
         values = cloud.sites(train).to_tangent(y).flatten()
@@ -231,8 +232,8 @@ def test_bad_input(cloud: PointCloud, field: torch.Tensor) -> None:
     with pytest.raises(InvalidInputError, match="outside the cloud"):
         gp.fit([300], field[:1])
     bad = field[:10].clone()
-    bad[3, 1] = math.nan
-    with pytest.raises(NonFiniteError, match=r"vectors\[3, 1\]=nan"):
+    bad[3, 1] = math.inf
+    with pytest.raises(NonFiniteError, match=r"vectors\[3, 1\]=inf"):
         gp.fit(range(10), bad)
     with pytest.raises(ShapeError, match="one number a site"):
         gp.fit(range(10), field[:10], torch.ones(9))
@@ -242,3 +243,97 @@ def test_bad_input(cloud: PointCloud, field: torch.Tensor) -> None:
     assert "fitted at 10 sites: amplitude" in repr(gp)
     with pytest.raises(InvalidInputError, match="covariance is unknown"):
         gp.predict([0], covariance="banana")
+
+
+@pytest.mark.parametrize("unit", [1e-12, 6.371e6, 1e12])
+@pytest.mark.parametrize(
+    "options", [{}, {"kernel": "projected"}, {"kernel": "ambient"}, {"backend": "precision"}]
+)
+def test_the_answer_is_the_same_in_every_unit_of_length_and_of_the_field(unit: float, options: dict) -> None:
+    points = random_sphere(150) * np.array([1.0, 1.1, 1.3])
+    field = torch.as_tensor(np.sin(3 * points[:, [1, 2, 0]]))
+    seen, new = range(0, 150, 2), range(1, 150, 2)
+
+    def fitted(length: float, strength: float) -> RVGP:
+        made = PointCloud(points * length, dim=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a field of the surrounding space has normal parts
+            return RVGP(made, **options).fit(seen, strength * field[::2])
+
+    one, other = fitted(1.0, 1.0), fitted(unit, 1.0 / unit)
+    mean, cov = one.predict(new)
+    again, again_cov = other.predict(new)
+    torch.testing.assert_close(again * unit, mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(again_cov * unit**2, cov, rtol=1e-2, atol=1e-4)
+    shift = one.engine.data.rows * math.log(unit)  # the density of the data has their unit
+    assert float(other.log_marginal_likelihood()) - shift == pytest.approx(
+        float(one.log_marginal_likelihood()), abs=1e-2
+    )
+
+
+@pytest.mark.parametrize("mesh", [False, True])
+@pytest.mark.parametrize("options", [{}, {"kernel": "projected"}, {"backend": "precision"}])
+def test_bands_hold_at_new_points_between_the_nodes(mesh: bool, options: dict) -> None:
+    """95 % bands hold 90 to 98 % of a field of one's own prior at places between the nodes."""
+    vertices, faces = icosphere(3)
+    made = PointCloud.from_mesh(vertices, faces) if mesh else PointCloud(vertices, dim=2)
+    new = torch.nn.functional.normalize(torch.as_tensor(random_sphere(800, seed=5)), dim=-1)
+
+    def truth(p: torch.Tensor) -> torch.Tensor:
+        f = torch.sin(5 * p[:, [1, 2, 0]])
+        return f - (f * p).sum(-1, keepdim=True) * p
+
+    at = torch.as_tensor(vertices)
+    gp = RVGP(made, **options).fit(range(0, len(at), 2), noisy(truth(at), 0.1)[::2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mean, cov = gp.predict(new)
+    z = torch.einsum("qdm,qd->qm", gp.frames(new), mean - truth(new)) / cov.diagonal(dim1=1, dim2=2).sqrt()
+    assert 0.90 < float((z.abs() < 1.96).double().mean()) <= 1.0
+    assert float(z.square().mean().sqrt()) < 2.0
+
+
+def test_past_the_border_and_in_holes_the_field_is_its_prior() -> None:
+    rng = np.random.default_rng(1)
+    points = rng.uniform(-1, 1, (700, 2))
+    points = points[np.hypot(*points.T) > 0.45]
+    field = np.stack([np.sin(3 * points[:, 0]), np.cos(3 * points[:, 1])], 1)
+    for options in ({}, {"kernel": "projected"}, {"backend": "precision"}):
+        gp = RVGP(PointCloud(points, dim=2), **options).fit(range(len(points)), field)
+        with pytest.warns(ApproximationWarning, match="falls back to its prior"):
+            mean, cov = gp.predict(np.array([[0.0, 0.0], [1.3, 0.0], [30.0, 0.0]]))
+        assert mean[2].norm() < 0.02 * gp.amplitude**0.5
+        assert cov[2].diagonal().mean() == pytest.approx(gp.amplitude, rel=0.4)
+        assert (cov.diagonal(dim1=1, dim2=2).mean(-1) > 0.05 * gp.amplitude).all()
+
+
+def test_measurement_noise_is_no_diffusion(cloud: PointCloud, field: torch.Tensor) -> None:
+    gp = RVGP(cloud, num_eigenpairs=40).fit(range(300), noisy(field, 0.3))
+    with pytest.raises(UnavailableError, match="error of measurement"):
+        gp.as_sde()
+    law = gp.measure(cloud.points[:3], diffusion=0.2, dt=0.01)
+    assert law.sample(torch.linspace(0, 0.05, 6).double(), 4).x.shape == (4, 3, 6, 3)
+
+
+def test_missing_vectors_are_left_out(cloud: PointCloud, field: torch.Tensor) -> None:
+    y = noisy(field, 0.1)[:60].clone()
+    y[[3, 17]] = math.nan
+    kept = [i for i in range(60) if i not in (3, 17)]
+    some = RVGP(cloud, num_eigenpairs=40).fit(range(60), y)
+    rest = RVGP(cloud, num_eigenpairs=40).fit(kept, y[kept])
+    assert torch.equal(some.predict_mean([70]), rest.predict_mean([70]))
+    with pytest.raises(InvalidInputError, match="miss the same"):
+        RVGP(cloud, num_eigenpairs=40).fit(range(60), torch.stack([y, noisy(field, 0.1)[:60]]))
+
+
+def test_the_kernel_and_the_amplitude_say_what_was_fitted(cloud: PointCloud, field: torch.Tensor) -> None:
+    sparse = RVGP(cloud, backend="precision").fit(range(300), noisy(field, 0.1))
+    assert float(sparse.kernel.lengthscale) == pytest.approx(sparse.engine.lengthscale)
+    scaled = RVGP(cloud, ScaleKernel(ConnectionMatern(cloud, num_eigenpairs=60))).fit(
+        range(300), noisy(field, 0.1)
+    )
+    with torch.no_grad():
+        prior = scaled.engine.amplitude * scaled.kernel(cloud.rows(slice(None)), diag=True).mean()
+    assert scaled.amplitude == pytest.approx(float(prior), rel=1e-6)
+    with pytest.raises(UnavailableError, match="no kernel yet"):
+        RVGP(cloud, "auto").kernel  # noqa: B018

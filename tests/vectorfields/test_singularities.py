@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from stochdyn.errors import InvalidInputError
-from stochdyn.vectorfields import RVGP, PointCloud, field_index, find_singularities, triangulate
+from stochdyn.errors import ApproximationWarning, InvalidInputError
+from stochdyn.vectorfields import (
+    RVGP,
+    PointCloud,
+    field_index,
+    find_singularities,
+    inspect_triangles,
+    triangulate,
+)
+from stochdyn.vectorfields.geometry import sphere_of
 from tests.vectorfields.shapes import fibonacci_sphere, icosphere, klein_bottle, torus
 
 
@@ -33,7 +41,7 @@ def test_indices_sum_to_the_euler_characteristic(cloud: PointCloud, characterist
         learn_noise=False,
         noise_variance=1e-4,
     )
-    zeros = find_singularities(gp, draws=3, generator=torch.Generator().manual_seed(0))
+    zeros = find_singularities(gp, num_draws=3, generator=torch.Generator().manual_seed(0))
     assert zeros.mean_index.sum() == characteristic
     assert (zeros.mean_index.abs() <= 1).all()
     if n < 1000:
@@ -91,7 +99,7 @@ def test_zeros_are_placed_within_triangles() -> None:
     gp = RVGP(cloud, num_eigenpairs=100, nu=np.inf).fit(
         range(500), spun(cloud, axis), optimize=False, learn_noise=False, noise_variance=1e-8
     )
-    zeros = find_singularities(gp, draws=5, generator=torch.Generator().manual_seed(0))
+    zeros = find_singularities(gp, num_draws=5, generator=torch.Generator().manual_seed(0))
     places, index = zeros.positions()
     assert index.tolist() == [1, 1]
     # within a tenth of the spacing of the points, 0.16; centres of triangles would be off by a third of it
@@ -153,3 +161,43 @@ def test_what_has_no_index() -> None:
     gp = RVGP(cloud, num_eigenpairs=20).fit(range(10), torch.zeros(2, 10, 3))
     with pytest.raises(InvalidInputError, match="many fields"):
         find_singularities(gp)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_clouds_get_sound_triangles(seed: int) -> None:
+    r = np.random.default_rng(seed)
+    x = r.normal(size=(700, 3))
+    x = x / np.linalg.norm(x, axis=1, keepdims=True) * [1, 1.3, 1.7]
+    cases = {
+        (2, 0): PointCloud(x, 15, dim=2),
+        (1, 1): PointCloud(x[x[:, 2] > -0.9], 15, dim=2),
+    }
+    for (euler, boundaries), cloud in cases.items():
+        faces = triangulate(cloud)
+        report = inspect_triangles(faces, len(cloud))
+        assert report.is_sound
+        assert (report.euler, report.boundaries) == (euler, boundaries)
+        if euler == 2:  # Poincaré and Hopf, for fields that owe the cloud nothing
+            fields = torch.as_tensor(np.stack([np.sin(2 * x @ r.normal(size=(3, 3))) for _ in range(10)]))
+            assert (sum(field_index(cloud, fields, t) for t in faces) == 2).all()
+
+
+def test_a_sheet_is_no_sphere_and_a_cap_stays_open() -> None:
+    r = np.random.default_rng(0)
+    xy = r.uniform(0, 1, (400, 2))
+    sheet = PointCloud(np.c_[xy, 1e-3 * np.sin(4 * xy[:, 0]) * np.cos(3 * xy[:, 1])], dim=2)
+    assert inspect_triangles(triangulate(sheet), 400).euler == 1
+    assert sphere_of(sheet.points) is None
+    cap = PointCloud(fibonacci_sphere(600)[:300], dim=2)
+    assert inspect_triangles(triangulate(cap), 300).boundaries == 1
+    assert sphere_of(cap.points) is not None
+    assert sphere_of(cap.points, closed=True) is None
+
+
+def test_triangulations_with_holes_are_told() -> None:
+    xy = np.random.default_rng(0).uniform(0, 1, (400, 2))
+    hole = np.hypot(*(xy - 0.5).T) < 0.09  # about the size of one neighbourhood
+    cloud = PointCloud(xy[~hole], 6, dim=2)
+    with pytest.warns(ApproximationWarning, match="isn't a surface"):
+        faces = triangulate(cloud)
+    assert inspect_triangles(faces, len(cloud)).gaps > 0

@@ -32,7 +32,7 @@ def test_projection_is_of_high_order() -> None:
 def test_projection_keeps_shape_and_precision() -> None:
     surface = Surface(PointCloud(clifford_torus(24), 10, dim=2))
     x = torch.as_tensor(clifford_torus(24)[:6] * 1.01).float().reshape(2, 3, 4)
-    found = surface.project(x, steps=2)
+    found = surface.project(x, max_iterations=2)
     assert found.shape == x.shape
     assert found.dtype == torch.float32
     torch.testing.assert_close(found[..., :2].norm(dim=-1), torch.ones(2, 3), rtol=0, atol=5e-3)
@@ -53,7 +53,7 @@ def test_drift_is_differentiable_in_the_state() -> None:
     points = fibonacci_sphere(500)
     cloud = PointCloud(points, 10, dim=2)
     x = torch.as_tensor(random_sphere(3, seed=2)).requires_grad_()
-    drift = TangentDrift(cloud, spin(torch.as_tensor(points)), step=0.1)
+    drift = TangentDrift(cloud, spin(torch.as_tensor(points)), dt=0.1)
     assert torch.autograd.gradcheck(lambda x: drift(torch.tensor(0.0), x), (x,), eps=1e-7, atol=1e-4)
 
 
@@ -89,7 +89,7 @@ def test_rotation_returns_to_its_start() -> None:
 def test_bad_input() -> None:
     cloud = PointCloud(fibonacci_sphere(100), 8, dim=2)
     with pytest.raises(InvalidInputError, match="step must be positive"):
-        TangentDrift(cloud, torch.zeros(100, 3), step=0.0)
+        TangentDrift(cloud, torch.zeros(100, 3), dt=0.0)
     with pytest.raises(InvalidInputError, match="scale must be positive"):
         TangentDiffusion(cloud, -1.0)
     with pytest.raises(ShapeError, match="x has the wrong size"):

@@ -140,7 +140,9 @@ class PointCloud:
         """Connect the frames, orient them, and keep everything as tensors where the points live."""
         g = self._graph
         maps = connection.connect(given, g.tails, g.heads)
-        signs, self.is_orientable = connection.orient(g.num_nodes, g.tails, g.heads, maps)
+        products = np.einsum("eda,edb->eab", given[g.tails], given[g.heads])
+        overlap = np.linalg.svd(products, compute_uv=False)[:, -1]
+        signs, self.is_orientable = connection.orient(g.num_nodes, g.tails, g.heads, maps, overlap)
         if self.is_orientable:
             flip = signs < 0
             given = given.copy()
@@ -223,6 +225,11 @@ class PointCloud:
         """For every node the nodes within two edges, itself first."""
         return self._graph.rings(2)
 
+    @functools.cached_property
+    def typical_doubt(self) -> float:
+        """The share of a field's variance that reading it between the nodes leaves open at most."""
+        return extension.typical_doubt(self)
+
     def pencil(self, kind: str = "connection", *, real: bool = False) -> laplacian.Pencil:
         """Return the sparse Laplacian and its masses.
 
@@ -292,14 +299,16 @@ class PointCloud:
         index = index.to(self.device)
         one = torch.ones(len(index), 1, dtype=torch.float64, device=self.device)
         points, frames = self._tensor(self.array)[index], self._tensor(self.node_frames)[index]
-        return Sites(points, frames, index[:, None], one, None)
+        return Sites(points, frames, index[:, None], one, None, torch.zeros_like(one[:, 0]))
 
     def _point_sites(self, points: Tensor) -> Sites:
         array = points.detach().cpu().double().numpy()
         ties = extension.tie(self, array)
         nodes = torch.as_tensor(ties.nodes, device=self.device)
-        frames, weights, maps = (self._tensor(part) for part in (ties.frames, ties.weights, ties.maps))
-        return Sites(self._tensor(array), frames, nodes, weights, maps)
+        frames, weights, maps, beyond = (
+            self._tensor(part) for part in (ties.frames, ties.weights, ties.maps, ties.open)
+        )
+        return Sites(self._tensor(array), frames, nodes, weights, maps, beyond)
 
     def transport(self, vectors: Any, path: Sequence[int]) -> Tensor:
         """Carry an ambient vector ``(D,)`` at ``path[0]`` along neighbouring nodes to ``path[-1]``."""

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.sparse.csgraph import breadth_first_order
+from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 
 __all__ = ["connect", "holonomy", "orient", "polar_factor"]
+
+#: Tangent spaces at more than 60 degrees to one another don't tell each other's handedness.
+_PARALLEL = 0.5
 
 
 def polar_factor(matrices: np.ndarray) -> np.ndarray:
@@ -57,22 +60,31 @@ def connect(frames: np.ndarray, tails: np.ndarray, heads: np.ndarray) -> np.ndar
     return polar_factor(np.einsum("eda,edb->eab", frames[tails], frames[heads]))
 
 
-def orient(num_nodes: int, tails: np.ndarray, heads: np.ndarray, maps: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Choose the handedness of every frame so that neighbours agree, along a spanning tree.
+def orient(
+    num_nodes: int, tails: np.ndarray, heads: np.ndarray, maps: np.ndarray, overlap: np.ndarray | None = None
+) -> tuple[np.ndarray, bool]:
+    """Choose the handedness of every frame so that neighbours agree, along the spanning tree of the most parallel ones.
 
     Args:
         num_nodes: n.
         tails: ``(E,)``.
         heads: ``(E,)``.
         maps: ``(E, m, m)`` connections.
+        overlap: ``(E,)`` the least cosine between the two tangent spaces of every edge. Where it is small the
+            connection's handedness is an accident, and such edges have no vote. All vote if None.
 
     Returns:
         Signs ``(n,)``, -1 for frames to be reflected, and whether all neighbours then agree: a graph where
         they can't is not orientable.
     """
     sign = np.sign(np.linalg.det(maps)) if maps.shape[-1] != 2 else _sign_of_plane_maps(maps)
+    sure = np.ones(len(tails), dtype=bool) if overlap is None else overlap > _PARALLEL
     link = sp.coo_matrix((sign, (tails, heads)), (num_nodes, num_nodes)).tocsr()
     link = link + link.T
+    if overlap is not None:
+        cost = sp.coo_matrix((1.001 - np.clip(overlap, 0, 1), (tails, heads)), (num_nodes, num_nodes)).tocsr()
+        tree = minimum_spanning_tree(cost)
+        link = link.multiply((tree + tree.T) > 0).tocsr()
     signs = np.zeros(num_nodes)
     for root in range(num_nodes):
         if signs[root]:
@@ -82,7 +94,7 @@ def orient(num_nodes: int, tails: np.ndarray, heads: np.ndarray, maps: np.ndarra
         signs[root] = 1.0
         for node, parent, change in zip(order[1:], before[order[1:]], relative, strict=True):
             signs[node] = signs[parent] * change
-    return signs, bool(np.all(signs[tails] * signs[heads] * sign > 0))
+    return signs, bool(np.all((signs[tails] * signs[heads] * sign)[sure] > 0))
 
 
 def _sign_of_plane_maps(maps: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,17 +11,16 @@ import numpy as np
 
 from stochdyn.errors import ApproximationWarning
 from stochdyn.vectorfields.geometry.connection import polar_factor
-from stochdyn.vectorfields.geometry.frames import local_frames
 
 if TYPE_CHECKING:
     from stochdyn.vectorfields.geometry.cloud import PointCloud
 
-__all__ = ["Ties", "tie"]
+__all__ = ["Ties", "tie", "typical_doubt"]
 
 #: Farther than this many local radii from any node, the cloud says nothing of the manifold.
 _FAR = 1.0
 #: Correlation length of the reader, in local radii, and what keeps its small systems solvable.
-_REACH, _NUGGET = 1.0, 1e-9
+_REACH, _NUGGET = 3.0, 1e-9
 #: Points whose small systems are solved at once.
 _BLOCK = 20_000
 
@@ -33,13 +33,14 @@ class Ties:
     frames: np.ndarray
     weights: np.ndarray
     maps: np.ndarray
+    open: np.ndarray
 
 
 def tie(cloud: PointCloud, points: np.ndarray) -> Ties:
     r"""Tie points ``(q, D)`` to a cloud: neighbours, frames, connections, and the weights by which fields are read.
 
     The value at a new point is the best linear prediction from its neighbours for a field whose components, carried by
-    the connection, have the correlation :math:`k(d)=(1+d^2/2\rho^2)^{-1}` with ρ the radius of the neighbourhood:
+    the connection, have a Matérn correlation k of smoothness 3/2 and a length of three times the radius of the neighbourhood:
 
     .. math:: u(x)=\sum_jc_jO_{xj}u_j,\qquad c=K^{-1}k(x).
 
@@ -61,36 +62,61 @@ def tie(cloud: PointCloud, points: np.ndarray) -> Ties:
             ApproximationWarning,
             stacklevel=5,
         )
-    turned = local_frames(cloud.array, points, distances, nodes, cloud.dim)
     if cloud.faces is not None:
         distances, nodes = _along_the_mesh(cloud, points, nodes[:, 0], count)
-    weights = _weights(cloud.array, distances, nodes, radius)
-    node_frames = cloud.node_frames
+    weights, doubt = _weights(cloud.array, distances, nodes, radius)
     on_node = distance <= 1e-12
-    turned[on_node] = node_frames[nodes[on_node, 0]]
-    weights[on_node] = np.eye(1, nodes.shape[1])
-    maps = polar_factor(np.einsum("qda,qjdb->qjab", turned, node_frames[nodes]))
-    if cloud.is_orientable:
-        # a new frame has no handedness of its own, and takes that of its nearest node
-        flip = np.linalg.det(maps[:, 0]) < 0
-        turned[flip, :, -1] *= -1.0
-        maps[flip, :, -1, :] *= -1.0
-    return Ties(nodes, turned, weights, maps)
+    weights[on_node], doubt[on_node] = np.eye(1, nodes.shape[1]), 0.0
+    frames = _frames(cloud.node_frames[nodes], weights)
+    maps = polar_factor(np.einsum("qda,qjdb->qjab", frames, cloud.node_frames[nodes]))
+    beyond = np.maximum(doubt - cloud.typical_doubt, 0.0) / (1.0 - cloud.typical_doubt)
+    return Ties(nodes, frames, weights, maps, beyond)
 
 
-def _weights(array: np.ndarray, distances: np.ndarray, nodes: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Return ``c = K⁻¹ k(x)`` for every point, ``(q, K)``; distances in units of the local radius."""
-    out = np.empty(nodes.shape)
+def typical_doubt(cloud: PointCloud) -> float:
+    """Return what the reader leaves open at nodes that are read from their neighbours, at most, but for one in a hundred."""
+    count = min(max(cloud.num_neighbors, cloud.frame_neighbors) + 1, len(cloud))
+    distances, nodes = cloud.search.query(cloud.array, count)
+    radius = cloud.graph.radius[nodes[:, 0]]
+    return min(
+        float(np.quantile(_weights(cloud.array, distances[:, 1:], nodes[:, 1:], radius)[1], 0.99)), 0.5
+    )
+
+
+def _frames(near: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the nearest nodes' frames turned into the blend of all neighbours' planes, ``(q, D, m)``.
+
+    Continuous in the point: at a node the blend is the node's own plane.
+    """
+    first = near[:, 0]
+    overlap = np.einsum("qjda,qdb->qjab", near, first)
+    blended = np.einsum("qjda,qjab,qj->qdb", near, overlap, weights)
+    left, _, right = np.linalg.svd(blended, full_matrices=False)
+    return left @ right
+
+
+def _weights(
+    array: np.ndarray, distances: np.ndarray, nodes: np.ndarray, radius: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``c = K⁻¹ k(x)`` for every point, ``(q, K)``, and the variance ``1 - k(x)c (q,)`` of what it leaves open."""
+    out, doubt = np.empty(nodes.shape), np.empty(len(nodes))
     nugget = _NUGGET * np.eye(nodes.shape[1])
     for start in range(0, len(nodes), _BLOCK):
         part = slice(start, start + _BLOCK)
         near = array[nodes[part]] / radius[part, None, None]
         # |a - b|² by differences, which keeps near neighbours apart far from the origin
         apart = ((near[:, :, None] - near[:, None]) ** 2).sum(-1)
-        gram = 1.0 / (1.0 + apart / (2.0 * _REACH**2)) + nugget
-        cross = 1.0 / (1.0 + (distances[part] / radius[part, None]) ** 2 / (2.0 * _REACH**2))
+        gram = _correlation(np.sqrt(apart)) + nugget
+        cross = _correlation(distances[part] / radius[part, None])
         out[part] = np.linalg.solve(gram, cross[..., None])[..., 0]
-    return out
+        doubt[part] = 1.0 - (out[part] * cross).sum(1)
+    return out, doubt
+
+
+def _correlation(distances: np.ndarray) -> np.ndarray:
+    """Return the reader's Matérn correlation of smoothness 3/2 at distances in local radii."""
+    r = math.sqrt(3.0) * distances / _REACH
+    return (1.0 + r) * np.exp(-r)
 
 
 def _along_the_mesh(

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import torch
 from scipy.sparse.csgraph import connected_components
 
-from stochdyn._checks import check_choice
+from stochdyn._checks import as_tensor, check_choice, check_positive_int, check_real
 from stochdyn.errors import DisconnectedGraphError, InvalidInputError, MissingDependencyError
 
 __all__ = ["NeighborGraph", "NeighborSearch", "farthest_points", "neighbor_graph"]
@@ -234,29 +234,42 @@ def neighbor_graph(
     return NeighborGraph(tails, heads, weights, lengths, radius, density, weighting, bandwidth)
 
 
-def farthest_points(points: np.ndarray, count: int | None = None, spacing: float | None = None) -> np.ndarray:
+def farthest_points(points: Any, num_points: int | None = None, spacing: float | None = None) -> np.ndarray:
     """Choose points that cover a cloud evenly, each the farthest from those chosen before.
 
     Args:
-        points: ``(n, D)``; the first is the start.
-        count: how many to choose, or None to go on until ``spacing``.
+        points: ``(n, D)``, an array of any kind; the first is the start.
+        num_points: how many to choose, or None to go on until ``spacing``.
         spacing: stop once every point is nearer than this share of the bounding box's diagonal to a chosen one.
 
     Returns:
         ``(q,)`` indices in order of choice, in time and memory n times q and n.
 
     Raises:
-        InvalidInputError: unless exactly one of ``count`` and ``spacing`` is given.
+        InvalidInputError: unless exactly one of ``num_points`` and ``spacing`` is given.
 
     Reference:
         Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985.
     """
-    if (count is None) == (spacing is None):
-        raise InvalidInputError("give either count or spacing", got=f"count={count}, spacing={spacing}")
+    if (num_points is None) == (spacing is None):
+        raise InvalidInputError(
+            "give either num_points or spacing", got=f"num_points={num_points}, spacing={spacing}"
+        )
+    points = (
+        as_tensor(points, "points", 2, "(number of points, ambient dimension)")
+        .detach()
+        .cpu()
+        .double()
+        .numpy()
+    )
+    if num_points is None:
+        check_real(spacing, "spacing", above=0.0)
+    else:
+        check_positive_int(num_points, "num_points")
     stop = 0.0 if spacing is None else spacing * float(np.linalg.norm(np.ptp(points, axis=0)))
     chosen = [0]
     nearest = ((points - points[0]) ** 2).sum(1)
-    limit = len(points) if count is None else min(count, len(points))
+    limit = len(points) if num_points is None else min(num_points, len(points))
     while len(chosen) < limit:
         far = int(nearest.argmax())
         if nearest[far] <= stop**2:

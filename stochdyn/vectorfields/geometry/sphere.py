@@ -20,12 +20,15 @@ from stochdyn.vectorfields.regression.sites import Sites
 __all__ = ["HodgeMatern", "hodge_compositional", "sphere_of", "vector_harmonics"]
 
 _PARTS = ("both", "divergence_free", "curl_free")
-#: Points whose distance to the centre varies by less than this share of it lie on a sphere.
-_ROUND = 1e-3
+#: Points whose distance to the centre varies by less than this share of their extent lie on a sphere.
+_ROUND = 3e-4
 
 
-def sphere_of(points: Tensor) -> tuple[Tensor, float] | None:
-    """Return centre and radius of the sphere in space on which ``(n, 3)`` points lie, or None if they don't."""
+def sphere_of(points: Tensor, *, closed: bool = False) -> tuple[Tensor, float] | None:
+    """Return centre and radius of the sphere in space on which ``(n, 3)`` points lie, or None if they don't.
+
+    With ``closed`` they must lie all around it, and not on a cap alone.
+    """
     if points.shape[-1] != 3 or points.shape[0] < 5:
         return None
     x = points.double()
@@ -36,7 +39,11 @@ def sphere_of(points: Tensor) -> tuple[Tensor, float] | None:
     distance = (x - centre).norm(dim=-1)
     radius = float(distance.mean())
     flat = torch.linalg.matrix_rank(x - middle, rtol=1e-6) < 3
-    return None if flat or float((distance - radius).abs().max()) > _ROUND * radius else (centre, radius)
+    extent = min(radius, float((x - middle).norm(dim=-1).max()))
+    if flat or float((distance - radius).abs().max()) > _ROUND * extent:
+        return None
+    one_sided = float((x - centre).mean(0).norm()) > 0.3 * radius
+    return None if closed and one_sided else (centre, radius)
 
 
 def vector_harmonics(points: Tensor, degree: int) -> Tensor:

@@ -87,10 +87,10 @@ class Surface(nn.Module):
         """Return the parts of the ways that are normal to the tangent plane."""
         return ways - ways @ frames @ frames.mT
 
-    def project(self, x: Tensor, steps: int = 1) -> Tensor:
+    def project(self, x: Tensor, max_iterations: int = 1) -> Tensor:
         """Return the points of the manifold next to ``x (*batch, D)``; repeat for points farther away."""
         flat = x.reshape(-1, x.shape[-1]).to(self.points)
-        for _ in range(steps):
+        for _ in range(max_iterations):
             nodes = self.neighbours(flat)
             ways, weights = self.weights(flat, nodes)
             frames = self.frames(nodes, weights)
@@ -112,7 +112,7 @@ class TangentDrift(nn.Module):
     r"""A vector field on a cloud as the drift of an SDE in ambient coordinates.
 
     Between nodes the field is a quadratic fitted to the neighbours' vectors, read in the tangent plane at x. With
-    ``step`` it also pulls the state back to the manifold,
+    ``dt`` it also pulls the state back to the manifold,
 
     .. math:: b(x)=v(\pi(x))+\frac{\pi(x)-x}{\Delta},
 
@@ -121,7 +121,7 @@ class TangentDrift(nn.Module):
     Args:
         cloud: the points.
         vectors: ``(n, D)`` tangent vectors at the nodes.
-        step: Δ, the step of the time grid; None leaves states where they are.
+        dt: Δ, the step of the time grid; None leaves states where they are.
 
     Example:
         >>> angle = torch.arange(60, dtype=torch.float64) * 2 * torch.pi / 60
@@ -133,12 +133,12 @@ class TangentDrift(nn.Module):
 
     vectors: Tensor
 
-    def __init__(self, cloud: PointCloud, vectors: Tensor, step: float | None = None) -> None:
+    def __init__(self, cloud: PointCloud, vectors: Tensor, dt: float | None = None) -> None:
         super().__init__()
-        if step is not None:
-            check_positive(step, "step")
+        if dt is not None:
+            check_positive(dt, "dt")
         self.surface = Surface(cloud)
-        self.step = step
+        self.dt = dt
         self.register_buffer("vectors", vectors.detach().to(self.surface.points))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
@@ -151,13 +151,13 @@ class TangentDrift(nn.Module):
         frames = surface.frames(nodes, weights)
         # components in this plane are smooth functions of the place, and right at its foot: no transport is needed
         values = self.vectors[nodes] @ frames
-        if self.step is not None:
+        if self.dt is not None:
             values = torch.cat([values, surface.normal(ways, frames)], -1)
         at = surface.fit(ways, weights, frames, values)
         m = surface.dim
         total = (frames @ at[:, :m, None]).squeeze(-1)
-        if self.step is not None:
-            total = total + at[:, m:] / self.step
+        if self.dt is not None:
+            total = total + at[:, m:] / self.dt
         return total.reshape(x.shape).to(x.dtype)
 
 
@@ -166,18 +166,18 @@ class TangentDiffusion(nn.Module):
 
     Args:
         cloud: the points.
-        scale: standard deviation per root of time.
+        diffusion: σ, the standard deviation per square root of time, in the unit of the points.
     """
 
-    def __init__(self, cloud: PointCloud, scale: float) -> None:
+    def __init__(self, cloud: PointCloud, diffusion: float) -> None:
         super().__init__()
-        check_positive(scale, "scale")
+        check_positive(diffusion, "diffusion")
         self.surface = Surface(cloud)
-        self.scale = float(scale)
+        self.diffusion = float(diffusion)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return ``(*batch, D, m)``."""
         flat = x.reshape(-1, x.shape[-1]).to(self.surface.points)
         nodes = self.surface.neighbours(flat)
         frames = self.surface.frames(nodes, self.surface.weights(flat, nodes)[1])
-        return (self.scale * frames).reshape(*x.shape, -1).to(x.dtype)
+        return (self.diffusion * frames).reshape(*x.shape, -1).to(x.dtype)

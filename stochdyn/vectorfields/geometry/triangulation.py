@@ -97,7 +97,9 @@ def triangles_of(cloud: PointCloud) -> np.ndarray:
         sides = [(a, b), (b, c), (a, c)]
         if any(count[side] >= 2 for side in sides):
             continue
-        if votes[index] < 3 and any(_crosses(cloud, v, w, fans[v]) for v, w in ((a, (b, c)), (b, (a, c)), (c, (a, b)))):
+        if votes[index] < 3 and any(
+            _crosses(cloud, v, w, fans[v]) for v, w in ((a, (b, c)), (b, (a, c)), (c, (a, b)))
+        ):
             continue
         taken.append([a, b, c])
         for side in sides:
@@ -154,7 +156,9 @@ def _supported(cloud: PointCloud, faces: np.ndarray) -> np.ndarray:
 
 def _crosses(cloud: PointCloud, apex: int, wedge: tuple[int, int], fan: list[tuple[int, int]]) -> bool:
     """Return whether a wedge at a node overlaps one that is there already, in the node's tangent plane."""
-    ways = {n: cloud.node_frames[apex].T @ (cloud.array[n] - cloud.array[apex]) for w in [wedge, *fan] for n in w}
+    ways = {
+        n: cloud.node_frames[apex].T @ (cloud.array[n] - cloud.array[apex]) for w in [wedge, *fan] for n in w
+    }
     angle = {n: float(np.arctan2(v[1], v[0])) for n, v in ways.items()}
 
     def span(pair: tuple[int, int]) -> tuple[float, float]:

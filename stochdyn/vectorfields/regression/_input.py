@@ -1,4 +1,4 @@
-"""What users hand over to this room: points, choices of nodes and vector fields, checked and converted."""
+"""What users hand over: points, choices of nodes and vector fields, checked and converted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_finite, check_ndim, check_nonempty, check_positive_int
+from stochdyn._checks import as_tensor, check_finite, check_ndim, check_nonempty, check_positive_int
 from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["as_count", "as_float_tensor", "as_index", "as_points", "as_vectors", "is_index"]
@@ -17,13 +17,7 @@ __all__ = ["as_count", "as_float_tensor", "as_index", "as_points", "as_vectors",
 
 def as_float_tensor(value: Any, name: str) -> Tensor:
     """Return ``value`` as a floating tensor; integers become double precision."""
-    try:
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"{name} must be numbers", got=type(value).__name__) from error
-    if tensor.is_complex():
-        raise InvalidInputError(f"{name} must be real", got=tensor.dtype)
-    return tensor if tensor.is_floating_point() else tensor.double()
+    return as_tensor(value, name, like=torch.empty((), dtype=torch.float64), finite=False)
 
 
 def as_points(value: Any, name: str = "points", dim: int | None = None) -> Tensor:
@@ -104,8 +98,8 @@ def as_index(value: Any, num_nodes: int, name: str = "index") -> Tensor:
     return torch.as_tensor(array.astype(np.int64))
 
 
-def as_vectors(value: Any, rows: int, dim: int, name: str = "vectors") -> Tensor:
-    """Return finite ambient vectors ``(*batch, rows, dim)``."""
+def as_vectors(value: Any, rows: int, dim: int, name: str = "vectors", missing: bool = False) -> Tensor:
+    """Return finite ambient vectors ``(*batch, rows, dim)``, NaN where they may be missing."""
     vectors = as_float_tensor(value, name)
     check_ndim(vectors, tuple(range(2, 13)), name, "(*batch, number of sites, ambient dimension)")
     if vectors.shape[-2:] != (rows, dim):
@@ -114,5 +108,6 @@ def as_vectors(value: Any, rows: int, dim: int, name: str = "vectors") -> Tensor
             got=f"shape {tuple(vectors.shape)}",
             expected=f"(*batch, {rows}, {dim})",
         )
-    check_finite(vectors.detach(), name)
+    seen = vectors.detach()
+    check_finite(seen[~torch.isnan(seen)] if missing else seen, name)
     return vectors

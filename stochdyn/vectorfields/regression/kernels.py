@@ -192,14 +192,15 @@ class SpectralKernel(FeatureKernel):
         return weight
 
     def _missing(self, sites: Sites) -> Tensor:
-        """Return what reading lost: the neighbours' prior variance less that of the features, where this is positive."""
+        """Return what reading lost: the neighbours' prior variance less that of the features, or what no reading tells."""
         if sites.are_nodes:
             return FeatureKernel.missing_variance(self, sites)
         weights = self.spectral_weights()
         at_nodes = self._variances(self.cloud.sites(slice(None)), weights)
         share = sites.weights.abs()
         around = (at_nodes[sites.nodes] * share).sum(-1) / share.sum(-1).clamp(min=1e-300)
-        return (around - self._variances(sites, weights)).clamp(min=0)
+        lost = (around - self._variances(sites, weights)).clamp(min=0)
+        return torch.maximum(lost, around * sites.open)
 
     def _variances(self, sites: Sites, weights: Tensor) -> Tensor:
         """Return the variance of a component at the sites, averaged over components, ``(q,)``."""

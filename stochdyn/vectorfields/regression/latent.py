@@ -65,7 +65,7 @@ class BridgeControl(nn.Module):
         self.drift, self.diffusion = drift, diffusion
         self.register_buffer("times", times)
         self.register_buffer("values", values)
-        self.slack, self.step = (obs_scale / diffusion.scale) ** 2, step
+        self.slack, self.step = (obs_scale / diffusion.diffusion) ** 2, step
         self.log_gain = nn.Parameter(torch.zeros(len(times), dtype=values.dtype, device=values.device))
         self.log_narrowing = nn.Parameter(torch.zeros_like(self.log_gain))
         self.shift = nn.Parameter(torch.zeros_like(values))
@@ -95,7 +95,7 @@ class BridgeControl(nn.Module):
             gain = gain.reshape(rest.shape)
         way = ahead * gain / (rest + self.slack) * (target - z - rest * self.drift(t, z))
         frames = self.diffusion(t, z)
-        return (frames.mT @ way.unsqueeze(-1)).squeeze(-1) / self.diffusion.scale**2
+        return (frames.mT @ way.unsqueeze(-1)).squeeze(-1) / self.diffusion.diffusion**2
 
     def precision(self, t: Tensor, z: Tensor) -> Tensor:
         """Return α, ``(..., P, m)``."""

@@ -55,7 +55,9 @@ def maximise(
     for module in modules:
         for name, parameter, constraint in module.named_parameters_and_constraints():  # type: ignore[operator]
             if parameter.requires_grad:
-                coordinates.append(_Coordinate(name.rpartition(".")[2].removeprefix("raw_"), parameter, constraint))
+                coordinates.append(
+                    _Coordinate(name.rpartition(".")[2].removeprefix("raw_"), parameter, constraint)
+                )
     sizes = [c.parameter.numel() for c in coordinates]
 
     def cost(flat: np.ndarray) -> tuple[float, np.ndarray]:

@@ -7,32 +7,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_finite, check_ndim, check_nonempty, check_time_grid
-from stochdyn.core.law.path import PathSample
+from stochdyn._checks import as_tensor, as_time_grid, check_event_size, check_ndim, check_nonempty
+from stochdyn.core.law.path import Path
 from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.graph import farthest_points
-from stochdyn.vectorfields.regression._input import as_count, as_float_tensor
+from stochdyn.vectorfields.regression._input import as_count
 from stochdyn.vectorfields.regression.engines import Observations
 
 __all__ = ["cloud_of_paths", "path_observations", "quadratic_variation"]
 
 
-def _unpack(paths: Any) -> tuple[Tensor, Tensor]:
-    """Return the grid ``(T,)`` and states ``(*sample, T, D)`` of a PathSample or a pair of both."""
-    if isinstance(paths, PathSample):
-        ts, x = paths.ts, paths.x
-    elif isinstance(paths, tuple | list) and len(paths) == 2:
-        ts, x = as_float_tensor(paths[0], "ts"), as_float_tensor(paths[1], "x")
-    else:
+def _trials(paths: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return grids ``(T,)`` and states ``(*sample, T, D)`` of one path, one pair of times and states, or a list of such."""
+    if isinstance(paths, Path):
+        return [_unpack(paths.ts, paths.x)]
+    if not isinstance(paths, tuple | list) or not len(paths):
         raise InvalidInputError(
-            "paths must be a PathSample or a pair of times and states", got=type(paths).__name__
+            "paths must be a path, a pair of times and states, or a list of such", got=type(paths).__name__
         )
-    check_time_grid(ts)
+    if all(isinstance(p, Path) or (isinstance(p, tuple) and len(p) == 2) for p in paths):
+        return [trial for p in paths for trial in _trials(p)]
+    if len(paths) == 2:
+        return [_unpack(paths[0], paths[1])]
+    raise InvalidInputError(
+        "paths must be a path, a pair of times and states, or a list of such",
+        got=f"a list of {type(paths[0]).__name__}",
+        hint="trials of unequal length are a list of pairs (ts, x)",
+    )
+
+
+def _unpack(ts: Any, x: Any) -> tuple[Tensor, Tensor]:
+    ts, x = as_time_grid(ts), as_tensor(x, "x", missing=True)
     check_ndim(x, tuple(range(2, 13)), "x", "(*sample, T, D)")
     check_nonempty(x, "x")
     check_event_size(x, ts.shape[0], "x", axis=-2)
-    check_finite(x.detach(), "x")
     return ts.detach().double(), x.detach().double()
 
 
@@ -49,25 +58,32 @@ def path_observations(cloud: PointCloud, paths: Any, stride: int = 1) -> Observa
 
     Args:
         cloud: the points.
-        paths: a :class:`~stochdyn.PathSample`, or ``(ts, x)`` with ``ts (T,)`` and ``x (*sample, T, D)``.
-        stride: use every so manyth state; coarser steps cost accuracy of the Euler likelihood, and save rows.
+        paths: a :class:`~stochdyn.PathSample`, ``(ts, x)`` with ``ts (T,)`` and ``x (*sample, T, D)``, or a list of such,
+            each trial on a grid of its own. Where a state is NaN it is missing, and the steps to and from it are left out.
+        stride: use every state whose number is a multiple of this one; coarser steps cost accuracy of the Euler
+            likelihood, and save rows.
 
     Returns:
-        One row of components a step, with relative variances :math:`1/\Delta_n`.
+        One row of components per step, with relative variances :math:`1/\Delta_n`.
     """
-    ts, x = _unpack(paths)
-    check_event_size(x, cloud.ambient_dim, "x")
     stride = as_count(stride, "stride")
-    ts, x = ts[::stride], x[..., ::stride, :]
-    if len(ts) < 2:
-        raise InvalidInputError("the stride leaves no step", got=stride)
-    dt = ts[1:] - ts[:-1]
-    start = x[..., :-1, :]
-    rates = ((x[..., 1:, :] - start) / dt[:, None]).reshape(-1, cloud.ambient_dim)
-    sites = cloud.sites(start.reshape(-1, cloud.ambient_dim))
-    relative = (1.0 / dt).expand(start.shape[:-1]).reshape(-1)
-    components = sites.to_tangent(rates.to(cloud.device))
-    return Observations(sites, components[None], relative.to(cloud.device))
+    starts, rates, relative = [], [], []
+    for ts, x in _trials(paths):
+        check_event_size(x, cloud.ambient_dim, "x")
+        ts, x = ts[::stride], x[..., ::stride, :]
+        if len(ts) < 2:
+            raise InvalidInputError("the stride leaves no step", got=stride)
+        dt = ts[1:] - ts[:-1]
+        start, rate = x[..., :-1, :], (x[..., 1:, :] - x[..., :-1, :]) / dt[:, None]
+        seen = ~torch.isnan(rate).any(-1)
+        starts.append(start[seen])
+        rates.append(rate[seen])
+        relative.append((1.0 / dt).expand(seen.shape)[seen])
+    visited = torch.cat(starts)
+    check_nonempty(visited, "the steps between states that aren't missing")
+    sites = cloud.sites(visited)
+    components = sites.to_tangent(torch.cat(rates).to(cloud.device))
+    return Observations(sites, components[None], torch.cat(relative).to(cloud.device))
 
 
 def quadratic_variation(observations: Observations) -> tuple[float, float]:
@@ -91,7 +107,7 @@ def cloud_of_paths(paths: Any, spacing: float = 0.03, **options: Any) -> PointCl
         spacing: of the points, as a share of the diagonal of the bounding box.
         options: of :class:`PointCloud`.
     """
-    _, x = _unpack(paths)
-    visited = x.reshape(-1, x.shape[-1]).cpu().numpy()
+    visited = torch.cat([x.reshape(-1, x.shape[-1]) for _, x in _trials(paths)])
+    visited = visited[~torch.isnan(visited).any(-1)].cpu().numpy()
     chosen = farthest_points(visited, spacing=spacing)
     return PointCloud(torch.as_tensor(visited[chosen]), **options)

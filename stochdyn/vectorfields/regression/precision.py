@@ -70,7 +70,9 @@ class PrecisionEngine(Engine):
         self._half_mass = np.sqrt(self.pencil.row_mass())
         low = cloud.modes(min(12, cloud.dim * len(cloud)))[0]
         self.start = (
-            math.sqrt(2.0 * self.nu / max(float(low[-1]), 1e-9 * cloud.spacing**-2)) if lengthscale is None else lengthscale
+            math.sqrt(2.0 * self.nu / max(float(low[-1]), 1e-9 * cloud.spacing**-2))
+            if lengthscale is None
+            else lengthscale
         )
         self.prior_scale = prior_scale
         self.log_lengthscale = torch.nn.Parameter(torch.tensor(math.log(self.start), dtype=torch.float64))
@@ -245,7 +247,8 @@ class PrecisionEngine(Engine):
         prior = self._covariances(factorise(self._prior(self.lengthscale)[0]), sites)
         # a complex unknown of unit variance has components of half
         mean = prior.trace(axis1=1, axis2=2) / prior.shape[1]
-        return float(self.amplitude.detach()) * self._as_tensor(np.maximum(1.0 - mean, 0.0))
+        lost = self._as_tensor(np.maximum(1.0 - mean, 0.0))
+        return float(self.amplitude.detach()) * torch.maximum(lost, sites.open)
 
     def sample(self, n: int, sites: Sites, generator: torch.Generator | None) -> Tensor:
         """See :meth:`Engine.sample`: perturbed data, then one solve (Papandreou and Yuille, 2010)."""

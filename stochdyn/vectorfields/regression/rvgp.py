@@ -10,7 +10,19 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_finite, check_positive, check_positive_int
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    check_bool,
+    check_choice,
+    check_finite,
+    check_nonempty,
+    check_positive,
+    check_positive_int,
+    check_real,
+)
+from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, UnavailableError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
@@ -22,6 +34,7 @@ from stochdyn.vectorfields.regression.kernels import ConnectionMatern, Projected
 from stochdyn.vectorfields.regression.paths import path_observations, quadratic_variation
 from stochdyn.vectorfields.regression.precision import PrecisionEngine
 from stochdyn.vectorfields.regression.selection import Choice, choose, make_engine
+from stochdyn.vectorfields.regression.sites import Sites
 
 __all__ = ["RVGP"]
 
@@ -113,7 +126,9 @@ class RVGP:
             UnavailableError: for ``"auto"`` before a fit, since no kernel is chosen yet.
         """
         if self.backend == "precision":
-            kernel = ConnectionMatern(self.cloud, float(self.nu or 2.0)) if self._kernel is None else self._kernel
+            kernel = (
+                ConnectionMatern(self.cloud, float(self.nu or 2.0)) if self._kernel is None else self._kernel
+            )
             if isinstance(self.engine, PrecisionEngine):
                 kernel.lengthscale = self.engine.lengthscale
             self._kernel = kernel
@@ -153,21 +168,21 @@ class RVGP:
         learn_noise: bool = True,
         noise_variance: float | None = None,
         steps: int = 100,
-        progress: bool = False,
+        progress: bool = True,
     ) -> RVGP:
         """Condition on vectors at some nodes or points, and learn the hyper-parameters.
 
         Args:
             index: nodes (whole numbers, a boolean mask, a slice), or points ``(q, D)``.
             vectors: ambient ``(q, D)``, or ``(*batch, q, D)`` for many fields that share sites, hyper-parameters and the one
-                factorisation. Parts normal to the tangent spaces are dropped, see ``lost_share``.
+                factorisation. Parts normal to the tangent spaces are dropped, see ``lost_share``. NaN is a missing vector.
             variances: ``(q,)`` noise variances of a component, exact if ``learn_noise`` is off and up to a common factor
                 otherwise; equal if None.
             optimize: learn the hyper-parameters; otherwise they stay as they are.
             learn_noise: learn the noise variance, or the common factor.
             noise_variance: start for it, or its value if it isn't learnt.
-            steps: most iterations of the optimiser.
-            progress: show a bar while kernels are tried.
+            steps: the largest number of updates of the optimiser.
+            progress: show a bar while kernels are tried, where that takes more than two seconds.
 
         Returns:
             The same object.
@@ -176,9 +191,14 @@ class RVGP:
             InvalidInputError: for sites outside the cloud.
             ShapeError, NonFiniteError: for vectors that don't fit.
         """
+        for name, flag in (("optimize", optimize), ("learn_noise", learn_noise)):
+            check_bool(flag, name)
         sites = self.cloud.sites(index)
-        v = as_vectors(vectors, len(sites), self.cloud.ambient_dim)
+        v = as_vectors(vectors, len(sites), self.cloud.ambient_dim, missing=True)
         relative = _variances(variances, len(sites))
+        missing = torch.isnan(v).any(-1)
+        if bool(missing.any()):
+            sites, v, relative = _without_missing(sites, v, relative, missing)
         self._dtype, self._batch = v.dtype, v.shape[:-2]
         v = v.detach().to(self.cloud.device, torch.float64)
         components = sites.to_tangent(v)
@@ -206,17 +226,18 @@ class RVGP:
         stride: int = 1,
         optimize: bool = True,
         steps: int = 100,
-        progress: bool = False,
+        progress: bool = True,
     ) -> RVGP:
         r"""Condition the field, as the drift of an SDE, on trajectories; exact, see :func:`~.paths.path_observations`.
 
         Args:
-            paths: a :class:`~stochdyn.PathSample`, or ``(ts, x)`` with ``ts (T,)`` and ``x (*sample, T, D)``.
+            paths: a :class:`~stochdyn.PathSample`, ``(ts, x)`` with ``ts (T,)`` and ``x (*sample, T, D)``, or a list of such,
+                each trial on a grid of its own; NaN is a missing state.
             diffusion: σ, the strength of the noise in the tangent spaces; learnt with the other hyper-parameters if None.
-            stride: use every so manyth state.
+            stride: use every state whose number is a multiple of this one.
             optimize: learn the hyper-parameters.
-            steps: most iterations of the optimiser.
-            progress: show a bar while kernels are tried.
+            steps: the largest number of updates of the optimiser.
+            progress: show a bar while kernels are tried, where that takes more than two seconds.
 
         Returns:
             The same object; ``diffusion`` holds σ, given or learnt.
@@ -248,12 +269,12 @@ class RVGP:
         return math.sqrt(self.noise_variance)
 
     def as_drift(
-        self, step: float | None = None, *, draw: bool = False, generator: torch.Generator | None = None
+        self, dt: float | None = None, *, draw: bool = False, generator: Generator = None
     ) -> TangentDrift:
         """Return the posterior mean field, or a draw, as a drift ``(t, x)`` for :class:`stochdyn.SDE` in ambient coordinates.
 
         Args:
-            step: the step of the time grid; if given, every Euler step first projects the state back to the manifold.
+            dt: the step of the time grid; if given, every Euler step first projects the state back to the manifold.
             draw: draw a field from the posterior instead of taking the mean.
             generator: source of randomness of the draw.
         """
@@ -262,18 +283,30 @@ class RVGP:
                 "many fields were fitted at once", hint="fit the one that should become a drift"
             )
         nodes = slice(None)
-        vectors = self.sample(1, generator=generator)[0] if draw else self.predict_mean(nodes)
-        return TangentDrift(self.cloud, vectors.double(), step)
+        vectors = self.sample((), generator=generator) if draw else self.predict_mean(nodes)
+        return TangentDrift(self.cloud, vectors.double(), dt)
 
-    def as_sde(self, diffusion: float | None = None, step: float | None = None) -> SDE:
+    def as_sde(self, diffusion: float | None = None, dt: float | None = None) -> SDE:
         """Return the SDE on the manifold with the posterior mean as drift and isotropic tangent noise.
 
         Args:
             diffusion: σ; by default what :meth:`fit_paths` found.
-            step: as in :meth:`as_drift`.
+            dt: the step of the time grid, as in :meth:`as_drift`.
         """
         strength = self.diffusion if diffusion is None else diffusion
-        return SDE(self.as_drift(step), TangentDiffusion(self.cloud, strength))
+        return SDE(self.as_drift(dt), TangentDiffusion(self.cloud, strength))
+
+    def measure(
+        self, initial: Any, diffusion: float | None = None, dt: float | None = None
+    ) -> DiffusionMeasure:
+        """Return the law of paths on the manifold whose drift is the posterior mean field.
+
+        Args:
+            initial: where paths start: a distribution with event ``(D,)``, or points ``(*batch, D)``.
+            diffusion: σ; by default what :meth:`fit_paths` found.
+            dt: the step of the time grid, as in :meth:`as_drift`.
+        """
+        return DiffusionMeasure(initial, self.as_sde(diffusion, dt))
 
     def _condition(
         self,
@@ -286,7 +319,7 @@ class RVGP:
     ) -> RVGP:
         check_positive_int(steps, "steps")
         if noise_variance is not None:
-            check_positive(noise_variance, "noise_variance")
+            check_real(noise_variance, "noise_variance", above=0.0)
 
         def prepare(engine: Engine) -> None:
             if noise_variance is not None:
@@ -335,14 +368,14 @@ class RVGP:
             return self._fitted().evidence()
 
     def predict(
-        self, where: Any, *, covariance: str = "tangent", noise: bool = False
+        self, where: Any, *, covariance: str = "tangent", with_noise: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return the posterior field at nodes or, by Nyström's extension, at new points.
+        """Return the posterior field at nodes or, at new points.
 
         Args:
             where: nodes or points ``(q, D)``.
             covariance: ``"tangent"`` in the frames of :meth:`frames`, or ``"ambient"``.
-            noise: add the (common) noise variance of a new observation.
+            with_noise: add the (common) noise variance of a new observation.
 
         Returns:
             Means ``(*batch, q, D)`` in ambient coordinates, and covariances ``(q, m, m)`` or ``(q, D, D)``, the same for all
@@ -352,7 +385,7 @@ class RVGP:
         engine, sites = self._fitted(), self.cloud.sites(where)
         mean = self.predict_mean(sites)
         cov = engine.covariance(sites)
-        white = engine.missing_variance(sites) + (engine.noise.detach() if noise else 0.0)
+        white = engine.missing_variance(sites) + (engine.noise.detach() if with_noise else 0.0)
         cov = cov + white[:, None, None] * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
         if covariance == "ambient":
             cov = sites.frames @ cov @ sites.frames.mT
@@ -368,17 +401,29 @@ class RVGP:
         """Return the tangent frames ``(q, D, m)`` in which covariances at these nodes or points are given."""
         return self.cloud.sites(where).frames.to(self._dtype)
 
-    def sample(self, n: int, where: Any = None, generator: torch.Generator | None = None) -> Tensor:
-        """Draw fields from the joint posterior, ``(n, *batch, q, D)``; at all nodes if ``where`` is None."""
-        check_positive_int(n, "n")
+    def sample(
+        self, sample_shape: SampleShape = (), where: Any = None, generator: Generator = None
+    ) -> Tensor:
+        """Draw fields from the joint posterior.
+
+        Args:
+            sample_shape: the shape of independent draws, an integer or a tuple.
+            where: nodes or points ``(q, D)``; all nodes if None.
+            generator: a ``torch.Generator``, a seed, or None for torch's global source of randomness.
+
+        Returns:
+            ``(*sample, *batch, q, D)`` in ambient coordinates.
+        """
+        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.cloud.device)
+        n = math.prod(shape)
         sites = self.cloud.sites(slice(None) if where is None else where)
         engine = self._fitted()
-        drawn = engine.sample(n, sites, generator)
+        drawn = engine.sample(n, sites, source)
         if not sites.are_nodes:  # what the nodes don't tell is independent from point to point
             spread = engine.missing_variance(sites).sqrt()[:, None]
-            noise = torch.randn(drawn.shape, generator=generator, dtype=drawn.dtype, device=drawn.device)
+            noise = torch.randn(drawn.shape, generator=source, dtype=drawn.dtype, device=drawn.device)
             drawn = drawn + spread * noise
-        return sites.to_ambient(drawn).reshape(n, *self._batch, len(sites), -1).to(self._dtype)
+        return sites.to_ambient(drawn).reshape(*shape, *self._batch, len(sites), -1).to(self._dtype)
 
 
 def _check_options(kernel: str | Kernel, backend: str, num_eigenpairs: int | None, nu: float | None) -> None:
@@ -402,6 +447,21 @@ def _named(cloud: PointCloud, name: str, num_eigenpairs: int | None, nu: float) 
     if name == "ambient":
         return AmbientKernel(cloud, nu)
     return (ConnectionMatern if name == "connection" else ProjectedMatern)(cloud, nu, **counts)
+
+
+def _without_missing(
+    sites: Sites, vectors: Tensor, relative: Tensor, missing: Tensor
+) -> tuple[Sites, Tensor, Tensor]:
+    """Leave out the sites whose vectors are missing, in all fields alike."""
+    lacking = missing.reshape(-1, missing.shape[-1])
+    seen = ~lacking.all(0)
+    if bool(lacking[:, seen].any()):
+        raise InvalidInputError(
+            "fields that are fitted together must miss the same vectors",
+            hint="fit fields with other missing vectors one by one",
+        )
+    check_nonempty(seen.nonzero(), "the vectors that aren't missing")
+    return sites.take(seen.to(sites.points.device)), vectors[..., seen, :], relative[seen]
 
 
 def _variances(variances: Any, rows: int) -> Tensor:

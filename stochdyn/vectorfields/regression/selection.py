@@ -34,7 +34,7 @@ MAX_SUM_ROWS = 2500
 MAX_SPARSE_NODES = 20_000
 #: The most modes that are all taken, and the most rows with which: the first bounds the eigenproblem, the second the search.
 MAX_ALL_MODES, MAX_ALL_ROWS = 2000, 1000
-#: What costs most is tried only if something akin to it is this near the best, in nats a component.
+#: What costs most is tried only if something akin to it is this near the best, in nats per component.
 _HOPELESS = 0.4
 
 
@@ -87,7 +87,7 @@ def candidates(cloud: PointCloud, rows: int) -> list[Candidate]:
             Candidate("ambient Matérn 5/2", lambda: AmbientKernel(cloud, 2.5)),
             Candidate("ambient squared exponential", lambda: AmbientKernel(cloud, math.inf)),
         ]
-    if sphere_of(cloud.points) is not None:
+    if sphere_of(cloud.points, closed=True) is not None:
         found += [
             Candidate(
                 "divergence-free", lambda: HodgeMatern(cloud, 1.5, 20, "divergence_free", trainable_nu=True)
@@ -130,7 +130,7 @@ def choose(
     cloud: PointCloud,
     data: Observations,
     prepare: Callable[[Engine], None],
-    progress: bool = False,
+    progress: bool = True,
 ) -> tuple[Candidate, Kernel | None, Engine, list[Choice]]:
     """Fit every candidate and return the one of the highest evidence, with the record of all.
 
@@ -143,7 +143,7 @@ def choose(
     best: tuple[Candidate, Kernel | None, Engine] | None = None
     highest, record = -math.inf, []
     found: dict[str, float] = {}
-    for candidate in tqdm(candidates(cloud, data.rows), desc="kernels", disable=not progress):
+    for candidate in tqdm(candidates(cloud, data.rows), desc="kernels", disable=not progress, delay=2.0):
         near = max((found[name] for name in candidate.akin), default=highest)
         if highest - near > _HOPELESS * data.rows:
             continue

@@ -28,6 +28,8 @@ class Sites:
         nodes: ``(q, K)`` neighbours.
         weights: ``(q, K)`` of the neighbours.
         maps: ``(q, K, m, m)`` connections from the neighbours, None where every site is a node.
+        open: ``(q,)`` from 0 between the nodes to 1 far from all of them: the share of a field's variance that no
+            reading can tell.
     """
 
     points: Tensor
@@ -35,6 +37,7 @@ class Sites:
     nodes: Tensor
     weights: Tensor
     maps: Tensor | None
+    open: Tensor
 
     def __len__(self) -> int:
         return self.points.shape[0]
@@ -47,8 +50,9 @@ class Sites:
     def take(self, chosen: slice | Tensor) -> Sites:
         """Return some of the sites."""
         maps = None if self.maps is None else self.maps[chosen]
-        points, frames, nodes, weights = (p[chosen] for p in (self.points, self.frames, self.nodes, self.weights))
-        return Sites(points, frames, nodes, weights, maps)
+        parts = (self.points, self.frames, self.nodes, self.weights)
+        points, frames, nodes, weights = (p[chosen] for p in parts)
+        return Sites(points, frames, nodes, weights, maps, self.open[chosen])
 
     def extend(self, fields: Tensor, *, tangent: bool = True) -> Tensor:
         """Read fields on the nodes at the sites.
