@@ -233,7 +233,7 @@ def test_bad_input(cloud: PointCloud, field: torch.Tensor) -> None:
         gp.fit([300], field[:1])
     bad = field[:10].clone()
     bad[3, 1] = math.inf
-    with pytest.raises(NonFiniteError, match=r"vectors\[3, 1\]=inf"):
+    with pytest.raises(NonFiniteError, match=r"vectors must be finite; got .*=inf"):
         gp.fit(range(10), bad)
     with pytest.raises(ShapeError, match="one number a site"):
         gp.fit(range(10), field[:10], torch.ones(9))
@@ -290,7 +290,7 @@ def test_bands_hold_at_new_points_between_the_nodes(mesh: bool, options: dict) -
         mean, cov = gp.predict(new)
     z = torch.einsum("qdm,qd->qm", gp.frames(new), mean - truth(new)) / cov.diagonal(dim1=1, dim2=2).sqrt()
     assert 0.90 < float((z.abs() < 1.96).double().mean()) <= 1.0
-    assert float(z.square().mean().sqrt()) < 2.0
+    assert float(z.abs().median()) < 1.0
 
 
 def test_past_the_border_and_in_holes_the_field_is_its_prior() -> None:
@@ -328,7 +328,7 @@ def test_missing_vectors_are_left_out(cloud: PointCloud, field: torch.Tensor) ->
 
 def test_the_kernel_and_the_amplitude_say_what_was_fitted(cloud: PointCloud, field: torch.Tensor) -> None:
     sparse = RVGP(cloud, backend="precision").fit(range(300), noisy(field, 0.1))
-    assert float(sparse.kernel.lengthscale) == pytest.approx(sparse.engine.lengthscale)
+    assert sparse.kernel.lengthscale.item() == pytest.approx(sparse.engine.lengthscale)
     scaled = RVGP(cloud, ScaleKernel(ConnectionMatern(cloud, num_eigenpairs=60))).fit(
         range(300), noisy(field, 0.1)
     )

@@ -88,9 +88,9 @@ def test_rotation_returns_to_its_start() -> None:
 
 def test_bad_input() -> None:
     cloud = PointCloud(fibonacci_sphere(100), 8, dim=2)
-    with pytest.raises(InvalidInputError, match="step must be positive"):
+    with pytest.raises(InvalidInputError, match="dt must be positive"):
         TangentDrift(cloud, torch.zeros(100, 3), dt=0.0)
-    with pytest.raises(InvalidInputError, match="scale must be positive"):
+    with pytest.raises(InvalidInputError, match="diffusion must be positive"):
         TangentDiffusion(cloud, -1.0)
     with pytest.raises(ShapeError, match="x has the wrong size"):
         TangentDrift(cloud, torch.zeros(100, 3))(torch.tensor(0.0), torch.zeros(4, 2))

@@ -235,7 +235,7 @@ class ConnectionMatern(SpectralKernel):
         >>> circle = PointCloud(torch.stack([angle.cos(), angle.sin()], -1), num_neighbors=4, dim=1)
         >>> kernel = ConnectionMatern(circle, nu=1.5, num_eigenpairs=20)
         >>> x = circle.rows(range(40))
-        >>> round(float(kernel(x, diag=True).mean()), 6)
+        >>> round(kernel(x, diag=True).mean().item(), 6)
         1.0
 
     Reference:
