@@ -153,8 +153,12 @@ def _from_array(x: object, name: str, dtype: torch.dtype | None = None) -> Tenso
     return value if own or not value.is_floating_point() else value.to(dtype or torch.get_default_dtype())
 
 
-def as_time_grid(ts: object, name: str = "ts", min_points: int = 2, like: Tensor | None = None) -> Tensor:
+def as_time_grid(
+    ts: object, name: str = "ts", min_points: int = 2, like: Tensor | None = None, *, batch: bool = False
+) -> Tensor:
     """Turn times of any kind into a tensor ``(T,)`` that is finite and increases strictly.
+
+    With ``batch`` it may also be ``(*batch, T)``, a grid for every series.
 
     Raises:
         TimeGridError: if they aren't times, or don't increase.
@@ -167,7 +171,7 @@ def as_time_grid(ts: object, name: str = "ts", min_points: int = 2, like: Tensor
             raise TimeGridError(f"{name} must be times", got=repr(ts)[:60]) from error
     elif not ts.is_floating_point() and not ts.is_complex():
         ts = ts.to(torch.get_default_dtype() if like is None else like.dtype)
-    check_time_grid(ts, name, min_points)
+    check_time_grid(ts, name, min_points, batch=batch)
     return ts
 
 
@@ -280,23 +284,24 @@ def check_real(
             raise InvalidInputError(f"{name} must be {wanted}", got=f"{value:g}")
 
 
-def check_time_grid(ts: object, name: str = "ts", min_points: int = 2) -> None:
-    """Raise unless ``ts`` is a finite, one-dimensional, strictly increasing floating tensor."""
+def check_time_grid(ts: object, name: str = "ts", min_points: int = 2, *, batch: bool = False) -> None:
+    """Raise unless ``ts`` is a finite, one-dimensional, strictly increasing floating tensor, or a batch of such."""
     if not isinstance(ts, Tensor):
         raise TimeGridError(f"{name} must be a tensor", got=type(ts).__name__, hint="use torch.as_tensor")
-    if ts.ndim != 1:
+    if ts.ndim == 0 or (ts.ndim > 1 and not batch):
         raise TimeGridError(f"{name} must have one axis", got=f"shape {tuple(ts.shape)}")
-    if ts.shape[0] < min_points:
-        raise TimeGridError(f"{name} needs at least {min_points} times", got=ts.shape[0])
+    if ts.shape[-1] < min_points:
+        raise TimeGridError(f"{name} needs at least {min_points} times", got=ts.shape[-1])
     if not ts.is_floating_point():
         raise TimeGridError(f"{name} must be floating", got=ts.dtype, hint=f"use {name}.double()")
     check_finite(ts, name)
-    bad = (ts[1:] <= ts[:-1]).nonzero()
+    bad = (ts[..., 1:] <= ts[..., :-1]).nonzero()
     if bad.numel():
-        i = int(bad[0, 0])
+        *series, i = bad[0].tolist()
+        row, at = ts[tuple(series)], "".join(f"{k}, " for k in series)
         raise TimeGridError(
             f"{name} must increase strictly",
-            got=f"{name}[{i + 1}]={ts[i + 1].item():g} after {name}[{i}]={ts[i].item():g}",
+            got=f"{name}[{at}{i + 1}]={row[i + 1].item():g} after {name}[{at}{i}]={row[i].item():g}",
             hint="sort the times and merge repeated ones",
         )
 

@@ -58,7 +58,11 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         errors.TimeGridError,
         "at least 2 times; got 1",
     ),
-    "a matrix of times": (lambda: law(drift=Untouched()).sample(TS[None]), errors.TimeGridError, "one axis"),
+    "a time without an axis": (
+        lambda: law(drift=Untouched()).sample(TS[0]),
+        errors.TimeGridError,
+        "one axis",
+    ),
     "words as times": (
         lambda: law(drift=Untouched()).sample(["now", "then"]),  # type: ignore[arg-type]
         errors.TimeGridError,

@@ -61,8 +61,6 @@ from .law.relative import Relation as Relation
 from .law.relative import relate as relate
 from .law.transition import check_has_density as check_has_density
 from .law.transition import euler_log_prob as euler_log_prob
-from .law.transition import steps_of as steps_of
-from .law.transition import time_column as time_column
 from .networks import MLP as MLP
 from .networks import StateNetwork as StateNetwork
 from .sde.coefficients import Coefficient as Coefficient
@@ -75,6 +73,10 @@ from .sde.cuda_graphs import integrate_graphed as integrate_graphed
 from .sde.equation import SDE as SDE
 from .sde.equation import Control as Control
 from .sde.equation import spatial_divergence as spatial_divergence
+from .sde.grids import first_time as first_time
+from .sde.grids import noise_steps as noise_steps
+from .sde.grids import steps_of as steps_of
+from .sde.grids import time_column as time_column
 from .sde.jets import Jet as Jet
 from .sde.jets import network_jet as network_jet
 from .sde.methods import METHODS as METHODS
@@ -87,6 +89,7 @@ from .sde.noise import Brownian as Brownian
 from .sde.noise import NoiseProcess as NoiseProcess
 from .sde.noise import NoiseSteps as NoiseSteps
 from .sde.solvers import Trajectory as Trajectory
+from .sde.solvers import batch_shape_of as batch_shape_of
 from .sde.solvers import draw_increments as draw_increments
 from .sde.solvers import increment_scale as increment_scale
 from .sde.solvers import integrate as integrate

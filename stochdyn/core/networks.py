@@ -151,7 +151,7 @@ class StateNetwork(nn.Module):
         if self.time is not False:
             time = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], 1)
             parts.append(time if self.time is True else self.time(time))  # type: ignore[operator]
-        if (context is None) != (self.context == 0):
+        if (0 if context is None else context.shape[-1]) != self.context:
             raise ShapeError(
                 "the network needs the context that it was made for",
                 got="none" if context is None else f"shape {tuple(context.shape)}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -81,8 +83,7 @@ def test_minimal_norm_solution_ignores_what_noise_cannot_reach() -> None:
         (torch.ones(4, 3), torch.zeros(4, 3), sd.Diagonal),
         (torch.ones(4, 1), torch.zeros(4, 3), sd.Diagonal),
         (torch.ones(4, 3, 2), torch.zeros(4, 3), sd.Matrix),
-        (torch.ones(3, 2), torch.zeros(4, 3), sd.Matrix),
-        (torch.ones(3), torch.zeros(7, 4, 3), sd.Diagonal),
+        (torch.ones(4), torch.zeros(4, 3), sd.Scalar),
     ],
 )
 def test_what_users_write_is_understood(value: object, x: torch.Tensor | None, kind: type) -> None:
@@ -128,3 +129,34 @@ def test_gradients_reach_the_strength() -> None:
     assert torch.autograd.gradcheck(
         lambda s: (sd.Diagonal(s).solve(v) ** 2).sum() + sd.Diagonal(s).log_det(2), value
     )
+
+
+G = torch.tensor([[1.0, 0.9], [0.2, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "kind"),
+    [
+        (lambda t, x: G, sd.Matrix),
+        (lambda t, x: G[0], sd.Diagonal),
+        (lambda t, x: (1 + t) * G[0], sd.Diagonal),
+        (lambda t, x: (1 + t).unsqueeze(-1) * G, sd.Matrix),
+        (lambda t, x: x.square(), sd.Diagonal),
+        (lambda t, x: 1 + x.square().sum(-1), sd.Scalar),
+        (lambda t, x: x.unsqueeze(-1) * G, sd.Matrix),
+    ],
+)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_callable_means_the_same_for_every_number_of_states(diffusion: Any, kind: type, n: int) -> None:
+    """Also where the number of states is that of their components, and with time leading."""
+    sde = sd.SDE(lambda t, x: -x, diffusion)
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor(0.5)
+    together = sde.diffusion(t, x)
+    assert type(together) is kind
+    alone = sde.diffusion(t, x[0])
+    ones = torch.ones(2)
+    torch.testing.assert_close(together.apply(ones.expand(n, 2))[0], alone.apply(ones))
+    ts = torch.tensor([0.5, 0.7]).reshape(2, 1, 1)
+    leading = sde.diffusion(ts, x.expand(2, n, 2))
+    torch.testing.assert_close(leading.apply(ones.expand(2, n, 2))[0, 0], alone.apply(ones))

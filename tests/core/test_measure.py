@@ -410,7 +410,8 @@ GRIDS = {
     "not sorted": (torch.tensor([0.0, 0.5, 0.3]), r"ts\[2\]=0.3 after ts\[1\]=0.5"),
     "repeated": (torch.tensor([0.0, 0.5, 0.5]), "increase strictly"),
     "one time": (torch.tensor([0.0]), "at least 2"),
-    "two axes": (torch.zeros(2, 2), "one axis"),
+    "no axis": (torch.tensor(0.5), "one axis"),
+    "a batch with one bad grid": (torch.tensor([[0.0, 1.0], [0.5, 0.5]]), r"ts\[1, 1\]=0.5 after"),
     "a word": ("soon", "must be times"),
 }
 

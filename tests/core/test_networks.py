@@ -126,9 +126,10 @@ def test_a_state_network_takes_time_of_no_axes_or_leading_and_a_context(lead: tu
     t = torch.linspace(0, 1, 6, dtype=F64).reshape(6, 1, 1) if lead else torch.tensor(0.3, dtype=F64)
     value = net(t, x, context)
     assert value.shape == (*lead, 5, 3)
+    value = value.detach()
     one = net(float(t.flatten()[0]), x[0] if lead else x, context)
-    torch.testing.assert_close(value[0] if lead else value, one)
+    torch.testing.assert_close(value[0] if lead else value, one.detach())
     for wrong in (None, context[:, :2]):
-        with pytest.raises((ShapeError, RuntimeError)):
+        with pytest.raises(ShapeError, match="context"):
             net(t, x, wrong)
-    assert float(StateNetwork(2, zero_last=True)(0.0, torch.randn(4, 2)).abs().max()) == 0.0
+    assert not StateNetwork(2, zero_last=True)(0.0, torch.randn(4, 2)).any()

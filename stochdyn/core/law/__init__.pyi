@@ -21,5 +21,3 @@ from .relative import Relation as Relation
 from .relative import relate as relate
 from .transition import check_has_density as check_has_density
 from .transition import euler_log_prob as euler_log_prob
-from .transition import steps_of as steps_of
-from .transition import time_column as time_column

@@ -34,8 +34,9 @@ from stochdyn.core.law.path import Estimate, Path, PathSample
 from stochdyn.core.law.relative import relate
 from stochdyn.core.law.transition import euler_log_prob
 from stochdyn.core.sde.equation import SDE, Control, Field
+from stochdyn.core.sde.grids import first_time
 from stochdyn.core.sde.methods import Method, as_method
-from stochdyn.core.sde.solvers import draw_increments, full_state, integrate
+from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, full_state, integrate
 from stochdyn.errors import NonFiniteError, ShapeError, TimeGridError
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class DiffusionMeasure(PathMeasure):
         """Draw paths with the increments that drove them.
 
         Args:
-            ts: ``(T,)`` strictly increasing times, data of any kind.
+            ts: ``(T,)`` strictly increasing times, data of any kind, or ``(*batch, T)`` where every series has its own.
             sample_shape: the shape of independent draws, an integer or a tuple.
             generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
             method: the integration method; None takes that of the law.
@@ -125,15 +126,32 @@ class DiffusionMeasure(PathMeasure):
         """
         scheme = self.method if method is None else as_method(method)
         like = self.initial.like()
-        ts = as_time_grid(ts, like=like)
+        ts = as_time_grid(ts, like=like, batch=True)
         shape, source = as_sample_shape(sample_shape), as_generator(generator, like.device)
         grid, index = self._simulation_grid(ts)
-        x0 = self.initial.draw(shape, source)
-        check_same_device(ts=ts, initial=x0)
-        self.sde.check(grid[0].to(x0.dtype), x0)
+        check_same_device(ts=ts, initial=like)
+        x0 = self._draw_start(shape, grid, source)
         dw, memory0 = draw_increments(self.sde, x0, grid, source)
         path = self._run(grid, x0, dw, memory0, scheme)
         return path if index is None else path.at(index)
+
+    def _draw_start(self, shape: tuple[int, ...], ts: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw starts ``(*sample, *batch, d)`` with the batch axes of start, equation and grid together."""
+        own, grids = self.initial.batch_shape, ts.shape[:-1]
+        x0 = self.initial.draw((*shape, *grids[: max(0, len(grids) - len(own))]), generator)
+        # What batch the equation has is asked about one draw: beside many, an axis of parameters may pass for one of draws.
+        one = x0.detach()[(0,) * len(shape)]
+        one = one.unsqueeze(0) if one.ndim == 1 else one
+        try:
+            batch = batch_shape_of(self.sde, one, ts)
+        except (RuntimeError, TypeError, AttributeError, IndexError):
+            # What is wrong, if anything is, has a name in the check of the equation.
+            batch = one.shape[:-1]
+        if batch != one.shape[:-1]:
+            x0 = self.initial.draw((*shape, *batch[: len(batch) - len(own)]), generator)
+            x0 = x0.expand(*shape, *batch, self.initial.dim)
+        self.sde.check(first_time(ts, x0), x0)
+        return x0
 
     def drive(
         self,
@@ -147,7 +165,7 @@ class DiffusionMeasure(PathMeasure):
         """Return the paths that given increments drive, one step per interval of the grid.
 
         Args:
-            ts: ``(T,)`` strictly increasing times.
+            ts: ``(T,)`` strictly increasing times, or ``(*batch, T)`` where every series has its own.
             x0: ``(*batch, d)`` states at the first time.
             dw: ``(T-1, *batch, m * R)`` increments under this law, control included, in the layout of
                 :class:`~stochdyn.core.NoiseProcess`; ``(T-1, *batch, m)`` for Brownian motion.
@@ -160,24 +178,24 @@ class DiffusionMeasure(PathMeasure):
             NonFiniteError: if a path explodes.
         """
         scheme = self.method if method is None else as_method(method)
-        ts = as_time_grid(ts, like=self.initial.like())
+        ts = as_time_grid(ts, like=self.initial.like(), batch=True)
         check_ndim(x0, tuple(range(1, 13)), "x0", "(*batch, d)")
         check_event_size(x0, self.initial.dim, "x0")
         check_ndim(dw, tuple(range(2, 14)), "dw", "(T-1, *batch, m)")
-        check_event_size(dw, ts.shape[0] - 1, "dw", axis=0)
+        check_event_size(dw, ts.shape[-1] - 1, "dw", axis=0)
         check_same_device(ts=ts, x0=x0, dw=dw)
-        channels = self.sde.noise_dim(ts[0].to(x0.dtype), x0)
+        channels = self.sde.noise_dim(first_time(ts, x0), x0)
         check_event_size(dw, channels * self.sde.noise.num_innovations(ts), "dw")
         try:
-            torch.broadcast_shapes(x0.shape[:-1], dw.shape[1:-1])
+            torch.broadcast_shapes(x0.shape[:-1], dw.shape[1:-1], ts.shape[:-1])
         except RuntimeError as error:
-            got = f"shapes {tuple(x0.shape)} and {tuple(dw.shape)}"
-            raise ShapeError("x0 and dw have batch axes that don't fit each other", got=got) from error
+            got = f"shapes {tuple(x0.shape)}, {tuple(dw.shape)} and {tuple(ts.shape)}"
+            raise ShapeError("x0, dw and ts have batch axes that don't fit each other", got=got) from error
         return self._run(ts, x0, dw, memory0, scheme)
 
     def _run(self, ts: Tensor, x0: Tensor, dw: Tensor, memory0: Tensor | None, method: Method) -> PathSample:
         run = integrate(self.sde, x0, ts, dw, memory0, method=method)
-        channels = self.sde.noise_dim(ts[0].to(x0.dtype), x0)
+        channels = self.sde.noise_dim(first_time(ts, x0), x0)
         aux = {
             name: value.movedim(0, -2)
             for name, value in (("control", run.control), ("precision", run.precision))
@@ -192,6 +210,14 @@ class DiffusionMeasure(PathMeasure):
 
     def _simulation_grid(self, ts: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the grid on which paths are simulated, and where ``ts`` stands on it; None if it is ``ts``."""
+        if ts.ndim > 1:
+            if self.start_time is not None or self.dt is not None:
+                raise TimeGridError(
+                    "grids of series of their own take no start_time and no dt of the law",
+                    got=f"ts {tuple(ts.shape)}",
+                    hint="give the grids the start and the steps, and the law neither",
+                )
+            return ts, None
         knots, lead = ts, 0
         if self.start_time is not None:
             start = torch.as_tensor(self.start_time, device=ts.device).to(ts.dtype)
@@ -264,9 +290,9 @@ class DiffusionMeasure(PathMeasure):
         def draw(sample_shape: tuple[int, ...], generator: Generator) -> Tensor:
             like = self.initial.like()
             source = as_generator(generator, like.device)
-            x0 = self.initial.draw(sample_shape, source)
             knots = torch.stack([start, time]).to(like.device)
             ts = _divided(knots[0], knots[1], self._step_counts(knots, 1)[0])
+            x0 = self._draw_start(sample_shape, ts, source)
             dw, memory0 = draw_increments(self.sde, x0, ts, source)
             return self._run(ts, x0, dw, memory0, self.method).x[..., -1, :]
 
@@ -384,17 +410,17 @@ class DiffusionMeasure(PathMeasure):
         """Return the paths on the grid of their simulation; raise a typed error unless they are finite and fit this law."""
         check_type(path, PathSample, "path")
         path = path.fine if path.fine is not None else path
-        check_time_grid(path.ts, "path.ts")
+        check_time_grid(path.ts, "path.ts", batch=True)
         check_ndim(path.x, tuple(range(2, 13)), "path.x", "(*sample, T, d)")
         check_event_size(path.x, self.initial.dim, "path.x")
-        check_event_size(path.x, path.ts.shape[0], "path.x", axis=-2)
+        check_event_size(path.x, path.ts.shape[-1], "path.x", axis=-2)
         check_finite(path.x.detach(), "path.x")
         if self.start_time is not None:
-            first, start = float(path.ts[0]), float(self.start_time)
-            if abs(first - start) > 1e-5 * float(path.ts[-1] - path.ts[0]):
+            first, start = path.ts[..., 0], float(self.start_time)
+            if bool(((first - start).abs() > 1e-5 * (path.ts[..., -1] - first)).any()):
                 raise TimeGridError(
                     "a density needs paths from the start of the law on",
-                    got=f"path.ts[0]={first:g}",
+                    got=f"a first time {float(first.reshape(-1)[0]):g}",
                     expected=f"start_time={start:g}",
                 )
         return path
@@ -414,9 +440,9 @@ def _check_explosion(ts: Tensor, x: Tensor) -> None:
     if not bool(bad.any()):
         return
     first = int((~torch.isfinite(x.detach())).flatten(1).any(-1).nonzero()[0, 0])
-    count = int(bad.any(-1).sum())
+    count, when = int(bad.any(-1).sum()), ts[..., first].min()
     raise NonFiniteError(
         "paths explode",
-        got=f"{count} of {max(1, last[..., 0].numel())} beyond the largest number from t={float(ts[first]):g} on",
+        got=f"{count} of {max(1, last[..., 0].numel())} beyond the largest number from t={float(when):g} on",
         hint="take smaller steps (dt=... of the law, or a finer ts), or check the sign of the drift",
     )

@@ -32,6 +32,11 @@ class InitialLaw(nn.Module, ABC):
     def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         """Return starts ``(*sample, *batch, d)``, differentiable where the law is."""
 
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The batch axes of the starts."""
+        return torch.Size(())
+
     def like(self) -> Tensor:
         """Return a tensor of the precision and on the device of the starts."""
         return next(iter((*self.parameters(), *self.buffers())), torch.empty(0))
@@ -90,6 +95,11 @@ class FixedStart(InitialLaw):
         else:
             # A copy, so that loading a state doesn't write into the user's tensor.
             self.register_buffer("point", point if point.requires_grad else point.detach().clone())
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """See :attr:`InitialLaw.batch_shape`."""
+        return self.point.shape[:-1]
 
     def marginal(self) -> Marginal:
         """See :meth:`InitialLaw.marginal`."""
@@ -154,6 +164,11 @@ class DistributionStart(InitialLaw):
             return self.recipe()  # type: ignore[no-any-return]
         return self._template.filled({name: getattr(self, name) for name in self._template.tensors})
 
+    @property
+    def batch_shape(self) -> torch.Size:
+        """See :attr:`InitialLaw.batch_shape`."""
+        return self.distribution.batch_shape
+
     def like(self) -> Tensor:
         """See :meth:`InitialLaw.like`."""
         return super().like() if self._template is not None else self.distribution.mean.detach()
@@ -201,6 +216,11 @@ class SimulatedMarginal(InitialLaw):
         self.measure = measure
         self.horizon = horizon
         self.dim = measure.initial.dim
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """See :attr:`InitialLaw.batch_shape`."""
+        return self.measure.initial.batch_shape
 
     def like(self) -> Tensor:
         """See :meth:`InitialLaw.like`."""

@@ -46,7 +46,7 @@ class PathSample:
     """Paths on a grid, with what is needed to weigh them.
 
     Attributes:
-        ts: ``(T,)`` times.
+        ts: ``(T,)`` times, or ``(*batch, T)`` where every series has its own.
         x: ``(*sample, *batch, T, d)`` states.
         dw: ``(*sample, *batch, T-1, m)`` increments of the Brownian motion that drove the path under the law that generated it;
             ``m`` is zero for a law that draws the states without them.

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from stochdyn.core.law.girsanov import NoiseLaw
 from stochdyn.core.law.path import PathSample
-from stochdyn.core.law.transition import check_has_density, steps_of, time_column
+from stochdyn.core.law.transition import check_has_density
 from stochdyn.core.sde.coefficients import Coefficient, Matrix
 from stochdyn.core.sde.equation import SDE, Control
+from stochdyn.core.sde.grids import steps_of, time_column
 from stochdyn.errors import DiffusionMismatchError, InvalidInputError, ShapeError
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def relate(q: DiffusionMeasure, p: Any, path: PathSample, recorded: bool = False
     if not hasattr(p, "sde"):
         raise DiffusionMismatchError("log_rn compares two DiffusionMeasures", got=type(p).__name__)
     x = path.leading()[:-1]
-    t, dt = time_column(path.ts[:-1], x), steps_of(path.ts, x)
+    t, dt = time_column(path.ts[..., :-1], x), steps_of(path.ts, x)
     shared = q.sde.shares_base(p.sde)
     if not shared:
         _check_equivalent(q.sde, p.sde, t, x)

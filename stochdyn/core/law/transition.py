@@ -11,19 +11,10 @@ from stochdyn._checks import values_are_checked
 from stochdyn.core.law.initial import InitialLaw
 from stochdyn.core.sde.coefficients import Coefficient, Diagonal, Matrix
 from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.grids import steps_of, time_column
 from stochdyn.errors import SingularDiffusionError
 
-__all__ = ["check_has_density", "euler_log_prob", "steps_of", "time_column"]
-
-
-def time_column(ts: Tensor, like: Tensor) -> Tensor:
-    """Return times as a ``(N, 1, ..., 1)`` column that broadcasts with ``like (N, *batch, d)``."""
-    return ts.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
-
-
-def steps_of(ts: Tensor, like: Tensor) -> Tensor:
-    """Return the steps of the grid as a ``(N, 1, ..., 1)`` column; differences are taken in the grid's own precision."""
-    return time_column(ts[1:] - ts[:-1], like)
+__all__ = ["check_has_density", "euler_log_prob", "time_column"]
 
 
 def check_has_density(sde: SDE, coefficient: Coefficient, dim: int) -> None:
@@ -57,7 +48,7 @@ def euler_log_prob(sde: SDE, initial: InitialLaw, ts: Tensor, x: Tensor) -> Tens
     Args:
         sde: the equation, with its control.
         initial: the law of the first point; a fixed start adds nothing.
-        ts: ``(T,)``.
+        ts: ``(T,)`` or ``(*batch, T)``.
         x: ``(*batch, T, d)``.
 
     Returns:
@@ -68,7 +59,7 @@ def euler_log_prob(sde: SDE, initial: InitialLaw, ts: Tensor, x: Tensor) -> Tens
     """
     states = x.movedim(-2, 0)
     before, after = states[:-1], states[1:]
-    t, dt = time_column(ts[:-1], before), steps_of(ts, before)
+    t, dt = time_column(ts[..., :-1], before), steps_of(ts, before)
     g = sde.diffusion(t, before)
     dim = x.shape[-1]
     check_has_density(sde, g, dim)

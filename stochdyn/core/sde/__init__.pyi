@@ -17,6 +17,11 @@ from .equation import SDE as SDE
 from .equation import Control as Control
 from .equation import Field as Field
 from .equation import spatial_divergence as spatial_divergence
+from .grids import first_time as first_time
+from .grids import noise_steps as noise_steps
+from .grids import step_sizes as step_sizes
+from .grids import steps_of as steps_of
+from .grids import time_column as time_column
 from .jets import Jet as Jet
 from .jets import network_jet as network_jet
 from .methods import METHODS as METHODS
@@ -29,6 +34,7 @@ from .noise import Brownian as Brownian
 from .noise import NoiseProcess as NoiseProcess
 from .noise import NoiseSteps as NoiseSteps
 from .solvers import Trajectory as Trajectory
+from .solvers import batch_shape_of as batch_shape_of
 from .solvers import draw_increments as draw_increments
 from .solvers import increment_scale as increment_scale
 from .solvers import integrate as integrate

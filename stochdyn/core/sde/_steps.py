@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from stochdyn.core._transforms import transforms_are_active
 from stochdyn.core.sde._derivatives import check_commutative, self_advection, strength_along
 from stochdyn.core.sde.coefficients import Coefficient, Matrix, Scalar
-from stochdyn.core.sde.equation import SDE, Control
+from stochdyn.core.sde.equation import SDE, Control, plus
+from stochdyn.core.sde.grids import noise_steps
 from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.errors import InvalidInputError
 
@@ -32,13 +33,15 @@ class Problem:
     Args:
         sde: the equation.
         x0: ``(*batch, d)``.
-        ts: ``(T,)``.
-        dt: the steps of the grid as numbers.
+        ts: ``(T,)`` or ``(*batch, T)``.
+        dt: the steps of the grid: numbers, or tensors where the grid is differentiated or every series has its own.
         dw: ``(N, *batch, m R)`` increments.
         method: name of the scheme.
     """
 
-    def __init__(self, sde: SDE, x0: Tensor, ts: Tensor, dt: list[float], dw: Tensor, method: str) -> None:
+    def __init__(
+        self, sde: SDE, x0: Tensor, ts: Tensor, dt: list[float] | list[Tensor], dw: Tensor, method: str
+    ) -> None:
         self.sde = sde
         # Modules look their members up slowly; the loop shouldn't.
         self.drift = sde.drift
@@ -47,13 +50,14 @@ class Problem:
         self.dt = dt
         self.num_steps = len(dt)
         self.dim = x0.shape[-1]
-        self.times = ts.to(x0.dtype).unbind(0)
+        whole = ts.to(x0.dtype)
+        self.times = (whole if ts.ndim == 1 else whole.movedim(-1, 0).unsqueeze(-1)).unbind(0)
         start = sde.diffusion(self.times[0], x0)
         self.coefficient = None if sde.state_dependent else start
         self.channels = start.noise_dim(self.dim)
         self.num_states = sde.noise.num_states
-        self.batch = torch.broadcast_shapes(x0.shape[:-1], dw.shape[1:-1])
-        self.steps: NoiseSteps = sde.noise.steps(ts, dtype=x0.dtype)
+        self.batch = torch.broadcast_shapes(x0.shape[:-1], dw.shape[1:-1], ts.shape[:-1])
+        self.steps: NoiseSteps = noise_steps(sde.noise, ts, x0.dtype)
         self.rows: list[MemoryRow] | None = None
         self.dw = dw
         self.increments = dw.unbind(0)
@@ -80,7 +84,9 @@ class Problem:
             ``(T, *batch, d)``, or None where gradients are recorded or the equation needs :meth:`step`.
         """
         plain = self.control is None and not self.num_states and not self.heun
-        if self.coefficient is None or not plain or not _may_overwrite(start, self.dw, self.times[0]):
+        if self.coefficient is None or not plain or not _are_numbers(self.dt):
+            return None
+        if not _may_overwrite(start, self.dw, self.times[0]):
             return None
         number = self.sde.strength
         kicks = self.increments if number is not None else self.coefficient.apply(self.dw).unbind(0)
@@ -104,7 +110,7 @@ class Problem:
             if self.control is None:
                 return self._additive_heun() if self.heun else self._additive_euler()
             return self._general if self.heun or not self._plain_drift else self._additive_euler()
-        batched = bool(self.steps.parameter_batch) or _batched(self.coefficient)
+        batched = bool(self.steps.parameter_batch) or self.steps.per_series or _batched(self.coefficient)
         small = self.dim + self.channels * self.num_states <= _DENSE
         return self._linear_euler() if small and not batched and not self.heun else self._general
 
@@ -126,19 +132,17 @@ class Problem:
         number = self.sde.strength
         if self.control is None and number is not None:
             increments = self.increments
-            return lambda n, x: (
-                torch.add(torch.add(x, increments[n], alpha=number), drift(times[n], x), alpha=dt[n]),
-            )
+            return lambda n, x: (plus(torch.add(x, increments[n], alpha=number), drift(times[n], x), dt[n]),)
         kicks = self.coefficient.apply(self.dw).unbind(0)
         if self.control is None:
-            return lambda n, x: (torch.add(x + kicks[n], drift(times[n], x), alpha=dt[n]),)
+            return lambda n, x: (plus(x + kicks[n], drift(times[n], x), dt[n]),)
         u = self.control.drift
         assert u is not None
 
         def steered(n: int, x: Tensor) -> Row:
             control = u(times[n], x)
             slope = drift(times[n], x) + spread(control)
-            return torch.add(x + kicks[n], slope, alpha=dt[n]), control
+            return plus(x + kicks[n], slope, dt[n]), control
 
         return steered
 
@@ -149,8 +153,8 @@ class Problem:
 
         def step(n: int, x: Tensor) -> Row:
             kicked, slope = x + kicks[n], drift(times[n], x)
-            guess = torch.add(kicked, slope, alpha=dts[n])
-            return (torch.add(kicked, slope + drift(times[n + 1], guess), alpha=0.5 * dts[n]),)
+            guess = plus(kicked, slope, dts[n])
+            return (plus(kicked, slope + drift(times[n + 1], guess), 0.5 * dts[n]),)
 
         return step
 
@@ -158,7 +162,7 @@ class Problem:
         """With memory and a constant coefficient a step is linear in state, increments and drifts."""
         carry_over, spread = self._linear_maps()
         keep, load = carry_over.unbind(0), spread.unbind(0)
-        steps = torch.tensor(self.dt, dtype=spread.dtype, device=spread.device)[:, None, None]
+        steps = _as_column(self.dt, spread)
         push = (
             torch.eye(self.dim, carry_over.shape[-1], dtype=spread.dtype, device=spread.device) * steps
         ).unbind(0)
@@ -232,7 +236,7 @@ class Problem:
         if self.heun:
             ahead = self._heun(n, x, slope, kick, dz)
         else:
-            ahead = torch.add(x + kick, slope, alpha=dt)
+            ahead = plus(x + kick, slope, dt)
             if self.milstein and self.coefficient is None:
                 ahead = ahead + self._milstein(n, x, kick, dz, g)
         return full_state(ahead, memory), *record
@@ -251,8 +255,8 @@ class Problem:
         dt, t, following = self.dt[n], self.times[n], self.times[n + 1]
         variance = self._variance_rate(n)
         shift = self._correction(t, x, variance)
-        guess = torch.add(x + kick - shift, slope, alpha=dt)
-        drifted = torch.add(x, slope + self.drift(following, guess), alpha=0.5 * dt)
+        guess = plus(x + kick - shift, slope, dt)
+        drifted = plus(x, slope + self.drift(following, guess), 0.5 * dt)
         if self.coefficient is not None:
             return drifted + kick
         kick_next = self.sde.diffusion(following, guess).apply(dz)
@@ -278,6 +282,17 @@ class Problem:
 def _may_overwrite(*inputs: Tensor) -> bool:
     """Whether results may be written in place: nothing records derivatives or maps over axes."""
     return not torch.is_grad_enabled() and not transforms_are_active() and len({x.dtype for x in inputs}) == 1
+
+
+def _are_numbers(dt: list[float] | list[Tensor]) -> bool:
+    return not any(isinstance(h, Tensor) for h in dt[:1])
+
+
+def _as_column(dt: list[float] | list[Tensor], like: Tensor) -> Tensor:
+    """Return steps that all series share as ``(N, 1, 1)``."""
+    if _are_numbers(dt):
+        return torch.tensor(dt, dtype=like.dtype, device=like.device)[:, None, None]
+    return torch.stack(cast("list[Tensor]", dt))[:, None, None]
 
 
 def _batched(coefficient: Coefficient) -> bool:
@@ -323,8 +338,11 @@ def remember(
         # Per-step coefficients without batch axes get them between time and channel.
         extra = memory.ndim - 3
         gain, recall = _pad(gain, extra), _pad(recall, extra)
-        decay = decay.reshape(decay.shape[0], *(1,) * (extra + 1), -1)
-        load = load.reshape(load.shape[0], *(1,) * extra, *load.shape[1:])
+        if steps.per_series:
+            decay, load = _pad(decay, extra), _pad(load, extra)
+        else:
+            decay = decay.reshape(decay.shape[0], *(1,) * (extra + 1), -1)
+            load = load.reshape(load.shape[0], *(1,) * extra, *load.shape[1:])
     return _advance(MemoryRow(gain, recall, decay, load), memory, e, channels)
 
 

@@ -228,8 +228,8 @@ def as_coefficient(value: Coefficient | Tensor | float, x: Tensor | None = None)
     """Turn what users write as a diffusion into a :class:`Coefficient`.
 
     A number or 0-d tensor is a :class:`Scalar`; a ``(d,)`` tensor a :class:`Diagonal`; a ``(d, m)`` tensor a
-    :class:`Matrix`. Given the state ``x (*batch, d)`` (values returned by a callable), a tensor with as many axes as ``x``
-    and a last axis of ``d`` or 1 is a :class:`Diagonal`, and one with an axis more is a :class:`Matrix`.
+    :class:`Matrix`. Given the state ``x (*batch, d)``, the value is one per state: a tensor with an axis less than ``x`` is then a
+    :class:`Scalar`, one with as many axes a :class:`Diagonal`, and one with an axis more a :class:`Matrix`.
 
     Raises:
         ShapeError: if the number of axes fits none of these.
@@ -240,11 +240,15 @@ def as_coefficient(value: Coefficient | Tensor | float, x: Tensor | None = None)
         return Scalar(value if x is None else x.new_full((), float(value)))
     if value.ndim == 0:
         return Scalar(value)
-    if x is not None and value.ndim > 1:
-        if value.ndim == x.ndim and value.shape[-1] in (1, x.shape[-1]):
-            return Diagonal(value)
-        if value.ndim == x.ndim + 1:
-            return Matrix(value)
+    if x is not None:
+        kinds = {x.ndim - 1: Scalar, x.ndim: Diagonal, x.ndim + 1: Matrix}
+        if value.ndim in kinds:
+            return kinds[value.ndim](value)  # type: ignore[abstract]
+        raise ShapeError(
+            "the diffusion has axes that don't fit the state",
+            got=f"shape {tuple(value.shape)} for states {tuple(x.shape)}",
+            hint="say what it is with stochdyn.Scalar, stochdyn.Diagonal or stochdyn.Matrix",
+        )
     if value.ndim == 1:
         return Diagonal(value)
     if value.ndim == 2:

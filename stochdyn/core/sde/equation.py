@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import check_same_device, check_same_dtype
-from stochdyn.core.sde.coefficients import Coefficient, as_coefficient
+from stochdyn.core.sde.coefficients import Coefficient, Diagonal, Matrix, as_coefficient
 from stochdyn.core.sde.covariance import covariance_divergence
 from stochdyn.core.sde.noise import Brownian, NoiseProcess
 from stochdyn.errors import DeviceMismatchError, DtypeMismatchError, InvalidInputError, ShapeError
@@ -17,6 +17,11 @@ from stochdyn.errors import DeviceMismatchError, DtypeMismatchError, InvalidInpu
 __all__ = ["SDE", "Control", "Field", "spatial_divergence"]
 
 Field = Callable[[Tensor, Tensor], Any]
+
+
+def plus(x: Tensor, slope: Tensor, dt: Tensor | float) -> Tensor:
+    """Return ``x + slope dt``, in one kernel where the step is a number."""
+    return x + slope * dt if isinstance(dt, Tensor) else torch.add(x, slope, alpha=dt)
 
 
 class Control(nn.Module):
@@ -36,7 +41,9 @@ class Control(nn.Module):
         self.drift = drift
         self.precision = precision
 
-    def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
+    def shape_increment(
+        self, n: int, t: Tensor, dt: Tensor | float, z: Tensor, e: Tensor, channels: int
+    ) -> Tensor:
         """Turn the standard increments ``e (*batch, m R)`` of step ``n`` into those of the controlled law."""
         return self.tilt(*self.at(t, z), dt, e, channels)
 
@@ -48,13 +55,15 @@ class Control(nn.Module):
         )
 
     @staticmethod
-    def tilt(u: Tensor | None, precision: Tensor | None, dt: float, e: Tensor, channels: int) -> Tensor:
+    def tilt(
+        u: Tensor | None, precision: Tensor | None, dt: Tensor | float, e: Tensor, channels: int
+    ) -> Tensor:
         """Turn standard increments into those of given drift and precision."""
         dw = e[..., :channels]
         if precision is not None:
             dw = dw * torch.rsqrt(1.0 + precision * dt)
         if u is not None:
-            dw = torch.add(dw, u, alpha=dt)
+            dw = plus(dw, u, dt)
         return dw if e.shape[-1] == channels else torch.cat([dw, e[..., channels:]], -1)
 
     def then(self, other: Control) -> Control:
@@ -162,9 +171,31 @@ class SDE(nn.Module):
 
     def diffusion(self, t: Tensor, x: Tensor) -> Coefficient:
         """Return the coefficient at ``t`` and ``x (..., d)``."""
-        coefficient = as_coefficient(self._coefficient(t, x), x)
+        value = self._coefficient(t, x)
+        if isinstance(value, Tensor) and value.ndim > 0:
+            coefficient = self._told(value, t, x)
+        else:
+            coefficient = as_coefficient(value, x)
         coefficient.check_dim(x.shape[-1])
         return coefficient
+
+    def _told(self, value: Tensor, t: Tensor, x: Tensor) -> Coefficient:
+        """Return the coefficient that a callable diffusion means by a tensor.
+
+        The number of its axes alone doesn't tell: a constant ``(d, m)`` looks like one diagonal for each of ``d`` states. So the
+        callable is asked twice, once for all, and the second time about states with an axis more.
+        """
+        if "_axes" not in self.__dict__:
+            with torch.no_grad():
+                now = t.reshape(-1)[0] if isinstance(t, Tensor) else t
+                plain, wider = (self._coefficient(now, y) for y in (x.detach(), x.detach().unsqueeze(0)))
+            # None for one value per state; else the axes of a value that is the same for all states.
+            self._axes = None if wider.ndim > plain.ndim else plain.ndim
+        if self._axes is None:
+            return as_coefficient(value, x)
+        if self._axes == 2:
+            return Matrix(value)
+        return as_coefficient(value) if self._axes != 1 else Diagonal(value)
 
     def noise_dim(self, t: Tensor, x: Tensor) -> int:
         """Return ``m``, the number of noise channels."""
@@ -224,6 +255,8 @@ class SDE(nn.Module):
         changed = SDE.__new__(SDE)
         nn.Module.__init__(changed)
         changed.drift, changed.noise, changed._coefficient = self.drift, self.noise, self._coefficient
+        if "_axes" in self.__dict__:
+            changed._axes = self._axes
         changed.control = control
         return changed
 
@@ -282,6 +315,12 @@ def _evaluate(field: Field, name: str, t: Tensor, x: Tensor) -> Tensor:
             ) from error
         if "device" in reason:
             raise DeviceMismatchError(f"the {name} doesn't take a state on {x.device}", got=reason) from error
+        if any(word in reason for word in ("size", "shape", "dimension")):
+            raise ShapeError(
+                f"the {name} doesn't take states {tuple(x.shape)}",
+                got=reason,
+                hint="batch axes of parameters and of the start must fit each other",
+            ) from error
         raise
     if not isinstance(value, Tensor):
         raise ShapeError(f"the {name} must return a tensor", got=type(value).__name__)

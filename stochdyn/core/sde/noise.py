@@ -31,6 +31,8 @@ class NoiseSteps:
             batch axes of the state.
         per_channel: whether gain and recall have an axis of channels too, ``(N, *hurst_batch, m, R)`` and
             ``(N, *hurst_batch, m, K)``: channels with parameters of their own.
+        per_series: whether every series has a grid of its own: all coefficients then have its batch axes after the first one,
+            decay as ``(N, *batch, 1, K)`` and load as ``(N, *batch, R, K)``.
     """
 
     variance: Tensor
@@ -39,6 +41,7 @@ class NoiseSteps:
     decay: Tensor
     load: Tensor
     per_channel: bool = False
+    per_series: bool = False
 
     @property
     def parameter_batch(self) -> torch.Size:
@@ -49,7 +52,7 @@ class NoiseSteps:
         """Return the same coefficients in another precision."""
         parts = (self.variance, self.gain, self.recall, self.decay, self.load)
         variance, gain, recall, decay, load = (p.to(dtype) for p in parts)
-        return NoiseSteps(variance, gain, recall, decay, load, self.per_channel)
+        return NoiseSteps(variance, gain, recall, decay, load, self.per_channel, self.per_series)
 
 
 class NoiseProcess(nn.Module, ABC):

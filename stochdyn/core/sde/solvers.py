@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from stochdyn.core.sde._steps import Problem, Row, Step, full_state, remember
-from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.equation import SDE, Control
+from stochdyn.core.sde.grids import first_time, noise_steps, step_sizes, steps_of, time_column
 from stochdyn.core.sde.methods import METHODS, Method, as_method
+from stochdyn.errors import ShapeError
 
 __all__ = [
     "METHODS",
     "Trajectory",
+    "batch_shape_of",
     "draw_increments",
     "full_state",
     "increment_scale",
@@ -42,23 +45,53 @@ class Trajectory:
 
 
 def increment_scale(sde: SDE, ts: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Return the standard deviations ``(N, m * R)`` of the increments of every step, in the layout of NoiseProcess."""
-    steps = sde.noise.steps(ts, dtype=dtype)
-    brownian = steps.variance[:, :1].expand(-1, channels)
-    residual = steps.variance[:, None, 1:].expand(-1, channels, -1).reshape(brownian.shape[0], -1)
+    """Return the standard deviations of the increments of every step, in the layout of NoiseProcess.
+
+    ``(N, m * R)``, or ``(N, *batch, m * R)`` where every series has a grid of its own.
+    """
+    variance = noise_steps(sde.noise, ts, dtype).variance
+    brownian = variance[..., :1].expand(*variance.shape[:-1], channels)
+    residual = variance[..., None, 1:].expand(*variance.shape[:-1], channels, -1).flatten(-2)
     return torch.cat([brownian, residual], -1).sqrt()
+
+
+def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor) -> torch.Size:
+    """Return the batch shape that start ``x0 (*batch, d)``, drift, diffusion, control, noise and grid broadcast to.
+
+    Raises:
+        ShapeError: if they don't.
+    """
+    with torch.no_grad():
+        t = first_time(ts, x0)
+        channels = sde.noise_dim(t, x0)
+        still = x0.new_zeros(channels)
+        shapes = [x0.shape[:-1], ts.shape[:-1], sde.drift(t, x0).shape[:-1]]
+        shapes.append(sde.diffusion(t, x0).apply(still).shape[:-1])
+        if sde.noise.num_states:
+            # The noise may have a batch of parameters, such as one Hurst index per particle.
+            shapes.append(noise_steps(sde.noise, ts[..., :2], x0.dtype).parameter_batch)
+        if sde.control is not None and type(sde.control).shape_increment is Control.shape_increment:
+            z = torch.cat([x0, x0.new_zeros(*x0.shape[:-1], channels * sde.noise.num_states)], -1)
+            shapes += [value.shape[:-1] for value in sde.control.at(t, z) if value is not None]
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError as error:
+        raise ShapeError(
+            "start, drift, diffusion and grid have batch axes that don't fit each other",
+            got=", ".join(str(tuple(s)) for s in shapes),
+        ) from error
 
 
 def draw_increments(
     sde: SDE, x0: Tensor, ts: Tensor, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Draw the increments ``(N, *batch, m * R)`` and the initial memory ``(*batch, m, K)`` (None if it starts at 0)."""
-    channels = sde.noise_dim(ts[0].to(x0), x0)
+    channels = sde.noise_dim(first_time(ts, x0), x0)
     scale = increment_scale(sde, ts, channels, x0.dtype)
-    batch = x0.shape[:-1]
+    batch = torch.broadcast_shapes(x0.shape[:-1], ts.shape[:-1])
     shape = (scale.shape[0], *batch, scale.shape[-1])
     normal = torch.randn(shape, generator=generator, dtype=x0.dtype, device=x0.device)
-    scale = scale.reshape(scale.shape[0], *(1,) * len(batch), -1)
+    scale = scale.reshape(scale.shape[0], *(1,) * (len(batch) - scale.ndim + 2), *scale.shape[1:])
     # In place where nothing needs the standard normals any more: large fresh tensors cost more than the product.
     dw = normal * scale if scale.requires_grad else normal.mul_(scale)
     factor = sde.noise.initial_factor(dtype=x0.dtype, device=x0.device)
@@ -85,7 +118,7 @@ def integrate(
     Args:
         sde: the equation, with its control.
         x0: ``(*batch, d)`` start.
-        ts: ``(T,)`` grid.
+        ts: ``(T,)`` grid, or ``(*batch, T)`` where every series has its own. Results are differentiable in it.
         dw: ``(T-1, *batch, m * R)`` increments under the controlled law, in the layout of :class:`NoiseProcess`.
         memory0: ``(*batch, m, K)`` initial memory, zero if None.
         method: :class:`~stochdyn.core.sde.Euler`, :class:`~stochdyn.core.sde.Heun` or
@@ -102,11 +135,12 @@ def integrate(
         Kloeden and Platen, "Numerical solution of stochastic differential equations", 1992, chapters 10 and 11.
     """
     scheme = as_method(method)
-    if scheme.cuda_graph and x0.is_cuda and sde.noise.num_states == 0:
+    dt = step_sizes(ts, x0.dtype)
+    numbers = not any(isinstance(h, Tensor) for h in dt[:1])
+    if scheme.cuda_graph and x0.is_cuda and sde.noise.num_states == 0 and numbers:
         from stochdyn.core.sde.cuda_graphs import integrate_graphed
 
         return Trajectory(integrate_graphed(sde, x0, ts, dw, scheme.name), None)
-    dt = (ts[1:] - ts[:-1]).tolist()
     return run_loop(sde, x0, ts, dt, dw, memory0, scheme.name, checkpoint or scheme.checkpoint)
 
 
@@ -114,13 +148,13 @@ def run_loop(
     sde: SDE,
     x0: Tensor,
     ts: Tensor,
-    dt: list[float],
+    dt: list[float] | list[Tensor],
     dw: Tensor,
     memory0: Tensor | None,
     method: str,
     checkpoint: bool | int,
 ) -> Trajectory:
-    """Prepare the problem and run the loop; ``dt`` are the steps as numbers, so that nothing here waits for a device."""
+    """Prepare the problem and run the loop; ``dt`` are the steps, so that nothing here waits for a device."""
     problem = Problem(sde, x0, ts, dt, dw, method)
     start = problem.start(x0, memory0)
     if (path := problem.run_in_place(start)) is not None:
@@ -164,7 +198,7 @@ def step_everywhere(sde: SDE, ts: Tensor, z: Tensor, e: Tensor) -> Tensor:
 
     Args:
         sde: the equation; its control is ignored.
-        ts: ``(T,)``.
+        ts: ``(T,)`` or ``(*batch, T)``.
         z: ``(T-1, *batch, d + m K)`` full states before each step.
         e: ``(T-1, *batch, m R)`` increments.
 
@@ -172,12 +206,11 @@ def step_everywhere(sde: SDE, ts: Tensor, z: Tensor, e: Tensor) -> Tensor:
         Full states after each step, ``(T-1, *batch, d + m K)``; differentiable, also forward.
     """
     states = sde.noise.num_states
-    t = ts[:-1].to(z.dtype).reshape(-1, *(1,) * (z.ndim - 1))
-    dt = (ts[1:] - ts[:-1]).to(z.dtype).reshape(-1, *(1,) * (z.ndim - 1))
+    t, dt = time_column(ts[..., :-1], z), steps_of(ts, z)
     channels = e.shape[-1] // sde.noise.num_innovations(ts)
     x = z[..., : z.shape[-1] - channels * states]
     if not states:
         return x + sde.drift(t, x) * dt + sde.diffusion(t, x).apply(e)
     memory = z[..., x.shape[-1] :].unflatten(-1, (channels, states))
-    dz, memory = remember(sde.noise.steps(ts, dtype=z.dtype), slice(None), memory, e, channels)
+    dz, memory = remember(noise_steps(sde.noise, ts, z.dtype), slice(None), memory, e, channels)
     return full_state(x + sde.drift(t, x) * dt + sde.diffusion(t, x).apply(dz), memory)
