@@ -106,7 +106,7 @@ def test_parameters_with_a_batch_make_a_batch_of_paths(n: int) -> None:
     assert x.shape == (n, 3, 5, 1)
     torch.testing.assert_close(x[..., -1, 0], ((1 - rate[:, 0] / 4) ** 4).expand(n, 3), rtol=1e-6, atol=1e-6)
     assert law.marginal(1.0).sample(2, 0).shape == (2, 3, 1)
-    with pytest.raises(ShapeError, match="doesn.t take states|batch axes"):
+    with pytest.raises(ShapeError, match=r"doesn.t take states|batch axes"):
         sd.DiffusionMeasure(torch.ones(2, 1, dtype=F64), law.sde).sample(ts, 4)
 
 
