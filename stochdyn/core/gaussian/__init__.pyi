@@ -27,3 +27,8 @@ from .transition import Transition as Transition
 from .transition import constant_transition as constant_transition
 from .transition import grid_transition as grid_transition
 from .transition import varying_transition as varying_transition
+from .feedback import FeedbackDraws as FeedbackDraws
+from .feedback import FeedbackLaw as FeedbackLaw
+from .feedback import LiftedStart as LiftedStart
+from .feedback import LinearFeedback as LinearFeedback
+from .feedback import feedback_given as feedback_given

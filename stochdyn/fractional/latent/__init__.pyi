@@ -14,10 +14,6 @@ from .control import ControlPosterior as ControlPosterior
 from .encoded import AmortisedGaussianPosterior as AmortisedGaussianPosterior
 from .gaussian_elbo import GaussianELBO as GaussianELBO
 from .gaussian_elbo import expected_log_likelihood as expected_log_likelihood
-from .gaussian_law import GaussianDraws as GaussianDraws
-from .gaussian_law import GaussianPathLaw as GaussianPathLaw
-from .gaussian_law import LinearControl as LinearControl
-from .gaussian_law import StartLaw as StartLaw
 from .gaussian_posterior import GaussianPosterior as GaussianPosterior
 from .gaussian_relative import Shift as Shift
 from .gaussian_relative import shift_by_channel as shift_by_channel

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from stochdyn.core.gaussian.affine import affine_steps, by_column
+from stochdyn.core.gaussian.feedback import FeedbackDraws, FeedbackLaw, LiftedStart, LinearFeedback
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.law.transition import time_column
 from stochdyn.core.sde.coefficients import Scalar
 from stochdyn.fractional.latent.base import Bound, Draws, LatentPosterior
-from stochdyn.fractional.latent.gaussian_law import GaussianDraws, GaussianPathLaw, LinearControl, StartLaw
 from stochdyn.fractional.latent.gaussian_relative import shift_by_channel
 from stochdyn.fractional.latent.networks import ContextHead
 from stochdyn.fractional.latent.series import Series
@@ -46,7 +46,7 @@ class AmortisedGaussianPosterior(LatentPosterior):
         self.sizes = [r, r * (1 + k), r, r * (r - 1) // 2, 1, 1]
         self.head = ContextHead(context, dim * sum(self.sizes))
 
-    def _law(self, model: LatentSDE, context: Tensor) -> tuple[GaussianPathLaw, Tensor, Tensor]:
+    def _law(self, model: LatentSDE, context: Tensor) -> tuple[FeedbackLaw, Tensor, Tensor]:
         """Return the law of batch ``(B, d)`` with states of one component, and its drift: slopes and offsets ``(N, B, d)``."""
         d, r, k = self.dim, self.innovations, self.states
         dt = (model.ts[1:] - model.ts[:-1]).to(context.dtype)
@@ -63,10 +63,10 @@ class AmortisedGaussianPosterior(LatentPosterior):
         steps = affine_steps(noise, Scalar(model.strength()), dt, slope.unsqueeze(-1), push)
         width = torch.cat([model.width[:d, None], model.width[d:].reshape(d, k)], -1)
         feedback = gain.unflatten(-1, (r, 1 + k)) * lag.sqrt().unsqueeze(-1) / width.unsqueeze(-2)
-        control = LinearControl(offset * lag.sqrt(), feedback, factor)
-        return GaussianPathLaw(steps, control, self._start(model, context[0])), slope[..., 0], push[..., 0]
+        answer = LinearFeedback(offset * lag.sqrt(), feedback, factor)
+        return FeedbackLaw(steps, answer, self._start(model, context[0])), slope[..., 0], push[..., 0]
 
-    def _start(self, model: LatentSDE, context: Tensor) -> StartLaw:
+    def _start(self, model: LatentSDE, context: Tensor) -> LiftedStart:
         d = self.dim
         mean, log_scale = model.start_head(context).chunk(2, -1)
         prior_mean, prior_scale = model.start_prior()
@@ -84,7 +84,7 @@ class AmortisedGaussianPosterior(LatentPosterior):
         if factor is not None:
             lift[1:, 1:] = factor.mT
         center = by_component(prior_mean)
-        return StartLaw(
+        return LiftedStart(
             mean.new_zeros(1 + self.states),
             lift,
             by_component(prior_mean + prior_scale * mean),
@@ -95,7 +95,7 @@ class AmortisedGaussianPosterior(LatentPosterior):
 
     def _draw(
         self, model: LatentSDE, series: Series, n: int
-    ) -> tuple[GaussianPathLaw, GaussianDraws, Tensor, Tensor]:
+    ) -> tuple[FeedbackLaw, FeedbackDraws, Tensor, Tensor]:
         """Return law, draws, and by what the innovations ``(N, B, d, R, S)`` and memories ``(N+1, B, d, K, S)`` of P differ."""
         law, slope, push = self._law(model, model.encoder(series, model.ts))
         draws = law.draw(n)
@@ -118,7 +118,7 @@ class AmortisedGaussianPosterior(LatentPosterior):
         """See :meth:`LatentPosterior.draw`."""
         law, draws, extra, memory = self._draw(model, series, n)
         e = law.increments(draws)[0] + extra  # (N, B, d, R, S)
-        log_det = law.control.factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1)).sum(0)
+        log_det = law.feedback.factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1)).sum(0)
         ratio = 0.5 * (draws.noise.square() - e.square()).sum((-3, -2)).sum(0) + log_det.unsqueeze(-1)
         ratio = ratio - law.start.log_ratio(draws.start_noise).sum(1)
         x = _paths(draws.z[..., 0, :])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_positive_int
+from stochdyn.core.gaussian.feedback import FeedbackLaw
 from stochdyn.core.law.path import PathSample
-from stochdyn.fractional.latent.gaussian_law import GaussianPathLaw
 from stochdyn.fractional.latent.gaussian_posterior import GaussianPosterior
 from stochdyn.objectives.base import Objective, ObjectiveValue
 from stochdyn.objectives.elbo import GaussianObservations, PathLikelihood
@@ -85,7 +85,7 @@ class GaussianELBO(Objective):
         return torch.logsumexp(log_weight, 0) - math.log(num_paths), log_weight
 
 
-def expected_log_likelihood(law: GaussianPathLaw, data: GaussianObservations, dim: int) -> Tensor:
+def expected_log_likelihood(law: FeedbackLaw, data: GaussianObservations, dim: int) -> Tensor:
     """Return the mean under a Gaussian law of the log-likelihood of Gaussian observations, ``(*B)``."""
     mean, cov = law.moments
     right, weight = cast(Tensor, data.right), cast(Tensor, data.weight)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from stochdyn._checks import check_positive_int, check_time_grid
 from stochdyn.core.gaussian.affine import LinearSteps, affine_steps, by_column
+from stochdyn.core.gaussian.feedback import FeedbackDraws, FeedbackLaw, LiftedStart, LinearFeedback
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.initial import DistributionStart, FixedStart
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional.latent.affine_drift import AffineDrift
-from stochdyn.fractional.latent.gaussian_law import GaussianDraws, GaussianPathLaw, LinearControl, StartLaw
 from stochdyn.fractional.latent.gaussian_relative import Shift, shift_of
 
 __all__ = ["GaussianPosterior"]
@@ -34,7 +34,7 @@ class Prepared:
     """
 
     noise: NoiseSteps
-    start: StartLaw
+    start: LiftedStart
     steps: LinearSteps | None
 
     @property
@@ -166,7 +166,7 @@ class GaussianPosterior(nn.Module):
         assert self.drift_matrix is not None and self.drift_offset is not None
         return self.drift_matrix, self.drift_offset
 
-    def law(self, prepared: Prepared | None = None) -> GaussianPathLaw:
+    def law(self, prepared: Prepared | None = None) -> FeedbackLaw:
         """Return the Gaussian law with the present parameters."""
         known = self.prepare() if prepared is None else prepared
         start = known.start
@@ -184,10 +184,10 @@ class GaussianPosterior(nn.Module):
         if self.start_mean is not None and self.start_log_diagonal is not None:
             assert self.start_lower is not None
             chol = torch.diag_embed(self.start_log_diagonal.exp()) + self.start_lower.tril(-1)
-            start = StartLaw(
+            start = LiftedStart(
                 start.origin, start.lift, self.start_mean, chol, start.prior_mean, start.prior_precision
             )
-        return GaussianPathLaw(steps, LinearControl(self.offset, self.gain / self.width, factor), start)
+        return FeedbackLaw(steps, LinearFeedback(self.offset, self.gain / self.width, factor), start)
 
     @property
     def mean(self) -> Tensor:
@@ -210,7 +210,7 @@ class GaussianPosterior(nn.Module):
             return law.divergence()
         return self.estimate_divergence(law, known.noise, law.draw(num_particles, generator))
 
-    def estimate_divergence(self, law: GaussianPathLaw, noise: NoiseSteps, draws: GaussianDraws) -> Tensor:
+    def estimate_divergence(self, law: FeedbackLaw, noise: NoiseSteps, draws: FeedbackDraws) -> Tensor:
         """Return the closed form, plus the mean over draws of what the nonlinear drift adds."""
         extra = self._shift(noise, draws).increments
         pull = law.increments(draws)[1]
@@ -218,7 +218,7 @@ class GaussianPosterior(nn.Module):
         correction = (extra * (pull + 0.5 * extra)).sum(-2).sum(0)
         return law.divergence() + correction.mean(-1)
 
-    def _shift(self, noise: NoiseSteps, draws: GaussianDraws) -> Shift:
+    def _shift(self, noise: NoiseSteps, draws: FeedbackDraws) -> Shift:
         matrix, offset = self._affine()
         return shift_of(self.prior.sde, self.ts, noise, draws.z, matrix, offset, self.dim)
 
@@ -239,7 +239,7 @@ class GaussianPosterior(nn.Module):
             shift = self._shift(noise, draws)
             e = e + shift.increments
             z = torch.cat([z[..., : self.dim, :], z[..., self.dim :, :] + shift.memory], -2)
-        log_det = law.control.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).sum(0)
+        log_det = law.feedback.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).sum(0)
         log_ratio = 0.5 * (draws.noise.square() - e.square()).sum(-2).sum(0) + log_det.unsqueeze(-1)
         log_ratio = log_ratio - law.start.log_ratio(draws.start_noise)
         return self._path(noise, z, e), log_ratio.movedim(-1, 0)
@@ -277,7 +277,7 @@ class GaussianPosterior(nn.Module):
 
     # -------------------------------------------------------------------------------------------- the start
 
-    def _start_prior(self) -> StartLaw:
+    def _start_prior(self) -> LiftedStart:
         """Return the law of the start under P, as its own posterior."""
         initial, sde = self.prior.initial, self.prior.sde
         ts = self.ts
@@ -303,8 +303,7 @@ class GaussianPosterior(nn.Module):
         if precision is not None:
             total = total.expand(*precision.shape[:-2], -1, -1).clone()
             total[..., :width, :width] = precision
-        spread = torch.linalg.cholesky(torch.linalg.inv(total)) if width + past else total
-        return StartLaw(origin, lift, center, spread, center, total)
+        return LiftedStart.of_prior(origin, lift, center, total)
 
     def _check_prior(self) -> None:
         sde, initial = self.prior.sde, self.prior.initial

@@ -1,0 +1,301 @@
+r"""Linear feedback laws of the increments of linear steps: exact posteriors, moments, divergences, draws of all times at once.
+
+The standardised increment of a step answers linearly to the state before it,
+
+.. math:: z_{n+1}=A_nz_n+c_n+B_n\epsilon_n,\qquad \epsilon_n\mid z_n\sim N\big(k_n+K_n(z_n-\bar z_n),\,L_nL_n^\top\big),
+
+under the law Q, and is standard normal under P. The posterior of a linear-Gaussian model has this form
+(:func:`feedback_given`), and so do the guides and variational posteriors of other models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import as_generator
+from stochdyn.core.gaussian.affine import LinearSteps
+from stochdyn.core.gaussian.recursion import affine_states, gaussian_moments
+from stochdyn.core.law.marginals import Generator
+
+__all__ = ["FeedbackDraws", "FeedbackLaw", "LiftedStart", "LinearFeedback", "feedback_given"]
+
+
+@dataclass(frozen=True)
+class LinearFeedback:
+    r"""The law :math:`\epsilon_n\mid z_n\sim N(k_n+K_n(z_n-\bar z_n),\,L_nL_n^\top)` of standardised increments.
+
+    Feedback on the deviation from the mean leaves the mean to the offsets alone, which makes the two easy to
+    learn together.
+
+    Attributes:
+        offset: ``k (N, *B, M)``.
+        gain: ``K (N, *B, M, Z)``.
+        factor: ``L (N, *B, M, M)``, lower triangular with a positive diagonal.
+        centre: :math:`\bar z`, ``(N, *B, Z)``; None for the mean of z under the law itself.
+    """
+
+    offset: Tensor
+    gain: Tensor
+    factor: Tensor
+    centre: Tensor | None = None
+
+    def mean(self, z: Tensor) -> Tensor:
+        """Return the conditional means ``(N, *sample, *B, M)`` given the states ``z (N, *sample, *B, Z)`` before each step.
+
+        The law must have a centre of its own.
+        """
+        assert self.centre is not None
+        deviation = z - _lead(self.centre, z.ndim)
+        return _lead(self.offset, z.ndim) + times(_lead(self.gain, z.ndim + 1), deviation)
+
+    def log_prob(self, e: Tensor, z: Tensor, extra: Tensor | None = None) -> Tensor:
+        """Return the log density ``(*sample, *B)`` of standardised increments ``e (N, *sample, *B, M)`` given the states.
+
+        Args:
+            e: increments.
+            z: ``(N, *sample, *B, Z)``.
+            extra: what is added to the conditional means, such as a network's answer, or None.
+        """
+        residual = e - self.mean(z) if extra is None else e - self.mean(z) - extra
+        factor = _lead(self.factor, e.ndim + 1)
+        if factor.shape[-1] == 1:
+            white = residual / factor.squeeze(-1)
+        else:
+            factor = factor.expand(*residual.shape[:-1], *factor.shape[-2:])
+            white = torch.linalg.solve_triangular(factor, residual.unsqueeze(-1), upper=False).squeeze(-1)
+        logs = factor.diagonal(dim1=-2, dim2=-1).log()
+        return (-0.5 * white.square() - logs - 0.5 * math.log(2 * math.pi)).sum(-1).sum(0)
+
+    def divergence_rate(self, z: Tensor, extra: Tensor | None = None) -> Tensor:
+        """Return the sum over steps of the divergences from standard normals given the states, ``(*sample, *B)``."""
+        mean = self.mean(z) if extra is None else self.mean(z) + extra
+        factor = _lead(self.factor, mean.ndim + 1)
+        spread = factor.square().sum((-2, -1)) - factor.shape[-1]
+        return (0.5 * (mean.square().sum(-1) + spread) - log_diagonal(factor)).sum(0)
+
+
+@dataclass(frozen=True)
+class LiftedStart:
+    r"""A Gaussian start :math:`z_0=o+Jv`, :math:`v\sim N(\mu,SS^\top)` under Q and :math:`N(\mu_0,\Pi^{-1})` under P.
+
+    Attributes:
+        origin: ``o (*B, Z)``.
+        lift: ``J (Z, D)``; D may be 0.
+        mean: ``(*B, D)``.
+        factor: ``S (*B, D, D)``, lower triangular.
+        prior_mean: ``(*B, D)``.
+        prior_precision: ``(*B, D, D)``.
+    """
+
+    origin: Tensor
+    lift: Tensor
+    mean: Tensor
+    factor: Tensor
+    prior_mean: Tensor
+    prior_precision: Tensor
+
+    @classmethod
+    def of_prior(cls, origin: Tensor, lift: Tensor, mean: Tensor, precision: Tensor) -> LiftedStart:
+        """Return the start under P, as its own Q."""
+        factor = torch.linalg.cholesky(torch.linalg.inv(precision)) if mean.shape[-1] else precision
+        return cls(origin, lift, mean, factor, mean, precision)
+
+    def given(self, precision: Tensor, linear: Tensor) -> LiftedStart:
+        r"""Return the start with the posterior as Q, for a likelihood :math:`\exp(-\tfrac12z_0^\top Sz_0+\eta^\top z_0)`.
+
+        Args:
+            precision: S, ``(*B, Z, Z)``.
+            linear: :math:`\eta`, ``(*B, Z)``.
+        """
+        total = self.prior_precision + self.lift.mT @ precision @ self.lift
+        pull = times(self.prior_precision, self.prior_mean) + times(
+            self.lift.mT, linear - times(precision, self.origin)
+        )
+        chol = torch.linalg.cholesky(total)
+        mean = torch.cholesky_solve(pull.unsqueeze(-1), chol).squeeze(-1)
+        factor = torch.linalg.cholesky(torch.cholesky_inverse(chol))
+        return LiftedStart(self.origin, self.lift, mean, factor, self.prior_mean, self.prior_precision)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return mean ``(*B, Z)`` and covariance ``(*B, Z, Z)`` of the start."""
+        spread = self.lift @ self.factor
+        return self.origin + self.mean @ self.lift.mT, spread @ spread.mT
+
+    def divergence(self) -> Tensor:
+        """Return KL(q(v) || p(v)), ``(*B)``."""
+        size = self.mean.shape[-1]
+        gap = (self.mean - self.prior_mean).unsqueeze(-1)
+        pull = (gap.mT @ self.prior_precision @ gap)[..., 0, 0]
+        spread = (self.factor * (self.prior_precision @ self.factor)).sum((-2, -1))
+        log_ratio = 2 * log_diagonal(self.factor) + torch.linalg.slogdet(self.prior_precision)[1]
+        return 0.5 * (pull + spread - size - log_ratio)
+
+    def log_ratio(self, standard: Tensor) -> Tensor:
+        """Return log q(v) - log p(v) at ``v = mean + S standard``, ``(*B, S)``, for columns of normals."""
+        gap = (self.mean - self.prior_mean).unsqueeze(-1) + self.factor @ standard
+        squares = (gap * (self.prior_precision @ gap)).sum(-2) - standard.square().sum(-2)
+        constant = log_diagonal(self.factor) + 0.5 * torch.linalg.slogdet(self.prior_precision)[1]
+        return 0.5 * squares - constant.unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class FeedbackDraws:
+    """Draws of a path, in columns.
+
+    Attributes:
+        z: ``(N+1, *B, Z, S)`` full states.
+        deviation: the same less their means.
+        noise: ``(N, *B, M, S)`` the standard normals behind them.
+        start_noise: ``(*B, D, S)``.
+    """
+
+    z: Tensor
+    deviation: Tensor
+    noise: Tensor
+    start_noise: Tensor
+
+
+@dataclass(frozen=True)
+class FeedbackLaw:
+    """Q: linear steps under linear feedback on the deviation from their own mean.
+
+    Attributes:
+        steps: the recursion under P (or under the linear equation that stands for it).
+        feedback: the law of its increments, with no centre but the mean.
+        start: the law of its start.
+    """
+
+    steps: LinearSteps
+    feedback: LinearFeedback
+    start: LiftedStart
+
+    @cached_property
+    def transition(self) -> Tensor:
+        """``A + B K (N, *B, Z, Z)``."""
+        return self.steps.transition + self.steps.load @ self.feedback.gain
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Means ``(N+1, *B, Z)`` of the full state; the feedback has no part in them."""
+        push = self.steps.offset.unsqueeze(-1) + self.steps.load @ self.feedback.offset.unsqueeze(-1)
+        start = self.start.moments()[0].unsqueeze(-1)
+        return affine_states(self.steps.transition, push, start).squeeze(-1)
+
+    @cached_property
+    def spread(self) -> Tensor:
+        """``B L (N, *B, Z, M)``."""
+        return self.steps.load @ self.feedback.factor
+
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Means ``(N+1, *B, Z)`` and covariances ``(N+1, *B, Z, Z)`` of the full state."""
+        cov = self.start.moments()[1]
+        noise = self.spread @ self.spread.mT
+        still = noise.new_zeros(noise.shape[:-1])
+        return self.mean, gaussian_moments(self.transition, still, noise, still[0], cov)[1]
+
+    def divergence(self) -> Tensor:
+        r"""Return the divergence of the increments' law and the start's from P, ``(*B)``, in closed form.
+
+        .. math:: \tfrac12\sum_n\big[|k_n|^2+\mathrm{tr}\,K_nP_nK_n^\top+\mathrm{tr}\,L_nL_n^\top-M\big]
+            -\sum_n\log\det L_n .
+        """
+        cov = self.moments[1][:-1]
+        gain, factor = self.feedback.gain, self.feedback.factor
+        squares = self.feedback.offset.square().sum(-1) + ((gain @ cov) * gain).sum((-2, -1))
+        spread = factor.square().sum((-2, -1)) - factor.shape[-1]
+        return (0.5 * (squares + spread) - log_diagonal(factor)).sum(0) + self.start.divergence()
+
+    def draw(self, count: int, generator: Generator = None) -> FeedbackDraws:
+        """Draw ``count`` paths, all times at once; differentiable."""
+        like, mean = self.spread, self.mean
+        source = as_generator(generator, like.device)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=source, dtype=like.dtype, device=like.device)
+
+        batch = torch.broadcast_shapes(like.shape[1:-2], mean.shape[1:-1])
+        noise = normal(like.shape[0], *batch, like.shape[-1], count)
+        first = normal(*batch, self.start.mean.shape[-1], count)
+        deviation = affine_states(self.transition, like @ noise, self.start.lift @ self.start.factor @ first)
+        return FeedbackDraws(mean.unsqueeze(-1) + deviation, deviation, noise, first)
+
+    def increments(self, draws: FeedbackDraws) -> tuple[Tensor, Tensor]:
+        """Return the standardised increments of draws and their conditional means, ``(N, *B, M, S)`` each."""
+        mean = self.feedback.gain @ draws.deviation[:-1] + self.feedback.offset.unsqueeze(-1)
+        return mean + self.feedback.factor @ draws.noise, mean
+
+
+def feedback_given(
+    steps: LinearSteps, precision: Tensor, linear: Tensor
+) -> tuple[LinearFeedback, Tensor, Tensor]:
+    r"""Return the exact posterior of the increments, given a log-likelihood that is quadratic in each state.
+
+    The likelihood of all data from step n on is :math:`\exp(-\tfrac12z_n^\top S_nz_n+\eta_n^\top z_n)` up to a constant, with
+
+    .. math::
+        Q_n&=I+B_n^\top S_{n+1}B_n,\qquad
+        \epsilon_n\mid z_n,\text{data}\sim N\big(Q_n^{-1}B_n^\top(\eta_{n+1}-S_{n+1}(A_nz_n+c_n)),\ Q_n^{-1}\big),\\
+        S_n&=H_n+A_n^\top S_{n+1}A_n-A_n^\top S_{n+1}B_nQ_n^{-1}B_n^\top S_{n+1}A_n ,
+
+    and likewise for :math:`\eta_n`: the backward information filter, or the linear-quadratic regulator, of the model.
+
+    Args:
+        steps: the linear steps.
+        precision: ``H (N+1, *B, d, d)`` of the log-likelihood :math:`-\tfrac12xHx+hx` in the first d components at each time.
+        linear: ``h (N+1, *B, d)``.
+
+    Returns:
+        The feedback law, with centre zero, and ``S_0 (*B, Z, Z)`` and ``eta_0 (*B, Z)``, the likelihood as a function of the
+        start (see :meth:`LiftedStart.given`).
+    """
+    a, b, c = steps.transition, steps.load, steps.offset
+    num_steps, size, dim = a.shape[0], a.shape[-1], linear.shape[-1]
+    pad = size - dim
+    precision = torch.nn.functional.pad(precision, (0, pad, 0, pad))
+    linear = torch.nn.functional.pad(linear, (0, pad))
+    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
+    s, eta = precision[-1], linear[-1].unsqueeze(-1)
+    # Rows are unbound once: the derivative of indexing costs a tensor of all steps each time.
+    forth, back, load, push, shift, curve, slope = (
+        x.unbind(0) for x in (a, a.mT, b, b.mT, c.unsqueeze(-1), precision, linear.unsqueeze(-1))
+    )
+    offsets, gains, covariances = [], [], []
+    for n in range(num_steps - 1, -1, -1):
+        bs = push[n] @ s
+        # Q = I + B'SB is at least 1, so inverting it is harmless.
+        covariance = torch.linalg.inv(eye + bs @ load[n])
+        bsa = bs @ forth[n]
+        pull = eta - s @ shift[n]
+        inner = push[n] @ pull
+        gain = -covariance @ bsa
+        gains.append(gain)
+        offsets.append(covariance @ inner)
+        covariances.append(covariance)
+        s_new = curve[n] + back[n] @ s @ forth[n] + bsa.mT @ gain
+        s = 0.5 * (s_new + s_new.mT)
+        eta = slope[n] + back[n] @ pull + gain.mT @ inner
+    offset, gain, covariance = (torch.stack(rows[::-1]) for rows in (offsets, gains, covariances))
+    factor = torch.linalg.cholesky(0.5 * (covariance + covariance.mT))
+    centre = gain.new_zeros(*gain.shape[:-2], size)
+    return LinearFeedback(offset.squeeze(-1), gain, factor, centre), s, eta.squeeze(-1)
+
+
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return matrices times vectors."""
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def log_diagonal(factor: Tensor) -> Tensor:
+    """Return the log determinant of triangular matrices."""
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _lead(x: Tensor, ndim: int) -> Tensor:
+    """Give ``x (N, *batch, ...)`` sample axes after time until it has ``ndim`` axes."""
+    return x.reshape(x.shape[0], *(1,) * (ndim - x.ndim), *x.shape[1:])
