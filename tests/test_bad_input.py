@@ -95,7 +95,7 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         errors.ShapeError,
         "sample, T, d",
     ),
-    "NaN in the data": (lambda: observe(values=[math.nan]), errors.NonFiniteError, r"values\[0\]=nan"),
+    "infinity in the data": (lambda: observe(values=[math.inf]), errors.NonFiniteError, r"values\[0\]=inf"),
     "times outside the grid": (lambda: observe(times=[1.5]), errors.TimeGridError, r"expected \[0, 1\]"),
     "no data": (lambda: observe([], []), errors.EmptyDataError, "values is empty"),
     "more times than data": (lambda: observe([0.5, 0.7]), errors.ShapeError, "2 and 1"),

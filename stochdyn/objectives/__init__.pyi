@@ -5,10 +5,6 @@ from .elbo import PathELBO as PathELBO
 from .elbo import PathLikelihood as PathLikelihood
 from .matching import marginal_drift as marginal_drift
 from .matching import matching_rate as matching_rate
-from .projection import DriftProjection as DriftProjection
-from .projection import PathProjection as PathProjection
-from .projection import project_linear_drift as project_linear_drift
-from .regression import Regression as Regression
 from .residual import FlowPoints as FlowPoints
 from .residual import ForwardResidual as ForwardResidual
 from .residual import UniformPoints as UniformPoints

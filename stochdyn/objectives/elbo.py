@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import (
+    as_tensor,
+    as_time_grid,
+    check_bool,
+    check_callable,
     check_choice,
     check_event_size,
-    check_finite,
     check_inside,
     check_nonempty,
     check_positive,
     check_positive_int,
+    check_real,
     check_same_dtype,
-    check_time_grid,
     check_type,
 )
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import Path
-from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
 __all__ = ["GaussianObservations", "PathELBO", "PathLikelihood"]
+
+# Evaluations between looks at the spread of the log weights, where the numbers are on a GPU.
+_LOOK = 16
 
 
 class PathLikelihood(Protocol):
@@ -39,50 +45,98 @@ class PathLikelihood(Protocol):
 class GaussianObservations(nn.Module):
     r"""Independent Gaussian observations :math:`y_i\sim N(X_{t_i}, \sigma^2)` of a path at grid times.
 
+    All of ``ts``, ``times``, ``values`` and ``obs_scale`` may be tensors, arrays, tables or lists; what isn't a tensor takes
+    the precision of ``ts``. A value that is NaN wasn't observed and has no say in the likelihood.
+
     Args:
         ts: ``(T,)`` grid on which paths are simulated.
         times: ``(n,)`` observation times, each on or between grid points (linear interpolation in between).
-        values: ``(n, d)``, or ``(n,)`` for one-dimensional paths.
-        scale: standard deviation: a number or a tensor that broadcasts with ``(n, d)``.
+        values: ``(n, d)`` observed values, or ``(n,)`` for one-dimensional paths; NaN where one is missing.
+        obs_scale: standard deviation of the observations, in units of the values: a number, or a tensor that broadcasts with
+            ``(n, d)``. A Parameter is learnt.
+
+    Attributes:
+        seen: ``(n, d)`` which values were observed.
+        scale: the standard deviation, a buffer or the Parameter given.
 
     Raises:
         TimeGridError: if a time lies outside the grid.
-        NonFiniteError: if a value isn't finite.
-        EmptyDataError: if there are no observations.
+        NonFiniteError: if a time or a scale isn't finite, or a value is infinite.
+        EmptyDataError: if there are no observations, or all are missing.
+        ShapeError: if times, values and scale don't fit.
+
+    Example:
+        >>> ts = torch.linspace(0, 1, 5)
+        >>> y = GaussianObservations(ts, [0.5, 1.0], [0.3, float("nan")], obs_scale=0.5)
+        >>> from stochdyn import PathSample
+        >>> path = PathSample.of_states(ts, torch.zeros(2, 5, 1))
+        >>> alone = GaussianObservations(ts, [0.5], [0.3], obs_scale=0.5)
+        >>> torch.equal(y(path), alone(path))
+        True
     """
 
     ts: Tensor
     values: Tensor
+    seen: Tensor
+    right: Tensor
+    weight: Tensor
+    scale: Tensor
 
-    def __init__(self, ts: Tensor, times: Tensor, values: Tensor, scale: Tensor | float) -> None:
+    def __init__(self, ts: object, times: object, values: object, obs_scale: object) -> None:
         super().__init__()
-        check_time_grid(ts)
-        check_nonempty(values, "values")
-        check_finite(values, "values")
-        check_finite(times, "times")
-        check_inside(times, ts)
-        if values.ndim == 1:
-            values = values.unsqueeze(-1)
-        if values.shape[0] != times.shape[0]:
+        grid = as_time_grid(ts)
+        y = _in_precision_of(
+            grid, as_tensor(values, "values", (1, 2), "(n, d) or (n,)", like=grid, missing=True), values
+        )
+        check_nonempty(y, "values")
+        at = as_tensor(times, "times", 1, "(n,)", like=grid).to(grid.dtype)
+        check_inside(at, grid)
+        y = y.unsqueeze(-1) if y.ndim == 1 else y
+        if y.shape[0] != at.shape[0]:
+            raise ShapeError("times and values differ in length", got=f"{at.shape[0]} and {y.shape[0]}")
+        seen = ~torch.isnan(y)
+        if not bool(seen.any()):
+            raise EmptyDataError("values has no observation", got="NaN everywhere")
+        scale = _in_precision_of(y, as_tensor(obs_scale, "obs_scale", like=y), obs_scale)
+        check_positive(scale.detach(), "obs_scale")
+        if not _broadcasts(scale.shape, y.shape):
             raise ShapeError(
-                "times and values differ in length", got=f"{times.shape[0]} and {values.shape[0]}"
+                "obs_scale must broadcast with the values",
+                got=f"shape {tuple(scale.shape)}",
+                expected=tuple(y.shape),
             )
-        check_positive(scale if isinstance(scale, float | int) else scale.detach(), "scale")
-        right = torch.searchsorted(ts, times.contiguous()).clamp(1, ts.shape[0] - 1)
-        weight = ((times - ts[right - 1]) / (ts[right] - ts[right - 1])).to(values.dtype)
-        self.register_buffer("ts", ts)
-        self.register_buffer("values", values)
+        right = torch.searchsorted(grid, at.contiguous()).clamp(1, grid.shape[0] - 1)
+        weight = ((at - grid[right - 1]) / (grid[right] - grid[right - 1])).to(y.dtype)
+        self.register_buffer("ts", grid)
+        # Under a missing value stands a number, so that no gradient meets NaN; the mask takes its term away.
+        self.register_buffer("values", torch.where(seen, y, torch.zeros_like(y)))
+        self.register_buffer("seen", seen)
         self.register_buffer("right", right)
         self.register_buffer("weight", weight.unsqueeze(-1))
-        self.scale = scale
+        if isinstance(scale, nn.Parameter):
+            self.scale = scale
+        else:
+            self.register_buffer("scale", scale)
 
     def forward(self, path: Path, batch: Any = None) -> Tensor:
-        """Return ``(*sample,)`` log-likelihoods."""
+        """Return ``(*sample,)`` log-likelihoods of the paths."""
         check_event_size(path.x, self.values.shape[-1], "path.x")
         check_same_dtype(path=path.x, values=self.values)
-        right, weight = cast(Tensor, self.right), cast(Tensor, self.weight)
-        states = torch.lerp(path.x[..., right - 1, :], path.x[..., right, :], weight)
-        return torch.distributions.Normal(states, self.scale).log_prob(self.values).sum((-2, -1))
+        states = torch.lerp(path.x[..., self.right - 1, :], path.x[..., self.right, :], self.weight)
+        log_prob = torch.distributions.Normal(states, self.scale, validate_args=False).log_prob(self.values)
+        return torch.where(self.seen, log_prob, torch.zeros_like(log_prob)).sum((-2, -1))
+
+
+def _in_precision_of(like: Tensor, value: Tensor, given: object) -> Tensor:
+    """Give data that didn't come as a tensor the precision of one that they go with."""
+    return value if isinstance(given, Tensor) else value.to(like.dtype)
+
+
+def _broadcasts(shape: torch.Size, whole: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(shape, whole) == whole
+    except RuntimeError:
+        return False
 
 
 class PathELBO(Objective):
@@ -121,6 +175,7 @@ class PathELBO(Objective):
         'evidence_lower'
     """
 
+    grid: Tensor
     _spread: Tensor
 
     def __init__(
@@ -143,7 +198,10 @@ class PathELBO(Objective):
         grid = ts if ts is not None else getattr(likelihood, "ts", None)
         if grid is None:
             raise InvalidInputError("no time grid", hint="give ts=..., or a likelihood with an attribute ts")
-        check_time_grid(grid)
+        grid = as_time_grid(grid)
+        check_bool(importance_weighted, "importance_weighted")
+        check_real(auto_threshold, "auto_threshold", above=0.0)
+        check_callable(likelihood, "likelihood", "a module or function of a path and a batch")
         self.prior = prior
         self.posterior = posterior
         self.likelihood = likelihood
@@ -152,17 +210,18 @@ class PathELBO(Objective):
         self.importance_weighted = importance_weighted
         self.auto_threshold = auto_threshold
         self.register_buffer("grid", grid)
+        self._evaluations, self._settled = 0, False
         # Running variance of the log weights: saved with the parameters, so that a resumed run chooses the same estimator.
         self.register_buffer("_spread", torch.full((), math.inf, dtype=torch.float64))
 
     def forward(self, batch: Any = None) -> ObjectiveValue:
         """Draw paths of the posterior and evaluate the bound."""
-        grid = cast(Tensor, self.grid)
+        grid = self.grid
         path = self.posterior.sample(grid, self.num_particles)
         log_likelihood = self.likelihood(path, batch)
         if log_likelihood.shape != path.shape:
             raise ShapeError(
-                "the likelihood must return one number a path",
+                "the likelihood must return one number per path",
                 got=f"shape {tuple(log_likelihood.shape)}",
                 expected=f"{tuple(path.shape)}",
             )
@@ -193,10 +252,19 @@ class PathELBO(Objective):
     def _choose(self) -> str:
         if self.estimator != "auto":
             return self.estimator
-        return "stl" if self._settled() else "rate"
+        # To look at a number on a GPU is to wait for it: there now and then is often enough.
+        if self._spread.device.type == "cpu" or self._evaluations % _LOOK == 0:
+            self._settled = bool(self._spread < self.auto_threshold)
+        self._evaluations += 1
+        return "stl" if self._settled else "rate"
 
-    def _settled(self) -> bool:
-        return bool(self._spread < self.auto_threshold)
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what the choice of the estimator depends on besides the buffers."""
+        return {"evaluations": self._evaluations, "settled": self._settled}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`get_extra_state`."""
+        self._evaluations, self._settled = int(state["evaluations"]), bool(state["settled"])
 
     @torch.no_grad()
     def _watch(self, log_weight: Tensor) -> None:
@@ -207,8 +275,17 @@ class PathELBO(Objective):
         self._spread.copy_(torch.where(torch.isinf(self._spread), now, smooth))
 
     @torch.no_grad()
-    def evidence(self, num_paths: int = 1000, batch: Any = None) -> tuple[Tensor, Tensor]:
-        """Return the importance-sampling estimate of the log evidence and the log weights ``(num_paths,)``."""
-        path = self.posterior.sample(cast(Tensor, self.grid), num_paths)
+    def evidence(self, num_samples: int = 1000, batch: Any = None) -> tuple[Tensor, Tensor]:
+        """Estimate the log evidence by importance sampling with the posterior.
+
+        Args:
+            num_samples: number of paths drawn.
+            batch: what the likelihood is given besides the paths.
+
+        Returns:
+            The estimate ``(*batch,)`` and the log weights ``(num_samples, *batch)``.
+        """
+        check_positive_int(num_samples, "num_samples")
+        path = self.posterior.sample(self.grid, num_samples)
         log_weight = self.likelihood(path, batch) - self.posterior.log_rn(path, self.prior, recorded=True)
-        return torch.logsumexp(log_weight, 0) - math.log(num_paths), log_weight
+        return torch.logsumexp(log_weight, 0) - math.log(num_samples), log_weight

@@ -6,9 +6,17 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stochdyn._checks import check_choice, check_positive_int, check_same_device
+from stochdyn._checks import (
+    as_tensor,
+    check_bool,
+    check_choice,
+    check_positive_int,
+    check_real,
+    check_same_device,
+    check_type,
+)
 from stochdyn.core.forward.divergences import unbiased_square
 from stochdyn.core.forward.flow import MarginalFlow
 from stochdyn.core.forward.operator import ForwardOperator
@@ -22,19 +30,21 @@ PointSampler = Callable[[], Points]
 Weight = Callable[[Tensor, Tensor], Tensor]
 
 
-class UniformPoints:
+class UniformPoints(nn.Module):
     """Points uniform in a box and in time, drawn from torch's global generator.
 
+    When to use it: for equations that must hold where there is little probability too; else :class:`FlowPoints`.
+
     Args:
-        low: ``(d,)`` lower corner; its precision and device are those of the points.
-        high: ``(d,)`` upper corner.
-        start: first time.
-        end: last time.
-        num_points: how many points a call.
+        low: ``(d,)`` lower corner of the box; its precision and device are those of the points.
+        high: ``(d,)`` upper corner of the box.
+        start_time: the first time.
+        horizon: the last time.
+        num_points: how many points are drawn per call.
 
     Raises:
         ShapeError: if the corners differ in shape.
-        InvalidInputError: if ``num_points`` isn't positive or ``end`` isn't after ``start``.
+        InvalidInputError: if ``num_points`` isn't positive, or ``horizon`` isn't after ``start_time``.
 
     Example:
         >>> t, x = UniformPoints(-torch.ones(2), torch.ones(2), 0.0, 1.0, 5)()
@@ -42,55 +52,74 @@ class UniformPoints:
         (torch.Size([5, 1]), torch.Size([5, 2]))
     """
 
-    def __init__(self, low: Tensor, high: Tensor, start: float, end: float, num_points: int) -> None:
-        if low.ndim != 1 or low.shape != high.shape:
-            raise ShapeError(
-                "the corners of a box are (d,) each", got=f"{tuple(low.shape)} and {tuple(high.shape)}"
-            )
-        check_same_device(low=low, high=high)
-        _check_span(start, end, num_points)
-        self.low, self.high, self.start, self.end, self.num_points = low, high, start, end, num_points
+    low: Tensor
+    high: Tensor
 
-    def __call__(self) -> Points:
+    def __init__(self, low: object, high: object, start_time: float, horizon: float, num_points: int) -> None:
+        super().__init__()
+        lower = as_tensor(low, "low", 1, "(d,)")
+        upper = as_tensor(high, "high", 1, "(d,)", like=lower)
+        if lower.shape != upper.shape:
+            raise ShapeError(
+                "the corners of a box are (d,) each", got=f"{tuple(lower.shape)} and {tuple(upper.shape)}"
+            )
+        check_same_device(low=lower, high=upper)
+        _check_span(start_time, horizon, num_points)
+        self.register_buffer("low", lower)
+        self.register_buffer("high", upper)
+        self.start_time, self.horizon, self.num_points = start_time, horizon, num_points
+
+    def forward(self) -> Points:
         """Return times ``(n, 1)`` and points ``(n, d)``."""
         n, low = self.num_points, self.low
         u = torch.rand(n, low.shape[0] + 1, dtype=low.dtype, device=low.device)
-        return self.start + (self.end - self.start) * u[:, :1], low + (self.high - low) * u[:, 1:]
+        t = self.start_time + (self.horizon - self.start_time) * u[:, :1]
+        return t, low + (self.high - low) * u[:, 1:]
 
 
-class FlowPoints:
+class FlowPoints(nn.Module):
     """Points drawn from a flow at uniform times, without gradients: where the probability is.
 
     Args:
         flow: what to sample, the learned flow itself or a reference.
-        start: first time.
-        end: last time.
-        num_points: how many points a call.
+        start_time: the first time.
+        horizon: the last time.
+        num_points: how many points are drawn per call.
         like: a tensor whose precision and device the times take; torch's default if None.
 
     Raises:
-        InvalidInputError: if ``num_points`` isn't positive or ``end`` isn't after ``start``.
+        InvalidInputError: if ``num_points`` isn't positive, or ``horizon`` isn't after ``start_time``.
     """
 
-    def __init__(
-        self, flow: MarginalFlow, start: float, end: float, num_points: int, like: Tensor | None = None
-    ) -> None:
-        _check_span(start, end, num_points)
-        self.flow, self.start, self.end, self.num_points = flow, start, end, num_points
-        self.like = torch.empty(0) if like is None else like
+    like: Tensor
 
-    def __call__(self) -> Points:
+    def __init__(
+        self,
+        flow: MarginalFlow,
+        start_time: float,
+        horizon: float,
+        num_points: int,
+        like: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        check_type(flow, MarginalFlow, "flow")
+        _check_span(start_time, horizon, num_points)
+        self.flow = flow
+        self.start_time, self.horizon, self.num_points = start_time, horizon, num_points
+        self.register_buffer("like", torch.empty(0) if like is None else like.detach().new_empty(0))
+
+    def forward(self) -> Points:
         """Return times ``(n, 1)`` and points ``(n, d)``."""
         u = torch.rand(self.num_points, dtype=self.like.dtype, device=self.like.device)
-        t = self.start + (self.end - self.start) * u
+        t = self.start_time + (self.horizon - self.start_time) * u
         with torch.no_grad():
             return t[:, None], self.flow.sample(t, 1)[:, 0]
 
 
-def _check_span(start: float, end: float, num_points: int) -> None:
+def _check_span(start_time: float, horizon: float, num_points: int) -> None:
     check_positive_int(num_points, "num_points")
-    if not end > start:
-        raise InvalidInputError("end must come after start", got=f"start={start}, end={end}")
+    check_real(start_time, "start_time")
+    check_real(horizon, "horizon", above=float(start_time))
 
 
 class ForwardResidual(Objective):
@@ -110,7 +139,7 @@ class ForwardResidual(Objective):
         form: ``"log"``, ``"score"`` or ``"density"``; see :meth:`stochdyn.FokkerPlanck.residual`. A master
             equation knows the log form only.
         method: ``"exact"`` or ``"hutchinson"``.
-        num_probes: probes a point, at least 2 with ``"hutchinson"``.
+        num_probes: probes per point, at least 2 with ``"hutchinson"``.
         stationary: leave out the time derivative.
 
     Raises:
@@ -139,6 +168,9 @@ class ForwardResidual(Objective):
         stationary: bool = False,
     ) -> None:
         super().__init__()
+        check_type(flow, MarginalFlow, "flow")
+        check_type(operator, ForwardOperator, "operator")
+        check_bool(stationary, "stationary")
         check_choice(form, ("log", "score", "density"), "form")
         check_choice(method, ("exact", "hutchinson"), "method")
         if method == "hutchinson":

@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -326,21 +327,67 @@ def test_each_component_and_observation_may_have_its_own_scale() -> None:
     torch.testing.assert_close(value[0], Normal(torch.zeros(2, 2), scale).log_prob(torch.ones(2, 2)).sum())
 
 
+def test_missing_values_have_no_say_and_no_gradient() -> None:
+    ts = torch.linspace(0, 2, 5)
+    values = torch.tensor([[0.3, math.nan], [math.nan, math.nan], [0.1, -0.2]])
+    scale = nn.Parameter(torch.full((3, 2), 0.4))
+    likelihood = sd.GaussianObservations(ts, ts[[1, 2, 4]], values, scale)
+    x = torch.randn(4, 5, 2, requires_grad=True)
+    value = likelihood(sd.PathSample.of_states(ts, x))
+    parts = [(1, 0, 0.3), (4, 0, 0.1), (4, 1, -0.2)]
+    expected = sum(Normal(x[:, n, i], 0.4).log_prob(torch.tensor(y)) for n, i, y in parts)
+    torch.testing.assert_close(value, expected)
+    value.sum().backward()
+    assert torch.isfinite(x.grad).all()  # type: ignore[arg-type]
+    assert torch.isfinite(scale.grad).all()  # type: ignore[arg-type]
+    assert torch.equal(scale.grad == 0, torch.isnan(values))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("form", ["lists", "numpy", "pandas", "xarray"])
+def test_observations_in_any_form(form: str) -> None:
+    ts, values = torch.linspace(0, 1, 5), [[0.3, math.nan], [0.1, 0.2]]
+    times, scale = [0.5, 1.0], [0.3, 0.4]
+    expected = sd.GaussianObservations(ts, torch.tensor(times), torch.tensor(values), torch.tensor(scale))
+    path = sd.PathSample.of_states(ts, torch.zeros(3, 5, 2))
+    given: Any = values, times, scale
+    if form == "numpy":
+        given = tuple(map(np.array, given))
+    elif form == "pandas":
+        pd = pytest.importorskip("pandas")
+        given = pd.DataFrame(values), pd.Series(times), pd.Series(scale)
+    elif form == "xarray":
+        xr = pytest.importorskip("xarray")
+        given = tuple(map(xr.DataArray, given))
+    found = sd.GaussianObservations(ts.tolist() if form == "lists" else ts, given[1], given[0], given[2])
+    torch.testing.assert_close(found(path), expected(path))
+
+
+def test_observations_follow_their_module_everywhere() -> None:
+    seen = sd.GaussianObservations(torch.linspace(0, 1, 3), [0.5], [0.1], 0.2)
+    assert {t.device.type for t in (*seen.to("meta").buffers(), *seen.parameters())} == {"meta"}
+    again = sd.GaussianObservations(torch.linspace(0, 1, 3), [0.5], [0.4], 0.7)
+    again.load_state_dict(sd.GaussianObservations(torch.linspace(0, 1, 3), [0.5], [0.1], 0.2).state_dict())
+    assert float(again.scale) == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize(
     ("times", "values", "scale", "error", "message"),
     [
         ([0.5, 2.5], [0.0, 0.0], 1.0, TimeGridError, r"times\[1\]=2.5; expected \[0, 2\]"),
         ([-0.1, 1.0], [0.0, 0.0], 1.0, TimeGridError, r"times\[0\]=-0.1"),
         ([0.5, math.nan], [0.0, 0.0], 1.0, NonFiniteError, "times"),
-        ([0.5, 1.0], [0.0, math.nan], 1.0, NonFiniteError, r"values\[1\]"),
+        ([0.5, 1.0], [0.0, math.inf], 1.0, NonFiniteError, "values must be finite"),
+        ([0.5, 1.0], [math.nan, math.nan], 1.0, EmptyDataError, "values has no observation"),
         ([], [], 1.0, EmptyDataError, "values is empty"),
         ([0.5, 1.0], [0.0], 1.0, ShapeError, "2 and 1"),
-        ([0.5, 1.0], [0.0, 0.0], 0.0, InvalidInputError, "scale must be positive"),
-        ([0.5, 1.0], [0.0, 0.0], -1.0, InvalidInputError, "scale must be positive"),
+        ([0.5, 1.0], [0.0, 0.0], 0.0, InvalidInputError, "obs_scale must be positive"),
+        ([0.5, 1.0], [0.0, 0.0], "small", InvalidInputError, "obs_scale must be numbers"),
+        ([0.5, 1.0], [0.0, 0.0], [1.0] * 3, ShapeError, "obs_scale must broadcast"),
+        ([0.5, 1.0], [0.0, 0.0], -1.0, InvalidInputError, "obs_scale must be positive"),
     ],
 )
 def test_bad_observations(
-    times: list[float], values: list[float], scale: float, error: type[Exception], message: str
+    times: list[float], values: list[float], scale: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         sd.GaussianObservations(torch.linspace(0, 2, 5), torch.tensor(times), torch.tensor(values), scale)
@@ -355,7 +402,7 @@ def test_bad_objectives() -> None:
         chain.elbo(guide, 0)
     with pytest.raises(InvalidInputError, match="no time grid"):
         sd.PathELBO(chain.prior, guide, lambda path, batch: path.x.sum((-1, -2)))
-    with pytest.raises(ShapeError, match="one number a path"):
+    with pytest.raises(ShapeError, match="one number per path"):
         sd.PathELBO(chain.prior, guide, lambda path, batch: path.x, ts=chain.ts)(None)
     two = sd.DiffusionMeasure(torch.zeros(2, dtype=F64), chain.prior.sde)
     with pytest.raises(ShapeError, match=r"path\.x has the wrong size"):

@@ -196,5 +196,5 @@ def test_bad_input_raises() -> None:
         ForwardResidual(flow, operator)()
     with pytest.raises(ShapeError, match="corners of a box"):
         UniformPoints(torch.zeros(2), torch.zeros(3), 0.0, 1.0, 5)
-    with pytest.raises(InvalidInputError, match="end must come after start"):
+    with pytest.raises(InvalidInputError, match="horizon must be greater than 1"):
         FlowPoints(flow, 1.0, 1.0, 5)

@@ -78,11 +78,11 @@ class GaussianELBO(Objective):
         return ObjectiveValue(-elbo, terms, "evidence_lower")
 
     @torch.no_grad()
-    def evidence(self, num_paths: int = 1000, batch: Any = None) -> tuple[Tensor, Tensor]:
+    def evidence(self, num_samples: int = 1000, batch: Any = None) -> tuple[Tensor, Tensor]:
         """Return the importance-sampling estimate of the log evidence ``(*B)`` and log weights ``(n, *B)``."""
-        path, log_ratio = self.posterior.sample(num_paths)
+        path, log_ratio = self.posterior.sample(num_samples)
         log_weight = self.likelihood(path, batch) + log_ratio
-        return torch.logsumexp(log_weight, 0) - math.log(num_paths), log_weight
+        return torch.logsumexp(log_weight, 0) - math.log(num_samples), log_weight
 
 
 def expected_log_likelihood(law: FeedbackLaw, data: GaussianObservations, dim: int) -> Tensor:
@@ -96,9 +96,10 @@ def expected_log_likelihood(law: FeedbackLaw, data: GaussianObservations, dim: i
     w = weight.reshape(-1, *lead, 1)
     center = torch.lerp(mean[left][..., :dim], mean[right][..., :dim], w)
     spread = (1 - w) ** 2 * variance[left] + w**2 * variance[right] + 2 * w * (1 - w) * across
-    scale = torch.as_tensor(data.scale, dtype=mean.dtype, device=mean.device)
+    scale = data.scale
     values = data.values.reshape(-1, *lead, dim)
     if scale.ndim == 2:
         scale = scale.reshape(scale.shape[0], *lead, scale.shape[1])
     fit = torch.distributions.Normal(center, scale, validate_args=False).log_prob(values)
-    return (fit - 0.5 * spread / scale**2).sum(-1).sum(0)
+    fit = fit - 0.5 * spread / scale**2
+    return torch.where(data.seen.reshape(values.shape), fit, torch.zeros_like(fit)).sum(-1).sum(0)
