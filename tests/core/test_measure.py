@@ -166,8 +166,12 @@ def test_degenerate_noise_works_in_noise_space() -> None:
     torch.testing.assert_close(
         shifted.log_rn(shifted.sample(ts, (10,)), law, "rate"), q.log_rn(path, law, "rate")
     )
-    with pytest.raises(SingularDiffusionError):
-        shifted.log_rn(sd.PathSample(ts, path.x, path.dw), law)
+    # An observed path says what drove it where noise acts, and is impossible where it moves without noise.
+    observed = sd.PathSample(ts, path.x, path.dw)
+    torch.testing.assert_close(shifted.log_rn(observed, law), q.log_rn(path, law))
+    moved = path.x + torch.stack([3 * ts, 0 * ts], -1)
+    with pytest.raises(DiffusionMismatchError, match="impossible under both"):
+        shifted.log_rn(sd.PathSample(ts, moved, path.dw), law)
 
 
 OTHERS: dict[str, tuple[Any, str]] = {

@@ -123,14 +123,23 @@ def test_reversed_drift_and_diffusion() -> None:
     assert reverse.diffusion(tau, x).value.item() == pytest.approx(g)
 
 
-def test_only_a_free_brownian_equation_is_reversed() -> None:
+class _OnIncrements(Control):
+    """A control that isn't a drift."""
+
+    def shape_increment(self, n, t, dt, z, e, channels):  # type: ignore[no-untyped-def]
+        return e
+
+
+def test_only_a_brownian_equation_with_a_drift_is_reversed() -> None:
     score = nn.Identity()
     for sde in (
         sd.SDE(Pull(1), 1.0, ExactMemory([1.0], [1.0])),
-        sd.SDE(Pull(1), 1.0).controlled(lambda t, z: z),
+        sd.SDE(Pull(1), 1.0).with_control(_OnIncrements()),
     ):
         with pytest.raises(InvalidInputError, match="reversed"):
             sde.reverse(score)
+        with pytest.raises(InvalidInputError, match="backward"):
+            sde.backward(1.0)
 
 
 X32, X64 = torch.zeros(3, 2), torch.zeros(3, 2, dtype=F64)

@@ -27,10 +27,10 @@ from stochdyn._checks import (
     values_are_checked,
 )
 from stochdyn.core.law import girsanov
-from stochdyn.core.law.initial import InitialLaw, SimulatedMarginal, as_initial
+from stochdyn.core.law.initial import InitialLaw, ReflectedStart, SimulatedMarginal, as_initial
 from stochdyn.core.law.marginals import Generator, Marginal, SampledMarginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure
-from stochdyn.core.law.path import Estimate, Path, PathSample
+from stochdyn.core.law.path import Drawn, Estimate, Path, PathSample, as_parity, stamp_of
 from stochdyn.core.law.relative import relate
 from stochdyn.core.law.transition import euler_log_prob
 from stochdyn.core.sde.equation import SDE, Control, Field
@@ -206,7 +206,8 @@ class DiffusionMeasure(PathMeasure):
             if dw.shape[-1] > channels:
                 aux["residual"] = dw[..., channels:].movedim(0, -2)
         _check_explosion(ts, run.x)
-        return PathSample(ts, run.x.movedim(0, -2), dw[..., :channels].movedim(0, -2), aux, self)
+        drawn = Drawn(method.name, stamp_of(self.sde))
+        return PathSample(ts, run.x.movedim(0, -2), dw[..., :channels].movedim(0, -2), aux, self, None, drawn)
 
     def _simulation_grid(self, ts: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the grid on which paths are simulated, and where ``ts`` stands on it; None if it is ``ts``."""
@@ -252,19 +253,55 @@ class DiffusionMeasure(PathMeasure):
         """
         return self._like(self.initial, self.sde.controlled(u, precision), self.start_time)
 
-    def reverse(self, score: Any, horizon: float = 1.0, initial: Any = None) -> DiffusionMeasure:
-        """Return the time-reversed law on the clock ``horizon - t``.
+    def reverse(
+        self, score: Any, horizon: float = 1.0, initial: Any = None, parity: Any = None
+    ) -> DiffusionMeasure:
+        r"""Return the time-reversed law, that of :math:`\epsilon X_{T-\tau}`, on the clock :math:`\tau = T - t`.
+
+        A control counts as part of the drift.
 
         Args:
             score: ``score(t, x)`` of this law's marginals on the forward clock: a callable, or an object with a ``score`` method.
-            horizon: the time that becomes 0.
-            initial: the law at ``horizon``; if None, this law is simulated up to there whenever a start is drawn.
+            horizon: ``T``, the time that becomes 0.
+            initial: the law of :math:`X_T`; if None, this law is simulated up to there whenever a start is drawn.
+            parity: ``(d,)`` signs :math:`\epsilon`, -1 for components that change theirs with the direction of time, such as
+                velocities; all +1 if None. The noise must be the same in both directions, :math:`\epsilon GG^\top\epsilon=GG^\top`.
+
+        Raises:
+            InvalidInputError: if the noise has memory, or the parity isn't one sign for each component.
+
+        Reference:
+            Anderson, "Reverse-time diffusion equation models", 1982; with parities: Spinney and Ford, "Entropy production in
+            full phase space for continuous stochastic dynamics", 2012.
         """
+        check_real(horizon, "horizon")
+        signs = None if parity is None else as_parity(parity, torch.empty(0, self.initial.dim))
         score_fn = score if callable(score) and not hasattr(score, "score") else score.score
-        start = SimulatedMarginal(self, horizon) if initial is None else initial
-        return self._like(
-            start, self.sde.reverse(score_fn, horizon), None if self.start_time is None else 0.0
-        )
+        start = as_initial(SimulatedMarginal(self, horizon) if initial is None else initial)
+        start = start if signs is None else ReflectedStart(start, signs)
+        sde = self.sde.reverse(score_fn, horizon, signs)
+        return self._like(start, sde, None if self.start_time is None else 0.0)
+
+    def backward(self, horizon: float, initial: Any, parity: Any = None) -> DiffusionMeasure:
+        r"""Return the law of the same dynamics under the reversed protocol, started where this law ends.
+
+        Its drift and diffusion at :math:`\tau` are those of this law at :math:`T-\tau`. The entropy that this law produces up to
+        ``T`` is the divergence of its time reversal from it: ``P.reverse(score, T, rho, parity).kl(P.backward(T, rho, parity), ts)``.
+
+        Args:
+            horizon: ``T``, the time that becomes 0.
+            initial: the law of :math:`X_T`, or a point.
+            parity: ``(d,)`` signs with which the start is reflected; see :meth:`reverse`. What of the protocol itself is odd, such as
+                a magnetic field, is the caller's to change.
+
+        Raises:
+            InvalidInputError: if the noise has memory, or the parity isn't one sign for each component.
+        """
+        check_real(horizon, "horizon")
+        signs = None if parity is None else as_parity(parity, torch.empty(0, self.initial.dim))
+        start = as_initial(initial)
+        start = start if signs is None else ReflectedStart(start, signs)
+        return self._like(start, self.sde.backward(horizon), None if self.start_time is None else 0.0)
 
     def _like(self, initial: Any, sde: SDE, start_time: Tensor | float | None) -> DiffusionMeasure:
         return DiffusionMeasure(initial, sde, start_time=start_time, dt=self.dt, method=self.method)
@@ -314,10 +351,7 @@ class DiffusionMeasure(PathMeasure):
         check_event_size(x, self.initial.dim, "x")
         time = as_tensor(t, "t", like=x).to(x)
         check_time_broadcast(time, x)
-        slope = self.sde.drift(time, x)
-        if control is not None and control.drift is not None:
-            slope = slope + self.sde.diffusion(time, x).apply(control.drift(time, x))
-        return slope.expand_as(x)
+        return self.sde.slope(time, x).expand_as(x)
 
     def forward(self) -> FokkerPlanck:
         """Return the Fokker-Planck operator of the law.
@@ -356,9 +390,10 @@ class DiffusionMeasure(PathMeasure):
             estimator: ``"density"``, the true log weight; ``"rate"``, only its conditional mean under Q; ``"stl"``, the true log
                 weight with the low-noise gradient of :func:`stochdyn.core.law.girsanov.stl`. The last two mean something on
                 paths of Q alone.
-            recorded: take the control of the law that drew the paths as it was then (``path.aux``) rather than evaluate
-                it again. It saves most of the time where the control is a network, and is right as long as that law hasn't
-                changed since.
+            recorded: take control and increments of the law that drew the paths as they were then (``path.aux``) rather than
+                evaluate them again. It saves most of the time where the control is a network, and is right as long as that
+                law hasn't changed since. Without it the ratio is that of the laws as they are now, and differentiable in all
+                their parameters, on paths drawn at any time.
 
         Returns:
             ``(*sample,)``.

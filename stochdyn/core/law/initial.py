@@ -18,7 +18,14 @@ from stochdyn.errors import DiffusionMismatchError, InvalidInputError, ShapeErro
 if TYPE_CHECKING:
     from stochdyn.core.law.diffusion import DiffusionMeasure
 
-__all__ = ["DistributionStart", "FixedStart", "InitialLaw", "SimulatedMarginal", "as_initial"]
+__all__ = [
+    "DistributionStart",
+    "FixedStart",
+    "InitialLaw",
+    "ReflectedStart",
+    "SimulatedMarginal",
+    "as_initial",
+]
 
 
 class InitialLaw(nn.Module, ABC):
@@ -239,6 +246,43 @@ class SimulatedMarginal(InitialLaw):
 
     def _log_ratio(self, other: InitialLaw, x0: Tensor, estimator: str) -> Tensor:
         return self.log_prob(x0)
+
+
+class ReflectedStart(InitialLaw):
+    """Another start with the signs of some components changed."""
+
+    signs: Tensor
+
+    def __init__(self, start: InitialLaw, signs: Tensor) -> None:
+        super().__init__()
+        self.start, self.dim, self.fixed = start, start.dim, start.fixed
+        self.register_buffer("signs", signs.detach().clone())
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """See :attr:`InitialLaw.batch_shape`."""
+        return self.start.batch_shape
+
+    def like(self) -> Tensor:
+        """See :meth:`InitialLaw.like`."""
+        return self.start.like()
+
+    def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        """See :meth:`InitialLaw.draw`."""
+        x0 = self.start.draw(sample_shape, generator)
+        return x0 * self.signs.to(x0)
+
+    def log_prob(self, x0: Tensor) -> Tensor:
+        """See :meth:`InitialLaw.log_prob`."""
+        return self.start.log_prob(x0 * self.signs.to(x0))
+
+    def _log_ratio(self, other: InitialLaw, x0: Tensor, estimator: str) -> Tensor:
+        if isinstance(other, ReflectedStart) and torch.equal(self.signs, other.signs):
+            return self.start.log_ratio(other.start, x0 * self.signs.to(x0), estimator)
+        if self.fixed:
+            points = (self.draw((), None), other.draw((), None))
+            return FixedStart(points[0]).log_ratio(FixedStart(points[1]), x0, estimator)
+        return self.log_prob(x0) - other.log_prob(x0)
 
 
 def as_initial(initial: Any) -> InitialLaw:

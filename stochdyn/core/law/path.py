@@ -6,10 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from stochdyn._checks import as_tensor, check_event_size
+from stochdyn.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from stochdyn.core.law.measure import PathMeasure
+    from stochdyn.core.sde.equation import SDE
 
 __all__ = ["Estimate", "Path", "PathSample"]
 
@@ -39,6 +43,21 @@ class Path(Protocol):
 
     def detach(self) -> Path:
         """Return the same path cut off from the graph."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How a path was drawn: the name of the integration method, and a stamp of the equation as it was then."""
+
+    method: str
+    stamp: tuple[int, ...]
+
+
+def stamp_of(sde: SDE) -> tuple[int, ...]:
+    """Return a number for every tensor of an equation without its control, which changes when the tensor is written to."""
+    parts = (sde.drift, sde._coefficient, sde.noise)
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    return tuple(x._version for m in modules for x in (*m.parameters(), *m.buffers()))
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,8 @@ class PathSample:
         """Sample and batch shape."""
         return self.x.shape[:-2]
 
+    _drawn: Drawn | None = field(default=None, repr=False, compare=False)
+
     @property
     def fine(self) -> PathSample | None:
         """The same paths on the finer grid on which they were simulated, or None where that is ``ts``.
@@ -95,6 +116,21 @@ class PathSample:
         fine = None if self.fine is None else (self.fine.detach(), x, self.ts)
         return replace(self, x=x, dw=self.dw.detach(), aux=aux, _fine=fine)
 
+    def reversed(self, parity: object = None) -> PathSample:
+        r"""Return the paths backwards in time, :math:`\epsilon x_{T-t}`, on a clock that starts at zero.
+
+        What drove them backwards isn't known: the result has no law, and NaN for increments.
+
+        Args:
+            parity: ``(d,)`` signs, -1 for components that change theirs with the direction of time, such as velocities; all
+                +1 if None.
+        """
+        x = self.x.flip(-2)
+        if parity is not None:
+            x = x * as_parity(parity, x)
+        ts = self.ts[..., -1:] - self.ts.flip(-1)
+        return PathSample(ts, x, torch.full_like(self.dw, torch.nan))
+
     def at(self, index: Tensor) -> PathSample:
         """Return the paths at some of their times, with their increments summed; the whole ones are their :attr:`fine`.
 
@@ -110,7 +146,20 @@ class PathSample:
         dw = total.index_add(-2, place, self.dw)[..., :count, :]
         aux = {name: value[..., index, :, :] for name, value in self.aux.items() if name == "memory"}
         ts, x = self.ts[index], self.x[..., index, :]
-        return PathSample(ts, x, dw, aux, self.law, (self, x, ts))
+        return PathSample(ts, x, dw, aux, self.law, (self, x, ts), self._drawn)
+
+
+def as_parity(parity: object, like: Tensor) -> Tensor:
+    """Return the signs ``(d,)`` of components under time reversal.
+
+    Raises:
+        InvalidInputError: if they aren't one sign +1 or -1 for every component.
+    """
+    signs = as_tensor(parity, "parity", 1, "(d,)", like=like).to(like)
+    check_event_size(signs, like.shape[-1], "parity")
+    if bool((signs.abs() != 1).any()):
+        raise InvalidInputError("parity must be +1 or -1 for every component", got=signs.tolist())
+    return signs
 
 
 @dataclass(frozen=True)

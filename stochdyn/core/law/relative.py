@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from stochdyn._checks import values_are_checked
 from stochdyn.core.law.girsanov import NoiseLaw
-from stochdyn.core.law.path import PathSample
+from stochdyn.core.law.path import PathSample, stamp_of
 from stochdyn.core.law.transition import check_has_density
-from stochdyn.core.sde.coefficients import Coefficient, Matrix
+from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE, Control
 from stochdyn.core.sde.grids import steps_of, time_column
 from stochdyn.errors import DiffusionMismatchError, InvalidInputError, ShapeError
@@ -33,6 +34,7 @@ class Relation:
         shared: whether the equations differ by control alone.
         t: ``(N, 1, ..., 1)`` times before each step; dt: likewise the steps.
         recorded: the law of the increments that generated the path, as noted while it was sampled, or None.
+        trusted: whether the law that drew the path hasn't changed since.
     """
 
     q: DiffusionMeasure
@@ -42,6 +44,7 @@ class Relation:
     t: Tensor
     dt: Tensor
     recorded: NoiseLaw | None
+    trusted: bool = False
 
     @property
     def source(self) -> SDE | None:
@@ -55,29 +58,82 @@ class Relation:
 
     @cached_property
     def e(self) -> Tensor:
-        """``(N, *batch, m)`` increments of P's uncontrolled equation, recorded ones or from the states."""
+        """``(N, *batch, m)`` increments of P's uncontrolled equation as it is now: recorded ones, or read off the states."""
         sde = self.source
         if sde is not None:
             on_p, on_q = sde.shares_base(self.p.sde), sde.shares_base(self.q.sde)
             if on_p or on_q:
-                e = self._base_increment(sde.control)
+                e = self._as_of_now(self._base_increment(sde.control), sde)
                 return e if on_p else e + self._gap(self.z) * self.dt
+        return self._read_off(self.p.sde)
+
+    def _read_off(self, sde: SDE) -> Tensor:
+        """Return the increments with which the uncontrolled equation takes the path from state to state."""
         x = self.path.leading()
-        g = self.p.sde.diffusion(self.t, x[:-1])
-        check_has_density(self.p.sde, g, x.shape[-1])
+        g = sde.diffusion(self.t, x[:-1])
+        dim = x.shape[-1]
+        if not (isinstance(g, Matrix) and g.noise_dim(dim) < dim and not sde.noise.num_states):
+            check_has_density(sde, g, dim)
         controlled = self.p.sde.control is not None or self.q.sde.control is not None
-        if isinstance(g, Matrix) and g.value.shape[-1] > x.shape[-1] and controlled:
+        if isinstance(g, Matrix) and g.noise_dim(dim) > dim and controlled:
             raise InvalidInputError(
                 "the states don't determine the increments, of which there are more",
-                got=f"{g.value.shape[-1]} noise channels for {x.shape[-1]} components",
+                got=f"{g.value.shape[-1]} noise channels for {dim} components",
                 hint="compare the laws on a path that one of them has drawn",
             )
-        return g.solve(x[1:] - x[:-1] - self.p.sde.drift(self.t, x[:-1]) * self.dt)
+        slope = sde.drift(self.t, x[:-1])
+        excess = x[1:] - x[:-1] - slope * self.dt
+        e = g.solve(excess)
+        if isinstance(g, Matrix) and g.noise_dim(dim) < dim:
+            # Where no noise acts a path of the equation moves with its drift up to what that changes within a step.
+            turn = (sde.drift(self.t, x[1:]) - slope) * self.dt
+            _check_support(excess - g.apply(e), turn - g.apply(g.solve(turn)), x)
+        return e
+
+    def _as_of_now(self, e: Tensor, sde: SDE) -> Tensor:
+        """Return recorded increments corrected for what drift and diffusion have changed since the path was drawn.
+
+        The correction is zero where nothing has changed; its derivative is that of the increments on the given states.
+        """
+        drawn = self.path._drawn
+        if self.trusted or drawn is None:
+            return e
+        x, plain = self.path.leading(), drawn.method == "euler" and not sde.noise.num_states
+        if not plain:
+            if drawn.stamp != stamp_of(sde):
+                raise InvalidInputError(
+                    "the law has changed since it drew these paths, and their states don't tell what would drive them now",
+                    got=f"noise of {type(sde.noise).__name__}, method {drawn.method!r}",
+                    hint="draw the paths again",
+                )
+            return e
+        dim = x.shape[-1]
+        g = sde.diffusion(self.t, x[:-1])
+        move, slope = x[1:] - x[:-1], sde.drift(self.t, x[:-1]) * self.dt
+        kick = g.apply(e)
+        gap = move - slope - kick
+        eps = torch.finfo(x.dtype).eps
+        size = x.detach().abs().amax(0) + slope.detach().abs().amax(0)
+        tolerance = eps**0.5 * kick.detach().abs().amax(0) + 64 * eps * size
+        changed = gap.detach().abs() > tolerance
+        if isinstance(g, Matrix) and g.noise_dim(dim) > dim:
+            if bool(changed.any()):
+                raise InvalidInputError(
+                    "the law has changed since it drew these paths, and their states don't determine the increments",
+                    got=f"{g.noise_dim(dim)} noise channels for {dim} components",
+                    hint="draw the paths again",
+                )
+            return e
+        gap = torch.where(changed, gap, gap - gap.detach())
+        correction = g.solve(gap)
+        if isinstance(g, Matrix) and g.noise_dim(dim) < dim:
+            _check_support((gap - g.apply(correction)).detach(), torch.zeros_like(gap), x)
+        return e + correction
 
     def law_q(self, z: Tensor | None = None) -> NoiseLaw:
         """Return the law of the increments under Q, at other states ``z`` if given."""
         own = self.source is not None and self.source.control is self.q.sde.control
-        if z is None and self.recorded is not None and own:
+        if z is None and self.trusted and self.recorded is not None and own:
             law = self.recorded
         else:
             law = _law(self.q.sde.control, self.t, self.z if z is None else z)
@@ -119,19 +175,21 @@ def relate(q: DiffusionMeasure, p: Any, path: PathSample, recorded: bool = False
         q: the first law.
         p: the second law.
         path: the paths.
-        recorded: take the control of the law that drew the paths as noted then, not as it is now.
+        recorded: the law that drew the paths hasn't changed since, so that what it noted then holds now.
 
     Raises:
         DiffusionMismatchError: if the laws are mutually singular.
     """
-    if not hasattr(p, "sde"):
+    from stochdyn.core.law.diffusion import DiffusionMeasure
+
+    if not isinstance(p, DiffusionMeasure):
         raise DiffusionMismatchError("log_rn compares two DiffusionMeasures", got=type(p).__name__)
     x = path.leading()[:-1]
     t, dt = time_column(path.ts[..., :-1], x), steps_of(path.ts, x)
     shared = q.sde.shares_base(p.sde)
     if not shared:
         _check_equivalent(q.sde, p.sde, t, x)
-    return Relation(q, p, path, shared, t, dt, _noted(path) if recorded else None)
+    return Relation(q, p, path, shared, t, dt, _noted(path), recorded)
 
 
 def _noted(path: PathSample) -> NoiseLaw | None:
@@ -178,32 +236,46 @@ def _check_equivalent(q: SDE, p: SDE, t: Tensor, x: Tensor) -> None:
                 "the laws are driven by different noise", hint="share one noise object"
             )
         a, b = q.diffusion(t, x), p.diffusion(t, x)
-        if not _same(a, b, dim):
+        # Entries are compared in the unit of their components, and every state by itself.
+        mine, theirs = a.covariance(dim).to(x), b.covariance(dim).to(x)
+        unit = theirs.diagonal(dim1=-2, dim2=-1).sqrt()
+        gap = (mine - theirs).abs()
+        if bool((gap > 1e-5 * unit.unsqueeze(-1) * unit.unsqueeze(-2)).any()):
             raise DiffusionMismatchError(
                 "the laws have different diffusions and are mutually singular",
-                got=f"largest difference {_difference(a, b, dim):.3g} in G G^T",
+                got=f"largest difference {float(gap.max()):.3g} in G G^T",
                 hint="give both the same diffusion",
             )
-        if not torch.allclose(a.matrix(dim).to(x), b.matrix(dim).to(x), rtol=1e-4, atol=1e-7):
+        same = a.noise_dim(dim) == b.noise_dim(dim)
+        if not same or bool(((a.matrix(dim) - b.matrix(dim)).to(x).abs() > 1e-4 * unit.unsqueeze(-1)).any()):
             raise DiffusionMismatchError(
                 "the laws have the same G G^T but arrange their noise channels differently",
                 hint="give both the same matrix G",
             )
         if isinstance(b, Matrix) and b.value.shape[-1] < dim:
-            v = (q.drift(t, x) - p.drift(t, x)).expand_as(x)
-            left = v - b.apply(b.solve(v))
-            if bool(left.abs().max() > 1e-4 * v.abs().max().clamp_min(1e-12)):
+            first, second = q.drift(t, x).expand_as(x), p.drift(t, x).expand_as(x)
+            v = first - second
+            left = (v - b.apply(b.solve(v))).abs()
+            rounding = 256 * torch.finfo(x.dtype).eps * torch.maximum(first.abs(), second.abs()).amax(0)
+            if bool((left > 1e-4 * v.abs().amax(0) + rounding).any()):
                 raise DiffusionMismatchError(
                     "the drifts differ in a direction without noise, so the laws are mutually singular",
-                    got=f"a difference of {left.abs().max().item():.3g} there",
+                    got=f"a difference of {left.max().item():.3g} there",
                 )
 
 
-def _same(a: Coefficient, b: Coefficient, dim: int) -> bool:
-    if type(a) is type(b) and a.value.shape == b.value.shape:
-        return bool(torch.allclose(a.value, b.value, rtol=1e-5, atol=1e-8))
-    return _difference(a, b, dim) <= 1e-5 * float(a.covariance(dim).abs().max())
+def _check_support(left: Tensor, allowed: Tensor, x: Tensor) -> None:
+    """Raise unless what a path moves beside its drift where no noise acts is as small as that of a path of the law.
 
-
-def _difference(a: Coefficient, b: Coefficient, dim: int) -> float:
-    return float((a.covariance(dim) - b.covariance(dim)).abs().max())
+    Every path and every component is judged by itself, over all its steps.
+    """
+    if not values_are_checked():
+        return
+    moved = (x[1:] - x[:-1]).detach().square().mean(0)
+    rounding = (64 * torch.finfo(x.dtype).eps * x.detach().abs().amax(0)).square()
+    bound = 16 * allowed.detach().square().mean(0) + torch.finfo(x.dtype).eps * moved + rounding
+    if bool((left.detach().square().mean(0) > bound).any()):
+        raise DiffusionMismatchError(
+            "the path moves in a direction without noise otherwise than the drift says, so it is impossible under both laws",
+            got=f"a distance of {left.detach().abs().max().item():.3g} in one step",
+        )

@@ -12,7 +12,7 @@ from stochdyn.core._transforms import transforms_are_active
 from stochdyn.core.sde._derivatives import check_commutative, self_advection, strength_along
 from stochdyn.core.sde.coefficients import Coefficient, Matrix, Scalar
 from stochdyn.core.sde.equation import SDE, Control, plus
-from stochdyn.core.sde.grids import noise_steps
+from stochdyn.core.sde.grids import first_time, noise_steps
 from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.errors import InvalidInputError
 
@@ -25,6 +25,20 @@ Step = Callable[[int, Tensor], Row]
 # Up to this many components the linear part of a step is one small matrix product; beyond, that costs more
 # than products by element.
 _DENSE = 32
+
+
+def check_method(sde: SDE, x0: Tensor, ts: Tensor, method: str) -> None:
+    """Raise unless the equation suits the scheme; values are read here, before the loop."""
+    if method == "euler" or not sde.state_dependent:
+        return
+    t = first_time(ts, x0)
+    start = sde.diffusion(t, x0)
+    check_commutative(sde, t, x0, start.noise_dim(x0.shape[-1]), method)
+    if isinstance(start, Matrix) and noise_steps(sde.noise, ts[..., :2], x0.dtype).per_channel:
+        raise InvalidInputError(
+            f"{method} can't correct a matrix diffusion whose channels have noise of different kinds",
+            hint="take a diagonal diffusion, or method='euler'",
+        )
 
 
 class Problem:
@@ -61,13 +75,6 @@ class Problem:
         self.rows: list[MemoryRow] | None = None
         self.dw = dw
         self.increments = dw.unbind(0)
-        if method != "euler" and self.coefficient is None:
-            check_commutative(sde, self.times[0], x0, self.channels, method)
-            if self.steps.per_channel and isinstance(start, Matrix):
-                raise InvalidInputError(
-                    f"{method} can't correct a matrix diffusion whose channels have noise of different kinds",
-                    hint="take a diagonal diffusion, or method='euler'",
-                )
 
     def start(self, x0: Tensor, memory0: Tensor | None) -> Tensor:
         """Return the full state at the first time."""

@@ -278,24 +278,65 @@ class SDE(nn.Module):
         brownian = isinstance(self.noise, Brownian) and isinstance(other.noise, Brownian)
         return brownian or self.noise is other.noise
 
-    def reverse(self, score: Field, horizon: float = 1.0) -> SDE:
+    def reverse(self, score: Field, horizon: float = 1.0, parity: Tensor | None = None) -> SDE:
         r"""Return the equation of the time-reversed law, on the clock :math:`\tau=T-t`.
 
-        .. math:: \bar b(\tau, x) = -b(T-\tau, x) + \nabla\cdot(GG^\top) + GG^\top\nabla\log\rho_{T-\tau}(x)
+        .. math:: \bar b(\tau, x) = \epsilon\big[-f + \nabla\cdot(GG^\top) + GG^\top\nabla\log\rho\big](T-\tau, \epsilon x),
+            \qquad f = b + G u
+
+        A control's drift :math:`u` is part of the drift; its precision plays no part, because it vanishes in continuous time.
 
         Args:
             score: ``score(t, x)``, the gradient of the log density of the forward law, on the forward clock.
             horizon: ``T``.
+            parity: ``(d,)`` signs :math:`\epsilon`, -1 for components that are odd under time reversal; all +1 if None.
 
         Raises:
-            InvalidInputError: if the noise has memory (the reversal isn't Markov in ``x``) or there is a control.
+            InvalidInputError: if the noise has memory (the reversal isn't Markov in ``x``), a control acts on the increments of a
+                grid, or the noise isn't even under the parity.
 
         Reference:
             Anderson, "Reverse-time diffusion equation models", 1982.
         """
-        if self.noise.num_states or self.control is not None:
-            raise InvalidInputError("only an uncontrolled equation driven by Brownian motion can be reversed")
-        return SDE(_ReverseDrift(self, score, horizon), self._reverse_diffusion(horizon))
+        self._check_markov("reversed")
+        if parity is not None and isinstance(self._coefficient, _Constant):
+            c = self._coefficient.coefficient().covariance(parity.shape[-1])
+            unit = c.diagonal(dim1=-2, dim2=-1).sqrt()
+            odd = c - parity.to(c).unsqueeze(-1) * c * parity.to(c)
+            if bool((odd.abs() > 1e-5 * unit.unsqueeze(-1) * unit.unsqueeze(-2)).any()):
+                raise InvalidInputError(
+                    "the noise must be the same in both directions of time",
+                    got=f"G G^T = {c.tolist()}, which correlates components of unlike parity",
+                )
+        return SDE(_ReverseDrift(self, score, horizon, parity), self._reverse_diffusion(horizon))
+
+    def backward(self, horizon: float) -> SDE:
+        r"""Return the same dynamics under the reversed protocol: drift and diffusion at :math:`\tau` are those at :math:`T-\tau`.
+
+        A control's drift is part of the drift.
+
+        Raises:
+            InvalidInputError: if the noise has memory, or a control acts on the increments of a grid.
+        """
+        self._check_markov("run backward")
+        return SDE(_BackwardDrift(self, horizon), self._reverse_diffusion(horizon))
+
+    def slope(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return the drift with that of the control, ``b + G u``, for noise without memory."""
+        value = self.drift(t, x)
+        if self.control is not None and self.control.drift is not None:
+            value = value + self.diffusion(t, x).apply(self.control.drift(t, x))
+        return value  # type: ignore[no-any-return]
+
+    def _check_markov(self, what: str) -> None:
+        control = self.control
+        if self.noise.num_states:
+            raise InvalidInputError(f"only an equation driven by Brownian motion can be {what}")
+        if control is not None and type(control).shape_increment is not Control.shape_increment:
+            raise InvalidInputError(
+                f"an equation can't be {what} whose control acts on the increments of a grid",
+                got=type(control).__name__,
+            )
 
     def _reverse_diffusion(self, horizon: float) -> Any:
         if isinstance(self._coefficient, _Constant):
@@ -328,18 +369,34 @@ def _evaluate(field: Field, name: str, t: Tensor, x: Tensor) -> Tensor:
 
 
 class _ReverseDrift(nn.Module):
-    def __init__(self, sde: SDE, score: Field, horizon: float) -> None:
+    def __init__(self, sde: SDE, score: Field, horizon: float, parity: Tensor | None) -> None:
         super().__init__()
         self.sde = sde
         self.score = score
         self.horizon = horizon
+        self.register_buffer("parity", parity)
+        self.parity: Tensor | None
 
     def forward(self, tau: Tensor, x: Tensor) -> Tensor:
         t = self.horizon - tau
+        signs = None if self.parity is None else self.parity.to(x)
+        x = x if signs is None else x * signs
         g = self.sde.diffusion(t, x)
+        # -f + div(G G^T) + G G^T score, at the reflected state.
         covariance = g.covariance(x.shape[-1]).to(x.dtype)
-        pull = (covariance @ self.score(t, x).unsqueeze(-1)).squeeze(-1) - self.sde.drift(t, x)
-        return pull + spatial_divergence(self.sde, t, x) if self.sde.state_dependent else pull
+        back = (covariance @ self.score(t, x).unsqueeze(-1)).squeeze(-1) - self.sde.slope(t, x)
+        back = back + spatial_divergence(self.sde, t, x) if self.sde.state_dependent else back
+        return back if signs is None else back * signs
+
+
+class _BackwardDrift(nn.Module):
+    def __init__(self, sde: SDE, horizon: float) -> None:
+        super().__init__()
+        self.sde = sde
+        self.horizon = horizon
+
+    def forward(self, tau: Tensor, x: Tensor) -> Tensor:
+        return self.sde.slope(self.horizon - tau, x)
 
 
 def spatial_divergence(sde: SDE, t: Tensor, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from stochdyn.core.sde._steps import Problem, Row, Step, full_state, remember
+from stochdyn.core.sde._steps import Problem, Row, Step, check_method, full_state, remember
 from stochdyn.core.sde.equation import SDE, Control
 from stochdyn.core.sde.grids import first_time, noise_steps, step_sizes, steps_of, time_column
 from stochdyn.core.sde.methods import METHODS, Method, as_method
@@ -135,6 +135,7 @@ def integrate(
         Kloeden and Platen, "Numerical solution of stochastic differential equations", 1992, chapters 10 and 11.
     """
     scheme = as_method(method)
+    check_method(sde, x0, ts, scheme.name)
     dt = step_sizes(ts, x0.dtype)
     numbers = not any(isinstance(h, Tensor) for h in dt[:1])
     if scheme.cuda_graph and x0.is_cuda and sde.noise.num_states == 0 and numbers:
