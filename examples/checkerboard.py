@@ -50,7 +50,7 @@ def main() -> None:
     data, it = checkerboard(200_000), Interpolant("linear", "brownian")
     fields = {
         name: WhitenedField.from_data(it, name, data, width=128, frequencies=64)
-        for name in ("velocity", "denoiser")
+        for name in ("velocity", "noise_prediction")
     }
     objective = InterpolantRegression(it, **fields)
     sd.fit(
@@ -61,16 +61,16 @@ def main() -> None:
 
     test = checkerboard(200)
     with torch.no_grad():
-        flow = log_density(test) - model.log_prob(test, steps=40, method="heun")
-    weights = model.sde_log_prob(test, options.epsilon, 100, num_paths=16, method="transition")
+        flow = log_density(test) - model.log_prob(test, num_steps=40, method="heun")
+    weights = model.sde_log_prob(test, options.epsilon, 100, num_particles=16, method="transition")
     diffusion = log_density(test) - weights.log_prob
     for name, gap in (("flow", flow), (f"SDE, epsilon {options.epsilon:g}", diffusion)):
         print(f"KL(data || {name}) = {float(gap.mean()):.3f} ± {float(gap.std() / len(gap) ** 0.5):.3f} nats")
 
     laws = {
         "truth": log_density,
-        "flow": model.sample(options.draws, steps=40),
-        f"SDE, ε = {options.epsilon:g}": model.sample(options.draws, epsilon=options.epsilon, steps=100),
+        "flow": model.sample(options.draws, num_steps=40),
+        f"SDE, ε = {options.epsilon:g}": model.sample(options.draws, epsilon=options.epsilon, num_steps=100),
     }
     axes = plot_densities(laws, (-4.5, 4.5, -4.5, 4.5))
     options.out.mkdir(parents=True, exist_ok=True)

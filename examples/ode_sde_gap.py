@@ -63,7 +63,9 @@ def judge(diff: ScoreMatching, data: Tensor, n: int) -> dict[str, float]:
     ode, sde = (rev.sample(n, method, 100, generator=g) for method in ("ode", "sde"))
     with torch.no_grad():
         bound = evidence_bound(rev.potential, data[:2000], rev.prior, num_draws=64, generator=g)
-    energy = energy_identity(rev.potential, rev.prior, num_samples=500, steps=60, num_paths=32, generator=g)
+    energy = energy_identity(
+        rev.potential, rev.prior, num_samples=500, num_steps=60, num_particles=32, generator=g
+    )
     return {
         "gap": sd.diagnostics.emd(ode, sde),
         "ODE to data": sd.diagnostics.emd(ode, data),
@@ -94,7 +96,9 @@ def main() -> None:
         print(f"weight {weight:g}: {numbers} ({time.process_time() - begin:.0f} s of processor time)")
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
     for ax, k in ((axes[0], 0), (axes[1], 2)):
-        plot_laws(fits[k].generator(), data, n=options.points, bins=120, bound=3.5, axes=(ax, ax, ax))
+        plot_laws(
+            fits[k].generator(), data, num_samples=options.points, bins=120, bound=3.5, axes=(ax, ax, ax)
+        )
         ax.set_title(f"weight {WEIGHTS[k]:g}")
     for k, diff in enumerate(fits):
         plot_residual_profile(diff, data[:4000], label=f"weight {WEIGHTS[k]:g}", colour=f"C{k}", ax=axes[2])

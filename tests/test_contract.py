@@ -161,22 +161,22 @@ def test_interpolants() -> None:
     truth = sd.interpolants.GaussianMixtureInterpolant(it, base, target)
     assert isinstance(truth, sd.MarginalFlow)
     x = torch.randn(6, 2)
-    for name in ("velocity", "score", "denoiser"):
+    for name in ("velocity", "score", "noise_prediction"):
         assert getattr(truth, name)(0.4, x).shape == (6, 2)
     assert truth.log_prob(0.4, x).shape == (6,)
     x0, x1 = torch.randn(64, 2), torch.randn(64, 2) + 1
     for coupling in ("independent", "ot", "entropic"):
         obj = sd.interpolants.InterpolantRegression(
-            it, velocity=Field(2), denoiser=Field(2), coupling=coupling, reuse=1
+            it, velocity=Field(2), noise_prediction=Field(2), coupling=coupling, reuse=1
         )
         sd.fit(obj, (x0, x1), steps=2, batch_size=32, progress=False)
     gen = obj.generator()
-    assert gen.push(x0, steps=5).shape == (64, 2)
+    assert gen.push(x0, num_steps=5).shape == (64, 2)
     assert gen.log_prob(x1[:4], exact=True).shape == (4,)
     for epsilon in (0.5, lambda t: 0.1 * (1 - t)):
         assert isinstance(gen.measure(epsilon=epsilon), sd.DiffusionMeasure)
     for method in ("heun", "euler", "strang"):
-        assert gen.sample(8, epsilon=0.5, steps=5, method=method).shape == (8, 2)
+        assert gen.sample(8, epsilon=0.5, num_steps=5, method=method).shape == (8, 2)
     assert float(torch.as_tensor(getattr(obj.kl_bound(x0, x1, 0.5), "mean", obj.kl_bound(x0, x1, 0.5)))) >= 0
     law = gen.distribution()
     assert law.log_prob(law.sample((3,))).shape == (3,)
@@ -200,7 +200,7 @@ def test_score_diffusion() -> None:
             sd.fit(diff, data, steps=2, batch_size=16, progress=False)
         rev = diff.generator()
         for method in ("sde", "ode"):
-            assert rev.sample(8, method=method, steps=5).shape == (8, 2)
+            assert rev.sample(8, method=method, num_steps=5).shape == (8, 2)
         assert diff.fokker_planck_residual(torch.full((4, 1), 0.5), data[:4]).shape[0] == 4
     gap = sd.interpolants.ode_sde_gap(rev, 32)
     assert float(getattr(gap, "w2", gap) if not isinstance(gap, float) else gap) >= 0

@@ -46,7 +46,7 @@ class ExactCheckerboard:
         share = log_mass.sum(-1, keepdim=True).softmax(-2)
         return (share * inner).sum(-2), variance
 
-    def denoiser(self, t: Tensor, x: Tensor) -> Tensor:
+    def noise_prediction(self, t: Tensor, x: Tensor) -> Tensor:
         """E[z | x]."""
         mean, variance = self._mean(t, x)
         time = torch.as_tensor(t, dtype=torch.float64)

@@ -20,8 +20,13 @@ from stochdyn.interpolants import (
 )
 from stochdyn.interpolants.sampling import Starts, standard_normal
 
-PAIRS = (("velocity", "denoiser"), ("velocity", "score"), ("v", "denoiser"), ("v", "score"))
-LABEL = {"velocity": "b", "v": "v", "denoiser": "η", "score": "s"}
+PAIRS = (
+    ("velocity", "noise_prediction"),
+    ("velocity", "score"),
+    ("path_velocity", "noise_prediction"),
+    ("path_velocity", "score"),
+)
+LABEL = {"velocity": "b", "path_velocity": "path_velocity", "noise_prediction": "η", "score": "s"}
 
 
 def learn(
@@ -76,7 +81,9 @@ def contenders(
     it: Interpolant, truth: Any, nets: dict[str, nn.Module], dim: int
 ) -> dict[str, InterpolantGenerator]:
     """Return models of the exact fields and of every pair of fields that was learnt."""
-    made = {"exact": model_of(it, {"velocity": truth.velocity, "denoiser": truth.denoiser}, dim)}
+    made = {
+        "exact": model_of(it, {"velocity": truth.velocity, "noise_prediction": truth.noise_prediction}, dim)
+    }
     for pair in PAIRS:
         if set(pair) <= set(nets):
             made[" and ".join(LABEL[k] for k in pair)] = model_of(it, {k: nets[k] for k in pair}, dim)
@@ -106,7 +113,7 @@ def girsanov(
 def flow_kl(model: InterpolantGenerator, x: Tensor, log_prob: Tensor, steps: int) -> dict[str, float]:
     """Return KL(truth to flow) from points of the truth."""
     with torch.no_grad():
-        gap = log_prob - model.log_prob(x, steps=steps, method="heun")
+        gap = log_prob - model.log_prob(x, num_steps=steps, method="heun")
     return {"KL": float(gap.mean()), "stderr": float(gap.std() / len(gap) ** 0.5)}
 
 
@@ -115,7 +122,7 @@ def sde_kl(
 ) -> dict[str, float]:
     """Return an upper estimate of KL(truth to SDE) from weighted paths."""
     g = torch.Generator().manual_seed(7)
-    weights = model.sde_log_prob(x, epsilon, steps, num_paths=paths, method="transition", generator=g)
+    weights = model.sde_log_prob(x, epsilon, steps, num_particles=paths, method="transition", generator=g)
     gap = log_prob - weights.log_prob
     return {
         "KL": float(gap.mean()),

@@ -19,7 +19,7 @@ def measure(smoke: bool, seeds: int, steps: int) -> dict[str, Any]:
 
 
 def measure_mixture_long(smoke: bool, seeds: int, steps: int) -> dict[str, Any]:
-    """Velocity and denoiser once more, trained longer."""
+    """Velocity and noise_prediction once more, trained longer."""
     return _measure(smoke, steps, PAIRS[:1], {"width": 384, "depth": 3}, (0.0, 1.0))
 
 

@@ -18,6 +18,7 @@ from .fields.conversions import conversion as conversion
 from .fields.conversions import convert as convert
 from .fields.networks import FieldNetwork as FieldNetwork
 from .fields.networks import Fields as Fields
+from .fields.networks import NetworkAdapter as NetworkAdapter
 from .fields.potential import FunctionPotential as FunctionPotential
 from .fields.potential import Potential as Potential
 from .fields.potential import PotentialNetwork as PotentialNetwork
@@ -38,9 +39,17 @@ from .paths.schedules import Schedule as Schedule
 from .paths.student import StudentKernel as StudentKernel
 from .sampling.diffusion_distribution import DiffusionDistribution as DiffusionDistribution
 from .sampling.distribution import InterpolantDistribution as InterpolantDistribution
+from .sampling.exponential import ExponentialODE as ExponentialODE
+from .sampling.exponential import ExponentialSDE as ExponentialSDE
 from .sampling.exponential import exponential_ode as exponential_ode
 from .sampling.exponential import exponential_sde as exponential_sde
 from .sampling.generator import InterpolantGenerator as InterpolantGenerator
+from .sampling.methods import Adaptive as Adaptive
+from .sampling.methods import Euler as Euler
+from .sampling.methods import Heun as Heun
+from .sampling.methods import Midpoint as Midpoint
+from .sampling.methods import RungeKutta4 as RungeKutta4
+from .sampling.methods import Strang as Strang
 from .sampling.noise_level import Epsilon as Epsilon
 from .sampling.noise_level import TabulatedEpsilon as TabulatedEpsilon
 from .sampling.reverse import ReverseDiffusion as ReverseDiffusion

@@ -24,8 +24,8 @@ def plot_laws(
     rev: ReverseDiffusion,
     data: Tensor,
     *,
-    n: int = 20_000,
-    steps: int = 100,
+    num_samples: int = 20_000,
+    num_steps: int = 100,
     bins: int = 100,
     bound: float | None = None,
     generator: torch.Generator | None = None,
@@ -36,8 +36,8 @@ def plot_laws(
     Args:
         rev: the generative model, in one or two dimensions.
         data: ``(m, d)``.
-        n: points of each law.
-        steps: of the integrators.
+        num_samples: the number of points of each law.
+        num_steps: the number of steps of the integrators.
         bins: of the histograms, a side.
         bound: the picture reaches from ``-bound`` to ``bound``; 1.05 times the farthest datum if None.
         generator: source of randomness.
@@ -56,7 +56,7 @@ def plot_laws(
     check_choice(str(rev.dim), ("1", "2"), "the dimension")
     check_positive_int(bins, "bins", 2)
     laws = {"data": data.detach().cpu()}
-    laws |= {m: rev.sample(n, m, steps, generator=generator).cpu() for m in ("ode", "sde")}
+    laws |= {m: rev.sample(num_samples, m, num_steps, generator=generator).cpu() for m in ("ode", "sde")}
     reach = 1.05 * float(data.abs().max()) if bound is None else bound
     if rev.dim == 1:
         ax = as_axes(None if axes is None else axes[0])

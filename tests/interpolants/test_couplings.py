@@ -148,7 +148,9 @@ def test_batches_made_ahead_depend_on_the_seed_alone() -> None:
     labels = torch.arange(300)
     runs = []
     for workers, ahead in ((1, 1), (3, 4)):
-        batches = CoupledBatches(x0, x1, "ot", 16, labels, slices=2, ahead=ahead, workers=workers, seed=5)
+        batches = CoupledBatches(
+            x0, x1, ExactCoupling(0.0), 16, labels, slices=2, ahead=ahead, workers=workers, seed=5
+        )
         runs.append(list(itertools.islice(batches, 6)))
     for first, second in zip(*runs, strict=True):
         for a, b in zip(first, second, strict=True):
@@ -172,21 +174,21 @@ def test_bad_input() -> None:
     x = torch.zeros(4, 2)
     with pytest.raises(errors.InvalidInputError, match=r"'independent' \| 'ot'"):
         as_coupling("optimal", 1.0)
-    with pytest.raises(errors.InvalidInputError, match="reg must be positive"):
+    with pytest.raises(errors.InvalidInputError, match="reg must be greater than 0"):
         EntropicCoupling(0.0)
     with pytest.raises(errors.InvalidInputError, match="needs reg"):
         EntropicCoupling().plan(x, x)
-    with pytest.raises(errors.InvalidInputError, match="must not be negative"):
+    with pytest.raises(errors.InvalidInputError, match="condition_weight must be at least 0"):
         ExactCoupling(-1.0)
     with pytest.raises(errors.NonFiniteError, match="x0"):
         ExactCoupling().pair(x * math.nan, x)
-    with pytest.raises(errors.ShapeError, match="one condition a point"):
+    with pytest.raises(errors.ShapeError, match="one condition per point"):
         ExactCoupling(1.0).pair(x, x, torch.zeros(3))
     with pytest.raises(errors.InvalidInputError, match="contexts can't be kept apart"):
         ExactCoupling(math.inf).pair(x, x, torch.zeros(4, 1))
     with pytest.raises(errors.EmptyDataError):
         CoupledBatches(x[:0], x)
-    with pytest.raises(errors.ShapeError, match="one condition an end"):
+    with pytest.raises(errors.ShapeError, match="one condition per end"):
         CoupledBatches(x, x, condition=torch.zeros(3))
     with pytest.raises(errors.InvalidInputError, match="slices"):
         CoupledBatches(x, x, slices=0)

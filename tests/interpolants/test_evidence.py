@@ -92,7 +92,7 @@ def test_density_of_the_sde(solved: tuple[FunctionPotential, Tensor, Tensor]) ->
     prior = phi.process.prior(x[0])
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        made = feynman_kac_log_density(phi, x, prior, steps=120, num_paths=4000, generator=g)
+        made = feynman_kac_log_density(phi, x, prior, num_steps=120, num_particles=4000, generator=g)
         raw = phi(phi.process.start, x)
     assert ((made.value - want).abs() < 5 * made.stderr + 2e-3).all()
     assert made.stderr.max() < 0.02
@@ -115,7 +115,7 @@ def test_energy_identity(solved: tuple[FunctionPotential, Tensor, Tensor]) -> No
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
     prior = phi.process.prior(torch.zeros(1, dtype=F64))
-    energy = energy_identity(phi, prior, num_samples=1000, steps=120, num_paths=24, generator=g)
+    energy = energy_identity(phi, prior, num_samples=1000, num_steps=120, num_particles=24, generator=g)
     assert want > 0.02
     assert (energy.mismatch.mean - want).abs() < 5 * energy.mismatch.stderr + 0.02 * want
     total = energy.residual.mean + energy.prior.mean - energy.start.mean
@@ -129,13 +129,13 @@ def test_without_residual_everything_is_exact() -> None:
     x = torch.randn(4, 2, dtype=F64)
     want = phi(process.start, x)
     for made in (
-        feynman_kac_log_density(phi, x, rev.prior, steps=5, num_paths=3),
+        feynman_kac_log_density(phi, x, rev.prior, num_steps=5, num_particles=3),
         evidence_bound(phi, x, rev.prior, num_draws=3),
     ):
         torch.testing.assert_close(made.value, want)
         assert made.stderr.max() < 1e-12
-    torch.testing.assert_close(rev.log_prob(x, "sde", steps=5, num_paths=3), want)
-    energy = energy_identity(phi, rev.prior, num_samples=3, steps=5, num_paths=2)
+    torch.testing.assert_close(rev.log_prob(x, "sde", num_steps=5, num_particles=3), want)
+    energy = energy_identity(phi, rev.prior, num_samples=3, num_steps=5, num_particles=2)
     assert all(part.mean.abs() < 1e-10 for part in energy)
 
 
@@ -160,8 +160,8 @@ def test_bad_input() -> None:
         evidence_bound(phi, torch.zeros(3), prior)
     with pytest.raises(EmptyDataError):
         feynman_kac_log_density(phi, torch.zeros(0, 1), prior)
-    with pytest.raises(InvalidInputError, match="num_paths"):
-        feynman_kac_log_density(phi, torch.zeros(2, 1), prior, num_paths=1)
+    with pytest.raises(InvalidInputError, match="num_particles"):
+        feynman_kac_log_density(phi, torch.zeros(2, 1), prior, num_particles=1)
     with pytest.raises(InvalidInputError, match="num_draws"):
         evidence_bound(phi, torch.zeros(2, 1), prior, num_draws=1)
     with pytest.raises(InvalidInputError, match="floating"):

@@ -23,7 +23,7 @@ def test_gap_of_a_constant_error_is_known() -> None:
     span = torch.tensor(rev.process.horizon - rev.process.start, dtype=F64)
     want = abs(0.5 * c * span - c * (1 - (-span).exp()))
     g = torch.Generator().manual_seed(0)
-    made = ode_sde_gap(rev, 4000, steps=300, details=True, denoise=False, generator=g)
+    made = ode_sde_gap(rev, 4000, num_steps=300, details=True, denoise=False, generator=g)
     assert not isinstance(made, float)
     # Both laws have the variance 1/2, so the distance is that of the means: standard error sqrt(2 * (1/2) / n).
     assert abs(made.distance - want) < 5 / 4000**0.5 + 0.01
@@ -35,7 +35,7 @@ def test_an_exact_score_leaves_the_floor() -> None:
     truth = gaussian(processes()["ou"])
     rev = ReverseDiffusion(truth.process, truth.score, 2, torch.empty(0, dtype=F64))
     g = torch.Generator().manual_seed(0)
-    made = ode_sde_gap(rev, 400, steps=60, details=True, generator=g)
+    made = ode_sde_gap(rev, 400, num_steps=60, details=True, generator=g)
     assert not isinstance(made, float)
     assert made.distance < 1.5 * made.floor
     assert made.corrected < 0.7 * made.distance
@@ -53,10 +53,10 @@ def test_histograms_measure_shifts_and_ignore_what_is_outside() -> None:
 
 def test_bad_input() -> None:
     rev = shifted(0.0)
-    with pytest.raises(InvalidInputError, match="n must"):
+    with pytest.raises(InvalidInputError, match="num_samples must"):
         ode_sde_gap(rev, 1)
     with pytest.raises(InvalidInputError, match="steps"):
-        ode_sde_gap(rev, 10, steps=0)
+        ode_sde_gap(rev, 10, num_steps=0)
     x: Tensor = torch.zeros(3, 2)
     with pytest.raises(ShapeError):
         histogram_w2(x, torch.zeros(3, 3))

@@ -61,7 +61,7 @@ def test_a_gauge_leaves_the_law_of_the_ode_alone() -> None:
     x = torch.randn(5, 3, dtype=F64)
     prior = process.prior(torch.zeros(3, dtype=F64))
     # Without the rotation nothing would move at all: half of the score cancels the drift.
-    torch.testing.assert_close(rev.log_prob(x, steps=300), prior.log_prob(x), rtol=0, atol=1e-4)
+    torch.testing.assert_close(rev.log_prob(x, num_steps=300), prior.log_prob(x), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("inside", [0, 1, 3])

@@ -28,7 +28,6 @@ from stochdyn.interpolants import (
     optimal_epsilon,
 )
 from stochdyn.interpolants.sampling import Starts
-from stochdyn.interpolants.sampling.starts import looks_normal
 from tests.interpolants.truths import F64, fields_of
 
 LAW = GaussianMixture(
@@ -40,7 +39,9 @@ def normal(dim: int = 2, dtype: torch.dtype = F64) -> Independent:
     return Independent(Normal(torch.zeros(dim, dtype=dtype), torch.ones(dim, dtype=dtype)), 1)
 
 
-def exact(path: str = "linear", names: tuple[str, ...] = ("velocity", "denoiser")) -> InterpolantGenerator:
+def exact(
+    path: str = "linear", names: tuple[str, ...] = ("velocity", "noise_prediction")
+) -> InterpolantGenerator:
     flow = GaussianMixtureInterpolant(Interpolant(path), None, LAW)
     return InterpolantGenerator(
         Fields(flow.interpolant, {n: getattr(flow, n) for n in names}), Starts(normal())
@@ -55,7 +56,13 @@ def assert_moments(x: Tensor, slack: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("velocity", "denoiser"), ("v", "score"), ("eta0", "eta1"), ("velocity", "eta1")]
+    "names",
+    [
+        ("velocity", "noise_prediction"),
+        ("path_velocity", "score"),
+        ("start_prediction", "data_prediction"),
+        ("velocity", "data_prediction"),
+    ],
 )
 @pytest.mark.parametrize("method", ["heun", "euler", "strang"])
 def test_samples_have_the_law_whatever_was_learnt(names: tuple[str, str], method: str) -> None:
@@ -66,7 +73,7 @@ def test_samples_have_the_law_whatever_was_learnt(names: tuple[str, str], method
 
 
 @pytest.mark.parametrize("path", ["one-sided-linear", "one-sided-trig", "vp"])
-@pytest.mark.parametrize("name", ["velocity", "denoiser", "eta1"])
+@pytest.mark.parametrize("name", ["velocity", "noise_prediction", "data_prediction"])
 def test_one_network_is_enough_on_one_sided_paths(path: str, name: str) -> None:
     model = exact(path, (name,))
     for epsilon in (0.0, "optimal"):
@@ -74,42 +81,35 @@ def test_one_network_is_enough_on_one_sided_paths(path: str, name: str) -> None:
         assert_moments(x, 0.07)
 
 
-@pytest.mark.parametrize("end", ["taper", "denoise", "none"])
 @pytest.mark.parametrize("path", ["linear", "trig", "encoder-decoder", "one-sided-linear", "vp", "mirror"])
-def test_no_end_gives_nan(path: str, end: str) -> None:
+def test_no_end_gives_nan(path: str) -> None:
     it = Interpolant(path)
     torch.manual_seed(0)
-    names = ("denoiser",) if it.kind in ("one-sided", "mirror") else ("velocity", "denoiser")
+    names = ("noise_prediction",) if it.kind in ("one-sided", "mirror") else ("velocity", "noise_prediction")
     model = InterpolantGenerator(
         Fields(it, {n: FieldNetwork(2) for n in names}), Starts(normal(dtype=torch.float32))
     )
     for method in ("heun", "euler", "strang"):
-        x = model.sample(20, 0.7, 20, method, end=end)
-        assert x.shape == (20, 2)
-        assert bool(torch.isfinite(x).all())
+        for steps in (1, 20):
+            x = model.sample(20, 0.7, steps, method)
+            assert x.shape == (20, 2)
+            assert bool(torch.isfinite(x).all())
     for t in (0.0, 1.0):
         for field in fields_of(
             GaussianMixtureInterpolant(it, None, GaussianMixture(torch.ones(1), torch.zeros(1, 2), 1.0))
         ):
-            if field == "v" or (it.kind, path) == ("two-sided", "encoder-decoder"):
+            if field == "path_velocity" or path == "encoder-decoder":
                 continue
-            assert bool(torch.isfinite(model.fields(field, t, x)).all()), field
-
-
-def test_taper_and_denoising_both_end_in_the_law() -> None:
-    model = exact()
-    for end in ("taper", "denoise", "none"):
-        x = model.sample(3000, 1.0, 50, end=end, generator=torch.Generator().manual_seed(1))
-        assert_moments(x, 0.1)
+            assert bool(torch.isfinite(model.field(field, t, x)).all()), field
 
 
 def test_flow_densities_are_exact() -> None:
     model = exact()
     x = LAW.draw(20, torch.Generator().manual_seed(1))
-    assert float((model.log_prob(x, steps=40) - LAW.log_prob(x)).abs().max()) < 1e-4
-    adaptive = model.log_prob(x[:5], method="dopri5", steps=1)
+    assert float((model.log_prob(x, num_steps=40) - LAW.log_prob(x)).abs().max()) < 1e-4
+    adaptive = model.log_prob(x[:5], method="dopri5", num_steps=1)
     assert float((adaptive - LAW.log_prob(x[:5])).abs().max()) < 1e-3
-    y, log_prob = model.sample_and_log_prob(20, steps=40, generator=torch.Generator().manual_seed(1))
+    y, log_prob = model.sample_and_log_prob(20, num_steps=40, generator=torch.Generator().manual_seed(1))
     assert float((log_prob - LAW.log_prob(y)).abs().max()) < 1e-4
     back = model.push(model.push(x, 60, "rk4", backward=True), 60, "rk4")
     assert float((back - x).abs().max()) < 1e-5
@@ -118,9 +118,9 @@ def test_flow_densities_are_exact() -> None:
 def test_hutchinson_is_unbiased_for_the_log_density() -> None:
     model = exact()
     x = LAW.draw(5, torch.Generator().manual_seed(1))
-    exactly = model.log_prob(x, steps=6)
+    exactly = model.log_prob(x, num_steps=6)
     g = torch.Generator().manual_seed(0)
-    draws = torch.stack([model.log_prob(x, exact=False, steps=6, generator=g) for _ in range(80)])
+    draws = torch.stack([model.log_prob(x, exact=False, num_steps=6, generator=g) for _ in range(80)])
     error = draws.std(0) / 80**0.5
     assert bool(((draws.mean(0) - exactly).abs() < 5 * error + 1e-9).all())
 
@@ -130,15 +130,15 @@ def test_densities_are_differentiable_in_points_and_parameters() -> None:
     net = FieldNetwork(2, 8, 1).double()
     model = InterpolantGenerator(Fields(Interpolant("vp"), {"velocity": net}))
     x = torch.randn(3, 2, dtype=F64, requires_grad=True)
-    torch.autograd.gradcheck(lambda y: model.log_prob(y, steps=3), x)
+    torch.autograd.gradcheck(lambda y: model.log_prob(y, num_steps=3), x)
     weight = net.layers[0].weight  # type: ignore[union-attr]
-    grad = torch.autograd.grad(model.log_prob(x, steps=3).sum(), weight)[0]
+    grad = torch.autograd.grad(model.log_prob(x, num_steps=3).sum(), weight)[0]
     h = 1e-6
     with torch.no_grad():
         weight[0, 0] += h
-        up = model.log_prob(x, steps=3).sum()
+        up = model.log_prob(x, num_steps=3).sum()
         weight[0, 0] -= 2 * h
-        down = model.log_prob(x, steps=3).sum()
+        down = model.log_prob(x, num_steps=3).sum()
         weight[0, 0] += h
     assert float(grad[0, 0]) == pytest.approx(float((up - down) / (2 * h)), rel=1e-5, abs=1e-8)
 
@@ -149,7 +149,7 @@ def test_densities_of_the_sde(method: str) -> None:
     model = exact()
     x = LAW.draw(12, torch.Generator().manual_seed(1))
     weights = model.sde_log_prob(
-        x, 0.5, 100, num_paths=32, method=method, generator=torch.Generator().manual_seed(2)
+        x, 0.5, 100, num_particles=32, method=method, generator=torch.Generator().manual_seed(2)
     )
     gap = weights.log_prob - LAW.log_prob(x)
     assert float(gap.abs().mean()) < 0.1
@@ -169,7 +169,7 @@ def test_transition_weights_are_unbiased_for_the_scheme() -> None:
     exactly = Normal(torch.zeros(1, dtype=F64), math.sqrt(variance)).log_prob(x)[:, 0]
     for score in (lambda t, y: -y, lambda t, y: 0.3 - 0.5 * y, None):
         weights = feynman_kac_log_prob(
-            lambda t, y: -0.9 * y, g, normal(1).log_prob, x, ts, score=score, num_paths=40_000, method="transition",
+            lambda t, y: -0.9 * y, g, normal(1).log_prob, x, ts, score=score, num_particles=40_000, method="transition",
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         assert bool(((weights.log_prob - exactly).abs() < 5 * weights.stderr + 1e-9).all())
@@ -188,7 +188,7 @@ def _perturbed(shift: float, tilt: float) -> InterpolantGenerator:
     flow = GaussianMixtureInterpolant(Interpolant(), None, LAW)
     networks = {
         "velocity": lambda t, x: flow.velocity(t, x) + shift,
-        "denoiser": lambda t, x: flow.denoiser(t, x) + tilt,
+        "noise_prediction": lambda t, x: flow.noise_prediction(t, x) + tilt,
     }
     return InterpolantGenerator(Fields(flow.interpolant, networks), Starts(normal()))
 
@@ -232,7 +232,7 @@ def test_the_bound_holds_and_without_truth_it_is_larger() -> None:
     x0, x1 = torch.randn(1000, 2, dtype=F64, generator=g), LAW.draw(1000, g)
     with_truth = model_bound = kl_bound(model, x0, x1, 0.5, flow, generator=g)
     x = LAW.draw(150, g)
-    weights = model.sde_log_prob(x, 0.5, 50, num_paths=32, method="transition", generator=g)
+    weights = model.sde_log_prob(x, 0.5, 50, num_particles=32, method="transition", generator=g)
     gap = LAW.log_prob(x) - weights.log_prob
     divergence, error = float(gap.mean()), float(gap.std() / 150**0.5)
     assert divergence > 5 * error
@@ -310,36 +310,63 @@ def test_labels_steer_samples() -> None:
     sd.fit(objective, {"x1": x1, "condition": label}, steps=400, lr=5e-3, batch_size=256, progress=False)
     model = objective.generator()
     for k in (0, 1):
-        x = model.sample(500, steps=20, condition=torch.full((500,), k))
+        x = model.sample(500, num_steps=20, condition=torch.full((500,), k))
         assert abs(float(x.mean()) - (4.0 * k - 2.0)) < 0.25
-    mixed = model.sample(1000, steps=20, condition=torch.full((1000,), 2))
+    mixed = model.sample(1000, num_steps=20, condition=torch.full((1000,), 2))
     assert 0.4 < float((mixed > 0).double().mean()) < 0.6
 
 
-def test_starts_are_recognised_remembered_or_given() -> None:
+def test_starts_are_those_of_the_data_unless_their_law_is_stated() -> None:
+    """No test decides what they look like: normal starts of the data are starts of the data."""
     g = torch.Generator().manual_seed(0)
-    assert looks_normal(torch.randn(2000, 3, generator=g))
-    assert not looks_normal(torch.rand(2000, 3, generator=g))
-    assert not looks_normal(torch.randn(2000, 3, generator=g) + 0.3)
-    heavy = torch.distributions.StudentT(3.0).sample((5000, 2)) / 3**0.5
-    assert not looks_normal(heavy)
     net, x1 = FieldNetwork(2), torch.randn(500, 2, generator=g)
-    shifted = InterpolantRegression(Interpolant(), velocity=net)
-    shifted((x1 + 5, x1))
-    model = shifted.generator()
-    assert float(model.starts.draw(100).mean()) > 4
-    with pytest.raises(errors.UnavailableError, match="aren't standard normal"):
-        model.log_prob(x1)
-    plain = InterpolantRegression(Interpolant(), velocity=net)
-    plain((torch.randn(500, 2, generator=g), x1))
-    assert bool(torch.isfinite(plain.generator().log_prob(x1[:3], steps=2)).all())
+    for x0 in (x1 + 5, torch.randn(500, 2, generator=g)):
+        objective = InterpolantRegression(Interpolant(), velocity=net)
+        objective((x0, x1))
+        model = objective.generator()
+        drawn = model.starts.draw(200)
+        assert bool((drawn[:, None] == x0).all(-1).any(1).all())
+        # their density is that of the Gaussian with their moments
+        exactly = torch.distributions.MultivariateNormal(x0.mean(0), torch.cov(x0.mT)).log_prob(x0[:3])
+        torch.testing.assert_close(model.starts.law().log_prob(x0[:3]), exactly)
+        assert bool(torch.isfinite(model.log_prob(x1[:3], num_steps=2)).all())
+        stated = InterpolantRegression(Interpolant(), velocity=net, base=normal(dtype=torch.float32))
+        stated((x0, x1))
+        assert bool(torch.isfinite(stated.generator().log_prob(x1[:3], num_steps=2)).all())
+    alone = InterpolantRegression(Interpolant(), velocity=net)
+    alone(x1)
+    assert bool(torch.isfinite(alone.generator().log_prob(x1[:3], num_steps=2)).all())
+
+
+def test_starts_that_are_no_gaussian_are_said_to_be_none() -> None:
+    ring = torch.nn.functional.normalize(
+        torch.randn(500, 2, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
+    objective = InterpolantRegression(Interpolant(), velocity=FieldNetwork(2))
+    objective((ring, ring))
+    with pytest.warns(errors.ApproximationWarning, match="state their law"):
+        objective.generator().log_prob(ring[:2], num_steps=2)
+
+
+def test_measure_starts_where_the_model_does() -> None:
+    torch.manual_seed(0)
+    x1 = torch.randn(50, 2)
+    objective = InterpolantRegression(
+        Interpolant(), velocity=FieldNetwork(2), noise_prediction=FieldNetwork(2)
+    )
+    objective((x1 + 5, x1))
+    measure = objective.generator().measure(0.5)
+    path = measure.sample(torch.linspace(0, 1, 5), (100,))
+    assert bool((path.x[:, 0, None] == x1 + 5).all(-1).any(1).all())
+    other = objective.generator().measure(0.5)
+    assert measure.log_rn(path, other).abs().max() < 1e-4
 
 
 def test_distribution_in_pyro() -> None:
     """A trained prior in a model: its posterior mean under a Gaussian likelihood is the exact one."""
     pyro.set_rng_seed(0)
     model = exact("vp", ("velocity",))
-    prior = model.distribution(steps=12, method="heun")
+    prior = model.distribution(num_steps=12, method="heun")
     assert isinstance(prior, InterpolantDistribution)
     assert prior.event_shape == (2,)
     assert prior.sample((3, 4)).shape == (3, 4, 2)
@@ -384,11 +411,11 @@ def test_what_models_cannot_do() -> None:
         both.sample(3, epsilon="optimal")
     with pytest.raises(errors.InvalidInputError, match="a number, a function or 'optimal'"):
         both.sample(3, epsilon="best")
-    with pytest.raises(errors.InvalidInputError, match="must not be negative"):
+    with pytest.raises(errors.InvalidInputError, match="epsilon must be at least 0"):
         both.sample(3, epsilon=-1.0)
-    with pytest.raises(errors.InvalidInputError, match="'heun'"):
+    with pytest.raises(errors.InvalidInputError, match="milstein"):
         both.sample(3, method="milstein")
-    with pytest.raises(errors.ShapeError, match="axis -1"):
+    with pytest.raises(errors.ShapeError, match="events of another shape"):
         both.push(torch.zeros(3, 4))
     with pytest.raises(errors.EmptyDataError, match="x0 is empty"):
         both.push(torch.zeros(0, 2))
@@ -400,5 +427,5 @@ def test_what_models_cannot_do() -> None:
     assert not coupled.fields.has_score
     with pytest.raises(errors.InvalidInputError, match="errors of the fields bound no divergence"):
         kl_bound(both, torch.zeros(2, 2, dtype=F64), torch.zeros(2, 2, dtype=F64), 0.0)
-    with pytest.raises(errors.InvalidInputError, match="epsilon must be positive"):
+    with pytest.raises(errors.InvalidInputError, match="epsilon must be greater than 0"):
         kl_bound_from_losses(0.1, 0.1, 0.0)

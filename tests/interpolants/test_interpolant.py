@@ -85,7 +85,11 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an unknown path": (lambda: Interpolant("cubic"), errors.InvalidInputError, "'linear' | 'trig'"),
     "an unknown gamma": (lambda: Interpolant("linear", "wide"), errors.InvalidInputError, "'brownian'"),
     "a path that isn't a pair": (lambda: Interpolant((torch.sin,)), errors.InvalidInputError, "alpha, beta"),  # type: ignore[arg-type]
-    "a scale of zero": (lambda: Interpolant(scale=0.0), errors.InvalidInputError, "scale must be positive"),
+    "a scale of zero": (
+        lambda: Interpolant(scale=0.0),
+        errors.InvalidInputError,
+        "scale must be greater than 0",
+    ),
     "a gamma that doesn't vanish": (
         lambda: Interpolant("linear", lambda t: 1 - t),
         errors.InvalidInputError,
@@ -120,7 +124,7 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "integer points": (lambda: Interpolant().sample(0.5, X.long(), X), errors.InvalidInputError, "floating"),
     "two precisions": (lambda: Interpolant().sample(0.5, X.double(), X), errors.DtypeMismatchError, "x0"),
     "no latent to estimate": (
-        lambda: Interpolant("linear", "zero").target("denoiser", 0.5, X, X, None),
+        lambda: Interpolant("linear", "zero").target("noise_prediction", 0.5, X, X, None),
         errors.InvalidInputError,
         "gamma = 0",
     ),

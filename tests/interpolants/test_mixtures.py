@@ -39,11 +39,11 @@ def _case(path: str, dim: int) -> tuple[GaussianMixtureInterpolant, torch.Tensor
 def test_means_of_ends_and_latent_add_up_to_the_point(path: str, dim: int) -> None:
     flow, t, x = _case(path, dim)
     it = flow.interpolant
-    total = it.beta.value(t) * flow.eta1(t, x)
+    total = it.beta.value(t) * flow.data_prediction(t, x)
     if it.kind != "mirror":
-        total = total + it.alpha.value(t) * flow.eta0(t, x)
+        total = total + it.alpha.value(t) * flow.start_prediction(t, x)
     if it.has_latent:
-        total = total + it.gamma.value(t) * flow.denoiser(t, x)
+        total = total + it.gamma.value(t) * flow.noise_prediction(t, x)
     assert float((total - x).abs().max()) < 1e-10
 
 
@@ -52,15 +52,15 @@ def test_means_of_ends_and_latent_add_up_to_the_point(path: str, dim: int) -> No
 def test_velocity_is_the_mean_rate(path: str, dim: int) -> None:
     flow, t, x = _case(path, dim)
     it = flow.interpolant
-    smooth = it.beta.derivative(t) * flow.eta1(t, x)
+    smooth = it.beta.derivative(t) * flow.data_prediction(t, x)
     if it.kind != "mirror":
-        smooth = smooth + it.alpha.derivative(t) * flow.eta0(t, x)
-    assert float((flow.v(t, x) - smooth).abs().max()) < 1e-10
-    rate = smooth + it.gamma.derivative(t) * flow.denoiser(t, x) if it.has_latent else smooth
+        smooth = smooth + it.alpha.derivative(t) * flow.start_prediction(t, x)
+    assert float((flow.path_velocity(t, x) - smooth).abs().max()) < 1e-10
+    rate = smooth + it.gamma.derivative(t) * flow.noise_prediction(t, x) if it.has_latent else smooth
     assert float((flow.velocity(t, x) - rate).abs().max()) < 1e-10
     # b = v - gamma gamma' s
     half = 0.5 * it.gamma.square_derivative(t)
-    other = flow.v(t, x) - half * flow.score(t, x)
+    other = flow.path_velocity(t, x) - half * flow.score(t, x)
     assert float((flow.velocity(t, x) - other).abs().max()) < 1e-10
 
 
@@ -70,9 +70,9 @@ def test_score_is_the_gradient_and_minus_the_latent_over_its_scale(path: str, di
     flow, t, x = _case(path, dim)
     slope = gradient(lambda y: flow.log_prob(t, y), x)
     assert float((flow.score(t, x) - slope).abs().max()) < 1e-10
-    if "denoiser" in fields_of(flow):
+    if "noise_prediction" in fields_of(flow):
         scale = flow.interpolant.noise.value(t)
-        assert float((flow.score(t, x) + flow.denoiser(t, x) / scale).abs().max()) < 1e-10
+        assert float((flow.score(t, x) + flow.noise_prediction(t, x) / scale).abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize("dim", [2, 128])
@@ -94,7 +94,15 @@ def test_both_ways_of_solving_agree(dim: int) -> None:
     flow = truth("linear", dim, isotropic=True)
     assert flow.commuting
     x = flow.sample(TIMES[:, 0, 0], 5)
-    names = ("log_prob", "score", "velocity", "v", "eta0", "eta1", "denoiser")
+    names = (
+        "log_prob",
+        "score",
+        "velocity",
+        "path_velocity",
+        "start_prediction",
+        "data_prediction",
+        "noise_prediction",
+    )
     fast = {n: getattr(flow, n)(TIMES, x) for n in names}
     flow.commuting = False
     for n in names:
@@ -119,8 +127,8 @@ def test_nothing_overflows_far_from_the_modes(dim: int, distance: float) -> None
             flow.log_prob(t, x),
             flow.score(t, x),
             flow.velocity(t, x),
-            flow.eta0(t, x),
-            flow.eta1(t, x),
+            flow.start_prediction(t, x),
+            flow.data_prediction(t, x),
         ):
             assert bool(torch.isfinite(value).all())
     # one component dominates there, so the score is that of a single Gaussian: linear
@@ -212,4 +220,6 @@ def test_bad_mixtures() -> None:
     with pytest.raises(errors.ShapeError, match="wrong dimension"):
         flow.score(0.5, torch.zeros(1, 2))
     with pytest.raises(errors.UnavailableError, match="no latent"):
-        GaussianMixtureInterpolant(Interpolant("linear", "zero"), None, ok).denoiser(0.5, torch.zeros(1, 3))
+        GaussianMixtureInterpolant(Interpolant("linear", "zero"), None, ok).noise_prediction(
+            0.5, torch.zeros(1, 3)
+        )

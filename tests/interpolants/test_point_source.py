@@ -94,18 +94,18 @@ def test_training_forecasts_a_noisy_map() -> None:
 
 def test_bad_input() -> None:
     x = torch.zeros(3, 2)
-    with pytest.raises(errors.InvalidInputError, match="power must be 1 or 2"):
+    with pytest.raises(errors.InvalidInputError, match="power is unknown"):
         PointSource(1.0, 3)
-    with pytest.raises(errors.InvalidInputError, match="scale must be positive"):
+    with pytest.raises(errors.InvalidInputError, match="scale must be greater than 0"):
         PointSource(0.0)
     with pytest.raises(errors.TimeGridError, match="got 2"):
         PointSource().sample(2.0, x, x)
     objective = ForecastRegression(PointSource(), FieldNetwork(2, condition_dim=2))
     with pytest.raises(errors.InvalidInputError, match="a batch is"):
         objective(x)
-    with pytest.raises(errors.ShapeError, match="one row a state"):
+    with pytest.raises(errors.ShapeError, match="one condition per state"):
         objective((x, x, torch.zeros(2, 1)))
     with pytest.raises(errors.InvalidInputError, match="'optimal'"):
         objective.forecaster().sample(x, noise="none")
-    with pytest.raises(errors.InvalidInputError, match="PointSource and a network"):
+    with pytest.raises(errors.InvalidInputError, match="source has the wrong type"):
         ForecastRegression(None, FieldNetwork(2))  # type: ignore[arg-type]

@@ -121,6 +121,6 @@ def test_bad_input() -> None:
         with pytest.raises(InvalidInputError):
             make()
     with pytest.raises(ShapeError):
-        MeanReverting(torch.zeros(2, 2))
+        MeanReverting(torch.zeros(2, 2, 2))
     with pytest.raises(TimeGridError, match="horizon"):
         OU().check_times(torch.tensor([0.5, 6.0]))

@@ -26,7 +26,7 @@ class TestTwoFields(ObjectiveSuite):
     def make(self) -> tuple[InterpolantRegression, Any]:
         g = torch.Generator().manual_seed(0)
         batch = torch.randn(16, 2, dtype=F64, generator=g), torch.randn(16, 2, dtype=F64, generator=g)
-        nets = {n: FieldNetwork(2, 8, 1).double() for n in ("velocity", "denoiser")}
+        nets = {n: FieldNetwork(2, 8, 1).double() for n in ("velocity", "noise_prediction")}
         return InterpolantRegression(Interpolant(), **nets), batch
 
 
@@ -34,7 +34,7 @@ class TestScoreWithTransport(ObjectiveSuite):
     def make(self) -> tuple[InterpolantRegression, Any]:
         g = torch.Generator().manual_seed(0)
         batch = torch.randn(16, 2, dtype=F64, generator=g), torch.randn(16, 2, dtype=F64, generator=g)
-        nets = {n: FieldNetwork(2, 8, 1).double() for n in ("v", "score")}
+        nets = {n: FieldNetwork(2, 8, 1).double() for n in ("path_velocity", "score")}
         return InterpolantRegression(Interpolant("trig"), coupling="ot", **nets), batch
 
 
@@ -60,11 +60,13 @@ class FixedTime(InterpolantRegression):
 
 
 @pytest.mark.parametrize("path", ["linear", "trig", "one-sided-linear", "mirror"])
-@pytest.mark.parametrize("name", ["velocity", "v", "denoiser", "score", "eta0", "eta1"])
+@pytest.mark.parametrize(
+    "name", ["velocity", "path_velocity", "noise_prediction", "score", "start_prediction", "data_prediction"]
+)
 def test_the_minimiser_is_the_field(path: str, name: str) -> None:
     """Least squares in closed form: the stationary point of the loss on a large sample, against the exact Gaussian."""
     it = Interpolant(path)
-    if it.kind == "mirror" and name in ("v", "eta0"):
+    if it.kind == "mirror" and name in ("path_velocity", "start_prediction"):
         return
     one = torch.ones(1, dtype=F64)
     first = GaussianMixture(
@@ -79,7 +81,8 @@ def test_the_minimiser_is_the_field(path: str, name: str) -> None:
     n = 100_000
     g = torch.Generator().manual_seed(1)
     x0 = torch.randn(n, 2, dtype=F64, generator=g) if it.kind == "one-sided" else first.draw(n, g)
-    batch = x0, second.draw(n, g)
+    x1 = second.draw(n, g)
+    batch = {"x1": x1} if it.starts_normal else {"x0": x0, "x1": x1}
     parameters = [field.weight, field.bias]
     # the loss is quadratic: one Newton step from anywhere is the minimum
     torch.manual_seed(3)
@@ -142,7 +145,7 @@ def test_signs_are_chosen_where_they_pay() -> None:
     assert InterpolantRegression(Interpolant(), velocity=net).antithetic
     assert InterpolantRegression(Interpolant("linear", "sin2"), score=net).antithetic
     assert not InterpolantRegression(Interpolant("linear", "sin2"), velocity=net).antithetic
-    assert not InterpolantRegression(Interpolant(), denoiser=net).antithetic
+    assert not InterpolantRegression(Interpolant(), noise_prediction=net).antithetic
     assert not InterpolantRegression(Interpolant("vp"), velocity=net, antithetic=True).antithetic
 
 
@@ -181,7 +184,7 @@ def test_conditions_follow_their_ends_through_a_coupling() -> None:
     g = torch.Generator().manual_seed(0)
     x0, x1 = torch.randn(20, 2, generator=g), torch.randn(20, 2, generator=g)
     objective = InterpolantRegression(
-        Interpolant(), velocity=FieldNetwork(2, condition_dim=2), coupling=ExactCoupling()
+        Interpolant(), velocity=FieldNetwork(2, condition_dim=2), coupling=ExactCoupling(0.0)
     )
     _, ends, condition = objective.pairs((x0, x1, x1 * 2))
     assert torch.equal(condition, ends * 2)
@@ -204,7 +207,7 @@ def test_dropped_conditions_become_the_null_one() -> None:
         null_condition=torch.tensor(3),
     )
     x1, label = torch.randn(4000, 2), torch.randint(3, (4000,))
-    objective((x1, x1, label))
+    objective({"x1": x1, "condition": label})
     share = float((seen[0] == 3).double().mean())
     assert abs(share - 0.25) < 5 * (0.25 * 0.75 / 4000) ** 0.5
     assert torch.equal(seen[0][seen[0] < 3], label[seen[0] < 3])
@@ -228,7 +231,7 @@ def test_resumed_training_continues_to_the_same_bits(tmp_path: Any) -> None:
 
     def objective() -> InterpolantRegression:
         torch.manual_seed(4)
-        net = {"velocity": FieldNetwork(2, 8, 1), "denoiser": FieldNetwork(2, 8, 1)}
+        net = {"velocity": FieldNetwork(2, 8, 1), "noise_prediction": FieldNetwork(2, 8, 1)}
         return InterpolantRegression(Interpolant(), coupling="entropic", reuse=3, **net)
 
     whole = sd.fit(objective(), (x0, x1), steps=8, batch_size=16, progress=False)
@@ -245,14 +248,14 @@ X = torch.zeros(4, 2)
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no field": (lambda: InterpolantRegression(Interpolant()), errors.InvalidInputError, "one or two fields"),
     "three fields": (
-        lambda: InterpolantRegression(Interpolant(), velocity=NET, score=NET, eta0=NET),
+        lambda: InterpolantRegression(Interpolant(), velocity=NET, score=NET, start_prediction=NET),
         errors.InvalidInputError,
         "one or two fields",
     ),
     "a field that isn't callable": (
         lambda: InterpolantRegression(Interpolant(), velocity=1.0),  # type: ignore[arg-type]
         errors.InvalidInputError,
-        "velocity must be callable",
+        "velocity must be a network",
     ),
     "a score on a coupled one-sided path": (
         lambda: InterpolantRegression(Interpolant("vp"), score=NET, coupling="ot"),
@@ -292,7 +295,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "an empty batch": (
         lambda: InterpolantRegression(Interpolant(), velocity=NET)((X[:0], X[:0])),
         errors.EmptyDataError,
-        "x0 is empty",
+        "x1 is empty",
     ),
     "mismatched dimensions": (
         lambda: InterpolantRegression(Interpolant(), velocity=NET)((X, X[:, :1])),
@@ -307,7 +310,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "conditions of another number": (
         lambda: InterpolantRegression(Interpolant(), velocity=NET)((X, X, X[:2])),
         errors.ShapeError,
-        "one condition a point",
+        "one condition per point",
     ),
     "a network of another size": (
         lambda: InterpolantRegression(Interpolant(), velocity=FieldNetwork(2, out_dim=3))((X, X)),

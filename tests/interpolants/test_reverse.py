@@ -10,7 +10,13 @@ from torch import Tensor
 
 import stochdyn as sd
 from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
-from stochdyn.interpolants import FunctionPotential, PotentialNetwork, ReverseDiffusion, ScoreMatching
+from stochdyn.interpolants import (
+    ExponentialSDE,
+    FunctionPotential,
+    PotentialNetwork,
+    ReverseDiffusion,
+    ScoreMatching,
+)
 from tests.interpolants.laws import F64, gaussian, mixture, processes
 
 KINDS = ["ou", "vp", "ve", "reverting"]
@@ -29,9 +35,9 @@ def test_density_of_the_ode(kind: str) -> None:
     rev, truth = exact_model(kind)
     x = truth.sample(torch.tensor(rev.process.start, dtype=F64), 6, torch.Generator().manual_seed(0))
     want = truth.log_prob(rev.process.start, x)
-    torch.testing.assert_close(rev.log_prob(x, steps=200), want, rtol=0, atol=2e-5)
+    torch.testing.assert_close(rev.log_prob(x, num_steps=200), want, rtol=0, atol=2e-5)
     plain = ReverseDiffusion(rev.process, truth.score, 2, x, rev.prior)
-    torch.testing.assert_close(plain.log_prob(x, steps=200), want, rtol=0, atol=2e-5)
+    torch.testing.assert_close(plain.log_prob(x, num_steps=200), want, rtol=0, atol=2e-5)
 
 
 def test_density_of_the_ode_of_a_mixture_integrates_to_one() -> None:
@@ -39,7 +45,7 @@ def test_density_of_the_ode_of_a_mixture_integrates_to_one() -> None:
     rev = ReverseDiffusion(truth.process, truth.score, 1, torch.empty(0, dtype=F64))
     reach = float(truth.means.abs().max() + 6 * (truth.eigenvalues.max() + 0.1).sqrt())
     x = torch.linspace(-reach, reach, 1001, dtype=F64)[:, None]
-    mass = torch.trapezoid(rev.log_prob(x, steps=150).exp(), x[:, 0])
+    mass = torch.trapezoid(rev.log_prob(x, num_steps=150).exp(), x[:, 0])
     assert abs(mass.item() - 1) < 1e-4
 
 
@@ -48,8 +54,8 @@ def test_probes_estimate_the_trace_without_bias() -> None:
     phi = PotentialNetwork(processes()["ou"], 2, 8, 1, zero_last=False).double()
     rev = ScoreMatching(phi.process, phi).generator()
     x = torch.tensor([[0.3, -0.5]], dtype=F64)
-    exact = rev.log_prob(x, steps=40).detach()
-    draws = rev.log_prob(x.expand(2000, 2), steps=40, exact=False).detach()
+    exact = rev.log_prob(x, num_steps=40).detach()
+    draws = rev.log_prob(x.expand(2000, 2), num_steps=40, exact=False).detach()
     assert (draws.mean() - exact).abs() < 5 * draws.std() / 2000**0.5
     assert draws.std() > 0
 
@@ -108,13 +114,13 @@ def test_density_is_differentiable() -> None:
     rev = ScoreMatching(phi.process, phi).generator()
     x = torch.tensor([[0.4]], dtype=F64)
     weight = phi.network.layers[0].weight
-    slope = torch.autograd.grad(rev.log_prob(x, steps=20).sum(), weight)[0][0, 0]
+    slope = torch.autograd.grad(rev.log_prob(x, num_steps=20).sum(), weight)[0][0, 0]
     with torch.no_grad():
         values = []
         for step in (1e-5, -2e-5):
             weight[0, 0] += step
-            values.append(rev.log_prob(x, steps=20).sum())
-    probed = rev.log_prob(x, steps=20, exact=False)  # one dimension: signs as probes are exact
+            values.append(rev.log_prob(x, num_steps=20).sum())
+    probed = rev.log_prob(x, num_steps=20, exact=False)  # one dimension: signs as probes are exact
     again = torch.autograd.grad(probed.sum(), weight)[0][0, 0]
     assert again.item() == pytest.approx(slope.item(), rel=1e-4)
     assert slope.item() == pytest.approx(((values[0] - values[1]) / 2e-5).item(), rel=1e-5)
@@ -124,7 +130,7 @@ def test_prior_may_be_any_distribution() -> None:
     process = processes()["ou"]
     law = torch.distributions.MultivariateNormal(torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64))
     rev = ReverseDiffusion(process, lambda t, x: -x, 2, torch.empty(0, dtype=F64), law)
-    draws = [rev.sample(3, steps=5, generator=torch.Generator().manual_seed(4)) for _ in range(2)]
+    draws = [rev.sample(3, num_steps=5, generator=torch.Generator().manual_seed(4)) for _ in range(2)]
     assert torch.equal(draws[0], draws[1])
 
 
@@ -133,9 +139,9 @@ def test_bad_input() -> None:
     for call in (
         lambda: rev.sample(0),
         lambda: rev.sample(3, "heun"),  # type: ignore[arg-type]
-        lambda: rev.sample(3, steps=0),
+        lambda: rev.sample(3, num_steps=0),
         lambda: rev.sample(3, spacing="cosine"),
-        lambda: rev.sample(3, order=4),
+        lambda: ExponentialSDE(order=4),
         lambda: rev.log_prob(torch.zeros(2, 2, dtype=F64), "fpe"),  # type: ignore[arg-type]
         lambda: ReverseDiffusion(rev.process, truth.score, 0),
     ):

@@ -31,7 +31,7 @@ def model(d: int):
 
 def test_laws_on_the_line_are_normalised_histograms() -> None:
     diff, data = model(1)
-    (ax,) = plot_laws(diff.generator(), data, n=3000, steps=10, bins=30, bound=5.0)
+    (ax,) = plot_laws(diff.generator(), data, num_samples=3000, num_steps=10, bins=30, bound=5.0)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["data", "ODE", "SDE"]
     for patch in ax.patches:
         corners = patch.get_xy()
@@ -47,7 +47,7 @@ def test_laws_on_the_line_are_normalised_histograms() -> None:
 
 def test_laws_in_the_plane_are_three_maps() -> None:
     diff, data = model(2)
-    axes = plot_laws(diff.generator(), data, n=500, steps=5, bins=8)
+    axes = plot_laws(diff.generator(), data, num_samples=500, num_steps=5, bins=8)
     assert [ax.get_title() for ax in axes] == ["data", "ODE", "SDE"]
     assert all(ax.collections[0].get_array().size == 64 for ax in axes)
 

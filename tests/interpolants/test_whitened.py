@@ -45,7 +45,7 @@ def _gaussians(path: str) -> tuple[GaussianMixtureInterpolant, list[Tensor]]:
 
 
 def _learnable(flow: GaussianMixtureInterpolant) -> list[str]:
-    return [n for n in fields_of(flow) if n != "v" or flow.interpolant.kind != "mirror"]
+    return [n for n in fields_of(flow) if n != "path_velocity" or flow.interpolant.kind != "mirror"]
 
 
 @pytest.mark.parametrize("path", ALL_PATHS)
@@ -70,7 +70,7 @@ def test_fields_are_finite_at_both_ends_whatever_the_network(path: str) -> None:
 
 
 def test_one_network_learns_both_parts_of_a_velocity() -> None:
-    """A velocity is v plus gamma' times the denoiser: moving one output moves the field by its own gain."""
+    """A velocity is v plus gamma' times the noise_prediction: moving one output moves the field by its own gain."""
     flow, moments = _gaussians("linear")
     field = WhitenedField(flow.interpolant, "velocity", *moments)
     x, t = torch.randn(5, 3, dtype=F64), torch.full((5, 1), 0.3, dtype=F64)
@@ -127,12 +127,14 @@ def test_moments_come_from_the_data() -> None:
     torch.testing.assert_close(field.mean1, (x1 @ field.basis).mean(0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(field.variance1, (x1 @ field.basis).var(0), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(field.variance0, (x0 @ field.basis).var(0), rtol=1e-3, atol=1e-4)
-    plain = WhitenedField.from_data(Interpolant("one-sided-linear"), "eta1", x1, rotate=False)
+    plain = WhitenedField.from_data(Interpolant("one-sided-linear"), "data_prediction", x1, rotate=False)
     assert plain.basis is None
     torch.testing.assert_close(plain.mean0, torch.zeros(2))
     torch.testing.assert_close(plain.variance0, torch.ones(2))
     assert (
-        WhitenedField.from_data(Interpolant(), "v", x1.double(), x0.double()).network.layers[0].weight.dtype
+        WhitenedField.from_data(Interpolant(), "path_velocity", x1.double(), x0.double())
+        .network.layers[0]
+        .weight.dtype
         == F64
     )
 
@@ -165,8 +167,8 @@ def test_bad_input_is_refused() -> None:
     it, x = Interpolant(), torch.randn(10, 2)
     with pytest.raises(errors.InvalidInputError, match="name"):
         WhitenedField.from_data(it, "speed", x)
-    with pytest.raises(errors.InvalidInputError, match="no denoiser"):
-        WhitenedField.from_data(Interpolant("linear", "zero"), "denoiser", x)
+    with pytest.raises(errors.InvalidInputError, match="no noise_prediction"):
+        WhitenedField.from_data(Interpolant("linear", "zero"), "noise_prediction", x)
     with pytest.raises(errors.ShapeError):
         WhitenedField.from_data(it, "velocity", x, torch.randn(10, 3))
     with pytest.raises(errors.ShapeError):

@@ -28,7 +28,7 @@ def truth(path: str, dim: int, seed: int = 0, isotropic: bool = False) -> Gaussi
 
 def fields_of(flow: GaussianMixtureInterpolant) -> tuple[str, ...]:
     it = flow.interpolant
-    names = ["velocity", "v", "eta1"]
+    names = ["velocity", "path_velocity", "data_prediction"]
     if it.has_latent or it.kind == "one-sided":
-        names += ["score", "denoiser"]
-    return (*names, "eta0") if it.kind != "mirror" else tuple(names)
+        names += ["score", "noise_prediction"]
+    return (*names, "start_prediction") if it.kind != "mirror" else tuple(names)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive, check_positive_int
+from stochdyn._checks import as_generator, check_positive_int, check_real
 from stochdyn.core.law.path import Estimate
-from stochdyn.errors import InvalidInputError
+from stochdyn.errors import InvalidInputError, UnavailableError
 from stochdyn.interpolants.paths.interpolant import Interpolant, check_pair
 from stochdyn.interpolants.sampling.noise_level import TabulatedEpsilon, as_epsilon
 
@@ -44,7 +44,9 @@ def kl_bound_from_losses(excess_velocity: float, excess_score: float, epsilon: f
     Reference:
         Albergo, Boffi and Vanden-Eijnden, "Stochastic interpolants", 2023, theorem 2.23, with corrected constants.
     """
-    check_positive(epsilon, "epsilon")
+    check_real(epsilon, "epsilon", above=0.0)
+    check_real(excess_velocity, "excess_velocity")
+    check_real(excess_score, "excess_score")
     if excess_velocity < 0 or excess_score < 0:
         raise InvalidInputError(
             "an excess loss isn't negative", got=f"{excess_velocity:g} and {excess_score:g}"
@@ -62,7 +64,13 @@ class _EmpiricalTruth:
             )
         self.it, self.x0, self.x1, self.clip = it, x0, x1, clip
 
-    def velocity_and_score(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def velocity(self, t: Tensor, x: Tensor) -> Tensor:
+        return self._both(t, x)[0]
+
+    def score(self, t: Tensor, x: Tensor) -> Tensor:
+        return self._both(t, x)[1]
+
+    def _both(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         it = self.it
         inner = t.clamp(self.clip, 1 - self.clip)
         if it.kind == "one-sided":
@@ -89,7 +97,7 @@ def field_errors(
     *,
     num_times: int = 40,
     margin: float = 1e-3,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Errors of velocity and score of a model along the path.
 
@@ -109,17 +117,15 @@ def field_errors(
     check_pair(x0, x1)
     check_positive_int(num_times, "num_times")
     it, clip = model.interpolant, model.fields.clip
+    source = as_generator(generator, x1.device)
     u = (torch.arange(num_times, dtype=x1.dtype, device=x1.device) + 0.5) / num_times
     times = margin + (1 - 2 * margin) * u
     exact: Any = _EmpiricalTruth(it, x0, x1, clip) if truth is None else truth
     db, ds = [], []
     with torch.no_grad():
         for t in times:
-            x = it.sample(t, x0, x1, generator=generator)
-            if hasattr(exact, "velocity_and_score"):
-                b, s = exact.velocity_and_score(t, x)
-            else:
-                b, s = exact.velocity(t, x), exact.score(t, x)
+            x = it.sample(t, x0, x1, generator=source)
+            b, s = exact.velocity(t, x), exact.score(t, x)
             db.append(model.velocity(t, x) - b)
             ds.append(model.score(t, x) - s)
     return times, torch.stack(db), torch.stack(ds)
@@ -134,7 +140,7 @@ def kl_bound(
     *,
     num_times: int = 40,
     margin: float = 0.01,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> Estimate:
     r"""Bound the divergence of the data from the law of the SDE sampler.
 
@@ -145,7 +151,9 @@ def kl_bound(
     then at least the true integral, since the least loss on a sample is below the least loss. In many dimensions,
     or with few points, it is far above it; it tends to it as the samples grow. Cost: ``num_times * n**2 * d``.
 
-    The integral runs from ``margin`` to ``1 - margin``; without ``truth`` that is where a sample can say anything.
+    The integral runs from ``margin`` to ``1 - margin``: the ends are left out of the bound, since a sample says nothing there, and
+    since for a noise prediction with an error the integrand grows like the inverse of the distance. It bounds the divergence
+    of a sampler that is exact there.
 
     Args:
         model: the generator.
@@ -164,7 +172,10 @@ def kl_bound(
         InvalidInputError: if epsilon vanishes.
         UnavailableError: if the networks give no score.
     """
-    model._need_score()
+    if not model.fields.has_score:
+        raise UnavailableError(
+            "these networks give no score, so no SDE", got=" and ".join(model.fields.names)
+        )
     level = as_epsilon(epsilon, model.interpolant)
     if level.vanishes:
         raise InvalidInputError("without noise errors of the fields bound no divergence", got="epsilon=0")
@@ -178,7 +189,7 @@ def kl_bound(
 
 def optimal_epsilon(
     model: InterpolantGenerator, truth: Any, x0: Tensor, x1: Tensor, *, num_times: int = 40, margin: float = 1e-3,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> TabulatedEpsilon:  # fmt: skip
     r"""Return the noise that minimises the path divergence of a model, :math:`\varepsilon^*(t)=\sqrt{E|\delta b|^2/E|\delta s|^2}`.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_ndim, check_nonempty, check_positive_int
+from stochdyn._checks import as_generator, check_event_size, check_ndim, check_nonempty, check_positive_int
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError
 from stochdyn.interpolants.fields.potential import Potential
@@ -29,9 +29,9 @@ def feynman_kac_log_density(
     x: Tensor,
     prior: Any,
     *,
-    steps: int = 100,
-    num_paths: int = 64,
-    generator: torch.Generator | None = None,
+    num_steps: int = 100,
+    num_particles: int = 64,
+    generator: torch.Generator | int | None = None,
 ) -> LogDensity:
     r"""Log density of the reverse SDE of a potential, at the start time, from paths of the *noising* process.
 
@@ -46,8 +46,8 @@ def feynman_kac_log_density(
         potential: the log density, up to a constant.
         x: ``(n, d)`` points at the start time.
         prior: law at the horizon.
-        steps: steps of the paths, equal in the log signal-to-noise ratio.
-        num_paths: paths a point.
+        num_steps: the number of steps of the paths, equal in the log signal-to-noise ratio.
+        num_particles: the number of paths per point.
         generator: source of randomness.
 
     Returns:
@@ -61,18 +61,18 @@ def feynman_kac_log_density(
         >>> from stochdyn.interpolants import OU
         >>> phi = PotentialNetwork(OU(), 1)
         >>> prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(1), 0.5**0.5), 1)
-        >>> feynman_kac_log_density(phi, torch.zeros(2, 1), prior, steps=4, num_paths=3).value.shape
+        >>> feynman_kac_log_density(phi, torch.zeros(2, 1), prior, num_steps=4, num_particles=3).value.shape
         torch.Size([2])
     """
     _check(potential.process, x)
-    check_positive_int(steps, "steps")
-    check_positive_int(num_paths, "num_paths", 2)
-    process = potential.process
-    times = process.grid(steps).flip(0).to(x.device)
+    check_positive_int(num_steps, "num_steps")
+    check_positive_int(num_particles, "num_particles", 2)
+    process, generator = potential.process, as_generator(generator, x.device)
+    times = process.grid(num_steps).flip(0).to(x.device)
     center = process.center(x)
     start = times[0].to(x.dtype)
-    y = (x - center).expand(num_paths, *x.shape)
-    total = x.new_zeros(num_paths, x.shape[0])
+    y = (x - center).expand(num_particles, *x.shape)
+    total = x.new_zeros(num_particles, x.shape[0])
     before = potential.score_and_residual(start, x).residuals[0].expand_as(total)
     for s, t in itertools.pairwise(times):
         ratio, variance = (v.to(x.dtype) for v in process.kernel(s, t))
@@ -85,7 +85,7 @@ def feynman_kac_log_density(
     total = total + prior.log_prob(end) - potential(times[-1].to(x.dtype), end)
     weights = (total - total.amax(0)).exp()
     mean = weights.mean(0)
-    stderr = weights.std(0) / (num_paths**0.5 * mean)
+    stderr = weights.std(0) / (num_particles**0.5 * mean)
     return LogDensity(potential(start, x) + total.amax(0) + mean.log(), stderr)
 
 
@@ -95,7 +95,7 @@ def evidence_bound(
     prior: Any,
     *,
     num_draws: int = 64,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> LogDensity:
     r"""Lower bound on the log density of the reverse SDE, free of simulation.
 
@@ -121,7 +121,7 @@ def evidence_bound(
     """
     _check(potential.process, x)
     check_positive_int(num_draws, "num_draws", 2)
-    process = potential.process
+    process, generator = potential.process, as_generator(generator, x.device)
     n, like = x.shape[0], {"dtype": x.dtype, "device": x.device}
     ends = torch.tensor([process.horizon, process.start], dtype=torch.float64)
     low, high = process.log_snr(ends).tolist()
@@ -159,9 +159,9 @@ def energy_identity(
     prior: Any,
     *,
     num_samples: int = 512,
-    steps: int = 200,
-    num_paths: int = 64,
-    generator: torch.Generator | None = None,
+    num_steps: int = 200,
+    num_particles: int = 64,
+    generator: torch.Generator | int | None = None,
 ) -> Energy:
     r"""Energy of the velocity that separates the reverse SDE from the probability-flow ODE.
 
@@ -177,19 +177,19 @@ def energy_identity(
         potential: the log density, up to a constant.
         prior: law at the horizon, with ``sample`` and ``log_prob``.
         num_samples: reverse paths.
-        steps: their steps; also those of the forward paths that give the density of their ends.
-        num_paths: forward paths an end.
+        num_steps: the number of their steps; also those of the forward paths that give the density of their ends.
+        num_particles: the number of forward paths per end.
         generator: source of randomness; draws from the prior come from torch's global one.
 
     Returns:
         The parts and the energy, with standard errors.
     """
     check_positive_int(num_samples, "num_samples", 2)
-    process = potential.process
+    process, generator = potential.process, as_generator(generator)
     with torch.no_grad():
         x = prior.sample((num_samples,))
         at_prior = prior.log_prob(x) - potential(process.horizon, x)
-        times = process.grid(steps).to(x.device)
+        times = process.grid(num_steps).to(x.device)
         total = x.new_zeros(num_samples)
         score, residual = _first(potential, times[0], x)
         for t, s in itertools.pairwise(times):
@@ -198,7 +198,7 @@ def energy_identity(
             total = total + 0.5 * (t - s).to(x.dtype) * (residual + after)
             residual = after
         log_q = feynman_kac_log_density(
-            potential, x, prior, steps=steps, num_paths=num_paths, generator=generator
+            potential, x, prior, num_steps=num_steps, num_particles=num_particles, generator=generator
         ).value
         at_start = log_q - potential(process.start, x)
     parts = (total, at_prior, at_start, total + at_prior - at_start)
@@ -240,6 +240,6 @@ def _check(process: AffineProcess, x: Tensor) -> None:
     check_ndim(x, 2, "x", "(n, d)")
     check_nonempty(x, "x")
     if process.mean.ndim:
-        check_event_size(x, process.mean.shape[0], "x")
+        check_event_size(x, process.mean.shape[-1], "x")
     if not x.is_floating_point():
         raise InvalidInputError("x must be floating", got=x.dtype)

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_finite, check_ndim, check_nonempty, check_positive_int
+from stochdyn._checks import (
+    as_generator,
+    check_bool,
+    check_event_size,
+    check_finite,
+    check_ndim,
+    check_nonempty,
+    check_positive_int,
+    check_type,
+)
 from stochdyn.diagnostics.metrics import emd
 from stochdyn.errors import InvalidInputError
 from stochdyn.interpolants.sampling.reverse import ReverseDiffusion
@@ -34,23 +43,23 @@ class Gap(NamedTuple):
 
 def ode_sde_gap(
     rev: ReverseDiffusion,
-    n: int = 2000,
+    num_samples: int = 2000,
     *,
-    steps: int = 200,
+    num_steps: int = 200,
     details: bool = False,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     **sampling: Any,
 ) -> float | Gap:
     r"""Wasserstein distance between the laws of the probability-flow ODE and of the reverse SDE.
 
     .. math:: W_2(o, q),\qquad o=\text{law of the ODE},\quad q=\text{law of the SDE}
 
-    from ``n`` points of each, by exact optimal transport (cubic in ``n`` beyond one dimension, so a few thousand).
+    from ``num_samples`` points of each, by exact optimal transport (cubic in their number beyond one dimension, so a few thousand).
 
     Args:
         rev: the generative model.
-        n: points of each law.
-        steps: of the integrators.
+        num_samples: the number of points of each law.
+        num_steps: the number of steps of the integrators.
         details: also sample each law a second time, and return the floor.
         generator: source of randomness.
         sampling: further options of :meth:`ReverseDiffusion.sample`.
@@ -63,16 +72,19 @@ def ode_sde_gap(
 
     Example:
         >>> from stochdyn.interpolants import OU
-        >>> ode_sde_gap(ReverseDiffusion(OU(), lambda t, x: -2 * x, 1), 500, steps=20) < 0.2
+        >>> ode_sde_gap(ReverseDiffusion(OU(), lambda t, x: -2 * x, 1), 500, num_steps=20) < 0.2
         True
 
     Reference:
         Deveney et al., "Closing the ODE-SDE gap in score-based diffusion models through the Fokker-Planck equation", 2025.
     """
-    check_positive_int(n, "n", 2)
+    check_positive_int(num_samples, "num_samples", 2)
+    check_type(rev, ReverseDiffusion, "rev")
+    check_bool(details, "details")
+    source = as_generator(generator)
 
     def draw(method: Any) -> Tensor:
-        return rev.sample(n, method, steps, generator=generator, **sampling)
+        return rev.sample(num_samples, method, num_steps, generator=source, **sampling)
 
     ode, sde = draw("ode"), draw("sde")
     distance = emd(ode, sde)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_positive_int
+from stochdyn._checks import as_generator, check_bool, check_choice, check_positive_int
 from stochdyn.core.forward.divergences import divergence_probes, sample_probes, value_and_divergence
 from stochdyn.errors import InvalidInputError
-from stochdyn.interpolants.sampling.samplers import Noise, _steps_of, step_noise
+from stochdyn.interpolants.sampling.methods import FlowMethod
+from stochdyn.interpolants.sampling.samplers import Noise, _steps_of, integrate_ode, step_noise
 
 __all__ = ["PathWeights", "feynman_kac_log_prob", "flow_log_prob", "flow_with_log_density"]
 
@@ -24,13 +25,12 @@ def flow_with_log_density(
     velocity: Field,
     x: Tensor,
     ts: Tensor,
-    method: str = "rk4",
+    method: str | FlowMethod = "rk4",
     *,
     exact: bool = True,
     num_probes: int = 1,
-    generator: torch.Generator | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    inside: tuple[bool, bool] = (False, False),
+    generator: torch.Generator | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Carry points along a flow together with the change of their log density, in one pass.
 
@@ -40,13 +40,12 @@ def flow_with_log_density(
         velocity: ``b(t, x) -> (n, d)``, called with a time of no axes.
         x: ``(n, d)`` points at ``ts[0]``.
         ts: ``(T,)`` times, either way.
-        method: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"``, or an adaptive method of torchdiffeq.
-        exact: the exact divergence, by ``d`` reverse passes; else Hutchinson's estimate with probes that stay the same
-            along the path, which is unbiased for the log density.
-        num_probes: probes a point.
-        generator: source of randomness.
-        rtol: of adaptive methods.
-        atol: of adaptive methods.
+        method: see :func:`integrate_ode`.
+        exact: whether to take the exact divergence, by ``d`` reverse passes; else Hutchinson's estimate with probes that stay the
+            same along the path, which is unbiased for the log density.
+        num_probes: the number of probes per point.
+        inside: see :func:`integrate_ode`.
+        generator: the source of randomness of the probes.
 
     Returns:
         Points at ``ts[-1]`` and the change of the log density ``(n,)`` on the way; differentiable unless gradients are off.
@@ -64,28 +63,16 @@ def flow_with_log_density(
         Chen, Rubanova, Bettencourt and Duvenaud, "Neural ordinary differential equations", 2018, theorem 1; Grathwohl et
         al., "FFJORD", 2019.
     """
-    from stochdyn.interpolants.sampling.samplers import ADAPTIVE, ODE_METHODS, _ode_step
-
-    check_choice(method, (*ODE_METHODS, *ADAPTIVE), "method")
-    times, dts = _steps_of(ts, x)
-    probes = None if exact else sample_probes(x, num_probes, generator=generator)
+    check_bool(exact, "exact")
+    check_positive_int(num_probes, "num_probes")
+    probes = None if exact else sample_probes(x, num_probes, generator=as_generator(generator, x.device))
 
     def joint(t: Tensor, state: Tensor) -> Tensor:
         value, divergence = _with_divergence(velocity, t, state[..., :-1], probes)
         return torch.cat([value, -divergence.unsqueeze(-1)], -1)
 
     state = torch.cat([x, torch.zeros_like(x[..., :1])], -1)
-    if method in ADAPTIVE:
-        from torchdiffeq import odeint
-
-        stops = ts.to(x)
-        state = odeint(joint, state, stops, method=method, rtol=rtol, atol=atol, options={"step_t": stops})[
-            -1
-        ]
-    else:
-        step = _ode_step(joint, times, dts, method)
-        for n in range(len(dts)):
-            state = step(n, state)
+    state = integrate_ode(joint, state, ts, method, inside=inside)
     return state[..., :-1], state[..., -1]
 
 
@@ -101,7 +88,12 @@ def _with_divergence(field: Field, t: Tensor, x: Tensor, probes: Tensor | None) 
 
 
 def flow_log_prob(
-    velocity: Field, log_start: LogDensity, x: Tensor, ts: Tensor, method: str = "rk4", **options: object
+    velocity: Field,
+    log_start: LogDensity,
+    x: Tensor,
+    ts: Tensor,
+    method: str | FlowMethod = "rk4",
+    **options: object,
 ) -> Tensor:
     r"""Log density of the law that a flow carries from ``ts[0]`` to ``ts[-1]``.
 
@@ -118,6 +110,9 @@ def flow_log_prob(
     Returns:
         ``(n,)``.
     """
+    # on the way back the ends change places
+    if "inside" in options:
+        options["inside"] = tuple(reversed(options["inside"]))  # type: ignore[call-overload]
     start, change = flow_with_log_density(velocity, x, ts.flip(0), method, **options)  # type: ignore[arg-type]
     # the way back subtracts what the way there adds
     return log_start(start) - change
@@ -165,9 +160,9 @@ def feynman_kac_log_prob(
     ts: Tensor,
     *,
     score: Field | None = None,
-    num_paths: int = 64,
+    num_particles: int = 64,
     method: str = "feynman-kac",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> PathWeights:
     r"""Log density of the law of a diffusion at its last time, from weighted paths that run backwards.
 
@@ -181,12 +176,12 @@ def feynman_kac_log_prob(
 
     Args:
         forward_drift: ``f(t, x) -> (n, d)``.
-        noise: ``g``: a number, one a step, or a function of times.
+        noise: ``g``: a number, one per step, or a function of times.
         log_start: log density at ``ts[0]``.
         x: ``(n, d)`` points at ``ts[-1]``.
         ts: ``(T,)`` increasing times.
         score: ``s(t, x)``, the score of the marginals or an approximation.
-        num_paths: ``K``, paths a point.
+        num_particles: ``K``, the number of paths per point.
         method: ``"feynman-kac"`` takes the integrals above along Euler steps, with an error of the order of the step;
             ``"transition"`` weighs with the ratio of the transition densities of Euler-Maruyama, which needs no divergence and is
             unbiased for the density of that scheme on this grid, at any step.
@@ -203,7 +198,7 @@ def feynman_kac_log_prob(
         >>> normal = torch.distributions.Normal(0.0, 1.0)
         >>> weights = feynman_kac_log_prob(
         ...     lambda t, x: -x, 2**0.5, lambda x: normal.log_prob(x).sum(-1), torch.zeros(1, 1),
-        ...     torch.linspace(0, 1, 21), score=lambda t, x: -x, num_paths=200)
+        ...     torch.linspace(0, 1, 21), score=lambda t, x: -x, num_particles=200)
         >>> abs(float(weights.log_prob) + 0.919) < 0.1
         True
 
@@ -211,7 +206,7 @@ def feynman_kac_log_prob(
         Albergo, Boffi and Vanden-Eijnden, "Stochastic interpolants", 2023, section 2.5 (the unweighted identity).
     """
     check_choice(method, ("feynman-kac", "transition"), "method")
-    check_positive_int(num_paths, "num_paths")
+    check_positive_int(num_particles, "num_particles")
     times, dts = _steps_of(ts, x)
     if dts[0] < 0:
         raise InvalidInputError(
@@ -220,14 +215,15 @@ def feynman_kac_log_prob(
     spread = step_noise(noise, ts, dts)
     if min(spread) <= 0:
         raise InvalidInputError("the noise must not vanish inside a step", hint="use the density of the flow")
-    y = x.expand(num_paths, *x.shape).reshape(-1, x.shape[-1])
+    y = x.expand(num_particles, *x.shape).reshape(-1, x.shape[-1])
     log_weight = torch.zeros_like(y[:, 0])
+    source = as_generator(generator, x.device)
     step = _feynman_kac_step if method == "feynman-kac" else _transition_step
     for n in reversed(range(len(dts))):
-        xi = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+        xi = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=source)
         y, gain = step(forward_drift, score, times[n], times[n + 1], dts[n], spread[n], y, xi)
         log_weight = log_weight + gain
-    return PathWeights((log_weight + log_start(y)).reshape(num_paths, -1))
+    return PathWeights((log_weight + log_start(y)).reshape(num_particles, -1))
 
 
 def _feynman_kac_step(

@@ -1,9 +1,13 @@
 from .conversions import check_known as check_known
 from .conversions import conversion as conversion
 from .conversions import convert as convert
+from .conversions import determines as determines
+from .conversions import regular_at as regular_at
 from .drift import ForwardDrift as ForwardDrift
+from .learned import LearnedScore as LearnedScore
 from .networks import FieldNetwork as FieldNetwork
 from .networks import Fields as Fields
+from .networks import NetworkAdapter as NetworkAdapter
 from .potential import FunctionPotential as FunctionPotential
 from .potential import Potential as Potential
 from .potential import PotentialNetwork as PotentialNetwork

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stochdyn.interpolants.fields.networks import Fields
-from stochdyn.interpolants.sampling.noise_level import Epsilon
 
 __all__ = ["ForwardDrift"]
 
@@ -18,13 +18,17 @@ class ForwardDrift(nn.Module):
 
     Args:
         fields: the networks.
-        epsilon: strength of the noise.
-        condition: passed on to the networks.
-        guidance: strength of classifier-free guidance.
+        epsilon: the strength of the noise, a number or a function of time.
+        condition: what is passed on to the networks.
+        guidance: the strength of classifier-free guidance.
     """
 
     def __init__(
-        self, fields: Fields, epsilon: Epsilon, condition: Any = None, guidance: float = 1.0
+        self,
+        fields: Fields,
+        epsilon: float | Callable[[Tensor], Tensor],
+        condition: Any = None,
+        guidance: float = 1.0,
     ) -> None:
         super().__init__()
         self.fields, self.epsilon, self.condition, self.guidance = fields, epsilon, condition, guidance
@@ -32,7 +36,8 @@ class ForwardDrift(nn.Module):
     def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the drift ``(..., d)``."""
         time = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-        if self.epsilon.vanishes:
+        strength = self.epsilon(time) if callable(self.epsilon) else self.epsilon
+        if isinstance(strength, float) and strength == 0.0:
             return self.fields("velocity", time, x, self.condition, self.guidance)
-        weights = {"velocity": 1.0, "score": self.epsilon(time)}
+        weights = {"velocity": 1.0, "score": strength}
         return self.fields.combine(weights, time, x, self.condition, self.guidance)

@@ -1,23 +1,46 @@
-"""Networks as fields of an interpolant: any of velocity, score, denoiser and end means, whatever was learnt."""
+"""Networks as fields of an interpolant: any of velocity, score, noise and end means, whatever was learnt."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_event_size
+from stochdyn._checks import (
+    check_bool,
+    check_callable,
+    check_choice,
+    check_event_size,
+    check_positive_int,
+    check_real,
+    check_type,
+)
 from stochdyn.core.forward.flow import as_time
-from stochdyn.errors import InvalidInputError, ShapeError
-from stochdyn.interpolants.fields.conversions import check_known, conversion
+from stochdyn.errors import DtypeMismatchError, InvalidInputError, ShapeError
+from stochdyn.interpolants.fields.buffers import FlexibleBuffers
+from stochdyn.interpolants.fields.conversions import check_known, conversion, determines, regular_at
 from stochdyn.interpolants.paths.interpolant import Interpolant
 
-__all__ = ["FieldNetwork", "Fields"]
+__all__ = ["FieldNetwork", "Fields", "NetworkAdapter", "evaluating"]
 
 Network = Callable[..., Tensor]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode (dropout and the like switched off), and back as it was."""
+    changed = [m for m in module.modules() if m.training]
+    for m in changed:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in changed:
+            m.training = True
 
 
 class FieldNetwork(nn.Module):
@@ -50,6 +73,19 @@ class FieldNetwork(nn.Module):
         out_dim: int | None = None,
     ) -> None:
         super().__init__()
+        for name, size, least in (
+            ("dim", dim, 1), ("width", width, 1), ("depth", depth, 1), ("condition_dim", condition_dim, 0), ("num_classes", num_classes, 0),
+        ):  # fmt: skip
+            check_positive_int(size, name, least)
+        if out_dim is not None:
+            check_positive_int(out_dim, "out_dim")
+        check_callable(activation, "activation", "a class of modules, such as torch.nn.SiLU")
+        if condition_dim and num_classes:
+            raise InvalidInputError(
+                "a condition is a label or a context vector, not both",
+                got=f"condition_dim={condition_dim}, num_classes={num_classes}",
+                hint="embed the label yourself and pass one context vector",
+            )
         self.dim, self.condition_dim, self.num_classes = dim, condition_dim, num_classes
         extra = condition_dim
         if num_classes:
@@ -63,8 +99,15 @@ class FieldNetwork(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, t: Tensor, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return ``(..., dim)`` for ``t (..., 1)``, ``x (..., dim)`` and a context ``(..., c)`` or labels ``(...)``."""
+        """Return ``(..., dim)`` for ``t (..., 1)``, ``x (..., dim)`` and a context ``(..., c)`` or labels ``(...)``.
+
+        Raises:
+            InvalidInputError: for a condition that the network has no input for, or labels that aren't whole numbers.
+            ShapeError: if the context has another size.
+        """
         parts = [t, x]
+        if condition is not None:
+            self._check_condition(condition)
         if self.num_classes:
             if condition is None:
                 condition = torch.full(x.shape[:-1], self.num_classes, dtype=torch.long, device=x.device)
@@ -72,18 +115,96 @@ class FieldNetwork(nn.Module):
         elif self.condition_dim:
             if condition is None:
                 condition = x.new_zeros(self.condition_dim)
-            parts.append(condition.expand(*x.shape[:-1], self.condition_dim))
+            parts.append(condition.to(x.dtype).expand(*x.shape[:-1], self.condition_dim))
         return self.layers(torch.cat(parts, -1))
 
+    def _check_condition(self, condition: Any) -> None:
+        check_type(condition, Tensor, "condition")
+        if not self.num_classes and not self.condition_dim:
+            raise InvalidInputError(
+                "the network has no input for a condition",
+                got=f"a condition of shape {tuple(condition.shape)}",
+                hint="build it with num_classes=... for labels, or condition_dim=... for context vectors",
+            )
+        if self.num_classes:
+            if condition.is_floating_point():
+                raise InvalidInputError(
+                    "labels must be whole numbers", got=condition.dtype, hint="use labels.long()"
+                )
+        elif condition.ndim == 0 or condition.shape[-1] != self.condition_dim:
+            raise ShapeError(
+                "the context has the wrong size",
+                got=tuple(condition.shape),
+                expected=f"(..., {self.condition_dim})",
+            )
 
-class Fields(nn.Module):
+
+class NetworkAdapter(nn.Module):
+    """A network of your own, with its own order of arguments and form of time, as a field.
+
+    The library calls fields as ``net(t, x)`` or ``net(t, x, condition)``, with ``t (n, 1)`` in [0, 1] and ``x (n, *event)``. Wrap a
+    network that expects something else, such as a U-Net called as ``net(x, timesteps, labels)``.
+
+    Args:
+        network: a callable or a module.
+        time_first: whether the network is called as ``net(t, x)``; otherwise as ``net(x, t)``.
+        time: ``"column"`` passes times as ``(n, 1)``, ``"flat"`` as ``(n,)``, ``"event"`` as ``(n, 1, ..., 1)`` beside the event.
+        time_scale: a factor on the times, such as 1000 for networks made for a thousand integer steps.
+        condition: the name of the keyword that takes the condition; None passes it as the third argument.
+
+    Raises:
+        InvalidInputError: if the network isn't callable, or for an unknown form of time.
+
+    Example:
+        >>> net = NetworkAdapter(lambda x, t: x * t[:, None], time_first=False, time="flat")
+        >>> net(torch.full((2, 1), 0.5), torch.ones(2, 3)).sum()
+        tensor(3.)
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        *,
+        time_first: bool = True,
+        time: str = "column",
+        time_scale: float = 1.0,
+        condition: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_callable(network, "network", "a network, net(t, x) or net(x, t)")
+        check_bool(time_first, "time_first")
+        check_choice(time, ("column", "flat", "event"), "time")
+        check_real(time_scale, "time_scale", above=0.0)
+        if condition is not None:
+            check_type(condition, str, "condition")
+        self.network, self.time_first, self.time = network, time_first, time
+        self.time_scale, self.condition = float(time_scale), condition
+
+    def forward(self, t: Tensor, x: Tensor, condition: Any = None) -> Tensor:
+        """Return the field ``(n, *event)`` for ``t (n, 1)`` and ``x (n, *event)``."""
+        time = t * self.time_scale
+        if self.time == "flat":
+            time = time.squeeze(-1)
+        elif self.time == "event":
+            time = time.reshape(-1, *[1] * (x.ndim - 1))
+        arguments = [time, x] if self.time_first else [x, time]
+        if condition is None:
+            return self.network(*arguments)
+        if self.condition is None:
+            return self.network(*arguments, condition)
+        return self.network(*arguments, **{self.condition: condition})
+
+
+class Fields(FlexibleBuffers):
     r"""Fields of an interpolant, evaluated from one or two networks.
+
+    Events of any shape are vectors to everything but the networks, which see them in their own shape.
 
     Args:
         interpolant: the path.
-        networks: by name (``"velocity"``, ``"v"``, ``"score"``, ``"denoiser"``, ``"eta0"``, ``"eta1"``); called as
-            ``net(t, x)`` with ``t (..., 1)``, or ``net(t, x, condition)`` where there is one.
-        clip: distance from the ends of [0, 1] at which coefficients that grow without bound are held.
+        networks: by name (``"velocity"``, ``"path_velocity"``, ``"score"``, ``"noise_prediction"``, ``"start_prediction"``,
+            ``"data_prediction"``); called as ``net(t, x)`` with ``t (..., 1)``, or ``net(t, x, condition)`` where there is one.
+        clip: the distance from the ends of [0, 1] to which times are moved at which a converted field is known as a limit only.
         null_condition: what stands for no condition, in classifier-free guidance.
         independent: whether the two ends are independent. If they aren't, the noise of a one-sided path isn't either, and its
             mean gives no score.
@@ -91,6 +212,10 @@ class Fields(nn.Module):
     Raises:
         InvalidInputError: if there are no networks, or they don't belong to the path.
     """
+
+    flexible = ("event_sizes", "null_condition")
+    event_sizes: Tensor
+    null_condition: Tensor | None
 
     def __init__(
         self,
@@ -109,44 +234,71 @@ class Fields(nn.Module):
                 hint="give the path a latent, such as path='linear' with gamma='brownian'",
             )
         for name, net in networks.items():
-            if not callable(net):
-                raise InvalidInputError(
-                    f"{name} must be callable", got=type(net).__name__, expected="net(t, x)"
-                )
-        if not 0 < clip < 0.5:
-            raise InvalidInputError("clip must lie between 0 and 0.5", got=clip)
+            check_callable(net, name, "a network, net(t, x)")
+        check_real(clip, "clip", above=0.0, below=0.5)
         self.interpolant, self.clip = interpolant, clip
         self.networks = nn.ModuleDict({n: f for n, f in networks.items() if isinstance(f, nn.Module)})
         self._functions = {n: f for n, f in networks.items() if not isinstance(f, nn.Module)}
         self.names = tuple(networks)
-        self.null_condition: Tensor | None
-        self.register_buffer("null_condition", null_condition, persistent=False)
+        self.hold("null_condition", None if null_condition is None else torch.as_tensor(null_condition))
+        self.hold("event_sizes", torch.zeros(0, dtype=torch.long))
+        self._event_shape: tuple[int, ...] | None = None
+
+    @property
+    def event_shape(self) -> tuple[int, ...] | None:
+        """The shape of an event, or None as long as no batch was seen."""
+        if self._event_shape is None and self.event_sizes.numel():
+            self._event_shape = tuple(self.event_sizes.tolist())
+        return self._event_shape
+
+    def observe_shape(self, event_shape: tuple[int, ...]) -> None:
+        """Note the shape of events.
+
+        Raises:
+            ShapeError: if events of another shape were seen before.
+        """
+        if self.event_shape is None:
+            self.event_sizes = torch.tensor(event_shape, dtype=torch.long, device=self.event_sizes.device)
+            self._event_shape = None
+        elif self.event_shape != tuple(event_shape):
+            raise ShapeError(
+                "the data have events of another shape than before",
+                got=tuple(event_shape),
+                expected=self.event_shape,
+            )
+
+    def buffers_changed(self) -> None:
+        """Forget what was derived from buffers."""
+        self._event_shape = None
 
     @property
     def has_score(self) -> bool:
         """Whether the networks determine a score."""
-        it = self.interpolant
-        if self._scoreless or (not it.has_latent and it.kind != "one-sided"):
-            return False
-        needed = 1 if it.kind in ("one-sided", "mirror") else 2
-        return len(self.names) >= needed or bool({"score", "denoiser"} & set(self.names))
+        return not self._scoreless and determines(self.interpolant, self.names, "score")
 
-    @property
-    def singular_start(self) -> bool:
-        """Whether the velocity is known at time 0 only as a limit: one-sided paths on which only the noise is learnt."""
-        return self.interpolant.kind == "one-sided" and self.names[0] in ("denoiser", "score", "eta0")
+    def regular_at(self, target: str, end: int) -> bool:
+        """Return whether a field can be evaluated at time 0 or 1 itself, and not only near it."""
+        return regular_at(self.interpolant, self.names, target, end)
 
     def call(self, name: str, t: Tensor, x: Tensor, condition: Any = None) -> Tensor:
         """Evaluate a network at ``t (..., 1)``."""
         net = self.networks[name] if name in self.networks else self._functions[name]
-        value: Tensor = net(t, x) if condition is None else net(t, x, condition)
-        if value.shape != x.shape:
+        event = self.event_shape
+        shaped = event is not None and len(event) != 1
+        seen = x.reshape(-1, *event) if shaped else x  # type: ignore[misc]
+        time = t.reshape(-1, 1) if shaped else t
+        try:
+            value: Tensor = net(time, seen) if condition is None else net(time, seen, condition)
+        except RuntimeError as error:
+            _explain_precision(net, x, name, error)
+            raise
+        if not isinstance(value, Tensor) or value.shape != seen.shape:
             raise ShapeError(
-                f"the network of the {name} has the wrong shape",
-                got=tuple(value.shape),
-                expected=tuple(x.shape),
+                f"the network of the {name} returns the wrong shape",
+                got=tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__,
+                expected=tuple(seen.shape),
             )
-        return value
+        return value.reshape(x.shape) if shaped else value
 
     def guided(self, name: str, t: Tensor, x: Tensor, condition: Any, guidance: float) -> Tensor:
         """Evaluate a network with classifier-free guidance."""
@@ -185,11 +337,11 @@ class Fields(nn.Module):
             condition: passed on to the networks.
             guidance: strength of classifier-free guidance: 1 for none, 0 for the unconditional model.
         """
-        time = as_time(t, x).to(x.dtype)
+        time = self._moved(targets, as_time(t, x).to(x.dtype))
         at_points: Tensor | None = None
         at_fields: list[Tensor | None] = [None] * len(self.names)
         for name, weight in targets.items():
-            own, factors = conversion(self.interpolant, self.names, name, time, self.clip)
+            own, factors = conversion(self.interpolant, self.names, name, time)
             at_points = _add(at_points, own, weight)
             at_fields = [_add(a, b, weight) for a, b in zip(at_fields, factors, strict=True)]
         each = time.expand(*x.shape[:-1], 1)
@@ -201,6 +353,13 @@ class Fields(nn.Module):
             total = factor * value if total is None else torch.addcmul(total, factor.expand_as(value), value)
         assert total is not None
         return total
+
+    def _moved(self, targets: Mapping[str, Any], t: Tensor) -> Tensor:
+        """Move times off an end where a field is known as a limit only: the network and its factors see the same time."""
+        regular = [all(self.regular_at(name, end) for name in targets) for end in (0, 1)]
+        if all(regular):
+            return t
+        return t.clamp(0.0 if regular[0] else self.clip, 1.0 if regular[1] else 1 - self.clip)
 
     def forward(
         self, name: str, t: Tensor | float, x: Tensor, condition: Any = None, guidance: float = 1.0
@@ -214,6 +373,21 @@ class Fields(nn.Module):
             time = as_time(t, x).to(x.dtype).expand(*x.shape[:-1], 1)
             return self.guided(name, time, x, condition, guidance)
         return self.combine({name: 1.0}, t, x, condition, guidance)
+
+
+def _explain_precision(net: Network, x: Tensor, name: str, error: RuntimeError) -> None:
+    """Raise a typed error where a network failed because its precision isn't that of the points."""
+    own = (
+        next((p for p in net.parameters() if p.is_floating_point()), None)
+        if isinstance(net, nn.Module)
+        else None
+    )
+    if own is not None and own.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise DtypeMismatchError(
+            f"the network of the {name} and the points have different precisions",
+            got=f"{own.dtype} and {x.dtype}",
+            hint="convert the data with .to(dtype), or the network",
+        ) from error
 
 
 def _add(total: Tensor | None, value: Tensor | None, weight: Tensor | float) -> Tensor | None:

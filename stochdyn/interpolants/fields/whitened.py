@@ -37,13 +37,14 @@ class WhitenedField(nn.Module):
     :math:`\tau` of the widths :math:`\sqrt{\alpha^2\bar v_0+\gamma^2}` and :math:`\sqrt{\beta^2\bar v_1+\gamma^2}` of what is
     left of either end's blur: near time 1 a density with sharp features changes on the scale of the first.
 
-    The gain :math:`G_f` has the size of the field: :math:`1/\gamma` for the score, 1 for the denoiser,
+    The gain :math:`G_f` has the size of the field: :math:`1/\gamma` for the score, 1 for the noise_prediction,
     :math:`\sqrt{\dot\alpha^2v_0+\dot\beta^2v_1}` for v. A velocity is learnt as :math:`b=v+\dot\gamma\,\eta_z` with two
     outputs of the one network, since its two parts are of different size where :math:`\dot\gamma` is large.
 
     Args:
         interpolant: the path.
-        name: which field: one of ``"velocity"``, ``"v"``, ``"score"``, ``"denoiser"``, ``"eta0"``, ``"eta1"``.
+        name: which field: ``"velocity"``, ``"path_velocity"``, ``"score"``, ``"noise_prediction"``, ``"start_prediction"`` or
+            ``"data_prediction"``.
         mean0: ``(d,)`` of the first end, in the basis; likewise the others.
         variance0: ``(d,)``.
         mean1: ``(d,)``.
@@ -260,11 +261,11 @@ class WhitenedField(nn.Module):
     ) -> Tensor:
         """Return the Gaussian's field plus the network's, in the basis."""
         it, (a, b, da, db), (drift, spread, smooth) = self.interpolant, path, rates
-        if self.name == "eta1":
+        if self.name == "data_prediction":
             return self.mean1 + b * self.variance1 * scale * y + self.variance1.sqrt() * net
-        if self.name == "eta0" or (self.name == "denoiser" and it.kind == "one-sided"):
+        if self.name == "start_prediction" or (self.name == "noise_prediction" and it.kind == "one-sided"):
             return self.mean0 + a * self.variance0 * scale * y + self.variance0.sqrt() * net
-        if self.name in ("velocity", "v"):
+        if self.name in ("velocity", "path_velocity"):
             pace = (da.square() * self.variance0 + db.square() * self.variance1).sqrt()
             plain = drift + (spread if self.name == "velocity" else smooth) * scale * y
             if not self.two_parts:
@@ -272,7 +273,7 @@ class WhitenedField(nn.Module):
             even, blurred = net.chunk(2, -1)
             return plain + pace * even + it.gamma.derivative(t) * blurred
         noise = it.noise.value(t)
-        if self.name == "denoiser":
+        if self.name == "noise_prediction":
             return noise * scale * y + net
         return -scale * y - net / noise
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import (
+    check_bool,
     check_choice,
     check_event_size,
     check_ndim,
     check_nonempty,
-    check_positive,
+    check_real,
     check_same_device,
     check_same_dtype,
     values_are_checked,
@@ -59,7 +60,7 @@ GAMMAS: dict[str, type[Schedule]] = {
     "sigmoid": SigmoidLatent,
 }
 #: Conditional means that a network can learn.
-TARGETS = ("velocity", "v", "score", "denoiser", "eta0", "eta1")
+TARGETS = ("velocity", "path_velocity", "score", "noise_prediction", "start_prediction", "data_prediction")
 
 
 class Interpolant(nn.Module):
@@ -108,7 +109,8 @@ class Interpolant(nn.Module):
         one_sided: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(scale, "scale")
+        check_real(scale, "scale", above=0.0)
+        check_bool(one_sided, "one_sided")
         self.scale = float(scale)
         if isinstance(path, str):
             check_choice(path, tuple(PATHS), "path")
@@ -133,6 +135,8 @@ class Interpolant(nn.Module):
         self.straight = (
             isinstance(self.alpha, Remaining) and isinstance(self.beta, Linear) and correction is None
         )
+        # what fields determine which others, and where: found once, and kept here
+        self.facts: dict[object, tuple[bool, bool, bool]] = {}
         self._check_ends()
 
     def _check_ends(self) -> None:
@@ -235,21 +239,21 @@ class Interpolant(nn.Module):
     def target(self, name: str, t: Tensor | float, x0: Tensor, x1: Tensor, z: Tensor | None) -> Tensor:
         r"""Return the random variable whose mean given :math:`x_t` is the field ``name``, ``(..., d)``.
 
-        ``"velocity"``: :math:`\dot x_t`; ``"v"``: :math:`\partial_tI`; ``"score"``: :math:`-z/\gamma`;
-        ``"denoiser"``: z; ``"eta0"``: :math:`x_0`; ``"eta1"``: :math:`x_1`. On one-sided paths :math:`x_0` is z.
+        ``"velocity"``: :math:`\dot x_t`; ``"path_velocity"``: :math:`\partial_tI`; ``"score"``: :math:`-z/\gamma`;
+        ``"noise_prediction"``: z; ``"start_prediction"``: :math:`x_0`; ``"data_prediction"``: :math:`x_1`. On one-sided paths :math:`x_0` is z.
 
         Raises:
             InvalidInputError: if the name is unknown, or the path has no such field.
         """
         check_choice(name, TARGETS, "name")
         time = as_time(t, x1)
-        if name == "eta1":
+        if name == "data_prediction":
             return x1
-        if name == "eta0":
+        if name == "start_prediction":
             return x0
-        if name in ("velocity", "v"):
+        if name in ("velocity", "path_velocity"):
             slope = self.mean_derivative(time, x0, x1)
-            if name == "v" or not self.has_latent:
+            if name == "path_velocity" or not self.has_latent:
                 return slope
             assert z is not None
             return slope + self.gamma.derivative(time) * z
@@ -259,7 +263,7 @@ class Interpolant(nn.Module):
                 f"this path has no {name}", got="gamma = 0", hint="give it a latent, or use a one-sided path"
             )
         assert latent is not None
-        return latent if name == "denoiser" else -latent / self.noise.value(time)
+        return latent if name == "noise_prediction" else -latent / self.noise.value(time)
 
     def optimal_epsilon(self, t: Tensor | float) -> Tensor:
         r"""Return the noise that minimises the path divergence of a model with one network.

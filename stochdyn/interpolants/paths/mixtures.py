@@ -18,7 +18,7 @@ __all__ = ["GaussianMixtureInterpolant"]
 
 
 class GaussianMixtureInterpolant(MarginalFlow):
-    r"""Law, velocity, score and denoisers of an interpolant between independent Gaussian mixtures.
+    r"""Law, velocity, score and noise predictions of an interpolant between independent Gaussian mixtures.
 
     With :math:`m_{ij}=\alpha m^0_i+\beta m^1_j`, :math:`C_{ij}=\alpha^2C^0_i+\beta^2C^1_j+\gamma^2I` and
     :math:`y_{ij}=C_{ij}^{-1}(x-m_{ij})`,
@@ -152,11 +152,11 @@ class GaussianMixtureInterpolant(MarginalFlow):
         pairs = self._solve(t, x)
         return pairs.velocity(), -pairs.latent()
 
-    def v(self, t: Tensor | float, x: Tensor) -> Tensor:
+    def path_velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return :math:`v(t,x)=E[\partial_tI\mid x_t=x]`, ``(..., d)``; :math:`b=v-\gamma\dot\gamma s`."""
         return self._solve(t, x).velocity(latent=False)
 
-    def denoiser(self, t: Tensor | float, x: Tensor) -> Tensor:
+    def noise_prediction(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return :math:`\eta_z(t,x)=E[z\mid x_t=x]`, ``(..., d)``; on one-sided paths z is :math:`x_0`.
 
         Raises:
@@ -168,11 +168,11 @@ class GaussianMixtureInterpolant(MarginalFlow):
         time = as_time(t, x)
         return it.noise.value(time.to(x.dtype)) * self._solve(t, x).latent()
 
-    def eta0(self, t: Tensor | float, x: Tensor) -> Tensor:
+    def start_prediction(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return :math:`\eta_0(t,x)=E[x_0\mid x_t=x]`, ``(..., d)``."""
         return self._solve(t, x).end(0)
 
-    def eta1(self, t: Tensor | float, x: Tensor) -> Tensor:
+    def data_prediction(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return :math:`\eta_1(t,x)=E[x_1\mid x_t=x]`, ``(..., d)``."""
         return self._solve(t, x).end(1)
 

@@ -38,8 +38,7 @@ class NoisedMixture(MarginalFlow):
         SingularDiffusionError: if a covariance has a negative eigenvalue.
 
     Example:
-        >>> from stochdyn.interpolants.paths import mixture_parts
-    from stochdyn.interpolants.paths.processes import OU
+        >>> from stochdyn.interpolants import OU
         >>> truth = NoisedMixture(OU(), torch.ones(2), torch.tensor([[-1.0], [1.0]]), torch.full((2,), 0.1))
         >>> truth.score(0.5, torch.zeros(1, 1))
         tensor([[0.]])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_finite, check_inside, check_ndim, check_positive
+from stochdyn._checks import as_tensor, check_inside, check_ndim, check_positive_int, check_real
 from stochdyn.core.sde.coefficients import Scalar
 from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import InvalidInputError
+from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["OU", "VE", "VP", "AffineProcess", "MeanReverting"]
 
@@ -30,7 +31,7 @@ class AffineProcess(nn.Module, ABC):
     Args:
         horizon: last time ``T``.
         start: first time that is learned, and at which sampling stops, ``0 < start < horizon``.
-        mean: what the process reverts to, a number or ``(d,)``.
+        mean: what the process reverts to, a number or ``(d,)``; or ``(n, d)`` with one mean for each of n items.
 
     Raises:
         InvalidInputError: unless ``0 < start < horizon``.
@@ -40,15 +41,21 @@ class AffineProcess(nn.Module, ABC):
 
     def __init__(self, horizon: float, start: float, mean: Tensor | float = 0.0) -> None:
         super().__init__()
-        if not 0 < start < horizon < math.inf:
+        check_real(start, "start", above=0.0)
+        check_real(horizon, "horizon", above=0.0)
+        if not start < horizon:
             raise InvalidInputError(
                 "a process needs 0 < start < horizon", got=f"start={start}, horizon={horizon}"
             )
-        center = torch.as_tensor(mean, dtype=None if isinstance(mean, Tensor) else torch.float32)
-        check_ndim(center, (0, 1), "mean", "a number or (d,)")
-        check_finite(center, "mean")
-        self.register_buffer("mean", center)
+        self.register_buffer("mean", _as_mean(mean))
         self.horizon, self.start = float(horizon), float(start)
+
+    def with_mean(self, mean: Tensor | float) -> AffineProcess:
+        """Return the same process about another mean: a number, ``(d,)``, or ``(n, d)`` for one mean per item."""
+        other = copy.copy(self)
+        other._buffers = dict(self._buffers)
+        other.mean = _as_mean(mean)
+        return other
 
     @abstractmethod
     def log_scale(self, t: Tensor) -> Tensor:
@@ -83,8 +90,22 @@ class AffineProcess(nn.Module, ABC):
         return self.log_scale(t) - 0.5 * self.variance(t).log()
 
     def center(self, like: Tensor) -> Tensor:
-        """Return the mean in the precision of ``like``; without axes it broadcasts to any dimension."""
-        return self.mean.to(like.dtype)
+        """Return the mean in the precision of ``like``; without axes it broadcasts to any dimension.
+
+        Raises:
+            ShapeError: if there is one mean for each of a number of items, and ``like`` has another number of points.
+        """
+        own = self.mean
+        if own.ndim and (
+            own.shape[-1] not in (1, like.shape[-1])
+            or (own.ndim > 1 and like.shape[-2:-1] != own.shape[-2:-1])
+        ):
+            raise ShapeError(
+                "the points don't fit the means of the process",
+                got=f"points {tuple(like.shape)}, means {tuple(own.shape)}",
+                hint="pass the means with the data, {'x1': ..., 'mean': ...}, and to sample(..., mean=...)",
+            )
+        return own.to(like.dtype)
 
     def location(self, t: Tensor, x0: Tensor) -> Tensor:
         """Return the mean of ``X_t`` given ``X_0 = x0 (..., d)``, with ``t`` broadcastable to ``x0[..., :1]``."""
@@ -131,17 +152,18 @@ class AffineProcess(nn.Module, ABC):
         )
         return torch.distributions.Independent(normal, 1, validate_args=False)
 
-    def grid(self, steps: int, spacing: str = "log-snr", dtype: torch.dtype = torch.float64) -> Tensor:
-        """Times from ``horizon`` down to ``start``, ``(steps + 1,)``.
+    def grid(self, num_steps: int, spacing: str = "log-snr", dtype: torch.dtype = torch.float64) -> Tensor:
+        """Times from ``horizon`` down to ``start``, ``(num_steps + 1,)``.
 
         Args:
-            steps: number of steps.
+            num_steps: the number of steps.
             spacing: ``"log-snr"`` (equal steps of the log signal-to-noise ratio), ``"uniform"``, or ``"quadratic"`` (finer
                 towards the start).
             dtype: precision.
         """
+        check_positive_int(num_steps, "num_steps")
         t = torch.tensor([self.horizon, self.start], dtype=torch.float64)
-        unit = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        unit = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
         if spacing == "log-snr":
             first, last = self.log_snr(t)
             times = self.time_of_log_snr(first + (last - first) * unit)
@@ -177,9 +199,9 @@ class _Reverting(AffineProcess):
         mean: Tensor | float = 0.0,
     ) -> None:
         super().__init__(horizon, start, mean)
-        check_positive(rate_first, "rate_first")
-        check_positive(rate_last, "rate_last")
-        check_positive(spread, "spread")
+        check_real(rate_first, "rate_first", above=0.0)
+        check_real(rate_last, "rate_last", above=0.0)
+        check_real(spread, "spread", above=0.0)
         self.rate_first, self.rate_last, self.spread = float(rate_first), float(rate_last), float(spread)
 
     def _slope(self) -> float:
@@ -232,8 +254,8 @@ class OU(_Reverting):
     def __init__(
         self, rate: float = 1.0, diffusion: float = 1.0, horizon: float = 5.0, start: float = 1e-3
     ) -> None:
-        check_positive(rate, "rate")
-        check_positive(diffusion, "diffusion")
+        check_real(rate, "rate", above=0.0)
+        check_real(diffusion, "diffusion", above=0.0)
         super().__init__(rate, rate, diffusion / math.sqrt(2 * rate), horizon, start)
 
 
@@ -259,6 +281,8 @@ class VP(_Reverting):
     """
 
     def __init__(self, beta_first: float = 0.1, beta_last: float = 20.0, start: float = 1e-3) -> None:
+        check_real(beta_first, "beta_first", above=0.0)
+        check_real(beta_last, "beta_last", above=0.0)
         super().__init__(beta_first / 2, beta_last / 2, 1.0, 1.0, start)
 
 
@@ -268,7 +292,8 @@ class MeanReverting(_Reverting):
     .. math:: dX=\theta(t)(\mu-X)\,dt+s\sqrt{2\theta(t)}\,dW,\qquad \sigma^2=s^2(1-a^2)
 
     Args:
-        mean: ``mu``, a number or ``(d,)``.
+        mean: ``mu``, a number or ``(d,)``; or ``(n, d)`` with one mean per item. In training every batch brings the means of its
+            own items: ``{"x1": clean, "mean": degraded}``.
         spread: ``s``, standard deviation of the stationary law.
         rate_first: ``theta`` at 0.
         rate_last: ``theta`` at the horizon; between them it is linear.
@@ -325,7 +350,8 @@ class VE(AffineProcess):
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, start: float = 1e-3) -> None:
         super().__init__(1.0, start)
-        check_positive(sigma_min, "sigma_min")
+        check_real(sigma_min, "sigma_min", above=0.0)
+        check_real(sigma_max, "sigma_max", above=0.0)
         if not sigma_max > sigma_min:
             raise InvalidInputError(
                 "sigma_max must exceed sigma_min", got=f"sigma_min={sigma_min}, sigma_max={sigma_max}"
@@ -351,6 +377,12 @@ class VE(AffineProcess):
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         """See :meth:`AffineProcess.time_of_log_snr`."""
         return torch.log1p((-2 * log_snr).exp() / self.sigma_min**2) / (2 * self.log_growth)
+
+
+def _as_mean(mean: object) -> Tensor:
+    center = as_tensor(mean, "mean")
+    check_ndim(center, (0, 1, 2), "mean", "a number, (d,) or (n, d)")
+    return center
 
 
 def check_process(process: object) -> AffineProcess:

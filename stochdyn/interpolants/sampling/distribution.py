@@ -1,79 +1,162 @@
-"""A trained interpolant as a Pyro distribution: a prior, guide or likelihood in any model."""
+"""A learned law as a Pyro distribution: a prior, guide or likelihood in any model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Self
 
+import pyro
 import torch
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
-from stochdyn._checks import check_event_size, check_positive_int
+from stochdyn._checks import check_positive_int
+from stochdyn.errors import ShapeError
 from stochdyn.infer.law_distribution import LawDistribution
+from stochdyn.interpolants.fields.conditions import as_condition
+from stochdyn.interpolants.fields.networks import evaluating
+from stochdyn.interpolants.sampling.methods import FLOW_METHODS, FlowMethod, as_method
 
 if TYPE_CHECKING:
     from stochdyn.interpolants.sampling.generator import InterpolantGenerator
 
-__all__ = ["InterpolantDistribution"]
+__all__ = ["FlowDistribution", "InterpolantDistribution"]
 
 
-class InterpolantDistribution(LawDistribution):
-    """The law of a model's probability flow, with event ``(d,)``.
+class FlowDistribution(LawDistribution):
+    """The law that a probability flow carries noise to. Draws and densities are differentiable in the networks' parameters.
 
-    Draws are differentiable in the networks' parameters, and so are densities.
+    Args:
+        event_shape: the shape of an event.
+        condition: a tensor whose leading axes, but for the last ``condition_axes``, are the batch; or None.
+        condition_axes: the number of axes of one condition.
+    """
+
+    has_rsample = True
+    law: Distribution
+
+    def __init__(
+        self,
+        event_shape: torch.Size,
+        condition: Tensor | None = None,
+        condition_axes: int = 0,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.condition, self.condition_axes = condition, condition_axes
+        batch = torch.Size() if condition is None else condition.shape[: condition.ndim - condition_axes]
+        super().__init__(batch, event_shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> constraints.Constraint:
+        """Real numbers of the shape of an event."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    @abstractmethod
+    def _carry(self, noise: Tensor, condition: Tensor | None) -> Tensor:
+        """Carry noise ``(n, d)`` to ``(n, d)``."""
+
+    @abstractmethod
+    def _density(self, flat: Tensor, condition: Tensor | None) -> Tensor:
+        """Return log densities ``(n,)`` at ``(n, d)``."""
+
+    def _fill(self, new: Self, batch_shape: torch.Size) -> None:
+        new.condition = self.condition
+        if self.condition is not None:
+            one = self.condition.shape[self.condition.ndim - self.condition_axes :]
+            new.condition = self.condition.expand(*batch_shape, *one)
+
+    def _rows(self, shape: torch.Size) -> Tensor | None:
+        """Return one condition for each of the points of a shape."""
+        if self.condition is None:
+            return None
+        one = self.condition.shape[self.condition.ndim - self.condition_axes :]
+        return self.condition.expand(*shape, *one).reshape(-1, *one)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draw ``(*sample, *batch, *event)``."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        lead = shape[: len(shape) - len(self.event_shape)]
+        count = (lead.numel(),)
+        noise = self.law.rsample(count) if self.law.has_rsample else self.law.sample(count)
+        return self._carry(noise, self._rows(lead)).reshape(shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density at ``value (..., *event)``, with exact divergence."""
+        axes = len(self.event_shape)
+        if tuple(value.shape[value.ndim - axes :]) != tuple(self.event_shape):
+            raise ShapeError(
+                "value has another event shape", got=tuple(value.shape), expected=tuple(self.event_shape)
+            )
+        if self._validate_args:
+            self._validate_sample(value)
+        lead = torch.broadcast_shapes(value.shape[: value.ndim - axes], self.batch_shape)
+        if self.condition is None:
+            # copies are alike: every value is evaluated once
+            own = value.shape[: value.ndim - axes]
+            return self._density(value.reshape(-1, self.event_shape.numel()), None).reshape(own).expand(lead)
+        flat = value.expand(*lead, *self.event_shape).reshape(-1, self.event_shape.numel())
+        return self._density(flat, self._rows(lead)).reshape(lead)
+
+    def noise_site(self, name: str) -> Tensor:
+        """Sample in a Pyro model with the noise as the random site, and the point as a deterministic one.
+
+        The density of the point, which takes the divergence of the whole flow at every gradient, isn't needed then: this is how
+        to run NUTS with a trained prior. The random site is called ``name + "_noise"``.
+
+        Args:
+            name: the name of the deterministic site.
+
+        Returns:
+            ``(*batch, *event)`` points.
+        """
+        noise = pyro.sample(f"{name}_noise", self.law.expand(self.batch_shape))
+        flat = noise.reshape(-1, noise.shape[-1])
+        lead = noise.shape[:-1]
+        x = self._carry(flat, self._rows(lead)).reshape(*lead, *self.event_shape)
+        return pyro.deterministic(name, x, event_dim=len(self.event_shape))
+
+
+class InterpolantDistribution(FlowDistribution):
+    """The law of a generator's probability flow.
 
     Args:
         model: the generator.
-        steps: of the flow's grid.
-        method: of the flow; see :meth:`stochdyn.interpolants.InterpolantGenerator.push`.
-        condition: one label, or one context vector ``(c,)``.
+        num_steps: the number of steps of the flow's grid.
+        method: the method of the flow; see :meth:`stochdyn.interpolants.InterpolantGenerator.push`.
+        condition: one label ``()`` or one context vector ``(c,)``; with leading axes a batch of laws.
+        guidance: the strength of classifier-free guidance.
 
     Raises:
         UnavailableError: if the density of the starts isn't known.
     """
 
-    _carried = ("model", "steps", "method", "condition", "law")
-    support = constraints.real_vector
-    has_rsample = True
+    _carried = ("model", "num_steps", "guidance", "method", "law", "condition_axes")
 
     def __init__(
         self,
         model: InterpolantGenerator,
-        steps: int = 50,
-        method: str = "rk4",
+        num_steps: int = 50,
+        method: str | FlowMethod = "rk4",
         condition: Any = None,
+        guidance: float = 1.0,
         validate_args: bool | None = None,
     ) -> None:
-        check_positive_int(steps, "steps")
-        self.model, self.steps, self.method, self.condition = model, steps, method, condition
+        check_positive_int(num_steps, "num_steps")
+        self.model, self.num_steps, self.guidance = model, num_steps, guidance
+        self.method = as_method(method, FLOW_METHODS, "flows")
         self.law = model.starts.law()
-        super().__init__(torch.Size(), torch.Size(self.law.event_shape), validate_args=validate_args)
+        event = torch.Size(model.event_shape or self.law.event_shape)
+        given = None if condition is None else as_condition(condition, self.law.sample())
+        axes = 0 if given is None or not given.is_floating_point() else 1
+        super().__init__(event, given, axes, validate_args=validate_args)
 
-    def _condition(self, n: int) -> Any:
-        if self.condition is None:
-            return None
-        value = torch.as_tensor(self.condition)
-        return value.expand(n, *value.shape)
+    def _carry(self, noise: Tensor, condition: Tensor | None) -> Tensor:
+        grid = self.model._grid(self.num_steps, None, noise)
+        with evaluating(self.model.fields):
+            return self.model._flow(noise, grid, self.method, condition, self.guidance)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Draw ``(*sample, *batch, d)``."""
-        from stochdyn.interpolants.sampling.samplers import integrate_ode
-
-        shape = self._extended_shape(torch.Size(sample_shape))
-        count = shape[:-1].numel()
-        x0 = self.law.rsample((count,)) if self.law.has_rsample else self.law.sample((count,))
-        flow = self.model._velocity(self._condition(count), 1.0)
-        x1 = integrate_ode(flow, x0, self.model._grid(self.steps, x0), self.method)
-        return x1.reshape(shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log density at ``value (..., d)``, with exact divergence."""
-        check_event_size(value, self.event_shape[0], "value")
-        if self._validate_args:
-            self._validate_sample(value)
-        flat = value.reshape(-1, value.shape[-1])
-        result = self.model.log_prob(
-            flat, True, self.steps, self.method, condition=self._condition(len(flat))
+    def _density(self, flat: Tensor, condition: Tensor | None) -> Tensor:
+        points = flat.reshape(-1, *self.event_shape)
+        return self.model.log_prob(
+            points, True, self.num_steps, self.method, condition=condition, guidance=self.guidance
         )
-        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        return result.reshape(value.shape[:-1]).expand(shape)

@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_time_grid
+from stochdyn._checks import as_generator, check_choice, check_time_grid
 from stochdyn.errors import InvalidInputError
 from stochdyn.interpolants.paths.processes import AffineProcess
 
-__all__ = ["exponential_ode", "exponential_sde"]
+__all__ = ["ExponentialODE", "ExponentialSDE", "exponential_ode", "exponential_sde"]
 
 Field = Callable[[Tensor, Tensor], Tensor]
 Prediction = Literal["data", "noise"]
+
+
+@dataclass(frozen=True)
+class _Exponential:
+    order: int = 2
+    prediction: Prediction = "data"
+
+    def __post_init__(self) -> None:
+        check_choice(self.prediction, ("data", "noise"), "prediction")
+        if isinstance(self.order, bool) or self.order not in (1, 2):
+            raise InvalidInputError("order must be 1 or 2", got=repr(self.order)[:60])
+
+
+class ExponentialODE(_Exponential):
+    """The probability-flow ODE by an exponential integrator: few steps, and the same noise gives the same sample.
+
+    Args:
+        order: 1 or 2, at the same cost.
+        prediction: ``"data"`` or ``"noise"``: what is taken to vary slowly, see :func:`exponential_ode`.
+    """
+
+
+class ExponentialSDE(_Exponential):
+    """The reverse SDE by an exponential integrator: noise on the way corrects errors of the score.
+
+    Args:
+        order: 1 or 2, at the same cost.
+        prediction: ``"data"`` or ``"noise"``: what is taken to vary slowly, see :func:`exponential_ode`.
+    """
 
 
 def exponential_ode(
@@ -36,7 +66,7 @@ def exponential_ode(
         \varphi_1=e^{-h}-1,\quad \varphi_2=\varphi_1/h+1,
 
     exact for a constant prediction, and :math:`D_1=(\hat y_0^{(i-1)}-\hat y_0^{(i-2)})/r`, :math:`r=h_{i-1}/h`, from the step before
-    (order 2 at one evaluation a step). A shift by ``mu`` is all that mean reversion adds.
+    (order 2 at one evaluation per step). A shift by ``mu`` is all that mean reversion adds.
 
     Args:
         process: the process.
@@ -72,7 +102,7 @@ def exponential_sde(
     *,
     order: int = 2,
     prediction: Prediction = "data",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> Tensor:
     r"""Integrate the reverse SDE along falling times, in the log signal-to-noise ratio.
 
@@ -82,7 +112,8 @@ def exponential_sde(
 
     Arguments and errors as :func:`exponential_ode`, and a ``generator`` of the noise.
     """
-    return _integrate(process, score, x, times, order, prediction, generator or torch.default_generator)
+    source = as_generator(generator, None)
+    return _integrate(process, score, x, times, order, prediction, source or torch.default_generator)
 
 
 def _integrate(
@@ -108,14 +139,14 @@ def _integrate(
     y, before = x - center, None
     at = times.to(x.dtype)
     scales, stds = scale.tolist(), std.tolist()
-    for i, (keep, first, second, kick) in enumerate(coefficients):
+    for i, (keep, first, second, noise_std) in enumerate(coefficients):
         s = score(at[i], y + center)
         guess = (y + stds[i] ** 2 * s) / scales[i] if prediction == "data" else -stds[i] * s
         y = keep * y + first * guess
         if before is not None and order == 2:
             y = y + second * (guess - before)
         if noise is not None:
-            y = y + kick * torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=_of(noise, x))
+            y = y + noise_std * torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=_of(noise, x))
         before = guess
     return y + center
 
@@ -129,22 +160,22 @@ def _coefficients(
 ) -> list[tuple[float, ...]]:
     """Factors of the state, of the prediction, of its change since the step before, and of the noise."""
     a, a0, s, s0 = scale[1:], scale[:-1], std[1:], std[:-1]
-    kick = torch.zeros_like(h)
+    spread = torch.zeros_like(h)
     if prediction == "data":
         twice = 2 * h if stochastic else h
         phi = -torch.expm1(-twice)
         keep = s / s0 * (-h).exp() if stochastic else s / s0
         first, second = a * phi, a * (1 - phi / twice)
         if stochastic:
-            kick = s * phi.sqrt()
+            spread = s * phi.sqrt()
     else:
         keep = a / a0
         grow = torch.expm1(h)
         factor = 2.0 if stochastic else 1.0
         first, second = -factor * s * grow, -factor * s * (grow / h - 1)
         if stochastic:
-            kick = s * torch.expm1(2 * h).sqrt()
+            spread = s * torch.expm1(2 * h).sqrt()
     ratio = torch.ones_like(h)
     ratio[1:] = h[1:] / h[:-1]  # 1 / r
-    rows = torch.stack([keep, first, second * ratio, kick], -1)
+    rows = torch.stack([keep, first, second * ratio, spread], -1)
     return [tuple(row) for row in rows.tolist()]

@@ -9,34 +9,39 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_tensor,
+    check_bool,
     check_choice,
-    check_event_size,
-    check_finite,
-    check_ndim,
     check_nonempty,
     check_positive_int,
+    check_real,
+    check_type,
 )
 from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.sde.coefficients import Scalar
 from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import InvalidInputError, UnavailableError
+from stochdyn.errors import InvalidInputError, ShapeError, TimeGridError, UnavailableError
 from stochdyn.interpolants.densities.likelihood import (
     PathWeights,
     feynman_kac_log_prob,
     flow_log_prob,
     flow_with_log_density,
 )
+from stochdyn.interpolants.fields.conditions import rows_of_condition
 from stochdyn.interpolants.fields.drift import ForwardDrift
-from stochdyn.interpolants.fields.networks import Fields
+from stochdyn.interpolants.fields.networks import Fields, evaluating
 from stochdyn.interpolants.paths.interpolant import Interpolant
-from stochdyn.interpolants.sampling.noise_level import Epsilon, EpsilonLike, as_epsilon
-from stochdyn.interpolants.sampling.samplers import (
-    SDE_METHODS,
-    integrate_ode,
-    integrate_sde,
-    integrate_strang,
-    time_grid,
+from stochdyn.interpolants.sampling.methods import (
+    FLOW_METHODS,
+    NOISY_METHODS,
+    FlowMethod,
+    as_method,
 )
+from stochdyn.interpolants.sampling.noise_level import Epsilon, EpsilonLike, as_epsilon
+from stochdyn.interpolants.sampling.samplers import integrate_marginals, integrate_ode, time_grid
 from stochdyn.interpolants.sampling.starts import Starts
 
 if TYPE_CHECKING:
@@ -44,28 +49,31 @@ if TYPE_CHECKING:
 
 __all__ = ["InterpolantGenerator"]
 
+Method = str | FlowMethod
+
 
 class InterpolantGenerator(nn.Module):
     r"""A model of :math:`\rho_1` made of the fields of an interpolant.
 
     The same networks give three samplers with the same exact marginals: the probability flow :math:`\dot X=b`, the forward
     equation :math:`dX=(b+\varepsilon s)dt+\sqrt{2\varepsilon}\,dW`, and the backward equation with drift
-    :math:`b-\varepsilon s` and time reversed.
+    :math:`b-\varepsilon s` and time reversed. :meth:`sample` is the short call for end points; the law on paths, with everything
+    that laws offer, is :meth:`measure`. Networks are evaluated in evaluation mode.
 
     Args:
         fields: the networks and their interpolant.
         starts: the law of :math:`\rho_0`.
-        taper: width of the ends of [0, 1] in which :meth:`sample` lets epsilon fall to zero.
 
     Reference:
         Albergo, Boffi and Vanden-Eijnden, "Stochastic interpolants", 2023, section 2.3 and algorithms 4 and 5.
     """
 
-    def __init__(self, fields: Fields, starts: Starts | None = None, taper: float = 0.01) -> None:
+    def __init__(self, fields: Fields, starts: Starts | None = None) -> None:
         super().__init__()
-        if not 0 <= taper < 0.5:
-            raise InvalidInputError("taper must lie in [0, 0.5)", got=taper)
-        self.fields, self.taper = fields, taper
+        check_type(fields, Fields, "fields")
+        if starts is not None:
+            check_type(starts, Starts, "starts")
+        self.fields = fields
         self.starts = starts if starts is not None else Starts(None, True)
 
     @property
@@ -73,22 +81,69 @@ class InterpolantGenerator(nn.Module):
         """The path that the networks were trained on."""
         return self.fields.interpolant
 
+    @property
+    def event_shape(self) -> tuple[int, ...] | None:
+        """The shape of one event, or None as long as it isn't known."""
+        if self.fields.event_shape is not None:
+            return self.fields.event_shape
+        return None if self.starts.dim is None else (self.starts.dim,)
+
     def velocity(self, t: Tensor | float, x: Tensor, condition: Any = None, guidance: float = 1.0) -> Tensor:
-        """Return the velocity b, ``(..., d)``."""
-        return self.fields("velocity", t, x, condition, guidance)
+        """Return the velocity b, of the shape of ``x (..., *event)``."""
+        return self.field("velocity", t, x, condition, guidance)
 
     def score(self, t: Tensor | float, x: Tensor, condition: Any = None, guidance: float = 1.0) -> Tensor:
-        """Return the score, ``(..., d)``.
+        """Return the score, of the shape of ``x (..., *event)``.
 
         Raises:
             UnavailableError: if the networks don't determine it.
         """
-        self._need_score()
-        return self.fields("score", t, x, condition, guidance)
+        return self.field("score", t, x, condition, guidance)
 
-    def denoiser(self, t: Tensor | float, x: Tensor, condition: Any = None, guidance: float = 1.0) -> Tensor:
-        """Return the mean of the latent, ``(..., d)``."""
-        return self.fields("denoiser", t, x, condition, guidance)
+    def noise_prediction(
+        self, t: Tensor | float, x: Tensor, condition: Any = None, guidance: float = 1.0
+    ) -> Tensor:
+        """Return the mean of the latent given the point, of the shape of ``x (..., *event)``."""
+        return self.field("noise_prediction", t, x, condition, guidance)
+
+    def data_prediction(
+        self, t: Tensor | float, x: Tensor, condition: Any = None, guidance: float = 1.0
+    ) -> Tensor:
+        """Return the mean of the data given the point, of the shape of ``x (..., *event)``."""
+        return self.field("data_prediction", t, x, condition, guidance)
+
+    def field(
+        self, name: str, t: Tensor | float, x: Tensor, condition: Any = None, guidance: float = 1.0
+    ) -> Tensor:
+        """Return any field by name, of the shape of ``x (..., *event)``.
+
+        At a time at which it is known as a limit only, such as a score from a noise prediction at time 1, the value is that
+        of a time a thousandth away.
+
+        Args:
+            name: ``"velocity"``, ``"score"``, ``"noise_prediction"``, ``"data_prediction"``, ``"start_prediction"`` or
+                ``"path_velocity"``.
+            t: a time, or times ``(...)`` with one for each point; for vectors they may also be ``(..., 1)``.
+            x: points.
+            condition: labels or contexts, one per point or one for all.
+            guidance: the strength of classifier-free guidance.
+
+        Raises:
+            UnavailableError: if the networks don't determine the field.
+        """
+        if name == "score":
+            self._need_score()
+        x = as_tensor(x, "x", finite=False)
+        flat, lead = self._flat(x, "x")
+        time = t
+        if isinstance(t, Tensor) and t.ndim:
+            event = x.shape[len(lead) :]
+            if t.shape[len(lead) :] == (1,) * len(event) or t.ndim == x.ndim:
+                t = t.reshape(*t.shape[: t.ndim - len(event)])
+            time = t.to(x.dtype).expand(lead).reshape(-1, 1)
+        given = rows_of_condition(condition, len(flat), lead, x)
+        with evaluating(self.fields):
+            return self.fields(name, time, flat, given, guidance).reshape(x.shape)
 
     def drift(
         self,
@@ -98,110 +153,148 @@ class InterpolantGenerator(nn.Module):
         condition: Any = None,
         guidance: float = 1.0,
     ) -> Tensor:
-        r"""Return the forward drift :math:`b+\varepsilon s`, ``(..., d)``."""
-        return ForwardDrift(self.fields, as_epsilon(epsilon, self.interpolant), condition, guidance)(t, x)
+        r"""Return the forward drift :math:`b+\varepsilon s` at vectors ``x (..., d)``."""
+        level = as_epsilon(epsilon, self.interpolant)
+        strength = 0.0 if level.vanishes else level
+        with evaluating(self.fields):
+            return ForwardDrift(self.fields, strength, condition, guidance)(t, x)
 
     def _need_score(self) -> None:
         if not self.fields.has_score:
             raise UnavailableError(
                 "these networks give no score",
                 got=" and ".join(self.fields.names),
-                hint="learn the denoiser beside the velocity (with the independent coupling on one-sided paths), "
+                hint="learn the noise_prediction beside the velocity (with the independent coupling on one-sided paths), "
                 "or sample with epsilon=0",
             )
 
-    def _ends(self) -> tuple[float, float]:
-        return (self.taper or self.fields.clip, 1.0) if self.fields.singular_start else (0.0, 1.0)
+    def _grid(self, num_steps: int | None, ts: Any, like: Tensor, default: int = 100) -> Tensor:
+        if ts is None:
+            return time_grid(default if num_steps is None else num_steps, like=like)
+        if num_steps is not None:
+            raise InvalidInputError("give num_steps or ts, not both", got=f"num_steps={num_steps!r} and ts")
+        grid = as_tensor(ts, "ts", 1, "(T,)", like=like).to(like)
+        if len(grid) < 2 or not bool((grid.diff() > 0).all()) or float(grid[0]) != 0 or float(grid[-1]) != 1:
+            raise TimeGridError("ts must increase from 0 to 1", got=grid.tolist()[:8])
+        return grid
 
-    def _grid(self, steps: int, like: Tensor, backward: bool = False) -> Tensor:
-        start, stop = self._ends()
-        # times in double precision: 0.5 + 0.001 n is no number of single precision
-        grid = time_grid(steps, stop, start) if backward else time_grid(steps, start, stop)
-        return grid.to(like)
+    def _inside(self, *names: str) -> tuple[bool, bool]:
+        """Return whether a field is known as a limit only at time 0, and at time 1."""
+        first, last = (not all(self.fields.regular_at(name, end) for name in names) for end in (0, 1))
+        return first, last
+
+    def _flat(self, x: Any, name: str) -> tuple[Tensor, tuple[int, ...]]:
+        """Return points as vectors ``(n, d)``, and the axes that they came with."""
+        x = as_tensor(x, name)
+        check_nonempty(x, name)
+        event = self.event_shape
+        if event is None:
+            if x.ndim < 1:
+                raise ShapeError(
+                    f"{name} has the wrong number of axes", got=f"shape {tuple(x.shape)}", expected="(n, d)"
+                )
+            event = (x.shape[-1],)
+        if tuple(x.shape[x.ndim - len(event) :]) != event or x.ndim < len(event):
+            raise ShapeError(
+                f"{name} has events of another shape",
+                got=tuple(x.shape),
+                expected=f"(..., {', '.join(map(str, event))})",
+            )
+        lead = tuple(x.shape[: x.ndim - len(event)])
+        return x.reshape(-1, torch.Size(event).numel()), lead
+
+    def _shaped(self, flat: Tensor, lead: tuple[int, ...]) -> Tensor:
+        """Give vectors ``(..., n, d)`` the axes of events again."""
+        event = self.event_shape or (flat.shape[-1],)
+        return flat.reshape(*flat.shape[:-2], *lead, *event)
+
+    def _velocity(self, condition: Any, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
+        check_real(guidance, "guidance")
+        return lambda t, x: self.fields("velocity", t, x, condition, guidance)
 
     def push(
         self,
-        x0: Tensor,
-        steps: int = 100,
-        method: str = "heun",
+        x0: Any,
+        num_steps: int | None = None,
+        method: Method = "heun",
         *,
+        ts: Any = None,
         backward: bool = False,
         condition: Any = None,
         guidance: float = 1.0,
         trajectory: bool = False,
-        rtol: float = 1e-5,
-        atol: float = 1e-5,
     ) -> Tensor:
         """Carry points along the probability flow from time 0 to 1.
 
         Args:
-            x0: ``(n, d)``.
-            steps: of a fixed grid; adaptive methods choose their own.
-            method: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"``, ``"dopri5"`` and torchdiffeq's other adaptive ones.
+            x0: ``(..., *event)`` points at time 0; with ``backward`` at time 1.
+            num_steps: the number of steps of a grid of equal ones; 100 if neither this nor ``ts`` is given. Adaptive methods
+                choose their own.
+            method: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"``, ``"dopri5"`` or torchdiffeq's other adaptive ones; or an
+                object such as ``Adaptive("dopri5", rtol=1e-8)``.
+            ts: ``(T,)`` times of the steps from 0 to 1, in place of ``num_steps``; see :func:`time_grid`.
             backward: go from time 1 to 0.
-            condition: labels or context, passed on to the networks.
-            guidance: strength of classifier-free guidance; 1 for none.
-            trajectory: return all states, ``(steps + 1, n, d)``.
-            rtol: of adaptive methods.
-            atol: of adaptive methods.
+            condition: labels or contexts, one per point or one for all, which are passed on to the networks.
+            guidance: the strength of classifier-free guidance; 1 for none.
+            trajectory: return all states, ``(T, ..., *event)``.
 
         Returns:
-            ``(n, d)``; differentiable in ``x0`` if that requires a gradient.
+            ``(..., *event)``; differentiable in ``x0`` if that requires a gradient.
 
         Raises:
             ShapeError, EmptyDataError, NonFiniteError: if the points don't fit.
         """
-        self._check_points(x0, "x0")
-        ts = self._grid(steps, x0, backward)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and x0.requires_grad):
-            flow = self._velocity(condition, guidance)
-            return integrate_ode(flow, x0, ts, method, trajectory=trajectory, rtol=rtol, atol=atol)
+        check_bool(backward, "backward")
+        check_bool(trajectory, "trajectory")
+        chosen = as_method(method, FLOW_METHODS, "flows")
+        x, lead = self._flat(x0, "x0")
+        given = rows_of_condition(condition, len(x), lead, x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad), evaluating(self.fields):
+            out = self._flow(x, self._grid(num_steps, ts, x), chosen, given, guidance, backward, trajectory)
+        return self._shaped(out, lead)
 
-    def _velocity(self, condition: Any, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda t, x: self.fields("velocity", t, x, condition, guidance)
-
-    def _check_points(self, x: Tensor, name: str) -> None:
-        check_ndim(x, tuple(range(1, 12)), name, "(n, d)")
-        check_nonempty(x, name)
-        if self.starts.dim is not None:
-            check_event_size(x, self.starts.dim, name)
-        check_finite(x.detach(), name)
+    def _flow(
+        self, x: Tensor, grid: Tensor, method: Method, condition: Any, guidance: float, backward: bool = False,
+        trajectory: bool = False,
+    ) -> Tensor:  # fmt: skip
+        inside = self._inside("velocity")
+        flow = self._velocity(condition, guidance)
+        if backward:
+            grid, inside = grid.flip(0), (inside[1], inside[0])
+        return integrate_ode(flow, x, grid, method, trajectory=trajectory, inside=inside)
 
     def sample(
         self,
-        n: int,
+        sample_shape: SampleShape = (),
         epsilon: EpsilonLike = 0.0,
-        steps: int = 100,
-        method: str = "heun",
+        num_steps: int | None = None,
+        method: Method = "heun",
         *,
-        x0: Tensor | None = None,
-        end: str = "taper",
+        ts: Any = None,
+        x0: Any = None,
         condition: Any = None,
         guidance: float = 1.0,
-        largest: float = 10.0,
         trajectory: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
     ) -> Tensor:
         r"""Draw from the model.
 
         Args:
-            n: number of points.
-            epsilon: strength of the noise: a number, a function of time, or ``"optimal"`` (one-network models); 0 for the
+            sample_shape: the shape of independent draws, an integer or a tuple.
+            epsilon: the strength of the noise: a number, a function of time, or ``"optimal"`` (one-network models); 0 for the
                 probability flow.
-            steps: number of steps.
-            method: ``"heun"`` (weak order 2, two evaluations a step), ``"euler"``, or ``"strang"`` (weak order 2 with a smaller
-                constant, six evaluations).
-            x0: ``(n, d)`` starts; drawn if None.
-            end: ``"taper"`` lets epsilon fall to zero within ``taper`` of the ends; ``"denoise"`` stops short of time 1, by the
-                taper or one step, and returns the mean of :math:`x_1` there; ``"none"`` does neither.
-            condition: labels ``(n,)`` or context ``(n, c)``.
-            guidance: strength of classifier-free guidance; 1 for none.
-            largest: cap on ``epsilon="optimal"``.
-            trajectory: return all states, ``(steps + 1, n, d)``.
-            generator: source of randomness; torch's global one if None.
+            num_steps: the number of steps of a grid of equal ones; 100 if neither this nor ``ts`` is given.
+            method: ``"heun"`` (weak order 2, two evaluations per step), ``"euler"``, or ``"strang"`` (weak order 2 with a smaller
+                constant, six evaluations); for the flow also those of :meth:`push`. Or an object that carries options.
+            ts: ``(T,)`` times of the steps from 0 to 1, in place of ``num_steps``; see :func:`time_grid`.
+            x0: ``(*sample_shape, *event)`` starts; drawn from their law if None.
+            condition: labels or contexts: one per draw, ``(*sample_shape, ...)``, or one for all.
+            guidance: the strength of classifier-free guidance; 1 for none.
+            trajectory: return all states, ``(T, *sample_shape, *event)``.
+            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
-            ``(n, d)``.
+            ``(*sample_shape, *event)``.
 
         Raises:
             UnavailableError: if epsilon isn't 0 and the networks give no score, or the starts aren't known.
@@ -210,185 +303,284 @@ class InterpolantGenerator(nn.Module):
         Example:
             >>> from stochdyn.interpolants import FieldNetwork
             >>> model = InterpolantGenerator(Fields(Interpolant("one-sided-linear"), {"velocity": FieldNetwork(2)}))
-            >>> model.sample(5, epsilon="optimal", steps=10, x0=torch.randn(5, 2)).shape
+            >>> model.sample(5, epsilon="optimal", num_steps=10, x0=torch.randn(5, 2)).shape
             torch.Size([5, 2])
         """
-        check_positive_int(n, "n")
-        check_choice(method, SDE_METHODS, "method")
-        check_choice(end, ("taper", "denoise", "none"), "end")
-        level = as_epsilon(epsilon, self.interpolant, self.taper if end == "taper" else 0.0, largest)
-        if not level.vanishes:
-            self._need_score()
-        with torch.no_grad():
-            x = self.starts.draw(n, generator=generator) if x0 is None else x0
-            self._check_points(x, "x0")
-            start, stop = self._ends()
-            if end == "denoise":
-                stop = 1.0 - max(self.taper, 1.0 / steps)
-            ts = time_grid(steps, start, stop, like=x)
-            out = self._integrate(x, ts, level, method, condition, guidance, trajectory, generator)
-            if end != "denoise":
-                return out
-            last = out[-1] if trajectory else out
-            clean = self.fields("eta1", stop, last, condition, guidance)
-            return torch.cat([out, clean[None]]) if trajectory else clean
+        lead = as_sample_shape(sample_shape)
+        check_bool(trajectory, "trajectory")
+        level = as_epsilon(epsilon, self.interpolant)
+        chosen = self._method(method, level)
+        with torch.no_grad(), evaluating(self.fields):
+            x, source = self._starts(lead, x0, generator)
+            grid = self._grid(num_steps, ts, x)
+            given = rows_of_condition(condition, len(x), lead, x)
+            if level.vanishes:
+                out = self._flow(x, grid, chosen, given, guidance, trajectory=trajectory)
+            else:
+                out = self._diffuse(x, grid, level, chosen, given, guidance, trajectory, source)
+            return self._shaped(out, lead)
 
-    def _integrate(
-        self, x: Tensor, ts: Tensor, level: Epsilon, method: str, condition: Any, guidance: float,
+    def _method(self, method: Method, level: Epsilon) -> FlowMethod:
+        if level.vanishes:
+            return as_method(method, FLOW_METHODS, "the probability flow, epsilon=0")
+        self._need_score()
+        return as_method(method, NOISY_METHODS, "SDEs")
+
+    def _starts(
+        self, lead: tuple[int, ...], x0: Any, generator: Generator
+    ) -> tuple[Tensor, torch.Generator | None]:
+        """Return starts ``(n, d)`` and the source of all that follows, so that a seed isn't used twice."""
+        count = torch.Size(lead).numel()
+        if x0 is not None:
+            x, own = self._flat(x0, "x0")
+            if own != lead:
+                raise ShapeError("x0 must have the sample shape", got=own, expected=lead)
+            return x, as_generator(generator, x.device)
+        source = as_generator(generator) if isinstance(generator, int) else generator
+        x = self.starts.draw(count, source)
+        return x, as_generator(source, x.device)
+
+    def _diffuse(
+        self, x: Tensor, grid: Tensor, level: Epsilon, method: FlowMethod, condition: Any, guidance: float,
         trajectory: bool, generator: torch.Generator | None,
     ) -> Tensor:  # fmt: skip
-        flow = self._velocity(condition, guidance)
-        if level.vanishes:
-            return integrate_ode(flow, x, ts, "euler" if method == "euler" else "heun", trajectory=trajectory)
-        if method == "strang":
+        def score(t: Tensor, y: Tensor) -> Tensor:
+            return self.fields("score", t, y, condition, guidance)
 
-            def score(t: Tensor, y: Tensor) -> Tensor:
-                return self.fields("score", t, y, condition, guidance)
+        def drift(epsilon: float) -> Callable[[Tensor, Tensor], Tensor]:
+            return ForwardDrift(self.fields, epsilon, condition, guidance)
 
-            return integrate_strang(flow, score, level, x, ts, generator=generator, trajectory=trajectory)
-        drift = ForwardDrift(self.fields, level, condition, guidance)
-        return integrate_sde(drift, lambda t: (2 * level(t)).sqrt(), x, ts, method,  # type: ignore[arg-type]
-                             generator=generator, trajectory=trajectory)  # fmt: skip
+        return integrate_marginals(
+            (self._velocity(condition, guidance), score, drift),
+            level.of_steps(grid, method.max_rate),  # type: ignore[attr-defined]
+            x, grid, method, inside=self._inside("velocity"), noise_inside=self._inside("velocity", "score"),
+            generator=generator, trajectory=trajectory,
+        )  # fmt: skip
 
     def log_prob(
         self,
-        x1: Tensor,
+        x1: Any,
         exact: bool = True,
-        steps: int = 50,
-        method: str = "rk4",
+        num_steps: int | None = None,
+        method: Method = "rk4",
         *,
+        ts: Any = None,
         num_probes: int = 1,
         condition: Any = None,
         guidance: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
     ) -> Tensor:
-        r"""Return the log density of the probability flow, ``(n,)``; differentiable.
+        r"""Return the log density of the probability flow; differentiable.
 
         Args:
-            x1: ``(n, d)``.
-            exact: exact divergence, or Hutchinson's unbiased estimate of the log density.
-            steps: of the fixed grid.
+            x1: ``(..., *event)``.
+            exact: whether to take the exact divergence; else Hutchinson's unbiased estimate of the log density.
+            num_steps: the number of steps of a grid of equal ones; 50 if neither this nor ``ts`` is given.
             method: see :meth:`push`.
-            num_probes: Hutchinson's probes.
-            condition: labels or context.
+            ts: see :meth:`push`.
+            num_probes: the number of Hutchinson's probes per point.
+            condition: labels or contexts, one per point or one for all.
             guidance: see :meth:`push`.
-            generator: source of Hutchinson's probes.
+            generator: the source of Hutchinson's probes.
+
+        Returns:
+            ``(...)``, one number per event.
 
         Raises:
             UnavailableError: if the density of the starts isn't known.
             ShapeError, NonFiniteError: if the points don't fit.
         """
-        self._check_points(x1, "x1")
-        law = self.starts.law(x1.shape[-1], x1)
-        ts = self._grid(steps, x1)
-        return flow_log_prob(self._velocity(condition, guidance), law.log_prob, x1, ts, method,
-                             exact=exact, num_probes=num_probes, generator=generator)  # fmt: skip
+        chosen = as_method(method, FLOW_METHODS, "flows")
+        x, lead = self._flat(x1, "x1")
+        law = self.starts.law(x.shape[-1], x)
+        given = rows_of_condition(condition, len(x), lead, x)
+        with evaluating(self.fields):
+            value = flow_log_prob(
+                self._velocity(given, guidance), law.log_prob, x, self._grid(num_steps, ts, x, 50), chosen,
+                exact=exact, num_probes=num_probes, inside=self._inside("velocity"), generator=generator,
+            )  # fmt: skip
+        return value.reshape(lead)
+
+    def bits_per_dim(self, x1: Any, bin_width: float, **options: Any) -> Tensor:
+        r"""Return minus the log density of quantised data in bits per dimension.
+
+        .. math:: -\frac{\log\hat\rho_1(x)}{d\log2}-\log_2\Delta
+
+        Args:
+            x1: ``(..., *event)``: data to which uniform noise of one bin was added (dequantisation).
+            bin_width: :math:`\Delta`, the width of a bin in the units of ``x1``: 1/256 for 8-bit images scaled to [0, 1], 2/256 for [-1, 1].
+            **options: those of :meth:`log_prob`.
+
+        Raises:
+            UnavailableError: if the density of the starts isn't known.
+        """
+        check_real(bin_width, "bin_width", above=0.0)
+        value = self.log_prob(x1, **options)
+        event = self.event_shape or (as_tensor(x1, "x1").shape[-1],)
+        bits = torch.log(torch.tensor(2.0, dtype=value.dtype, device=value.device))
+        return -value / (torch.Size(event).numel() * bits) - torch.log2(value.new_tensor(bin_width))
 
     def sample_and_log_prob(
-        self, n: int, steps: int = 50, method: str = "rk4", *, exact: bool = True, num_probes: int = 1,
-        condition: Any = None, guidance: float = 1.0, generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Draw from the probability flow, with log densities, in one pass: ``(n, d)`` and ``(n,)``."""
+        self,
+        sample_shape: SampleShape = (),
+        num_steps: int | None = None,
+        method: Method = "rk4",
+        *,
+        ts: Any = None,
+        exact: bool = True,
+        num_probes: int = 1,
+        condition: Any = None,
+        guidance: float = 1.0,
+        generator: Generator = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw from the probability flow, with log densities, in one pass: ``(*sample_shape, *event)`` and ``(*sample_shape)``.
+
+        The arguments are those of :meth:`log_prob` and :meth:`sample`.
+        """
+        lead = as_sample_shape(sample_shape)
+        chosen = as_method(method, FLOW_METHODS, "flows")
         law = self.starts.law()
-        x0 = self.starts.draw(n, generator=generator)
-        x1, change = flow_with_log_density(
-            self._velocity(condition, guidance), x0, self._grid(steps, x0), method,
-            exact=exact, num_probes=num_probes, generator=generator,
-        )  # fmt: skip
-        return x1, law.log_prob(x0) + change
+        x0, source = self._starts(lead, None, generator)
+        given = rows_of_condition(condition, len(x0), lead, x0)
+        with evaluating(self.fields):
+            x1, change = flow_with_log_density(
+                self._velocity(given, guidance), x0, self._grid(num_steps, ts, x0, 50), chosen,
+                exact=exact, num_probes=num_probes, inside=self._inside("velocity"), generator=source,
+            )  # fmt: skip
+        return self._shaped(x1, lead), (law.log_prob(x0) + change).reshape(lead)
 
     def sde_log_prob(
         self,
-        x1: Tensor,
+        x1: Any,
         epsilon: EpsilonLike = 0.5,
-        steps: int = 100,
+        num_steps: int | None = None,
         *,
-        num_paths: int = 64,
+        ts: Any = None,
+        num_particles: int = 64,
         method: str = "feynman-kac",
         proposal: str = "score",
         condition: Any = None,
-        generator: torch.Generator | None = None,
+        guidance: float = 1.0,
+        generator: Generator = None,
     ) -> PathWeights:
-        """Return weighted paths whose mean weight is the density of the SDE sampler at ``x1 (n, d)``; ``.log_prob`` is its log.
+        """Return weighted paths whose mean weight is the density of the SDE sampler at ``x1``; ``.log_prob`` is its log.
 
         Args:
-            x1: ``(n, d)``.
-            epsilon: strength of the noise, not zero in any step.
-            steps: of the grid.
-            num_paths: paths a point.
-            method: ``"feynman-kac"`` or ``"transition"``; see :func:`stochdyn.interpolants.densities.likelihood.feynman_kac_log_prob`.
+            x1: ``(n, *event)``.
+            epsilon: the strength of the noise, not zero in any step.
+            num_steps: the number of steps of a grid of equal ones; 100 if neither this nor ``ts`` is given.
+            ts: see :meth:`push`.
+            num_particles: the number of paths per point.
+            method: ``"feynman-kac"`` or ``"transition"``; see :func:`feynman_kac_log_prob`.
             proposal: ``"score"`` runs back with the reversed drift, ``"drift"`` with the forward one, whose weights vary wildly.
-            condition: labels or context ``(n, ...)``.
-            generator: source of randomness.
+            condition: labels or contexts, one per point or one for all.
+            guidance: see :meth:`push`.
+            generator: the source of randomness.
 
         Raises:
             UnavailableError: if the networks give no score, or the density of the starts isn't known.
         """
         self._need_score()
-        self._check_points(x1, "x1")
         check_choice(proposal, ("score", "drift"), "proposal")
-        law = self.starts.law(x1.shape[-1], x1)
+        check_positive_int(num_particles, "num_particles")
+        x, lead = self._flat(x1, "x1")
+        law = self.starts.law(x.shape[-1], x)
         level = as_epsilon(epsilon, self.interpolant)
-        if condition is not None:
-            condition = condition.repeat(num_paths, *[1] * (condition.ndim - 1))
-        drift = ForwardDrift(self.fields, level, condition, 1.0)
+        given = rows_of_condition(condition, len(x), lead, x)
+        if given is not None:
+            given = given.repeat(num_particles, *[1] * (given.ndim - 1))
+        drift = ForwardDrift(self.fields, level, given, guidance)
 
         def score(t: Tensor, y: Tensor) -> Tensor:
-            return self.fields("score", t, y, condition)
+            return self.fields("score", t, y, given, guidance)
 
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.fields):
             return feynman_kac_log_prob(
-                drift, lambda t: (2 * level(t)).sqrt(), law.log_prob, x1, self._grid(steps, x1),
-                score=score if proposal == "score" else None, num_paths=num_paths, method=method, generator=generator,
+                drift, lambda t: (2 * level(t)).sqrt(), law.log_prob, x, self._grid(num_steps, ts, x),
+                score=score if proposal == "score" else None, num_particles=num_particles, method=method,
+                generator=generator,
             )  # fmt: skip
 
     def measure(
         self, epsilon: EpsilonLike = 0.5, condition: Any = None, guidance: float = 1.0
     ) -> DiffusionMeasure:
-        r"""Return the law of the forward equation :math:`dX=(b+\varepsilon s)dt+\sqrt{2\varepsilon}dW` on [0, 1].
+        r"""Return the law on paths of the forward equation :math:`dX=(b+\varepsilon s)dt+\sqrt{2\varepsilon}dW` on [0, 1].
 
-        Epsilon isn't tapered here, since a law without noise at its ends has no densities with respect to others.
+        It is a law like all others: it samples on any grid, has marginals, a drift, a forward operator and density ratios. Where its
+        starts are those of the data it has no density at time 0.
 
         Args:
             epsilon: a positive number, a function of time, or ``"optimal"``.
-            condition: labels or context.
+            condition: one label or one context for all paths.
             guidance: see :meth:`push`.
 
         Raises:
             UnavailableError: if the networks give no score, or the law of the starts isn't known.
             InvalidInputError: if epsilon is zero.
         """
+        from stochdyn.interpolants.sampling.starts import EmpiricalStart
+
         self._need_score()
         level = as_epsilon(epsilon, self.interpolant)
         if level.vanishes:
             raise InvalidInputError(
                 "a path measure needs noise", got="epsilon=0", hint="push() is the probability flow"
             )
-        drift = ForwardDrift(self.fields, level, condition, guidance)
-
-        def diffusion(t: Tensor, x: Tensor) -> Scalar:
-            time = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-            strength = (2 * level(time)).sqrt().clamp_min(1e-6)
-            return Scalar(strength[..., 0] if strength.ndim else strength)
-
+        if len(self.event_shape or (1,)) != 1:
+            raise ShapeError("a law on paths is one of vectors", got=f"events of shape {self.event_shape}")
+        drift = _SharedCondition(ForwardDrift(self.fields, level, None, guidance), condition)
+        initial = EmpiricalStart(self.starts.kept) if self.starts.empirical else self.starts.law()
         constant = level.constant
-        return DiffusionMeasure(
-            self.starts.law(), SDE(drift, diffusion if constant is None else (2 * constant) ** 0.5)
-        )
+        diffusion: Any = _Spread(level) if constant is None else (2 * constant) ** 0.5
+        return DiffusionMeasure(initial, SDE(drift, diffusion))
 
     def distribution(
-        self, steps: int = 50, method: str = "rk4", condition: Any = None
+        self, num_steps: int = 50, method: Method = "rk4", condition: Any = None, guidance: float = 1.0
     ) -> InterpolantDistribution:
-        """Return the law of the probability flow as a Pyro distribution with event ``(d,)``.
+        """Return the law of the probability flow as a Pyro distribution with the event shape of the data.
 
         Args:
-            steps: of the grid.
+            num_steps: the number of steps of the grid.
             method: see :meth:`push`.
-            condition: one label, or one context vector.
+            condition: one label ``()`` or one context vector ``(c,)``; labels ``(*batch,)`` or contexts ``(*batch, c)`` make a batch of
+                laws.
+            guidance: see :meth:`push`.
 
         Raises:
             UnavailableError: if the density of the starts isn't known.
         """
         from stochdyn.interpolants.sampling.distribution import InterpolantDistribution
 
-        return InterpolantDistribution(self, steps, method, condition)
+        return InterpolantDistribution(self, num_steps, method, condition, guidance)
+
+
+class _Spread(nn.Module):
+    r"""The noise :math:`\sqrt{2\varepsilon(t)}` of the forward equation."""
+
+    def __init__(self, level: Epsilon) -> None:
+        super().__init__()
+        self.level = level
+
+    def forward(self, t: Tensor, x: Tensor) -> Scalar:
+        time = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        # relative to its own size at the middle, so that a vanishing end has a density too
+        least = 1e-6 * (2 * self.level(torch.full_like(time, 0.5))).sqrt()
+        strength = torch.maximum((2 * self.level(time)).sqrt(), least)
+        return Scalar(strength[..., 0] if strength.ndim else strength)
+
+
+class _SharedCondition(nn.Module):
+    """A drift with one condition for all points of whatever shape, in evaluation mode."""
+
+    def __init__(self, drift: ForwardDrift, condition: Any) -> None:
+        super().__init__()
+        self.inner, self.condition = drift, condition
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        if self.condition is not None:
+            count = x.shape[:-1].numel()
+            rows = rows_of_condition(self.condition, count, tuple(x.shape[:-1]), x)
+            assert rows is not None
+            self.inner.condition = rows.reshape(*x.shape[:-1], *rows.shape[1:])
+        with evaluating(self.inner):
+            return self.inner(t, x)

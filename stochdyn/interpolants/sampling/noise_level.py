@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_finite, check_ndim, check_positive
+from stochdyn._checks import check_finite, check_ndim, check_real
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants.paths.interpolant import Interpolant
 
@@ -25,30 +26,21 @@ class Epsilon(nn.Module):
     Args:
         value: a number, or a function of times of any shape.
         interpolant: the path.
-        taper: width of the ends of [0, 1] in which epsilon falls to zero like the latent (like alpha on one-sided paths),
-            so that :math:`\varepsilon s` stays bounded there; 0 for none.
-        largest: cap.
+        largest: the cap of a function, which may grow without bound towards an end.
 
     Raises:
         InvalidInputError: if the value is a negative number.
     """
 
     def __init__(
-        self,
-        value: float | Callable[[Tensor], Tensor],
-        interpolant: Interpolant,
-        taper: float = 0.0,
-        largest: float = float("inf"),
+        self, value: float | Callable[[Tensor], Tensor], interpolant: Interpolant, largest: float = 1e6
     ) -> None:
         super().__init__()
         if not callable(value):
-            check_finite(torch.as_tensor(value, dtype=torch.float64), "epsilon")
-            if float(value) < 0:
-                raise InvalidInputError("epsilon must not be negative", got=value)
+            check_real(value, "epsilon", minimum=0.0)
             value = float(value)
-        if not 0 <= taper < 0.5:
-            raise InvalidInputError("taper must lie in [0, 0.5)", got=taper)
-        self._value, self.interpolant, self.taper, self.largest = value, interpolant, float(taper), largest
+        check_real(largest, "largest", above=0.0)
+        self._value, self.interpolant, self.largest = value, interpolant, float(largest)
 
     @property
     def vanishes(self) -> bool:
@@ -58,20 +50,31 @@ class Epsilon(nn.Module):
     @property
     def constant(self) -> float | None:
         """The value where it is the same number at all times, else None."""
-        return None if callable(self._value) or self.taper else self._value
+        return None if callable(self._value) else self._value
 
     def forward(self, t: Tensor) -> Tensor:
         """Return epsilon at times of any shape."""
-        value = self._value(t) if callable(self._value) else torch.full_like(t, self._value)
-        value = torch.as_tensor(value, dtype=t.dtype, device=t.device).expand(t.shape)
-        value = value.nan_to_num(nan=0.0, posinf=self.largest if self.largest < float("inf") else 1e6)
-        if self.largest < float("inf"):
-            value = value.clamp(max=self.largest)
-        if self.taper:
-            noise = self.interpolant.noise
-            inner = noise.value(t.clamp(self.taper, 1 - self.taper))
-            value = value * torch.where(inner > 0, noise.value(t) / inner, torch.ones_like(t))
-        return value
+        if not callable(self._value):
+            return torch.full_like(t, self._value)
+        value = torch.as_tensor(self._value(t), dtype=t.dtype, device=t.device).expand(t.shape)
+        return value.clamp(max=self.largest)
+
+    def of_steps(self, ts: Tensor, max_rate: float) -> list[float]:
+        r"""Return epsilon in every step of a grid, from its middle and held below ``max_rate`` times :math:`\gamma^2/h`.
+
+        Raises:
+            InvalidInputError: if epsilon is negative or NaN somewhere.
+        """
+        grid = ts.detach().double().cpu()
+        middles, h = 0.5 * (grid[1:] + grid[:-1]), grid.diff().abs()
+        with torch.no_grad():
+            values = self(middles)
+            bound = (
+                max_rate * self.interpolant.noise.square(middles) / h if max_rate < float("inf") else values
+            )
+        if not bool((values >= 0).all()):
+            raise InvalidInputError("epsilon must not be negative", got=f"minimum {float(values.min()):g}")
+        return cast(list[float], torch.minimum(values, bound).tolist())
 
 
 class TabulatedEpsilon(nn.Module):
@@ -99,7 +102,7 @@ class TabulatedEpsilon(nn.Module):
         check_ndim(t, 1, "times", "(T,)")
         if t.shape != v.shape or t.shape[0] < 2:
             raise ShapeError(
-                "epsilon needs one value a time, at least two", got=f"{tuple(t.shape)} and {tuple(v.shape)}"
+                "epsilon needs one value per time, at least two", got=f"{tuple(t.shape)} and {tuple(v.shape)}"
             )
         check_finite(v, "values")
         if bool((v < 0).any()):
@@ -116,16 +119,12 @@ class TabulatedEpsilon(nn.Module):
         return ((1 - share) * self.values[right - 1] + share * self.values[right]).to(t)
 
 
-def as_epsilon(
-    value: EpsilonLike, interpolant: Interpolant, taper: float = 0.0, largest: float = 10.0
-) -> Epsilon:
+def as_epsilon(value: EpsilonLike, interpolant: Interpolant) -> Epsilon:
     """Turn a number, a function of time or ``"optimal"`` into an :class:`Epsilon`.
 
     Args:
         value: what the user gave.
         interpolant: the path.
-        taper: see :class:`Epsilon`.
-        largest: cap of ``"optimal"``, which is unbounded at time 0 on one-sided paths.
 
     Raises:
         InvalidInputError: if it is negative, another string, or ``"optimal"`` on a two-sided path.
@@ -138,12 +137,12 @@ def as_epsilon(
                 "epsilon is unknown", got=repr(value), expected="a number, a function or 'optimal'"
             )
         interpolant.optimal_epsilon(0.5)
-        check_positive(largest, "largest")
-        return Epsilon(interpolant.optimal_epsilon, interpolant, taper, largest)
+        # on one-sided paths it is unbounded at time 0
+        return Epsilon(interpolant.optimal_epsilon, interpolant, 10.0)
     if isinstance(value, Tensor):
         if value.ndim:
             raise InvalidInputError(
                 "epsilon must be one number or a function of time", got=f"shape {tuple(value.shape)}"
             )
         value = float(value)
-    return Epsilon(value, interpolant, taper)
+    return Epsilon(value, interpolant)

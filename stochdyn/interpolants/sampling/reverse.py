@@ -9,21 +9,45 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_choice, check_event_size, check_ndim, check_positive_int
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_tensor,
+    check_bool,
+    check_choice,
+    check_event_size,
+    check_ndim,
+    check_positive_int,
+    check_type,
+)
 from stochdyn.core.law.diffusion import DiffusionMeasure
-from stochdyn.errors import UnavailableError
+from stochdyn.core.law.initial import as_initial
+from stochdyn.core.law.marginals import Generator, SampleShape
+from stochdyn.errors import ShapeError
 from stochdyn.interpolants.densities.evidence import feynman_kac_log_density
 from stochdyn.interpolants.densities.likelihood import flow_log_prob
-from stochdyn.interpolants.fields.potential import FunctionPotential, Potential, PotentialNetwork
-from stochdyn.interpolants.paths.processes import AffineProcess
-from stochdyn.interpolants.sampling.exponential import Prediction, exponential_ode, exponential_sde
+from stochdyn.interpolants.fields.conditions import rows_of_condition
+from stochdyn.interpolants.fields.learned import LearnedScore
+from stochdyn.interpolants.fields.networks import evaluating
+from stochdyn.interpolants.fields.potential import Potential, PotentialNetwork
+from stochdyn.interpolants.paths.processes import AffineProcess, check_process
+from stochdyn.interpolants.sampling.exponential import (
+    ExponentialODE,
+    ExponentialSDE,
+    exponential_ode,
+    exponential_sde,
+)
+from stochdyn.interpolants.sampling.samplers import integrate_ode
+from stochdyn.interpolants.sampling.starts import moved_law
 
 if TYPE_CHECKING:
     from stochdyn.interpolants.sampling.diffusion_distribution import DiffusionDistribution
 
 __all__ = ["ReverseDiffusion"]
 
-Field = Callable[[Tensor, Tensor], Tensor]
+Field = Callable[..., Tensor]
+Method = str | ExponentialODE | ExponentialSDE
+_METHODS = {"sde": ExponentialSDE(), "ode": ExponentialODE()}
 
 
 class ReverseDiffusion(nn.Module):
@@ -33,25 +57,28 @@ class ReverseDiffusion(nn.Module):
         dX=(f-g^2s_\theta)\,dt+g\,d\bar W\quad\text{(SDE)},\qquad
         \dot X=f-\tfrac12g^2s_\theta\quad\text{(ODE)},
 
-    both run from the horizon to the start of the process. Made by :meth:`ScoreMatching.generator`.
+    both run from the horizon to the start of the process. Made by :meth:`ScoreMatching.generator`. :meth:`sample` is the short
+    call for end points; the law on paths is :meth:`measure`.
 
     Args:
         process: the noising process.
-        source: a :class:`Potential`, or a score ``score(t, x) -> (..., d)``.
+        source: a :class:`Potential`, or a score ``score(t, x) -> (..., d)``, also with a condition as third argument.
         dim: ``d``.
         like: a tensor whose precision and device samples take.
-        prior: law at the horizon, a distribution with event ``(d,)``. None for the stationary Gaussian of the process,
+        prior: the law at the horizon, a distribution with event ``(d,)``. None for the stationary Gaussian of the process,
             or, with a :class:`PotentialNetwork`, for the noised Gaussian of the moments of the data.
 
     Example:
         >>> from stochdyn.interpolants import OU
         >>> rev = ReverseDiffusion(OU(), lambda t, x: -2 * x, 3)
-        >>> rev.sample(5, method="ode", steps=10).shape
+        >>> rev.sample(5, method="ode", num_steps=10).shape
         torch.Size([5, 3])
 
     Reference:
         Song et al., "Score-based generative modeling through SDEs", 2021, equations 6 and 13.
     """
+
+    example: Tensor
 
     def __init__(
         self,
@@ -63,19 +90,33 @@ class ReverseDiffusion(nn.Module):
     ) -> None:
         super().__init__()
         check_positive_int(dim, "dim")
-        self.process, self.source, self.dim = process, source, dim
+        if prior is not None:
+            check_type(prior, torch.distributions.Distribution, "prior", "a distribution with event (d,)")
+            if tuple(prior.event_shape) != (dim,):
+                raise ShapeError(
+                    "the prior has another event shape", got=tuple(prior.event_shape), expected=(dim,)
+                )
+        self.learned, self.dim = LearnedScore(check_process(process), source), dim
         example = torch.empty(0) if like is None else like
-        self._like = torch.zeros(dim, dtype=example.dtype, device=example.device)
-        self.prior = self._default_prior() if prior is None else prior
+        self.register_buffer("example", torch.zeros(dim, dtype=example.dtype, device=example.device))
+        self._prior = prior
 
-    def _default_prior(self) -> Any:
-        if not isinstance(self.source, PotentialNetwork):
-            return self.process.prior(self._like)
-        t = torch.tensor(self.process.horizon, dtype=self._like.dtype, device=self._like.device)
-        mean = self.process.location(t, self.source.data_mean)
-        variance = self.process.scale(t).square() * self.source.data_variance + self.process.variance(t)
-        normal = torch.distributions.Normal(mean, variance.sqrt(), validate_args=False)
-        return torch.distributions.Independent(normal, 1, validate_args=False)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReverseDiffusion:
+        """Move a prior that was given with everything else."""
+        super()._apply(fn, recurse)
+        if self._prior is not None:
+            self._prior = moved_law(self._prior, fn)
+        return self
+
+    @property
+    def process(self) -> AffineProcess:
+        """The noising process."""
+        return self.learned.process
+
+    @property
+    def source(self) -> Any:
+        """The potential or the score."""
+        return self.learned.source
 
     @property
     def potential(self) -> Potential:
@@ -84,107 +125,154 @@ class ReverseDiffusion(nn.Module):
         Raises:
             UnavailableError: if a score was given in its place.
         """
-        if not isinstance(self.source, Potential):
-            raise UnavailableError("a score network knows no log density", hint="train a potential")
-        return self.source
+        return self.learned.potential
 
-    def score(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the learned score ``(..., d)``."""
-        if isinstance(self.source, Potential):
-            return self.source.score(t, x)
-        time = t if isinstance(t, Tensor) else torch.full((), float(t), dtype=x.dtype, device=x.device)
-        return self.source(time.to(x.dtype).expand(*x.shape[:-1], 1), x)
+    @property
+    def prior(self) -> Any:
+        """The law at the horizon."""
+        if self._prior is not None:
+            return self._prior
+        if not isinstance(self.source, PotentialNetwork):
+            return self.process.prior(self.example)
+        t = torch.tensor(self.process.horizon, dtype=self.example.dtype, device=self.example.device)
+        mean = self.process.location(t, self.source.data_mean)
+        variance = self.process.scale(t).square() * self.source.data_variance + self.process.variance(t)
+        normal = torch.distributions.Normal(mean, variance.sqrt(), validate_args=False)
+        return torch.distributions.Independent(normal, 1, validate_args=False)
 
-    def start(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``(n, d)`` from the prior."""
-        base = getattr(self.prior, "base_dist", self.prior)
-        if isinstance(base, torch.distributions.Normal):
-            noise = torch.randn(
-                n, self.dim, generator=generator, dtype=base.loc.dtype, device=base.loc.device
+    def score(self, t: Tensor | float, x: Tensor, condition: Any = None) -> Tensor:
+        """Return the learned score ``(..., d)`` at ``x (..., d)``, for a condition per point or one for all."""
+        rows = rows_of_condition(condition, x.shape[:-1].numel(), tuple(x.shape[:-1]), x)
+        if rows is not None:
+            rows = rows.reshape(*x.shape[:-1], *rows.shape[1:])
+        with evaluating(self):
+            return self.learned.given(rows)(t, x)
+
+    def _given(self, condition: Any, mean: Any, lead: tuple[int, ...]) -> tuple[LearnedScore, Tensor | None]:
+        """Return the score for conditions and means of points, and these means as rows."""
+        count = torch.Size(lead).numel()
+        rows = rows_of_condition(condition, count, lead, self.example)
+        means = None
+        if mean is not None:
+            means = as_tensor(mean, "mean", like=self.example).to(self.example)
+            check_event_size(means, self.dim, "mean")
+            means = (
+                means.expand(*lead, self.dim).reshape(count, self.dim) if lead else means.reshape(1, self.dim)
             )
-            return base.loc + base.scale * noise
-        with torch.random.fork_rng(enabled=generator is not None):
-            if generator is not None:
-                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            return self.prior.sample((n,))
+        return self.learned.given(rows, means), means
+
+    def start(
+        self, sample_shape: SampleShape = (), generator: Generator = None, mean: Tensor | None = None
+    ) -> Tensor:
+        """Draw ``(*sample_shape, d)`` from the prior, shifted to ``mean`` where every item has its own."""
+        shape = as_sample_shape(sample_shape)
+        if mean is None:
+            return as_initial(self.prior).draw(shape, as_generator(generator))
+        noise = self.process.with_mean(0.0).prior(self.example)
+        return as_initial(noise).draw(shape, as_generator(generator)) + mean
 
     def sample(
         self,
-        n: int,
-        method: Literal["sde", "ode"] = "sde",
-        steps: int = 200,
+        sample_shape: SampleShape = (),
+        method: Method = "sde",
+        num_steps: int = 100,
         *,
-        order: int = 2,
-        prediction: Prediction = "data",
         spacing: str = "log-snr",
         denoise: bool = True,
-        generator: torch.Generator | None = None,
+        condition: Any = None,
+        mean: Any = None,
+        generator: Generator = None,
         batch_size: int | None = None,
     ) -> Tensor:
         """Draw points by an exponential integrator.
 
         Args:
-            n: how many.
-            method: ``"sde"`` or ``"ode"``.
-            steps: evaluations of the network a point.
-            order: 1, or 2 at the same cost.
-            prediction: ``"data"`` or ``"noise"``, see :func:`exponential_ode`.
-            spacing: of the times, see :meth:`AffineProcess.grid`.
+            sample_shape: the shape of independent draws, an integer or a tuple.
+            method: ``"sde"`` or ``"ode"``, or :class:`ExponentialSDE` or :class:`ExponentialODE` with options.
+            num_steps: the number of evaluations of the network per point.
+            spacing: how the times are spaced, see :meth:`AffineProcess.grid`.
             denoise: end with the mean of the start given the point at the start time, which removes the last of the
                 noise. Off, the points follow the law at ``process.start``, whose density :meth:`log_prob` gives.
-            generator: source of randomness; torch's global one if None.
-            batch_size: points at a time, to bound the memory; all if None.
+            condition: labels or contexts: one per draw, ``(*sample_shape, ...)``, or one for all.
+            mean: ``(*sample_shape, d)`` or ``(d,)``: what the process reverts to, where items have their own.
+            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            batch_size: the number of points at a time, to bound the memory; all if None.
 
         Returns:
-            ``(n, d)``, without gradients.
+            ``(*sample_shape, d)``, without gradients.
 
         Raises:
             InvalidInputError: for an unknown option, or counts that aren't positive.
         """
-        check_positive_int(n, "n")
-        check_positive_int(steps, "steps")
-        check_choice(method, ("sde", "ode"), "method")
-        size = n if batch_size is None else batch_size
+        lead = as_sample_shape(sample_shape)
+        count = torch.Size(lead).numel()
+        check_positive_int(num_steps, "num_steps")
+        check_bool(denoise, "denoise")
+        chosen = self._method(method)
+        size = count if batch_size is None else batch_size
         check_positive_int(size, "batch_size")
-        times = self.process.grid(steps, spacing).to(self._like.device)
-        with torch.no_grad():
-            x = self.start(n, generator)
+        times = self.process.grid(num_steps, spacing).to(self.example.device)
+        source = as_generator(generator)
+        with torch.no_grad(), evaluating(self):
+            _, means = self._given(None, mean, lead)
+            x = self.start(count, source, means)
+            rows = rows_of_condition(condition, count, lead, self.example)
             parts = []
-            for part in x.split(size):
-                if method == "ode":
-                    y = exponential_ode(
-                        self.process, self.score, part, times, order=order, prediction=prediction
-                    )
-                else:
-                    y = exponential_sde(
-                        self.process,
-                        self.score,
-                        part,
-                        times,
-                        order=order,
-                        prediction=prediction,
-                        generator=generator,
-                    )
-                if denoise:
-                    last = times[-1].to(y.dtype)
-                    y = self.process.denoised(last, y, self.score(last, y))
-                parts.append(y)
-        return torch.cat(parts)
+            for i in range(0, count, size):
+                part = slice(i, i + size)
+                own = self.learned.given(
+                    None if rows is None else rows[part],
+                    None if means is None else means[part].expand(x[part].shape),
+                )
+                parts.append(self._back(own, x[part], times, chosen, denoise, source))
+        return torch.cat(parts).reshape(*lead, self.dim)
 
-    def velocity(self, t: Tensor, x: Tensor) -> Tensor:
+    def _method(self, method: Method) -> ExponentialODE | ExponentialSDE:
+        if isinstance(method, ExponentialODE | ExponentialSDE):
+            return method
+        check_choice(method, tuple(_METHODS), "method")
+        return _METHODS[method]
+
+    def _back(
+        self, own: LearnedScore, x: Tensor, times: Tensor, method: ExponentialODE | ExponentialSDE, denoise: bool,
+        generator: torch.Generator | None,
+    ) -> Tensor:  # fmt: skip
+        options: dict[str, Any] = {"order": method.order, "prediction": method.prediction}
+        if isinstance(method, ExponentialODE):
+            y = exponential_ode(own.process, own, x, times, **options)
+        else:
+            y = exponential_sde(own.process, own, x, times, generator=generator, **options)
+        if denoise:
+            last = times[-1].to(y.dtype)
+            y = own.process.denoised(last, y, own(last, y))
+        return y
+
+    def velocity(self, t: Tensor, x: Tensor, condition: Any = None) -> Tensor:
         """Return the velocity of the probability-flow ODE on the forward clock, ``(..., d)``."""
-        return self.process.drift(t, x) - 0.5 * self.process.squared_diffusion(t) * self.score(t, x)
+        return self.process.drift(t, x) - 0.5 * self.process.squared_diffusion(t) * self.score(
+            t, x, condition
+        )
+
+    def flow(self, x: Tensor, num_steps: int = 50, condition: Any = None) -> Tensor:
+        """Carry points ``(n, d)`` at the horizon to the start time along the ODE, by Runge-Kutta steps; differentiable."""
+        check_ndim(x, 2, "x", "(n, d)")
+        own = self._given(condition, None, tuple(x.shape[:-1]))[0]
+        times = self.process.grid(num_steps).to(x.device)
+        with evaluating(self):
+            return integrate_ode(own.velocity, x, times, "rk4")
 
     def log_prob(
         self,
-        x: Tensor,
+        x: Any,
         method: Literal["ode", "sde"] = "ode",
         *,
-        steps: int = 100,
+        num_steps: int = 100,
         exact: bool = True,
         num_probes: int = 1,
-        num_paths: int = 64,
-        generator: torch.Generator | None = None,
+        num_particles: int = 64,
+        condition: Any = None,
+        mean: Any = None,
+        generator: Generator = None,
     ) -> Tensor:
         r"""Return the log density of a law at the start time.
 
@@ -197,11 +285,13 @@ class ReverseDiffusion(nn.Module):
         Args:
             x: ``(n, d)``.
             method: ``"ode"`` or ``"sde"``.
-            steps: steps of the ODE, or of the paths.
-            exact: trace of the Jacobian exactly, or by random probes (unbiased).
-            num_probes: probes if not exact.
-            num_paths: paths a point for the SDE.
-            generator: source of randomness.
+            num_steps: the number of steps of the ODE, or of the paths.
+            exact: whether to take the trace of the Jacobian exactly, or by random probes (unbiased).
+            num_probes: the number of probes per point if not exact.
+            num_particles: the number of paths per point for the SDE.
+            condition: labels or contexts, one per point or one for all.
+            mean: ``(n, d)`` or ``(d,)``: what the process reverts to, where items have their own.
+            generator: the source of randomness.
 
         Returns:
             ``(n,)``, differentiable.
@@ -211,46 +301,59 @@ class ReverseDiffusion(nn.Module):
             ShapeError: if ``x`` isn't ``(n, d)``.
         """
         check_choice(method, ("ode", "sde"), "method")
-        check_ndim(x, 2, "x", "(n, d)")
+        check_positive_int(num_steps, "num_steps")
+        check_bool(exact, "exact")
+        x = as_tensor(x, "x", 2, "(n, d)")
         check_event_size(x, self.dim, "x")
-        if method == "sde":
-            return feynman_kac_log_density(
-                self.potential, x, self.prior, steps=steps, num_paths=num_paths, generator=generator
-            ).value
-        times = self.process.grid(steps).to(x.device)
-        if not (exact and isinstance(self.source, PotentialNetwork)):
+        own, means = self._given(condition, mean, tuple(x.shape[:-1]))
+        prior = self.prior
+        if means is not None:
+            std = self.process.std(torch.tensor(self.process.horizon, dtype=torch.float64)).to(x)
+            prior = torch.distributions.Independent(torch.distributions.Normal(means, std), 1)
+        with evaluating(self):
+            if method == "sde":
+                return feynman_kac_log_density(
+                    own.potential,
+                    x,
+                    prior,
+                    num_steps=num_steps,
+                    num_particles=num_particles,
+                    generator=generator,
+                ).value
+            times = self.process.grid(num_steps).to(x.device)
+            if exact and isinstance(own.source, PotentialNetwork):
+                y, total = _carry(self.process, own.source, x, times.flip(0))
+                return prior.log_prob(y) + total
             probing: dict[str, Any] = {} if exact else {"num_probes": num_probes, "generator": generator}
             return flow_log_prob(
-                self._smooth_velocity(), self.prior.log_prob, x, times, "rk4", exact=exact, **probing
+                own.smooth().velocity, prior.log_prob, x, times, "rk4", exact=exact, **probing
             )
-        y, total = _carry(self.process, self.source, x, times.flip(0))
-        return self.prior.log_prob(y) + total
 
-    def _smooth_velocity(self) -> Field:
-        """Return a velocity whose divergence can be differentiated again; the jets of a potential network can't."""
-        if not isinstance(self.source, PotentialNetwork):
-            return self.velocity
-        return ReverseDiffusion(
-            self.process, FunctionPotential(self.process, self.source), self.dim, self._like, self.prior
-        ).velocity
-
-    def measure(self) -> DiffusionMeasure:
+    def measure(self, condition: Any = None) -> DiffusionMeasure:
         """Return the law of the reverse SDE on paths, on the clock ``horizon - t``.
 
         It starts from the prior at time 0 and should be sampled up to ``horizon - start``. As a
         :class:`stochdyn.DiffusionMeasure` it can be controlled, reversed and weighed.
-        """
-        return DiffusionMeasure(self.prior, self.process.sde().reverse(self.score, self.process.horizon))
 
-    def distribution(self, steps: int = 50) -> DiffusionDistribution:
+        Args:
+            condition: one label or one context for all paths.
+        """
+
+        def score(t: Tensor, x: Tensor) -> Tensor:
+            return self.score(t, x, condition)
+
+        return DiffusionMeasure(self.prior, self.process.sde().reverse(score, self.process.horizon))
+
+    def distribution(self, num_steps: int = 50, condition: Any = None) -> DiffusionDistribution:
         """Return the law of the ODE at the start time as a Pyro distribution with event ``(d,)``.
 
         Args:
-            steps: of the grid, for draws and densities alike.
+            num_steps: the number of steps of the grid, for draws and densities alike.
+            condition: one label ``()`` or one context vector ``(c,)``; with leading axes a batch of laws.
         """
         from stochdyn.interpolants.sampling.diffusion_distribution import DiffusionDistribution
 
-        return DiffusionDistribution(self, steps)
+        return DiffusionDistribution(self, num_steps, condition)
 
 
 def _carry(

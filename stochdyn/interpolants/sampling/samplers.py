@@ -9,13 +9,22 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_finite, check_positive, check_positive_int
+from stochdyn._checks import as_generator, check_choice, check_finite, check_positive_int, check_real
 from stochdyn.errors import InvalidInputError, TimeGridError
+from stochdyn.interpolants.sampling.methods import (
+    FLOW_METHODS,
+    Adaptive,
+    Euler,
+    FlowMethod,
+    Heun,
+    Midpoint,
+    Strang,
+    as_method,
+)
 
 __all__ = [
-    "ADAPTIVE",
-    "ODE_METHODS",
-    "SDE_METHODS",
+    "flow_step",
+    "integrate_marginals",
     "integrate_ode",
     "integrate_sde",
     "integrate_strang",
@@ -26,37 +35,45 @@ Field = Callable[[Tensor, Tensor], Tensor]
 Noise = float | Tensor | Callable[[Tensor], Tensor]
 Step = Callable[[int, Tensor], Tensor]
 
-ODE_METHODS = ("euler", "midpoint", "heun", "rk4")
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
-SDE_METHODS = ("euler", "heun", "strang")
-
 
 def time_grid(
-    steps: int, start: float = 0.0, stop: float = 1.0, *, power: float = 1.0, like: Tensor | None = None
+    num_steps: int,
+    start: float = 0.0,
+    stop: float = 1.0,
+    *,
+    power: float = 1.0,
+    shift: float = 1.0,
+    like: Tensor | None = None,
 ) -> Tensor:
-    """Return ``steps + 1`` times from ``start`` to ``stop``, either of which may be the later one.
+    """Return ``num_steps + 1`` times from ``start`` to ``stop``, either of which may be the later one.
 
     Args:
-        steps: number of steps.
-        start: first time.
-        stop: last time.
+        num_steps: the number of steps.
+        start: the first time.
+        stop: the last time.
         power: 1 for equal steps; above 1 the steps shrink towards ``stop`` like ``(1 - u)**power``.
+        shift: 1 for none; above 1 the steps shrink towards ``start``, as high-resolution models need it:
+            ``u / (shift + (1 - shift) * u)``.
         like: a tensor whose precision and device the grid takes.
 
     Raises:
-        InvalidInputError: if ``steps`` isn't a positive integer, or ``power`` isn't positive.
+        InvalidInputError: if ``num_steps`` isn't a positive integer, or ``power`` or ``shift`` isn't positive.
         TimeGridError: if both times are the same.
 
     Example:
         >>> time_grid(2, 1.0, 0.0)
         tensor([1.0000, 0.5000, 0.0000])
     """
-    check_positive_int(steps, "steps")
-    check_positive(power, "power")
+    check_positive_int(num_steps, "num_steps")
+    for name, value in (("start", start), ("stop", stop)):
+        check_real(value, name)
+    check_real(power, "power", above=0.0)
+    check_real(shift, "shift", above=0.0)
     if start == stop:
         raise TimeGridError("a grid needs two different ends", got=f"{start:g} and {stop:g}")
     dtype = torch.get_default_dtype() if like is None else like.dtype
-    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    u = u / (shift + (1 - shift) * u)
     shrunk = 1 - (1 - u) ** power if power != 1 else u
     grid = start + (stop - start) * shrunk
     grid[-1] = stop
@@ -90,11 +107,10 @@ def integrate_ode(
     velocity: Field,
     x: Tensor,
     ts: Tensor,
-    method: str = "heun",
+    method: str | FlowMethod = "heun",
     *,
     trajectory: bool = False,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    inside: tuple[bool, bool] = (False, False),
 ) -> Tensor:
     r"""Integrate :math:`\dot x=b(t,x)` along a grid.
 
@@ -102,11 +118,11 @@ def integrate_ode(
         velocity: ``b(t, x) -> (..., d)``, called with a time of no axes.
         x: ``(..., d)`` state at ``ts[0]``.
         ts: ``(T,)`` times, strictly increasing or strictly decreasing.
-        method: ``"euler"``, ``"midpoint"``, ``"heun"`` (order 2) or ``"rk4"`` with one step an interval; or one of
-            torchdiffeq's adaptive methods, such as ``"dopri5"``.
+        method: ``"euler"``, ``"midpoint"``, ``"heun"`` (order 2), ``"rk4"`` with one step per interval, an adaptive method
+            such as ``"dopri5"``, or an object such as :class:`~stochdyn.interpolants.Adaptive` that carries options.
         trajectory: return the states at all times, ``(T, ..., d)``, instead of the last one.
-        rtol: relative tolerance of adaptive methods.
-        atol: absolute tolerance of adaptive methods.
+        inside: whether the first and the last step must evaluate the velocity strictly inside, since it is known at their
+            outer end only as a limit. The order of the method stays the same.
 
     Returns:
         ``(..., d)``; differentiable unless gradients are off.
@@ -119,21 +135,106 @@ def integrate_ode(
         >>> integrate_ode(lambda t, x: -x, torch.ones(1), time_grid(10), "rk4")
         tensor([0.3679])
     """
-    check_choice(method, (*ODE_METHODS, *ADAPTIVE), "method")
+    chosen = as_method(method, FLOW_METHODS, "flows")
     times, dts = _steps_of(ts, x)
-    if method in ADAPTIVE:
-        from torchdiffeq import odeint
+    if isinstance(chosen, Adaptive):
+        return _adaptive(velocity, x, ts.to(x), chosen, trajectory, inside)
+    return _run(flow_step(velocity, times, dts, chosen, inside), x, len(dts), trajectory)
 
-        # without step_t the last step overshoots the last time, where the field may not exist
-        path = odeint(
-            velocity, x, ts.to(x), method=method, rtol=rtol, atol=atol, options={"step_t": ts.to(x)}
+
+#: How much of the span of an adaptive method lies beside an end at which the velocity is known as a limit only.
+_MARGIN = 5e-3
+
+
+def _adaptive(
+    velocity: Field, x: Tensor, ts: Tensor, method: Adaptive, trajectory: bool, inside: tuple[bool, bool]
+) -> Tensor:
+    from torchdiffeq import odeint
+
+    grid, first, last = ts, x, None
+    span = _MARGIN * (ts[-1] - ts[0])
+    if inside[0]:
+        grid = torch.cat(
+            [(ts[0] + torch.minimum(span.abs(), 0.5 * (ts[1] - ts[0]).abs()) * span.sign())[None], grid[1:]]
         )
-        return cast(Tensor, path if trajectory else path[-1])
-    return _run(_ode_step(velocity, times, dts, method), x, len(dts), trajectory)
+        first = _first_step(velocity, ts[0], float(grid[0] - ts[0]), x, 4)
+    if inside[1]:
+        last = ts[-1] - torch.minimum(span.abs(), 0.5 * (grid[-1] - grid[-2]).abs()) * span.sign()
+        grid = torch.cat([grid[:-1], last[None]])
+    # without step_t the last step overshoots the last time, where the field may not exist
+    path = odeint(
+        velocity,
+        first,
+        grid,
+        method=method.name,
+        rtol=method.rtol,
+        atol=method.atol,
+        options={"step_t": grid},
+    )
+    path = torch.cat([x[None], path[1:]]) if inside[0] else path
+    if last is not None:
+        path = torch.cat([path[:-1], _last_step(velocity, last, float(ts[-1] - last), path[-1], 4)[None]])
+    return cast(Tensor, path if trajectory else path[-1])
 
 
-def _ode_step(velocity: Field, times: tuple[Tensor, ...], dts: list[float], method: str) -> Step:
-    if method == "euler":
+def _first_step(velocity: Field, t: Tensor, h: float, x: Tensor, order: int) -> Tensor:
+    """Take a step whose slopes all lie inside, by Gauss's collocation with fixed-point sweeps from the start itself."""
+    if order < 4:
+        middle = t + 0.5 * h
+        slope = velocity(middle, x)
+        for _ in range(2 if order > 1 else 0):
+            slope = velocity(middle, torch.add(x, slope, alpha=0.5 * h))
+        return torch.add(x, slope, alpha=h)
+    root = 3**0.5 / 6
+    early, late = t + (0.5 - root) * h, t + (0.5 + root) * h
+    k1, k2 = velocity(early, x), velocity(late, x)
+    for _ in range(3):
+        k1, k2 = (
+            velocity(early, x + h * (0.25 * k1 + (0.25 - root) * k2)),
+            velocity(late, x + h * ((0.25 + root) * k1 + 0.25 * k2)),
+        )
+    return torch.add(x, k1 + k2, alpha=0.5 * h)
+
+
+def _last_step(velocity: Field, t: Tensor, h: float, x: Tensor, order: int) -> Tensor:
+    """Take an explicit step that stops short of its end: Euler's, the midpoint rule, or Ralston's method of order 3.
+
+    One step of local order h^4 leaves the order 4 of the others.
+    """
+    slope = velocity(t, x)
+    if order == 1:
+        return torch.add(x, slope, alpha=h)
+    middle = velocity(t + 0.5 * h, torch.add(x, slope, alpha=0.5 * h))
+    if order == 2:
+        return torch.add(x, middle, alpha=h)
+    late = velocity(t + 0.75 * h, torch.add(x, middle, alpha=0.75 * h))
+    return torch.add(x, 2 * slope + 3 * middle + 4 * late, alpha=h / 9)
+
+
+def flow_step(
+    velocity: Field,
+    times: tuple[Tensor, ...],
+    dts: list[float],
+    method: FlowMethod,
+    inside: tuple[bool, bool] = (False, False),
+) -> Step:
+    """Return the steps of a flow, ``step(n, x)``; see :func:`integrate_ode`."""
+    plain, order, last = _plain_step(velocity, times, dts, method), method.order, len(dts) - 1
+    if not any(inside):
+        return plain
+
+    def step(n: int, x: Tensor) -> Tensor:
+        if n == 0 and inside[0]:
+            return _first_step(velocity, times[0], dts[0], x, order)
+        if n == last and inside[1]:
+            return _last_step(velocity, times[n], dts[n], x, order)
+        return plain(n, x)
+
+    return step
+
+
+def _plain_step(velocity: Field, times: tuple[Tensor, ...], dts: list[float], method: FlowMethod) -> Step:
+    if isinstance(method, Euler):
         return lambda n, x: torch.add(x, velocity(times[n], x), alpha=dts[n])
 
     def heun(n: int, x: Tensor) -> Tensor:
@@ -141,7 +242,7 @@ def _ode_step(velocity: Field, times: tuple[Tensor, ...], dts: list[float], meth
         ahead = velocity(times[n + 1], torch.add(x, slope, alpha=dts[n]))
         return torch.add(x, slope + ahead, alpha=0.5 * dts[n])
 
-    if method == "heun":
+    if isinstance(method, Heun):
         return heun
     middles = [0.5 * (a + b) for a, b in itertools.pairwise(times)]
 
@@ -157,7 +258,7 @@ def _ode_step(velocity: Field, times: tuple[Tensor, ...], dts: list[float], meth
         k4 = velocity(times[n + 1], torch.add(x, k3, alpha=h))
         return torch.add(x, k1 + 2 * (k2 + k3) + k4, alpha=h / 6)
 
-    return midpoint if method == "midpoint" else rk4
+    return midpoint if isinstance(method, Midpoint) else rk4
 
 
 def step_noise(noise: Noise, ts: Tensor, dts: list[float]) -> list[float]:
@@ -168,7 +269,7 @@ def step_noise(noise: Noise, ts: Tensor, dts: list[float]) -> list[float]:
     values = values.expand(len(dts)) if values.ndim == 0 else values
     if values.shape != (len(dts),):
         raise InvalidInputError(
-            "noise must be a number, one number a step, or a function of time",
+            "noise must be a number, one number per step, or a function of time",
             got=f"shape {tuple(values.shape)}",
         )
     check_finite(values, "noise")
@@ -185,13 +286,13 @@ def integrate_sde(
     ts: Tensor,
     method: Literal["euler", "heun"] = "heun",
     *,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     trajectory: bool = False,
     last_noise: bool = True,
 ) -> Tensor:
     r"""Integrate :math:`dX=f(t,X)\,dt+g(t)\,dW` along a grid, forwards or backwards in time.
 
-    ``"euler"`` is Euler-Maruyama, of weak order 1. ``"heun"`` is of weak order 2 with two evaluations a step: the noise
+    ``"euler"`` is Euler-Maruyama, of weak order 1. ``"heun"`` is of weak order 2 with two evaluations per step: the noise
     of the step is part of the predictor,
 
     .. math:: \hat x=x+hf(t,x)+\xi,\qquad x'=x+\tfrac h2\big[f(t,x)+f(t+h,\hat x)\big]+\xi .
@@ -200,7 +301,7 @@ def integrate_sde(
 
     Args:
         drift: ``f(t, x) -> (..., d)``, called with a time of no axes.
-        noise: ``g``: a number, one number a step ``(T-1,)``, or a function of times ``(T-1,)``.
+        noise: ``g``: a number, one number per step ``(T-1,)``, or a function of times ``(T-1,)``.
         x: ``(..., d)`` state at ``ts[0]``.
         ts: ``(T,)`` times, strictly monotone.
         method: ``"heun"`` or ``"euler"``.
@@ -228,24 +329,38 @@ def integrate_sde(
     check_choice(method, ("euler", "heun"), "method")
     times, dts = _steps_of(ts, x)
     spread = step_noise(noise, ts, dts)
+    source = as_generator(generator, x.device)
     if not last_noise:
         spread[-1] = 0.0
 
-    def kick(n: int, x: Tensor) -> Tensor:
-        if spread[n] == 0.0:
-            return x
-        xi = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        return torch.add(x, xi, alpha=spread[n])
-
     def euler(n: int, x: Tensor) -> Tensor:
-        return torch.add(kick(n, x), drift(times[n], x), alpha=dts[n])
+        return torch.add(_add_noise(x, spread[n], source), drift(times[n], x), alpha=dts[n])
 
     def heun(n: int, x: Tensor) -> Tensor:
-        kicked, slope = kick(n, x), drift(times[n], x)
-        ahead = drift(times[n + 1], torch.add(kicked, slope, alpha=dts[n]))
-        return torch.add(kicked, slope + ahead, alpha=0.5 * dts[n])
+        return _noisy_heun(drift, times[n], times[n + 1], dts[n], spread[n], x, source)
 
     return _run(heun if method == "heun" else euler, x, len(dts), trajectory)
+
+
+def _add_noise(x: Tensor, spread: float, generator: torch.Generator | None) -> Tensor:
+    if spread == 0.0:
+        return x
+    xi = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    return torch.add(x, xi, alpha=spread)
+
+
+def _noisy_heun(
+    drift: Field,
+    t: Tensor,
+    later: Tensor,
+    h: float,
+    spread: float,
+    x: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
+    noisy, slope = _add_noise(x, spread, generator), drift(t, x)
+    ahead = drift(later, torch.add(noisy, slope, alpha=h))
+    return torch.add(noisy, slope + ahead, alpha=0.5 * h)
 
 
 def integrate_strang(
@@ -268,7 +383,7 @@ def integrate_strang(
     Args:
         velocity: ``b(t, x) -> (..., d)``.
         score: ``s(t, x) -> (..., d)``.
-        epsilon: a number, one number a step, or a function of times ``(T-1,)``.
+        epsilon: a number, one number per step, or a function of times ``(T-1,)``.
         x: ``(..., d)`` state at ``ts[0]``.
         ts: ``(T,)`` times, strictly monotone.
         generator: source of randomness; torch's global one if None.
@@ -292,23 +407,78 @@ def integrate_strang(
         Strang, "On the construction and comparison of difference schemes", 1968.
     """
     times, dts = _steps_of(ts, x)
-    # standard deviations of sqrt(2 epsilon) dW, step by step
-    root = _root_of_twice(epsilon)
-    spread = step_noise(root, ts, dts)
-    middles = [0.5 * (a + b) for a, b in itertools.pairwise(times)]
+    spread = step_noise(_root_of_twice(epsilon), ts, dts)
+    step = _strang_step(velocity, score, times, dts, spread, as_generator(generator, x.device))
+    return _run(step, x, len(dts), trajectory)
 
-    def half(start: Tensor, stop: Tensor, h: float, x: Tensor) -> Tensor:
-        slope = velocity(start, x)
-        return torch.add(x, slope + velocity(stop, torch.add(x, slope, alpha=h)), alpha=0.5 * h)
+
+def _strang_step(
+    velocity: Field,
+    score: Field,
+    times: tuple[Tensor, ...],
+    dts: list[float],
+    spread: list[float],
+    generator: torch.Generator | None,
+    inside: tuple[bool, bool] = (False, False),
+) -> Step:
+    """Return the steps of the splitting; ``spread`` are the standard deviations of the noise, step by step."""
 
     def step(n: int, x: Tensor) -> Tensor:
-        h, middle, rate = 0.5 * dts[n], middles[n], 0.5 * spread[n] ** 2
-        x = half(times[n], middle, h, x)
+        h, rate = 0.5 * dts[n], 0.5 * spread[n] ** 2
+        middle = 0.5 * (times[n] + times[n + 1])
+        first, last = n == 0 and inside[0], n == len(dts) - 1 and inside[1]
+        x = flow_step(velocity, (times[n], middle), [h], Heun(), (first, False))(0, x)
         if spread[n] > 0:
-            xi = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-            kicked, pull = torch.add(x, xi, alpha=spread[n]), score(middle, x)
-            x = torch.add(kicked, pull + score(middle, torch.add(kicked, pull, alpha=rate)), alpha=0.5 * rate)
-        return half(middle, times[n + 1], h, x)
+            noisy, pull = _add_noise(x, spread[n], generator), score(middle, x)
+            x = torch.add(noisy, pull + score(middle, torch.add(noisy, pull, alpha=rate)), alpha=0.5 * rate)
+        return flow_step(velocity, (middle, times[n + 1]), [h], Heun(), (False, last))(0, x)
+
+    return step
+
+
+def integrate_marginals(
+    fields: tuple[Field, Field, Callable[[float], Field]],
+    strengths: list[float],
+    x: Tensor,
+    ts: Tensor,
+    method: FlowMethod,
+    *,
+    inside: tuple[bool, bool] = (False, False),
+    noise_inside: tuple[bool, bool] = (False, False),
+    generator: torch.Generator | None = None,
+    trajectory: bool = False,
+) -> Tensor:
+    r"""Integrate :math:`dX=(b+\varepsilon s)\,dt+\sqrt{2\varepsilon}\,dW` with one epsilon per step, in drift and noise alike.
+
+    Within a step of constant epsilon the equation keeps the marginals of exact fields, whatever the epsilons of the other steps:
+    an epsilon that jumps from step to step costs no accuracy. In a first or last step at whose end a field is known as a limit only,
+    flow and noise are split, so that nothing is evaluated there.
+
+    Args:
+        fields: velocity, score, and the drift for a given epsilon, ``drift(epsilon)(t, x)``.
+        strengths: epsilon in every step.
+        x: ``(..., d)`` state at ``ts[0]``.
+        ts: ``(T,)`` times, strictly monotone.
+        method: the method.
+        inside: whether the velocity is known at the first and at the last time as a limit only.
+        noise_inside: whether the drift is.
+        generator: the source of randomness.
+        trajectory: return the states at all times, ``(T, ..., d)``.
+    """
+    velocity, score, drift = fields
+    times, dts = _steps_of(ts, x)
+    spread = [(2 * e * abs(h)) ** 0.5 for e, h in zip(strengths, dts, strict=True)]
+    split = _strang_step(velocity, score, times, dts, spread, generator, inside)
+    last = len(dts) - 1
+
+    def step(n: int, x: Tensor) -> Tensor:
+        at_first, at_last = n == 0 and noise_inside[0], n == last and noise_inside[1]
+        if isinstance(method, Strang) or at_first or (at_last and isinstance(method, Heun)):
+            return split(n, x)
+        forward = drift(strengths[n])
+        if isinstance(method, Euler):
+            return torch.add(_add_noise(x, spread[n], generator), forward(times[n], x), alpha=dts[n])
+        return _noisy_heun(forward, times[n], times[n + 1], dts[n], spread[n], x, generator)
 
     return _run(step, x, len(dts), trajectory)
 

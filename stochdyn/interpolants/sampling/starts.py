@@ -1,21 +1,25 @@
-"""Where samplers start: a given law, the starts seen in training, or the standard normal."""
+"""Where samplers start: a law that was given, the standard normal, or the starts of the data."""
 
 from __future__ import annotations
 
-import math
+import copy
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from stochdyn._checks import check_positive_int
-from stochdyn.core.law.initial import DistributionStart
-from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
+from stochdyn._checks import as_generator, check_type
+from stochdyn.core.law.initial import DistributionStart, InitialLaw
+from stochdyn.errors import ApproximationWarning, ShapeError, UnavailableError
+from stochdyn.interpolants.fields.buffers import FlexibleBuffers
 
-__all__ = ["Starts", "standard_normal"]
+__all__ = ["EmpiricalStart", "Starts", "moved_law", "standard_normal"]
 
-_KEPT = 20_000
+#: How many starts of the data are kept, and how many numbers they may hold.
+_KEPT_ROWS, _KEPT_NUMBERS = 20_000, 2**23
 
 
 def standard_normal(dim: int, like: Tensor | None = None) -> Distribution:
@@ -24,12 +28,13 @@ def standard_normal(dim: int, like: Tensor | None = None) -> Distribution:
     return Independent(Normal(zeros, torch.ones_like(zeros)), 1)
 
 
-class Starts(nn.Module):
-    r"""The law :math:`\rho_0` of a model.
+class Starts(FlexibleBuffers):
+    r"""The law :math:`\rho_0` of a model, as it was stated: nothing is inferred from what the starts look like.
 
-    Where no law is given and training came with starts of its own, these are kept (up to 20 000, of the first batches)
-    and drawn from again. A density is then available only if they look standard normal: mean, covariance and
-    mean fourth power of the radius within five standard errors.
+    It is ``base`` where that is given; else the standard normal where the path starts there by definition, or where training
+    came without starts; else the law of the starts of the data, of which the first 20 000 are kept (fewer of large events) and
+    drawn from. Their density, where one is asked for, is that of the Gaussian with their mean and covariance; a
+    :class:`~stochdyn.errors.ApproximationWarning` says so where their fourth moments show that it can't be theirs.
 
     Args:
         base: a distribution with event ``(d,)``, or None.
@@ -40,100 +45,172 @@ class Starts(nn.Module):
         ShapeError: if its event isn't a vector.
     """
 
+    flexible = ("kept", "example", "given")
+    kept: Tensor
+    example: Tensor
+    given: Tensor
+
     def __init__(self, base: Any = None, normal: bool = False) -> None:
         super().__init__()
-        if base is not None and not isinstance(base, Distribution):
-            raise InvalidInputError("base must be a distribution with event (d,)", got=type(base).__name__)
-        if base is not None and len(base.event_shape) != 1:
-            raise ShapeError(
-                "base must have a vector event", got=f"event shape {tuple(base.event_shape)}", expected="(d,)"
-            )
+        if base is not None:
+            check_type(base, Distribution, "base", "a distribution with event (d,)")
+            if len(base.event_shape) != 1 or len(base.batch_shape):
+                raise ShapeError(
+                    "base must have a vector event and no batch",
+                    got=f"batch {tuple(base.batch_shape)}, event {tuple(base.event_shape)}",
+                    expected="event (d,)",
+                    hint="use .to_event(1)",
+                )
         self.base, self.normal = base, normal
-        self._seen: Tensor | None = None
-        self._like: Tensor | None = None
-        self._full = False
+        self.hold("kept", torch.zeros(0))
+        self.hold("example", torch.zeros(0))
+        # 0: nothing seen, 1: starts were drawn, 2: the data had starts
+        self.hold("given", torch.zeros((), dtype=torch.long))
+        self._done = False
+        self._gaussian: Distribution | None = None
+
+    def buffers_changed(self) -> None:
+        """See :meth:`FlexibleBuffers.buffers_changed`."""
+        self._done, self._gaussian = False, None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Starts:
+        """Move the given law with everything else."""
+        super()._apply(fn, recurse)
+        self._gaussian = None
+        if self.base is not None:
+            self.base = moved_law(self.base, fn)
+        return self
 
     def observe(self, x0: Tensor, given: bool) -> None:
-        """Note a batch of starts; ``given`` tells those of the data from those that were drawn here."""
-        if self._full:
+        """Note a batch of starts ``(n, d)``; ``given`` tells those of the data from those that were drawn here."""
+        if self._done:
             return
-        self._like = x0.detach()[:1]
+        if self.example.numel() == 0:
+            self.example = x0.new_zeros(x0.shape[-1])
         if self.base is not None or self.normal or not given:
-            self._full = True
+            self._done = True
+            if int(self.given) == 0:
+                self.given = torch.ones_like(self.given)
             return
-        x = x0.detach().reshape(-1, x0.shape[-1])
-        self._seen = x[:_KEPT].clone() if self._seen is None else torch.cat([self._seen, x])[:_KEPT]
-        self._full = self._seen.shape[0] >= _KEPT
+        self.given, self._gaussian = torch.full_like(self.given, 2), None
+        most = max(1, min(_KEPT_ROWS, _KEPT_NUMBERS // x0.shape[-1]))
+        rows = x0.detach()
+        room = most - (self.kept.shape[0] if self.kept.ndim == 2 else 0)
+        if room > 0:
+            self.kept = (
+                rows[:room].clone()
+                if self.kept.ndim == 1
+                else torch.cat([self.kept, rows[:room].to(self.kept)])
+            )
+        self._done = room <= rows.shape[0]
 
     @property
     def dim(self) -> int | None:
-        """Dimension, if known yet."""
+        """The dimension, or None as long as it isn't known."""
         if self.base is not None:
             return int(self.base.event_shape[0])
-        return None if self._like is None else self._like.shape[-1]
+        return self.example.shape[-1] or None
+
+    @property
+    def empirical(self) -> bool:
+        """Whether the law is that of the starts of the data, so that no density is known."""
+        return self.base is None and not self.normal and int(self.given) == 2
 
     def law(self, dim: int | None = None, like: Tensor | None = None) -> Distribution:
-        """Return the law with a density.
+        """Return the law, with a density.
 
         Raises:
             UnavailableError: if it isn't known.
         """
         if self.base is not None:
             return self.base
+        if self.empirical:
+            if self._gaussian is None:
+                self._gaussian = _gaussian_of(self.kept)
+            return self._gaussian
         dim = self.dim if dim is None else dim
         if dim is None:
             raise UnavailableError("the law of the starts isn't known", hint="pass base=..., or train first")
-        if self._seen is not None and not looks_normal(self._seen):
-            raise UnavailableError(
-                "the starts in the data aren't standard normal, and their density isn't known",
-                hint="pass base=... to InterpolantRegression: a distribution with log_prob",
-            )
-        return standard_normal(dim, self._like if like is None else like)
+        return standard_normal(dim, self.example if self.dim is not None else like)
 
-    def draw(
-        self,
-        n: int,
-        dim: int | None = None,
-        generator: torch.Generator | None = None,
-        like: Tensor | None = None,
-    ) -> Tensor:
+    def draw(self, n: int, generator: torch.Generator | int | None = None) -> Tensor:
         """Return ``n`` starts ``(n, d)``.
 
         Raises:
             UnavailableError: if nothing is known about them.
         """
-        check_positive_int(n, "n")
-        if self.base is None and self._seen is not None and not looks_normal(self._seen):
-            pick = torch.randint(len(self._seen), (n,), generator=generator, device=self._seen.device)
-            return self._seen[pick]
-        law = self.law(dim, like)
+        if self.empirical:
+            source = as_generator(generator, self.kept.device)
+            return self.kept[torch.randint(len(self.kept), (n,), generator=source, device=self.kept.device)]
+        law = self.law()
         with torch.no_grad():
-            return DistributionStart(law).draw((n,), generator)
+            return DistributionStart(law).draw((n,), as_generator(generator))
 
 
-def looks_normal(x: Tensor) -> bool:
-    """Return whether the first moments of a sample ``(n, d)`` are those of a standard normal, within five errors.
-
-    Example:
-        >>> looks_normal(torch.randn(1000, 3)), looks_normal(torch.rand(1000, 3))
-        (True, False)
-    """
+def _gaussian_of(x: Tensor) -> Distribution:
+    """Return the Gaussian with the moments of points ``(n, d)``; independent components where there are too few of them."""
     n, d = x.shape
-    if n < 20:
-        return False
-    x = x.double()
     mean = x.mean(0)
-    covariance = x.mT @ x / n
-    eye = torch.eye(d, dtype=x.dtype, device=x.device)
-    variances = torch.ones_like(covariance) + eye
-    fourth = x.square().sum(-1).square()
-    radius = d * (d + 2)
-    # variance of |x|^4 under the standard normal
-    spread = math.prod(d + 2 * k for k in range(4)) - radius**2
-    # several comparisons at once: the largest of many deviations is allowed a little more
-    bound = 5.0 + math.log(1 + d)
-    return (
-        bool((mean.abs() * n**0.5 < bound).all())
-        and bool((((covariance - eye).abs() / variances.sqrt()) * n**0.5 < bound).all())
-        and abs(float(fourth.mean()) - radius) < bound * (spread / n) ** 0.5
-    )
+    scale = x.std(0) if n > 1 else torch.zeros_like(mean)
+    if n <= 2 * d or not bool((scale > 0).all()):
+        least = torch.finfo(x.dtype).eps ** 0.5 * scale.max().clamp(min=torch.finfo(x.dtype).tiny ** 0.5)
+        return Independent(Normal(mean, scale.clamp(min=float(least))), 1)
+    law = torch.distributions.MultivariateNormal(mean, torch.cov(x.mT).reshape(d, d))
+    white = torch.linalg.solve_triangular(law.scale_tril, (x - mean).mT, upper=False)
+    expected = d * (d + 2)
+    excess = float(white.double().square().sum(0).square().mean()) / expected - 1
+    # five standard errors of the mean fourth power of the radius, and what matters beyond them
+    if abs(excess) > 0.15 + 5 * (8 / (expected * n)) ** 0.5:
+        warnings.warn(
+            "the density of the starts is taken to be that of the Gaussian with the moments of the starts in the data, but they "
+            f"aren't Gaussian (fourth moment {excess:+.0%}): state their law, InterpolantRegression(..., base=...)",
+            ApproximationWarning,
+            stacklevel=4,
+        )
+    return law
+
+
+class EmpiricalStart(InitialLaw):
+    """The law that gives each of some points the same weight; it has no density.
+
+    Args:
+        points: ``(n, d)``.
+    """
+
+    points: Tensor
+
+    def __init__(self, points: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("points", points)
+        self.dim = points.shape[-1]
+
+    def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        """See :meth:`InitialLaw.draw`."""
+        pick = torch.randint(len(self.points), sample_shape, generator=generator, device=self.points.device)
+        return self.points[pick]
+
+    def log_prob(self, x0: Tensor) -> Tensor:
+        """Raise: points have no density.
+
+        Raises:
+            UnavailableError: always.
+        """
+        raise UnavailableError(
+            "the starts are those of the data, which have no density",
+            hint="state their law: InterpolantRegression(..., base=...)",
+        )
+
+    def _log_ratio(self, other: InitialLaw, x0: Tensor, estimator: str) -> Tensor:
+        same = isinstance(other, EmpiricalStart) and torch.equal(self.points, other.points)
+        return x0.new_zeros(x0.shape[:-1]) if same else self.log_prob(x0)
+
+
+def moved_law(law: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """Return a copy of a distribution with a function applied to all of its tensors."""
+    new = copy.copy(law)
+    for name, value in vars(law).items():
+        if isinstance(value, Tensor):
+            setattr(new, name, fn(value))
+        elif isinstance(value, Distribution):
+            setattr(new, name, moved_law(value, fn))
+    return new

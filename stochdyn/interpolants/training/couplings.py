@@ -10,9 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_choice, check_finite, check_positive
+from stochdyn._checks import (
+    check_bool,
+    check_choice,
+    check_finite,
+    check_ndim,
+    check_positive_int,
+    check_real,
+    check_type,
+)
 from stochdyn.core.transport.entropic import TransportPlan, sinkhorn
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
+from stochdyn.interpolants.paths.interpolant import check_pair
 
 __all__ = [
     "Coupling",
@@ -42,7 +51,7 @@ class Coupling(nn.Module, ABC):
 
 
 class IndependentCoupling(Coupling):
-    r"""The pairs as they come, :math:`\\rho_0\\otimes\\rho_1` if the samples are independent.
+    r"""The pairs as they come, :math:`\rho_0\otimes\rho_1` if the samples are independent.
 
     Example:
         >>> IndependentCoupling().pair(torch.zeros(3, 2), torch.ones(3, 2))
@@ -53,6 +62,7 @@ class IndependentCoupling(Coupling):
         self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """See :meth:`Coupling.pair`."""
+        check_type(x0, Tensor, "x0")
         return torch.arange(x0.shape[0], device=x0.device)
 
 
@@ -68,7 +78,8 @@ class ExactCoupling(Coupling):
         condition_weight: :math:`w`. A point of the first law must not know the condition of its partner, or else sampling with
             a given condition starts from the wrong law. So every :math:`x_0` is given the condition that it came
             with, and the cost asks the partner to have the same: ``inf`` keeps labels apart exactly, numbers trade
-            the two off (for contexts :math:`w|c_i-c_j|^2`), 0 ignores conditions.
+            the two off (for contexts :math:`w|c_i-c_j|^2`), 0 ignores conditions. None, the default, keeps labels apart exactly, and
+            for contexts takes a hundred times the ratio of the mean squared distances of points and of contexts.
 
     Raises:
         InvalidInputError: if the weight is negative.
@@ -82,7 +93,7 @@ class ExactCoupling(Coupling):
         Cheng and Schwing, "The curse of conditions", 2025 (the condition-aware cost).
     """
 
-    def __init__(self, condition_weight: float = 0.0) -> None:
+    def __init__(self, condition_weight: float | None = None) -> None:
         super().__init__()
         self.condition_weight = _weight(condition_weight)
 
@@ -94,9 +105,8 @@ class ExactCoupling(Coupling):
         Raises:
             NonFiniteError: if a point isn't finite.
         """
-        check_finite(x0, "x0")
-        check_finite(x1, "x1")
-        if x0.shape[-1] == 1 and not (self.condition_weight and condition is not None):
+        _check_samples(x0, x1)
+        if x0.shape[-1] == 1 and (self.condition_weight == 0.0 or condition is None):
             # on the line the sorted samples are matched
             partner = torch.empty(x0.shape[0], dtype=torch.long, device=x0.device)
             partner[x0[:, 0].argsort()] = x1[:, 0].argsort()
@@ -167,12 +177,14 @@ class EntropicCoupling(Coupling):
         tolerance: float = 1e-3,
         max_iterations: int = 20_000,
         warm_start: bool = True,
-        condition_weight: float = 0.0,
+        condition_weight: float | None = None,
     ) -> None:
         super().__init__()
         if reg is not None:
-            check_positive(reg, "reg")
-        check_positive(tolerance, "tolerance")
+            check_real(reg, "reg", above=0.0)
+        check_real(tolerance, "tolerance", above=0.0)
+        check_positive_int(max_iterations, "max_iterations")
+        check_bool(warm_start, "warm_start")
         self.reg, self.tolerance, self.max_iterations = reg, tolerance, max_iterations
         self.warm_start, self.condition_weight = warm_start, _weight(condition_weight)
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
@@ -186,7 +198,11 @@ class EntropicCoupling(Coupling):
         cost = coupling_cost(x0, x1, condition, self.condition_weight)
         if self.reg < 100 * torch.finfo(cost.dtype).eps * float(cost.max()):
             cost = cost.double()  # below what single precision tells apart
-        start = self._carry(x0, x1) if self.warm_start and not self.condition_weight else None
+        start = (
+            self._carry(x0, x1)
+            if self.warm_start and (condition is None or self.condition_weight == 0.0)
+            else None
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             plan = sinkhorn(None, None, self.reg, cost=cost, tolerance=self.tolerance,
@@ -212,6 +228,7 @@ class EntropicCoupling(Coupling):
         self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """See :meth:`Coupling.pair`."""
+        _check_samples(x0, x1)
         plan = self.plan(x0, x1, condition)
         if not plan.converged:
             warnings.warn(
@@ -233,17 +250,27 @@ class EntropicCoupling(Coupling):
         self._last = (state["x1"], state["g"], state["x0"]) if state else None
 
 
+def _check_samples(x0: Tensor, x1: Tensor) -> None:
+    check_pair(x0, x1)
+    check_ndim(x0, 2, "x0", "(n, d)")
+    check_finite(x0, "x0")
+    check_finite(x1, "x1")
+
+
 def _soft_min(cost: Tensor, potential: Tensor, reg: float) -> Tensor:
     return -reg * torch.logsumexp((potential - cost) / reg - float(np.log(cost.shape[-1])), -1)
 
 
-def _weight(value: float) -> float:
-    if not value >= 0:
-        raise InvalidInputError("condition_weight must not be negative", got=value)
+def _weight(value: float | None) -> float | None:
+    if value is None or value == float("inf"):
+        return value
+    check_real(value, "condition_weight", minimum=0.0)
     return float(value)
 
 
-def coupling_cost(x0: Tensor, x1: Tensor, condition: Any = None, condition_weight: float = 0.0) -> Tensor:
+def coupling_cost(
+    x0: Tensor, x1: Tensor, condition: Any = None, condition_weight: float | None = None
+) -> Tensor:
     """Return squared distances ``(n, m)``, with what different conditions cost on top.
 
     Args:
@@ -262,20 +289,26 @@ def coupling_cost(x0: Tensor, x1: Tensor, condition: Any = None, condition_weigh
         return cost
     if not isinstance(condition, Tensor) or condition.shape[:1] != x1.shape[:1] or x0.shape[0] != x1.shape[0]:
         raise ShapeError(
-            "a condition-aware cost needs one condition a point", got=getattr(condition, "shape", None)
+            "a condition-aware cost needs one condition per point", got=getattr(condition, "shape", None)
         )
     if not condition.is_floating_point():
         labels = condition.reshape(len(condition), -1)
         differ = (labels[:, None] != labels[None]).any(-1)
+        if condition_weight is not None and condition_weight < float("inf"):
+            return cost + condition_weight * differ
         # "apart" must outweigh any permutation, and still be a number that the solver can add up
-        apart = float(cost.max()) * len(cost) + 1.0 if condition_weight == float("inf") else condition_weight
-        return cost + apart * differ
+        largest = cost.max()
+        return cost + torch.where(largest > 0, largest * (len(cost) + 1), 1.0) * differ
     if condition_weight == float("inf"):
         raise InvalidInputError(
             "contexts can't be kept apart exactly", got="condition_weight=inf", hint="give a number"
         )
     context = condition.reshape(len(condition), -1).to(cost)
-    return cost + condition_weight * torch.cdist(context, context).square()
+    apart = torch.cdist(context, context).square()
+    if condition_weight is None:
+        spread = apart.mean()
+        condition_weight = 100.0 * torch.where(spread > 0, cost.mean() / spread, 0.0)  # type: ignore[assignment]
+    return cost + condition_weight * apart
 
 
 def as_coupling(coupling: str | Coupling, scale: float) -> Coupling:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_choice, check_ndim, check_nonempty, check_positive, check_positive_int
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_tensor,
+    check_callable,
+    check_choice,
+    check_nonempty,
+    check_real,
+    check_type,
+)
 from stochdyn.core.forward.flow import as_time
+from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.interpolants.fields.networks import evaluating
 from stochdyn.interpolants.paths.interpolant import check_pair, check_times
 from stochdyn.interpolants.sampling.samplers import integrate_sde, time_grid
 from stochdyn.objectives.base import Objective, ObjectiveValue
@@ -47,9 +58,8 @@ class PointSource(nn.Module):
 
     def __init__(self, scale: float = 1.0, power: int = 2) -> None:
         super().__init__()
-        check_positive(scale, "scale")
-        if power not in (1, 2):
-            raise InvalidInputError("power must be 1 or 2", got=power)
+        check_real(scale, "scale", above=0.0)
+        check_choice(power, (1, 2), "power")  # type: ignore[arg-type]
         self.scale, self.power = float(scale), power
 
     def _beta(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +126,7 @@ class ForecastRegression(Objective):
         drift: network, called as ``net(t, x, context)`` with ``t (n, 1)`` and the start, joined with further context where there
             is any, as context.
 
-    Batches are ``(x0, x1)`` or ``(x0, x1, context)``: states ``(n, d)``, their successors, and ``(n, c)``.
+    Batches are ``(x0, x1)``, ``(x0, x1, condition)`` or a dict of these names: states ``(n, d)``, their successors, and ``(n, c)``.
 
     Example:
         >>> from stochdyn.interpolants import FieldNetwork
@@ -127,8 +137,8 @@ class ForecastRegression(Objective):
 
     def __init__(self, source: PointSource, drift: Network) -> None:
         super().__init__()
-        if not isinstance(source, PointSource) or not callable(drift):
-            raise InvalidInputError("a forecast needs a PointSource and a network", got=type(source).__name__)
+        check_type(source, PointSource, "source")
+        check_callable(drift, "drift", "a network, net(t, x, context)")
         self.source, self.drift = source, drift
 
     def forward(self, batch: Any = None) -> ObjectiveValue:
@@ -138,8 +148,12 @@ class ForecastRegression(Objective):
             InvalidInputError: if the batch has another form.
             ShapeError: if its parts don't fit together.
         """
+        if isinstance(batch, Mapping) and {"x0", "x1"} <= set(batch) <= {"x0", "x1", "condition"}:
+            batch = [batch[k] for k in ("x0", "x1", "condition") if k in batch]
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-            raise InvalidInputError("a batch is (x0, x1) or (x0, x1, context)", got=type(batch).__name__)
+            raise InvalidInputError(
+                "a batch is (x0, x1), (x0, x1, condition) or a dict of these", got=type(batch).__name__
+            )
         x0, x1 = batch[0], batch[1]
         check_pair(x0, x1)
         t = torch.rand(len(x1), 1, dtype=x1.dtype, device=x1.device)
@@ -166,66 +180,73 @@ class Forecaster(nn.Module):
 
     def __init__(self, source: PointSource, drift: Network) -> None:
         super().__init__()
+        check_type(source, PointSource, "source")
+        check_callable(drift, "drift", "a network, net(t, x, context)")
         self.source, self.drift = source, drift
 
     def sample(
         self,
-        x0: Tensor,
-        n: int = 1,
-        steps: int = 50,
-        *,
-        context: Tensor | None = None,
-        noise: str = "interpolant",
+        x0: Any,
+        sample_shape: SampleShape = (),
+        num_steps: int = 50,
         method: str = "heun",
-        generator: torch.Generator | None = None,
+        *,
+        condition: Any = None,
+        noise: str = "interpolant",
+        generator: Generator = None,
     ) -> Tensor:
-        r"""Draw ``n`` successors of every state.
+        r"""Draw successors of every state.
 
         Args:
             x0: ``(m, d)`` states.
-            n: draws a state.
-            steps: of the integrator.
-            context: ``(m, c)``, joined to the state.
-            noise: ``"interpolant"`` :math:`\sigma(1-t)`, or ``"optimal"``, Föllmer's.
+            sample_shape: the shape of independent draws for every state, an integer or a tuple.
+            num_steps: the number of steps of the integrator.
             method: ``"heun"`` or ``"euler"``.
-            generator: source of randomness.
+            condition: ``(m, c)``, joined to the state as in training.
+            noise: ``"interpolant"`` :math:`\sigma(1-t)`, or ``"optimal"``, Föllmer's.
+            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
-            ``(n, m, d)``.
+            ``(*sample_shape, m, d)``.
 
         Raises:
             InvalidInputError: for options that don't exist.
         """
-        check_positive_int(n, "n")
-        check_ndim(x0, 2, "x0", "(m, d)")
+        shape = as_sample_shape(sample_shape)
+        x0 = as_tensor(x0, "x0", 2, "(m, d)")
         check_nonempty(x0, "x0")
         check_choice(noise, ("interpolant", "optimal"), "noise")
-        start = x0.expand(n, *x0.shape).reshape(-1, x0.shape[-1])
-        extra = None if context is None else context.expand(n, *context.shape).reshape(-1, context.shape[-1])
-        joined, source = _context(start, extra), self.source
+        check_choice(method, ("heun", "euler"), "method")
+        ts = time_grid(num_steps, like=x0)
+        extra = None if condition is None else as_tensor(condition, "condition", 2, "(m, c)", like=x0)
+        joined = _context(x0, extra)
+        start, joined = (v.expand(*shape, *v.shape).reshape(-1, v.shape[-1]) for v in (x0, joined))
+        source = self.source
         own = source.scale
 
         def drift(t: Tensor, x: Tensor) -> Tensor:
-            b = self.drift(t.expand(len(x), 1), x, joined)
             if noise == "interpolant":
-                return b
+                return self.drift(t.expand(len(x), 1), x, joined)
+            # network and coefficients see the same time; at the start the score is singular, and so little noise was added
+            # that any will do
             inner = t.clamp(1e-3, 1 - 1e-3)
+            b = self.drift(inner.expand(len(x), 1), x, joined)
             excess = 0.5 * (source.optimal_noise(inner).square() - (own * (1 - inner)).square())
-            # at the start the score is singular, and so little noise was added that any will do
             return b + torch.where(t > 0, excess, torch.zeros_like(excess)) * source.score(inner, x, start, b)
 
         level = (lambda t: own * (1 - t)) if noise == "interpolant" else source.optimal_noise
-        with torch.no_grad():
-            ts = time_grid(steps, like=start)
-            out = integrate_sde(drift, level, start, ts, method, generator=generator)  # type: ignore[arg-type]
-        return out.reshape(n, *x0.shape)
+        with torch.no_grad(), evaluating(self):
+            out = integrate_sde(
+                drift, level, start, ts, method, generator=as_generator(generator, start.device)
+            )  # type: ignore[arg-type]
+        return out.reshape(*shape, *x0.shape)
 
 
-def _context(x0: Tensor, context: Tensor | None) -> Tensor:
-    if context is None:
+def _context(x0: Tensor, condition: Tensor | None) -> Tensor:
+    if condition is None:
         return x0
-    if context.ndim != 2 or context.shape[0] != x0.shape[0]:
+    if condition.ndim != 2 or condition.shape[0] != x0.shape[0]:
         raise ShapeError(
-            "context must have one row a state", got=tuple(context.shape), expected=f"({len(x0)}, c)"
+            "there must be one condition per state", got=tuple(condition.shape), expected=f"({len(x0)}, c)"
         )
-    return torch.cat([x0, context], -1)
+    return torch.cat([x0, condition.to(x0)], -1)

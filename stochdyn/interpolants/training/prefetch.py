@@ -83,7 +83,7 @@ class CoupledBatches(IterableDataset[Batch]):
         check_pair(x0[:1], x1[:1])
         if condition is not None and condition.shape[0] != x1.shape[0]:
             raise ShapeError(
-                "there must be one condition an end", got=condition.shape[0], expected=x1.shape[0]
+                "there must be one condition per end", got=condition.shape[0], expected=x1.shape[0]
             )
         self.x0, self.x1, self.condition = x0, x1, condition
         self.coupling = as_coupling(coupling, scale)

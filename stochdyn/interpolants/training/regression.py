@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_positive_int, check_same_device, check_same_dtype
+from stochdyn._checks import (
+    as_tensor,
+    check_bool,
+    check_callable,
+    check_choice,
+    check_nonempty,
+    check_positive_int,
+    check_real,
+    check_same_device,
+    check_same_dtype,
+    check_type,
+)
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.interpolants.fields.conditions import as_condition
 from stochdyn.interpolants.fields.networks import Fields, Network
-from stochdyn.interpolants.paths.interpolant import Interpolant, check_pair
+from stochdyn.interpolants.paths.interpolant import Interpolant, check_pair, check_times
 from stochdyn.interpolants.paths.latents import BrownianLatent
 from stochdyn.interpolants.sampling.starts import Starts
 from stochdyn.interpolants.training.couplings import Coupling, IndependentCoupling, as_coupling
@@ -26,6 +38,9 @@ __all__ = ["InterpolantRegression"]
 
 Weight = Callable[[Tensor], Tensor]
 
+#: How near to 0 and 1 times of training may come.
+_MARGIN = 1e-5
+
 
 class InterpolantRegression(Objective):
     r"""Learn one or two fields of an interpolant.
@@ -33,38 +48,41 @@ class InterpolantRegression(Objective):
     .. math:: \ell=\sum_f\int_0^1w_f(t)\,E\left[\tfrac12|\hat f(t,x_t)|^2-y_f\cdot\hat f(t,x_t)\right]dt
 
     with :math:`y_f` the random variable whose conditional mean is the field: :math:`\dot x_t` for the velocity,
-    :math:`\partial_tI` for v, :math:`-z/\gamma` for the score, :math:`z` for the denoiser, :math:`x_0` and :math:`x_1` for the
+    :math:`\partial_tI` for v, :math:`-z/\gamma` for the score, :math:`z` for the noise_prediction, :math:`x_0` and :math:`x_1` for the
     means of the ends. The loss exceeds its minimum by half the mean squared error of the field, and may be negative. (Where the
     path has no latent, :math:`\tfrac12|\hat f-y_f|^2` takes the place of the bracket, which differs by a constant.)
 
     One field determines all others on one-sided and mirror paths, two do on others; with a velocity alone the model has a
-    probability flow, but no score.
+    probability flow, but no score. The words *noise prediction* and *data prediction* are those of most diffusion libraries;
+    "denoiser" is the first of them in the interpolants paper and the second elsewhere, so it is no name here.
 
     Args:
         interpolant: the path.
-        velocity: network for :math:`b=E[\dot x_t\mid x_t]`, called as ``net(t, x)`` with ``t (n, 1)``, or
-            ``net(t, x, condition)``.
-        denoiser: network for :math:`\eta_z=E[z\mid x_t]`; on one-sided paths for :math:`E[x_0\mid x_t]`.
-        score: network for :math:`\nabla\log\rho_t`.
-        v: network for :math:`E[\partial_tI\mid x_t]`.
-        eta0: network for :math:`E[x_0\mid x_t]`.
-        eta1: network for :math:`E[x_1\mid x_t]`.
+        velocity: the network for :math:`b=E[\dot x_t\mid x_t]`, called as ``net(t, x)`` with ``t (n, 1)``, or
+            ``net(t, x, condition)``. For networks with other arguments see :class:`NetworkAdapter`.
+        score: the network for :math:`\nabla\log\rho_t`.
+        noise_prediction: the network for :math:`\eta_z=E[z\mid x_t]`; on one-sided paths for :math:`E[x_0\mid x_t]`.
+        data_prediction: the network for :math:`\eta_1=E[x_1\mid x_t]`.
+        start_prediction: the network for :math:`\eta_0=E[x_0\mid x_t]`.
+        path_velocity: the network for :math:`E[\partial_tI\mid x_t]`, the velocity without the part of the latent.
         coupling: ``"independent"``, ``"ot"`` (a permutation), ``"entropic"`` (of strength :math:`2\sigma^2` with the scale of
-            the interpolant, which gives the Schrödinger bridge), or a :class:`Coupling`.
-        reuse: number of steps that a coupled batch serves, each with fresh times and latents.
-        base: the law of the starts. If None: the standard normal, where batches come without starts or the path starts
-            there; else the starts of the data.
-        antithetic: evaluate at both signs of the latent, which removes the singularities of targets at the ends. None does so
-            where it pays: for a score, and for a velocity with the Brownian latent.
-        times: ``"stratified"`` spreads the times of a batch evenly; ``"uniform"`` draws them independently.
-        time_margin: how near to 0 and 1 times may come.
+            the interpolant, which gives the Schrödinger bridge), or a :class:`Coupling`. Couplings respect conditions by default.
+        reuse: the number of steps that a coupled batch serves, each with fresh times and latents.
+        base: the law of the starts, a distribution with event ``(d,)``. If None, it is the standard normal where the path starts
+            there or batches come without starts; else it is the law of the starts in the data, whose density is taken to be that of the
+            Gaussian with their moments.
+        antithetic: whether to evaluate at both signs of the latent, which removes the singularities of targets at the ends. None
+            does so where it pays: for a score, and for a velocity with the Brownian latent.
+        times: how the times of a batch are drawn: ``"stratified"`` spreads them evenly, ``"uniform"`` draws them independently; or a
+            function ``times(n) -> (n,)`` with values in [0, 1].
         weights: functions of time that weigh the losses, by name of field. On the ``"vp"`` path velocities are weighed with
             :math:`\alpha^2` unless something else is given, since their targets are singular at time 1.
-        condition_dropout: share of a batch whose condition is replaced by ``null_condition`` (for classifier-free guidance).
+        condition_dropout: the share of a batch whose condition is replaced by ``null_condition`` (for classifier-free guidance).
         null_condition: a label or a context vector that stands for no condition.
-        clip: see :class:`Fields`.
+        denoiser: refused with an explanation, since the word has two meanings.
 
-    Batches are ``x1 (n, d)``; pairs ``(x0, x1)``; ``(x0, x1, condition)``; or a dict of these names.
+    Batches are ``x1 (n, *event)``; pairs ``(x0, x1)``; ``(x0, x1, condition)``; or a dict of these names. On paths that start in the
+    standard normal they have no ``x0``. Conditions are labels ``(n,)`` or contexts ``(n, c)``.
 
     Raises:
         InvalidInputError: if no field, or more than two are given, or they don't belong to the path; and for options that
@@ -73,10 +91,10 @@ class InterpolantRegression(Objective):
     Example:
         >>> from stochdyn.interpolants import FieldNetwork
         >>> it = Interpolant("linear")
-        >>> objective = InterpolantRegression(it, velocity=FieldNetwork(2), denoiser=FieldNetwork(2), coupling="ot")
+        >>> objective = InterpolantRegression(it, velocity=FieldNetwork(2), noise_prediction=FieldNetwork(2), coupling="ot")
         >>> value = objective((torch.randn(64, 2), torch.randn(64, 2) + 3))
         >>> sorted(value.terms)
-        ['denoiser', 'velocity']
+        ['noise_prediction', 'velocity']
 
     Reference:
         Albergo, Boffi and Vanden-Eijnden, "Stochastic interpolants", 2023, theorems 2.7 to 2.10 and appendix C (antithetic).
@@ -87,56 +105,65 @@ class InterpolantRegression(Objective):
         interpolant: Interpolant,
         *,
         velocity: Network | None = None,
-        denoiser: Network | None = None,
         score: Network | None = None,
-        v: Network | None = None,
-        eta0: Network | None = None,
-        eta1: Network | None = None,
+        noise_prediction: Network | None = None,
+        data_prediction: Network | None = None,
+        start_prediction: Network | None = None,
+        path_velocity: Network | None = None,
         coupling: str | Coupling = "independent",
         reuse: int = 1,
         base: Any = None,
         antithetic: bool | None = None,
-        times: str = "stratified",
-        time_margin: float = 1e-5,
+        times: str | Callable[[int], Tensor] = "stratified",
         weights: Mapping[str, Weight] | None = None,
         condition_dropout: float = 0.0,
-        null_condition: Tensor | None = None,
-        clip: float = 1e-3,
+        null_condition: Tensor | int | None = None,
+        denoiser: None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(interpolant, Interpolant):
-            raise InvalidInputError("interpolant must be an Interpolant", got=type(interpolant).__name__)
+        check_type(interpolant, Interpolant, "interpolant")
+        if denoiser is not None:
+            raise InvalidInputError(
+                "denoiser has two meanings: the interpolants paper means E[z | x_t], most diffusion libraries E[x_1 | x_t]",
+                got="denoiser=...",
+                expected="noise_prediction=... for E[z | x_t], data_prediction=... for E[x_1 | x_t]",
+            )
         named = {
             "velocity": velocity,
-            "v": v,
-            "denoiser": denoiser,
+            "path_velocity": path_velocity,
+            "noise_prediction": noise_prediction,
             "score": score,
-            "eta0": eta0,
-            "eta1": eta1,
+            "start_prediction": start_prediction,
+            "data_prediction": data_prediction,
         }
         networks = {n: f for n, f in named.items() if f is not None}
-        check_choice(times, ("stratified", "uniform"), "times")
+        if not callable(times):
+            check_choice(times, ("stratified", "uniform"), "times")
         check_positive_int(reuse, "reuse")
-        if not 0 <= time_margin < 0.5:
-            raise InvalidInputError("time_margin must lie in [0, 0.5)", got=time_margin)
-        if not 0 <= condition_dropout < 1:
-            raise InvalidInputError("condition_dropout must lie in [0, 1)", got=condition_dropout)
+        if antithetic is not None:
+            check_bool(antithetic, "antithetic")
+        check_real(condition_dropout, "condition_dropout", minimum=0.0, below=1.0)
         if condition_dropout and null_condition is None:
             raise InvalidInputError(
                 "condition_dropout needs a null_condition", hint="a label or vector for no condition"
             )
+        if weights is not None:
+            check_type(weights, Mapping, "weights")
+        for name, weight in (weights or {}).items():
+            check_callable(weight, f"weights[{name!r}]", "a function of time")
         if unknown := set(weights or {}) - set(networks):
             raise InvalidInputError("weights for fields that aren't learnt", got=sorted(unknown))
+        null = None if null_condition is None else torch.as_tensor(null_condition)
         self.interpolant = interpolant
         self.coupling = as_coupling(coupling, interpolant.scale)
         self._plain = isinstance(self.coupling, IndependentCoupling)
-        self.fields = Fields(interpolant, networks, clip, null_condition, self._plain)
-        self.reuse, self.times, self.time_margin = reuse, times, time_margin
+        self.fields = Fields(interpolant, networks, null_condition=null, independent=self._plain)
+        self.reuse, self.times = reuse, times
         self.starts = Starts(base, interpolant.starts_normal)
         self.weights = dict(weights or {})
         if interpolant.path == "vp":
             # the rate of the noise grows like 1 / alpha towards time 1: unweighted, these losses have no variance
-            for name in {"velocity", "v"} & set(networks):
+            for name in {"velocity", "path_velocity"} & set(networks):
                 self.weights.setdefault(name, interpolant.alpha.square)
         self.condition_dropout = condition_dropout
         self.antithetic = self._signs(antithetic)
@@ -146,7 +173,7 @@ class InterpolantRegression(Objective):
             self._bounded
             and interpolant.straight
             and not self.weights
-            and tuple(networks) in (("velocity",), ("v",))
+            and tuple(networks) in (("velocity",), ("path_velocity",))
         )
         self._ranks: Tensor | None = None
         self._kept: tuple[Tensor, ...] | None = None
@@ -226,45 +253,42 @@ class InterpolantRegression(Objective):
         return x0, x1, condition
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor, Any]:
-        condition = None
-        if isinstance(batch, Tensor):
-            given, x1 = None, batch
-        elif isinstance(batch, Mapping):
-            if unknown := set(batch) - {"x0", "x1", "condition"}:
-                raise InvalidInputError(
-                    "a batch has unknown parts", got=sorted(unknown), expected="x0, x1, condition"
-                )
-            if "x1" not in batch:
-                raise InvalidInputError("a batch needs x1", got=sorted(batch))
-            given, x1, condition = batch.get("x0"), batch["x1"], batch.get("condition")
-        elif isinstance(batch, Sequence) and len(batch) in (2, 3):
-            given, x1 = batch[0], batch[1]
-            condition = batch[2] if len(batch) == 3 else None
-        else:
+        given, x1, condition = _parts(batch)
+        if given is not None and self.interpolant.starts_normal:
             raise InvalidInputError(
-                "a batch is x1, (x0, x1), (x0, x1, condition) or a dict of these", got=type(batch).__name__
+                "this path starts in the standard normal, so a batch has no x0",
+                got=f"x0 on the path {self.interpolant.path!r}",
+                hint="pass x1 alone, {'x1': ..., 'condition': ...} for conditions, or use Interpolant('linear') for pairs",
             )
-        if given is None or self.interpolant.starts_normal:
+        for name, part in (("x0", given), ("x1", x1)):
+            if isinstance(part, Tensor) and not part.is_floating_point():
+                raise InvalidInputError(
+                    f"{name} must be floating",
+                    got=part.dtype,
+                    hint="a pair is (x0, x1); data with labels are {'x1': data, 'condition': labels}",
+                )
+        x1 = as_tensor(x1, "x1", finite=False)
+        check_nonempty(x1, "x1")
+        if x1.ndim < 2:
+            raise ShapeError("a batch is (n, *event)", got=f"shape {tuple(x1.shape)}")
+        self.fields.observe_shape(tuple(x1.shape[1:]))
+        x1 = x1.reshape(len(x1), -1)
+        if given is None:
             x0 = self._draw_starts(x1)
         else:
-            x0 = given
-        alike = isinstance(x0, Tensor) and isinstance(x1, Tensor) and x0.shape == x1.shape
-        if not (
-            alike
-            and x0.dtype == x1.dtype
-            and x0.device == x1.device
-            and x1.is_floating_point()
-            and x1.numel()
-        ):
+            x0 = as_tensor(given, "x0", finite=False)
+            x0 = x0.reshape(len(x0), -1) if x0.ndim > 1 else x0
+        alike = x0.shape == x1.shape and x0.dtype == x1.dtype and x0.device == x1.device
+        if not alike:
             check_pair(x0, x1)
-        if x1.ndim != 2:
-            raise ShapeError("a batch is (n, d)", got=f"shape {tuple(x1.shape)}")
-        if isinstance(condition, Tensor) and condition.shape[:1] != x1.shape[:1]:
-            raise ShapeError(
-                "there must be one condition a point",
-                got=tuple(condition.shape),
-                expected=f"({len(x1)}, ...)",
-            )
+        if condition is not None:
+            condition = as_condition(condition, x1)
+            if condition.shape[:1] != x1.shape[:1]:
+                raise ShapeError(
+                    "there must be one condition per point",
+                    got=tuple(condition.shape),
+                    expected=f"({len(x1)}, ...)",
+                )
         self.starts.observe(x0, given is not None)
         return x0, x1, condition
 
@@ -278,6 +302,12 @@ class InterpolantRegression(Objective):
         return x0
 
     def _times(self, n: int, like: Tensor) -> Tensor:
+        if callable(self.times):
+            t = as_tensor(self.times(n), "times(n)")
+            if tuple(t.shape) != (n,):
+                raise ShapeError("times must return one time per point", got=tuple(t.shape), expected=(n,))
+            check_times(t)
+            return t.to(like).unsqueeze(1).clamp(_MARGIN, 1 - _MARGIN)
         if self.times == "uniform":
             t = torch.rand(n, 1, dtype=like.dtype, device=like.device)
         else:
@@ -292,7 +322,7 @@ class InterpolantRegression(Objective):
                 self._ranks = ranks = torch.arange(n, dtype=like.dtype, device=like.device).unsqueeze(1)
             u = torch.rand(n + 1, 1, dtype=like.dtype, device=like.device)
             t = torch.add(u[n], u[:n] + ranks, alpha=1.0 / n).remainder_(1.0)
-        return t if self._shortest else t.clamp_(self.time_margin, 1 - self.time_margin)
+        return t if self._shortest else t.clamp_(_MARGIN, 1 - _MARGIN)
 
     def _drop(self, condition: Any, n: int) -> Any:
         if condition is None or not self.condition_dropout:
@@ -329,3 +359,24 @@ class InterpolantRegression(Objective):
         from stochdyn.interpolants.densities.bounds import kl_bound
 
         return kl_bound(self.generator(), x0, x1, epsilon, truth, **options)
+
+
+def _parts(batch: Any) -> tuple[Any, Any, Any]:
+    """Return starts, ends and conditions of a batch, None for what it doesn't have."""
+    if isinstance(batch, Mapping):
+        if unknown := set(batch) - {"x0", "x1", "condition"}:
+            raise InvalidInputError(
+                "a batch has unknown parts", got=sorted(map(str, unknown)), expected="x0, x1, condition"
+            )
+        if "x1" not in batch:
+            raise InvalidInputError("a batch needs x1", got=sorted(batch))
+        return batch.get("x0"), batch["x1"], batch.get("condition")
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2, 3):
+        if len(batch) == 1:
+            return None, batch[0], None
+        return batch[0], batch[1], batch[2] if len(batch) == 3 else None
+    if batch is None or isinstance(batch, tuple | list | str | bytes):
+        raise InvalidInputError(
+            "a batch is x1, (x0, x1), (x0, x1, condition) or a dict of these", got=type(batch).__name__
+        )
+    return None, batch, None

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_finite, check_ndim, check_nonempty, check_positive_int
+from stochdyn._checks import (
+    as_tensor,
+    check_bool,
+    check_callable,
+    check_choice,
+    check_finite,
+    check_ndim,
+    check_nonempty,
+    check_positive_int,
+    check_real,
+)
 from stochdyn.core.forward.divergences import unbiased_square
 from stochdyn.core.forward.flow import LearnedFlow, as_time
-from stochdyn.core.forward.generators import FokkerPlanck
 from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.interpolants.fields.conditions import as_condition
+from stochdyn.interpolants.fields.learned import LearnedScore
 from stochdyn.interpolants.fields.potential import FunctionPotential, Potential, PotentialNetwork
 from stochdyn.interpolants.paths.processes import AffineProcess, check_process
 from stochdyn.objectives.base import Objective, ObjectiveValue
@@ -22,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ScoreMatching"]
 
-Field = Callable[[Tensor, Tensor], Tensor]
+Field = Callable[..., Tensor]
 TimeFunction = Callable[[Tensor], Tensor]
 WeightSchedule = Callable[[Tensor], Tensor]
 PointSampler = Callable[[], tuple[Tensor, Tensor]]
@@ -45,18 +56,20 @@ class ScoreMatching(Objective):
 
     Args:
         process: the noising process.
-        potential: the log density as a :class:`Potential`, or any ``potential(t, x) -> (...)`` or ``(..., 1)``.
-        score: in its place, ``score(t, x) -> (..., d)``. The residual is then that of the score form.
+        potential: the log density as a :class:`Potential`, or any ``potential(t, x) -> (...)`` or ``(..., 1)``; with conditions
+            ``potential(t, x, condition)``.
+        score: in its place, ``score(t, x) -> (..., d)``, with conditions ``score(t, x, condition)``. The residual is then that of
+            the score form.
         fp_weight: ``omega``, a number, or a function of the number of training steps so far (a tensor), such as
             :class:`WeightRamp`.
         residual: ``"exact"``, ``"forward"`` (forward-mode Laplacian of a function potential) or
             ``"hutchinson"``: two probes or more, whose products estimate the square without bias.
-        num_probes: probes a point for ``"hutchinson"``.
+        num_probes: the number of probes per point for ``"hutchinson"``.
         times: how times are drawn: ``"log-snr"`` (uniform in the log signal-to-noise ratio), ``"uniform"``, both with one
             time in each of ``n`` equal strata, or a function ``times(n) -> (n,)``.
         weight: ``w``: ``"variance"`` (sigma squared), ``"likelihood"`` (half of g squared), ``"none"``, or a function of
             time.
-        residual_weight: ``rho``: ``"log-snr"`` (squared residual a unit of log signal-to-noise ratio, hence finite at
+        residual_weight: ``rho``: ``"log-snr"`` (squared residual per unit of log signal-to-noise ratio, hence finite at
             small times), ``"variance"`` (sigma to the fourth power), ``"none"``, or a function of time.
         collocation: where the residual is evaluated: None on the noised data themselves, or a sampler of ``(t, x)``
             such as :class:`stochdyn.objectives.residual.UniformPoints`.
@@ -98,20 +111,21 @@ class ScoreMatching(Objective):
         averaged_targets: bool = False,
     ) -> None:
         super().__init__()
-        self.process = check_process(process)
+        check_process(process)
         if (potential is None) == (score is None):
             raise InvalidInputError(
                 "give a potential or a score", got="both" if potential is not None else "neither"
             )
         for field, name in ((potential, "potential"), (score, "score")):
-            if field is not None and not callable(field):
-                raise InvalidInputError(
-                    f"{name} must be callable", got=type(field).__name__, expected=f"{name}(t, x)"
-                )
-        if isinstance(fp_weight, int | float) and not 0 <= fp_weight < float("inf"):
-            raise InvalidInputError("fp_weight must be finite and not negative", got=fp_weight)
+            if field is not None:
+                check_callable(field, name, f"a network, {name}(t, x)")
+        if not callable(fp_weight):
+            check_real(fp_weight, "fp_weight", minimum=0.0)
         check_choice(residual, ("exact", "forward", "hutchinson"), "residual")
         check_positive_int(num_probes, "num_probes", 2 if residual == "hutchinson" else 1)
+        check_bool(averaged_targets, "averaged_targets")
+        if collocation is not None:
+            check_callable(collocation, "collocation", "a sampler of (t, x)")
         _check_option(times, ("log-snr", "uniform"), "times")
         _check_option(weight, _WEIGHTS, "weight")
         _check_option(residual_weight, _RESIDUAL_WEIGHTS, "residual_weight")
@@ -119,41 +133,52 @@ class ScoreMatching(Objective):
             raise InvalidInputError(
                 "a score has no forward-mode residual", hint="use residual='exact' or 'hutchinson'"
             )
-        self.potential: Potential | None = None
         if isinstance(potential, Potential):
             _check_same_process(process, potential.process)
-            self.potential = potential
-        elif potential is not None:
-            self.potential = FunctionPotential(process, potential)
-        self.score_field = score
+        source: Any = score
+        if potential is not None:
+            source = potential if isinstance(potential, Potential) else FunctionPotential(process, potential)
+        self.learned = LearnedScore(process, source)
         self.fp_weight, self.num_probes = fp_weight, num_probes
         self.method: Literal["exact", "forward", "hutchinson"] = residual
         self.times, self.weight, self.residual_weight = times, weight, residual_weight
         self.collocation, self.averaged_targets = collocation, averaged_targets
-        self.operator = FokkerPlanck(process.sde())
         self.dim = potential.dim if isinstance(potential, PotentialNetwork) else None
         self.register_buffer("steps_seen", torch.zeros((), dtype=torch.long))
 
-    def score(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the learned score ``(..., d)`` at ``x (..., d)``."""
-        if self.potential is not None:
-            return self.potential.score(t, x)
-        assert self.score_field is not None
-        return self.score_field(as_time(t, x).to(x.dtype).expand(*x.shape[:-1], 1), x)
+    @property
+    def process(self) -> AffineProcess:
+        """The noising process."""
+        return self.learned.process
+
+    @property
+    def potential(self) -> Potential | None:
+        """The potential, or None where a score is learned."""
+        return self.learned.potential if self.learned.has_potential else None
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the dimension of the data, so that a loaded model can sample."""
+        return {"dim": self.dim}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.dim = state["dim"]
+
+    def score(self, t: Tensor | float, x: Tensor, condition: Any = None) -> Tensor:
+        """Return the learned score ``(..., d)`` at ``x (..., d)``, for a condition per point."""
+        return self.learned.given(condition)(t, x)
 
     def flow(self) -> LearnedFlow:
         """Return the learned marginals as a :class:`stochdyn.LearnedFlow`, for :class:`stochdyn.objectives.ForwardResidual` say."""
-        if self.potential is not None:
-            return LearnedFlow(self.potential)
-        assert self.score_field is not None
-        return LearnedFlow(self.score_field, predicts="score")
+        return self.learned.flow()
 
     def draw_times(self, n: int, like: Tensor) -> Tensor:
         """Draw times ``(n, 1)`` between start and horizon, from torch's global generator."""
         if callable(self.times):
-            t = self.times(n)
+            t = as_tensor(self.times(n), "times(n)")
             if tuple(t.shape) != (n,):
-                raise ShapeError("times must return one time a point", got=tuple(t.shape), expected=(n,))
+                raise ShapeError("times must return one time per point", got=tuple(t.shape), expected=(n,))
+            self.process.check_times(t)
             return t.to(like)[:, None]
         start, horizon = self.process.start, self.process.horizon
         # One time in each of n equal strata: the batch covers all times evenly, at the law of a uniform draw.
@@ -187,37 +212,45 @@ class ScoreMatching(Objective):
             return self.potential.score_and_residual(t, x).residuals[0]
         options["form"] = form or ("score" if self.potential is None else "log")
         time = as_time(t, x).to(x.dtype).expand(*x.shape[:-1], 1)
-        return self.operator.residual(self.flow(), time, x, **options)
+        return self.learned.operator().residual(self.flow(), time, x, **options)
 
     def forward(self, batch: Any = None) -> ObjectiveValue:
-        """Evaluate on data ``batch (n, d)``.
+        """Evaluate on data: ``x1 (n, d)``, ``(x1, condition)``, or a dict of ``x1``, ``condition`` and ``mean``.
+
+        The mean ``(n, d)`` is what the process reverts to, item by item.
 
         Raises:
-            ShapeError, EmptyDataError: if the batch isn't ``(n, d)`` with points in it.
-            InvalidInputError: if it isn't floating.
+            ShapeError, EmptyDataError: if the data aren't ``(n, d)`` with points in them.
+            InvalidInputError: if they aren't floating, or the batch has another form.
         """
-        x0 = batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch
-        _check_batch(x0)
+        x0, condition, mean = _parts(batch)
         self.dim = x0.shape[-1]
+        learned = self.learned.given(condition, mean)
+        process = learned.process
         t = self.draw_times(x0.shape[0], x0)
         z = torch.randn_like(x0)
-        x = self.process.perturb(t, x0, z)
+        x = process.perturb(t, x0, z)
         if self.averaged_targets:
+            if condition is not None or mean is not None:
+                raise InvalidInputError(
+                    "averaged targets mix the points of a batch, so they can't have conditions or means of their own",
+                    got="averaged_targets=True",
+                )
             z = self._averaged_noise(t, x, x0)
         weight = self._fp_weight(x0)
         on_path = weight is not None and self.collocation is None
         if on_path:
-            score, squares = self._score_and_square(t, x)
+            score, squares = self._score_and_square(learned, t, x)
         else:
-            score = self.score(t, x)
-        std = self.process.std(t)
+            score = learned(t, x)
+        std = process.std(t)
         error = (std * score + z).square().sum(-1)
         loss = fit = (error * self._weight(t, std)).mean()
         terms = {"score": fit.detach()}
         if weight is not None:
             if self.collocation is not None:
                 t, x = self.collocation()
-                squares = self._score_and_square(t, x)[1]
+                squares = self._score_and_square(self.learned, t, x)[1]
             penalty = (squares * self._residual_weight(t)).mean()
             loss = loss + weight * penalty
             terms["residual"] = penalty.detach()
@@ -239,26 +272,26 @@ class ScoreMatching(Objective):
         dim = self.dim if dim is None else dim
         if dim is None:
             raise InvalidInputError("the dimension isn't known yet", hint="pass dim=..., or fit first")
-        source: Any = self.potential if self.potential is not None else self.score
         like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
-        return ReverseDiffusion(self.process, source, dim, like.detach())
+        return ReverseDiffusion(self.process, self.learned.source, dim, like.detach())
 
     def _fp_weight(self, like: Tensor) -> Tensor | float | None:
         if callable(self.fp_weight):
             return self.fp_weight(self.steps_seen).to(like)
         return self.fp_weight or None
 
-    def _score_and_square(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _score_and_square(self, learned: LearnedScore, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the score and the squared residual ``(n,)``, exact or without bias."""
-        if self.potential is not None:
-            score, residuals = self.potential.score_and_residual(t, x, self.method, self.num_probes)
+        if learned.has_potential:
+            score, residuals = learned.potential.score_and_residual(t, x, self.method, self.num_probes)
         else:
             options: dict[str, Any] = {"form": "score", "method": self.method}
             if self.method == "hutchinson":
                 options["num_probes"] = self.num_probes
-            score, residuals = self.score(t, x), self.operator.residual_probes(self.flow(), t, x, **options)
+            score = learned(t, x)
+            residuals = learned.operator().residual_probes(learned.flow(), t, x, **options)
         squares = residuals[0].square() if self.method != "hutchinson" else unbiased_square(residuals)
-        return score, squares if self.potential is not None else squares.sum(-1)
+        return score, squares if learned.has_potential else squares.sum(-1)
 
     def _weight(self, t: Tensor, std: Tensor) -> Tensor:
         """Return the weight of the squared error of the noise, which is sigma squared that of the score."""
@@ -312,6 +345,10 @@ class WeightRamp:
     """
 
     def __init__(self, first: float, last: float, begin: int, end: int) -> None:
+        check_real(first, "first")
+        check_real(last, "last")
+        check_positive_int(begin, "begin", 0)
+        check_positive_int(end, "end", 0)
         if first < 0 or last < 0 or not end > begin >= 0:
             raise InvalidInputError(
                 "a ramp needs weights that aren't negative and 0 <= begin < end",
@@ -345,12 +382,43 @@ def _check_same_process(ours: AffineProcess, given: AffineProcess) -> None:
         )
 
 
-def _check_batch(x0: Any) -> None:
-    if not isinstance(x0, Tensor):
-        raise InvalidInputError("a batch is a tensor of data", got=type(x0).__name__, expected="(n, d)")
-    check_ndim(x0, 2, "batch", "(n, d)")
-    check_nonempty(x0, "batch")
-    if not x0.is_floating_point():
-        raise InvalidInputError("data must be floating", got=x0.dtype, hint="use data.float()")
-    if x0.device.type == "cpu":
-        check_finite(x0, "batch")
+def _parts(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return data, conditions and means of a batch."""
+    condition = mean = None
+    if isinstance(batch, Mapping):
+        if unknown := set(batch) - {"x1", "condition", "mean"}:
+            raise InvalidInputError(
+                "a batch has unknown parts", got=sorted(map(str, unknown)), expected="x1, condition, mean"
+            )
+        if "x1" not in batch:
+            raise InvalidInputError("a batch needs x1", got=sorted(batch))
+        batch, condition, mean = batch["x1"], batch.get("condition"), batch.get("mean")
+    elif isinstance(batch, tuple | list) and len(batch) in (1, 2):
+        batch, condition = (batch[0], None) if len(batch) == 1 else batch
+    if batch is None or isinstance(batch, tuple | list):
+        raise InvalidInputError(
+            "a batch is x1, (x1, condition) or a dict", got=type(batch).__name__, expected="(n, d)"
+        )
+    x1 = batch
+    if isinstance(x1, Tensor) and not x1.is_floating_point():
+        raise InvalidInputError("data must be floating", got=x1.dtype, hint="use data.float()")
+    x1 = as_tensor(x1, "x1", finite=False)
+    check_ndim(x1, 2, "x1", "(n, d)")
+    check_nonempty(x1, "x1")
+    if x1.device.type == "cpu":
+        check_finite(x1, "x1")
+    if condition is not None:
+        condition = as_condition(condition, x1)
+        if condition.shape[:1] != x1.shape[:1]:
+            raise ShapeError(
+                "there must be one condition per point",
+                got=tuple(condition.shape),
+                expected=f"({len(x1)}, ...)",
+            )
+    if mean is not None:
+        mean = as_tensor(mean, "mean").to(x1)
+        if mean.shape != x1.shape:
+            raise ShapeError(
+                "there must be one mean per point", got=tuple(mean.shape), expected=tuple(x1.shape)
+            )
+    return x1, condition, mean

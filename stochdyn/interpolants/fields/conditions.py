@@ -1,0 +1,66 @@
+"""Conditions of models: labels or contexts, as tensors with one row per point."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stochdyn._checks import as_tensor, check_finite
+from stochdyn.errors import ShapeError
+
+__all__ = ["as_condition", "rows_of_condition"]
+
+
+def as_condition(condition: Any, like: Tensor) -> Tensor:
+    """Turn labels or contexts of any kind into a tensor beside ``like``; contexts take its precision.
+
+    Raises:
+        InvalidInputError: if they aren't numbers.
+        NonFiniteError: if a context isn't finite.
+    """
+    value = condition
+    if not isinstance(value, Tensor):
+        array = np.asarray(condition) if not isinstance(condition, str | bytes | dict | set) else None
+        whole = array is not None and array.dtype.kind in "iub"
+        value = (
+            torch.from_numpy(array.astype("int64"))
+            if whole
+            else as_tensor(condition, "condition", finite=False)
+        )  # type: ignore[union-attr]
+    value = value.to(like.device)
+    if value.is_floating_point():
+        check_finite(value.detach(), "condition")
+        return value.to(like.dtype)
+    return value.long() if value.dtype != torch.long else value
+
+
+def rows_of_condition(condition: Any, count: int, lead: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """Return a condition with one row for each of ``count`` points, or None.
+
+    Args:
+        condition: None; one label ``()`` or one context ``(c,)`` for all; or one for each point, with the leading axes
+            ``lead`` or ``(count,)``.
+        count: the number of points.
+        lead: the shape of the points.
+        like: a tensor whose precision and device it takes.
+
+    Raises:
+        ShapeError: if it has another number of rows.
+    """
+    if condition is None:
+        return None
+    value = as_condition(condition, like)
+    if value.ndim == 0 or (value.ndim == 1 and value.is_floating_point()):
+        return value.expand(count, *value.shape)
+    if lead and tuple(value.shape[: len(lead)]) == lead:
+        return value.reshape(count, *value.shape[len(lead) :])
+    if value.shape[0] == count:
+        return value
+    raise ShapeError(
+        "there must be one condition per point, or one for all",
+        got=tuple(value.shape),
+        expected=f"{(*lead, '...')} or one label () or context (c,)",
+    )
