@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stochdyn._checks import check_choice, check_real
+from stochdyn.core.sde.methods import Method
 from stochdyn.errors import InvalidInputError
 
 __all__ = [
@@ -144,6 +145,9 @@ def as_method(method: Any, choices: Mapping[str, FlowMethod], purpose: str) -> F
     Raises:
         InvalidInputError: if there is no such method, or it isn't one for this ``purpose``.
     """
+    if isinstance(method, Method):
+        # a method of the core's equations, which has no options that would mean anything here
+        method = method.name if method == type(method)() else method
     if isinstance(method, FlowMethod):
         if not isinstance(method, tuple({type(m) for m in choices.values()})):
             raise InvalidInputError(
