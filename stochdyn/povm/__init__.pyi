@@ -20,11 +20,14 @@ from .frames.frame import Frame as Frame
 from .frames.frame import QutritSIC as QutritSIC
 from .frames.frame import Tetrahedral as Tetrahedral
 from .frames.lattice_observables import Observable as Observable
+from .frames.lattice_observables import correlations as correlations
 from .frames.lattice_observables import observable as observable
 from .frames.lattice_observables import observables as observables
+from .frames.lattice_observables import structure_factor as structure_factor
 from .frames.operators import named_operator as named_operator
 from .frames.operators import spin_matrices as spin_matrices
 from .frames.site_frames import SiteFrames as SiteFrames
+from .lindblad.coefficients import SampledCoefficient as SampledCoefficient
 from .lindblad.graphs import all_to_all as all_to_all
 from .lindblad.graphs import chain as chain
 from .lindblad.graphs import ring as ring

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_time_grid
-from stochdyn.errors import ConvergenceWarning, MissingDependencyError
+from stochdyn._checks import check_bool, check_choice, check_positive, check_real
+from stochdyn.errors import ConvergenceWarning, InvalidInputError
 from stochdyn.povm.frames.frame import Tetrahedral
-from stochdyn.povm.frames.lattice_observables import Observable, observables
-from stochdyn.povm.master.density import DensityGenerator, initial_density
-from stochdyn.povm.master.propagation import propagate, stationary_probabilities
+from stochdyn.povm.master.arguments import as_times, check_model, read_observables
+from stochdyn.povm.master.density import DensityGenerator, check_bound, initial_density
+from stochdyn.povm.master.propagation import check_length, propagate, stationary_probabilities
+from stochdyn.povm.master.schedule import Schedule, Segment, make_schedule
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad.lindbladian import Lindbladian
@@ -62,30 +65,40 @@ class ExactSteadyState:
 def evolve(
     model: Lindbladian,
     state: Any,
-    times: Tensor | Sequence[float],
+    ts: Tensor | Sequence[float],
     observables: Mapping[str, Any] | Sequence[Any] = ("X", "Y", "Z"),
     *,
     backend: str = "auto",
     rtol: float = 1e-11,
     atol: float = 1e-13,
+    max_step: float | None = None,
+    breaks: Sequence[float] = (),
     keep_states: bool = False,
 ) -> ExactEvolution:
     """Evolve the density matrix of a small lattice and return means of observables.
 
+    Coefficients that depend on time are looked at before the integration, so that steps end where they jump and none
+    passes over a pulse longer than 1/4096 of the span.
+
     Args:
-        model: with its parameters bound.
-        state: name or state of one site, taken for all; a list with one a site; or a state of the lattice.
-        times: increasing, the first being that of the initial state.
-        observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`; a name on two sites is averaged over the bonds of the model.
+        model: the Lindbladian, its parameters bound.
+        state: the name or the state of one site, taken for all; a list with one for each site; or a state of the
+            whole lattice.
+        ts: the output times, increasing, the first being that of the initial state.
+        observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`; a name on two sites is averaged
+            over the bonds of the model.
         backend: ``"qutip"``, ``"matrix"`` (our own, by scipy), or ``"auto"``: QuTiP where it is installed.
-        rtol: relative tolerance of the integration.
-        atol: absolute tolerance.
-        keep_states: return the density matrices too.
+        rtol: the relative tolerance of a step.
+        atol: the absolute tolerance of a step.
+        max_step: the longest step, for pulses shorter than 1/4096 of the span.
+        breaks: times where coefficients aren't smooth; jumps are found without.
+        keep_states: whether to return the density matrices too.
 
     Raises:
-        TimeGridError: if times don't increase.
+        TimeGridError: if the times don't increase.
         SystemSizeError: if the density matrix would be too large.
-        LindbladianError: if an observable is on a missing site, parameters aren't bound, or a rate becomes negative.
+        LindbladianError: if an observable is on a missing site, parameters aren't bound, or a rate becomes negative at
+            any time.
         MissingDependencyError: if QuTiP is asked for and not installed.
 
     Example:
@@ -94,11 +107,18 @@ def evolve(
         >>> run.expect["Z"].round(decimals=4)
         tensor([ 1.0000, -0.2642], dtype=torch.float64)
     """
+    check_model(model)
     check_choice(backend, ("auto", "qutip", "matrix"), "backend")
-    grid = as_times(times)
-    model.check_rates(grid.tolist())
-    parsed = _observables(model, observables)
+    grid = as_times(ts)
+    check_positive(rtol, "rtol")
+    check_positive(atol, "atol")
+    check_bool(keep_states, "keep_states")
+    check_bound(model)
+    parsed = read_observables(model, observables)
     rho = initial_density(state, model.num_sites, model.dim)
+    schedule = make_schedule(model, grid, max_step=max_step, breaks=breaks)
+    if not model.is_time_dependent:
+        check_length(model, schedule.span)
     if backend == "auto":
         backend = "qutip" if importlib.util.find_spec("qutip") else "matrix"
     means: dict[str, list[Tensor]] = {name: [] for name in parsed}
@@ -111,13 +131,11 @@ def evolve(
             states.append(rho)
 
     if backend == "qutip":
-        if not importlib.util.find_spec("qutip"):
-            raise MissingDependencyError("QuTiP isn't installed", hint="pip install 'stochdyn[quantum]'")
         from stochdyn.povm.lindblad.qutip_operators import integrate
 
-        integrate(model, rho, grid.tolist(), visit, rtol, atol)
+        integrate(model, rho, schedule, visit, rtol, atol)
     else:
-        DensityGenerator(model).integrate(rho, grid.tolist(), visit, rtol, atol)
+        DensityGenerator(model).integrate(rho, schedule, visit, rtol, atol)
     expect = {name: torch.stack(values) for name, values in means.items()}
     stderr = {name: torch.zeros_like(values) for name, values in expect.items()}
     return ExactEvolution(grid, expect, stderr, torch.stack(states) if keep_states else None, backend)
@@ -128,7 +146,7 @@ def steady_state(
     observables: Mapping[str, Any] | Sequence[Any] = ("X", "Y", "Z"),
     *,
     tolerance: float = 1e-9,
-    max_time: float = 200.0,
+    horizon: float | None = None,
 ) -> ExactSteadyState:
     """Return the steady state of a small lattice.
 
@@ -137,69 +155,68 @@ def steady_state(
     gives that of the mixed state.
 
     Args:
-        model: constant in time.
+        model: the Lindbladian, constant in time.
         observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`.
-        tolerance: on the largest element of the rate of change.
-        max_time: end of the evolution.
+        tolerance: for the largest element of the rate of change, relative to the fastest rate of the model.
+        horizon: the length of the evolution, by default 200 over the least jump rate at a site.
 
     Raises:
         SystemSizeError: if the density matrix would be too large.
         InvalidInputError: if the model depends on time, or its steady state isn't unique.
+        LindbladianError: if parameters aren't bound.
 
     Warns:
-        ConvergenceWarning: if the residual is larger than the tolerance at ``max_time``.
+        ConvergenceWarning: if the residual is larger than the tolerance at ``horizon``.
 
     Example:
         >>> from stochdyn.povm import Lindbladian
         >>> float(steady_state(Lindbladian(1, [], [(1.0, "sigma-", 0)]), ["Z"]).expect["Z"].round(decimals=9))
         -1.0
     """
-    import warnings
-
-    parsed = _observables(model, observables)
+    check_model(model)
+    check_real(tolerance, "tolerance", above=0.0)
+    if horizon is not None:
+        check_real(horizon, "horizon", above=0.0)
+    check_bound(model)
+    if model.is_time_dependent:
+        raise InvalidInputError("a model that depends on time has no steady state", hint="use evolve")
+    parsed = read_observables(model, observables)
     generator = DensityGenerator(model)
+    scale = model.rate_scale()
+    if scale == 0 or not model.jumps:
+        raise InvalidInputError("the steady state isn't unique", hint="add jumps")
     outcomes = model.dim ** (2 * model.num_sites)
     if outcomes <= _MAX_DIRECT and model.dim == 2:
         frame = Tetrahedral()
         rho = frame.reconstruct(stationary_probabilities(model.master_operator(frame)))
     else:
-        rho = _evolve_to_rest(generator, model, tolerance, max_time)
+        rho = _evolve_to_rest(generator, model, tolerance * scale, horizon)
     residual = float(abs(generator(0.0, rho.resolve_conj().numpy())).max())
-    if residual > tolerance:
+    if residual > tolerance * scale:
         warnings.warn(
-            f"the steady state isn't reached: its rate of change is {residual:.2g} after time {max_time:g}",
+            f"the steady state isn't reached: its largest rate of change is {residual / scale:.2g} of the fastest "
+            "rate; pass a longer horizon",
             ConvergenceWarning,
             stacklevel=2,
         )
     return ExactSteadyState({name: o.expectation(rho) for name, o in parsed.items()}, rho, residual)
 
 
-def as_times(times: Tensor | Sequence[float], name: str = "times") -> Tensor:
-    """Return times as a float64 tensor.
-
-    Raises:
-        TimeGridError: if they don't increase.
-    """
-    grid = torch.as_tensor(times, dtype=torch.float64)
-    check_time_grid(grid, name, min_points=1)
-    return grid
-
-
-def _observables(model: Lindbladian, specs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Observable]:
-    return observables(specs, model.num_sites, dim=model.dim, bonds=model.bonds)
-
-
 def _evolve_to_rest(
-    generator: DensityGenerator, model: Lindbladian, tolerance: float, max_time: float
+    generator: DensityGenerator, model: Lindbladian, tolerance: float, horizon: float | None
 ) -> Tensor:
-    rho = initial_density("mixed", model.num_sites, model.dim)
-    last: list[Tensor] = [rho]
-    elapsed, span = 0.0, 5.0
-    while elapsed < max_time:
-        generator.integrate(
-            last[0], [0.0, span], lambda _, state: last.__setitem__(0, state), rtol=1e-9, atol=1e-12
-        )
-        elapsed += span
-        if float(abs(generator(0.0, last[0].resolve_conj().numpy())).max()) <= tolerance:
+    state = initial_density("mixed", model.num_sites, model.dim)
+    end = horizon if horizon is not None else 200 / model.relaxation_rate()
+    check_length(model, end)
+    grid = torch.linspace(0, end, 41, dtype=torch.float64).tolist()
+
+    def keep(index: int, rho: Tensor) -> None:
+        nonlocal state
+        state = rho if index else state
+
+    for span in itertools.pairwise(grid):
+        schedule = Schedule(span, [Segment(*span, 1)])
+        generator.integrate(state, schedule, keep, rtol=1e-9, atol=1e-12)
+        if float(abs(generator(0.0, state.resolve_conj().numpy())).max()) <= tolerance:
             break
-    return last[0]
+    return state

@@ -10,13 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_time_grid
+from stochdyn._checks import check_positive
 from stochdyn.core.forward.master_terms import SparseMasterEquation
 from stochdyn.errors import InvalidInputError
 from stochdyn.povm.frames.frame import Frame, QutritSIC, Tetrahedral
-from stochdyn.povm.frames.lattice_observables import Observable, observables
+from stochdyn.povm.frames.lattice_observables import Observable
 from stochdyn.povm.frames.operators import as_state
+from stochdyn.povm.frames.products import site_states
 from stochdyn.povm.frames.site_frames import SiteFrames
+from stochdyn.povm.master.arguments import as_times, check_frame, check_model, read_observables
+from stochdyn.povm.master.density import check_bound
+from stochdyn.povm.master.integration import integrate
+from stochdyn.povm.master.propagation import check_length
+from stochdyn.povm.master.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad.lindbladian import Lindbladian
@@ -76,29 +82,34 @@ def marginal_rates(operator: SparseMasterEquation, p: Tensor, t: float | None = 
 def evolve(
     model: Lindbladian,
     state: Any,
-    times: Tensor | Sequence[float],
+    ts: Tensor | Sequence[float],
     observables: Mapping[str, Any] | Sequence[Any] = ("X", "Y", "Z"),
     *,
     povm: Frame | SiteFrames | None = None,
     rtol: float = 1e-9,
     atol: float = 1e-11,
+    max_step: float | None = None,
+    breaks: Sequence[float] = (),
 ) -> MeanFieldEvolution:
     """Evolve a product state by mean-field theory: nonlinear equations for single sites, any number of them.
 
     A baseline: what it misses is what correlations do. Without couplings it is exact.
 
     Args:
-        model: with its parameters bound.
-        state: name or state of one site, taken for all, or a list with one a site.
-        times: increasing, the first being that of the initial state.
-        observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`; a name on two sites is averaged over the bonds of the model.
+        model: the Lindbladian, its parameters bound.
+        state: the name or the state of one site, taken for all, or a list with one for each site.
+        ts: the output times, increasing, the first being that of the initial state.
+        observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`; a name on two sites is averaged
+            over the bonds of the model.
         povm: the frame in which probabilities are kept, of no influence on the means.
-        rtol: relative tolerance of the integration.
-        atol: absolute tolerance.
+        rtol: the relative tolerance of a step.
+        atol: the absolute tolerance of a step.
+        max_step: the longest step, for pulses shorter than 1/4096 of the span.
+        breaks: times where coefficients aren't smooth; jumps are found without.
 
     Raises:
         TimeGridError: if times don't increase.
-        LindbladianError: if a rate that depends on time is negative at one of them.
+        LindbladianError: if a rate is negative at some time, or parameters aren't bound.
         InvalidInputError: if the state is no product, or there is no frame for sites of so many levels.
 
     Example:
@@ -107,10 +118,17 @@ def evolve(
         >>> run.probabilities.shape, run.expect["Z"].shape
         (torch.Size([2, 64, 4]), torch.Size([2]))
     """
-    grid = torch.as_tensor(times, dtype=torch.float64)
-    check_time_grid(grid, "times", min_points=1)
-    model.check_rates(grid.tolist())
-    parsed = _parse(model, observables)
+    check_model(model)
+    if povm is not None:
+        check_frame(povm)
+    grid = as_times(ts)
+    check_positive(rtol, "rtol")
+    check_positive(atol, "atol")
+    check_bound(model)
+    parsed = read_observables(model, observables)
+    schedule = make_schedule(model, grid, max_step=max_step, breaks=breaks)
+    if not model.is_time_dependent:
+        check_length(model, schedule.span)
     if povm is None:
         if model.dim not in (2, 3):
             raise InvalidInputError(
@@ -118,15 +136,13 @@ def evolve(
             )
         povm = Tetrahedral() if model.dim == 2 else QutritSIC()
     n = model.num_sites
-    states = list(state) if isinstance(state, (list, tuple)) else [state] * n
-    if len(states) != n:
-        raise InvalidInputError("a product state needs one state a site", got=len(states), expected=n)
+    states = site_states(state, n)
     for s in states:
         if as_state(s, model.dim).shape[0] != model.dim:
             raise InvalidInputError("mean field starts from a product of single sites")
     start = torch.stack([povm.at(i).probabilities(s) for i, s in enumerate(states)])
     operator = model.master_operator(povm)
-    p = _integrate(operator, start, grid, rtol, atol)
+    p = _integrate(operator, start, schedule, rtol, atol)
     rho = torch.stack(
         [torch.einsum("tk,kij->tij", p[:, i].to(torch.complex128), povm.at(i).dual) for i in range(n)], 1
     )
@@ -136,39 +152,35 @@ def evolve(
 
 def product_expectation(observable: Observable, rho: Tensor) -> Tensor:
     """Return the mean ``(T,)`` of an observable in product states, given single sites ``(T, N, d, d)``."""
-    total = torch.zeros(rho.shape[0], dtype=torch.float64)
-    for place in observable.places:
-        value = torch.ones(rho.shape[0], dtype=torch.complex128)
-        first = 0
-        for factor, width in zip(observable.factors, observable.widths, strict=True):
-            joint = rho[:, place[first]]
-            for site in place[first + 1 : first + width]:
-                size = joint.shape[-1] * observable.dim
-                joint = torch.einsum("tij,tkl->tikjl", joint, rho[:, site]).reshape(-1, size, size)
-            value = value * torch.einsum("tij,ji->t", joint, factor)
-            first += width
-        total += value.real
-    return total / len(observable.places)
-
-
-def _parse(model: Lindbladian, specs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Observable]:
-    return observables(specs, model.num_sites, dim=model.dim, bonds=model.bonds)
+    total = torch.zeros(rho.shape[0], dtype=torch.complex128)
+    for term in observable.terms:
+        widths = term.widths(observable.dim)
+        for place, weight in zip(term.places, term.weights, strict=True):
+            value = torch.full((rho.shape[0],), complex(weight), dtype=torch.complex128)
+            first = 0
+            for factor, width in zip(term.factors, widths, strict=True):
+                joint = rho[:, place[first]]
+                for site in place[first + 1 : first + width]:
+                    size = joint.shape[-1] * observable.dim
+                    joint = torch.einsum("tij,tkl->tikjl", joint, rho[:, site]).reshape(-1, size, size)
+                value = value * torch.einsum("tij,ji->t", joint, factor)
+                first += width
+            total += value
+    return total.real if observable.is_hermitian else total
 
 
 def _integrate(
-    operator: SparseMasterEquation, start: Tensor, grid: Tensor, rtol: float, atol: float
+    operator: SparseMasterEquation, start: Tensor, schedule: Schedule, rtol: float, atol: float
 ) -> Tensor:
-    from scipy.integrate import solve_ivp
-
-    if len(grid) == 1:
-        return start[None]
+    shape = tuple(start.shape)
 
     def change(t: float, y: np.ndarray) -> np.ndarray:
-        p = torch.from_numpy(y.reshape(tuple(start.shape)))
-        return marginal_rates(operator, p, t).detach().numpy().reshape(-1)
+        return marginal_rates(operator, torch.from_numpy(y.reshape(shape)), t).detach().numpy().reshape(-1)
 
-    span = (float(grid[0]), float(grid[-1]))
-    run = solve_ivp(change, span, start.numpy().reshape(-1), "DOP853", grid.numpy(), rtol=rtol, atol=atol)
-    if not run.success:
-        raise InvalidInputError("the integration failed", got=run.message, hint="are coefficients finite?")
-    return torch.from_numpy(np.ascontiguousarray(run.y.T)).reshape(len(grid), *start.shape)
+    found: list[Tensor] = []
+
+    def look(_: int, y: np.ndarray) -> None:
+        found.append(torch.from_numpy(y.copy()).reshape(shape))
+
+    integrate(change, start.numpy().reshape(-1), schedule, look, rtol=rtol, atol=atol)
+    return torch.stack(found)

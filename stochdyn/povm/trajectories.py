@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive, check_positive_int, check_time_grid
-from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn._checks import as_generator, check_bool, check_positive_int
 from stochdyn.core.law.path import Estimate
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import InvalidInputError, SystemSizeError, UnavailableError
-from stochdyn.povm.frames.lattice_observables import Observable, observables
+from stochdyn.errors import ConvergenceWarning, InvalidInputError, SystemSizeError, UnavailableError
+from stochdyn.povm.frames.embedding import full_operator
+from stochdyn.povm.frames.lattice_observables import Observable
 from stochdyn.povm.frames.operators import as_state
-from stochdyn.povm.lindblad.terms import coupling_value
-from stochdyn.povm.master.density import full_operator
+from stochdyn.povm.frames.products import is_listing, site_states
+from stochdyn.povm.lindblad.coefficients import Coefficient, coefficient_value
+from stochdyn.povm.lindblad.lindbladian import check_rate
+from stochdyn.povm.master.arguments import as_times, check_model, read_observables
+from stochdyn.povm.master.density import check_bound, whole_operator
+from stochdyn.povm.master.propagation import check_length
+from stochdyn.povm.master.schedule import Schedule, Segment, make_schedule
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad.lindbladian import Lindbladian
@@ -36,16 +42,21 @@ class TrajectoryEvolution:
     """Means over quantum trajectories.
 
     Attributes:
-        times: ``(T,)``.
-        expect: by name, ``(T,)`` means of the observables.
-        stderr: by name, ``(T,)`` standard errors; they leave out the bias of the step, of its first order.
-        num_trajectories: how many.
+        times: the output times ``(T,)``.
+        expect: by name, the means ``(T,)`` of the observables.
+        stderr: by name, their standard errors ``(T,)``; the error of time stepping is kept below them.
+        num_trajectories: the number of trajectories.
+        num_jumps: the mean number of jumps of a trajectory.
+        step_error: how much the no-jump evolution of the initial state changes when all steps are halved, the largest
+            at any output time; rounding where coefficients are constant.
     """
 
     times: Tensor
     expect: dict[str, Tensor]
     stderr: dict[str, Tensor]
     num_trajectories: int
+    num_jumps: float = 0.0
+    step_error: float = 0.0
 
 
 def diffusion_equation(model: Lindbladian) -> SDE:
@@ -56,10 +67,11 @@ def diffusion_equation(model: Lindbladian) -> SDE:
         \qquad r_k=\operatorname{Re}\langle c_k\rangle
 
     Args:
-        model: its parameters bound, constant in time, with at least one jump. Rates are part of :math:`c_k`.
+        model: the Lindbladian, its parameters bound, constant in time, with at least one jump. Rates are part of
+            :math:`c_k`.
 
     Returns:
-        An Itô equation in ``2 d**N`` real numbers, the real parts first, driven by one Brownian motion a jump.
+        An Itô equation in ``2 d**N`` real numbers, the real parts first, driven by one Brownian motion for each jump.
 
     Raises:
         SystemSizeError: if there are over 2**16 levels.
@@ -69,10 +81,12 @@ def diffusion_equation(model: Lindbladian) -> SDE:
         Gisin and Percival, J. Phys. A 25, 5677 (1992); real noise as in Wiseman and Milburn, "Quantum measurement and
         control", 2009, equation 4.72 (homodyne detection).
     """
+    check_model(model)
+    check_bound(model)
     if model.is_time_dependent:
-        raise UnavailableError("trajectories need coefficients that are constant in time")
+        raise UnavailableError("a diffusion of state vectors needs coefficients that are constant in time")
     if not model.jumps:
-        raise InvalidInputError("trajectories need at least one jump operator")
+        raise InvalidInputError("a diffusion of state vectors needs at least one jump operator")
     drift = _TrajectoryDrift(model)
     return SDE(drift, drift.spread)
 
@@ -89,12 +103,11 @@ class _TrajectoryDrift(torch.nn.Module):
 
         flow = sparse.csr_matrix((self.levels, self.levels), dtype=np.complex128)
         for term in model.hamiltonian:
-            flow = flow - 1j * coupling_value(term.coupling, 0.0) * full_operator(
-                term.matrix, term.sites, n, d
-            )
+            h = coefficient_value(term.coupling, 0.0) * full_operator(term.matrix, term.sites, n, d)
+            flow = flow - 1j * h
         jumps = []
-        for term in model.jumps:
-            c = coupling_value(term.coupling, 0.0) ** 0.5 * full_operator(term.matrix, term.sites, n, d)
+        for jump in model.jumps:
+            c = coefficient_value(jump.coupling, 0.0) ** 0.5 * whole_operator(jump, n, d)
             flow = flow - 0.5 * (c.conj().T @ c)
             jumps.append(c)
         self.flow, self.jumps = as_torch(flow), as_torch(sparse.vstack(jumps))
@@ -125,81 +138,264 @@ class _TrajectoryDrift(torch.nn.Module):
 def evolve(
     model: Lindbladian,
     state: Any,
-    times: Tensor | Sequence[float],
+    ts: Tensor | Sequence[float],
     observables: Mapping[str, Any] | Sequence[Any] = ("X", "Y", "Z"),
     *,
     num_trajectories: int = 200,
-    step: float = 0.01,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
+    max_step: float | None = None,
+    breaks: Sequence[float] = (),
+    generator: torch.Generator | int | None = None,
+    progress: bool = True,
 ) -> TrajectoryEvolution:
-    """Return means of observables over quantum trajectories of a lattice of some ten sites.
+    r"""Return means of observables over quantum trajectories with jumps, of a lattice of up to some 16 sites.
 
-    A baseline that keeps state vectors only, so it reaches twice as many sites as the density matrix, with an error that
-    falls with the root of the number of trajectories.
+    A state vector follows :math:`\dot\psi=(-iH-\tfrac12\sum_k\gamma_kc_k^\dagger c_k)\psi` until its squared norm
+    has fallen to a uniform random number; there it jumps, to :math:`c_k\psi` with a probability proportional to
+    :math:`\gamma_k\|c_k\psi\|^2`. The flow between jumps is a Taylor series taken to rounding, and the times of jumps
+    are found within it, so where coefficients are constant no step leaves an error; where they move with time, steps of
+    a fourth-order Magnus method are halved until the flow no longer changes. When would I use this? Where state vectors
+    fit the memory and density matrices don't; the error falls with the root of the number of trajectories.
 
     Args:
-        model: its parameters bound, constant in time, with at least one jump.
-        state: name or state of one site, taken for all, or a list with one a site.
-        times: increasing, the first being that of the initial state.
+        model: the Lindbladian, its parameters bound.
+        state: the name or the state of one site, taken for all; a list with one for each site; or a state vector of
+            the whole lattice.
+        ts: the output times, increasing, the first being that of the initial state.
         observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`.
-        num_trajectories: how many.
-        step: largest step of Euler's method.
-        generator: of the noise and of mixed initial states.
-        progress: show a progress bar.
+        num_trajectories: the number of trajectories.
+        max_step: the longest step, for pulses shorter than 1/4096 of the span.
+        breaks: times where coefficients aren't smooth; jumps are found without.
+        generator: the source of randomness of jumps and of mixed initial states.
+        progress: whether to show a progress bar.
 
     Raises:
-        TimeGridError: if times don't increase.
+        TimeGridError: if the times don't increase.
         SystemSizeError: if there are over 2**16 levels.
+        LindbladianError: if a rate is negative at some time, or parameters aren't bound.
+
+    Warns:
+        ConvergenceWarning: if halving the steps would still change the result by more than its standard error.
 
     Example:
         >>> from stochdyn.povm import systems
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> run = evolve(systems.ising(3), "up", [0.0, 0.2], ["Z"], num_trajectories=10, generator=generator)
+        >>> run = evolve(systems.ising(3), "up", [0.0, 0.2], ["Z"], num_trajectories=10, generator=0, progress=False)
         >>> run.expect["Z"].shape, float(run.stderr["Z"][0])
         (torch.Size([2]), 0.0)
+
+    Reference:
+        Dalibard, Castin and Molmer, Phys. Rev. Lett. 68, 580 (1992); Blanes and Moan, Appl. Numer. Math. 56, 1519
+        (2006) for the fourth-order method.
     """
-    grid = torch.as_tensor(times, dtype=torch.float64)
-    check_time_grid(grid, "times", min_points=1)
+    check_model(model)
+    grid = as_times(ts)
     check_positive_int(num_trajectories, "num_trajectories", 2)
-    check_positive(step, "step")
-    parsed = _parse(model, observables)
-    law = DiffusionMeasure(torch.zeros(1, dtype=torch.float64), diffusion_equation(model))
-    psi = _draw_start(state, model.num_sites, model.dim, num_trajectories, generator)
-    x = torch.cat([psi.real, psi.imag], -1)
-    matrices = {name: as_torch(_matrix(o)) for name, o in parsed.items()}
+    check_bool(progress, "progress")
+    source = as_generator(generator)
+    check_bound(model)
+    _check_levels(model.num_sites, model.dim)
+    parsed = read_observables(model, observables)
+    schedule = make_schedule(model, grid, max_step=max_step, breaks=breaks)
+    if not model.is_time_dependent:
+        check_length(model, schedule.span)
+    psi = _draw_start(state, model.num_sites, model.dim, num_trajectories, source)
+    walk = _Trajectories(model, schedule, psi, source)
+    matrices = {name: (as_torch(_matrix(o)), o.is_hermitian) for name, o in parsed.items()}
     values: dict[str, list[Tensor]] = {name: [] for name in parsed}
 
-    def look(x: Tensor) -> None:
-        psi = torch.complex(*x.chunk(2, -1))
-        norm = psi.abs().square().sum(-1)
-        for name, matrix in matrices.items():
-            values[name].append(((matrix @ psi.mT).mT * psi.conj()).sum(-1).real / norm)
+    def look() -> None:
+        vectors = walk.normalised()
+        for name, (matrix, hermitian) in matrices.items():
+            mean = (vectors.conj() * (matrix @ vectors.mT).mT).sum(-1)
+            values[name].append(mean.real if hermitian else mean)
 
-    look(x)
-    spans: Iterable[tuple[float, float]] = list(zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True))
+    look()
+    segments: Iterable[Segment] = schedule.segments
     if progress:
         from tqdm.auto import tqdm
 
-        spans = tqdm(spans, desc="trajectories")
-    for start, end in spans:
-        count = max(1, int(np.ceil((end - start) / step - 1e-9)))
-        ts = torch.linspace(start, end, count + 1, dtype=torch.float64)
-        noise = torch.randn(
-            count, num_trajectories, len(model.jumps), generator=generator, dtype=torch.float64
-        )
-        with torch.no_grad():
-            x = law.drive(ts, x, noise * ((end - start) / count) ** 0.5).x[..., -1, :]
-        psi = torch.complex(*x.chunk(2, -1))
-        x = x / psi.abs().square().sum(-1, keepdim=True).sqrt()
-        look(x)
+        segments = tqdm(schedule.segments, desc="trajectories", delay=2)
+    for segment in segments:
+        walk.cross(segment)
+        if segment.output is not None:
+            look()
     estimates = {name: Estimate.of(torch.stack(v, 1)) for name, v in values.items()}
-    return TrajectoryEvolution(
+    result = TrajectoryEvolution(
         grid,
         {name: e.mean for name, e in estimates.items()},
         {name: e.stderr for name, e in estimates.items()},
         num_trajectories,
+        walk.num_jumps / num_trajectories,
+        walk.step_error,
     )
+    if walk.step_error > num_trajectories**-0.5:
+        warnings.warn(
+            f"the steps are too long: halving them changes the flow by {walk.step_error:.2g}; pass max_step",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+_DEGREE, _REACH = 24, 1.5
+_MAX_HALVINGS, _STEP_TOLERANCE = 8, 1e-6
+_A, _B = 0.25 + 3**0.5 / 6, 0.25 - 3**0.5 / 6
+_GAUSS = (0.5 - 3**0.5 / 6, 0.5 + 3**0.5 / 6)
+
+
+class _Trajectories:
+    """State vectors of all trajectories under way, each with the squared norm at which it jumps."""
+
+    def __init__(
+        self, model: Lindbladian, schedule: Schedule, psi: Tensor, generator: torch.Generator | None
+    ) -> None:
+        n, d = model.num_sites, model.dim
+        self.schedule, self.psi, self.source = schedule, psi, generator
+        self.num_jumps, self.step_error = 0, 0.0
+        self.bar = self._uniform(len(psi))
+        # the flow is a sum of constant matrices times coefficients: one for each distinct function of time
+        groups: dict[Any, tuple[Coefficient, Any]] = {}
+
+        def add(coupling: Coefficient, matrix: Any) -> None:
+            old = groups.get(coupling.key)
+            groups[coupling.key] = (replace(coupling, factor=1.0), matrix if old is None else old[1] + matrix)
+
+        for term in model.hamiltonian:
+            add(term.coupling, -1j * term.coupling.factor * full_operator(term.matrix, term.sites, n, d))
+        self.jumps: list[tuple[Coefficient, Tensor, tuple[int, ...]]] = []
+        for jump in model.jumps:
+            c = whole_operator(jump, n, d)
+            add(jump.coupling, -0.5 * jump.coupling.factor * (c.conj().T @ c))
+            self.jumps.append((jump.coupling, as_torch(c), jump.sites))
+        self.groups = [(coupling, as_torch(matrix)) for coupling, matrix in groups.values()]
+        self.norms = [float(abs(matrix).sum(0).max()) for _, matrix in groups.values()]
+        self.moving = model.is_time_dependent
+        self.reference = psi[:1].clone()
+
+    def _uniform(self, count: int) -> Tensor:
+        return torch.rand(count, generator=self.source, dtype=torch.float64)
+
+    def normalised(self) -> Tensor:
+        """Return the states with norm one."""
+        return self.psi / self.psi.abs().square().sum(-1, keepdim=True).sqrt()
+
+    def cross(self, segment: Segment) -> None:
+        """Bring all trajectories to the end of a segment."""
+        length = segment.end - segment.start
+        if length <= 0:
+            return
+        count = 1
+        if self.moving:
+            longest = min(self.schedule.longest(segment.start + x * length / 8) for x in range(8))
+            count = self._converged(segment, max(1, math.ceil(length / longest)))
+        for start, span, weights in self._steps(segment, count):
+            self._flow(start, span, weights)
+
+    def _steps(self, segment: Segment, count: int) -> Iterator[tuple[float, float, list[float]]]:
+        """Yield start, length and coefficients of pieces with a constant generator: two for each Magnus step."""
+        h = (segment.end - segment.start) / count
+        for i in range(count):
+            start = segment.start + i * h
+            if not self.moving:
+                yield start, h, [1.0] * len(self.groups)
+                continue
+            first, second = ([self._value(c, segment, start + x * h) for c, _ in self.groups] for x in _GAUSS)
+            yield start, h / 2, [2 * (_A * f + _B * s) for f, s in zip(first, second, strict=True)]
+            yield start + h / 2, h / 2, [2 * (_B * f + _A * s) for f, s in zip(first, second, strict=True)]
+
+    @staticmethod
+    def _value(coupling: Coefficient, segment: Segment, t: float) -> float:
+        return (
+            coefficient_value(coupling, min(max(t, segment.start), segment.end))
+            if coupling.uses_time
+            else 1.0
+        )
+
+    def _converged(self, segment: Segment, count: int) -> int:
+        """Halve the steps until the flow of a state without jumps changes no more."""
+        found = self._without_jumps(segment, count)
+        for _ in range(_MAX_HALVINGS):
+            finer = self._without_jumps(segment, 2 * count)
+            change = float((finer - found).norm() / finer.norm().clamp(min=1e-300))
+            if change <= _STEP_TOLERANCE:
+                break
+            found, count = finer, 2 * count
+        self.step_error = max(self.step_error, change)
+        self.reference = finer / finer.norm()
+        return count
+
+    def _without_jumps(self, segment: Segment, count: int) -> Tensor:
+        psi = self.reference
+        for _, span, weights in self._steps(segment, count):
+            parts = self._parts(span, weights)
+            for _ in range(parts):
+                psi = sum(self._series(psi, weights, span / parts))  # type: ignore[assignment]
+        return psi
+
+    def _parts(self, span: float, weights: list[float]) -> int:
+        size = sum(abs(w) * norm for w, norm in zip(weights, self.norms, strict=True))
+        return max(1, math.ceil(size * span / _REACH))
+
+    def _series(self, psi: Tensor, weights: list[float], span: float) -> list[Tensor]:
+        """Return the terms of the Taylor series of the flow over a span; their sum is the state after it."""
+        terms = [psi]
+        for k in range(1, _DEGREE):
+            new = sum(
+                (w * (m @ terms[-1].mT).mT for w, (_, m) in zip(weights, self.groups, strict=True)), 0.0
+            )
+            terms.append(new * (span / k))  # type: ignore[operator]
+        return terms
+
+    def _flow(self, start: float, span: float, weights: list[float]) -> None:
+        """Move all trajectories on by a span with a constant generator, with the jumps that happen on the way."""
+        parts = self._parts(span, weights)
+        h = span / parts
+        for i in range(parts):
+            rows = torch.arange(len(self.psi))
+            left = torch.full((len(rows),), h, dtype=torch.float64)
+            while len(rows):
+                before = self.psi[rows]
+                terms = torch.stack(self._series(before, weights, h))
+                powers = (left / h)[None] ** torch.arange(_DEGREE, dtype=torch.float64)[:, None]
+                after = (terms * powers[..., None]).sum(0)
+                jumping = after.abs().square().sum(-1) <= self.bar[rows]
+                self.psi[rows[~jumping]] = after[~jumping]
+                rows, left, terms = rows[jumping], left[jumping], terms[:, jumping]
+                if not len(rows):
+                    break
+                when, states = self._crossing(terms, left / h, self.bar[rows])
+                self._jump(rows, states, start + i * h + float(when.mean()) * h)
+                left = left - when * h
+
+    def _crossing(self, terms: Tensor, end: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
+        """Find by bisection where the squared norm of a Taylor series has fallen to a bar; return places and states."""
+        # |psi(s)|^2 is a polynomial in s, whose coefficients are sums of overlaps of the terms
+        overlaps = torch.einsum("kmd,lmd->mkl", terms.conj(), terms).real
+        low, high = torch.zeros_like(end), end.clone()
+        exponents = torch.arange(_DEGREE, dtype=torch.float64)
+        for _ in range(52):
+            middle = (low + high) / 2
+            powers = middle[:, None] ** exponents
+            norm = torch.einsum("mk,mkl,ml->m", powers, overlaps, powers)
+            fallen = norm <= bar
+            high, low = torch.where(fallen, middle, high), torch.where(fallen, low, middle)
+        powers = high[:, None] ** exponents
+        return high, torch.einsum("kmd,mk->md", terms, powers.to(terms.dtype))
+
+    def _jump(self, rows: Tensor, psi: Tensor, t: float) -> None:
+        """Let trajectories jump, each by one of the operators, and draw the norms at which they jump next."""
+        moved = []
+        for coupling, c, sites in self.jumps:
+            rate = coefficient_value(coupling, t)
+            if coupling.uses_time:
+                check_rate(rate, t, sites)
+            moved.append(rate**0.5 * (c @ psi.mT).mT)
+        options = torch.stack(moved, 1)
+        weights = options.abs().square().sum(-1)
+        choice = torch.multinomial(weights / weights.sum(1, keepdim=True), 1, generator=self.source)[:, 0]
+        chosen = options[torch.arange(len(rows)), choice]
+        self.psi[rows] = chosen / chosen.abs().square().sum(-1, keepdim=True).sqrt()
+        self.bar[rows] = self._uniform(len(rows))
+        self.num_jumps += len(rows)
 
 
 def as_torch(matrix: Any) -> Tensor:
@@ -210,14 +406,14 @@ def as_torch(matrix: Any) -> Tensor:
     return torch.sparse_coo_tensor(places, values, coo.shape, check_invariants=False).coalesce()
 
 
-def _parse(model: Lindbladian, specs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Observable]:
-    return observables(specs, model.num_sites, dim=model.dim, bonds=model.bonds)
-
-
 def _matrix(observable: Observable) -> Any:
-    operator = reduce(torch.kron, observable.factors)
-    parts = [full_operator(operator, p, observable.num_sites, observable.dim) for p in observable.places]
-    return sum(parts[1:], parts[0]) / len(parts)
+    total: Any = None
+    for term in observable.terms:
+        operator = term.matrix()
+        for place, weight in zip(term.places, term.weights, strict=True):
+            part = weight * full_operator(operator, place, observable.num_sites, observable.dim)
+            total = part if total is None else total + part
+    return total
 
 
 def _check_levels(num_sites: int, dim: int) -> None:
@@ -231,17 +427,35 @@ def _check_levels(num_sites: int, dim: int) -> None:
 
 
 def _draw_start(state: Any, n: int, dim: int, count: int, generator: torch.Generator | None) -> Tensor:
-    """Draw state vectors ``(M, d**N)`` whose average is a product state."""
-    _check_levels(n, dim)
-    states = list(state) if isinstance(state, (list, tuple)) else [state] * n
-    if len(states) != n:
-        raise InvalidInputError("a product state needs one state a site", got=len(states), expected=n)
+    """Draw state vectors ``(M, d**N)`` whose average is the initial state."""
+    vector = _whole_vector(state, dim**n)
+    if vector is not None and n > 1:
+        return vector.expand(count, -1).clone()
     psi = torch.ones(count, 1, dtype=C128)
-    for s in states:
+    for s in site_states(state, n):
         rho = as_state(s, dim)
         if rho.shape[0] != dim:
-            raise InvalidInputError("trajectories start from a product of single sites")
+            raise InvalidInputError(
+                "trajectories start from a product of single sites, or from a state vector of all",
+                got=f"a density matrix of {rho.shape[0]} levels",
+            )
         weights, vectors = torch.linalg.eigh(rho)
         pick = torch.multinomial(weights.clamp(min=0), count, True, generator=generator)
         psi = (psi[:, :, None] * vectors.T[pick][:, None]).flatten(1)
     return psi
+
+
+def _whole_vector(state: Any, size: int) -> Tensor | None:
+    """Return the normalised vector of the whole lattice that a state is, or None if it is something else."""
+    if isinstance(state, str) or is_listing(state):
+        return None
+    full = getattr(state, "full", None)
+    value = torch.as_tensor(np.asarray(full() if callable(full) else state))
+    if value.ndim == 2 and value.shape[1] == 1:
+        value = value[:, 0]
+    if value.shape != (size,):
+        return None
+    norm = value.abs().square().sum().sqrt()
+    if not (math.isfinite(float(norm)) and float(norm) > 0):
+        raise InvalidInputError("state must be a finite vector that isn't zero", got=f"norm {float(norm)}")
+    return (value / norm).to(C128)

@@ -224,7 +224,7 @@ def test_bad_input_is_named() -> None:
         AutoregressiveTransformer(6, strings="snake")
     with pytest.raises(ShapeError, match="don't fit"):
         AutoregressiveTransformer(4, strings=Strings.identity(5))
-    with pytest.raises(InvalidInputError, match="one state a site"):
+    with pytest.raises(InvalidInputError, match="one state for each site"):
         net.set_product_state(Tetrahedral(), ["up"])
     with pytest.raises(InvalidInputError, match="number of outcomes"):
         AutoregressiveGRU(4, num_outcomes=9).set_product_state(Tetrahedral(), "up")

@@ -27,7 +27,7 @@ from stochdyn.povm import (
     ring,
     systems,
 )
-from stochdyn.povm.frames.lattice_observables import partial_trace
+from stochdyn.povm.frames import partial_trace
 from stochdyn.povm.master import DensityGenerator, initial_density
 
 F64, C128 = torch.float64, torch.complex128
@@ -217,7 +217,7 @@ def test_initial_states() -> None:
 ISING = systems.ising(2)
 BAD = {
     "times that don't increase": (
-        lambda: exact.evolve(ISING, "up", [0.0, 1.0, 1.0]), TimeGridError, r"times\[2\]=1 after times\[1\]=1"),
+        lambda: exact.evolve(ISING, "up", [0.0, 1.0, 1.0]), TimeGridError, r"ts\[2\]=1 after ts\[1\]=1"),
     "times that fall": (
         lambda: exact.propagate(ISING, Tetrahedral(), "up", [1.0, 0.0]), TimeGridError, "increase strictly"),
     "an observable on a missing site": (
@@ -230,7 +230,7 @@ BAD = {
         lambda: systems.ising(16).master_operator(Tetrahedral()).to_sparse(), SystemSizeError, "too many outcomes"),
     "a state of another lattice": (
         lambda: exact.evolve(ISING, torch.eye(8) / 8, [0.0, 1.0]), ShapeError, "2 or 4 levels"),
-    "too few states": (lambda: exact.evolve(ISING, ["up"], [0.0, 1.0]), InvalidInputError, "one state a site"),
+    "too few states": (lambda: exact.evolve(ISING, ["up"], [0.0, 1.0]), InvalidInputError, "one state for each site"),
     "an unknown state": (lambda: exact.evolve(ISING, "left", [0.0, 1.0]), InvalidInputError, "unknown state"),
     "probabilities of another lattice": (
         lambda: exact.propagate(ISING, Tetrahedral(), torch.ones(4) / 4, [0.0, 1.0]), ShapeError, "expected 16"),
@@ -260,7 +260,7 @@ def test_bad_input(row) -> None:
 def test_a_steady_state_that_isn_t_reached_warns() -> None:
     model = Lindbladian(1, [(0.5, "Sx", 0)], [(1e-3, "S-", 0)], dim=3)
     with pytest.warns(ConvergenceWarning, match="isn't reached"):
-        exact.steady_state(model, ["Sz"], max_time=5.0)
+        exact.steady_state(model, ["Sz"], horizon=5.0)
 
 
 def test_every_system_on_file_can_be_built() -> None:

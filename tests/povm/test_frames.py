@@ -153,7 +153,7 @@ def test_frames_that_differ_by_site() -> None:
     assert frames.at(2).name == "Tetrahedral(rotated=False)"
     with pytest.raises(ZeroProbabilityError):
         frames.positive_probabilities("down")
-    with pytest.raises(InvalidInputError, match="one state a site"):
+    with pytest.raises(InvalidInputError, match="one state for each site"):
         frames.probabilities(["up", "up"])
     with pytest.raises(FrameError, match="4 outcomes on 2 levels and 9 outcomes on 3 levels"):
         SiteFrames([Tetrahedral(), QutritSIC()])

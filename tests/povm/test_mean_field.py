@@ -79,7 +79,7 @@ def test_observables_of_several_sites_are_products() -> None:
 
 BAD = {
     "times that fall": (lambda: mean_field.evolve(systems.ising(2), "up", [1.0, 0.0]), TimeGridError, "increase"),
-    "too few states": (lambda: mean_field.evolve(systems.ising(2), ["up"], [0.0]), InvalidInputError, "one state a site"),
+    "too few states": (lambda: mean_field.evolve(systems.ising(2), ["up"], [0.0]), InvalidInputError, "one state for each site"),
     "an entangled state": (
         lambda: mean_field.evolve(systems.ising(2), torch.eye(4) / 4, [0.0]), InvalidInputError, "product"),
     "a rate that becomes negative": (

@@ -13,13 +13,14 @@ from stochdyn.povm import (
     QutritSIC,
     SiteFrames,
     Tetrahedral,
+    correlations,
     named_operator,
     observable,
     observables,
     ring,
+    structure_factor,
 )
-from stochdyn.povm.frames import probabilities_of
-from stochdyn.povm.frames.lattice_observables import partial_trace
+from stochdyn.povm.frames import partial_trace, probabilities_of
 
 F64, C128 = torch.float64, torch.complex128
 N = 4
@@ -55,15 +56,33 @@ CASES = {
 }  # fmt: skip
 
 
+CASES |= {
+    "all by name": (("P1", "all"), sum(kron(*["P1" if i == j else "I" for j in range(N)]) for i in range(N)) / N),
+    "an energy": ([(0.5, "ZZ", [(0, 1), (2, 1)]), ([1.0, -1.0, 2.0, 0.5], "X", "all")],
+                  0.5 * (kron("Z", "Z", "I", "I") + kron("I", "Z", "Z", "I")) + kron("X", "I", "I", "I")
+                  - kron("I", "X", "I", "I") + 2 * kron("I", "I", "X", "I") + 0.5 * kron("I", "I", "I", "X")),
+    "a current": ([(1j, "sigma+ sigma-", (0, 2)), (-1j, "sigma- sigma+", (0, 2))],
+                  1j * kron("sigma+", "I", "sigma-", "I") - 1j * kron("sigma-", "I", "sigma+", "I")),
+    "a coherence": (("sigma-", 1), kron("I", "sigma-", "I", "I")),
+    "an array of sites": (("ZX", torch.tensor([3, 1])), kron("I", "X", "I", "Z")),
+    "a structure factor": (structure_factor("X", 0.7, N), sum(
+        torch.exp(torch.tensor(0.7j * (i - j), dtype=C128)) / N
+        * kron(*["X" if k == i else "I" for k in range(N)]) @ kron(*["X" if k == j else "I" for k in range(N)])
+        for i in range(N) for j in range(N))),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("povm", POVMS, ids=lambda f: f.name)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_means_are_those_of_the_density_matrix(povm, case) -> None:
     o = observable(case[0], N, bonds=[(0, 1), (0, 3)])
     rho = random_state(2**N)
-    exact = float(torch.trace(rho @ case[1]).real)
-    assert abs(float(o.expectation(rho)) - exact) < 1e-12
+    exact = complex(torch.trace(rho @ case[1].to(C128)))
+    assert abs(complex(o.expectation(rho)) - exact) < 1e-11
     p = probabilities_of(rho, [povm.at(i) for i in range(N)])
-    assert abs(float(o.mean(povm, p)) - exact) < 1e-11
+    assert abs(complex(o.mean(povm, p)) - exact) < 1e-11
+    assert o.is_hermitian == torch.allclose(case[1], case[1].mH)
+    assert o.mean(povm, p).is_complex() != o.is_hermitian
 
 
 def test_estimates_scatter_as_their_errors_say() -> None:
@@ -110,6 +129,20 @@ def test_three_levels() -> None:
     assert abs(float(o.mean(frame, frame.probabilities(rho))) - float(o.expectation(rho))) < 1e-12
 
 
+def test_sums_and_multiples() -> None:
+    rho = random_state(2**N)
+    a, b = observable("Z", N), observable(("XY", (2, 0)), N)
+    both = 2 * a - b
+    assert (
+        abs(float(both.expectation(rho)) - 2 * float(a.expectation(rho)) + float(b.expectation(rho))) < 1e-12
+    )
+    names = correlations("X", "Y", N)
+    assert len(names) == N * (N - 1)
+    assert float(observable(names["X1 Y3"], N).expectation(rho)) == pytest.approx(
+        float(observable(("XY", (1, 3)), N).expectation(rho))
+    )
+
+
 def test_names() -> None:
     assert list(observables(["X", "Z"], 3)) == ["X", "Z"]
     named = observables({"m": "Z", "c": ("ZZ", (0, 2))}, 3)
@@ -124,12 +157,17 @@ BAD = {
     "too few sites": (lambda: observable(("ZZ", (1,)), 4), InvalidInputError, r"acts on 2 site\(s\)"),
     "no sites": (lambda: observable("ZZ", 4), InvalidInputError, "needs sites"),
     "no sites at all": (lambda: observable(("Z", []), 4), InvalidInputError, "no sites"),
-    "not Hermitian": (lambda: observable("sigma-", 4), InvalidInputError, "isn't Hermitian"),
-    "not Hermitian on two": (lambda: observable(("sigma+ sigma-", (0, 1)), 4), InvalidInputError, "isn't Hermitian"),
+    "coefficients of other length": (
+        lambda: observable([([1.0, 2.0], "Z", "all")], 4), InvalidInputError, "got 2 for 4 places"),
+    "an infinite coefficient": (lambda: observable([(float("inf"), "Z", 0)], 4), InvalidInputError, "finite"),
+    "a sum as a name": (lambda: observable("XX+YY", 4), InvalidInputError, "product, not a sum"),
+    "one observable for a list": (lambda: observables(("ZZ", (0, 3)), 4), InvalidInputError, "alone is"),
+    "a wave vector of two axes": (lambda: structure_factor("Z", [0.0, 1.0], 4), InvalidInputError, "each axis"),
+    "a structure factor of no observable": (lambda: structure_factor("sigma-", 0.0, 4), InvalidInputError, "Hermitian"),
     "another lattice": (lambda: observable(observable("Z", 3), 4), InvalidInputError, "another lattice"),
     "not a listing": (lambda: observables("Z", 4), InvalidInputError, "mapping or a list"),
     "outcomes of another size": (
-        lambda: observable("Z", 3).estimator(POVMS[0])(torch.zeros(2, 4, dtype=torch.long)), ShapeError, "got 4"),
+        lambda: observable("Z", 3).estimator(POVMS[0])(torch.zeros(2, 4, dtype=torch.long)), ShapeError, r"got \(4,\)"),
     "one sample": (
         lambda: observable("Z", 3).estimate(POVMS[0], torch.zeros(1, 3, dtype=torch.long)), TooFewDrawsError, "two"),
     "a matrix of another size": (lambda: observable("Z", 3).expectation(torch.eye(4)), ShapeError, "expected 8"),

@@ -60,13 +60,15 @@ def test_operators_of_qutip_solvers_are_models() -> None:
         Lindbladian.from_qutip(h, [qutip.sigmam()])
     with pytest.raises(LindbladianError, match="must be Qobj"):
         Lindbladian.from_qutip(h, [(1.0, qutip.sigmam(), 0)])
-    with pytest.raises(LindbladianError, match="of qubits"):
-        Lindbladian.from_qutip(qutip.tensor(qutip.jmat(1, "z"), qutip.jmat(1, "z")))
+    spins = Lindbladian.from_qutip(qutip.tensor(qutip.jmat(1, "z"), qutip.jmat(1, "x")))
+    assert (spins.dim, spins.num_sites, spins.bonds) == (3, 2, [(0, 1)])
+    with pytest.raises(LindbladianError, match="same number of levels"):
+        Lindbladian.from_qutip(qutip.tensor(qutip.jmat(1, "z"), qutip.sigmax()))
 
 
 BAD = {
     "not of qubits": (lambda: pauli_coefficients(torch.eye(3)), ShapeError, r"\(2\*\*N, 2\*\*N\)"),
-    "too large": (lambda: pauli_coefficients(torch.eye(2**11)), SystemSizeError, "11 qubits"),
+    "too large": (lambda: pauli_coefficients(torch.eye(2**11)), SystemSizeError, "11 sites"),
     "not local": (lambda: local_parts(named_operator("ZZZZZZ"), "h"), LindbladianError, "h isn't local"),
 }
 

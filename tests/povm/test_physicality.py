@@ -19,8 +19,7 @@ from stochdyn.povm import (
     total_variation,
     trace_distance,
 )
-from stochdyn.povm.frames import probabilities_of
-from stochdyn.povm.frames.lattice_observables import partial_trace
+from stochdyn.povm.frames import partial_trace, probabilities_of
 from stochdyn.povm.master import marginal
 
 F64, C128 = torch.float64, torch.complex128

@@ -93,7 +93,9 @@ class Ansatz(nn.Module, ABC):
         """
         each = state if isinstance(state, (list, tuple)) else [state] * self.num_sites
         if len(each) != self.num_sites:
-            raise InvalidInputError("there must be one state a site", got=len(each), expected=self.num_sites)
+            raise InvalidInputError(
+                "there must be one state for each site", got=len(each), expected=self.num_sites
+            )
         rows = [povm.at(i).positive_probabilities(s) for i, s in enumerate(each)]
         if any(len(row) != self.num_outcomes for row in rows):
             raise InvalidInputError(

@@ -1,11 +1,16 @@
+from .embedding import full_operator as full_operator
+from .embedding import partial_trace as partial_trace
 from .frame import FourPauli as FourPauli
 from .frame import Frame as Frame
 from .frame import QutritSIC as QutritSIC
 from .frame import Tetrahedral as Tetrahedral
 from .lattice_observables import Estimator as Estimator
 from .lattice_observables import Observable as Observable
+from .lattice_observables import Product as Product
+from .lattice_observables import correlations as correlations
 from .lattice_observables import observable as observable
 from .lattice_observables import observables as observables
+from .lattice_observables import structure_factor as structure_factor
 from .operators import PAULI_NAMES as PAULI_NAMES
 from .operators import STATE_NAMES as STATE_NAMES
 from .operators import as_matrix as as_matrix
@@ -16,6 +21,8 @@ from .operators import operator_rank as operator_rank
 from .operators import spin_matrices as spin_matrices
 from .operators import split_name as split_name
 from .products import coefficients_of as coefficients_of
+from .products import is_listing as is_listing
+from .products import site_states as site_states
 from .products import density_of as density_of
 from .products import probabilities_of as probabilities_of
 from .products import product_dual as product_dual

@@ -1,51 +1,128 @@
-"""Observables of a lattice: averages of operators over places, on density matrices, probabilities and samples."""
+"""Observables of a lattice: weighted sums of products of operators, on density matrices, probabilities and samples."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stochdyn._checks import check_positive_int, check_type
 from stochdyn.core.forward.outcomes import all_configurations, encode
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError, LindbladianError, ShapeError, TooFewDrawsError
+from stochdyn.povm.frames.embedding import full_operator
 from stochdyn.povm.frames.frame import Frame
 from stochdyn.povm.frames.operators import as_operator, named_operator, split_name
 from stochdyn.povm.frames.products import coefficients_of
 from stochdyn.povm.frames.site_frames import SiteFrames
 
-__all__ = ["Estimator", "Observable", "observable", "observables"]
+__all__ = [
+    "Estimator",
+    "Observable",
+    "Product",
+    "correlations",
+    "observable",
+    "observables",
+    "structure_factor",
+]
 
 Povm = Frame | SiteFrames
+_MAX_JOINT = 1 << 10
 
 
 @dataclass(frozen=True)
-class Observable:
-    r"""The mean over places of a product of operators, such as the magnetisation or a correlation of neighbours.
-
-    .. math:: O = \frac1{|P|}\sum_{S\in P} O_S
+class Product:
+    r"""A product of operators at many places, with a weight for each, :math:`\sum_Sw_SO_S`.
 
     Attributes:
         factors: matrices whose Kronecker product is the operator of a place, each on one site or a few.
-        places: ``k`` sites each.
-        num_sites: of the lattice.
-        dim: levels of a site.
+        places: the ``k`` sites of each place.
+        weights: a number for each place, real or complex.
     """
 
     factors: tuple[Tensor, ...]
     places: tuple[tuple[int, ...], ...]
+    weights: tuple[complex, ...]
+
+    def widths(self, dim: int) -> tuple[int, ...]:
+        """Return on how many sites each factor acts."""
+        return tuple(round(math.log(f.shape[0], dim)) for f in self.factors)
+
+    def matrix(self) -> Tensor:
+        """Return the operator of a place."""
+        return reduce(torch.kron, self.factors)
+
+
+@dataclass(frozen=True)
+class Observable:
+    r"""A weighted sum of products of operators: a magnetisation, a correlation, an energy, a current.
+
+    .. math:: O = \sum_{S}w_S\,O_S
+
+    Observables add up, ``2 * a + b``, and have complex means where they aren't Hermitian, such as a coherence.
+
+    Attributes:
+        terms: products of operators with their places and weights.
+        num_sites: the number of sites of the lattice.
+        dim: the number of levels of a site.
+    """
+
+    terms: tuple[Product, ...]
     num_sites: int
     dim: int = 2
 
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """All places, term by term."""
+        return tuple(place for term in self.terms for place in term.places)
+
     @cached_property
-    def widths(self) -> tuple[int, ...]:
-        """On how many sites each factor acts."""
-        return tuple(round(math.log(f.shape[0], self.dim)) for f in self.factors)
+    def is_hermitian(self) -> bool:
+        """Whether the whole is Hermitian, so that its mean is real.
+
+        Products on the same sites are added up first, as far as these have at most 1024 levels together.
+        """
+        total: dict[tuple[int, ...], Tensor] = {}
+        for term in self.terms:
+            if term.matrix().shape[0] > _MAX_JOINT:
+                own = all(_is_hermitian(f) for f in term.factors)
+                if not own or any(complex(w).imag for w in term.weights):
+                    return False
+                continue
+            matrix = term.matrix()
+            for place, weight in zip(term.places, term.weights, strict=True):
+                order = sorted(range(len(place)), key=place.__getitem__)
+                axes = [*order, *(len(place) + i for i in order)]
+                moved = matrix.reshape((self.dim,) * (2 * len(place))).permute(axes).reshape(matrix.shape)
+                key = tuple(sorted(place))
+                total[key] = total[key] + weight * moved if key in total else weight * moved
+        return all(_is_hermitian(m) for m in total.values())
+
+    def __add__(self, other: Observable) -> Observable:
+        """Return the sum of two observables of one lattice."""
+        if not isinstance(other, Observable):
+            return NotImplemented
+        if (self.num_sites, self.dim) != (other.num_sites, other.dim):
+            raise InvalidInputError("observables are of different lattices", got=f"{other.num_sites} sites")
+        return Observable(self.terms + other.terms, self.num_sites, self.dim)
+
+    def __mul__(self, factor: complex) -> Observable:
+        """Return a multiple of the observable."""
+        if not isinstance(factor, int | float | complex):
+            return NotImplemented
+        terms = tuple(replace(t, weights=tuple(factor * w for w in t.weights)) for t in self.terms)
+        return Observable(terms, self.num_sites, self.dim)
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: Observable) -> Observable:
+        """Return the difference of two observables of one lattice."""
+        return self + (-1.0) * other
 
     def estimator(
         self,
@@ -55,85 +132,123 @@ class Observable:
         device: torch.device | str | None = None,
     ) -> Estimator:
         """Return the function that gives the observable's value at outcomes of a measurement of every site."""
+        check_type(povm, (Frame, SiteFrames), "povm", hint="such as stochdyn.povm.Tetrahedral()")
         return Estimator(self, povm, dtype, device)
 
     def estimate(self, povm: Povm, a: Tensor) -> Estimate:
         r"""Return mean and standard error from independent outcomes ``(n, N)``.
 
-        The mean over places is taken sample by sample, so that the error counts their correlation.
+        The sum over places is taken sample by sample, so that the error counts their correlation.
 
         Raises:
             TooFewDrawsError: if there are fewer than two samples.
         """
-        if a.shape[0] < 2:
-            raise TooFewDrawsError("a standard error needs at least two samples", got=a.shape[0])
+        check_type(a, Tensor, "a")
+        if a.ndim < 1 or a.shape[0] < 2:
+            raise TooFewDrawsError("a standard error needs at least two samples", got=len(a) if a.ndim else 0)
         return Estimate.of(self.estimator(povm, device=a.device)(a))
 
     def mean(self, povm: Povm, p: Tensor) -> Tensor:
         """Return the exact mean ``(*batch)`` for probabilities ``(*batch, K**N)`` of all outcomes."""
         table = self.estimator(povm, dtype=p.dtype, device=p.device)
         values = table(all_configurations(self.num_sites, povm.num_outcomes, p.device))
-        return p @ values
+        if p.shape[-1] != values.shape[0]:
+            raise ShapeError(
+                "p must have one probability for each outcome", got=p.shape[-1], expected=values.shape[0]
+            )
+        return p.to(values.dtype) @ values
+
+    @cached_property
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, columns and values of the operator of the whole lattice."""
+        total: Any = None
+        for term in self.terms:
+            matrix = term.matrix()
+            for place, weight in zip(term.places, term.weights, strict=True):
+                part = weight * full_operator(matrix, place, self.num_sites, self.dim)
+                total = part if total is None else total + part
+        coo = total.tocoo()
+        return (
+            torch.from_numpy(coo.row.astype("int64")),
+            torch.from_numpy(coo.col.astype("int64")),
+            torch.from_numpy(coo.data),
+        )
 
     def expectation(self, rho: Tensor) -> Tensor:
         r"""Return :math:`\operatorname{Tr}\rho O` ``(*batch)`` for density matrices ``(*batch, d**N, d**N)``."""
-        n, d = self.num_sites, self.dim
-        if rho.shape[-1] != d**n:
-            raise ShapeError("the density matrix has the wrong size", got=rho.shape[-1], expected=d**n)
-        total = rho.new_zeros(rho.shape[:-2])
-        operator = _product(self.factors).to(rho)
-        for place in self.places:
-            total = total + torch.einsum("...ij,ji->...", partial_trace(rho, place, n, d), operator)
-        return (total / len(self.places)).real
+        size = self.dim**self.num_sites
+        if rho.ndim < 2 or rho.shape[-1] != size or rho.shape[-2] != size:
+            raise ShapeError("the density matrix has the wrong size", got=tuple(rho.shape), expected=size)
+        rows, columns, values = (x.to(rho.device) for x in self._entries)
+        entries = rho[..., columns, rows]
+        total = (entries.to(values.dtype) * values).sum(-1)
+        return total.real if self.is_hermitian else total
 
 
 class Estimator:
     r"""Values of an observable at outcomes, :math:`o(a)=\operatorname{Tr}\,O N_a`, whose mean is that of the observable.
 
     Args:
-        observable: of a lattice.
-        povm: the frame of all sites, or one a site.
-        dtype: of the values.
-        device: of the tables.
+        observable: an observable of a lattice.
+        povm: the frame of all sites, or one for each site.
+        dtype: the real precision of the values.
+        device: where the tables live.
     """
 
     def __init__(
         self, observable: Observable, povm: Povm, dtype: torch.dtype, device: torch.device | str | None
     ) -> None:
         self.num_sites, self.num_outcomes = observable.num_sites, povm.num_outcomes
-        places = torch.tensor(observable.places, device=device)
-        self._blocks: list[tuple[Tensor, Tensor]] = []
-        first = 0
-        for factor, width in zip(observable.factors, observable.widths, strict=True):
-            sites = places[:, first : first + width]
-            cache: dict[tuple[int, ...], Tensor] = {}
-            rows = []
-            for place in sites.tolist():
-                frames = [povm.at(site) for site in place]
-                key = tuple(map(id, frames))
-                if key not in cache:
-                    values = coefficients_of(factor, frames)
-                    if values.is_complex():
-                        raise InvalidInputError("an observable must be Hermitian")
-                    cache[key] = values
-                rows.append(cache[key])
-            table = torch.stack(rows) if len(cache) > 1 else rows[0][None].expand(len(rows), -1)
-            self._blocks.append((sites, table.to(device=device, dtype=dtype)))
-            first += width
+        self.is_complex = not observable.is_hermitian
+        real_only = all(
+            all(_is_hermitian(f) for f in t.factors) and not any(complex(w).imag for w in t.weights)
+            for t in observable.terms
+        )
+        inner = dtype if real_only else torch.promote_types(dtype, torch.complex64)
+        self._terms: list[tuple[list[tuple[Tensor, Tensor]], Tensor]] = []
+        for term in observable.terms:
+            places = torch.tensor(term.places, device=device)
+            blocks: list[tuple[Tensor, Tensor]] = []
+            first = 0
+            for factor, width in zip(term.factors, term.widths(observable.dim), strict=True):
+                sites = places[:, first : first + width]
+                blocks.append((sites, _tables(factor, sites, povm).to(device=device, dtype=inner)))
+                first += width
+            weights = torch.tensor(term.weights, dtype=torch.complex128)
+            weights = weights if inner.is_complex else weights.real
+            self._terms.append((blocks, weights.to(device=device, dtype=inner)))
 
     def __call__(self, a: Tensor) -> Tensor:
         """Return values ``(*batch)`` at outcomes ``(*batch, N)``."""
-        if a.shape[-1] != self.num_sites:
+        if a.ndim == 0 or a.shape[-1] != self.num_sites:
             raise ShapeError(
-                "outcomes have the wrong number of sites", got=a.shape[-1], expected=self.num_sites
+                "outcomes have the wrong number of sites", got=tuple(a.shape)[-1:], expected=self.num_sites
             )
-        product: Tensor | None = None
-        for sites, table in self._blocks:
-            index = encode(a[..., sites], self.num_outcomes)
-            values = table[torch.arange(sites.shape[0], device=index.device), index]
-            product = values if product is None else product * values
-        assert product is not None
-        return product.mean(-1)
+        total: Tensor | None = None
+        for blocks, weights in self._terms:
+            product: Tensor | None = None
+            for sites, table in blocks:
+                index = encode(a[..., sites], self.num_outcomes)
+                values = table[torch.arange(sites.shape[0], device=index.device), index]
+                product = values if product is None else product * values
+            assert product is not None
+            value = product @ weights
+            total = value if total is None else total + value
+        assert total is not None
+        return total if self.is_complex or not total.is_complex() else total.real
+
+
+def _tables(factor: Tensor, sites: Tensor, povm: Povm) -> Tensor:
+    """Return the values of a factor at the outcomes of each place, made once for each set of frames."""
+    cache: dict[tuple[int, ...], Tensor] = {}
+    rows = []
+    for place in sites.tolist():
+        frames = [povm.at(site) for site in place]
+        key = tuple(map(id, frames))
+        if key not in cache:
+            cache[key] = coefficients_of(factor, frames)
+        rows.append(cache[key])
+    return torch.stack(rows) if len(cache) > 1 else rows[0][None].expand(len(rows), -1)
 
 
 def observable(
@@ -148,34 +263,44 @@ def observable(
 
     Args:
         spec: ``"Z"``, the mean over all sites; ``"ZZ"``, the mean over ``bonds``; ``("ZZ", (0, 1))`` on given sites;
-            ``("ZZ", [(0, 1), (1, 2)])``, the mean over places. In place of the name a Hermitian matrix, a ``Qobj``
-            or a list of these, one a site. An :class:`Observable` is passed through.
-        num_sites: ``N``.
-        dim: levels of a site.
-        bonds: what a name on two sites is averaged over.
+            ``("ZZ", [(0, 1), (1, 2)])``, the mean over places, and ``("P1", "all")`` over all sites. In place of the
+            name a matrix, a ``Qobj`` or a list of these with one for each site. A list of ``(coefficient, operator,
+            sites)``, as a Hamiltonian is written, is their weighted *sum* (an energy, a staggered magnetisation, a
+            current), with coefficients that may be complex and may differ from place to place. An
+            :class:`Observable` is passed through.
+        num_sites: the number ``N`` of sites.
+        dim: the number of levels of a site.
+        bonds: the places that a name on two sites is averaged over.
         name: shown in messages.
 
     Raises:
         LindbladianError: if a site doesn't exist or comes twice.
-        InvalidInputError: if the operator is unknown or not Hermitian, or there are no sites to put it on.
+        InvalidInputError: if the operator is unknown, or there are no sites to put it on.
 
     Example:
         >>> from stochdyn.povm import Tetrahedral
         >>> a = torch.tensor([[0, 3, 0], [0, 1, 2]])
         >>> observable("Z", 3).estimator(Tetrahedral())(a).round(decimals=3)
         tensor([ 1.7320, -0.5770], dtype=torch.float64)
+        >>> staggered = observable([([1.0, -1.0, 1.0], "Z", "all")], 3)
+        >>> staggered.is_hermitian, observable(("sigma-", 0), 3).is_hermitian
+        (True, False)
     """
+    check_positive_int(num_sites, "num_sites")
+    check_positive_int(dim, "dim", 2)
     if isinstance(spec, Observable):
         if (spec.num_sites, spec.dim) != (num_sites, dim):
             raise InvalidInputError(f"{name} is one of another lattice", got=f"{spec.num_sites} sites")
         return spec
+    if _is_sum(spec):
+        return _read_sum(spec, num_sites, dim, name)
     located = isinstance(spec, tuple) and len(spec) == 2
     operator, sites = spec if located else (spec, None)
     factors = _factors(operator, dim, name)
     k = sum(round(math.log(f.shape[0], dim)) for f in factors)
     if sites is None:
         if k == 1:
-            sites = list(range(num_sites))
+            sites = "all"
         elif k == 2 and bonds:
             sites = [tuple(bond) for bond in bonds]
         else:
@@ -185,7 +310,36 @@ def observable(
                 expected="(operator, sites), such as ('ZZ', (0, 1))",
             )
     places = _places(sites, k, num_sites, name)
-    return Observable(factors, places, num_sites, dim)
+    weight = 1 / len(places)
+    return Observable((Product(factors, places, (weight,) * len(places)),), num_sites, dim)
+
+
+def _is_sum(spec: Any) -> bool:
+    return isinstance(spec, list) and bool(spec) and all(isinstance(e, tuple) and len(e) == 3 for e in spec)
+
+
+def _read_sum(spec: Sequence[Any], num_sites: int, dim: int, name: str) -> Observable:
+    terms = []
+    for coefficient, operator, sites in spec:
+        factors = _factors(operator, dim, name)
+        places = _places(sites, sum(round(math.log(f.shape[0], dim)) for f in factors), num_sites, name)
+        listed = isinstance(coefficient, list | tuple) or bool(getattr(coefficient, "ndim", 0))
+        values = list(coefficient) if listed else [coefficient] * len(places)
+        if len(values) != len(places):
+            raise InvalidInputError(
+                f"{name} needs one coefficient for each place, or one for all",
+                got=f"{len(values)} for {len(places)} places",
+            )
+        try:
+            weights = tuple(complex(v) for v in values)
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(
+                f"the coefficients of {name} must be numbers", got=repr(coefficient)[:60]
+            ) from error
+        if not all(math.isfinite(w.real) and math.isfinite(w.imag) for w in weights):
+            raise InvalidInputError(f"the coefficients of {name} must be finite", got=repr(coefficient)[:60])
+        terms.append(Product(factors, places, weights))
+    return Observable(tuple(terms), num_sites, dim)
 
 
 def observables(
@@ -195,37 +349,116 @@ def observables(
     dim: int = 2,
     bonds: Sequence[tuple[int, ...]] | None = None,
 ) -> dict[str, Observable]:
-    """Return observables by name; a list of names such as ``["X", "ZZ"]`` names them after themselves.
+    """Return observables by name; a list such as ``["X", ("ZZ", (0, 3))]`` names them ``"X"`` and ``"ZZ(0,3)"``.
+
+    Args:
+        specs: a mapping from names to what :func:`observable` takes, or a list of the latter.
+        num_sites: the number ``N`` of sites.
+        dim: the number of levels of a site.
+        bonds: the places that a name on two sites is averaged over.
 
     Raises:
         LindbladianError, InvalidInputError: as for :func:`observable`.
     """
-    if isinstance(specs, str) or not isinstance(specs, (Mapping, Sequence)):
+    if isinstance(specs, str) or not isinstance(specs, Mapping | list | tuple):
         raise InvalidInputError("observables must be a mapping or a list", got=type(specs).__name__)
     if not isinstance(specs, Mapping):
-        specs = {str(spec): spec for spec in specs}
+        if isinstance(specs, tuple) and len(specs) == 2 and not isinstance(specs[1], str):
+            is_one = isinstance(specs[1], tuple | int) and isinstance(specs[0], str)
+            if is_one:
+                raise InvalidInputError(
+                    "observables must be a mapping or a list",
+                    got=repr(specs)[:60],
+                    hint=f"one observable alone is [{specs!r}]",
+                )
+        specs = {_name_of(spec): spec for spec in specs}
     return {
-        name: observable(spec, num_sites, dim=dim, bonds=bonds, name=f"observable {name!r}")
+        str(name): observable(spec, num_sites, dim=dim, bonds=bonds, name=f"observable {name!r}")
         for name, spec in specs.items()
     }
 
 
-def partial_trace(rho: Tensor, sites: Sequence[int], num_sites: int, dim: int) -> Tensor:
-    """Return the reduced density matrices ``(*batch, d**k, d**k)`` on some sites, in their order.
+def _name_of(spec: Any) -> str:
+    if isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[0], str):
+        sites = spec[1]
+        if isinstance(sites, str):
+            return spec[0]
+        flat = str(sites).replace(" ", "")
+        return spec[0] + (flat if isinstance(sites, tuple | list) else f"({flat})")
+    return str(spec)
+
+
+def correlations(first: Any, second: Any, num_sites: int) -> dict[str, Any]:
+    r"""Return all pair correlations :math:`\langle A_iB_j\rangle` as observables by name, ``"Z0 Z1"`` and so on.
 
     Args:
-        rho: ``(*batch, d**N, d**N)``.
-        sites: ``k`` of them.
-        num_sites: ``N``.
-        dim: ``d``.
+        first: the operator ``A`` of a site, by name.
+        second: the operator ``B`` of a site, by name.
+        num_sites: the number ``N`` of sites.
+
+    Returns:
+        What ``observables=`` of the solvers takes; pairs of a site with itself are left out, and of two equal
+        operators each pair comes once.
+
+    Example:
+        >>> list(correlations("Z", "Z", 3))
+        ['Z0 Z1', 'Z0 Z2', 'Z1 Z2']
     """
-    batch, n = rho.shape[:-2], num_sites
-    rest = [i for i in range(n) if i not in sites]
-    tensor = rho.reshape(-1, *(dim,) * (2 * n))
-    rows, columns = [1 + i for i in (*sites, *rest)], [1 + n + i for i in (*sites, *rest)]
-    kept, gone = dim ** len(sites), dim ** len(rest)
-    tensor = tensor.permute(0, *rows, *columns).reshape(-1, kept, gone, kept, gone)
-    return torch.einsum("nigjg->nij", tensor).reshape(*batch, kept, kept)
+    check_type(first, str, "first")
+    check_type(second, str, "second")
+    check_positive_int(num_sites, "num_sites", 2)
+    return {
+        f"{first}{i} {second}{j}": (f"{first} {second}", (i, j))
+        for i in range(num_sites)
+        for j in range(num_sites)
+        if i < j or (i > j and first != second)
+    }
+
+
+def structure_factor(
+    operator: Any, wave_vector: Any, shape: int | Sequence[int], *, dim: int = 2
+) -> Observable:
+    r"""Return the structure factor of an operator of a site.
+
+    .. math:: S(k)=\frac1N\sum_{ij}e^{ik\cdot(r_i-r_j)}\,O_iO_j
+
+    Args:
+        operator: a Hermitian operator ``O`` of one site.
+        wave_vector: ``k``, one number for each axis of the lattice, in units of the inverse lattice constant.
+        shape: the sizes of the lattice, the last axis fastest; a number for a chain.
+        dim: the number of levels of a site.
+
+    Raises:
+        InvalidInputError: if the operator isn't Hermitian or on one site, or the wave vector doesn't fit.
+
+    Example:
+        >>> state = torch.diag(torch.tensor([1.0, 0, 0, 0], dtype=torch.complex128))  # both up
+        >>> float(structure_factor("Z", 0.0, 2).expectation(state))
+        2.0
+    """
+    sizes = [shape] if isinstance(shape, int) else list(shape)
+    for size in sizes:
+        check_positive_int(size, "shape")
+    k = torch.as_tensor(wave_vector, dtype=torch.float64).reshape(-1)
+    if len(k) != len(sizes):
+        raise InvalidInputError("wave_vector needs one number for each axis", got=len(k), expected=len(sizes))
+    matrix = as_operator(operator, dim, 1)
+    if not _is_hermitian(matrix):
+        raise InvalidInputError("the operator of a structure factor must be Hermitian")
+    grid = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in sizes)).reshape(
+        -1, len(sizes)
+    )
+    phase, n = grid @ k, len(grid)
+    pairs = tuple((i, j) for i in range(n) for j in range(i))
+    # both orders of a pair together: twice the cosine
+    weights = tuple(2 * math.cos(float(phase[i] - phase[j])) / n for i, j in pairs)
+    own = Product((matrix @ matrix,), tuple((i,) for i in range(n)), (1 / n,) * n)
+    terms = (own, Product((matrix, matrix), pairs, weights)) if pairs else (own,)
+    return Observable(terms, n, dim)
+
+
+def _is_hermitian(matrix: Tensor) -> bool:
+    return float((matrix - matrix.mH).abs().max()) <= 1e-10 * float(matrix.abs().max())
 
 
 def _factors(operator: Any, dim: int, name: str) -> tuple[Tensor, ...]:
@@ -239,43 +472,36 @@ def _factors(operator: Any, dim: int, name: str) -> tuple[Tensor, ...]:
         matrices = tuple(as_operator(part, dim, 1, name) for part in operator)
     else:
         matrices = (as_operator(operator, dim, name=name),)
-    if len(matrices) == 1 or all(float((m - m.mH).abs().max()) < 1e-10 for m in matrices):
-        whole = matrices
-    else:  # sigma+ sigma- and the like are Hermitian only together, if at all
-        whole = (_product(matrices),)
-    for m in whole:
-        if float((m - m.mH).abs().max()) > 1e-10:
-            raise InvalidInputError(
-                f"{name} isn't Hermitian",
-                hint="take real and imaginary parts, (o + o.mH) / 2 and (o - o.mH) / 2j",
-            )
-    return whole
-
-
-def _product(matrices: Sequence[Tensor]) -> Tensor:
-    out = matrices[0]
-    for m in matrices[1:]:
-        out = torch.kron(out, m)
-    return out
+    return matrices
 
 
 def _places(sites: Any, k: int, num_sites: int, name: str) -> tuple[tuple[int, ...], ...]:
-    listed = sites if isinstance(sites, list) else [sites]
-    places = [tuple(p) if isinstance(p, (tuple, list)) else (p,) for p in listed]
+    from stochdyn.povm.lindblad.terms import read_places
+
+    places = read_places(sites, num_sites, name)
     if not places:
         raise InvalidInputError(f"{name} has no sites")
-    for place in places:
-        if len(place) != k:
-            raise InvalidInputError(f"{name} acts on {k} site(s)", got=place)
-        outside = [
-            s for s in place if isinstance(s, bool) or not hasattr(s, "__index__") or not 0 <= s < num_sites
-        ]
-        if outside:
-            raise LindbladianError(
-                f"{name} is on a site that doesn't exist",
-                got=outside[0],
-                expected=f"sites 0 to {num_sites - 1}",
-            )
-        if len(set(place)) != k:
-            raise LindbladianError(f"{name} names a site twice", got=place)
-    return tuple(tuple(s.__index__() for s in place) for place in places)
+    if len(places[0]) != k:
+        raise InvalidInputError(f"{name} acts on {k} site(s)", got=places[0])
+    return tuple(places)
+
+
+def check_sites(sites: Sequence[int], num_sites: int) -> None:
+    """Raise unless sites are different and exist.
+
+    Raises:
+        LindbladianError: naming one that isn't or doesn't.
+    """
+    numbers = list(sites) if isinstance(sites, list | tuple | range) else [sites]
+    for s in numbers:
+        if isinstance(s, bool) or not hasattr(s, "__index__"):
+            raise LindbladianError("sites must be integers", got=repr(sites)[:60])
+    if len(set(numbers)) != len(numbers):
+        raise LindbladianError("a site comes twice", got=tuple(numbers))
+    outside = [s for s in numbers if not 0 <= s < num_sites]
+    if outside or not numbers:
+        raise LindbladianError(
+            "a site doesn't exist",
+            got=outside[0] if outside else "no sites",
+            expected=f"sites 0 to {num_sites - 1}",
+        )

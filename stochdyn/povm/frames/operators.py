@@ -86,6 +86,12 @@ def split_name(name: str) -> list[str]:
     if len(parts) > 1:
         return parts
     whole = name.strip()
+    if re.fullmatch(r"[IXYZ]+\+[IXYZ]+(\+[IXYZ]+)*", whole):
+        raise InvalidInputError(
+            "an operator's name is a product, not a sum",
+            got=repr(name),
+            hint="write a term for each summand; a product with the raising operator is 'X sigma+'",
+        )
     if re.fullmatch(r"[IXYZ]{2,}|[IXYZ+-]{2,}", whole):
         return list(whole)
     return [whole]

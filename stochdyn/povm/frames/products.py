@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from stochdyn.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from stochdyn.povm.frames.frame import Frame
@@ -15,9 +17,11 @@ if TYPE_CHECKING:
 __all__ = [
     "coefficients_of",
     "density_of",
+    "is_listing",
     "probabilities_of",
     "product_dual",
     "product_effects",
+    "site_states",
     "sites_of",
 ]
 
@@ -81,3 +85,23 @@ def _kron(stacks: Sequence[Tensor]) -> Tensor:
         size = out.shape[-1] * m.shape[-1]
         out = torch.einsum("aij,bkl->abikjl", out, m).reshape(out.shape[0] * m.shape[0], size, size)
     return out
+
+
+def site_states(state: Any, num_sites: int) -> list[Any]:
+    """Return the state of each site from one state for all of them, or a list with one for each.
+
+    Raises:
+        InvalidInputError: if a list has another length.
+    """
+    if not is_listing(state):
+        return [state] * num_sites
+    if len(state) != num_sites:
+        raise InvalidInputError(
+            "a product state needs one state for each site", got=len(state), expected=num_sites
+        )
+    return list(state)
+
+
+def is_listing(state: Any) -> bool:
+    """Whether a state is a list with one state for each site, and not a vector or a matrix."""
+    return isinstance(state, list | tuple) and any(isinstance(s, str) or hasattr(s, "shape") for s in state)

@@ -76,7 +76,7 @@ class SiteFrames:
         if isinstance(state, (list, tuple)) and all(isinstance(s, str) or hasattr(s, "shape") for s in state):
             if len(state) != self.num_sites:
                 raise InvalidInputError(
-                    "a product state needs one state a site", got=len(state), expected=self.num_sites
+                    "a product state needs one state for each site", got=len(state), expected=self.num_sites
                 )
             return [as_state(s, self.dim) for s in state]
         return [state] * self.num_sites

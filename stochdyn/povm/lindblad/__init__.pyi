@@ -1,3 +1,9 @@
+from .coefficients import Coefficient as Coefficient
+from .coefficients import SampledCoefficient as SampledCoefficient
+from .coefficients import coefficient_value as coefficient_value
+from .coefficients import read_coefficient as read_coefficient
+from .complete_positivity import physical_jumps as physical_jumps
+from .generator import correlation_matrix as correlation_matrix
 from .generator import hamiltonian_matrix as hamiltonian_matrix
 from .generator import jump_matrix as jump_matrix
 from .generator import merge_terms as merge_terms
@@ -6,11 +12,12 @@ from .graphs import chain as chain
 from .graphs import ring as ring
 from .graphs import square_lattice as square_lattice
 from .lindbladian import Lindbladian as Lindbladian
+from .pauli import local_basis as local_basis
 from .pauli import local_parts as local_parts
 from .pauli import pauli_coefficients as pauli_coefficients
 from .qutip_operators import from_qutip as from_qutip
 from .qutip_operators import to_qutip as to_qutip
+from .terms import CollectiveJump as CollectiveJump
 from .terms import Term as Term
-from .terms import TermCoefficient as TermCoefficient
-from .terms import coupling_value as coupling_value
-from .terms import parse_terms as parse_terms
+from .terms import parse_hamiltonian as parse_hamiltonian
+from .terms import parse_jumps as parse_jumps

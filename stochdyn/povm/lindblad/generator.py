@@ -9,8 +9,9 @@ from torch import Tensor
 
 from stochdyn.povm.frames.frame import Frame
 from stochdyn.povm.frames.products import product_dual, product_effects
+from stochdyn.povm.frames.site_frames import SiteFrames
 
-__all__ = ["hamiltonian_matrix", "jump_matrix", "merge_terms"]
+__all__ = ["correlation_matrix", "hamiltonian_matrix", "jump_matrix", "merge_terms"]
 
 LocalMatrix = tuple[tuple[int, ...], Tensor]
 
@@ -51,6 +52,32 @@ def jump_matrix(c: Tensor, frames: Sequence[Frame]) -> Tensor:
     dual = product_dual(frames)
     square = c.mH @ c
     return _rates(c @ dual @ c.mH - 0.5 * (square @ dual + dual @ square), frames)
+
+
+def correlation_matrix(
+    first: tuple[Tensor, tuple[int, ...]], second: tuple[Tensor, tuple[int, ...]], povm: Frame | SiteFrames
+) -> LocalMatrix:
+    r"""Return the rates that two parts of one jump operator cause together.
+
+    .. math::
+        A_{ab} = \operatorname{Tr}\Bigl(M_a\bigl(c_iN_bc_j^\dagger-\tfrac12\{c_j^\dagger c_i,N_b\}\bigr)\Bigr)
+        +\text{the same with } i\leftrightarrow j
+
+    Args:
+        first: the matrix ``c_i`` and its sites.
+        second: the matrix ``c_j`` and its sites, which may overlap with the others.
+        povm: the frame of all sites, or one for each site.
+
+    Returns:
+        The sites of both and a matrix ``(K**k, K**k)`` on them, as for :func:`jump_matrix`.
+    """
+    sites = tuple(sorted({*first[1], *second[1]}))
+    frames = [povm.at(site) for site in sites]
+    ci, cj = (_embed(m, where, sites, povm.dim) for m, where in (first, second))
+    dual = product_dual(frames)
+    mixed = ci.mH @ cj + cj.mH @ ci
+    change = ci @ dual @ cj.mH + cj @ dual @ ci.mH - 0.5 * (mixed @ dual + dual @ mixed)
+    return sites, _rates(change, frames)
 
 
 def _rates(changes: Tensor, frames: Sequence[Frame]) -> Tensor:

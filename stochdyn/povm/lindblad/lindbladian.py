@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import check_positive_int, check_real, check_type
 from stochdyn.core.forward.master_terms import SparseMasterEquation
 from stochdyn.errors import InvalidInputError, LindbladianError, UnknownSiteError
 from stochdyn.povm.frames.frame import Frame
 from stochdyn.povm.frames.site_frames import SiteFrames
-from stochdyn.povm.lindblad.generator import hamiltonian_matrix, jump_matrix, merge_terms
-from stochdyn.povm.lindblad.terms import Term, TermCoefficient, coupling_value, parse_terms
+from stochdyn.povm.lindblad.coefficients import Coefficient, coefficient_value
+from stochdyn.povm.lindblad.complete_positivity import physical_jumps
+from stochdyn.povm.lindblad.generator import (
+    correlation_matrix,
+    hamiltonian_matrix,
+    jump_matrix,
+    merge_terms,
+)
+from stochdyn.povm.lindblad.terms import CollectiveJump, Term, parse_hamiltonian, parse_jumps
 
 __all__ = ["Lindbladian"]
 
 _MAX_LOCAL_OUTCOMES = 1024
-Grouped = list[tuple[TermCoefficient, list[tuple[tuple[int, ...], Tensor]]]]
+Grouped = list[tuple[Coefficient, list[tuple[tuple[int, ...], Tensor]]]]
 
 
 class Lindbladian:
@@ -31,21 +39,32 @@ class Lindbladian:
 
     A term is ``(coefficient, operator, sites)``.
 
-    * **coefficient** (of a jump: its rate): a number; a function of time; the name of a parameter to be bound
-      later, ``"g"`` or ``"0.5*g"``; or a list, one for each place. A tensor that requires a gradient keeps it.
+    * **coefficient** (of a jump: its rate): a number; a function of the time, and of parameters by the names of its
+      further arguments, ``lambda t, g: g * math.cos(t)``; an expression in parameters and the time ``t``, such as
+      ``"g"``, ``"-g/2"``, ``"gamma*(n+1)"`` or ``"g*cos(w*t)"``, whose values come later (:meth:`bind`); a
+      :class:`~stochdyn.povm.lindblad.coefficients.SampledCoefficient`; or a list with one for each place. A tensor
+      that requires a gradient keeps it.
     * **operator**: a name (``"X"``, ``"ZZ"``, ``"sigma-"``, ``"sigma+ sigma-"``; see
-      :func:`~stochdyn.povm.frames.operators.named_operator`), a matrix, a ``Qobj``, or a list of these, one a site.
+      :func:`~stochdyn.povm.frames.operators.named_operator`), a matrix, a ``Qobj``, or a list with one of these for
+      each site.
     * **sites**: a number or a tuple is one place; a list of them repeats the term at many, such as the bonds
       that :func:`~stochdyn.povm.lindblad.graphs.ring` gives; ``"all"`` is every site.
 
+    The rates of a jump at ``n`` places may be a Hermitian positive matrix ``(n, n)``, which correlates them,
+
+    .. math:: \sum_{ij}\gamma_{ij}\Bigl(c_i\rho c_j^\dagger-\tfrac12\{c_j^\dagger c_i,\rho\}\Bigr),
+
+    as collective (superradiant) decay does. A jump operator on many sites must be a sum of operators on one or two of
+    them. Single rates may be negative where all constant jumps together are completely positive.
+
     Args:
-        num_sites: ``N``.
-        hamiltonian: terms whose sum is ``H``, each Hermitian.
+        num_sites: the number ``N`` of sites.
+        hamiltonian: terms whose sum is ``H``, each of them Hermitian.
         jumps: jump operators with their rates.
-        dim: levels of a site.
+        dim: the number of levels of a site.
 
     Raises:
-        LindbladianError: if a term isn't Hermitian, a rate is negative, or sites repeat or don't exist.
+        LindbladianError: if a term isn't Hermitian, rates are negative, or sites repeat or don't exist.
 
     Example:
         >>> from stochdyn.povm import Tetrahedral, ring
@@ -62,8 +81,10 @@ class Lindbladian:
         check_positive_int(num_sites, "num_sites")
         check_positive_int(dim, "dim", 2)
         self.num_sites, self.dim = num_sites, dim
-        self.hamiltonian: list[Term] = parse_terms(hamiltonian, num_sites, dim, "hamiltonian")
-        self.jumps: list[Term] = parse_terms(jumps, num_sites, dim, "jump")
+        self.hamiltonian: list[Term] = parse_hamiltonian(hamiltonian, num_sites, dim)
+        given = parse_jumps(jumps, num_sites, dim)
+        self.jumps, shifts = physical_jumps(given, dim)
+        self.hamiltonian += shifts
 
     @classmethod
     def from_qutip(cls, terms: Any, jumps: Iterable[Any] = (), num_sites: int | None = None) -> Lindbladian:
@@ -76,7 +97,7 @@ class Lindbladian:
         return from_qutip(terms, jumps, num_sites)
 
     @property
-    def terms(self) -> list[Term]:
+    def terms(self) -> list[Term | CollectiveJump]:
         """Hamiltonian terms and jumps."""
         return [*self.hamiltonian, *self.jumps]
 
@@ -89,37 +110,70 @@ class Lindbladian:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters that aren't bound yet, in order of appearance."""
-        names = (term.coupling.parameter for term in self.terms)
-        return tuple(dict.fromkeys(name for name in names if name is not None))
+        return tuple(dict.fromkeys(name for term in self.terms for name in term.coupling.free))
 
     @property
     def is_time_dependent(self) -> bool:
         """Whether a coefficient is a function of time."""
-        return any(term.coupling.function is not None for term in self.terms)
+        return any(term.coupling.uses_time for term in self.terms)
+
+    def rate_scale(self, times: Sequence[float] = (0.0,)) -> float:
+        r"""Return the rate of the fastest term, the unit in which what is slow or small is measured.
+
+        Args:
+            times: where coefficients that depend on time are looked at.
+
+        Returns:
+            The largest :math:`|f|\,\|h\|` of the Hamiltonian's terms and :math:`\gamma\,\|c\|^2` of the jumps.
+        """
+        found = 0.0
+        for power, terms in ((1, self.hamiltonian), (2, self.jumps)):
+            for term in terms:
+                norm = sum(float(torch.linalg.matrix_norm(m, 2)) for m, _ in term.parts) ** power
+                moments = times if term.coupling.uses_time else times[:1]
+                size = max(abs(coefficient_value(term.coupling, t)) for t in moments)
+                found = max(found, size * norm)
+        return found
+
+    def relaxation_rate(self) -> float:
+        r"""Return the least, over the sites that jumps act on, of the jump rates at a site; 0 without jumps.
+
+        Its inverse is the time by which a steady state can be expected to be near.
+        """
+        at: dict[int, float] = {}
+        for term in self.jumps:
+            rate = abs(coefficient_value(term.coupling, 0.0))
+            for matrix, sites in term.parts:
+                for site in sites:
+                    at[site] = at.get(site, 0.0) + rate * float(torch.linalg.matrix_norm(matrix, 2)) ** 2
+        return min((rate for rate in at.values() if rate > 0), default=0.0)
 
     def bind(self, **values: float | Tensor) -> Lindbladian:
         """Return the Lindbladian with parameters set; tensors that require a gradient keep it.
 
         Raises:
             UnknownSiteError: if there is no such parameter.
-            LindbladianError: if a rate becomes negative.
+            LindbladianError: if a rate becomes negative, or a value isn't a finite number.
 
         Example:
-            >>> model = Lindbladian(1, [("g", "X", 0)], [(1.0, "sigma-", 0)])
-            >>> model.parameters, model.bind(g=0.5).parameters
-            (('g',), ())
+            >>> model = Lindbladian(1, [("g", "X", 0)], [("gamma*(n+1)", "sigma-", 0), ("gamma*n", "sigma+", 0)])
+            >>> model.parameters, model.bind(g=0.5, gamma=1.0, n=0.2).jumps[0].coupling.factor
+            (('g', 'gamma', 'n'), 1.2)
         """
         unknown = set(values) - set(self.parameters)
         if unknown:
             raise UnknownSiteError(f"no parameter {sorted(unknown)[0]!r}; there are {list(self.parameters)}")
+        for name, value in values.items():
+            check_real(value, name)
         bound = Lindbladian(self.num_sites, dim=self.dim)
-        bound.hamiltonian = [_bind(term, values) for term in self.hamiltonian]
-        bound.jumps = [_bind(term, values) for term in self.jumps]
+        bound.hamiltonian = [replace(term, coupling=term.coupling.bind(values)) for term in self.hamiltonian]
+        bound.jumps = [replace(term, coupling=term.coupling.bind(values)) for term in self.jumps]
         for term in bound.jumps:
             coupling = term.coupling
-            value = 1.0 if coupling.value is None else float(coupling.value.detach())
-            if coupling.factor * value < 0:
-                raise LindbladianError("a rate is negative", got=f"{coupling.factor * value:g}")
+            if not coupling.free and not coupling.uses_time:
+                rate = coefficient_value(coupling, 0.0)
+                if rate < 0:
+                    raise LindbladianError("a rate is negative", got=f"{rate:g} on sites {term.sites}")
         return bound
 
     def check_rates(self, times: Iterable[float]) -> None:
@@ -128,16 +182,10 @@ class Lindbladian:
         Raises:
             LindbladianError: if one is negative.
         """
-        moving = [term for term in self.jumps if term.coupling.function is not None]
+        moving = [term for term in self.jumps if term.coupling.uses_time]
         for t in times if moving else ():
             for term in moving:
-                rate = coupling_value(term.coupling, t)
-                if rate < 0:
-                    raise LindbladianError(
-                        f"a rate becomes negative at time {t:g}",
-                        got=f"{rate:g} on sites {term.sites}",
-                        expected="at least 0",
-                    )
+                check_rate(coefficient_value(term.coupling, t), t, term.sites)
 
     def groups(self, povm: Frame | SiteFrames) -> Grouped:
         """Return local master-equation matrices, merged bond by bond, one list for each distinct coefficient.
@@ -150,18 +198,41 @@ class Lindbladian:
         """
         self._check_frame(povm)
         cache: dict[tuple[Any, ...], Tensor] = {}
-        found: dict[Any, tuple[TermCoefficient, list[tuple[tuple[int, ...], Tensor]]]] = {
-            TermCoefficient().key: (TermCoefficient(), [])
+        found: dict[Any, tuple[Coefficient, list[tuple[tuple[int, ...], Tensor]]]] = {
+            Coefficient().key: (Coefficient(), [])
         }
-        for kind, terms in ((hamiltonian_matrix, self.hamiltonian), (jump_matrix, self.jumps)):
-            for term in terms:
-                frames = [povm.at(site) for site in term.sites]
-                key = (kind, id(term.matrix), *map(id, frames))
-                if key not in cache:
-                    cache[key] = kind(term.matrix, frames)
-                group = found.setdefault(term.coupling.key, (term.coupling, []))
-                group[1].append((term.sites, term.coupling.factor * cache[key]))
+
+        def add(coupling: Coefficient, sites: tuple[int, ...], matrix: Tensor) -> None:
+            group = found.setdefault(coupling.key, (coupling, []))
+            group[1].append((sites, coupling.factor * matrix))
+
+        for term in self.hamiltonian:
+            add(
+                term.coupling,
+                term.sites,
+                self._local(hamiltonian_matrix, term.matrix, term.sites, povm, cache),
+            )
+        for jump in self.jumps:
+            for i, (matrix, sites) in enumerate(jump.parts):
+                add(jump.coupling, sites, self._local(jump_matrix, matrix, sites, povm, cache))
+                for other in jump.parts[:i]:
+                    add(jump.coupling, *correlation_matrix((matrix, sites), other, povm))
         return [(c, merge_terms(list_, povm.num_outcomes)) for c, list_ in found.values()]
+
+    @staticmethod
+    def _local(
+        kind: Any,
+        matrix: Tensor,
+        sites: tuple[int, ...],
+        povm: Frame | SiteFrames,
+        cache: dict[tuple[Any, ...], Tensor],
+    ) -> Tensor:
+        """Return a local matrix of the master equation, made once for all places that share it."""
+        frames = [povm.at(site) for site in sites]
+        key = (kind, id(matrix), *map(id, frames))
+        if key not in cache:
+            cache[key] = kind(matrix, frames)
+        return cache[key]
 
     def master_operator(
         self,
@@ -208,57 +279,51 @@ class Lindbladian:
         couplings = [coupling for coupling, _ in groups]
         factors: Any = None
         if any(not coupling.is_constant for coupling in couplings):
-            factors = _Factors(couplings, place, flat[0][1])
+            factors = TermFactors(couplings, place, flat[0][1])
             if not self.is_time_dependent:
                 factors = factors(flat[0][1].new_zeros(()))
         return SparseMasterEquation(self.num_sites, povm.num_outcomes, flat, factors)
 
     def _check_frame(self, povm: Frame | SiteFrames) -> None:
+        check_type(povm, (Frame, SiteFrames), "povm", hint="such as stochdyn.povm.Tetrahedral()")
         if povm.dim != self.dim:
             raise InvalidInputError(
                 f"{povm.name} measures sites of {povm.dim} levels", expected=f"{self.dim} levels"
             )
         sites = getattr(povm, "num_sites", self.num_sites)
         if sites != self.num_sites:
-            raise InvalidInputError("one frame a site is needed", got=sites, expected=self.num_sites)
-        largest = max((len(term.sites) for term in self.terms), default=1)
+            raise InvalidInputError("one frame for each site is needed", got=sites, expected=self.num_sites)
+        largest = max((len(sites) for term in self.terms for _, sites in term.parts), default=1)
         if povm.num_outcomes**largest > _MAX_LOCAL_OUTCOMES:
             raise LindbladianError(
                 "a term acts on too many sites", got=largest, hint="write it as a sum of terms on fewer sites"
             )
 
 
-class _Factors:
+class TermFactors:
     """Coefficients of all terms at a time: what differs from a constant, spread over the terms that share it."""
 
-    def __init__(self, couplings: list[TermCoefficient], place: list[int], like: Tensor) -> None:
+    def __init__(self, couplings: list[Coefficient], place: list[int], like: Tensor) -> None:
         self.couplings, self.like = couplings, like
         self.place = torch.tensor(place, device=like.device)
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return ``(terms,)`` for a time ``()``, and ``(n, terms)`` for times ``(n, 1)``."""
-        time = t.to(self.like)
-        columns = []
-        for coupling in self.couplings:
-            value = torch.ones_like(time)
-            if coupling.function is not None:
-                value = value * torch.as_tensor(coupling.function(t), dtype=self.like.dtype).to(
-                    self.like.device
-                )
-            if coupling.value is not None:
-                value = value * coupling.value.to(self.like)
-            columns.append(value)
+        time = t.detach().cpu().double()
+        columns = [coupling.relative(time) for coupling in self.couplings]
         joined = torch.stack(columns, -1) if time.ndim == 0 else torch.cat(columns, -1)
-        return joined[..., self.place]
+        return joined.to(self.like)[..., self.place]
 
 
-def _bind(term: Term, values: Mapping[str, float | Tensor]) -> Term:
-    coupling = term.coupling
-    if coupling.parameter is None or coupling.parameter not in values:
-        return term
-    value = values[coupling.parameter]
-    if isinstance(value, Tensor) and value.requires_grad:
-        new = TermCoefficient(coupling.factor, coupling.function, None, value.reshape(()))
-    else:
-        new = TermCoefficient(coupling.factor * float(value), coupling.function)
-    return Term(new, term.matrix, term.sites)
+def check_rate(rate: float, t: float, sites: Sequence[int]) -> None:
+    """Raise unless the rate of a jump is at least zero at a time.
+
+    Raises:
+        LindbladianError: if it is negative.
+    """
+    if rate < 0:
+        raise LindbladianError(
+            f"a rate becomes negative at time {t:g}",
+            got=f"{rate:g} on sites {tuple(sites)}",
+            expected="at least 0",
+        )

@@ -1,6 +1,9 @@
-"""Whole-lattice operators of qubits as sums of local terms, by expansion in Pauli strings."""
+"""Operators of many sites as sums of local ones, by expansion in products of a basis of single sites."""
 
 from __future__ import annotations
+
+import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -8,11 +11,72 @@ from torch import Tensor
 from stochdyn.errors import LindbladianError, ShapeError, SystemSizeError
 from stochdyn.povm.frames.operators import named_operator
 
-__all__ = ["local_parts", "pauli_coefficients"]
+__all__ = ["local_basis", "local_parts", "pauli_coefficients", "product_coefficients", "split_jump"]
 
 LocalTerm = tuple[tuple[int, ...], Tensor]
-_MAX_SITES = 10
-_MAX_SUPPORT = 5
+_MAX_SIZE = 1 << 10
+MAX_SUPPORT = 5
+_MAX_JUMP_SUPPORT = 2
+
+
+@lru_cache(maxsize=8)
+def local_basis(dim: int) -> Tensor:
+    r"""Return Hermitian matrices ``(d**2, d, d)`` that span the operators of a site, the first of them the identity.
+
+    They are orthogonal, :math:`\operatorname{Tr}B_iB_j=d\,\delta_{ij}`: ``I X Y Z`` for two levels, and the
+    Gell-Mann matrices to scale for more.
+    """
+    if dim == 2:
+        return torch.stack([named_operator(name) for name in "IXYZ"])
+    basis = [torch.eye(dim, dtype=torch.complex128)]
+    for i in range(dim):
+        for j in range(i):
+            symmetric, skew = (torch.zeros(dim, dim, dtype=torch.complex128) for _ in range(2))
+            symmetric[i, j] = symmetric[j, i] = math.sqrt(dim / 2)
+            skew[j, i], skew[i, j] = -1j * math.sqrt(dim / 2), 1j * math.sqrt(dim / 2)
+            basis += [symmetric, skew]
+    for i in range(1, dim):
+        diagonal = torch.zeros(dim, dtype=torch.complex128)
+        diagonal[:i], diagonal[i] = 1, -i
+        basis.append(torch.diag(diagonal) * math.sqrt(dim / (i * (i + 1))))
+    return torch.stack(basis)
+
+
+def product_coefficients(operator: Tensor, dim: int) -> Tensor:
+    r"""Return the coefficients of an operator of ``N`` sites in products of :func:`local_basis`.
+
+    .. math:: O=\sum_{s}c_s\,B_{s_1}\otimes\dots\otimes B_{s_N},\qquad c_s=d^{-N}\operatorname{Tr}(B_sO)
+
+    Args:
+        operator: ``(d**N, d**N)``.
+        dim: the number ``d`` of levels of a site.
+
+    Returns:
+        complex128 tensor with ``N`` axes of ``d**2``.
+
+    Raises:
+        ShapeError: if the size isn't a power of ``d``.
+        SystemSizeError: if the operator has over 1024 rows (ten qubits).
+    """
+    size = operator.shape[0]
+    n = round(math.log(size, dim)) if size > 1 else 0
+    if operator.shape != (size, size) or size != dim**n or n == 0:
+        raise ShapeError(
+            f"an operator of sites with {dim} levels is ({dim}**N, {dim}**N)", got=tuple(operator.shape)
+        )
+    if size > _MAX_SIZE:
+        raise SystemSizeError(
+            "the operator is too large to be taken apart",
+            got=f"{n} sites of {dim} levels",
+            expected=f"at most {_MAX_SIZE} rows (ten qubits)",
+            hint="give local terms: (coefficient, operator, sites)",
+        )
+    basis = local_basis(dim) / dim
+    order = [axis for i in range(n) for axis in (i, n + i)]
+    tensor = operator.to(torch.complex128).reshape([dim] * (2 * n)).permute(order)
+    for _ in range(n):  # the leading pair of axes turns into a basis axis at the end
+        tensor = torch.tensordot(tensor, basis, dims=([0, 1], [2, 1]))
+    return tensor
 
 
 def pauli_coefficients(operator: Tensor) -> Tensor:
@@ -35,33 +99,47 @@ def pauli_coefficients(operator: Tensor) -> Tensor:
         >>> c.nonzero().tolist(), c[3, 1].real.item()
         ([[3, 1]], 1.0)
     """
-    size = operator.shape[0]
-    n = size.bit_length() - 1
-    if operator.shape != (size, size) or size != 2**n or n == 0:
-        raise ShapeError("an operator of qubits is (2**N, 2**N)", got=tuple(operator.shape))
-    if n > _MAX_SITES:
-        raise SystemSizeError(
-            "the operator is too large to be taken apart",
-            got=f"{n} qubits",
-            expected=f"at most {_MAX_SITES}",
-            hint="give local terms: (coefficient, operator, sites)",
-        )
-    basis = torch.stack([named_operator(name) for name in "IXYZ"]) / 2
-    order = [axis for i in range(n) for axis in (i, n + i)]
-    tensor = operator.to(torch.complex128).reshape([2] * (2 * n)).permute(order)
-    for _ in range(n):  # the leading pair of axes turns into a Pauli axis at the end
-        tensor = torch.tensordot(tensor, basis, dims=([0, 1], [2, 1]))
-    return tensor
+    return product_coefficients(operator, 2)
 
 
-def local_parts(operator: Tensor, name: str = "operator", *, together: bool = False) -> list[LocalTerm]:
+def _supports(c: Tensor) -> dict[tuple[int, ...], list[list[int]]]:
+    """Return the products with a coefficient that isn't zero, by the sites on which they differ from the identity."""
+    largest = float(c.abs().max())
+    found: dict[tuple[int, ...], list[list[int]]] = {}
+    for s in (c.abs() > 1e-12 * largest).nonzero().tolist():
+        found.setdefault(tuple(i for i, p in enumerate(s) if p), []).append(s)
+    return found
+
+
+def _matrix_on(c: Tensor, strings: list[list[int]], sites: tuple[int, ...], dim: int) -> Tensor:
+    """Add up products of basis matrices on some sites."""
+    basis = local_basis(dim)
+    matrix = torch.zeros(dim ** len(sites), dim ** len(sites), dtype=torch.complex128)
+    for s in strings:
+        product = torch.ones(1, 1, dtype=torch.complex128)
+        for i in sites:
+            product = torch.kron(product, basis[s[i]])
+        matrix += c[tuple(s)] * product
+    return matrix
+
+
+def touched_sites(operator: Tensor, dim: int) -> tuple[int, ...]:
+    """Return the sites on which an operator of the whole lattice differs from the identity; site 0 if on none."""
+    supports = _supports(product_coefficients(operator, dim))
+    return tuple(sorted({site for sites in supports for site in sites})) or (0,)
+
+
+def local_parts(
+    operator: Tensor, name: str = "operator", *, together: bool = False, dim: int = 2
+) -> list[LocalTerm]:
     """Return an operator of the whole lattice as matrices on few sites, whose sum it is.
 
     Args:
-        operator: ``(2**N, 2**N)``.
+        operator: ``(d**N, d**N)``.
         name: shown in messages.
-        together: return a single matrix, as a jump operator needs it; otherwise one for each set of sites, and the
-            multiple of the identity is left out.
+        together: return a single matrix on all sites that the operator touches; otherwise one for each set of sites,
+            and the multiple of the identity is left out.
+        dim: the number ``d`` of levels of a site.
 
     Returns:
         Pairs of sites and a matrix on them, the first slowest.
@@ -74,25 +152,54 @@ def local_parts(operator: Tensor, name: str = "operator", *, together: bool = Fa
         >>> [sites for sites, _ in local_parts(h)]
         [(1,), (0, 1)]
     """
-    c = pauli_coefficients(operator)
-    strings = (c.abs() > 1e-12 * max(float(c.abs().max()), 1e-300)).nonzero().tolist()
-    supports: dict[tuple[int, ...], list[list[int]]] = {}
-    for s in strings:
-        supports.setdefault(tuple(i for i, p in enumerate(s) if p), []).append(s)
+    c = product_coefficients(operator, dim)
+    supports = _supports(c)
     if together:
         union = tuple(sorted({i for sites in supports for i in sites})) or (0,)
-        supports = {union: strings}
+        supports = {union: [s for strings in supports.values() for s in strings]}
     else:
         supports.pop((), None)
     largest = max(supports, key=len, default=())
-    if len(largest) > _MAX_SUPPORT:
+    if len(largest) > MAX_SUPPORT:
         raise LindbladianError(
-            f"{name} isn't local", got=f"a part on sites {largest}", expected=f"at most {_MAX_SUPPORT} sites"
+            f"{name} isn't local", got=f"a part on sites {largest}", expected=f"at most {MAX_SUPPORT} sites"
+        )
+    order = sorted(supports, key=lambda s: (len(s), s))
+    return [(sites, _matrix_on(c, supports[sites], sites, dim)) for sites in order]
+
+
+def split_jump(
+    operator: Tensor, sites: tuple[int, ...], dim: int, name: str = "operator"
+) -> tuple[tuple[Tensor, tuple[int, ...]], ...]:
+    """Return a jump operator on many sites as the sum of operators on one or two of them each.
+
+    Args:
+        operator: ``(d**k, d**k)``.
+        sites: the ``k`` sites that it acts on.
+        dim: the number ``d`` of levels of a site.
+        name: shown in messages.
+
+    Raises:
+        LindbladianError: if a part acts on more than two sites.
+
+    Example:
+        >>> lowering = sum(named_operator(s) for s in ("- I I", "I - I", "I I -"))
+        >>> [where for _, where in split_jump(lowering, (4, 5, 6), 2)]
+        [(4,), (5,), (6,)]
+    """
+    c = product_coefficients(operator, dim)
+    supports = _supports(c)
+    constant = supports.pop((), None)
+    largest = max(supports, key=len, default=())
+    if len(largest) > _MAX_JUMP_SUPPORT:
+        raise LindbladianError(
+            f"{name} acts on {len(sites)} sites and isn't a sum of operators on one or two of them",
+            got=f"a part on sites {tuple(sites[i] for i in largest)}",
         )
     parts = []
-    for sites in sorted(supports, key=lambda s: (len(s), s)):
-        matrix = torch.zeros(2 ** len(sites), 2 ** len(sites), dtype=torch.complex128)
-        for s in supports[sites]:
-            matrix += c[tuple(s)] * named_operator(" ".join("IXYZ"[s[i]] for i in sites))
-        parts.append((sites, matrix))
-    return parts
+    for support in sorted(supports, key=lambda s: (len(s), s)):
+        matrix = _matrix_on(c, supports[support], support, dim)
+        parts.append((matrix, tuple(sites[i] for i in support)))
+    if constant is not None:
+        parts.append((complex(c[(0,) * c.ndim]) * torch.eye(dim, dtype=torch.complex128), (sites[0],)))
+    return tuple(parts)

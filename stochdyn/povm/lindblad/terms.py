@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stochdyn._checks import values_are_checked
 from stochdyn.errors import LindbladianError
 from stochdyn.povm.frames.operators import as_operator
+from stochdyn.povm.lindblad.coefficients import Coefficient, read_coefficient
 
-__all__ = ["Term", "TermCoefficient", "coupling_value", "parse_terms"]
+__all__ = ["CollectiveJump", "Part", "Term", "parse_hamiltonian", "parse_jumps", "read_places"]
 
-_NAMED = re.compile(r"\s*(?:([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*\*\s*)?([A-Za-z_]\w*)\s*")
-
-
-@dataclass(frozen=True)
-class TermCoefficient:
-    """The coefficient of a term, ``factor * function(t) * parameter``; what is None is left out.
-
-    Attributes:
-        factor: a number.
-        function: of time.
-        parameter: name of a parameter whose value comes later.
-        value: a tensor ``()`` that stays differentiable.
-    """
-
-    factor: float = 1.0
-    function: Callable[[Any], Any] | None = None
-    parameter: str | None = None
-    value: Tensor | None = None
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether the coefficient is a plain number."""
-        return self.function is None and self.parameter is None and self.value is None
-
-    @property
-    def key(self) -> tuple[int | None, str | None, int | None]:
-        """What two couplings share if they differ by their factors only."""
-        return (
-            None if self.function is None else id(self.function),
-            self.parameter,
-            None if self.value is None else id(self.value),
-        )
+Part = tuple[Tensor, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Term:
-    """One term: a coefficient, a matrix and the sites on which it acts.
+    """One local term: a coefficient, a matrix and the sites on which it acts.
 
     Attributes:
         coupling: the coefficient; of a jump, its rate.
@@ -60,147 +30,216 @@ class Term:
         sites: ``k`` different sites.
     """
 
-    coupling: TermCoefficient
+    coupling: Coefficient
     matrix: Tensor
     sites: tuple[int, ...]
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The local matrices whose sum the operator is: the one."""
+        return ((self.matrix, self.sites),)
 
-def coupling_value(coupling: TermCoefficient, t: float) -> float:
-    """Return the coefficient of a term at a time.
 
-    Raises:
-        LindbladianError: if a parameter isn't bound.
+@dataclass(frozen=True)
+class CollectiveJump:
+    r"""A jump whose operator is a sum of local ones, :math:`L=\sum_ic_i`, such as that of superradiant decay.
+
+    .. math::
+        \mathcal D[L]\rho = \sum_{ij}\Bigl(c_i\rho c_j^\dagger-\tfrac12\{c_j^\dagger c_i,\rho\}\Bigr)
+
+    Attributes:
+        coupling: the rate.
+        parts: pairs of a matrix ``(d**k, d**k)`` and its sites.
     """
-    if coupling.parameter is not None:
-        raise LindbladianError(
-            "parameters must be bound first", got=coupling.parameter, hint="model.bind(name=value)"
-        )
-    value = coupling.factor
-    if coupling.function is not None:
-        value *= float(coupling.function(torch.tensor(t, dtype=torch.float64)))
-    if coupling.value is not None:
-        value *= float(coupling.value.detach())
-    return value
+
+    coupling: Coefficient
+    parts: tuple[Part, ...]
+
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """All sites that it acts on."""
+        return tuple(sorted({site for _, sites in self.parts for site in sites}))
 
 
-def parse_terms(terms: Iterable[Any], num_sites: int, dim: int, kind: str) -> list[Term]:
-    """Return the terms of a list of ``(coefficient, operator, sites)``.
+def parse_hamiltonian(terms: Iterable[Any], num_sites: int, dim: int) -> list[Term]:
+    """Return the Hamiltonian terms of a list of ``(coefficient, operator, sites)``.
 
     Args:
         terms: see :class:`~stochdyn.povm.lindblad.lindbladian.Lindbladian`.
         num_sites: of the lattice.
         dim: levels of a site.
-        kind: ``"hamiltonian"`` or ``"jump"``.
 
     Raises:
-        LindbladianError: if a term isn't Hermitian (``"hamiltonian"``), a rate is negative (``"jump"``), or sites
-            repeat or don't exist.
+        LindbladianError: if a term isn't Hermitian, or sites repeat or don't exist.
     """
     parsed: list[Term] = []
+    for name, (coefficient, operator, sites) in _entries(terms, "hamiltonian"):
+        places = read_places(sites, num_sites, f"the sites of {name}")
+        if not places:  # an empty list of bonds, say
+            continue
+        matrix = as_operator(operator, dim, len(places[0]), f"the operator of {name}")
+        _check_hermitian(matrix, name)
+        for coupling, place in zip(_couplings(coefficient, len(places), name), places, strict=True):
+            if not coupling.is_constant or coupling.factor != 0:
+                parsed.append(Term(coupling, matrix, place))
+    return parsed
+
+
+def parse_jumps(terms: Iterable[Any], num_sites: int, dim: int) -> list[Term | CollectiveJump]:
+    """Return the jumps of a list of ``(rate, operator, sites)``.
+
+    A rate that is a matrix ``(n, n)``, for ``n`` places, correlates them: its eigenvectors are collective jumps. An
+    operator on more sites than a local term may have is taken apart into a sum of local ones.
+
+    Args:
+        terms: see :class:`~stochdyn.povm.lindblad.lindbladian.Lindbladian`.
+        num_sites: of the lattice.
+        dim: levels of a site.
+
+    Raises:
+        LindbladianError: if a matrix of rates isn't Hermitian and positive, an operator on many sites isn't a sum of
+            local ones, or sites repeat or don't exist.
+    """
+    from stochdyn.povm.lindblad.pauli import MAX_SUPPORT, split_jump
+
+    parsed: list[Term | CollectiveJump] = []
+    for name, (coefficient, operator, sites) in _entries(terms, "jump"):
+        places = read_places(sites, num_sites, f"the sites of {name}")
+        if not places:
+            continue
+        matrix = as_operator(operator, dim, len(places[0]), f"the operator of {name}")
+        if _is_matrix(coefficient):
+            parsed += _correlated(coefficient, matrix, places, name)
+            continue
+        for coupling, place in zip(_couplings(coefficient, len(places), name), places, strict=True):
+            if coupling.is_constant and coupling.factor == 0:
+                continue
+            if len(place) <= MAX_SUPPORT and dim ** (2 * len(place)) <= 1024:
+                parsed.append(Term(coupling, matrix, place))
+            else:
+                parts = split_jump(matrix, place, dim, f"the operator of {name}")
+                parsed.append(CollectiveJump(coupling, parts))
+    return parsed
+
+
+def _entries(terms: Any, kind: str) -> Iterable[tuple[str, Sequence[Any]]]:
+    if isinstance(terms, str | bytes | Tensor | np.ndarray) or not isinstance(terms, Iterable):
+        raise LindbladianError(
+            f"the {kind} terms must be a list of (coefficient, operator, sites)", got=type(terms).__name__
+        )
     for place, entry in enumerate(terms):
         name = f"{kind} term {place}"
-        if isinstance(entry, (str, Tensor)) or not isinstance(entry, Sequence) or len(entry) != 3:
+        if isinstance(entry, str | Tensor) or not isinstance(entry, Sequence) or len(entry) != 3:
             raise LindbladianError(
                 f"{name} must be (coefficient, operator, sites)",
                 got=repr(entry)[:80],
                 expected="three entries",
             )
-        coefficient, operator, sites = entry
-        groups = _site_groups(sites, num_sites, name)
-        if not groups:  # an empty list of bonds, say
+        yield name, entry
+
+
+def _is_matrix(coefficient: Any) -> bool:
+    """Whether a coefficient is a matrix of rates."""
+    if isinstance(coefficient, list | tuple):
+        return bool(coefficient) and all(
+            isinstance(row, list | tuple) or getattr(row, "ndim", 0) == 1 for row in coefficient
+        )
+    return getattr(coefficient, "ndim", 0) == 2
+
+
+def _correlated(
+    rates: Any, matrix: Tensor, places: list[tuple[int, ...]], name: str
+) -> list[Term | CollectiveJump]:
+    """Diagonalise a matrix of rates: its eigenvectors are the weights of collective jumps."""
+    try:
+        gamma = torch.as_tensor(np.asarray(rates)).to(torch.complex128)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LindbladianError(f"the rates of {name} must be numbers", got=repr(rates)[:60]) from error
+    n = len(places)
+    if gamma.shape != (n, n):
+        raise LindbladianError(
+            f"{name} needs one rate for each pair of places", got=tuple(gamma.shape), expected=(n, n)
+        )
+    scale = float(gamma.abs().max())
+    if not np.isfinite(scale):
+        raise LindbladianError(f"the rates of {name} must be finite")
+    if float((gamma - gamma.mH).abs().max()) > 1e-10 * scale:
+        raise LindbladianError(f"the matrix of rates of {name} isn't Hermitian")
+    values, vectors = torch.linalg.eigh(gamma)
+    if float(values[0]) < -1e-10 * scale:
+        raise LindbladianError(
+            f"the matrix of rates of {name} must be positive",
+            got=f"an eigenvalue of {float(values[0]):.3g}",
+            hint="no physical bath has such rates; |gamma_ij| is at most sqrt(gamma_ii gamma_jj)",
+        )
+    jumps: list[Term | CollectiveJump] = []
+    for value, vector in zip(values.tolist(), vectors.mT, strict=True):
+        if value <= 1e-14 * scale:
             continue
-        matrix = as_operator(operator, dim, len(groups[0]), f"the operator of {name}")
-        if kind == "hamiltonian":
-            _check_hermitian(matrix, name)
-        for coupling, group in zip(_couplings(coefficient, len(groups), name), groups, strict=True):
-            if kind == "jump" and values_are_checked() and coupling.factor < 0:
-                raise LindbladianError(
-                    f"the rate of {name} is negative",
-                    got=f"{coupling.factor:g}",
-                    expected="at least 0",
-                    hint="a rate multiplies the dissipator, so the jump operator carries its square root",
-                )
-            if not coupling.is_constant or coupling.factor != 0:
-                parsed.append(Term(coupling, matrix, group))
-    return parsed
+        weights = [complex(w) for w in vector]
+        parts = tuple((w * matrix, place) for w, place in zip(weights, places, strict=True) if abs(w) > 1e-14)
+        if len(parts) == 1:
+            jumps.append(Term(Coefficient(value), *parts[0]))
+        else:
+            jumps.append(CollectiveJump(Coefficient(value), parts))
+    return jumps
 
 
-def _site_groups(sites: Any, num_sites: int, name: str) -> list[tuple[int, ...]]:
-    """A tuple or a number is one place, a list many, ``"all"`` every site."""
-    if isinstance(sites, str) and sites == "all":
+def read_places(sites: Any, num_sites: int, name: str) -> list[tuple[int, ...]]:
+    """Return the places that users name: a tuple, an array or a number is one, a list many, ``"all"`` every site.
+
+    Raises:
+        LindbladianError: if a site isn't an integer, doesn't exist or comes twice, or places differ in size.
+    """
+    if isinstance(sites, str):
+        if sites != "all":
+            raise LindbladianError(f"{name} can't be read", got=repr(sites), expected="'all', or numbers")
         groups: list[Any] = [(i,) for i in range(num_sites)]
     elif isinstance(sites, list):
         groups = sites
+    elif getattr(sites, "ndim", 0) == 2:
+        groups = list(sites.tolist())
     else:
         groups = [sites]
-    if not groups:
-        return []
     out: list[tuple[int, ...]] = []
     for group in groups:
-        where = tuple(group) if isinstance(group, (tuple, list)) else (group,)
-        if any(isinstance(s, bool) or not hasattr(s, "__index__") for s in where):
-            raise LindbladianError(f"the sites of {name} must be integers", got=repr(group))
+        one = group.tolist() if hasattr(group, "tolist") else group
+        where = tuple(one) if isinstance(one, tuple | list) else (one,)
+        if not where or any(isinstance(s, bool) or not hasattr(s, "__index__") for s in where):
+            raise LindbladianError(f"{name} must be integers", got=repr(group)[:60])
         where = tuple(s.__index__() for s in where)
-        if not where or min(where) < 0 or max(where) >= num_sites:
+        outside = [s for s in where if not 0 <= s < num_sites]
+        if outside:
             raise LindbladianError(
-                f"{name} acts on a site that doesn't exist", got=where, expected=f"sites 0 to {num_sites - 1}"
+                f"{name}: there is a site that doesn't exist",
+                got=outside[0],
+                expected=f"sites 0 to {num_sites - 1}",
             )
         if len(set(where)) != len(where):
-            raise LindbladianError(f"{name} names a site twice", got=where)
-        if len(where) != len(out[0] if out else where):
-            raise LindbladianError(f"{name} lists places of different size", got=f"{out[0]} and {where}")
+            raise LindbladianError(f"{name}: a site comes twice", got=where)
+        if out and len(where) != len(out[0]):
+            raise LindbladianError(f"{name}: places are of different size", got=f"{out[0]} and {where}")
         out.append(where)
     return out
 
 
-def _couplings(coefficient: Any, count: int, name: str) -> list[TermCoefficient]:
-    if isinstance(coefficient, str):
-        match = _NAMED.fullmatch(coefficient)
-        if match is None:
-            raise LindbladianError(
-                f"the coefficient of {name} can't be read",
-                got=repr(coefficient),
-                expected="a number, a function of time, or a parameter such as 'g' or '0.5*g'",
-            )
-        return [TermCoefficient(factor=float(match[1] or 1.0), parameter=match[2])] * count
-    if callable(coefficient) and not isinstance(coefficient, Tensor):
-        return [TermCoefficient(function=coefficient)] * count
-    values = list(coefficient) if _is_listing(coefficient) else [coefficient] * count
-    if len(values) != count:
-        raise LindbladianError(
-            f"{name} needs one coefficient a place, or one for all", got=f"{len(values)} for {count} places"
-        )
-    return [_number(value, name) for value in values]
-
-
-def _is_listing(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return True
-    return bool(getattr(value, "ndim", 0))
-
-
-def _number(value: Any, name: str) -> TermCoefficient:
-    if isinstance(value, Tensor) and value.requires_grad:
-        return TermCoefficient(value=value.reshape(()))
-    if isinstance(value, (str, type(None))) or (callable(value) and not isinstance(value, Tensor)):
-        return _couplings(value, 1, name)[0] if value is not None else _bad_number(value, name)
-    number = complex(value)
-    if number.imag != 0 or not torch.isfinite(torch.tensor(number.real)):
-        return _bad_number(value, name)
-    return TermCoefficient(factor=number.real)
-
-
-def _bad_number(value: Any, name: str) -> TermCoefficient:
-    raise LindbladianError(
-        f"the coefficient of {name} must be real and finite",
-        got=repr(value),
-        hint="put phases into the operator; a Hamiltonian term has to be Hermitian as a whole",
+def _couplings(coefficient: Any, count: int, name: str) -> list[Coefficient]:
+    listed = isinstance(coefficient, list | tuple) or (
+        not callable(coefficient) and bool(getattr(coefficient, "ndim", 0))
     )
+    if not listed:
+        return [read_coefficient(coefficient, name)] * count
+    if len(coefficient) != count:
+        raise LindbladianError(
+            f"{name} needs one coefficient for each place, or one for all",
+            got=f"{len(coefficient)} for {count} places",
+        )
+    return [read_coefficient(value, name) for value in coefficient]
 
 
 def _check_hermitian(matrix: Tensor, name: str) -> None:
     deviation = float((matrix - matrix.mH).abs().max())
-    if deviation > 1e-10 * max(1.0, float(matrix.abs().max())):
+    if values_are_checked() and deviation > 1e-10 * float(matrix.abs().max()):
         raise LindbladianError(
             f"{name} isn't Hermitian",
             got=f"a deviation of {deviation:.3g} from its adjoint",

@@ -1,7 +1,9 @@
 from .density import DensityGenerator as DensityGenerator
+from .density import check_bound as check_bound
 from .density import check_density_size as check_density_size
 from .density import full_operator as full_operator
 from .density import initial_density as initial_density
+from .integration import integrate as integrate
 from .physicality import Positivity as Positivity
 from .physicality import classical_fidelity as classical_fidelity
 from .physicality import marginal as marginal
@@ -15,3 +17,6 @@ from .propagation import propagate as propagate
 from .propagation import sparse_generator as sparse_generator
 from .propagation import stationary_probabilities as stationary_probabilities
 from .propagator import Propagator as Propagator
+from .schedule import Schedule as Schedule
+from .schedule import Segment as Segment
+from .schedule import make_schedule as make_schedule

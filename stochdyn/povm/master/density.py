@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
+from stochdyn.errors import LindbladianError, ShapeError, SystemSizeError
+from stochdyn.povm.frames.embedding import full_operator
 from stochdyn.povm.frames.operators import as_state
-from stochdyn.povm.lindblad.terms import TermCoefficient, coupling_value
+from stochdyn.povm.frames.products import is_listing, site_states
+from stochdyn.povm.lindblad.coefficients import Coefficient, coefficient_value
+from stochdyn.povm.lindblad.lindbladian import check_rate
+from stochdyn.povm.master.integration import integrate
+from stochdyn.povm.master.schedule import Schedule
 
 if TYPE_CHECKING:
     from scipy import sparse
 
     from stochdyn.povm.lindblad.lindbladian import Lindbladian
+    from stochdyn.povm.lindblad.terms import CollectiveJump, Term
 
-__all__ = ["DensityGenerator", "check_density_size", "full_operator", "initial_density"]
+__all__ = [
+    "DensityGenerator",
+    "check_bound",
+    "check_density_size",
+    "full_operator",
+    "initial_density",
+    "whole_operator",
+]
 
 _MAX_ELEMENTS = 1 << 26
 
@@ -53,12 +67,8 @@ def initial_density(state: Any, num_sites: int, dim: int = 2) -> Tensor:
         SystemSizeError: if the matrix would be too large.
     """
     check_density_size(num_sites, dim)
-    if isinstance(state, (list, tuple)) and any(isinstance(s, str) or hasattr(s, "shape") for s in state):
-        if len(state) != num_sites:
-            raise InvalidInputError(
-                "a product state needs one state a site", got=len(state), expected=num_sites
-            )
-        return reduce(torch.kron, [as_state(s, dim) for s in state])
+    if is_listing(state):
+        return reduce(torch.kron, [as_state(s, dim) for s in site_states(state, num_sites)])
     rho = as_state(state, dim)
     if rho.shape[0] == dim and num_sites > 1:
         return reduce(torch.kron, [rho] * num_sites)
@@ -69,31 +79,6 @@ def initial_density(state: Any, num_sites: int, dim: int = 2) -> Tensor:
             expected=f"{dim} or {dim**num_sites} levels",
         )
     return rho
-
-
-def full_operator(matrix: Tensor, sites: Sequence[int], num_sites: int, dim: int) -> sparse.csr_matrix:
-    """Return an operator on some sites as a sparse matrix ``(d**N, d**N)`` on all."""
-    from scipy import sparse
-
-    k = len(sites)
-    digits = np.arange(dim**num_sites)
-    strides = [dim ** (num_sites - 1 - s) for s in sites]
-    local = sum((digits // stride % dim) * dim ** (k - 1 - j) for j, stride in enumerate(strides))
-    rest = digits - sum((digits // stride % dim) * stride for stride in strides)
-    offsets = sum(
-        (np.arange(dim**k) // dim ** (k - 1 - j) % dim) * stride for j, stride in enumerate(strides)
-    )
-    entries = matrix.resolve_conj().numpy()
-    rows, columns, values = [], [], []
-    for target in range(dim**k):
-        weights = entries[target, local]
-        alive = np.nonzero(weights)[0]
-        rows.append(rest[alive] + offsets[target])
-        columns.append(alive)
-        values.append(weights[alive])
-    shape = (dim**num_sites, dim**num_sites)
-    data = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
-    return sparse.csr_matrix(data, shape=shape)
 
 
 class DensityGenerator:
@@ -108,81 +93,81 @@ class DensityGenerator:
 
     Raises:
         SystemSizeError: if the density matrix would be too large.
+        LindbladianError: if parameters aren't bound.
     """
 
     def __init__(self, model: Lindbladian) -> None:
         check_density_size(model.num_sites, model.dim)
+        check_bound(model)
         self.size = model.dim**model.num_sites
-        self._drifts: list[tuple[TermCoefficient, Any]] = []
-        self._jumps: list[tuple[TermCoefficient, Any]] = []
-        drifts: dict[Any, tuple[TermCoefficient, Any]] = {}
+        self._drifts: list[tuple[Coefficient, Any]] = []
+        self._jumps: list[tuple[Coefficient, Any, tuple[int, ...]]] = []
+        drifts: dict[Any, tuple[Coefficient, Any]] = {}
 
-        def add(coupling: TermCoefficient, operator: Any) -> None:
-            shared = TermCoefficient(1.0, coupling.function, coupling.parameter, coupling.value)
+        def add(coupling: Coefficient, operator: Any) -> None:
             total = drifts[coupling.key][1] + operator if coupling.key in drifts else operator
-            drifts[coupling.key] = (shared, total)
+            drifts[coupling.key] = (replace(coupling, factor=1.0), total)
 
         for term in model.hamiltonian:
             h = full_operator(term.matrix, term.sites, model.num_sites, model.dim)
             add(term.coupling, -1j * term.coupling.factor * h)
-        for term in model.jumps:
-            c = full_operator(term.matrix, term.sites, model.num_sites, model.dim)
-            add(term.coupling, -0.5 * term.coupling.factor * (c.conj().T @ c))
-            self._jumps.append((term.coupling, c))
+        for jump in model.jumps:
+            c = whole_operator(jump, model.num_sites, model.dim)
+            add(jump.coupling, -0.5 * jump.coupling.factor * (c.conj().T @ c))
+            self._jumps.append((jump.coupling, c, jump.sites))
         self._drifts = [(coupling, operator.tocsr()) for coupling, operator in drifts.values()]
 
     def __call__(self, t: float, rho: np.ndarray) -> np.ndarray:
-        """Return the rate of change of a Hermitian matrix."""
+        """Return the rate of change of a Hermitian matrix.
+
+        Raises:
+            LindbladianError: if a rate that depends on time is negative.
+        """
         flow = np.zeros_like(rho)
         for coupling, operator in self._drifts:
-            flow += coupling_value(coupling, t) * (operator @ rho)
-        for coupling, c in self._jumps:
+            flow += coefficient_value(coupling, t) * (operator @ rho)
+        for coupling, c, sites in self._jumps:
+            rate = coefficient_value(coupling, t)
+            if coupling.uses_time:
+                check_rate(rate, t, sites)
             # half of a Hermitian term, so that adding the adjoint below completes it
-            flow += (0.5 * coupling_value(coupling, t)) * (c @ (c @ rho).conj().T)
+            flow += (0.5 * rate) * (c @ (c @ rho).conj().T)
         return flow + flow.conj().T
 
     def integrate(
         self,
         rho: Tensor,
-        times: Sequence[float],
+        schedule: Schedule,
         visit: Callable[[int, Tensor], None],
         rtol: float = 1e-11,
         atol: float = 1e-13,
     ) -> None:
-        """Integrate by an explicit Runge-Kutta method of order eight, and visit the state at every time.
-
-        Args:
-            rho: ``(D, D)`` at the first time.
-            times: increasing.
-            visit: called with the number of a time and the state then.
-            rtol: relative tolerance.
-            atol: absolute tolerance.
-        """
-        from scipy.integrate import DOP853
-
+        """Integrate and visit the density matrix at every output time; see :func:`~stochdyn.povm.master.integration.integrate`."""
         size = self.size
 
         def change(t: float, y: np.ndarray) -> np.ndarray:
             return self(t, y.reshape(size, size)).reshape(-1)
 
+        def look(index: int, y: np.ndarray) -> None:
+            visit(index, torch.from_numpy(np.array(y).reshape(size, size)))
+
         start = rho.resolve_conj().numpy().reshape(-1)
-        visit(0, rho)
-        if len(times) == 1:
-            return
-        solver = DOP853(change, times[0], start, times[-1], rtol=rtol, atol=atol)
-        place = 1
-        while place < len(times):
-            message = solver.step()
-            if solver.status == "failed":
-                raise InvalidInputError(
-                    "the integration failed", got=message, hint="are coefficients finite?"
-                )
-            dense = None
-            while place < len(times) and solver.t >= times[place]:
-                if solver.t == times[place]:
-                    y = solver.y
-                else:
-                    dense = dense or solver.dense_output()
-                    y = dense(times[place])
-                visit(place, torch.from_numpy(np.array(y).reshape(size, size)))
-                place += 1
+        integrate(change, start, schedule, look, rtol=rtol, atol=atol)
+
+
+def whole_operator(jump: Term | CollectiveJump, num_sites: int, dim: int) -> sparse.csr_matrix:
+    """Return the operator of a jump, or of a term, on the whole lattice."""
+    parts = [full_operator(matrix, sites, num_sites, dim) for matrix, sites in jump.parts]
+    return sum(parts[1:], parts[0])
+
+
+def check_bound(model: Lindbladian) -> None:
+    """Raise unless all parameters of a model are set.
+
+    Raises:
+        LindbladianError: naming those that aren't.
+    """
+    if model.parameters:
+        raise LindbladianError(
+            "parameters must be bound first", got=", ".join(model.parameters), hint="model.bind(name=value)"
+        )

@@ -9,13 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_time_grid
+from stochdyn._checks import check_positive
 from stochdyn.core.forward.master_terms import SparseMasterEquation
 from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
 from stochdyn.povm.frames.frame import Frame
 from stochdyn.povm.frames.products import probabilities_of
 from stochdyn.povm.frames.site_frames import SiteFrames
-from stochdyn.povm.master.density import initial_density
+from stochdyn.povm.lindblad.coefficients import coefficient_value
+from stochdyn.povm.lindblad.lindbladian import check_rate
+from stochdyn.povm.master.arguments import as_times, check_frame, check_model
+from stochdyn.povm.master.density import check_bound, initial_density
+from stochdyn.povm.master.integration import integrate
+from stochdyn.povm.master.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -26,6 +31,7 @@ __all__ = ["initial_probabilities", "propagate", "sparse_generator", "stationary
 
 _MAX_OUTCOMES = 1 << 20
 _MAX_MATRIX = 1 << 15
+_MAX_TURNS = 1e6
 
 
 def check_outcomes(num_outcomes: int, num_sites: int) -> None:
@@ -47,9 +53,9 @@ def initial_probabilities(povm: Frame | SiteFrames, state: Any, num_sites: int) 
     """Return the probabilities ``(K**N,)`` of all outcomes in a state.
 
     Args:
-        povm: the frame of all sites, or one a site.
-        state: as for :func:`~stochdyn.povm.exact.evolve`.
-        num_sites: ``N``.
+        povm: the frame of all sites, or one for each site.
+        state: the state, as for :func:`~stochdyn.povm.exact.evolve`.
+        num_sites: the number ``N`` of sites.
     """
     check_outcomes(povm.num_outcomes, num_sites)
     rho = initial_density(state, num_sites, povm.dim)
@@ -74,10 +80,12 @@ def propagate(
     model: Lindbladian,
     povm: Frame | SiteFrames,
     state: Any,
-    times: Tensor | Sequence[float],
+    ts: Tensor | Sequence[float],
     *,
     rtol: float = 1e-11,
     atol: float = 1e-14,
+    max_step: float | None = None,
+    breaks: Sequence[float] = (),
 ) -> Tensor:
     r"""Return the probabilities of all outcomes at all times, from the master equation.
 
@@ -86,18 +94,21 @@ def propagate(
     by the action of the matrix exponential, or by a Runge-Kutta method of order eight if coefficients depend on time.
 
     Args:
-        model: with its parameters bound.
-        povm: the frame of all sites, or one a site.
-        state: as for :func:`~stochdyn.povm.exact.evolve`, or the probabilities ``(K**N,)`` at the first time.
-        times: increasing, the first being that of the initial state.
-        rtol: relative tolerance, if coefficients depend on time.
-        atol: absolute tolerance.
+        model: the Lindbladian, its parameters bound.
+        povm: the frame of all sites, or one for each site.
+        state: the initial state, as for :func:`~stochdyn.povm.exact.evolve`, or the probabilities ``(K**N,)`` of all
+            outcomes at the first time.
+        ts: the output times, increasing, the first being that of the initial state.
+        rtol: the relative tolerance of a step, if coefficients depend on time.
+        atol: the absolute tolerance of a step.
+        max_step: the longest step, if coefficients depend on time, for pulses shorter than 1/4096 of the span.
+        breaks: times where coefficients aren't smooth; jumps are found without.
 
     Returns:
         ``(T, K**N)`` float64, the first site slowest.
 
     Raises:
-        TimeGridError: if times don't increase.
+        TimeGridError: if the times don't increase.
         SystemSizeError: if there are over 2**20 outcomes (ten qubits).
 
     Example:
@@ -109,10 +120,14 @@ def propagate(
     Reference:
         Al-Mohy and Higham, SIAM J. Sci. Comput. 33, 488 (2011).
     """
-    grid = torch.as_tensor(times, dtype=torch.float64)
-    check_time_grid(grid, "times", min_points=1)
+    check_model(model)
+    check_frame(povm)
+    grid = as_times(ts)
+    check_positive(rtol, "rtol")
+    check_positive(atol, "atol")
+    check_bound(model)
     check_outcomes(povm.num_outcomes, model.num_sites)
-    model.check_rates(grid.tolist())
+    schedule = make_schedule(model, grid, max_step=max_step, breaks=breaks)
     if isinstance(state, Tensor) and state.is_floating_point() and state.ndim == 1:
         if state.shape[0] != povm.num_outcomes**model.num_sites:
             raise ShapeError(
@@ -125,11 +140,12 @@ def propagate(
         p = initial_probabilities(povm, state, model.num_sites)
     operator = model.master_operator(povm)
     if model.is_time_dependent:
-        return _integrate(operator, p, grid, rtol, atol)
+        return _integrate(model, operator, p, schedule, rtol, atol)
     from scipy.sparse.linalg import expm_multiply
 
     matrix = sparse_generator(operator) if operator.num_states <= _MAX_MATRIX else _matrix_free(operator)
     trace = _trace(operator)
+    check_length(model, float(grid[-1] - grid[0]))
     values = [p.numpy()]
     for span in (grid[1:] - grid[:-1]).tolist():
         values.append(expm_multiply(matrix * span, values[-1], traceA=trace * span))
@@ -164,19 +180,47 @@ def _matrix_free(operator: SparseMasterEquation) -> Any:
     )
 
 
-def _integrate(operator: SparseMasterEquation, p: Tensor, grid: Tensor, rtol: float, atol: float) -> Tensor:
-    from scipy.integrate import solve_ivp
+def check_length(model: Lindbladian, span: float) -> None:
+    """Raise if an evolution takes so many periods of the fastest term that it wouldn't end.
+
+    Raises:
+        InvalidInputError: if it is over a million.
+    """
+    turns = model.rate_scale() * span
+    if not turns <= _MAX_TURNS:
+        raise InvalidInputError(
+            "the evolution is too long to be followed",
+            got=f"{turns:.2g} times the inverse of the fastest rate",
+            expected=f"at most {_MAX_TURNS:g}",
+            hint="steady_state finds where it ends",
+        )
+
+
+def _integrate(
+    model: Lindbladian,
+    operator: SparseMasterEquation,
+    p: Tensor,
+    schedule: Schedule,
+    rtol: float,
+    atol: float,
+) -> Tensor:
+    jumps = [jump for jump in model.jumps if jump.coupling.uses_time]
 
     def change(t: float, y: np.ndarray) -> np.ndarray:
+        for jump in jumps:
+            check_rate(coefficient_value(jump.coupling, t), t, jump.sites)
         return operator.apply(torch.from_numpy(y), t).detach().numpy()
 
-    if len(grid) == 1:
-        return p[None]
-    span = (float(grid[0]), float(grid[-1]))
-    run = solve_ivp(change, span, p.numpy(), "DOP853", grid.numpy(), rtol=rtol, atol=atol)
-    if not run.success:
-        raise InvalidInputError("the integration failed", got=run.message, hint="are coefficients finite?")
-    return torch.from_numpy(np.ascontiguousarray(run.y.T))
+    values: list[Tensor] = []
+    integrate(
+        change,
+        p.numpy(),
+        schedule,
+        lambda _, y: values.append(torch.from_numpy(y.copy())),
+        rtol=rtol,
+        atol=atol,
+    )
+    return torch.stack(values)
 
 
 def stationary_probabilities(operator: SparseMasterEquation) -> Tensor:
@@ -191,6 +235,7 @@ def stationary_probabilities(operator: SparseMasterEquation) -> Tensor:
             "there are too many outcomes for a dense solve", got=operator.num_states, expected=4096
         )
     matrix = operator.to_sparse().to_dense().detach().double().clone()
+    matrix /= matrix.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     matrix[0] = 1.0  # rows sum to zero, so one of them is redundant; normalisation takes its place
     right = torch.zeros(operator.num_states, dtype=torch.float64)
     right[0] = 1.0

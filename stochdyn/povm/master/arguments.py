@@ -1,0 +1,42 @@
+"""Checks of the arguments that the entrances of this package share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import as_time_grid, check_type
+from stochdyn.povm.frames.frame import Frame
+from stochdyn.povm.frames.lattice_observables import Observable, observables
+from stochdyn.povm.frames.site_frames import SiteFrames
+from stochdyn.povm.lindblad.lindbladian import Lindbladian
+
+__all__ = ["as_times", "check_frame", "check_model", "read_observables"]
+
+
+def check_model(model: object) -> None:
+    """Raise unless ``model`` is a Lindbladian."""
+    check_type(model, Lindbladian, "model", hint="stochdyn.povm.Lindbladian(num_sites, hamiltonian, jumps)")
+
+
+def check_frame(povm: object) -> None:
+    """Raise unless ``povm`` is a frame, or one for each site."""
+    check_type(povm, (Frame, SiteFrames), "povm", hint="such as stochdyn.povm.Tetrahedral()")
+
+
+def read_observables(model: Lindbladian, specs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Observable]:
+    """Return observables by name, those on two sites averaged over the bonds of the model."""
+    return observables(specs, model.num_sites, dim=model.dim, bonds=model.bonds)
+
+
+def as_times(ts: object, name: str = "ts", min_points: int = 1) -> Tensor:
+    """Return increasing times of any kind as a float64 tensor ``(T,)`` on the CPU.
+
+    Raises:
+        TimeGridError: if they aren't times, or don't increase.
+    """
+    like = torch.empty(0, dtype=torch.float64)
+    return as_time_grid(ts, name, min_points, like).detach().double().cpu()

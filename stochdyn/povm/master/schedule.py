@@ -1,0 +1,236 @@
+"""When an evolution must stop and how far it may step: output times, breaks of the coefficients, and their pulses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from stochdyn._checks import as_tensor, check_real
+from stochdyn.errors import InvalidInputError, LindbladianError
+from stochdyn.povm.lindblad.coefficients import coefficient_value
+from stochdyn.povm.lindblad.lindbladian import check_rate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stochdyn.povm.lindblad.lindbladian import Lindbladian
+
+__all__ = ["Schedule", "Segment", "make_schedule"]
+
+_LOOKS, _LOOKS_BETWEEN, _MAX_LOOKS = 4096, 32, 200_000
+_MAX_JUMPS = 512
+_LARGEST_PART = 1 / 32
+_VARIATION = 0.25
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A span of time on which all coefficients are smooth.
+
+    Attributes:
+        start: the first time; coefficients are evaluated at it, not before.
+        end: the last time.
+        output: the index of the output time at its end, or None where there is none.
+    """
+
+    start: float
+    end: float
+    output: int | None
+
+
+class Schedule:
+    """The smooth segments between output times, and the longest step at any time.
+
+    A solver that controls its step by an error estimate sees the coefficients only where it evaluates them, so a pulse
+    after a quiet stretch can fall between. Therefore coefficients are looked at in 4096 places, jumps are found by
+    bisection, steps end where a coefficient starts or ceases to move, and none is longer than a quarter of the range
+    of any of them.
+
+    Args:
+        ts: the output times.
+        segments: in order, without gaps wider than rounding.
+        knots: increasing times at which the variation is known, or none for coefficients that are constant.
+        variation: the largest variation of any coefficient, relative to its range, up to each of them.
+        max_step: the longest step allowed, infinite for no bound.
+    """
+
+    def __init__(
+        self,
+        ts: Sequence[float],
+        segments: Sequence[Segment],
+        knots: Sequence[float] = (),
+        variation: Sequence[float] = (),
+        max_step: float = math.inf,
+    ) -> None:
+        self.ts, self.segments, self.max_step = list(ts), list(segments), max_step
+        self._knots, self._variation = list(knots), list(variation)
+        self.span = self.ts[-1] - self.ts[0]
+
+    def longest(self, t: float) -> float:
+        """Return the length that a step from a time must not exceed."""
+        if not self._knots:
+            return self.max_step
+        place = min(max(bisect_right(self._knots, t) - 1, 0), len(self._knots) - 1)
+        target = self._variation[place] + _VARIATION
+        last = min(bisect_right(self._variation, target), len(self._knots) - 1)
+        reach = self._knots[last] - t
+        cell = self._knots[1] - self._knots[0] if len(self._knots) > 1 else self.span
+        return min(self.max_step, max(reach, cell), _LARGEST_PART * self.span)
+
+    def segment_of(self, t: float) -> Segment:
+        """Return the segment that a step from a time belongs to."""
+        ends = [segment.end for segment in self.segments]
+        return self.segments[min(bisect_right(ends, t), len(ends) - 1)]
+
+
+def make_schedule(
+    model: Lindbladian,
+    ts: Tensor,
+    *,
+    max_step: float | None = None,
+    breaks: Any = (),
+) -> Schedule:
+    """Return the schedule of an evolution, with every coefficient looked at.
+
+    Args:
+        model: the Lindbladian, its parameters bound.
+        ts: the output times ``(T,)``.
+        max_step: the longest step allowed; coefficients are looked at twice as often.
+        breaks: times where coefficients aren't smooth.
+
+    Raises:
+        LindbladianError: if a coefficient isn't finite, or a rate is negative.
+        InvalidInputError: if ``max_step`` isn't positive.
+    """
+    grid = [float(t) for t in ts]
+    span = grid[-1] - grid[0]
+    longest = math.inf
+    if max_step is not None:
+        check_real(max_step, "max_step", above=0.0)
+        longest = float(max_step)
+        if span / longest > 1e7:
+            raise InvalidInputError("max_step is too short", got=f"{max_step:g} for a span of {span:g}")
+    like = torch.empty(0, dtype=torch.float64)
+    given = as_tensor(breaks, "breaks", 1, "(n,)", like=like).tolist()
+    moving = {term.coupling.key: term.coupling for term in model.terms if term.coupling.uses_time}
+    if len(grid) == 1:
+        model.check_rates(grid)
+        return Schedule(grid, [])
+    if not moving:
+        return Schedule(grid, _segments(grid, [_around(b) for b in given]), max_step=longest)
+    looks = _looks(grid, longest)
+    jumps: list[tuple[float, float]] = [_around(b) for b in given]
+    soft: list[float] = []
+    total = np.zeros(len(looks) - 1)
+    for key, coupling in moving.items():
+        relative = replace(coupling, factor=1.0)
+        value = partial(coefficient_value, relative)
+        values = np.array([value(t) for t in looks])
+        for jump in model.jumps:
+            if jump.coupling.key == key:
+                worst = int((values * jump.coupling.factor).argmin())
+                check_rate(float(values[worst] * jump.coupling.factor), float(looks[worst]), jump.sites)
+        reach = float(values.max() - values.min())
+        if reach <= 1e-13 * float(np.abs(values).max()):
+            continue
+        change = np.abs(np.diff(values)) / reach
+        total = np.maximum(total, change)
+        jumps += [_around(b) for b in coupling.breaks]
+        jumps += _find_jumps(value, looks, change)
+        active = change > 1e-9
+        edges = np.nonzero(active[1:] != active[:-1])[0] + 1
+        soft += looks[edges].tolist()
+    model.check_rates([t for pair in jumps for t in pair if grid[0] <= t <= grid[-1]])
+    segments = _segments(grid, jumps, soft)
+    return Schedule(grid, segments, looks.tolist(), [0.0, *np.cumsum(total).tolist()], longest)
+
+
+def _looks(grid: Sequence[float], longest: float) -> np.ndarray:
+    """Return the times at which coefficients are looked at, output times among them."""
+    span = grid[-1] - grid[0]
+    wanted = span / _LOOKS if math.isinf(longest) else min(span / _LOOKS, longest / 2)
+    wanted = max(wanted, span / _MAX_LOOKS)
+    between = _LOOKS_BETWEEN if len(grid) < _LOOKS else 2
+    parts = []
+    for start, end in itertools.pairwise(grid):
+        count = max(between, math.ceil((end - start) / wanted))
+        parts.append(np.linspace(start, end, count, endpoint=False))
+    return np.append(np.concatenate(parts), grid[-1])
+
+
+def _find_jumps(
+    value: Callable[[float], float], looks: np.ndarray, change: np.ndarray
+) -> list[tuple[float, float]]:
+    """Return the neighbouring floating times between which a coefficient jumps."""
+    around = np.maximum(np.append(change[1:], 0.0), np.insert(change[:-1], 0, 0.0))
+    suspects = np.nonzero((change > 0.02) | (change > 100 * np.maximum(around, 1e-11)))[0]
+    suspects = suspects[np.argsort(-change[suspects], kind="stable")[:_MAX_JUMPS]]
+    found = []
+    for i in sorted(suspects.tolist()):
+        low, high = float(looks[i]), float(looks[i + 1])
+        at_low, at_high = value(low), value(high)
+        whole = abs(at_high - at_low)
+        while True:
+            middle = low + (high - low) / 2
+            if not low < middle < high:
+                break
+            at = value(middle)
+            if abs(at - at_low) >= abs(at_high - at):
+                high, at_high = middle, at
+            else:
+                low, at_low = middle, at
+            if abs(at_high - at_low) < 0.1 * whole:
+                break
+        else:  # pragma: no cover (the loop ends by break)
+            continue
+        if abs(at_high - at_low) >= 0.1 * whole:
+            found.append((low, high))
+    return found
+
+
+def _around(t: float) -> tuple[float, float]:
+    """Return the floats before and after a break, neither of them at it."""
+    return math.nextafter(t, -math.inf), math.nextafter(t, math.inf)
+
+
+def _segments(
+    grid: Sequence[float], jumps: Iterable[tuple[float, float]], soft: Iterable[float] = ()
+) -> list[Segment]:
+    """Cut the span at output times, at jumps (from both sides) and where coefficients start to move."""
+    # each cut is (time, end of the segment before, start of the one after, output)
+    first, last = grid[0], grid[-1]
+    span = last - first
+    cuts: list[tuple[float, float, float, int | None]] = [(t, t, t, i) for i, t in enumerate(grid) if i > 0]
+    cuts += [(low, low, high, None) for low, high in set(jumps) if first < high and low < last]
+    cuts += [(t, t, t, None) for t in set(soft) if first < t < last]
+    cuts.sort(key=lambda cut: (cut[0], cut[3] is not None))
+    segments: list[Segment] = []
+    start = first
+    for _, end, after, output in cuts:
+        if output is None and (end - start) <= 1e-15 * span:
+            start = max(start, after)  # nothing happens in so short a time
+            continue
+        if output is not None and end <= start:
+            segments.append(Segment(end, end, output))  # an output time within a jump
+            continue
+        segments.append(Segment(start, end, output))
+        start = max(after, end)
+    return segments
+
+
+def check_finite_rates(values: np.ndarray, t: float) -> None:
+    """Raise if a rate of change isn't finite.
+
+    Raises:
+        LindbladianError: naming the time.
+    """
+    if not np.isfinite(values).all():
+        raise LindbladianError("the rate of change isn't finite", got=f"at time {t:g}")
