@@ -15,10 +15,14 @@ from .dynamics.evolution import EvolutionInterrupted as EvolutionInterrupted
 from .dynamics.steady import SteadyState as SteadyState
 from .dynamics.steady import steady_state as steady_state
 from .dynamics.time_evolution import evolve as evolve
+from .frames.frame import Basis as Basis
 from .frames.frame import FourPauli as FourPauli
 from .frames.frame import Frame as Frame
+from .frames.frame import Measurement as Measurement
+from .frames.frame import Pauli6 as Pauli6
 from .frames.frame import QutritSIC as QutritSIC
 from .frames.frame import Tetrahedral as Tetrahedral
+from .frames.frame import Unmeasured as Unmeasured
 from .frames.lattice_observables import Observable as Observable
 from .frames.lattice_observables import correlations as correlations
 from .frames.lattice_observables import observable as observable

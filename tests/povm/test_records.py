@@ -249,9 +249,9 @@ BAD = {
     "empty records": (
         lambda: infer_parameters(MeasurementRecords.of([0.0], [torch.zeros(0, 2).long()]), two_sites(), Tetrahedral(),
                                  "up", PRIORS), EmptyDataError, "empty"),
-    "a model of six sites": (
-        lambda: RecordModel(Lindbladian(6, [("g", "ZZ", ring(6))]), Tetrahedral(), "up", torch.tensor([1.0]),
-                            {"g": PRIORS["field"]}), SystemSizeError, "1024"),
+    "a model of nine sites": (
+        lambda: RecordModel(Lindbladian(9, [("g", "ZZ", ring(9))]), Tetrahedral(), "up", torch.tensor([1.0]),
+                            {"g": PRIORS["field"]}), SystemSizeError, "eight qubits"),
 }  # fmt: skip
 
 

@@ -1,9 +1,13 @@
 from .embedding import full_operator as full_operator
 from .embedding import partial_trace as partial_trace
+from .frame import Basis as Basis
 from .frame import FourPauli as FourPauli
 from .frame import Frame as Frame
+from .frame import Measurement as Measurement
+from .frame import Pauli6 as Pauli6
 from .frame import QutritSIC as QutritSIC
 from .frame import Tetrahedral as Tetrahedral
+from .frame import Unmeasured as Unmeasured
 from .lattice_observables import Estimator as Estimator
 from .lattice_observables import Observable as Observable
 from .lattice_observables import Product as Product

@@ -7,90 +7,72 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from stochdyn._checks import as_tensor, check_choice, check_positive_int, check_real
 from stochdyn.errors import FrameError, InvalidInputError, ZeroProbabilityError
 from stochdyn.povm.frames.operators import as_operator, as_state
 from stochdyn.povm.frames.products import coefficients_of, density_of, probabilities_of, sites_of
 
-__all__ = ["FourPauli", "Frame", "QutritSIC", "Tetrahedral"]
+__all__ = [
+    "Basis",
+    "FourPauli",
+    "Frame",
+    "Measurement",
+    "Pauli6",
+    "QutritSIC",
+    "Tetrahedral",
+    "Unmeasured",
+]
 
 C128 = torch.complex128
 _TOLERANCE = 1e-9
 
 
-class Frame:
-    r"""An informationally complete measurement (POVM) of one site, from its effects.
+class Measurement:
+    r"""A measurement (POVM) of one site, from its effects; it need not determine the state.
 
-    .. math::
-        M_a\ge0,\quad \sum_a M_a=1,\quad p(a)=\operatorname{Tr}\rho M_a,\qquad
-        T_{ab}=\operatorname{Tr}M_aM_b,\quad N_a=\sum_b T^+_{ab}M_b,\quad \rho=\sum_a p(a)N_a
+    .. math:: M_a\ge0,\quad \sum_a M_a=1,\quad p(a)=\operatorname{Tr}\rho M_a
+
+    When would I use this? For records of an incomplete measurement, of one basis say, whose likelihood needs
+    probabilities and no more. A :class:`Frame` is a complete one, from whose outcomes states can be reconstructed.
 
     Args:
-        effects: ``(K, d, d)`` matrices; ``K > d**2`` (overcomplete) is allowed, the dual then being the one of
-            least norm.
+        effects: matrices ``(K, d, d)``; an effect of zero is an outcome that never happens.
         name: shown in messages.
 
     Raises:
-        FrameError: if an effect isn't Hermitian and positive, they don't sum to one, or they don't span all
-            operators, so that outcomes wouldn't determine the state.
+        FrameError: if an effect isn't Hermitian and positive, or they don't sum to one.
 
     Attributes:
-        effects: ``(K, d, d)`` complex128.
-        num_outcomes: ``K``.
-        dim: ``d``.
+        effects: the effects ``(K, d, d)``, complex128.
+        num_outcomes: the number ``K`` of outcomes.
+        dim: the number ``d`` of levels.
 
     Example:
-        >>> frame = Frame(Tetrahedral().effects, name="mine")
-        >>> frame.probabilities("mixed")
-        tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
-
-    Reference:
-        Carrasquilla, Torlai, Melko and Aolita, "Reconstructing quantum states with generative models", Nature
-        Machine Intelligence 1, 155 (2019).
+        >>> z = Measurement([[[1, 0], [0, 0]], [[0, 0], [0, 1]]], name="z")
+        >>> z.probabilities("x+")
+        tensor([0.5000, 0.5000], dtype=torch.float64)
     """
 
-    def __init__(self, effects: Any, name: str = "Frame") -> None:
-        self.name = name
+    def __init__(self, effects: Any, name: str = "Measurement") -> None:
+        self.name = str(name)
         self.effects = _checked_effects(effects)
         self.num_outcomes, self.dim = self.effects.shape[:2]
-        rank = int(torch.linalg.matrix_rank(self.overlap, hermitian=True, rtol=_TOLERANCE))
-        if rank < self.dim**2:
-            raise FrameError(
-                f"{name} isn't informationally complete",
-                got=f"effects that span {rank} dimensions",
-                expected=f"{self.dim**2} for {self.dim} levels",
-                hint="outcomes of this measurement don't determine the state; add effects, or use Tetrahedral()",
-            )
 
     def __repr__(self) -> str:
         return f"{self.name}(num_outcomes={self.num_outcomes}, dim={self.dim})"
 
-    def at(self, site: int) -> Frame:
-        """Return the frame of a site: this one on every site."""
+    def at(self, site: int) -> Measurement:
+        """Return the measurement of a site: this one on every site."""
         return self
 
     @cached_property
     def overlap(self) -> Tensor:
-        r"""``(K, K)`` float64, :math:`T_{ab}=\operatorname{Tr}M_aM_b`."""
+        r"""The overlaps ``(K, K)`` float64, :math:`T_{ab}=\operatorname{Tr}M_aM_b`."""
         return torch.einsum("aij,bji->ab", self.effects, self.effects).real.contiguous()
-
-    @cached_property
-    def inverse_overlap(self) -> Tensor:
-        """``(K, K)`` float64, the (pseudo-)inverse of the overlap."""
-        return torch.linalg.pinv(self.overlap, rtol=_TOLERANCE, hermitian=True)
-
-    @cached_property
-    def dual(self) -> Tensor:
-        r"""``(K, d, d)`` complex128, the dual frame :math:`N_a=\sum_bT^+_{ab}M_b`."""
-        return torch.einsum("ab,bij->aij", self.inverse_overlap.to(C128), self.effects)
-
-    @property
-    def condition_number(self) -> float:
-        """Largest over smallest nonzero eigenvalue of the overlap: how much statistical noise is amplified."""
-        values = torch.linalg.eigvalsh(self.overlap)
-        return float(values[-1] / values[-(self.dim**2)])
 
     def probabilities(self, state: Any) -> Tensor:
         r"""Return the probabilities of the outcomes, :math:`p(a)=\operatorname{Tr}\rho M_a`.
@@ -108,6 +90,99 @@ class Frame:
         rho = as_state(state, self.dim)
         p = probabilities_of(rho, [self] * sites_of(rho, self.dim))
         return p.clamp(min=0.0)  # zeros may come out as -1e-17
+
+    def with_readout_errors(self, confusion: Any) -> Measurement:
+        r"""Return the measurement whose outcomes are misread, :math:`M'_a=\sum_bC_{ab}M_b`.
+
+        Args:
+            confusion: probabilities ``(K, K)`` of reading ``a`` where the outcome was ``b``; columns sum to one.
+
+        Raises:
+            FrameError: if they are no probabilities.
+
+        Example:
+            >>> Measurement([[[1, 0], [0, 0]], [[0, 0], [0, 1]]]).with_readout_errors([[0.9, 0.2], [0.1, 0.8]]).effects[0].real
+            tensor([[0.9000, 0.0000],
+                    [0.0000, 0.2000]], dtype=torch.float64)
+        """
+        c = as_tensor(confusion, "confusion", 2, "(K, K)", like=torch.empty(0, dtype=torch.float64)).double()
+        k = self.num_outcomes
+        if c.shape != (k, k) or float(c.min()) < 0 or float((c.sum(0) - 1).abs().max()) > 1e-8:
+            raise FrameError(
+                "confusion must hold probabilities whose columns sum to one",
+                got=f"shape {tuple(c.shape)}, column sums {[round(x, 4) for x in c.sum(0).tolist()]}",
+                expected=(k, k),
+            )
+        effects = torch.einsum("ab,bij->aij", (c / c.sum(0)).to(C128), self.effects)
+        return type_of(self)(effects, name=f"misread {self.name}")
+
+
+def type_of(measurement: Measurement) -> type[Measurement]:
+    """Return the class that makes a measurement of the same kind from effects."""
+    return Frame if isinstance(measurement, Frame) else Measurement
+
+
+class Frame(Measurement):
+    r"""An informationally complete measurement (POVM) of one site, from its effects.
+
+    .. math::
+        T_{ab}=\operatorname{Tr}M_aM_b,\quad N_a=\sum_b T^+_{ab}M_b,\quad \rho=\sum_a p(a)N_a
+
+    Args:
+        effects: matrices ``(K, d, d)``; ``K > d**2`` (overcomplete) is allowed, the dual then being the one of
+            least norm.
+        name: shown in messages.
+
+    Raises:
+        FrameError: if an effect isn't Hermitian and positive, they don't sum to one, or they don't span all
+            operators, so that outcomes wouldn't determine the state.
+
+    Attributes:
+        effects: the effects ``(K, d, d)``, complex128.
+        num_outcomes: the number ``K`` of outcomes.
+        dim: the number ``d`` of levels.
+
+    Example:
+        >>> frame = Frame(Tetrahedral().effects, name="mine")
+        >>> frame.probabilities("mixed")
+        tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
+
+    Reference:
+        Carrasquilla, Torlai, Melko and Aolita, "Reconstructing quantum states with generative models", Nature
+        Machine Intelligence 1, 155 (2019).
+    """
+
+    def __init__(self, effects: Any, name: str = "Frame") -> None:
+        super().__init__(effects, name)
+        rank = int(torch.linalg.matrix_rank(self.overlap, hermitian=True, rtol=_TOLERANCE))
+        if rank < self.dim**2:
+            raise FrameError(
+                f"{name} isn't informationally complete",
+                got=f"effects that span {rank} dimensions",
+                expected=f"{self.dim**2} for {self.dim} levels",
+                hint="outcomes of this measurement don't determine the state; add effects, use Tetrahedral(), or for "
+                "the likelihood of records alone a Measurement",
+            )
+
+    def at(self, site: int) -> Frame:
+        """Return the frame of a site: this one on every site."""
+        return self
+
+    @cached_property
+    def inverse_overlap(self) -> Tensor:
+        """The (pseudo-)inverse ``(K, K)`` of the overlap, float64."""
+        return torch.linalg.pinv(self.overlap, rtol=_TOLERANCE, hermitian=True)
+
+    @cached_property
+    def dual(self) -> Tensor:
+        r"""The dual frame ``(K, d, d)`` complex128, :math:`N_a=\sum_bT^+_{ab}M_b`."""
+        return torch.einsum("ab,bij->aij", self.inverse_overlap.to(C128), self.effects)
+
+    @property
+    def condition_number(self) -> float:
+        """Largest over smallest nonzero eigenvalue of the overlap: how much statistical noise is amplified."""
+        values = torch.linalg.eigvalsh(self.overlap)
+        return float(values[-1] / values[-(self.dim**2)])
 
     def positive_probabilities(self, state: Any) -> Tensor:
         """Return :meth:`probabilities` ``(K,)`` of a state of one site, all of them above zero.
@@ -197,6 +272,88 @@ class FourPauli(Frame):
         super().__init__(torch.stack([*three, rest]), name="FourPauli")
 
 
+class Pauli6(Frame):
+    r"""A third each of the measurements of X, Y and Z: each site is measured in one of three bases, drawn at random.
+
+    Outcome ``2 * basis + bit``, for the bases X, Y, Z in this order and bit 0 for the eigenvalue +1. The likelihood of
+    records whose bases were chosen otherwise, even always the same, differs by a constant factor only, so they are
+    records of this frame too. See :meth:`~stochdyn.povm.MeasurementRecords.from_bits`.
+
+    Args:
+        readout_error: the probability of reading the wrong bit, or a pair: of reading 1 for 0, and 0 for 1.
+
+    Raises:
+        FrameError: if an error isn't a probability below one half.
+
+    Example:
+        >>> Pauli6().probabilities("x+")
+        tensor([0.3333, 0.0000, 0.1667, 0.1667, 0.1667, 0.1667], dtype=torch.float64)
+        >>> Pauli6.outcome("Z", 1)
+        5
+    """
+
+    def __init__(self, readout_error: float | Sequence[float] = 0.0) -> None:
+        pair = list(readout_error) if isinstance(readout_error, list | tuple) else [readout_error] * 2
+        if len(pair) != 2:
+            raise FrameError("readout_error must be one number or a pair", got=repr(readout_error)[:60])
+        for value in pair:
+            check_real(value, "readout_error", minimum=0.0, below=0.5)
+        up, down = (float(x) for x in pair)
+        effects = []
+        for plus, minus in (("x+", "x-"), ("y+", "y-"), ("up", "down")):
+            zero, one = as_state(plus, 2) / 3, as_state(minus, 2) / 3
+            effects += [(1 - up) * zero + down * one, up * zero + (1 - down) * one]
+        super().__init__(torch.stack(effects), name="Pauli6")
+        self.readout_error = (up, down)
+
+    @staticmethod
+    def outcome(basis: str, bit: int) -> int:
+        """Return the number of the outcome ``bit`` of the measurement of ``"X"``, ``"Y"`` or ``"Z"``.
+
+        Raises:
+            InvalidInputError: if the basis or the bit is unknown.
+        """
+        check_choice(basis, ("X", "Y", "Z"), "basis")
+        if bit not in (0, 1):
+            raise InvalidInputError("bit must be 0 or 1", got=repr(bit)[:60])
+        return 2 * "XYZ".index(basis) + int(bit)
+
+
+class Basis(Measurement):
+    """The measurement of a qubit in the basis of X, Y or Z, which doesn't determine its state.
+
+    When would I use this? For records of one basis alone, through their likelihood.
+
+    Args:
+        name: ``"X"``, ``"Y"`` or ``"Z"``; outcome 0 is the eigenvalue +1.
+
+    Example:
+        >>> Basis("Z").probabilities("up")
+        tensor([1., 0.], dtype=torch.float64)
+    """
+
+    def __init__(self, name: str = "Z") -> None:
+        check_choice(name, ("X", "Y", "Z"), "name")
+        pair = {"X": ("x+", "x-"), "Y": ("y+", "y-"), "Z": ("up", "down")}[name]
+        super().__init__(torch.stack([as_state(state, 2) for state in pair]), name=f"Basis({name!r})")
+
+
+class Unmeasured(Measurement):
+    """No measurement: one outcome that always happens, for sites that nobody looks at.
+
+    Args:
+        dim: the number of levels of the site.
+
+    Example:
+        >>> Unmeasured().probabilities("up")
+        tensor([1.], dtype=torch.float64)
+    """
+
+    def __init__(self, dim: int = 2) -> None:
+        check_positive_int(dim, "dim", 2)
+        super().__init__(torch.eye(dim, dtype=C128)[None], name="Unmeasured")
+
+
 class QutritSIC(Frame):
     r"""The symmetric measurement of a three-level site, the Weyl-Heisenberg orbit of :math:`(0,1,-1)/\sqrt2`.
 
@@ -216,10 +373,14 @@ class QutritSIC(Frame):
 
 
 def _checked_effects(effects: Any) -> Tensor:
-    if isinstance(effects, Sequence):
-        effects = torch.stack([torch.as_tensor(getattr(e, "full", lambda e=e: e)()) for e in effects])
-    m = torch.as_tensor(effects).detach().to(C128)
-    if m.ndim != 3 or m.shape[1] != m.shape[2]:
+    try:
+        if isinstance(effects, list | tuple):
+            effects = np.stack([np.asarray(getattr(e, "full", lambda e=e: e)()) for e in effects])
+        m = effects.detach() if isinstance(effects, Tensor) else torch.as_tensor(np.asarray(effects))
+        m = m.to(C128)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FrameError("effects must be matrices (K, d, d)", got=repr(effects)[:60]) from error
+    if m.ndim != 3 or m.shape[1] != m.shape[2] or 0 in m.shape:
         raise FrameError("effects must be (K, d, d)", got=f"shape {tuple(m.shape)}")
     if not bool(torch.isfinite(torch.view_as_real(m.resolve_conj())).all()):
         raise FrameError("effects must be finite")

@@ -8,24 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_nonempty
-from stochdyn.errors import FrameError, InvalidInputError
-from stochdyn.povm.frames.frame import Frame
-from stochdyn.povm.frames.operators import as_state
+from stochdyn._checks import check_nonempty, check_type
+from stochdyn.errors import FrameError
+from stochdyn.povm.frames.frame import Frame, Measurement
+from stochdyn.povm.frames.products import site_states
 
 __all__ = ["SiteFrames"]
 
 
 class SiteFrames:
-    """One frame a site, all with the same number of outcomes and levels.
+    """One frame or measurement for each site, all with the same number of levels.
 
-    Takes the place of a :class:`Frame` wherever a measurement of the whole lattice is meant.
+    Takes the place of a :class:`Frame` wherever a measurement of the whole lattice is meant. Measurements with fewer
+    outcomes than others gain outcomes that never happen.
 
     Args:
         frames: one for each site.
 
     Raises:
-        FrameError: if they differ in the number of outcomes or levels.
+        FrameError: if they differ in their levels, or complete frames in their number of outcomes.
 
     Example:
         >>> from stochdyn.povm import FourPauli, Tetrahedral
@@ -34,16 +35,22 @@ class SiteFrames:
                 [0.3333, 0.1667, 0.1667, 0.3333]], dtype=torch.float64)
     """
 
-    def __init__(self, frames: Sequence[Frame]) -> None:
+    def __init__(self, frames: Sequence[Measurement]) -> None:
         check_nonempty(frames, "frames")
+        for i, frame in enumerate(frames):
+            check_type(frame, Measurement, f"frames[{i}]", hint="such as stochdyn.povm.Tetrahedral()")
         self.frames = tuple(frames)
         sizes = {(frame.num_outcomes, frame.dim) for frame in self.frames}
-        if len(sizes) > 1:
+        complete = all(isinstance(frame, Frame) for frame in self.frames)
+        if len({d for _, d in sizes}) > 1 or (complete and len(sizes) > 1):
             raise FrameError(
                 "all sites need the same number of outcomes and levels",
                 got=" and ".join(f"{k} outcomes on {d} levels" for k, d in sorted(sizes)),
             )
-        self.num_outcomes, self.dim = sizes.pop()
+        if len(sizes) > 1:
+            most = max(k for k, _ in sizes)
+            self.frames = tuple(_padded(frame, most) for frame in self.frames)
+        self.num_outcomes, self.dim = self.frames[0].num_outcomes, self.frames[0].dim
         self.name = "SiteFrames"
 
     @property
@@ -54,12 +61,12 @@ class SiteFrames:
     def __repr__(self) -> str:
         return f"SiteFrames({', '.join(frame.name for frame in self.frames)})"
 
-    def at(self, site: int) -> Frame:
+    def at(self, site: int) -> Any:
         """Return the frame of a site."""
         return self.frames[site]
 
     def probabilities(self, state: Any) -> Tensor:
-        """Return outcome probabilities ``(N, K)`` of a product state: one state, or a list with one a site."""
+        """Return outcome probabilities ``(N, K)`` of a product state: one state, or a list with one for each site."""
         return torch.stack([f.probabilities(s) for f, s in zip(self.frames, self._each(state), strict=True)])
 
     def positive_probabilities(self, state: Any) -> Tensor:
@@ -73,10 +80,12 @@ class SiteFrames:
         )
 
     def _each(self, state: Any) -> list[Any]:
-        if isinstance(state, (list, tuple)) and all(isinstance(s, str) or hasattr(s, "shape") for s in state):
-            if len(state) != self.num_sites:
-                raise InvalidInputError(
-                    "a product state needs one state for each site", got=len(state), expected=self.num_sites
-                )
-            return [as_state(s, self.dim) for s in state]
-        return [state] * self.num_sites
+        return site_states(state, self.num_sites)
+
+
+def _padded(frame: Measurement, num_outcomes: int) -> Measurement:
+    missing = num_outcomes - frame.num_outcomes
+    if not missing:
+        return frame
+    nothing = torch.zeros(missing, frame.dim, frame.dim, dtype=frame.effects.dtype)
+    return Measurement(torch.cat([frame.effects, nothing]), name=frame.name)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_time_grid, check_type
-from stochdyn.povm.frames.frame import Frame
+from stochdyn.errors import FrameError
+from stochdyn.povm.frames.frame import Frame, Measurement
 from stochdyn.povm.frames.lattice_observables import Observable, observables
 from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.lindblad.lindbladian import Lindbladian
 
-__all__ = ["as_times", "check_frame", "check_model", "read_observables"]
+__all__ = ["as_times", "check_frame", "check_measurement", "check_model", "read_observables"]
 
 
 def check_model(model: object) -> None:
@@ -25,6 +26,13 @@ def check_model(model: object) -> None:
 def check_frame(povm: object) -> None:
     """Raise unless ``povm`` is a frame, or one for each site."""
     check_type(povm, (Frame, SiteFrames), "povm", hint="such as stochdyn.povm.Tetrahedral()")
+    if isinstance(povm, SiteFrames) and not all(isinstance(frame, Frame) for frame in povm.frames):
+        raise FrameError("the measurement of each site must be informationally complete", got=repr(povm)[:80])
+
+
+def check_measurement(povm: object) -> None:
+    """Raise unless ``povm`` is a measurement of a site, complete or not, or one for each site."""
+    check_type(povm, (Measurement, SiteFrames), "povm", hint="such as stochdyn.povm.Tetrahedral()")
 
 
 def read_observables(model: Lindbladian, specs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Observable]:

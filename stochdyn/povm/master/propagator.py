@@ -2,104 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from stochdyn._checks import check_time_grid
 from stochdyn.core.forward.master_terms import SparseMasterEquation
-from stochdyn.errors import LindbladianError, SystemSizeError, UnavailableError, UnknownSiteError
-from stochdyn.povm.frames.frame import Frame
+from stochdyn.errors import InvalidInputError, SystemSizeError, TimeGridError, UnknownSiteError
+from stochdyn.povm.frames.frame import Frame, Measurement, QutritSIC, Tetrahedral
 from stochdyn.povm.frames.site_frames import SiteFrames
+from stochdyn.povm.lindblad.coefficients import Coefficient
+from stochdyn.povm.master.arguments import as_times, check_measurement, check_model
 from stochdyn.povm.master.propagation import initial_probabilities
+from stochdyn.povm.master.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad.lindbladian import Lindbladian
 
 __all__ = ["Propagator"]
 
-_MAX_OUTCOMES = 1024
+_MAX_INSIDE = 1 << 16
+_MAX_OUTCOMES = 1 << 21
 _MAX_EXPONENTIAL = 64
-_DEGREE = 18
+_DEGREE, _REACH = 30, 3.0
+_A, _B = 0.25 + 3**0.5 / 6, 0.25 - 3**0.5 / 6
+_GAUSS = (0.5 - 3**0.5 / 6, 0.5 + 3**0.5 / 6)
+_STEP_TOLERANCE = 1e-9
+_MAX_HALVINGS = 8
 
 
 class Propagator(nn.Module):
     r"""The exact outcome probabilities of a small lattice, given its parameters.
 
-    .. math:: p_\theta(t) = e^{L_\theta t}\,p(0),\qquad L_\theta = L_0+\sum_j\theta_jL_j
+    .. math:: p_\theta(t) = R\,\mathcal T\exp\Bigl(\int_0^tL_\theta\Bigr)q(0),\qquad
+        L_\theta(t) = \sum_gc_g(t,\theta)L_g
 
-    Local matrices are worked out once; a call costs a matrix exponential for every distinct interval (up to 64 outcomes)
-    or its action on the probabilities. Derivatives in the parameters are exact.
+    The state is kept as the probabilities ``q`` of a minimal frame (four outcomes for each qubit) and read out at the
+    times, so a measurement with many outcomes, or one that doesn't determine the state, costs no more. Coefficients may
+    be any functions of parameters and time. Up to 64 inner outcomes steps are matrix exponentials, beyond Taylor series;
+    where coefficients move with time, a Magnus method of order four takes steps that are halved until the result stands.
+    Derivatives in the parameters are exact.
 
     Args:
-        model: with named parameters, constant in time.
-        povm: the frame of all sites, or one a site. Imperfect detectors are frames too: with a confusion matrix
-            ``C`` the effects are ``torch.einsum("ab,bij->aij", C.to(torch.complex128), frame.effects)``.
-        state: at time 0, as for :func:`~stochdyn.povm.exact.evolve`.
-        times: increasing, from zero on.
+        model: the Lindbladian with its named parameters.
+        povm: the measurement of all sites, or one for each site; it need not be informationally complete. Imperfect
+            detectors are measurements too: with a confusion matrix ``C`` the effects are
+            ``torch.einsum("ab,bij->aij", C.to(torch.complex128), frame.effects)``.
+        state: the state at time 0, as for :func:`~stochdyn.povm.exact.evolve`.
+        ts: the times of the measurements, increasing, from zero on.
 
     Attributes:
-        names: of the parameters.
-        times: ``(T,)`` float64.
+        names: the names of the parameters.
+        times: the times ``(T,)``, float64.
 
     Raises:
-        SystemSizeError: if there are over 1024 outcomes (five qubits).
-        TimeGridError: if times don't increase.
-        UnavailableError: if the model depends on time.
+        SystemSizeError: if there are over 65536 inner outcomes (eight qubits) or over 2**21 outcomes.
+        TimeGridError: if the times don't increase, or one is negative.
 
     Example:
         >>> from stochdyn.povm import Lindbladian, Tetrahedral
-        >>> model = Lindbladian(1, [("g", "X", 0)], [(1.0, "sigma-", 0)])
+        >>> model = Lindbladian(1, [("g", "X", 0)], [("gamma*(n+1)", "sigma-", 0), ("gamma*n", "sigma+", 0)])
         >>> p = Propagator(model, Tetrahedral(), "up", [0.5, 1.0])
-        >>> p(g=torch.linspace(0, 1, 3)).shape
+        >>> p(g=torch.linspace(0, 1, 3), gamma=1.0, n=0.1).shape
         torch.Size([3, 2, 4])
+
+    Reference:
+        Blanes and Moan, Appl. Numer. Math. 56, 1519 (2006), for the Magnus method without commutators.
     """
 
-    generators: Tensor
     start: Tensor
     times: Tensor
 
     def __init__(
         self,
         model: Lindbladian,
-        povm: Frame | SiteFrames,
+        povm: Measurement | SiteFrames,
         state: Any,
-        times: Tensor | Sequence[float],
+        ts: Tensor | Sequence[float],
     ) -> None:
         super().__init__()
-        if model.is_time_dependent:
-            raise UnavailableError(
-                "exact propagation with parameters needs coefficients that are constant in time",
-                hint="split the time axis where they change, or use stochdyn.povm.exact.propagate",
-            )
-        grid = torch.as_tensor(times, dtype=torch.float64)
-        check_time_grid(grid, "times", min_points=1)
+        check_model(model)
+        check_measurement(povm)
+        grid = as_times(ts)
         if float(grid[0]) < 0:
-            raise LindbladianError("times start at zero, where the state is given", got=float(grid[0]))
-        size = povm.num_outcomes**model.num_sites
-        if size > _MAX_OUTCOMES:
+            raise TimeGridError("times start at zero, where the state is given", got=float(grid[0]))
+        inner = _inner_frame(model.dim, povm)
+        size = inner.num_outcomes**model.num_sites
+        if size > _MAX_INSIDE or povm.num_outcomes**model.num_sites > _MAX_OUTCOMES:
             raise SystemSizeError(
-                "there are too many outcomes for a dense propagator",
+                "there are too many outcomes for exact propagation",
                 got=f"{povm.num_outcomes}**{model.num_sites}",
-                expected=f"at most {_MAX_OUTCOMES}",
+                expected=f"at most {_MAX_OUTCOMES}, and {_MAX_INSIDE} of a minimal frame (eight qubits)",
             )
         self.num_sites, self.num_outcomes = model.num_sites, povm.num_outcomes
+        self.model, self.povm = model, povm
         self.names = model.parameters
-        matrices = torch.zeros(1 + len(self.names), size, size, dtype=torch.float64)
-        for coupling, members in model.groups(povm):
-            if not members:
-                continue
-            place = 0 if coupling.parameter is None else 1 + self.names.index(coupling.parameter)
-            factor = 1.0 if coupling.value is None else float(coupling.value.detach())
-            operator = SparseMasterEquation(model.num_sites, povm.num_outcomes, members)
-            matrices[place] += factor * operator.to_sparse().to_dense()
-        self.register_buffer("generators", matrices)
-        self.register_buffer("start", initial_probabilities(povm, state, model.num_sites))
+        groups = [(coupling, members) for coupling, members in model.groups(inner) if members]
+        self.couplings: list[Coefficient] = [coupling for coupling, _ in groups]
+        self.operators = nn.ModuleList(
+            SparseMasterEquation(model.num_sites, inner.num_outcomes, members) for _, members in groups
+        )
+        self.small = size <= _MAX_EXPONENTIAL
+        if self.small:
+            matrices = [op.to_sparse().to_dense() for op in self.operators]  # type: ignore[operator]
+            stacked = torch.stack(matrices) if matrices else torch.zeros(0, size, size, dtype=torch.float64)
+            self.register_buffer("generators", stacked)
+        self.norms = [_norm(op) for op in self.operators]  # type: ignore[arg-type]
+        self.register_buffer("start", initial_probabilities(inner, state, model.num_sites))
         self.register_buffer("times", grid)
-        spans = torch.diff(grid, prepend=grid.new_zeros(1))
-        self._spans = [round(span, 12) for span in spans.tolist()]
+        for site in range(model.num_sites):
+            # probabilities of the measurement from those of the frame inside: Tr M_a N_b
+            effects = povm.at(site).effects
+            matrix = torch.einsum("aij,bji->ab", effects, inner.dual).real.contiguous()
+            self.register_buffer(f"readout_{site}", matrix)
+        self._counts: list[int] | None = None
 
     def forward(self, **parameters: Tensor | float) -> Tensor:
         """Return probabilities ``(*batch, T, K**N)``.
@@ -110,27 +130,156 @@ class Propagator(nn.Module):
         Raises:
             UnknownSiteError: if names are missing or unknown.
         """
+        return self.read_out(self.inner(**parameters))
+
+    def inner(self, **parameters: Tensor | float) -> Tensor:
+        """Return the probabilities ``(*batch, T, k**N)`` of the frame in which the state is kept."""
         self._check_names(parameters)
-        values = [
-            torch.as_tensor(parameters[name], dtype=self.start.dtype).to(self.start.device)
+        values = {
+            name: torch.as_tensor(parameters[name], dtype=self.start.dtype).to(self.start.device)
             for name in self.names
-        ]
-        generator = self.generators[0]
-        for value, matrix in zip(values, self.generators[1:], strict=True):
-            generator = generator + value[..., None, None] * matrix
-        p = self.start.expand(*generator.shape[:-2], -1)
-        small = generator.shape[-1] <= _MAX_EXPONENTIAL
-        steps: dict[float, Tensor] = {}
-        out = []
-        for span in self._spans:
-            if span > 0 and small:
-                if span not in steps:
-                    steps[span] = torch.matrix_exp(generator * span)
-                p = (steps[span] @ p[..., None])[..., 0]
-            elif span > 0:
-                p = _act(generator, p, span)
-            out.append(p)
+        }
+        shape = torch.broadcast_shapes(*(value.shape for value in values.values()))
+        p = self.start.expand(*shape, -1)
+        grid = self.times.tolist()
+        if grid[0] > 0:
+            grid = [0.0, *grid]
+        out = [p] if self.times[0] == 0 else []
+        schedule = self._schedule(grid, values)
+        if self._counts is None or len(self._counts) != len(schedule.segments):
+            self._counts = self._step_counts(schedule, values)
+        cache: dict[tuple[float, int], Tensor] = {}
+        for segment, count in zip(schedule.segments, self._counts, strict=True):
+            p = self._cross(p, (segment.start, segment.end), count, values, cache)
+            if segment.output is not None:
+                out.append(p)
         return torch.stack(out, -2)
+
+    def read_out(self, q: Tensor, confusion: Tensor | None = None) -> Tensor:
+        """Return the probabilities ``(*batch, K**N)`` of the measurement from those of the frame inside.
+
+        Args:
+            q: ``(*batch, k**N)``.
+            confusion: matrices ``(*batch, N, K, K)`` of readout errors, from the true outcome to the one read.
+        """
+        lead, n = q.shape[:-1], self.num_sites
+        tensor = q.reshape(-1, *(round(q.shape[-1] ** (1 / n)),) * n)
+        errors = None
+        if confusion is not None:
+            k = confusion.shape[-1]
+            errors = confusion.expand(*lead, n, k, k).reshape(-1, n, k, k)
+        for site in range(n):
+            matrix = self.get_buffer(f"readout_{site}").to(q)
+            if errors is None:
+                tensor = torch.movedim(tensor.movedim(1 + site, -1) @ matrix.mT, -1, 1 + site)
+            else:
+                local = errors[:, site] @ matrix
+                moved = tensor.movedim(1 + site, -1)
+                product = moved.flatten(1, -2) @ local.mT
+                tensor = torch.movedim(product.reshape(*moved.shape[:-1], -1), -1, 1 + site)
+        return tensor.reshape(*lead, -1)
+
+    # ---------------------------------------------------------------- steps
+
+    def _schedule(self, grid: list[float], values: Mapping[str, Tensor]) -> Schedule:
+        times = torch.tensor(grid, dtype=torch.float64)
+        if not self.model.is_time_dependent:
+            return make_schedule(_still(self.model), times)
+        first = {name: float(value.detach().reshape(-1)[0]) for name, value in values.items()}
+        return make_schedule(self.model.bind(**first), times)
+
+    def _step_counts(self, schedule: Schedule, values: Mapping[str, Tensor]) -> list[int]:
+        """Return how many Magnus steps each segment takes: as many as it takes for halving to change nothing."""
+        if not self.model.is_time_dependent:
+            return [1] * len(schedule.segments)
+        first = {name: value.detach().reshape(-1)[:1] for name, value in values.items()}
+        counts = []
+        p = self.start.expand(1, -1) if values else self.start
+        with torch.no_grad():
+            for segment in schedule.segments:
+                span = (segment.start, segment.end)
+                count = max(1, math.ceil((span[1] - span[0]) / schedule.longest(span[0])))
+                found = self._cross(p, span, count, first, {})
+                for _ in range(_MAX_HALVINGS):
+                    finer = self._cross(p, span, 2 * count, first, {})
+                    close = float((finer - found).abs().max()) <= _STEP_TOLERANCE
+                    found, count = finer, 2 * count
+                    if close:
+                        break
+                p = found
+                counts.append(count)
+        return counts
+
+    def _cross(
+        self,
+        p: Tensor,
+        span: tuple[float, float],
+        count: int,
+        values: Mapping[str, Tensor],
+        cache: dict[tuple[float, int], Tensor],
+    ) -> Tensor:
+        """Bring the state across a segment."""
+        length = span[1] - span[0]
+        if length <= 0:
+            return p
+        for h, weights in self._pieces(span, count, values):
+            if not self.small:
+                p = self._act(p, weights, h)
+                continue
+            # equal intervals share a matrix exponential where nothing moves
+            key = (float(f"{length:.12g}"), count)
+            still = not self.model.is_time_dependent
+            if not still or key not in cache:
+                generator = torch.einsum("...g,gij->...ij", weights, self.generators.to(weights))
+                cache[key] = torch.matrix_exp(generator * h)
+            p = (cache[key] @ p[..., None])[..., 0]
+        return p
+
+    def _pieces(
+        self, span: tuple[float, float], count: int, values: Mapping[str, Tensor]
+    ) -> Iterator[tuple[float, Tensor]]:
+        """Yield lengths and coefficients ``(*batch, groups)`` of pieces with a constant generator."""
+        h = (span[1] - span[0]) / count
+        if not self.model.is_time_dependent:
+            yield h, self._weights(span[0], values)
+            return
+        for i in range(count):
+            first, second = (self._weights(min(span[0] + (i + x) * h, span[1]), values) for x in _GAUSS)
+            yield h / 2, 2 * (_A * first + _B * second)
+            yield h / 2, 2 * (_B * first + _A * second)
+
+    def _weights(self, t: float, values: Mapping[str, Tensor]) -> Tensor:
+        time = torch.tensor(t, dtype=self.start.dtype, device=self.start.device)
+        columns = [coupling.relative(time, values) for coupling in self.couplings]
+        if not columns:
+            return self.start.new_zeros(0)
+        return torch.stack(torch.broadcast_tensors(*columns), -1)
+
+    def _act(self, p: Tensor, weights: Tensor, span: float) -> Tensor:
+        """The action of the exponential: Taylor series on parts so short that they are exact to rounding."""
+        norms = torch.tensor(self.norms, dtype=weights.dtype, device=weights.device)
+        parts = max(1, math.ceil(float((weights.detach().abs() @ norms).max()) * span / _REACH))
+        if parts > _MAX_PARTS:
+            raise InvalidInputError(
+                "the evolution is too long to be followed", got=f"over {_MAX_PARTS} steps of the fastest term"
+            )
+        for _ in range(parts):
+            if torch.is_grad_enabled() and weights.requires_grad:
+                p = checkpoint(self._series, p, weights, span / parts, use_reentrant=False)
+            else:
+                p = self._series(p, weights, span / parts)
+        return p
+
+    def _series(self, p: Tensor, weights: Tensor, step: float) -> Tensor:
+        term = total = p
+        for k in range(1, _DEGREE + 1):
+            applied = [
+                weights[..., g, None] * op.apply(term)  # type: ignore[operator]
+                for g, op in enumerate(self.operators)
+            ]
+            term = reduce(torch.add, applied) * (step / k)
+            total = total + term
+        return total
 
     def _check_names(self, parameters: dict[str, Tensor | float]) -> None:
         missing = [name for name in self.names if name not in parameters]
@@ -140,14 +289,29 @@ class Propagator(nn.Module):
             raise UnknownSiteError(f"{what}; there are {list(self.names)}")
 
 
-def _act(generator: Tensor, p: Tensor, span: float) -> Tensor:
-    """The action of the exponential: Taylor polynomials on parts so short that they are exact to rounding."""
-    norm = float(generator.detach().abs().sum(-2).max()) * span
-    parts = max(1, int(norm) + 1)
-    step = span / parts
-    for _ in range(parts):
-        term = p
-        for k in range(1, _DEGREE + 1):
-            term = (generator @ term[..., None])[..., 0] * (step / k)
-            p = p + term
-    return p
+_MAX_PARTS = 1 << 16
+
+
+def _inner_frame(dim: int, povm: Measurement | SiteFrames) -> Frame:
+    """Return a minimal frame for sites of so many levels."""
+    if dim == 2:
+        return Tetrahedral()
+    if dim == 3:
+        return QutritSIC()
+    if isinstance(povm, Frame):
+        return povm
+    raise InvalidInputError(
+        "there is no standard frame for these sites", got=f"{dim} levels", hint="pass a Frame"
+    )
+
+
+def _still(model: Lindbladian) -> Lindbladian:
+    """Return a model without terms on the same lattice, since constant terms don't influence a schedule."""
+    from stochdyn.povm.lindblad.lindbladian import Lindbladian
+
+    return Lindbladian(model.num_sites, dim=model.dim)
+
+
+def _norm(operator: SparseMasterEquation) -> float:
+    """Return a bound of the 1-norm: the sum of those of the terms."""
+    return sum(float(operator.matrix(i).abs().sum(0).max()) for i in range(len(operator.sites)))
