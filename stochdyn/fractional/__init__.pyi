@@ -34,6 +34,7 @@ from .noise.weights import geometric_speeds as geometric_speeds
 from .noise.weights import gram_matrix as gram_matrix
 from .noise.weights import optimal_weights as optimal_weights
 from .noise.weights import variance_constant as variance_constant
+from .ou.inference import infer_fou as infer_fou
 from .ou.process import FractionalOU as FractionalOU
 from .video.model import EncodedVideo as EncodedVideo
 from .video.model import VideoModel as VideoModel
