@@ -81,7 +81,7 @@ def main() -> None:
         print(
             f"{hurst:5.1f}  {std[quarter]:.4f}  {true[quarter - 1]:.4f}  {std[half]:.4f}  {true[half - 1]:.4f}  {bound:.4f}  {evidence:.4f}"
         )
-        plot_paths(ts, path.x[..., 0], levels=(0.95,), num_paths=4, ax=ax)
+        plot_paths(ts, path.x[..., 0], levels=(0.95,), num_lines=4, ax=ax)
         for sign in (-1.96, 1.96):
             ax.plot(
                 ts[1:],

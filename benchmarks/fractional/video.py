@@ -47,14 +47,14 @@ def evaluate(model: VideoModel, videos: Tensor, num_samples: int) -> dict[str, f
         terms = [model(batch).terms for _ in range(4)]
         row = {n: float(torch.stack([t[n] for t in terms]).mean()) for n in ("elbo", "squared_error", "kl")}
         row["psnr reconstruction"] = float(
-            psnr(model.reconstruct(batch, 16, generator), truth, dim=(-3, -2, -1)).mean()
+            psnr(model.reconstruct(batch, 16, generator), truth, data_range=1.0, dim=(-3, -2, -1)).mean()
         )
         ahead = model.predict(batch[:, :SEEN], batch.shape[1], num_samples, generator)[:, :, SEEN:]
-        samples = psnr(ahead, truth[:, SEEN:].expand_as(ahead), dim=(-3, -2, -1)).mean(-1)
+        samples = psnr(ahead, truth[:, SEEN:].expand_as(ahead), data_range=1.0, dim=(-3, -2, -1)).mean(-1)
         row["psnr prediction, best sample"] = float(samples.max(0).values.mean())
         row["psnr prediction, one sample"] = float(samples.mean())
         row["psnr prediction, mean frame"] = float(
-            psnr(ahead.mean(0), truth[:, SEEN:], dim=(-3, -2, -1)).mean()
+            psnr(ahead.mean(0), truth[:, SEEN:], data_range=1.0, dim=(-3, -2, -1)).mean()
         )
         for name, value in row.items():
             rows.setdefault(name, []).append(value)

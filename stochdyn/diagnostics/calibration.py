@@ -21,6 +21,7 @@ from stochdyn.diagnostics.samplers import PosteriorSampler, as_sampler
 from stochdyn.diagnostics.sites import Site, read_sites
 from stochdyn.diagnostics.uniformity import UniformityTest, binomial_interval, rank_uniformity
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, UnknownSiteError
+from stochdyn.run.progress import progress_bar
 
 __all__ = ["CoverageTable", "SBCResult", "sbc"]
 
@@ -49,7 +50,7 @@ class CoverageTable:
 
 @dataclass(frozen=True)
 class SBCResult:
-    """Ranks of true values among posterior draws, one a simulation.
+    """Ranks of true values among posterior draws, one per simulation.
 
     Attributes:
         ranks: by scalar quantity, ``(num_simulations,)`` integers in ``0, ..., num_draws``; uniform if
@@ -78,7 +79,7 @@ class SBCResult:
             levels: probabilities in (0, 1).
 
         Returns:
-            One table a quantity.
+            One table per quantity.
 
         Raises:
             InvalidInputError: if a level isn't inside (0, 1).
@@ -111,7 +112,7 @@ def sbc(
     log_joint: bool = False,
     data_args: Callable[[Mapping[str, Tensor]], Sequence[Any]] | None = None,
     seed: int | None = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> SBCResult:
     r"""Simulate truth and data from a model, infer, and rank the truth among the posterior draws.
 
@@ -122,7 +123,7 @@ def sbc(
 
     an overconfident posterior puts too many ranks at the ends, a biased one at one end. By default every
     element of a latent site is ranked; of a path ``x`` its last point ``x(T)`` and its time average
-    ``mean x``, a dimension each.
+    ``mean x``, one of each per dimension.
 
     Args:
         model: Pyro model with proper priors.
@@ -132,7 +133,7 @@ def sbc(
             defaults.
         args: positional arguments of the model. Values of observed sites among them only give shapes.
         kwargs: keyword arguments of the model.
-        num_simulations: how many ranks a quantity.
+        num_simulations: how many times truth and data are simulated, each giving one rank per quantity.
         num_draws: ``L``; one more than it divisible by the bins of a histogram is handy, as 99.
         observed: names of the data sites; by default those that the model observes at ``args``.
         parameters: names of the sites to rank; by default all latent sites and deterministic paths.
@@ -142,8 +143,8 @@ def sbc(
             shows.
         data_args: returns the arguments that belong to simulated data, for guides that read the data from
             their arguments; by default ``args`` for all.
-        seed: of everything; the global random state is left alone. None draws from that instead.
-        progress: whether to show a bar.
+        seed: what all random numbers start from; the global random state is left alone. None draws from that instead.
+        progress: whether to show a bar, which appears after two seconds.
 
     Returns:
         The ranks, with tests of uniformity and coverage.
@@ -182,7 +183,7 @@ def sbc(
             sites = read_sites(poutine.trace(model).get_trace(*args, **kwargs))
         data_names = _data_names(sites, observed)
         quantities = _quantities(sites, data_names, parameters, test_functions or {})
-        for _ in _counter(num_simulations, progress):
+        for _ in progress_bar(range(num_simulations), "sbc", progress):
             with torch.no_grad():
                 trace = poutine.trace(_Release(data_names)(model)).get_trace(*args, **kwargs)
             nodes: dict[str, Any] = dict(trace.nodes)
@@ -231,14 +232,6 @@ class _Observe(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.data:
             msg["is_observed"], msg["value"] = True, self.data[msg["name"]]
-
-
-def _counter(number: int, progress: bool) -> Any:
-    if not progress:
-        return range(number)
-    from tqdm.auto import trange
-
-    return trange(number, desc="calibration")
 
 
 def _data_names(sites: Mapping[str, Site], observed: Sequence[str] | None) -> list[str]:

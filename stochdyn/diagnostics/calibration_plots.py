@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import as_tensor, check_positive_int
 from stochdyn.diagnostics.plots import as_axes
 from stochdyn.diagnostics.psis import pareto_smooth
 from stochdyn.diagnostics.uniformity import ecdf_band, rank_ecdf, rank_points
@@ -149,7 +149,7 @@ def plot_khat(log_weights: Tensor | np.ndarray, *, ax: Axes | None = None) -> Ax
         >>> plot_khat(torch.randn(1000)).get_ylabel()
         'weight / mean weight'
     """
-    lw = torch.as_tensor(log_weights).detach().double().cpu()
+    lw = as_tensor(log_weights, "log_weights", finite=False).detach().double().cpu()
     if lw.ndim != 1:
         raise ShapeError(
             "log_weights must have one axis", got=f"shape {tuple(lw.shape)}", expected="(draws,)"

@@ -48,14 +48,14 @@ def from_draws(
     Args:
         posterior: by variable name, arrays ``(chain, draw, *shape)``.
         posterior_predictive: arrays ``(chain, draw, *shape)`` of replicated data.
-        log_likelihood: arrays ``(chain, draw, *shape)``, pointwise: one value an observation.
+        log_likelihood: arrays ``(chain, draw, *shape)``, pointwise: one value per observation.
         observed_data: arrays ``(*shape)``.
         constant_data: arrays ``(*shape)``.
         sample_stats: arrays ``(chain, draw, *shape)``.
-        coords: by dimension name, one value an index.
+        coords: by dimension name, one value per index.
         dims: by variable name, the names of the axes behind ``(chain, draw)``. Axes that aren't named become
             ``{variable}_dim_{i}``. Names beyond the axes of an array are ignored, so that one entry serves
-            data with event axes and its log likelihood without them.
+            data with event axes and its log likelihood without them. A key ``"group/variable"`` is for one group.
         attrs: attributes of the container and of each group.
 
     Returns:
@@ -90,10 +90,12 @@ def from_draws(
     for group, arrays in sampled.items():
         if arrays:
             _check_sample_shape(group, arrays, sample_shape)
-            groups[group] = _dataset(arrays, ("chain", "draw"), coords or {}, dims or {}, attributes)
+            groups[group] = _dataset(
+                arrays, ("chain", "draw"), coords or {}, _of(group, dims or {}), attributes
+            )
     for group, arrays in fixed.items():
         if arrays:
-            groups[group] = _dataset(arrays, (), coords or {}, dims or {}, attributes)
+            groups[group] = _dataset(arrays, (), coords or {}, _of(group, dims or {}), attributes)
     return _assemble(groups, attributes)
 
 
@@ -134,6 +136,14 @@ def _check_sample_shape(group: str, arrays: Arrays, expected: tuple[int, int]) -
                 got=f"shape {np.shape(array)}",
                 expected=f"({expected[0]}, {expected[1]}, ...)",
             )
+
+
+def _of(group: str, dims: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Return the names of axes in one group."""
+    own = {
+        name.removeprefix(f"{group}/"): axes for name, axes in dims.items() if name.startswith(f"{group}/")
+    }
+    return {**dims, **own}
 
 
 def _dataset(

@@ -15,6 +15,7 @@ from torch import Tensor
 from stochdyn._checks import check_positive_int
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.diagnostics.draws import PosteriorDraws, draw_posterior, evaluate_draws
+from stochdyn.diagnostics.sites import Site
 from stochdyn.errors import InvalidInputError
 
 __all__ = ["to_inference_data"]
@@ -48,6 +49,9 @@ def to_inference_data(
     ``AutoDelta``) and left out for MCMC, which has ``diverging`` instead. With a subsampled plate all draws
     share one minibatch, densities are scaled as in the ELBO, and ``log_likelihood`` is that of the minibatch,
     unscaled.
+
+    A masked value is missing: it is NaN in ``observed_data``, and ``log_likelihood`` of such a site has the observed
+    entries alone, along ``{site}_seen``, whose coordinate is their position, so that ``az.loo`` counts what was seen.
 
     Axes are named by their plates; a path site ``x`` lies on ``(x_time, x_dim)``, with the grid as
     coordinate.
@@ -105,13 +109,24 @@ def to_inference_data(
         assert draws.log_guide is not None
         chains, extra = 1, {"log_q": draws.log_guide, "log_weight": draws.log_weights}
     found_dims, found_coords, constants = _axes(draws)
+    observed = {n: _observed(s) for n, s in draws.sites.items() if s.value is not None}
     for name, value in _array_arguments(model, args, kwargs or {}).items():
-        if not any(_same(value, site.value) for site in draws.sites.values()):
+        if not any(_same(value, data) for data in observed.values()):
             taken = name in draws.sites or name in found_coords
             constants.setdefault(f"{name}_argument" if taken else name, _array(value))
     attrs: dict[str, str | int | float] = {"estimator": _estimator(guide)}
     if seed is not None:
         attrs["seed"] = seed
+
+    likelihood = dict(draws.log_likelihood)
+    for name, site in draws.sites.items():
+        if site.seen is not None:
+            # What was missing is no observation: leave-one-out must not count it.
+            seen = _of_shape(site.seen, likelihood[name].shape[1:])
+            rows = likelihood[name].reshape(likelihood[name].shape[0], -1)
+            likelihood[name] = rows[:, seen.flatten().to(rows.device)]
+            found_dims[f"log_likelihood/{name}"] = [f"{name}_seen"]
+            found_coords[f"{name}_seen"] = _array(seen.flatten().nonzero()[:, 0])
 
     def by_chain(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         return {n: _array(t.reshape(chains, t.shape[0] // chains, *t.shape[1:])) for n, t in tensors.items()}
@@ -119,14 +134,29 @@ def to_inference_data(
     return from_draws(
         by_chain(draws.values),
         posterior_predictive=by_chain(draws.predictive),
-        log_likelihood=by_chain(draws.log_likelihood),
-        observed_data={n: _array(s.value) for n, s in draws.sites.items() if s.value is not None},
+        log_likelihood=by_chain(likelihood),
+        observed_data={n: _array(value) for n, value in observed.items()},
         constant_data=constants,
         sample_stats=by_chain({"lp": draws.log_joint, **extra}),
         coords={**found_coords, **(coords or {})},
         dims={**found_dims, **(dims or {})},
         attrs=attrs,
     )
+
+
+def _of_shape(seen: Tensor, shape: torch.Size) -> Tensor:
+    """Return which entries of a likelihood count: those of which any element was seen."""
+    return seen if seen.shape == shape else seen.flatten(len(shape)).any(-1)
+
+
+def _observed(site: Site) -> Tensor:
+    """Return the data of a site, NaN where they are masked."""
+    assert site.value is not None
+    if site.seen is None:
+        return site.value
+    value = site.value if site.value.is_floating_point() else site.value.to(torch.get_default_dtype())
+    seen = site.seen.to(value.device).reshape(*site.seen.shape, *(1,) * (value.ndim - site.seen.ndim))
+    return torch.where(seen, value, value.new_full((), float("nan")))
 
 
 def _mcmc_draws(
@@ -208,8 +238,8 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor | np.ndarray]]:
             yield from _leaves(f"{name}_{key}", part)
 
 
-def _same(value: Any, observed: Tensor | None) -> bool:
-    if observed is None or tuple(value.shape) != tuple(observed.shape):
+def _same(value: Any, observed: Tensor) -> bool:
+    if tuple(value.shape) != tuple(observed.shape):
         return False
     return bool(np.array_equal(_array(value), _array(observed), equal_nan=True))
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stochdyn._checks import (
+    as_tensor,
+    check_bool,
     check_event_size,
-    check_finite,
-    check_ndim,
     check_nonempty,
-    check_positive,
+    check_real,
     check_same_device,
 )
 from stochdyn.core.law.path import Estimate
@@ -32,11 +33,12 @@ __all__ = [
     "rmse",
 ]
 
-Sample = Tensor | np.ndarray
+# Whatever becomes a tensor: lists, NumPy, pandas, xarray, torch.
+Values = Any
 
 
 def emd(
-    x: Sample, y: Sample, p: float = 2, weights_x: Sample | None = None, weights_y: Sample | None = None
+    x: Values, y: Values, p: float = 2, weights_x: Values | None = None, weights_y: Values | None = None
 ) -> float:
     r"""Return the exact optimal transport distance between two samples, solved as a linear programme.
 
@@ -67,29 +69,37 @@ def emd(
     Reference:
         Peyré and Cuturi, "Computational optimal transport", 2019, equation 2.15; Flamary et al., "POT", 2021.
     """
-    if not math.isfinite(p) or p < 1:
-        raise InvalidInputError("p must be at least 1", got=p)
+    check_real(p, "p", minimum=1.0)
     x, y = _samples(x, y)
     a, b = _weights(weights_x, x, "weights_x"), _weights(weights_y, y, "weights_y")
     import ot
 
     if x.shape[1] == 1:
-        cost = ot.emd2_1d(x[:, 0].numpy(), y[:, 0].numpy(), a, b, metric="minkowski", p=p)
-        return float(max(cost, 0.0) ** (1 / p))
+        origin = torch.cat([x, y]).mean()
+        line_x, line_y = x[:, 0] - origin, y[:, 0] - origin
+        unit = float(torch.cat([line_x, line_y]).abs().max())
+        if unit == 0.0:
+            return 0.0
+        cost = ot.emd2_1d((line_x / unit).numpy(), (line_y / unit).numpy(), a, b, metric="minkowski", p=p)
+        return unit * float(max(cost, 0.0) ** (1 / p))
     distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+    # In units of the largest distance: the solver has tolerances of its own, and powers would overflow.
+    unit = float(distance.max())
+    if unit == 0.0:
+        return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # POT's own warning says the same with less
-        cost, log = ot.emd2(a, b, distance**p, numItermax=10_000_000, log=True)
+        cost, log = ot.emd2(a, b, (distance / unit) ** p, numItermax=10_000_000, log=True)
     if log["warning"] is not None:
         warnings.warn(
             f"The transport problem wasn't solved to the end: {log['warning']}",
             ConvergenceWarning,
             stacklevel=2,
         )
-    return float(max(float(cost), 0.0) ** (1 / p))
+    return unit * max(float(cost), 0.0) ** (1 / p)
 
 
-def energy_distance(x: Sample, y: Sample) -> Tensor:
+def energy_distance(x: Values, y: Values) -> Tensor:
     r"""Return the energy distance between two samples, zero only if their laws agree.
 
     .. math:: D^2=2\,E|X-Y|-E|X-X'|-E|Y-Y'|
@@ -118,7 +128,7 @@ def energy_distance(x: Sample, y: Sample) -> Tensor:
     return squared.clamp(min=0).sqrt()
 
 
-def mmd(x: Sample, y: Sample, bandwidth: float | None = None) -> Tensor:
+def mmd(x: Values, y: Values, bandwidth: float | None = None) -> Tensor:
     r"""Return the maximum mean discrepancy of two samples under a Gaussian kernel.
 
     .. math:: \mathrm{MMD}^2=E\,k(X,X')+E\,k(Y,Y')-2\,E\,k(X,Y),\qquad k(x,y)=e^{-|x-y|^2/(2h^2)}
@@ -148,24 +158,28 @@ def mmd(x: Sample, y: Sample, bandwidth: float | None = None) -> Tensor:
     if bandwidth is None:
         joined = torch.cat([x, y])[:: max(1, (x.shape[0] + y.shape[0]) // 2000)]
         distances = torch.pdist(joined)
-        bandwidth = distances.median().item() if distances.numel() else 1.0
-        bandwidth = bandwidth if bandwidth > 0 else 1.0
-    check_positive(bandwidth, "bandwidth")
+        positive = distances[distances > 0]
+        if not positive.numel():
+            return joined.new_zeros(())  # all points are one
+        # The median of all distances, unless most points coincide.
+        bandwidth = float(distances.median()) or float(positive.median())
+    check_real(bandwidth, "bandwidth", above=0.0)
 
     def kernel(u: Tensor, v: Tensor) -> Tensor:
-        return _mean_over_pairs(u, v, lambda r: torch.exp(-(r**2) / (2 * bandwidth**2)))
+        # Divided before it is squared, so that no unit of length over- or underflows.
+        return _mean_over_pairs(u, v, lambda r: torch.exp(-0.5 * (r / bandwidth) ** 2))
 
     return (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)).clamp(min=0).sqrt()
 
 
-def crps(draws: Tensor, value: Tensor, *, fair: bool = True) -> Tensor:
+def crps(draws: Values, value: Values, *, fair: bool = True) -> Tensor:
     r"""Return the continuous ranked probability score of draws, the smaller the better.
 
     .. math:: \mathrm{CRPS}(F,y)=E|X-y|-\tfrac12E|X-X'|,\qquad X,X'\sim F.
 
     Args:
         draws: ``(S, ...)`` from the predictive law.
-        value: ``(...)`` what came.
+        value: ``(...)`` the observed value.
         fair: whether to take the second mean over pairs of distinct draws, which makes the score unbiased for
             the law they come from; else it is the score of the draws' own empirical law.
 
@@ -185,7 +199,8 @@ def crps(draws: Tensor, value: Tensor, *, fair: bool = True) -> Tensor:
         Gneiting and Raftery, "Strictly proper scoring rules, prediction, and estimation", 2007, equation 21;
         Ferro, "Fair scores for ensemble forecasts", 2014.
     """
-    _check_draws(draws, value, minimum=2)
+    check_bool(fair, "fair")
+    draws, value = _draws(draws, value, minimum=2)
     size = draws.shape[0]
     ordered = draws.sort(0).values
     rank = torch.arange(1, size + 1, dtype=draws.dtype, device=draws.device).reshape(-1, *(1,) * value.ndim)
@@ -193,12 +208,12 @@ def crps(draws: Tensor, value: Tensor, *, fair: bool = True) -> Tensor:
     return (draws - value).abs().mean(0) - spread
 
 
-def interval_coverage(draws: Tensor, value: Tensor, level: float = 0.9) -> Estimate:
-    """Return how often central intervals of draws contain what came.
+def interval_coverage(draws: Values, value: Values, level: float = 0.9) -> Estimate:
+    """Return how often central intervals of draws contain the observed value.
 
     Args:
         draws: ``(S, ...)``.
-        value: ``(...)``.
+        value: ``(...)`` the observed value.
         level: probability of the interval, in (0, 1).
 
     Returns:
@@ -206,7 +221,7 @@ def interval_coverage(draws: Tensor, value: Tensor, level: float = 0.9) -> Estim
         entries are independent of each other.
 
     Raises:
-        TooFewDrawsError: with fewer draws than two a tail.
+        TooFewDrawsError: with fewer draws than two per tail.
         ShapeError: if ``draws`` isn't ``(S, *value.shape)``.
         NonFiniteError: if a draw or value isn't finite.
         InvalidInputError: if the level isn't inside (0, 1).
@@ -216,9 +231,8 @@ def interval_coverage(draws: Tensor, value: Tensor, level: float = 0.9) -> Estim
         >>> interval_coverage(draws, torch.tensor([0.5, 0.1, 0.7, 2.0])).mean
         tensor(0.7500)
     """
-    if not 0 < level < 1:
-        raise InvalidInputError("level must lie strictly between 0 and 1", got=level)
-    _check_draws(draws, value, minimum=math.ceil(4 / (1 - level) - 1e-9))
+    check_real(level, "level", above=0.0, below=1.0)
+    draws, value = _draws(draws, value, minimum=math.ceil(4 / (1 - level) - 1e-9))
     edges = draws.new_tensor([(1 - level) / 2, (1 + level) / 2])
     low, high = torch.quantile(draws, edges, dim=0)
     inside = ((value >= low) & (value <= high)).to(draws.dtype)
@@ -226,7 +240,7 @@ def interval_coverage(draws: Tensor, value: Tensor, level: float = 0.9) -> Estim
     return Estimate(inside.mean(), draws.new_tensor(stderr))
 
 
-def negative_log_predictive_density(log_likelihood: Tensor, log_weights: Tensor | None = None) -> Tensor:
+def negative_log_predictive_density(log_likelihood: Values, log_weights: Values | None = None) -> Tensor:
     r"""Return the negative log predictive density of each observation.
 
     .. math:: -\log\sum_s\bar w_s\,p(y_i\mid z_s)
@@ -240,7 +254,7 @@ def negative_log_predictive_density(log_likelihood: Tensor, log_weights: Tensor 
 
     Raises:
         EmptyDataError: if there are no draws.
-        ShapeError: if there isn't one weight a draw.
+        ShapeError: if there isn't one weight per draw.
 
     Example:
         >>> negative_log_predictive_density(torch.log(torch.tensor([[0.2], [0.4]])))
@@ -249,19 +263,21 @@ def negative_log_predictive_density(log_likelihood: Tensor, log_weights: Tensor 
     Reference:
         Gelman et al., "Bayesian data analysis", 2013, equation 7.4.
     """
+    log_likelihood = as_tensor(log_likelihood, "log_likelihood", finite=False)
     check_nonempty(log_likelihood, "log_likelihood")
     size = log_likelihood.shape[0]
     if log_weights is None:
         return math.log(size) - log_likelihood.logsumexp(0)
+    log_weights = as_tensor(log_weights, "log_weights", finite=False)
     if tuple(log_weights.shape) != (size,):
         raise ShapeError(
-            "log_weights need one entry a draw", got=f"shape {tuple(log_weights.shape)}", expected=(size,)
+            "log_weights need one entry per draw", got=f"shape {tuple(log_weights.shape)}", expected=(size,)
         )
     normalised = torch.log_softmax(log_weights.to(log_likelihood.dtype), 0)
     return -(log_likelihood + normalised.reshape(-1, *(1,) * (log_likelihood.ndim - 1))).logsumexp(0)
 
 
-def rmse(prediction: Tensor, target: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+def rmse(prediction: Values, target: Values, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """Return the root mean squared error.
 
     Args:
@@ -279,13 +295,15 @@ def rmse(prediction: Tensor, target: Tensor, dim: int | tuple[int, ...] | None =
         >>> rmse(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
         tensor(1.4142)
     """
-    _check_pair(prediction, target)
-    squared = (prediction - target) ** 2
-    return (squared.mean() if dim is None else squared.mean(dim)).sqrt()
+    prediction, target = _pair(prediction, target)
+    axes = tuple(range(prediction.ndim)) if dim is None else dim
+    count = prediction.numel() / max(prediction.sum(axes).numel(), 1)
+    # The norm scales before it squares, so that no unit over- or underflows.
+    return torch.linalg.vector_norm(prediction - target, dim=axes) / count**0.5
 
 
 def psnr(
-    prediction: Tensor, target: Tensor, data_range: float = 1.0, dim: int | tuple[int, ...] | None = None
+    prediction: Values, target: Values, data_range: float, dim: int | tuple[int, ...] | None = None
 ) -> Tensor:
     r"""Return the peak signal-to-noise ratio in decibels.
 
@@ -294,7 +312,7 @@ def psnr(
     Args:
         prediction: any shape.
         target: the same shape.
-        data_range: distance between the least and the largest possible value.
+        data_range: distance between the least and the largest value that is possible, 1 for images in [0, 1].
         dim: axes to average the squared error over; all if None.
 
     Returns:
@@ -305,33 +323,30 @@ def psnr(
         InvalidInputError: if ``data_range`` isn't positive.
 
     Example:
-        >>> psnr(torch.full((4,), 0.1), torch.zeros(4))
+        >>> psnr(torch.full((4,), 0.1), torch.zeros(4), data_range=1.0)
         tensor(20.)
     """
-    check_positive(data_range, "data_range")
+    check_real(data_range, "data_range", above=0.0)
     return 20 * torch.log10(data_range / rmse(prediction, target, dim))
 
 
-def _samples(x: Sample, y: Sample) -> tuple[Tensor, Tensor]:
+def _samples(x: Values, y: Values) -> tuple[Tensor, Tensor]:
     pair = []
     for value, name in ((x, "x"), (y, "y")):
-        points = torch.as_tensor(value).detach().double().cpu()
+        points = as_tensor(value, name, (1, 2), "(points, dim) or (points,)").detach().double().cpu()
         check_nonempty(points, name)
-        check_ndim(points, (1, 2), name, "(points, dim) or (points,)")
-        check_finite(points, name)
         pair.append(points[:, None] if points.ndim == 1 else points)
     check_event_size(pair[1], pair[0].shape[1], "y")
     return pair[0], pair[1]
 
 
-def _weights(weights: Sample | None, points: Tensor, name: str) -> np.ndarray:
+def _weights(weights: Values | None, points: Tensor, name: str) -> np.ndarray:
     size = points.shape[0]
     if weights is None:
         return np.full(size, 1 / size)
-    w = torch.as_tensor(weights).detach().double().cpu()
+    w = as_tensor(weights, name).detach().double().cpu()
     if tuple(w.shape) != (size,):
-        raise ShapeError(f"{name} needs one entry a point", got=f"shape {tuple(w.shape)}", expected=(size,))
-    check_finite(w, name)
+        raise ShapeError(f"{name} needs one entry per point", got=f"shape {tuple(w.shape)}", expected=(size,))
     if bool((w < 0).any()) or not bool(w.sum() > 0):
         raise InvalidInputError(
             f"{name} must be non-negative with a positive sum", got=f"minimum {w.min().item():g}"
@@ -350,7 +365,10 @@ def _mean_over_pairs(x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor])
     return total / (x.shape[0] * y.shape[0])
 
 
-def _check_draws(draws: Tensor, value: Tensor, minimum: int) -> None:
+def _draws(draws: object, value: object, minimum: int) -> tuple[Tensor, Tensor]:
+    """Return draws and an observed value as tensors that fit each other."""
+    draws = as_tensor(draws, "draws")
+    value = as_tensor(value, "value", like=draws)
     check_nonempty(value, "value")
     if draws.ndim != value.ndim + 1 or draws.shape[1:] != value.shape:
         raise ShapeError(
@@ -360,16 +378,17 @@ def _check_draws(draws: Tensor, value: Tensor, minimum: int) -> None:
     if draws.shape[0] < minimum:
         raise TooFewDrawsError("too few draws", got=draws.shape[0], expected=f"at least {minimum}")
     check_same_device(draws=draws, value=value)
-    check_finite(draws, "draws")
-    check_finite(value, "value")
+    return draws, value
 
 
-def _check_pair(prediction: Tensor, target: Tensor) -> None:
+def _pair(prediction: object, target: object) -> tuple[Tensor, Tensor]:
+    """Return a prediction and its target as tensors of one shape."""
+    prediction = as_tensor(prediction, "prediction")
+    target = as_tensor(target, "target", like=prediction)
     check_nonempty(prediction, "prediction")
     if prediction.shape != target.shape:
         raise ShapeError(
             "prediction and target differ in shape",
             got=f"{tuple(prediction.shape)} and {tuple(target.shape)}",
         )
-    check_finite(prediction, "prediction")
-    check_finite(target, "target")
+    return prediction, target

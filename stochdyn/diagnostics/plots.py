@@ -10,7 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_finite, check_inside, check_nonempty, check_positive_int, check_time_grid
+from stochdyn._checks import (
+    as_tensor,
+    as_time_grid,
+    check_finite,
+    check_inside,
+    check_nonempty,
+    check_positive_int,
+    check_real,
+)
+from stochdyn.core.law.measure import PathMeasure
+from stochdyn.core.law.path import Path
 from stochdyn.errors import InvalidInputError, MissingDependencyError, ShapeError, TooFewDrawsError
 
 if TYPE_CHECKING:
@@ -27,7 +37,8 @@ class HasLosses(Protocol):
     bound: str
 
 
-Values = Tensor | np.ndarray | Sequence[float]
+# Whatever becomes a tensor: lists, NumPy, pandas, xarray, torch.
+Values = Any
 
 _MEANING = {
     "evidence_lower": "negative ELBO (nats)",
@@ -39,25 +50,32 @@ _MEANING = {
 
 def plot_paths(
     ts: Values,
-    draws: Tensor | np.ndarray,
+    draws: Values | Path | PathMeasure,
     *,
+    component: int = 0,
     observations: tuple[Values, Values] | None = None,
     forecast_from: float | None = None,
     levels: Sequence[float] = (0.5, 0.9),
-    num_paths: int = 0,
+    num_lines: int = 0,
+    num_samples: int = 1000,
+    generator: torch.Generator | int | None = 0,
     label: str = "posterior",
     colour: str = "C0",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw paths as a fan: nested central intervals, the median, the data on top.
+    """Draw a law on paths as a fan: nested central intervals, the median, the data on top.
 
     Args:
         ts: ``(T,)`` increasing times.
-        draws: ``(S, T)`` of one component of the path.
+        draws: any law on paths, of which ``num_samples`` paths are drawn; or paths that were drawn, as a law's ``sample``
+            returns them; or an array ``(S, T)`` or ``(S, T, d)``.
+        component: which component of the state is drawn.
         observations: times and values of the data, ``(n,)`` each; NaN values are left out.
-        forecast_from: time from which the background is shaded as forecast.
+        forecast_from: the time from which the background is shaded as forecast.
         levels: probabilities of the intervals, in (0, 1).
-        num_paths: how many of the draws to draw as lines.
+        num_lines: how many of the draws are drawn as lines besides.
+        num_samples: how many paths of a law are drawn.
+        generator: the source of randomness of the paths of a law.
         label: name of the law in the legend.
         colour: Matplotlib colour.
         ax: where to draw; new axes if None.
@@ -70,16 +88,26 @@ def plot_paths(
         ShapeError: if draws or observations don't fit their times.
         TooFewDrawsError: with fewer than two draws.
         NonFiniteError: if a draw isn't finite.
-        InvalidInputError: if a level isn't inside (0, 1).
+        InvalidInputError: if a level isn't inside (0, 1), or there is no such component.
 
     Example:
         >>> ax = plot_paths(torch.linspace(0, 1, 5), torch.randn(100, 5), levels=(0.9,))
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['posterior: 90 %', 'posterior: median']
+        >>> import stochdyn as sd
+        >>> law = sd.DiffusionMeasure(torch.zeros(1), sd.SDE(lambda t, x: -x, 1.0))
+        >>> ax = plot_paths(torch.linspace(0, 1, 5), law, label="prior")
     """
-    grid = _tensor(ts)
-    check_time_grid(grid)
-    paths = _tensor(draws)
+    given = as_time_grid(ts)
+    grid = given.detach().double().cpu()
+    check_positive_int(num_lines, "num_lines", minimum=0)
+    check_positive_int(component, "component", minimum=0)
+    _check_levels(levels)
+    if isinstance(draws, PathMeasure):
+        check_positive_int(num_samples, "num_samples", minimum=2)
+        with torch.no_grad():
+            draws = draws.sample(given, num_samples, generator)
+    paths = _component(draws.x if isinstance(draws, Path) else draws, component)
     if paths.ndim != 2 or paths.shape[1] != grid.shape[0]:
         raise ShapeError(
             "draws don't fit ts", got=f"shape {tuple(paths.shape)}", expected=f"(draws, {grid.shape[0]})"
@@ -87,16 +115,10 @@ def plot_paths(
     if paths.shape[0] < 2:
         raise TooFewDrawsError("too few draws for a fan", got=paths.shape[0], expected="at least 2")
     check_finite(paths, "draws")
-    _check_levels(levels)
-    check_positive_int(num_paths, "num_paths", minimum=0)
-    if observations is not None:
-        shapes = tuple(_tensor(observations[0]).shape), tuple(_tensor(observations[1]).shape)
-        if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
-            raise ShapeError(
-                "observations don't fit", got=f"{shapes[0]} and {shapes[1]}", expected="(n,) both"
-            )
+    data = None if observations is None else _observations(observations)
     if forecast_from is not None:
-        check_inside(_tensor([forecast_from]), grid, "forecast_from")
+        check_real(forecast_from, "forecast_from")
+        check_inside(grid.new_tensor([float(forecast_from)]), grid, "forecast_from")
     ax = as_axes(ax)
     t = grid.numpy()
     for level in sorted(levels, reverse=True):
@@ -105,10 +127,10 @@ def plot_paths(
         ax.fill_between(t, low, high, color=colour, alpha=0.15 + 0.25 * (1 - level), linewidth=0, label=name)
     median = torch.quantile(paths, 0.5, dim=0).numpy()
     ax.plot(t, median, color=colour, label=f"{label}: median")
-    for path in paths[:num_paths].numpy():
+    for path in paths[:num_lines].numpy():
         ax.plot(t, path, color=colour, alpha=0.4, linewidth=0.6)
-    if observations is not None:
-        when, what = _tensor(observations[0]), _tensor(observations[1])
+    if data is not None:
+        when, what = data
         seen = ~what.isnan()
         ax.plot(when[seen].numpy(), what[seen].numpy(), "k.", markersize=4, label="data", zorder=3)
     ax.set_xlim(t[0], t[-1])
@@ -149,7 +171,7 @@ def plot_training(
     bound = "surrogate" if bound is None else bound
     if bound not in _MEANING:
         raise InvalidInputError("bound is unknown", got=repr(bound), expected=" | ".join(map(repr, _MEANING)))
-    values = _tensor(losses)
+    values = _tensor(losses, "losses")
     check_nonempty(values, "losses")
     if values.ndim != 1:
         raise ShapeError("losses have the wrong number of axes", got=tuple(values.shape), expected="(steps,)")
@@ -208,7 +230,7 @@ def plot_density(
     """
     from scipy import stats
 
-    values = _tensor(draws).flatten()
+    values = _tensor(draws, "draws").flatten()
     _check_levels((level,))
     if values.shape[0] < 10:
         raise TooFewDrawsError("too few draws for a density", got=values.shape[0], expected="at least 10")
@@ -244,10 +266,36 @@ def as_axes(ax: Axes | None) -> Axes:
     return pyplot.subplots()[1]
 
 
-def _tensor(values: Any) -> Tensor:
-    return torch.as_tensor(values).detach().double().cpu()
+def _tensor(values: object, name: str) -> Tensor:
+    return as_tensor(values, name, finite=False).detach().double().cpu()
 
 
-def _check_levels(levels: Sequence[float]) -> None:
-    if not levels or not all(0 < level < 1 for level in levels):
-        raise InvalidInputError("levels must lie strictly between 0 and 1", got=tuple(levels))
+def _component(draws: object, component: int) -> Tensor:
+    """Return one component ``(S, T)`` of draws ``(S, T)`` or ``(S, T, d)``."""
+    paths = _tensor(draws, "draws")
+    if paths.ndim < 3:
+        return paths
+    if component >= paths.shape[-1]:
+        raise InvalidInputError(
+            "there is no such component", got=component, expected=f"below {paths.shape[-1]}"
+        )
+    return paths[..., component]
+
+
+def _observations(observations: object) -> tuple[Tensor, Tensor]:
+    if not isinstance(observations, Sequence) or len(observations) != 2:
+        raise InvalidInputError(
+            "observations must be a pair of times and values", got=type(observations).__name__
+        )
+    when, what = _tensor(observations[0], "times of observations"), _tensor(observations[1], "observations")
+    if when.ndim != 1 or when.shape != what.shape:
+        got = f"{tuple(when.shape)} and {tuple(what.shape)}"
+        raise ShapeError("observations don't fit", got=got, expected="(n,) both")
+    return when, what
+
+
+def _check_levels(levels: object) -> None:
+    if not isinstance(levels, Sequence) or not levels:
+        raise InvalidInputError("levels must be a list of probabilities", got=repr(levels)[:60])
+    for level in levels:
+        check_real(level, "levels", above=0.0, below=1.0)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_nonempty, check_positive
+from stochdyn._checks import as_tensor, check_bool, check_nonempty, check_positive_int, check_real
 from stochdyn.core.law.path import Estimate
 from stochdyn.diagnostics.draws import draw_posterior
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, TooFewDrawsError
@@ -79,7 +79,7 @@ def pareto_smooth(
         log_weights: ``(..., S)``; minus infinity is a weight of zero.
         relative_efficiency: effective over actual number of draws, ``r``; 1 for independent ones.
         rounding: log weights within it of each other count as equal; by default 1000 units in the last place
-            of the largest. If all are equal there is no tail: the weights stay and ``khat`` is 0.
+            of the largest of their row. If all are equal there is no tail: the weights stay and ``khat`` is 0.
 
     Returns:
         Smoothed log weights and k-hat; the latter is infinite if fewer than five weights exceed the rest.
@@ -100,16 +100,19 @@ def pareto_smooth(
         distribution", 2009.
     """
     given = _checked(log_weights, _MIN_DRAWS)
-    check_positive(relative_efficiency, "relative_efficiency")
+    check_real(relative_efficiency, "relative_efficiency", above=0.0)
+    if rounding is not None:
+        check_real(rounding, "rounding", minimum=0.0)
     lw = given.double()
     top = lw.max(-1, keepdim=True).values
-    if rounding is None:
-        largest = lw[lw.isfinite()].abs().max().item()
-        rounding = 1e3 * torch.finfo(given.dtype).eps * max(1.0, largest)
+    # Every row is judged by its own numbers, whatever stands beside it.
+    largest = torch.where(lw.isfinite(), lw, torch.zeros_like(lw)).abs().amax(-1).clamp(min=1.0).reshape(-1)
+    unit = 1e3 * torch.finfo(given.dtype).eps
+    close = (unit * largest).tolist() if rounding is None else [rounding] * largest.numel()
     size = lw.shape[-1]
     tail = math.ceil(min(size / 5, 3 * math.sqrt(size / relative_efficiency)))
     rows = (lw - top).reshape(-1, size)
-    pairs = [_smooth_row(row, tail, rounding) for row in rows]
+    pairs = [_smooth_row(row, tail, near) for row, near in zip(rows, close, strict=True)]
     smoothed = torch.stack([row for row, _ in pairs]).reshape(lw.shape) + top
     shape = torch.tensor([k for _, k in pairs], dtype=lw.dtype, device=lw.device).reshape(lw.shape[:-1])
     return ParetoSmoothed(smoothed.to(given.dtype), shape)
@@ -183,7 +186,7 @@ def khat(
         args: positional arguments of both.
         kwargs: keyword arguments of both.
         num_draws: how many draws; k-hat is uncertain by about 0.1 with 1000.
-        seed: of the draws; the global random state is left alone. None draws from that instead.
+        seed: what the draws start from; the global random state is left alone. None draws from that instead.
         chunk_size: draws at a time; by default what bounds the memory of the traced values.
 
     Returns:
@@ -207,6 +210,7 @@ def khat(
     Reference:
         Yao, Vehtari, Simpson and Gelman, "Yes, but did it work?: evaluating variational inference", 2018.
     """
+    check_positive_int(num_draws, "num_draws")
     if num_draws < _MIN_DRAWS:
         raise _too_few(num_draws, _MIN_DRAWS)
     draws = draw_posterior(model, guide, args, kwargs, num_draws=num_draws, seed=seed, chunk_size=chunk_size)
@@ -241,6 +245,7 @@ def importance_evidence(log_weights: Tensor | np.ndarray, *, smooth: bool = Fals
         >>> importance_evidence(torch.full((100,), -2.0)).log_evidence
         tensor(-2.)
     """
+    check_bool(smooth, "smooth")
     lw = _checked(log_weights, _MIN_DRAWS, ndim=1)
     smoothed, shape = pareto_smooth(lw)
     used = smoothed if smooth else lw
@@ -276,10 +281,11 @@ def importance_mean(values: Tensor, log_weights: Tensor | np.ndarray) -> Estimat
     Reference:
         Owen, "Monte Carlo theory, methods and examples", section 9.2.
     """
+    values = as_tensor(values, "values", finite=False)
     lw = _checked(log_weights, 2, ndim=1).to(values.device)
     if values.ndim == 0 or values.shape[0] != lw.shape[0]:
         raise ShapeError(
-            "values need one entry a weight", got=f"shape {tuple(values.shape)}", expected=lw.shape[0]
+            "values need one entry per weight", got=f"shape {tuple(values.shape)}", expected=lw.shape[0]
         )
     weight = torch.softmax(lw.to(values.dtype), 0).reshape(-1, *(1,) * (values.ndim - 1))
     mean = (weight * values).sum(0)
@@ -310,8 +316,7 @@ def effective_sample_size(log_weights: Tensor | np.ndarray) -> Tensor:
 
 
 def _checked(log_weights: Tensor | np.ndarray, minimum: int, ndim: int | None = None) -> Tensor:
-    lw = torch.as_tensor(log_weights)
-    lw = lw if lw.is_floating_point() else lw.double()
+    lw = as_tensor(log_weights, "log_weights", finite=False)
     if lw.ndim == 0 or (ndim is not None and lw.ndim != ndim):
         raise ShapeError(
             "log_weights has the wrong number of axes",

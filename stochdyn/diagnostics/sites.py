@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.poutine.util import site_is_factor, site_is_subsample
@@ -41,6 +42,7 @@ class Site:
         times: for a path the time of each entry along its second last axis, else None.
         drives: the name of the deterministic path that this site's increments drive, else None.
         value: the data of an observed site, else None.
+        seen: which of its ``elements`` a mask leaves in the likelihood; None where none is masked.
     """
 
     kind: Kind
@@ -51,6 +53,7 @@ class Site:
     times: Tensor | None = None
     drives: str | None = None
     value: Tensor | None = None
+    seen: Tensor | None = None
 
 
 def read_sites(trace: poutine.Trace) -> dict[str, Site]:
@@ -107,7 +110,30 @@ def _read(node: Any, grid: Tensor | None) -> Site:
         times = grid[: shape[-2]]
     data = value.expand(shape) if kind == "observed" else None
     elements = shape[: len(shape) - fn.base_dist.event_dim] if isinstance(fn, dist.Independent) else batch
-    return Site(kind, shape, batch, elements, _plates(node, batch), times, node["infer"].get("path"), data)
+    seen = _seen(node, elements) if kind == "observed" else None
+    return Site(
+        kind, shape, batch, elements, _plates(node, batch), times, node["infer"].get("path"), data, seen
+    )
+
+
+def _seen(node: Any, elements: tuple[int, ...]) -> Tensor | None:
+    """Return which elements of an observed site count, by the masks around it and inside its distribution."""
+    fn = node["fn"]
+    masks = [(node["mask"], len(fn.event_shape))]
+    while isinstance(fn, _Wrapper):
+        if isinstance(fn, dist.MaskedDistribution):
+            masks.append((fn._mask, len(fn.event_shape)))
+        fn = fn.base_dist
+    seen: Tensor | None = None
+    # Axes of one value are those that no distribution declares independent.
+    own = len(node["fn"].batch_shape + node["fn"].event_shape) - len(elements)
+    for mask, event_dim in masks:
+        if mask is None or mask is True:
+            continue
+        value = torch.as_tensor(mask, dtype=torch.bool)
+        value = value.reshape(*value.shape, *(1,) * (event_dim - own)).expand(elements).cpu()
+        seen = value if seen is None else seen & value
+    return None if seen is None or bool(seen.all()) else seen
 
 
 def _fills_plates(node: Any, shape: tuple[int, ...]) -> bool:

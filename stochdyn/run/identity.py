@@ -423,9 +423,8 @@ class _Hasher:
         if value.is_complex():
             value = torch.view_as_real(value.resolve_conj())
         flat = value.resolve_neg().cpu().contiguous().reshape(-1)
-        if flat.numel() == 1:
-            # a single number that was expanded counts as contiguous with any stride, but can't be viewed as bytes
-            flat = flat.clone(memory_format=torch.contiguous_format)
+        if flat.stride() != (1,):  # a single number, spread out, counts as contiguous with any stride
+            flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
         self._hash.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
 
     def _feed_array(self, value: np.ndarray[Any, Any]) -> None:

@@ -12,6 +12,7 @@ from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoNormal
 
 import stochdyn as sd
+import stochdyn.run.progress as progress_module
 from stochdyn.diagnostics import MCMCSampler, SBCResult, VariationalSampler, sbc
 from stochdyn.diagnostics.samplers import as_sampler
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, UnknownSiteError
@@ -264,9 +265,12 @@ def test_coverage_is_exact_in_what_ranks_resolve():
     np.testing.assert_allclose(coarse.stderr, np.sqrt(0.8 * 0.2 / 10))
 
 
-def test_a_bar_can_be_shown(capsys):
-    sbc(model, sampler(), (Y,), num_simulations=2, progress=True)
-    assert "calibration" in capsys.readouterr().err
+def test_a_bar_is_shown_when_it_takes_long(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module, "DELAY", 0.0)
+    sbc(model, sampler(), (Y,), num_simulations=2)
+    assert "sbc" in capsys.readouterr().err
+    sbc(model, sampler(), (Y,), num_simulations=2, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_what_infer_returns_is_checked():

@@ -230,7 +230,7 @@ def test_models_that_only_run_on_one_draw_are_run_on_one(model, mean):
         pyro.sample("w", dist.Normal(torch.ones(2, dtype=y.dtype), 0.5).to_event(1))
 
     y = torch.tensor(0.4, dtype=torch.float64)
-    with pytest.warns(StochdynWarning, match=r"once a draw.*pyro\.plate"):
+    with pytest.warns(StochdynWarning, match=r"once per draw.*pyro\.plate"):
         draws = draw_posterior(model, guide, (y,), num_draws=12, predictive=True)
     assert not draws.vectorised
     w = draws.values["w"]

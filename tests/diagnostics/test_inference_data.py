@@ -307,3 +307,70 @@ def test_a_path_that_noise_drives_lies_on_its_grid_too(how):
     np.testing.assert_allclose(np.diff(x, axis=-2), -x[..., :-1, :] * 0.4 + 0.5 * dw, atol=1e-6)
     assert "x" not in idata["log_likelihood"]
     assert "x" not in idata["observed_data"]
+
+
+PANEL = torch.tensor([[0.5, float("nan"), 0.1], [float("nan"), float("nan"), 0.3]])
+SEEN = ~PANEL.isnan()
+
+
+def masked_event(y):
+    rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
+    with pyro.plate("series", 2):
+        base = dist.Normal(rate[..., None] + torch.zeros(2, 3), 0.3)
+        pyro.sample("y", base.mask(SEEN).to_event(1), obs=y.nan_to_num())
+
+
+def masked_inside(y):
+    rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
+    base = dist.Normal(rate[..., None] + torch.zeros(3), 0.3)
+    pyro.sample("y", base.mask(SEEN[0]).to_event(1), obs=y[0].nan_to_num())
+
+
+def masked_plates(y):
+    rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
+    with pyro.plate("record", 3, dim=-1), pyro.plate("series", 2, dim=-2), poutine.mask(mask=SEEN):
+        pyro.sample("y", dist.Normal(rate, 0.3), obs=y.nan_to_num())
+
+
+def masked_counts(y):
+    rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("record", 3, dim=-1), pyro.plate("series", 2, dim=-2), poutine.mask(mask=SEEN):
+        pyro.sample("y", dist.Poisson(rate), obs=(10 * y.nan_to_num()).round())
+
+
+@pytest.mark.parametrize(
+    ("program", "split", "count"),
+    [
+        (masked_event, True, 3),
+        (masked_event, False, 2),
+        (masked_inside, True, 2),
+        (masked_inside, False, 1),
+        (masked_plates, False, 3),
+        (masked_counts, False, 3),
+    ],
+)
+def test_what_is_masked_is_missing(program, split, count):
+    guide = AutoNormal(program)
+    guide(PANEL)
+    idata = to_inference_data(program, guide, (PANEL,), num_draws=200, split_events=split)
+    likelihood = idata["log_likelihood"]["y"]
+    assert likelihood.isnull().sum() == 0
+    assert likelihood[0, 0].size == count
+    data = idata["observed_data"]["y"].values
+    shape = SEEN[0] if program is masked_inside else SEEN
+    np.testing.assert_array_equal(np.isnan(data), ~shape.numpy())
+    if count == shape.sum():
+        np.testing.assert_array_equal(likelihood["y_seen"].values, np.flatnonzero(shape.numpy()))
+        value = data.flatten()[likelihood["y_seen"].values]
+        rate = idata["posterior"]["rate"].values[0]
+        law = dist.Poisson if program is masked_counts else lambda r: dist.Normal(r, 0.3)
+        expected = law(torch.tensor(rate)[:, None]).log_prob(torch.tensor(value))
+        np.testing.assert_allclose(likelihood.values[0], expected, rtol=1e-4)
+    if program is not masked_inside and program is not masked_counts:
+        assert "y_argument" not in idata["constant_data"] if "constant_data" in idata else True
+    import arviz as az
+
+    if count > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert az.loo(idata, pointwise=True).n_data_points == count

@@ -210,7 +210,7 @@ def test_rmse_and_psnr_are_what_they_say():
     torch.testing.assert_close(rmse(x, y), ((x - y) ** 2).mean().sqrt())
     torch.testing.assert_close(rmse(x, y, dim=-1), ((x - y) ** 2).mean(-1).sqrt())
     torch.testing.assert_close(psnr(x, y, 255.0), 10 * torch.log10(255.0**2 / ((x - y) ** 2).mean()))
-    assert psnr(x, x) == math.inf
+    assert psnr(x, x, 1.0) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -229,10 +229,62 @@ def test_rmse_and_psnr_are_what_they_say():
         (
             lambda: negative_log_predictive_density(torch.zeros(3, 2), torch.zeros(2)),
             ShapeError,
-            "one entry a draw",
+            "one entry per draw",
         ),
     ],
 )
 def test_bad_predictions_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# ------------------------------------------------------------------------------------- units and forms of data
+
+LENGTHS = {
+    "emd": lambda x, y: emd(x, y),
+    "emd in one dimension": lambda x, y: emd(x[:, 0], y[:, 0], p=1),
+    "emd of order 3": lambda x, y: emd(x, y, p=3),
+    "energy_distance": lambda x, y: energy_distance(x, y) ** 2,
+    "crps": lambda x, y: crps(x, y[0]).sum(),
+    "rmse": lambda x, y: rmse(x, y[: len(x)]),
+}
+
+
+@pytest.mark.parametrize("unit", [1e-150, 1e-12, 1e12, 1e90])
+@pytest.mark.parametrize("metric", LENGTHS)
+def test_distances_are_in_the_units_of_the_data(metric, unit):
+    x, y = points(12, 2, 0), points(15, 2, 1) + 0.3
+    found = float(LENGTHS[metric](unit * x, unit * y)) / unit
+    assert found == pytest.approx(float(LENGTHS[metric](x, y)), rel=1e-9)
+
+
+@pytest.mark.parametrize("unit", [1e-150, 1e-12, 1e12, 1e150])
+def test_mmd_and_scores_without_units_do_not_depend_on_them(unit):
+    x, y = points(12, 2, 0), points(15, 2, 1) + 0.3
+    assert float(mmd(unit * x, unit * y)) == pytest.approx(float(mmd(x, y)), rel=1e-9)
+    inside = interval_coverage(unit * points(99, 3, 2), unit * points(3, 1, 3)[:, 0]).mean
+    assert inside == interval_coverage(points(99, 3, 2), points(3, 1, 3)[:, 0]).mean
+
+
+def test_the_bandwidth_of_samples_that_mostly_coincide_is_a_distance():
+    x, y = torch.zeros(20, 1), torch.zeros(20, 1)
+    assert mmd(x, y) == 0.0
+    x[0], y[0] = 1e-9, 3e-9
+    assert float(mmd(x, y)) == pytest.approx(float(mmd(1e9 * x, 1e9 * y)), rel=1e-6)
+    assert mmd(x, y) > 0
+
+
+@pytest.mark.parametrize("form", ["lists", "numpy", "pandas", "xarray"])
+def test_samples_of_any_form(form):
+    import xarray
+    from pandas import DataFrame
+
+    make = {
+        "lists": lambda v: v.tolist(),
+        "numpy": lambda v: v.numpy(),
+        "pandas": lambda v: DataFrame(v.numpy()),
+        "xarray": lambda v: xarray.DataArray(v.numpy()),
+    }[form]
+    x, y = points(12, 2, 0), points(12, 2, 1)
+    for metric in (emd, energy_distance, mmd, rmse):
+        assert float(metric(make(x), make(y))) == pytest.approx(float(metric(x, y)), rel=1e-6)

@@ -16,6 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from scipy.integrate import trapezoid
 
+import stochdyn as sd
 from stochdyn.diagnostics import plot_density, plot_paths, plot_training
 from stochdyn.errors import (
     EmptyDataError,
@@ -102,7 +103,7 @@ def test_the_forecast_is_shaded_from_its_start_to_the_end(draws):
 
 
 def test_some_draws_can_be_drawn_as_lines(draws):
-    ax = plot_paths(TS, draws, num_paths=3)
+    ax = plot_paths(TS, draws, num_lines=3)
     assert len(ax.lines) == 4
     np.testing.assert_array_equal(ax.lines[2].get_ydata(), draws[1].numpy())
     assert len(legend(ax)) == 3
@@ -121,13 +122,13 @@ def test_two_fans_share_axes(draws):
     [
         ({"ts": TS.flip(0)}, TimeGridError, "increase strictly"),
         ({"ts": TS[:4]}, ShapeError, r"draws don't fit ts; got shape \(300, 9\); expected \(draws, 4\)"),
-        ({"draws": torch.zeros(5, 9, 2)}, ShapeError, "draws don't fit"),
+        ({"draws": torch.zeros(5, 8, 2)}, ShapeError, "draws don't fit"),
         ({"draws": torch.zeros(1, 9)}, TooFewDrawsError, "got 1"),
         ({"draws": torch.full((4, 9), torch.nan)}, NonFiniteError, "draws"),
         ({"levels": (0.5, 1.0)}, InvalidInputError, "levels"),
         ({"levels": ()}, InvalidInputError, "levels"),
         ({"observations": ([1.0], [1.0, 2.0])}, ShapeError, "observations don't fit"),
-        ({"num_paths": -1}, InvalidInputError, "num_paths"),
+        ({"num_lines": -1}, InvalidInputError, "num_lines"),
         ({"forecast_from": 3.0}, TimeGridError, r"forecast_from must lie inside.*expected \[0, 2\]"),
     ],
 )
@@ -249,3 +250,37 @@ def test_importing_the_plots_imports_no_matplotlib():
     code = "import sys, stochdyn.diagnostics.plots as p; print('matplotlib' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+# ------------------------------------------------------------------------------------------ laws and forms
+
+
+def test_a_fan_of_a_law_is_that_of_its_paths():
+    law = sd.DiffusionMeasure(torch.zeros(2), sd.SDE(lambda t, x: -x, 1.0))
+    path = law.sample(TS, 500, generator=3)
+    by_law = plot_paths(TS, law, num_samples=500, generator=3, component=1)
+    by_path = plot_paths(TS.tolist(), path, component=1)
+    by_array = plot_paths(TS.numpy(), path.x[..., 1].numpy())
+    for ax in (by_law, by_path):
+        for found, expected in zip(ax.collections, by_array.collections, strict=True):
+            for a, b in zip(edges(found), edges(expected), strict=True):
+                np.testing.assert_allclose(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"component": 2}, "no such component; got 2; expected below 2"),
+        ({"component": -1}, "component must be"),
+        ({"num_samples": 1}, "num_samples must be"),
+        ({"levels": 0.9}, "levels must be a list"),
+        ({"levels": ("a",)}, "levels must be a real number"),
+        ({"observations": 3}, "observations must be a pair"),
+        ({"forecast_from": "late"}, "forecast_from must be a real number"),
+        ({"generator": "seed"}, "generator must be"),
+    ],
+)
+def test_bad_options_of_a_fan_are_named(change, message):
+    law = sd.DiffusionMeasure(torch.zeros(2), sd.SDE(lambda t, x: -x, 1.0))
+    with pytest.raises(InvalidInputError, match=message):
+        plot_paths(TS, law, **change)

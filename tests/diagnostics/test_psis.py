@@ -309,7 +309,17 @@ def test_bad_weights_are_named(lw, error, message):
 
 
 def test_weights_and_values_must_fit():
-    with pytest.raises(ShapeError, match="one entry a weight"):
+    with pytest.raises(ShapeError, match="one entry per weight"):
         importance_mean(torch.zeros(3), torch.zeros(4))
     with pytest.raises(ShapeError, match="wrong number of axes"):
         importance_evidence(torch.zeros(2, 150))
+
+
+def test_a_row_is_smoothed_as_it_is_alone():
+    """Nearly equal weights beside weights of other size: no row's rounding is another's."""
+    generator = torch.Generator().manual_seed(0)
+    row = 1e-4 * torch.randn(400, generator=generator, dtype=torch.float64)
+    other = 1e12 * torch.randn(400, generator=generator, dtype=torch.float64)
+    alone, beside = pareto_smooth(row), pareto_smooth(torch.stack([row, other]))
+    assert torch.equal(beside.log_weights[0], alone.log_weights)
+    assert torch.equal(beside.khat[0], alone.khat)

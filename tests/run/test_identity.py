@@ -142,6 +142,8 @@ SAME: dict[str, tuple[Any, Any]] = {
     "sets": ({"a", "b", "c"}, {"c", "b", "a"}),
     "memory": (torch.zeros(3, 2).T, torch.zeros(2, 3)),
     "the same object twice": ([torch.ones(2)] * 2, [torch.ones(2), torch.ones(2)]),
+    "strides": (torch.ones(1).expand(3), torch.ones(3)),
+    "stride of one number": (torch.ones(3)[:1].as_strided((1,), (0,)), torch.ones(1)),
     "gradient": (torch.ones(2, requires_grad=True), torch.ones(2)),
 }
 
