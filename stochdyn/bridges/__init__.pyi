@@ -23,6 +23,7 @@ from .families.pyro_family import ModuleDrift as ModuleDrift
 from .families.pyro_family import PyroDrift as PyroDrift
 from .families.pyro_family import as_family as as_family
 from .laws.gaussian import GaussianBridge as GaussianBridge
+from .laws.gaussian_chain import GaussianChainBridge as GaussianChainBridge
 from .laws.growing import GrowingBridge as GrowingBridge
 from .laws.ipf import IPFBridge as IPFBridge
 from .laws.marginal import BridgeMarginal as BridgeMarginal
@@ -33,7 +34,6 @@ from .laws.partial_gaussian import PartialGaussianBridge as PartialGaussianBridg
 from .laws.schrodinger import SchrodingerBridge as SchrodingerBridge
 from .plots import plot_history as plot_history
 from .plots import plot_trajectories as plot_trajectories
-from .refinement.gaussian import GaussianChainBridge as GaussianChainBridge
 from .refinement.gaussian import GaussianRefinement as GaussianRefinement
 from .refinement.gaussian import refine_gaussian as refine_gaussian
 from .refinement.history import History as History

@@ -25,7 +25,7 @@ def gaussian_snapshots(dim, n=50000, seed=0, times=(0.0, 1.0)):
 
 
 def test_the_coupling_of_dsbm_s_benchmark():
-    match = BridgeMatching(gaussian_snapshots(5), 1.0, width=0, num_pairs=2048, refresh=40, sim_steps=15)
+    match = BridgeMatching(gaussian_snapshots(5), 1.0, width=0, num_pairs=2048, refresh=40, num_steps=15)
     result = match.fit(800, lr=5e-3, progress=False)
     assert result.bound == "surrogate"
     x, y = match.couple(0, 50000, torch.Generator().manual_seed(1))
@@ -37,7 +37,7 @@ def test_the_coupling_of_dsbm_s_benchmark():
 
 def test_an_ou_reference_and_unequal_intervals():
     snaps = gaussian_snapshots(1, times=(0.0, 0.5, 2.0))
-    match = BridgeMatching(snaps, 0.8, rate=0.7, mean=0.3, width=0, num_pairs=2048, refresh=40, sim_steps=15)
+    match = BridgeMatching(snaps, 0.8, rate=0.7, mean=0.3, width=0, num_pairs=2048, refresh=40, num_steps=15)
     match.fit(800, lr=5e-3, progress=False)
     one = torch.ones(1, 1, dtype=F64)
     for i, horizon in enumerate((0.5, 1.5)):
@@ -56,7 +56,7 @@ def test_an_ou_reference_and_unequal_intervals():
 
 def test_trajectories_go_through_the_snapshots_in_order():
     snaps = Snapshots([0.0, 1.0, 2.0], [0.1 * torch.randn(500, 2) + k**2 for k in range(3)])
-    match = BridgeMatching(snaps, 0.3, width=0, num_pairs=512, batch_size=128, refresh=20, sim_steps=10)
+    match = BridgeMatching(snaps, 0.3, width=0, num_pairs=512, batch_size=128, refresh=20, num_steps=10)
     match.fit(200, lr=2e-2, progress=False)
     ts = torch.tensor([0.0, 0.5, 1.0, 1.7, 2.0])
     x = match.sample(ts, 400, torch.Generator().manual_seed(0))
@@ -90,7 +90,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(tmp_path):
     def build():
         torch.manual_seed(0)
         snaps = Snapshots([0.0, 1.0], [torch.randn(50, 2), torch.randn(50, 2) + 1])
-        return BridgeMatching(snaps, 1.0, width=8, num_pairs=64, batch_size=32, refresh=7, sim_steps=4)
+        return BridgeMatching(snaps, 1.0, width=8, num_pairs=64, batch_size=32, refresh=7, num_steps=4)
 
     options = {"scheduler": None, "progress": False}
     whole = build()
@@ -108,7 +108,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(tmp_path):
 
 def test_sinkhorn_start_is_nearer_to_the_bridge():
     snaps = gaussian_snapshots(1, n=2000)
-    match = BridgeMatching(snaps, 1.0, num_pairs=2048, start="sinkhorn")
+    match = BridgeMatching(snaps, 1.0, num_pairs=2048, coupling="sinkhorn")
     torch.manual_seed(0)
     match.renew(first=True)
     x, y = match.pairs[0, 0, 0], match.pairs[0, 1, 0]
@@ -120,7 +120,7 @@ def test_sinkhorn_start_is_nearer_to_the_bridge():
     ("options", "error"),
     [
         ({"diffusion": 0.0}, sd.errors.DiffusionError),
-        ({"diffusion": 1.0, "start": "ot"}, sd.errors.InvalidInputError),
+        ({"diffusion": 1.0, "coupling": "ot"}, sd.errors.InvalidInputError),
         ({"diffusion": 1.0, "num_pairs": 0}, sd.errors.InvalidInputError),
         ({"diffusion": 1.0, "width": -1}, sd.errors.InvalidInputError),
         ({"diffusion": 1.0, "rate": float("nan")}, sd.errors.NonFiniteError),

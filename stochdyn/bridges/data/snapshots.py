@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
     check_event_size,
     check_finite,
     check_ndim,
@@ -52,10 +55,13 @@ class Snapshot:
         centred = self.sample - self.mean
         return centred.mT @ (self.weights[:, None] * centred)
 
-    def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``(n, d)`` particles with replacement."""
-        check_positive_int(n, "n")
-        return self.sample[torch.multinomial(self.weights, n, replacement=True, generator=generator)]
+    def draw(
+        self, sample_shape: int | Sequence[int] = (), generator: torch.Generator | int | None = None
+    ) -> Tensor:
+        """Draw ``(*sample, d)`` particles with replacement."""
+        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.sample.device)
+        index = torch.multinomial(self.weights, math.prod(shape), replacement=True, generator=source)
+        return self.sample[index].reshape(*shape, -1)
 
 
 class Snapshots:
@@ -67,8 +73,8 @@ class Snapshots:
 
     Args:
         times: ``(I,)`` strictly increasing, at least two; a tensor, or a sequence of numbers.
-        samples: one ``(n_i, d)`` array a time, or a tensor ``(I, n, d)``. NumPy arrays are taken as they are.
-        weights: one ``(n_i,)`` array a time, nonnegative and not all zero; equal if None. They are normalised, and their
+        samples: one ``(n_i, d)`` array per time, or a tensor ``(I, n, d)``. NumPy arrays are taken as they are.
+        weights: one ``(n_i,)`` array per time, nonnegative and not all zero; equal if None. They are normalised, and their
             totals kept as :attr:`masses`.
 
     Raises:
@@ -100,7 +106,7 @@ class Snapshots:
         self.times = torch.as_tensor(times, dtype=torch.float64, device=device)
         check_time_grid(self.times, "times", min_points=2)
         if len(clouds) != len(self.times):
-            raise ShapeError("there must be one sample a time", got=len(clouds), expected=len(self.times))
+            raise ShapeError("there must be one sample per time", got=len(clouds), expected=len(self.times))
         for i, cloud in enumerate(clouds):
             check_nonempty(cloud, f"samples[{i}]")
             check_ndim(cloud, 2, f"samples[{i}]", "(n, d)")
@@ -177,11 +183,12 @@ class Snapshots:
             [self.weights[i] * self.masses[i] for i in order],
         )
 
-    def resample(self, generator: torch.Generator | None = None) -> Snapshots:
+    def resample(self, generator: torch.Generator | int | None = None) -> Snapshots:
         """Return a bootstrap replicate: the particles of every snapshot redrawn by their multiplicities.
 
         Multiplicities become weights, and particles that weren't drawn are dropped.
         """
+        generator = as_generator(generator, self.device)
         clouds, weights = [], []
         for cloud, own, mass in zip(self.samples, self.weights, self.masses, strict=True):
             draws = torch.multinomial(own, cloud.shape[0], replacement=True, generator=generator)
@@ -191,12 +198,13 @@ class Snapshots:
             weights.append(counts[kept].to(cloud.dtype) * (mass / cloud.shape[0]))
         return Snapshots(self.times, clouds, weights)
 
-    def subsample(self, n: int, generator: torch.Generator | None = None) -> Snapshots:
-        """Return at most ``n`` particles a snapshot, drawn without replacement by weight, equally weighted."""
-        check_positive_int(n, "n")
+    def subsample(self, num_samples: int, generator: torch.Generator | int | None = None) -> Snapshots:
+        """Return at most ``num_samples`` particles per snapshot, drawn without replacement by weight, equally weighted."""
+        check_positive_int(num_samples, "num_samples")
+        generator = as_generator(generator, self.device)
         clouds = []
         for cloud, own in zip(self.samples, self.weights, strict=True):
-            count = min(n, int((own > 0).sum()))
+            count = min(num_samples, int((own > 0).sum()))
             clouds.append(cloud[torch.multinomial(own, count, replacement=False, generator=generator)])
         return Snapshots(self.times, clouds)
 
@@ -238,7 +246,7 @@ def _normalised(
         return equal, clouds[0].new_ones(len(clouds))
     given = [torch.as_tensor(w) for w in weights]
     if len(given) != len(clouds):
-        raise ShapeError("there must be one array of weights a time", got=len(given), expected=len(clouds))
+        raise ShapeError("there must be one array of weights per time", got=len(given), expected=len(clouds))
     normalised, totals = [], []
     for i, (own, cloud) in enumerate(zip(given, clouds, strict=True)):
         if own.shape != cloud.shape[:1]:

@@ -75,10 +75,11 @@ class Chain:
         constant = log_det(self.end_noise[0]) + self.spread.shape[0] * math.log(2 * math.pi)
         return -0.5 * (quadratic(gap, precision) + constant)
 
-    def mahalanobis(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the squared distance of ``y`` from where ``x`` is expected, in units of the noise, ``(P,)``."""
-        gap = y - mv(self.to_end[0], x) - self.end_shift[0]
-        return quadratic(gap, inverse(self.end_noise[0]))
+    def whitened(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return how far ``y`` is from where ``x`` is expected, in units of the noise, ``(d, P)``."""
+        gap = (y - mv(self.to_end[0], x) - self.end_shift[0]).mT[..., None]
+        factor = cholesky(self.end_noise[0]).movedim(-1, 0)
+        return torch.linalg.solve_triangular(factor, gap, upper=False).squeeze(-1).mT
 
     def pin(self, y: Tensor) -> PinnedChain:
         """Condition on the end ``y (d, P)``."""

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_time_grid,
     check_event_size,
     check_finite,
     check_positive,
-    check_positive_int,
     check_same_dtype,
-    check_time_grid,
 )
 from stochdyn.bridges.laws._pinned_linear import PinnedLinear
 from stochdyn.core.forward.flow import GaussianFlow, as_time
+from stochdyn.core.forward.generators import FokkerPlanck
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 from stochdyn.core.gaussian.small import psd_factor, symmetrise
+from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.law.marginals import GaussianMarginal, Generator, SampleShape
+from stochdyn.core.law.measure import PathMeasure
+from stochdyn.core.law.path import Path, PathSample
 from stochdyn.core.sde.coefficients import Coefficient
+from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError, TimeGridError
-
-if TYPE_CHECKING:
-    from stochdyn.core.law.diffusion import DiffusionMeasure
 
 __all__ = ["GaussianBridge"]
 
 
-class GaussianBridge:
+class GaussianBridge(PathMeasure):
     r"""The law nearest in relative entropy to a linear reference, with given Gaussian ends.
 
     .. math::
@@ -82,16 +84,21 @@ class GaussianBridge:
         drift_matrix: Tensor | None = None,
         drift_offset: Tensor | None = None,
     ) -> None:
+        super().__init__()
         _check_end(mean0, cov0, "0")
         _check_end(mean1, cov1, "1")
         check_same_dtype(mean0=mean0, cov0=cov0, mean1=mean1, cov1=cov1)
         check_event_size(mean1, mean0.shape[0], "mean1")
         check_positive(horizon, "horizon")
         dim = mean0.shape[0]
-        self.mean0, self.cov0, self.mean1, self.cov1 = mean0, symmetrise(cov0), mean1, symmetrise(cov1)
+        ends = {"mean0": mean0, "cov0": symmetrise(cov0), "mean1": mean1, "cov1": symmetrise(cov1)}
+        for name, value in ends.items():
+            self.register_buffer(name, value)
         self.horizon, self.dim = float(horizon), dim
-        self.drift_matrix = mean0.new_zeros(dim, dim) if drift_matrix is None else drift_matrix
-        self.drift_offset = mean0.new_zeros(dim) if drift_offset is None else drift_offset
+        matrix = mean0.new_zeros(dim, dim) if drift_matrix is None else drift_matrix
+        offset = mean0.new_zeros(dim) if drift_offset is None else drift_offset
+        self.register_buffer("drift_matrix", matrix)
+        self.register_buffer("drift_offset", offset)
         #: the reference, a :class:`~stochdyn.core.gaussian.measure.LinearGaussianMeasure` that starts from the first end
         self.reference = LinearGaussianMeasure(
             self.drift_matrix, self.drift_offset, diffusion, mean0, self.cov0
@@ -164,14 +171,13 @@ class GaussianBridge:
         ends = first @ self.cov0 @ first.mT + last @ self.cov1 @ last.mT
         return symmetrise(ends + mixed + mixed.mT + spread)
 
-    def marginal(self, t: Tensor | float) -> MultivariateNormal:
-        """Return the law at times ``t (*s,)``: batch shape ``(*s,)``, event ``(d,)``.
+    def marginal(self, t: Tensor | float) -> GaussianMarginal:
+        """Return the law at times ``t (*s,)``, with batch shape ``(*s,)``; at a degenerate end it is singular.
 
         Raises:
             TimeGridError: outside ``[0, horizon]``.
-            SingularDiffusionError: at a degenerate end.
         """
-        return _normal(self.mean(t), self.covariance(t))
+        return GaussianMarginal(self.mean(t), self.covariance(t))
 
     @property
     def flow(self) -> GaussianFlow:
@@ -207,30 +213,54 @@ class GaussianBridge:
         offset = self.drift_offset + (strength @ gain @ lead.unsqueeze(-1)).squeeze(-1)
         return slope, offset
 
-    def measure(self) -> DiffusionMeasure:
-        """Return the bridge as a :class:`~stochdyn.core.law.diffusion.DiffusionMeasure`, for control and Girsanov weights."""
-        from stochdyn.core.law.diffusion import DiffusionMeasure
-        from stochdyn.core.sde.equation import SDE
+    def forward(self) -> FokkerPlanck:
+        """Return the forward operator of the bridge as a diffusion."""
+        return FokkerPlanck(SDE(self.drift, self.diffusion))
 
+    def as_diffusion(self) -> DiffusionMeasure:
+        """Return the bridge as a :class:`~stochdyn.core.law.diffusion.DiffusionMeasure`, for control and Girsanov weights.
+
+        Raises:
+            SingularDiffusionError: if the first end is degenerate.
+        """
         return DiffusionMeasure(_normal(self.mean0, self.cov0), SDE(self.drift, self.diffusion))
 
-    def sample(self, ts: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``n`` exact paths ``(n, T, d)`` at times ``ts (T,)`` of ``[0, horizon]``."""
-        check_time_grid(ts, min_points=1)
-        check_positive_int(n, "n")
-        joint = self.joint_covariance(ts)
-        shape = (n, joint.shape[-1])
-        noise = torch.randn(shape, dtype=joint.dtype, device=joint.device, generator=generator)
-        paths = noise @ psd_factor(joint).mT
-        return self.mean(ts) + paths.reshape(n, ts.shape[0], self.dim)
+    def log_rn(
+        self, path: Path, other: PathMeasure, estimator: str = "density", *, recorded: bool = False
+    ) -> Tensor:
+        """Return the log density ratio of the diffusions on the grid of the path; see :meth:`PathMeasure.log_rn`.
+
+        The path has to stop before the end if that is degenerate, since the drift is infinite there.
+        """
+        return self.as_diffusion().log_rn(path, other, estimator, recorded=recorded)
+
+    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
+        """Draw exact paths at times ``ts (T,)`` of ``[0, horizon]``.
+
+        Returns:
+            Paths with ``x (*sample, T, d)``; what drove them isn't known, so ``dw`` is empty, ``(*sample, T-1, 0)``.
+        """
+        grid = as_time_grid(ts, min_points=1)
+        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.mean0.device)
+        joint = self.joint_covariance(grid)
+        noise = torch.randn(
+            *shape, joint.shape[-1], dtype=joint.dtype, device=joint.device, generator=source
+        )
+        paths = (noise @ psd_factor(joint).mT).reshape(*shape, len(grid), self.dim)
+        return PathSample(grid, self.mean(grid) + paths, paths.new_empty(*shape, len(grid) - 1, 0), {}, self)
 
     def joint_covariance(self, ts: Tensor) -> Tensor:
         """Return the covariance ``(T d, T d)`` of the values at ``ts (T,)``, flattened with time leading."""
-        check_time_grid(ts, min_points=1)
+        ts = as_time_grid(ts, min_points=1)
         ends, _, cov = self._pinned.joint(self._clock(ts))
         top = torch.cat((self.cov0, self._cross), -1)
         coupling = torch.cat((top, torch.cat((self._cross.mT, self.cov1), -1)))
         return symmetrise(ends @ coupling @ ends.mT + cov)
+
+    def from_start(self, t: Tensor | float) -> Tensor:
+        """Return the covariances ``(*s, d, d)`` of the first value (rows) with those at times ``t (*s,)`` of ``[0, horizon]``."""
+        first, last, _, _ = self._pinned.weights(self._clock(t))
+        return self.cov0 @ first.mT + self._cross @ last.mT
 
     def _strength(self) -> Tensor:
         matrix = self.reference.diffusion.constant

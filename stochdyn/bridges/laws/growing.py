@@ -4,52 +4,63 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_inside
+from stochdyn._checks import check_real, check_type
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.density_trend import DensityTrend
 from stochdyn.bridges.laws.marginal import BridgeMarginal
+from stochdyn.bridges.laws.nodes import choose_pairs
 from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
-from stochdyn.errors import ApproximationWarning, InvalidInputError
+from stochdyn.core.law.marginals import Generator, SampleShape
+from stochdyn.core.law.measure import PathMeasure
+from stochdyn.core.law.path import PathSample
+from stochdyn.errors import ApproximationWarning
 
 __all__ = ["GrowingBridge"]
 
 # Where fewer particles than this share of a snapshot carry the weight, little is left of it.
 _FEW = 0.05
+# Times in an interval at which the trend is asked.
+_NODES = 17
+# A unit of relative entropy costs as much as so many times what half of the population needs to move.
+_DEAR = 10.0
 
 
-class GrowingBridge:
-    r"""The law of a population whose density changes by growth to a given share, and by motion otherwise.
-
-    A share :math:`\kappa` of the change in time of the density is put down to births and deaths, at the rate
-
-    .. math:: g(t,x)=\kappa\,\partial_t\log p_t(x)+\mathrm{const},
-
-    with :math:`p_t` of a :class:`DensityTrend` through all snapshots. What growth alone would make of the two neighbouring snapshots at time ``t``,
-
-    .. math:: \tilde\pi_i\propto\pi_i\,\Big(\frac{p_t}{p_{t_i}}\Big)^{\kappa},\qquad
-        \tilde\pi_{i+1}\propto\pi_{i+1}\,\Big(\frac{p_t}{p_{t_{i+1}}}\Big)^{\kappa},
-
-    is joined by a Schrödinger bridge, of which the marginal at ``t`` is taken. It starts at :math:`\pi_i` and ends at :math:`\pi_{i+1}`; with
-    :math:`\kappa=0` it is the bridge, and with :math:`\kappa=1` both sides are estimates of the same law and nothing but their difference moves.
+class GrowingBridge(PathMeasure):
+    r"""The law of a population whose density changes by growth and by motion.
 
     Balanced transport must carry cells from one branch to another where their shares differ between days; growth lets a branch
-    swell in its place. The share can't be seen in snapshots as such: choose it by :func:`leave_one_out`.
+    swell in its place. How much is growth can't be seen in snapshots as such. There are two ways to say it:
+
+    - ``growth=None``: growth is what motion can't explain. Births and deaths are charged for by relative entropy, at ten times what
+      half of the population needs to move, and the couplings of a :class:`SchrodingerBridge` with this ``relaxation`` decide.
+      :meth:`growth_rate` then is an estimate: next to zero in a population that only moves.
+    - ``growth`` :math:`=\kappa`, a share from 0 to 1 of the change in time of the density, as a regularity prior:
+
+      .. math:: g(t,x)=\kappa\,\partial_t\log p_t(x)+\mathrm{const},
+
+      with :math:`p_t` of a :class:`DensityTrend` through all snapshots. What half of this growth makes of the earlier snapshot is joined to
+      what half of it, taken back, makes of the later one. With :math:`\kappa=0` it is the balanced bridge; with
+      :math:`\kappa=1` both sides are estimates of the same law, and nothing but their difference moves. The rate is an
+      assumption then; choose the share by :func:`leave_one_out`.
+
+    Use it for cells that divide and die; for the balanced law use :class:`SchrodingerBridge`.
 
     Args:
         snapshots: what was seen.
-        growth: :math:`\kappa`, from 0 to 1.
-        trend: a fitted :class:`DensityTrend`; one with its defaults if None.
-        reference: drift of the bridges; Brownian if None. See :class:`SchrodingerBridge`.
+        growth: None, or the share :math:`\kappa`, from 0 to 1.
+        trend: a fitted :class:`DensityTrend` for a share; one with its defaults if None.
+        reference: the drift of the bridges; Brownian if None. See :class:`SchrodingerBridge`.
         diffusion: their noise.
-        options: others of :class:`SchrodingerBridge`, such as ``step`` or ``tolerance``.
+        options: others of :class:`SchrodingerBridge`, such as ``dt``, ``tolerance`` or ``relaxation``.
 
     Raises:
-        InvalidInputError: if the share isn't between 0 and 1.
+        InvalidInputError: if the share isn't between 0 and 1, or a relaxation is given beside it.
 
     Example:
         >>> branches = torch.cat((torch.linspace(-3, -2, 10), torch.linspace(2, 3, 10)))[:, None]
@@ -67,105 +78,107 @@ class GrowingBridge:
     def __init__(
         self,
         snapshots: Snapshots,
-        growth: float = 0.5,
+        growth: float | None = None,
         trend: DensityTrend | None = None,
         reference: Any = None,
         diffusion: Any = None,
         **options: Any,
     ) -> None:
-        if not 0 <= growth <= 1:
-            raise InvalidInputError("growth is a share", got=growth, expected="0 to 1")
-        if trend is not None and not isinstance(trend, DensityTrend):
-            raise InvalidInputError("trend must be a DensityTrend", got=type(trend).__name__)
+        super().__init__()
+        if growth is not None:
+            check_real(growth, "growth", minimum=0.0, maximum=1.0)
+            if options.get("relaxation") is not None:
+                check_type(options["relaxation"], type(None), "relaxation", "it says what growth costs; growth says its share")
+        if trend is not None:
+            check_type(trend, DensityTrend, "trend")
+        self.growth, self.trend = None if growth is None else float(growth), trend
         # checks everything that a bridge does, before any work
-        self._whole = SchrodingerBridge(snapshots, reference, diffusion, **options)
-        self.snapshots, self.growth = snapshots, float(growth)
-        self.trend = trend
-        self._make = {"diffusion": self._whole.diffusion, **options, "step": self._whole.step}
+        self.bridge = SchrodingerBridge(snapshots, reference, diffusion, **options)
+        if self.growth:
+            self.bridge._add_tilts(_NODES)
+
+    @property
+    def snapshots(self) -> Snapshots:
+        """What was seen."""
+        return self.bridge.snapshots
 
     def solve(self) -> GrowingBridge:
-        """Fit the trend, unless one was given; returns this law. Bridges are solved for the times that are asked for."""
-        if self.trend is None:
-            self.trend = DensityTrend(self.snapshots)
-        if self.trend.weight is None:
-            self.trend.fit()
+        """Find the couplings; returns this law."""
+        if self.growth is None and self.bridge.relaxation is None:
+            self.bridge.relaxation = self._price()
+        if self.growth:
+            if self.trend is None:
+                self.trend = DensityTrend(self.snapshots)
+            if self.trend.weight is None:
+                self.trend.fit()
+            self._tilt(self.trend)
+        self.bridge.solve()
         return self
 
-    def weights(self, t: float) -> tuple[Tensor, Tensor]:
-        """Return what growth alone makes of the weights of the snapshots before and after ``t``, ``(n,)`` and ``(m,)``.
+    def _tilt(self, trend: DensityTrend) -> None:
+        r"""Set the logs of the weights that growth gives to particles, and take from both snapshots half of what is between them.
 
-        Raises:
-            TimeGridError: if ``t`` lies outside the snapshots.
+        With :math:`u_t=\kappa\log(p_t/p_{t_i})` and the share ``s`` of the interval they are :math:`(1-s)(u_t-\tfrac12u_{t_{i+1}})` at
+        the earlier particles and :math:`s(u_t-\tfrac12u_{t_{i+1}})` at the later ones.
         """
-        i = self._interval(t)
-        first, second = (self._tilted(j, t) for j in (i, i + 1))
-        return first, second
+        assert self.growth is not None
+        for i, (start, end) in enumerate(itertools.pairwise(self.snapshots.times.tolist())):
+            shares = torch.linspace(0, 1, _NODES, dtype=torch.float64).tolist()
+            for name, j in (("rows", i), ("columns", i + 1)):
+                x = self.snapshots.samples[j]
+                change = torch.stack(
+                    [self.growth * trend.log_ratio(x, start + s * (end - start), start).double() for s in shares]
+                )
+                parts = change.new_tensor([1 - s if name == "rows" else s for s in shares])
+                tilt = parts[:, None] * (change - 0.5 * change[-1])
+                setattr(self.bridge, f"{name}{i}", tilt)
+                self._check_weights(j, -tilt[0 if name == "rows" else -1])
 
-    def bridge(self, t: float) -> SchrodingerBridge:
-        """Return the bridge between the neighbours of ``t`` as growth leaves them, solved."""
-        i = self._interval(t)
-        masses = self.snapshots.masses[i : i + 2]
-        weights = [w * m for w, m in zip(self.weights(t), masses, strict=True)]
-        pair = Snapshots(self.snapshots.times[i : i + 2], self.snapshots.samples[i : i + 2], weights)
-        return SchrodingerBridge(pair, self._whole.family, **self._make).solve()
-
-    def marginal(self, t: float | Tensor, max_pairs: int = 100_000) -> BridgeMarginal:
-        """Return the law of the population at time ``t``, without simulation.
-
-        Args:
-            t: within the span of the snapshots.
-            max_pairs: larger couplings are replaced by a systematic sample of this many pairs.
-
-        Raises:
-            TimeGridError: if ``t`` lies outside.
-        """
-        time = float(t)
-        i = self._interval(time)
-        slack = 1e-9 * float(self.snapshots.times[-1] - self.snapshots.times[0])
-        for j in (i, i + 1):
-            if abs(time - float(self.snapshots.times[j])) <= slack:
-                return BridgeMarginal(time, self.snapshots.samples[j], None, self.snapshots.weights[j])
-        return self.bridge(time).marginal(time, max_pairs)
-
-    def growth_rate(self, t: float, x: Tensor) -> Tensor:
-        """Return the rate of births less deaths at ``x (*batch, d)``, ``(*batch,)``, zero on average over the neighbouring snapshots.
-
-        The growth of the whole population can't be seen in samples of it.
-        """
-        trend, i = self._fitted(), self._interval(t)
-        near = torch.stack(
-            [self.snapshots.weights[j] @ trend.rate(self.snapshots.samples[j], t) for j in (i, i + 1)]
-        )
-        return self.growth * (trend.rate(x, t) - near.mean())
-
-    def _fitted(self) -> DensityTrend:
-        if self.trend is None:
-            self.solve()
-        assert self.trend is not None
-        return self.trend
-
-    def _interval(self, t: float) -> int:
-        times = self.snapshots.times
-        check_inside(torch.tensor([t], dtype=torch.float64), times, "t", "the snapshots")
-        return next(
-            i
-            for i, (_, end) in enumerate(itertools.pairwise(times.tolist()))
-            if t <= end or i == len(times) - 2
-        )
-
-    def _tilted(self, j: int, t: float) -> Tensor:
-        own = self.snapshots.weights[j]
-        if not self.growth:
-            return own
-        change = self._fitted().log_ratio(self.snapshots.samples[j], t, float(self.snapshots.times[j]))
-        tilted = own.log() + self.growth * change
-        tilted = (tilted - tilted.logsumexp(0)).exp()
-        effective = float(tilted.square().sum().reciprocal())
-        if effective < _FEW * len(own):
+    def _check_weights(self, j: int, tilt: Tensor) -> None:
+        weight = torch.softmax(self.snapshots.weights[j].double().log() + tilt, 0)
+        effective = float(weight.square().sum().reciprocal())
+        if effective < _FEW * len(weight):
             warnings.warn(
-                f"Growth leaves the weight of {effective:.1f} of the {len(own)} particles at t={float(self.snapshots.times[j]):g}. "
+                f"Growth leaves the weight of {effective:.1f} of the {len(weight)} particles at t={float(self.snapshots.times[j]):g}. "
                 "Give a smaller share of growth, or a trend with a larger ridge",
                 ApproximationWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
-        return tilted
+
+    def _price(self) -> float:
+        """Ten times the median of what pairs of the balanced coupling move, in nats."""
+        balanced = self.bridge.like().solve()
+        values, weights = [], []
+        for i, (plan, part) in enumerate(zip(balanced.plans, balanced._transitions, strict=True)):
+            first, second, weight = choose_pairs(plan, 10_000, torch.Generator(plan.cost.device).manual_seed(0))
+            x, y = self.snapshots.samples[i][first], self.snapshots.samples[i + 1][second]
+            values.append(0.5 * part.chain(x, y).whitened(x.mT, y.mT).square().sum(0))
+            weights.append(weight)
+        moved, order = torch.cat(values).sort()
+        reach = torch.cat(weights)[order].cumsum(0)
+        return _DEAR * float(moved[int((reach < 0.5 * reach[-1]).sum())].clamp_min(0.5))
+
+    # ------------------------------------------------------------------------------------------ the law
+    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
+        """Draw the paths of individuals, which die and go on as newborn ones; see :meth:`SchrodingerBridge.sample`."""
+        return replace(self.bridge.sample(ts, sample_shape, generator), law=self)
+
+    def marginal(self, t: Tensor | float, max_pairs: int = 100_000) -> BridgeMarginal:
+        """Return the law of the population at time ``t``, without simulation; see :meth:`SchrodingerBridge.marginal`."""
+        return self.bridge.marginal(t, max_pairs)
+
+    def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the drift of individuals between birth and death, ``(*batch, d)``; see :meth:`SchrodingerBridge.drift`."""
+        return self.bridge.drift(t, x)
+
+    def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the velocity of individuals, ``(*batch, d)``; see :meth:`SchrodingerBridge.velocity`."""
+        return self.bridge.velocity(t, x)
+
+    def growth_rate(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the rate of births less deaths at times ``t`` and states ``x (*batch, d)``, ``(*batch,)`` per unit of time.
+
+        Its mean over the population is the growth of the whole: the logarithm of the ratio of the snapshots' masses per time, zero where
+        snapshots were given without.
+        """
+        return self.bridge.growth_rate(t, x)

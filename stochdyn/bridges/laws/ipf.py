@@ -1,7 +1,8 @@
-"""Iterative proportional fitting with regressed drifts: the published solver, for comparison and for dimensions without kernels."""
+"""Iterative proportional fitting with regressed drifts: the published solver, for comparison."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,13 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_choice, check_inside, check_positive, check_positive_int, check_time_grid
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_seed,
+    as_time_grid,
+    check_bool,
+    check_choice,
+    check_inside,
+    check_positive,
+    check_positive_int,
+    check_real,
+    check_type,
+)
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
-from stochdyn.bridges.laws.marginal import BridgeMarginal
+from stochdyn.bridges.laws.kernel_drift import at_times, owner
 from stochdyn.bridges.laws.nodes import DriftNodes
 from stochdyn.bridges.laws.reference import EmpiricalLaw, as_reference, spread_of
+from stochdyn.core.forward.generators import FokkerPlanck
 from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.networks import MLP
@@ -33,77 +48,103 @@ class DriftRegression(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, t: Tensor, x: Tensor, rate: Tensor, noise: float) -> None:
-        """Learn from rates ``(N, d)`` at times ``(N, 1)`` and states ``(N, d)``, of variance ``noise`` a component."""
+        """Learn from rates ``(N, d)`` at times ``(N, 1)`` and states ``(N, d)``, of variance ``noise`` per component."""
+
+    @abstractmethod
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return the drift ``(n, d)`` at one time and states ``(n, d)``."""
 
 
 class GaussianProcessDrift(DriftRegression):
     r"""Mean of an exact Gaussian process on time and state, with the kernel :math:`s^2e^{-r/\ell}` and no tuning.
 
+    States and times are measured in standard deviations of those that it is fitted to, so that the answer doesn't depend on units.
+
     Args:
-        lengthscale: :math:`\ell`.
-        variance: :math:`s^2`; the noise of the increments times the squared diffusion's inverse if None, as published.
-        mean: prior mean, the reference's drift, say; zero if None.
+        lengthscale: :math:`\ell`, in these standard deviations.
+        variance: :math:`s^2`, in squared units of the drift; the mean square of the rates that it is fitted to if None.
+        mean: the prior mean, such as the reference's drift; zero if None.
 
     Reference: Vargas, Thodoroff, Lamacraft & Lawrence (2021), Solving Schrödinger bridges via maximum likelihood.
     """
+
+    inputs: Tensor
+    weights: Tensor
+    centre: Tensor
+    scale: Tensor
+    strength: Tensor
 
     def __init__(
         self, lengthscale: float = 1.0, variance: float | None = None, mean: Field | None = None
     ) -> None:
         super().__init__()
         check_positive(lengthscale, "lengthscale")
+        if variance is not None:
+            check_positive(variance, "variance")
         self.lengthscale, self.variance, self.mean = lengthscale, variance, mean
 
     def _kernel(self, first: Tensor, second: Tensor) -> Tensor:
         distance = torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
-        return self.scale * torch.exp(-distance / self.lengthscale)
+        return self.strength * torch.exp(-distance / self.lengthscale)
+
+    def _standard(self, t: Tensor, x: Tensor) -> Tensor:
+        return (torch.cat((x, t), -1) - self.centre) / self.scale
 
     def fit(self, t: Tensor, x: Tensor, rate: Tensor, noise: float) -> None:
         """See :meth:`DriftRegression.fit`."""
-        self.scale = noise if self.variance is None else self.variance
-        self.inputs = torch.cat((x, t), -1)
+        _register_units(self, t, x)
         target = rate if self.mean is None else rate - self.mean(t, x)
+        strength = target.square().mean() if self.variance is None else target.new_tensor(self.variance)
+        self.register_buffer("strength", strength.clamp_min(torch.finfo(x.dtype).tiny))
+        self.register_buffer("inputs", self._standard(t, x))
         kernel = self._kernel(self.inputs, self.inputs)
-        kernel.diagonal().add_(noise + 1e-6)
-        self.weights = torch.cholesky_solve(target, torch.linalg.cholesky(kernel))
+        kernel.diagonal().add_(noise + 1e-6 * self.strength)
+        self.register_buffer("weights", torch.cholesky_solve(target, torch.linalg.cholesky(kernel)))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the drift ``(n, d)`` at states ``(n, d)``."""
         clock = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], 1)
-        out = self._kernel(torch.cat((x, clock), -1), self.inputs) @ self.weights
+        out = self._kernel(self._standard(clock, x), self.inputs) @ self.weights
         return out if self.mean is None else out + self.mean(clock, x)
 
 
 class NetworkDrift(DriftRegression):
-    """A network fitted by Adam on all increments.
+    """A network fitted by Adam on all increments, in standard deviations of its inputs and targets.
 
     Args:
-        dim: ``d``.
-        width: of two hidden layers.
-        steps: of Adam.
-        lr: learning rate.
-        mean: added to the network; zero if None.
+        dim: the number of components of the state.
+        width: the width of the two hidden layers.
+        steps: the number of steps of Adam.
+        lr: its learning rate.
+        mean: what is added to the network; zero if None.
     """
+
+    centre: Tensor
+    scale: Tensor
+    size: Tensor
 
     def __init__(
         self, dim: int, width: int = 64, steps: int = 200, lr: float = 1e-2, mean: Field | None = None
     ) -> None:
         super().__init__()
+        check_positive_int(steps, "steps")
+        check_positive(lr, "lr")
         self.net = MLP((dim + 1, width, width, dim), zero_last=True)
         self.steps, self.lr, self.mean = steps, lr, mean
 
     def fit(self, t: Tensor, x: Tensor, rate: Tensor, noise: float) -> None:
         """See :meth:`DriftRegression.fit`."""
         self.net.to(x)
-        inputs = torch.cat((x, t), -1)
-        self.centre, self.scale = inputs.mean(0), inputs.std(0).clamp_min(1e-6)
+        _register_units(self, t, x)
+        inputs = (torch.cat((x, t), -1) - self.centre) / self.scale
         target = rate if self.mean is None else rate - self.mean(t, x)
-        self.size = target.std().clamp_min(1e-6)
+        spread = target.std()
+        self.register_buffer("size", torch.where(spread > 0, spread, torch.ones_like(spread)))
         optimizer = torch.optim.Adam(self.net.parameters(), self.lr)
         with torch.enable_grad():
             for _ in range(self.steps):
                 optimizer.zero_grad()
-                loss = (self.net((inputs - self.centre) / self.scale) - target / self.size).square().mean()
+                loss = (self.net(inputs) - target / self.size).square().mean()
                 loss.backward()
                 optimizer.step()
 
@@ -114,6 +155,13 @@ class NetworkDrift(DriftRegression):
         return out if self.mean is None else out + self.mean(clock, x)
 
 
+def _register_units(drift: DriftRegression, t: Tensor, x: Tensor) -> None:
+    inputs = torch.cat((x, t), -1)
+    scale = inputs.std(0)
+    drift.register_buffer("centre", inputs.mean(0))
+    drift.register_buffer("scale", torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+
 class IPFBridge(PathMeasure):
     r"""The bridge by alternating half-bridges whose drifts are regressed on simulated increments.
 
@@ -122,15 +170,20 @@ class IPFBridge(PathMeasure):
     displacements need many sweeps: :class:`~stochdyn.bridges.laws.schrodinger.SchrodingerBridge` gives the same bridge exactly wherever the
     transition density is known.
 
+    Paths follow Euler's scheme of the regressed drifts from the first snapshot on, and between its times the conditional law that
+    the scheme has there, so that the law doesn't depend on the times that are asked for.
+
+    Use it for comparison with published results.
+
     Args:
         snapshots: what was seen.
-        reference: as for :class:`~stochdyn.bridges.laws.schrodinger.SchrodingerBridge`.
-        diffusion: a number.
-        step: of the Euler scheme; a twenty-fifth of the shortest interval if None.
-        sweeps: pairs of half steps.
-        learner: ``"gp"``, ``"neural"``, or a function that makes a :class:`DriftRegression`.
+        reference: the drift; as for :class:`~stochdyn.bridges.SchrodingerBridge`.
+        diffusion: the noise, one number for all components.
+        dt: the step of Euler's scheme; a twenty-fifth of the shortest interval if None.
+        max_iterations: the number of pairs of half steps.
+        learner: how drifts are regressed: ``"gp"``, ``"neural"``, or a function that makes a :class:`DriftRegression`.
         prior_mean: whether drifts are regressed as deviations from the reference's (not as published).
-        seed: of the simulations.
+        seed: the seed of the simulations and of the networks.
 
     Reference: Vargas et al. (2021), algorithm 2; Shen, Berlinghieri & Broderick (2025), section 4.
     """
@@ -141,41 +194,45 @@ class IPFBridge(PathMeasure):
         reference: Any = None,
         diffusion: Any = None,
         *,
-        step: float | None = None,
-        sweeps: int = 10,
+        dt: float | None = None,
+        max_iterations: int = 10,
         learner: str | Callable[[], DriftRegression] = "gp",
         prior_mean: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_positive_int(sweeps, "sweeps")
+        check_type(snapshots, Snapshots, "snapshots")
+        check_positive_int(max_iterations, "max_iterations")
+        check_bool(prior_mean, "prior_mean")
+        if dt is not None:
+            check_positive(dt, "dt")
         if not callable(learner):
             check_choice(learner, ("gp", "neural"), "learner")
         family, own = as_reference(reference, snapshots)
         self.snapshots = snapshots
         self.family: DriftFamily = ZeroDrift(snapshots.dim) if family is None else family
         self.diffusion = diffusion if diffusion is not None else own if own is not None else 1.0
-        self.spread = spread_of(self.diffusion, snapshots)
+        self.register_buffer("spread", spread_of(self.diffusion, snapshots))
+        self.spread: Tensor
         self.sigma = float(self.spread.diagonal().mean().sqrt())
         if not torch.allclose(self.spread, self.sigma**2 * torch.eye(snapshots.dim).to(self.spread)):
             raise UnavailableError("this solver needs noise of one strength", hint="use SchrodingerBridge")
-        self.step = float(snapshots.durations.min()) / 25 if step is None else float(step)
-        check_positive(self.step, "step")
-        self.sweeps, self.learner, self.prior_mean, self.seed = sweeps, learner, prior_mean, seed
-        self.forward_drifts: list[DriftRegression] = []
-        self.backward_drifts: list[DriftRegression] = []
+        self.dt = float(snapshots.durations.min()) / 25 if dt is None else float(dt)
+        self.max_iterations, self.learner, self.prior_mean = max_iterations, learner, prior_mean
+        self.seed = as_seed(seed)
+        self.forward_drifts, self.backward_drifts = nn.ModuleList(), nn.ModuleList()
 
     def _new(self) -> DriftRegression:
         if callable(self.learner):
             return self.learner()
         mean = self.family if self.prior_mean else None
         if self.learner == "gp":
-            return GaussianProcessDrift(variance=1.0 / self.step, mean=mean)
+            return GaussianProcessDrift(mean=mean)
         return NetworkDrift(self.snapshots.dim, mean=mean)
 
     def _grid(self, i: int) -> Tensor:
         start, end = self.snapshots.times[i : i + 2].tolist()
-        steps = max(2, math.ceil((end - start) / self.step - 1e-9))
+        steps = max(2, math.ceil((end - start) / self.dt - 1e-9))
         return torch.linspace(start, end, steps + 1, dtype=torch.float64)
 
     def _run(self, drift: Field, x: Tensor, ts: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -206,11 +263,11 @@ class IPFBridge(PathMeasure):
         devices: list[Any] = []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)  # weights of networks
-            self.forward_drifts, self.backward_drifts = [], []
+            self.forward_drifts, self.backward_drifts = nn.ModuleList(), nn.ModuleList()
             for i in range(len(self.snapshots) - 1):
                 ts, (x, y) = self._grid(i), self.snapshots.samples[i : i + 2]
                 backward = self._regress(self._run(self.family, x, ts, generator), ts)
-                for _ in range(self.sweeps):
+                for _ in range(self.max_iterations):
                     forward = self._regress(self._run(backward, y, ts.flip(0), generator), ts.flip(0))
                     backward = self._regress(self._run(forward, x, ts, generator), ts)
                 self.forward_drifts.append(forward)
@@ -218,7 +275,7 @@ class IPFBridge(PathMeasure):
         return self
 
     def _solved(self) -> None:
-        if not self.forward_drifts:
+        if not len(self.forward_drifts):
             raise UnavailableError("the bridge isn't solved yet", hint="call solve() first")
 
     @torch.no_grad()
@@ -249,44 +306,106 @@ class IPFBridge(PathMeasure):
         return ts, torch.cat(paths, 1).movedim(0, 1)
 
     @torch.no_grad()
-    def sample(
-        self, ts: Tensor, sample_shape: tuple[int, ...] | int = (), generator: torch.Generator | None = None
-    ) -> PathSample:
-        """Draw trajectories by the forward drifts from the first snapshot, states between the solver's times interpolated."""
+    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
+        """Draw trajectories by the forward drifts from the first snapshot.
+
+        Args:
+            ts: ``(T,)`` times within the span of the snapshots.
+            sample_shape: the shape of independent draws, an integer or a tuple.
+            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+
+        Returns:
+            Paths with ``x (*sample, T, d)`` and ``dw (*sample, T-1, d)``, the increments of the noise that drove them.
+        """
         self._solved()
-        check_time_grid(ts)
-        check_inside(ts, self.snapshots.times, "ts", "the snapshots")
-        shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
-        count = max(torch.Size(shape).numel(), 1)
-        state = self.snapshots[0].draw(count, generator)
-        grids, states = [], [state[None]]
+        wanted, times = as_time_grid(ts, min_points=1), self.snapshots.times
+        check_inside(wanted, times, "ts", "the snapshots")
+        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.snapshots.device)
+        x = self.snapshots[0].draw(torch.Size(shape).numel(), source)
+        clock, noise = wanted.double().tolist(), torch.zeros_like(x)
+        slack = 1e-9 * float(times[-1] - times[0])
+        states, sums = [], []
+        while clock and clock[0] <= float(times[0]) + slack:
+            states.append(x)
+            sums.append(noise)
+            clock.pop(0)
         for i, drift in enumerate(self.forward_drifts):
-            grids.append(self._grid(i))
-            part = self._run(drift, state, grids[-1], generator)
-            states.append(part[1:])
-            state = part[-1]
-        own = torch.cat([grids[0][:1], *(grid[1:] for grid in grids)])
-        path = _interpolate(own, torch.cat(states), ts.double()).movedim(0, 1)
-        dw = torch.zeros_like(path[:, 1:])  # the driving noise of an interpolated path isn't known
+            for start, end in itertools.pairwise(self._grid(i).tolist()):
+                if not clock:
+                    break
+                rate = drift(torch.as_tensor(start).to(x), x)
+                moved = _gaussian(x, math.sqrt(end - start), source)
+                at, gone = start, torch.zeros_like(x)
+                # between its times Euler's scheme is a Brownian motion with drift, pinned at what has been drawn
+                while clock and clock[0] < end - slack:
+                    t = clock.pop(0)
+                    share = (t - at) / (end - at)
+                    bridge = math.sqrt(max((t - at) * (end - t) / (end - at), 0.0))
+                    gone = gone + share * (moved - gone) + _gaussian(x, bridge, source)
+                    at = t
+                    states.append(x + (t - start) * rate + self.sigma * gone)
+                    sums.append(noise + gone)
+                x, noise = x + (end - start) * rate + self.sigma * moved, noise + moved
+                if clock and clock[0] <= end + slack:
+                    clock.pop(0)
+                    states.append(x)
+                    sums.append(noise)
+        path, dw = torch.stack(states, 1), torch.stack(sums, 1).diff(dim=1)
         return PathSample(
-            ts, path.reshape(*shape, *path.shape[1:]), dw.reshape(*shape, *dw.shape[1:]), {}, self
+            wanted, path.reshape(*shape, *path.shape[1:]), dw.reshape(*shape, *dw.shape[1:]), {}, self
         )
 
-    def marginal(self, t: float | Tensor, repeats: int = 5) -> BridgeMarginal:
-        """Return the law at time ``t``: states of stitched trajectories, as the publication scores them."""
-        generator = torch.Generator(self.snapshots.device).manual_seed(self.seed + 1)
-        time = torch.tensor([float(t)], dtype=torch.float64)
+    def marginal(self, t: Tensor | float) -> SampledMarginal:
+        """Return the law at time ``t``, by simulation."""
+        self._solved()
+        check_real(t, "t")
+        time = torch.as_tensor(t, dtype=torch.float64).reshape(1)
         check_inside(time, self.snapshots.times, "t", "the snapshots")
-        clouds = []
-        for _ in range(repeats):
-            ts, paths = self.stitched(generator)
-            clouds.append(_interpolate(ts, paths.movedim(1, 0), time)[0])
-        points = torch.cat(clouds)
-        return BridgeMarginal(float(t), points, None, points.new_full((len(points),), 1.0 / len(points)))
+        return SampledMarginal(lambda shape, generator: self.sample(time, shape, generator).x[..., 0, :])
 
-    def nodes(self, count: int = 1_000_000, generator: torch.Generator | None = None) -> DriftNodes:
+    @torch.no_grad()
+    def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the regressed drift at times ``t`` and states ``x (*batch, d)``; at a snapshot that of the interval after it."""
+        self._solved()
+        return at_times(self.snapshots, t, x, lambda time, own: self._drift(self.forward_drifts, 1, time, own))
+
+    @torch.no_grad()
+    def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the mean of the drifts forward and backward in time, the velocity of the density; see :meth:`SchrodingerBridge.velocity`."""
+        self._solved()
+
+        def at(time: float, own: Tensor) -> Tensor:
+            first, last = float(self.snapshots.times[0]), float(self.snapshots.times[-1])
+            slack, parts = 1e-9 * (last - first), []
+            if time < last - slack:
+                parts.append(self._drift(self.forward_drifts, 1, time, own))
+            if time > first + slack:
+                parts.append(-self._drift(self.backward_drifts, 0, time, own))
+            return torch.stack(parts).mean(0)
+
+        return at_times(self.snapshots, t, x, at)
+
+    def _drift(self, drifts: nn.ModuleList, side: int, time: float, x: Tensor) -> Tensor:
+        return drifts[owner(self.snapshots.times, time)[side]](torch.as_tensor(time).to(x), x)
+
+    def as_diffusion(self) -> DiffusionMeasure:
+        """Return the law as an SDE with the regressed drift, started from the first snapshot's particles."""
+        self._solved()
+        return DiffusionMeasure(EmpiricalLaw.of(self.snapshots[0]), SDE(self.drift, self.diffusion))
+
+    def forward(self) -> FokkerPlanck:
+        """Return the forward operator of the bridge as a diffusion."""
+        self._solved()
+        return FokkerPlanck(SDE(self.drift, self.diffusion))
+
+    def nodes(self, num_nodes: int = 1_000_000, generator: torch.Generator | int | None = None) -> DriftNodes:
         """Return increments of stitched trajectories as targets for the projection, noise and all."""
-        ts, paths = self.stitched(generator)
+        check_positive_int(num_nodes, "num_nodes")
+        source = as_generator(generator, self.snapshots.device)
+        ts, paths = self.stitched(source)
+        if paths.shape[0] * paths.shape[1] > num_nodes:
+            kept = max(1, num_nodes // paths.shape[1])
+            paths = paths[torch.randperm(len(paths), generator=source, device=paths.device)[:kept]]
         dt = ts.diff().to(paths)[:, None]
         rate, dim = paths.diff(dim=1) / dt, paths.shape[-1]
         t = ts[:-1].to(paths)[:, None].expand(*rate.shape[:-1], 1)
@@ -296,13 +415,13 @@ class IPFBridge(PathMeasure):
         )
 
     @torch.no_grad()
-    def divergence(self, generator: torch.Generator | None = None, count: int = 2000) -> Tensor:
+    def divergence(self, generator: torch.Generator | None = None, num_samples: int = 2000) -> Tensor:
         r"""Return :math:`\tfrac12\sigma^{-2}\,E\int|b_q-b|^2dt`, the divergence of the forward process from the reference."""
         self._solved()
         total = torch.zeros((), dtype=torch.float64)
         for i, drift in enumerate(self.forward_drifts):
             ts = self._grid(i)
-            start = self.snapshots[i].draw(min(count, len(self.snapshots[i])), generator)
+            start = self.snapshots[i].draw(min(num_samples, len(self.snapshots[i])), generator)
             path = self._run(drift, start, ts, generator)
             for t, dt, x in zip(ts[:-1], ts.diff(), path[:-1], strict=True):
                 gap = drift(t.to(x), x) - self.family(t.to(x), x)
@@ -314,15 +433,6 @@ class IPFBridge(PathMeasure):
         """The reference process, started from the first snapshot's particles."""
         return DiffusionMeasure(EmpiricalLaw.of(self.snapshots[0]), SDE(self.family, self.diffusion))
 
-    def log_rn(self, path: PathSample, other: PathMeasure) -> Tensor:
-        """Raise: densities are the business of the exact solver."""
-        raise UnavailableError(
-            "this solver knows no densities", hint="use SchrodingerBridge(...).as_diffusion()"
-        )
 
-
-def _interpolate(ts: Tensor, states: Tensor, wanted: Tensor) -> Tensor:
-    """Interpolate ``states (T, n, d)`` linearly."""
-    right = torch.searchsorted(ts, wanted).clamp(1, len(ts) - 1)
-    share = ((wanted - ts[right - 1]) / (ts[right] - ts[right - 1])).clamp(0, 1).to(states)[:, None, None]
-    return (1 - share) * states[right - 1] + share * states[right]
+def _gaussian(like: Tensor, scale: float, generator: torch.Generator | None) -> Tensor:
+    return scale * torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)

@@ -34,12 +34,12 @@ class Transition(ABC):
         spread: ``(d, d)`` covariance rate of the noise.
         start: time of the first snapshot.
         end: time of the second one.
-        step: largest spacing of the inner time grid.
+        dt: largest spacing of the inner time grid.
     """
 
-    def __init__(self, family: DriftFamily, spread: Tensor, start: float, end: float, step: float) -> None:
-        self.family, self.spread, self.start, self.end, self.step = family, spread, start, end, step
-        self.ts, self.quadrature = panel_rule(start, end, step)
+    def __init__(self, family: DriftFamily, spread: Tensor, start: float, end: float, dt: float) -> None:
+        self.family, self.spread, self.start, self.end, self.dt = family, spread, start, end, dt
+        self.ts, self.quadrature = panel_rule(start, end, dt)
 
     @torch.no_grad()
     def chain(self, x: Tensor, y: Tensor, ts: Tensor | None = None) -> Chain:
@@ -57,8 +57,8 @@ class Transition(ABC):
 class AffineTransition(Transition):
     """The exact process of a drift :math:`Ax+c`, one chain for all pairs."""
 
-    def __init__(self, family: DriftFamily, spread: Tensor, start: float, end: float, step: float) -> None:
-        super().__init__(family, spread, start, end, step)
+    def __init__(self, family: DriftFamily, spread: Tensor, start: float, end: float, dt: float) -> None:
+        super().__init__(family, spread, start, end, dt)
         affine = family.affine()
         assert affine is not None
         self.matrix, self.shift = (value.detach().to(spread) for value in affine)
@@ -112,7 +112,7 @@ class LinearisedTransition(Transition):
         spread: ``(d, d)``.
         start: time of the first snapshot.
         end: time of the second one.
-        step: largest spacing of the inner time grid.
+        dt: largest spacing of the inner time grid.
         passes: how often nominal paths are improved before the density is taken.
         corrections: paths a pair for importance weights of the density, an even number; see :mod:`stochdyn.bridges.laws.importance`.
 
@@ -127,11 +127,11 @@ class LinearisedTransition(Transition):
         spread: Tensor,
         start: float,
         end: float,
-        step: float,
+        dt: float,
         passes: int = 2,
         corrections: int = 0,
     ) -> None:
-        super().__init__(family, spread, start, end, step)
+        super().__init__(family, spread, start, end, dt)
         self.passes, self.corrections = passes, corrections
         self.stiffness = 0.0
 
@@ -232,9 +232,9 @@ def _to_end(matrix: Tensor, shift: Tensor, noise: Tensor) -> tuple[Tensor, Tenso
 
 
 def transition(
-    family: DriftFamily, spread: Tensor, start: float, end: float, step: float, corrections: int = 0
+    family: DriftFamily, spread: Tensor, start: float, end: float, dt: float, corrections: int = 0
 ) -> Transition:
     """Return the exact process where the drift is affine, else the linearised one."""
     if family.affine() is not None:
-        return AffineTransition(family, spread, start, end, step)
-    return LinearisedTransition(family, spread, start, end, step, corrections=corrections)
+        return AffineTransition(family, spread, start, end, dt)
+    return LinearisedTransition(family, spread, start, end, dt, corrections=corrections)

@@ -7,48 +7,49 @@ import math
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_positive_int
+from stochdyn._checks import as_generator, as_sample_shape, check_event_size
+from stochdyn.core.law.marginals import Generator, Marginal, SampleShape
 from stochdyn.errors import UnavailableError
 
-__all__ = ["BridgeMarginal"]
+__all__ = ["BridgeMarginal", "draw_index"]
 
 _CHUNK_NUMBERS = 2**22
 
 
-class BridgeMarginal:
+class BridgeMarginal(Marginal):
     r"""A mixture of Gaussians, or of points at the time of a snapshot.
 
     .. math:: q_t=\sum_sw_s\,N(m_s,\,V_s)
 
     Attributes:
         time: the time.
-        means: ``(S, d)``.
-        factors: ``(S, d, d)`` or ``(1, d, d)`` lower factors of the covariances, or None for points.
-        weights: ``(S,)``, their sum is one.
+        means: ``(S, d)`` means of the components.
+        factors: ``(S, d, d)`` or ``(1, d, d)`` lower factors of their covariances, or None for points.
+        weights: ``(S,)`` weights of the components, which sum to one.
     """
 
     def __init__(self, time: float, means: Tensor, factors: Tensor | None, weights: Tensor) -> None:
         self.time, self.means, self.factors, self.weights = time, means, factors, weights
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``(n, d)``."""
-        check_positive_int(n, "n")
-        index = _multinomial(self.weights, n, generator)
-        centre = self.means[index]
-        if self.factors is None:
-            return centre
-        factor = self.factors[index] if len(self.factors) > 1 else self.factors
-        noise = torch.randn(centre.shape, generator=generator, dtype=centre.dtype, device=centre.device)
-        return centre + (factor @ noise[..., None]).squeeze(-1)
+    def sample(self, sample_shape: SampleShape = (), generator: Generator = None) -> Tensor:
+        """Draw ``(*sample, d)`` independent states."""
+        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.means.device)
+        index = draw_index(self.weights, math.prod(shape), source)
+        x = self.means[index]
+        if self.factors is not None:
+            factor = self.factors[index] if len(self.factors) > 1 else self.factors
+            noise = torch.randn(x.shape, generator=source, dtype=x.dtype, device=x.device)
+            x = x + (factor @ noise[..., None]).squeeze(-1)
+        return x.reshape(*shape, x.shape[-1])
 
     @property
     def mean(self) -> Tensor:
-        """``(d,)``."""
+        """The mean, ``(d,)``."""
         return self.weights @ self.means
 
     @property
     def covariance(self) -> Tensor:
-        """``(d, d)``."""
+        """The covariance, ``(d, d)``."""
         centred = self.means - self.mean
         between = centred.mT @ (self.weights[:, None] * centred)
         if self.factors is None:
@@ -81,8 +82,8 @@ class BridgeMarginal:
         return torch.cat(parts).reshape(x.shape[:-1])
 
 
-def _multinomial(weights: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
-    """Draw indices; unlike ``torch.multinomial`` for any number of categories."""
+def draw_index(weights: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """Draw ``n`` indices by weight; unlike ``torch.multinomial`` for any number of categories."""
     reach = weights.double().cumsum(0)
     points = torch.rand(n, generator=generator, dtype=torch.float64, device=weights.device) * reach[-1]
     return torch.searchsorted(reach, points, right=True).clamp_max(len(weights) - 1)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from stochdyn.bridges.laws._small import cholesky, mv
+from stochdyn.bridges.laws.growth import Coupling
 from stochdyn.bridges.laws.linearised import Transition
-from stochdyn.core.transport.entropic import TransportPlan
 
-__all__ = ["DriftNodes", "bridge_nodes", "choose_pairs"]
+__all__ = ["DriftNodes", "bridge_nodes", "choose_pairs", "effective_pairs"]
 
 # Pairs that together have less than this share of a coupling don't count.
 _DROPPED = 1e-10
@@ -48,27 +48,37 @@ class DriftNodes:
         return self.x.shape[0]
 
 
+def effective_pairs(coupling: Coupling) -> float:
+    """Return the number of pairs that carry a coupling, the exponential of its entropy."""
+    entropy, mass = 0.0, float(coupling.mass)
+    for _, block in coupling.blocks():
+        own = block.double() / mass
+        entropy -= float(torch.special.xlogy(own, own).sum())
+    return math.exp(entropy)
+
+
 def choose_pairs(
-    plan: TransportPlan, count: int, generator: torch.Generator | None = None
+    coupling: Coupling, num_pairs: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return row indices, column indices and weights ``(S,)`` that stand for a coupling.
 
-    All pairs that matter if they are at most ``count``; else a systematic sample of that many, equally weighted, whose counts
-    differ by less than one from what is expected in every run of rows.
+    All pairs that matter if they are at most ``num_pairs``; else a systematic sample of that many, equally weighted, whose
+    counts differ by less than one from what is expected in every run of rows.
     """
-    n, m = plan.shape[-2:]
-    if n * m <= max(4 * count, 2**20):
-        mass = plan.plan().flatten()
+    n, m = coupling.shape[-2:]
+    if n * m <= max(4 * num_pairs, 2**20):
+        mass = coupling.plan().flatten()
         ordered = mass.sort()
         kept = ordered.indices[ordered.values.double().cumsum(0) > _DROPPED * mass.double().sum()]
-        if len(kept) <= count:
+        if len(kept) <= num_pairs:
             kept = kept.sort().values
             return kept // m, kept % m, mass[kept] / mass[kept].sum()
-    total = plan.mass.double()
+    total = coupling.mass.double()
     offset = torch.rand((), generator=generator, dtype=torch.float64, device=total.device)
-    points = (offset + torch.arange(count, dtype=torch.float64, device=total.device)) * (total / count)
+    grid = torch.arange(num_pairs, dtype=torch.float64, device=total.device)
+    points = (offset + grid) * (total / num_pairs)
     found, before, row = [], torch.zeros_like(total), 0
-    for rows, block in plan.blocks():
+    for rows, block in coupling.blocks():
         reach = before + block.double().flatten().cumsum(0)
         last = rows.stop is None or rows.stop >= n
         inside = (points >= before) & ((points < reach[-1]) if not last else (points >= before))
@@ -76,42 +86,59 @@ def choose_pairs(
         found.append(place + row * m)
         before, row = reach[-1], row + block.shape[-2]
     chosen = torch.cat(found)
-    weight = plan.weights_x.new_full(chosen.shape, 1.0 / len(chosen))
+    weight = block.new_full(chosen.shape, 1.0 / len(chosen))
     return chosen // m, chosen % m, weight
 
 
 def bridge_nodes(
-    step: Transition,
+    part: Transition,
     x: Tensor,
     y: Tensor,
     weight: Tensor,
     generator: torch.Generator | None = None,
+    times_per_pair: int | None = None,
 ) -> DriftNodes:
     """Return nodes for the pinned process of weighted pairs ``x, y (S, d)`` over one interval.
 
     Times are those of the transition's quadrature rule. The Gaussian law at each is replaced by ``2 d`` points at
     plus and minus ``sqrt(d)`` standard deviations along its axes, exact up to third degree, or beyond eight dimensions by two
-    opposite random ones.
+    opposite random ones. With ``times_per_pair`` each pair sees only that many times, spread evenly, and neighbouring pairs
+    see others.
     """
-    pinned = step.chain(x, y).pin(y.mT.contiguous())
+    pinned = part.chain(x, y).pin(y.mT.contiguous())
     size, dim = x.shape
     mean = pinned.mean(x.mT.contiguous())[1:-1]
-    factor = cholesky(pinned.covariance()[1:-1])
+    covariance, slope, level = pinned.covariance()[1:-1], pinned.slope[1:], pinned.level[1:]
+    t, quadrature = part.ts[1:-1].to(x)[:, None], part.quadrature.to(x)[:, None]
+    count = len(t)
+    if times_per_pair is not None and times_per_pair < count:
+        # the golden ratio spreads the first times of successive pairs evenly over the interval
+        turn = torch.arange(size, dtype=torch.float64, device=x.device) * (0.5 * (math.sqrt(5) - 1)) % 1
+        apart = torch.arange(times_per_pair, device=x.device)[:, None] / times_per_pair
+        place = ((turn + apart) % 1 * count).long().clamp_max(count - 1)  # (r, S)
+        pair = torch.arange(size, device=x.device)
+
+        def pick(value: Tensor) -> Tensor:
+            """Take from ``(K-1, ..., S or 1)`` the chosen times of every pair, ``(r, ..., S)``."""
+            own = value.expand(*value.shape[:-1], size).movedim(-1, 1)
+            return own[place, pair].movedim(1, -1)
+
+        mean, covariance, slope, level, t = (pick(v) for v in (mean, covariance, slope, level, t))
+        quadrature = pick(quadrature) * (count / times_per_pair)
+    factor = cholesky(covariance)
     if dim <= _MAX_CUBATURE:
         columns = math.sqrt(dim) * factor.transpose(0, 2)  # (d columns, d rows, K-1, P)
         offsets = torch.cat((columns, -columns)).transpose(1, 2)
     else:
         draws = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        kick = mv(factor, draws)
-        offsets = torch.stack((kick, -kick))
+        away = mv(factor, draws)
+        offsets = torch.stack((away, -away))
     states = mean + offsets  # (C, K-1, d, P)
-    drifts = mv(pinned.slope[1:], states) + pinned.level[1:]
+    drifts = mv(slope, states) + level
     copies, times = states.shape[0], states.shape[1]
-    t = step.ts[1:-1].to(x)[:, None].expand(copies, times, size).reshape(-1, 1)
-    quadrature = step.quadrature.to(x)[:, None] * (weight / copies)
     return DriftNodes(
-        t,
+        t.expand(copies, times, size).reshape(-1, 1),
         states.movedim(2, -1).reshape(-1, dim),
         drifts.movedim(2, -1).reshape(-1, dim),
-        quadrature.expand(copies, times, size).reshape(-1),
+        (quadrature * (weight / copies)).expand(copies, times, size).reshape(-1),
     )

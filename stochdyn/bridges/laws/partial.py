@@ -8,13 +8,26 @@ import warnings
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_inside, check_positive, check_positive_int, check_time_grid
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_tensor,
+    as_time_grid,
+    check_inside,
+    check_positive,
+    check_positive_int,
+    check_real,
+    check_type,
+)
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.laws._pinned_linear import PinnedLinear
+from stochdyn.bridges.laws.marginal import draw_index
 from stochdyn.bridges.laws.partial_gaussian import PartialGaussianBridge
+from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
+from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.sde.coefficients import Coefficient
-from stochdyn.errors import ApproximationWarning, ConvergenceWarning, ShapeError
+from stochdyn.errors import ApproximationWarning, ConvergenceWarning, InvalidInputError, ShapeError
 
 __all__ = ["PartialBridge", "momentum"]
 
@@ -22,15 +35,15 @@ _TINY = 1e-300
 _CHUNK = 2**22
 
 
-def momentum(dim: int, friction: float = 0.0, noise: float = 1.0) -> tuple[Tensor, Tensor]:
+def momentum(dim: int, friction: float = 0.0, diffusion: float = 1.0) -> tuple[Tensor, Tensor]:
     r"""Return drift matrix and diffusion of a reference with momentum, for states (position, velocity).
 
     .. math:: dx=v\,dt,\qquad dv=-\gamma v\,dt+\sigma\,dW
 
     Args:
-        dim: components of a position.
+        dim: the number of components of a position.
         friction: :math:`\gamma`, in 1/time.
-        noise: :math:`\sigma`, in units of velocity per root of time.
+        diffusion: :math:`\sigma`, in units of velocity per root of time.
 
     Returns:
         ``(2 dim, 2 dim)`` and ``(2 dim, dim)``, in double precision.
@@ -41,13 +54,14 @@ def momentum(dim: int, friction: float = 0.0, noise: float = 1.0) -> tuple[Tenso
         ([[0.0, 1.0], [0.0, -0.3]], [[0.0], [1.0]])
     """
     check_positive_int(dim, "dim")
-    check_positive(noise, "noise")
+    check_real(friction, "friction")
+    check_positive(diffusion, "diffusion")
     eye, zero = torch.eye(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
     matrix = torch.cat((torch.cat((zero, eye), 1), torch.cat((zero, -friction * eye), 1)))
-    return matrix, torch.cat((zero, noise * eye))
+    return matrix, torch.cat((zero, diffusion * eye))
 
 
-class PartialBridge:
+class PartialBridge(PathMeasure):
     r"""The law nearest to a linear reference whose *seen* components have the snapshots for marginals.
 
     .. math:: \min_q\mathrm{KL}(q\,\|\,p)\quad\text{with}\quad (X_{t_i})_{1..p}\sim\pi_i,\ i=1,\dots,I
@@ -57,33 +71,39 @@ class PartialBridge:
     with messages over the whole chain. Hidden components are represented by weighted draws for every particle, first from the bridge
     through the snapshots' Gaussian approximations, then anew around those that proved likely.
 
+    Use it for positions without velocities, and for species that aren't measured, under a linear reference; where the snapshots are known by
+    two moments only, :class:`PartialGaussianBridge` is exact. States have ``d`` components, of which the first ``p`` are those of the
+    snapshots; scores against a snapshot compare these.
+
     Args:
-        snapshots: of the first ``p`` components.
-        drift_matrix: of the reference, ``(d, d)`` with ``d > p``.
-        diffusion: a number, ``(d,)`` or ``(d, m)``; noise must reach every component through the drift.
-        initial_mean: of the reference at the first snapshot, ``(d,)``; None for the snapshot's mean and zero for what is hidden.
-        initial_cov: ``(d, d)``; None for the snapshot's covariance and the identity.
-        num_hidden: draws of the hidden components for each particle.
-        rounds: how often they are drawn; 1 keeps the first.
-        tolerance: largest marginal error, in L1.
-        max_sweeps: forth and back count as two.
-        seed: of the draws.
+        snapshots: what was seen of the first ``p`` components.
+        drift_matrix: the matrix of the reference's drift, ``(d, d)`` with ``d > p``, in 1/time.
+        diffusion: its noise, a number, ``(d,)`` or ``(d, m)``, which must reach every component through the drift.
+        initial_mean: the mean of the reference at the first snapshot, ``(d,)``.
+        initial_cov: its covariance there, ``(d, d)``. The law depends on it through what is hidden. Where they are None, they are those
+            of :func:`~stochdyn.bridges.laws.unit_information`: what is hidden gets the size that the displacements between snapshots have.
+        num_hidden: the number of draws of the hidden components for each particle.
+        num_rounds: how often they are drawn; 1 keeps the first.
+        tolerance: the largest marginal error, in L1.
+        max_iterations: the largest number of sweeps over the snapshots in each round; forth and back count as two.
+        seed: the seed of the draws.
 
     Attributes:
-        marginal_errors: ``(I,)`` L1.
-        sweeps: that were needed in the last round.
+        marginal_errors: the L1 errors of the snapshots' marginals, ``(I,)``, of the law as it is.
+        sweeps: the number of sweeps in the last round.
 
     Raises:
         ShapeError: if the drift doesn't fit.
+        InvalidInputError: if the first law is left out and snapshots say nothing about some hidden component.
         SingularDiffusionError: if noise doesn't reach every component.
 
     Warns:
-        ConvergenceWarning: if ``max_sweeps`` didn't suffice.
+        ConvergenceWarning: if ``max_iterations`` didn't suffice.
         ApproximationWarning: if a snapshot rests on few draws.
 
     Example:
         >>> clouds = [torch.randn(30, 1).double() + 2 * k for k in range(3)]
-        >>> law = PartialBridge(Snapshots([0.0, 1.0, 2.0], clouds), *momentum(1, noise=2.0))
+        >>> law = PartialBridge(Snapshots([0.0, 1.0, 2.0], clouds), *momentum(1, diffusion=2.0))
         >>> law.sample(torch.linspace(0, 2, 5, dtype=torch.float64), 10).x.shape
         torch.Size([10, 5, 2])
 
@@ -100,15 +120,18 @@ class PartialBridge:
         initial_cov: Tensor | None = None,
         *,
         num_hidden: int = 20,
-        rounds: int = 2,
+        num_rounds: int = 2,
         tolerance: float = 1e-4,
-        max_sweeps: int = 500,
+        max_iterations: int = 500,
         seed: int = 0,
     ) -> None:
+        super().__init__()
+        check_type(snapshots, Snapshots, "snapshots")
         check_positive_int(num_hidden, "num_hidden", 2)
-        check_positive_int(rounds, "rounds")
-        check_positive_int(max_sweeps, "max_sweeps")
+        check_positive_int(num_rounds, "num_rounds")
+        check_positive_int(max_iterations, "max_iterations")
         check_positive(tolerance, "tolerance")
+        drift_matrix = as_tensor(drift_matrix, "drift_matrix", 2, "(d, d)", like=snapshots.samples[0])
         seen, dim = snapshots.dim, drift_matrix.shape[-1]
         if drift_matrix.shape != (dim, dim) or dim <= seen:
             raise ShapeError(
@@ -116,38 +139,36 @@ class PartialBridge:
             )
         self.snapshots, self.seen, self.dim = snapshots, seen, dim
         like = snapshots.samples[0]
-        first = snapshots[0]
-        if initial_mean is None:
-            initial_mean = torch.cat((first.mean, like.new_zeros(dim - seen)))
-        if initial_cov is None:
-            initial_cov = torch.eye(dim).to(like)
-            initial_cov[:seen, :seen] = first.covariance + 1e-6 * torch.eye(seen).to(like)
         observe = torch.eye(seen, dim).to(like)
-        covs = torch.stack([s.covariance for s in snapshots])
-        ridge = 1e-6 * covs.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(seen).to(like)
+        means = torch.stack([snap.mean for snap in snapshots])
+        covs = torch.stack([snap.covariance for snap in snapshots])
+        # relative to all that the snapshots spread and move, so that clouds of one particle have a Gaussian approximation too
+        size = covs.diagonal(dim1=-2, dim2=-1).mean(0) + means.var(0, correction=0)
+        if not bool((size > 0).all()):
+            raise InvalidInputError("snapshots neither move nor spread in some component", got=size.tolist())
         gauss = PartialGaussianBridge(
-            snapshots.times, torch.stack([s.mean for s in snapshots]), covs + ridge, observe,
+            snapshots.times, means, covs + 1e-6 * torch.diag(size), observe,
             drift_matrix.to(like), diffusion, initial_mean, initial_cov, tolerance=1e-8,
         )  # fmt: skip
         self.reference, self._steps = gauss.reference, gauss._steps
         generator = torch.Generator(like.device).manual_seed(seed)
         hidden, log_q = self._first_draws(gauss, num_hidden, generator)
-        for k in range(rounds):
+        for k in range(num_rounds):
             self._build(hidden, log_q)
-            self.sweeps, converged = self._iterate(tolerance, max_sweeps)
-            if k + 1 < rounds:
+            self.sweeps, converged = self._iterate(tolerance, max_iterations)
+            if k + 1 < num_rounds:
                 hidden, log_q = self._again(generator)
         if not converged:
             warnings.warn(
-                f"Marginals are off by {float(self.marginal_errors.max()):.1e} after {max_sweeps} sweeps (tolerance {tolerance:.1e}). "
-                "Allow more sweeps, more noise, or more num_hidden",
+                f"Marginals are off by {float(self.marginal_errors.max()):.1e} after {max_iterations} sweeps (tolerance {tolerance:.1e}). "
+                "Allow more max_iterations, more noise, or more num_hidden",
                 ConvergenceWarning,
                 stacklevel=2,
             )
         worst = float(self.effective_draws().min())
         if worst < 2.0:
             warnings.warn(
-                f"The hidden components of a snapshot rest on {worst:.1f} draws a particle. Give more num_hidden or rounds",
+                f"The hidden components of a snapshot rest on {worst:.1f} draws per particle. Give more num_hidden or num_rounds",
                 ApproximationWarning,
                 stacklevel=2,
             )
@@ -179,7 +200,9 @@ class PartialBridge:
             count, size = old.shape[1], old.shape[2]
             mean = (share[..., None] * old).sum(1, keepdim=True)
             spread = torch.einsum("aj,aji,ajk->ik", share, old - mean, old - mean) / len(old)
-            spread = spread + 1e-8 * torch.eye(size).to(old) * spread.diagonal().mean().clamp_min(1e-12)
+            variance = spread.diagonal()
+            floor = (mean.square().mean((0, 1)) * 1e-12).clamp_min(torch.finfo(old.dtype).tiny)
+            spread = spread + 1e-8 * torch.diag(variance.maximum(floor))
             factor = torch.linalg.cholesky(spread) * max(0.5, count ** (-1.0 / (size + 4)))
             pick = torch.multinomial(0.9 * share + 0.1 / count, count, replacement=True, generator=generator)
             centre = old.gather(1, pick[..., None].expand(-1, -1, size))
@@ -248,9 +271,9 @@ class PartialBridge:
         self._phi[k] = self._phi[k] + (target + _TINY).log() - mass
         return (mass.exp() - target).abs().sum()
 
-    def _iterate(self, tolerance: float, max_sweeps: int) -> tuple[int, bool]:
+    def _iterate(self, tolerance: float, max_iterations: int) -> tuple[int, bool]:
         last = len(self._base) - 1
-        for sweep in range(max_sweeps):
+        for sweep in range(max_iterations):
             errors = torch.zeros(last + 1, dtype=torch.float64)
             order = range(last + 1) if sweep % 2 == 0 else reversed(range(last + 1))
             for k in order:
@@ -259,14 +282,23 @@ class PartialBridge:
                     self._pass_forward(k)
                 if sweep % 2 == 1 and k > 0:
                     self._pass_backward(k - 1)
-            self.marginal_errors = errors
             if float(errors.max()) <= tolerance:
-                return sweep + 1, True
-        return max_sweeps, False
+                break
+        # messages agree with the last potentials before errors are taken, and before paths are drawn
+        for k in range(last):
+            self._pass_forward(k)
+        for k in reversed(range(last)):
+            self._pass_backward(k)
+        self.marginal_errors = torch.stack([self._error(k) for k in range(last + 1)])
+        return sweep + 1, float(self.marginal_errors.max()) <= 2 * tolerance
+
+    def _error(self, k: int) -> Tensor:
+        mass = torch.logsumexp(self._log_posterior(k), 1)
+        return (torch.softmax(mass, 0) - self.snapshots.weights[k]).abs().sum().double()
 
     # ----------------------------------------------------------------------------------------- the law
     def effective_draws(self) -> Tensor:
-        """Return ``(I,)`` the mean effective number of hidden draws a particle."""
+        """Return ``(I,)`` the mean effective number of hidden draws per particle."""
         values = []
         for k in range(len(self._base)):
             share = torch.softmax(self._log_posterior(k), 1)
@@ -279,35 +311,41 @@ class PartialBridge:
         return (share[..., None] * self._hidden[k]).sum(1)
 
     @torch.no_grad()
-    def sample(self, ts: Tensor, n: int, generator: torch.Generator | None = None) -> PathSample:
-        """Draw ``n`` paths of the whole state, ``(n, T, d)``, at times ``ts (T,)`` within the snapshots.
+    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
+        """Draw paths of the whole state, ``(*sample, T, d)``, at times ``ts (T,)`` within the snapshots.
 
-        The driving increments aren't recorded: ``dw`` is empty, ``(n, T-1, 0)``.
+        What drove them isn't known, so ``dw`` is empty, ``(*sample, T-1, 0)``.
         """
-        check_time_grid(ts, min_points=1)
-        check_positive_int(n, "n")
-        times = self.snapshots.times
-        check_inside(ts, times, "ts", "the snapshots")
-        index = torch.multinomial(
-            torch.softmax(self._log_posterior(0).flatten(), 0), n, replacement=True, generator=generator
-        )
+        grid, times = as_time_grid(ts, min_points=1), self.snapshots.times
+        check_inside(grid, times, "ts", "the snapshots")
+        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.snapshots.device)
+        n = torch.Size(shape).numel()
+        index = draw_index(torch.softmax(self._log_posterior(0).flatten(), 0), n, source)
         chain = [self._states[0][index]]
         for k, kernel in enumerate(self._kernels):
             ahead = self._beta[k + 1] + self._potential(k + 1)
             weight = torch.exp(ahead - ahead.max())
             index = torch.cat(
                 [
-                    torch.multinomial(kernel[own] * weight + _TINY, 1, generator=generator)[:, 0]
+                    torch.multinomial(kernel[own] * weight + _TINY, 1, generator=source)[:, 0]
                     for own in index.split(max(1, _CHUNK // kernel.shape[1]))
                 ]
             )
             chain.append(self._states[k + 1][index])
-        owner = torch.searchsorted(times, ts.double().contiguous()).clamp(1, len(times) - 1) - 1
+        owner = torch.searchsorted(times, grid.to(times).contiguous()).clamp(1, len(times) - 1) - 1
         parts = []
         for k, step in enumerate(self._steps):
-            parts.append(self._between(step, ts[owner == k] - times[k], chain[k], chain[k + 1], generator))
-        x = torch.cat(parts, 1)
-        return PathSample(ts, x, x.new_zeros(n, len(ts) - 1, 0))
+            clock = grid[owner == k].to(times) - times[k]
+            parts.append(self._between(step, clock, chain[k], chain[k + 1], source))
+        x = torch.cat(parts, 1).reshape(*shape, len(grid), self.dim)
+        return PathSample(grid, x, x.new_empty(*shape, len(grid) - 1, 0), {}, self)
+
+    def marginal(self, t: Tensor | float) -> SampledMarginal:
+        """Return the law of the whole state at time ``t``, by simulation without discretisation error."""
+        check_real(t, "t")
+        time = torch.as_tensor(t, dtype=torch.float64).reshape(1)
+        check_inside(time, self.snapshots.times, "t", "the snapshots")
+        return SampledMarginal(lambda shape, generator: self.sample(time, shape, generator).x[..., 0, :])
 
     def _between(
         self, step: PinnedLinear, clock: Tensor, a: Tensor, b: Tensor, generator: torch.Generator | None

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_time_grid,
     check_event_size,
     check_finite,
     check_ndim,
+    check_positive,
     check_positive_int,
     check_same_dtype,
     check_time_grid,
@@ -18,6 +22,9 @@ from stochdyn._checks import (
 from stochdyn.bridges.laws._pinned_linear import PinnedLinear
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 from stochdyn.core.gaussian.small import symmetrise
+from stochdyn.core.law.marginals import GaussianMarginal, Generator, SampleShape
+from stochdyn.core.law.measure import PathMeasure
+from stochdyn.core.law.path import PathSample
 from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.errors import (
     ConvergenceWarning,
@@ -27,10 +34,10 @@ from stochdyn.errors import (
     TimeGridError,
 )
 
-__all__ = ["PartialGaussianBridge"]
+__all__ = ["PartialGaussianBridge", "unit_information"]
 
 
-class PartialGaussianBridge:
+class PartialGaussianBridge(PathMeasure):
     r"""The law nearest to a linear reference with given Gaussian marginals of :math:`HX` at several times.
 
     .. math:: \min_Q\mathrm{KL}(Q\,\|\,R),\qquad HX_{t_k}\sim_Q N(m_k,S_k),\quad k=1,\dots,I
@@ -48,19 +55,19 @@ class PartialGaussianBridge:
         drift_matrix: of the reference, ``(d, d)``.
         diffusion: of the reference, a number, ``(d,)``, ``(d, m)`` or a coefficient. The noise must reach
             every component through the drift.
-        initial_mean: mean of the reference at the first snapshot, ``(d,)``; None for zero.
-        initial_cov: its covariance, positive definite; None for the identity. It matters where the state isn't
-            seen.
+        initial_mean: the mean of the reference at the first snapshot, ``(d,)``.
+        initial_cov: its covariance, positive definite. The law depends on it where the state isn't seen. If both are None, they are
+            those of :func:`unit_information`, which come from the snapshots and so have their units.
         drift_offset: ``(d,)``; None for zero.
-        tolerance: on the largest change of a potential's natural parameters in a sweep, relative to their size.
-        max_sweeps: forth and back count as two.
+        tolerance: the largest change of a snapshot's moments from their targets in a sweep, relative to their spread.
+        max_iterations: the largest number of sweeps; forth and back count as two.
 
     Raises:
         TimeGridError, ShapeError, DtypeMismatchError, InvalidInputError: on arguments that don't fit.
         SingularDiffusionError: if the reference can't move some direction between snapshots.
 
     Warns:
-        ConvergenceWarning: if ``max_sweeps`` didn't suffice.
+        ConvergenceWarning: if ``max_iterations`` didn't suffice.
 
     Example:
         >>> times = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
@@ -89,14 +96,18 @@ class PartialGaussianBridge:
         drift_offset: Tensor | None = None,
         *,
         tolerance: float = 1e-12,
-        max_sweeps: int = 2000,
+        max_iterations: int = 2000,
     ) -> None:
+        super().__init__()
         check_time_grid(times, "times")
-        check_positive_int(max_sweeps, "max_sweeps")
+        check_positive_int(max_iterations, "max_iterations")
+        check_positive(tolerance, "tolerance")
         dim, seen = _check_arguments(times, means, covs, observe, drift_matrix)
-        mean = means.new_zeros(dim) if initial_mean is None else initial_mean
-        cov = torch.eye(dim).to(means) if initial_cov is None else initial_cov
         offset = means.new_zeros(dim) if drift_offset is None else drift_offset
+        if initial_mean is None or initial_cov is None:
+            found = unit_information(times, means, covs, observe, drift_matrix, offset)
+        mean = found[0] if initial_mean is None else initial_mean
+        cov = found[1] if initial_cov is None else initial_cov
         self.times, self.means, self.covs, self.observe, self.dim = times, means, covs, observe, dim
         #: the reference, which starts at the first snapshot
         self.reference = LinearGaussianMeasure(drift_matrix, offset, diffusion, mean, cov)
@@ -115,39 +126,43 @@ class PartialGaussianBridge:
             self._pass_forward(k)
         for k in reversed(range(count - 1)):
             self._pass_backward(k)
-        self.sweeps, self.converged = self._iterate(tolerance, max_sweeps)
+        self.sweeps, self.converged = self._iterate(tolerance, max_iterations)
         if not self.converged:
             warnings.warn(
-                f"the potentials still moved by more than {tolerance:g} after {max_sweeps} sweeps; "
+                f"the potentials still moved by more than {tolerance:g} after {max_iterations} sweeps; "
                 "give more sweeps or a larger tolerance",
                 ConvergenceWarning,
                 stacklevel=2,
             )
 
-    def _iterate(self, tolerance: float, max_sweeps: int) -> tuple[int, bool]:
+    def _iterate(self, tolerance: float, max_iterations: int) -> tuple[int, bool]:
         count = self.times.shape[0]
-        for sweep in range(max_sweeps):
-            before = torch.cat((self._precision.flatten(), self._linear.flatten()))
+        for sweep in range(max_iterations):
+            off = 0.0
             order = range(count) if sweep % 2 == 0 else reversed(range(count))
             for k in order:
-                self._fit(k)
+                off = max(off, self._fit(k))
                 if sweep % 2 == 0 and k < count - 1:
                     self._pass_forward(k)
                 if sweep % 2 == 1 and k > 0:
                     self._pass_backward(k - 1)
-            after = torch.cat((self._precision.flatten(), self._linear.flatten()))
-            if float((after - before).abs().max()) <= tolerance * max(1.0, float(after.abs().max())):
+            if off <= tolerance:
                 return sweep + 1, True
-        return max_sweeps, False
+        return max_iterations, False
 
-    def _fit(self, k: int) -> None:
-        """Change the potential of snapshot ``k`` so that its marginal is right."""
+    def _fit(self, k: int) -> float:
+        """Change the potential of snapshot ``k`` so that its marginal is right; returns how wrong it was, without units."""
         mean, cov = self._moments(k)
         seen_mean, seen_cov = self.observe @ mean, symmetrise(self.observe @ cov @ self.observe.mT)
         present = torch.linalg.inv(seen_cov)
         precision, target = self._targets[k]
         self._precision[k] += precision - present
         self._linear[k] += precision @ target - present @ seen_mean
+        # both moments in coordinates in which the target is a standard normal
+        factor = torch.linalg.cholesky(precision)
+        gap = factor.mT @ seen_cov @ factor - torch.eye(len(target)).to(precision)
+        away = factor.mT @ (seen_mean - target)
+        return max(float(gap.abs().max()), float(away.abs().max()))
 
     def _potential(self, k: int) -> tuple[Tensor, Tensor]:
         return self.observe.mT @ self._precision[k] @ self.observe, self.observe.mT @ self._linear[k]
@@ -212,23 +227,69 @@ class PartialGaussianBridge:
             joint[k + 1, :, k] = -inverse @ step.phi
         return joint.reshape(count * dim, count * dim)
 
-    def sample(self, ts: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``n`` exact paths of the whole state ``(n, T, d)`` at times ``ts (T,)`` within the snapshots."""
-        check_time_grid(ts, min_points=1)
-        check_positive_int(n, "n")
+    def _inside(self, ts: Tensor) -> Tensor:
         slack = 1e-6 * float(self.times[-1] - self.times[0])
-        if float(ts[0]) < float(self.times[0]) - slack or float(ts[-1]) > float(self.times[-1]) + slack:
+        if float(ts.min()) < float(self.times[0]) - slack or float(ts.max()) > float(self.times[-1]) + slack:
             raise TimeGridError(
-                "ts must lie within the snapshots", got=f"{float(ts[0]):g} to {float(ts[-1]):g}"
+                "ts must lie within the snapshots",
+                got=f"{float(ts.min()):g} to {float(ts.max()):g}",
+                expected=f"[{float(self.times[0]):g}, {float(self.times[-1]):g}]",
             )
-        states = self.sample_states(n, generator)
-        owner = torch.searchsorted(self.times, ts.contiguous()).clamp(1, self.times.shape[0] - 1) - 1
+        return torch.searchsorted(self.times, ts.to(self.times).contiguous()).clamp(1, len(self.times) - 1) - 1
+
+    def _clock(self, ts: Tensor, k: int) -> Tensor:
+        """Times since snapshot ``k``, no further than the next one."""
+        return (ts.to(self.times) - self.times[k]).to(self.means.dtype).clamp(0.0, self._steps[k].horizon)
+
+    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
+        """Draw exact paths of the whole state ``(*sample, T, d)`` at times ``ts (T,)`` within the snapshots.
+
+        What drove them isn't known, so ``dw`` is empty, ``(*sample, T-1, 0)``.
+        """
+        grid = as_time_grid(ts, min_points=1)
+        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.means.device)
+        owner = self._inside(grid)
+        states = self.sample_states(torch.Size(shape).numel(), source)
         parts = []
         for k, step in enumerate(self._steps):
-            clock = (ts[owner == k] - self.times[k]).to(self.means.dtype).clamp(0.0, step.horizon)
-            if clock.numel():
-                parts.append(step.sample(clock, states[:, k], states[:, k + 1], generator))
-        return torch.cat(parts, 1)
+            if bool((owner == k).any()):
+                clock = self._clock(grid[owner == k], k)
+                parts.append(step.sample(clock, states[:, k], states[:, k + 1], source))
+        x = torch.cat(parts, 1).reshape(*shape, len(grid), self.dim)
+        return PathSample(grid, x, x.new_empty(*shape, len(grid) - 1, 0), {}, self)
+
+    def marginal(self, t: Tensor | float) -> GaussianMarginal:
+        """Return the law of the whole state at times ``t (*s,)``, with batch shape ``(*s,)``."""
+        return GaussianMarginal(self.mean(t), self.covariance(t))
+
+    def _pair(self, k: int) -> tuple[Tensor, Tensor]:
+        """Mean ``(2d,)`` and covariance ``(2d, 2d)`` of the states at snapshots ``k`` and ``k + 1``."""
+        (mean, cov), (after, spread) = self._moments(k), self._moments(k + 1)
+        cross = self.transitions()[0][k] @ cov
+        whole = torch.cat((torch.cat((cov, cross.mT), -1), torch.cat((cross, spread), -1)))
+        return torch.cat((mean, after)), whole
+
+    def _moments_at(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        time = torch.as_tensor(t, dtype=self.times.dtype, device=self.times.device)
+        owner, flat = self._inside(time.reshape(-1)), time.reshape(-1)
+        mean = self.means.new_empty(len(flat), self.dim)
+        cov = self.means.new_empty(len(flat), self.dim, self.dim)
+        for k in owner.unique().tolist():
+            here = owner == k
+            first, last, shift, noise = self._steps[k].weights(self._clock(flat[here], k))
+            ends = torch.cat((first, last), -1)
+            centre, whole = self._pair(k)
+            mean[here] = ends @ centre + shift
+            cov[here] = symmetrise(ends @ whole @ ends.mT + noise)
+        return mean.reshape(*time.shape, -1), cov.reshape(*time.shape, self.dim, self.dim)
+
+    def mean(self, ts: Tensor | float) -> Tensor:
+        """Return the means ``(*s, d)`` of the whole state at times ``ts (*s,)``."""
+        return self._moments_at(ts)[0]
+
+    def covariance(self, ts: Tensor | float) -> Tensor:
+        """Return the covariances ``(*s, d, d)`` of the whole state at times ``ts (*s,)``."""
+        return self._moments_at(ts)[1]
 
     def sample_states(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``n`` chains ``(n, I, d)`` of the whole state at the snapshots."""
@@ -242,6 +303,46 @@ class PartialGaussianBridge:
         for matrix, shift, spread in zip(*self.transitions(), strict=True):
             states.append(states[-1] @ matrix.mT + shift + noise(spread))
         return torch.stack(states, 1)
+
+
+def unit_information(
+    times: Tensor, means: Tensor, covs: Tensor, observe: Tensor, drift_matrix: Tensor, drift_offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Return mean ``(d,)`` and covariance ``(d, d)`` of a first state that says as much about it as one snapshot does on average.
+
+    .. math:: \Sigma^{-1}=\frac1I\sum_k(H\Phi_k)^\top C_k^{-1}H\Phi_k,\qquad C_k=S_k+S_1+(m_k-m_1)(m_k-m_1)^\top,
+
+    with :math:`\Phi_k` of the reference without noise. What is hidden, such as a velocity, gets the size that displacements over the
+    intervals have, in the units of the data.
+
+    Raises:
+        InvalidInputError: if snapshots say nothing about some hidden direction.
+
+    Reference: Kass & Wasserman (1995), A reference Bayesian test for nested hypotheses (unit information priors).
+    """
+    dim = drift_matrix.shape[0]
+    # the offset as a last, constant component, in units in which exponents are of order one
+    whole = torch.zeros(dim + 1, dim + 1, dtype=torch.float64, device=means.device)
+    whole[:dim, :dim], whole[:dim, dim] = drift_matrix, drift_offset
+    information, moment = whole.new_zeros(dim, dim), whole.new_zeros(dim)
+    base, target = observe.double(), means.double()
+    for k, elapsed in enumerate((times - times[0]).double().tolist()):
+        phi = torch.linalg.matrix_exp(elapsed * whole)
+        moved = target[k] - target[0]
+        spread = covs[k].double() + (covs[0].double() + torch.outer(moved, moved) if k else 0.0)
+        seen = base @ phi[:dim, :dim]
+        weighed = torch.linalg.solve(spread, seen).mT
+        information += weighed @ seen / len(times)
+        moment += weighed @ (target[k] - base @ phi[:dim, dim]) / len(times)
+    scale = information.diagonal().clamp_min(1e-300).rsqrt()
+    scaled = scale[:, None] * information * scale
+    if not float(torch.linalg.eigvalsh(scaled)[0]) > 1e-10:
+        raise InvalidInputError(
+            "initial_mean and initial_cov are needed: the snapshots say nothing about some hidden direction",
+            hint="give the law of the whole state at the first snapshot",
+        )
+    cov = scale[:, None] * torch.linalg.inv(scaled) * scale
+    return (cov @ moment).to(means), symmetrise(cov).to(means)
 
 
 def _check_arguments(

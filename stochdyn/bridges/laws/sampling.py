@@ -1,17 +1,19 @@
-"""Trajectories of a bridge: partners along the chain of couplings, and states between them."""
+"""Trajectories of a bridge: partners along the chain of couplings, births and deaths, and states between snapshots."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.laws._small import cholesky
+from stochdyn.bridges.laws.growth import Births, Growth
 from stochdyn.bridges.laws.importance import weighted_paths
 from stochdyn.bridges.laws.linearised import AffineTransition, LinearisedTransition, Transition
-from stochdyn.bridges.laws.marginal import _multinomial
+from stochdyn.bridges.laws.marginal import draw_index
 from stochdyn.core.transport.entropic import TransportPlan
 from stochdyn.errors import ApproximationWarning, NonFiniteError
 
@@ -19,52 +21,69 @@ __all__ = ["draw_partners", "draw_paths", "finite_pairs", "pinned_law"]
 
 # A larger share of a law than this can't be left out of it.
 _LOST = 0.05
+# Numbers in the rows of a coupling that are looked at together.
+_CHUNK = 2**24
 
 
-def draw_partners(
-    plans: list[TransportPlan], first: Tensor, generator: torch.Generator | None
-) -> list[Tensor]:
-    """Return the particles ``(n,)`` visited at every snapshot, from those at the first one."""
-    visited = [first]
-    for plan in plans:
-        rows = plan.rows(visited[-1])
+def draw_partners(plan: TransportPlan, first: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return the partners ``(n,)`` of particles ``first (n,)`` of the earlier snapshot."""
+    parts = []
+    for own in first.split(max(1, _CHUNK // plan.shape[-1])):
+        rows = plan.rows(own)
         reach = rows.double().cumsum(-1)
-        point = torch.rand(len(first), 1, generator=generator, dtype=torch.float64, device=rows.device)
+        point = torch.rand(len(own), 1, generator=generator, dtype=torch.float64, device=rows.device)
         chosen = torch.searchsorted(reach, point * reach[:, -1:], right=True).squeeze(-1)
-        visited.append(chosen.clamp_max(rows.shape[-1] - 1))
-    return visited
+        parts.append(chosen.clamp_max(rows.shape[-1] - 1))
+    return torch.cat(parts) if parts else first
 
 
 def draw_paths(
     snapshots: Snapshots,
-    plans: list[TransportPlan],
-    parts: list[Transition],
+    plans: Sequence[TransportPlan],
+    parts: Sequence[Transition],
+    growths: Sequence[Growth | None],
     ts: Tensor,
     n: int,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return states ``(n, T, d)`` at ``ts`` and innovations ``(n, T-1, d)`` of unit covariance rate."""
-    first = _multinomial(snapshots.weights[0], n, generator)
-    visited = draw_partners(plans, first, generator)
+    """Return states ``(n, T, d)`` at ``ts``, and innovations of unit covariance rate, ``(n, T-1, d)``.
+
+    Where the population grows, there are none: ``(n, T-1, 0)``.
+    """
+    visited = draw_index(snapshots.weights[0], n, generator)
     times, wanted = snapshots.times, ts.to(snapshots.times)
     slack = 1e-9 * float(times[-1] - times[0])
     x = snapshots.samples[0].new_empty(len(ts), snapshots.dim, n)
     reached = torch.zeros_like(x)  # sum of innovations up to each time
     total = torch.zeros_like(x[0])
-    x[(wanted - times[0]).abs() <= slack] = snapshots.samples[0][first].mT
-    for i, part in enumerate(parts):
+    x[(wanted - times[0]).abs() <= slack] = snapshots.samples[0][visited].mT
+    for i, (part, plan, growth) in enumerate(zip(parts, plans, growths, strict=True)):
+        births: list[Births] = []
+        if growth is None:
+            partner = last = draw_partners(plan, visited, generator)
+        else:
+            partner, last, births = growth.run(visited, generator)
         a, b = part.start, part.end
         if b < float(wanted[0]) - slack or a > float(wanted[-1]) + slack:
+            visited = last
             continue
-        start, end = snapshots.samples[i][visited[i]], snapshots.samples[i + 1][visited[i + 1]]
         inside = (wanted > a + slack) & (wanted < b - slack)
         at_end = (wanted - b).abs() <= slack
         grid, places = _merged(part, wanted[inside])
-        states, innovations = _pinned_paths(part, start, end, grid, generator)
+        ends = snapshots.samples[i][visited], snapshots.samples[i + 1][partner]
+        states, innovations = _pinned_paths(part, *ends, grid, generator)
+        states = states[places]
+        for own in births:
+            ends = snapshots.samples[i][own.first], snapshots.samples[i + 1][own.second]
+            again = _pinned_paths(part, *ends, grid, generator)[0][places]
+            later = wanted[inside][:, None] > a + own.share * (b - a)
+            states[:, :, own.path] = torch.where(later[:, None], again, states[:, :, own.path])
         sums = total + innovations.cumsum(0)
-        x[inside], x[at_end] = states[places], end.mT
+        x[inside], x[at_end] = states, snapshots.samples[i + 1][last].mT
         reached[inside], reached[at_end] = sums[places - 1], sums[-1]
-        total = sums[-1]
+        total, visited = sums[-1], last
+    if any(growth is not None for growth in growths):
+        return x.permute(2, 0, 1), x.new_empty(n, len(ts) - 1, 0)
     factor = torch.linalg.cholesky(parts[0].spread)
     white = torch.linalg.solve_triangular(factor, reached.diff(dim=0), upper=False)
     return x.permute(2, 0, 1), white.permute(2, 0, 1)
@@ -135,11 +154,11 @@ def finite_pairs(
         raise NonFiniteError(
             f"the law at t={time:g} isn't finite",
             got=f"{share:.1%} of it",
-            hint="give a smaller step, or a smoother drift",
+            hint="give a smaller dt, or a smoother drift",
         )
     warnings.warn(
         f"At t={time:g} the grid is too coarse for the drift on the way of {int((~fine).sum())} pairs, {share:.2%} of the law. "
-        "They are left out; a smaller step would keep them",
+        "They are left out; a smaller dt would keep them",
         ApproximationWarning,
         stacklevel=3,
     )

@@ -5,30 +5,40 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_inside, check_positive, check_positive_int, check_time_grid
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_time_grid,
+    check_inside,
+    check_positive,
+    check_positive_int,
+    check_real,
+    check_type,
+)
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
 from stochdyn.bridges.laws import kernel_drift, sampling
+from stochdyn.bridges.laws.growth import Growth
 from stochdyn.bridges.laws.linearised import AffineTransition, Transition, transition
 from stochdyn.bridges.laws.marginal import BridgeMarginal
-from stochdyn.bridges.laws.nodes import DriftNodes, bridge_nodes, choose_pairs
+from stochdyn.bridges.laws.nodes import DriftNodes, bridge_nodes, choose_pairs, effective_pairs
 from stochdyn.bridges.laws.reference import EmpiricalLaw, as_reference, spread_of
+from stochdyn.core.forward.operator import ForwardOperator
 from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.law.measure import PathMeasure
-from stochdyn.core.law.path import PathSample
+from stochdyn.core.law.path import Path, PathSample
 from stochdyn.core.sde.equation import SDE
-from stochdyn.core.transport.entropic import TransportPlan, sinkhorn
+from stochdyn.core.transport.entropic import TransportPlan, _cost_rows, sinkhorn
 from stochdyn.errors import (
     ApproximationWarning,
     ConvergenceWarning,
     DiffusionError,
-    InvalidInputError,
     NonFiniteError,
     UnavailableError,
 )
@@ -39,6 +49,8 @@ __all__ = ["SchrodingerBridge"]
 _MAX_REACH = 1e3
 # Where the product of step and Jacobian is larger, matrix exponentials of fourth order are wrong by per cents.
 _MAX_STIFFNESS = 1.5
+# The time grid has this many points in the shortest interval.
+_POINTS = 25
 
 
 class SchrodingerBridge(PathMeasure):
@@ -51,18 +63,31 @@ class SchrodingerBridge(PathMeasure):
     The transition density is exact for affine drifts and relinearised about a path for each pair otherwise
     (:mod:`stochdyn.bridges.laws.linearised`).
 
+    Use it where the reference is known, or as the bridge that :func:`~stochdyn.bridges.refine` builds; beyond some tens of
+    components :class:`~stochdyn.bridges.BridgeMatching` needs less noise, and for states that are seen in part there is
+    :class:`~stochdyn.bridges.PartialBridge`.
+
+    With a ``relaxation`` the couplings needn't have the snapshots for marginals. What they lack is growth, at an even rate
+    along each pair: :meth:`sample`, :meth:`marginal` and :meth:`drift` are those of the population that moves and grows, which
+    has the snapshots' law at their times, and :meth:`growth_rate` is its rate. A path of :meth:`sample` then is that of an
+    individual until it dies, and goes on as that of one which is born elsewhere.
+
     Args:
         snapshots: what was seen.
         reference: a drift (:class:`DriftFamily`, ``nn.Module`` or callable ``(t, x)``), an :class:`SDE` or a
             :class:`DiffusionMeasure`; Brownian motion if None.
-        diffusion: a number, ``(d,)``, or an invertible ``(d, d)`` matrix; that of the reference if it has one, else 1.
-        step: spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
-        tolerance: largest marginal error of the couplings, in L1.
-        max_iterations: of each coupling.
-        relaxation: price of a deviation of a coupling from the snapshots' weights and masses, in nats; infinite if None, and masses
-            don't count then. For populations that grow: :func:`stochdyn.core.transport.entropic.sinkhorn`.
-        corrections: paths a pair for importance weights of what linearisation leaves out of a nonlinear drift, in couplings and
-            trajectories; none if zero, which is right where the noise is small. See :mod:`stochdyn.bridges.laws.importance`.
+        diffusion: the noise of the reference, in units of state per root of time: a number, ``(d,)``, or an invertible
+            ``(d, d)`` matrix; if None, that of the reference, or for a drift alone and Brownian motion 1.
+        dt: the spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
+        tolerance: the largest marginal error of a coupling, in L1.
+        max_iterations: the largest number of iterations of each coupling.
+        relaxation: what a deviation of a coupling from the snapshots' weights and masses costs, in nats per unit of relative
+            entropy; infinite if None, and masses don't count then. For populations that grow: see
+            :func:`stochdyn.sinkhorn`.
+        corrections: the number of paths per pair for importance weights of what linearisation leaves out of a nonlinear drift,
+            in couplings and trajectories; none if zero, which is right where the noise is small. See
+            :mod:`stochdyn.bridges.laws.importance`.
+        memory: the number of bytes that matrices of a coupling may take; where they need more, they are computed in blocks.
 
     Raises:
         DiffusionError: if the diffusion is singular, or so small that no path reaches the next snapshot.
@@ -78,38 +103,71 @@ class SchrodingerBridge(PathMeasure):
     refinement, AISTATS; Léonard (2014), A survey of the Schrödinger problem.
     """
 
+    spread: Tensor
+
     def __init__(
         self,
         snapshots: Snapshots,
         reference: Any = None,
         diffusion: Any = None,
         *,
-        step: float | None = None,
+        dt: float | None = None,
         tolerance: float = 1e-6,
         max_iterations: int = 10_000,
         relaxation: float | None = None,
         corrections: int = 0,
+        memory: float = 4 * 2**30,
     ) -> None:
         super().__init__()
-        if not isinstance(snapshots, Snapshots):
-            raise InvalidInputError("snapshots must be Snapshots", got=type(snapshots).__name__)
-        check_positive(tolerance, "tolerance")
+        check_type(snapshots, Snapshots, "snapshots")
+        check_real(tolerance, "tolerance", above=0.0)
         check_positive_int(max_iterations, "max_iterations")
+        check_positive_int(corrections, "corrections", 0)
+        if relaxation is not None:
+            check_positive(relaxation, "relaxation")
+        if dt is not None:
+            check_positive(dt, "dt")
+        check_positive(memory, "memory")
         self.snapshots = snapshots
         family, own = as_reference(reference, snapshots)
         self.family: DriftFamily = ZeroDrift(snapshots.dim) if family is None else family
         self.diffusion = diffusion if diffusion is not None else own if own is not None else 1.0
-        self.spread = spread_of(self.diffusion, snapshots)
-        if step is None:
-            step = float(snapshots.durations.min()) / 25
-        check_positive(step, "step")
-        self.step, self.tolerance, self.max_iterations = float(step), tolerance, max_iterations
-        self.relaxation = relaxation
-        check_positive_int(corrections, "corrections", 0)
-        self.corrections = corrections + corrections % 2
-        self.plans: list[TransportPlan] | None = None
-        self._transitions: list[Transition] = []
-        self._values: list[Tensor] = []
+        self.register_buffer("spread", spread_of(self.diffusion, snapshots))
+        self.dt = float(snapshots.durations.min()) / _POINTS if dt is None else float(dt)
+        self.tolerance, self.max_iterations = float(tolerance), max_iterations
+        self.relaxation = None if relaxation is None else float(relaxation)
+        self.corrections, self.memory = corrections + corrections % 2, float(memory)
+        # what a solution consists of: potentials of every coupling, their errors and values
+        for i, (n, m) in enumerate(itertools.pairwise(snapshots.sizes)):
+            self.register_buffer(f"f{i}", torch.zeros(n, dtype=torch.float64, device=snapshots.device))
+            self.register_buffer(f"g{i}", torch.zeros(m, dtype=torch.float64, device=snapshots.device))
+        count = len(snapshots) - 1
+        empty = torch.full((3, count), torch.nan, dtype=torch.float64, device=snapshots.device)
+        self.register_buffer("_report", empty)  # marginal errors, values, iterations
+        self._report: Tensor
+        self._tilted = False
+        self._parts: list[Transition] | None = None
+        self._plans: list[TransportPlan] | None = None
+        self._growths: list[Growth | None] | None = None
+
+    def like(self, snapshots: Snapshots | None = None, reference: Any = None) -> SchrodingerBridge:
+        """Return an unsolved bridge with the same options through other snapshots, or on another drift.
+
+        Args:
+            snapshots: those to pass through; the same ones if None.
+            reference: the drift; the same one if None.
+        """
+        return SchrodingerBridge(
+            self.snapshots if snapshots is None else snapshots,
+            self.family if reference is None else reference,
+            self.diffusion,
+            dt=self.dt,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            relaxation=self.relaxation,
+            corrections=self.corrections,
+            memory=self.memory,
+        )
 
     # ------------------------------------------------------------------------------------------ solution
     @torch.no_grad()
@@ -119,23 +177,23 @@ class SchrodingerBridge(PathMeasure):
         Args:
             warm_start: a solved bridge through the same snapshots, whose potentials are started from.
         """
-        times = self.snapshots.times.tolist()
-        self._transitions = [
-            transition(self.family, self.spread, a, b, self.step, self.corrections)
-            for a, b in itertools.pairwise(times)
-        ]
-        plans, values = [], []
-        for i, part in enumerate(self._transitions):
-            start = warm_start.plans[i] if warm_start is not None and warm_start.plans else None
+        self._forget()
+        parts = self._transitions
+        plans = []
+        for i, part in enumerate(parts):
+            start = None if warm_start is None else warm_start.plans[i].potentials
             plan, value = self._couple(i, part, start)
             plans.append(plan)
-            values.append(value)
-        self.plans, self._values = plans, values
-        stiffness = max(getattr(part, "stiffness", 0.0) for part in self._transitions)
+            report = (plan.marginal_error.double(), value.double(), float(plan.num_iterations))
+            self._report[:, i] = torch.stack([torch.as_tensor(v).to(self._report) for v in report])
+            setattr(self, f"f{i}", plan._f)
+            setattr(self, f"g{i}", plan._g)
+        self._plans = plans
+        stiffness = max(getattr(part, "stiffness", 0.0) for part in parts)
         if stiffness > _MAX_STIFFNESS:
             warnings.warn(
-                f"The inner time grid is too coarse for this drift: step times Jacobian is {stiffness:.2g}. "
-                f"A step of {self.step / stiffness:.2g} would do",
+                f"The inner time grid is too coarse for this drift: dt times Jacobian is {stiffness:.2g}. "
+                f"A dt of {self.dt / stiffness:.2g} would do",
                 ApproximationWarning,
                 stacklevel=2,
             )
@@ -148,72 +206,83 @@ class SchrodingerBridge(PathMeasure):
             )
         return self
 
-    def _couple(self, i: int, part: Transition, start: TransportPlan | None) -> tuple[TransportPlan, Tensor]:
+    def _add_tilts(self, nodes: int) -> None:
+        """Let couplings be those of tilted snapshots, and growth undo the tilts; see :class:`GrowingBridge`."""
+        self._tilted = True
+        for i, (n, m) in enumerate(itertools.pairwise(self.snapshots.sizes)):
+            like = torch.zeros(nodes, n + m, dtype=torch.float64, device=self.spread.device)
+            self.register_buffer(f"rows{i}", like[:, :n].clone())
+            self.register_buffer(f"columns{i}", like[:, n:].clone())
+
+    def _forget(self) -> None:
+        self._parts = self._plans = self._growths = None
+
+    @property
+    def _transitions(self) -> list[Transition]:
+        if self._parts is None:
+            times = self.snapshots.times.tolist()
+            self._parts = [
+                transition(self.family, self.spread, a, b, self.dt, self.corrections)
+                for a, b in itertools.pairwise(times)
+            ]
+        return self._parts
+
+    def _weights(self, i: int) -> tuple[Tensor, Tensor]:
+        """Weights of both ends of a coupling, their totals as 1 to the factor of growth where that counts."""
+        a, b = self.snapshots.weights[i : i + 2]
+        if self.relaxation is not None:
+            b = b * (self.snapshots.masses[i + 1] / self.snapshots.masses[i])
+        if self._tilted:
+            rows, columns = getattr(self, f"rows{i}"), getattr(self, f"columns{i}")
+            a, b = (torch.softmax(w.double().log() - u, 0).to(w) for w, u in ((a, rows[0]), (b, columns[-1])))
+        return a, b
+
+    def _kernel(self, i: int, part: Transition) -> tuple[Tensor | None, Tensor | None, float, Tensor | None]:
+        """Points, regularisation and cost of the transport problem of an interval."""
         x, y = self.snapshots.samples[i : i + 2]
         a, b = self.snapshots.weights[i : i + 2]
-        options: dict[str, Any] = {
-            "weights_x": a, "weights_y": b, "tolerance": self.tolerance, "max_iterations": self.max_iterations,
-            "warm_start": None if start is None else start.potentials,
-        }  # fmt: skip
-        price = self.relaxation
-        if price is not None:
-            masses = self.snapshots.masses[i : i + 2] / self.snapshots.masses[i]
-            options |= {"weights_x": a * masses[0], "weights_y": b * masses[1]}
+        if isinstance(part, AffineTransition):
+            before, after = part.whitened(x, y)
+            self._check_reach(i, _nearest(before[a > 0], after[b > 0]))
+            return before, after, 2.0, None
+        kernel = part.log_kernel(x, y)
+        if not bool(torch.isfinite(kernel).all()):
+            raise NonFiniteError(
+                f"the transition density before t={float(self.snapshots.times[i + 1]):g} isn't finite",
+                got=f"dt times Jacobian up to {getattr(part, 'stiffness', 0.0):.2g}",
+                hint="give a smaller dt, or a smoother drift",
+            )
+        seen = kernel[a > 0][:, b > 0]
+        self._check_reach(i, (-2 * (seen - seen.max())).amin(-2).clamp_min(0).sqrt())
+        return None, None, 1.0, -kernel
+
+    def _couple(
+        self, i: int, part: Transition, start: tuple[Tensor, Tensor] | None
+    ) -> tuple[TransportPlan, Tensor]:
+        x, y, reg, cost = self._kernel(i, part)
+        a, b = self._weights(i)
+        relaxation = None if self.relaxation is None else reg * self.relaxation
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # one for all is given by solve
-            if isinstance(part, AffineTransition):
-                before, after = part.whitened(x, y)
-                self._check_reach(i, _nearest(before[a > 0], after[b > 0]))
-                plan = sinkhorn(
-                    before, after, 2.0, relaxation=None if price is None else 2 * price, **options
-                )
-                mass = 1.0 if price is None else plan.mass
-                return plan, 0.5 * plan.value - part.log_constant() * mass
-            kernel = part.log_kernel(x, y)
-            if not bool(torch.isfinite(kernel).all()):
-                raise NonFiniteError(
-                    f"the transition density before t={float(self.snapshots.times[i + 1]):g} isn't finite",
-                    got=f"step times Jacobian up to {getattr(part, 'stiffness', 0.0):.2g}",
-                    hint="give a smaller step, or a smoother drift",
-                )
-            seen = kernel[a > 0][:, b > 0]
-            self._check_reach(i, (-2 * (seen - seen.max())).amin(-2).clamp_min(0).sqrt())
-            plan = sinkhorn(None, None, 1.0, cost=-kernel, relaxation=price, **options)
+            plan = sinkhorn(
+                x, y, reg, a, b, cost, self.tolerance, max_iterations=self.max_iterations,
+                warm_start=start, relaxation=relaxation, memory=self.memory,
+            )  # fmt: skip
+        if not isinstance(part, AffineTransition):
             return plan, plan.value
+        mass = 1.0 if relaxation is None else plan.mass
+        return plan, plan.value / reg - part.log_constant() * mass
 
-    def couplings(self) -> dict[str, Any]:
-        """Return the potentials of all couplings and their values, as tensors and plain data; the reference isn't in it."""
-        plans = [
-            {
-                "f": plan._f,
-                "g": plan._g,
-                "error": plan.marginal_error,
-                "converged": plan.converged,
-                "iterations": plan.num_iterations,
-            }
-            for plan in self._solved()
-        ]
-        return {"plans": plans, "values": list(self._values)}
-
-    @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take couplings from :meth:`couplings` instead of solving for them; to the same bits."""
-        limit, self.max_iterations = self.max_iterations, 1
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.solve()
-        finally:
-            self.max_iterations = limit
-        device, plans = self.spread.device, self._solved()
-        self.plans = [
-            replace(
-                plan, _f=own["f"].to(device), _g=own["g"].to(device), marginal_error=own["error"].to(device),
-                converged=own["converged"], num_iterations=own["iterations"],
-            )
-            for plan, own in zip(plans, state["plans"], strict=True)
-        ]  # fmt: skip
-        self._values = [value.to(device) for value in state["values"]]
+    def _restored(self, i: int, part: Transition) -> TransportPlan:
+        """The coupling that the potentials stand for."""
+        x, y, reg, cost = self._kernel(i, part)
+        a, b = self._weights(i)
+        relaxation = None if self.relaxation is None else reg * self.relaxation
+        error, _, iterations = self._report[:, i]
+        return TransportPlan(
+            _cost_rows(x, y, cost, self.memory), a, b, reg, error, bool(error <= self.tolerance),
+            int(iterations), relaxation, getattr(self, f"f{i}").double(), getattr(self, f"g{i}").double(),
+        )  # fmt: skip
 
     def _check_reach(self, i: int, distance: Tensor) -> None:
         worst = float(distance.max())
@@ -225,20 +294,43 @@ class SchrodingerBridge(PathMeasure):
                 hint=f"a diffusion {worst / 10:.2g} times larger would put it within ten, or give a better drift",
             )
 
-    def _solved(self) -> list[TransportPlan]:
-        if self.plans is None:
+    @property
+    def plans(self) -> list[TransportPlan]:
+        """The couplings of neighbouring snapshots; ``plans[i].plan()`` is the matrix ``(n_i, n_{i+1})``.
+
+        Raises:
+            UnavailableError: if the bridge isn't solved.
+        """
+        if bool(self._report[1].isnan().any()):
             raise UnavailableError("the bridge isn't solved yet", hint="call solve() first")
-        return self.plans
+        if self._plans is None:
+            with torch.no_grad():
+                self._plans = [self._restored(i, part) for i, part in enumerate(self._transitions)]
+        return self._plans
+
+    @property
+    def _growth(self) -> list[Growth | None]:
+        plans = self.plans
+        if self._growths is None:
+            weights, masses = self.snapshots.weights, self.snapshots.masses.double().log().diff().tolist()
+            growths: list[Growth | None] = [None] * len(plans)
+            for i, plan in enumerate(plans):
+                if self._tilted:
+                    growths[i] = Growth(plan, getattr(self, f"rows{i}"), getattr(self, f"columns{i}"), masses[i])
+                elif self.relaxation is not None:
+                    growths[i] = Growth.even(plan, weights[i], weights[i + 1], masses[i])
+            self._growths = growths
+        return self._growths
 
     @property
     def converged(self) -> bool:
         """Whether every coupling has its marginals within the tolerance."""
-        return all(plan.converged for plan in self._solved())
+        return all(plan.converged for plan in self.plans)
 
     @property
     def marginal_errors(self) -> Tensor:
-        """``(I-1,)`` L1 error of each coupling's marginals."""
-        return torch.stack([plan.marginal_error.double() for plan in self._solved()])
+        """The L1 error of each coupling's marginals, ``(I-1,)``."""
+        return torch.stack([plan.marginal_error.double() for plan in self.plans])
 
     @property
     def objective(self) -> Tensor:
@@ -248,44 +340,49 @@ class SchrodingerBridge(PathMeasure):
 
         Adding the negative entropies of the laws behind the snapshots 2 to I gives :math:`\mathrm{KL}(q\|p)`.
         """
-        self._solved()
-        return torch.stack([value.double() for value in self._values]).sum()
+        self.plans  # noqa: B018, raises if there are none
+        return self._report[1].sum()
 
-    def nodes(self, count: int = 1_000_000, generator: torch.Generator | None = None) -> DriftNodes:
-        """Return about ``count`` weighted states and drifts that stand for the bridge; see :class:`DriftNodes`."""
-        parts = []
+    def nodes(
+        self, num_nodes: int = 1_000_000, generator: torch.Generator | int | None = None
+    ) -> DriftNodes:
+        """Return about ``num_nodes`` weighted states and drifts that stand for the bridge; see :class:`DriftNodes`.
+
+        Where they don't suffice for all pairs that carry a coupling at all times, pairs are seen at fewer times each.
+        """
+        check_positive_int(num_nodes, "num_nodes")
+        source, parts = as_generator(generator, self.spread.device), []
+        copies = 2 * self.snapshots.dim if self.snapshots.dim <= 8 else 2
         with torch.no_grad():
-            for i, (plan, part) in enumerate(zip(self._solved(), self._transitions, strict=True)):
-                copies = 2 * self.snapshots.dim if self.snapshots.dim <= 8 else 2
-                share = count // (len(self._transitions) * copies * len(part.quadrature))
-                first, second, weight = choose_pairs(plan, max(share, 64), generator)
+            for i, (plan, part) in enumerate(zip(self.plans, self._transitions, strict=True)):
+                times = len(part.quadrature)
+                budget = max(num_nodes // (len(self.plans) * copies), 64)  # pairs times times
+                wanted = int(min(4 * effective_pairs(plan), plan.shape.numel()))
+                pairs = max(budget // times, min(wanted, budget), 64)
+                first, second, weight = choose_pairs(plan, pairs, source)
+                each = max(1, min(times, budget // max(len(first), 1)))
                 x, y = self.snapshots.samples[i][first], self.snapshots.samples[i + 1][second]
-                parts.append(bridge_nodes(part, x, y, weight, generator))
+                parts.append(bridge_nodes(part, x, y, weight, source, each))
         return DriftNodes.join(parts)
 
-    def mahalanobis(self, family: DriftFamily | None = None, count: int = 20_000) -> Tensor:
-        """Return how far partners are from where they are expected: the mean square in units of the noise, over couplings.
+    def innovations(self, family: DriftFamily | None = None, num_pairs: int = 20_000) -> Tensor:
+        r"""Return the mean of :math:`zz^\top` over couplings, ``(d, d)``, where ``z`` is how far a partner is from where it is expected.
 
-        It is ``d`` where the noise has the right strength. Expectations are those of ``family``, or of this bridge's reference.
+        It is in units of the noise, so it is the identity where the noise has the right strength. Expectations are those of
+        ``family``, or of this bridge's reference.
         """
         values = []
-        for i, (plan, part) in enumerate(zip(self._solved(), self._transitions, strict=True)):
-            own = part if family is None else transition(family, self.spread, part.start, part.end, self.step)
-            first, second, weight = choose_pairs(
-                plan, count, torch.Generator(self.spread.device).manual_seed(0)
-            )
+        for i, (plan, part) in enumerate(zip(self.plans, self._transitions, strict=True)):
+            own = part if family is None else transition(family, self.spread, part.start, part.end, self.dt)
+            first, second, weight = choose_pairs(plan, num_pairs, torch.Generator(self.spread.device).manual_seed(0))
             x, y = self.snapshots.samples[i][first], self.snapshots.samples[i + 1][second]
-            values.append((weight * own.chain(x, y).mahalanobis(x.mT, y.mT)).sum())
-        return torch.stack(values).mean()
+            white = own.chain(x, y).whitened(x.mT, y.mT)
+            values.append((weight * white) @ white.mT)
+        return torch.stack(values).mean(0)
 
     # ------------------------------------------------------------------------------------------ the law
     @torch.no_grad()
-    def sample(
-        self,
-        ts: Tensor,
-        sample_shape: tuple[int, ...] | int = (),
-        generator: torch.Generator | None = None,
-    ) -> PathSample:
+    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
         """Draw whole trajectories through all snapshots.
 
         Partners are drawn along the chain of couplings, and states between them from the pinned reference, without
@@ -293,83 +390,164 @@ class SchrodingerBridge(PathMeasure):
 
         Args:
             ts: ``(T,)`` times within the span of the snapshots.
-            sample_shape: number or shape of independent draws.
-            generator: source of randomness.
+            sample_shape: the shape of independent draws, an integer or a tuple.
+            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
-            Paths whose ``dw`` are the innovations, what each step adds to its mean given the state and the particle
-            that is reached next, in units of the noise.
+            Paths whose ``dw (*sample, T-1, d)`` are the innovations, what each step adds to its mean given the state and the
+            particle that is reached next, in units of the noise; where the population grows there are none, ``(*sample, T-1, 0)``.
 
         Raises:
             TimeGridError: if the grid isn't increasing or leaves the span.
             NonFiniteError: if the inner time grid is too coarse for the drift on a path.
         """
-        check_time_grid(ts)
-        check_inside(ts, self.snapshots.times, "ts", "the snapshots")
-        shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
-        count = int(torch.Size(shape).numel())
-        x, dw = sampling.draw_paths(self.snapshots, self._solved(), self._transitions, ts, count, generator)
+        grid = as_time_grid(ts, min_points=1)
+        check_inside(grid, self.snapshots.times, "ts", "the snapshots")
+        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.spread.device)
+        x, dw = sampling.draw_paths(
+            self.snapshots, self.plans, self._transitions, self._growth, grid, torch.Size(shape).numel(), source
+        )
         if not bool(torch.isfinite(x).all()):
             raise NonFiniteError(
                 "trajectories aren't finite",
                 got=f"{float((~torch.isfinite(x)).any(-1).any(-1).double().mean()):.1%} of them",
-                hint="give a smaller step, or a smoother drift",
+                hint="give a smaller dt, or a smoother drift",
             )
-        dim = self.snapshots.dim
-        return PathSample(ts, x.reshape(*shape, len(ts), dim), dw.reshape(*shape, len(ts) - 1, dim), {}, self)
+        return PathSample(grid, x.reshape(*shape, *x.shape[1:]), dw.reshape(*shape, *dw.shape[1:]), {}, self)
 
     @torch.no_grad()
-    def marginal(self, t: float | Tensor, max_pairs: int = 100_000) -> BridgeMarginal:
+    def marginal(self, t: Tensor | float, max_pairs: int = 100_000) -> BridgeMarginal:
         """Return the law at time ``t``, a mixture over the pairs of the coupling, without simulation.
 
         Args:
-            t: within the span of the snapshots.
+            t: a time within the span of the snapshots.
             max_pairs: larger couplings are replaced by a systematic sample of this many pairs.
 
         Raises:
             TimeGridError: if ``t`` lies outside.
         """
+        check_real(t, "t")
         time = float(t)
         times = self.snapshots.times
-        check_inside(torch.tensor([time], dtype=torch.float64), times, "t", "the snapshots")
-        plans = self._solved()
+        check_inside(times.new_tensor([time]), times, "t", "the snapshots")
+        plans = self.plans
         exact = (times - time).abs() <= 1e-9 * float(times[-1] - times[0])
         if bool(exact.any()):
             snap = self.snapshots[int(exact.nonzero()[0, 0])]
             return BridgeMarginal(time, snap.sample, None, snap.weights)
-        i = int(torch.searchsorted(times, time)) - 1
-        first, second, weight = choose_pairs(
-            plans[i], max_pairs, torch.Generator(times.device).manual_seed(0)
-        )
+        i = kernel_drift.owner(times, time)[0]
+        part, growth = self._transitions[i], self._growth[i]
+        coupling = plans[i] if growth is None else growth.coupling(self._side(i).share(time))
+        first, second, weight = choose_pairs(coupling, max_pairs, torch.Generator(times.device).manual_seed(0))
         x, y = self.snapshots.samples[i][first], self.snapshots.samples[i + 1][second]
-        law = sampling.pinned_law(self._transitions[i], x, y, time)
+        law = sampling.pinned_law(part, x, y, time)
         return BridgeMarginal(time, *sampling.finite_pairs(*law, weight, time))
+
+    def _side(self, i: int) -> kernel_drift.Side:
+        return kernel_drift.Side(self.snapshots, i, self._transitions[i], self.plans[i], self._growth[i])
 
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return the drift of the bridge at times ``t`` and states ``x (*batch, d)``.
 
         .. math:: b_q(t,x)=b(t,x)+GG^\top\nabla_x\log\sum_b\nu_be^{g_b}\,p(y_b\mid X_t=x)
 
-        Just before a snapshot it pulls every path onto a particle seen there.
+        Just before a snapshot it pulls every path onto a particle seen there. At the last snapshot nothing lies ahead: the drift there is
+        that of the process run backward, the velocity with which paths arrive. For velocities of cells see :meth:`velocity`.
         """
-        return kernel_drift.bridge_drift(self.snapshots, self._solved(), self._transitions, t, x)
+
+        def at(time: float, x: Tensor) -> Tensor:
+            times = self.snapshots.times
+            if time >= float(times[-1]) - 1e-9 * float(times[-1] - times[0]):
+                return kernel_drift.backward_drift(self._side(len(times) - 2), time, x)
+            return kernel_drift.forward_drift(self._side(kernel_drift.owner(times, time)[1]), time, x)
+
+        return kernel_drift.at_times(self.snapshots, t, x, at)
+
+    def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
+        r"""Return the velocity with which the density moves, at times ``t`` and states ``x (*batch, d)``.
+
+        .. math:: v=\tfrac12(b_++b_-)
+
+        It is the mean of the drift forward in time and of that of the process run backward. At a snapshot the first is of the interval
+        after it, the second of the one before; at the first and at the last snapshot there is only one of them.
+        """
+
+        def at(time: float, x: Tensor) -> Tensor:
+            times = self.snapshots.times
+            slack = 1e-9 * float(times[-1] - times[0])
+            before, after = kernel_drift.owner(times, time)
+            parts = []
+            if time < float(times[-1]) - slack:
+                parts.append(kernel_drift.forward_drift(self._side(after), time, x))
+            if time > float(times[0]) + slack:
+                parts.append(kernel_drift.backward_drift(self._side(before), time, x))
+            return torch.stack(parts).mean(0)
+
+        return kernel_drift.at_times(self.snapshots, t, x, at)
+
+    def growth_rate(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the rate of births less deaths at times ``t`` and states ``x (*batch, d)``, ``(*batch,)`` per unit of time.
+
+        It is zero without a ``relaxation``. The growth of the whole population enters where the snapshots' masses differ.
+        """
+
+        def at(time: float, x: Tensor) -> Tensor:
+            return kernel_drift.growth_rate(
+                self._side(kernel_drift.owner(self.snapshots.times, time)[1]), time, x
+            )
+
+        return kernel_drift.at_times(self.snapshots, t, x, at)
 
     def as_diffusion(self) -> DiffusionMeasure:
-        """Return the same law as an SDE with this drift, started from the first snapshot's particles."""
-        self._solved()
+        """Return the same law as an SDE with this drift, started from the first snapshot's particles.
+
+        Raises:
+            UnavailableError: if the population grows.
+        """
+        self._refuse_growth("as_diffusion")
         return DiffusionMeasure(EmpiricalLaw.of(self.snapshots[0]), SDE(_BridgeDrift(self), self.diffusion))
+
+    def forward(self) -> ForwardOperator:
+        """Return the forward operator of the bridge as a diffusion.
+
+        Raises:
+            UnavailableError: if the population grows.
+        """
+        self._refuse_growth("forward")
+        return self.as_diffusion().forward()
+
+    def _refuse_growth(self, verb: str) -> None:
+        if any(growth is not None for growth in self._growth):
+            self._refuse(verb, "with a relaxation its population grows, and isn't that of a diffusion")
 
     @property
     def reference(self) -> DiffusionMeasure:
         """The reference process, started from the first snapshot's particles."""
         return DiffusionMeasure(EmpiricalLaw.of(self.snapshots[0]), SDE(self.family, self.diffusion))
 
-    def log_rn(self, path: PathSample, other: PathMeasure) -> Tensor:
+    def log_rn(
+        self, path: Path, other: PathMeasure, estimator: str = "density", *, recorded: bool = False
+    ) -> Tensor:
         """Raise: the bridge visits only particles that were seen, so no density exists; see :meth:`as_diffusion`."""
         raise UnavailableError(
             "a bridge through particles has no density with respect to another law",
             hint="use as_diffusion().log_rn on paths that end before a snapshot, or .objective for the divergence",
         )
+
+    # ------------------------------------------------------------------------------------------ storage
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SchrodingerBridge:
+        """Move the snapshots with the module; potentials keep their double precision."""
+        super()._apply(fn, recurse)
+        self.snapshots = self.snapshots.to(self.spread.dtype, self.spread.device)
+        for name, value in self.named_buffers(recurse=False):
+            if name != "spread":
+                setattr(self, name, value.double())
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._forget()
 
 
 class _BridgeDrift(nn.Module):

@@ -1,7 +1,6 @@
 from .acceleration import Anderson as Anderson
 from .acceleration import get_vector as get_vector
 from .acceleration import set_vector as set_vector
-from .gaussian import GaussianChainBridge as GaussianChainBridge
 from .gaussian import GaussianRefinement as GaussianRefinement
 from .gaussian import refine_gaussian as refine_gaussian
 from .history import History as History

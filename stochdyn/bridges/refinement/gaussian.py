@@ -1,128 +1,19 @@
-"""Gaussian snapshots: the exact bridge through all of them, and the exact refinement of a linear reference."""
+"""Gaussian snapshots: the exact refinement of a linear reference."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_positive_int, check_time_grid
-from stochdyn.bridges.laws.gaussian import GaussianBridge
+from stochdyn._checks import check_positive_int
+from stochdyn.bridges.laws.gaussian_chain import GaussianChainBridge
 from stochdyn.core.sde.coefficients import Coefficient
-from stochdyn.errors import InvalidInputError, ShapeError, TimeGridError
+from stochdyn.errors import InvalidInputError
 
-__all__ = ["GaussianChainBridge", "GaussianRefinement", "refine_gaussian"]
-
-
-class GaussianChainBridge:
-    r"""The law nearest to a linear reference whose marginals at several times are given Gaussians.
-
-    The reference is Markov and snapshots are of its full state, so the bridge is Markov too: bridges of
-    neighbouring snapshots, glued (:class:`~stochdyn.bridges.laws.gaussian.GaussianBridge`). The precision matrix of its
-    values at the snapshots is block tridiagonal.
-
-    Args:
-        times: ``(I,)`` of the snapshots.
-        means: ``(I, d)``.
-        covs: ``(I, d, d)``.
-        diffusion: of the reference, as in :class:`~stochdyn.bridges.laws.gaussian.GaussianBridge`.
-        drift_matrix: ``(d, d)``; None for zero.
-        drift_offset: ``(d,)``; None for zero.
-
-    Raises:
-        TimeGridError, ShapeError, InvalidInputError: on arguments that don't fit.
-
-    Example:
-        >>> times = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
-        >>> law = GaussianChainBridge(times, torch.zeros(3, 1).double(), torch.ones(3, 1, 1).double(), 1.0)
-        >>> law.covariance(1.0).item()
-        1.0
-    """
-
-    def __init__(
-        self,
-        times: Tensor,
-        means: Tensor | Sequence[Tensor],
-        covs: Tensor | Sequence[Tensor],
-        diffusion: Coefficient | Tensor | float,
-        drift_matrix: Tensor | None = None,
-        drift_offset: Tensor | None = None,
-    ) -> None:
-        check_time_grid(times, "times")
-        if not len(means) == len(covs) == times.shape[0]:
-            raise ShapeError(
-                "there must be one mean and one covariance a time",
-                got=f"{len(means)} and {len(covs)}",
-                expected=times.shape[0],
-            )
-        self.times = times
-        self.bridges = [
-            GaussianBridge(
-                means[i], covs[i], means[i + 1], covs[i + 1], diffusion,
-                float(times[i + 1] - times[i]), drift_matrix, drift_offset,
-            )
-            for i in range(times.shape[0] - 1)
-        ]  # fmt: skip
-        self.dim = self.bridges[0].dim
-
-    def _place(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Interval and time since its start of every ``t``; snapshots count to the interval before."""
-        clock = torch.as_tensor(t, dtype=self.times.dtype, device=self.times.device)
-        low, high = float(self.times[0]), float(self.times[-1])
-        slack = 1e-6 * (high - low)
-        if bool(((clock < low - slack) | (clock > high + slack)).any()):
-            raise TimeGridError(
-                "t must lie inside the snapshots", got=clock.tolist(), expected=f"[{low:g}, {high:g}]"
-            )
-        index = torch.searchsorted(self.times, clock.contiguous()).clamp(1, len(self.bridges)) - 1
-        return index, clock - self.times[index]
-
-    def _gather(self, t: Tensor | float, name: str, event: int) -> Tensor:
-        index, elapsed = self._place(t)
-        like = self.bridges[0].mean0
-        out = like.new_empty(*index.shape, *(self.dim,) * event)
-        for i in index.unique().tolist():
-            here = index == i
-            out[here] = getattr(self.bridges[i], name)(elapsed[here].to(like.dtype))
-        return out
-
-    def mean(self, t: Tensor | float) -> Tensor:
-        """Return the means ``(*s, d)`` at times ``t (*s,)``."""
-        return self._gather(t, "mean", 1)
-
-    def covariance(self, t: Tensor | float) -> Tensor:
-        """Return the covariances ``(*s, d, d)`` at times ``t (*s,)``."""
-        return self._gather(t, "covariance", 2)
-
-    def drift(self, t: float, x: Tensor) -> Tensor:
-        """Return the drift ``(..., d)`` at one time ``t``; at a snapshot that of the interval before it."""
-        check_event_size(x, self.dim, "x")
-        index, elapsed = self._place(t)
-        return self.bridges[int(index)].drift(float(elapsed), x)
-
-    def snapshot_covariance(self) -> Tensor:
-        """Return the covariance ``(I d, I d)`` of the values at all snapshots."""
-        steps = [b.cross_covariance.mT @ torch.linalg.pinv(b.cov0) for b in self.bridges]
-        covs = [b.cov0 for b in self.bridges] + [self.bridges[-1].cov1]
-        rows = []
-        for i, cov in enumerate(covs):
-            row, block = [cov], cov
-            for step in steps[i:]:
-                block = block @ step.mT
-                row.append(block)
-            rows.append(row)
-        count = len(covs)
-        blocks = [
-            [rows[i][j - i] if j >= i else rows[j][i - j].mT for j in range(count)] for i in range(count)
-        ]
-        return torch.cat([torch.cat(row, -1) for row in blocks])
-
-    def kl(self) -> Tensor:
-        """Return the divergence from the reference that starts from the first snapshot, in nats."""
-        return torch.stack([b.kl() for b in self.bridges]).sum()
+__all__ = ["GaussianRefinement", "refine_gaussian"]
 
 
 @dataclass(frozen=True)
@@ -130,9 +21,9 @@ class GaussianRefinement:
     """What :func:`refine_gaussian` found.
 
     Attributes:
-        drift_matrix: ``(outer + 1, d, d)``, the start first.
-        drift_offset: ``(outer + 1, d)``.
-        kl: ``(outer,)``, the divergence of each iteration's bridge from the reference that it was built on; it never
+        drift_matrix: ``(K + 1, d, d)``, the start first.
+        drift_offset: ``(K + 1, d)``.
+        kl: ``(K,)``, the divergence of each iteration's bridge from the reference that it was built on; it never
             increases.
         bridge: the bridge on the last reference but one.
     """
@@ -148,11 +39,11 @@ def refine_gaussian(
     means: Tensor,
     covs: Tensor,
     diffusion: Coefficient | Tensor | float,
-    outer: int = 10,
+    max_iterations: int = 10,
     drift_matrix: Tensor | None = None,
     drift_offset: Tensor | None = None,
     *,
-    nodes: int = 32,
+    num_nodes: int = 32,
 ) -> GaussianRefinement:
     r"""Refine a linear reference on Gaussian snapshots, with both steps exact.
 
@@ -165,14 +56,14 @@ def refine_gaussian(
     estimator of its own where snapshots are known by their first two moments.
 
     Args:
-        times: ``(I,)``.
-        means: ``(I, d)``.
-        covs: ``(I, d, d)``, positive definite.
-        diffusion: of full rank.
-        outer: iterations.
-        drift_matrix: where to start, ``(d, d)``; None for zero.
-        drift_offset: likewise, ``(d,)``.
-        nodes: of the quadrature in each interval.
+        times: the times of the snapshots, ``(I,)``.
+        means: their means, ``(I, d)``.
+        covs: their covariances, ``(I, d, d)``, positive definite.
+        diffusion: the noise of the reference, of full rank.
+        max_iterations: the number of iterations, ``K``.
+        drift_matrix: the matrix to start from, ``(d, d)``; None for zero.
+        drift_offset: the offset to start from, ``(d,)``; None for zero.
+        num_nodes: the number of nodes of the quadrature in each interval.
 
     Raises:
         InvalidInputError: if the snapshots don't determine the drift.
@@ -188,14 +79,14 @@ def refine_gaussian(
     Reference: Shen, Berlinghieri & Broderick (2025), Multi-marginal Schrödinger bridges with iterative
     reference refinement, AISTATS.
     """
-    check_positive_int(outer, "outer")
-    check_positive_int(nodes, "nodes", 2)
+    check_positive_int(max_iterations, "max_iterations")
+    check_positive_int(num_nodes, "num_nodes", 2)
     dim, like = means.shape[-1], means
     matrix = like.new_zeros(dim, dim) if drift_matrix is None else drift_matrix
     offset = like.new_zeros(dim) if drift_offset is None else drift_offset
-    points, weights = (torch.as_tensor(v).to(like) for v in np.polynomial.legendre.leggauss(nodes))
+    points, weights = (torch.as_tensor(v).to(like) for v in np.polynomial.legendre.leggauss(num_nodes))
     matrices, offsets, kls = [matrix], [offset], []
-    for _ in range(outer):
+    for _ in range(max_iterations):
         bridge = GaussianChainBridge(times, means, covs, diffusion, matrix, offset)
         kls.append(bridge.kl())
         gram, cross = like.new_zeros(dim + 1, dim + 1), like.new_zeros(dim, dim + 1)

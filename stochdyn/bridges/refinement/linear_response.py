@@ -70,7 +70,7 @@ class LinearResponse:
             raise InvalidInputError("a family with a prior has no linear response", hint="use refit='full'")
         white = torch.linalg.inv(torch.linalg.cholesky(self.bridge.spread))
         self._white = white
-        plans, transitions = self.bridge._solved(), self.bridge._transitions
+        plans, transitions = self.bridge.plans, self.bridge._transitions
         self._pairs = [
             pair_moments(self.bridge, i, part, plan, self.family, white)
             for i, (part, plan) in enumerate(zip(transitions, plans, strict=True))
@@ -97,14 +97,14 @@ class LinearResponse:
     def __call__(self, weights: Sequence[Tensor]) -> Tensor:
         """Return parameters ``(B, P)`` for weights of each snapshot, ``(B, n_i)`` normalised."""
         count = weights[0].shape[0]
-        largest = max(plan.shape[0] * plan.shape[1] for plan in self.bridge._solved())
+        largest = max(plan.shape[0] * plan.shape[1] for plan in self.bridge.plans)
         size = max(1, _CHUNK // largest)
         parts = [self._respond([w[k : k + size] for w in weights]) for k in range(0, count, size)]
         return torch.cat(parts)
 
     def _respond(self, weights: list[Tensor]) -> Tensor:
         couplings = []
-        for i, plan in enumerate(self.bridge._solved()):
+        for i, plan in enumerate(self.bridge.plans):
             count = weights[i].shape[0]
             f, g = plan.potentials
             again = sinkhorn(
@@ -145,12 +145,9 @@ class LinearResponse:
         """One iteration from ``theta``: the bridge there, and its projection on the drifts linearised about the fit."""
         moved = with_coordinates(self.family, theta)
         old = self.bridge
-        bridge = SchrodingerBridge(
-            self.fit.snapshots, moved, old.diffusion, step=old.step, tolerance=old.tolerance,
-            max_iterations=old.max_iterations,
-        ).solve(old)  # fmt: skip
+        bridge = old.like(reference=moved).solve(old)
         gram, moment = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for i, (part, plan) in enumerate(zip(bridge._transitions, bridge._solved(), strict=True)):
+        for i, (part, plan) in enumerate(zip(bridge._transitions, bridge.plans, strict=True)):
             first, second, grams, moments = pair_moments(bridge, i, part, plan, self.family, self._white)
             mass = plan.plan()[first, second].double()
             gram = gram + torch.einsum("s,sij->ij", mass, grams)

@@ -75,7 +75,7 @@ class Loop:
         self.brownian = options["start"] == "brownian" and not from_family
         self.history = History()
         self.make = {
-            "step": options["step"],
+            "dt": options["step"],
             "tolerance": options["sinkhorn_tolerance"],
             "max_iterations": options["max_iterations"],
             "relaxation": options["relaxation"],
@@ -166,7 +166,7 @@ class Loop:
         """Return all that the next iteration depends on, as plain data and tensors."""
         return {
             "family": dict(self.family.state_dict()),
-            "bridge": self.bridge.couplings(),
+            "bridge": dict(self.bridge.state_dict()),
             "diffusion": self.diffusion.value if self.options["learn_diffusion"] else None,
             "anderson": None if self.anderson is None else self.anderson.pairs,
             "iterations": [
@@ -193,7 +193,7 @@ class Loop:
             else ZeroDrift(self.snapshots.dim)
         )
         self._bridge = SchrodingerBridge(self.snapshots, own, self.diffusion, **self.make)
-        self._bridge.restore(state["bridge"])
+        self._bridge.load_state_dict(state["bridge"])
 
 
 class Store:
@@ -257,5 +257,5 @@ def _extrapolate(
 @torch.no_grad()
 def _learnt_diffusion(bridge: SchrodingerBridge, family: DriftFamily) -> Matrix:
     """Return the noise whose strength fits the couplings best, the drift being that of ``family``."""
-    factor = bridge.mahalanobis(family) / bridge.snapshots.dim
+    factor = bridge.innovations(family).trace() / bridge.snapshots.dim
     return Matrix(torch.linalg.cholesky(bridge.spread * factor.to(bridge.spread)))

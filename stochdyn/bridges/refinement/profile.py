@@ -74,12 +74,9 @@ class BridgeProfile:
         if key not in self._memo:
             moved = with_coordinates(self.family, theta.detach())
             old = self.bridge
-            bridge = SchrodingerBridge(
-                self.fit.snapshots, moved, old.diffusion, step=old.step, tolerance=old.tolerance,
-                max_iterations=old.max_iterations,
-            ).solve(old)  # fmt: skip
+            bridge = old.like(reference=moved).solve(old)
             gradient = torch.zeros_like(self.centre)
-            for i, (part, plan) in enumerate(zip(bridge._transitions, bridge._solved(), strict=True)):
+            for i, (part, plan) in enumerate(zip(bridge._transitions, bridge.plans, strict=True)):
                 first, second, _, moments = pair_moments(bridge, i, part, plan, moved, self._white)
                 gradient -= plan.plan()[first, second].double() @ moments
             self._memo[key] = bridge.objective.double() - self.floor, gradient

@@ -260,7 +260,7 @@ def _refine_by_ipf(
     population = options["population"] or sum(snapshots.sizes) / len(snapshots)
     learner = options["solver"].removeprefix("ipf-")
     history, brownian = History(), options["start"] == "brownian"
-    make = {"step": options["step"], "sweeps": options["ipf_sweeps"], "learner": learner}
+    make = {"dt": options["step"], "max_iterations": options["ipf_sweeps"], "learner": learner}
 
     def solve(reference: DriftFamily, seed: int) -> IPFBridge:
         return IPFBridge(snapshots, reference, options["diffusion"], seed=seed, **make).solve()
