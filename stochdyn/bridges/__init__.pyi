@@ -41,11 +41,15 @@ from .refinement.history import Iteration as Iteration
 from .refinement.identifiability import RotationCheck as RotationCheck
 from .refinement.identifiability import rotation_invariance as rotation_invariance
 from .refinement.linear_response import LinearResponse as LinearResponse
+from .refinement.methods import IPF as IPF
+from .refinement.methods import Sinkhorn as Sinkhorn
 from .refinement.profile import BridgeProfile as BridgeProfile
 from .refinement.profile import ProfileFit as ProfileFit
 from .refinement.profile import fit_profile as fit_profile
+from .refinement.projection import Adam as Adam
+from .refinement.projection import GaussNewton as GaussNewton
+from .refinement.projection import LeastSquares as LeastSquares
 from .refinement.refinement import Refinement as Refinement
-from .refinement.refinement import RefinementInterrupted as RefinementInterrupted
 from .refinement.refinement import refine as refine
 from .refinement.uncertainty import bootstrap as bootstrap
 from .refinement.uncertainty import families_of as families_of

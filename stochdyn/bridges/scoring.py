@@ -5,18 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_nonempty, check_positive, check_positive_int, check_time_grid
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_tensor,
+    as_time_grid,
+    check_choice,
+    check_nonempty,
+    check_positive,
+    check_positive_int,
+    check_type,
+)
 from stochdyn.bridges.data.snapshots import Snapshot, Snapshots
 from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.law.marginals import Generator, SampleShape
+from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.sde.equation import SDE
 from stochdyn.diagnostics.metrics import emd, mmd
-from stochdyn.errors import EmptyDataError, InvalidInputError, TimeGridError
+from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError, TimeGridError
+
+if TYPE_CHECKING:
+    from stochdyn.bridges.refinement.refinement import Refinement
 
 __all__ = ["HeldOut", "Score", "forecast", "leave_one_out", "sampling_floor", "score"]
 
@@ -207,87 +222,91 @@ def leave_one_out(
     return HeldOut(scores, [sampling_floor(snapshots[i]) for i in chosen], best, metric)
 
 
-def _fit(method: Any, train: Snapshots, options: dict[str, Any]) -> HasMarginals:
+def _fit(method: Any, train: Snapshots, options: dict[str, Any]) -> PathMeasure:
     from stochdyn.bridges.families.base import DriftFamily
     from stochdyn.bridges.families.pyro_family import required_arguments
-    from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
-    from stochdyn.bridges.refinement.refinement import refine
+    from stochdyn.bridges.refinement.methods import as_method
+    from stochdyn.bridges.refinement.refinement import Refinement, refine
 
     if method is None:
-        kept = {k: v for k, v in options.items() if k in ("diffusion", "step")}
-        return SchrodingerBridge(train, None, **kept).solve()
+        chosen = as_method(options.get("method", "sinkhorn"))
+        return chosen.bridge(train, None, options.get("diffusion", 0.1), options.get("dt")).solve()
     is_module = isinstance(method, DriftFamily | torch.nn.Module)
     if callable(method) and not is_module and required_arguments(method) == 1:
-        fitted: Callable[[Snapshots], Any] = method
+        fitted: Callable[[Snapshots], PathMeasure | Refinement] = method
         law = fitted(train)
-        return getattr(law, "measure", law)
-    return refine(train, method, **options).measure
+        law = law.measure if isinstance(law, Refinement) else law
+        check_type(law, PathMeasure, "what a method returns", "a bridge, or a Refinement")
+        return law
+    return refine(train, method, **{"progress": False, **options}).measure
 
 
 @torch.no_grad()
 def forecast(
-    fit: Any,
+    fit: Refinement,
     ts: Tensor,
-    n: int = 1000,
-    generator: torch.Generator | None = None,
+    sample_shape: SampleShape = 1000,
+    generator: Generator = None,
     posterior: Any = None,
-    step: float | None = None,
+    dt: float | None = None,
 ) -> PathSample:
     """Run the refined reference on from the last snapshot, for times that no snapshot has seen.
 
     Args:
         fit: what :func:`stochdyn.bridges.refine` returned.
         ts: ``(T,)`` times, the first not before the last snapshot.
-        n: number of trajectories.
-        generator: source of randomness.
+        sample_shape: the shape of independent draws, an integer or a tuple.
+        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
         posterior: a container from ``fit.posterior``: each trajectory then has parameters of its own, drawn from it, so that the
             forecast carries their uncertainty.
-        step: of the simulation, at most; the step of the fit if None.
+        dt: the largest step of the simulation; that of the fit if None.
 
     Returns:
-        Paths ``(n, T, d)``, with the increments since each time before (those of the first time, if it is past the last
+        Paths ``(*sample, T, d)``, with the increments since each time before (those of the first time, if it is past the last
         snapshot, aren't kept).
 
     Raises:
         TimeGridError: if a time lies before the last snapshot.
     """
-    check_time_grid(ts, min_points=1)
-    check_positive_int(n, "n")
-    last = fit.snapshots[len(fit.snapshots) - 1]
-    if float(ts[0]) < last.time - 1e-9:
+    times = fit.snapshots.times
+    wanted = as_time_grid(ts, min_points=1, like=times).to(times)
+    shape, last = as_sample_shape(sample_shape), fit.snapshots[len(times) - 1]
+    source, n = as_generator(generator, last.sample.device), math.prod(shape)
+    slack = 1e-9 * float(times[-1] - times[0])
+    if float(wanted[0]) < last.time - slack:
         raise TimeGridError(
-            "a forecast starts at the last snapshot", got=float(ts[0]), expected=f">= {last.time:g}"
+            "a forecast starts at the last snapshot", got=float(wanted[0]), expected=f">= {last.time:g}"
         )
-    step = float(fit.measure.step) if step is None else step
-    check_positive(step, "step")
-    grid, places = _refined(last.time, ts.double(), step)
-    start = last.draw(n, generator)
+    dt = fit.dt if dt is None else dt
+    check_positive(dt, "dt")
+    grid, places = _refined(last.time, wanted, float(dt), slack)
+    start, diffusion = last.draw((n,), source), fit.reference.sde.diffusion
     if posterior is None:
-        law = DiffusionMeasure(start, fit.reference.sde)
-        path = law.sample(grid.to(start.device), generator=generator)
-        return _thin(path, places, ts)
-    from stochdyn.bridges.refinement.uncertainty import families_of
+        families: list[Any] = [fit.family]
+    else:
+        from stochdyn.bridges.refinement.uncertainty import families_of
 
-    families = families_of(fit, posterior, min(n, 200), generator)
+        families = families_of(fit, posterior, min(n, 200), source)
     parts = []
     for own, family in zip(start.tensor_split(len(families)), families, strict=True):
-        law = DiffusionMeasure(own, SDE(family, fit.reference.sde.diffusion(ts[0].to(own), own)))
-        parts.append(_thin(law.sample(grid.to(own.device), generator=generator), places, ts))
+        law = DiffusionMeasure(own, SDE(family, diffusion))
+        parts.append(_thin(law.sample(grid, (), source), places, wanted))
+    x, dw = torch.cat([p.x for p in parts]), torch.cat([p.dw for p in parts])
     return PathSample(
-        ts, torch.cat([p.x for p in parts]), torch.cat([p.dw for p in parts]), {}, fit.reference
+        wanted, x.reshape(*shape, *x.shape[1:]), dw.reshape(*shape, *dw.shape[1:]), {}, fit.reference
     )
 
 
-def _refined(start: float, ts: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """A grid from ``start`` through all ``ts`` with steps of at most ``step``, and where ``ts`` are on it."""
-    knots = torch.cat((ts.new_tensor([start]), ts)) if float(ts[0]) > start + 1e-12 else ts
+def _refined(start: float, ts: Tensor, dt: float, slack: float) -> tuple[Tensor, Tensor]:
+    """A grid from ``start`` through all ``ts`` with steps of at most ``dt``, and where ``ts`` are on it."""
+    knots = torch.cat((ts.new_tensor([start]), ts)) if float(ts[0]) > start + slack else ts
     pieces = [knots[:1]]
     for a, b in zip(knots[:-1].tolist(), knots[1:].tolist(), strict=True):
-        count = max(1, math.ceil((b - a) / step - 1e-9))
-        pieces.append(torch.linspace(a, b, count + 1, dtype=torch.float64)[1:])
+        count = max(1, math.ceil((b - a) / dt - 1e-9))
+        pieces.append(torch.linspace(a, b, count + 1, dtype=torch.float64, device=ts.device)[1:])
     grid = torch.cat(pieces)
     if len(grid) == 1:  # only the last snapshot's own time was asked for
-        grid = torch.cat((grid, grid + step))
+        grid = torch.cat((grid, grid + dt))
     return grid, (grid[:, None] - ts).abs().argmin(0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
@@ -9,6 +11,7 @@ from torch.distributions import MultivariateNormal
 from stochdyn._checks import (
     as_generator,
     as_sample_shape,
+    as_tensor,
     as_time_grid,
     check_event_size,
     check_finite,
@@ -103,10 +106,24 @@ class GaussianBridge(PathMeasure):
         self.reference = LinearGaussianMeasure(
             self.drift_matrix, self.drift_offset, diffusion, mean0, self.cov0
         )
-        self.diffusion = diffusion
+        self.register_load_state_dict_post_hook(_refresh)
+        self._refresh()
+
+    @property
+    def diffusion(self) -> Coefficient:
+        """The noise of the reference and of the bridge."""
+        return self.reference.diffusion
+
+    def _refresh(self) -> None:
+        """Work out all that follows from ends and reference."""
         self._pinned = PinnedLinear(self.reference, self.horizon)
         self._phi, self._shift, self._factor = self._pinned.phi, self._pinned.shift, self._pinned.factor
         self._solve_ends()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianBridge:
+        super()._apply(fn, recurse)
+        self._refresh()
+        return self
 
     def _solve_ends(self) -> None:
         white = torch.linalg.solve_triangular(self._factor, self._phi, upper=False)
@@ -228,11 +245,8 @@ class GaussianBridge(PathMeasure):
     def log_rn(
         self, path: Path, other: PathMeasure, estimator: str = "density", *, recorded: bool = False
     ) -> Tensor:
-        """Return the log density ratio of the diffusions on the grid of the path; see :meth:`PathMeasure.log_rn`.
-
-        The path has to stop before the end if that is degenerate, since the drift is infinite there.
-        """
-        return self.as_diffusion().log_rn(path, other, estimator, recorded=recorded)
+        """Raise: paths are exact and come without increments; :meth:`as_diffusion` has a density on the paths that it draws."""
+        self._refuse("log_rn", "its paths are exact and have no increments; use as_diffusion() on both sides")
 
     def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
         """Draw exact paths at times ``ts (T,)`` of ``[0, horizon]``.
@@ -268,7 +282,7 @@ class GaussianBridge(PathMeasure):
         return matrix @ matrix.mT
 
     def _clock(self, t: Tensor | float) -> Tensor:
-        clock = torch.as_tensor(t, dtype=self.mean0.dtype, device=self.mean0.device)
+        clock = as_tensor(t, "t", like=self.mean0).to(self.mean0)
         slack = 1e-6 * self.horizon
         if bool(((clock < -slack) | (clock > self.horizon + slack)).any()):
             raise TimeGridError(
@@ -277,6 +291,10 @@ class GaussianBridge(PathMeasure):
                 expected=f"[0, {self.horizon:g}]",
             )
         return clock.clamp(0.0, self.horizon)
+
+
+def _refresh(bridge: GaussianBridge, keys: object) -> None:
+    bridge._refresh()
 
 
 def _conditional(a: Tensor, b: Tensor) -> Tensor:

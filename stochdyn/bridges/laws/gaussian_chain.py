@@ -84,6 +84,11 @@ class GaussianChainBridge(PathMeasure):
         self._links = nn.ModuleList(links)
         self.dim = links[0].dim
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianChainBridge:
+        super()._apply(fn, recurse)
+        self.times = self.times.to(self.bridges[0].mean0.device)  # times keep their precision
+        return self
+
     @property
     def bridges(self) -> list[GaussianBridge]:
         """The bridges between neighbouring snapshots."""
@@ -91,7 +96,7 @@ class GaussianChainBridge(PathMeasure):
 
     def _place(self, t: Tensor | float, after: bool = False) -> tuple[Tensor, Tensor]:
         """Interval and time since its start of every ``t``; snapshots count to the interval before, or after."""
-        clock = torch.as_tensor(t, dtype=self.times.dtype, device=self.times.device)
+        clock = as_tensor(t, "t", like=self.times).to(self.times)
         low, high = float(self.times[0]), float(self.times[-1])
         slack = 1e-6 * (high - low)
         if bool(((clock < low - slack) | (clock > high + slack)).any()):
@@ -127,7 +132,7 @@ class GaussianChainBridge(PathMeasure):
 
         The law is Markov, so that the values at two times are independent given that at a snapshot between them.
         """
-        grid = as_time_grid(ts, min_points=1).to(self.times)
+        grid = as_time_grid(ts, min_points=1, like=self.times).to(self.times)
         index, elapsed = self._place(grid)
         dim, count, like = self.dim, len(grid), self.bridges[0].mean0
         blocks = like.new_zeros(count, count, dim, dim)
@@ -160,7 +165,7 @@ class GaussianChainBridge(PathMeasure):
 
         What drove them isn't known, so ``dw`` is empty, ``(*sample, T-1, 0)``.
         """
-        grid = as_time_grid(ts, min_points=1)
+        grid = as_time_grid(ts, min_points=1, like=self.times)
         shape, source = as_sample_shape(sample_shape), as_generator(generator, self.times.device)
         joint = self.joint_covariance(grid)
         noise = torch.randn(*shape, joint.shape[-1], dtype=joint.dtype, device=joint.device, generator=source)
@@ -170,7 +175,7 @@ class GaussianChainBridge(PathMeasure):
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the drift ``(..., d)`` at times ``t`` that broadcast to ``x[..., :1]``; at a snapshot that of the interval after it."""
         check_event_size(x, self.dim, "x")
-        time = torch.as_tensor(t, dtype=self.times.dtype, device=self.times.device)
+        time = as_tensor(t, "t", like=self.times).to(self.times)
         if time.numel() == 1:
             index, elapsed = self._place(time.reshape(()), after=True)
             return self.bridges[int(index)].drift(float(elapsed), x)
@@ -193,8 +198,8 @@ class GaussianChainBridge(PathMeasure):
     def log_rn(
         self, path: Path, other: PathMeasure, estimator: str = "density", *, recorded: bool = False
     ) -> Tensor:
-        """Return the log density ratio of the diffusions on the grid of the path; see :meth:`PathMeasure.log_rn`."""
-        return self.as_diffusion().log_rn(path, other, estimator, recorded=recorded)
+        """Raise: paths are exact and come without increments; :meth:`as_diffusion` has a density on the paths that it draws."""
+        self._refuse("log_rn", "its paths are exact and have no increments; use as_diffusion() on both sides")
 
     def snapshot_covariance(self) -> Tensor:
         """Return the covariance ``(I d, I d)`` of the values at all snapshots."""

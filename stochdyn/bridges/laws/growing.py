@@ -105,7 +105,7 @@ class GrowingBridge(PathMeasure):
     def solve(self) -> GrowingBridge:
         """Find the couplings; returns this law."""
         if self.growth is None and self.bridge.relaxation is None:
-            self.bridge.relaxation = self._price()
+            self.bridge._price.fill_(self._cost())
         if self.growth:
             if self.trend is None:
                 self.trend = DensityTrend(self.snapshots)
@@ -145,7 +145,7 @@ class GrowingBridge(PathMeasure):
                 stacklevel=4,
             )
 
-    def _price(self) -> float:
+    def _cost(self) -> float:
         """Ten times the median of what pairs of the balanced coupling move, in nats."""
         balanced = self.bridge.like().solve()
         values, weights = [], []

@@ -222,6 +222,11 @@ class IPFBridge(PathMeasure):
         self.seed = as_seed(seed)
         self.forward_drifts, self.backward_drifts = nn.ModuleList(), nn.ModuleList()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IPFBridge:
+        super()._apply(fn, recurse)
+        self.snapshots = self.snapshots.to(self.spread.dtype, self.spread.device)
+        return self
+
     def _new(self) -> DriftRegression:
         if callable(self.learner):
             return self.learner()
@@ -318,7 +323,8 @@ class IPFBridge(PathMeasure):
             Paths with ``x (*sample, T, d)`` and ``dw (*sample, T-1, d)``, the increments of the noise that drove them.
         """
         self._solved()
-        wanted, times = as_time_grid(ts, min_points=1), self.snapshots.times
+        times = self.snapshots.times
+        wanted = as_time_grid(ts, min_points=1, like=times)
         check_inside(wanted, times, "ts", "the snapshots")
         shape, source = as_sample_shape(sample_shape), as_generator(generator, self.snapshots.device)
         x = self.snapshots[0].draw(torch.Size(shape).numel(), source)

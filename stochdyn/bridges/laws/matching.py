@@ -112,11 +112,15 @@ class BridgeMatching(PathMeasure):
         for name, size in sizes.items():
             check_positive_int(size, name)
         check_choice(coupling, ("independent", "sinkhorn"), "coupling")
-        self.snapshots = snapshots
         #: what is trained, an :class:`~stochdyn.Objective`
         self.regression = MatchingRegression(
             snapshots, diffusion, rate, centre, width, num_pairs, batch_size, refresh, num_steps, coupling
         )
+
+    @property
+    def snapshots(self) -> Snapshots:
+        """What the bridge passes through."""
+        return self.regression.snapshots
 
     @property
     def diffusion(self) -> float:
@@ -274,7 +278,8 @@ class BridgeMatching(PathMeasure):
         Returns:
             Paths with ``x (*sample, T, d)`` and ``dw (*sample, T-1, d)``, the increments of the noise that drove them.
         """
-        regression, wanted, times = self._trained(), as_time_grid(ts, min_points=1), self.snapshots.times
+        regression, times = self._trained(), self.snapshots.times
+        wanted = as_time_grid(ts, min_points=1, like=times)
         check_inside(wanted, times, "ts", "the snapshots")
         shape, source = as_sample_shape(sample_shape), as_generator(generator, self.snapshots.device)
         x = self.snapshots[0].draw(math.prod(shape), source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ class MatchingRegression(Objective):
         empty = like.new_zeros(2, 2, self.num_intervals, num_pairs, self.dim)
         self.register_buffer("pairs", empty)  # direction trained, end, interval, pair, component
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MatchingRegression:
+        super()._apply(fn, recurse)
+        self.snapshots = self.snapshots.to(self.pairs.dtype, self.pairs.device)
+        return self
 
     def forward(self, batch: Any = None) -> ObjectiveValue:
         """Evaluate the regression of both networks on a batch of the cache, which is renewed in turn."""

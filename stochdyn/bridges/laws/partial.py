@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -151,6 +152,7 @@ class PartialBridge(PathMeasure):
             drift_matrix.to(like), diffusion, initial_mean, initial_cov, tolerance=1e-8,
         )  # fmt: skip
         self.reference, self._steps = gauss.reference, gauss._steps
+        self.register_load_state_dict_post_hook(_refresh)
         generator = torch.Generator(like.device).manual_seed(seed)
         hidden, log_q = self._first_draws(gauss, num_hidden, generator)
         for k in range(num_rounds):
@@ -217,8 +219,19 @@ class PartialBridge(PathMeasure):
     # ---------------------------------------------------------------------------------------- messages
     def _build(self, hidden: list[Tensor], log_q: list[Tensor]) -> None:
         """Kernels between all draws of neighbouring snapshots, and neutral potentials."""
-        self._hidden = hidden
-        states = []
+        for k, (v, q) in enumerate(zip(hidden, log_q, strict=True)):
+            self.register_buffer(f"hidden{k}", v)
+            self.register_buffer(f"log_q{k}", q)
+            self.register_buffer(f"phi{k}", torch.zeros_like(self.snapshots.weights[k]))
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Work out kernels and messages from the draws and potentials as they are."""
+        count = len(self.snapshots)
+        self._hidden: list[Tensor] = [getattr(self, f"hidden{k}") for k in range(count)]
+        log_q: list[Tensor] = [getattr(self, f"log_q{k}") for k in range(count)]
+        hidden, states = self._hidden, []
+        self._steps = [PinnedLinear(self.reference, span) for span in self.snapshots.durations.tolist()]
         for x, v in zip(self.snapshots.samples, hidden, strict=True):
             states.append(torch.cat((x[:, None].expand(-1, v.shape[1], -1), v), -1).flatten(0, 1))
         self._states = states
@@ -238,11 +251,19 @@ class PartialBridge(PathMeasure):
         start = _log_standard(torch.linalg.solve_triangular(factor, gap, upper=False).mT)
         self._alpha = [start] + [torch.zeros_like(b) for b in self._base[1:]]
         self._beta = [torch.zeros_like(b) for b in self._base]
-        self._phi = [torch.zeros_like(w) for w in self.snapshots.weights]
+        self._phi: list[Tensor] = [getattr(self, f"phi{k}") for k in range(count)]
         for k in range(len(self._kernels)):
             self._pass_forward(k)
         for k in reversed(range(len(self._kernels))):
             self._pass_backward(k)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialBridge:
+        super()._apply(fn, recurse)
+        like = self._buffers["hidden0"]
+        assert like is not None
+        self.snapshots = self.snapshots.to(like.dtype, like.device)
+        self._refresh()
+        return self
 
     def _potential(self, k: int) -> Tensor:
         copies = self._hidden[k].shape[1]
@@ -268,7 +289,7 @@ class PartialBridge(PathMeasure):
         mass = torch.logsumexp(self._log_posterior(k), 1)
         mass = mass - torch.logsumexp(mass, 0)
         target = self.snapshots.weights[k]
-        self._phi[k] = self._phi[k] + (target + _TINY).log() - mass
+        self._phi[k].add_((target + _TINY).log() - mass)
         return (mass.exp() - target).abs().sum()
 
     def _iterate(self, tolerance: float, max_iterations: int) -> tuple[int, bool]:
@@ -316,7 +337,8 @@ class PartialBridge(PathMeasure):
 
         What drove them isn't known, so ``dw`` is empty, ``(*sample, T-1, 0)``.
         """
-        grid, times = as_time_grid(ts, min_points=1), self.snapshots.times
+        times = self.snapshots.times
+        grid = as_time_grid(ts, min_points=1, like=times)
         check_inside(grid, times, "ts", "the snapshots")
         shape, source = as_sample_shape(sample_shape), as_generator(generator, self.snapshots.device)
         n = torch.Size(shape).numel()
@@ -353,6 +375,10 @@ class PartialBridge(PathMeasure):
         if not clock.numel():
             return a[:, None][:, :0]
         return step.sample(clock.to(a.dtype).clamp(0.0, step.horizon), a, b, generator)
+
+
+def _refresh(bridge: PartialBridge, keys: object) -> None:
+    bridge._refresh()
 
 
 def _log_standard(white: Tensor) -> Tensor:

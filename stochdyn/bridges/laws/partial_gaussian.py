@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from stochdyn._checks import (
     as_generator,
     as_sample_shape,
+    as_tensor,
     as_time_grid,
     check_event_size,
     check_finite,
@@ -108,24 +110,21 @@ class PartialGaussianBridge(PathMeasure):
             found = unit_information(times, means, covs, observe, drift_matrix, offset)
         mean = found[0] if initial_mean is None else initial_mean
         cov = found[1] if initial_cov is None else initial_cov
-        self.times, self.means, self.covs, self.observe, self.dim = times, means, covs, observe, dim
+        self.times, self.dim = times, dim
         #: the reference, which starts at the first snapshot
         self.reference = LinearGaussianMeasure(drift_matrix, offset, diffusion, mean, cov)
-        self._steps = [
-            PinnedLinear(self.reference, float(times[i + 1] - times[i])) for i in range(times.shape[0] - 1)
-        ]
-        prior = _inverse(cov, "initial_cov")
         count = times.shape[0]
-        self._forward = [(prior, prior @ mean)] * count
-        zero = (means.new_zeros(dim, dim), means.new_zeros(dim))
-        self._backward = [zero] * count
-        self._precision = means.new_zeros(count, seen, seen)
-        self._linear = means.new_zeros(count, seen)
-        self._targets = [(_inverse(s, "covs"), m) for s, m in zip(covs, means, strict=True)]
-        for k in range(count - 1):
-            self._pass_forward(k)
-        for k in reversed(range(count - 1)):
-            self._pass_backward(k)
+        buffers = {
+            "means": means, "covs": covs, "observe": observe,
+            "_precision": means.new_zeros(count, seen, seen), "_linear": means.new_zeros(count, seen),
+        }  # fmt: skip
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+        self._precision: Tensor
+        self._linear: Tensor
+        _inverse(cov, "initial_cov")
+        self._refresh()
+        self.register_load_state_dict_post_hook(_refresh)
         self.sweeps, self.converged = self._iterate(tolerance, max_iterations)
         if not self.converged:
             warnings.warn(
@@ -134,6 +133,26 @@ class PartialGaussianBridge(PathMeasure):
                 ConvergenceWarning,
                 stacklevel=2,
             )
+
+    def _refresh(self) -> None:
+        """Pass all messages, with the potentials as they are."""
+        count, like = len(self.times), self.means
+        spans = self.times.diff().tolist()
+        self._steps = [PinnedLinear(self.reference, span) for span in spans]
+        prior = _inverse(self.reference.initial_cov, "initial_cov")
+        self._forward = [(prior, prior @ self.reference.initial_mean)] * count
+        self._backward = [(like.new_zeros(self.dim, self.dim), like.new_zeros(self.dim))] * count
+        self._targets = [(_inverse(s, "covs"), m) for s, m in zip(self.covs, self.means, strict=True)]
+        for k in range(count - 1):
+            self._pass_forward(k)
+        for k in reversed(range(count - 1)):
+            self._pass_backward(k)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialGaussianBridge:
+        super()._apply(fn, recurse)
+        self.times = self.times.to(self.means.device)  # times keep their precision
+        self._refresh()
+        return self
 
     def _iterate(self, tolerance: float, max_iterations: int) -> tuple[int, bool]:
         count = self.times.shape[0]
@@ -246,7 +265,7 @@ class PartialGaussianBridge(PathMeasure):
 
         What drove them isn't known, so ``dw`` is empty, ``(*sample, T-1, 0)``.
         """
-        grid = as_time_grid(ts, min_points=1)
+        grid = as_time_grid(ts, min_points=1, like=self.times)
         shape, source = as_sample_shape(sample_shape), as_generator(generator, self.means.device)
         owner = self._inside(grid)
         states = self.sample_states(torch.Size(shape).numel(), source)
@@ -270,7 +289,7 @@ class PartialGaussianBridge(PathMeasure):
         return torch.cat((mean, after)), whole
 
     def _moments_at(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        time = torch.as_tensor(t, dtype=self.times.dtype, device=self.times.device)
+        time = as_tensor(t, "t", like=self.times).to(self.times)
         owner, flat = self._inside(time.reshape(-1)), time.reshape(-1)
         mean = self.means.new_empty(len(flat), self.dim)
         cov = self.means.new_empty(len(flat), self.dim, self.dim)
@@ -303,6 +322,10 @@ class PartialGaussianBridge(PathMeasure):
         for matrix, shift, spread in zip(*self.transitions(), strict=True):
             states.append(states[-1] @ matrix.mT + shift + noise(spread))
         return torch.stack(states, 1)
+
+
+def _refresh(bridge: PartialGaussianBridge, keys: object) -> None:
+    bridge._refresh()
 
 
 def unit_information(

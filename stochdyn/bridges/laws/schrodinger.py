@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -135,7 +136,9 @@ class SchrodingerBridge(PathMeasure):
         self.register_buffer("spread", spread_of(self.diffusion, snapshots))
         self.dt = float(snapshots.durations.min()) / _POINTS if dt is None else float(dt)
         self.tolerance, self.max_iterations = float(tolerance), max_iterations
-        self.relaxation = None if relaxation is None else float(relaxation)
+        price = torch.nan if relaxation is None else float(relaxation)
+        self.register_buffer("_price", torch.tensor(price, dtype=torch.float64))
+        self._price: Tensor
         self.corrections, self.memory = corrections + corrections % 2, float(memory)
         # what a solution consists of: potentials of every coupling, their errors and values
         for i, (n, m) in enumerate(itertools.pairwise(snapshots.sizes)):
@@ -145,6 +148,7 @@ class SchrodingerBridge(PathMeasure):
         empty = torch.full((3, count), torch.nan, dtype=torch.float64, device=snapshots.device)
         self.register_buffer("_report", empty)  # marginal errors, values, iterations
         self._report: Tensor
+        self.register_load_state_dict_post_hook(_forget_solution)
         self._tilted = False
         self._parts: list[Transition] | None = None
         self._plans: list[TransportPlan] | None = None
@@ -168,6 +172,12 @@ class SchrodingerBridge(PathMeasure):
             corrections=self.corrections,
             memory=self.memory,
         )
+
+    @property
+    def relaxation(self) -> float | None:
+        """What a unit of relative entropy from the snapshots costs, in nats; None if they are kept to exactly."""
+        price = float(self._price)
+        return None if math.isnan(price) else price
 
     # ------------------------------------------------------------------------------------------ solution
     @torch.no_grad()
@@ -401,7 +411,7 @@ class SchrodingerBridge(PathMeasure):
             TimeGridError: if the grid isn't increasing or leaves the span.
             NonFiniteError: if the inner time grid is too coarse for the drift on a path.
         """
-        grid = as_time_grid(ts, min_points=1)
+        grid = as_time_grid(ts, min_points=1, like=self.snapshots.times)
         check_inside(grid, self.snapshots.times, "ts", "the snapshots")
         shape, source = as_sample_shape(sample_shape), as_generator(generator, self.spread.device)
         x, dw = sampling.draw_paths(
@@ -540,14 +550,14 @@ class SchrodingerBridge(PathMeasure):
         super()._apply(fn, recurse)
         self.snapshots = self.snapshots.to(self.spread.dtype, self.spread.device)
         for name, value in self.named_buffers(recurse=False):
-            if name != "spread":
+            if name not in ("spread", "_price"):
                 setattr(self, name, value.double())
         self._forget()
         return self
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._forget()
+
+def _forget_solution(bridge: SchrodingerBridge, keys: object) -> None:
+    bridge._forget()
 
 
 class _BridgeDrift(nn.Module):

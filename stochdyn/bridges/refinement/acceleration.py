@@ -56,7 +56,8 @@ class Anderson:
         steps = torch.stack([own - old for old, own in self.pairs], -1)
         changes = steps.diff(dim=-1)
         # parameters of very different size count alike
-        scale = theta.abs().clamp_min(image.abs()).clamp_min(1e-12)[:, None]
+        scale = theta.abs().maximum(image.abs())[:, None]
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         inverse = torch.linalg.pinv(changes / scale, rtol=_RANK)
         mix = inverse @ (steps[:, -1:] / scale)
         return image - (images.diff(dim=-1) @ mix).squeeze(-1)

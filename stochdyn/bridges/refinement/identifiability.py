@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import as_seed, check_positive_int, check_type
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.diagnostics.metrics import energy_distance
 from stochdyn.errors import ApproximationWarning
 
 if TYPE_CHECKING:
+    from stochdyn.bridges.families.base import DriftFamily
     from stochdyn.bridges.refinement.linear_response import LinearResponse
 
-__all__ = ["RotationCheck", "check_information", "rotation_invariance", "warn_if_invariant"]
+__all__ = ["RotationCheck", "check_counts", "check_information", "rotation_invariance", "warn_if_invariant"]
 
 _MAX_POINTS = 500
 _LITTLE = 0.02
@@ -44,7 +45,7 @@ class RotationCheck:
     invariant: bool
 
 
-def rotation_invariance(snapshots: Snapshots, repeats: int = 20, seed: int = 0) -> RotationCheck:
+def rotation_invariance(snapshots: Snapshots, num_samples: int = 20, seed: int = 0) -> RotationCheck:
     r"""Look for a rotation that leaves all snapshots as they are, so that their marginals can't show it.
 
     A drift :math:`A(x-c)` with skew :math:`A` moves the densities :math:`\rho_t` nowhere if they are invariant under the rotation that it
@@ -53,8 +54,8 @@ def rotation_invariance(snapshots: Snapshots, repeats: int = 20, seed: int = 0) 
 
     Args:
         snapshots: what was seen.
-        repeats: random halves for the threshold.
-        seed: of them.
+        num_samples: the number of random halves for the threshold.
+        seed: the seed of the halves.
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
@@ -65,9 +66,10 @@ def rotation_invariance(snapshots: Snapshots, repeats: int = 20, seed: int = 0) 
     Reference: Lavenant et al. (2024), Toward a mathematical theory of trajectory inference; Guan et al. (2024),
     Identifying drift, diffusion and causal structure from temporal snapshots.
     """
-    check_positive_int(repeats, "repeats")
+    check_type(snapshots, Snapshots, "snapshots")
+    check_positive_int(num_samples, "num_samples")
     dim = snapshots.dim
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(as_seed(seed))
     clouds = [_at_most(s.sample.double().cpu(), s.weights.double().cpu(), generator) for s in snapshots]
     skew, centre = _most_harmless(clouds)
     if dim == 1:
@@ -76,7 +78,7 @@ def rotation_invariance(snapshots: Snapshots, repeats: int = 20, seed: int = 0) 
     for x in clouds:
         # the square of the distance is twice as large for halves as for two clouds of the size of x, and again twice as
         # large for a cloud and its mirror image as for independent ones: these cancel, and a margin covers several angles
-        null = _MARGIN * torch.stack([_halves(x, generator) for _ in range(repeats)]).quantile(0.95)
+        null = _MARGIN * torch.stack([_halves(x, generator) for _ in range(num_samples)]).quantile(0.95)
         found = 0.0
         for angle in (0.25 * math.pi, 0.5 * math.pi, math.pi):
             turned = centre + (x - centre) @ torch.linalg.matrix_exp(angle * skew).mT
@@ -107,6 +109,20 @@ def check_information(response: LinearResponse, stacklevel: int = 3) -> None:
             f"On {int((kept < _LITTLE).sum())} combination(s) of parameters the snapshots hold less than {100 * _LITTLE:g} % of the "
             f"information that paths would (least {100 * float(kept[0]):.2g} %): they are hardly identifiable from marginals. "
             "More snapshots, an uneven start, or a prior would determine them",
+            ApproximationWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def check_counts(snapshots: Snapshots, family: DriftFamily, stacklevel: int = 3) -> None:
+    """Warn if the snapshots after the first hold no more different numbers than the family has parameters."""
+    size = sum(p.numel() for p in family.parameters() if p.requires_grad)
+    distinct = [len(torch.unique(x[w > 0], dim=0)) for x, w in zip(snapshots.samples, snapshots.weights, strict=True)]
+    numbers = snapshots.dim * sum(distinct[1:])
+    if numbers <= size:
+        warnings.warn(
+            f"{size} parameters are to be told from {numbers} different numbers (particles that coincide count once): nothing identifies "
+            "them all, and what is found depends on the start. Give more particles, a family of fewer parameters, or priors",
             ApproximationWarning,
             stacklevel=stacklevel,
         )

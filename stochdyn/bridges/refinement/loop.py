@@ -1,13 +1,14 @@
-"""The loop of a refinement: its state, one iteration after the other, and how it is kept on disk."""
+"""The loops of a refinement, as long runs: their state, one iteration after the other."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
+import math
 import time
 import warnings
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,50 +16,63 @@ from torch import Tensor
 
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
+from stochdyn.bridges.laws.ipf import IPFBridge
+from stochdyn.bridges.laws.nodes import DriftNodes
 from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
 from stochdyn.bridges.refinement.acceleration import Anderson, get_vector, set_vector
 from stochdyn.bridges.refinement.history import History, Iteration
-from stochdyn.bridges.refinement.projection import drift_at, path_gain, project_drift
+from stochdyn.bridges.refinement.methods import IPF, Sinkhorn
+from stochdyn.bridges.refinement.projection import drift_at, drift_shift, path_gain, project_drift
 from stochdyn.core.sde.coefficients import Matrix
-from stochdyn.errors import ConvergenceWarning, DiffusionError, NonFiniteError
-from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from stochdyn.run.folder import prepare_folder
-from stochdyn.run.identity import check_same_run, fingerprint
-from stochdyn.run.interrupt import DeferredInterrupt
+from stochdyn.errors import ApproximationWarning, ConvergenceWarning, DiffusionError, NonFiniteError
+from stochdyn.run.engine import Resumable
 
-__all__ = ["Loop", "Store", "identity_of"]
+__all__ = ["Attempt", "IPFLoop", "SinkhornLoop", "Task"]
 
 _SMALL = 60
 _LIMIT = "the largest number of iterations"
-# What may change when a run is continued: nothing that an iteration depends on.
-_FREE = ("outer", "restarts")
+# A rate of convergence is taken from two moves of the parameters, and for at most this.
+_SLOWEST = 0.98
 
 
-def identity_of(snapshots: Snapshots, family: DriftFamily, options: dict[str, Any]) -> dict[str, str]:
-    """Return by name what a run's results depend on, as text: data, options and the shapes of the family."""
-    digest = hashlib.sha256()
-    for part in (snapshots.times, *snapshots.samples, *snapshots.weights, snapshots.masses):
-        digest.update(part.detach().cpu().contiguous().numpy().tobytes())
-    start = hashlib.sha256()
-    for value in family.state_dict().values():
-        if isinstance(value, Tensor):
-            start.update(value.detach().cpu().contiguous().numpy().tobytes())
-    described = {name: _text(value) for name, value in options.items() if name not in _FREE}
-    return {"snapshots": digest.hexdigest(), "start": start.hexdigest(), **described, **fingerprint(family)}
+@dataclass(frozen=True)
+class Task:
+    """What a refinement is asked for.
+
+    Attributes:
+        snapshots: the data.
+        family: the drift as it was given, in the data's precision; copies of it are refined.
+        diffusion: the noise, or a first guess of it.
+        max_iterations: the largest number of iterations.
+        dt: the spacing of the inner time grid, or None.
+        seed: the seed of all randomness.
+        learn_diffusion: what of the noise is learnt: False, True (its strength), ``"components"`` or ``"matrix"``.
+        tolerance: how far, in standard errors, parameters may still be from where they go.
+    """
+
+    snapshots: Snapshots
+    family: DriftFamily
+    diffusion: Any
+    max_iterations: int
+    dt: float | None
+    seed: int
+    learn_diffusion: bool | str
+    tolerance: float
+
+    @property
+    def size(self) -> float:
+        """The mean number of particles of a snapshot."""
+        return sum(self.snapshots.sizes) / len(self.snapshots)
 
 
-def _text(value: Any) -> str:
-    return repr(value.tolist()) if isinstance(value, Tensor) else repr(value)
-
-
-class Loop:
-    """One attempt at a refinement, between iterations.
+class Attempt:
+    """One attempt at a refinement with exact couplings, between iterations.
 
     Args:
-        snapshots: the data.
+        task: what is asked for.
+        method: how.
         family: the drift, which is changed.
-        options: of :func:`stochdyn.bridges.refine`.
-        from_family: whether the first bridge is that of the family rather than what ``start`` says.
+        from_family: whether the first bridge is that of the family.
 
     Attributes:
         bridge: the bridge of the present reference.
@@ -66,70 +80,59 @@ class Loop:
         history: of all iterations so far.
     """
 
-    def __init__(
-        self, snapshots: Snapshots, family: DriftFamily, options: dict[str, Any], from_family: bool
-    ) -> None:
-        self.snapshots, self.family, self.options = snapshots, family, options
-        self.population = options["population"] or sum(snapshots.sizes) / len(snapshots)
-        self.diffusion = options["diffusion"]
-        self.brownian = options["start"] == "brownian" and not from_family
+    def __init__(self, task: Task, method: Sinkhorn, family: DriftFamily, from_family: bool) -> None:
+        self.task, self.method, self.family = task, method, family
+        self.population = task.size if method.population is None else float(method.population)
+        self.diffusion = task.diffusion
+        self.brownian = not from_family
         self.history = History()
-        self.make = {
-            "dt": options["step"],
-            "tolerance": options["sinkhorn_tolerance"],
-            "max_iterations": options["max_iterations"],
-            "relaxation": options["relaxation"],
-            "corrections": options["corrections"],
-        }
-        small = sum(p.numel() for p in family.parameters()) <= _SMALL
-        self.anderson = Anderson(3) if options["accelerate"] and small else None
+        self.size = sum(p.numel() for p in family.parameters())
+        self.anderson = Anderson(3) if method.accelerate and self.size <= _SMALL else None
+        self.moved: float | None = None
+        self.rough: float | None = None
         self._bridge: SchrodingerBridge | None = None
+
+    def _build(self, family: DriftFamily, warm: SchrodingerBridge | None = None) -> SchrodingerBridge:
+        task = self.task
+        return self.method.bridge(task.snapshots, family, self.diffusion, task.dt).solve(warm)
 
     @property
     def bridge(self) -> SchrodingerBridge:
         """The present bridge; the first one is solved when it is asked for."""
         if self._bridge is None:
-            first = ZeroDrift(self.snapshots.dim) if self.brownian else copy.deepcopy(self.family)
-            self._bridge = SchrodingerBridge(self.snapshots, first, self.diffusion, **self.make).solve()
+            self._bridge = self._build(ZeroDrift(self.task.snapshots.dim) if self.brownian else self.family)
         return self._bridge
 
     @property
     def finished(self) -> bool:
         """Whether there is nothing more to do."""
-        return bool(self.history.stopped) or len(self.history) >= self.options["outer"]
+        return bool(self.history.stopped) or len(self.history) >= self.task.max_iterations
 
-    def iterate(self) -> float:
-        """Project, and solve the next bridge; returns by how much the objective fell."""
-        options, bridge, family = self.options, self.bridge, self.family
+    def iterate(self) -> None:
+        """Project, and solve the next bridge."""
+        task, bridge, kept = self.task, self.bridge, self.family
         clock = time.process_time()
-        generator = torch.Generator(self.snapshots.device).manual_seed(options["seed"])
-        nodes = bridge.nodes(options["nodes"], generator)
-        kept = copy.deepcopy(family)
-        project_drift(
-            family, nodes, bridge.spread, population=self.population, method=options["projection"],
-            steps=options["projection_steps"], lr=options["projection_lr"], seed=options["seed"],
-        )  # fmt: skip
-        gain = path_gain(drift_at(bridge.family, nodes), drift_at(family, nodes), nodes, bridge.spread)
-        if options["learn_diffusion"]:
-            self.diffusion = _learnt_diffusion(bridge, family)
-        projected = float(bridge.objective) - float(gain)
+        nodes = bridge.nodes(self.method.num_nodes, task.seed)
+        family = copy.deepcopy(kept)
+        self._project(family, nodes, task.seed)
+        before, after = drift_at(bridge.family, nodes), drift_at(family, nodes)
+        projected = float(bridge.objective) - float(path_gain(before, after, nodes, bridge.spread))
+        old = self.diffusion
+        if task.learn_diffusion:
+            self.diffusion = learnt_diffusion(bridge, family, task.learn_diffusion)
         following = None
         if self.anderson is not None:
-            following = _extrapolate(
-                self.anderson, kept, family, bridge, projected, self.diffusion, self.make
-            )
+            following = self._extrapolate(kept, family, bridge, projected)
         if following is None:
-            own = copy.deepcopy(family)
-            following = SchrodingerBridge(self.snapshots, own, self.diffusion, **self.make).solve(bridge)
+            following = self._build(family, bridge)
         else:
             family = copy.deepcopy(following.family)
-        objective = float(bridge.objective)
-        fall = objective - float(following.objective)
-        least = options["tolerance"] / self.population
-        if fall < -least and len(self.history) > 0:
+        objective, moved = float(bridge.objective), self._distance(bridge, following, nodes)
+        rise = (float(following.objective) - objective) * self.population
+        if len(self.history) and rise > 0 and self._is_worse(rise, family, kept, nodes, bridge):
             # the projection no longer sees what the objective does: the last reference was better
-            self.history.stopped, self.family = "the objective would rise", kept
-            return fall
+            self.history.stopped, self.diffusion = "the objective would rise", old
+            return
         self.history.iterations.append(
             Iteration(
                 objective, projected, float(bridge.marginal_errors.max()), family.named_values(),
@@ -137,125 +140,294 @@ class Loop:
             )
         )  # fmt: skip
         self.family, self._bridge = family, following
-        if fall < least:
-            self.history.stopped = "the objective no longer falls"
-        return fall
+        self._decide(moved)
 
-    def run(self, progress: bool, interrupt: DeferredInterrupt, save: Any = None) -> bool:
-        """Iterate to the end; returns False if interrupted before."""
-        from tqdm.auto import tqdm
+    def _project(self, family: DriftFamily, nodes: DriftNodes, seed: int) -> None:
+        project_drift(
+            family, nodes, self.bridge.spread, population=self.population,
+            projection=self.method.projection, seed=seed,
+        )  # fmt: skip
 
-        with tqdm(total=self.options["outer"], disable=not progress, desc="refine") as bar:
-            bar.update(len(self.history))
-            self.history.final_objective = float(self.bridge.objective)
-            while not self.finished:
-                fall = self.iterate()
-                self.history.final_objective = float(self.bridge.objective)
-                bar.update()
-                bar.set_postfix(objective=f"{self.history.final_objective:.5g}", fall=f"{fall:.2g}")
-                if save is not None:
-                    save(self)
-                if interrupt.requested and not self.finished:
-                    return False
-        if not self.history.stopped:
-            self.history.stopped = _LIMIT
-        return True
+    def _distance(self, old: SchrodingerBridge, new: SchrodingerBridge, nodes: DriftNodes) -> float:
+        """How far the reference moved: the root mean square over parameters, in standard errors were paths seen."""
+        shift = drift_shift(drift_at(old.family, nodes), drift_at(new.family, nodes), nodes, old.spread)
+        count, total = self.size, self.population * shift
+        if self.task.learn_diffusion:
+            factor = torch.linalg.cholesky(old.spread.double())
+            change = torch.cholesky_solve(new.spread.double(), factor) - torch.eye(len(factor)).to(factor)
+            total += 0.5 * self.population * len(old.plans) * float(change.square().sum())
+            count += 1
+        return math.sqrt(total / count)
+
+    def _is_worse(
+        self, rise: float, family: DriftFamily, kept: DriftFamily, nodes: DriftNodes, bridge: SchrodingerBridge
+    ) -> bool:
+        """Whether a rise of the objective, in nats of the population, is more than tolerance and Monte Carlo error explain."""
+        allowed = max(self.task.tolerance, 1e-6)
+        if 2 * rise <= self.size * allowed**2:
+            return False
+        return 2 * rise > self.size * (allowed**2 + (3 * self._roughness(family, kept, nodes, bridge)) ** 2)
+
+    def _roughness(
+        self, family: DriftFamily, kept: DriftFamily, nodes: DriftNodes, bridge: SchrodingerBridge
+    ) -> float:
+        """How far other random numbers would move the projection, in the units of :meth:`_distance`."""
+        if self.rough is None:
+            other = copy.deepcopy(kept)
+            fresh = bridge.nodes(self.method.num_nodes, self.task.seed + 1)
+            self._project(other, fresh, self.task.seed + 1)
+            shift = drift_shift(drift_at(family, nodes), drift_at(other, nodes), nodes, bridge.spread)
+            self.rough = math.sqrt(self.population * shift / self.size / 2)
+        return self.rough
+
+    def _decide(self, moved: float) -> None:
+        """Stop where the parameters stand still: where what lies ahead, at the present rate, is within the tolerance."""
+        last, self.moved = self.moved, moved
+        if moved == 0:
+            self.history.stopped = "the parameters stand still"
+        elif last is not None and len(self.history) > 2:
+            rate = min(moved / last, _SLOWEST) if last > 0 else _SLOWEST
+            if moved * rate / (1 - rate) < self.task.tolerance:
+                self.history.stopped = "the parameters stand still"
+
+    def check(self) -> None:
+        """Warn if the nodes were too few: where other random numbers would move the answer by more than half a standard error."""
+        nodes = self.bridge.nodes(self.method.num_nodes, self.task.seed)
+        fresh = self.bridge.nodes(self.method.num_nodes, self.task.seed + 1)
+        if nodes.x.shape == fresh.x.shape and torch.equal(nodes.x, fresh.x):
+            return
+        found = copy.deepcopy(self.family)
+        self._project(found, nodes, self.task.seed)
+        self.rough = None
+        rough = self._roughness(found, self.family, nodes, self.bridge)
+        if rough > 0.5:
+            warnings.warn(
+                f"Monte Carlo error of the projection is {rough:.2g} standard errors of the parameters. "
+                f"Give more than num_nodes={self.method.num_nodes}",
+                ApproximationWarning,
+                stacklevel=4,
+            )
+
+    def _extrapolate(
+        self, before: DriftFamily, after: DriftFamily, bridge: SchrodingerBridge, bound: float
+    ) -> SchrodingerBridge | None:
+        """Return the bridge for extrapolated parameters, if it is better than the projection promises; else None."""
+        assert self.anderson is not None
+        image = get_vector(after)
+        proposal = self.anderson.propose(get_vector(before), image)
+        if torch.equal(proposal, image) or not bool(torch.isfinite(proposal).all()):
+            return None
+        bold = copy.deepcopy(after)
+        set_vector(bold, proposal)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                attempt: SchrodingerBridge | None = self._build(bold, bridge)
+        except (DiffusionError, NonFiniteError):
+            attempt = None
+        if attempt is None or not attempt.converged or not float(attempt.objective) <= bound:
+            self.anderson.forget()
+            return None
+        return attempt
 
     # ------------------------------------------------------------------------------------------ state
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return all that the next iteration depends on, as plain data and tensors."""
         return {
             "family": dict(self.family.state_dict()),
-            "bridge": dict(self.bridge.state_dict()),
-            "diffusion": self.diffusion.value if self.options["learn_diffusion"] else None,
-            "anderson": None if self.anderson is None else self.anderson.pairs,
+            "bridge": None if self._bridge is None else dict(self._bridge.state_dict()),
+            "diffusion": self.diffusion.value if isinstance(self.diffusion, Matrix) else None,
+            "anderson": None if self.anderson is None else [list(pair) for pair in self.anderson.pairs],
+            "moved": self.moved,
+            "rough": self.rough,
             "iterations": [
                 {f.name: getattr(own, f.name) for f in dataclasses.fields(own)} for own in self.history
             ],
-            "final_objective": self.history.final_objective,
             "stopped": self.history.stopped,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
-        device = self.snapshots.device
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` returned."""
+        device = self.task.snapshots.device
         self.family.load_state_dict(state["family"])
         if state["diffusion"] is not None:
             self.diffusion = Matrix(state["diffusion"].to(device))
         if self.anderson is not None:
             self.anderson.pairs = [(old.to(device), new.to(device)) for old, new in state["anderson"]]
-        self.history = History(
-            [Iteration(**own) for own in state["iterations"]], state["final_objective"], state["stopped"]
-        )
-        own = (
-            copy.deepcopy(self.family)
-            if len(self.history) or not self.brownian
-            else ZeroDrift(self.snapshots.dim)
-        )
-        self._bridge = SchrodingerBridge(self.snapshots, own, self.diffusion, **self.make)
-        self._bridge.load_state_dict(state["bridge"])
+        self.moved, self.rough = state["moved"], state["rough"]
+        iterations = [Iteration(**own) for own in state["iterations"]]
+        self.history = History(iterations, stopped=state["stopped"])
+        self._bridge = None
+        if state["bridge"] is not None:
+            brownian = self.brownian and not len(self.history)
+            own = ZeroDrift(self.task.snapshots.dim) if brownian else self.family
+            task = self.task
+            self._bridge = self.method.bridge(task.snapshots, own, self.diffusion, task.dt)
+            self._bridge.load_state_dict(state["bridge"])
 
 
-class Store:
-    """A run's checkpoint: the attempt under way, and the best one before it."""
+class SinkhornLoop(Resumable[Any]):
+    """All attempts at a refinement with exact couplings, one iteration per step.
 
-    def __init__(self, folder: Path, identity: dict[str, str]) -> None:
-        self.folder, self.identity = folder, identity
-        prepare_folder(folder)
+    Args:
+        task: what is asked for.
+        method: how.
+        result: makes the result from the best attempt.
+    """
 
-    def read(self) -> dict[str, Any] | None:
-        """Return what was saved, if it is this run's.
+    unit = "iteration"
 
-        Raises:
-            ForeignCheckpointError: if it belongs to another run.
-        """
-        content = read_checkpoint(self.folder)
-        if content is None:
-            return None
-        check_same_run(self.folder, {"kind": content.kind}, {"kind": "refinement"})
-        check_same_run(self.folder, content.identity, self.identity)
-        return content.state
+    def __init__(self, task: Task, method: Sinkhorn, result: Callable[[Attempt], Any]) -> None:
+        self.task, self.method, self.result = task, method, result
+        self.index = 0
+        self.best: Attempt | None = None
+        self.now = self._attempt(0)
+        self.total = task.max_iterations if not method.restarts else None
 
-    def write(self, attempt: int, loop: Loop, best: Loop | None) -> None:
-        """Save."""
-        state = {
-            "attempt": attempt,
-            "loop": loop.state_dict(),
-            "best": None if best is None else best.state_dict(),
-        }
-        write_checkpoint(self.folder, Checkpoint("refinement", len(loop.history), self.identity, state))
+    def _attempt(self, index: int) -> Attempt:
+        family = copy.deepcopy(self.task.family)
+        if index:
+            family.reset(torch.Generator(self.task.snapshots.device).manual_seed(self.task.seed + index))
+        return Attempt(self.task, self.method, family, index > 0 or self.method.from_family)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all attempts have ended."""
+        return self.now.finished and self.index >= self.method.restarts
+
+    def step(self) -> None:
+        """Take one iteration, of the next attempt where the last one has ended."""
+        if self.now.finished:
+            self.best, self.index = self._better(), self.index + 1
+            self.now = self._attempt(self.index)
+        self.now.iterate()
+
+    def _better(self) -> Attempt:
+        if self.best is None or float(self.now.bridge.objective) < float(self.best.bridge.objective):
+            return self.now
+        return self.best
+
+    def describe(self) -> dict[str, Any]:
+        """Return the objective of the present attempt."""
+        return {"objective": f"{float(self.now.bridge.objective):.5g}"}
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`Resumable.state`."""
+        best = None if self.best is None else self.best.state()
+        return {"attempt": self.index, "now": self.now.state(), "best": best}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`Resumable.load_state`."""
+        self.index = state["attempt"]
+        self.now, self.best = self._attempt(self.index), None
+        self.now.load_state(state["now"])
+        if state["best"] is not None:
+            self.best = self._attempt(1)
+            self.best.load_state(state["best"])
+
+    def check(self) -> None:
+        """Warn of what is wrong with the best attempt; see :meth:`Attempt.check`."""
+        self._better().check()
+
+    def report(self) -> Any:
+        """Return the best attempt so far as a result."""
+        best = self._better()
+        best.history.final_objective = float(best.bridge.objective)
+        if not best.history.stopped and len(best.history) >= self.task.max_iterations:
+            best.history.stopped = _LIMIT
+        return self.result(best)
 
 
-def _extrapolate(
-    anderson: Anderson,
-    before: DriftFamily,
-    after: DriftFamily,
-    bridge: SchrodingerBridge,
-    bound: float,
-    diffusion: Any,
-    make: dict[str, Any],
-) -> SchrodingerBridge | None:
-    """Return the bridge for extrapolated parameters, if it is better than the projection promises; else None."""
-    image = get_vector(after)
-    proposal = anderson.propose(get_vector(before), image)
-    if torch.equal(proposal, image) or not bool(torch.isfinite(proposal).all()):
-        return None
-    bold = copy.deepcopy(after)
-    set_vector(bold, proposal)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            attempt = SchrodingerBridge(bridge.snapshots, bold, diffusion, **make).solve(bridge)
-    except (DiffusionError, NonFiniteError):
-        attempt = None
-    if attempt is None or not attempt.converged or not float(attempt.objective) <= bound:
-        anderson.forget()
-        return None
-    return attempt
+class IPFLoop(Resumable[Any]):
+    """The published loop: a fixed number of iterations, since the objective of simulated bridges isn't monotone.
+
+    Args:
+        task: what is asked for.
+        method: how.
+        result: makes the result from family, bridge and history.
+    """
+
+    unit = "iteration"
+
+    def __init__(
+        self, task: Task, method: IPF, result: Callable[[DriftFamily, IPFBridge, History], Any]
+    ) -> None:
+        self.task, self.method, self.result = task, method, result
+        self.family = copy.deepcopy(task.family)
+        self.population = task.size if method.population is None else float(method.population)
+        self.history = History()
+        self.total = task.max_iterations
+        self._bridge: IPFBridge | None = None
+
+    @property
+    def bridge(self) -> IPFBridge:
+        """The bridge of the present reference, which follows from its parameters and the number of the iteration."""
+        if self._bridge is None:
+            count = len(self.history)
+            plain = not count and not self.method.from_family
+            own = ZeroDrift(self.task.snapshots.dim) if plain else copy.deepcopy(self.family)
+            made = self.method.bridge(
+                self.task.snapshots, own, self.task.diffusion, self.task.dt, self.task.seed + count
+            )
+            self._bridge = made.solve()
+        return self._bridge
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing more to do."""
+        return len(self.history) >= self.task.max_iterations
+
+    def step(self) -> None:
+        """Project on the family; the next bridge follows."""
+        clock, bridge, task = time.process_time(), self.bridge, self.task
+        generator = torch.Generator(task.snapshots.device).manual_seed(task.seed + 1000 * (1 + len(self.history)))
+        nodes = bridge.nodes(self.method.num_nodes, generator)
+        project_drift(
+            self.family, nodes, bridge.spread, population=self.population,
+            projection=self.method.projection, seed=task.seed,
+        )  # fmt: skip
+        objective = float(bridge.divergence(generator))
+        gain = path_gain(drift_at(bridge.family, nodes), drift_at(self.family, nodes), nodes, bridge.spread)
+        self.history.iterations.append(
+            Iteration(
+                objective, objective - float(gain), float("nan"), self.family.named_values(),
+                bridge.sigma, time.process_time() - clock,
+            )
+        )  # fmt: skip
+        self._bridge = None
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`Resumable.state`."""
+        iterations = [{f.name: getattr(own, f.name) for f in dataclasses.fields(own)} for own in self.history]
+        return {"family": dict(self.family.state_dict()), "iterations": iterations}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`Resumable.load_state`."""
+        self.family.load_state_dict(state["family"])
+        self.history = History([Iteration(**own) for own in state["iterations"]])
+        self._bridge = None
+
+    def report(self) -> Any:
+        """Return the result so far."""
+        generator = torch.Generator(self.task.snapshots.device).manual_seed(self.task.seed)
+        self.history.final_objective = float(self.bridge.divergence(generator))
+        self.history.stopped = _LIMIT if self.finished else ""
+        return self.result(self.family, self.bridge, self.history)
 
 
 @torch.no_grad()
-def _learnt_diffusion(bridge: SchrodingerBridge, family: DriftFamily) -> Matrix:
-    """Return the noise whose strength fits the couplings best, the drift being that of ``family``."""
-    factor = bridge.innovations(family).trace() / bridge.snapshots.dim
-    return Matrix(torch.linalg.cholesky(bridge.spread * factor.to(bridge.spread)))
+def learnt_diffusion(bridge: SchrodingerBridge, family: DriftFamily, what: bool | str) -> Matrix:
+    r"""Return the noise that fits the couplings best, the drift being that of ``family``.
+
+    With :math:`M` the mean square of innovations in units of the noise, :math:`GG^\top` becomes :math:`LML^\top`, or what of it is
+    learnt: its components, with the correlations as they are, or its strength alone.
+    """
+    moment, spread = bridge.innovations(family).to(bridge.spread), bridge.spread
+    if what is True:
+        return Matrix(torch.linalg.cholesky(spread * (moment.trace() / len(moment))))
+    factor = torch.linalg.cholesky(spread)
+    whole = factor @ moment @ factor.mT
+    if what == "components":
+        size = (whole.diagonal() / spread.diagonal()).sqrt()
+        whole = size[:, None] * spread * size
+    return Matrix(torch.linalg.cholesky(whole))

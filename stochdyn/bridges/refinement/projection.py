@@ -3,23 +3,139 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stochdyn._checks import check_positive_int, check_real
 from stochdyn.bridges.families.base import DriftFamily, LinearFamily, SharedFeatures
 from stochdyn.bridges.laws.nodes import DriftNodes
-from stochdyn.errors import ApproximationWarning, NonFiniteError
+from stochdyn.errors import ApproximationWarning, InvalidInputError, NonFiniteError
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
-__all__ = ["DriftMatching", "Method", "drift_at", "path_gain", "project_drift"]
-
-Method = Literal["auto", "least_squares", "gauss_newton", "adam"]
+__all__ = [
+    "Adam",
+    "DriftMatching",
+    "GaussNewton",
+    "LeastSquares",
+    "Projection",
+    "as_projection",
+    "drift_at",
+    "drift_shift",
+    "path_gain",
+    "project_drift",
+]
 
 _CHUNK = 2**18
 _MAX_GAUSS_NEWTON = 60
 _SINGULAR = 1e-10
+
+
+class Projection(ABC):
+    """A way to set the parameters of a family to those whose drift is nearest to that of a bridge."""
+
+    @abstractmethod
+    def check(self, family: DriftFamily) -> None:
+        """Raise InvalidInputError if the family can't be fitted like this."""
+
+    @abstractmethod
+    def fit(self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int) -> None:
+        """Change the parameters; ``white (d, d)`` is the inverse of the diffusion matrix."""
+
+
+@dataclass(frozen=True)
+class LeastSquares(Projection):
+    """The exact projection on a family that is linear in its parameters; it has no options."""
+
+    def check(self, family: DriftFamily) -> None:
+        """See :meth:`Projection.check`."""
+        if not isinstance(family, LinearFamily | SharedFeatures):
+            raise InvalidInputError(
+                "least squares needs a family that is linear in its parameters",
+                got=type(family).__name__,
+                hint="GaussNewton() and Adam() fit any family",
+            )
+
+    def fit(self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int) -> None:
+        """See :meth:`Projection.fit`."""
+        _least_squares(family, nodes, white)
+
+
+@dataclass(frozen=True)
+class GaussNewton(Projection):
+    """Levenberg-Marquardt steps, for families of up to a few hundred parameters.
+
+    Args:
+        max_iterations: the largest number of steps.
+    """
+
+    max_iterations: int = 50
+
+    def __post_init__(self) -> None:
+        check_positive_int(self.max_iterations, "max_iterations")
+
+    def check(self, family: DriftFamily) -> None:
+        """See :meth:`Projection.check`."""
+
+    def fit(self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int) -> None:
+        """See :meth:`Projection.fit`."""
+        _gauss_newton(family, nodes, white, population, self.max_iterations)
+
+
+@dataclass(frozen=True)
+class Adam(Projection):
+    """Stochastic gradient steps, for networks.
+
+    Args:
+        steps: the number of steps per projection.
+        lr: the learning rate, which falls to a twentieth.
+        batch_size: the number of nodes per step.
+    """
+
+    steps: int = 300
+    lr: float = 1e-2
+    batch_size: int = 4096
+
+    def __post_init__(self) -> None:
+        check_positive_int(self.steps, "steps")
+        check_real(self.lr, "lr", above=0.0)
+        check_positive_int(self.batch_size, "batch_size")
+
+    def check(self, family: DriftFamily) -> None:
+        """See :meth:`Projection.check`."""
+
+    def fit(self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int) -> None:
+        """See :meth:`Projection.fit`."""
+        _adam(family, nodes, white, population, self, seed)
+
+
+def as_projection(projection: object, family: DriftFamily | None = None) -> Projection | None:
+    """Return a projection that fits the family, for ``"auto"`` the first of least squares, Gauss-Newton and Adam that can.
+
+    Without a family only the kind is checked, and ``"auto"`` is None.
+
+    Raises:
+        InvalidInputError: for anything else, or if the family can't be fitted like this.
+    """
+    if not isinstance(projection, Projection):
+        if not isinstance(projection, str) or projection != "auto":
+            raise InvalidInputError(
+                "projection is unknown",
+                got=repr(projection)[:60],
+                expected="'auto', LeastSquares(), GaussNewton(...) or Adam(...)",
+            )
+        if family is None:
+            return None
+        if isinstance(family, LinearFamily | SharedFeatures):
+            return LeastSquares()
+        size = sum(value.numel() for value in family.parameters())
+        return GaussNewton() if size <= _MAX_GAUSS_NEWTON else Adam()
+    if family is not None:
+        projection.check(family)
+    return projection
 
 
 def project_drift(
@@ -28,10 +144,7 @@ def project_drift(
     spread: Tensor,
     *,
     population: float = 1.0,
-    method: Method = "auto",
-    steps: int = 300,
-    lr: float = 1e-2,
-    batch_size: int = 4096,
+    projection: str | Projection = "auto",
     seed: int = 0,
 ) -> None:
     r"""Set the family's parameters to the minimiser of the divergence from the bridge.
@@ -39,41 +152,25 @@ def project_drift(
     .. math:: \min_\theta\ \tfrac12\,\mathbb E_q\!\int\big|b_\theta(t,X_t)-u_t\big|^2_{(GG^\top)^{-1}}dt
         \;-\;\tfrac1N\log p(\theta)
 
-    In closed form where the drift is linear in its parameters, by Gauss-Newton steps for up to sixty
-    parameters, by Adam for more.
-
     Args:
-        family: changed in place.
-        nodes: the bridge; see :meth:`SchrodingerBridge.nodes`.
-        spread: ``(d, d)`` covariance rate of the noise.
-        population: ``N``, number of particles that the divergence counts for beside the prior.
-        method: ``"auto"`` for the above choice, or one of them.
-        steps: of Adam; Gauss-Newton stops by itself after at most fifty.
-        lr: learning rate of Adam.
-        batch_size: nodes a step of Adam.
-        seed: of Adam's batches.
+        family: the family, which is changed in place.
+        nodes: what stands for the bridge; see :meth:`SchrodingerBridge.nodes`.
+        spread: the covariance rate of the noise, ``(d, d)``.
+        population: ``N``, the number of particles that the divergence counts for beside the prior.
+        projection: how; in closed form where the drift is linear in its parameters, by Gauss-Newton steps for up to sixty
+            parameters, by Adam for more, if ``"auto"``.
+        seed: the seed of Adam's batches.
 
     Raises:
         NonFiniteError: if the drift isn't finite on the bridge.
     """
-    chosen = method if method != "auto" else _choose(family)
+    chosen = as_projection(projection, family)
+    assert chosen is not None
     white = torch.linalg.inv(torch.linalg.cholesky(spread))  # |white v|^2 is the norm above
-    if chosen == "least_squares":
-        _least_squares(family, nodes, white)
-    elif chosen == "gauss_newton":
-        _gauss_newton(family, nodes, white, population)
-    else:
-        _adam(family, nodes, white, population, steps, lr, batch_size, seed)
+    chosen.fit(family, nodes, white, population, seed)
     for name, value in family.named_parameters():
         if not bool(torch.isfinite(value).all()):
             raise NonFiniteError("a parameter left the finite numbers", got=name)
-
-
-def _choose(family: DriftFamily) -> str:
-    if isinstance(family, LinearFamily | SharedFeatures):
-        return "least_squares"
-    size = sum(value.numel() for value in family.parameters())
-    return "gauss_newton" if size <= _MAX_GAUSS_NEWTON else "adam"
 
 
 def _chunks(nodes: DriftNodes, size: int = _CHUNK) -> Any:
@@ -95,6 +192,16 @@ def path_gain(before: Tensor, after: Tensor, nodes: DriftNodes, spread: Tensor) 
     """
     inner = ((before - after) @ torch.linalg.inv(spread) * (before + after - 2 * nodes.u)).sum(-1)
     return 0.5 * (nodes.weight * inner).double().sum()
+
+
+def drift_shift(before: Tensor, after: Tensor, nodes: DriftNodes, spread: Tensor) -> float:
+    r"""Return how far two drifts, both ``(N, d)`` at the nodes, are apart: :math:`\mathbb E_q\int|b_{new}-b_{old}|^2_{(GG^\top)^{-1}}dt`.
+
+    Times the number of particles it is the squared distance of the parameters in units of their standard errors, summed over directions,
+    were paths seen.
+    """
+    gap = after - before
+    return float((nodes.weight * (gap @ torch.linalg.inv(spread) * gap).sum(-1)).double().sum())
 
 
 @torch.no_grad()
@@ -164,18 +271,22 @@ class _Flat:
         return torch.func.functional_call(self.family, self.split(vector), (t, x))
 
 
-def _gauss_newton(family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float) -> None:
+def _gauss_newton(
+    family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, max_iterations: int
+) -> None:
     """Levenberg-Marquardt steps; the curvature is that of the drift's square, and of the prior where positive."""
     flat = _Flat(family)
     theta, damping = flat.get().double(), 1e-3
     value, gram, slope = _expand(flat, theta, nodes, white, population)
-    for _ in range(50):
-        scale = gram.diagonal().clamp_min(1e-12 * gram.diagonal().max()).clamp_min(1e-30)
+    for _ in range(max_iterations):
+        scale = torch.where(gram.diagonal() > 0, gram.diagonal(), torch.ones_like(theta))
         improved = False
         for _ in range(8):
             step = torch.linalg.solve(gram + damping * torch.diag(scale), -slope)
-            # no parameter moves by more than half its size, or one half, at once: beyond that the expansion means little
-            step = step / (2 * (step.abs() / theta.abs().clamp_min(1.0)).amax()).clamp_min(1.0)
+            # No parameter moves by more than half its size, or some of its standard errors from one path, at once: beyond
+            # that the expansion means little.
+            reach = 0.5 * theta.abs() + 5 * scale.rsqrt()
+            step = step / (step.abs() / reach).amax().clamp_min(1.0)
             proposal = theta + step
             after = _value(flat, proposal, nodes, white, population)
             if bool(after <= value):
@@ -258,9 +369,9 @@ class DriftMatching(Objective):
 
     Args:
         family: the drift.
-        white: ``(d, d)``, the inverse of the diffusion matrix.
-        total: length of the time span.
-        population: particles that the divergence counts for beside the prior.
+        white: the inverse of the diffusion matrix, ``(d, d)``.
+        total: the length of the time span.
+        population: the number of particles that the divergence counts for beside the prior.
     """
 
     def __init__(self, family: DriftFamily, white: Tensor, total: float, population: float) -> None:
@@ -281,22 +392,15 @@ class DriftMatching(Objective):
 
 
 def _adam(
-    family: DriftFamily,
-    nodes: DriftNodes,
-    white: Tensor,
-    population: float,
-    steps: int,
-    lr: float,
-    batch_size: int,
-    seed: int,
+    family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, options: Adam, seed: int
 ) -> None:
     from stochdyn.run.trainer import fit
 
     objective = DriftMatching(family, white, float(nodes.weight.sum()), population)
     data = (nodes.t, nodes.x, nodes.u, nodes.weight)
-    batch = min(batch_size, len(nodes))
+    batch = min(options.batch_size, len(nodes))
 
     def cosine(optimizer: Any) -> Any:
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=0.05 * lr)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps, eta_min=0.05 * options.lr)
 
-    fit(objective, data, steps, lr, batch, seed, progress=False, scheduler=cosine)
+    fit(objective, data, options.steps, options.lr, batch, seed, progress=False, scheduler=cosine)

@@ -1,31 +1,36 @@
-"""Refinement of the reference: bridge and projection in turn, until the divergence between them falls no more."""
+"""Refinement of the reference: bridge and projection in turn, until its parameters stand still."""
 
 from __future__ import annotations
 
 import copy
 import os
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_positive, check_positive_int
+from stochdyn._checks import as_seed, check_bool, check_choice, check_positive, check_positive_int, check_real, check_type
 from stochdyn.bridges.data.snapshots import Snapshots
-from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
+from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.ipf import IPFBridge
-from stochdyn.bridges.laws.reference import fitted_family, spread_of
+from stochdyn.bridges.laws.reference import EmpiricalLaw, fitted_family, spread_of
 from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
-from stochdyn.bridges.refinement.history import History, Iteration
-from stochdyn.bridges.refinement.loop import Loop, Store, identity_of
-from stochdyn.bridges.refinement.projection import Method, drift_at, path_gain, project_drift
+from stochdyn.bridges.refinement.history import History
+from stochdyn.bridges.refinement.identifiability import check_counts
+from stochdyn.bridges.refinement.loop import Attempt, IPFLoop, SinkhornLoop, Task
+from stochdyn.bridges.refinement.methods import IPF, Method, Sinkhorn, as_method
+from stochdyn.bridges.refinement.projection import as_projection
 from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.law.measure import PathMeasure
+from stochdyn.core.sde.coefficients import Matrix
+from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError, UnavailableError
-from stochdyn.run.interrupt import DeferredInterrupt
+from stochdyn.run.engine import run_to_end
 
-__all__ = ["Refinement", "RefinementInterrupted", "refine"]
+__all__ = ["Refinement", "refine"]
+
+_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,27 +39,28 @@ class Refinement:
 
     Attributes:
         family: the chosen drift.
-        measure: the bridge, a law on paths: ``.sample(ts, n)``, ``.marginal(t)``, ``.drift(t, x)``.
+        measure: the bridge, a law on paths: ``.sample(ts, sample_shape)``, ``.marginal(t)``, ``.drift(t, x)``.
         history: what happened in every iteration.
         snapshots: the data.
-        options: arguments of :func:`refine`, for repeating it on other data.
+        diffusion: the covariance rate of the noise, ``(d, d)``.
+        dt: the spacing of the inner time grid.
+        method: how bridges were built, with its options.
+        options: the other arguments of :func:`refine` by name, for repeating it on other data.
     """
 
     family: DriftFamily
-    measure: SchrodingerBridge
+    measure: PathMeasure
     history: History
     snapshots: Snapshots
-    options: dict[str, Any]
+    diffusion: Tensor
+    dt: float
+    method: Method
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         """The refined parameters by name."""
         return self.family.named_values()
-
-    @property
-    def diffusion(self) -> Tensor:
-        """``(d, d)`` covariance rate of the noise."""
-        return self.measure.spread
 
     @property
     def objective(self) -> float:
@@ -64,52 +70,46 @@ class Refinement:
     @property
     def reference(self) -> DiffusionMeasure:
         """The refined reference process, started from the first snapshot's particles."""
-        return self.measure.reference
+        noise = Matrix(torch.linalg.cholesky(self.diffusion))
+        return DiffusionMeasure(EmpiricalLaw.of(self.snapshots[0]), SDE(self.family, noise))
+
+    @property
+    def bridge(self) -> SchrodingerBridge:
+        """The bridge with its couplings.
+
+        Raises:
+            UnavailableError: if the method builds bridges without couplings.
+        """
+        if not isinstance(self.measure, SchrodingerBridge):
+            raise UnavailableError(
+                f"a {type(self.measure).__name__} has no couplings, so neither posterior nor linear response are known",
+                hint='refine with method="sinkhorn"',
+            )
+        return self.measure
 
     def posterior(self, num_draws: int = 100, **options: Any) -> Any:
-        """Return an ArviZ posterior over the parameters; see :func:`stochdyn.bridges.posterior`."""
-        import stochdyn.bridges as room
+        """Return an ArviZ posterior over the parameters; see :func:`stochdyn.bridges.posterior`.
 
-        return room.posterior(self, num_draws, **options)
+        Raises:
+            UnavailableError: if the method was :class:`IPF`.
+        """
+        from stochdyn.bridges.refinement.uncertainty import posterior
 
-
-class RefinementInterrupted(KeyboardInterrupt):
-    """Ctrl-C stopped a refinement after a whole iteration; the checkpoint, if any, holds that iteration.
-
-    Attributes:
-        result: the :class:`Refinement` so far.
-    """
-
-    def __init__(self, message: str, result: Refinement) -> None:
-        super().__init__(message)
-        self.result = result
+        return posterior(self, num_draws, **options)
 
 
 def refine(
     snapshots: Snapshots,
     family: Any,
     diffusion: Any = 0.1,
-    outer: int = 10,
-    solver: str = "sinkhorn",
-    step: float | None = None,
-    seed: int = 0,
-    learn_diffusion: bool = False,
     *,
-    accelerate: bool = False,
-    start: str = "brownian",
-    tolerance: float = 0.1,
-    restarts: int = 0,
-    projection: Method = "auto",
-    projection_steps: int = 300,
-    projection_lr: float = 1e-2,
-    nodes: int = 1_000_000,
-    population: float | None = None,
-    relaxation: float | None = None,
-    corrections: int = 0,
-    sinkhorn_tolerance: float = 1e-6,
-    max_iterations: int = 10_000,
-    ipf_sweeps: int = 10,
-    progress: bool = False,
+    max_iterations: int = 10,
+    method: str | Method = "sinkhorn",
+    dt: float | None = None,
+    seed: int = 0,
+    learn_diffusion: bool | str = False,
+    tolerance: float | None = None,
+    progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
 ) -> Refinement:
@@ -118,50 +118,42 @@ def refine(
     .. math:: \min_{\theta}\ \min_{q:\,q_{t_i}=\pi_i}\ \mathrm{KL}(q\,\|\,p_\theta)
 
     by turns: the Schrödinger bridge :math:`q^k` for :math:`\theta^{k-1}`, then the :math:`\theta^k` whose drift is nearest to
-    that of :math:`q^k`. The divergence falls with every half step. It stops when ``population`` times the objective falls by less than ``tolerance``.
+    that of :math:`q^k`. The divergence falls with every half step. It stops where the parameters stand still.
 
     Args:
-        snapshots: the data.
-        family: a :class:`DriftFamily`, any ``nn.Module`` with ``forward(t, x)``, or a Pyro model without arguments that
-            returns a drift, whose priors then act. A copy is refined; the original is left alone.
-        diffusion: a number, ``(d,)`` or ``(d, d)``: the noise, known or, with ``learn_diffusion``, a first guess.
-        outer: largest number of iterations.
-        solver: ``"sinkhorn"``; or ``"ipf-gp"`` or ``"ipf-neural"``, iterative proportional fitting with drifts
-            regressed by Gaussian processes or networks, as published, for comparison.
-        step: spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
-        seed: of all randomness.
-        learn_diffusion: estimate the overall strength of the noise from the couplings.
-        accelerate: extrapolate from the last iterations where that makes the objective fall more; for families of at most
-            sixty parameters. Worth it where parameters are strongly correlated.
-        start: ``"brownian"``: the first bridge has no drift, whatever the family's parameters; ``"family"``: they are used.
-        tolerance: fall of the objective, in nats of the whole population, that counts as none: with 0.1 the parameters still move by a
-            fraction of their standard error.
-        restarts: further attempts from parameters drawn by the family's ``reset``; the best one is returned.
-        projection: how parameters are fitted; see :func:`stochdyn.bridges.refinement.projection.project_drift`.
-        projection_steps: steps of Adam an iteration, for families of many parameters.
-        projection_lr: its learning rate.
-        nodes: number of states that a fit sees.
-        population: ``N``, particles that the divergence counts for, since seeing these snapshots has the probability
-            :math:`e^{-N\min_q\mathrm{KL}}` (Sanov); the mean size of a snapshot if None.
-        relaxation: price of deviations from the snapshots' weights and masses; see :class:`SchrodingerBridge`.
-        corrections: paths a pair for importance weights of what linearisation leaves out; see :class:`SchrodingerBridge`.
-        sinkhorn_tolerance: largest marginal error of the couplings, in L1.
-        max_iterations: of each coupling.
-        ipf_sweeps: pairs of half-bridges, for the solvers by iterative proportional fitting.
-        progress: show a bar.
-        checkpoint: directory that is saved to after every iteration, made if need be; for ``solver="sinkhorn"``.
-        resume: continue the run in ``checkpoint`` to the same bits as if it had never stopped; a fresh run if there is none. ``outer``
-            and ``restarts`` may be larger than they were.
+        snapshots: what was seen.
+        family: a :class:`DriftFamily`, any ``nn.Module`` with ``forward(t, x)``, a function ``drift(t, x, rate=1.0, ...)`` whose further
+            arguments are the parameters and their defaults where they start, or a Pyro model without arguments that returns
+            a drift, whose priors then act. A copy is refined; the original is left alone.
+        diffusion: the noise, known or, with ``learn_diffusion``, a first guess: a number, ``(d,)`` or ``(d, d)``, in units of state per root
+            of time.
+        max_iterations: the largest number of iterations.
+        method: ``"sinkhorn"``, with exact couplings, or ``"ipf"``, as published, for comparison; or :class:`Sinkhorn` or
+            :class:`IPF` with options.
+        dt: the spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
+        seed: the seed of all randomness.
+        learn_diffusion: whether to estimate the noise from the couplings: True for its overall strength, ``"components"`` for that of every
+            component, ``"matrix"`` for all of it.
+        tolerance: how far parameters may still be from where they go, in their standard errors (the root mean square over
+            parameters, were paths seen), estimated from the rate at which they move; 0.1 if None.
+        progress: whether to show a bar, after two seconds.
+        checkpoint: the directory that is saved to after every iteration, made if need be.
+        resume: whether to continue the run in ``checkpoint`` to the same bits as if it had never stopped; a fresh run if there is
+            none. ``max_iterations`` may be larger than it was.
 
     Returns:
         Parameters, the bridge, the refined reference, and the history.
 
     Raises:
-        InvalidInputError: for a family without parameters or options that can't work; before any work.
+        InvalidInputError: for a family without parameters, options that can't work or that the method doesn't use; before any work.
         ShapeError: if the drift doesn't fit the particles.
         DiffusionError: if the noise is so weak that no path reaches the next snapshot.
         ForeignCheckpointError: if the checkpoint belongs to another run: other data, options or family.
-        RefinementInterrupted: after Ctrl-C, at the end of the iteration, with the result so far.
+        Interrupted: after Ctrl-C, at the end of the iteration, with the result so far.
+
+    Warns:
+        ApproximationWarning: if the snapshots hold no more numbers than there are parameters, if directions of the parameters can't be told
+            from them, or if the Monte Carlo error of the projection is large.
 
     Example:
         >>> from stochdyn.bridges import LinearDrift, Snapshots
@@ -173,123 +165,55 @@ def refine(
     Reference: Shen, Berlinghieri & Broderick (2025), Multi-marginal Schrödinger bridges with iterative reference
     refinement, AISTATS, algorithm 1.
     """
-    check_positive_int(outer, "outer")
-    check_positive_int(restarts, "restarts", 0)
-    check_positive_int(nodes, "nodes")
-    check_choice(solver, ("sinkhorn", "ipf-gp", "ipf-neural"), "solver")
-    check_positive_int(ipf_sweeps, "ipf_sweeps")
-    check_choice(start, ("brownian", "family"), "start")
-    check_positive(tolerance, "tolerance")
-    if not isinstance(snapshots, Snapshots):
-        raise InvalidInputError("snapshots must be Snapshots", got=type(snapshots).__name__)
-    if resume and checkpoint is None:
-        raise InvalidInputError("resume=True needs the directory of the run", hint="pass checkpoint=...")
-    if checkpoint is not None and solver != "sinkhorn":
-        raise UnavailableError(
-            "iterative proportional fitting keeps no checkpoints", got=f"solver={solver!r}"
-        )
-    options = {
-        "diffusion": diffusion, "outer": outer, "solver": solver, "step": step, "seed": seed,
-        "learn_diffusion": learn_diffusion, "accelerate": accelerate, "start": start, "tolerance": tolerance, "restarts": restarts,
-        "projection": projection, "projection_steps": projection_steps, "projection_lr": projection_lr,
-        "nodes": nodes, "population": population,
-        "relaxation": relaxation, "corrections": corrections, "sinkhorn_tolerance": sinkhorn_tolerance, "max_iterations": max_iterations,
-        "ipf_sweeps": ipf_sweeps,
-    }  # fmt: skip
+    check_type(snapshots, Snapshots, "snapshots")
+    check_positive_int(max_iterations, "max_iterations")
+    chosen = as_method(method)
+    if dt is not None:
+        check_positive(dt, "dt")
+        check_real(dt, "dt")
+    if not isinstance(learn_diffusion, bool):
+        check_choice(learn_diffusion, ("components", "matrix"), "learn_diffusion")
+    if tolerance is not None:
+        check_real(tolerance, "tolerance", above=0.0)
+    check_bool(progress, "progress")
+    if isinstance(chosen, IPF):
+        for name, given in (("learn_diffusion", learn_diffusion), ("tolerance", tolerance)):
+            if given:
+                raise InvalidInputError(
+                    f"{name} does nothing in refinement by iterative proportional fitting",
+                    hint='use method="sinkhorn"',
+                )
     original = fitted_family(family, snapshots)
     if not any(p.requires_grad for p in original.parameters()):
         raise InvalidInputError("the family has no parameters to refine", got=type(family).__name__)
+    as_projection(chosen.projection, original)
     spread_of(diffusion, snapshots)
-    if solver != "sinkhorn":
-        return _refine_by_ipf(snapshots, original, options, progress)
-    store = None if checkpoint is None else Store(Path(checkpoint), identity_of(snapshots, original, options))
-    return _refine_by_sinkhorn(snapshots, original, options, store, resume, progress)
+    check_counts(snapshots, original, stacklevel=3)
+    options = {
+        "diffusion": diffusion, "max_iterations": max_iterations, "dt": dt, "seed": as_seed(seed),
+        "learn_diffusion": learn_diffusion, "tolerance": tolerance,
+    }  # fmt: skip
+    task = Task(
+        snapshots, original, diffusion, max_iterations, dt, as_seed(seed), learn_diffusion,
+        _TOLERANCE if tolerance is None else float(tolerance),
+    )  # fmt: skip
 
-
-def _refine_by_sinkhorn(
-    snapshots: Snapshots,
-    original: DriftFamily,
-    options: dict[str, Any],
-    store: Store | None,
-    resume: bool,
-    progress: bool,
-) -> Refinement:
-    """Run all attempts that aren't done yet, and return the best."""
-    generator = torch.Generator(snapshots.device).manual_seed(options["seed"])
-    saved = store.read() if store is not None and resume else None
-    reached = 0 if saved is None else saved["attempt"]
-    best: Loop | None = None
-    with DeferredInterrupt() as interrupt:
-        for attempt in range(options["restarts"] + 1):
-            own = copy.deepcopy(original)
-            if attempt:
-                own.reset(generator)
-            if attempt < reached:
-                continue
-            loop = Loop(snapshots, own, options, attempt > 0)
-            if saved is not None and attempt == reached:
-                if saved["best"] is not None:
-                    best = Loop(snapshots, copy.deepcopy(original), options, True)
-                    best.load_state_dict(saved["best"])
-                loop.load_state_dict(saved["loop"])
-
-            def save(loop: Loop, attempt: int = attempt, best: Loop | None = best) -> None:
-                if store is not None:
-                    store.write(attempt, loop, best)
-
-            whole = loop.run(progress, interrupt, save)
-            if best is None or loop.history.final_objective < best.history.final_objective:
-                best = loop
-            if not whole or (interrupt.requested and attempt < options["restarts"]):
-                result = _result(best, snapshots, options)
-                raise RefinementInterrupted(f"stopped after iteration {len(loop.history)}", result)
-    assert best is not None
-    return _result(best, snapshots, options)
-
-
-def _result(loop: Loop, snapshots: Snapshots, options: dict[str, Any]) -> Refinement:
-    return Refinement(loop.family, loop.bridge, loop.history, snapshots, options)
-
-
-def _refine_by_ipf(
-    snapshots: Snapshots, family: DriftFamily, options: dict[str, Any], progress: bool
-) -> Refinement:
-    """Run the published loop: a fixed number of iterations, since the objective of simulated bridges isn't monotone."""
-    from tqdm.auto import tqdm
-
-    population = options["population"] or sum(snapshots.sizes) / len(snapshots)
-    learner = options["solver"].removeprefix("ipf-")
-    history, brownian = History(), options["start"] == "brownian"
-    make = {"dt": options["step"], "max_iterations": options["ipf_sweeps"], "learner": learner}
-
-    def solve(reference: DriftFamily, seed: int) -> IPFBridge:
-        return IPFBridge(snapshots, reference, options["diffusion"], seed=seed, **make).solve()
-
-    clock = time.process_time()
-    generator = torch.Generator(snapshots.device).manual_seed(options["seed"])
-    bridge = solve(ZeroDrift(snapshots.dim) if brownian else copy.deepcopy(family), options["seed"])
-    for k in tqdm(range(options["outer"]), disable=not progress, desc="refine"):
-        nodes = bridge.nodes(options["nodes"], generator)
-        project_drift(
-            family, nodes, bridge.spread, population=population, method=options["projection"],
-            steps=options["projection_steps"], lr=options["projection_lr"], seed=options["seed"],
+    def by_sinkhorn(best: Attempt) -> Refinement:
+        return Refinement(
+            copy.deepcopy(best.family), best.bridge, best.history, snapshots, best.bridge.spread, best.bridge.dt,
+            chosen, options,
         )  # fmt: skip
-        objective = float(bridge.divergence(generator))
-        gain = path_gain(drift_at(bridge.family, nodes), drift_at(family, nodes), nodes, bridge.spread)
-        bridge = solve(copy.deepcopy(family), options["seed"] + k + 1)
-        now = time.process_time()
-        history.iterations.append(
-            Iteration(
-                objective,
-                objective - float(gain),
-                float("nan"),
-                family.named_values(),
-                bridge.sigma,
-                now - clock,
-            )
-        )
-        clock = now
-    history.final_objective = float(bridge.divergence(generator))
-    history.stopped = "the number of iterations"
-    law: Any = bridge  # a PathMeasure of the same shape, without potentials and objective
-    return Refinement(family, law, history, snapshots, options)
+
+    def by_ipf(found: DriftFamily, bridge: IPFBridge, history: History) -> Refinement:
+        return Refinement(copy.deepcopy(found), bridge, history, snapshots, bridge.spread, bridge.dt, chosen, options)
+
+    job: SinkhornLoop | IPFLoop
+    job = SinkhornLoop(task, chosen, by_sinkhorn) if isinstance(chosen, Sinkhorn) else IPFLoop(task, chosen, by_ipf)
+    kept = {name: value for name, value in options.items() if name != "max_iterations"}
+    result = run_to_end(
+        job, "refine", identity={"snapshots": snapshots, "family": original, "method": chosen, **kept},
+        randomness=task.seed, device=snapshots.device, progress=progress, checkpoint=checkpoint, resume=resume,
+    )  # fmt: skip
+    if isinstance(job, SinkhornLoop):
+        job.check()
+    return result
