@@ -28,6 +28,7 @@ from stochdyn.bridges import (
     LinearDrift,
     PotentialDrift,
     SchrodingerBridge,
+    Sinkhorn,
     Snapshots,
     leave_one_out,
     refine,
@@ -58,7 +59,7 @@ def growing(train: Snapshots, diffusion: float, step: float) -> GrowingBridge:
     """Return the bridge of a growing population; its share of growth predicts training days best when they are left out."""
 
     def make(share: float) -> Callable[[Snapshots], GrowingBridge]:
-        return lambda snaps: GrowingBridge(snaps, share, diffusion=diffusion, step=step).solve()
+        return lambda snaps: GrowingBridge(snaps, share, diffusion=diffusion, dt=step).solve()
 
     shares = {f"{share:g}": make(share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
     best = leave_one_out(train, shares, metric="w1", num_samples=500).best if len(train) > 2 else "0.5"
@@ -79,7 +80,7 @@ def draw(
     from stochdyn.bridges import plot_trajectories
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    plot_trajectories(law, n=60, axis=left)
+    plot_trajectories(law, train, 60, axis=left)
     left.set_title(f"Trajectories, {name}")
     predicted = best.marginal(held.time).sample(len(held), torch.Generator().manual_seed(0))
     for x, label, style in ((held.sample, "seen", "o"), (predicted, "predicted", "x")):
@@ -124,16 +125,16 @@ def main() -> dict[str, float]:
     for name, family in families.items():
         began = time.process_time()
         if family is None:
-            laws[name] = SchrodingerBridge(train, None, options.diffusion, step=step).solve()
+            laws[name] = SchrodingerBridge(train, None, options.diffusion, dt=step).solve()
         else:
             fit = refine(
                 train,
                 family,
                 options.diffusion,
-                outer=options.outer,
-                step=step,
-                nodes=20_000,
+                max_iterations=options.outer,
+                dt=step,
                 seed=options.seed,
+                method=Sinkhorn(num_nodes=20000),
             )
             laws[name] = fit.measure
         found = score(laws[name], held)

@@ -48,7 +48,7 @@ def figure(
     for axis, bridge, title in zip(
         axes[0], (plain, fit.measure), ("Brownian reference", "refined reference"), strict=True
     ):
-        plot_trajectories(bridge, n=60, held_out=held_out, axis=axis)
+        plot_trajectories(bridge, bridge.snapshots, 60, held_out=held_out, axis=axis)
         axis.set(title=title, xlabel="prey", ylabel="predators")
     fit.history.plot(truth=TRUTH, axes=axes[1])
     if posterior is not None:
@@ -79,7 +79,7 @@ def main() -> None:
     train, held_out = everything.hold_out(1, 3, 5, 7)
     plain = SchrodingerBridge(train, diffusion=0.1).solve()
     start = time.process_time()
-    fit = refine(train, LotkaVolterra(), diffusion=0.1, accelerate=True, progress=True)
+    fit = refine(train, LotkaVolterra(), diffusion=0.1, method=sd.bridges.Sinkhorn(accelerate=True))
     print(f"refined in {time.process_time() - start:.1f} s of processor time; {fit.history.stopped}")
     for k, iteration in enumerate(fit.history, 1):
         values = "  ".join(f"{name} {float(value):.4f}" for name, value in iteration.parameters.items())

@@ -259,9 +259,9 @@ def test_bridges() -> None:
         Field(2),
     )
     for family in families:
-        fit = sd.bridges.refine(snaps, family, diffusion=1.0, outer=2, solver="sinkhorn", step=0.1, seed=0)
+        fit = sd.bridges.refine(snaps, family, diffusion=1.0, max_iterations=2, dt=0.1, seed=0)
     fit = sd.bridges.refine(
-        snaps, families[0], diffusion=1.0, outer=2, step=0.1, seed=0, learn_diffusion=False
+        snaps, families[0], diffusion=1.0, max_iterations=2, dt=0.1, seed=0, learn_diffusion=False
     )
     assert all(isinstance(v, Tensor) for v in fit.parameters.values())
     assert len(fit.history) >= 1
@@ -274,7 +274,10 @@ def test_bridges() -> None:
     assert len(idata.posterior.data_vars) >= 1
     prey = sd.datasets.lotka_volterra(num_particles=20, times=[0.0, 0.5, 1.0])
     sd.bridges.refine(
-        sd.bridges.Snapshots(prey.times, prey.samples), sd.bridges.LotkaVolterra(), diffusion=0.1, outer=1
+        sd.bridges.Snapshots(prey.times, prey.samples),
+        sd.bridges.LotkaVolterra(),
+        diffusion=0.1,
+        max_iterations=1,
     )
     plan = sd.sinkhorn(samples[0], samples[1], 0.5, weights_x=None, weights_y=None, cost=None, tolerance=1e-6)
     assert plan.plan().shape == (20, 21)

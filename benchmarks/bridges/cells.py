@@ -60,7 +60,7 @@ def midpoint(snaps: Snapshots, i: int) -> tuple[Tensor, Tensor]:
 
 def bridge_score(train: Snapshots, held: Any, diffusion: float, samples: int, seed: int) -> float:
     """W1 of the Brownian bridge's marginal."""
-    law = SchrodingerBridge(train, None, diffusion, step=0.25, tolerance=1e-4).solve()
+    law = SchrodingerBridge(train, None, diffusion, dt=0.25, tolerance=0.0001).solve()
     return score(law, held, samples, torch.Generator().manual_seed(seed)).w1
 
 
@@ -77,7 +77,7 @@ def choose_diffusion(train: Snapshots) -> float:
 def growing(train: Snapshots, growth: float, ridge: float, diffusion: float) -> GrowingBridge:
     """The bridge of a growing population."""
     trend = DensityTrend(train, ridge=ridge)
-    return GrowingBridge(train, growth, trend, diffusion=diffusion, step=0.25, tolerance=1e-4).solve()
+    return GrowingBridge(train, growth, trend, diffusion=diffusion, dt=0.25, tolerance=0.0001).solve()
 
 
 def choose_growth(train: Snapshots, diffusion: float) -> tuple[float, float]:
@@ -103,7 +103,7 @@ def held_out(snaps: Snapshots, i: int, seeds: int, steps: int) -> dict[str, Any]
     seconds: dict[str, float] = {}
     began = time.process_time()
     diffusion = choose_diffusion(train)
-    law = SchrodingerBridge(train, None, diffusion, step=0.25, tolerance=1e-4).solve()
+    law = SchrodingerBridge(train, None, diffusion, dt=0.25, tolerance=0.0001).solve()
     for count in (CELLS, 5000):
         scores[f"bridge, {count} draws"] = [
             score(law, held, count, torch.Generator().manual_seed(seed)).w1 for seed in range(seeds)

@@ -15,7 +15,7 @@ import torch
 from machine import machine
 
 import stochdyn as sd
-from stochdyn.bridges import LotkaVolterra, Snapshots, bootstrap, refine
+from stochdyn.bridges import LotkaVolterra, Sinkhorn, Snapshots, bootstrap, refine
 
 NAMES = ("alpha", "beta", "gamma", "delta")
 
@@ -28,10 +28,10 @@ def run(seed: int, draws: int) -> dict[str, Any]:
         Snapshots(data.times, data.samples),
         LotkaVolterra(),
         0.1,
-        outer=20,
-        step=0.1,
-        nodes=40_000,
+        max_iterations=20,
+        dt=0.1,
         tolerance=0.02,
+        method=Sinkhorn(num_nodes=40000),
     )
     fitted = time.process_time()
     idata = bootstrap(fit, draws, seed=seed)

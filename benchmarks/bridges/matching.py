@@ -25,7 +25,7 @@ def run(dim: int, width: int, steps: int, particles: int, seed: int) -> dict[str
     """Train, and measure the law that the forward network makes of fresh particles of the first end."""
     torch.manual_seed(seed)
     snaps = Snapshots([0.0, 1.0], [torch.randn(particles, dim) - 0.1, torch.randn(particles, dim) + 0.1])
-    match = BridgeMatching(snaps, 1.0, width=width, refresh=50, sim_steps=20, batch_size=512)
+    match = BridgeMatching(snaps, 1.0, width=width, refresh=50, num_steps=20, batch_size=512)
     began = time.process_time()
     match.fit(steps, seed=seed, progress=False)
     seconds = time.process_time() - began

@@ -119,7 +119,9 @@ def scaling(smoke: bool) -> list[dict[str, Any]]:
         start = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            sd.bridges.refine(snaps, family, 0.1, outer=1, step=0.1, start="family")
+            sd.bridges.refine(
+                snaps, family, 0.1, max_iterations=1, dt=0.1, method=sd.bridges.Sinkhorn(from_family=True)
+            )
         # one projection and two bridges
         rows.append(
             {"what": "refinement", "n": n, "seconds": (time.process_time() - start) / 2, "iterations": 1}

@@ -22,6 +22,7 @@ from stochdyn.bridges import (
     LotkaVolterra,
     Repressilator,
     SchrodingerBridge,
+    Sinkhorn,
     Snapshots,
     leave_one_out,
     refine,
@@ -81,14 +82,14 @@ def _oscillator(
 def lotka_volterra(data: Path | None, smoke: bool) -> dict[str, Any]:
     """The published data and three simulated sets; every second snapshot is held out."""
     times = [float(t) for t in range(9)]
-    options: dict[str, Any] = {"outer": 2 if smoke else 10, "step": 0.25 if smoke else 0.08}
+    options: dict[str, Any] = {"max_iterations": 2 if smoke else 10, "dt": 0.25 if smoke else 0.08}
     fresh = sd.datasets.lotka_volterra(250, seed=99).samples
     out = {}
     published = _load(data, "LV_data.npy")
     if published is not None:
         out["published data"] = _oscillator(published, times, fresh, LotkaVolterra(), smoke, **options)
         out["published data, accelerated"] = _oscillator(
-            published, times, fresh, LotkaVolterra(), smoke, accelerate=True, **options
+            published, times, fresh, LotkaVolterra(), smoke, method=Sinkhorn(accelerate=True), **options
         )
     for seed in range(1 if smoke else 3):
         own = sd.datasets.lotka_volterra(20 if smoke else 50, seed=seed)
@@ -102,10 +103,9 @@ def repressilator(data: Path | None, smoke: bool) -> dict[str, Any]:
     """The published data and one simulated set; every second snapshot is held out."""
     times = [0.75 * t for t in range(11)]
     options = {
-        "outer": 2 if smoke else 15,
-        "step": 0.3 if smoke else 0.15,
-        "nodes": 200_000,
-        "accelerate": True,
+        "max_iterations": 2 if smoke else 15,
+        "dt": 0.3 if smoke else 0.15,
+        "method": Sinkhorn(num_nodes=200_000, accelerate=True),
     }
     fresh = sd.datasets.repressilator(250, seed=99).samples
     out = {}
@@ -156,8 +156,15 @@ def _solve(
     if make is None:
         return SchrodingerBridge(snaps, diffusion=noise).solve()
     thinned = snaps.subsample(40, torch.Generator().manual_seed(0))
-    fit = refine(thinned, make(snaps), diffusion=noise, outer=outer, step=0.4, nodes=30_000, accelerate=True)
-    return SchrodingerBridge(snaps, fit.family, noise, step=0.4).solve()
+    fit = refine(
+        thinned,
+        make(snaps),
+        diffusion=noise,
+        max_iterations=outer,
+        dt=0.4,
+        method=Sinkhorn(num_nodes=30000, accelerate=True),
+    )
+    return SchrodingerBridge(snaps, fit.family, noise, dt=0.4).solve()
 
 
 def gulf(
@@ -233,7 +240,7 @@ def stem_cells(data: Path | None, smoke: bool) -> dict[str, Any]:
             elif name == "growing":
                 law = _growing(train, 0.05)
             else:
-                law = refine(train, family, diffusion=0.05, outer=5).measure
+                law = refine(train, family, diffusion=0.05, max_iterations=5).measure
         scores = held_out(law, [0.5, 1.5, 2.0], [cells[1], cells[3], cells[3]])
         out[name] = {
             "growth": getattr(law, "growth", 0.0),

@@ -19,6 +19,7 @@ from .families.mechanistic import Repressilator as Repressilator
 from .families.neural import NeuralDrift as NeuralDrift
 from .families.neural import PotentialDrift as PotentialDrift
 from .families.neural import SumDrift as SumDrift
+from .families.pyro_family import FunctionDrift as FunctionDrift
 from .families.pyro_family import ModuleDrift as ModuleDrift
 from .families.pyro_family import PyroDrift as PyroDrift
 from .families.pyro_family import as_family as as_family

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int
-from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
+from stochdyn._checks import as_sample_shape, check_positive_int, check_type
+from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.refinement.history import History
+from stochdyn.core.law.marginals import SampleShape
+from stochdyn.core.law.measure import PathMeasure
 from stochdyn.errors import EmptyDataError, ShapeError
 
 __all__ = ["plot_history", "plot_trajectories"]
@@ -61,24 +63,26 @@ def plot_history(history: History, truth: Mapping[str, float] | None = None, axe
 
 
 def plot_trajectories(
-    bridge: SchrodingerBridge,
-    n: int = 50,
+    law: PathMeasure,
+    snapshots: Snapshots,
+    sample_shape: SampleShape = 50,
     components: tuple[int, int] | None = None,
     num_times: int = 200,
     held_out: Any = (),
     seed: int = 0,
     axis: Any = None,
 ) -> Any:
-    """Draw trajectories of a bridge and the snapshots they pass through.
+    """Draw trajectories of a law and the snapshots they pass through.
 
     Args:
-        bridge: a solved one.
-        n: number of trajectories.
-        components: the two components to draw against one another; against time, the first one, if the state has only one.
-        num_times: points of a curve.
+        law: any law on paths over the span of the snapshots.
+        snapshots: what was seen, of the first components of the state.
+        sample_shape: the number of trajectories.
+        components: the two components to draw against one another; against time, the first one, if the snapshots have only one.
+        num_times: the number of points of a curve.
         held_out: snapshots that weren't trained on, drawn as crosses.
-        seed: of the draws.
-        axis: matplotlib axis; a new one if None.
+        seed: the seed of the draws.
+        axis: the matplotlib axis; a new one if None.
 
     Returns:
         The axis.
@@ -86,8 +90,10 @@ def plot_trajectories(
     Raises:
         ShapeError: if a component doesn't exist.
     """
-    check_positive_int(n, "n")
-    snaps = bridge.snapshots
+    check_type(law, PathMeasure, "law")
+    check_type(snapshots, Snapshots, "snapshots")
+    check_positive_int(num_times, "num_times", 2)
+    shape, snaps = as_sample_shape(sample_shape), snapshots
     pair = components or ((0, 1) if snaps.dim > 1 else None)
     if pair is not None and max(pair) >= snaps.dim:
         raise ShapeError("there is no such component", got=pair, expected=f"below {snaps.dim}")
@@ -96,7 +102,8 @@ def plot_trajectories(
 
         _, axis = plt.subplots(figsize=(5, 4), layout="constrained")
     ts = torch.linspace(float(snaps.times[0]), float(snaps.times[-1]), num_times, dtype=torch.float64)
-    x = bridge.sample(ts, n, torch.Generator(snaps.device).manual_seed(seed)).x.cpu()
+    x = law.sample(ts.to(snaps.device), shape, torch.Generator(snaps.device).manual_seed(seed)).x.cpu()
+    x = x.reshape(-1, *x.shape[-2:])
     for path in x:
         first, second = (ts, path[:, 0]) if pair is None else (path[:, pair[0]], path[:, pair[1]])
         axis.plot(first, second, color="0.6", linewidth=0.5, alpha=0.6, zorder=1)

@@ -29,6 +29,7 @@ from stochdyn.core.law.path import PathSample
 from stochdyn.core.sde.equation import SDE
 from stochdyn.diagnostics.metrics import emd, mmd
 from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError, TimeGridError
+from stochdyn.run.progress import progress_bar
 
 if TYPE_CHECKING:
     from stochdyn.bridges.refinement.refinement import Refinement
@@ -122,7 +123,11 @@ def score(
     else:
         x = as_tensor(law, "law", 2, "(n, d)", like=snapshot.sample)
     if x.shape[-1] < snapshot.sample.shape[-1]:
-        raise ShapeError("law has fewer components than the snapshot", got=tuple(x.shape), expected=f"(n, {snapshot.sample.shape[-1]})")
+        raise ShapeError(
+            "law has fewer components than the snapshot",
+            got=tuple(x.shape),
+            expected=f"(n, {snapshot.sample.shape[-1]})",
+        )
     x = x[..., : snapshot.sample.shape[-1]].to(snapshot.sample.dtype)
     x, y, w = x.detach().cpu(), snapshot.sample.cpu(), snapshot.weights.cpu()
     w1, w2 = (emd(x, y, p=p, weights_y=w) for p in (1, 2))
@@ -197,8 +202,6 @@ def leave_one_out(
         >>> held.best, len(held.scores["none"])
         ('none', 2)
     """
-    from tqdm.auto import tqdm
-
     check_nonempty(list(methods), "methods")
     check_type(snapshots, Snapshots, "snapshots")
     check_choice(metric, ("w1", "w2", "mmd"), "metric")
@@ -210,7 +213,7 @@ def leave_one_out(
             hint="forecast scores the last one",
         )
     scores: dict[str, list[Score]] = {name: [] for name in methods}
-    with tqdm(total=len(chosen) * len(methods), disable=not progress, desc="held out") as bar:
+    with progress_bar(len(chosen) * len(methods), "held out", progress) as bar:
         for i in chosen:
             train, (held,) = snapshots.hold_out(i)
             for name, method in methods.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stochdyn.bridges import LinearDrift, Repressilator, Snapshots, refine
+from stochdyn.bridges import LinearDrift, Repressilator, Sinkhorn, Snapshots, refine
 from stochdyn.bridges.refinement import Anderson, get_vector, set_vector
 from stochdyn.datasets import repressilator
 
@@ -42,8 +42,8 @@ def test_acceleration_gets_further_in_as_many_iterations_and_never_up() -> None:
     """The repressilator's parameters are strongly correlated: plain iterations creep."""
     data = repressilator(15, times=[0.0, 1.5, 3.0, 4.5], seed=1)
     snaps = Snapshots(data.times, data.samples)
-    options = {"diffusion": 0.1, "outer": 6, "step": 0.2, "nodes": 8_000, "tolerance": 1e-6}
-    plain = refine(snaps, Repressilator(), **options)
-    fast = refine(snaps, Repressilator(), accelerate=True, **options)
+    options = {"diffusion": 0.1, "max_iterations": 6, "dt": 0.2, "tolerance": 1e-6}
+    plain = refine(snaps, Repressilator(), **options, method=Sinkhorn(num_nodes=8_000))
+    fast = refine(snaps, Repressilator(), **options, method=Sinkhorn(num_nodes=8_000, accelerate=True))
     assert fast.objective < plain.objective - 1.0
     assert float(fast.history.trace.diff().max()) < 0.05 * abs(fast.objective)

@@ -176,7 +176,7 @@ def test_a_nonlinear_reference_gives_a_bridge_that_passes_through_the_snapshots(
         [0.0, 1.0],
         [torch.rand(15, 2, generator=g, dtype=F64) * 0.3 + 4, 3 + torch.rand(12, 2, generator=g, dtype=F64)],
     )
-    bridge = SchrodingerBridge(snaps, family, 0.4, step=0.05).solve()
+    bridge = SchrodingerBridge(snaps, family, 0.4, dt=0.05).solve()
     path = bridge.sample(torch.tensor([0.0, 0.5, 1.0], dtype=F64), 3000, g)
     torch.testing.assert_close(path.x[:, -1].mean(0), snaps[1].mean, atol=0.03, rtol=0)
     law = bridge.marginal(0.5)
@@ -209,7 +209,7 @@ def test_a_population_that_grows_is_coupled_without_moving_far() -> None:
 def test_a_grid_too_coarse_for_the_drift_is_said() -> None:
     snaps = Snapshots([0.0, 1.0], [torch.zeros(3, 1, dtype=F64), torch.ones(3, 1, dtype=F64)])
     with pytest.warns(sd.errors.ApproximationWarning, match="too coarse"):
-        SchrodingerBridge(snaps, lambda t, x: -20 * torch.sin(x), 1.0, step=0.25).solve()
+        SchrodingerBridge(snaps, lambda t, x: -20 * torch.sin(x), 1.0, dt=0.25).solve()
 
 
 def test_particles_of_no_weight_need_not_be_reached() -> None:
@@ -226,13 +226,13 @@ SNAPS = Snapshots([0.0, 1.0], [torch.zeros(4, 2), torch.ones(4, 2)])
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: SchrodingerBridge([1, 2]), sd.errors.InvalidInputError, "must be Snapshots"),
+        (lambda: SchrodingerBridge([1, 2]), sd.errors.InvalidInputError, "snapshots"),
         (lambda: SchrodingerBridge(SNAPS, lambda t, x: x[..., :1]), sd.errors.ShapeError, "another shape"),
         (lambda: SchrodingerBridge(SNAPS, LinearDrift(3)), sd.errors.ShapeError, "another dimension"),
         (lambda: SchrodingerBridge(SNAPS, 3.0), sd.errors.InvalidInputError, "no family of drifts"),
         (lambda: SchrodingerBridge(SNAPS, diffusion=-1.0), sd.errors.DiffusionError, "positive"),
         (lambda: SchrodingerBridge(SNAPS, diffusion=torch.tensor([[1.0], [0.0]])), sd.errors.DiffusionError, "every component"),
-        (lambda: SchrodingerBridge(SNAPS, step=0.0), sd.errors.InvalidInputError, "step"),
+        (lambda: SchrodingerBridge(SNAPS, dt=0.0), sd.errors.InvalidInputError, "dt"),
         (lambda: SchrodingerBridge(SNAPS, diffusion=1e-4).solve(), sd.errors.DiffusionError, r"1\.41e\+04 standard deviations"),
         (lambda: SchrodingerBridge(SNAPS).marginal(0.5), sd.errors.UnavailableError, "solve"),
         (lambda: SchrodingerBridge(SNAPS).solve().marginal(1.5), sd.errors.TimeGridError, "inside"),
@@ -248,7 +248,7 @@ def test_bad_input_is_refused(make, error: type[Exception], message: str) -> Non
 def test_a_density_that_is_not_finite_is_an_error_with_its_cause() -> None:
     snaps = Snapshots([0.0, 1.0], [torch.zeros(3, 1, dtype=F64), torch.ones(3, 1, dtype=F64)])
     with pytest.raises(sd.errors.NonFiniteError):
-        SchrodingerBridge(snaps, lambda t, x: -1e90 * x**3, 1.0, step=0.1).solve()
+        SchrodingerBridge(snaps, lambda t, x: -1e90 * x**3, 1.0, dt=0.1).solve()
 
 
 def test_pairs_whose_law_is_not_finite_are_left_out_loudly() -> None:
@@ -258,5 +258,5 @@ def test_pairs_whose_law_is_not_finite_are_left_out_loudly() -> None:
         kept = finite_pairs(means, factors, torch.tensor([0.48, 0.04, 0.48]), 0.5)
     assert kept[0].flatten().tolist() == [0.0, 2.0]
     assert kept[2].tolist() == [0.5, 0.5]
-    with pytest.raises(sd.errors.NonFiniteError, match=r"smaller step"):
+    with pytest.raises(sd.errors.NonFiniteError, match=r"smaller dt"):
         finite_pairs(means, factors, torch.tensor([0.4, 0.2, 0.4]), 0.5)

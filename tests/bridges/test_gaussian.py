@@ -144,7 +144,7 @@ def test_paths_have_the_joint_law():
     bridge = linear(d=2)
     ts = torch.tensor([0.0, 0.5, 1.3], dtype=F64)
     n = 20000
-    x = bridge.sample(ts, n, generator=torch.Generator().manual_seed(0))
+    x = bridge.sample(ts, n, generator=torch.Generator().manual_seed(0)).x
     assert x.shape == (n, 3, 2)
     cov = bridge.joint_covariance(ts)
     scale = cov.diagonal().sqrt()
@@ -186,10 +186,10 @@ def test_vanishing_noise_is_optimal_transport_and_loud_noise_is_independence():
 def test_measure_and_flow():
     bridge = linear(d=2)
     ts = torch.linspace(0, HORIZON, 41, dtype=F64)
-    path = bridge.measure().sample(ts, (4000,), generator=torch.Generator().manual_seed(1))
+    path = bridge.as_diffusion().sample(ts, (4000,), generator=torch.Generator().manual_seed(1))
     error = (path.x[:, -1].mean(0) - bridge.mean1) / bridge.cov1.diagonal().sqrt()
     assert error.abs().max() < 5 / 4000**0.5 + 0.02  # and an Euler bias of the order of the step
-    x = bridge.sample(torch.tensor([0.7], dtype=F64), 3)[:, 0]
+    x = bridge.sample(torch.tensor([0.7], dtype=F64), 3).x[:, 0]
     assert torch.allclose(bridge.flow.log_prob(0.7, x), bridge.marginal(0.7).log_prob(x))
     residual = bridge.flow.residual(0.7, x, sd.FokkerPlanck(sd.SDE(bridge.drift, 0.7)))
     assert residual.abs().max() < 1e-6
@@ -236,7 +236,7 @@ def test_times_outside_and_ends_without_density():
     with pytest.raises(sd.errors.TimeGridError, match="inside the bridge"):
         bridge.mean(1.5)
     with pytest.raises(sd.errors.SingularDiffusionError, match="density"):
-        bridge.marginal(0.0)
+        bridge.marginal(0.0).log_prob(torch.zeros(1))
     with pytest.raises(sd.errors.ShapeError, match="x"):
         bridge.drift(0.5, torch.zeros(3, 2))
     assert bridge.covariance(0.0).item() == 0

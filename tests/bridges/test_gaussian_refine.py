@@ -43,7 +43,7 @@ def test_fewer_snapshots():
 
 
 def test_the_divergence_never_increases_and_contracts_at_the_square_of_the_parameters():
-    found = refine_gaussian(*ou_snapshots([0.0, 0.75, 1.5, 2.25, 3.0]), 0.5, outer=6)
+    found = refine_gaussian(*ou_snapshots([0.0, 0.75, 1.5, 2.25, 3.0]), 0.5, max_iterations=6)
     assert bool((found.kl[1:] < found.kl[:-1]).all())
     error = (found.drift_matrix.flatten() + 0.8).abs()
     rate = (error[5] / error[4]).item()
@@ -57,7 +57,7 @@ def test_a_system_in_two_dimensions_is_found():
     start = torch.tensor([2.0, 0.5], dtype=F64)
     law = sd.LinearGaussianMeasure(a, b, 0.4, start, torch.diag(torch.tensor([0.3, 0.05], dtype=F64)))
     times = torch.linspace(0, 3, 7, dtype=F64)
-    found = refine_gaussian(times, law.mean(times), law.covariance(times), 0.4, outer=20)
+    found = refine_gaussian(times, law.mean(times), law.covariance(times), 0.4, max_iterations=20)
     assert torch.allclose(found.drift_matrix[-1], a, atol=2e-4)
     assert torch.allclose(found.drift_offset[-1], b, atol=2e-4)
 

@@ -24,7 +24,7 @@ mpl.use("Agg")
 def fit() -> sd.bridges.Refinement:
     g = torch.Generator().manual_seed(0)
     clouds = [torch.randn(15, 2, generator=g, dtype=torch.float64) * 0.5 + i for i in range(3)]
-    return refine(Snapshots([0.0, 1.0, 2.0], clouds), LinearDrift(2), 0.5, outer=3, tolerance=1e-9)
+    return refine(Snapshots([0.0, 1.0, 2.0], clouds), LinearDrift(2), 0.5, max_iterations=3, tolerance=1e-09)
 
 
 def test_records_stack_into_arrays(fit) -> None:
@@ -62,12 +62,12 @@ def test_known_values_are_drawn() -> None:
 
 
 def test_trajectories_and_snapshots_are_drawn(fit) -> None:
-    axis = plot_trajectories(fit.measure, n=7, held_out=[fit.snapshots[1]])
+    axis = plot_trajectories(fit.measure, fit.snapshots, 7, held_out=[fit.snapshots[1]])
     assert len(axis.lines) == 7
     assert len(axis.collections) == 4
     mpl.pyplot.close("all")
-    line = SchrodingerBridge(Snapshots([0.0, 1.0], torch.zeros(2, 3, 1))).solve()
-    assert plot_trajectories(line, n=2).get_xlabel() == "t"
+    line = SchrodingerBridge(Snapshots([0.0, 1.0], torch.zeros(2, 3, 1)), diffusion=1.0).solve()
+    assert plot_trajectories(line, line.snapshots, 2).get_xlabel() == "t"
     mpl.pyplot.close("all")
 
 
@@ -75,4 +75,4 @@ def test_bad_pictures_are_refused(fit) -> None:
     with pytest.raises(sd.errors.EmptyDataError):
         plot_history(History())
     with pytest.raises(sd.errors.ShapeError, match="component"):
-        plot_trajectories(fit.measure, components=(0, 5))
+        plot_trajectories(fit.measure, fit.snapshots, components=(0, 5))

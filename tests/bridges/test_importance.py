@@ -94,7 +94,7 @@ def test_corrected_trajectories_have_the_law_of_the_pinned_process() -> None:
     n, spreads = 4000, {}
     for corrections in (0, 16):
         bridge = SchrodingerBridge(
-            Snapshots([0.0, 2 * h * steps], [zero, zero]), well, SIGMA, step=0.02, corrections=corrections
+            Snapshots([0.0, 2 * h * steps], [zero, zero]), well, SIGMA, dt=0.02, corrections=corrections
         ).solve()
         path = bridge.sample(torch.tensor([0.0, h * steps], dtype=F64), n, torch.Generator().manual_seed(0))
         spreads[corrections] = float(path.x[:, -1].var())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges import IPFBridge, LinearDrift, Snapshots, refine
+from stochdyn.bridges import IPF, IPFBridge, LinearDrift, Snapshots, refine
 from stochdyn.bridges.laws import GaussianProcessDrift, NetworkDrift
 
 F64 = torch.float64
@@ -35,7 +35,7 @@ def test_half_bridges_come_to_the_closed_form(snaps: Snapshots, learner) -> None
     """Moments of ends and middle, averaged over six runs of 100 paths each; tolerances from the spread of the runs."""
     moments = []
     for seed in range(6):
-        bridge = IPFBridge(snaps, diffusion=1.0, step=0.2, sweeps=4, learner=learner, seed=seed).solve()
+        bridge = IPFBridge(snaps, diffusion=1.0, dt=0.2, max_iterations=4, learner=learner, seed=seed).solve()
         path = bridge.sample(torch.tensor([0.0, 0.5, 1.0], dtype=F64), 2000, torch.Generator().manual_seed(0))
         first, middle, last = path.x[..., 0].unbind(-1)
         moments.append(
@@ -73,7 +73,7 @@ def test_a_prior_mean_is_kept_where_there_are_no_data() -> None:
 
 def test_stitched_trajectories_go_through_every_particle() -> None:
     clouds = [_quantiles(i, 0.2, 12) for i in range(3)]
-    bridge = IPFBridge(Snapshots([0.0, 1.0, 2.0], clouds), diffusion=0.5, step=0.25, sweeps=1).solve()
+    bridge = IPFBridge(Snapshots([0.0, 1.0, 2.0], clouds), diffusion=0.5, dt=0.25, max_iterations=1).solve()
     ts, paths = bridge.stitched(torch.Generator().manual_seed(0))
     assert paths.shape == (36, 9, 1)
     assert ts.tolist() == [0.25 * k for k in range(9)]
@@ -89,10 +89,9 @@ def test_the_loop_runs_with_this_solver() -> None:
         Snapshots([0.0, 0.75, 1.5], clouds),
         LinearDrift(1),
         0.5,
-        outer=3,
-        solver="ipf-gp",
-        step=0.15,
-        ipf_sweeps=4,
+        max_iterations=3,
+        dt=0.15,
+        method=IPF(max_iterations=4),
     )
     assert float(fit.parameters["matrix"]) == pytest.approx(-0.8, abs=0.35)
     assert float(fit.history.objective[-1]) < 0.3 * float(fit.history.objective[0])

@@ -16,17 +16,14 @@ from stochdyn.bridges import (
     GrowingBridge,
     IPFBridge,
     LinearDrift,
-    LotkaVolterra,
     PartialBridge,
     PartialGaussianBridge,
     SchrodingerBridge,
     Snapshots,
-    leave_one_out,
     momentum,
     plot_trajectories,
     score,
 )
-from stochdyn.errors import UnavailableError
 from stochdyn.testing import PathMeasureSuite
 
 F64 = torch.float64
@@ -36,7 +33,12 @@ def clouds(shift: float = 0.5, right: tuple[int, ...] = (10, 16, 22)) -> Snapsho
     """Two branches that move, of which one grows."""
     g = torch.Generator().manual_seed(0)
     samples = [
-        torch.cat((torch.randn(30 - n, 1, generator=g, dtype=F64) * 0.3 - 1, torch.randn(n, 1, generator=g, dtype=F64) * 0.3 + 1))
+        torch.cat(
+            (
+                torch.randn(30 - n, 1, generator=g, dtype=F64) * 0.3 - 1,
+                torch.randn(n, 1, generator=g, dtype=F64) * 0.3 + 1,
+            )
+        )
         + shift * k
         for k, n in enumerate(right)
     ]
@@ -86,13 +88,19 @@ def solved(name: str) -> PathMeasure:
             match = BridgeMatching(clouds(), 0.7, width=8, num_pairs=200, batch_size=64, refresh=10)
             return match.solve(20, progress=False)
         case "affine matching":
-            return BridgeMatching(clouds(), 0.7, width=0, num_pairs=200, batch_size=64, refresh=10).solve(20, progress=False)
+            return BridgeMatching(clouds(), 0.7, width=0, num_pairs=200, batch_size=64, refresh=10).solve(
+                20, progress=False
+            )
         case "partial":
             return PartialBridge(clouds(), *momentum(1, diffusion=2.0), num_hidden=10)
         case "partial gaussian":
-            return PartialGaussianBridge(times, means, covs, torch.eye(1, 2, dtype=F64), *momentum(1, diffusion=2.0))
+            return PartialGaussianBridge(
+                times, means, covs, torch.eye(1, 2, dtype=F64), *momentum(1, diffusion=2.0)
+            )
         case "gaussian":
-            return GaussianBridge(0 * one[0], 0.3 * one, one[0], 0.4 * one, 0.7, 1.0, -0.5 * one, 0.2 * one[0])
+            return GaussianBridge(
+                0 * one[0], 0.3 * one, one[0], 0.4 * one, 0.7, 1.0, -0.5 * one, 0.2 * one[0]
+            )
         case "chain":
             return GaussianChainBridge(times, means, covs, 0.7, -0.5 * one)
     raise AssertionError(name)
@@ -135,6 +143,8 @@ def test_every_bridge_is_scored_drawn_and_copied(name: str) -> None:
     found = score(law, clouds()[1], num_samples=200)
     assert 0 < found.w1 < 2
     assert score(law, clouds()[1], num_samples=200) == found
+    axis = plot_trajectories(law, clouds(), 5, num_times=8)
+    assert len(axis.lines) == 5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,4 +152,6 @@ def test_single_and_double_precision_and_back(name: str) -> None:
     law = copy.deepcopy(solved(name)).float()
     assert law.sample(torch.tensor([0.0, 0.5]), 3, 0).x.dtype == torch.float32
     again = law.double().sample(torch.tensor([0.0, 0.5], dtype=F64), 3, 0).x
-    torch.testing.assert_close(again, solved(name).sample(torch.tensor([0.0, 0.5], dtype=F64), 3, 0).x, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(
+        again, solved(name).sample(torch.tensor([0.0, 0.5], dtype=F64), 3, 0).x, atol=1e-2, rtol=1e-2
+    )

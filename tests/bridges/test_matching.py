@@ -59,20 +59,22 @@ def test_trajectories_go_through_the_snapshots_in_order():
     match = BridgeMatching(snaps, 0.3, width=0, num_pairs=512, batch_size=128, refresh=20, num_steps=10)
     match.fit(200, lr=2e-2, progress=False)
     ts = torch.tensor([0.0, 0.5, 1.0, 1.7, 2.0])
-    x = match.sample(ts, 400, torch.Generator().manual_seed(0))
+    x = match.sample(ts, 400, torch.Generator().manual_seed(0)).x
     assert x.shape == (400, 5, 2)
     for t, centre in ((0, 0.0), (2, 1.0), (4, 4.0)):
         assert (x[:, t].mean(0) - centre).abs().max() < 0.15
-    same = match.sample(ts, 400, torch.Generator().manual_seed(0))
+    same = match.sample(ts, 400, torch.Generator().manual_seed(0)).x
     assert torch.equal(x, same)
-    assert torch.equal(match.sample(ts[:2], 400, torch.Generator().manual_seed(0))[:, 0], x[:, 0])
+    assert torch.equal(match.sample(ts[:2], 400, torch.Generator().manual_seed(0)).x[:, 0], x[:, 0])
 
 
 def test_before_training_the_law_is_the_reference():
     snaps = Snapshots([0.0, 2.0], [torch.randn(10, 1), torch.randn(10, 1)])
     match = BridgeMatching(snaps, 0.5, rate=0.7, mean=0.3, num_pairs=16)
     x = torch.randn(5, 1)
-    assert torch.allclose(match.drift(1.0, x), 0.7 * (0.3 - x))
+    assert torch.allclose(match.regression.drift(0, 0, 0.5, x), 0.7 * (0.3 - x))
+    with pytest.raises(sd.errors.UnavailableError, match="solve"):
+        match.drift(1.0, x)
 
 
 def test_the_target_has_the_drift_of_the_pinned_process_for_its_mean():
@@ -110,8 +112,8 @@ def test_sinkhorn_start_is_nearer_to_the_bridge():
     snaps = gaussian_snapshots(1, n=2000)
     match = BridgeMatching(snaps, 1.0, num_pairs=2048, coupling="sinkhorn")
     torch.manual_seed(0)
-    match.renew(first=True)
-    x, y = match.pairs[0, 0, 0], match.pairs[0, 1, 0]
+    match.regression.renew(first=True)
+    x, y = match.regression.pairs[0, 0, 0], match.regression.pairs[0, 1, 0]
     cross = ((x - x.mean(0)) * (y - y.mean(0))).mean().item()
     assert abs(cross - (math.sqrt(5) - 1) / 2) < 5 * 1.2 / 2048**0.5
 
@@ -132,8 +134,10 @@ def test_bad_input(options, error):
 
 
 def test_times_outside():
-    match = BridgeMatching(Snapshots([0.0, 1.0], [torch.zeros(2, 1), torch.ones(2, 1)]), 1.0, num_pairs=4)
-    with pytest.raises(sd.errors.TimeGridError, match="within"):
+    match = BridgeMatching(
+        Snapshots([0.0, 1.0], [torch.zeros(2, 1), torch.ones(2, 1)]), 1.0, num_pairs=4, width=0
+    ).solve(1, progress=False)
+    with pytest.raises(sd.errors.TimeGridError, match="inside"):
         match.sample(torch.tensor([0.0, 1.5]), 3)
     with pytest.raises(sd.errors.InvalidInputError, match="interval"):
         match.couple(1, 5)

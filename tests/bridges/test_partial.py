@@ -10,7 +10,7 @@ from stochdyn.bridges import PartialBridge, PartialGaussianBridge, Snapshots, mo
 
 F64 = torch.float64
 MEANS, COVS = (0.0, 1.0, 0.5, 2.0), (0.3, 0.2, 0.5, 0.1)
-MATRIX, NOISE = momentum(1, friction=0.3, noise=0.7)
+MATRIX, NOISE = momentum(1, friction=0.3, diffusion=0.7)
 
 
 def quantiles(n):
@@ -33,7 +33,7 @@ def law():
 def exact():
     return PartialGaussianBridge(
         torch.arange(4, dtype=F64), torch.tensor(MEANS, dtype=F64)[:, None],
-        torch.tensor(COVS, dtype=F64)[:, None, None], torch.eye(1, 2, dtype=F64), MATRIX, NOISE,
+        torch.tensor(COVS, dtype=F64)[:, None, None], torch.eye(1, 2, dtype=F64), MATRIX, NOISE, torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64),
     )  # fmt: skip
 
 
@@ -87,10 +87,10 @@ def test_crossing_groups_go_straight_on():
     clouds = [(lane.repeat(20) + spread * torch.randn(40, generator=g))[:, None].double() for lane in lanes]
     law = PartialBridge(
         Snapshots([0.0, 1.0, 2.0, 3.0, 4.0], clouds),
-        *momentum(1, noise=0.3),
+        *momentum(1, diffusion=0.3),
         num_hidden=30,
-        rounds=3,
-        max_sweeps=2000,
+        num_rounds=3,
+        max_iterations=2000,
     )
     x = law.sample(torch.arange(5, dtype=F64), 500, torch.Generator().manual_seed(1)).x[..., 0]
     crossed = ((x[:, 0] < 0) == (x[:, 4] > 0)).double().mean()
@@ -112,4 +112,4 @@ def test_bad_input(options, error, words):
 
 def test_too_few_sweeps_are_reported():
     with pytest.warns(sd.errors.ConvergenceWarning, match="sweeps"):
-        PartialBridge(snapshots(10), MATRIX, NOISE, max_sweeps=2, rounds=1)
+        PartialBridge(snapshots(10), MATRIX, NOISE, max_iterations=2, num_rounds=1)

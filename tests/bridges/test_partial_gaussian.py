@@ -18,7 +18,8 @@ POSITION = torch.eye(1, 2, dtype=F64)
 
 
 def solved(**options):
-    return PartialGaussianBridge(TIMES, MEANS, COVS, POSITION, MOMENTUM, NOISE, **options)
+    start = {"initial_mean": torch.zeros(2, dtype=F64), "initial_cov": torch.eye(2, dtype=F64)}
+    return PartialGaussianBridge(TIMES, MEANS, COVS, POSITION, MOMENTUM, NOISE, **{**start, **options})
 
 
 def test_marginals_of_the_positions_and_their_memory():
@@ -63,7 +64,7 @@ def test_paths_pass_through_the_snapshots_and_move_by_their_velocity():
     law = solved()
     n = 20000
     ts = torch.linspace(0, 3, 31, dtype=F64)
-    x = law.sample(ts, n, generator=torch.Generator().manual_seed(0))
+    x = law.sample(ts, n, generator=torch.Generator().manual_seed(0)).x
     at = x[:, ::10, 0]
     assert ((at.mean(0) - MEANS[:, 0]) / COVS[:, 0, 0].sqrt()).abs().max() < 5 / n**0.5
     assert (at.var(0) / COVS[:, 0, 0] - 1).abs().max() < 5 * 2**0.5 / n**0.5
@@ -78,7 +79,7 @@ def test_paths_pass_through_the_snapshots_and_move_by_their_velocity():
 
 def test_too_few_sweeps_are_reported():
     with pytest.warns(sd.errors.ConvergenceWarning, match="sweeps"):
-        law = solved(max_sweeps=3)
+        law = solved(max_iterations=3)
     assert not law.converged
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import stochdyn as sd
-from stochdyn.bridges import LinearDrift, LotkaVolterra, Snapshots, refine
+from stochdyn.bridges import Adam, LinearDrift, LotkaVolterra, Sinkhorn, Snapshots, refine
 
 F64 = torch.float64
 
@@ -41,10 +41,8 @@ def _ou_snapshots(times: list[float], n: int = 81) -> tuple[Snapshots, float]:
 @pytest.fixture(scope="module")
 def ou() -> tuple[sd.bridges.Refinement, float]:
     snaps, entropy = _ou_snapshots([0.0, 0.75, 1.5, 2.25, 3.0])
-    fit = refine(
-        snaps, LinearDrift(1), diffusion=0.5, outer=10, step=0.05, tolerance=1e-30,
-        sinkhorn_tolerance=1e-12, nodes=4_000_000,
-    )  # fmt: skip
+    method = Sinkhorn(tolerance=1e-12, num_nodes=4_000_000)
+    fit = refine(snaps, LinearDrift(1), diffusion=0.5, dt=0.05, tolerance=1e-30, method=method)
     return fit, entropy
 
 
@@ -76,10 +74,9 @@ def test_three_snapshots_have_their_own_table() -> None:
         snaps,
         LinearDrift(1),
         diffusion=0.5,
-        step=0.05,
+        dt=0.05,
         tolerance=1e-30,
-        sinkhorn_tolerance=1e-12,
-        nodes=4_000_000,
+        method=Sinkhorn(tolerance=1e-12, num_nodes=4000000),
     )
     assert float(fit.parameters["matrix"]) == pytest.approx(-0.79977, abs=1.1e-5)
     assert float(fit.parameters["shift"]) == pytest.approx(0.79964, abs=1.1e-5)
@@ -96,19 +93,27 @@ def test_gauss_newton_and_least_squares_take_the_same_step() -> None:
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
             return self.rate * x + self.level
 
-    first = refine(snaps, LinearDrift(1), diffusion=0.5, outer=1, step=0.1)
-    second = refine(snaps, Same(), diffusion=0.5, outer=1, step=0.1)
+    first = refine(snaps, LinearDrift(1), diffusion=0.5, max_iterations=1, dt=0.1)
+    second = refine(snaps, Same(), diffusion=0.5, max_iterations=1, dt=0.1)
     assert float(second.parameters["rate"]) == pytest.approx(float(first.parameters["matrix"]), abs=1e-7)
     assert float(second.parameters["level"]) == pytest.approx(float(first.parameters["shift"]), abs=1e-7)
 
 
-def test_the_loop_stops_when_the_objective_no_longer_falls() -> None:
+def test_the_loop_stops_when_the_parameters_stand_still() -> None:
     snaps, _ = _ou_snapshots([0.0, 1.5, 3.0], 41)
-    fit = refine(snaps, LinearDrift(1), diffusion=0.5, outer=30, step=0.1, tolerance=1e-3, population=1.0)
-    assert "no longer falls" in fit.history.stopped
-    assert 2 < len(fit.history) < 8
+    fit = refine(
+        snaps,
+        LinearDrift(1),
+        diffusion=0.5,
+        max_iterations=30,
+        dt=0.1,
+        tolerance=0.001,
+        method=Sinkhorn(population=1.0),
+    )
+    assert "stand still" in fit.history.stopped
+    assert 2 < len(fit.history) < 12
     assert float(-fit.history.objective.diff()[-1]) < 1e-3
-    capped = refine(snaps, LinearDrift(1), diffusion=0.5, outer=2, step=0.1, tolerance=1e-12)
+    capped = refine(snaps, LinearDrift(1), diffusion=0.5, max_iterations=2, dt=0.1, tolerance=1e-12)
     assert len(capped.history) == 2
     assert "largest number" in capped.history.stopped
 
@@ -141,7 +146,7 @@ def volterra() -> Snapshots:
 
 def test_lotka_volterra_is_found_from_no_drift_at_all(volterra: Snapshots) -> None:
     """Tolerances are four standard deviations of the estimates over simulated data sets of this size."""
-    fit = refine(volterra, LotkaVolterra(), diffusion=0.1, outer=5, step=0.16)
+    fit = refine(volterra, LotkaVolterra(), diffusion=0.1, max_iterations=5, dt=0.16)
     spreads = {"alpha": (1.0, 0.012), "beta": (0.4, 0.005), "gamma": (0.4, 0.012), "delta": (0.1, 0.0042)}
     for name, (truth, spread) in spreads.items():
         assert float(fit.parameters[name]) == pytest.approx(truth, abs=4 * spread)
@@ -154,7 +159,10 @@ def test_lotka_volterra_is_found_from_no_drift_at_all(volterra: Snapshots) -> No
 def test_the_family_given_is_left_alone_and_runs_repeat_to_the_same_bits(volterra: Snapshots) -> None:
     family = LotkaVolterra()
     first, second = (
-        refine(volterra, family, diffusion=0.1, outer=2, step=0.2, seed=3, nodes=2000) for _ in range(2)
+        refine(
+            volterra, family, diffusion=0.1, max_iterations=2, dt=0.2, seed=3, method=Sinkhorn(num_nodes=2000)
+        )
+        for _ in range(2)
     )
     assert not family.theta.detach().any()
     assert torch.equal(first.family.theta, second.family.theta)
@@ -172,12 +180,14 @@ def test_priors_of_a_pyro_model_act() -> None:
         rate = pyro.sample("rate", dist.Normal(torch.tensor(-1.0, dtype=F64), width))
         return lambda t, x: rate * (x - 1)
 
-    loose = refine(snaps, model, diffusion=0.5, outer=1, step=0.1, population=1e9)
-    tight = refine(snaps, model, diffusion=0.5, outer=1, step=0.1, population=1e-9)
+    loose = refine(
+        snaps, model, diffusion=0.5, max_iterations=1, dt=0.1, method=Sinkhorn(population=1000000000.0)
+    )
+    tight = refine(snaps, model, diffusion=0.5, max_iterations=1, dt=0.1, method=Sinkhorn(population=1e-09))
     assert float(tight.parameters["rate"]) == pytest.approx(-1.0, abs=1e-4)
-    nodes = sd.bridges.SchrodingerBridge(snaps, diffusion=0.5, step=0.1).solve().nodes(200_000)
+    nodes = sd.bridges.SchrodingerBridge(snaps, diffusion=0.5, dt=0.1).solve().nodes(200_000)
     curvature = float((nodes.weight * (nodes.x[:, 0] - 1) ** 2).sum()) / 0.25
-    between = refine(snaps, model, diffusion=0.5, outer=1, step=0.1, population=100.0)
+    between = refine(snaps, model, diffusion=0.5, max_iterations=1, dt=0.1, method=Sinkhorn(population=100.0))
     data, prior = 100 * curvature, 1 / width**2
     expected = (data * float(loose.parameters["rate"]) - prior) / (data + prior)
     assert float(between.parameters["rate"]) == pytest.approx(expected, abs=1e-3)
@@ -194,7 +204,7 @@ def test_positive_parameters_of_a_pyro_model_stay_positive() -> None:
         level = pyro.sample("level", dist.Normal(torch.tensor(0.0, dtype=F64), 5.0))
         return lambda t, x: rate * (level - x)
 
-    fit = refine(snaps, model, diffusion=0.5, outer=8, step=0.1, population=1000.0)
+    fit = refine(snaps, model, diffusion=0.5, max_iterations=8, dt=0.1, method=Sinkhorn(population=1000.0))
     assert float(fit.parameters["rate"]) == pytest.approx(0.8, abs=0.02)
     assert float(fit.parameters["level"]) == pytest.approx(1.0, abs=0.02)
 
@@ -211,7 +221,14 @@ def test_a_network_brings_the_objective_down() -> None:
             return self.net(x)
 
     torch.manual_seed(0)
-    fit = refine(snaps, Network(), diffusion=0.5, outer=3, step=0.2, nodes=20_000, projection_steps=200)
+    fit = refine(
+        snaps,
+        Network(),
+        diffusion=0.5,
+        max_iterations=3,
+        dt=0.2,
+        method=Sinkhorn(num_nodes=20000, projection=Adam(steps=200)),
+    )
     assert float(fit.history.objective[0] - fit.history.objective[-1]) > 0.9 * 3.0
     x = torch.linspace(1.0, 2.5, 5, dtype=F64)[:, None]
     torch.testing.assert_close(fit.family(torch.tensor(0.0), x), 0.8 - 0.8 * x, atol=0.15, rtol=0)
@@ -221,7 +238,7 @@ def test_the_strength_of_the_noise_is_learnt() -> None:
     """Exact marginals of the process with noise 0.5, a first guess of 0.8: the only fixed point is the truth."""
     snaps, _ = _ou_snapshots([0.0, 0.75, 1.5, 2.25, 3.0], 61)
     fit = refine(
-        snaps, LinearDrift(1), diffusion=0.8, outer=60, step=0.1, learn_diffusion=True, tolerance=1e-9
+        snaps, LinearDrift(1), diffusion=0.8, max_iterations=60, dt=0.1, learn_diffusion=True, tolerance=1e-09
     )
     assert float(fit.diffusion.sqrt()) == pytest.approx(0.5, abs=0.01)
     assert float(fit.parameters["matrix"]) == pytest.approx(-0.8, abs=0.02)
@@ -241,14 +258,28 @@ def test_what_snapshots_cannot_tell_is_said() -> None:
             return torch.stack((x, 2 * x), -1)
 
     with pytest.warns(sd.errors.ApproximationWarning, match="can't be told"):
-        refine(Snapshots([0.0, 1.0, 2.0], clouds), Two(), diffusion=0.5, outer=1)
+        refine(Snapshots([0.0, 1.0, 2.0], clouds), Two(), diffusion=0.5, max_iterations=1)
 
 
 def test_restarts_return_the_best_attempt(volterra: Snapshots) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        one = refine(volterra, LotkaVolterra(), diffusion=0.3, outer=2, step=0.2, nodes=2000)
-        best = refine(volterra, LotkaVolterra(), diffusion=0.3, outer=2, step=0.2, nodes=2000, restarts=1)
+        one = refine(
+            volterra,
+            LotkaVolterra(),
+            diffusion=0.3,
+            max_iterations=2,
+            dt=0.2,
+            method=Sinkhorn(num_nodes=2000),
+        )
+        best = refine(
+            volterra,
+            LotkaVolterra(),
+            diffusion=0.3,
+            max_iterations=2,
+            dt=0.2,
+            method=Sinkhorn(num_nodes=2000, restarts=1),
+        )
     assert best.objective <= one.objective + 1e-9
 
 
@@ -258,16 +289,16 @@ SNAPS = Snapshots([0.0, 1.0], [torch.zeros(4, 2), torch.ones(4, 2)])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"snapshots": [1]}, sd.errors.InvalidInputError, "must be Snapshots"),
+        ({"snapshots": [1]}, sd.errors.InvalidInputError, "snapshots"),
         ({"family": lambda t, x: x}, sd.errors.InvalidInputError, "no parameters"),
         ({"family": LinearDrift(3)}, sd.errors.ShapeError, "another dimension"),
         ({"family": nn.Linear(2, 1)}, TypeError, "positional"),
-        ({"outer": 0}, sd.errors.InvalidInputError, "outer"),
-        ({"solver": "magic"}, sd.errors.InvalidInputError, "solver"),
+        ({"max_iterations": 0}, sd.errors.InvalidInputError, "max_iterations"),
+        ({"method": "magic"}, sd.errors.InvalidInputError, "method"),
         ({"diffusion": 0.0}, sd.errors.DiffusionError, "positive"),
         ({"diffusion": 1e-5}, sd.errors.DiffusionError, "standard deviations"),
         ({"tolerance": 0.0}, sd.errors.InvalidInputError, "tolerance"),
-        ({"start": "middle"}, sd.errors.InvalidInputError, "start"),
+        ({"dt": float("nan")}, sd.errors.InvalidInputError, "dt"),
     ],
 )
 def test_bad_input_is_refused(change: dict, error: type[Exception], message: str) -> None:

@@ -8,9 +8,10 @@ import signal
 import pytest
 import torch
 
-from stochdyn.bridges import LinearDrift, LotkaVolterra, RefinementInterrupted, Snapshots, refine
-from stochdyn.bridges.refinement import Loop
-from stochdyn.errors import ForeignCheckpointError, InvalidInputError, UnavailableError
+from stochdyn.bridges import IPF, LinearDrift, LotkaVolterra, Sinkhorn, Snapshots, refine
+from stochdyn.bridges.refinement import Attempt
+from stochdyn.errors import ForeignCheckpointError, InvalidInputError
+from stochdyn.run import Interrupted
 
 F64 = torch.float64
 
@@ -22,7 +23,7 @@ def clouds() -> Snapshots:
     return Snapshots([0.0, 0.5, 1.0], [c + 0.1 * torch.randn(12, 2, generator=g, dtype=F64) for c in centres])
 
 
-OPTIONS = {"diffusion": 0.3, "step": 0.1, "tolerance": 1e-9, "nodes": 2000}
+OPTIONS = {"diffusion": 0.3, "dt": 0.1, "tolerance": 1e-9, "method": Sinkhorn(num_nodes=2000)}
 
 
 def same(one, other) -> None:
@@ -37,64 +38,80 @@ def same(one, other) -> None:
 @pytest.mark.parametrize(
     ("family", "more"),
     [
-        (LotkaVolterra(), {"accelerate": True}),
+        (LotkaVolterra(), {"method": Sinkhorn(num_nodes=2000, accelerate=True)}),
         (LinearDrift(2), {"learn_diffusion": True}),
-        (LotkaVolterra(), {"relaxation": 20.0, "corrections": 4}),
+        (LotkaVolterra(), {"method": Sinkhorn(num_nodes=2000, relaxation=20.0, corrections=4)}),
     ],
     ids=["accelerated", "noise learnt", "relaxed and corrected"],
 )
 def test_a_run_that_stopped_goes_on_to_the_same_bits(clouds, tmp_path, family, more) -> None:
-    whole = refine(clouds, family, outer=5, **OPTIONS, **more)
-    refine(clouds, family, outer=2, checkpoint=tmp_path, **OPTIONS, **more)
-    rest = refine(clouds, family, outer=5, checkpoint=tmp_path, resume=True, **OPTIONS, **more)
+    whole = refine(clouds, family, max_iterations=5, **{**OPTIONS, **more})
+    refine(clouds, family, max_iterations=2, checkpoint=tmp_path, **{**OPTIONS, **more})
+    rest = refine(clouds, family, max_iterations=5, checkpoint=tmp_path, resume=True, **{**OPTIONS, **more})
     assert len(rest.history) > 2
     same(whole, rest)
 
 
-def test_restarts_go_on_too(clouds, tmp_path) -> None:
-    more = {**OPTIONS, "restarts": 2, "outer": 2}
+def test_restarts_go_on_too_after_an_error(clouds, tmp_path, monkeypatch) -> None:
+    more = {**OPTIONS, "max_iterations": 2, "method": Sinkhorn(num_nodes=2000, restarts=2)}
     whole = refine(clouds, LotkaVolterra(), **more)
-    refine(clouds, LotkaVolterra(), **{**more, "restarts": 1}, checkpoint=tmp_path)
+    plain, count = Attempt.iterate, []
+
+    def failing(self: Attempt) -> None:
+        count.append(1)
+        if len(count) == 4:
+            raise RuntimeError("in the second iteration of the second attempt")
+        plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "iterate", failing)
+        with pytest.raises(RuntimeError, match="second attempt") as caught:
+            refine(clouds, LotkaVolterra(), **more, checkpoint=tmp_path)
+    assert len(caught.value.result.history) > 0
     same(whole, refine(clouds, LotkaVolterra(), **more, checkpoint=tmp_path, resume=True))
 
 
 def test_a_finished_run_is_read_and_not_run_again(clouds, tmp_path, monkeypatch) -> None:
-    first = refine(clouds, LotkaVolterra(), outer=2, checkpoint=tmp_path, **OPTIONS)
-    monkeypatch.setattr(Loop, "iterate", lambda self: pytest.fail("it was done already"))
-    same(first, refine(clouds, LotkaVolterra(), outer=2, checkpoint=tmp_path, resume=True, **OPTIONS))
+    first = refine(clouds, LotkaVolterra(), max_iterations=2, checkpoint=tmp_path, **OPTIONS)
+    monkeypatch.setattr(Attempt, "iterate", lambda self: pytest.fail("it was done already"))
+    same(
+        first, refine(clouds, LotkaVolterra(), max_iterations=2, checkpoint=tmp_path, resume=True, **OPTIONS)
+    )
 
 
 def test_ctrl_c_waits_for_the_iteration(clouds, tmp_path, monkeypatch) -> None:
-    plain = Loop.iterate
+    plain = Attempt.iterate
 
-    def interrupted(self: Loop) -> float:
+    def interrupted(self: Attempt) -> None:
         if len(self.history) == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return plain(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "iterate", interrupted)
-        with pytest.raises(RefinementInterrupted) as caught:
-            refine(clouds, LotkaVolterra(), outer=4, checkpoint=tmp_path, **OPTIONS)
+        patch.setattr(Attempt, "iterate", interrupted)
+        with pytest.raises(Interrupted) as caught:
+            refine(clouds, LotkaVolterra(), max_iterations=4, checkpoint=tmp_path, **OPTIONS)
     assert len(caught.value.result.history) == 2
-    rest = refine(clouds, LotkaVolterra(), outer=4, checkpoint=tmp_path, resume=True, **OPTIONS)
-    same(refine(clouds, LotkaVolterra(), outer=4, **OPTIONS), rest)
+    rest = refine(clouds, LotkaVolterra(), max_iterations=4, checkpoint=tmp_path, resume=True, **OPTIONS)
+    same(refine(clouds, LotkaVolterra(), max_iterations=4, **OPTIONS), rest)
 
 
 def test_another_run_is_refused(clouds, tmp_path) -> None:
-    refine(clouds, LotkaVolterra(), outer=1, checkpoint=tmp_path, **OPTIONS)
+    refine(clouds, LotkaVolterra(), max_iterations=1, checkpoint=tmp_path, **OPTIONS)
     moved = clouds.map(lambda x: x + 1)
     with pytest.raises(ForeignCheckpointError, match="snapshots"):
-        refine(moved, LotkaVolterra(), outer=1, checkpoint=tmp_path, resume=True, **OPTIONS)
+        refine(moved, LotkaVolterra(), max_iterations=1, checkpoint=tmp_path, resume=True, **OPTIONS)
     other = {**OPTIONS, "diffusion": 0.4}
     with pytest.raises(ForeignCheckpointError, match="diffusion"):
-        refine(clouds, LotkaVolterra(), outer=1, checkpoint=tmp_path, resume=True, **other)
+        refine(clouds, LotkaVolterra(), max_iterations=1, checkpoint=tmp_path, resume=True, **other)
     with pytest.raises(ForeignCheckpointError, match="weight"):
-        refine(clouds, LinearDrift(2), outer=1, checkpoint=tmp_path, resume=True, **OPTIONS)
+        refine(clouds, LinearDrift(2), max_iterations=1, checkpoint=tmp_path, resume=True, **OPTIONS)
 
 
 def test_bad_input(clouds, tmp_path) -> None:
     with pytest.raises(InvalidInputError, match="resume"):
         refine(clouds, LotkaVolterra(), resume=True, **OPTIONS)
-    with pytest.raises(UnavailableError, match="checkpoints"):
-        refine(clouds, LotkaVolterra(), solver="ipf-gp", checkpoint=tmp_path, **OPTIONS)
+    with pytest.raises(InvalidInputError, match="tolerance does nothing"):
+        refine(clouds, LotkaVolterra(), diffusion=0.3, tolerance=0.1, method=IPF())
+    with pytest.raises(InvalidInputError, match="learn_diffusion does nothing"):
+        refine(clouds, LotkaVolterra(), diffusion=0.3, learn_diffusion=True, method="ipf")

@@ -55,23 +55,12 @@ def test_a_gaussian_bridge_scores_as_a_sample_of_itself():
     one = torch.ones(1, 1, dtype=F64)
     law = sd.bridges.GaussianBridge(0 * one[0], one, one[0], one, 1.0, 1.0)
 
-    class Law:
-        def marginal(self, t):
-            normal = law.marginal(t)
-
-            class Drawn:
-                def sample(self, n, generator):
-                    white = torch.randn(n, 1, dtype=F64, generator=generator)
-                    return normal.mean + white * normal.covariance_matrix.sqrt()
-
-            return Drawn()
-
     seen = Snapshot(
         0.5,
-        law.sample(torch.tensor([0.5], dtype=F64), 500, torch.Generator().manual_seed(3))[:, 0],
+        law.sample(torch.tensor([0.5], dtype=F64), 500, torch.Generator().manual_seed(3)).x[:, 0],
         torch.full((500,), 1 / 500, dtype=F64),
     )
-    assert score(Law(), seen).w1 < 2.5 * sampling_floor(seen).w1
+    assert score(law, seen).w1 < 2.5 * sampling_floor(seen).w1
 
 
 def test_the_floor_falls_as_the_root_of_the_size():
@@ -79,7 +68,7 @@ def test_the_floor_falls_as_the_root_of_the_size():
     floors = []
     for n in (100, 1600):
         x = torch.randn(n, 1, dtype=F64, generator=g)
-        floors.append(sampling_floor(Snapshot(0.0, x, torch.full((n,), 1 / n, dtype=F64)), repeats=20).w1)
+        floors.append(sampling_floor(Snapshot(0.0, x, torch.full((n,), 1 / n, dtype=F64)), num_samples=20).w1)
     assert 2.5 < floors[0] / floors[1] < 6.0
 
 
@@ -144,6 +133,6 @@ def test_bad_input(call, error, words):
 
 
 def test_forecasts_into_the_past():
-    fit = refine(ou_snapshots([0.0, 1.0, 2.0], n=10), LinearDrift(1), diffusion=0.5, outer=1)
+    fit = refine(ou_snapshots([0.0, 1.0, 2.0], n=10), LinearDrift(1), diffusion=0.5, max_iterations=1)
     with pytest.raises(sd.errors.TimeGridError, match="last snapshot"):
         forecast(fit, torch.tensor([1.0, 3.0]))

@@ -11,12 +11,14 @@ import torch
 
 import stochdyn as sd
 from stochdyn.bridges import (
+    Adam,
     BridgeProfile,
     LinearDrift,
     LinearResponse,
     LotkaVolterra,
     NeuralDrift,
     Repressilator,
+    Sinkhorn,
     Snapshots,
     bootstrap,
     families_of,
@@ -46,7 +48,13 @@ def snapshots(n=40, seed=0):
 @pytest.fixture(scope="module")
 def fit():
     return refine(
-        snapshots(), LinearDrift(1), diffusion=0.5, outer=30, tolerance=1e-5, step=0.1, nodes=20_000
+        snapshots(),
+        LinearDrift(1),
+        diffusion=0.5,
+        max_iterations=30,
+        tolerance=1e-05,
+        dt=0.1,
+        method=Sinkhorn(num_nodes=20000),
     )
 
 
@@ -68,10 +76,10 @@ def test_the_response_follows_refits_to_first_order(fit, response):
                 again,
                 fit.family,
                 diffusion=0.5,
-                start="family",
-                outer=30,
-                tolerance=1e-6,
-                step=0.1,
+                max_iterations=30,
+                tolerance=1e-06,
+                dt=0.1,
+                method=Sinkhorn(from_family=True),
             ).family
         )
         moved = (exact - response.converged).norm()
@@ -97,10 +105,10 @@ def test_the_bootstrap_is_as_wide_as_estimates_scatter(fit):
                 snapshots(seed=s),
                 LinearDrift(1),
                 diffusion=0.5,
-                outer=6,
-                tolerance=1e-3,
-                step=0.1,
-                nodes=5000,
+                max_iterations=6,
+                tolerance=0.001,
+                dt=0.1,
+                method=Sinkhorn(num_nodes=5000),
             )
             .parameters["matrix"]
             .flatten()
@@ -115,7 +123,7 @@ def test_the_bootstrap_is_as_wide_as_estimates_scatter(fit):
 
 @pytest.mark.slow
 def test_full_refits_agree_with_the_response(fit):
-    full = bootstrap(fit, 10, seed=2, refit="full", outer=6, nodes=5000)
+    full = bootstrap(fit, 10, seed=2, refit="full", max_iterations=6, num_nodes=5000)
     linear = bootstrap(fit, 200, seed=2)
     a, b = (torch.as_tensor(i.posterior["shift"].values.copy()).flatten() for i in (full, linear))
     assert abs(a.mean() - b.mean()) < 5 * b.std() / 10**0.5
@@ -138,7 +146,7 @@ def test_families_of_a_posterior(fit):
     assert len(families) == 20
     first = torch.as_tensor(idata.posterior["matrix"].values[0, 0].copy())
     assert torch.allclose(families[0].named_values()["matrix"], first)
-    other = refine(snapshots(), LinearDrift(1, shift=False), diffusion=0.5, outer=1)
+    other = refine(snapshots(), LinearDrift(1, shift=False), diffusion=0.5, max_iterations=1)
     with pytest.raises(sd.errors.InvalidInputError, match="another family"):
         families_of(other, idata)
 
@@ -204,7 +212,9 @@ def test_a_prior_acts():
         mean = pyro.sample("mean", dist.Normal(torch.tensor(1.0, dtype=F64), 1.0))
         return lambda t, x: rate * (mean - x)
 
-    strong = refine(snapshots(12), model, diffusion=0.5, outer=2, step=0.4, nodes=3000)
+    strong = refine(
+        snapshots(12), model, diffusion=0.5, max_iterations=2, dt=0.4, method=Sinkhorn(num_nodes=3000)
+    )
     assert abs(strong.parameters["rate"].log().item() + 1.0) < 0.1
     result = fit_profile(strong, steps=1, num_particles=1)
     draws = torch.as_tensor(result.posterior(5).posterior["rate"].values.copy()).flatten()
@@ -256,20 +266,27 @@ def test_rotations_that_snapshots_cannot_show():
 def test_posteriors_warn_of_rotations():
     g = torch.Generator().manual_seed(0)
     still = [torch.randn(60, 2, generator=g, dtype=F64) for _ in range(3)]
-    fit = refine(Snapshots([0.0, 1.0, 2.0], still), LinearDrift(2, shift=False), diffusion=1.0, outer=3)
+    fit = refine(
+        Snapshots([0.0, 1.0, 2.0], still), LinearDrift(2, shift=False), diffusion=1.0, max_iterations=3
+    )
     with pytest.warns(sd.errors.ApproximationWarning, match="rotation"):
-        posterior(fit, 3, refit="full", outer=1)
+        posterior(fit, 3, refit="full", max_iterations=1)
 
 
 def test_too_many_parameters():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sd.errors.ApproximationWarning)
         fit = refine(
-            snapshots(10), NeuralDrift(1, width=8), diffusion=0.5, outer=1, projection_steps=5, step=0.4
+            snapshots(10),
+            NeuralDrift(1, width=8),
+            diffusion=0.5,
+            max_iterations=1,
+            dt=0.4,
+            method=Sinkhorn(projection=Adam(steps=5)),
         )
     with pytest.raises(sd.errors.InvalidInputError, match="too many"):
         LinearResponse(fit)
-    idata = bootstrap(fit, 2, outer=1)
+    idata = bootstrap(fit, 2, max_iterations=1)
     assert idata.attrs["refit"] == "full"
     with pytest.raises(sd.errors.InvalidInputError, match="method"):
         posterior(fit, 2, "mcmc")
@@ -282,7 +299,12 @@ def test_intervals_of_lotka_volterra_cover_the_truth():
     for seed in range(20):
         data = sd.datasets.lotka_volterra(50, times=[0.0, 2.0, 4.0, 6.0, 8.0], seed=seed)
         fit = refine(
-            Snapshots(data.times, data.samples), LotkaVolterra(), 0.1, outer=20, step=0.1, tolerance=0.02
+            Snapshots(data.times, data.samples),
+            LotkaVolterra(),
+            0.1,
+            max_iterations=20,
+            dt=0.1,
+            tolerance=0.02,
         )
         draws = torch.as_tensor(bootstrap(fit, 200, centre=True).posterior["coordinates"].values[0].copy())
         low, high = draws.quantile(0.05, 0), draws.quantile(0.95, 0)

@@ -13,7 +13,9 @@ from .mechanistic import Repressilator as Repressilator
 from .neural import NeuralDrift as NeuralDrift
 from .neural import PotentialDrift as PotentialDrift
 from .neural import SumDrift as SumDrift
+from .pyro_family import FunctionDrift as FunctionDrift
 from .pyro_family import ModuleDrift as ModuleDrift
 from .pyro_family import PyroDrift as PyroDrift
 from .pyro_family import as_family as as_family
+from .pyro_family import named_defaults as named_defaults
 from .pyro_family import required_arguments as required_arguments

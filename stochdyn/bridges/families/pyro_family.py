@@ -1,19 +1,20 @@
-"""Any drift as a family: modules, and Pyro models that return a drift, whose priors then act."""
+"""Any drift as a family: modules, functions of named parameters, and Pyro models that return a drift, whose priors then act."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import check_callable, check_positive_int, check_real
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.errors import InvalidInputError, ShapeError, UnknownSiteError
 
-__all__ = ["ModuleDrift", "PyroDrift", "as_family", "required_arguments"]
+__all__ = ["FunctionDrift", "ModuleDrift", "PyroDrift", "as_family", "named_defaults", "required_arguments"]
 
 Drift = Callable[[Tensor, Tensor], Tensor]
 
@@ -52,6 +53,60 @@ class ModuleDrift(DriftFamily):
     def named_values(self) -> dict[str, Tensor]:
         """Return the module's own names."""
         return {name: value.detach().clone() for name, value in self.module.named_parameters()}
+
+
+class FunctionDrift(DriftFamily):
+    """A function of time, state and named parameters as a family; the defaults are where the parameters start.
+
+    Use it for a mechanism that is written down as a formula.
+
+    Args:
+        function: ``drift(t, x, rate=1.0, ...)``; every further argument is a number.
+        dim: ``d``.
+        positive: the names of parameters that stay positive, kept as logarithms; none if empty.
+
+    Raises:
+        InvalidInputError: if there are no parameters, a default isn't a number, or a positive one isn't.
+        ShapeError: if the drift of a point ``(1, d)`` has another shape.
+
+    Example:
+        >>> def decay(t, x, rate=0.5, level=1.0):
+        ...     return rate * (level - x)
+        >>> FunctionDrift(decay, 1, positive=["rate"]).named_values()
+        {'rate': tensor(0.5000), 'level': tensor(1.)}
+    """
+
+    def __init__(self, function: Callable[..., Tensor], dim: int, positive: Sequence[str] = ()) -> None:
+        super().__init__(dim)
+        check_callable(function, "function", "drift(t, x, rate=1.0, ...)")
+        defaults = named_defaults(function)
+        if not defaults:
+            raise InvalidInputError("the function has no parameters", expected="drift(t, x, rate=1.0, ...)")
+        unknown = set(positive) - set(defaults)
+        if unknown:
+            raise InvalidInputError(
+                "positive names no parameter", got=sorted(unknown)[0], expected=" | ".join(defaults)
+            )
+        self.function, self.positive, self.names = function, tuple(positive), tuple(defaults)
+        self.raw = nn.ParameterDict()
+        for name, value in defaults.items():
+            check_real(value, name, above=0.0 if name in self.positive else -math.inf)
+            start = torch.tensor(float(value))
+            self.raw[_key(name)] = nn.Parameter(start.log() if name in self.positive else start)
+        _check_drift(self, torch.zeros(1, dim))
+
+    def values(self) -> dict[str, Tensor]:
+        """Return the parameters by name, with gradients."""
+        raw = {name: self.raw[_key(name)] for name in self.names}
+        return {name: value.exp() if name in self.positive else value for name, value in raw.items()}
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """See :meth:`DriftFamily.forward`."""
+        return self.function(t, x, **self.values())
+
+    def named_values(self) -> dict[str, Tensor]:
+        """Return the parameters by name."""
+        return {name: value.detach().clone() for name, value in self.values().items()}
 
 
 class PyroDrift(DriftFamily):
@@ -181,14 +236,23 @@ def as_family(drift: Any, dim: int) -> DriftFamily:
             raise ShapeError("the family is for another dimension", got=drift.dim, expected=dim)
         return drift
     arguments = required_arguments(drift)
+    if arguments == 2 and not isinstance(drift, nn.Module) and named_defaults(drift):
+        return FunctionDrift(drift, dim)
     if arguments == 0:
         return PyroDrift(drift, dim)
     if isinstance(drift, nn.Module):
         return ModuleDrift(drift, dim)
+    if arguments is not None and arguments > 2:
+        raise InvalidInputError(
+            "the parameters of a drift need values to start from",
+            got=f"a function that needs {arguments} arguments",
+            expected="drift(t, x, rate=1.0, ...)",
+            hint="give each parameter a number as its default",
+        )
     raise InvalidInputError(
         "this is no family of drifts",
         got=type(drift).__name__,
-        expected="a DriftFamily, a torch.nn.Module drift(t, x), or a Pyro model without arguments that returns a drift",
+        expected="a DriftFamily, a torch.nn.Module drift(t, x), a function drift(t, x, rate=1.0, ...), or a Pyro model without arguments",
         hint="a drift with nothing to learn needs no refinement: give it to SchrodingerBridge as its reference",
     )
 
@@ -207,6 +271,16 @@ def required_arguments(function: Any) -> int | None:
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in named.values()):
         return None
     return sum(p.kind in kinds and p.default is p.empty for p in named.values())
+
+
+def named_defaults(function: Any) -> dict[str, Any]:
+    """Return the names and defaults of what a function takes beyond the arguments that it needs."""
+    try:
+        named = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name: p.default for p in named if p.kind in kinds and p.default is not p.empty}
 
 
 def _latent_sites(trace: Any) -> list[str]:

@@ -41,6 +41,7 @@ from .partial_gaussian import unit_information as unit_information
 from .reference import EmpiricalLaw as EmpiricalLaw
 from .reference import FixedDrift as FixedDrift
 from .reference import as_reference as as_reference
+from .reference import default_diffusion as default_diffusion
 from .reference import fitted_family as fitted_family
 from .reference import spread_of as spread_of
 from .sampling import draw_partners as draw_partners

@@ -27,7 +27,7 @@ from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import GaussianMarginal, Generator, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import Path, PathSample
-from stochdyn.core.sde.coefficients import Coefficient
+from stochdyn.core.sde.coefficients import Coefficient, as_coefficient
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError, TimeGridError
 
@@ -106,13 +106,14 @@ class GaussianBridge(PathMeasure):
         self.reference = LinearGaussianMeasure(
             self.drift_matrix, self.drift_offset, diffusion, mean0, self.cov0
         )
+        self._coefficient = as_coefficient(diffusion)
         self.register_load_state_dict_post_hook(_refresh)
         self._refresh()
 
     @property
     def diffusion(self) -> Coefficient:
         """The noise of the reference and of the bridge."""
-        return self.reference.diffusion
+        return self._coefficient
 
     def _refresh(self) -> None:
         """Work out all that follows from ends and reference."""
@@ -257,9 +258,7 @@ class GaussianBridge(PathMeasure):
         grid = as_time_grid(ts, min_points=1)
         shape, source = as_sample_shape(sample_shape), as_generator(generator, self.mean0.device)
         joint = self.joint_covariance(grid)
-        noise = torch.randn(
-            *shape, joint.shape[-1], dtype=joint.dtype, device=joint.device, generator=source
-        )
+        noise = torch.randn(*shape, joint.shape[-1], dtype=joint.dtype, device=joint.device, generator=source)
         paths = (noise @ psd_factor(joint).mT).reshape(*shape, len(grid), self.dim)
         return PathSample(grid, self.mean(grid) + paths, paths.new_empty(*shape, len(grid) - 1, 0), {}, self)
 

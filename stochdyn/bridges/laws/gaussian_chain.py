@@ -103,10 +103,14 @@ class GaussianChainBridge(PathMeasure):
             raise TimeGridError(
                 "t must lie inside the snapshots", got=clock.tolist(), expected=f"[{low:g}, {high:g}]"
             )
-        index = torch.searchsorted(self.times, clock.contiguous(), right=after).clamp(1, len(self.bridges)) - 1
+        index = (
+            torch.searchsorted(self.times, clock.contiguous(), right=after).clamp(1, len(self.bridges)) - 1
+        )
         return index, clock - self.times[index]
 
-    def _gather(self, t: Tensor | float, moment: Callable[[GaussianBridge, Tensor], Tensor], event: int) -> Tensor:
+    def _gather(
+        self, t: Tensor | float, moment: Callable[[GaussianBridge, Tensor], Tensor], event: int
+    ) -> Tensor:
         index, elapsed = self._place(t)
         like = self.bridges[0].mean0
         out = like.new_empty(*index.shape, *(self.dim,) * event)

@@ -88,7 +88,12 @@ class GrowingBridge(PathMeasure):
         if growth is not None:
             check_real(growth, "growth", minimum=0.0, maximum=1.0)
             if options.get("relaxation") is not None:
-                check_type(options["relaxation"], type(None), "relaxation", "it says what growth costs; growth says its share")
+                check_type(
+                    options["relaxation"],
+                    type(None),
+                    "relaxation",
+                    "it says what growth costs; growth says its share",
+                )
         if trend is not None:
             check_type(trend, DensityTrend, "trend")
         self.growth, self.trend = None if growth is None else float(growth), trend
@@ -127,7 +132,10 @@ class GrowingBridge(PathMeasure):
             for name, j in (("rows", i), ("columns", i + 1)):
                 x = self.snapshots.samples[j]
                 change = torch.stack(
-                    [self.growth * trend.log_ratio(x, start + s * (end - start), start).double() for s in shares]
+                    [
+                        self.growth * trend.log_ratio(x, start + s * (end - start), start).double()
+                        for s in shares
+                    ]
                 )
                 parts = change.new_tensor([1 - s if name == "rows" else s for s in shares])
                 tilt = parts[:, None] * (change - 0.5 * change[-1])
@@ -150,7 +158,9 @@ class GrowingBridge(PathMeasure):
         balanced = self.bridge.like().solve()
         values, weights = [], []
         for i, (plan, part) in enumerate(zip(balanced.plans, balanced._transitions, strict=True)):
-            first, second, weight = choose_pairs(plan, 10_000, torch.Generator(plan.cost.device).manual_seed(0))
+            first, second, weight = choose_pairs(
+                plan, 10_000, torch.Generator(plan.cost.device).manual_seed(0)
+            )
             x, y = self.snapshots.samples[i][first], self.snapshots.samples[i + 1][second]
             values.append(0.5 * part.chain(x, y).whitened(x.mT, y.mT).square().sum(0))
             weights.append(weight)

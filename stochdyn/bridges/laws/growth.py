@@ -165,9 +165,7 @@ class Growth:
         found = torch.searchsorted(reach, point * reach[:, -1:], right=True).squeeze(-1)
         return found.clamp_max(reach.shape[-1] - 1)
 
-    def run(
-        self, first: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, list[Births]]:
+    def run(self, first: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, list[Births]]:
         r"""Draw pairs for paths that start at ``first (n,)``, and their deaths and births.
 
         From one node to the next a path keeps its pair with probability :math:`\min(1,q_{k+1}/q_k)`; else it dies at an even chance of

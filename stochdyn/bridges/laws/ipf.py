@@ -28,7 +28,7 @@ from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
 from stochdyn.bridges.laws.kernel_drift import at_times, owner
 from stochdyn.bridges.laws.nodes import DriftNodes
-from stochdyn.bridges.laws.reference import EmpiricalLaw, as_reference, spread_of
+from stochdyn.bridges.laws.reference import EmpiricalLaw, as_reference, default_diffusion, spread_of
 from stochdyn.core.forward.generators import FokkerPlanck
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
@@ -75,7 +75,7 @@ class GaussianProcessDrift(DriftRegression):
     strength: Tensor
 
     def __init__(
-        self, lengthscale: float = 1.0, variance: float | None = None, mean: Field | None = None
+        self, lengthscale: float = 3.0, variance: float | None = None, mean: Field | None = None
     ) -> None:
         super().__init__()
         check_positive(lengthscale, "lengthscale")
@@ -211,7 +211,9 @@ class IPFBridge(PathMeasure):
         family, own = as_reference(reference, snapshots)
         self.snapshots = snapshots
         self.family: DriftFamily = ZeroDrift(snapshots.dim) if family is None else family
-        self.diffusion = diffusion if diffusion is not None else own if own is not None else 1.0
+        self.diffusion = diffusion if diffusion is not None else own
+        if self.diffusion is None:
+            self.diffusion = default_diffusion(snapshots)
         self.register_buffer("spread", spread_of(self.diffusion, snapshots))
         self.spread: Tensor
         self.sigma = float(self.spread.diagonal().mean().sqrt())
@@ -373,7 +375,9 @@ class IPFBridge(PathMeasure):
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the regressed drift at times ``t`` and states ``x (*batch, d)``; at a snapshot that of the interval after it."""
         self._solved()
-        return at_times(self.snapshots, t, x, lambda time, own: self._drift(self.forward_drifts, 1, time, own))
+        return at_times(
+            self.snapshots, t, x, lambda time, own: self._drift(self.forward_drifts, 1, time, own)
+        )
 
     @torch.no_grad()
     def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stochdyn._checks import (
     as_generator,
@@ -34,6 +33,7 @@ from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import DiffusionError, InvalidInputError, UnavailableError
+from stochdyn.run.progress import progress_bar
 from stochdyn.run.randomness import fork_random_state, seed_everything
 from stochdyn.run.result import FitResult
 
@@ -132,7 +132,9 @@ class BridgeMatching(PathMeasure):
         """``d``, the number of components of the state."""
         return self.snapshots.dim
 
-    def solve(self, steps: int = 3000, lr: float = 2e-3, seed: int | None = 0, **options: Any) -> BridgeMatching:
+    def solve(
+        self, steps: int = 3000, lr: float = 2e-3, seed: int | None = 0, **options: Any
+    ) -> BridgeMatching:
         """Train by :meth:`fit`, whose arguments it takes; returns this law."""
         self.fit(steps, lr, seed, **options)
         return self
@@ -200,10 +202,12 @@ class BridgeMatching(PathMeasure):
         with fork_random_state(seed, self.regression.pairs.device):
             if seed is not None:
                 seed_everything(seed, self.regression.pairs.device)
-            for _ in tqdm(range(-(-steps // self.regression.refresh)), disable=not progress):
+            for _ in progress_bar(range(-(-steps // self.regression.refresh)), "fit", progress):
                 losses.append(self.regression(None).loss)
                 self.regression.calls += self.regression.refresh - 1
-        return FitResult(torch.stack(losses).cpu(), self.regression, time.perf_counter() - began, steps=len(losses))
+        return FitResult(
+            torch.stack(losses).cpu(), self.regression, time.perf_counter() - began, steps=len(losses)
+        )
 
     def _trained(self) -> MatchingRegression:
         if not int(self.regression.calls):
@@ -287,7 +291,9 @@ class BridgeMatching(PathMeasure):
         states, sums, total = [], [], torch.zeros_like(x)
         for i in range(owners[-1] + 1):
             start, end = times[i : i + 2].tolist()
-            inside = [(t - start) / (end - start) for t, k in zip(wanted.tolist(), owners, strict=True) if k == i]
+            inside = [
+                (t - start) / (end - start) for t, k in zip(wanted.tolist(), owners, strict=True) if k == i
+            ]
             clock = torch.tensor([*(min(max(s, 0.0), 1.0) for s in inside), 1.0], dtype=torch.float64)
             path, driven = regression.follow(i, x, clock, source)
             states.append(path[:-1])

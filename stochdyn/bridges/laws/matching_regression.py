@@ -222,7 +222,6 @@ class IntervalDrift(nn.Module):
     affine: Tensor
     gram: Tensor
     moment: Tensor
-    label: Tensor
 
     def __init__(self, num_intervals: int, centre: Tensor, scale: Tensor, width: int) -> None:
         super().__init__()
@@ -237,7 +236,6 @@ class IntervalDrift(nn.Module):
         if width:
             inputs = dim + _BASIS + (num_intervals if num_intervals > 1 else 0)
             self.net = MLP((inputs, width, width, dim), zero_last=True).to(centre)
-        self.register_buffer("label", torch.eye(num_intervals).to(centre), persistent=False)
 
     def forward(self, s: Tensor, x: Tensor) -> Tensor:
         """Return ``(I, n, d)`` for times ``s`` in ``[0, 1]``, broadcastable to ``(I, n, 1)``, and ``x (I, n, d)``."""
@@ -252,8 +250,10 @@ class IntervalDrift(nn.Module):
     def _residual(self, state: Tensor, basis: Tensor) -> Tensor:
         assert self.net is not None
         parts = [state, basis]
-        if self.label.shape[0] > 1:
-            parts.append(self.label[:, None].expand(-1, state.shape[1], -1))
+        count = self.affine.shape[0]
+        if count > 1:
+            label = torch.eye(count, dtype=state.dtype, device=state.device)
+            parts.append(label[:, None].expand(-1, state.shape[1], -1))
         return self.net(torch.cat(parts, -1))
 
     @torch.no_grad()

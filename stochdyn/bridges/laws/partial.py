@@ -147,10 +147,12 @@ class PartialBridge(PathMeasure):
         size = covs.diagonal(dim1=-2, dim2=-1).mean(0) + means.var(0, correction=0)
         if not bool((size > 0).all()):
             raise InvalidInputError("snapshots neither move nor spread in some component", got=size.tolist())
-        gauss = PartialGaussianBridge(
-            snapshots.times, means, covs + 1e-6 * torch.diag(size), observe,
-            drift_matrix.to(like), diffusion, initial_mean, initial_cov, tolerance=1e-8,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # it only says where to draw
+            gauss = PartialGaussianBridge(
+                snapshots.times, means, covs + 1e-6 * torch.diag(size), observe,
+                drift_matrix.to(like), diffusion, initial_mean, initial_cov, tolerance=1e-6,
+            )  # fmt: skip
         self.reference, self._steps = gauss.reference, gauss._steps
         self.register_load_state_dict_post_hook(_refresh)
         generator = torch.Generator(like.device).manual_seed(seed)

@@ -106,6 +106,8 @@ class PartialGaussianBridge(PathMeasure):
         check_positive(tolerance, "tolerance")
         dim, seen = _check_arguments(times, means, covs, observe, drift_matrix)
         offset = means.new_zeros(dim) if drift_offset is None else drift_offset
+        for own in covs:
+            _inverse(own, "covs")
         if initial_mean is None or initial_cov is None:
             found = unit_information(times, means, covs, observe, drift_matrix, offset)
         mean = found[0] if initial_mean is None else initial_mean
@@ -254,7 +256,9 @@ class PartialGaussianBridge(PathMeasure):
                 got=f"{float(ts.min()):g} to {float(ts.max()):g}",
                 expected=f"[{float(self.times[0]):g}, {float(self.times[-1]):g}]",
             )
-        return torch.searchsorted(self.times, ts.to(self.times).contiguous()).clamp(1, len(self.times) - 1) - 1
+        return (
+            torch.searchsorted(self.times, ts.to(self.times).contiguous()).clamp(1, len(self.times) - 1) - 1
+        )
 
     def _clock(self, ts: Tensor, k: int) -> Tensor:
         """Times since snapshot ``k``, no further than the next one."""

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from stochdyn._checks import check_finite
+from stochdyn._checks import as_tensor, check_finite
 from stochdyn.bridges.data.snapshots import Snapshot, Snapshots
 from stochdyn.bridges.families.base import DriftFamily
-from stochdyn.bridges.families.pyro_family import as_family, required_arguments
+from stochdyn.bridges.families.pyro_family import as_family, named_defaults, required_arguments
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.sde.coefficients import Coefficient, Scalar, as_coefficient
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import DiffusionError, ShapeError, UnavailableError
 
-__all__ = ["EmpiricalLaw", "FixedDrift", "as_reference", "fitted_family", "spread_of"]
+__all__ = ["EmpiricalLaw", "FixedDrift", "as_reference", "default_diffusion", "fitted_family", "spread_of"]
 
 
 class FixedDrift(DriftFamily):
@@ -42,6 +42,7 @@ def fitted_family(drift: Any, snapshots: Snapshots) -> DriftFamily:
         NonFiniteError: if it isn't finite where the particles are.
     """
     plain = callable(drift) and not isinstance(drift, nn.Module) and required_arguments(drift) == 2
+    plain = plain and not named_defaults(drift)
     family = FixedDrift(drift, snapshots.dim) if plain else as_family(copy.deepcopy(drift), snapshots.dim)
     family = family.to(device=snapshots.device, dtype=snapshots.dtype)
     x = snapshots.samples[0][:3]
@@ -70,6 +71,23 @@ def as_reference(reference: Any, snapshots: Snapshots) -> tuple[DriftFamily | No
     return fitted_family(sde.drift, snapshots), sde.diffusion(snapshots.times[0].to(x), x)
 
 
+def default_diffusion(snapshots: Snapshots) -> Tensor:
+    r"""Return the noise by which independent partners of neighbouring snapshots are as far apart as the noise carries them.
+
+    .. math:: \sigma^2=\frac1I\sum_i\frac{|m_{i+1}-m_i|^2+\mathrm{tr}\,S_i+\mathrm{tr}\,S_{i+1}}{d\,(t_{i+1}-t_i)}
+
+    Raises:
+        DiffusionError: if all particles coincide.
+    """
+    means = torch.stack([snap.mean for snap in snapshots])
+    traces = torch.stack([snap.covariance.diagonal().sum() for snap in snapshots])
+    squares = means.diff(dim=0).square().sum(-1) + traces[1:] + traces[:-1]
+    sigma = (squares / snapshots.durations.to(squares)).mean().div(snapshots.dim).sqrt()
+    if not float(sigma) > 0:
+        raise DiffusionError("diffusion is needed where all particles coincide", hint="give diffusion=...")
+    return sigma
+
+
 def spread_of(diffusion: Any, snapshots: Snapshots) -> Tensor:
     """Return the covariance rate ``G G^T (d, d)`` of a constant diffusion, in the precision of the snapshots.
 
@@ -78,6 +96,10 @@ def spread_of(diffusion: Any, snapshots: Snapshots) -> Tensor:
     """
     if callable(diffusion) and not isinstance(diffusion, Coefficient):
         raise UnavailableError("a reference needs constant noise", got="a diffusion that is a function")
+    if not isinstance(diffusion, Coefficient):
+        diffusion = as_tensor(
+            diffusion, "diffusion", (0, 1, 2), "a number, (d,) or (d, d)", like=snapshots.samples[0]
+        )
     coefficient = as_coefficient(diffusion)
     coefficient.check()
     coefficient.check_dim(snapshots.dim)

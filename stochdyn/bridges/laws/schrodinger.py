@@ -28,7 +28,7 @@ from stochdyn.bridges.laws.growth import Growth
 from stochdyn.bridges.laws.linearised import AffineTransition, Transition, transition
 from stochdyn.bridges.laws.marginal import BridgeMarginal
 from stochdyn.bridges.laws.nodes import DriftNodes, bridge_nodes, choose_pairs, effective_pairs
-from stochdyn.bridges.laws.reference import EmpiricalLaw, as_reference, spread_of
+from stochdyn.bridges.laws.reference import EmpiricalLaw, as_reference, default_diffusion, spread_of
 from stochdyn.core.forward.operator import ForwardOperator
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import Generator, SampleShape
@@ -78,7 +78,8 @@ class SchrodingerBridge(PathMeasure):
         reference: a drift (:class:`DriftFamily`, ``nn.Module`` or callable ``(t, x)``), an :class:`SDE` or a
             :class:`DiffusionMeasure`; Brownian motion if None.
         diffusion: the noise of the reference, in units of state per root of time: a number, ``(d,)``, or an invertible
-            ``(d, d)`` matrix; if None, that of the reference, or for a drift alone and Brownian motion 1.
+            ``(d, d)`` matrix; if None, that of the reference, or for a drift alone and Brownian motion the noise by which particles
+            diffuse as far as they are apart at random (:func:`~stochdyn.bridges.laws.default_diffusion`).
         dt: the spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
         tolerance: the largest marginal error of a coupling, in L1.
         max_iterations: the largest number of iterations of each coupling.
@@ -132,7 +133,9 @@ class SchrodingerBridge(PathMeasure):
         self.snapshots = snapshots
         family, own = as_reference(reference, snapshots)
         self.family: DriftFamily = ZeroDrift(snapshots.dim) if family is None else family
-        self.diffusion = diffusion if diffusion is not None else own if own is not None else 1.0
+        self.diffusion = diffusion if diffusion is not None else own
+        if self.diffusion is None:
+            self.diffusion = default_diffusion(snapshots)
         self.register_buffer("spread", spread_of(self.diffusion, snapshots))
         self.dt = float(snapshots.durations.min()) / _POINTS if dt is None else float(dt)
         self.tolerance, self.max_iterations = float(tolerance), max_iterations
@@ -208,9 +211,15 @@ class SchrodingerBridge(PathMeasure):
                 stacklevel=2,
             )
         if not self.converged:
+            far = [
+                f"t={float(t):g}: {own[:8].tolist()}"
+                for t, own in zip(self.snapshots.times, self.outliers(), strict=True)
+                if len(own)
+            ]
+            named = f". Particles far from all others, by index: {'; '.join(far)}" if far else ""
             warnings.warn(
                 f"A coupling stopped with a marginal error of {float(self.marginal_errors.max()):.1e} "
-                f"(tolerance {self.tolerance:.1e}). Allow more max_iterations or a larger diffusion",
+                f"(tolerance {self.tolerance:.1e}). Allow more max_iterations or a larger diffusion{named}",
                 ConvergenceWarning,
                 stacklevel=2,
             )
@@ -251,6 +260,8 @@ class SchrodingerBridge(PathMeasure):
         """Points, regularisation and cost of the transport problem of an interval."""
         x, y = self.snapshots.samples[i : i + 2]
         a, b = self.snapshots.weights[i : i + 2]
+        if isinstance(part, AffineTransition) and self.relaxation is not None:
+            return None, None, 1.0, self._log_unit(part) - part.log_kernel(x, y)
         if isinstance(part, AffineTransition):
             before, after = part.whitened(x, y)
             self._check_reach(i, _nearest(before[a > 0], after[b > 0]))
@@ -264,7 +275,11 @@ class SchrodingerBridge(PathMeasure):
             )
         seen = kernel[a > 0][:, b > 0]
         self._check_reach(i, (-2 * (seen - seen.max())).amin(-2).clamp_min(0).sqrt())
-        return None, None, 1.0, -kernel
+        return None, None, 1.0, (self._log_unit(part) if self.relaxation is not None else 0.0) - kernel
+
+    def _log_unit(self, part: Transition) -> Tensor:
+        """The log density of the noise alone at its mean: costs of relaxed couplings, whose mass they decide, are relative to it."""
+        return -0.5 * torch.logdet(2 * torch.pi * self.spread * (part.end - part.start))
 
     def _couple(
         self, i: int, part: Transition, start: tuple[Tensor, Tensor] | None
@@ -278,10 +293,11 @@ class SchrodingerBridge(PathMeasure):
                 x, y, reg, a, b, cost, self.tolerance, max_iterations=self.max_iterations,
                 warm_start=start, relaxation=relaxation, memory=self.memory,
             )  # fmt: skip
+        if relaxation is not None:
+            return plan, plan.value - self._log_unit(part)
         if not isinstance(part, AffineTransition):
             return plan, plan.value
-        mass = 1.0 if relaxation is None else plan.mass
-        return plan, plan.value / reg - part.log_constant() * mass
+        return plan, plan.value / reg - part.log_constant()
 
     def _restored(self, i: int, part: Transition) -> TransportPlan:
         """The coupling that the potentials stand for."""
@@ -326,7 +342,9 @@ class SchrodingerBridge(PathMeasure):
             growths: list[Growth | None] = [None] * len(plans)
             for i, plan in enumerate(plans):
                 if self._tilted:
-                    growths[i] = Growth(plan, getattr(self, f"rows{i}"), getattr(self, f"columns{i}"), masses[i])
+                    growths[i] = Growth(
+                        plan, getattr(self, f"rows{i}"), getattr(self, f"columns{i}"), masses[i]
+                    )
                 elif self.relaxation is not None:
                     growths[i] = Growth.even(plan, weights[i], weights[i + 1], masses[i])
             self._growths = growths
@@ -353,9 +371,29 @@ class SchrodingerBridge(PathMeasure):
         self.plans  # noqa: B018, raises if there are none
         return self._report[1].sum()
 
-    def nodes(
-        self, num_nodes: int = 1_000_000, generator: torch.Generator | int | None = None
-    ) -> DriftNodes:
+    @torch.no_grad()
+    def outliers(self, factor: float = 3.0) -> list[Tensor]:
+        """Return for each snapshot the indices ``(k,)`` of particles that are far from all others of its neighbours in time.
+
+        Far is more than ``factor`` times the median distance to the nearest partner, in units of the noise between the snapshots, at all
+        neighbouring snapshots. Such particles make couplings slow and dominate distances of second order.
+        """
+        check_real(factor, "factor", above=1.0)
+        far = [torch.ones(n, dtype=torch.bool, device=self.spread.device) for n in self.snapshots.sizes]
+        for i, part in enumerate(self._transitions):
+            x, y = self.snapshots.samples[i : i + 2]
+            if isinstance(part, AffineTransition):
+                before, after = part.whitened(x, y)
+                forth, back = _nearest(after, before), _nearest(before, after)
+            else:
+                kernel = part.log_kernel(x, y)
+                distance = (-2 * (kernel - kernel.max())).sqrt()
+                forth, back = distance.amin(1), distance.amin(0)
+            for j, own in ((i, forth), (i + 1, back)):
+                far[j] &= own > factor * own.median().clamp_min(1.0)
+        return [own.nonzero()[:, 0] for own in far]
+
+    def nodes(self, num_nodes: int = 1_000_000, generator: torch.Generator | int | None = None) -> DriftNodes:
         """Return about ``num_nodes`` weighted states and drifts that stand for the bridge; see :class:`DriftNodes`.
 
         Where they don't suffice for all pairs that carry a coupling at all times, pairs are seen at fewer times each.
@@ -384,7 +422,9 @@ class SchrodingerBridge(PathMeasure):
         values = []
         for i, (plan, part) in enumerate(zip(self.plans, self._transitions, strict=True)):
             own = part if family is None else transition(family, self.spread, part.start, part.end, self.dt)
-            first, second, weight = choose_pairs(plan, num_pairs, torch.Generator(self.spread.device).manual_seed(0))
+            first, second, weight = choose_pairs(
+                plan, num_pairs, torch.Generator(self.spread.device).manual_seed(0)
+            )
             x, y = self.snapshots.samples[i][first], self.snapshots.samples[i + 1][second]
             white = own.chain(x, y).whitened(x.mT, y.mT)
             values.append((weight * white) @ white.mT)
@@ -415,7 +455,13 @@ class SchrodingerBridge(PathMeasure):
         check_inside(grid, self.snapshots.times, "ts", "the snapshots")
         shape, source = as_sample_shape(sample_shape), as_generator(generator, self.spread.device)
         x, dw = sampling.draw_paths(
-            self.snapshots, self.plans, self._transitions, self._growth, grid, torch.Size(shape).numel(), source
+            self.snapshots,
+            self.plans,
+            self._transitions,
+            self._growth,
+            grid,
+            torch.Size(shape).numel(),
+            source,
         )
         if not bool(torch.isfinite(x).all()):
             raise NonFiniteError(
@@ -448,7 +494,9 @@ class SchrodingerBridge(PathMeasure):
         i = kernel_drift.owner(times, time)[0]
         part, growth = self._transitions[i], self._growth[i]
         coupling = plans[i] if growth is None else growth.coupling(self._side(i).share(time))
-        first, second, weight = choose_pairs(coupling, max_pairs, torch.Generator(times.device).manual_seed(0))
+        first, second, weight = choose_pairs(
+            coupling, max_pairs, torch.Generator(times.device).manual_seed(0)
+        )
         x, y = self.snapshots.samples[i][first], self.snapshots.samples[i + 1][second]
         law = sampling.pinned_law(part, x, y, time)
         return BridgeMarginal(time, *sampling.finite_pairs(*law, weight, time))

@@ -117,7 +117,9 @@ def check_information(response: LinearResponse, stacklevel: int = 3) -> None:
 def check_counts(snapshots: Snapshots, family: DriftFamily, stacklevel: int = 3) -> None:
     """Warn if the snapshots after the first hold no more different numbers than the family has parameters."""
     size = sum(p.numel() for p in family.parameters() if p.requires_grad)
-    distinct = [len(torch.unique(x[w > 0], dim=0)) for x, w in zip(snapshots.samples, snapshots.weights, strict=True)]
+    distinct = [
+        len(torch.unique(x[w > 0], dim=0)) for x, w in zip(snapshots.samples, snapshots.weights, strict=True)
+    ]
     numbers = snapshots.dim * sum(distinct[1:])
     if numbers <= size:
         warnings.warn(

@@ -57,7 +57,7 @@ class LinearResponse:
     """
 
     def __init__(self, fit: Refinement, ignore_prior: bool = False) -> None:
-        self.fit, self.bridge, self.family = fit, fit.measure, fit.family
+        self.fit, self.bridge, self.family = fit, fit.bridge, fit.family
         self.estimate = flatten(self.family)
         if self.estimate.numel() > _MAX_PARAMETERS:
             raise InvalidInputError(
@@ -75,7 +75,7 @@ class LinearResponse:
             pair_moments(self.bridge, i, part, plan, self.family, white)
             for i, (part, plan) in enumerate(zip(transitions, plans, strict=True))
         ]
-        gram, moment = self._moments([plan.plan()[None] for plan in plans])
+        gram, moment = self._moments([(plan.plan() / plan.mass)[None] for plan in plans])
         self.complete = gram[0]
         self.jacobian = self._differences()
         self.converged = self._fixed_point(_solve(gram, moment))[0]
@@ -107,12 +107,17 @@ class LinearResponse:
         for i, plan in enumerate(self.bridge.plans):
             count = weights[i].shape[0]
             f, g = plan.potentials
+            # totals of both ends, which count where marginals are relaxed
+            a, b = weights[i] * plan.weights_x.sum(), weights[i + 1] * plan.weights_y.sum()
             again = sinkhorn(
-                None, None, plan.reg, weights[i], weights[i + 1], plan.cost_matrix.expand(count, -1, -1),
+                None, None, plan.reg, a.to(f), b.to(f), plan.cost_matrix.expand(count, -1, -1),
                 tolerance=max(self.bridge.tolerance, 1e-5),
+                max_iterations=self.bridge.max_iterations,
                 warm_start=(f.expand(count, -1).contiguous(), g.expand(count, -1).contiguous()),
+                relaxation=plan.relaxation,
             )  # fmt: skip
-            couplings.append(again.plan())
+            own = again.plan()
+            couplings.append(own / own.sum((-2, -1), keepdim=True))
         return self._fixed_point(_solve(*self._moments(couplings)))
 
     def _fixed_point(self, step: Tensor) -> Tensor:
@@ -121,7 +126,8 @@ class LinearResponse:
 
     def _moments(self, couplings: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Normal equations ``(B, P, P)`` and ``(B, P)`` for couplings ``(B, n, m)`` of each interval."""
-        gram, moment = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        gram = torch.zeros((), dtype=torch.float64, device=self.estimate.device)
+        moment = torch.zeros_like(gram)
         for (first, second, grams, moments), plan in zip(self._pairs, couplings, strict=True):
             mass = plan[:, first, second].double()
             gram = gram + torch.einsum("bs,sij->bij", mass, grams)
@@ -135,7 +141,7 @@ class LinearResponse:
         reach = (torch.linalg.inv(self.complete).diagonal() / particles).clamp_min(0).sqrt()
         columns = []
         for k in range(size):
-            delta = torch.zeros(size, dtype=torch.float64)
+            delta = torch.zeros_like(self.estimate)
             delta[k] = 0.5 * reach[k]
             ahead, back = (self._iterate(self.estimate + sign * delta) for sign in (1.0, -1.0))
             columns.append((ahead - back) / (2 * delta[k]))
@@ -146,10 +152,11 @@ class LinearResponse:
         moved = with_coordinates(self.family, theta)
         old = self.bridge
         bridge = old.like(reference=moved).solve(old)
-        gram, moment = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        gram = torch.zeros((), dtype=torch.float64, device=self.estimate.device)
+        moment = torch.zeros_like(gram)
         for i, (part, plan) in enumerate(zip(bridge._transitions, bridge.plans, strict=True)):
             first, second, grams, moments = pair_moments(bridge, i, part, plan, self.family, self._white)
-            mass = plan.plan()[first, second].double()
+            mass = (plan.plan() / plan.mass)[first, second].double()
             gram = gram + torch.einsum("s,sij->ij", mass, grams)
             moment = moment + mass @ moments
         return self.estimate + _solve(gram[None], moment[None])[0]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
@@ -160,7 +159,12 @@ class Attempt:
         return math.sqrt(total / count)
 
     def _is_worse(
-        self, rise: float, family: DriftFamily, kept: DriftFamily, nodes: DriftNodes, bridge: SchrodingerBridge
+        self,
+        rise: float,
+        family: DriftFamily,
+        kept: DriftFamily,
+        nodes: DriftNodes,
+        bridge: SchrodingerBridge,
     ) -> bool:
         """Whether a rise of the objective, in nats of the population, is more than tolerance and Monte Carlo error explain."""
         allowed = max(self.task.tolerance, 1e-6)
@@ -380,7 +384,9 @@ class IPFLoop(Resumable[Any]):
     def step(self) -> None:
         """Project on the family; the next bridge follows."""
         clock, bridge, task = time.process_time(), self.bridge, self.task
-        generator = torch.Generator(task.snapshots.device).manual_seed(task.seed + 1000 * (1 + len(self.history)))
+        generator = torch.Generator(task.snapshots.device).manual_seed(
+            task.seed + 1000 * (1 + len(self.history))
+        )
         nodes = bridge.nodes(self.method.num_nodes, generator)
         project_drift(
             self.family, nodes, bridge.spread, population=self.population,

@@ -18,7 +18,7 @@ __all__ = ["IPF", "Method", "Sinkhorn", "as_method"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sinkhorn:
-    """Refinement with exact couplings: :class:`~stochdyn.bridges.SchrodingerBridge` and a projection in turn.
+    r"""Refinement with exact couplings: :class:`~stochdyn.bridges.SchrodingerBridge` and a projection in turn.
 
     It is what to use, unless the transition density of the family can't be had: then there is :class:`IPF`.
 
@@ -31,7 +31,7 @@ class Sinkhorn:
         restarts: the number of further attempts, from parameters drawn by the family's ``reset``; the best one is returned.
         num_nodes: the number of states that a projection sees.
         population: ``N``, the number of particles that the divergence counts for beside a prior and in the stopping rule, since
-            seeing these snapshots has the probability :math:`e^{-N\\min_q\\mathrm{KL}}` (Sanov); the mean size of a snapshot if None.
+            seeing these snapshots has the probability :math:`e^{-N\min_q\mathrm{KL}}` (Sanov); the mean size of a snapshot if None.
         relaxation: what deviations from the snapshots' weights and masses cost; see :class:`~stochdyn.bridges.SchrodingerBridge`.
         corrections: the number of paths per pair for importance weights of what linearisation leaves out; see
             :class:`~stochdyn.bridges.SchrodingerBridge`.
@@ -123,7 +123,13 @@ class IPF:
     ) -> IPFBridge:
         """Return an unsolved bridge with these options."""
         return IPFBridge(
-            snapshots, reference, diffusion, dt=dt, max_iterations=self.max_iterations, learner=self.learner, seed=seed
+            snapshots,
+            reference,
+            diffusion,
+            dt=dt,
+            max_iterations=self.max_iterations,
+            learner=self.learner,
+            seed=seed,
         )
 
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive, check_positive_int
-from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
+from stochdyn._checks import as_seed, check_positive, check_positive_int, check_real
 from stochdyn.bridges.refinement.identifiability import check_information
 from stochdyn.bridges.refinement.linear_response import (
     LinearResponse,
@@ -17,6 +16,7 @@ from stochdyn.bridges.refinement.linear_response import (
     with_coordinates,
 )
 from stochdyn.bridges.refinement.uncertainty import COORDINATES, redrawn_weights
+from stochdyn.run.progress import progress_bar
 
 if TYPE_CHECKING:
     from stochdyn.bridges.refinement.refinement import Refinement
@@ -46,7 +46,7 @@ class BridgeProfile:
         fit: what :func:`stochdyn.bridges.refine` returned.
         temper: :math:`\eta`, positive.
         population: :math:`N`; the mean size of a snapshot if None.
-        width: standard deviations ``(P,)`` of the normal prior about the fit that stands for a flat one where the family has no prior
+        width: the standard deviations ``(P,)`` of the normal prior about the fit that stands for a flat one where the family has no prior
             of its own.
     """
 
@@ -58,19 +58,26 @@ class BridgeProfile:
         width: Tensor | None = None,
     ) -> None:
         check_positive(temper, "temper")
-        self.fit, self.family, self.bridge = fit, fit.family, fit.measure
+        self.fit, self.family, self.bridge = fit, fit.family, fit.bridge
+        if population is not None:
+            check_real(population, "population", above=0.0)
         sizes = fit.snapshots.sizes
-        self.population = float(population or sum(sizes) / len(sizes))
+        self.population = sum(sizes) / len(sizes) if population is None else float(population)
         self.temper = float(temper)
         self.centre = flatten(self.family)
-        self.width = torch.full_like(self.centre, 1e3) if width is None else width
+        self.width = self._default_width() if width is None else width
         self.floor = float(self.bridge.objective)
         self._white = torch.linalg.inv(torch.linalg.cholesky(self.bridge.spread))
         self._memo: dict[bytes, tuple[Tensor, Tensor]] = {}
 
+    def _default_width(self) -> Tensor:
+        """A hundred standard errors, were paths seen, in the units of each parameter."""
+        information = self.population * LinearResponse(self.fit, ignore_prior=True).complete
+        return _WIDE * information.diagonal().rsqrt()
+
     def evaluate(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``F`` less its value at the fit, and its gradient ``(P,)``, at ``theta (P,)``."""
-        key = theta.detach().double().numpy().tobytes()
+        key = theta.detach().double().cpu().numpy().tobytes()
         if key not in self._memo:
             moved = with_coordinates(self.family, theta.detach())
             old = self.bridge
@@ -78,7 +85,7 @@ class BridgeProfile:
             gradient = torch.zeros_like(self.centre)
             for i, (part, plan) in enumerate(zip(bridge._transitions, bridge.plans, strict=True)):
                 first, second, _, moments = pair_moments(bridge, i, part, plan, moved, self._white)
-                gradient -= plan.plan()[first, second].double() @ moments
+                gradient -= (plan.plan() / plan.mass)[first, second].double() @ moments
             self._memo[key] = bridge.objective.double() - self.floor, gradient
         return self._memo[key]
 
@@ -163,7 +170,7 @@ def fit_profile(
     seed: int = 0,
     temper: float | None = None,
     population: float | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> ProfileFit:
     r"""Fit a Gaussian guide to the posterior of a :class:`BridgeProfile` by Pyro's SVI.
 
@@ -176,13 +183,13 @@ def fit_profile(
 
     Args:
         fit: what :func:`stochdyn.bridges.refine` returned, of a family with at most sixty parameters.
-        steps: of SVI; each costs ``num_particles`` bridges.
-        lr: of Adam, in units of the guide's own coordinates.
-        num_particles: draws a step.
-        seed: of everything.
+        steps: the number of steps of SVI; each costs ``num_particles`` bridges.
+        lr: the learning rate of Adam, in standard deviations of the guide.
+        num_particles: the number of draws per step.
+        seed: the seed of everything.
         temper: :math:`\eta`; calibrated if None, 1 for one cohort that was seen at all snapshots.
         population: :math:`N`; the mean size of a snapshot if None.
-        progress: show a bar.
+        progress: whether to show a bar, after two seconds.
 
     Raises:
         InvalidInputError: for more parameters.
@@ -193,13 +200,18 @@ def fit_profile(
     from pyro.infer import SVI, Trace_ELBO
     from pyro.infer.autoguide import AutoMultivariateNormal, init_to_value
     from pyro.optim import PyroOptim
-    from tqdm.auto import tqdm
 
     check_positive_int(steps, "steps", 0)
     check_positive_int(num_particles, "num_particles")
+    check_real(lr, "lr", above=0.0)
+    seed = as_seed(seed)
+    for name, value in (("temper", temper), ("population", population)):
+        if value is not None:
+            check_real(value, name, above=0.0)
     response = LinearResponse(fit, ignore_prior=True)
     check_information(response, stacklevel=4)
-    count = float(population or sum(fit.snapshots.sizes) / len(fit.snapshots))
+    sizes = fit.snapshots.sizes
+    count = sum(sizes) / len(sizes) if population is None else float(population)
     information = count * _positive(response.observed)
     if temper is None:
         generator = torch.Generator(fit.snapshots.device).manual_seed(seed)
@@ -207,7 +219,7 @@ def fit_profile(
         temper = min(1.0, len(draws.mT) / float((information @ torch.cov(draws.mT)).diagonal().sum()))
     has_prior = fit.family.log_prior() is not None
     width = _WIDE * torch.linalg.inv(temper * information).diagonal().sqrt()
-    model = BridgeProfile(fit, temper, population, torch.full_like(width, 1e4) if has_prior else width)
+    model = BridgeProfile(fit, temper, population, _WIDE * width if has_prior else width)
     if has_prior:
         curvature = torch.autograd.functional.hessian(model.log_prior, flatten(fit.family))
         information = information - curvature.to(information) / temper
@@ -226,7 +238,7 @@ def fit_profile(
         # steps in units of the guide's spread: location by its standard deviations
         optimiser = PyroOptim(torch.optim.Adam, {"lr": lr * float(diagonal.mean())})
         svi = SVI(model, guide, optimiser, Trace_ELBO(num_particles=num_particles))
-        losses = [float(svi.step()) for _ in tqdm(range(steps), disable=not progress, desc="svi")]
+        losses = [float(svi.step()) for _ in progress_bar(range(steps), "svi", progress)]
     return ProfileFit(model, guide, losses)
 
 

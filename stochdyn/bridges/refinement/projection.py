@@ -42,7 +42,9 @@ class Projection(ABC):
         """Raise InvalidInputError if the family can't be fitted like this."""
 
     @abstractmethod
-    def fit(self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int) -> None:
+    def fit(
+        self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int
+    ) -> None:
         """Change the parameters; ``white (d, d)`` is the inverse of the diffusion matrix."""
 
 
@@ -59,7 +61,9 @@ class LeastSquares(Projection):
                 hint="GaussNewton() and Adam() fit any family",
             )
 
-    def fit(self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int) -> None:
+    def fit(
+        self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int
+    ) -> None:
         """See :meth:`Projection.fit`."""
         _least_squares(family, nodes, white)
 
@@ -80,7 +84,9 @@ class GaussNewton(Projection):
     def check(self, family: DriftFamily) -> None:
         """See :meth:`Projection.check`."""
 
-    def fit(self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int) -> None:
+    def fit(
+        self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int
+    ) -> None:
         """See :meth:`Projection.fit`."""
         _gauss_newton(family, nodes, white, population, self.max_iterations)
 
@@ -107,7 +113,9 @@ class Adam(Projection):
     def check(self, family: DriftFamily) -> None:
         """See :meth:`Projection.check`."""
 
-    def fit(self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int) -> None:
+    def fit(
+        self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int
+    ) -> None:
         """See :meth:`Projection.fit`."""
         _adam(family, nodes, white, population, self, seed)
 

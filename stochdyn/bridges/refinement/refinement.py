@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_seed, check_bool, check_choice, check_positive, check_positive_int, check_real, check_type
+from stochdyn._checks import (
+    as_seed,
+    check_bool,
+    check_choice,
+    check_positive,
+    check_positive_int,
+    check_real,
+    check_type,
+)
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.ipf import IPFBridge
@@ -20,7 +28,7 @@ from stochdyn.bridges.refinement.history import History
 from stochdyn.bridges.refinement.identifiability import check_counts
 from stochdyn.bridges.refinement.loop import Attempt, IPFLoop, SinkhornLoop, Task
 from stochdyn.bridges.refinement.methods import IPF, Method, Sinkhorn, as_method
-from stochdyn.bridges.refinement.projection import as_projection
+from stochdyn.bridges.refinement.projection import Adam, as_projection
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.sde.coefficients import Matrix
@@ -188,7 +196,6 @@ def refine(
         raise InvalidInputError("the family has no parameters to refine", got=type(family).__name__)
     as_projection(chosen.projection, original)
     spread_of(diffusion, snapshots)
-    check_counts(snapshots, original, stacklevel=3)
     options = {
         "diffusion": diffusion, "max_iterations": max_iterations, "dt": dt, "seed": as_seed(seed),
         "learn_diffusion": learn_diffusion, "tolerance": tolerance,
@@ -205,10 +212,16 @@ def refine(
         )  # fmt: skip
 
     def by_ipf(found: DriftFamily, bridge: IPFBridge, history: History) -> Refinement:
-        return Refinement(copy.deepcopy(found), bridge, history, snapshots, bridge.spread, bridge.dt, chosen, options)
+        return Refinement(
+            copy.deepcopy(found), bridge, history, snapshots, bridge.spread, bridge.dt, chosen, options
+        )
 
     job: SinkhornLoop | IPFLoop
-    job = SinkhornLoop(task, chosen, by_sinkhorn) if isinstance(chosen, Sinkhorn) else IPFLoop(task, chosen, by_ipf)
+    job = (
+        SinkhornLoop(task, chosen, by_sinkhorn)
+        if isinstance(chosen, Sinkhorn)
+        else IPFLoop(task, chosen, by_ipf)
+    )
     kept = {name: value for name, value in options.items() if name != "max_iterations"}
     result = run_to_end(
         job, "refine", identity={"snapshots": snapshots, "family": original, "method": chosen, **kept},
@@ -216,4 +229,6 @@ def refine(
     )  # fmt: skip
     if isinstance(job, SinkhornLoop):
         job.check()
+    if not isinstance(as_projection(chosen.projection, original), Adam):
+        check_counts(snapshots, original, stacklevel=3)
     return result

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_positive_int
+from stochdyn._checks import as_generator, as_seed, check_bool, check_choice, check_positive_int
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.refinement.identifiability import (
@@ -17,6 +19,7 @@ from stochdyn.bridges.refinement.identifiability import (
     warn_if_invariant,
 )
 from stochdyn.bridges.refinement.linear_response import LinearResponse, flatten, with_coordinates
+from stochdyn.bridges.refinement.methods import Sinkhorn
 from stochdyn.errors import (
     ApproximationWarning,
     InvalidInputError,
@@ -24,6 +27,7 @@ from stochdyn.errors import (
     StochdynError,
     UnknownSiteError,
 )
+from stochdyn.run.engine import Resumable, run_to_end
 
 if TYPE_CHECKING:
     from stochdyn.bridges.refinement.refinement import Refinement
@@ -39,7 +43,7 @@ def posterior(
     num_draws: int = 100,
     method: str = "bootstrap",
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
     **options: Any,
 ) -> Any:
     r"""Return an ArviZ posterior over the parameters of a refined reference.
@@ -56,10 +60,10 @@ def posterior(
 
     Args:
         fit: what :func:`stochdyn.bridges.refine` returned.
-        num_draws: draws.
+        num_draws: the number of draws.
         method: ``"bootstrap"`` or ``"svi"``.
-        seed: of the draws.
-        progress: show a bar.
+        seed: the seed of the draws.
+        progress: whether to show a bar, after two seconds.
         options: further arguments of :func:`bootstrap` or of :func:`stochdyn.bridges.refinement.profile.fit_profile`.
 
     Returns:
@@ -68,6 +72,7 @@ def posterior(
 
     Raises:
         InvalidInputError: for an unknown method, or more parameters than the method can take.
+        UnavailableError: if the refinement has no couplings, as that by :class:`IPF`.
 
     Warns:
         ApproximationWarning: if the marginals leave a rotation undetermined, or hold hardly any information on a combination of
@@ -83,6 +88,7 @@ def posterior(
     """
     check_positive_int(num_draws, "num_draws")
     check_choice(method, ("bootstrap", "svi"), "method")
+    fit.bridge  # noqa: B018, raises where there is none
     warn_if_invariant(rotation_invariance(fit.snapshots), stacklevel=4)
     if method == "svi":
         from stochdyn.bridges.refinement.profile import fit_profile
@@ -95,27 +101,31 @@ def bootstrap(
     fit: Refinement,
     num_draws: int = 100,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
     *,
     refit: str = "auto",
-    outer: int = 5,
-    nodes: int | None = 40_000,
+    max_iterations: int = 5,
+    num_nodes: int | None = 40_000,
     centre: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> Any:
     r"""Redraw the particles of every snapshot with replacement and follow the refinement.
 
     Args:
         fit: what :func:`stochdyn.bridges.refine` returned.
-        num_draws: data sets.
-        seed: of the redrawing.
-        progress: show a bar.
-        refit: how the refinement follows. ``"full"``: it is repeated from the fit, at a few bridges a draw. ``"linear"``: by its
-            linear response to the weights (:class:`~stochdyn.bridges.refinement.linear_response.LinearResponse`), at a few bridges a
-            *parameter* and milliseconds a draw, for families without prior. ``"auto"``: linear where it can be, up to thirty parameters and
+        num_draws: the number of redrawn data sets.
+        seed: the seed of the redrawing.
+        progress: whether to show a bar, after two seconds.
+        refit: how the refinement follows. ``"full"``: it is repeated from the fit, at a few bridges per draw. ``"linear"``: by its
+            linear response to the weights (:class:`~stochdyn.bridges.refinement.linear_response.LinearResponse`), at a few bridges per
+            *parameter* and milliseconds per draw, for families without prior. ``"auto"``: linear where it can be, up to thirty parameters and
             with known diffusion.
-        outer: iterations for each data set, at most (``"full"``).
-        nodes: states that a projection sees (``"full"``); those of the fit if None.
-        centre: correct for the bias that noise causes: redrawing adds it once more, so draws are moved by twice their mean
+        max_iterations: the largest number of iterations for each data set (``"full"``).
+        num_nodes: the number of states that a projection sees (``"full"``); that of the fit if None.
+        checkpoint: the directory that is saved to after every data set (``"full"``).
+        resume: whether to continue the run in ``checkpoint``.
+        centre: whether to correct for the bias that noise causes: redrawing adds it once more, so draws are moved by twice their mean
             deviation from the fit.
 
     Returns:
@@ -128,8 +138,13 @@ def bootstrap(
     Reference: Efron & Tibshirani (1993), An Introduction to the Bootstrap, chapters 6 and 10.
     """
     check_positive_int(num_draws, "num_draws")
-    check_positive_int(outer, "outer")
+    check_positive_int(max_iterations, "max_iterations")
     check_choice(refit, ("auto", "linear", "full"), "refit")
+    if num_nodes is not None:
+        check_positive_int(num_nodes, "num_nodes")
+    check_bool(centre, "centre")
+    seed = as_seed(seed)
+    fit.bridge  # noqa: B018, raises where there is none
     generator = torch.Generator(fit.snapshots.device).manual_seed(seed)
     size = flatten(fit.family).numel()
     simple = size <= _MAX_LINEAR and fit.family.log_prior() is None and not fit.options["learn_diffusion"]
@@ -138,6 +153,10 @@ def bootstrap(
             raise InvalidInputError(
                 "the response of a learned diffusion isn't known", hint="use refit='full'"
             )
+        if checkpoint is not None:
+            raise InvalidInputError(
+                "checkpoint does nothing for a linear response, which takes seconds", hint="use refit='full'"
+            )
         response = LinearResponse(fit)
         check_information(response, stacklevel=4)
         draws, centre_at = response(redrawn_weights(fit.snapshots, num_draws, generator)), response.converged
@@ -145,7 +164,9 @@ def bootstrap(
         stats: dict[str, Tensor] = {}
         failed, how = 0, "linear"
     else:
-        draws, extra, stats, failed = _refits(fit, num_draws, generator, outer, nodes, progress)
+        draws, extra, stats, failed = _refits(
+            fit, num_draws, seed, max_iterations, num_nodes, progress, checkpoint, resume
+        )
         centre_at, how = flatten(fit.family), "full"
     if centre:
         draws = draws - 2 * (draws.mean(0) - centre_at)
@@ -153,7 +174,7 @@ def bootstrap(
 
 
 def redrawn_weights(snapshots: Snapshots, num: int, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Return multiplicities ``(num, n_i)`` of a bootstrap as normalised weights, one tensor a snapshot."""
+    """Return multiplicities ``(num, n_i)`` of a bootstrap as normalised weights, one tensor per snapshot."""
     everything = []
     for own in snapshots.weights:
         count = len(own)
@@ -163,56 +184,112 @@ def redrawn_weights(snapshots: Snapshots, num: int, generator: torch.Generator |
     return everything
 
 
+class _Refits(Resumable[tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]]):
+    """One refinement after the other, each on redrawn particles."""
+
+    unit = "data set"
+
+    def __init__(
+        self, fit: Refinement, num_draws: int, seed: int, max_iterations: int, num_nodes: int | None
+    ) -> None:
+        self.fit, self.total, self.seed, self.failed = fit, num_draws, seed, 0
+        method = replace(fit.method, from_family=True)
+        if isinstance(method, Sinkhorn):
+            nodes = method.num_nodes if num_nodes is None else min(num_nodes, method.num_nodes)
+            method = replace(method, restarts=0, num_nodes=nodes)
+        self.options = {
+            **fit.options, "max_iterations": max_iterations, "method": method, "diffusion": fit.bridge.diffusion,
+            "dt": fit.dt, "progress": False,
+        }  # fmt: skip
+        self.draws: list[list[Any]] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether all data sets are done."""
+        return len(self.draws) >= self.total
+
+    @property
+    def position(self) -> float:
+        """The number of data sets that are done."""
+        return len(self.draws)
+
+    def step(self) -> None:
+        """Redraw, and refine."""
+        from stochdyn.bridges.refinement.refinement import refine
+
+        source = torch.Generator(self.fit.snapshots.device)
+        again = self.fit.snapshots.resample(source.manual_seed(hash_seed(self.seed, self.number)))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ApproximationWarning)
+                found = refine(again, self.fit.family, **self.options)
+        except StochdynError as error:
+            self.failed += 1
+            if self.failed > max(self.total // 2, 3):
+                raise InvalidInputError(
+                    "refinements of redrawn snapshots keep failing",
+                    got=f"{self.failed} of {self.failed + len(self.draws)}",
+                ) from error
+            return
+        noise = found.diffusion.diagonal().mean().sqrt().double()
+        self.draws.append([flatten(found.family), noise, found.objective])
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`Resumable.state`."""
+        return {"draws": self.draws, "failed": self.failed}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`Resumable.load_state`."""
+        self.draws, self.failed = [list(row) for row in state["draws"]], state["failed"]
+
+    def report(self) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]:
+        """Return coordinates, learned diffusion, objectives and failures so far."""
+        size = flatten(self.fit.family).numel()
+        rows = torch.stack([row[0] for row in self.draws]) if self.draws else torch.empty(0, size)
+        noise = torch.tensor([float(row[1]) for row in self.draws])
+        extra = {"diffusion": noise} if self.fit.options["learn_diffusion"] else {}
+        return rows, extra, {"objective": torch.tensor([row[2] for row in self.draws])}, self.failed
+
+
+def hash_seed(seed: int, number: int) -> int:
+    """Return a seed for one of many data sets."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
 def _refits(
     fit: Refinement,
     num_draws: int,
-    generator: torch.Generator,
-    outer: int,
-    nodes: int | None,
+    seed: int,
+    max_iterations: int,
+    num_nodes: int | None,
     progress: bool,
+    checkpoint: str | os.PathLike[str] | None,
+    resume: bool,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]:
-    from tqdm.auto import tqdm
-
-    from stochdyn.bridges.refinement.refinement import refine
-
-    options = {**fit.options, "outer": outer, "start": "family", "restarts": 0}
-    options["diffusion"] = fit.measure.diffusion
-    if nodes is not None:
-        options["nodes"] = min(nodes, int(options["nodes"]))
-    coordinates: list[Tensor] = []
-    diffusion, objective, failed = [], [], 0
-    with tqdm(total=num_draws, disable=not progress, desc="bootstrap") as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ApproximationWarning)
-        while len(coordinates) < num_draws:
-            again = fit.snapshots.resample(generator)
-            try:
-                found = refine(again, fit.family, **options)
-            except StochdynError as error:
-                failed += 1
-                if failed > max(num_draws // 2, 3):
-                    raise InvalidInputError(
-                        "refinements of redrawn snapshots keep failing",
-                        got=f"{failed} of {failed + len(coordinates)}",
-                    ) from error
-                continue
-            coordinates.append(flatten(found.family))
-            diffusion.append(found.measure.spread.diagonal().mean().sqrt().double())
-            objective.append(found.objective)
-            bar.update()
-    extra = {"diffusion": torch.stack(diffusion)} if options["learn_diffusion"] else {}
-    return torch.stack(coordinates), extra, {"objective": torch.tensor(objective)}, failed
+    job = _Refits(fit, num_draws, seed, max_iterations, num_nodes)
+    identity = {
+        "snapshots": fit.snapshots,
+        "start": flatten(fit.family),
+        "family": fit.family,
+        "seed": seed,
+        **job.options,
+    }
+    return run_to_end(
+        job, "bootstrap", identity=identity, randomness=seed, device=fit.snapshots.device, progress=progress,
+        checkpoint=checkpoint, resume=resume,
+    )  # fmt: skip
 
 
 def families_of(
-    fit: Refinement, idata: Any, num: int | None = None, generator: torch.Generator | None = None
+    fit: Refinement, idata: Any, num_draws: int | None = None, generator: torch.Generator | int | None = None
 ) -> list[DriftFamily]:
     """Return families with parameters drawn from a posterior of :func:`posterior`.
 
     Args:
         fit: what the posterior belongs to.
         idata: the container.
-        num: how many, drawn with replacement; every draw once if None.
-        generator: source of randomness.
+        num_draws: how many, drawn with replacement; every draw once if None.
+        generator: the source of randomness.
 
     Raises:
         UnknownSiteError: if the container has no coordinates.
@@ -225,9 +302,10 @@ def families_of(
     size = flatten(fit.family).numel()
     if draws.shape[1] != size:
         raise InvalidInputError("the posterior is of another family", got=draws.shape[1], expected=size)
-    if num is not None:
-        check_positive_int(num, "num")
-        draws = draws[torch.randint(len(draws), (num,), generator=generator)]
+    if num_draws is not None:
+        check_positive_int(num_draws, "num_draws")
+        source = as_generator(generator)
+        draws = draws[torch.randint(len(draws), (num_draws,), generator=source)]
     return [with_coordinates(fit.family, row) for row in draws]
 
 

@@ -293,6 +293,7 @@ def _run(
     iterations, patience, slow, in_kernel = 1, 0, False, True
     stage.rebuild(*stage.sweep(f, g))
     error = stage.error()
+    drift = _Drift(stage)
     absorbed = True  # the scalings are one, so the error is that of the potentials themselves
     while True:
         worst = float(error.amax())
@@ -311,10 +312,29 @@ def _run(
             error, absorbed, in_kernel = stage.error(), True, True
             iterations += count
             continue
+        if drift.ready():
+            # groups that the kernel doesn't connect drift apart at a constant rate until it does: go on in one leap
+            leapt = stage.sweep(*drift.leap())
+            iterations += 1
+            here = stage.f, stage.g, stage.u, stage.v
+            stage.rebuild(*leapt)
+            after = stage.error()
+            if bool(torch.isfinite(after).all()) and float(after.amax()) <= max(10 * worst, 1e-3):
+                drift.landed()
+                error, absorbed = after, True
+                continue
+            stage.rebuild(*here[:2])
+            stage.u, stage.v = here[2:]
+            drift.missed()
         if slow:
             budget = min(_MAX_GRADIENTS, max_iterations - iterations)
             slow, used = stage.newton(worst, tolerance, budget)
             iterations += used
+            drift.look()
+            # a step that is cut off goes along a direction which the kernel doesn't hold: that is a drift
+            slow = slow and not drift.moving
+            if not slow:
+                drift.stuck = worst
             patience = 0 if slow else _PATIENCE
         else:
             stage.iterate(count)
@@ -328,11 +348,62 @@ def _run(
             stage.rebuild(stage.f, stage.g)
             error, absorbed, in_kernel, slow = stage.error(), True, False, False
             continue
-        if not slow and patience <= 0 and stage.relaxation is None:
-            slow = _is_slow(float(error.amax()), worst, tolerance, count)
+        if not slow:
+            drift.look()
+        if not slow and patience <= 0 and stage.relaxation is None and not drift.moving:
+            # where such steps have failed they fail again, until something has changed
+            slow = float(error.amax()) < 0.5 * drift.stuck and _is_slow(
+                float(error.amax()), worst, tolerance, count
+            )
         if excursion > stage.limit:
             stage.rebuild(*stage.absorbed())
             absorbed = True
+
+
+class _Drift:
+    """How potentials move from one look to the next: whether at a constant rate, and where to."""
+
+    def __init__(self, stage: _Stage) -> None:
+        self.stage, self.reach, self.wait = stage, 16.0, 0
+        self.last: tuple[Tensor, Tensor] | None = None
+        self.move: tuple[Tensor, Tensor] | None = None
+        self.steady = self.moving = False
+        self.stuck = math.inf  # the error at which Newton steps failed last
+
+    def look(self) -> None:
+        """Note the potentials, and compare their move with the last one."""
+        now = self.stage.absorbed()
+        before, self.steady = self.move, False
+        self.move = None if self.last is None else (now[0] - self.last[0], now[1] - self.last[1])
+        self.last, self.wait = now, max(self.wait - 1, 0)
+        if self.move is None:
+            return
+        size = max(float(m.abs().amax()) for m in self.move)
+        self.moving = size > 0.5 * self.stage.reg
+        if before is None:
+            return
+        change = max(float((m - b).abs().amax()) for m, b in zip(self.move, before, strict=True))
+        least = 1e-6 if self.stuck < math.inf else 0.1
+        self.steady = size > least * self.stage.reg and change < 0.05 * size and math.isfinite(size)
+
+    def ready(self) -> bool:
+        """Whether a leap is worth trying."""
+        return self.steady and not self.wait and self.stage.relaxation is None
+
+    def leap(self) -> tuple[Tensor, Tensor]:
+        """Return the potentials many looks ahead at the present rate."""
+        assert self.last is not None
+        assert self.move is not None
+        return self.last[0] + self.reach * self.move[0], self.last[1] + self.reach * self.move[1]
+
+    def landed(self) -> None:
+        """Leap further the next time."""
+        self.reach, self.last, self.move = 4 * self.reach, None, None
+        self.steady, self.moving = False, True
+
+    def missed(self) -> None:
+        """Leap less far, and not at once."""
+        self.reach, self.wait, self.steady = max(0.25 * self.reach, 2.0), 5, False
 
 
 def _is_slow(error: float, before: float, tolerance: float, count: int) -> bool:
