@@ -1,5 +1,15 @@
 from .coefficients import CoefficientSuite as CoefficientSuite
 from .flows import MarginalFlowSuite as MarginalFlowSuite
+from .invariances import check_company as check_company
+from .invariances import check_device as check_device
+from .invariances import check_forms as check_forms
+from .invariances import check_gradients as check_gradients
+from .invariances import check_order as check_order
+from .invariances import check_precision as check_precision
+from .invariances import check_question as check_question
+from .invariances import check_repetition as check_repetition
+from .invariances import check_storage as check_storage
+from .invariances import check_units as check_units
 from .laws import PathMeasureSuite as PathMeasureSuite
 from .noise import NoiseProcessSuite as NoiseProcessSuite
 from .objectives import ObjectiveSuite as ObjectiveSuite

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_tensor,
     check_choice,
-    check_ndim,
     check_nonempty,
     check_positive,
-    check_positive_int,
+    check_real,
     check_time_broadcast,
 )
 from stochdyn.core.forward.divergences import attach, gradient, jacobian_contraction, pull_back, release
 from stochdyn.core.gaussian.small import psd_factor
+from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError, UnavailableError
 
 if TYPE_CHECKING:
@@ -68,10 +71,15 @@ class MarginalFlow(nn.Module, ABC):
         """
 
     @abstractmethod
-    def sample(self, t: Tensor | float, n: int, generator: torch.Generator | None = None) -> Tensor:
-        r"""Draw ``n`` independent points of every :math:`\rho_t`: ``(*t.shape, n, d)``.
+    def sample(
+        self, t: Tensor | float, sample_shape: SampleShape = (), generator: Generator = None
+    ) -> Tensor:
+        r"""Draw independent points of every :math:`\rho_t`: ``(*t.shape, *sample, d)``.
 
-        A number stands for a tensor of torch's default precision.
+        Args:
+            t: the times; a number stands for a tensor of torch's default precision.
+            sample_shape: the shape of independent draws at every time, an integer or a tuple.
+            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Raises:
             UnavailableError: if the flow can't be sampled.
@@ -194,14 +202,24 @@ class GaussianFlow(MarginalFlow):
         precision = torch.cholesky_inverse(factor)
         return -((x - mean).unsqueeze(-2) @ precision).squeeze(-2)
 
-    def sample(self, t: Tensor | float, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, t: Tensor | float, sample_shape: SampleShape = (), generator: Generator = None
+    ) -> Tensor:
         """See :meth:`MarginalFlow.sample`. Singular covariances are allowed."""
-        check_positive_int(n, "n")
-        time = t if isinstance(t, Tensor) else torch.tensor(float(t))
+        shape, time = as_sample_shape(sample_shape), _as_times(t)
         mean, covariance = self.mean(time), self.covariance(time)
-        shape = (*time.shape, n, mean.shape[-1])
-        noise = torch.randn(shape, dtype=mean.dtype, device=mean.device, generator=generator)
-        return mean.unsqueeze(-2) + noise @ psd_factor(covariance).mT
+        source = as_generator(generator, mean.device)
+        size = (*time.shape, math.prod(shape), mean.shape[-1])
+        noise = torch.randn(size, dtype=mean.dtype, device=mean.device, generator=source)
+        x = mean.unsqueeze(-2) + noise @ psd_factor(covariance).mT
+        return x.reshape(*time.shape, *shape, mean.shape[-1])
+
+
+def _as_times(t: Tensor | float) -> Tensor:
+    if isinstance(t, Tensor):
+        return t
+    check_real(t, "t")
+    return torch.tensor(float(t))
 
 
 def _solve_lower(factor: Tensor, v: Tensor) -> Tensor:
@@ -257,7 +275,7 @@ class MixtureFlow(MarginalFlow):
     def __init__(self, components: Sequence[MarginalFlow], weights: Tensor) -> None:
         super().__init__()
         check_nonempty(components, "components")
-        check_ndim(weights, 1, "weights", "(K,)")
+        weights = as_tensor(weights, "weights", 1, "(K,)")
         check_positive(weights, "weights")
         if weights.shape[0] != len(components):
             raise ShapeError(
@@ -280,12 +298,16 @@ class MixtureFlow(MarginalFlow):
         scores: list[Tensor] = [c.score(t, x) for c in self.components]  # type: ignore[operator]
         return (torch.stack(scores, -1) @ share.unsqueeze(-1)).squeeze(-1)
 
-    def sample(self, t: Tensor | float, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, t: Tensor | float, sample_shape: SampleShape = (), generator: Generator = None
+    ) -> Tensor:
         """See :meth:`MarginalFlow.sample`."""
-        draws: list[Tensor] = [c.sample(t, n, generator) for c in self.components]  # type: ignore[operator]
+        shape = as_sample_shape(sample_shape)
+        source = as_generator(generator, self.log_weights.device)
+        draws: list[Tensor] = [c.sample(t, shape, source) for c in self.components]  # type: ignore[operator]
         stacked = torch.stack(draws, -2)
         flat = stacked.shape[:-2].numel()
-        pick = torch.multinomial(self.log_weights.exp(), flat, replacement=True, generator=generator)
+        pick = torch.multinomial(self.log_weights.exp(), flat, replacement=True, generator=source)
         index = pick.reshape(*stacked.shape[:-2], 1, 1).expand(*stacked.shape[:-2], 1, stacked.shape[-1])
         return stacked.gather(-2, index).squeeze(-2)
 
@@ -351,7 +373,9 @@ class LearnedFlow(MarginalFlow):
         time, value = self._call(t, x)
         return value if self.reference is None else value + self.reference.score(time, x)
 
-    def sample(self, t: Tensor | float, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, t: Tensor | float, sample_shape: SampleShape = (), generator: Generator = None
+    ) -> Tensor:
         """Draw points with the ``sampler``.
 
         Raises:
@@ -362,5 +386,7 @@ class LearnedFlow(MarginalFlow):
                 "this flow was given no sampler", hint="pass sampler=..., a function or another flow"
             )
         if isinstance(self.sampler, MarginalFlow):
-            return self.sampler.sample(t, n, generator)
-        return self.sampler(t if isinstance(t, Tensor) else torch.tensor(float(t)), n, generator)
+            return self.sampler.sample(t, sample_shape, generator)
+        shape, time = as_sample_shape(sample_shape), _as_times(t)
+        x = self.sampler(time, math.prod(shape), as_generator(generator, time.device))
+        return x.reshape(*time.shape, *shape, x.shape[-1])

@@ -150,6 +150,7 @@ class DistributionStart(InitialLaw):
                     self.register_parameter(name, value)
                 else:
                     self.register_buffer(name, value if value.requires_grad else value.detach().clone())
+            self._template.release()
         else:
             self._template, self.recipe = None, distribution
         law = self.distribution
@@ -164,12 +165,18 @@ class DistributionStart(InitialLaw):
             )
         self.dim = law.event_shape[0]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> DistributionStart:
+        super()._apply(fn, recurse)
+        if self._template is not None:
+            self._template.move(fn)
+        return self
+
     @property
     def distribution(self) -> torch.distributions.Distribution:
         """The distribution of the start, of the tensors as they are now."""
         if self._template is None:
             return self.recipe()  # type: ignore[no-any-return]
-        return self._template.filled({name: getattr(self, name) for name in self._template.tensors})
+        return self._template.filled({name: getattr(self, name) for name in self._template.names})
 
     @property
     def batch_shape(self) -> torch.Size:

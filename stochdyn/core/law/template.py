@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Template:
         self._distribution = distribution
         self._views: dict[str, torch.Size] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.names: tuple[str, ...] = ()
         self._spent: set[str] = set()
         _visit(distribution, "", self._collect)
 
@@ -36,8 +37,16 @@ class Template:
         # Pickle and deepcopy carry the structure; results of computations are cut off from their graph.
         state = dict(self.__dict__)
         state["_distribution"] = _rebuilt(self._distribution, "", lambda name, value: value.detach())
-        state["tensors"] = dict.fromkeys(self.tensors)
         return state
+
+    def release(self) -> None:
+        """Forget the tensors; whoever took them has to hand them to :meth:`filled`."""
+        self.names = tuple(self.tensors)
+        self.tensors = {}
+
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Move the structure to where its tensors go."""
+        self._distribution = _rebuilt(self._distribution, "", lambda name, value: function(value.detach()))
 
     def filled(self, tensors: Mapping[str, Tensor]) -> Distribution:
         """Return the distribution of other tensors of the same names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,14 +12,18 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_tensor,
     check_finite,
     check_nonempty,
-    check_positive,
     check_positive_int,
+    check_real,
     check_same_device,
     check_same_dtype,
 )
 from stochdyn.core.gaussian.layout import broadcast_batches
+from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.transport._cost import (
     CostRows,
     DenseCost,
@@ -48,11 +53,11 @@ class TransportPlan:
         weights_x: ``(*B, n)``, as given.
         weights_y: ``(*B, m)``, as given.
         reg: :math:`\varepsilon`, in units of the cost.
-        marginal_error: ``(*B,)`` L1 distance of the plan's marginals from the weights, the larger of both, as
-            a share of the total mass; measured on the plan itself.
+        marginal_error: ``(*B,)`` L1 distance of the plan's marginals from the weights, the larger of both, relative
+            to the total mass; measured on the plan itself.
         converged: whether the error is within the tolerance, for every problem of the batch.
         num_iterations: iterations over all levels of the annealing.
-        relaxation: price of a deviation from the weights, or None where they are exact.
+        relaxation: the cost of a deviation from the weights, or None where they are exact.
     """
 
     cost: CostRows
@@ -144,9 +149,15 @@ class TransportPlan:
         mass = [block.sum(-1, keepdim=True) for _, block in self.blocks()]
         return torch.cat(sums, -2) / torch.cat(mass, -2)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw ``n`` pairs from the coupling; returns the indices ``(n,)`` of both sides. Not for batches."""
-        check_positive_int(n, "n")
+    def sample(self, sample_shape: SampleShape = (), generator: Generator = None) -> tuple[Tensor, Tensor]:
+        """Draw pairs from the coupling; returns the indices ``(*sample,)`` of both sides. Not for batches.
+
+        Args:
+            sample_shape: the shape of independent draws, an integer or a tuple.
+            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        """
+        shape, generator = as_sample_shape(sample_shape), as_generator(generator, self.cost.device)
+        n = math.prod(shape)
         if len(self.shape) != 2:
             raise ShapeError("pairs are drawn from one plan only", got=f"shape {tuple(self.shape)}")
         first = torch.multinomial(self.weights_x.detach(), n, replacement=True, generator=generator)
@@ -154,7 +165,7 @@ class TransportPlan:
             torch.multinomial(self.rows(own), 1, generator=generator).squeeze(-1)
             for own in first.split(row_chunk(self.cost))
         ]
-        return first, torch.cat(second)
+        return first.reshape(shape), torch.cat(second).reshape(shape)
 
     def rows(self, index: Tensor) -> Tensor:
         """Return the weights ``(k, m)``, up to a factor each, of the partners of ``index (k,)``. Not for batches."""
@@ -204,11 +215,11 @@ def sinkhorn(
         weights_x: ``(*B, n)`` or ``(n,)``, nonnegative; equal if None.
         weights_y: ``(*B, m)`` or ``(m,)``, of the same total.
         cost: a function of ``x`` and ``y``, or the matrix ``(*B, n, m)`` itself; squared distance if None.
-        tolerance: largest marginal error, in L1 as a share of the mass.
+        tolerance: largest marginal error, in L1 relative to the mass.
         max_iterations: over all levels.
         annealing: factor between levels of regularisation, in (0, 1]; 1 for none.
         warm_start: an earlier plan, or its potentials, to start from; there is no annealing then.
-        relaxation: :math:`\rho`, in units of the cost: the marginals may deviate at the price
+        relaxation: :math:`\rho`, in units of the cost: the marginals may deviate at the cost
             :math:`\rho\,KL(P\mathbf 1\,\|\,a)+\rho\,KL(P^\top\mathbf 1\,\|\,b)`, and totals may differ, for populations that grow.
             Exact marginals if None.
         memory: bytes for matrices. A cost that is a function isn't kept where it and its kernel need more, and where the kernel
@@ -231,14 +242,21 @@ def sinkhorn(
     Reference: Cuturi (2013); Schmitzer (2019), Stabilized sparse scaling algorithms for entropy regularized
     transport problems.
     """
-    check_positive(reg, "reg")
-    check_positive(tolerance, "tolerance")
+    check_real(reg, "reg", above=0.0)
+    check_real(tolerance, "tolerance", above=0.0)
     check_positive_int(max_iterations, "max_iterations")
-    if not 0 < annealing <= 1:
-        raise InvalidInputError("annealing must lie in (0, 1]", got=annealing)
-    check_positive(memory, "memory")
+    check_real(annealing, "annealing", above=0.0, maximum=1.0)
+    check_real(memory, "memory", above=0.0)
     if relaxation is not None:
-        check_positive(relaxation, "relaxation")
+        check_real(relaxation, "relaxation", above=0.0)
+    x, y = (z if z is None or isinstance(z, Tensor) else as_tensor(z, n) for z, n in ((x, "x"), (y, "y")))
+    like = next((z for z in (x, y, cost) if isinstance(z, Tensor)), None)
+    weights_x, weights_y = (
+        w if w is None or isinstance(w, Tensor) else as_tensor(w, n, like=like)
+        for w, n in ((weights_x, "weights_x"), (weights_y, "weights_y"))
+    )
+    if cost is not None and not callable(cost):
+        cost = as_tensor(cost, "cost")
     matrix = _cost_rows(x, y, cost, memory)
     a, b = _weights(weights_x, matrix, -2, "weights_x"), _weights(weights_y, matrix, -1, "weights_y")
     batch = broadcast_batches(
@@ -254,7 +272,7 @@ def sinkhorn(
         raise InvalidInputError(
             "weights_x and weights_y must have the same total",
             got=f"{totals[0].flatten()[0].item():g} and {totals[1].flatten()[0].item():g}",
-            hint="normalise both, or give a relaxation: the price of a marginal that deviates",
+            hint="normalise both, or give a relaxation: the cost of a marginal that deviates",
         )
     log_ratio = (totals[1].double() / totals[0].double()).log()[..., None]
     problem = Problem(
