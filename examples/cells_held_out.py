@@ -40,7 +40,7 @@ from stochdyn.bridges import (
 def load(options: argparse.Namespace) -> Snapshots:
     """Return the snapshots, each component scaled to variance one over all of them."""
     if options.file is None:
-        cells = sd.datasets.branching_cells(num_cells=200, seed=options.seed)
+        cells = sd.datasets.branching_cells(num_cells=200, generator=options.seed)
         snaps = Snapshots(cells.times, cells.samples)
     elif options.file.suffix == ".h5ad":
         snaps = sd.bridges.from_anndata(

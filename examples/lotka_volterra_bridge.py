@@ -26,7 +26,7 @@ TRUTH = {"alpha": 1.0, "beta": 0.4, "gamma": 0.4, "delta": 0.1}
 def load(path: Path | None, seed: int) -> Snapshots:
     """Return all nine snapshots."""
     if path is None:
-        data = sd.datasets.lotka_volterra(50, seed=seed)
+        data = sd.datasets.lotka_volterra(50, generator=seed)
         return Snapshots(data.times, data.samples)
     arrays = np.load(path)
     return Snapshots(np.arange(float(len(arrays))), [torch.as_tensor(x) for x in arrays])
@@ -87,7 +87,7 @@ def main() -> None:
     print("truth                    ", "  ".join(f"{name} {value:.4f}" for name, value in TRUTH.items()))
     print("held-out W2, Brownian    ", [round(s, 3) for s in scores(plain, held_out)])
     print("held-out W2, refined     ", [round(s, 3) for s in scores(fit.measure, held_out)])
-    fresh = sd.datasets.lotka_volterra(250, seed=99).samples[1::2]
+    fresh = sd.datasets.lotka_volterra(250, generator=99).samples[1::2]
     floor = [sd.diagnostics.emd(a, s.sample, p=2) for a, s in zip(fresh, held_out, strict=True)]
     print("W2 of fresh animals      ", [round(s, 3) for s in floor])
     posterior = None

@@ -22,7 +22,7 @@ NAMES = ("alpha", "beta", "gamma", "delta")
 
 def run(seed: int, draws: int) -> dict[str, Any]:
     """Fit one data set and look where the truth lies in each interval."""
-    data = sd.datasets.lotka_volterra(50, times=[0.0, 2.0, 4.0, 6.0, 8.0], seed=seed)
+    data = sd.datasets.lotka_volterra(50, times=[0.0, 2.0, 4.0, 6.0, 8.0], generator=seed)
     began = time.process_time()
     fit = refine(
         Snapshots(data.times, data.samples),

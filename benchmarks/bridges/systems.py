@@ -83,7 +83,7 @@ def lotka_volterra(data: Path | None, smoke: bool) -> dict[str, Any]:
     """The published data and three simulated sets; every second snapshot is held out."""
     times = [float(t) for t in range(9)]
     options: dict[str, Any] = {"max_iterations": 2 if smoke else 10, "dt": 0.25 if smoke else 0.08}
-    fresh = sd.datasets.lotka_volterra(250, seed=99).samples
+    fresh = sd.datasets.lotka_volterra(250, generator=99).samples
     out = {}
     published = _load(data, "LV_data.npy")
     if published is not None:
@@ -92,7 +92,7 @@ def lotka_volterra(data: Path | None, smoke: bool) -> dict[str, Any]:
             published, times, fresh, LotkaVolterra(), smoke, method=Sinkhorn(accelerate=True), **options
         )
     for seed in range(1 if smoke else 3):
-        own = sd.datasets.lotka_volterra(20 if smoke else 50, seed=seed)
+        own = sd.datasets.lotka_volterra(20 if smoke else 50, generator=seed)
         out[f"simulated, seed {seed}"] = _oscillator(
             own.samples, times, fresh, LotkaVolterra(), smoke, **options
         )
@@ -107,12 +107,12 @@ def repressilator(data: Path | None, smoke: bool) -> dict[str, Any]:
         "dt": 0.3 if smoke else 0.15,
         "method": Sinkhorn(num_nodes=200_000, accelerate=True),
     }
-    fresh = sd.datasets.repressilator(250, seed=99).samples
+    fresh = sd.datasets.repressilator(250, generator=99).samples
     out = {}
     published = _load(data, "repres_data.npy")
     if published is not None:
         out["published data"] = _oscillator(published, times, fresh, Repressilator(), smoke, **options)
-    own = sd.datasets.repressilator(15 if smoke else 50, seed=0)
+    own = sd.datasets.repressilator(15 if smoke else 50, generator=0)
     out["simulated"] = _oscillator(own.samples, times, fresh, Repressilator(), smoke, **options)
     return out
 

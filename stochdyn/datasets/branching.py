@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive, check_positive_int, check_time_grid
-from stochdyn.errors import DiffusionError, InvalidInputError, TimeGridError
+from stochdyn._checks import as_generator, as_time_grid, check_positive, check_positive_int, check_real
+from stochdyn.errors import DiffusionError, TimeGridError
 
 __all__ = ["CellSnapshots", "branching_cells"]
 
@@ -41,9 +42,7 @@ def branching_cells(
     dim: int = 5,
     diffusion: float = 0.25,
     growth: float = 0.2,
-    seed: int | None = 0,
-    *,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = 0,
 ) -> CellSnapshots:
     r"""Simulate cells that mature along an axis and choose one of two fates on the way.
 
@@ -59,13 +58,12 @@ def branching_cells(
     that no axis is special.
 
     Args:
-        num_cells: seen on each day.
+        num_cells: how many cells are seen on each day.
         times: ``(I,)`` days, none negative; 0, 1, 2, 3, 4 if None.
         dim: components of a cell, at least 2.
         diffusion: :math:`\sigma`, per root of day.
         growth: rate of division of an undecided cell, per day; zero for neither divisions nor deaths.
-        seed: of the simulation; ignored if there is a ``generator``, and None draws from the global state.
-        generator: source of randomness.
+        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         Snapshots in float64.
@@ -79,30 +77,27 @@ def branching_cells(
         >>> len(cells.samples), tuple(cells.samples[-1].shape), bool((cells.fates[0] == 0).all())
         (5, (100, 5), True)
     """
-    times = torch.as_tensor(range(5) if times is None else times, dtype=torch.float64)
-    check_time_grid(times, "times", min_points=1)
+    times = as_time_grid(range(5) if times is None else times, "times", min_points=1).double()
     if float(times[0]) < 0:
         raise TimeGridError("times must not start before zero", got=float(times[0]))
     check_positive_int(num_cells, "num_cells")
     check_positive_int(dim, "dim", 2)
     check_positive(diffusion, "diffusion", DiffusionError)
-    if not 0 <= growth < 10:
-        raise InvalidInputError("growth must lie between 0 and 10 per day", got=growth)
-    source = generator
-    if generator is None and seed is not None:
-        source = torch.Generator().manual_seed(seed)
+    check_real(growth, "growth", minimum=0.0, below=10.0)
+    source = as_generator(generator)
     cells = _normal((3 * num_cells, dim), source) * 0.15
     cells[:, 2:] *= 2.0
     rotation = _rotation(dim)
     samples, fates, masses, now, mass = [], [], [], 0.0, 1.0
     for time in times.tolist():
-        while now < time - 1e-12:
-            dt = min(_STEP, time - now)
+        num_steps = math.ceil((time - now) / _STEP - 1e-6)
+        for dt in [(time - now) / max(num_steps, 1)] * num_steps:
             cells = cells + dt * _drift(cells) + diffusion * dt**0.5 * _normal(cells.shape, source)
             born = _divide(cells, growth, dt, source)
             mass *= born.shape[0] / cells.shape[0]
-            cells, now = born, now + dt
-        # the population is thinned to a constant size in memory; its true size is carried in mass
+            cells = born
+        now = time
+        # The population is thinned to a constant size in memory; mass keeps its true size.
         cells = cells[torch.randint(cells.shape[0], (3 * num_cells,), generator=source)]
         seen = cells[torch.randperm(cells.shape[0], generator=source)[:num_cells]]
         samples.append(seen @ rotation)
@@ -114,12 +109,12 @@ def branching_cells(
 
 def _drift(cells: Tensor) -> Tensor:
     maturity, fate, rest = cells[:, :1], cells[:, 1:2], cells[:, 2:]
-    pull = torch.linspace(0.8, -0.8, max(rest.shape[1], 1), dtype=cells.dtype)[: rest.shape[1]]
+    strength = torch.linspace(0.8, -0.8, max(rest.shape[1], 1), dtype=cells.dtype)[: rest.shape[1]]
     return torch.cat(
         (
             1.0 - 0.2 * maturity,
             2.0 * torch.tanh(2.0 * (maturity - 1.0)) * fate - fate**3 + 0.03,
-            pull * fate**2 - rest,
+            strength * fate**2 - rest,
         ),
         1,
     )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_positive_int
+from stochdyn._checks import as_generator, check_bool, check_choice, check_positive_int
 from stochdyn.errors import InvalidInputError
 
 __all__ = ["moving_digits"]
@@ -27,7 +27,7 @@ def moving_digits(
     max_speed: int | None = None,
     deterministic: bool = False,
     split: str = "train",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> Tensor:
     r"""Simulate videos of digits that move in straight lines and bounce off the walls of the frame.
 
@@ -37,15 +37,15 @@ def moving_digits(
     *deterministic* version that component changes its sign. Where digits overlap, their intensities add up to at most 1.
 
     Args:
-        num_videos: ``n``.
-        num_frames: frames a video.
+        num_videos: how many videos, ``n``.
+        num_frames: frames per video.
         size: height and width in pixels.
         num_digits: digits in each video.
         digit_size: height and width of a digit; ``7 size / 16`` if None (28 of 64 pixels).
-        max_speed: largest step a frame, in pixels; ``size / 16`` if None.
+        max_speed: largest step per frame, in pixels; ``size / 16`` if None.
         deterministic: bounce like balls.
         split: which handwritten digits: ``"train"`` or ``"test"`` (the last 300 of the data set).
-        generator: source of randomness; the global one if None.
+        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         ``(n, num_frames, 1, size, size)`` uint8, 0 to 255.
@@ -55,7 +55,7 @@ def moving_digits(
             unknown split.
 
     Example:
-        >>> videos = moving_digits(3, num_frames=5, size=32, generator=torch.Generator().manual_seed(0))
+        >>> videos = moving_digits(3, num_frames=5, size=32, generator=0)
         >>> videos.shape, videos.dtype
         (torch.Size([3, 5, 1, 32, 32]), torch.uint8)
 
@@ -68,19 +68,21 @@ def moving_digits(
         check_positive_int(value, name)
     check_positive_int(size, "size", 8)
     check_choice(split, ("train", "test"), "split")
+    check_bool(deterministic, "deterministic")
+    source = as_generator(generator)
     digit_size = 7 * size // 16 if digit_size is None else digit_size
     max_speed = max(1, size // 16) if max_speed is None else max_speed
     check_positive_int(digit_size, "digit_size")
     check_positive_int(max_speed, "max_speed")
-    room = size - digit_size
-    if room < 1:
+    free = size - digit_size
+    if free < 1:
         raise InvalidInputError(
             "the digits don't fit the frame", got=f"digit_size={digit_size}", expected=f"less than {size}"
         )
     glyphs = _glyphs(digit_size, split)
     count = num_videos * num_digits
-    chosen = torch.randint(len(glyphs), (count,), generator=generator)
-    tracks = _tracks(count, num_frames, room, max_speed, deterministic, generator)
+    chosen = torch.randint(len(glyphs), (count,), generator=source)
+    tracks = _tracks(count, num_frames, free, max_speed, deterministic, source)
     # One assignment writes every digit of every frame; digits of a video overlap, so each has a layer of its own.
     layers = torch.zeros(count, num_frames, size, size, dtype=torch.uint8)
     rows = tracks[..., 0, None, None] + torch.arange(digit_size)[:, None]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive, check_positive_int, check_time_grid
+from stochdyn._checks import as_generator, as_time_grid, check_positive, check_positive_int, check_real
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import DiffusionError, TimeGridError
@@ -36,10 +37,9 @@ def lotka_volterra(
     num_particles: int = 50,
     times: Tensor | Sequence[float] | None = None,
     diffusion: float = 0.1,
-    seed: int | None = 0,
+    generator: torch.Generator | int | None = 0,
     *,
-    step: float = 0.01,
-    generator: torch.Generator | None = None,
+    dt: float = 0.01,
 ) -> SimulatedSnapshots:
     r"""Simulate snapshots of predators and their prey.
 
@@ -50,12 +50,11 @@ def lotka_volterra(
     :math:`Y_0` on :math:`[4,4.1]`. Each snapshot has particles of its own, so nobody is seen twice.
 
     Args:
-        num_particles: in each snapshot.
-        times: ``(I,)``; 0, 1, ..., 8 if None.
-        diffusion: :math:`\sigma`.
-        seed: of the simulation; ignored if there is a ``generator``, and None draws from the global state.
-        step: of the Euler scheme, at most.
-        generator: source of randomness.
+        num_particles: how many particles each snapshot has.
+        times: ``(I,)`` times of the snapshots; 0, 1, ..., 8 if None.
+        diffusion: :math:`\sigma`, in units of state per root of time.
+        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        dt: the largest time step of the Euler scheme.
 
     Returns:
         Snapshots in float64.
@@ -81,7 +80,7 @@ def lotka_volterra(
     low = torch.tensor([5.0, 4.0], dtype=torch.float64)
     grid = torch.arange(9.0, dtype=torch.float64) if times is None else times
     return _simulate(
-        drift, low, low + 0.1, grid, num_particles, diffusion, step, _source(seed, generator), parameters
+        drift, low, low + 0.1, grid, num_particles, diffusion, dt, as_generator(generator), parameters
     )
 
 
@@ -89,10 +88,9 @@ def repressilator(
     num_particles: int = 50,
     times: Tensor | Sequence[float] | None = None,
     diffusion: float = 0.1,
-    seed: int | None = 0,
+    generator: torch.Generator | int | None = 0,
     *,
-    step: float = 0.01,
-    generator: torch.Generator | None = None,
+    dt: float = 0.01,
 ) -> SimulatedSnapshots:
     r"""Simulate snapshots of three genes, each of which represses the next.
 
@@ -103,12 +101,11 @@ def repressilator(
     0.75, ..., 7.5.
 
     Args:
-        num_particles: in each snapshot.
-        times: ``(I,)``.
-        diffusion: :math:`\sigma`.
-        seed: of the simulation.
-        step: of the Euler scheme, at most.
-        generator: source of randomness.
+        num_particles: how many particles each snapshot has.
+        times: ``(I,)`` times of the snapshots; 0, 0.75, ..., 7.5 if None.
+        diffusion: :math:`\sigma`, in units of state per root of time.
+        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        dt: the largest time step of the Euler scheme.
 
     Example:
         >>> data = repressilator(num_particles=5)
@@ -126,43 +123,36 @@ def repressilator(
     low = torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)
     grid = 0.75 * torch.arange(11.0, dtype=torch.float64) if times is None else times
     return _simulate(
-        drift, low, low + 0.1, grid, num_particles, diffusion, step, _source(seed, generator), parameters
+        drift, low, low + 0.1, grid, num_particles, diffusion, dt, as_generator(generator), parameters
     )
-
-
-def _source(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
-    if generator is not None or seed is None:
-        return generator
-    return torch.Generator().manual_seed(seed)
 
 
 def _simulate(
     drift: Callable[[Tensor, Tensor], Tensor],
     low: Tensor,
     high: Tensor,
-    times: Tensor | Sequence[float],
+    times: object,
     num_particles: int,
     diffusion: float,
-    step: float,
+    dt: float,
     generator: torch.Generator | None,
     parameters: dict[str, float],
 ) -> SimulatedSnapshots:
     """Run independent particles from a uniform start at time zero and show each at one time only."""
-    times = torch.as_tensor(times, dtype=torch.float64)
-    check_time_grid(times, "times", min_points=1)
+    times = as_time_grid(times, "times", min_points=1).double()
     if float(times[0]) < 0:
         raise TimeGridError("times must not start before zero", got=float(times[0]))
     check_positive_int(num_particles, "num_particles")
     check_positive(diffusion, "diffusion", DiffusionError)
-    check_positive(step, "step")
+    check_real(dt, "dt", above=0.0)
     count = times.shape[0] * num_particles
     uniform = torch.rand(count, low.shape[0], dtype=low.dtype, generator=generator)
     x = low + (high - low) * uniform
     sde, samples, now = SDE(drift, diffusion), [], 0.0
     for time in times.tolist():
         if time > now:
-            steps = max(1, round((time - now) / step + 0.499))
-            grid = torch.linspace(now, time, steps + 1, dtype=torch.float64)
+            num_steps = max(1, math.ceil((time - now) / dt - 1e-6))
+            grid = torch.linspace(now, time, num_steps + 1, dtype=torch.float64)
             x = DiffusionMeasure(x, sde).sample(grid, generator=generator).x[..., -1, :]
             now = time
         samples.append(x[:num_particles].clone())

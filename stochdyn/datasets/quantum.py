@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn.errors import InvalidInputError
+from stochdyn._checks import check_choice
 
 __all__ = ["OpenSystem", "open_systems"]
 
@@ -78,8 +78,7 @@ def open_systems(
         The commuting ring in the spirit of Foss-Feig et al., "Nonequilibrium dynamics of arbitrary-range Ising models
         with decoherence", Phys. Rev. A 87, 042101 (2013): its observables don't depend on the number of sites.
     """
-    if kind not in ("dynamics", "steady"):
-        raise InvalidInputError("kind is unknown", got=repr(kind), expected="'dynamics' | 'steady'")
+    check_choice(kind, ("dynamics", "steady"), "kind")
     found = []
     for row in _load()[kind]:
         fits = (

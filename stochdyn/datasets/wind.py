@@ -20,7 +20,7 @@ class WindClimatology(NamedTuple):
     """The grid, float64.
 
     ``latitude (73,)`` from 90 to -90 and ``longitude (144,)`` from 0 to 357.5, in degrees; ``eastward`` and ``northward``
-    ``(12, 73, 144)`` winds by month, in metres a second.
+    ``(12, 73, 144)`` winds by month, in metres per second.
     """
 
     latitude: Tensor
@@ -62,7 +62,7 @@ def wind_on_sphere(num_points: int = 2000, month: int = 1) -> tuple[Tensor, Tens
         month: 1 (January) to 12.
 
     Returns:
-        Points ``(n, 3)`` of length one, with the North Pole at (0, 0, 1), and winds ``(n, 3)`` in metres a second.
+        Points ``(n, 3)`` of length one, with the North Pole at (0, 0, 1), and winds ``(n, 3)`` in metres per second.
 
     Raises:
         InvalidInputError: for a month that isn't one.

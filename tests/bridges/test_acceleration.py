@@ -40,7 +40,7 @@ def test_vectors_go_in_and_out() -> None:
 
 def test_acceleration_gets_further_in_as_many_iterations_and_never_up() -> None:
     """The repressilator's parameters are strongly correlated: plain iterations creep."""
-    data = repressilator(15, times=[0.0, 1.5, 3.0, 4.5], seed=1)
+    data = repressilator(15, times=[0.0, 1.5, 3.0, 4.5], generator=1)
     snaps = Snapshots(data.times, data.samples)
     options = {"diffusion": 0.1, "max_iterations": 6, "dt": 0.2, "tolerance": 1e-6}
     plain = refine(snaps, Repressilator(), **options, method=Sinkhorn(num_nodes=8_000))

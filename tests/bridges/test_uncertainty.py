@@ -297,7 +297,7 @@ def test_intervals_of_lotka_volterra_cover_the_truth():
     truth = torch.tensor([1.0, 0.4, 0.4, 0.1], dtype=F64)
     covered = []
     for seed in range(20):
-        data = sd.datasets.lotka_volterra(50, times=[0.0, 2.0, 4.0, 6.0, 8.0], seed=seed)
+        data = sd.datasets.lotka_volterra(50, times=[0.0, 2.0, 4.0, 6.0, 8.0], generator=seed)
         fit = refine(
             Snapshots(data.times, data.samples),
             LotkaVolterra(),

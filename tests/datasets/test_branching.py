@@ -41,7 +41,7 @@ def test_the_rotation_keeps_distances():
 
 
 def test_seeds():
-    a, b, c = branching_cells(20), branching_cells(20), branching_cells(20, seed=1)
+    a, b, c = branching_cells(20), branching_cells(20), branching_cells(20, generator=1)
     assert torch.equal(a.samples[4], b.samples[4])
     assert not torch.equal(a.samples[4], c.samples[4])
 

@@ -23,7 +23,7 @@ def repressilator_field(t, x):
     [(lotka_volterra, lv_field, [5.05, 4.05]), (repressilator, repressilator_field, [1.05, 1.05, 2.05])],
 )
 def test_without_noise_particles_follow_the_equation(simulate, field, start):
-    data = simulate(400, times=[0.0, 0.7, 2.0], diffusion=1e-6, step=1e-3)
+    data = simulate(400, times=[0.0, 0.7, 2.0], diffusion=1e-6, dt=1e-3)
     truth = solve_ivp(field, (0, 2), start, t_eval=[0.0, 0.7, 2.0], rtol=1e-9).y.T
     for sample, exact in zip(data.samples, truth, strict=True):
         error = sample.mean(0) - torch.as_tensor(exact)
@@ -32,7 +32,7 @@ def test_without_noise_particles_follow_the_equation(simulate, field, start):
 
 
 def test_noise_has_the_given_strength_and_snapshots_are_independent():
-    data = lotka_volterra(20000, times=[0.0, 0.01], diffusion=0.3, step=0.01)
+    data = lotka_volterra(20000, times=[0.0, 0.01], diffusion=0.3, dt=0.01)
     drift = torch.tensor(lv_field(0.0, [5.05, 4.05]))
     moved = data.samples[1] - torch.tensor([5.05, 4.05]) - 0.01 * drift
     expected = 0.01 * 0.09 + 0.01 / 12
@@ -48,7 +48,7 @@ def test_a_later_first_snapshot_starts_from_the_same_law():
 
 def test_seeds_and_generators():
     assert torch.equal(lotka_volterra(5).samples[3], lotka_volterra(5).samples[3])
-    assert not torch.equal(lotka_volterra(5).samples[3], lotka_volterra(5, seed=1).samples[3])
+    assert not torch.equal(lotka_volterra(5).samples[3], lotka_volterra(5, generator=1).samples[3])
     g = torch.Generator().manual_seed(3)
     first = repressilator(5, generator=g).samples[1]
     assert not torch.equal(first, repressilator(5, generator=g).samples[1])
@@ -64,7 +64,7 @@ def test_seeds_and_generators():
         ({"times": [-1.0, 0.0]}, sd.errors.TimeGridError),
         ({"num_particles": 0}, sd.errors.InvalidInputError),
         ({"diffusion": 0.0}, sd.errors.DiffusionError),
-        ({"step": -1.0}, sd.errors.InvalidInputError),
+        ({"dt": -1.0}, sd.errors.InvalidInputError),
     ],
 )
 def test_bad_input(options, error):
