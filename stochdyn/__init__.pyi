@@ -15,7 +15,7 @@ from ._version import __version__ as __version__
 from .core.forward.flow import GaussianFlow as GaussianFlow
 from .core.forward.flow import LearnedFlow as LearnedFlow
 from .core.forward.flow import MarginalFlow as MarginalFlow
-from .core.forward.generators import FokkerPlanck as FokkerPlanck
+from .core.forward.fokker_planck import FokkerPlanck as FokkerPlanck
 from .core.gaussian.measure import LinearGaussianMeasure as LinearGaussianMeasure
 from .core.law.diffusion import DiffusionMeasure as DiffusionMeasure
 from .core.law.measure import PathMeasure as PathMeasure

@@ -13,7 +13,7 @@ from .forward.flow import LearnedFlow as LearnedFlow
 from .forward.flow import MarginalFlow as MarginalFlow
 from .forward.flow import MixtureFlow as MixtureFlow
 from .forward.flow import as_time as as_time
-from .forward.generators import FokkerPlanck as FokkerPlanck
+from .forward.fokker_planck import FokkerPlanck as FokkerPlanck
 from .forward.master import MasterEquation as MasterEquation
 from .forward.master_terms import MatrixMasterEquation as MatrixMasterEquation
 from .forward.master_terms import SparseMasterEquation as SparseMasterEquation

@@ -12,6 +12,7 @@ from torch import Tensor
 from stochdyn.core import (
     SDE,
     Brownian,
+    ContinuityEquation,
     Control,
     Diagonal,
     FokkerPlanck,
@@ -22,11 +23,11 @@ from stochdyn.core import (
     MixtureFlow,
     NoiseProcess,
     Scalar,
+    covariance_divergence,
     spatial_divergence,
     unbiased_square,
 )
 from stochdyn.core.forward.divergences import attach
-from stochdyn.core.forward.generators import ContinuityEquation, covariance_divergence
 from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
 
 F64 = torch.float64

@@ -9,8 +9,7 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from stochdyn import errors
-from stochdyn.core import gradient
-from stochdyn.core.forward.generators import ContinuityEquation
+from stochdyn.core import ContinuityEquation, gradient
 from stochdyn.interpolants import GaussianMixture, GaussianMixtureInterpolant, Interpolant
 from stochdyn.testing import MarginalFlowSuite
 from tests.interpolants.truths import ALL_PATHS, F64, fields_of, mixture, truth

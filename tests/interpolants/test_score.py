@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stochdyn as sd
-from stochdyn.core import FokkerPlanck, LearnedFlow
-from stochdyn.core.forward.generators import ContinuityEquation
+from stochdyn.core import ContinuityEquation, FokkerPlanck, LearnedFlow
 from stochdyn.errors import EmptyDataError, InvalidInputError, NonFiniteError, ShapeError, UnavailableError
 from stochdyn.interpolants import (
     OU,

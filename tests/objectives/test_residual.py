@@ -14,9 +14,9 @@ from stochdyn.core import (
     GaussianFlow,
     LearnedFlow,
     LinearGaussianMeasure,
+    SparseMasterEquation,
     all_configurations,
 )
-from stochdyn.core.forward.generators import SparseMasterEquation
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.objectives import FlowPoints, ForwardResidual, Objective, UniformPoints
 from stochdyn.testing import ObjectiveSuite

@@ -20,7 +20,7 @@ from stochdyn._checks import (
 )
 from stochdyn.bridges.laws._pinned_linear import PinnedLinear
 from stochdyn.core.forward.flow import GaussianFlow, as_time
-from stochdyn.core.forward.generators import FokkerPlanck
+from stochdyn.core.forward.fokker_planck import FokkerPlanck
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 from stochdyn.core.gaussian.small import psd_factor, symmetrise
 from stochdyn.core.law.diffusion import DiffusionMeasure

@@ -15,7 +15,7 @@ from stochdyn._checks import (
     check_event_size,
 )
 from stochdyn.bridges.laws.gaussian import GaussianBridge
-from stochdyn.core.forward.generators import FokkerPlanck
+from stochdyn.core.forward.fokker_planck import FokkerPlanck
 from stochdyn.core.gaussian.small import psd_factor, symmetrise
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import GaussianMarginal, Generator, SampleShape

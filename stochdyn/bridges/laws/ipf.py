@@ -29,7 +29,7 @@ from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
 from stochdyn.bridges.laws.kernel_drift import at_times, owner
 from stochdyn.bridges.laws.nodes import DriftNodes
 from stochdyn.bridges.laws.reference import EmpiricalLaw, as_reference, default_diffusion, spread_of
-from stochdyn.core.forward.generators import FokkerPlanck
+from stochdyn.core.forward.fokker_planck import FokkerPlanck
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure

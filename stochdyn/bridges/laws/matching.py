@@ -26,7 +26,7 @@ from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.laws.kernel_drift import at_times, owner
 from stochdyn.bridges.laws.matching_regression import MatchingRegression
 from stochdyn.bridges.laws.reference import EmpiricalLaw
-from stochdyn.core.forward.generators import FokkerPlanck
+from stochdyn.core.forward.fokker_planck import FokkerPlanck
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure

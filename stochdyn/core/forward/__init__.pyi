@@ -14,7 +14,7 @@ from .flow import LearnedFlow as LearnedFlow
 from .flow import MarginalFlow as MarginalFlow
 from .flow import MixtureFlow as MixtureFlow
 from .flow import as_time as as_time
-from .generators import FokkerPlanck as FokkerPlanck
+from .fokker_planck import FokkerPlanck as FokkerPlanck
 from .master import MasterEquation as MasterEquation
 from .master_terms import MatrixMasterEquation as MatrixMasterEquation
 from .master_terms import SparseMasterEquation as SparseMasterEquation

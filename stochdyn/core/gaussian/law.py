@@ -22,7 +22,7 @@ from stochdyn._checks import (
     check_same_dtype,
     check_type,
 )
-from stochdyn.core.forward.generators import FokkerPlanck
+from stochdyn.core.forward.fokker_planck import FokkerPlanck
 from stochdyn.core.forward.operator import ForwardOperator
 from stochdyn.core.gaussian.chain import GaussianChain
 from stochdyn.core.gaussian.density import Conditionals, chain_conditionals, check_common_events

@@ -40,7 +40,7 @@ from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, full_stat
 from stochdyn.errors import NonFiniteError, ShapeError, TimeGridError
 
 if TYPE_CHECKING:
-    from stochdyn.core.forward.generators import FokkerPlanck
+    from stochdyn.core.forward.fokker_planck import FokkerPlanck
 
 __all__ = ["DiffusionMeasure"]
 
@@ -359,7 +359,7 @@ class DiffusionMeasure(PathMeasure):
         Raises:
             UnavailableError: if the noise has memory, or the control acts on the increments of a grid.
         """
-        from stochdyn.core.forward.generators import FokkerPlanck
+        from stochdyn.core.forward.fokker_planck import FokkerPlanck
 
         control = self.sde.control
         if self.sde.noise.num_states:

@@ -249,8 +249,11 @@ def sinkhorn(
     check_real(memory, "memory", above=0.0)
     if relaxation is not None:
         check_real(relaxation, "relaxation", above=0.0)
-    x, y = (z if z is None or isinstance(z, Tensor) else as_tensor(z, n) for z, n in ((x, "x"), (y, "y")))
     like = next((z for z in (x, y, cost) if isinstance(z, Tensor)), None)
+    x, y = (
+        z if z is None or isinstance(z, Tensor) else as_tensor(z, n, like=like)
+        for z, n in ((x, "x"), (y, "y"))
+    )
     weights_x, weights_y = (
         w if w is None or isinstance(w, Tensor) else as_tensor(w, n, like=like)
         for w, n in ((weights_x, "weights_x"), (weights_y, "weights_y"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stochdyn._checks import check_callable
 from stochdyn.core.forward.flow import LearnedFlow, as_time
-from stochdyn.core.forward.generators import FokkerPlanck
+from stochdyn.core.forward.fokker_planck import FokkerPlanck
 from stochdyn.errors import DtypeMismatchError, InvalidInputError, ShapeError, UnavailableError
 from stochdyn.interpolants.fields.potential import FunctionPotential, Potential, PotentialNetwork
 from stochdyn.interpolants.paths.processes import AffineProcess

@@ -1,29 +1,17 @@
-"""Forward (Kolmogorov) operators: Fokker-Planck here, transport and master equations from their files."""
+"""The Fokker-Planck operator of an SDE."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from stochdyn.core.forward.continuity import ContinuityEquation, TransportOperator
+from stochdyn.core.forward.continuity import TransportOperator
 from stochdyn.core.forward.divergences import pull_back
-from stochdyn.core.forward.master import MasterEquation
-from stochdyn.core.forward.master_terms import MatrixMasterEquation, SparseMasterEquation
-from stochdyn.core.forward.operator import ForwardOperator
 from stochdyn.core.sde.coefficients import Coefficient, Diagonal, Scalar
 from stochdyn.core.sde.covariance import covariance_divergence
 from stochdyn.core.sde.equation import SDE, Control
 from stochdyn.errors import InvalidInputError
 
-__all__ = [
-    "ContinuityEquation",
-    "FokkerPlanck",
-    "ForwardOperator",
-    "MasterEquation",
-    "MatrixMasterEquation",
-    "SparseMasterEquation",
-    "TransportOperator",
-    "covariance_divergence",
-]
+__all__ = ["FokkerPlanck"]
 
 
 class FokkerPlanck(TransportOperator):
