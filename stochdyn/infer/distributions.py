@@ -12,19 +12,21 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn._checks import (
-    check_choice,
+    as_time_grid,
     check_event_size,
     check_finite,
     check_ndim,
     check_same_device,
-    check_same_dtype,
-    check_time_grid,
+    check_type,
 )
 from stochdyn.core.law.initial import DistributionStart, FixedStart, InitialLaw, as_initial
 from stochdyn.core.law.transition import euler_log_prob
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
-from stochdyn.core.sde.solvers import METHODS, draw_increments, increment_scale, integrate
+from stochdyn.core.sde.grids import first_time, noise_steps
+from stochdyn.core.sde.methods import Method, as_method
+from stochdyn.core.sde.noise import NoiseSteps
+from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, integrate
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError
 from stochdyn.infer.constraints import PinnedPath
 from stochdyn.infer.driven import sample_driven
@@ -77,24 +79,22 @@ class DiffusionPath(LawDistribution):
         sde: SDE,
         initial: Any,
         ts: Tensor,
-        method: str = "euler",
+        method: str | Method = "euler",
         validate_args: bool | None = None,
     ) -> None:
         if isinstance(ts, Tensor) and isinstance(initial, Tensor):
             check_same_device(ts=ts, initial=initial)
-        check_time_grid(ts)
-        check_choice(method, METHODS, "method")
-        if not isinstance(sde, SDE):
-            raise InvalidInputError("sde must be an SDE", got=type(sde).__name__)
+        check_type(sde, SDE, "sde")
+        ts = as_time_grid(ts, batch=True)
         self.sde = sde
         self.initial: InitialLaw = as_initial(initial)
         self.ts = ts
-        self.method = method
+        self.method = as_method(method)
         probe = start_of(self.initial)
         check_same_device(ts=ts, initial=probe, **dict(sde.named_parameters()))
-        sde.check(ts[0].to(probe.dtype), probe)
+        sde.check(first_time(ts, probe), probe)
         batch = batch_shape_of(sde, probe, ts)
-        super().__init__(batch, torch.Size((ts.shape[0], probe.shape[-1])), validate_args=validate_args)
+        super().__init__(batch, torch.Size((ts.shape[-1], probe.shape[-1])), validate_args=validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -176,7 +176,7 @@ class PathIncrements(LawDistribution):
 
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
-    _carried = ("sde", "x0", "ts", "memory0", "method", "scale")
+    _carried = ("sde", "x0", "ts", "memory0", "method", "steps", "scale")
 
     def __init__(
         self,
@@ -184,17 +184,20 @@ class PathIncrements(LawDistribution):
         x0: Tensor,
         ts: Tensor,
         memory0: Tensor | None = None,
-        method: str = "euler",
+        method: str | Method = "euler",
         validate_args: bool | None = None,
     ) -> None:
         self.sde = sde
         self.x0 = x0
         self.ts = ts
         self.memory0 = memory0
-        self.method = method
-        channels = sde.noise_dim(ts[0].to(x0.dtype), x0)
-        self.scale = increment_scale(sde, ts, channels, x0.dtype)
-        super().__init__(torch.Size(), self.scale.shape, validate_args=validate_args)
+        self.method = as_method(method)
+        #: The recursion of the noise on the grid.
+        self.steps = noise_steps(sde.noise, ts, x0.dtype)
+        #: Standard deviations ``(N, m R)`` of the increments, time leading; ``(N, *batch, m R)`` with a grid per series.
+        self.scale = scale_of(self.steps, sde.noise_dim(first_time(ts, x0), x0))
+        event = torch.Size((self.scale.shape[0], self.scale.shape[-1]))
+        super().__init__(self.scale.shape[1:-1], event, validate_args=validate_args)
 
     def starting_at(self, x0: Tensor, memory0: Tensor | None) -> PathIncrements:
         """Return the same increments for a path from another start."""
@@ -205,13 +208,14 @@ class PathIncrements(LawDistribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw increments."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        return torch.randn(shape, dtype=self.scale.dtype, device=self.scale.device) * self.scale
+        return torch.randn(shape, dtype=self.scale.dtype, device=self.scale.device) * self.scale.movedim(0, -2)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of increments ``(..., T-1, m R)``."""
         check_event_size(value, self.event_shape[0], "value", -2)
         check_event_size(value, self.event_shape[1], "value", -1)
-        log_prob = dist.Normal(torch.zeros_like(self.scale), self.scale).to_event(2).log_prob(value)
+        scale = self.scale.movedim(0, -2)
+        log_prob = dist.Normal(torch.zeros_like(scale), scale).to_event(2).log_prob(value)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
 
@@ -230,22 +234,12 @@ def start_of(initial: InitialLaw) -> Tensor:
         return initial.draw((), None).detach()
 
 
-def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor) -> torch.Size:
-    """Return the batch shape that start, drift, diffusion and noise broadcast to.
-
-    Raises:
-        DtypeMismatchError: if drift or diffusion have another precision than the start.
-    """
-    with torch.no_grad():
-        t = ts[0].to(x0.dtype)
-        drift = sde.drift(t, x0)
-        kick = sde.diffusion(t, x0).apply(x0.new_zeros(sde.noise_dim(t, x0)))
-        check_same_dtype(initial=x0, drift=drift if drift.ndim else None, diffusion=kick)
-        shapes = [x0.shape[:-1], drift.shape[:-1], kick.shape[:-1]]
-        if sde.noise.num_states:
-            # The noise may carry a batch of parameters, such as one Hurst index a particle.
-            shapes.append(sde.noise.steps(ts[:2], dtype=x0.dtype).parameter_batch)
-    return torch.broadcast_shapes(*shapes)
+def scale_of(steps: NoiseSteps, channels: int) -> Tensor:
+    """Return the standard deviations of increments, in the layout of NoiseProcess, from the recursion of the noise."""
+    variance = steps.variance
+    brownian = variance[..., :1].expand(*variance.shape[:-1], channels)
+    residual = variance[..., None, 1:].expand(*variance.shape[:-1], channels, -1).flatten(-2)
+    return torch.cat([brownian, residual], -1).sqrt()
 
 
 def is_degenerate(sde: SDE, x0: Tensor, ts: Tensor) -> bool:
@@ -257,12 +251,12 @@ def is_degenerate(sde: SDE, x0: Tensor, ts: Tensor) -> bool:
     if sde.noise.num_states:
         return True
     with torch.no_grad():
-        g = sde.diffusion(ts[0].to(x0.dtype), x0)
+        g = sde.diffusion(first_time(ts, x0), x0)
     return isinstance(g, Matrix) and g.value.shape[-1] < g.value.shape[-2]
 
 
 def sample_path(
-    name: str, sde: SDE, initial: Any, ts: Tensor, method: str = "euler", noise_space: bool | None = None
+    name: str, sde: SDE, initial: Any, ts: Tensor, method: str | Method = "euler", noise_space: bool | None = None
 ) -> Tensor:
     """Sample a path in a Pyro model, whatever drives it.
 
@@ -298,14 +292,15 @@ def sample_path(
     """
     path = DiffusionPath(sde, initial, ts, method)
     degenerate = is_degenerate(sde, start_of(path.initial), ts)
-    if noise_space is False and (degenerate or method != "euler"):
+    euler = path.method.name == "euler"
+    if noise_space is False and (degenerate or not euler):
         raise SingularDiffusionError(
             "paths of this equation have no density in state space"
             if degenerate
-            else f"the density of paths by method {method!r} isn't known",
+            else f"the density of paths by method {path.method.name!r} isn't known",
             hint="leave noise_space=None",
         )
-    if not degenerate and not noise_space and method == "euler":
+    if not degenerate and not noise_space and euler:
         return pyro.sample(name, path)
     return pyro.deterministic(name, sample_noise(name, path), event_dim=2)
 
@@ -322,7 +317,7 @@ def sample_noise(name: str, path: DiffusionPath) -> Tensor:
     memory0 = None
     factor = sde.noise.initial_factor(dtype=x0.dtype, device=x0.device)
     if factor is not None:
-        channels = sde.noise_dim(ts[0].to(x0.dtype), x0)
+        channels = sde.noise_dim(first_time(ts, x0), x0)
         standard = x0.new_zeros(channels, factor.shape[0])
         past = dist.Normal(standard, torch.ones_like(standard)).to_event(2)
         memory0 = pyro.sample(f"{name}_past", _spread(past, batch), infer={"path": name}) @ factor  # type: ignore[arg-type]

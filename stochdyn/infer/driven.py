@@ -10,7 +10,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor
 
-from stochdyn.core.law.transition import time_column
+from stochdyn.core.sde.grids import time_column
 from stochdyn.core.sde.solvers import integrate, remember
 from stochdyn.infer.shaping import shape_increments
 
@@ -47,9 +47,9 @@ class DrivenPath:
         pass.
         """
         z = self._z
-        if self._law is None or not self._is_mine(increments) or law.method != self._law.method:
+        if self._law is None or not self._is_mine(increments) or law.method.name != self._law.method.name:
             return None
-        if z.shape[0] != law.ts.shape[0] or law.x0.shape[-1] != self._x.shape[-1]:
+        if z.shape[0] != law.ts.shape[-1] or law.x0.shape[-1] != self._x.shape[-1]:
             return None
         dim, first = law.x0.shape[-1], z[0]
         memory = torch.zeros_like(first[..., dim:]) if law.memory0 is None else law.memory0.flatten(-2)
@@ -105,11 +105,11 @@ def _marks(law: PathIncrements, z: Tensor, e: Tensor) -> tuple[Tensor, ...]:
     """Return what decides a path: grid, drift and noise at all points, and the recursion of the memory."""
     sde, ts = law.sde, law.ts
     states, before = sde.noise.num_states, z[:-1]
-    t = time_column(ts[:-1], before)
+    t = time_column(ts[..., :-1], before)
     e = shape_increments(sde, ts, before, e)
     if not states:
         return ts, sde.drift(t, before), sde.diffusion(t, before).apply(e)
-    steps = sde.noise.steps(ts, dtype=z.dtype)
+    steps = law.steps
     channels = e.shape[-1] // sde.noise.num_innovations(ts)
     x = before[..., : z.shape[-1] - channels * states]
     memory = before[..., x.shape[-1] :].unflatten(-1, (channels, states))

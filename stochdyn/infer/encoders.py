@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from stochdyn.core.sde.grids import time_column
+
 __all__ = ["ControlNetwork", "LikelihoodEncoder"]
 
 
@@ -33,7 +35,7 @@ class LikelihoodEncoder(nn.Module):
         """Return summaries ``(T, *batch, width)``.
 
         Args:
-            ts: ``(T,)``.
+            ts: ``(T,)`` or ``(*batch, T)``.
             reference: ``(T, *batch, d)`` reference path.
             precision: ``(T, *batch, d, d)``.
             linear: ``(T, *batch, d)``.
@@ -43,8 +45,8 @@ class LikelihoodEncoder(nn.Module):
         pull = linear - (precision @ reference.unsqueeze(-1)).squeeze(-1)
         gap = torch.where(seen > 0, pull / diagonal.clamp_min(1e-12), torch.zeros_like(pull))
         gap = torch.sign(gap) * torch.log1p(gap.abs())
-        position = ((ts - ts[0]) / (ts[-1] - ts[0])).to(reference.dtype)
-        position = position.reshape(-1, *(1,) * (reference.ndim - 1)).expand_as(reference[..., :1])
+        first, last = ts[..., :1], ts[..., -1:]
+        position = time_column((ts - first) / (last - first), reference).expand_as(reference[..., :1])
         features = torch.cat([gap, seen, torch.log1p(diagonal), position], -1)
         flat = features.flip(0).reshape(features.shape[0], -1, features.shape[-1])
         return self.gru(flat)[0].flip(0).reshape(*reference.shape[:-1], self.width)

@@ -82,6 +82,17 @@ class Feedback(Control):
         shaped = (mean + _spread(factor, standard)) * scale
         return shaped if self.own is None else self.own.shape_increment(n, t, dt, z, shaped, channels)
 
+    def affine(self, e: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See :meth:`stochdyn.core.sde.equation.Control.affine`."""
+        if self.network is not None or self.own is not None:
+            return None
+        g = self.gains
+        ndim, scale = e.ndim, _lead(self.scale, e.ndim)
+        gain = g.gain / g.width.unsqueeze(-2)
+        offset = g.offset - (gain @ g.centre.unsqueeze(-1)).squeeze(-1)
+        noise = _times(_lead(g.factor, ndim + 1), e / scale)
+        return (_lead(offset, ndim) + noise) * scale, _lead(gain.mT, ndim + 1) * scale.unsqueeze(-2)
+
     def before(self, own: Control | None) -> Feedback:
         """Return the same feedback, followed by the control of the equation itself."""
         return Feedback(self.gains, self.scale, self.network, self.context, own)
@@ -123,6 +134,10 @@ def _rows_times(deviation: Tensor, gain: Tensor) -> Tensor:
     if gain.ndim == 2:
         return deviation @ gain
     return (deviation.unsqueeze(-2) @ gain).squeeze(-2)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def _spread(factor: Tensor, standard: Tensor) -> Tensor:

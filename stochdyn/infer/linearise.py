@@ -18,13 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stochdyn.core.gaussian.affine import affine_steps
-from stochdyn.core.law.transition import time_column
+from stochdyn.core.gaussian.recursion import covariance_states
 from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.grids import noise_steps, time_column
+from stochdyn.core.sde.methods import Euler, Method
+from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.core.sde.solvers import full_state, integrate, step_everywhere
 from stochdyn.infer.shaping import shape_increments
 
@@ -36,6 +40,9 @@ __all__ = [
     "linear_steps",
     "second_order",
 ]
+
+
+_EULER = Euler()
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,9 @@ def linear_steps(
     z: Tensor,
     e: Tensor,
     scale: Tensor,
-    method: str = "euler",
+    method: Method = _EULER,
     keep_graph: bool = False,
+    noise: NoiseSteps | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``A (N, *batch, Z, Z)``, ``B (N, *batch, Z, M)`` and ``c (N, *batch, Z)`` around ``z``, ``e``.
 
@@ -141,11 +149,13 @@ def linear_steps(
         scale: ``(N, M)`` units of the increments that ``B`` refers to.
         method: the solver whose steps are linearised.
         keep_graph: whether gradients reach the parameters of the equation.
+        noise: the recursion of the noise on the grid, where it is known already.
     """
     z, e = z.detach().contiguous(), e.detach().contiguous()
-    if not sde.state_dependent and sde.control is None and method == "euler":
-        return _affine_steps(sde, ts, z, e.shape[-1] // sde.noise.num_innovations(ts), keep_graph)
-    units = scale.reshape(scale.shape[0], *(1,) * (e.ndim - 2), -1)
+    if not sde.state_dependent and sde.control is None and method.name == "euler" and ts.ndim == 1:
+        noise = noise_steps(sde.noise, ts, z.dtype) if noise is None else noise
+        return _affine_steps(sde, ts, z, e.shape[-1] // sde.noise.num_innovations(ts), noise, keep_graph)
+    units = scale.reshape(scale.shape[0], *(1,) * (e.ndim - scale.ndim), *scale.shape[1:])
     with torch.enable_grad():
         inputs = z.requires_grad_(), e.requires_grad_()
         after = _step(sde, ts, *inputs, method)
@@ -157,10 +167,10 @@ def linear_steps(
     return a, b, after - _times(a, z) - _times(b, e / units)
 
 
-def _step(sde: SDE, ts: Tensor, z: Tensor, e: Tensor, method: str) -> Tensor:
+def _step(sde: SDE, ts: Tensor, z: Tensor, e: Tensor, method: Method) -> Tensor:
     """Take the step from every grid point, ``(N, *batch, Z)``."""
     e = shape_increments(sde, ts, z, e)
-    if method == "euler":
+    if method.name == "euler":
         return step_everywhere(sde, ts, z, e)
     free, states = sde.uncontrolled(), sde.noise.num_states
     channels = e.shape[-1] // sde.noise.num_innovations(ts)
@@ -168,7 +178,7 @@ def _step(sde: SDE, ts: Tensor, z: Tensor, e: Tensor, method: str) -> Tensor:
     rows = []
     for n in range(z.shape[0]):
         memory = z[n, ..., dim:].unflatten(-1, (channels, states)) if states else None
-        run = integrate(free, z[n, ..., :dim], ts[n : n + 2], e[n : n + 1], memory, method=method)
+        run = integrate(free, z[n, ..., :dim], ts[..., n : n + 2], e[n : n + 1], memory, method=method)
         rows.append(full_state(run.x, run.memory)[1])
     return torch.stack(rows)
 
@@ -192,11 +202,11 @@ def _derivatives(value: Tensor, inputs: tuple[Tensor, ...], keep_graph: bool) ->
 
 
 def _affine_steps(
-    sde: SDE, ts: Tensor, z: Tensor, channels: int, keep_graph: bool
+    sde: SDE, ts: Tensor, z: Tensor, channels: int, noise: NoiseSteps, keep_graph: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same for a constant diffusion, where only the drift has to be differentiated."""
     x = z[..., : z.shape[-1] - channels * sde.noise.num_states].detach()
-    t = time_column(ts[:-1], x)
+    t = time_column(ts[..., :-1], x)
     with torch.enable_grad():
         leaf = x.requires_grad_()
         value = sde.drift(t, leaf).expand_as(leaf)
@@ -206,7 +216,7 @@ def _affine_steps(
         value = value.detach()
     offset = value - _times(matrix, x)
     dt = (ts[1:] - ts[:-1]).to(x.dtype)
-    steps = affine_steps(sde.noise.steps(ts, dtype=x.dtype), sde.diffusion(t[0], x[0]), dt, matrix, offset)
+    steps = affine_steps(noise, sde.diffusion(t[0], x[0]), dt, matrix, offset)
     return steps.transition, steps.load, steps.offset
 
 
@@ -220,34 +230,99 @@ def backward_pass(a: Tensor, b: Tensor, c: Tensor, data: Quadratic) -> LinearPos
         data: the quadratic log-likelihood over the first ``d`` components of the state, at ``N + 1`` grid
             points.
     """
-    num_steps, size, dim = a.shape[0], a.shape[-1], data.linear.shape[-1]
-    pad = size - dim
-    precision = torch.nn.functional.pad(data.precision, (0, pad, 0, pad))
-    linear = torch.nn.functional.pad(data.linear, (0, pad))
-    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
-    s, eta = precision[-1], linear[-1].unsqueeze(-1)
-    # Rows are unbound once: the derivative of indexing costs a tensor of all steps each time.
-    forth, back, load, push, shift, curve, slope = (
-        x.unbind(0) for x in (a, a.mT, b, b.mT, c.unsqueeze(-1), precision, linear.unsqueeze(-1))
+    size, dim, channels = a.shape[-1], data.linear.shape[-1], b.shape[-1]
+    batch = torch.broadcast_shapes(
+        a.shape[1:-2], b.shape[1:-2], c.shape[1:-1], data.precision.shape[1:-2], data.linear.shape[1:-1]
     )
-    offsets, gains, covariances = [], [], []
-    for n in range(num_steps - 1, -1, -1):
-        bs = push[n] @ s
-        # Q = I + B'SB is at least 1, so inverting it is harmless.
-        covariance = torch.linalg.inv(eye + bs @ load[n])
-        bsa = bs @ forth[n]
-        pull = eta - s @ shift[n]
-        inner = push[n] @ pull
-        gain = -covariance @ bsa
-        gains.append(gain)
-        offsets.append(covariance @ inner)
-        covariances.append(covariance)
-        s_new = curve[n] + back[n] @ s @ forth[n] + bsa.mT @ gain
-        s = 0.5 * (s_new + s_new.mT)
-        eta = slope[n] + back[n] @ pull + gain.mT @ inner
-    offset, gain, covariance = (torch.stack(rows[::-1]) for rows in (offsets, gains, covariances))
-    factor = torch.linalg.cholesky(0.5 * (covariance + covariance.mT))
-    return LinearPosterior(offset.squeeze(-1), gain, factor, s, eta.squeeze(-1))
+    # One more component that is always 1 makes quadratics and maps homogeneous: V(z) = -1/2 [z 1] S [z 1]^T.
+    width = size + 1
+    load = torch.cat([_spread(b, batch, 2), b.new_zeros(b.shape[0], *batch, 1, channels)], -2)
+    forth = torch.cat([_spread(a, batch, 2), _spread(c, batch, 1).unsqueeze(-1)], -1)
+    last = torch.zeros(width, dtype=a.dtype, device=a.device)
+    last[-1] = 1.0
+    forth = torch.cat([forth, last.expand(*forth.shape[:-2], 1, width)], -2)
+    precision = torch.nn.functional.pad(_spread(data.precision, batch, 2), (0, width - dim, 0, width - dim))
+    slope = torch.nn.functional.pad(_spread(data.linear, batch, 1), (0, width - dim)).unsqueeze(-1)
+    local = precision - slope * last - (slope * last).mT
+    values = _values(forth, load, local)
+    ahead = load.mT @ values[1:]
+    eye = torch.eye(channels, dtype=b.dtype, device=b.device)
+    chol = torch.linalg.cholesky(eye + ahead @ load)  # Q = I + B'SB is at least 1
+    law = -torch.cholesky_solve(ahead @ forth, chol)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(chol)) if channels > 1 else 1.0 / chol
+    first = values[0]
+    return LinearPosterior(
+        law[..., -1], law[..., :-1], factor, first[..., :size, :size], -first[..., :size, size]
+    )
+
+
+def _spread(x: Tensor, batch: torch.Size, events: int) -> Tensor:
+    """Give ``x (N, *b, *event)`` the batch axes ``batch``."""
+    event = x.shape[x.ndim - events :]
+    lead = len(batch) - (x.ndim - 1 - events)
+    return x.reshape(x.shape[0], *(1,) * lead, *x.shape[1:]).expand(x.shape[0], *batch, *event)
+
+
+def _values(forth: Tensor, load: Tensor, local: Tensor) -> Tensor:
+    """Return the quadratics ``S (N+1, *batch, W, W)`` of all data from every grid point on.
+
+    Args:
+        forth: the maps of the homogeneous state, ``(N, *batch, W, W)``.
+        load: ``(N, *batch, W, M)``.
+        local: the quadratics of the data at each grid point, ``(N+1, *batch, W, W)``.
+    """
+    batch = forth.shape[1:-2]
+    flat = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (forth, load, local))
+    values: Tensor = _Values.apply(*flat)
+    return values.reshape(values.shape[0], *batch, *values.shape[-2:])
+
+
+class _Values(torch.autograd.Function):
+    r"""The Riccati recursion, and its derivative along the optimal increments.
+
+    .. math:: S_n=H_n+A^\top S_{n+1}A-A^\top S_{n+1}B(I+B^\top S_{n+1}B)^{-1}B^\top S_{n+1}A
+
+    With :math:`K` the optimal feedback and :math:`F=A+BK`, the derivative is that of the fixed feedback (the envelope
+    theorem), :math:`dS_n=dH_n+F^\top dS_{n+1}F+F^\top S_{n+1}D+D^\top S_{n+1}F` with :math:`D=dA+dB\,K`: its adjoint is
+    one covariance recursion forwards in time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, forth: Tensor, load: Tensor, local: Tensor) -> Tensor:
+        width, channels = forth.shape[-1], load.shape[-1]
+        both = torch.cat([forth, load], -1)
+        eye = torch.eye(channels, dtype=load.dtype, device=load.device)
+        values = torch.empty_like(local)
+        s = values[-1] = local[-1]
+        for n in range(forth.shape[0] - 1, -1, -1):
+            block = both[n].mT @ s @ both[n]
+            cross = block[:, width:, :width]
+            ahead = block[:, width:, width:] + eye
+            if channels == 1:
+                s = torch.baddbmm(block[:, :width, :width], cross.mT, cross / ahead, alpha=-1.0)
+            else:
+                s = torch.baddbmm(
+                    block[:, :width, :width], cross.mT, torch.linalg.solve(ahead, cross), alpha=-1.0
+                )
+            s = local[n] + 0.5 * (s + s.mT)
+            values[n] = s
+        ctx.save_for_backward(forth, load, values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        forth, load, values = ctx.saved_tensors
+        channels = load.shape[-1]
+        slope = 0.5 * (slope + slope.mT)
+        after = values[1:]
+        eye = torch.eye(channels, dtype=load.dtype, device=load.device)
+        ahead = load.mT @ after
+        law = -torch.linalg.solve(eye + ahead @ load, ahead @ forth)
+        closed = forth + load @ law
+        # Lambda_{n+1} = slope_{n+1} + F Lambda_n F^T
+        adjoint = covariance_states(closed, slope[1:], slope[0])
+        to_map = 2.0 * (after @ closed @ adjoint[:-1])
+        return to_map, to_map @ law.mT, adjoint
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def fit_linearised(
         z = torch.where(finite.unsqueeze(-1), z, safe)
         data = quadratic(z[..., : view.dim])
         score: Any = torch.where(finite, data.value, -torch.inf)  # type: ignore[arg-type]
-        units = view.scale.reshape(view.scale.shape[0], *(1,) * (e.ndim - 2), -1)
+        units = view.units(e.ndim)
         score = score - 0.5 * ((e / units) ** 2).sum(-1).sum(0)
         if view.start is not None and start is not None:
             excess = (start - view.start.mean).unsqueeze(-1)
@@ -121,7 +121,7 @@ def _linearised(view: SiteView, point: _Point) -> LinearPosterior:
 
 def _held(view: SiteView, point: _Point, posterior: LinearPosterior) -> Tensor:
     """Return the offset with which the feedback law's mean path is the given one."""
-    units = view.scale.reshape(view.scale.shape[0], *(1,) * (point.increments.ndim - 2), -1)
+    units = view.units(point.increments.ndim)
     pull = (posterior.gain @ point.states[:-1].double().unsqueeze(-1)).squeeze(-1)
     return (point.increments / units).double() - pull
 

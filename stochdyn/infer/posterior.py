@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn.core.law.girsanov import explicit_stop
-from stochdyn.core.law.transition import steps_of, time_column
 from stochdyn.core.sde.equation import SDE
-from stochdyn.core.sde.solvers import draw_increments, full_state, integrate
+from stochdyn.core.sde.grids import steps_of, time_column
+from stochdyn.core.sde.methods import Method
+from stochdyn.core.sde.solvers import full_state, integrate
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
 from stochdyn.infer.driven import DrivenPath
 from stochdyn.infer.feedback import Feedback
@@ -35,36 +36,37 @@ class _FeedbackLaw(LawDistribution):
     feedback: Feedback
     estimator: str
     #: The solver under which the density is exact: that of the path in noise space, Euler's in state space.
-    method = "euler"
+    method: str | Method = "euler"
 
     def _fill(self, new: Self, batch_shape: torch.Size) -> None:
         new._last = None
 
     def _run(self, x0: Tensor, memory0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return states ``x``, full states ``z`` and increments ``e (N, *batch, M)``, time leading."""
-        noise, _ = draw_increments(self.sde, x0, self.ts)
+        scale = self.feedback.scale
+        batch = torch.broadcast_shapes(x0.shape[:-1], scale.shape[1:-1])
+        standard = torch.randn(scale.shape[0], *batch, scale.shape[-1], dtype=x0.dtype, device=x0.device)
+        noise = standard * _lead(scale, standard.ndim)
         controlled = self.sde.with_control(self.feedback.before(self.sde.control))
         run = integrate(controlled, x0, self.ts, noise, memory0, method=self.method)
         z = full_state(run.x, run.memory)
         before = z[:-1]
-        t = time_column(self.ts[:-1], before)
-        scale = self.feedback.scale.reshape(noise.shape[0], *(1,) * (noise.ndim - 2), -1)
-        factor = self.feedback.gains.factor
-        factor = factor.reshape(factor.shape[0], *(1,) * (noise.ndim + 1 - factor.ndim), *factor.shape[1:])
-        spread = (factor @ (noise / scale).unsqueeze(-1)).squeeze(-1)
-        return run.x, z, (self.feedback.mean(t, before) + spread) * scale
+        t = time_column(self.ts[..., :-1], before)
+        factor = _lead(self.feedback.gains.factor, noise.ndim + 1)
+        spread = (factor @ standard.unsqueeze(-1)).squeeze(-1)
+        return run.x, z, (self.feedback.mean(t, before) + spread) * _lead(scale, noise.ndim)
 
     def _log_q(self, e: Tensor, z: Tensor) -> Tensor:
-        return self.feedback.log_prob(e, z, time_column(self.ts[:-1], z))
+        return self.feedback.log_prob(e, z, time_column(self.ts[..., :-1], z))
 
     def _entropy_term(self, e: Tensor, z: Tensor) -> Tensor:
         """Return the term to differentiate: its expected gradient is that of the log density."""
         if self.estimator == "stl":
             return explicit_stop(lambda inputs: self._log_q(*inputs), (e, z))
         if self.estimator == "rate":
-            scale = self.feedback.scale.reshape(e.shape[0], *(1,) * (e.ndim - 2), -1)
+            scale = _lead(self.feedback.scale, e.ndim)
             base = torch.distributions.Normal(torch.zeros_like(scale), scale).log_prob(e).sum(-1).sum(0)
-            return base + self.feedback.divergence_rate(z, time_column(self.ts[:-1], z))
+            return base + self.feedback.divergence_rate(z, time_column(self.ts[..., :-1], z))
         return self._log_q(e, z)
 
 
@@ -174,14 +176,14 @@ class PathPosterior(_FeedbackLaw):
             return self._last[1:]
         x = value.movedim(-2, 0)
         before = x[:-1]
-        t, dt = time_column(self.ts[:-1], before), steps_of(self.ts, before)
+        t, dt = time_column(self.ts[..., :-1], before), steps_of(self.ts, before)
         excess = x[1:] - before - self.sde.drift(t, before) * dt
         dw = self.sde.diffusion(t, before).solve(excess)
         return base_increments(self.sde, self.ts, before, dw), before
 
     def _log_jacobian(self, z: Tensor) -> Tensor:
         """Return the log volume change from increments to states."""
-        t = time_column(self.ts[:-1], z)
+        t = time_column(self.ts[..., :-1], z)
         log_det = self.sde.diffusion(t, z).log_det(z.shape[-1]) + log_shrinkage(self.sde, self.ts, z)
         return log_det.expand(z.shape[:-1]).sum(0)
 
@@ -205,3 +207,8 @@ class PathPosterior(_FeedbackLaw):
         if self.estimator == "stl":
             start = explicit_stop(lambda inputs: self._log_start(*inputs), (x0,))
         return ScoreParts(log_q, _ZERO, self._entropy_term(e, z) - jacobian + start)
+
+
+def _lead(x: Tensor, ndim: int) -> Tensor:
+    """Give ``x (N, *batch, ...)`` sample axes after time until it has ``ndim`` axes."""
+    return x.reshape(x.shape[0], *(1,) * (ndim - x.ndim), *x.shape[1:])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stochdyn.core.law.transition import steps_of, time_column
 from stochdyn.core.sde.equation import SDE, Control
+from stochdyn.core.sde.grids import steps_of, time_column
 from stochdyn.errors import InvalidInputError
 
 __all__ = ["base_increments", "check_control", "log_shrinkage", "shape_increments"]
@@ -22,7 +22,7 @@ def check_control(sde: SDE) -> None:
 
 
 def _control(sde: SDE, ts: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if sde.control is None else sde.control.at(time_column(ts[:-1], z), z)
+    return (None, None) if sde.control is None else sde.control.at(time_column(ts[..., :-1], z), z)
 
 
 def shape_increments(sde: SDE, ts: Tensor, z: Tensor, e: Tensor) -> Tensor:

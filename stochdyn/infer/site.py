@@ -87,8 +87,8 @@ class PathSite(PyroModule):
                 count,
                 hidden,
                 context if amortised else 0,
-                start=float(ts[0]),
-                span=float(ts[-1] - ts[0]),
+                start=float(ts.min()),
+                span=float(ts.max() - ts.min()),
             ).to(like)
 
     def _set_start(self, prior: StartPrior, start: LinearStart | None) -> None:
@@ -120,8 +120,7 @@ class PathSite(PyroModule):
             for _ in range(8):
                 zero = view.zero_increments()
                 e = torch.randn(zero.shape, generator=generator, dtype=zero.dtype, device=zero.device)
-                scale = view.scale.reshape(view.scale.shape[0], *(1,) * (e.ndim - 2), -1)
-                states = view.run(e * scale, feedback=feedback)
+                states = view.run(e * view.units(e.ndim), feedback=feedback)
                 squares.append(((states[1:] - centre) ** 2).flatten(0, -2).mean(0))
             width = torch.stack(squares).mean(0).sqrt()
         good = torch.isfinite(width) & (width > 1e-8)

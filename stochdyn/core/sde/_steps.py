@@ -113,12 +113,16 @@ class Problem:
         """Return the fastest step that this problem allows."""
         if self.coefficient is None:
             return self._general
+        small = self.dim + self.channels * self.num_states <= _DENSE
+        if small and not self.heun and not self.steps.per_series and self.control is not None:
+            affine = self.control.affine(self.dw)
+            if affine is not None:
+                return self._closed_loop(*affine)
         if self.num_states == 0:
             if self.control is None:
                 return self._additive_heun() if self.heun else self._additive_euler()
             return self._general if self.heun or not self._plain_drift else self._additive_euler()
         batched = bool(self.steps.parameter_batch) or self.steps.per_series or _batched(self.coefficient)
-        small = self.dim + self.channels * self.num_states <= _DENSE
         return self._linear_euler() if small and not batched and not self.heun else self._general
 
     @property
@@ -164,6 +168,44 @@ class Problem:
             return (plus(kicked, slope + drift(times[n + 1], guess), 0.5 * dts[n]),)
 
         return step
+
+    def _closed_loop(self, shift: Tensor, gain: Tensor) -> Step:
+        """With increments affine in the state, all of a step but the drift is one affine map, known beforehand."""
+        keep, load = (_lead(x, shift.ndim + 1) for x in self._batched_maps())
+        maps, kicks = keep + gain @ load, (shift.unsqueeze(-2) @ load).squeeze(-2)
+        batched = maps.ndim > 3
+        forth, ahead = maps.unbind(0), kicks.unbind(0)
+        drift, times, dt, dim, memory = self.drift, self.times, self.dt, self.dim, keep.shape[-1] - self.dim
+
+        def step(n: int, z: Tensor) -> Row:
+            moved = (z.unsqueeze(-2) @ forth[n]).squeeze(-2) if batched else z @ forth[n]
+            slope = drift(times[n], z[..., :dim] if memory else z)
+            if memory:
+                slope = torch.nn.functional.pad(slope.expand(*z.shape[:-1], dim), (0, memory))
+            return (plus(moved + ahead[n], slope, dt[n]),)
+
+        return step
+
+    def _batched_maps(self) -> tuple[Tensor, Tensor]:
+        """Return the matrices of :meth:`_linear_maps` where coefficients and parameters of the noise have batch axes too."""
+        assert self.coefficient is not None
+        m, k, like = self.channels, self.num_states, self.steps.load
+        size, width = m * k, self.dw.shape[-1]
+        batch = torch.broadcast_shapes(
+            self.steps.parameter_batch, self.coefficient.apply(self.dw.new_zeros(m)).shape[:-1]
+        )
+        basis = torch.eye(size + width, dtype=like.dtype, device=like.device)
+        # One row per unit of memory or increment, on an axis between time and batch.
+        basis = basis.reshape(1, -1, *(1,) * len(batch), size + width)
+        basis = basis.expand(self.num_steps, *basis.shape[1:])
+        memory, e = basis[..., :size].unflatten(-1, (m, k)), basis[..., size:]
+        dz, memory = remember(self.steps, slice(None), memory, e, m)
+        kick = self.coefficient.apply(dz)
+        rows = torch.broadcast_shapes(kick.shape[:-1], memory.shape[:-2])
+        image = full_state(kick.expand(*rows, self.dim), memory.expand(*rows, m, k)).movedim(1, -2)
+        still = torch.eye(self.dim, self.dim + size, dtype=like.dtype, device=like.device)
+        still = still.expand(*image.shape[:-2], self.dim, self.dim + size)
+        return torch.cat([still, image[..., :size, :]], -2), image[..., size:, :]
 
     def _linear_euler(self) -> Step:
         """With memory and a constant coefficient a step is linear in state, increments and drifts."""
@@ -381,6 +423,11 @@ def _advance(row: MemoryRow, memory: Tensor, e: Tensor, channels: int) -> tuple[
         dz = dz + (rest * gain[..., 1:]).sum(-1)
         memory = memory + rest @ load[..., 1:, :]
     return dz, memory
+
+
+def _lead(x: Tensor, ndim: int) -> Tensor:
+    """Give ``x (N, *b, ...)`` axes after time until it has ``ndim`` of them."""
+    return x.reshape(x.shape[0], *(1,) * (ndim - x.ndim), *x.shape[1:])
 
 
 def _pad(x: Tensor, batch_axes: int) -> Tensor:

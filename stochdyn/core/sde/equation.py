@@ -47,6 +47,19 @@ class Control(nn.Module):
         """Turn the standard increments ``e (*batch, m R)`` of step ``n`` into those of the controlled law."""
         return self.tilt(*self.at(t, z), dt, e, channels)
 
+    def affine(self, e: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return what makes the increments of all steps affine in the state, or None where they aren't.
+
+        The controlled increments of step n are then ``shift[n] + z @ gain[n]``; a time loop needs no more of the control.
+
+        Args:
+            e: ``(N, *batch, m R)`` standard increments.
+
+        Returns:
+            shift ``(N, *batch, m R)`` and gain ``(N, *batch, d + m K, m R)``.
+        """
+        return None
+
     def at(self, t: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return drift and precision at ``t`` and the full state ``z``."""
         return (
