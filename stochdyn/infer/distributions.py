@@ -208,7 +208,9 @@ class PathIncrements(LawDistribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw increments."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        return torch.randn(shape, dtype=self.scale.dtype, device=self.scale.device) * self.scale.movedim(0, -2)
+        return torch.randn(shape, dtype=self.scale.dtype, device=self.scale.device) * self.scale.movedim(
+            0, -2
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of increments ``(..., T-1, m R)``."""
@@ -256,7 +258,12 @@ def is_degenerate(sde: SDE, x0: Tensor, ts: Tensor) -> bool:
 
 
 def sample_path(
-    name: str, sde: SDE, initial: Any, ts: Tensor, method: str | Method = "euler", noise_space: bool | None = None
+    name: str,
+    sde: SDE,
+    initial: Any,
+    ts: Tensor,
+    method: str | Method = "euler",
+    noise_space: bool | None = None,
 ) -> Tensor:
     """Sample a path in a Pyro model, whatever drives it.
 

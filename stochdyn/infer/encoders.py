@@ -1,16 +1,13 @@
-"""Networks of path guides: an encoder that reads the data backwards, and a control network."""
+"""The encoder of path guides, which reads the data backwards."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from stochdyn.core.sde.grids import time_column
 
-__all__ = ["ControlNetwork", "LikelihoodEncoder"]
+__all__ = ["LikelihoodEncoder"]
 
 
 class LikelihoodEncoder(nn.Module):
@@ -50,45 +47,3 @@ class LikelihoodEncoder(nn.Module):
         features = torch.cat([gap, seen, torch.log1p(diagonal), position], -1)
         flat = features.flip(0).reshape(features.shape[0], -1, features.shape[-1])
         return self.gru(flat)[0].flip(0).reshape(*reference.shape[:-1], self.width)
-
-
-class ControlNetwork(nn.Module):
-    """A tanh network of time, state and context, zero at the start of training.
-
-    Args:
-        state_size: components of the state.
-        out_size: components of the control.
-        hidden: widths of the hidden layers.
-        context_size: components of the context; 0 for none.
-        start: first time of the grid.
-        span: length of the grid, which scales time.
-    """
-
-    def __init__(
-        self,
-        state_size: int,
-        out_size: int,
-        hidden: Sequence[int] = (32,),
-        context_size: int = 0,
-        start: float = 0.0,
-        span: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.start = start
-        self.span = span
-        sizes = (state_size + 1 + context_size, *hidden)
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(sizes):
-            layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
-        last = nn.Linear(sizes[-1], out_size)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(*layers, last)
-
-    def forward(self, t: Tensor, state: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return ``(..., out_size)``; ``t`` broadcasts with ``state[..., :1]``, so does ``context``."""
-        clock = ((t - self.start) / self.span).expand(state[..., :1].shape)
-        parts = [clock, state]
-        if context is not None:
-            parts.append(context.expand(*state.shape[:-1], context.shape[-1]))
-        return self.layers(torch.cat(parts, -1))

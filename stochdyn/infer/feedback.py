@@ -1,132 +1,126 @@
-"""Posterior laws of a path's increments: Gaussian given the state, with a mean that answers to the state."""
+"""Feedback laws as controls of the time loop: linear feedback on the state, and what a network adds to it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stochdyn.core.gaussian.feedback import LinearFeedback, times
 from stochdyn.core.sde.equation import Control
+from stochdyn.infer.coupling import Coupling
 
-__all__ = ["Feedback", "Gains"]
+__all__ = ["Feedback"]
 
-
-@dataclass(frozen=True)
-class Gains:
-    r"""Coefficients of a feedback law at every step, in units of the increments' prior standard deviation.
-
-    The standardised increment :math:`\epsilon_n=e_n/\sqrt{\mathrm{variance}_n}` of step :math:`n` is
-
-    .. math:: \epsilon_n\mid z_n\sim N\big(k_n + K_n\,(z_n-c_n)/w,\ L_nL_n^\top\big).
-
-    Attributes:
-        offset: ``k (N, *batch, M)``.
-        gain: ``K (N, *batch, M, Z)``.
-        factor: ``L (N, *batch, M, M)``, lower triangular with positive diagonal.
-        centre: ``c (N, *batch, Z)``.
-        width: ``w (*batch, Z)``.
-    """
-
-    offset: Tensor
-    gain: Tensor
-    factor: Tensor
-    centre: Tensor
-    width: Tensor
+_Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Feedback(Control):
-    """A control of all increments of a step, as the posterior of a path needs it.
+    r"""A control of all increments of a step, as the posterior of a path needs it.
 
-    Besides the linear feedback of :class:`Gains` it takes an optional network ``(t, (z - c) / w, context)
-    -> (..., M)`` that is added to the mean. The covariance of a step is a free triangular factor, so the
-    law on the grid can match the exact posterior of a linear-Gaussian model at any step size.
+    The standardised increment :math:`\epsilon_n=e_n/\sqrt{\mathrm{variance}_n}` of step :math:`n` is
+
+    .. math:: \epsilon_n\mid z_n\sim N\big(k_n+K_n(z_n-\bar z_n)+\mathrm{net}(t_n,(z_n-\bar z_n)/w),\ L_nL_n^\top\big).
+
+    The covariance of a step is a free triangular factor, so the law on the grid can match the exact posterior of a
+    linear-Gaussian model at any step size. ``z`` is the full state, followed by the sums of a coupling where there is one.
 
     Args:
-        gains: the linear part.
-        scale: ``(N, M)`` prior standard deviations of the increments.
-        network: the nonlinear part, or None.
+        law: the linear part.
+        scale: ``(N, M)`` or ``(N, *batch, M)`` prior standard deviations of the increments.
+        network: the nonlinear part ``(t, (z - c) / w, context) -> (..., M)``, or None.
+        width: ``w (*batch, Z)`` units of the network's input; None for ones.
         context: ``(N, *batch, C)`` what the network is told at each step, or None.
+        coupling: what the feedback remembers of the path for observations that couple times, or None.
         own: the control of the equation itself, which acts on the increments after the feedback.
     """
 
     def __init__(
         self,
-        gains: Gains,
+        law: LinearFeedback,
         scale: Tensor,
-        network: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
+        network: _Network | None = None,
+        width: Tensor | None = None,
         context: Tensor | None = None,
+        coupling: Coupling | None = None,
         own: Control | None = None,
     ) -> None:
         super().__init__()
-        self.own = own
-        self.gains = gains
-        self.scale = scale
-        self.network = network
-        self.context = context
+        self.law, self.scale, self.network, self.width = law, scale, network, width
+        self.context, self.coupling, self.own = context, coupling, own
+        self._sums: Tensor | None = None
+        assert law.centre is not None
         # Rows by step, so that the time loop indexes nothing.
         self._rows = [
-            r.unbind(0) for r in (gains.offset, gains.gain.mT.contiguous(), gains.factor, gains.centre, scale)
+            r.unbind(0) for r in (law.offset, law.gain.mT.contiguous(), law.factor, law.centre, scale)
         ]
 
-    def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
+    def before(self, own: Control | None) -> Feedback:
+        """Return the same feedback, followed by the control of the equation itself."""
+        return Feedback(self.law, self.scale, self.network, self.width, self.context, self.coupling, own)
+
+    def shape_increment(
+        self, n: int, t: Tensor, dt: Tensor | float, z: Tensor, e: Tensor, channels: int
+    ) -> Tensor:
         """See :meth:`stochdyn.core.sde.equation.Control.shape_increment`."""
         offset, gain, factor, centre, scale = (rows[n] for rows in self._rows)
-        deviation = (z - centre) / self.gains.width
+        state = z
+        if self.coupling is not None:
+            x = z[..., : self.coupling.rows.shape[-1]]
+            self._sums = self.coupling.step(n, self._sums if n else None, x)
+            state = torch.cat([z, self._sums.expand(*z.shape[:-1], -1)], -1)
+        deviation = state - centre
         mean = offset + _rows_times(deviation, gain)
         if self.network is not None:
-            mean = mean + self.network(t, deviation, None if self.context is None else self.context[n])
-        standard = e / scale
-        shaped = (mean + _spread(factor, standard)) * scale
+            context = None if self.context is None else self.context[n]
+            mean = mean + self.network(t, self._scaled(deviation), context)
+        shaped = (mean + _spread(factor, e / scale)) * scale
         return shaped if self.own is None else self.own.shape_increment(n, t, dt, z, shaped, channels)
 
     def affine(self, e: Tensor) -> tuple[Tensor, Tensor] | None:
         """See :meth:`stochdyn.core.sde.equation.Control.affine`."""
-        if self.network is not None or self.own is not None:
+        if self.network is not None or self.own is not None or self.coupling is not None:
             return None
-        g = self.gains
-        ndim, scale = e.ndim, _lead(self.scale, e.ndim)
-        gain = g.gain / g.width.unsqueeze(-2)
-        offset = g.offset - (gain @ g.centre.unsqueeze(-1)).squeeze(-1)
-        noise = _times(_lead(g.factor, ndim + 1), e / scale)
-        return (_lead(offset, ndim) + noise) * scale, _lead(gain.mT, ndim + 1) * scale.unsqueeze(-2)
+        law, ndim, scale = self.law, e.ndim, _lead(self.scale, e.ndim)
+        assert law.centre is not None
+        offset = law.offset - times(law.gain, law.centre)
+        noise = times(_lead(law.factor, ndim + 1), e / scale)
+        return (_lead(offset, ndim) + noise) * scale, _lead(law.gain.mT, ndim + 1) * scale.unsqueeze(-2)
 
-    def before(self, own: Control | None) -> Feedback:
-        """Return the same feedback, followed by the control of the equation itself."""
-        return Feedback(self.gains, self.scale, self.network, self.context, own)
+    def remembered(self, z: Tensor) -> Tensor:
+        """Return what the feedback answers to at the first points ``z (T', *sample, *batch, Z)`` of paths: states and sums."""
+        if self.coupling is None:
+            return z
+        sums = self.coupling.sums(z[..., : self.coupling.rows.shape[-1]])
+        return torch.cat([z, sums.expand(*z.shape[:-1], -1)], -1)
 
     def mean(self, t: Tensor, z: Tensor) -> Tensor:
         """Return the conditional means of all steps, ``(N, *sample, *batch, M)``, given ``z`` before each."""
-        g = self.gains
-        deviation = (z - _lead(g.centre, z.ndim)) / g.width
-        mean = _lead(g.offset, z.ndim) + _rows_times(deviation, _lead(g.gain.mT, z.ndim + 1))
-        if self.network is not None:
-            context = None if self.context is None else _lead(self.context, z.ndim)
-            mean = mean + self.network(t, deviation, context)
-        return mean
+        state = self.remembered(z)
+        mean, extra = self.law.mean(state), self._extra(t, state)
+        return mean if extra is None else mean + extra
 
     def log_prob(self, e: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """Return the log density ``(*sample, *batch)`` of increments given the states before each step."""
-        scale = _lead(self.scale, e.ndim)
-        residual = e / scale - self.mean(t, z)
-        factor = _lead(self.gains.factor, e.ndim + 1)
-        if factor.shape[-1] == 1:
-            white = residual / factor.squeeze(-1)
-        else:
-            factor = factor.expand(*residual.shape[:-1], *factor.shape[-2:])
-            white = torch.linalg.solve_triangular(factor, residual.unsqueeze(-1), upper=False).squeeze(-1)
-        log_scale = torch.diagonal(factor, dim1=-2, dim2=-1).log() + scale.log()
-        return (-0.5 * white**2 - log_scale - 0.5 * math.log(2 * math.pi)).sum(-1).sum(0)
+        scale, state = _lead(self.scale, e.ndim), self.remembered(z)
+        density = self.law.log_prob(e / scale, state, self._extra(t, state))
+        return density - scale.log().sum(-1).sum(0)
 
     def divergence_rate(self, z: Tensor, t: Tensor) -> Tensor:
         """Return the sum over steps of the divergences from the prior increments, ``(*sample, *batch)``."""
-        mean = self.mean(t, z)
-        factor = _lead(self.gains.factor, mean.ndim + 1)
-        log_diagonal = torch.diagonal(factor, dim1=-2, dim2=-1).log()
-        spread = (factor**2).sum((-2, -1)) - factor.shape[-1]
-        return (0.5 * ((mean**2).sum(-1) + spread) - log_diagonal.sum(-1)).sum(0)
+        state = self.remembered(z)
+        return self.law.divergence_rate(state, self._extra(t, state))
+
+    def _extra(self, t: Tensor, state: Tensor) -> Tensor | None:
+        if self.network is None:
+            return None
+        assert self.law.centre is not None
+        context = None if self.context is None else _lead(self.context, state.ndim)
+        return self.network(t, self._scaled(state - _lead(self.law.centre, state.ndim)), context)
+
+    def _scaled(self, deviation: Tensor) -> Tensor:
+        return deviation if self.width is None else deviation / self.width
 
 
 def _rows_times(deviation: Tensor, gain: Tensor) -> Tensor:
@@ -134,10 +128,6 @@ def _rows_times(deviation: Tensor, gain: Tensor) -> Tensor:
     if gain.ndim == 2:
         return deviation @ gain
     return (deviation.unsqueeze(-2) @ gain).squeeze(-2)
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def _spread(factor: Tensor, standard: Tensor) -> Tensor:

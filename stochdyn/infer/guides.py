@@ -18,6 +18,7 @@ from stochdyn._checks import check_choice
 from stochdyn.core.law.girsanov import ESTIMATORS
 from stochdyn.core.law.initial import DistributionStart
 from stochdyn.errors import InvalidInputError, UnknownSiteError
+from stochdyn.infer.coupling import CouplingPlan
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.mode import fit_linearised
@@ -114,6 +115,7 @@ class AutoPathGuide(AutoGuide):
         self._path_sites: list[str] = []
         self._late_plates: frozenset[str] = frozenset()
         self._pending: dict[str, Tensor] | None = None
+        self._plans: dict[str, CouplingPlan | None] = {}
 
     @property
     def _trace(self) -> Any:
@@ -205,7 +207,9 @@ class AutoPathGuide(AutoGuide):
         start = None
         if self._start == "linearised" and not amortised:
             path, prior = self._path_name(name), self._prior_sites(name)
-            start = fit_linearised(view, lambda x: call.likelihood(name, path, prior, values, x))
+            plan = call.coupling(name, path, prior, values, view.reference()[..., : view.dim])
+            start = fit_linearised(view, lambda x: call.likelihood(name, path, prior, values, x, plan))
+            self._plans[name] = plan
         # Sites further on are linearised around this path.
         values[name] = view.value() if start is None else start.value(view)
         if self.recomputed and start is not None:
@@ -387,7 +391,8 @@ class AutoPathGuide(AutoGuide):
         # Far-off paths are judged by their density alone, whatever the checks of distributions say to them.
         with torch.enable_grad(), pyro.validation_enabled(False):
             run = call.run(given, {path: lambda: met["leaf"].movedim(0, -2)})
-            data = run.quadratic(met["leaf"], name, self._prior_sites(name), keep_graph)
+            plan = self._plans.get(name)
+            data = run.quadratic(met["leaf"], name, self._prior_sites(name), keep_graph, plan)
         indices = self._enter_late_plates(name, run.sites)
         if any(not torch.equal(i, run.sites[n]["value"]) for n, i in indices.items() if n in run.sites):
             # Somebody else has chosen the members of the plate.

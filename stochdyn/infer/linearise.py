@@ -18,25 +18,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from stochdyn.core.gaussian.affine import affine_steps
-from stochdyn.core.gaussian.recursion import covariance_states
+from stochdyn.core.gaussian.affine import LinearSteps, affine_steps
+from stochdyn.core.gaussian.feedback import LinearFeedback, feedback_given, times
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import noise_steps, time_column
 from stochdyn.core.sde.methods import Euler, Method
 from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.core.sde.solvers import full_state, integrate, step_everywhere
+from stochdyn.infer.coupling import Coupling
 from stochdyn.infer.shaping import shape_increments
 
 __all__ = [
     "LinearPosterior",
     "Quadratic",
-    "backward_pass",
     "expand_likelihood",
+    "linear_posterior",
     "linear_steps",
     "second_order",
 ]
@@ -53,30 +53,18 @@ class Quadratic:
         precision: ``H (T, *batch, d, d)``, positive semidefinite.
         linear: ``h (T, *batch, d)``.
         value: ``(*batch,)`` the log-likelihood at the reference path, or None.
+        coupling: the sums that observations of several times depend on, or None. A complete sum ``a`` adds
+            ``-1/2 a^2 + pull a``.
+        ends: ``(T, R)`` one where a sum is complete.
+        pull: ``(T, *batch, R)``, zero elsewhere.
     """
 
     precision: Tensor
     linear: Tensor
     value: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LinearPosterior:
-    """The posterior of a linearised model in feedback form.
-
-    Attributes:
-        offset: ``(N, *batch, M)`` mean of the standardised increments at ``z = 0``.
-        gain: ``(N, *batch, M, Z)``.
-        factor: ``(N, *batch, M, M)`` lower Cholesky factor of their covariance.
-        start_precision: ``(*batch, Z, Z)`` and start_linear ``(*batch, Z)``: the likelihood as a function
-            of the start.
-    """
-
-    offset: Tensor
-    gain: Tensor
-    factor: Tensor
-    start_precision: Tensor
-    start_linear: Tensor
+    coupling: Coupling | None = None
+    ends: Tensor | None = None
+    pull: Tensor | None = None
 
 
 def expand_likelihood(log_likelihood: Callable[[Tensor], Tensor], path: Tensor) -> Quadratic:
@@ -92,17 +80,24 @@ def expand_likelihood(log_likelihood: Callable[[Tensor], Tensor], path: Tensor) 
         return second_order(value.sum() + 0.0 * leaf.sum(), leaf, value.detach())
 
 
-def second_order(total: Tensor, leaf: Tensor, value: Tensor, keep_graph: bool = False) -> Quadratic:
+def second_order(
+    total: Tensor,
+    leaf: Tensor,
+    value: Tensor,
+    keep_graph: bool = False,
+    coupled: tuple[Tensor, Coupling, Tensor] | None = None,
+) -> Quadratic:
     """Return gradient and curvature of ``total`` in ``leaf (T, *batch, d)``, block by block in time.
 
-    Terms that couple different times are folded into the block of each time, and where the likelihood isn't
-    log-concave it is taken to give no information.
+    Where the likelihood isn't log-concave it is taken to give no information. Terms of ``total`` that couple different times
+    are folded into the block of each time; those of ``coupled`` are kept whole.
 
     Args:
         total: a scalar that is a sum of the log-likelihoods of all series.
         leaf: the paths, a leaf of the graph.
         value: ``(*batch,)`` the log-likelihoods themselves.
         keep_graph: let gradients of the result reach what else the likelihood depends on.
+        coupled: the log-likelihood of observations that couple times, their sums, and where these are complete.
     """
     slope = torch.autograd.grad(total, leaf, create_graph=True)[0]
     rows = []
@@ -125,8 +120,14 @@ def second_order(total: Tensor, leaf: Tensor, value: Tensor, keep_graph: bool = 
         concave = (vectors * eigenvalues.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
         # equal eigenvalues have no derivative, so only the curvature itself is differentiated
         precision = curvature + (concave - curvature.detach())
-    linear = slope + (precision @ leaf.detach().unsqueeze(-1)).squeeze(-1)
-    return Quadratic(precision, linear, value)
+    point = leaf if keep_graph else leaf.detach()
+    linear = slope + (precision @ point.unsqueeze(-1)).squeeze(-1)
+    if coupled is None:
+        return Quadratic(precision, linear, value)
+    rest, coupling, ends = coupled
+    more = torch.autograd.grad(rest, leaf, create_graph=keep_graph)[0]
+    pull = coupling.sums(point) * ends.reshape(ends.shape[0], *(1,) * (leaf.ndim - 2), -1)
+    return Quadratic(precision, linear + more, value, coupling, ends, pull)
 
 
 def linear_steps(
@@ -138,8 +139,8 @@ def linear_steps(
     method: Method = _EULER,
     keep_graph: bool = False,
     noise: NoiseSteps | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``A (N, *batch, Z, Z)``, ``B (N, *batch, Z, M)`` and ``c (N, *batch, Z)`` around ``z``, ``e``.
+) -> LinearSteps:
+    """Return the steps linearised around states ``z`` and increments ``e``.
 
     Args:
         sde: the equation; its own control is part of the step.
@@ -164,7 +165,7 @@ def linear_steps(
     z, e = (x.detach() for x in inputs)
     if not keep_graph:
         after = after.detach()
-    return a, b, after - _times(a, z) - _times(b, e / units)
+    return LinearSteps(a, b, after - times(a, z) - times(b, e / units))
 
 
 def _step(sde: SDE, ts: Tensor, z: Tensor, e: Tensor, method: Method) -> Tensor:
@@ -203,7 +204,7 @@ def _derivatives(value: Tensor, inputs: tuple[Tensor, ...], keep_graph: bool) ->
 
 def _affine_steps(
     sde: SDE, ts: Tensor, z: Tensor, channels: int, noise: NoiseSteps, keep_graph: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> LinearSteps:
     """Return the same for a constant diffusion, where only the drift has to be differentiated."""
     x = z[..., : z.shape[-1] - channels * sde.noise.num_states].detach()
     t = time_column(ts[..., :-1], x)
@@ -214,116 +215,65 @@ def _affine_steps(
     x = leaf.detach()
     if not keep_graph:
         value = value.detach()
-    offset = value - _times(matrix, x)
+    offset = value - times(matrix, x)
     dt = (ts[1:] - ts[:-1]).to(x.dtype)
-    steps = affine_steps(noise, sde.diffusion(t[0], x[0]), dt, matrix, offset)
-    return steps.transition, steps.load, steps.offset
+    return affine_steps(noise, sde.diffusion(t[0], x[0]), dt, matrix, offset)
 
 
-def backward_pass(a: Tensor, b: Tensor, c: Tensor, data: Quadratic) -> LinearPosterior:
-    """Run the backward information filter; see the module's formulas.
+@dataclass(frozen=True)
+class LinearPosterior:
+    """The posterior of a linearised model in feedback form.
 
-    Args:
-        a: ``A (N, *batch, Z, Z)``.
-        b: ``B (N, *batch, Z, M)``.
-        c: ``(N, *batch, Z)``.
-        data: the quadratic log-likelihood over the first ``d`` components of the state, at ``N + 1`` grid
-            points.
+    Attributes:
+        law: the feedback on the state, followed by the sums of the coupling; its centre is zero.
+        start_precision: ``(*batch, Z, Z)`` and start_linear ``(*batch, Z)``: the likelihood as a function of the start.
+        coupling: the sums, or None.
     """
-    size, dim, channels = a.shape[-1], data.linear.shape[-1], b.shape[-1]
-    batch = torch.broadcast_shapes(
-        a.shape[1:-2], b.shape[1:-2], c.shape[1:-1], data.precision.shape[1:-2], data.linear.shape[1:-1]
+
+    law: LinearFeedback
+    start_precision: Tensor
+    start_linear: Tensor
+    coupling: Coupling | None = None
+
+
+def linear_posterior(steps: LinearSteps, data: Quadratic) -> LinearPosterior:
+    """Return the exact posterior of linear steps given a quadratic log-likelihood, in float64."""
+    a, b, c = steps.transition.double(), steps.load.double(), steps.offset.double()
+    precision, linear, coupling = data.precision.double(), data.linear.double(), data.coupling
+    if coupling is None:
+        return LinearPosterior(*feedback_given(LinearSteps(a, b, c), precision, linear))
+    assert data.ends is not None and data.pull is not None
+    rows, size, dim, sums = coupling.rows.double(), a.shape[-1], linear.shape[-1], coupling.size
+    # The sums go with the state: a' = keep a + v' x', and x' is part of the next state.
+    batch = torch.broadcast_shapes(a.shape[1:-2], b.shape[1:-2], c.shape[1:-1], rows.shape[1:-2])
+    a, b = (x.expand(x.shape[0], *batch, *x.shape[-2:]) for x in (_lead(a, batch, 2), _lead(b, batch, 2)))
+    c, rows = _lead(c, batch, 1).expand(c.shape[0], *batch, size), _lead(rows, batch, 2)
+    later = rows[1:]
+    keep = torch.diag_embed(coupling.keep[1:].double()).reshape(-1, *(1,) * len(batch), sums, sums)
+    keep = keep.expand(a.shape[0], *batch, sums, sums)
+    lower = torch.cat([later @ a[..., :dim, :], keep], -1)
+    upper = torch.cat([a, a.new_zeros(*a.shape[:-1], sums)], -1)
+    wide = LinearSteps(
+        torch.cat([upper, lower], -2),
+        torch.cat([b, later @ b[..., :dim, :]], -2),
+        torch.cat([c, times(later, c[..., :dim])], -1),
     )
-    # One more component that is always 1 makes quadratics and maps homogeneous: V(z) = -1/2 [z 1] S [z 1]^T.
-    width = size + 1
-    load = torch.cat([_spread(b, batch, 2), b.new_zeros(b.shape[0], *batch, 1, channels)], -2)
-    forth = torch.cat([_spread(a, batch, 2), _spread(c, batch, 1).unsqueeze(-1)], -1)
-    last = torch.zeros(width, dtype=a.dtype, device=a.device)
-    last[-1] = 1.0
-    forth = torch.cat([forth, last.expand(*forth.shape[:-2], 1, width)], -2)
-    precision = torch.nn.functional.pad(_spread(data.precision, batch, 2), (0, width - dim, 0, width - dim))
-    slope = torch.nn.functional.pad(_spread(data.linear, batch, 1), (0, width - dim)).unsqueeze(-1)
-    local = precision - slope * last - (slope * last).mT
-    values = _values(forth, load, local)
-    ahead = load.mT @ values[1:]
-    eye = torch.eye(channels, dtype=b.dtype, device=b.device)
-    chol = torch.linalg.cholesky(eye + ahead @ load)  # Q = I + B'SB is at least 1
-    law = -torch.cholesky_solve(ahead @ forth, chol)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(chol)) if channels > 1 else 1.0 / chol
-    first = values[0]
-    return LinearPosterior(
-        law[..., -1], law[..., :-1], factor, first[..., :size, :size], -first[..., :size, size]
-    )
+    total = size + sums
+    whole = precision.new_zeros(precision.shape[0], *batch, total, total)
+    whole[..., :dim, :dim] = precision
+    ends = torch.diag_embed(data.ends.double()).reshape(-1, *(1,) * len(batch), sums, sums)
+    whole[..., size:, size:] = ends.expand(-1, *batch, sums, sums)
+    slope = linear.new_zeros(linear.shape[0], *batch, total)
+    slope[..., :dim] = linear
+    slope[..., size:] = data.pull.double()
+    law, first, pull = feedback_given(wide, whole, slope)
+    # The sums of the first time are known from the start.
+    lift = torch.eye(size, dtype=a.dtype, device=a.device).expand(*batch, size, size)
+    known = torch.nn.functional.pad(rows[0].expand(*batch, sums, dim), (0, size - dim))
+    lift = torch.cat([lift, known], -2)
+    return LinearPosterior(law, lift.mT @ first @ lift, times(lift.mT, pull), coupling)
 
 
-def _spread(x: Tensor, batch: torch.Size, events: int) -> Tensor:
-    """Give ``x (N, *b, *event)`` the batch axes ``batch``."""
-    event = x.shape[x.ndim - events :]
-    lead = len(batch) - (x.ndim - 1 - events)
-    return x.reshape(x.shape[0], *(1,) * lead, *x.shape[1:]).expand(x.shape[0], *batch, *event)
-
-
-def _values(forth: Tensor, load: Tensor, local: Tensor) -> Tensor:
-    """Return the quadratics ``S (N+1, *batch, W, W)`` of all data from every grid point on.
-
-    Args:
-        forth: the maps of the homogeneous state, ``(N, *batch, W, W)``.
-        load: ``(N, *batch, W, M)``.
-        local: the quadratics of the data at each grid point, ``(N+1, *batch, W, W)``.
-    """
-    batch = forth.shape[1:-2]
-    flat = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (forth, load, local))
-    values: Tensor = _Values.apply(*flat)
-    return values.reshape(values.shape[0], *batch, *values.shape[-2:])
-
-
-class _Values(torch.autograd.Function):
-    r"""The Riccati recursion, and its derivative along the optimal increments.
-
-    .. math:: S_n=H_n+A^\top S_{n+1}A-A^\top S_{n+1}B(I+B^\top S_{n+1}B)^{-1}B^\top S_{n+1}A
-
-    With :math:`K` the optimal feedback and :math:`F=A+BK`, the derivative is that of the fixed feedback (the envelope
-    theorem), :math:`dS_n=dH_n+F^\top dS_{n+1}F+F^\top S_{n+1}D+D^\top S_{n+1}F` with :math:`D=dA+dB\,K`: its adjoint is
-    one covariance recursion forwards in time.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, forth: Tensor, load: Tensor, local: Tensor) -> Tensor:
-        width, channels = forth.shape[-1], load.shape[-1]
-        both = torch.cat([forth, load], -1)
-        eye = torch.eye(channels, dtype=load.dtype, device=load.device)
-        values = torch.empty_like(local)
-        s = values[-1] = local[-1]
-        for n in range(forth.shape[0] - 1, -1, -1):
-            block = both[n].mT @ s @ both[n]
-            cross = block[:, width:, :width]
-            ahead = block[:, width:, width:] + eye
-            if channels == 1:
-                s = torch.baddbmm(block[:, :width, :width], cross.mT, cross / ahead, alpha=-1.0)
-            else:
-                s = torch.baddbmm(
-                    block[:, :width, :width], cross.mT, torch.linalg.solve(ahead, cross), alpha=-1.0
-                )
-            s = local[n] + 0.5 * (s + s.mT)
-            values[n] = s
-        ctx.save_for_backward(forth, load, values)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        forth, load, values = ctx.saved_tensors
-        channels = load.shape[-1]
-        slope = 0.5 * (slope + slope.mT)
-        after = values[1:]
-        eye = torch.eye(channels, dtype=load.dtype, device=load.device)
-        ahead = load.mT @ after
-        law = -torch.linalg.solve(eye + ahead @ load, ahead @ forth)
-        closed = forth + load @ law
-        # Lambda_{n+1} = slope_{n+1} + F Lambda_n F^T
-        adjoint = covariance_states(closed, slope[1:], slope[0])
-        to_map = 2.0 * (after @ closed @ adjoint[:-1])
-        return to_map, to_map @ law.mT, adjoint
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+def _lead(x: Tensor, batch: torch.Size, events: int) -> Tensor:
+    """Give ``x (N, *b, *event)`` as many batch axes as ``batch`` has."""
+    return x.reshape(x.shape[0], *(1,) * (len(batch) - (x.ndim - 1 - events)), *x.shape[1:])

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochdyn.core.gaussian.feedback import LinearFeedback, times
 from stochdyn.errors import NonFiniteError
 from stochdyn.infer.distributions import PathIncrements
-from stochdyn.infer.feedback import Feedback, Gains
-from stochdyn.infer.linearise import LinearPosterior, Quadratic, backward_pass
+from stochdyn.infer.feedback import Feedback
+from stochdyn.infer.linearise import LinearPosterior, Quadratic, linear_posterior
 from stochdyn.infer.view import SiteView
 
-__all__ = ["LinearStart", "absolute_gains", "fit_linearised"]
+__all__ = ["LinearStart", "fit_linearised", "linear_feedback"]
 
 
 @dataclass(frozen=True)
@@ -108,22 +109,20 @@ def fit_linearised(
             if float((point.states - previous.states).abs().max() / size) < tolerance:
                 break
     held = _held(view, point, posterior)
-    law = replace(posterior, offset=held)
-    return LinearStart(law, point.states, point.increments, point.start, factor)
+    posterior = replace(posterior, law=replace(posterior.law, offset=held))
+    return LinearStart(posterior, point.states, point.increments, point.start, factor)
 
 
 def _linearised(view: SiteView, point: _Point) -> LinearPosterior:
     """Return the posterior of the model linearised around a path, in float64."""
-    a, b, c = view.linear_steps(point.states, point.increments)
-    data = Quadratic(point.data.precision.double(), point.data.linear.double())
-    return backward_pass(a.double(), b.double(), c.double(), data)
+    return linear_posterior(view.linear_steps(point.states, point.increments), point.data)
 
 
 def _held(view: SiteView, point: _Point, posterior: LinearPosterior) -> Tensor:
     """Return the offset with which the feedback law's mean path is the given one."""
     units = view.units(point.increments.ndim)
-    pull = (posterior.gain @ point.states[:-1].double().unsqueeze(-1)).squeeze(-1)
-    return (point.increments / units).double() - pull
+    states = linear_feedback(view, posterior, point.states).remembered(point.states[:-1])
+    return (point.increments / units).double() - times(posterior.law.gain, states.double())
 
 
 def _improve(
@@ -139,11 +138,12 @@ def _improve(
     step = torch.ones_like(point.score)
     for _ in range(9):
         share = step.double().unsqueeze(-1)
-        mixed = replace(posterior, offset=held + share * (posterior.offset - held))
+        offset = held + share * (posterior.law.offset - held)
+        mixed = replace(posterior, law=replace(posterior.law, offset=offset))
         begin = start
         if start is not None and point.start is not None:
             begin = point.start + step.unsqueeze(-1) * (start - point.start)
-        e, z = view.follow(Feedback(absolute_gains(mixed, point.states), view.scale), begin)
+        e, z = view.follow(linear_feedback(view, mixed, point.states), begin)
         trial = judge(e, z, begin, point.states)
         worse = ~(trial.score >= point.score - slack) & (step > 0)
         if not bool(worse.any()):
@@ -154,13 +154,11 @@ def _improve(
     return trial
 
 
-def absolute_gains(posterior: LinearPosterior, like: Tensor) -> Gains:
-    """Return the gains around zero with unit width, in the state's precision."""
-    size = posterior.gain.shape[-1]
-    return Gains(
-        posterior.offset.to(like.dtype),
-        posterior.gain.to(like.dtype),
-        posterior.factor.to(like.dtype),
-        like.new_zeros(like.shape[0] - 1, *(1,) * (like.ndim - 2), size),
-        like.new_ones(size),
+def linear_feedback(view: SiteView, posterior: LinearPosterior, like: Tensor) -> Feedback:
+    """Return the feedback of a linearised posterior, in the state's precision."""
+    law, coupling = posterior.law, posterior.coupling
+    assert law.centre is not None
+    parts = (x.to(like.dtype) for x in (law.offset, law.gain, law.factor, law.centre))
+    return Feedback(
+        LinearFeedback(*parts), view.scale, coupling=None if coupling is None else coupling.to(like)
     )

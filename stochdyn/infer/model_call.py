@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from stochdyn.errors import UnknownSiteError
+from stochdyn.infer.coupling import CouplingPlan, element_log_probs, find_coupling
 from stochdyn.infer.linearise import Quadratic, second_order
 
 __all__ = ["ModelCall", "ModelRun"]
@@ -33,7 +34,14 @@ class ModelRun:
     sites: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Given] = field(default_factory=dict)
 
-    def quadratic(self, leaf: Tensor, site_name: str, prior: set[str], keep_graph: bool = False) -> Quadratic:
+    def quadratic(
+        self,
+        leaf: Tensor,
+        site_name: str,
+        prior: set[str],
+        keep_graph: bool = False,
+        plan: CouplingPlan | None = None,
+    ) -> Quadratic:
         """Return the second-order expansion of the log-likelihood around the path that the run was given.
 
         Only derivatives are taken (:func:`~stochdyn.infer.linearise.second_order`), so any likelihood, mask or irregular set
@@ -44,15 +52,31 @@ class ModelRun:
             site_name: the random site behind the path.
             prior: the sites whose density belongs to the prior of the path.
             keep_graph: whether gradients reach the other sites.
+            plan: the observations that couple times, or None.
         """
         scale = self.sites[site_name]["scale"]
         value, total = leaf.detach().sum(-1).sum(0) * 0.0, leaf.sum() * 0.0
+        rest, elements = leaf.sum() * 0.0, {}
         for name, site in self.sites.items():
-            if name not in prior:
+            if name in prior:
+                continue
+            if plan is not None and name in plan.sites:
+                elements[name] = element_log_probs(site, leaf.shape[1:-1], scale)
+                log_prob = elements[name].sum(0)
+                rest = rest + log_prob.sum()
+            else:
                 log_prob = _log_prob(site, scale)
                 total = total + log_prob.sum()
-                value = value + _series_sum(log_prob.detach(), value.shape)
-        return second_order(total, leaf, value, keep_graph)
+            value = value + _series_sum(log_prob.detach(), value.shape)
+        if plan is None:
+            return second_order(total, leaf, value, keep_graph)
+        coupling, ends = plan.read(elements, leaf, keep_graph)
+        return second_order(total, leaf, value, keep_graph, (rest, coupling, ends))
+
+    def coupling(self, leaf: Tensor, site_name: str, prior: set[str]) -> CouplingPlan | None:
+        """Return how the data couple different times of the path, or None if they don't."""
+        sites = [site for name, site in self.sites.items() if name not in prior and site["is_observed"]]
+        return find_coupling(sites, leaf, self.sites[site_name]["scale"])
 
 
 class ModelCall:
@@ -112,7 +136,13 @@ class ModelCall:
         return self.run(values, until=name).sites[name]
 
     def likelihood(
-        self, site_name: str, path_name: str, prior: set[str], values: Mapping[str, Given], path: Tensor
+        self,
+        site_name: str,
+        path_name: str,
+        prior: set[str],
+        values: Mapping[str, Given],
+        path: Tensor,
+        plan: CouplingPlan | None = None,
     ) -> Quadratic:
         """Return the expansion of the log-likelihood around ``path (T, *batch, d)``, cut off from the graph.
 
@@ -122,17 +152,32 @@ class ModelCall:
             prior: the sites whose density belongs to the prior of the path.
             values: values of the other sites.
             path: the path.
+            plan: the observations that couple times, or None.
         """
         with torch.enable_grad(), pyro.validation_enabled(False):
-            leaf = path.detach().requires_grad_()
-            x = leaf.movedim(0, -2)
-            given = {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
-            if site_name == path_name:
-                given[site_name] = x
-            else:
-                given[site_name] = lambda msg: still_increments(msg["fn"], leaf.shape[1:-1])
-            run = self.run(given, {path_name: lambda: x})
-            return run.quadratic(leaf, site_name, prior)
+            run, leaf = self._at(site_name, path_name, values, path)
+            return run.quadratic(leaf, site_name, prior, plan=plan)
+
+    def coupling(
+        self, site_name: str, path_name: str, prior: set[str], values: Mapping[str, Given], path: Tensor
+    ) -> CouplingPlan | None:
+        """Return how the data couple different times of the path; arguments as in :meth:`likelihood`."""
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            run, leaf = self._at(site_name, path_name, values, path)
+            return run.coupling(leaf, site_name, prior)
+
+    def _at(
+        self, site_name: str, path_name: str, values: Mapping[str, Given], path: Tensor
+    ) -> tuple[ModelRun, Tensor]:
+        """Run the model with ``path (T, *batch, d)`` in place of its own; return the run and the path on the graph."""
+        leaf = path.detach().requires_grad_()
+        x = leaf.movedim(0, -2)
+        given = {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
+        if site_name == path_name:
+            given[site_name] = x
+        else:
+            given[site_name] = lambda msg: still_increments(msg["fn"], leaf.shape[1:-1])
+        return self.run(given, {path_name: lambda: x}), leaf
 
 
 def still_increments(law: Any, batch: torch.Size) -> Tensor:

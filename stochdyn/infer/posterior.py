@@ -52,7 +52,7 @@ class _FeedbackLaw(LawDistribution):
         z = full_state(run.x, run.memory)
         before = z[:-1]
         t = time_column(self.ts[..., :-1], before)
-        factor = _lead(self.feedback.gains.factor, noise.ndim + 1)
+        factor = _lead(self.feedback.law.factor, noise.ndim + 1)
         spread = (factor @ standard.unsqueeze(-1)).squeeze(-1)
         return run.x, z, (self.feedback.mean(t, before) + spread) * _lead(scale, noise.ndim)
 

@@ -7,8 +7,8 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from stochdyn.infer.feedback import Feedback
-from stochdyn.infer.linearise import LinearPosterior, Quadratic, backward_pass
-from stochdyn.infer.mode import LinearStart, absolute_gains
+from stochdyn.infer.linearise import Quadratic, linear_posterior
+from stochdyn.infer.mode import LinearStart, linear_feedback
 from stochdyn.infer.start import StartPosterior
 from stochdyn.infer.view import SiteView
 
@@ -52,15 +52,12 @@ class RecomputedSite(PyroModule):
             keep_graph: whether gradients reach the other sites.
         """
         increments = _spread(self.increments, view.batch())
-        a, b, c = view.linear_steps(reference, increments, keep_graph)
-        law: LinearPosterior = backward_pass(
-            a.double(), b.double(), c.double(), Quadratic(data.precision.double(), data.linear.double())
-        )
+        posterior = linear_posterior(view.linear_steps(reference, increments, keep_graph), data)
         start = None
         if view.start is not None:
-            mean, factor = view.start.posterior(law.start_precision, law.start_linear)
+            mean, factor = view.start.posterior(posterior.start_precision, posterior.start_linear)
             start = StartPosterior(mean.to(reference.dtype), factor.to(reference.dtype))
-        return Feedback(absolute_gains(law, reference), view.scale), start
+        return linear_feedback(view, posterior, reference), start
 
 
 def _spread(x: Tensor, batch: torch.Size) -> Tensor:

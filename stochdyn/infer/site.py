@@ -8,14 +8,29 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from stochdyn.infer.encoders import ControlNetwork, LikelihoodEncoder
-from stochdyn.infer.feedback import Feedback, Gains
+from stochdyn.core.gaussian.feedback import LinearFeedback, times
+from stochdyn.core.networks import StateNetwork
+from stochdyn.infer.coupling import Coupling
+from stochdyn.infer.encoders import LikelihoodEncoder
+from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.linearise import Quadratic
-from stochdyn.infer.mode import LinearStart, absolute_gains
+from stochdyn.infer.mode import LinearStart, linear_feedback
 from stochdyn.infer.start import StartPosterior, StartPrior
 from stochdyn.infer.view import SiteView
 
 __all__ = ["PathSite"]
+
+
+class _Clock(nn.Module):
+    """The time on the unit interval."""
+
+    def __init__(self, ts: Tensor) -> None:
+        super().__init__()
+        self.start = float(ts.min())
+        self.span = float(ts.max()) - self.start
+
+    def forward(self, t: Tensor) -> Tensor:
+        return (t - self.start) / self.span
 
 
 class PathSite(PyroModule):
@@ -44,8 +59,13 @@ class PathSite(PyroModule):
         steps, size, count = view.scale.shape[0], view.state_size, view.scale.shape[-1]
         batch = view.batch()
         like = view.x0.detach()
-        centre = view.reference()[:-1] if start is None else start.states[:-1]
+        centre = view.reference()[:-1]
+        if start is not None:
+            feedback = linear_feedback(view, start.posterior, start.states)
+            centre = feedback.remembered(start.states[:-1])
+            size = centre.shape[-1]
         width = self._measure_width(view, start, centre)
+        self._set_coupling(None if start is None else start.posterior.coupling, like)
         self.register_buffer("width", width)
         lower = torch.tril_indices(count, count, -1)
         self._lower = (lower[0].tolist(), lower[1].tolist())
@@ -66,9 +86,9 @@ class PathSite(PyroModule):
                 gain = like.new_zeros(steps, *batch, count, size)
                 factor = torch.eye(count).to(like).expand(steps, *batch, count, count)
             else:
-                gains = absolute_gains(start.posterior, start.states)
-                offset = gains.offset + (gains.gain @ centre.unsqueeze(-1)).squeeze(-1)
-                gain, factor = gains.gain * width, gains.factor
+                law = feedback.law
+                offset = law.offset + times(law.gain, centre)
+                gain, factor = law.gain * width, law.factor
             self.offset = nn.Parameter(offset.detach().clone())
             self.gain = nn.Parameter(gain.detach().clone())
             self.log_diagonal = nn.Parameter(
@@ -81,14 +101,13 @@ class PathSite(PyroModule):
                 self._set_start(view.start, start)
         self.network = None
         if hidden:
-            ts = view.fn.ts
-            self.network = ControlNetwork(
+            self.network = StateNetwork(
                 size,
                 count,
-                hidden,
-                context if amortised else 0,
-                start=float(ts.min()),
-                span=float(ts.max() - ts.min()),
+                tuple(hidden),
+                context=context if amortised else 0,
+                time=_Clock(view.fn.ts),
+                zero_last=True,
             ).to(like)
 
     def _set_start(self, prior: StartPrior, start: LinearStart | None) -> None:
@@ -114,17 +133,29 @@ class PathSite(PyroModule):
         """Return the spread of the full state around the centre, over time and a few simulated paths."""
         generator = torch.Generator(centre.device).manual_seed(0)
         with torch.no_grad():
-            gains = None if start is None else absolute_gains(start.posterior, start.states)
-            feedback = None if gains is None else Feedback(gains, view.scale)
+            feedback = None if start is None else linear_feedback(view, start.posterior, start.states)
             squares = []
             for _ in range(8):
                 zero = view.zero_increments()
                 e = torch.randn(zero.shape, generator=generator, dtype=zero.dtype, device=zero.device)
                 states = view.run(e * view.units(e.ndim), feedback=feedback)
-                squares.append(((states[1:] - centre) ** 2).flatten(0, -2).mean(0))
+                seen = states[1:] if feedback is None else feedback.remembered(states)[1:]
+                squares.append(((seen - centre) ** 2).flatten(0, -2).mean(0))
             width = torch.stack(squares).mean(0).sqrt()
         good = torch.isfinite(width) & (width > 1e-8)
         return torch.where(good, width, torch.ones_like(width))
+
+    def _set_coupling(self, coupling: Coupling | None, like: Tensor) -> None:
+        self.couples = coupling is not None
+        if coupling is not None:
+            self.register_buffer("coupling_rows", coupling.rows.detach().to(like))
+            self.register_buffer("coupling_keep", coupling.keep.to(like))
+            self.register_buffer("coupling_first", coupling.first)
+
+    def _coupling(self) -> Coupling | None:
+        if not self.couples:
+            return None
+        return Coupling(self.coupling_rows, self.coupling_keep, self.coupling_first)
 
     def _factor(self, log_diagonal: Tensor, lower: Tensor | None) -> Tensor:
         factor = torch.diag_embed(log_diagonal.exp())
@@ -137,7 +168,8 @@ class PathSite(PyroModule):
     def free_feedback(self, scale: Tensor) -> Feedback:
         """Return the feedback law of free parameters, for increments of the prior's ``scale (N, M)``."""
         factor = self._factor(self.log_diagonal, self.lower)
-        return Feedback(Gains(self.offset, self.gain, factor, self.centre, self.width), scale, self.network)
+        law = LinearFeedback(self.offset, self.gain / self.width.unsqueeze(-2), factor, self.centre)
+        return Feedback(law, scale, self.network, self.width, coupling=self._coupling())
 
     def reference(self, view: SiteView) -> Tensor:
         """Return the full states ``(T, *batch, Z)`` of the path without noise, at which the encoder reads the likelihood."""
@@ -151,12 +183,11 @@ class PathSite(PyroModule):
         out = self.head(summary[1:])
         count, size = self.count, self.size
         offset, gain, log_diagonal, lower = out.split([count, count * size, count, len(self._lower[0])], -1)
-        gains = Gains(
+        law = LinearFeedback(
             offset,
-            gain.unflatten(-1, (count, size)),
+            gain.unflatten(-1, (count, size)) / self.width.unsqueeze(-2),
             self._factor(log_diagonal, lower),
             reference[:-1],
-            self.width,
         )
         start = None
         if view.start is not None:
@@ -166,4 +197,4 @@ class PathSite(PyroModule):
                 view.start.mean + stddev * shift, torch.diag_embed(stddev * log_scale.exp())
             )
         context = summary[1:] if self.network is not None else None
-        return Feedback(gains, view.scale, self.network, context), start
+        return Feedback(law, view.scale, self.network, self.width, context), start

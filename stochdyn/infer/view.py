@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochdyn.core.gaussian.affine import LinearSteps
 from stochdyn.core.law.initial import DistributionStart
 from stochdyn.core.sde.coefficients import Coefficient, Matrix
 from stochdyn.core.sde.equation import SDE
@@ -93,9 +94,7 @@ class SiteView:
             return self.zero_increments().movedim(0, -2)
         return self.reference()[..., : self.dim].movedim(0, -2)
 
-    def linear_steps(
-        self, states: Tensor, increments: Tensor, keep_graph: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def linear_steps(self, states: Tensor, increments: Tensor, keep_graph: bool = False) -> LinearSteps:
         """Return the steps linearised around full states ``(T, *batch, Z)`` and increments ``(N, *batch, M)``."""
         fn = self.fn
         noise = fn.steps if isinstance(fn, PathIncrements) else None

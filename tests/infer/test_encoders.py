@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stochdyn.infer.encoders import ControlNetwork, LikelihoodEncoder
+from stochdyn.infer.encoders import LikelihoodEncoder
 
 TS = torch.tensor([0.0, 0.2, 0.5, 1.0, 1.1])
 
@@ -52,22 +52,3 @@ def test_data_enter_as_their_distance_from_the_reference():
     reference, y, precision = torch.randn(5, 1), torch.randn(5, 1), torch.full((5, 1, 1), 4.0)
     moved = encoder(TS, reference + 2.0, precision, 4.0 * (y + 2.0))
     torch.testing.assert_close(encoder(TS, reference, precision, 4.0 * y), moved, rtol=1e-4, atol=1e-5)
-
-
-def test_control_is_zero_before_training_and_learns():
-    net = ControlNetwork(2, 3, (5, 4), 6, start=0.0, span=2.0)
-    out = net(TS[:, None], torch.randn(5, 2), torch.randn(5, 6))
-    assert torch.equal(out, torch.zeros(5, 3))
-    out.sum().backward()
-    assert float(net.layers[-1].bias.grad.abs().min()) > 0
-
-
-@pytest.mark.parametrize("context", [None, (5, 1, 6)])
-def test_control_broadcasts_time_and_context(context):
-    net = ControlNetwork(2, 3, (5,), 6 if context else 0, start=0.0, span=1.1)
-    torch.nn.init.normal_(net.layers[-1].weight)
-    told = torch.randn(context) if context else None
-    state = torch.randn(5, 4, 2)
-    at_once = net(TS[:, None, None], state, told)
-    stepwise = torch.stack([net(TS[n], state[n], None if told is None else told[n]) for n in range(5)])
-    torch.testing.assert_close(at_once, stepwise)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from stochdyn.core import SDE, integrate, time_column
+from stochdyn.core import SDE, StateNetwork, integrate, time_column
+from stochdyn.core.gaussian import LinearFeedback
 from stochdyn.core.sde.solvers import full_state
-from stochdyn.infer.encoders import ControlNetwork
-from stochdyn.infer.feedback import Feedback, Gains
+from stochdyn.infer.feedback import Feedback
 from tests.infer.exact import F64, TwoStates
 
 TS = torch.tensor([0.0, 0.1, 0.25, 0.3, 0.7], dtype=F64)
@@ -19,19 +19,16 @@ N = 4
 def gains(batch, count, size):
     factor = torch.randn(N, *batch, count, count, dtype=F64) * 0.3
     factor = torch.tril(factor, -1) + torch.diag_embed(torch.rand(N, *batch, count, dtype=F64) + 0.5)
-    return Gains(
+    return LinearFeedback(
         torch.randn(N, *batch, count, dtype=F64),
         torch.randn(N, *batch, count, size, dtype=F64) * 0.3,
         factor,
         torch.randn(N, *batch, size, dtype=F64),
-        torch.rand(size, dtype=F64) + 0.5,
     )
 
 
 def network(size, count, context=0):
-    net = ControlNetwork(size, count, (5,), context, 0.0, 0.7).double()
-    torch.nn.init.normal_(net.layers[-1].weight)
-    return net
+    return StateNetwork(size, count, (5,), context=context).double()
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -44,15 +41,16 @@ def test_density_is_that_of_each_steps_gaussian(count, batch, sample, net):
     scale = torch.rand(N, count, dtype=F64) + 0.2
     g = gains(batch, count, size)
     context = torch.randn(N, *batch, 3, dtype=F64) if net else None
-    feedback = Feedback(g, scale, network(size, count, 3) if net else None, context)
+    width = torch.rand(size, dtype=F64) + 0.5
+    feedback = Feedback(g, scale, network(size, count, 3) if net else None, width, context)
     e = torch.randn(N, *sample, *batch, count, dtype=F64)
     z = torch.randn(N, *sample, *batch, size, dtype=F64)
     want, rate = 0.0, 0.0
     for n in range(N):
-        deviation = (z[n] - g.centre[n]) / g.width
+        deviation = z[n] - g.centre[n]
         mean = g.offset[n] + (g.gain[n] @ deviation[..., None])[..., 0]
         if net:
-            mean = mean + feedback.network(TS[n], deviation, context[n])
+            mean = mean + feedback.network(TS[n], deviation / width, context[n])
         tril = g.factor[n] * scale[n][:, None]
         law = MultivariateNormal(mean * scale[n], scale_tril=tril)
         prior = MultivariateNormal(torch.zeros(count, dtype=F64), torch.diag(scale[n] ** 2))

@@ -1,4 +1,4 @@
-"""Linearisation is exact for linear models; the backward pass is the law of the increments given the data."""
+"""Linearisation is exact for linear models; the posterior is the law of the increments given the data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stochdyn.core import SDE, GaussianChain, step_everywhere
-from stochdyn.infer.linearise import Quadratic, backward_pass, linear_steps
+from stochdyn.core.gaussian import LinearSteps
+from stochdyn.infer.linearise import Quadratic, linear_posterior, linear_steps
 from tests.infer.exact import F64, TwoStates
 
 TS = torch.tensor([0.0, 0.1, 0.25, 0.3, 0.7, 1.0], dtype=F64)
@@ -27,7 +28,8 @@ def test_linear_steps_are_the_jacobians_of_the_step(noise, batch):
     size = 2 if noise is None else 6
     z = torch.randn(N, *batch, size, dtype=F64)
     e = torch.randn(N, *batch, 2, dtype=F64)
-    a, b, c = linear_steps(sde, TS, z, e, SCALE.expand(N, 2))
+    steps = linear_steps(sde, TS, z, e, SCALE.expand(N, 2))
+    a, b, c = steps.transition, steps.load, steps.offset
     after = step_everywhere(sde, TS, z, e)
     by_state, by_noise = torch.func.jacrev(lambda z, e: step_everywhere(sde, TS, z, e), (0, 1))(z, e)
     flat = batch[0] if batch else 1
@@ -57,7 +59,7 @@ def test_feedback_reproduces_the_smoother(batch, size, dim, count):
     seen = (torch.arange(N + 1) % 2 == 1).to(F64).reshape(-1, *(1,) * len(batch), 1)
     precision = torch.diag_embed((seen / sd**2).expand(N + 1, *batch, dim))
     data = Quadratic(precision, seen * y / sd**2)
-    posterior = backward_pass(a, b, c, data)
+    posterior = linear_posterior(LinearSteps(a, b, c), data).law
     start = torch.randn(*batch, size, dtype=F64)
     # Follow the feedback law forwards: means and covariances of the states under it.
     mean, cov = start, torch.zeros(*batch, size, size, dtype=F64)
@@ -79,7 +81,7 @@ def test_likelihood_of_the_start_is_that_of_all_data():
     a, b, c = chain((), 2, 1)
     y, sd = torch.randn(N + 1, 1, dtype=F64), 0.4
     precision = torch.zeros(N + 1, 1, 1, dtype=F64) + 1 / sd**2
-    posterior = backward_pass(a, b, c, Quadratic(precision, y / sd**2))
+    posterior = linear_posterior(LinearSteps(a, b, c), Quadratic(precision, y / sd**2))
     emission, noise = torch.eye(2, dtype=F64)[:1], torch.eye(1, dtype=F64) * sd**2
 
     def evidence(z0):
@@ -99,7 +101,7 @@ def test_likelihood_of_the_start_is_that_of_all_data():
 def test_no_data_leaves_the_prior():
     a, b, c = chain((), 2, 2)
     none = Quadratic(torch.zeros(N + 1, 2, 2, dtype=F64), torch.zeros(N + 1, 2, dtype=F64))
-    posterior = backward_pass(a, b, c, none)
-    assert torch.equal(posterior.offset, torch.zeros_like(posterior.offset))
-    assert torch.equal(posterior.gain, torch.zeros_like(posterior.gain))
+    posterior = linear_posterior(LinearSteps(a, b, c), none).law
+    assert not bool(posterior.offset.any())
+    assert not bool(posterior.gain.any())
     torch.testing.assert_close(posterior.factor, torch.eye(2, dtype=F64).expand(N, 2, 2))

@@ -12,8 +12,7 @@ import torch
 from stochdyn.core import SDE, integrate
 from stochdyn.errors import NonFiniteError
 from stochdyn.infer import AutoPathGuide, sample_path
-from stochdyn.infer.feedback import Feedback
-from stochdyn.infer.mode import absolute_gains, fit_linearised
+from stochdyn.infer.mode import fit_linearised, linear_feedback
 from stochdyn.infer.model_call import ModelCall
 from stochdyn.infer.view import view_site
 from tests.infer.exact import F64, TwoStates
@@ -97,12 +96,12 @@ def test_both_forms_have_one_law(equation):
     noisy = most_probable(EQUATIONS[equation], "counts")[1]
     centred = most_probable(EQUATIONS[equation], "counts", noise_space=None)[1]
     torch.testing.assert_close(noisy.states, centred.states, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(noisy.posterior.gain, centred.posterior.gain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(noisy.posterior.law.gain, centred.posterior.law.gain, rtol=1e-5, atol=1e-6)
 
 
 def test_feedback_follows_the_path_it_was_taken_around():
     view, best, _ = most_probable(EQUATIONS["well"], "counts")
-    e, z = view.follow(Feedback(absolute_gains(best.posterior, best.states), view.scale))
+    e, z = view.follow(linear_feedback(view, best.posterior, best.states))
     torch.testing.assert_close(z, best.states)
     torch.testing.assert_close(e, best.increments)
 

@@ -8,9 +8,10 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from stochdyn.core import SDE, increment_scale
+from stochdyn.core.gaussian import LinearFeedback
 from stochdyn.infer import DiffusionPath, PathIncrements
-from stochdyn.infer.feedback import Feedback, Gains
-from stochdyn.infer.linearise import Quadratic, backward_pass, linear_steps
+from stochdyn.infer.feedback import Feedback
+from stochdyn.infer.linearise import Quadratic, linear_posterior, linear_steps
 from stochdyn.infer.posterior import IncrementPosterior, PathPosterior
 from stochdyn.infer.start import StartPosterior
 from tests.infer.exact import F64, TwoStates, linear_path
@@ -30,12 +31,11 @@ def gains(sde, size=2, spread=0.3):
     factor = torch.tril(torch.randn(N, 2, 2, dtype=F64) * spread, -1)
     factor = factor + torch.diag_embed(1 + spread * torch.rand(N, 2, dtype=F64))
     return Feedback(
-        Gains(
+        LinearFeedback(
             torch.randn(N, 2, dtype=F64) * spread,
             torch.randn(N, 2, size, dtype=F64) * spread,
             factor,
             torch.zeros(N, size, dtype=F64),
-            torch.ones(size, dtype=F64),
         ),
         scale,
     )
@@ -112,7 +112,7 @@ def test_without_feedback_it_is_the_prior():
 
 def test_linear_feedback_on_a_linear_equation_is_a_dense_gaussian():
     law = path_posterior(LINEAR)
-    g, scale = law.feedback.gains, law.feedback.scale
+    g, scale = law.feedback.law, law.feedback.scale
     # x' = x + A x dt + G D (k + K x + L u), D the standard deviations of the increments
     mean, rows = START, torch.zeros(2, 2 * N, dtype=F64)
     means, factors = [], []
@@ -145,11 +145,12 @@ def test_sticking_the_landing_has_no_noise_at_the_posterior():
     """Feedback that is the exact posterior, with free parameters: every single gradient vanishes."""
     scale = increment_scale(LINEAR, TS, 2, F64)
     zero = torch.zeros(N, 2, dtype=F64)
-    a, b, c = linear_steps(LINEAR, TS, zero, zero, scale)
+    steps = linear_steps(LINEAR, TS, zero, zero, scale)
     y = torch.randn(N + 1, 2, dtype=F64)
-    exact = backward_pass(a, b, c, Quadratic(torch.eye(2, dtype=F64).expand(N + 1, 2, 2) / 0.01, y / 0.01))
+    data = Quadratic(torch.eye(2, dtype=F64).expand(N + 1, 2, 2) / 0.01, y / 0.01)
+    exact = linear_posterior(steps, data).law
     leaves = [v.clone().requires_grad_() for v in (exact.offset, exact.gain, exact.factor)]
-    feedback = Feedback(Gains(*leaves, zero, torch.ones(2, dtype=F64)), scale)
+    feedback = Feedback(LinearFeedback(*leaves, zero), scale)
     prior = DiffusionPath(LINEAR, START, TS)
     sizes = {}
     for estimator in ESTIMATORS:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stochdyn._checks import as_generator
 from stochdyn.core.gaussian.affine import LinearSteps
-from stochdyn.core.gaussian.recursion import affine_states, gaussian_moments
+from stochdyn.core.gaussian.recursion import affine_states, covariance_states, gaussian_moments
 from stochdyn.core.law.marginals import Generator
 
 __all__ = ["FeedbackDraws", "FeedbackLaw", "LiftedStart", "LinearFeedback", "feedback_given"]
@@ -255,35 +256,98 @@ def feedback_given(
         start (see :meth:`LiftedStart.given`).
     """
     a, b, c = steps.transition, steps.load, steps.offset
-    num_steps, size, dim = a.shape[0], a.shape[-1], linear.shape[-1]
-    pad = size - dim
-    precision = torch.nn.functional.pad(precision, (0, pad, 0, pad))
-    linear = torch.nn.functional.pad(linear, (0, pad))
-    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
-    s, eta = precision[-1], linear[-1].unsqueeze(-1)
-    # Rows are unbound once: the derivative of indexing costs a tensor of all steps each time.
-    forth, back, load, push, shift, curve, slope = (
-        x.unbind(0) for x in (a, a.mT, b, b.mT, c.unsqueeze(-1), precision, linear.unsqueeze(-1))
+    size, dim, channels = a.shape[-1], linear.shape[-1], b.shape[-1]
+    batch = torch.broadcast_shapes(
+        a.shape[1:-2], b.shape[1:-2], c.shape[1:-1], precision.shape[1:-2], linear.shape[1:-1]
     )
-    offsets, gains, covariances = [], [], []
-    for n in range(num_steps - 1, -1, -1):
-        bs = push[n] @ s
-        # Q = I + B'SB is at least 1, so inverting it is harmless.
-        covariance = torch.linalg.inv(eye + bs @ load[n])
-        bsa = bs @ forth[n]
-        pull = eta - s @ shift[n]
-        inner = push[n] @ pull
-        gain = -covariance @ bsa
-        gains.append(gain)
-        offsets.append(covariance @ inner)
-        covariances.append(covariance)
-        s_new = curve[n] + back[n] @ s @ forth[n] + bsa.mT @ gain
-        s = 0.5 * (s_new + s_new.mT)
-        eta = slope[n] + back[n] @ pull + gain.mT @ inner
-    offset, gain, covariance = (torch.stack(rows[::-1]) for rows in (offsets, gains, covariances))
-    factor = torch.linalg.cholesky(0.5 * (covariance + covariance.mT))
+    # One more component that is always 1 makes quadratics and maps homogeneous: V(z) = -1/2 [z 1] S [z 1]^T.
+    width = size + 1
+    load = torch.cat([_spread(b, batch, 2), b.new_zeros(b.shape[0], *batch, 1, channels)], -2)
+    forth = torch.cat([_spread(a, batch, 2), _spread(c, batch, 1).unsqueeze(-1)], -1)
+    last = torch.zeros(width, dtype=a.dtype, device=a.device)
+    last[-1] = 1.0
+    forth = torch.cat([forth, last.expand(*forth.shape[:-2], 1, width)], -2)
+    curve = torch.nn.functional.pad(_spread(precision, batch, 2), (0, width - dim, 0, width - dim))
+    slope = torch.nn.functional.pad(_spread(linear, batch, 1), (0, width - dim)).unsqueeze(-1)
+    values = _values(forth, load, curve - slope * last - (slope * last).mT)
+    ahead = load.mT @ values[1:]
+    eye = torch.eye(channels, dtype=b.dtype, device=b.device)
+    chol = torch.linalg.cholesky(eye + ahead @ load)  # Q = I + B'SB is at least 1
+    law = -torch.cholesky_solve(ahead @ forth, chol)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(chol)) if channels > 1 else 1.0 / chol
+    gain, first = law[..., :-1], values[0]
     centre = gain.new_zeros(*gain.shape[:-2], size)
-    return LinearFeedback(offset.squeeze(-1), gain, factor, centre), s, eta.squeeze(-1)
+    feedback = LinearFeedback(law[..., -1], gain, factor, centre)
+    return feedback, first[..., :size, :size], -first[..., :size, size]
+
+
+def _spread(x: Tensor, batch: torch.Size, events: int) -> Tensor:
+    """Give ``x (N, *b, *event)`` the batch axes ``batch``."""
+    event = x.shape[x.ndim - events :]
+    lead = len(batch) - (x.ndim - 1 - events)
+    return x.reshape(x.shape[0], *(1,) * lead, *x.shape[1:]).expand(x.shape[0], *batch, *event)
+
+
+def _values(forth: Tensor, load: Tensor, local: Tensor) -> Tensor:
+    """Return the quadratics ``S (N+1, *batch, W, W)`` of all data from every grid point on.
+
+    Args:
+        forth: the maps of the homogeneous state, ``(N, *batch, W, W)``.
+        load: ``(N, *batch, W, M)``.
+        local: the quadratics of the data at each grid point, ``(N+1, *batch, W, W)``.
+    """
+    batch = forth.shape[1:-2]
+    flat = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (forth, load, local))
+    values: Tensor = _Values.apply(*flat)
+    return values.reshape(values.shape[0], *batch, *values.shape[-2:])
+
+
+class _Values(torch.autograd.Function):
+    r"""The Riccati recursion, and its derivative along the optimal increments.
+
+    .. math:: S_n=H_n+A^\top S_{n+1}A-A^\top S_{n+1}B(I+B^\top S_{n+1}B)^{-1}B^\top S_{n+1}A
+
+    With :math:`K` the optimal feedback and :math:`F=A+BK`, the derivative is that of the fixed feedback (the envelope
+    theorem), :math:`dS_n=dH_n+F^\top dS_{n+1}F+F^\top S_{n+1}D+D^\top S_{n+1}F` with :math:`D=dA+dB\,K`: its adjoint is
+    one covariance recursion forwards in time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, forth: Tensor, load: Tensor, local: Tensor) -> Tensor:
+        width, channels = forth.shape[-1], load.shape[-1]
+        both = torch.cat([forth, load], -1)
+        eye = torch.eye(channels, dtype=load.dtype, device=load.device)
+        values = torch.empty_like(local)
+        s = values[-1] = local[-1]
+        for n in range(forth.shape[0] - 1, -1, -1):
+            block = both[n].mT @ s @ both[n]
+            cross = block[:, width:, :width]
+            ahead = block[:, width:, width:] + eye
+            if channels == 1:
+                s = torch.baddbmm(block[:, :width, :width], cross.mT, cross / ahead, alpha=-1.0)
+            else:
+                s = torch.baddbmm(
+                    block[:, :width, :width], cross.mT, torch.linalg.solve(ahead, cross), alpha=-1.0
+                )
+            s = local[n] + 0.5 * (s + s.mT)
+            values[n] = s
+        ctx.save_for_backward(forth, load, values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        forth, load, values = ctx.saved_tensors
+        channels = load.shape[-1]
+        slope = 0.5 * (slope + slope.mT)
+        after = values[1:]
+        eye = torch.eye(channels, dtype=load.dtype, device=load.device)
+        ahead = load.mT @ after
+        law = -torch.linalg.solve(eye + ahead @ load, ahead @ forth)
+        closed = forth + load @ law
+        # Lambda_{n+1} = slope_{n+1} + F Lambda_n F^T
+        adjoint = covariance_states(closed, slope[1:], slope[0])
+        to_map = 2.0 * (after @ closed @ adjoint[:-1])
+        return to_map, to_map @ law.mT, adjoint
 
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:
