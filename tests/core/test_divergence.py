@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -172,3 +174,31 @@ def test_bad_input_raises_before_any_work() -> None:
         sample_probes(x, 0)
     with pytest.raises(ShapeError, match="at least two independent estimates"):
         unbiased_square(torch.zeros(1, 3))
+
+
+class _Square(torch.autograd.Function):
+    """A function of the old style, without a forward derivative."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, slope):  # type: ignore[no-untyped-def]
+        return 2 * ctx.saved_tensors[0] * slope
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        _Square.apply,
+        lambda x: (
+            torch.exp(-(torch.cdist(x, torch.ones(3, 2, dtype=x.dtype)) ** 2))
+            @ torch.ones(3, 2, dtype=x.dtype)
+        ),
+    ],
+)
+def test_fields_without_forward_derivatives_are_taken_in_reverse(field: Any) -> None:
+    x = torch.randn(5, 2, dtype=torch.float64)
+    torch.testing.assert_close(divergence(field, x, "forward"), divergence(field, x))

@@ -254,3 +254,17 @@ def test_a_start_that_was_computed_once_says_so() -> None:
         loc.fill_(3.0)
     assert float(made.distribution.mean.detach()) == 3.0
     assert float(start.distribution.mean.detach()) == 3.0
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])
+def test_leaking_master_operators_are_refused_in_any_unit_of_time(scale: float) -> None:
+    flip = torch.tensor([[-1.0, 2.0], [1.0, -2.0]], dtype=F64)
+    leak = flip.clone()
+    leak[0, 0] = -1.01
+    for make in (
+        lambda m: sd.core.MatrixMasterEquation(m),
+        lambda m: sd.core.SparseMasterEquation(2, 2, [((0,), m), ((1,), flip)]),
+    ):
+        make(scale * flip)
+        with pytest.raises(sd.errors.InvalidInputError, match="sum to zero"):
+            make(scale * leak)

@@ -1,4 +1,4 @@
-"""Forward operators that carry mass along a velocity, and how far a flow is from solving their equation."""
+"""Forward operators that transport mass along a velocity, and how far a flow is from solving their equation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_positive_int
+from stochdyn._checks import as_generator, check_choice, check_positive_int
 from stochdyn.core.forward.divergences import (
     attach,
     divergence_probes,
@@ -31,7 +31,7 @@ Probing = Literal["exact", "hutchinson"]
 
 
 class TransportOperator(ForwardOperator, ABC):
-    r"""A forward operator that carries mass along a velocity, which may itself depend on the score.
+    r"""A forward operator that transports mass along a velocity, which may itself depend on the score.
 
     .. math::
         L^*\rho = -\nabla\cdot(v\rho),\qquad
@@ -69,7 +69,7 @@ class TransportOperator(ForwardOperator, ABC):
         *,
         method: Probing = "exact",
         num_probes: int = 1,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
     ) -> Tensor:
         r"""Rate of change that the equation asks of a log density, from its score.
 
@@ -81,7 +81,7 @@ class TransportOperator(ForwardOperator, ABC):
             x: ``(..., d)`` points.
             method: ``"exact"`` (``d`` reverse passes) or ``"hutchinson"`` (one a probe, unbiased).
             num_probes: probes averaged by ``"hutchinson"``.
-            generator: source of randomness; torch's global one if None.
+            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             ``(...)``.
@@ -100,7 +100,7 @@ class TransportOperator(ForwardOperator, ABC):
         y: Tensor,
         method: str,
         num_probes: int,
-        generator: torch.Generator | None,
+        generator: torch.Generator | int | None,
         create_graph: bool = True,
     ) -> Tensor:
         """Return ``(K, ...)`` independent unbiased values of the log rate (``K = 1`` when exact)."""
@@ -109,6 +109,7 @@ class TransportOperator(ForwardOperator, ABC):
             v = self.velocity(t, y, score).expand_as(y)
             return (-exact_divergence(v, y, create_graph) - (v * score).sum(-1))[None]
         check_positive_int(num_probes, "num_probes")
+        generator = as_generator(generator, y.device)
         if not self.random_velocity:
             v = self.velocity(t, y, score).expand_as(y)
             probes = sample_probes(y, num_probes, generator=generator)
@@ -161,7 +162,7 @@ class TransportOperator(ForwardOperator, ABC):
         method: Probing = "exact",
         num_probes: int = 1,
         stationary: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
     ) -> Tensor:
         r"""How far a flow is from solving the forward equation, at every point.
 
@@ -179,7 +180,7 @@ class TransportOperator(ForwardOperator, ABC):
                 :meth:`residual_probes`.
             num_probes: probes averaged by ``"hutchinson"``.
             stationary: leave out the time derivative.
-            generator: source of randomness; torch's global one if None.
+            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             ``(...)``, and ``(..., d)`` in score form; zero for a solution.
@@ -213,7 +214,7 @@ class TransportOperator(ForwardOperator, ABC):
         method: Probing = "hutchinson",
         num_probes: int = 2,
         stationary: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
     ) -> Tensor:
         """Return ``(num_probes, ...)`` independent unbiased residuals, for :func:`unbiased_square`.
 

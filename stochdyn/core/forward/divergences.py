@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_positive_int
+from stochdyn._checks import as_generator, check_choice, check_positive_int
 from stochdyn.errors import ShapeError
 
 __all__ = [
@@ -99,7 +99,7 @@ def sample_probes(
     x: Tensor,
     num_probes: int = 1,
     distribution: Literal["rademacher", "gaussian"] = "rademacher",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> Tensor:
     """Draw independent probe vectors of zero mean and unit covariance, ``(num_probes, *x.shape)``.
 
@@ -107,7 +107,7 @@ def sample_probes(
         x: points whose shape, precision and device the probes take.
         num_probes: how many probes.
         distribution: ``"rademacher"`` (signs; the least variance) or ``"gaussian"``.
-        generator: source of randomness; torch's global one if None.
+        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Example:
         >>> sample_probes(torch.zeros(5, 3), 2).shape
@@ -115,6 +115,7 @@ def sample_probes(
     """
     check_positive_int(num_probes, "num_probes")
     check_choice(distribution, ("rademacher", "gaussian"), "distribution")
+    generator = as_generator(generator, x.device)
     shape = (num_probes, *x.shape)
     if distribution == "gaussian":
         return torch.randn(shape, dtype=x.dtype, device=x.device, generator=generator)
@@ -200,12 +201,17 @@ def value_and_divergence(
     *,
     num_probes: int = 1,
     distribution: Literal["rademacher", "gaussian"] = "rademacher",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the field ``(..., d)`` and its divergence ``(...)``; see :func:`divergence`."""
     check_choice(method, ("exact", "forward", "hutchinson"), "method")
     if method == "forward":
-        return _forward_diagonal(field, x)
+        try:
+            return _forward_diagonal(field, x)
+        except (NotImplementedError, RuntimeError) as error:
+            # Not every operation has a forward derivative, and custom functions may lack one: reverse mode gives the same.
+            if not any(word in str(error) for word in ("forward", "setup_context", "vmap", "functorch")):
+                raise
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         y = attach(x)
@@ -231,7 +237,7 @@ def divergence(
     *,
     num_probes: int = 1,
     distribution: Literal["rademacher", "gaussian"] = "rademacher",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> Tensor:
     r"""Divergence of a vector field at every point.
 
@@ -242,10 +248,11 @@ def divergence(
         x: ``(..., d)`` points; any leading axes, time among them.
         method: ``"exact"``: ``d`` reverse passes; works with every field and is the fastest on CPU.
             ``"forward"``: one batched forward-mode pass of ``torch.func``, few and large kernels; the field
-            may not call ``torch.autograd.grad`` itself. ``"hutchinson"``: one reverse pass a probe, unbiased.
+            may not call ``torch.autograd.grad`` itself, and one without forward derivatives is taken in reverse mode.
+            ``"hutchinson"``: one reverse pass a probe, unbiased.
         num_probes: probes averaged by ``"hutchinson"``.
         distribution: of the probes, see :func:`sample_probes`.
-        generator: source of randomness; torch's global one if None.
+        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         ``(...)``; differentiable unless gradients are off.
@@ -270,7 +277,7 @@ def laplacian(
     *,
     num_probes: int = 1,
     distribution: Literal["rademacher", "gaussian"] = "rademacher",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> Tensor:
     r"""Laplacian of a scalar field at every point, the divergence of its gradient.
 
@@ -282,7 +289,7 @@ def laplacian(
         method: ``"exact"``, ``"forward"`` (forward over reverse) or ``"hutchinson"``, see :func:`divergence`.
         num_probes: probes averaged by ``"hutchinson"``.
         distribution: of the probes, see :func:`sample_probes`.
-        generator: source of randomness; torch's global one if None.
+        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         ``(...)``; differentiable unless gradients are off.

@@ -74,7 +74,7 @@ class MasterEquation(ForwardOperator, ABC):
 
     @abstractmethod
     def mass_defect(self) -> Tensor:
-        """Return the largest absolute column sum, which is zero where mass is conserved."""
+        """Return the largest absolute column sum relative to the largest rate; it is zero where mass is conserved."""
 
     @property
     def num_states(self) -> int:
@@ -85,14 +85,14 @@ class MasterEquation(ForwardOperator, ABC):
         """Raise unless every column of ``L`` sums to zero.
 
         Raises:
-            InvalidInputError: if a column sum is over ``tolerance`` in size.
+            InvalidInputError: if a column sum is over ``tolerance`` times the largest rate.
         """
         defect = float(self.mass_defect())
         if not defect <= tolerance:
             raise InvalidInputError(
                 "the columns of a master operator must sum to zero",
-                got=f"a column sum of {defect:.3g}",
-                expected=f"at most {tolerance:.3g}",
+                got=f"a column sum of {defect:.3g} times the largest rate",
+                expected=f"at most {tolerance:.3g} times",
                 hint="L[a, b] is the rate from b into a; pass the transpose if yours has zero row sums",
             )
 
@@ -227,7 +227,7 @@ class MasterEquation(ForwardOperator, ABC):
         return -rate if change is None else change - rate
 
     def trapezoid_residual(
-        self, p0: Tensor, p1: Tensor, step: float, t0: float | None = None, t1: float | None = None
+        self, p0: Tensor, p1: Tensor, dt: float, t0: float | None = None, t1: float | None = None
     ) -> Tensor:
         r"""Residual of one step of the trapezoid rule, over all outcomes.
 
@@ -236,21 +236,21 @@ class MasterEquation(ForwardOperator, ABC):
         Args:
             p0: ``(*batch, q**N)`` probabilities before the step.
             p1: the same after it.
-            step: ``h``, the whole step.
+            dt: ``h``, the size of the step.
             t0: time before the step, where ``L`` depends on it.
             t1: time after it.
 
         Returns:
             ``(*batch, q**N)``.
         """
-        return p1 - p0 - 0.5 * step * (self.apply(p1, t1) + self.apply(p0, t0))
+        return p1 - p0 - 0.5 * dt * (self.apply(p1, t1) + self.apply(p0, t0))
 
     def trapezoid_ratio(
         self,
         log_prob0: LogProb,
         log_prob1: LogProb,
         a: Tensor,
-        step: float,
+        dt: float,
         t0: float | None = None,
         t1: float | None = None,
         **options: Any,
@@ -265,7 +265,7 @@ class MasterEquation(ForwardOperator, ABC):
             log_prob0: normalised log probability before the step, ``(n, N) -> (n,)``.
             log_prob1: the same after it.
             a: ``(n, N)`` integer outcomes.
-            step: ``h``, the whole step.
+            dt: ``h``, the size of the step.
             t0: time before the step, where ``L`` depends on it.
             t1: time after it.
             options: of :meth:`local_rate`.
@@ -273,8 +273,8 @@ class MasterEquation(ForwardOperator, ABC):
         Returns:
             ``(n,)``.
         """
-        later = 0.5 * step * self.local_rate(log_prob1, a, t1, **options)
-        earlier = 0.5 * step * self.local_rate(log_prob0, a, t0, **options)
+        later = 0.5 * dt * self.local_rate(log_prob1, a, t1, **options)
+        earlier = 0.5 * dt * self.local_rate(log_prob0, a, t0, **options)
         return 1 - later - (log_prob0(a) - log_prob1(a)).exp() * (1 + earlier)
 
     def _check_outcomes(self, a: Tensor) -> None:
