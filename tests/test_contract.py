@@ -137,7 +137,7 @@ def test_fractional() -> None:
     assert ou.log_evidence(ts[1:], y, 0.2).isfinite()
     assert ou.posterior(ts[1:], y, 0.2).mean.shape[-1] >= 1
     idata = sd.fractional.infer_hurst(
-        sd.fractional.sample_fgn(0.7, 60), step=1.0, steps=20, num_draws=100, seed=0
+        sd.fractional.sample_fgn(0.7, 60, generator=seeded()), step=1.0, steps=100, num_draws=100, seed=0
     )
     assert {"hurst", "mean", "scale"} <= set(idata.posterior.data_vars)
     assert sd.fractional.VideoModel is not None

@@ -214,17 +214,20 @@ def _check_against_single(probe: Probe, chunk: Chunk, draws: PosteriorDraws, ind
         pairs[f"site {name!r}"] = (draws.values[name][index], single.values[name][0])
     for name, likelihood in draws.log_likelihood.items():
         pairs[f"the likelihood of {name!r}"] = (likelihood[index], single.log_likelihood[name][0])
+    # Sums of densities are kept in double precision, but no better than the values that they come from.
+    kinds = [v.dtype for v in draws.values.values() if v.is_floating_point()]
+    coarsest = max((torch.finfo(kind).eps for kind in kinds), default=0.0)
     for what, (many, one) in pairs.items():
         scale = sizes.get(what, torch.ones_like(one))
-        if not _agree(many, one, scale):
+        if not _agree(many, one, scale, coarsest):
             raise NotVectorisedError(f"{what} of a draw among many differs from that of the draw alone")
 
 
-def _agree(many: Tensor, one: Tensor, scale: Tensor) -> bool:
+def _agree(many: Tensor, one: Tensor, scale: Tensor, coarsest: float) -> bool:
     """Return whether two evaluations agree to rounding, entry by entry, in a scale of each entry."""
     if not one.is_floating_point():
         return bool((many == one).all())
-    bound = 30 * torch.finfo(one.dtype).eps ** 0.5 * torch.maximum(scale, one.abs())
+    bound = 30 * max(torch.finfo(one.dtype).eps, coarsest) ** 0.5 * torch.maximum(scale, one.abs())
     same = ((many - one).abs() <= bound) | (many == one) | (many.isnan() & one.isnan())
     return bool(same.all())
 
