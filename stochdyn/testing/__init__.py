@@ -1,8 +1,11 @@
-"""Conformance suites: subclass one, implement its factory, and pytest checks that a class keeps its contract.
+"""Conformance suites and checkers of invariances, for our own classes and for those of users.
+
+Subclass a suite, implement its factory, and pytest checks that a class keeps its contract. The checkers (``check_units``,
+``check_company`` and others) take any function, and raise where its answer depends on what it mustn't depend on.
 
 Example:
     >>> import torch
-    >>> from stochdyn.core.coefficients import Scalar
+    >>> from stochdyn.core import Scalar
     >>> class TestMyScalar(CoefficientSuite):
     ...     def make(self):
     ...         return Scalar(torch.tensor(0.5, dtype=torch.float64))
