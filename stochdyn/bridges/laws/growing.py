@@ -178,11 +178,11 @@ class GrowingBridge(PathMeasure):
         return self.bridge.marginal(t, max_pairs)
 
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the drift of individuals between birth and death, ``(*batch, d)``; see :meth:`SchrodingerBridge.drift`."""
+        """Raise where the population grows, since births and deaths aren't a drift: the motion has a :meth:`velocity`."""
         return self.bridge.drift(t, x)
 
     def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the velocity of individuals, ``(*batch, d)``; see :meth:`SchrodingerBridge.velocity`."""
+        """Return the velocity of individuals between birth and death, ``(*batch, d)``; see :meth:`SchrodingerBridge.velocity`."""
         return self.bridge.velocity(t, x)
 
     def growth_rate(self, t: Tensor | float, x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class SchrodingerBridge(PathMeasure):
     :class:`~stochdyn.bridges.PartialBridge`.
 
     With a ``relaxation`` the couplings needn't have the snapshots for marginals. What they lack is growth, at an even rate
-    along each pair: :meth:`sample`, :meth:`marginal` and :meth:`drift` are those of the population that moves and grows, which
+    along each pair: :meth:`sample`, :meth:`marginal` and :meth:`velocity` are those of the population that moves and grows, which
     has the snapshots' law at their times, and :meth:`growth_rate` is its rate. A path of :meth:`sample` then is that of an
     individual until it dies, and goes on as that of one which is born elsewhere.
 
@@ -511,7 +511,11 @@ class SchrodingerBridge(PathMeasure):
 
         Just before a snapshot it pulls every path onto a particle seen there. At the last snapshot nothing lies ahead: the drift there is
         that of the process run backward, the velocity with which paths arrive. For velocities of cells see :meth:`velocity`.
+
+        Raises:
+            UnavailableError: if the population grows: births and deaths aren't a drift. The motion has a :meth:`velocity`.
         """
+        self._refuse_growth("drift")
 
         def at(time: float, x: Tensor) -> Tensor:
             times = self.snapshots.times
@@ -576,7 +580,7 @@ class SchrodingerBridge(PathMeasure):
 
     def _refuse_growth(self, verb: str) -> None:
         if any(growth is not None for growth in self._growth):
-            self._refuse(verb, "with a relaxation its population grows, and isn't that of a diffusion")
+            self._refuse(verb, "its population grows, and isn't that of a diffusion; the motion between births and deaths has a velocity()")
 
     @property
     def reference(self) -> DiffusionMeasure:
