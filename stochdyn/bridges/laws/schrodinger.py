@@ -580,7 +580,10 @@ class SchrodingerBridge(PathMeasure):
 
     def _refuse_growth(self, verb: str) -> None:
         if any(growth is not None for growth in self._growth):
-            self._refuse(verb, "its population grows, and isn't that of a diffusion; the motion between births and deaths has a velocity()")
+            self._refuse(
+                verb,
+                "its population grows, and isn't that of a diffusion; the motion between births and deaths has a velocity()",
+            )
 
     @property
     def reference(self) -> DiffusionMeasure:
