@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import (
-    check_hurst,
-    check_time_grid,
-)
+from stochdyn._checks import as_time_grid, check_bool, check_hurst, check_time_grid
 from stochdyn.core.sde.noise import NoiseSteps
-from stochdyn.errors import ApproximationWarning, InvalidInputError
-from stochdyn.fractional.noise._quadrature import relative_exponential_mean
+from stochdyn.errors import InvalidInputError
 from stochdyn.fractional.noise._steps import step_factors
+from stochdyn.fractional.noise.covariance import markov_covariance
+from stochdyn.fractional.noise.divergence import Divergence, divergence_on, warn_if_crude
 from stochdyn.fractional.noise.memory import MemoryStates, default_speeds
-from stochdyn.fractional.noise.moments import Kind, entire_1
-from stochdyn.fractional.noise.weights import weight_solver
+from stochdyn.fractional.noise.moments import Kind
 
 __all__ = ["MarkovNoise", "default_speeds"]
-
-_WARN_ERROR = 0.1
-
 
 class MarkovNoise(MemoryStates):
     r"""Markov approximation of unit fractional Brownian motion, to drive an SDE: ``SDE(..., noise=...)``.
@@ -31,12 +24,17 @@ class MarkovNoise(MemoryStates):
     .. math::
         \hat B(t)=\sum_{k=1}^K w_k\,[Y_k(t)-Y_k(0)],\qquad dY_k=-\gamma_kY_k\,dt+dW,
 
-    with one Brownian motion W for all states of a channel and weights that minimise the mean squared path
-    error over ``[0, horizon]``. The target has variance :math:`t^{2H}` for both kinds, so that the Hurst
-    index and the scale of the noise are separate parameters. Type II starts at :math:`Y(0)=0`; type I, the
-    process with stationary increments, starts its states at their stationary law. Far from its start, unit
-    type II has increments of variance :math:`(V_{\mathrm I}/V_{\mathrm{II}})h^{2H}`, see
-    :func:`~stochdyn.fractional.variance_constant`.
+    with one Brownian motion W for all states of a channel. The target has variance :math:`t^{2H}` for both kinds, so
+    that the Hurst index and the scale of the noise are separate parameters. Type II starts at :math:`Y(0)=0`; type I,
+    the process with stationary increments, starts its states at their stationary law. Far from its start, unit type II
+    has increments of variance :math:`(V_{\mathrm I}/V_{\mathrm{II}})h^{2H}`, see
+    :func:`~stochdyn.fractional.variance_constant`. Take this noise wherever the equation isn't linear, or the Hurst
+    index constant; for a linear equation :class:`~stochdyn.fractional.FractionalOU` needs no simulation.
+
+    By default the weights give the increments on a grid of step ``dt`` the right law: their divergence from fractional
+    Brownian motion, :meth:`divergence`, is below 0.05 nats per 100 steps for Hurst indices from 0.05 to 0.95
+    and 100 to 1000 steps. With ``speeds`` of one's own they minimise the mean squared path error over ``[0, horizon]``
+    (:func:`~stochdyn.fractional.optimal_weights`), the choice of the paper.
 
     The states are stepped exactly for any step size and speed: besides :math:`\Delta W` each step draws the
     few further innovations that the joint law of the states needs, down to a relative variance of 1e-10 (the
@@ -46,32 +44,32 @@ class MarkovNoise(MemoryStates):
     Args:
         hurst: Hurst index in (0, 1): a float, or a tensor (a Pyro sample, say), possibly a batch ``(*batch)``
             that aligns with the batch axes of the state; gradients flow into it.
-        num_states: K. For type I take 12 or more.
-        horizon: T, at least the length of every grid that the noise will be used on.
-        step: typical time step; with ``horizon`` it sets the speeds (:func:`default_speeds`). By default
-            ``horizon / 100``.
+        num_states: number K of memory states; by default 8 for type II and 10 for type I.
+        horizon: length of time T that the noise covers, at least the length of every grid that it will be used on.
+        dt: typical time step, the smallest that matters; with ``horizon`` it sets the speeds
+            (:func:`~stochdyn.fractional.default_speeds`). By default ``horizon / 100``.
         kind: ``"II"`` (Riemann-Liouville, starts afresh) or ``"I"`` (Mandelbrot-Van Ness, infinite past).
-        learn_hurst: make the Hurst index a parameter, ``hurst_logit``, that starts at ``hurst``.
+        learn_hurst: whether the Hurst index becomes a parameter, ``hurst_logit``, that starts at ``hurst``.
         speeds: ``(K,)`` increasing speeds instead of the default ones; 0 stands for Brownian motion itself,
             so ``MarkovNoise(0.5, speeds=[0.0])`` is exact.
-        per_channel: the last axis of ``hurst (*batch, m)`` counts noise channels (one Hurst index for each
+        per_channel: whether the last axis of ``hurst (*batch, m)`` counts noise channels (one Hurst index for each
             component of the state) instead of series.
 
     Attributes:
-        kind, horizon, num_states, per_channel: as given.
+        kind, horizon, dt, num_states, per_channel: as given.
 
     Raises:
         HurstRangeError: if ``hurst`` lies outside (0, 1).
         InvalidInputError: for speeds, sizes or a kind that make no sense.
 
     Warns:
-        ApproximationWarning: if the relative path error exceeds 0.1 (not checked for tensors that require a
-            gradient; read :attr:`relative_error`).
+        ApproximationWarning: if the divergence exceeds 5e-4 nats per step on some scale between ``dt`` and ``horizon``
+            (not checked for tensors that require a gradient; ask :meth:`divergence`).
 
     Example:
-        >>> noise = MarkovNoise(0.7, num_states=5, horizon=2.0, step=0.02)
-        >>> noise.speeds.shape, noise.relative_error < 0.01
-        (torch.Size([5]), True)
+        >>> noise = MarkovNoise(0.7, horizon=2.0, dt=0.02)
+        >>> noise.speeds.shape, noise.divergence(torch.linspace(0, 2, 101)) < 0.02
+        (torch.Size([8]), True)
 
     Reference:
         R. Daems, M. Opper, G. Crevecoeur and T. Birdal, Variational inference for SDEs driven by fractional
@@ -81,24 +79,26 @@ class MarkovNoise(MemoryStates):
     def __init__(
         self,
         hurst: float | Tensor,
-        num_states: int = 8,
+        num_states: int | None = None,
         horizon: float = 1.0,
-        step: float | None = None,
+        dt: float | None = None,
         kind: Kind = "II",
         learn_hurst: bool = False,
         speeds: Tensor | Sequence[float] | None = None,
         per_channel: bool = False,
     ) -> None:
         check_hurst(hurst)
+        check_bool(learn_hurst, "learn_hurst")
+        check_bool(per_channel, "per_channel")
         if per_channel and (not isinstance(hurst, Tensor) or hurst.ndim == 0):
             raise InvalidInputError(
-                "per_channel needs one Hurst index a channel",
+                "per_channel needs one Hurst index per channel",
                 got=repr(hurst),
                 expected="a tensor (*batch, m)",
             )
-        super().__init__(num_states, horizon, step, kind, speeds)
+        super().__init__(num_states, horizon, dt, kind, speeds)
         self.per_channel = per_channel
-        weight_solver(self._speeds, self.horizon, kind)
+        self._solver()
         self._fixed: Tensor | None = None
         self.hurst_logit: nn.Parameter | None
         if learn_hurst:
@@ -111,24 +111,7 @@ class MarkovNoise(MemoryStates):
                 hurst if isinstance(hurst, Tensor) else torch.tensor(float(hurst), dtype=torch.float64)
             )
         if learn_hurst or not (isinstance(hurst, Tensor) and hurst.requires_grad):
-            self._warn_if_crude()
-
-    def _warn_if_crude(self) -> None:
-        error = self.relative_error
-        if error > _WARN_ERROR:
-            cure = (
-                "slower speeds and more states (num_states of 16 to 24) help type I for hurst > 1/2, "
-                "faster speeds (a smaller step) for hurst < 1/2"
-                if self.kind == "I"
-                else "faster speeds (a smaller step, or speeds=) and more states help"
-            )
-            warnings.warn(
-                f"the Markov approximation of fractional noise has a relative path error of {error:.3f} "
-                f"(type {self.kind}, {self.num_states} states, speeds {self._speeds[0]:.3g} to "
-                f"{self._speeds[-1]:.3g}, horizon {self.horizon:g}); {cure}",
-                ApproximationWarning,
-                stacklevel=3,
-            )
+            warn_if_crude(self, self.hurst.detach(), stacklevel=3)
 
     @property
     def hurst(self) -> Tensor:
@@ -139,7 +122,7 @@ class MarkovNoise(MemoryStates):
         return self._fixed
 
     def _solve(self) -> tuple[Tensor, Tensor]:
-        return weight_solver(self._speeds, self.horizon, self.kind)(self.hurst.to(torch.float64))
+        return self._solver()(self.hurst.to(torch.float64))
 
     @property
     def weights(self) -> Tensor:
@@ -148,9 +131,41 @@ class MarkovNoise(MemoryStates):
 
     @property
     def relative_error(self) -> float:
-        """Relative L2 path error on ``[0, horizon]`` (the worst of a batch)."""
+        """Relative L2 path error on ``[0, horizon]``, for one Brownian motion W behind both paths (the worst of a batch).
+
+        It says how close paths are, and not how close their laws are, which is what inference sees: :meth:`divergence`.
+        """
         with torch.no_grad():
             return float(self._solve()[1].max())
+
+    @torch.no_grad()
+    def divergence(self, ts: Tensor) -> Divergence:
+        r"""Return the divergence of exact increments from approximate ones on a grid, in nats.
+
+        .. math:: \mathrm{KL}\left(\mathrm{law}\,(B_{t_1}-B_{t_0},\dots)\,\|\,\mathrm{law}\,(\hat B_{t_1}-\hat B_{t_0},\dots)\right).
+
+        Args:
+            ts: ``(T,)`` grid; noise starts at ``ts[0]``. The cost grows with the cube of its length.
+
+        Returns:
+            A number, the nats per path (the worst of a batch of Hurst indices), with the attributes ``per_path``,
+            ``per_step`` and ``num_steps``.
+
+        Raises:
+            TimeGridError: if the times don't increase, or span more than the horizon.
+
+        Example:
+            >>> found = MarkovNoise(0.1, horizon=1.0, dt=0.01).divergence(torch.linspace(0, 1, 101))
+            >>> found < 0.02, found.per_step < 2e-4
+            (True, True)
+        """
+        ts = as_time_grid(ts, "ts")
+        step_factors(self._speeds, self.horizon, ts)  # refuses a grid beyond the horizon
+        times = ts.to("cpu", torch.float64)
+        times = times[1:] - times[0]
+        hurst = self.hurst.detach().to("cpu", torch.float64)
+        found = divergence_on(times, self.covariance(times).cpu(), hurst, self.kind)
+        return Divergence(float(found.max()), len(times))
 
     def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
         """See :meth:`NoiseProcess.steps`; ``ts`` may be irregular but not longer than the horizon."""
@@ -177,39 +192,9 @@ class MarkovNoise(MemoryStates):
             [[0.5, 0.5], [0.5, 1.0]]
         """
         check_time_grid(ts, min_points=1)
-        t = ts.to(torch.float64)
-        w = self.weights.to(t.device)
-        g = self.speeds.to(t.device)
-        total = g[:, None] + g[None, :]
-        safe = torch.where(total == 0, torch.ones_like(total), total)
-        if self.kind == "I":
-            return _stationary_increment_covariance(t, w, g, safe)
-        low, gap = torch.minimum(t[:, None], t[None, :]), (t[:, None] - t[None, :]).abs()
-        out = torch.zeros((), dtype=t.dtype, device=t.device)
-        for j in range(self.num_states):
-            mixed = low[..., None] * relative_exponential_mean(total[j] * low[..., None])
-            out = out + torch.einsum("stk,...k->...st", mixed, w * w[..., j, None]) * torch.exp(-g[j] * gap)
-        return out
+        return markov_covariance(ts.to(torch.float64), self.weights, self.speeds, self.kind)
 
     def extra_repr(self) -> str:
         """Show kind, sizes and range of speeds."""
         span = f"{self._speeds[0]:.3g}..{self._speeds[-1]:.3g}"
         return f"kind={self.kind!r}, num_states={self.num_states}, horizon={self.horizon:g}, speeds={span}"
-
-
-def _stationary_increment_covariance(t: Tensor, w: Tensor, g: Tensor, total: Tensor) -> Tensor:
-    """Type I: (v(s) + v(t) - v(|t-s|)) / 2 from Y_k(t) - Y_k(0) = W(t) + phi_k(t), stable for slow states."""
-    volatility = w.sum(-1)
-    pair = w[..., :, None] * w[..., None, :] * (g[:, None] * g[None, :] / total)
-    coefficient = pair.sum(-1) - volatility[..., None] * w * g
-
-    def half_variogram(lag: Tensor) -> Tensor:
-        memory = lag[..., None] ** 2 * entire_1(g * lag[..., None])
-        shape = (*volatility.shape, *([1] * lag.ndim))
-        smooth = torch.einsum("...k,tk->...t", coefficient, memory.reshape(-1, memory.shape[-1])).reshape(
-            *volatility.shape, *lag.shape
-        )
-        return 0.5 * (volatility**2).reshape(shape) * lag + smooth
-
-    f = half_variogram(t)
-    return f[..., :, None] + f[..., None, :] - half_variogram((t[:, None] - t[None, :]).abs())

@@ -7,85 +7,112 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_finite, check_ndim, check_positive, check_positive_int
+from stochdyn._checks import as_tensor, check_choice, check_positive, check_positive_int
 from stochdyn.core.sde.noise import NoiseProcess
+from stochdyn.errors import InvalidInputError
 from stochdyn.fractional.noise._steps import stationary_factor, step_factors
 from stochdyn.fractional.noise.moments import Kind
-from stochdyn.fractional.noise.weights import geometric_speeds
+from stochdyn.fractional.noise.spectral import SpectralSolver, SpeedPlan, plan_speeds, spectral_solver
+from stochdyn.fractional.noise.weights import WeightSolver, weight_solver
 
 __all__ = ["MemoryStates", "default_speeds"]
 
+_DEFAULT_STATES = {"II": 8, "I": 10}
+_DEFAULT_STEPS = 100
 
-def default_speeds(num_states: int, horizon: float, step: float, kind: Kind = "II") -> Tensor:
-    r"""Return the log-spaced speeds that :class:`MarkovNoise` uses unless told otherwise.
 
-    Type II: :math:`0.1/T` to :math:`10/\Delta`, the ratio of neighbours kept between 2.5 (below, the states
-    are numerically dependent) and 10 (above, gaps cost more than range gains), but the fastest never under
-    :math:`1/\Delta`. Type I: the infinite past asks for far slower states, so from
-    the fastest the speeds go down by factors of :math:`3+60/K`, to :math:`10^{-3}/T` or less.
+def default_speeds(
+    num_states: int | None = None, horizon: float = 1.0, dt: float | None = None, kind: Kind = "II"
+) -> Tensor:
+    r"""Return the speeds that :class:`MarkovNoise` uses unless told otherwise.
+
+    Most are spaced evenly on a logarithmic scale between :math:`0.1/T` and :math:`10/\Delta`. Where that leaves the
+    ratio of neighbours below 4.6 the range is widened, and where above 10 it is narrowed a little. The last state is
+    :math:`10^7` times faster than that: it stands for all that happens within a step. In type I, from six states on, the
+    first two are a million times slower than the others: together they carry the remote past.
 
     Args:
-        num_states: K.
-        horizon: T, length of the time interval.
-        step: typical time step.
-        kind: ``"I"`` or ``"II"``.
+        num_states: number K of memory states; by default 8 for type II and 10 for type I.
+        horizon: length T of the time interval.
+        dt: typical time step, the smallest that matters; ``horizon / 100`` by default.
+        kind: ``"I"`` (stationary increments) or ``"II"`` (a fresh start).
 
     Returns:
         float64 ``(K,)``, increasing.
 
+    Raises:
+        InvalidInputError: for a number of states, a horizon or a step that isn't positive, or an unknown kind.
+
     Example:
-        >>> [round(s, 3) for s in default_speeds(3, 1.0, 0.1).tolist()]
-        [0.1, 1.0, 10.0]
+        >>> [f"{s:.3g}" for s in default_speeds(5, 1.0, 0.01).tolist()]
+        ['0.318', '3.16', '31.4', '313', '3.13e+09']
     """
-    gaps = max(num_states - 1, 1)
-    if kind == "I":
-        fastest = (10.0 if num_states >= 12 else 1.0) / step
-        ratio = 3.0 + 60.0 / num_states
-        slowest = min(max(fastest * ratio**-gaps, 1e-20 / horizon), 1e-3 / horizon)
-    else:
-        slowest = 0.1 / horizon
-        fastest = max(min(10.0 / step, slowest * 10.0**gaps), 1.0 / step, slowest * 2.5**gaps)
-    return geometric_speeds(num_states, slowest, fastest)
+    num_states, horizon, dt = _check_sizes(num_states, horizon, dt, kind)
+    plan = plan_speeds(num_states, dt / horizon, kind)
+    return torch.tensor(plan.speeds, dtype=torch.float64) / horizon
+
+
+def _check_sizes(
+    num_states: object, horizon: object, dt: object, kind: object
+) -> tuple[int, float, float]:
+    check_choice(kind, ("I", "II"), "kind")
+    if num_states is None:
+        num_states = _DEFAULT_STATES[str(kind)]
+    check_positive_int(num_states, "num_states")
+    check_positive(horizon, "horizon")
+    if dt is None:
+        dt = float(horizon) / _DEFAULT_STEPS  # type: ignore[arg-type]
+    check_positive(dt, "dt")
+    return int(num_states), float(horizon), float(dt)  # type: ignore[arg-type, call-overload]
 
 
 class MemoryStates(NoiseProcess):
-    """Noise carried by Ornstein-Uhlenbeck states of one Brownian motion a channel; subclasses say how they are weighted.
+    """Noise carried by Ornstein-Uhlenbeck states of one Brownian motion per channel; subclasses say how they are weighted.
 
     Args:
-        num_states: K, unless ``speeds`` are given.
+        num_states: number K of states, unless ``speeds`` are given.
         horizon: length of the longest grid.
-        step: typical time step; ``horizon / 100`` if None.
+        dt: typical time step; ``horizon / 100`` if None.
         kind: ``"I"`` (stationary states at the start) or ``"II"`` (states that start at 0).
         speeds: ``(K,)`` increasing speeds instead of :func:`default_speeds`.
 
     Raises:
-        InvalidInputError: for speeds, sizes or a kind that make no sense.
+        InvalidInputError: for speeds, sizes or a kind that make no sense, or a number of states that isn't that of the
+            speeds.
     """
 
     def __init__(
         self,
-        num_states: int,
+        num_states: int | None,
         horizon: float,
-        step: float | None,
+        dt: float | None,
         kind: Kind,
         speeds: Tensor | Sequence[float] | None,
     ) -> None:
         super().__init__()
-        check_positive_int(num_states, "num_states")
-        check_positive(horizon, "horizon")
-        check_choice(kind, ("I", "II"), "kind")
-        if step is not None:
-            check_positive(step, "step")
+        sizes = _check_sizes(num_states, horizon, dt, kind)
         self.kind: Kind = kind
-        self.horizon = float(horizon)
+        self.horizon, self.dt = sizes[1], sizes[2]
+        self._plan: SpeedPlan | None = None
         if speeds is None:
-            speeds = default_speeds(num_states, self.horizon, float(step or horizon / 100), kind)
+            self._plan = plan_speeds(sizes[0], self.dt / self.horizon, kind)
+            self._speeds: tuple[float, ...] = tuple(s / self.horizon for s in self._plan.speeds)
         else:
-            speeds = torch.as_tensor(speeds, dtype=torch.float64).detach().cpu()
-            check_ndim(speeds, 1, "speeds", "(K,)")
-            check_finite(speeds, "speeds")
-        self._speeds: tuple[float, ...] = tuple(speeds.tolist())
+            given = as_tensor(speeds, "speeds", 1, "(K,)").detach().to("cpu", torch.float64)
+            self._speeds = tuple(given.tolist())
+            if num_states is not None and num_states != len(self._speeds):
+                raise InvalidInputError(
+                    "num_states and speeds disagree",
+                    got=f"num_states={num_states} and {len(self._speeds)} speeds",
+                    hint="give one of them",
+                )
         self.num_states = len(self._speeds)
+
+    def _solver(self) -> SpectralSolver | WeightSolver:
+        """Weights as a function of the Hurst index: by the law of increments, or for given speeds by the path error."""
+        if self._plan is not None:
+            return spectral_solver(self._plan, self.horizon, self.kind)
+        return weight_solver(self._speeds, self.horizon, self.kind)
 
     @property
     def speeds(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -18,15 +17,14 @@ from stochdyn._checks import (
     check_time_grid,
 )
 from stochdyn.core.sde.noise import NoiseSteps
-from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError
+from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.fractional.noise._steps import step_factors
+from stochdyn.fractional.noise.divergence import warn_if_crude
 from stochdyn.fractional.noise.memory import MemoryStates
 from stochdyn.fractional.noise.moments import Kind
-from stochdyn.fractional.noise.weights import weight_solver
 
 __all__ = ["HurstCurve", "MultifractionalNoise", "multifractional_covariance"]
 
-_WARN_ERROR = 0.1
 _PROBES = 33
 
 
@@ -99,25 +97,26 @@ class MultifractionalNoise(MemoryStates):
     Args:
         hurst: a function from times ``(T,)`` to indices ``(T, *batch)`` in (0, 1): a callable or a module, such as
             :class:`HurstCurve`. Gradients flow into it.
-        num_states: K.
-        horizon: at least the length of every grid; grids begin at the start of the noise.
-        step: typical time step, by default ``horizon / 100``.
-        definition: see above.
+        num_states: number K of memory states; by default 8 for type II and 10 for type I.
+        horizon: length of time covered, at least that of every grid; grids begin at the start of the noise.
+        dt: typical time step, by default ``horizon / 100``.
+        definition: which of the two definitions above is meant.
         kind: ``"II"``, or ``"I"`` for ``"increments"``.
         speeds: ``(K,)`` speeds instead of the default ones.
-        per_channel: the last axis of H counts noise channels.
+        per_channel: whether the last axis of H counts noise channels instead of series.
 
     Raises:
         HurstRangeError: if H leaves (0, 1).
         InvalidInputError: for ``"process"`` with type I, whose value at the start would have to be remembered.
 
     Warns:
-        ApproximationWarning: if the relative path error for some H(t) exceeds 0.1.
+        ApproximationWarning: if the divergence for the smallest or largest H(t), held constant, exceeds 5e-4 nats per
+            step.
 
     Example:
-        >>> noise = MultifractionalNoise(HurstCurve(2, horizon=1.0, hurst=0.7), 5, horizon=1.0)
+        >>> noise = MultifractionalNoise(HurstCurve(2, horizon=1.0, hurst=0.7), 8, horizon=1.0)
         >>> noise.steps(torch.linspace(0, 1, 11), dtype=torch.float32).recall.shape
-        torch.Size([10, 5])
+        torch.Size([10, 8])
 
     Reference:
         R. F. Peltier and J. Lévy Véhel, Multifractional Brownian motion, INRIA 2645, 1995; R. Daems et al., ICLR
@@ -127,9 +126,9 @@ class MultifractionalNoise(MemoryStates):
     def __init__(
         self,
         hurst: Callable[[Tensor], Tensor],
-        num_states: int = 8,
+        num_states: int | None = None,
         horizon: float = 1.0,
-        step: float | None = None,
+        dt: float | None = None,
         definition: Literal["process", "increments"] = "process",
         kind: Kind = "II",
         speeds: Tensor | Sequence[float] | None = None,
@@ -145,39 +144,37 @@ class MultifractionalNoise(MemoryStates):
                 "multifractional Brownian motion as a process is of type II here",
                 hint="take kind='II', or definition='increments'",
             )
-        super().__init__(num_states, horizon, step, kind, speeds)
+        super().__init__(num_states, horizon, dt, kind, speeds)
         self.hurst = hurst
         self.definition, self.per_channel = definition, per_channel
-        error = self.relative_error
-        if error > _WARN_ERROR:
-            warnings.warn(
-                f"the Markov approximation has a relative path error of up to {error:.3f} along H(t); "
-                "faster speeds (a smaller step, or speeds=) and more states help",
-                ApproximationWarning,
-                stacklevel=2,
-            )
+        with torch.no_grad():
+            warn_if_crude(self, self._probe(), stacklevel=2)
+
+    def _probe(self) -> Tensor:
+        """The Hurst index on a regular grid of the horizon, ``(T, *batch)``."""
+        grid = torch.linspace(0, self.horizon, _PROBES, dtype=torch.float64)
+        return self._checked(grid)
 
     @property
     def relative_error(self) -> float:
         """Largest relative path error of a constant index along ``H(t)``."""
         with torch.no_grad():
-            grid = torch.linspace(0, self.horizon, _PROBES, dtype=torch.float64)
-            return float(self._solve(grid)[1].max())
+            return float(self._solver()(self._probe())[1].max())
 
-    def _solve(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _checked(self, t: Tensor) -> Tensor:
         hurst = self.hurst(t)
         check_hurst(hurst)
         if hurst.ndim == 0 or hurst.shape[0] != t.shape[0]:
             raise ShapeError(
-                "hurst must return one index a time",
+                "hurst must return one index per time",
                 got=tuple(hurst.shape),
                 expected=f"({t.shape[0]}, *batch)",
             )
-        return weight_solver(self._speeds, self.horizon, self.kind)(hurst.to(torch.float64))
+        return hurst.to(torch.float64)
 
     def weights(self, t: Tensor) -> Tensor:
         """Return the weights at times ``t (T,)`` since the start, float64 ``(T, *batch, K)``."""
-        return self._solve(t)[0]
+        return self._solver()(self._checked(t))[0]
 
     def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
         """See :meth:`NoiseProcess.steps`."""

@@ -114,20 +114,36 @@ class WeightSolver:
     def __call__(self, hurst: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights ``(*batch, K)`` and path errors ``(*batch)`` for float64 ``hurst (*batch)``."""
         device = hurst.device
-        x, half, gram, basis = (t.to(device) for t in (self.x, self.half, self.gram, self.basis))
-        if self.kind == "I":
-            moments = unit_cross(x, hurst, "I", minus_zero=True)
-            first = unit_cross(x[:1], hurst, "I")
-            b = torch.cat([first, moments[..., 1:] - moments[..., :1]], dim=-1)
-        else:
-            b = unit_cross(x, hurst, "II")
+        half, gram, basis = (t.to(device) for t in (self.half, self.gram, self.basis))
+        b = self.moments(hurst)
         v = (b @ half) @ half.T
         with torch.no_grad():
-            c = 1 / (2 * hurst + 1)
-            quadratic = ((v @ gram - 2 * b) * v).sum(-1) + c
-            error = (quadratic / c).clamp_min(0.0).sqrt()
+            error = _relative_error(v, b, gram, hurst)
         # for T other than 1: B^H scales as T^H and the states as T^(1/2)
         return (v @ basis.T) * torch.exp((hurst - 0.5) * math.log(self.horizon))[..., None], error
+
+    def moments(self, hurst: Tensor) -> Tensor:
+        """Cross moments of unit fBM with the states in the solver's basis, ``(*batch, K)``, at T = 1."""
+        x = self.x.to(hurst.device)
+        if self.kind == "II":
+            return unit_cross(x, hurst, "II")
+        moments = unit_cross(x, hurst, "I", minus_zero=True)
+        first = unit_cross(x[:1], hurst, "I")
+        return torch.cat([first, moments[..., 1:] - moments[..., :1]], dim=-1)
+
+    def error_of(self, weights: Tensor, hurst: Tensor) -> Tensor:
+        """Return the relative path errors ``(*batch)`` of any weights ``(*batch, K)`` for T = 1."""
+        v = weights
+        if self.kind == "I":
+            v = torch.cat([weights.sum(-1, keepdim=True), weights[..., 1:]], dim=-1)
+        return _relative_error(v, self.moments(hurst), self.gram.to(hurst.device), hurst)
+
+
+def _relative_error(v: Tensor, b: Tensor, gram: Tensor, hurst: Tensor) -> Tensor:
+    """Root of w'Aw - 2b'w + c over c, at T = 1."""
+    c = 1 / (2 * hurst + 1)
+    quadratic = ((v @ gram - 2 * b) * v).sum(-1) + c
+    return (quadratic / c).clamp_min(0.0).sqrt()
 
 
 @lru_cache(maxsize=64)
