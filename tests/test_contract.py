@@ -126,7 +126,7 @@ def test_pyro_and_arviz() -> None:
 
 
 def test_fractional() -> None:
-    noise = sd.fractional.MarkovNoise(0.3, num_states=6, horizon=1.0, step=0.01, kind="II", learn_hurst=True)
+    noise = sd.fractional.MarkovNoise(0.3, num_states=6, horizon=1.0, dt=0.01, kind="II", learn_hurst=True)
     assert noise.speeds.shape == noise.weights.shape == (6,)
     assert 0 < noise.relative_error < 0.1
     assert sd.fractional.sample_fbm(0.7, 20, horizon=1.0, size=(3,), generator=seeded()).shape == (3, 21)

@@ -42,7 +42,7 @@ def simulate(hurst: float, n: int, seed: int) -> Tensor:
 
 def truth(hurst: float, n: int, rate: float = RATE, scale: float = SCALE) -> FractionalOU:
     """Return the law behind the data: exact steps, and many more and faster memory states than the model has."""
-    noise = MarkovNoise(hurst, 16, horizon=n * STEP, step=STEP / 100)
+    noise = MarkovNoise(hurst, 16, horizon=n * STEP, dt=STEP / 100)
     return FractionalOU(rate, 0.0, scale, hurst, noise=noise, initial=0.0)
 
 
@@ -89,4 +89,4 @@ def _times(n: int) -> Tensor:
 
 def path_noise(hurst: Tensor | float, n: int, states: int = STATES) -> MarkovNoise:
     """Return the noise of the model."""
-    return MarkovNoise(hurst, states, horizon=n * STEP, step=STEP)
+    return MarkovNoise(hurst, states, horizon=n * STEP, dt=STEP)

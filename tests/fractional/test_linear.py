@@ -229,7 +229,7 @@ def test_posterior_of_a_batch_on_an_irregular_grid(irregular: tuple[Tensor, ...]
     ts, at, mask, y = irregular
     rate, mean = torch.tensor([0.5, 2.0], dtype=F64), torch.tensor([0.1, -0.2], dtype=F64)
     ou = FractionalOU(
-        rate, mean, 0.7, 0.6, MarkovNoise(0.6, 12, horizon=4.0, step=0.05, kind="I"), initial=1.5
+        rate, mean, 0.7, 0.6, MarkovNoise(0.6, 12, horizon=4.0, dt=0.05, kind="I"), initial=1.5
     )
     post = ou.posterior(ts, y, 0.2, at, mask=mask)
     union = torch.cat([ts, at]).sort().values
@@ -251,7 +251,7 @@ def test_posterior_of_a_batch_on_an_irregular_grid(irregular: tuple[Tensor, ...]
 
 def test_posterior_samples_have_the_posterior_law(irregular: tuple[Tensor, ...]) -> None:
     ts, at, mask, y = irregular
-    ou = FractionalOU(0.5, 0.1, 0.7, 0.6, MarkovNoise(0.6, 6, horizon=4.0, step=0.05))
+    ou = FractionalOU(0.5, 0.1, 0.7, 0.6, MarkovNoise(0.6, 6, horizon=4.0, dt=0.05))
     post = ou.posterior(ts, y[0], 0.2, at, mask=mask)
     draws = post.law.sample(at, 4000, torch.Generator().manual_seed(4)).x[..., 0]
     assert draws.shape == (4000, 10)

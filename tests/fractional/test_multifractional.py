@@ -51,7 +51,7 @@ class TestProcess(NoiseProcessSuite):
 
     def make(self) -> NoiseProcess:
         """See the suite."""
-        return MultifractionalNoise(_ramp, 6, horizon=1.0, step=0.02)
+        return MultifractionalNoise(_ramp, 6, horizon=1.0, dt=0.02)
 
 
 class TestIncrements(NoiseProcessSuite):
@@ -59,13 +59,13 @@ class TestIncrements(NoiseProcessSuite):
 
     def make(self) -> NoiseProcess:
         """See the suite."""
-        return MultifractionalNoise(_ramp, 12, horizon=1.0, step=0.02, definition="increments", kind="I")
+        return MultifractionalNoise(_ramp, 12, horizon=1.0, dt=0.02, definition="increments", kind="I")
 
 
 def test_covariance_of_multifractional_brownian_motion() -> None:
     """The Markov approximation against the closed form."""
     ts = torch.linspace(0, 1, 41, dtype=D)
-    noise = MultifractionalNoise(_ramp, 14, horizon=1.0, step=1e-4)
+    noise = MultifractionalNoise(_ramp, 14, horizon=1.0, dt=1e-4)
     exact = multifractional_covariance(ts[1:], _ramp(ts[1:]))
     torch.testing.assert_close(_implied_covariance(noise, ts), exact, rtol=0, atol=2e-3)
     torch.testing.assert_close(exact.diagonal(), ts[1:] ** (2 * _ramp(ts[1:])))
@@ -126,7 +126,7 @@ def test_gradients_reach_the_curve() -> None:
     logits = torch.tensor([-0.3, 0.2, 0.6], dtype=D, requires_grad=True)
 
     def coefficients(x: Tensor) -> tuple[Tensor, Tensor]:
-        steps = MultifractionalNoise(HurstCurve(x, 1.0), 3, 1.0, 0.1).steps(ts, dtype=D)
+        steps = MultifractionalNoise(HurstCurve(x, 1.0), 5, 1.0, 0.1).steps(ts, dtype=D)
         return steps.gain, steps.recall
 
     assert torch.autograd.gradcheck(coefficients, (logits,))
@@ -191,7 +191,7 @@ def test_bad_input() -> None:
         MultifractionalNoise(lambda t: torch.tensor(0.5))
     with pytest.raises(InvalidInputError):
         HurstCurve(1, 1.0)
-    with pytest.warns(ApproximationWarning, match="along H"):
+    with pytest.warns(ApproximationWarning, match="nats per step"):
         MultifractionalNoise(lambda t: torch.full_like(t, 0.05), 3, 1.0)
 
 

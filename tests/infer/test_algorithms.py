@@ -345,7 +345,7 @@ class TestLatentHurstIndex:
     @staticmethod
     def model(y, kind):
         hurst = pyro.sample("hurst", dist.Beta(torch.tensor(2.0, dtype=F64), 2.0))
-        noise = MarkovNoise(hurst, num_states=4, horizon=1.0, step=0.2, kind=kind)
+        noise = MarkovNoise(hurst, num_states=4, horizon=1.0, dt=0.2, kind=kind)
         with pyro.plate("series", 3):
             x = sample_path("x", SDE(lambda t, x: -x, 0.7, noise), ONE, TS)
             return pyro.sample("y", dist.Normal(x[..., SEEN, 0], 0.3).to_event(1), obs=y)

@@ -34,7 +34,7 @@ EMISSION = torch.tensor([1.0, 0.5], dtype=F64)
 def long_past():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return MarkovNoise(0.7, num_states=6, horizon=2.0, step=0.1, kind="I")
+        return MarkovNoise(0.7, num_states=6, horizon=2.0, dt=0.1, kind="I")
 
 
 CASES = {
@@ -54,7 +54,7 @@ CASES = {
     "memory with a past": (A1, G1, lambda: TwoStates(past=True), None, None),
     "memory with a past, random start": (A2, G2, lambda: TwoStates(past=True), COV2, None),
     "memory on one component": (A2, THIN, lambda: TwoStates(past=True), COV2, None),
-    "fractional": (A1, G1, lambda: MarkovNoise(0.3, num_states=5, horizon=2.0, step=0.1), None, None),
+    "fractional": (A1, G1, lambda: MarkovNoise(0.3, num_states=5, horizon=2.0, dt=0.1), None, None),
     "fractional with a past": (A1, G1, long_past, torch.tensor([[0.6]], dtype=F64), None),
 }
 

@@ -118,7 +118,7 @@ def test_path_with_memory_has_the_moments_of_its_linear_law(start, past):
 
 
 def test_memory_noise_of_the_library_is_stepped_like_the_linear_law():
-    noise = MarkovNoise(0.3, num_states=5, horizon=1.0, step=0.1)
+    noise = MarkovNoise(0.3, num_states=5, horizon=1.0, dt=0.1)
     law = linear_path(
         torch.tensor([[-0.7]], dtype=F64),
         torch.tensor([[0.8]], dtype=F64),

@@ -36,7 +36,7 @@ class GaussianELBO(Objective):
     Example:
         >>> from stochdyn import SDE, DiffusionMeasure
         >>> from stochdyn.fractional import AffineDrift, MarkovNoise
-        >>> noise = MarkovNoise(0.7, 5, horizon=1.0, step=0.05)
+        >>> noise = MarkovNoise(0.7, 5, horizon=1.0, dt=0.05)
         >>> prior = DiffusionMeasure(torch.zeros(1), SDE(AffineDrift(-torch.eye(1)), 1.0, noise))
         >>> ts = torch.linspace(0, 1, 21)
         >>> data = GaussianObservations(ts, ts[-1:], torch.tensor([0.5]), 0.1)

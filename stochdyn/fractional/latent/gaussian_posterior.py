@@ -79,7 +79,7 @@ class GaussianPosterior(nn.Module):
     Example:
         >>> from stochdyn import SDE, GaussianObservations
         >>> from stochdyn.fractional import MarkovNoise
-        >>> noise = MarkovNoise(0.7, 5, horizon=1.0, step=0.05)
+        >>> noise = MarkovNoise(0.7, 5, horizon=1.0, dt=0.05)
         >>> prior = DiffusionMeasure(torch.zeros(1), SDE(AffineDrift(-torch.eye(1)), 1.0, noise))
         >>> ts = torch.linspace(0, 1, 21)
         >>> posterior = GaussianPosterior(prior, ts)

@@ -16,7 +16,7 @@ from stochdyn.fractional.noise._quadrature import graded_nodes, levels_for, rela
 
 __all__ = ["StepFactors", "stationary_factor", "step_factors"]
 
-_DROPPED = 1e-5  # innovations with a smaller standard deviation, relative to that of dW, are left out
+_DROPPED = 1e-5  # innovations with a smaller standard deviation, relative to those of dW or the states, are left out
 
 
 class StepFactors(NamedTuple):
@@ -45,9 +45,11 @@ def _decompose(speeds: tuple[float, ...], steps: bytes) -> StepFactors:
     mean = relative_exponential_mean(x)
     u, w = graded_nodes(levels_for(float(x.max())))
     centred = torch.expm1(-x[:, None, :] * u[:, None]) - (mean - 1)[:, None, :]
-    _, s, vh = torch.linalg.svd(centred * w.sqrt()[:, None], full_matrices=False)
+    # in units of the states' own spread, so that none is too fast to have an innovation
+    unit = (1 + 2 * x).rsqrt()[:, None, :]
+    _, s, vh = torch.linalg.svd(centred / unit * w.sqrt()[:, None], full_matrices=False)
     rank = int((s > _DROPPED).sum(-1).max())
-    load = torch.cat([mean[:, None, :], s[:, :rank, None] * vh[:, :rank, :]], dim=1)[inverse]
+    load = torch.cat([mean[:, None, :], s[:, :rank, None] * vh[:, :rank, :] * unit], dim=1)[inverse]
     exponent = -dt[:, None] * gamma
     return StepFactors(dt, load, torch.exp(exponent), torch.expm1(exponent))
 
@@ -84,8 +86,12 @@ def stationary_factor(speeds: tuple[float, ...]) -> Tensor:
     r = g[moving]
     scale = (2 * r).rsqrt()
     correlation = 2 * (r[:, None] * r[None, :]).sqrt() / (r[:, None] + r[None, :])
-    values, vectors = torch.linalg.eigh(correlation)
-    keep = values > 1e-14 * values[-1]
-    factor = torch.zeros(int(keep.sum()), g.shape[0], dtype=torch.float64)
-    factor[:, moving] = (vectors[:, keep] * values[keep].sqrt()).T * scale
+    lower, info = torch.linalg.cholesky_ex(correlation)
+    root = lower.T
+    if info or float(lower.diagonal().min()) < 1e-6:  # speeds that are nearly dependent
+        values, vectors = torch.linalg.eigh(correlation)
+        keep = values > 1e-14 * values[-1]
+        root = (vectors[:, keep] * values[keep].sqrt()).T
+    factor = torch.zeros(root.shape[0], g.shape[0], dtype=torch.float64)
+    factor[:, moving] = root * scale
     return factor

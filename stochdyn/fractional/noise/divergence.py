@@ -125,12 +125,7 @@ def warn_if_crude(noise: MemoryStates, hurst: Tensor, stacklevel: int) -> None:
         if not found <= worst:
             worst, where = found, index
     if worst > _CRUDE:
-        own = noise._plan is None
-        cure = (
-            "leave speeds out, or widen their range to where steps and horizon no longer see it"
-            if own
-            else "take more states (num_states)"
-        )
+        cure = "take more states (num_states), at the default speeds"
         warnings.warn(
             f"the Markov approximation of fractional noise loses {worst:.2g} nats per step at a Hurst index of {where:.3g} "
             f"(type {noise.kind}, {noise.num_states} states, speeds {noise._speeds[0]:.3g} to {noise._speeds[-1]:.3g}, "

@@ -33,8 +33,9 @@ class MarkovNoise(MemoryStates):
 
     By default the weights give the increments on a grid of step ``dt`` the right law: their divergence from fractional
     Brownian motion, :meth:`divergence`, is below 0.05 nats per 100 steps for Hurst indices from 0.05 to 0.95
-    and 100 to 1000 steps. With ``speeds`` of one's own they minimise the mean squared path error over ``[0, horizon]``
-    (:func:`~stochdyn.fractional.optimal_weights`), the choice of the paper.
+    and 100 to 1000 steps. For speeds without a state that stands for what happens within a step (one a million times faster
+    than the others) they minimise the mean squared path error over ``[0, horizon]``
+    (:func:`~stochdyn.fractional.optimal_weights`), the choice of the paper. Either way they follow from speeds and horizon.
 
     The states are stepped exactly for any step size and speed: besides :math:`\Delta W` each step draws the
     few further innovations that the joint law of the states needs, down to a relative variance of 1e-10 (the
@@ -44,7 +45,8 @@ class MarkovNoise(MemoryStates):
     Args:
         hurst: Hurst index in (0, 1): a float, or a tensor (a Pyro sample, say), possibly a batch ``(*batch)``
             that aligns with the batch axes of the state; gradients flow into it.
-        num_states: number K of memory states; by default 8 for type II and 10 for type I.
+        num_states: number K of memory states; by default, for up to 1000 steps, 8 for type II and 10 for type I, and one more for
+            each factor of 7.
         horizon: length of time T that the noise covers, at least the length of every grid that it will be used on.
         dt: typical time step, the smallest that matters; with ``horizon`` it sets the speeds
             (:func:`~stochdyn.fractional.default_speeds`). By default ``horizon / 100``.
@@ -98,7 +100,6 @@ class MarkovNoise(MemoryStates):
             )
         super().__init__(num_states, horizon, dt, kind, speeds)
         self.per_channel = per_channel
-        self._solver()
         self._fixed: Tensor | None = None
         self.hurst_logit: nn.Parameter | None
         if learn_hurst:

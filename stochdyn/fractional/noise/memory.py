@@ -12,12 +12,17 @@ from stochdyn.core.sde.noise import NoiseProcess
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional.noise._steps import stationary_factor, step_factors
 from stochdyn.fractional.noise.moments import Kind
-from stochdyn.fractional.noise.spectral import SpectralSolver, SpeedPlan, plan_speeds, spectral_solver
+from stochdyn.fractional.noise.spectral import (
+    SpectralSolver,
+    enough_states,
+    plan_speeds,
+    read_plan,
+    spectral_solver,
+)
 from stochdyn.fractional.noise.weights import WeightSolver, weight_solver
 
 __all__ = ["MemoryStates", "default_speeds"]
 
-_DEFAULT_STATES = {"II": 8, "I": 10}
 _DEFAULT_STEPS = 100
 
 
@@ -32,7 +37,8 @@ def default_speeds(
     first two are a million times slower than the others: together they carry the remote past.
 
     Args:
-        num_states: number K of memory states; by default 8 for type II and 10 for type I.
+        num_states: number K of memory states; by default as many as the range from step to horizon asks for: for up to
+            1000 steps 8 for type II and 10 for type I, and one more for each factor of 7.
         horizon: length T of the time interval.
         dt: typical time step, the smallest that matters; ``horizon / 100`` by default.
         kind: ``"I"`` (stationary increments) or ``"II"`` (a fresh start).
@@ -48,21 +54,21 @@ def default_speeds(
         ['0.318', '3.16', '31.4', '313', '3.13e+09']
     """
     num_states, horizon, dt = _check_sizes(num_states, horizon, dt, kind)
-    plan = plan_speeds(num_states, dt / horizon, kind)
-    return torch.tensor(plan.speeds, dtype=torch.float64) / horizon
+    return torch.tensor(plan_speeds(num_states, dt / horizon, kind), dtype=torch.float64) / horizon
 
 
 def _check_sizes(
     num_states: object, horizon: object, dt: object, kind: object
 ) -> tuple[int, float, float]:
     check_choice(kind, ("I", "II"), "kind")
-    if num_states is None:
-        num_states = _DEFAULT_STATES[str(kind)]
-    check_positive_int(num_states, "num_states")
+    if num_states is not None:
+        check_positive_int(num_states, "num_states")
     check_positive(horizon, "horizon")
     if dt is None:
         dt = float(horizon) / _DEFAULT_STEPS  # type: ignore[arg-type]
     check_positive(dt, "dt")
+    if num_states is None:
+        num_states = enough_states(float(dt) / float(horizon), kind)  # type: ignore[arg-type]
     return int(num_states), float(horizon), float(dt)  # type: ignore[arg-type, call-overload]
 
 
@@ -93,12 +99,11 @@ class MemoryStates(NoiseProcess):
         sizes = _check_sizes(num_states, horizon, dt, kind)
         self.kind: Kind = kind
         self.horizon, self.dt = sizes[1], sizes[2]
-        self._plan: SpeedPlan | None = None
         if speeds is None:
-            self._plan = plan_speeds(sizes[0], self.dt / self.horizon, kind)
-            self._speeds: tuple[float, ...] = tuple(s / self.horizon for s in self._plan.speeds)
+            self._speeds: tuple[float, ...] = tuple(default_speeds(*sizes, kind).tolist())
         else:
-            given = as_tensor(speeds, "speeds", 1, "(K,)").detach().to("cpu", torch.float64)
+            given = as_tensor(speeds, "speeds", 1, "(K,)", like=torch.zeros((), dtype=torch.float64))
+            given = given.detach().to("cpu", torch.float64)
             self._speeds = tuple(given.tolist())
             if num_states is not None and num_states != len(self._speeds):
                 raise InvalidInputError(
@@ -107,12 +112,15 @@ class MemoryStates(NoiseProcess):
                     hint="give one of them",
                 )
         self.num_states = len(self._speeds)
+        self._solver()  # refuses speeds that make no sense
 
     def _solver(self) -> SpectralSolver | WeightSolver:
-        """Weights as a function of the Hurst index: by the law of increments, or for given speeds by the path error."""
-        if self._plan is not None:
-            return spectral_solver(self._plan, self.horizon, self.kind)
-        return weight_solver(self._speeds, self.horizon, self.kind)
+        """Weights as a function of the Hurst index: by the law of increments where a state stands for what happens within a
+        step, as in the default speeds, and by the path error for other speeds."""
+        plan = read_plan(self._speeds, self.horizon, self.kind)
+        if plan is None:
+            return weight_solver(self._speeds, self.horizon, self.kind)
+        return spectral_solver(plan, self.horizon, self.kind)
 
     @property
     def speeds(self) -> Tensor:

@@ -97,7 +97,8 @@ class MultifractionalNoise(MemoryStates):
     Args:
         hurst: a function from times ``(T,)`` to indices ``(T, *batch)`` in (0, 1): a callable or a module, such as
             :class:`HurstCurve`. Gradients flow into it.
-        num_states: number K of memory states; by default 8 for type II and 10 for type I.
+        num_states: number K of memory states; by default, for up to 1000 steps, 8 for type II and 10 for type I, and one more for
+            each factor of 7.
         horizon: length of time covered, at least that of every grid; grids begin at the start of the noise.
         dt: typical time step, by default ``horizon / 100``.
         definition: which of the two definitions above is meant.

@@ -12,13 +12,15 @@ from torch import Tensor
 from stochdyn.fractional.noise.moments import Kind, variance_constant
 from stochdyn.fractional.noise.weights import WeightSolver, geometric_speeds
 
-__all__ = ["SpectralSolver", "SpeedPlan", "plan_speeds", "spectral_solver"]
+__all__ = ["SpectralSolver", "SpeedPlan", "enough_states", "plan_speeds", "read_plan", "spectral_solver"]
 
 # Ranges of speeds, in units of 1/T and 1/dt, and how far beyond them the spectrum is fitted.
 _SLOWEST, _FASTEST, _BEYOND = 0.1, 10.0, 3.0
 # Ratios of neighbouring speeds: below the first, a wider range gains more than a denser one; above the second, a
 # narrower one does.
 _DENSE, _SPARSE = 4.6, 10.0
+# The default number of states keeps the ratio below this.
+_AMPLE = 7.0
 # Widest range, in the same units: what lies outside is left to the lumped states.
 _WIDEST = 1e6
 # The lumped states are this much slower and faster than the others: they see neither horizon nor step.
@@ -35,13 +37,18 @@ class SpeedPlan(NamedTuple):
     """Speeds at horizon 1, and which of them are lumped."""
 
     speeds: tuple[float, ...]
-    paired: bool  # the two slowest carry the remote past (type I)
-    lumped: bool  # the fastest carries what happens within a step
+    paired: bool  # the two slowest carry the remote past (type I); the fastest carries what happens within a step
     low: float  # the band of frequencies that is fitted
     high: float
 
 
-def plan_speeds(num_states: int, resolution: float, kind: Kind) -> SpeedPlan:
+def enough_states(resolution: float, kind: Kind) -> int:
+    """Return the default number of states for steps of length ``resolution`` at horizon 1."""
+    base = _FASTEST / (_SLOWEST * min(resolution, 1.0))
+    return (0 if kind == "II" else 2) + max(8, 2 + math.ceil(math.log(base) / math.log(_AMPLE)))
+
+
+def plan_speeds(num_states: int, resolution: float, kind: Kind) -> tuple[float, ...]:
     """Return the default speeds for horizon 1 and steps of length ``resolution`` (:func:`default_speeds`)."""
     steps = 1.0 / min(resolution, 1.0)
     paired = kind == "I" and num_states >= _PAIRED_FROM
@@ -59,8 +66,23 @@ def plan_speeds(num_states: int, resolution: float, kind: Kind) -> SpeedPlan:
     middle = geometric_speeds(count, slowest, fastest).tolist()
     past = [_SLOWER * slowest, 2 * _SLOWER * slowest] if paired else []
     within = [_FASTER * fastest] if lumped else []
-    low = 10 * slowest if paired else _BEYOND * slowest
-    return SpeedPlan((*past, *middle, *within), paired, lumped, low, _BEYOND * fastest)
+    return (*past, *middle, *within)
+
+
+def read_plan(speeds: tuple[float, ...], horizon: float, kind: Kind) -> SpeedPlan | None:
+    """Return what speeds are for, at horizon 1; None if no state is so fast that it stands for what happens within a step."""
+    x = tuple(s * horizon for s in speeds)
+    if len(x) < 2 or x[-2] <= 0 or x[-1] < 0.1 * _FASTER * x[-2]:
+        return None
+    paired = (
+        kind == "I"
+        and len(x) >= _PAIRED_FROM
+        and x[0] > 0
+        and math.isclose(x[1], 2 * x[0], rel_tol=1e-6)
+        and x[1] < 10 * _SLOWER * x[2]
+    )
+    slowest = x[2 * paired]
+    return SpeedPlan(x, paired, (10.0 if paired else _BEYOND) * slowest, _BEYOND * x[-2])
 
 
 class SpectralSolver:
@@ -94,7 +116,7 @@ class SpectralSolver:
     def __init__(self, plan: SpeedPlan, horizon: float, kind: Kind) -> None:
         self.plan, self.horizon, self.kind = plan, horizon, kind
         speeds = torch.tensor(plan.speeds, dtype=torch.float64)
-        self.middle = speeds[2 * plan.paired : len(plan.speeds) - plan.lumped]
+        self.middle = speeds[2 * plan.paired : -1]
         self.path = WeightSolver(plan.speeds, 1.0, kind)
         log_low, log_high = math.log(plan.low), math.log(plan.high)
         count = max(32, math.ceil((log_high - log_low) * _NODES_PER_E_FOLD))
@@ -119,9 +141,7 @@ class SpectralSolver:
     def __call__(self, hurst: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights ``(*batch, K)`` and relative path errors ``(*batch)`` for float64 ``hurst (*batch)``."""
         middle = self._fit(hurst)
-        parts = [middle]
-        if self.plan.lumped:
-            parts.append((2 * self.plan.speeds[-1] * self._within_step(hurst, middle)).sqrt()[..., None])
+        parts = [middle, (2 * self.plan.speeds[-1] * self._within_step(hurst, middle)).sqrt()[..., None]]
         if self.plan.paired:
             slow = self.plan.speeds[0]
             # Var(slope) = w^2 slow / 6 for w [Y_slow - Y_2slow] at its stationary law
@@ -147,7 +167,7 @@ class SpectralSolver:
             matrix = torch.cat([matrix, share[..., None, None] * self.level_rows.to(device)], -2)
             moments = self.level.moments(hurst) @ self.level.half.to(device)
             target = torch.cat([target, share[..., None] * moments], -1)
-        scale = matrix.detach().square().sum(-2).rsqrt()
+        scale = matrix.square().sum(-2).rsqrt()
         count = scale.shape[-1]
         ridge = math.sqrt(_RIDGE) * torch.eye(count, dtype=torch.float64, device=device)
         matrix = torch.cat([matrix * scale[..., None, :], ridge.expand(*scale.shape, count)], -2)
@@ -177,7 +197,7 @@ class SpectralSolver:
 
 def _positive(value: Tensor, unit: Tensor) -> Tensor:
     """Return a smooth positive part, at least about 1e-6 units where ``value`` is negative."""
-    floor = _SMALLEST_LUMP * unit.detach()
+    floor = _SMALLEST_LUMP * unit
     return 0.5 * (value + (value.square() + floor.square()).sqrt())
 
 
