@@ -26,7 +26,6 @@ from stochdyn.fractional import (
     GaussianPosterior,
     MarkovNoise,
     fbm_covariance,
-    geometric_speeds,
 )
 
 END, SCALE, STEPS = 2.0, 0.1, 200
@@ -65,7 +64,7 @@ def main() -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
     print("   H   sd(0.5)  exact   sd(1)   exact   bound   evidence")
     for ax, hurst in zip(axes, (0.2, 0.5, 0.8), strict=True):
-        noise = MarkovNoise(hurst, horizon=END, speeds=geometric_speeds(16, 0.05, 1e5))
+        noise = MarkovNoise(hurst, horizon=END, dt=END / STEPS)
         drift = AffineDrift(-options.theta * torch.eye(1, dtype=torch.float64))
         prior = sd.DiffusionMeasure(zero, sd.SDE(drift, 1.0, noise))
         objective = GaussianELBO(

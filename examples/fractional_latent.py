@@ -31,7 +31,7 @@ LOADING = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.7, -0.7]])
 def simulate(count: int, generator: torch.Generator) -> tuple[Series, Tensor, Tensor]:
     """Return series, the fine grid and the clean observations on it, ``(count, T, 3)``."""
     ts = torch.linspace(0, END, 4 * STEPS + 1)
-    noise = MarkovNoise(torch.tensor(HURST), 8, END, END / len(ts), per_channel=True)
+    noise = MarkovNoise(torch.tensor(HURST), None, END, END / len(ts), per_channel=True)
     sde = sd.SDE(lambda t, x: -1.5 * x, torch.tensor([0.6, 0.6]), noise)
     x = sd.DiffusionMeasure(torch.zeros(2), sde).sample(ts, (count,), generator).x
     clean = x @ LOADING.T
@@ -59,7 +59,7 @@ def main() -> None:
     torch.manual_seed(0)
     series, fine, clean = simulate(options.series, torch.Generator().manual_seed(0))
     model = LatentSDE(
-        3, 2, torch.linspace(0, END, STEPS + 1), posterior="gaussian", hurst=0.5, num_states=5, drift=(32,), context=32, num_particles=4,
+        3, 2, torch.linspace(0, END, STEPS + 1), posterior="gaussian", hurst=0.5, drift=(32,), context=32, num_particles=4,
     )  # fmt: skip
     start = time.process_time()
     result = sd.fit(model, series, steps=options.steps, batch_size=50, lr=5e-3, clip_norm=100.0)

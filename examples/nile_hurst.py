@@ -84,7 +84,7 @@ def level_parameters(ts: Tensor, level: Tensor) -> dict[str, Tensor]:
 
 def level_noise(hurst: Tensor, ts: Tensor) -> MarkovNoise:
     """The driving noise, with memory for the years of the record and of the forecast."""
-    return MarkovNoise(hurst, num_states=8, horizon=float(ts[-1] - ts[0]) + FORECAST, dt=1.0)
+    return MarkovNoise(hurst, horizon=float(ts[-1] - ts[0]) + FORECAST, dt=1.0)
 
 
 def kalman_evidence(p: dict[str, Tensor], ts: Tensor, level: Tensor, method: str = "euler") -> Tensor:

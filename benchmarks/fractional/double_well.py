@@ -40,7 +40,7 @@ def drift(t: Tensor, x: Tensor) -> Tensor:
 
 def problem(hurst: float) -> tuple[sd.SDE, Tensor, Tensor, Tensor, Tensor]:
     """Return equation, start, grid, true path and observations (a path that changes wells)."""
-    noise = MarkovNoise(hurst, 5, HORIZON, HORIZON / STEPS)
+    noise = MarkovNoise(hurst, None, HORIZON, HORIZON / STEPS)
     sde = sd.SDE(drift, STRENGTH, noise)
     ts = torch.linspace(0, HORIZON, STEPS + 1, dtype=torch.float64)
     x0 = torch.tensor([-1.0], dtype=torch.float64)

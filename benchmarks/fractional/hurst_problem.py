@@ -42,7 +42,7 @@ def simulate(hurst: float, n: int, seed: int) -> Tensor:
 
 def truth(hurst: float, n: int, rate: float = RATE, scale: float = SCALE) -> FractionalOU:
     """Return the law behind the data: exact steps, and many more and faster memory states than the model has."""
-    noise = MarkovNoise(hurst, 16, horizon=n * STEP, dt=STEP / 100)
+    noise = MarkovNoise(hurst, horizon=n * STEP, dt=STEP)
     return FractionalOU(rate, 0.0, scale, hurst, noise=noise, initial=0.0)
 
 

@@ -52,7 +52,7 @@ def gaussian_against_simulated(smoke: bool) -> list[dict[str, Any]]:
     """Time a gradient of posterior (c) against the simulated control posterior, 200 steps, a linear model and a double well."""
     steps, repeats = (20, 1) if smoke else (200, 12)
     ts = torch.linspace(0, 2, steps + 1)
-    noise = MarkovNoise(0.3, 5, 2.0, 2.0 / steps)
+    noise = MarkovNoise(0.3, None, 2.0, 2.0 / steps)
     values = torch.tensor([0.3, -0.1, 0.4, 0.8, 0.5])
     data_ = sd.GaussianObservations(ts, ts[[s * steps // 20 for s in (3, 5, 10, 15, 20)]], values, 0.1)
     rows = []

@@ -90,7 +90,7 @@ def tightness(smoke: bool) -> list[dict[str, Any]]:
     rows = []
     for hurst in (0.3, 0.7):
         ts = torch.linspace(0, 2, steps + 1, dtype=torch.float64)
-        noise = MarkovNoise(hurst, 5, 2.0, 2.0 / steps)
+        noise = MarkovNoise(hurst, None, 2.0, 2.0 / steps)
         index = [steps // 4, steps // 2, steps]
         values = torch.tensor(VALUES, dtype=torch.float64)
         data = sd.GaussianObservations(ts, ts[index], values, SD)

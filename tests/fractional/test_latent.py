@@ -233,7 +233,7 @@ def test_comparison_over_series_finds_the_smoother_noise() -> None:
 
     def build(hurst: float) -> LatentSDE:
         return LatentSDE(
-            1, 1, TS, posterior="gaussian", hurst=hurst, learn_hurst=False, num_states=3, drift=AffineDrift(torch.zeros(1, 1)),
+            1, 1, TS, posterior="gaussian", hurst=hurst, learn_hurst=False, drift=AffineDrift(torch.zeros(1, 1)),
             diffusion=1.0, decoder=lambda x: x, obs_scale=0.1, learn_obs_scale=False, context=8, num_particles=4,
         )  # fmt: skip
 

@@ -228,9 +228,7 @@ def test_posterior_of_a_batch_on_an_irregular_grid(irregular: tuple[Tensor, ...]
     """Kalman smoother against conditioning of the joint law, with missing data, forecasts and two parameter sets."""
     ts, at, mask, y = irregular
     rate, mean = torch.tensor([0.5, 2.0], dtype=F64), torch.tensor([0.1, -0.2], dtype=F64)
-    ou = FractionalOU(
-        rate, mean, 0.7, 0.6, MarkovNoise(0.6, 12, horizon=4.0, dt=0.05, kind="I"), initial=1.5
-    )
+    ou = FractionalOU(rate, mean, 0.7, 0.6, MarkovNoise(0.6, 12, horizon=4.0, dt=0.05, kind="I"), initial=1.5)
     post = ou.posterior(ts, y, 0.2, at, mask=mask)
     union = torch.cat([ts, at]).sort().values
     prior_mean, cov = ou.mean(union)[..., 0], ou.joint_covariance(union)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 
@@ -205,7 +206,7 @@ def test_default_noise_loses_less_than_a_twentieth_of_a_nat_per_100_steps(kind: 
 @pytest.mark.parametrize("kind", ["I", "II"])
 def test_more_states_are_never_worse(kind: str) -> None:
     rows = [divergences(kind, 100, k) for k in (4, 5, 8, 12, 16, 24)]
-    for fewer, more in zip(rows, rows[1:], strict=False):
+    for fewer, more in itertools.pairwise(rows):
         assert all(b <= a + 2e-3 for a, b in zip(fewer, more, strict=True))
 
 
@@ -406,7 +407,9 @@ def test_a_grid_longer_than_the_horizon() -> None:
 
 
 def test_a_crude_approximation_warns_with_its_divergence_and_a_cure() -> None:
-    with pytest.warns(ApproximationWarning, match=r"nats per step at a Hurst index of 0\.2 .*take more states"):
+    with pytest.warns(
+        ApproximationWarning, match=r"nats per step at a Hurst index of 0\.2 .*take more states"
+    ):
         MarkovNoise(0.2, horizon=1.0, dt=0.01, speeds=geometric_speeds(8, 0.1, 1e3))
     with pytest.warns(ApproximationWarning, match=r"type I, 4 states"):
         MarkovNoise(0.9, 4, horizon=1.0, dt=0.01, kind="I")

@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
     "latents": 2,
     "features": 8,
     "content": 8,
-    "num_states": 3,
+    "num_states": 5,
 }
 
 
@@ -129,7 +129,7 @@ def test_predictions_follow_the_prior_after_the_last_frame_given() -> None:
     frames = videos(3)[:, :3]
     encoded = model.encode(frames / 255)
     law = model.posterior(encoded, until=0.2 - 1e-7)
-    z = torch.randn(3, 2 + 2 * 3)
+    z = torch.randn(3, 2 + 2 * 5)
     control = law.sde.control
     assert control is not None
     for t, watched in ((0.15, True), (0.2, False), (0.35, False)):

@@ -103,7 +103,7 @@ def evidence(model: LatentSDE, series: Series, num_draws: int = 1000, seed: int 
 
     Example:
         >>> ts = torch.linspace(0, 1, 11)
-        >>> model = LatentSDE(1, 1, ts, hurst=0.7, num_states=3, drift=(8,), hidden=(8,), context=8)
+        >>> model = LatentSDE(1, 1, ts, hurst=0.7, drift=(8,), hidden=(8,), context=8)
         >>> found = evidence(model, Series.regular(ts[::5], torch.zeros(2, 3, 1)), num_draws=200)
         >>> bool((found.log_evidence >= found.elbo).all())
         True

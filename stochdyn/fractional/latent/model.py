@@ -62,8 +62,9 @@ class LatentSDE(Objective):
         hurst: where the Hurst indices start (a number, or one for each component), or None for Brownian noise.
         learn_hurst: whether they are parameters.
         noise: a noise process instead, such as :class:`MultifractionalNoise`.
-        kind: ``"II"``, or ``"I"`` for stationary increments (with ``num_states`` of 12 or more).
-        num_states: memory states a component.
+        kind: ``"II"`` for noise that starts with the grid, or ``"I"`` for stationary increments.
+        num_states: memory states per component; by default as many as :class:`MarkovNoise` takes, so that learnt Hurst
+            indices aren't biased.
         drift: hidden widths of the drift network, or a function ``(t, x)``.
         diffusion: ``"constant"`` or ``"state"`` (each component sees its own state), learnt both; or anything that
             :class:`~stochdyn.SDE` takes.
@@ -86,7 +87,7 @@ class LatentSDE(Objective):
 
     Example:
         >>> ts = torch.linspace(0, 1, 21)
-        >>> model = LatentSDE(1, 2, ts, hurst=0.7, num_states=3, drift=(8,), hidden=(8,), context=8)
+        >>> model = LatentSDE(1, 2, ts, hurst=0.7, drift=(8,), hidden=(8,), context=8)
         >>> series = Series.regular(ts[::4], torch.randn(5, 6, 1))
         >>> model(series).bound
         'evidence_lower'
@@ -110,7 +111,7 @@ class LatentSDE(Objective):
         learn_hurst: bool = True,
         noise: NoiseProcess | None = None,
         kind: Literal["I", "II"] = "II",
-        num_states: int = 5,
+        num_states: int | None = None,
         drift: Sequence[int] | Callable[[Tensor, Tensor], Tensor] = (64, 64),
         diffusion: Any = "constant",
         decoder: Sequence[int] | Callable[[Tensor], Tensor] = (),
@@ -138,9 +139,10 @@ class LatentSDE(Objective):
             noise = Brownian()
             if hurst is not None:
                 index = torch.as_tensor(hurst, dtype=torch.get_default_dtype()).expand(latent_dim).clone()
-                step = float((ts[1:] - ts[:-1]).mean())
+                # short steps matter, a single one that is far shorter than the others doesn't
+                dt = float((ts[1:] - ts[:-1]).double().quantile(0.1))
                 noise = MarkovNoise(
-                    index, num_states, span, step, kind=kind, learn_hurst=learn_hurst, per_channel=True
+                    index, num_states, span, dt, kind=kind, learn_hurst=learn_hurst, per_channel=True
                 )
         field = drift if callable(drift) else DriftNetwork(latent_dim, drift)
         named = {"constant": ConstantDiffusion, "state": StateDiffusion}

@@ -16,7 +16,9 @@ from stochdyn.fractional.noise._quadrature import graded_nodes, levels_for, rela
 
 __all__ = ["StepFactors", "stationary_factor", "step_factors"]
 
-_DROPPED = 1e-5  # innovations with a smaller standard deviation, relative to those of dW or the states, are left out
+_DROPPED = (
+    1e-5  # innovations with a smaller standard deviation, relative to those of dW or the states, are left out
+)
 
 
 class StepFactors(NamedTuple):

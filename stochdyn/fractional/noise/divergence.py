@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Divergence", "divergence_on", "gaussian_divergence", "warn_if_crude"]
 
-_CRUDE = 5e-4  # nats per step from which a warning comes: a Hurst index inferred from exact data may be off by about 0.02
+_CRUDE = 1e-3  # nats per step from which a warning comes: a Hurst index inferred from exact data may be off by some hundredths
 _PROBE_STEPS = 32
 ScaledNoise = Callable[[Tensor], Tensor]  # times (N,) to covariance (N, N)
 

@@ -18,6 +18,7 @@ from stochdyn.fractional.noise.moments import Kind
 
 __all__ = ["MarkovNoise", "default_speeds"]
 
+
 class MarkovNoise(MemoryStates):
     r"""Markov approximation of unit fractional Brownian motion, to drive an SDE: ``SDE(..., noise=...)``.
 
@@ -65,7 +66,7 @@ class MarkovNoise(MemoryStates):
         InvalidInputError: for speeds, sizes or a kind that make no sense.
 
     Warns:
-        ApproximationWarning: if the divergence exceeds 5e-4 nats per step on some scale between ``dt`` and ``horizon``
+        ApproximationWarning: if the divergence exceeds 1e-3 nats per step on some scale between ``dt`` and ``horizon``
             (not checked for tensors that require a gradient; ask :meth:`divergence`).
 
     Example:

@@ -57,9 +57,7 @@ def default_speeds(
     return torch.tensor(plan_speeds(num_states, dt / horizon, kind), dtype=torch.float64) / horizon
 
 
-def _check_sizes(
-    num_states: object, horizon: object, dt: object, kind: object
-) -> tuple[int, float, float]:
+def _check_sizes(num_states: object, horizon: object, dt: object, kind: object) -> tuple[int, float, float]:
     check_choice(kind, ("I", "II"), "kind")
     if num_states is not None:
         check_positive_int(num_states, "num_states")
@@ -115,8 +113,7 @@ class MemoryStates(NoiseProcess):
         self._solver()  # refuses speeds that make no sense
 
     def _solver(self) -> SpectralSolver | WeightSolver:
-        """Weights as a function of the Hurst index: by the law of increments where a state stands for what happens within a
-        step, as in the default speeds, and by the path error for other speeds."""
+        """Return weights as a function of the Hurst index: for the default speeds by the law of increments, else by the path error."""
         plan = read_plan(self._speeds, self.horizon, self.kind)
         if plan is None:
             return weight_solver(self._speeds, self.horizon, self.kind)

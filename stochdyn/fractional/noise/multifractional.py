@@ -111,7 +111,7 @@ class MultifractionalNoise(MemoryStates):
         InvalidInputError: for ``"process"`` with type I, whose value at the start would have to be remembered.
 
     Warns:
-        ApproximationWarning: if the divergence for the smallest or largest H(t), held constant, exceeds 5e-4 nats per
+        ApproximationWarning: if the divergence for the smallest or largest H(t), held constant, exceeds 1e-3 nats per
             step.
 
     Example:

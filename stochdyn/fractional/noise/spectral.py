@@ -37,7 +37,9 @@ class SpeedPlan(NamedTuple):
     """Speeds at horizon 1, and which of them are lumped."""
 
     speeds: tuple[float, ...]
-    paired: bool  # the two slowest carry the remote past (type I); the fastest carries what happens within a step
+    paired: (
+        bool  # the two slowest carry the remote past (type I); the fastest carries what happens within a step
+    )
     low: float  # the band of frequencies that is fitted
     high: float
 

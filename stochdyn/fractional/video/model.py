@@ -81,7 +81,7 @@ class VideoModel(Objective):
         channels: colours.
         noise: ``"fractional"``, ``"brownian"``, or a :class:`~stochdyn.core.sde.noise.NoiseProcess`.
         hurst: where the Hurst index starts.
-        num_states: memory states of the fractional noise a latent dimension.
+        num_states: memory states of the fractional noise per latent dimension; by default as many as :class:`MarkovNoise` takes.
         kind: ``"I"`` or ``"II"``, see :class:`MarkovNoise`.
         latents: components of the latent state.
         content: components of the content.
@@ -115,7 +115,7 @@ class VideoModel(Objective):
         *,
         noise: str | NoiseProcess = "fractional",
         hurst: float = 0.5,
-        num_states: int = 5,
+        num_states: int | None = None,
         kind: str = "II",
         latents: int = 4,
         content: int = 64,
@@ -311,7 +311,7 @@ class VideoModel(Objective):
 
 
 def _noise(
-    noise: str | NoiseProcess, hurst: float, num_states: int, kind: str, horizon: float, step: float
+    noise: str | NoiseProcess, hurst: float, num_states: int | None, kind: str, horizon: float, step: float
 ) -> NoiseProcess:
     if isinstance(noise, NoiseProcess):
         return noise
