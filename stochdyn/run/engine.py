@@ -398,7 +398,7 @@ class _Run(Generic[Result]):
                 except Exception:
                     whole = False
                 if place is not None:
-                    self.randomness.rewind(place)
+                    whole = self.randomness.rewind(place) and whole
             # Other processes know nothing of this error, and saving is something that all of them do.
             if whole and job.world.size == 1:
                 with contextlib.suppress(CheckpointError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 from pathlib import Path
@@ -114,6 +115,30 @@ class TestWhateverEndsIt:
         assert "stopped after step 4 of 9; the checkpoint" in caught.value.__notes__[0]
         assert "end" not in job.calls
         assert walk(9, tmp_path, resume=True) == walk()
+
+    @pytest.mark.parametrize("first", [2, 6, 8])
+    def test_generators_that_are_used_late_are_put_back_or_not_trusted(
+        self, tmp_path: Path, first: int
+    ) -> None:
+        """NumPy's and Python's generators aren't copied while no step draws from them; a resumption is right anyway."""
+
+        class Late(Walk):
+            def step(self) -> None:
+                self.place = self.place + torch.randn(2)
+                self.history.append(float(self.place.sum()))
+                if len(self.history) >= first:
+                    self.history[-1] += random.random() + float(np.random.rand())
+                if len(self.history) == self.fails_at:
+                    raise ArithmeticError("no")
+
+        def go(folder: Path | None, fails_at: int = 0, **kwargs: Any) -> list[float]:
+            job = Late(12)
+            job.fails_at = fails_at
+            return walk(12, folder, job, checkpoint_every=5, **kwargs)
+
+        with pytest.raises(ArithmeticError):
+            go(tmp_path, fails_at=9)
+        assert go(tmp_path, resume=True) == go(None)
 
     def test_an_error_in_stop_keeps_the_step_it_saw(self, tmp_path: Path) -> None:
         def stop(job: Walk) -> bool:
