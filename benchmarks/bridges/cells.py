@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,11 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from cells_peers import FlowMatching
-from machine import machine
 from torch import Tensor
 
 import stochdyn as sd
 from stochdyn.bridges import DensityTrend, GrowingBridge, SchrodingerBridge, Snapshots, sampling_floor, score
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import machine
 
 DIFFUSIONS = (0.1, 0.2, 0.3, 0.5)
 # what a bridge of a growing population may choose from, at the diffusion that was chosen without growth

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
 
 import stochdyn as sd
 from stochdyn.bridges import LotkaVolterra, Sinkhorn, Snapshots, bootstrap, refine
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import machine
 
 NAMES = ("alpha", "beta", "gamma", "delta")
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
 
 from stochdyn.bridges import BridgeMatching, Snapshots
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import machine
 
 EXACT = (math.sqrt(5) - 1) / 2
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +20,11 @@ import solvers
 import systems
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import machine
+
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("sinkhorn", "scaling", "memory", "lotka_volterra", "repressilator", "gulf", "stem_cells")
-
-
-def machine() -> dict[str, Any]:
-    """Describe where the numbers come from."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load at start": [round(x, 2) for x in os.getloadavg()],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pot": version("pot"),
-        "clock": "time.process_time",
-    }
 
 
 def main() -> None:
@@ -83,7 +70,7 @@ def main() -> None:
         record = {
             "part": part,
             "smoke": args.smoke,
-            "machine": machine(),
+            "machine": machine("pot"),
             "seconds": time.process_time() - start,
             "result": result,
         }

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +13,10 @@ import torch
 from problems import Problem, tuned_brownian
 from torch import Tensor
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import machine
+
 __all__ = ["agreement", "machine", "peak_memory", "race"]
-
-
-def machine() -> dict[str, Any]:
-    """Describe where the numbers come from."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load at start": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchsde": version("torchsde"),
-        "clock": "time.process_time",
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":")[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or "unknown"
 
 
 def race(problem: Problem, repeats: int, backward: bool) -> dict[str, Any]:

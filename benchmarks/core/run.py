@@ -96,7 +96,7 @@ def measure(smoke: bool, repeats: int) -> dict[str, Any]:
         )
     return {
         "smoke": smoke,
-        "machine": machine(),
+        "machine": machine("torchsde"),
         "seconds": round(time.perf_counter() - start, 1),
         "speed": rows,
         "memory": memory,

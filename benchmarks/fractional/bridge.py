@@ -177,7 +177,7 @@ def main() -> None:
     )
     rows = [r for r in known["rows"] if r["theta"] not in options.theta] + rows
     report = {
-        "machine": machine(),
+        "machine": machine("torchsde", "pyro-ppl", "jax", "diffrax"),
         "seconds of the last run": round(time.process_time() - start, 1),
         "steps": STEPS,
         "rows": rows,

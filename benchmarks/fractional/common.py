@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
+import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import machine
 
 __all__ = ["best_time", "machine", "race"]
-
-
-def machine() -> dict[str, Any]:
-    """Describe where the numbers come from."""
-    info = Path("/proc/cpuinfo")
-    names = [
-        line.split(":")[1].strip()
-        for line in (info.read_text().splitlines() if info.exists() else [])
-        if line.startswith("model name")
-    ]
-    versions = {}
-    for package in ("torch", "torchsde", "pyro-ppl", "jax", "diffrax"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **versions,
-        "clock": "time.process_time",
-    }
 
 
 def best_time(run: Callable[[], Any], repeats: int) -> float:

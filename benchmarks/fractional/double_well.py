@@ -216,7 +216,11 @@ def main() -> None:
     out = options.out or (None if options.smoke else RESULTS)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        out.write_text(
+            json.dumps({"machine": machine("torchsde", "pyro-ppl", "jax", "diffrax"), "rows": rows}, indent=1)
+            + "\n",
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def main() -> None:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 kept = [c for c in known["cells"] if (c["n"], c["hurst"]) != (n, hurst)]
                 known = {
-                    "machine": machine(),
+                    "machine": machine("torchsde", "pyro-ppl", "jax", "diffrax"),
                     "steps": options.steps,
                     "particles": options.particles,
                     "cells": [*kept, cell],

@@ -266,7 +266,12 @@ def main() -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
             known = json.loads(out.read_text()) if out.exists() else {}
             out.write_text(
-                json.dumps(known | {"machine": machine(), name: found}, indent=1) + "\n", encoding="utf-8"
+                json.dumps(
+                    known | {"machine": machine("torchsde", "pyro-ppl", "jax", "diffrax"), name: found},
+                    indent=1,
+                )
+                + "\n",
+                encoding="utf-8",
             )
 
 

@@ -162,7 +162,7 @@ def main() -> None:
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        where = machine() | {"device": str(arguments.device or "cpu")}
+        where = machine("torchsde", "pyro-ppl", "jax", "diffrax") | {"device": str(arguments.device or "cpu")}
         setting = {
             k: v
             for k, v in vars(arguments).items()

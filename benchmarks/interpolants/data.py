@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
+import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import machine
 
 __all__ = ["LAWS", "checkerboard", "checkerboard_log_prob", "machine", "selu_network"]
 
@@ -77,36 +77,3 @@ class Joined(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the field."""
         return self.net(torch.cat([x, t], -1))
-
-
-def machine() -> dict[str, Any]:
-    """Describe where the numbers come from."""
-    versions = {}
-    for package in ("torchcfm", "POT", "torchdiffeq"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load at start": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **versions,
-        "clock": "time.process_time",
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":")[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or "unknown"

@@ -49,7 +49,11 @@ def main() -> None:
         module, seeds, steps = PARTS[part]
         seeds = arguments.seeds or (1 if arguments.smoke else seeds)
         steps = arguments.steps or (20 if arguments.smoke else steps)
-        where, start, cpu = machine(), time.perf_counter(), time.process_time()
+        where, start, cpu = (
+            machine("torchcfm", "POT", "torchdiffeq"),
+            time.perf_counter(),
+            time.process_time(),
+        )
         measure = importlib.import_module(module)
         function = getattr(measure, f"measure_{part}", None) or measure.measure
         result = function(arguments.smoke, seeds, steps)

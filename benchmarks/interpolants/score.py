@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,19 +50,11 @@ from stochdyn.interpolants import (
 )
 from stochdyn.objectives import UniformPoints
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import machine
+
 RESULTS = Path(__file__).parent / "results"
 N = 2000
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "cores": 2,
-        "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 class PlainPotential(nn.Module):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import write_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -233,12 +236,7 @@ def read(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path, default=TABLE)
-    options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(render(read(options.results)), encoding="utf-8")
+    write_table(lambda folder: render(read(folder)), RESULTS, TABLE, __doc__)
 
 
 if __name__ == "__main__":

@@ -369,7 +369,7 @@ def main() -> None:
         result["kept"] = result["largest"] <= case["bound"] and result.get("last", 0.0) <= case.get(
             "last", 1.0
         )
-        result["machine"] = machine()
+        result["machine"] = machine("qutip")
         options.out.mkdir(parents=True, exist_ok=True)
         suffix = f"-seed{options.seed}" if options.seed else ""
         (options.out / f"{name}{suffix}.json").write_text(

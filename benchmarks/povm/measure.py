@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import machine
 
 __all__ = ["machine", "race", "seconds", "source"]
-
-
-def machine() -> dict[str, Any]:
-    """Describe where the numbers come from."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load at end": [round(x, 1) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "qutip": _version("qutip"),
-        "clock": "time.process_time",
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or "unknown"
 
 
 def source(file: str) -> str:

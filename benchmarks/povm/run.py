@@ -299,7 +299,7 @@ def main() -> None:
             result = SECTIONS[name](options.smoke)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            report = {"section": name, **result, "source": source(__file__), "machine": machine()}
+            report = {"section": name, **result, "source": source(__file__), "machine": machine("qutip")}
             (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import write_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -26,7 +29,7 @@ def place(report: Report) -> str:
     m = report["machine"]
     parts = [m.get("processor"), f"{m['cores']} cores", f"{m['threads']} thread", f"torch {m['torch']}"]
     parts += [f"QuTiP {m['qutip']}"] if m.get("qutip") else []
-    load = m.get("load at end")
+    load = m.get("load", m.get("load at end"))
     parts += [f"load {load[0]:g}"] if load else []
     return ", ".join(str(p) for p in parts if p)
 
@@ -316,12 +319,7 @@ def render(results: Path) -> str:
 
 def main() -> None:
     """Write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path, default=TABLE)
-    options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(render(options.results), encoding="utf-8")
+    write_table(render, RESULTS, TABLE, __doc__)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import sys
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +25,10 @@ from models import BUNNY, WIND, evaluate
 from problems import bunny_tasks, wind_tasks
 from speed import eigenpairs, regression, scaling
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import machine
+
 RESULTS = Path(__file__).parent / "results"
-
-
-def machine() -> dict[str, Any]:
-    """Describe where the numbers come from."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.split(":")[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if info.exists()
-        else []
-    )
-    return {
-        "processor": names[0] if names else platform.processor() or "unknown",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "scipy", "gpytorch", "scikit-learn")},
-        "clock": "time.process_time",
-    }
 
 
 Row = dict[str, Any]
@@ -138,7 +117,11 @@ def main() -> None:
             rows[key(row)] = row
             if path is not None:  # row by row, so that an interrupted run loses nothing
                 path.parent.mkdir(parents=True, exist_ok=True)
-                report = {"part": part, "machine": machine(), "rows": list(rows.values())}
+                report = {
+                    "part": part,
+                    "machine": machine("scipy", "gpytorch", "scikit-learn"),
+                    "rows": list(rows.values()),
+                }
                 path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             else:
                 print(row)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import write_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -150,12 +153,7 @@ def render(folder: Path) -> str:
 
 def main() -> None:
     """Write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path, default=TABLE)
-    options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(render(options.results), encoding="utf-8")
+    write_table(render, RESULTS, TABLE, __doc__)
 
 
 if __name__ == "__main__":
