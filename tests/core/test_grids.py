@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import stochdyn as sd
+from stochdyn import testing
 from stochdyn.core import Euler, draw_increments, integrate, step_everywhere
-from stochdyn.errors import ShapeError, TimeGridError
+from stochdyn.errors import InvalidInputError, ShapeError, TimeGridError
 from tests.core.laws import F64, ExactMemory
 
 NOISES: dict[str, Any] = {"Brownian": lambda: None, "memory": lambda: ExactMemory([0.3, 2.0], [0.5, -0.7])}
@@ -129,3 +130,37 @@ def test_a_law_with_a_start_and_a_step_does_not_depend_on_the_grid() -> None:
         law.sample([-0.1, 1.0])
     with pytest.raises(TimeGridError, match="from the start"):
         law.log_prob(sd.PathSample(coarse.ts, coarse.x, coarse.dw))
+
+
+def test_start_and_marginal_times_are_differentiable() -> None:
+    """The time at which a law starts, and the one at which it is asked for, also with steps of its own."""
+
+    def value(start: Tensor, t: Tensor, last: Tensor) -> Tensor:
+        law = sd.DiffusionMeasure(
+            torch.ones(1, dtype=F64),
+            sd.SDE(lambda t, x: -x + t, 0.5),
+            start_time=nn.Parameter(start) if not start.requires_grad else start,
+            dt=0.1,
+        )
+        ts = torch.stack([last - 0.5, last])
+        return law.sample(ts, 2, 0).x.sum() + law.marginal(t).sample(2, 0).square().sum()
+
+    times = [torch.tensor(t, dtype=F64) for t in (0.03, 0.77, 1.21)]
+    testing.check_gradients(value, *times)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_noise_that_does_not_commute_is_found_in_any_unit(scale: float) -> None:
+    """A channel that turns the other: refused for Milstein, whatever the size of a state."""
+
+    def turning(t: Tensor, x: Tensor) -> sd.Matrix:
+        zero, one = torch.zeros_like(x[..., 0]), torch.ones_like(x[..., 0])
+        rows = torch.stack([torch.stack([scale * one, zero], -1), torch.stack([zero, x[..., 0]], -1)], -2)
+        return sd.Matrix(rows)
+
+    law = sd.DiffusionMeasure(torch.zeros(3, 2, dtype=F64), sd.SDE(lambda t, x: -x, turning))
+    with pytest.raises(InvalidInputError, match="commut"):
+        law.sample([0.0, 0.5, 1.0], 2, method="milstein")
+    far = torch.tensor([[1.0, 1.0], [1e12, 1.0]], dtype=F64) * scale
+    with pytest.raises(InvalidInputError, match="commut"):
+        sd.DiffusionMeasure(far, law.sde).sample([0.0, 0.5, 1.0], 2, method="milstein")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import stochdyn as sd
-from stochdyn.errors import DiffusionMismatchError, InvalidInputError
+from stochdyn.errors import DiffusionError, DiffusionMismatchError, InvalidInputError
 from tests.core.laws import F64, ExactMemory
 
 TS = torch.linspace(0, 1, 11, dtype=F64)
@@ -137,3 +138,35 @@ def test_laws_are_compared_in_the_unit_of_their_states(scale: float) -> None:
     assert float(law(g).log_rn(path, law(g)).abs().max()) == 0.0
     with pytest.raises(DiffusionMismatchError, match="different diffusions"):
         law(g).log_rn(path, law(other))
+
+
+def test_a_diffusion_that_vanishes_on_the_way_has_no_density() -> None:
+    """A state that is absorbed at zero: no density, and weights where the laws agree there."""
+    sde = sd.SDE(lambda t, x: 0 * x, lambda t, x: sd.Diagonal(x.clamp(min=0.0)))
+    p = sd.DiffusionMeasure(torch.full((1,), 0.5, dtype=F64), sde)
+    x = torch.tensor([[0.5], [0.2], [0.0], [0.0]], dtype=F64)
+    observed = sd.PathSample([0.0, 0.1, 0.2, 0.3], x)
+    with pytest.raises(DiffusionError, match="positive"):
+        p.log_prob(observed)
+    q = p.controlled(lambda t, x: torch.ones_like(x))
+    assert bool(torch.isfinite(q.log_rn(observed, p)).all())
+
+
+@pytest.mark.parametrize("diffusion", [[0.5, 0.7], np.array([[0.5, 0.1], [0.0, 0.7]]), 1, np.float64(0.5)])
+def test_diffusions_are_data_of_any_kind(diffusion: Any) -> None:
+    law = sd.DiffusionMeasure(torch.zeros(2), sd.SDE(lambda t, x: -x, torch.as_tensor(diffusion).float()))
+    other = sd.DiffusionMeasure(
+        torch.zeros(2),
+        sd.SDE(
+            lambda t, x: -x,
+            np.asarray(diffusion, dtype=np.float32) if not isinstance(diffusion, list) else diffusion,
+        ),
+    )
+    ts = torch.linspace(0, 1, 4)
+    torch.testing.assert_close(other.sample(ts, 2, 0).x, law.sample(ts, 2, 0).x)
+
+
+@pytest.mark.parametrize("bad", [None, "loud", True, {"a": 1}, [[1.0], [1.0, 2.0]]])
+def test_diffusions_of_another_kind_are_refused(bad: Any) -> None:
+    with pytest.raises(InvalidInputError, match="diffusion"):
+        sd.SDE(lambda t, x: -x, bad)

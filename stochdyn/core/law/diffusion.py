@@ -222,14 +222,15 @@ class DiffusionMeasure(PathMeasure):
         knots, lead = ts, 0
         if self.start_time is not None:
             start = torch.as_tensor(self.start_time, device=ts.device).to(ts.dtype)
-            slack = 4 * torch.finfo(ts.dtype).eps * max(abs(float(ts[0])), abs(float(start)))
-            if ts[0] < start - slack:
+            first = ts[0].detach()
+            slack = 4 * torch.finfo(ts.dtype).eps * torch.maximum(first.abs(), start.detach().abs())
+            if first < start - slack:
                 raise TimeGridError(
                     "ts begins before the law does",
-                    got=f"ts[0]={float(ts[0]):g}",
-                    expected=f"at least {float(start):g}",
+                    got=f"ts[0]={float(first):g}",
+                    expected=f"at least {float(start.detach()):g}",
                 )
-            if ts[0] > start + slack:
+            if first > start + slack:
                 knots, lead = torch.cat([start.reshape(1), ts]), 1
         counts = self._step_counts(knots, lead)
         if lead == 0 and all(n == 1 for n in counts):
@@ -244,7 +245,7 @@ class DiffusionMeasure(PathMeasure):
             return [_LEAD_STEPS] * lead + [1] * (knots.shape[0] - 1 - lead)
         # Differences of large times carry rounding errors, which must not cost a step.
         slack = 8 * torch.finfo(knots.dtype).eps * float(knots.detach().abs().max())
-        return [max(1, math.ceil((h - slack) / self.dt)) for h in (knots[1:] - knots[:-1]).tolist()]
+        return [max(1, math.ceil((h - slack) / self.dt)) for h in (knots[1:] - knots[:-1]).detach().tolist()]
 
     def controlled(self, u: Field | None = None, precision: Field | None = None) -> DiffusionMeasure:
         """Return the law whose driving noise has drift ``u(t, z) -> (..., m)``, and increments of extra ``precision``.
@@ -319,7 +320,9 @@ class DiffusionMeasure(PathMeasure):
         start = torch.as_tensor(0.0 if self.start_time is None else self.start_time).to(time)
         if time < start:
             raise TimeGridError(
-                "the law begins later", got=f"t={float(time):g}", expected=f"at least {float(start):g}"
+                "the law begins later",
+                got=f"t={float(time.detach()):g}",
+                expected=f"at least {float(start.detach()):g}",
             )
         if time == start:
             return self.initial.marginal()
@@ -451,7 +454,7 @@ class DiffusionMeasure(PathMeasure):
         check_event_size(path.x, path.ts.shape[-1], "path.x", axis=-2)
         check_finite(path.x.detach(), "path.x")
         if self.start_time is not None:
-            first, start = path.ts[..., 0], float(self.start_time)
+            first, start = path.ts[..., 0].detach(), float(torch.as_tensor(self.start_time).detach())
             if bool(((first - start).abs() > 1e-5 * (path.ts[..., -1] - first)).any()):
                 raise TimeGridError(
                     "a density needs paths from the start of the law on",

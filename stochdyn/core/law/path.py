@@ -62,7 +62,7 @@ def stamp_of(sde: SDE) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class PathSample:
-    """Paths on a grid, with what is needed to weigh them.
+    """Paths on a grid, with what is needed to weigh them. Times and states may be data of any kind.
 
     Attributes:
         ts: ``(T,)`` times, or ``(*batch, T)`` where every series has its own.
@@ -77,7 +77,7 @@ class PathSample:
 
     ts: Tensor
     x: Tensor
-    dw: Tensor
+    dw: Tensor = None  # type: ignore[assignment]
     aux: dict[str, Tensor] = field(default_factory=dict)
     law: PathMeasure | None = field(default=None, repr=False, compare=False)
     # Paths on the grid of the simulation, and the states and times here that were taken from them.
@@ -94,6 +94,19 @@ class PathSample:
         return self.x.shape[:-2]
 
     _drawn: Drawn | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ts, Tensor):
+            object.__setattr__(self, "ts", as_tensor(self.ts, "ts", finite=False))
+        if not isinstance(self.x, Tensor):
+            object.__setattr__(self, "x", as_tensor(self.x, "x", finite=False))
+        if self.dw is None:
+            unknown = self.x.new_full(
+                (*self.x.shape[:-2], max(self.x.shape[-2] - 1, 0), self.x.shape[-1]), torch.nan
+            )
+            object.__setattr__(self, "dw", unknown)
+        elif not isinstance(self.dw, Tensor):
+            object.__setattr__(self, "dw", as_tensor(self.dw, "dw", like=self.x, finite=False))
 
     @property
     def fine(self) -> PathSample | None:

@@ -252,7 +252,7 @@ def _check_equivalent(q: SDE, p: SDE, t: Tensor, x: Tensor) -> None:
                 "the laws have the same G G^T but arrange their noise channels differently",
                 hint="give both the same matrix G",
             )
-        if isinstance(b, Matrix) and b.value.shape[-1] < dim:
+        if p.state_dependent or (isinstance(b, Matrix) and b.value.shape[-1] < dim):
             first, second = q.drift(t, x).expand_as(x), p.drift(t, x).expand_as(x)
             v = first - second
             left = (v - b.apply(b.solve(v))).abs()

@@ -63,6 +63,9 @@ def euler_log_prob(sde: SDE, initial: InitialLaw, ts: Tensor, x: Tensor) -> Tens
     g = sde.diffusion(t, before)
     dim = x.shape[-1]
     check_has_density(sde, g, dim)
+    if sde.state_dependent:
+        # A diffusion may vanish where the start doesn't show it: there the path has no density.
+        g.check()
     excess = after - before - sde.drift(t, before) * dt
     if sde.control is not None:
         u, precision = sde.control.at(t, before)

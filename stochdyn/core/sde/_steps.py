@@ -33,7 +33,10 @@ def check_method(sde: SDE, x0: Tensor, ts: Tensor, method: str) -> None:
         return
     t = first_time(ts, x0)
     start = sde.diffusion(t, x0)
-    check_commutative(sde, t, x0, start.noise_dim(x0.shape[-1]), method)
+    span = (ts[..., -1] - ts[..., 0]).detach()
+    check_commutative(
+        sde, t, x0, start.noise_dim(x0.shape[-1]), method, span if ts.ndim == 1 else span.unsqueeze(-1)
+    )
     if isinstance(start, Matrix) and noise_steps(sde.noise, ts[..., :2], x0.dtype).per_channel:
         raise InvalidInputError(
             f"{method} can't correct a matrix diffusion whose channels have noise of different kinds",

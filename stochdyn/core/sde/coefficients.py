@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_finite, check_ndim, check_positive
+from stochdyn._checks import as_tensor, check_finite, check_ndim, check_positive
 from stochdyn.errors import DiffusionError, ShapeError, SingularDiffusionError
 
 __all__ = ["Coefficient", "Diagonal", "Matrix", "Scalar", "as_coefficient"]
@@ -71,7 +72,14 @@ class Scalar(Coefficient):
     """
 
     def __init__(self, value: Tensor | float) -> None:
-        self._value = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+        if not isinstance(value, Tensor):
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            value = (
+                torch.tensor(float(value), dtype=torch.float64)
+                if number
+                else as_tensor(value, "diffusion", finite=False)
+            )
+        self._value = value
 
     @property
     def value(self) -> Tensor:
@@ -117,6 +125,7 @@ class Diagonal(Coefficient):
     """
 
     def __init__(self, values: Tensor) -> None:
+        values = values if isinstance(values, Tensor) else as_tensor(values, "diffusion", finite=False)
         check_ndim(values, tuple(range(1, 12)), "Diagonal", "(*batch, d)")
         self._value = values
 
@@ -144,8 +153,9 @@ class Diagonal(Coefficient):
         return self._value * dz
 
     def solve(self, v: Tensor) -> Tensor:
-        """See :meth:`Coefficient.solve`."""
-        return v / self._value
+        """See :meth:`Coefficient.solve`; where no noise acts the shortest solution is zero."""
+        still = self._value == 0
+        return torch.where(still, 0.0, v / torch.where(still, 1.0, self._value))
 
     def log_det(self, dim: int) -> Tensor:
         """See :meth:`Coefficient.log_det`."""
@@ -169,6 +179,7 @@ class Matrix(Coefficient):
     """
 
     def __init__(self, matrix: Tensor) -> None:
+        matrix = matrix if isinstance(matrix, Tensor) else as_tensor(matrix, "diffusion", finite=False)
         check_ndim(matrix, tuple(range(2, 13)), "Matrix", "(*batch, d, m)")
         self._value = matrix
 
@@ -237,7 +248,10 @@ def as_coefficient(value: Coefficient | Tensor | float, x: Tensor | None = None)
     if isinstance(value, Coefficient):
         return value
     if not isinstance(value, Tensor):
-        return Scalar(value if x is None else x.new_full((), float(value)))
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            value = as_tensor(value, "diffusion", like=x, finite=False)
+        else:
+            return Scalar(value if x is None else x.new_full((), float(value)))
     if value.ndim == 0:
         return Scalar(value)
     if x is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_same_device, check_same_dtype
+from stochdyn._checks import as_tensor, check_same_device, check_same_dtype
 from stochdyn.core.sde.coefficients import Coefficient, Diagonal, Matrix, as_coefficient
 from stochdyn.core.sde.covariance import covariance_divergence
 from stochdyn.core.sde.noise import Brownian, NoiseProcess
@@ -109,6 +110,10 @@ class _Constant(nn.Module):
 
     def __init__(self, diffusion: Coefficient | Tensor | float) -> None:
         super().__init__()
+        if isinstance(diffusion, bool):
+            raise InvalidInputError("diffusion must be a number or data", got=diffusion)
+        if not isinstance(diffusion, Coefficient | Tensor | numbers.Real):
+            diffusion = as_tensor(diffusion, "diffusion")
         coefficient = as_coefficient(diffusion)
         coefficient.check()
         self.kind = type(coefficient)
@@ -139,7 +144,7 @@ class SDE(nn.Module):
         drift: ``drift(t, x)`` returns a tensor like ``x``; a callable or an ``nn.Module``. It is called with
             ``x (*batch, d)`` and ``t`` of no axes, or with time leading: ``x (time, *batch, d)`` and ``t`` broadcastable to
             ``x[..., :1]``.
-        diffusion: a positive number, a ``(d,)`` tensor, a ``(d, m)`` tensor, :class:`Scalar`, :class:`Diagonal`,
+        diffusion: a positive number, ``(d,)`` or ``(d, m)`` data of any kind, :class:`Scalar`, :class:`Diagonal`,
             :class:`Matrix`, or a callable ``(t, x)`` that returns one of them.
         noise: the driving process; Brownian motion if None.
 
