@@ -76,6 +76,17 @@ CASES: dict[str, Case] = {
         outside=-0.1,
         bias=0.0,
     ),
+    "TiltedMeasure": Case(
+        lambda: sd.core.TiltedMeasure(
+            ornstein_uhlenbeck(),
+            2.0,
+            sd.core.EndPotential.information(torch.diag(ONE), ONE),
+            ZERO,
+            torch.diag(ONE),
+        ),
+        outside=2.5,
+        bias=0.0,
+    ),
     "FractionalOU": Case(
         lambda: fractional(0.7), other=lambda: fractional(0.7, 0.9), outside=-0.1, bias=0.01
     ),

@@ -30,6 +30,8 @@ from .gaussian.chain import GaussianChain as GaussianChain
 from .gaussian.chain import GaussianFilter as GaussianFilter
 from .gaussian.chain import GaussianSmoother as GaussianSmoother
 from .gaussian.conditioned import ConditionedMeasure as ConditionedMeasure
+from .gaussian.conditioning import EndPotential as EndPotential
+from .gaussian.conditioning import TiltedMeasure as TiltedMeasure
 from .gaussian.law import GaussianPathMeasure as GaussianPathMeasure
 from .gaussian.law import GaussianPathPosterior as GaussianPathPosterior
 from .gaussian.measure import LinearGaussianMeasure as LinearGaussianMeasure

@@ -27,6 +27,10 @@ from .transition import Transition as Transition
 from .transition import constant_transition as constant_transition
 from .transition import grid_transition as grid_transition
 from .transition import varying_transition as varying_transition
+from .conditioning import EndPotential as EndPotential
+from .conditioning import TiltedMeasure as TiltedMeasure
+from .conditioning import absorb as absorb
+from .conditioning import reachable as reachable
 from .feedback import FeedbackDraws as FeedbackDraws
 from .feedback import FeedbackLaw as FeedbackLaw
 from .feedback import LiftedStart as LiftedStart

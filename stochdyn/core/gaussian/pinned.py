@@ -172,6 +172,9 @@ class PinnedProcess(GaussianPathMeasure):
         check_inside(ts.detach(), ts.new_tensor([self.start_time, self.end_time]), "ts", "the bridge")
         dtype = self.like.dtype
         elapsed, remaining = (ts - self.start_time).clamp_min(0), (self.end_time - ts).clamp_min(0)
+        # Times that differ from the ends by their rounding are the ends.
+        near = 8 * torch.finfo(ts.dtype).eps * ts.detach().abs()
+        elapsed, remaining = (torch.where(x.detach() <= near, 0 * x, x) for x in (elapsed, remaining))
         return elapsed.to(dtype)[:, None], remaining.to(dtype)[:, None]
 
     def _steps(self, ts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
