@@ -12,16 +12,10 @@ from stochdyn.bridges import LinearDrift, LotkaVolterra
 from stochdyn.bridges.laws import (
     AffineTransition,
     LinearisedTransition,
-    cholesky,
-    inverse,
-    log_det,
-    mm,
-    mt,
-    mv,
     panel_rule,
-    quadratic,
     transition,
 )
+from stochdyn.core.gaussian import cholesky, inverse, log_det, mm, mt, mv, quadratic
 
 F64 = torch.float64
 SPREAD = torch.tensor([[0.3, 0.05], [0.05, 0.2]], dtype=F64)

@@ -72,7 +72,7 @@ def test_paths_pass_through_the_snapshots_and_move_by_their_velocity():
     miss = x[:, 1:, 0] - x[:, :-1, 0] - 0.05 * (x[:, 1:, 1] + x[:, :-1, 1])
     assert abs(miss.std().item() / (0.49 * 0.1**3 / 12) ** 0.5 - 1) < 0.02
     joint = torch.linalg.inv(law.joint_precision())
-    states = law.sample_states(n, generator=torch.Generator().manual_seed(1)).reshape(n, -1)
+    states = law.sample_states(n, torch.Generator().manual_seed(1)).reshape(n, -1)
     scale = joint.diagonal().sqrt()
     assert ((torch.cov(states.mT) - joint) / torch.outer(scale, scale)).abs().max() < 5 * 2**0.5 / n**0.5
 

@@ -416,7 +416,7 @@ def test_sde_and_measure_simulate_the_same_law() -> None:
     expected = x @ law.drift_matrix.constant.T + law.drift_offset.constant
     torch.testing.assert_close(sde.drift(torch.tensor(0.0, dtype=F64), x), expected)
     ts = torch.linspace(0, 1, 65, dtype=F64)
-    paths = law.as_measure().sample(ts, (4000,), generator=torch.Generator().manual_seed(0)).x
+    paths = law.as_diffusion().sample(ts, (4000,), generator=torch.Generator().manual_seed(0)).x
     last = paths[:, -1]
     mean, cov = law.mean(ts[-1:])[0], law.covariance(ts[-1:])[0]
     # Euler's weak error at step 1/64 is below 0.03 here (the moments of its linear recursion).

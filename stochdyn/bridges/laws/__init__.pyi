@@ -1,12 +1,3 @@
-from ._pinned_linear import PinnedLinear as PinnedLinear
-from ._small import cholesky as cholesky
-from ._small import identity as identity
-from ._small import inverse as inverse
-from ._small import log_det as log_det
-from ._small import mm as mm
-from ._small import mt as mt
-from ._small import mv as mv
-from ._small import quadratic as quadratic
 from .chain import Chain as Chain
 from .chain import PinnedChain as PinnedChain
 from .chain import panel_rule as panel_rule

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn.bridges.laws._small import cholesky, identity, inverse, log_det, mm, mt, mv, quadratic
+from stochdyn.core.gaussian.batch_last import cholesky, identity, inverse, log_det, mm, mt, mv, quadratic
 
 __all__ = ["Chain", "PinnedChain", "panel_rule"]
 

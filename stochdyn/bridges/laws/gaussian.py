@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from stochdyn._checks import (
-    as_generator,
-    as_sample_shape,
-    as_tensor,
-    as_time_grid,
-    check_event_size,
-    check_finite,
-    check_positive,
-    check_same_dtype,
-)
-from stochdyn.bridges.laws._pinned_linear import PinnedLinear
-from stochdyn.core.forward.flow import GaussianFlow, as_time
-from stochdyn.core.forward.fokker_planck import FokkerPlanck
+from stochdyn._checks import as_tensor, check_event_size, check_finite, check_positive, check_same_dtype
+from stochdyn.core.forward.flow import GaussianFlow
+from stochdyn.core.gaussian.conditioning import EndPotential, TiltedMeasure, reachable
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 from stochdyn.core.gaussian.small import psd_factor, symmetrise
 from stochdyn.core.law.diffusion import DiffusionMeasure
-from stochdyn.core.law.marginals import GaussianMarginal, Generator, SampleShape
-from stochdyn.core.law.measure import PathMeasure
-from stochdyn.core.law.path import Path, PathSample
-from stochdyn.core.sde.coefficients import Coefficient, as_coefficient
-from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError, TimeGridError
+from stochdyn.core.sde.coefficients import Coefficient
+from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError
 
 __all__ = ["GaussianBridge"]
 
 
-class GaussianBridge(PathMeasure):
+class GaussianBridge(TiltedMeasure):
     r"""The law nearest in relative entropy to a linear reference, with given Gaussian ends.
 
     .. math::
@@ -87,59 +71,29 @@ class GaussianBridge(PathMeasure):
         drift_matrix: Tensor | None = None,
         drift_offset: Tensor | None = None,
     ) -> None:
-        super().__init__()
         _check_end(mean0, cov0, "0")
         _check_end(mean1, cov1, "1")
         check_same_dtype(mean0=mean0, cov0=cov0, mean1=mean1, cov1=cov1)
         check_event_size(mean1, mean0.shape[0], "mean1")
         check_positive(horizon, "horizon")
         dim = mean0.shape[0]
-        ends = {"mean0": mean0, "cov0": symmetrise(cov0), "mean1": mean1, "cov1": symmetrise(cov1)}
-        for name, value in ends.items():
-            self.register_buffer(name, value)
-        self.horizon, self.dim = float(horizon), dim
         matrix = mean0.new_zeros(dim, dim) if drift_matrix is None else drift_matrix
         offset = mean0.new_zeros(dim) if drift_offset is None else drift_offset
-        self.register_buffer("drift_matrix", matrix)
-        self.register_buffer("drift_offset", offset)
-        #: the reference, a :class:`~stochdyn.core.gaussian.measure.LinearGaussianMeasure` that starts from the first end
-        self.reference = LinearGaussianMeasure(
-            self.drift_matrix, self.drift_offset, diffusion, mean0, self.cov0
-        )
-        self._coefficient = as_coefficient(diffusion)
-        self.register_load_state_dict_post_hook(_refresh)
-        self._refresh()
+        reference = LinearGaussianMeasure(matrix, offset, diffusion, mean0, symmetrise(cov0))
+        potential, cross = _couple(reference, float(horizon), mean0, cov0, mean1, cov1)
+        super().__init__(reference, horizon, potential, mean0, symmetrise(cov0))
+        for name, value in {"mean1": mean1, "cov1": symmetrise(cov1), "_cross": cross}.items():
+            self.register_buffer(name, value if value.requires_grad else value.detach().clone())
 
     @property
-    def diffusion(self) -> Coefficient:
-        """The noise of the reference and of the bridge."""
-        return self._coefficient
+    def mean0(self) -> Tensor:
+        """The mean of the first end, ``(d,)``."""
+        return self._initial_mean  # type: ignore[return-value]
 
-    def _refresh(self) -> None:
-        """Work out all that follows from ends and reference."""
-        self._pinned = PinnedLinear(self.reference, self.horizon)
-        self._phi, self._shift, self._factor = self._pinned.phi, self._pinned.shift, self._pinned.factor
-        self._solve_ends()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianBridge:
-        super()._apply(fn, recurse)
-        self._refresh()
-        return self
-
-    def _solve_ends(self) -> None:
-        white = torch.linalg.solve_triangular(self._factor, self._phi, upper=False)
-        start = symmetrise(white @ self.cov0 @ white.mT)
-        end = torch.linalg.solve_triangular(self._factor, self.cov1, upper=False)
-        end = symmetrise(torch.linalg.solve_triangular(self._factor, end.mT, upper=False))
-        before, after = _conditional(start, end), _conditional(end, start)
-        self._cross = torch.linalg.solve(white, before @ end @ self._factor.mT)
-        self._residual = symmetrise(self._factor @ after @ self._factor.mT)  # Var(X_T | X_0)
-        # B = I - V Q^{-1}, by which the end's potential is pulled back without inverting V
-        self._pull = torch.linalg.solve_triangular(
-            self._factor, self._factor @ (torch.eye(self.dim).to(after) - after), upper=False, left=False
-        )
-        expected = (self._phi @ self.mean0) + self._shift
-        self._aim = self.mean1 - expected + self._pull @ expected
+    @property
+    def cov0(self) -> Tensor:
+        """The covariance of the first end, ``(d, d)``."""
+        return self._initial_cov  # type: ignore[return-value]
 
     @property
     def cross_covariance(self) -> Tensor:
@@ -164,38 +118,27 @@ class GaussianBridge(PathMeasure):
 
         Infinite for a fixed end.
         """
-        gap = self.mean1 - self._phi @ self.mean0 - self._shift
+        phi, shift, factor = _whole(self.reference, self.horizon)
+        gap = self.mean1 - phi @ self.mean0 - shift
         # E of the squared residual X_T - Phi X_0 - c, of which V is a part
         second = (
             self.cov1
-            - self._phi @ self._cross
-            - (self._phi @ self._cross).mT
-            + self._phi @ self.cov0 @ self._phi.mT
+            - phi @ self._cross
+            - (phi @ self._cross).mT
+            + phi @ self.cov0 @ phi.mT
             + torch.outer(gap, gap)
         )
-        trace = torch.cholesky_solve(second, self._factor).diagonal().sum()
-        log_det = 2 * self._factor.diagonal().log().sum() - torch.linalg.slogdet(self._residual).logabsdet
+        trace = torch.cholesky_solve(second, factor).diagonal().sum()
+        log_det = 2 * factor.diagonal().log().sum() - torch.linalg.slogdet(self._residual).logabsdet
         return 0.5 * (log_det + trace - self.dim)
 
-    def mean(self, t: Tensor | float) -> Tensor:
-        """Return the means ``(*s, d)`` at times ``t (*s,)`` of ``[0, horizon]``."""
-        first, last, shift, _ = self._pinned.weights(self._clock(t))
-        return first @ self.mean0 + last @ self.mean1 + shift
+    def mean(self, ts: Tensor | float) -> Tensor:
+        """Return the means ``(*s, d)`` at times ``ts (*s,)`` of ``[0, horizon]``, in any order."""
+        return self.moments_at(as_tensor(ts, "t", like=self.like))[0]
 
-    def covariance(self, t: Tensor | float) -> Tensor:
-        """Return the covariances ``(*s, d, d)`` at times ``t (*s,)`` of ``[0, horizon]``."""
-        first, last, _, spread = self._pinned.weights(self._clock(t))
-        mixed = first @ self._cross @ last.mT
-        ends = first @ self.cov0 @ first.mT + last @ self.cov1 @ last.mT
-        return symmetrise(ends + mixed + mixed.mT + spread)
-
-    def marginal(self, t: Tensor | float) -> GaussianMarginal:
-        """Return the law at times ``t (*s,)``, with batch shape ``(*s,)``; at a degenerate end it is singular.
-
-        Raises:
-            TimeGridError: outside ``[0, horizon]``.
-        """
-        return GaussianMarginal(self.mean(t), self.covariance(t))
+    def covariance(self, ts: Tensor | float) -> Tensor:
+        """Return the covariances ``(*s, d, d)`` at times ``ts (*s,)`` of ``[0, horizon]``, in any order."""
+        return self.moments_at(as_tensor(ts, "t", like=self.like))[1]
 
     @property
     def flow(self) -> GaussianFlow:
@@ -214,26 +157,11 @@ class GaussianBridge(PathMeasure):
         """
         check_event_size(x, self.dim, "x")
         check_same_dtype(x=x, mean0=self.mean0)
-        time = as_time(t, x)
-        flat = time[..., 0] if time.ndim else time
-        slope, offset = self.affine_drift(flat)
-        return (slope @ x.unsqueeze(-1)).squeeze(-1) + offset
+        return super().drift(t, x)
 
     def affine_drift(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the drift's matrix ``(*s, d, d)`` and offset ``(*s, d)`` at times ``t (*s,)``."""
-        clock = self._clock(t)
-        phi, shift, noise = self._pinned.transition(clock, torch.full_like(clock, self.horizon))
-        spread = self._residual + self._pull @ noise
-        gain = torch.linalg.solve(spread.mT, phi).mT  # phi^T spread^{-1}
-        strength = self._strength()
-        slope = self.drift_matrix - strength @ gain @ self._pull @ phi
-        lead = self._aim - (self._pull @ shift.unsqueeze(-1)).squeeze(-1)
-        offset = self.drift_offset + (strength @ gain @ lead.unsqueeze(-1)).squeeze(-1)
-        return slope, offset
-
-    def forward(self) -> FokkerPlanck:
-        """Return the forward operator of the bridge as a diffusion."""
-        return FokkerPlanck(SDE(self.drift, self.diffusion))
+        return super().affine_drift(as_tensor(t, "t", like=self.like))
 
     def as_diffusion(self) -> DiffusionMeasure:
         """Return the bridge as a :class:`~stochdyn.core.law.diffusion.DiffusionMeasure`, for control and Girsanov weights.
@@ -241,59 +169,33 @@ class GaussianBridge(PathMeasure):
         Raises:
             SingularDiffusionError: if the first end is degenerate.
         """
-        return DiffusionMeasure(_normal(self.mean0, self.cov0), SDE(self.drift, self.diffusion))
-
-    def log_rn(
-        self, path: Path, other: PathMeasure, estimator: str = "density", *, recorded: bool = False
-    ) -> Tensor:
-        """Raise: paths are exact and come without increments; :meth:`as_diffusion` has a density on the paths that it draws."""
-        self._refuse("log_rn", "its paths are exact and have no increments; use as_diffusion() on both sides")
-
-    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
-        """Draw exact paths at times ``ts (T,)`` of ``[0, horizon]``.
-
-        Returns:
-            Paths with ``x (*sample, T, d)``; what drove them isn't known, so ``dw`` is empty, ``(*sample, T-1, 0)``.
-        """
-        grid = as_time_grid(ts, min_points=1)
-        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.mean0.device)
-        joint = self.joint_covariance(grid)
-        noise = torch.randn(*shape, joint.shape[-1], dtype=joint.dtype, device=joint.device, generator=source)
-        paths = (noise @ psd_factor(joint).mT).reshape(*shape, len(grid), self.dim)
-        return PathSample(grid, self.mean(grid) + paths, paths.new_empty(*shape, len(grid) - 1, 0), {}, self)
-
-    def joint_covariance(self, ts: Tensor) -> Tensor:
-        """Return the covariance ``(T d, T d)`` of the values at ``ts (T,)``, flattened with time leading."""
-        ts = as_time_grid(ts, min_points=1)
-        ends, _, cov = self._pinned.joint(self._clock(ts))
-        top = torch.cat((self.cov0, self._cross), -1)
-        coupling = torch.cat((top, torch.cat((self._cross.mT, self.cov1), -1)))
-        return symmetrise(ends @ coupling @ ends.mT + cov)
-
-    def from_start(self, t: Tensor | float) -> Tensor:
-        """Return the covariances ``(*s, d, d)`` of the first value (rows) with those at times ``t (*s,)`` of ``[0, horizon]``."""
-        first, last, _, _ = self._pinned.weights(self._clock(t))
-        return self.cov0 @ first.mT + self._cross @ last.mT
-
-    def _strength(self) -> Tensor:
-        matrix = self.reference.diffusion.constant
-        assert matrix is not None
-        return matrix @ matrix.mT
-
-    def _clock(self, t: Tensor | float) -> Tensor:
-        clock = as_tensor(t, "t", like=self.mean0).to(self.mean0)
-        slack = 1e-6 * self.horizon
-        if bool(((clock < -slack) | (clock > self.horizon + slack)).any()):
-            raise TimeGridError(
-                "t must lie inside the bridge",
-                got=f"t from {float(clock.min()):g} to {float(clock.max()):g}",
-                expected=f"[0, {self.horizon:g}]",
-            )
-        return clock.clamp(0.0, self.horizon)
+        return DiffusionMeasure(_normal(self.mean0, self.cov0), self.to_sde(), start_time=0.0)
 
 
-def _refresh(bridge: GaussianBridge, keys: object) -> None:
-    bridge._refresh()
+def _whole(reference: LinearGaussianMeasure, horizon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return matrix, shift and factor of the noise of the reference over the horizon."""
+    ends = reference.like.new_tensor([0.0, horizon])
+    phi, shift, _ = (x[0] for x in reference.transition(ends[:1], ends[1:]))
+    return phi, shift, reachable(reference, horizon)
+
+
+def _couple(
+    reference: LinearGaussianMeasure, horizon: float, mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor
+) -> tuple[EndPotential, Tensor]:
+    """Return the end's potential and the covariance of both ends."""
+    phi, shift, factor = _whole(reference, horizon)
+    white = torch.linalg.solve_triangular(factor, phi, upper=False)
+    start = symmetrise(white @ cov0 @ white.mT)
+    end = torch.linalg.solve_triangular(factor, cov1, upper=False)
+    end = symmetrise(torch.linalg.solve_triangular(factor, end.mT, upper=False))
+    before, after = _conditional(start, end), _conditional(end, start)
+    cross = torch.linalg.solve(white, before @ end @ factor.mT)
+    residual = symmetrise(factor @ after @ factor.mT)  # Var(X_T | X_0)
+    # C = I - V Q^{-1}, by which the end's potential is pulled back without inverting V
+    eye = torch.eye(len(mean0)).to(after)
+    pull = torch.linalg.solve_triangular(factor, factor @ (eye - after), upper=False, left=False)
+    expected = phi @ mean0 + shift
+    return EndPotential(residual, pull, mean1 - expected + pull @ expected), cross
 
 
 def _conditional(a: Tensor, b: Tensor) -> Tensor:

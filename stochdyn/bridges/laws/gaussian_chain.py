@@ -7,28 +7,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import (
-    as_generator,
-    as_sample_shape,
-    as_tensor,
-    as_time_grid,
-    check_event_size,
-)
+from stochdyn._checks import as_tensor, as_time_grid
 from stochdyn.bridges.laws.gaussian import GaussianBridge
-from stochdyn.core.forward.fokker_planck import FokkerPlanck
-from stochdyn.core.gaussian.small import psd_factor, symmetrise
+from stochdyn.core.gaussian.conditioning import PiecewiseMeasure
+from stochdyn.core.gaussian.measure import LinearGaussianMeasure
+from stochdyn.core.gaussian.transition import Transition
 from stochdyn.core.law.diffusion import DiffusionMeasure
-from stochdyn.core.law.marginals import GaussianMarginal, Generator, SampleShape
-from stochdyn.core.law.measure import PathMeasure
-from stochdyn.core.law.path import Path, PathSample
 from stochdyn.core.sde.coefficients import Coefficient
-from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import ShapeError, TimeGridError
+from stochdyn.errors import ShapeError
 
 __all__ = ["GaussianChainBridge"]
 
 
-class GaussianChainBridge(PathMeasure):
+class GaussianChainBridge(PiecewiseMeasure):
     r"""The law nearest to a linear reference whose marginals at several times are given Gaussians.
 
     The reference is Markov and snapshots are of its full state, so the bridge is Markov too: bridges of
@@ -82,145 +73,49 @@ class GaussianChainBridge(PathMeasure):
             for i in range(times.shape[0] - 1)
         ]  # fmt: skip
         self._links = nn.ModuleList(links)
-        self.dim = links[0].dim
+        self.dim, self.batch_shape = links[0].dim, torch.Size()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianChainBridge:
         super()._apply(fn, recurse)
-        self.times = self.times.to(self.bridges[0].mean0.device)  # times keep their precision
+        self.times = self.times.to(self.like.device)  # times keep their precision
         return self
+
+    @property
+    def like(self) -> Tensor:
+        """See :meth:`stochdyn.core.GaussianPathMeasure.like`."""
+        return self.bridges[0].mean0
 
     @property
     def bridges(self) -> list[GaussianBridge]:
         """The bridges between neighbouring snapshots."""
         return list(self._links)  # type: ignore[arg-type]
 
-    def _place(self, t: Tensor | float, after: bool = False) -> tuple[Tensor, Tensor]:
-        """Interval and time since its start of every ``t``; snapshots count to the interval before, or after."""
-        clock = as_tensor(t, "t", like=self.times).to(self.times)
-        low, high = float(self.times[0]), float(self.times[-1])
-        slack = 1e-6 * (high - low)
-        if bool(((clock < low - slack) | (clock > high + slack)).any()):
-            raise TimeGridError(
-                "t must lie inside the snapshots", got=clock.tolist(), expected=f"[{low:g}, {high:g}]"
-            )
-        index = (
-            torch.searchsorted(self.times, clock.contiguous(), right=after).clamp(1, len(self.bridges)) - 1
-        )
-        return index, clock - self.times[index]
+    def step(self, index: int, start: Tensor, stop: Tensor) -> Transition:
+        """See :meth:`stochdyn.core.gaussian.PiecewiseMeasure.step`."""
+        dtype = self.like.dtype
+        return self.bridges[index].transition(start.to(dtype), stop.to(dtype))
 
-    def _gather(
-        self, t: Tensor | float, moment: Callable[[GaussianBridge, Tensor], Tensor], event: int
-    ) -> Tensor:
-        index, elapsed = self._place(t)
-        like = self.bridges[0].mean0
-        out = like.new_empty(*index.shape, *(self.dim,) * event)
-        for i in index.unique().tolist():
-            here = index == i
-            out[here] = moment(self.bridges[i], elapsed[here].to(like.dtype))
-        return out
+    def start_of(self, index: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`stochdyn.core.gaussian.PiecewiseMeasure.start_of`."""
+        return self.bridges[index].mean0, self.bridges[index].cov0
 
-    def mean(self, ts: Tensor | float) -> Tensor:
-        """Return the means ``(*s, d)`` at times ``ts (*s,)``."""
-        return self._gather(ts, GaussianBridge.mean, 1)
+    def affine_drift_in(self, index: int, elapsed: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`stochdyn.core.gaussian.PiecewiseMeasure.affine_drift_in`."""
+        return self.bridges[index].affine_drift(elapsed.to(self.like.dtype))
 
-    def covariance(self, ts: Tensor | float) -> Tensor:
-        """Return the covariances ``(*s, d, d)`` at times ``ts (*s,)``."""
-        return self._gather(ts, GaussianBridge.covariance, 2)
-
-    def marginal(self, t: Tensor | float) -> GaussianMarginal:
-        """Return the law at times ``t (*s,)``, with batch shape ``(*s,)``."""
-        return GaussianMarginal(self.mean(t), self.covariance(t))
-
-    def joint_covariance(self, ts: Tensor) -> Tensor:
-        """Return the covariance ``(T d, T d)`` of the values at ``ts (T,)``, flattened with time leading.
-
-        The law is Markov, so that the values at two times are independent given that at a snapshot between them.
-        """
-        grid = as_time_grid(ts, min_points=1, like=self.times).to(self.times)
-        index, elapsed = self._place(grid)
-        dim, count, like = self.dim, len(grid), self.bridges[0].mean0
-        blocks = like.new_zeros(count, count, dim, dim)
-        # the covariance with the next snapshot, and the slope of later values on it, interval by interval
-        for i, bridge in enumerate(self.bridges):
-            mine = (index == i).nonzero()[:, 0].tolist()
-            if not mine:
-                continue
-            clock = torch.cat((elapsed[index == i], elapsed.new_tensor([bridge.horizon]))).to(like.dtype)
-            inner = clock.clamp(0.0, bridge.horizon)
-            inner, repeated = inner[:-1], float(clock[-2]) >= bridge.horizon
-            whole = bridge.joint_covariance(inner if repeated else torch.cat((inner, clock[-1:])))
-            size = len(inner) + (not repeated)
-            own = whole.reshape(size, dim, size, dim).permute(0, 2, 1, 3)
-            for a, j in enumerate(mine):
-                for b, k in enumerate(mine):
-                    blocks[j, k] = own[a, b]
-                ahead = own[a, -1]  # with the snapshot at the end of the interval
-                for later in range(i + 1, len(self.bridges)):
-                    nxt = self.bridges[later]
-                    inverse = torch.linalg.pinv(nxt.cov0)
-                    for k in (index == later).nonzero()[:, 0].tolist():
-                        blocks[j, k] = ahead @ inverse @ nxt.from_start(elapsed[k].to(like.dtype))
-                        blocks[k, j] = blocks[j, k].mT
-                    ahead = ahead @ inverse @ nxt.cross_covariance
-        return symmetrise(blocks.permute(0, 2, 1, 3).reshape(count * dim, count * dim))
-
-    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
-        """Draw exact paths ``(*sample, T, d)`` at times ``ts (T,)`` within the snapshots.
-
-        What drove them isn't known, so ``dw`` is empty, ``(*sample, T-1, 0)``.
-        """
-        grid = as_time_grid(ts, min_points=1, like=self.times)
-        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.times.device)
-        joint = self.joint_covariance(grid)
-        noise = torch.randn(*shape, joint.shape[-1], dtype=joint.dtype, device=joint.device, generator=source)
-        paths = (noise @ psd_factor(joint).mT).reshape(*shape, len(grid), self.dim)
-        return PathSample(grid, self.mean(grid) + paths, paths.new_empty(*shape, len(grid) - 1, 0), {}, self)
-
-    def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the drift ``(..., d)`` at times ``t`` that broadcast to ``x[..., :1]``; at a snapshot that of the interval after it."""
-        check_event_size(x, self.dim, "x")
-        time = as_tensor(t, "t", like=self.times).to(self.times)
-        if time.numel() == 1:
-            index, elapsed = self._place(time.reshape(()), after=True)
-            return self.bridges[int(index)].drift(float(elapsed), x)
-        index, elapsed = self._place(time.expand(*x.shape[:-1], 1)[..., 0], after=True)
-        out = torch.empty_like(x)
-        for i in index.unique().tolist():
-            here = index == i
-            out[here] = self.bridges[i].drift(elapsed[here].to(x.dtype)[:, None], x[here])
-        return out
+    @property
+    def driven(self) -> LinearGaussianMeasure:
+        """The reference."""
+        return self.bridges[0].reference
 
     def as_diffusion(self) -> DiffusionMeasure:
-        """Return the same law as an SDE with this drift."""
-        first = self.bridges[0]
-        return DiffusionMeasure(first.as_diffusion().initial, SDE(self.drift, first.diffusion))
-
-    def forward(self) -> FokkerPlanck:
-        """Return the forward operator of the bridge as a diffusion."""
-        return FokkerPlanck(SDE(self.drift, self.bridges[0].diffusion))
-
-    def log_rn(
-        self, path: Path, other: PathMeasure, estimator: str = "density", *, recorded: bool = False
-    ) -> Tensor:
-        """Raise: paths are exact and come without increments; :meth:`as_diffusion` has a density on the paths that it draws."""
-        self._refuse("log_rn", "its paths are exact and have no increments; use as_diffusion() on both sides")
+        """Return the same law as an SDE with this drift, from the first snapshot on."""
+        start = self.bridges[0].as_diffusion().initial
+        return DiffusionMeasure(start, self.to_sde(), start_time=float(self.times[0]))
 
     def snapshot_covariance(self) -> Tensor:
         """Return the covariance ``(I d, I d)`` of the values at all snapshots."""
-        steps = [b.cross_covariance.mT @ torch.linalg.pinv(b.cov0) for b in self.bridges]
-        covs = [b.cov0 for b in self.bridges] + [self.bridges[-1].cov1]
-        rows = []
-        for i, cov in enumerate(covs):
-            row, block = [cov], cov
-            for step in steps[i:]:
-                block = block @ step.mT
-                row.append(block)
-            rows.append(row)
-        count = len(covs)
-        blocks = [
-            [rows[i][j - i] if j >= i else rows[j][i - j].mT for j in range(count)] for i in range(count)
-        ]
-        return torch.cat([torch.cat(row, -1) for row in blocks])
+        return self.joint_covariance(self.times)
 
     def kl(self) -> Tensor:
         """Return the divergence from the reference that starts from the first snapshot, in nats."""

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from stochdyn.bridges.families.base import DriftFamily
-from stochdyn.bridges.laws._small import mv
 from stochdyn.bridges.laws.chain import Chain
+from stochdyn.core.gaussian.batch_last import mv
 
 __all__ = ["effective_share", "log_correction", "weighted_paths"]
 

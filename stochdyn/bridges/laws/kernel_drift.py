@@ -18,9 +18,9 @@ from torch import Tensor
 
 from stochdyn._checks import check_event_size, check_inside, check_time_broadcast
 from stochdyn.bridges.data.snapshots import Snapshots
-from stochdyn.bridges.laws._small import inverse, mm, mt, mv
 from stochdyn.bridges.laws.growth import Growth
 from stochdyn.bridges.laws.linearised import Transition
+from stochdyn.core.gaussian.batch_last import inverse, mm, mt, mv
 from stochdyn.core.transport.entropic import TransportPlan
 
 __all__ = ["Side", "at_times", "backward_drift", "forward_drift", "growth_rate", "owner"]

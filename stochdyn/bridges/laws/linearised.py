@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from stochdyn.bridges.families.base import DriftFamily
-from stochdyn.bridges.laws._small import mm, mt, mv
 from stochdyn.bridges.laws.chain import Chain, panel_rule
 from stochdyn.bridges.laws.importance import log_correction, weighted_paths
+from stochdyn.core.gaussian.batch_last import mm, mt, mv
 from stochdyn.core.gaussian.transition import constant_transition
 
 __all__ = ["AffineTransition", "LinearisedTransition", "Transition", "transition"]

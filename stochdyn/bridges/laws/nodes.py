@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn.bridges.laws._small import cholesky, mv
 from stochdyn.bridges.laws.growth import Coupling
 from stochdyn.bridges.laws.linearised import Transition
+from stochdyn.core.gaussian.batch_last import cholesky, mv
 
 __all__ = ["DriftNodes", "bridge_nodes", "choose_pairs", "effective_pairs"]
 

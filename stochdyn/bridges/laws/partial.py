@@ -21,9 +21,9 @@ from stochdyn._checks import (
     check_type,
 )
 from stochdyn.bridges.data.snapshots import Snapshots
-from stochdyn.bridges.laws._pinned_linear import PinnedLinear
 from stochdyn.bridges.laws.marginal import draw_index
 from stochdyn.bridges.laws.partial_gaussian import PartialGaussianBridge
+from stochdyn.core.gaussian.conditioning import EndPotential, TiltedMeasure, reachable
 from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
@@ -153,7 +153,7 @@ class PartialBridge(PathMeasure):
                 snapshots.times, means, covs + 1e-6 * torch.diag(size), observe,
                 drift_matrix.to(like), diffusion, initial_mean, initial_cov, tolerance=1e-6,
             )  # fmt: skip
-        self.reference, self._steps = gauss.reference, gauss._steps
+        self.reference = gauss.reference
         self.register_load_state_dict_post_hook(_refresh)
         generator = torch.Generator(like.device).manual_seed(seed)
         hidden, log_q = self._first_draws(gauss, num_hidden, generator)
@@ -233,17 +233,17 @@ class PartialBridge(PathMeasure):
         self._hidden: list[Tensor] = [getattr(self, f"hidden{k}") for k in range(count)]
         log_q: list[Tensor] = [getattr(self, f"log_q{k}") for k in range(count)]
         hidden, states = self._hidden, []
-        self._steps = [PinnedLinear(self.reference, span) for span in self.snapshots.durations.tolist()]
+        spans = self.snapshots.durations.to(self.reference.like.dtype)
+        steps = [x.unbind(0) for x in self.reference.transition(torch.zeros_like(spans), spans)[:2]]
         for x, v in zip(self.snapshots.samples, hidden, strict=True):
             states.append(torch.cat((x[:, None].expand(-1, v.shape[1], -1), v), -1).flatten(0, 1))
         self._states = states
         self._base = [-q.flatten() - math.log(q.shape[1]) for q in log_q]
         self._kernels, self._tops = [], []
-        for step, a, b in zip(self._steps, states[:-1], states[1:], strict=True):
-            expected = torch.linalg.solve_triangular(
-                step.factor, (a @ step.phi.mT + step.shift).mT, upper=False
-            ).mT
-            reached = torch.linalg.solve_triangular(step.factor, b.mT, upper=False).mT
+        for span, phi, shift, a, b in zip(spans.tolist(), *steps, states[:-1], states[1:], strict=True):
+            factor = reachable(self.reference, span)
+            expected = torch.linalg.solve_triangular(factor, (a @ phi.mT + shift).mT, upper=False).mT
+            reached = torch.linalg.solve_triangular(factor, b.mT, upper=False).mT
             log = -0.5 * torch.cdist(expected, reached, compute_mode="donot_use_mm_for_euclid_dist").square()
             top = log.amax(1)
             self._kernels.append(torch.exp(log - top[:, None]))
@@ -358,9 +358,9 @@ class PartialBridge(PathMeasure):
             chain.append(self._states[k + 1][index])
         owner = torch.searchsorted(times, grid.to(times).contiguous()).clamp(1, len(times) - 1) - 1
         parts = []
-        for k, step in enumerate(self._steps):
+        for k, span in enumerate(self.snapshots.durations.tolist()):
             clock = grid[owner == k].to(times) - times[k]
-            parts.append(self._between(step, clock, chain[k], chain[k + 1], source))
+            parts.append(self._between(span, clock, chain[k], chain[k + 1], source))
         x = torch.cat(parts, 1).reshape(*shape, len(grid), self.dim)
         return PathSample(grid, x, x.new_empty(*shape, len(grid) - 1, 0), {}, self)
 
@@ -372,11 +372,14 @@ class PartialBridge(PathMeasure):
         return SampledMarginal(lambda shape, generator: self.sample(time, shape, generator).x[..., 0, :])
 
     def _between(
-        self, step: PinnedLinear, clock: Tensor, a: Tensor, b: Tensor, generator: torch.Generator | None
+        self, span: float, clock: Tensor, a: Tensor, b: Tensor, generator: torch.Generator | None
     ) -> Tensor:
+        """Draw the reference at times ``clock (T,)`` since a snapshot, between states ``a`` and ``b (n, d)``: ``(n, T, d)``."""
         if not clock.numel():
             return a[:, None][:, :0]
-        return step.sample(clock.to(a.dtype).clamp(0.0, step.horizon), a, b, generator)
+        still = torch.zeros(self.dim, self.dim, dtype=a.dtype, device=a.device)
+        pinned = TiltedMeasure(self.reference, span, EndPotential.pinned(b), a, still)
+        return pinned.sample(clock.to(a.dtype).clamp(0.0, span), (), generator).x
 
 
 def _refresh(bridge: PartialBridge, keys: object) -> None:

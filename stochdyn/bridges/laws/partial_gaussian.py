@@ -9,10 +9,6 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import (
-    as_generator,
-    as_sample_shape,
-    as_tensor,
-    as_time_grid,
     check_event_size,
     check_finite,
     check_ndim,
@@ -21,25 +17,18 @@ from stochdyn._checks import (
     check_same_dtype,
     check_time_grid,
 )
-from stochdyn.bridges.laws._pinned_linear import PinnedLinear
+from stochdyn.core.gaussian.conditioning import EndPotential, PiecewiseMeasure, absorb, reachable
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 from stochdyn.core.gaussian.small import symmetrise
-from stochdyn.core.law.marginals import GaussianMarginal, Generator, SampleShape
-from stochdyn.core.law.measure import PathMeasure
-from stochdyn.core.law.path import PathSample
+from stochdyn.core.gaussian.transition import Transition
+from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.sde.coefficients import Coefficient
-from stochdyn.errors import (
-    ConvergenceWarning,
-    InvalidInputError,
-    ShapeError,
-    SingularDiffusionError,
-    TimeGridError,
-)
+from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError, SingularDiffusionError
 
 __all__ = ["PartialGaussianBridge", "unit_information"]
 
 
-class PartialGaussianBridge(PathMeasure):
+class PartialGaussianBridge(PiecewiseMeasure):
     r"""The law nearest to a linear reference with given Gaussian marginals of :math:`HX` at several times.
 
     .. math:: \min_Q\mathrm{KL}(Q\,\|\,R),\qquad HX_{t_k}\sim_Q N(m_k,S_k),\quad k=1,\dots,I
@@ -112,7 +101,7 @@ class PartialGaussianBridge(PathMeasure):
             found = unit_information(times, means, covs, observe, drift_matrix, offset)
         mean = found[0] if initial_mean is None else initial_mean
         cov = found[1] if initial_cov is None else initial_cov
-        self.times, self.dim = times, dim
+        self.times, self.dim, self.batch_shape = times, dim, torch.Size()
         #: the reference, which starts at the first snapshot
         self.reference = LinearGaussianMeasure(drift_matrix, offset, diffusion, mean, cov)
         count = times.shape[0]
@@ -139,16 +128,22 @@ class PartialGaussianBridge(PathMeasure):
     def _refresh(self) -> None:
         """Pass all messages, with the potentials as they are."""
         count, like = len(self.times), self.means
-        spans = self.times.diff().tolist()
-        self._steps = [PinnedLinear(self.reference, span) for span in spans]
-        prior = _inverse(self.reference.initial_cov, "initial_cov")
-        self._forward = [(prior, prior @ self.reference.initial_mean)] * count
+        spans = self.times.diff().to(like.dtype)
+        self._factors = [reachable(self.reference, span) for span in spans.tolist()]
+        #: the reference over each interval: matrices, shifts and covariances
+        self._steps = self.reference.transition(torch.zeros_like(spans), spans)
+        self._forward = [(self.reference.initial_mean, self.reference.initial_cov)] * count
         self._backward = [(like.new_zeros(self.dim, self.dim), like.new_zeros(self.dim))] * count
         self._targets = [(_inverse(s, "covs"), m) for s, m in zip(self.covs, self.means, strict=True)]
         for k in range(count - 1):
             self._pass_forward(k)
         for k in reversed(range(count - 1)):
             self._pass_backward(k)
+
+    @property
+    def like(self) -> Tensor:
+        """See :meth:`stochdyn.core.GaussianPathMeasure.like`."""
+        return self.means
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialGaussianBridge:
         super()._apply(fn, recurse)
@@ -173,7 +168,7 @@ class PartialGaussianBridge(PathMeasure):
 
     def _fit(self, k: int) -> float:
         """Change the potential of snapshot ``k`` so that its marginal is right; returns how wrong it was, without units."""
-        mean, cov = self._moments(k)
+        mean, cov = self._state(k)
         seen_mean, seen_cov = self.observe @ mean, symmetrise(self.observe @ cov @ self.observe.mT)
         present = torch.linalg.inv(seen_cov)
         precision, target = self._targets[k]
@@ -188,50 +183,42 @@ class PartialGaussianBridge(PathMeasure):
     def _potential(self, k: int) -> tuple[Tensor, Tensor]:
         return self.observe.mT @ self._precision[k] @ self.observe, self.observe.mT @ self._linear[k]
 
-    def _information(self, k: int) -> tuple[Tensor, Tensor]:
-        potential, forward, backward = self._potential(k), self._forward[k], self._backward[k]
-        return forward[0] + potential[0] + backward[0], forward[1] + potential[1] + backward[1]
+    def _later(self, k: int) -> tuple[Tensor, Tensor]:
+        """Precision and linear part of all potentials from snapshot ``k`` on, as they are seen there."""
+        potential, message = self._potential(k), self._backward[k]
+        return potential[0] + message[0], potential[1] + message[1]
 
-    def _moments(self, k: int) -> tuple[Tensor, Tensor]:
-        precision, linear = self._information(k)
-        cov = torch.linalg.inv(symmetrise(precision))
-        return cov @ linear, symmetrise(cov)
+    def _state(self, k: int) -> tuple[Tensor, Tensor]:
+        return absorb(*self._forward[k], *self._later(k))
+
+    def _step(self, k: int) -> Transition:
+        phi, shift, noise = (x[k] for x in self._steps)
+        return phi, shift, noise
 
     def _pass_forward(self, k: int) -> None:
-        step = self._steps[k]
-        potential, message = self._potential(k), self._forward[k]
-        inverse = torch.cholesky_inverse(step.factor)
-        pull = step.phi.mT @ inverse
-        gain = torch.linalg.solve(message[0] + potential[0] + pull @ step.phi, pull).mT
-        linear = message[1] + potential[1] - pull @ step.shift
-        self._forward[k + 1] = symmetrise(inverse - gain @ pull), inverse @ step.shift + gain @ linear
+        phi, shift, noise = self._step(k)
+        mean, cov = absorb(*self._forward[k], *self._potential(k))
+        self._forward[k + 1] = phi @ mean + shift, symmetrise(phi @ cov @ phi.mT + noise)
 
     def _pass_backward(self, k: int) -> None:
-        step = self._steps[k]
-        potential, message = self._potential(k + 1), self._backward[k + 1]
-        inverse = torch.cholesky_inverse(step.factor)
-        pull = step.phi.mT @ inverse
-        gain = torch.linalg.solve(message[0] + potential[0] + inverse, inverse @ step.phi).mT
-        linear = message[1] + potential[1] + inverse @ step.shift
-        precision = symmetrise(pull @ step.phi - gain @ inverse @ step.phi)
-        self._backward[k] = precision, gain @ linear - pull @ step.shift
+        self._backward[k] = EndPotential.information(*self._later(k + 1)).before(self._step(k))
 
     def states(self) -> tuple[Tensor, Tensor]:
         """Return means ``(I, d)`` and covariances ``(I, d, d)`` of the whole state at the snapshots."""
-        moments = [self._moments(k) for k in range(self.times.shape[0])]
+        moments = [self._state(k) for k in range(self.times.shape[0])]
         return torch.stack([m for m, _ in moments]), torch.stack([c for _, c in moments])
 
-    def transitions(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the bridge's chain through the snapshots: matrices ``(I-1, d, d)``, shifts and covariances."""
-        rows = []
-        for k, step in enumerate(self._steps):
-            potential, message = self._potential(k + 1), self._backward[k + 1]
-            inverse = torch.cholesky_inverse(step.factor)
-            cov = torch.linalg.inv(symmetrise(inverse + potential[0] + message[0]))
-            shift = cov @ (inverse @ step.shift + potential[1] + message[1])
-            rows.append((cov @ inverse @ step.phi, shift, symmetrise(cov)))
-        a, b, c = (torch.stack(part) for part in zip(*rows, strict=True))
-        return a, b, c
+    def step(self, index: int, start: Tensor, stop: Tensor) -> Transition:
+        """See :meth:`stochdyn.core.gaussian.PiecewiseMeasure.step`."""
+        start, stop = start.to(self.means.dtype), stop.to(self.means.dtype)
+        end = torch.full_like(stop, float(self.times[index + 1] - self.times[index]))
+        reference = self.reference.transition
+        potential = EndPotential.information(*self._later(index + 1))
+        return potential.tilt(reference(start, stop), reference(stop, end)[0], reference(start, end))
+
+    def start_of(self, index: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`stochdyn.core.gaussian.PiecewiseMeasure.start_of`."""
+        return self._state(index)
 
     def joint_precision(self) -> Tensor:
         """Return the precision ``(I d, I d)`` of the states at all snapshots; it is block tridiagonal."""
@@ -240,92 +227,31 @@ class PartialGaussianBridge(PathMeasure):
         joint[0, :, 0] = torch.linalg.inv(self.reference.initial_cov)
         for k in range(count):
             joint[k, :, k] += self._potential(k)[0]
-        for k, step in enumerate(self._steps):
-            inverse = torch.cholesky_inverse(step.factor)
-            joint[k, :, k] += step.phi.mT @ inverse @ step.phi
+        for k, factor in enumerate(self._factors):
+            phi, inverse = self._step(k)[0], torch.cholesky_inverse(factor)
+            joint[k, :, k] += phi.mT @ inverse @ phi
             joint[k + 1, :, k + 1] += inverse
-            joint[k, :, k + 1] = -step.phi.mT @ inverse
-            joint[k + 1, :, k] = -inverse @ step.phi
+            joint[k, :, k + 1] = -phi.mT @ inverse
+            joint[k + 1, :, k] = -inverse @ phi
         return joint.reshape(count * dim, count * dim)
 
-    def _inside(self, ts: Tensor) -> Tensor:
-        slack = 1e-6 * float(self.times[-1] - self.times[0])
-        if float(ts.min()) < float(self.times[0]) - slack or float(ts.max()) > float(self.times[-1]) + slack:
-            raise TimeGridError(
-                "ts must lie within the snapshots",
-                got=f"{float(ts.min()):g} to {float(ts.max()):g}",
-                expected=f"[{float(self.times[0]):g}, {float(self.times[-1]):g}]",
-            )
-        return (
-            torch.searchsorted(self.times, ts.to(self.times).contiguous()).clamp(1, len(self.times) - 1) - 1
-        )
+    def affine_drift_in(self, index: int, elapsed: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return matrix and offset of :math:`Ax+b+GG^\top\nabla\log h_t(x)`."""
+        clock = elapsed.to(self.means.dtype)
+        end = torch.full_like(clock, float(self.times[index + 1] - self.times[index]))
+        whole = self.reference.transition(clock, end)
+        precision, linear = EndPotential.information(*self._later(index + 1)).before(whole)
+        a, b, s = self.reference.coefficients(clock)
+        return a - s @ precision, b + (s @ linear.unsqueeze(-1)).squeeze(-1)
 
-    def _clock(self, ts: Tensor, k: int) -> Tensor:
-        """Times since snapshot ``k``, no further than the next one."""
-        return (ts.to(self.times) - self.times[k]).to(self.means.dtype).clamp(0.0, self._steps[k].horizon)
+    @property
+    def driven(self) -> LinearGaussianMeasure:
+        """The reference."""
+        return self.reference
 
-    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
-        """Draw exact paths of the whole state ``(*sample, T, d)`` at times ``ts (T,)`` within the snapshots.
-
-        What drove them isn't known, so ``dw`` is empty, ``(*sample, T-1, 0)``.
-        """
-        grid = as_time_grid(ts, min_points=1, like=self.times)
-        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.means.device)
-        owner = self._inside(grid)
-        states = self.sample_states(torch.Size(shape).numel(), source)
-        parts = []
-        for k, step in enumerate(self._steps):
-            if bool((owner == k).any()):
-                clock = self._clock(grid[owner == k], k)
-                parts.append(step.sample(clock, states[:, k], states[:, k + 1], source))
-        x = torch.cat(parts, 1).reshape(*shape, len(grid), self.dim)
-        return PathSample(grid, x, x.new_empty(*shape, len(grid) - 1, 0), {}, self)
-
-    def marginal(self, t: Tensor | float) -> GaussianMarginal:
-        """Return the law of the whole state at times ``t (*s,)``, with batch shape ``(*s,)``."""
-        return GaussianMarginal(self.mean(t), self.covariance(t))
-
-    def _pair(self, k: int) -> tuple[Tensor, Tensor]:
-        """Mean ``(2d,)`` and covariance ``(2d, 2d)`` of the states at snapshots ``k`` and ``k + 1``."""
-        (mean, cov), (after, spread) = self._moments(k), self._moments(k + 1)
-        cross = self.transitions()[0][k] @ cov
-        whole = torch.cat((torch.cat((cov, cross.mT), -1), torch.cat((cross, spread), -1)))
-        return torch.cat((mean, after)), whole
-
-    def _moments_at(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        time = as_tensor(t, "t", like=self.times).to(self.times)
-        owner, flat = self._inside(time.reshape(-1)), time.reshape(-1)
-        mean = self.means.new_empty(len(flat), self.dim)
-        cov = self.means.new_empty(len(flat), self.dim, self.dim)
-        for k in owner.unique().tolist():
-            here = owner == k
-            first, last, shift, noise = self._steps[k].weights(self._clock(flat[here], k))
-            ends = torch.cat((first, last), -1)
-            centre, whole = self._pair(k)
-            mean[here] = ends @ centre + shift
-            cov[here] = symmetrise(ends @ whole @ ends.mT + noise)
-        return mean.reshape(*time.shape, -1), cov.reshape(*time.shape, self.dim, self.dim)
-
-    def mean(self, ts: Tensor | float) -> Tensor:
-        """Return the means ``(*s, d)`` of the whole state at times ``ts (*s,)``."""
-        return self._moments_at(ts)[0]
-
-    def covariance(self, ts: Tensor | float) -> Tensor:
-        """Return the covariances ``(*s, d, d)`` of the whole state at times ``ts (*s,)``."""
-        return self._moments_at(ts)[1]
-
-    def sample_states(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``n`` chains ``(n, I, d)`` of the whole state at the snapshots."""
-        mean, cov = self._moments(0)
-
-        def noise(cov: Tensor) -> Tensor:
-            white = torch.randn(n, self.dim, dtype=cov.dtype, device=cov.device, generator=generator)
-            return white @ torch.linalg.cholesky(cov).mT
-
-        states = [mean + noise(cov)]
-        for matrix, shift, spread in zip(*self.transitions(), strict=True):
-            states.append(states[-1] @ matrix.mT + shift + noise(spread))
-        return torch.stack(states, 1)
+    def sample_states(self, sample_shape: SampleShape = (), generator: Generator = None) -> Tensor:
+        """Draw the whole state at all snapshots, ``(*sample, I, d)``."""
+        return self.sample(self.times, sample_shape, generator).x
 
 
 def _refresh(bridge: PartialGaussianBridge, keys: object) -> None:

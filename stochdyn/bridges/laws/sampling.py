@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from stochdyn.bridges.data.snapshots import Snapshots
-from stochdyn.bridges.laws._small import cholesky
 from stochdyn.bridges.laws.growth import Births, Growth
 from stochdyn.bridges.laws.importance import weighted_paths
 from stochdyn.bridges.laws.linearised import AffineTransition, LinearisedTransition, Transition
 from stochdyn.bridges.laws.marginal import draw_index
+from stochdyn.core.gaussian.batch_last import cholesky
 from stochdyn.core.transport.entropic import TransportPlan
 from stochdyn.errors import ApproximationWarning, NonFiniteError
 

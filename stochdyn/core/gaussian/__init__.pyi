@@ -28,6 +28,7 @@ from .transition import constant_transition as constant_transition
 from .transition import grid_transition as grid_transition
 from .transition import varying_transition as varying_transition
 from .conditioning import EndPotential as EndPotential
+from .conditioning import PiecewiseMeasure as PiecewiseMeasure
 from .conditioning import TiltedMeasure as TiltedMeasure
 from .conditioning import absorb as absorb
 from .conditioning import reachable as reachable
@@ -36,3 +37,11 @@ from .feedback import FeedbackLaw as FeedbackLaw
 from .feedback import LiftedStart as LiftedStart
 from .feedback import LinearFeedback as LinearFeedback
 from .feedback import feedback_given as feedback_given
+from .batch_last import cholesky as cholesky
+from .batch_last import identity as identity
+from .batch_last import inverse as inverse
+from .batch_last import log_det as log_det
+from .batch_last import mm as mm
+from .batch_last import mt as mt
+from .batch_last import mv as mv
+from .batch_last import quadratic as quadratic

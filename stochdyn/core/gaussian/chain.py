@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -133,6 +134,32 @@ class GaussianChain:
         """Return the same chain cut off from the graph."""
         parts = self.initial_mean, self.initial_cov, self.transition, self.offset, self.noise_cov
         return GaussianChain(*(x.detach() for x in parts))
+
+    def at(self, index: Tensor) -> GaussianChain:
+        """Return the chain at some of its times, which is a chain too.
+
+        Args:
+            index: ``(M,)`` increasing positions, of which the first is 0.
+        """
+        places = index.tolist()
+        if places == list(range(self.num_steps + 1)):
+            return self
+        rows = []
+        for first, last in itertools.pairwise(places):
+            a, c, q = self.transition[first], self.offset[first], self.noise_cov[first]
+            for n in range(first + 1, last):
+                step = self.transition[n]
+                c = (step @ c.unsqueeze(-1)).squeeze(-1) + self.offset[n]
+                q = symmetrise(step @ q @ step.mT) + self.noise_cov[n]
+                a = step @ a
+            rows.append((a, c, q))
+        if not rows:
+            return GaussianChain(
+                self.initial_mean, self.initial_cov, self.transition[:0], self.offset[:0], self.noise_cov[:0]
+            )
+        return GaussianChain(
+            self.initial_mean, self.initial_cov, *(torch.stack(x) for x in zip(*rows, strict=True))
+        )
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return the marginal means ``(N+1, *B, z)`` and covariances ``(N+1, *B, z, z)``."""

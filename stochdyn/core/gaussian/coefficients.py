@@ -11,7 +11,7 @@ from stochdyn._checks import as_tensor, check_finite, check_positive
 from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.errors import DiffusionError, DtypeMismatchError, ShapeError
 
-__all__ = ["TimeFunction", "TimeValue", "as_diffusion", "as_time_value"]
+__all__ = ["TimeFunction", "TimeValue", "as_noise_matrix", "as_time_value"]
 
 TimeFunction = Callable[[Tensor], Tensor]
 
@@ -106,7 +106,9 @@ def as_time_value(
     return TimeValue(name, event, (value,))
 
 
-def as_diffusion(value: TimeValue | Coefficient | Tensor | float | TimeFunction, like: Tensor) -> TimeValue:
+def as_noise_matrix(
+    value: TimeValue | Coefficient | Tensor | float | TimeFunction, like: Tensor
+) -> TimeValue:
     """Wrap the diffusion of a state like ``like (*B, d)``, given in any of the accepted forms."""
     dim = like.shape[-1]
     if isinstance(value, Coefficient):

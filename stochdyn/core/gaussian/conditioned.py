@@ -143,7 +143,7 @@ class ConditionedMeasure(GaussianPathMeasure):
         later = self.times.detach() > t.detach()
         if not bool(later.any()):
             return torch.zeros_like(x)
-        spread = self.prior.covariance_rate(t)
+        spread = self.prior.covariance_rate(t.reshape(1))[0]
         seen = self.seen
         keep = later.nonzero()[:, 0]
         part = Observations(

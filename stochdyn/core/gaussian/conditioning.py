@@ -15,20 +15,25 @@ which inverts neither the potential nor the noise.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stochdyn._checks import as_tensor, check_event_size
+from stochdyn.core.forward.flow import as_time
 from stochdyn.core.gaussian.chain import GaussianChain
 from stochdyn.core.gaussian.law import GaussianPathMeasure
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
+from stochdyn.core.gaussian.observations import union_of
 from stochdyn.core.gaussian.small import definite_factor, symmetrise
 from stochdyn.core.gaussian.transition import Transition
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import SingularDiffusionError, TimeGridError
 
-__all__ = ["EndPotential", "TiltedMeasure", "absorb"]
+__all__ = ["EndPotential", "PiecewiseMeasure", "TiltedMeasure", "absorb", "reachable"]
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,9 @@ class TiltedMeasure(GaussianPathMeasure):
             )
         # Times that differ from the ends by their rounding are the ends.
         near = 8 * torch.finfo(t.dtype).eps * (t.detach().abs() + abs(self.reference.initial_time))
-        elapsed = torch.where((elapsed.detach() - self.horizon).abs() <= near, self.horizon + 0 * elapsed, elapsed)
+        elapsed = torch.where(
+            (elapsed.detach() - self.horizon).abs() <= near, self.horizon + 0 * elapsed, elapsed
+        )
         return elapsed.clamp(0.0, self.horizon)
 
     def transition(self, start: Tensor, stop: Tensor) -> Transition:
@@ -236,8 +243,6 @@ class TiltedMeasure(GaussianPathMeasure):
 
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return the drift :math:`Ax+b+GG^\top\nabla\log h_t(x)`, ``(..., d)`` at ``x (..., *B, d)``."""
-        from stochdyn.core.forward.flow import as_time
-
         time = as_time(t, x)
         flat = time[..., 0] if time.ndim else time
         slope, offset = self.affine_drift(flat)
@@ -250,6 +255,133 @@ class TiltedMeasure(GaussianPathMeasure):
     def to_sde(self) -> SDE:
         """Return the equation of the law; its drift is infinite at a pinned end."""
         return SDE(self.drift, self.reference.to_sde().diffusion)
+
+
+class PiecewiseMeasure(GaussianPathMeasure):
+    """A Gaussian Markov law whose transitions are known within each of the intervals between some times.
+
+    Subclasses say what they are (:meth:`step`), and what the law is at the start of each interval (:meth:`start_of`).
+
+    Attributes:
+        times: ``(I,)`` ends of the intervals, in increasing order; they keep their precision when the law moves.
+    """
+
+    times: Tensor
+
+    @abstractmethod
+    def step(self, index: int, start: Tensor, stop: Tensor) -> Transition:
+        """Return the law of the state at ``stop (N,)`` given that at ``start (N,)``, both since ``times[index]``, within that interval."""
+
+    @abstractmethod
+    def start_of(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return mean ``(d,)`` and covariance ``(d, d)`` at ``times[index]``."""
+
+    @abstractmethod
+    def affine_drift_in(self, index: int, elapsed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the drift's matrix ``(n, d, d)`` and offset ``(n, d)`` at times ``elapsed (n,)`` since ``times[index]``."""
+
+    @property
+    @abstractmethod
+    def driven(self) -> LinearGaussianMeasure:
+        """The linear law whose noise drives this one, on the clock of the first interval."""
+
+    def place(self, t: Tensor, after: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the interval of every time ``t (*s,)`` and the time since its start; ends count to the interval before, or after.
+
+        Raises:
+            TimeGridError: for times outside.
+        """
+        clock = t.to(torch.promote_types(t.dtype, self.times.dtype))
+        low, high = self.times[0], self.times[-1]
+        slack = 1e-6 * (high - low)
+        if bool(((clock < low - slack) | (clock > high + slack)).any()):
+            raise TimeGridError(
+                "t must lie inside the snapshots",
+                got=f"t from {float(t.min()):g} to {float(t.max()):g}",
+                expected=f"[{float(low):g}, {float(high):g}]",
+            )
+        clock = clock.clamp(low, high)
+        index = torch.searchsorted(self.times, clock.detach().contiguous(), right=after)
+        index = index.clamp(1, len(self.times) - 1) - 1
+        return index, clock - self.times[index]
+
+    def _by_interval(
+        self, t: Tensor, after: bool, what: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Ask for a pair of values at times ``t (*s,)``, interval by interval."""
+        index, elapsed = (x.reshape(-1) for x in self.place(t, after))
+        parts, places = [], []
+        for k in index.unique().tolist():
+            here = (index == k).nonzero()[:, 0]
+            parts.append(what(k, elapsed[here]))
+            places.append(here)
+        back = torch.argsort(torch.cat(places))
+        one, two = (torch.cat(x)[back] for x in zip(*parts, strict=True))
+        return one.reshape(*t.shape, *one.shape[1:]), two.reshape(*t.shape, *two.shape[1:])
+
+    def moments_at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return means ``(*s, d)`` and covariances ``(*s, d, d)`` at times ``t (*s,)`` in any order."""
+
+        def moments(k: int, clock: Tensor) -> tuple[Tensor, Tensor]:
+            phi, shift, noise = self.step(k, torch.zeros_like(clock), clock)
+            mean, cov = self.start_of(k)
+            return _times(phi, mean) + shift, symmetrise(phi @ cov @ phi.mT + noise)
+
+        return self._by_interval(t, False, moments)
+
+    def mean(self, ts: Tensor | float) -> Tensor:
+        """Return the means ``(*s, d)`` at times ``ts (*s,)``, in any order."""
+        return self.moments_at(as_tensor(ts, "ts", like=self.times))[0]
+
+    def covariance(self, ts: Tensor | float) -> Tensor:
+        """Return the marginal covariances ``(*s, d, d)`` at times ``ts (*s,)``, in any order."""
+        return self.moments_at(as_tensor(ts, "ts", like=self.times))[1]
+
+    def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the drift ``(..., d)`` at times ``t`` that broadcast to ``x[..., :1]``; at an end that of the interval after it."""
+        check_event_size(x, self.dim, "x")
+        time = as_time(t, x)
+        flat = time[..., 0] if time.ndim else time
+        slope, offset = self._by_interval(flat, True, self.affine_drift_in)
+        return _times(slope, x) + offset
+
+    def covariance_rate(self, t: Tensor) -> Tensor:
+        """See :meth:`GaussianPathMeasure.covariance_rate`."""
+        return self.driven.covariance_rate(t - self.times[0].to(t.dtype))
+
+    def to_sde(self) -> SDE:
+        """Return the equation of the law."""
+        return SDE(self.drift, self.driven.to_sde().diffusion)
+
+    def chain(self, ts: Tensor) -> GaussianChain:
+        """Return the chain of the law at times ``ts (T,)``."""
+        ts = ts.to(torch.promote_types(ts.dtype, self.times.dtype))
+        self.place(ts)
+        inner = self.times[(self.times > ts[0]) & (self.times < ts[-1])]
+        nodes = union_of(ts, inner)
+        mean, cov = (x[0] for x in self.moments_at(nodes[:1]))
+        parts = []
+        for k in range(len(self.times) - 1):
+            low, high = self.times[k], self.times[k + 1]
+            first = torch.searchsorted(nodes, low, right=False)
+            mine = nodes[first : int(torch.searchsorted(nodes, high, right=True))]
+            # An interval's steps are those whose both ends lie in it; the outer ones reach as far as the rounding of ts does.
+            if k == 0 and float(nodes[0]) < float(low):
+                mine = torch.cat((nodes[:1], mine)) if first > 0 else mine
+            if len(mine) > 1:
+                clock = (mine - low).clamp(torch.zeros_like(low), high - low)
+                parts.append(self.step(k, clock[:-1], clock[1:]))
+        like = mean
+        if parts:
+            phi, shift, noise = (torch.cat(x) for x in zip(*parts, strict=True))
+        else:
+            phi, shift, noise = (
+                like.new_zeros(0, self.dim, self.dim),
+                like.new_zeros(0, self.dim),
+                like.new_zeros(0, self.dim, self.dim),
+            )
+        whole = GaussianChain(mean, cov, phi, shift, noise)
+        return whole.at(torch.searchsorted(nodes.detach(), ts.detach()))
 
 
 def reachable(reference: LinearGaussianMeasure, horizon: float) -> Tensor:

@@ -25,14 +25,20 @@ from stochdyn._checks import (
 from stochdyn.core.forward.fokker_planck import FokkerPlanck
 from stochdyn.core.forward.operator import ForwardOperator
 from stochdyn.core.gaussian.chain import GaussianChain
-from stochdyn.core.gaussian.density import Conditionals, chain_conditionals, check_common_events
+from stochdyn.core.gaussian.density import (
+    Conditionals,
+    chain_conditionals,
+    check_common_events,
+    same_covariance,
+)
+from stochdyn.core.gaussian.layout import align
 from stochdyn.core.gaussian.observations import Observations, as_observations, union_of
 from stochdyn.core.law import girsanov
 from stochdyn.core.law.marginals import GaussianMarginal, Generator, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import Path, PathSample
 from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import ShapeError
+from stochdyn.errors import DiffusionMismatchError, ShapeError, UnavailableError
 
 if TYPE_CHECKING:
     from stochdyn.core.gaussian.conditioned import ConditionedMeasure
@@ -161,7 +167,7 @@ class GaussianPathMeasure(PathMeasure):
         check_type(other, PathMeasure, "other")
         self._check_path(path)
         if not isinstance(other, GaussianPathMeasure):
-            return self.as_measure().log_rn(path, other, estimator, recorded=recorded)  # type: ignore[arg-type]
+            return self.as_diffusion().log_rn(path, other, estimator, recorded=recorded)  # type: ignore[arg-type]
         other._check_path(path)
         self.check_comparable(other, path.ts)
         if estimator == "density":
@@ -175,7 +181,7 @@ class GaussianPathMeasure(PathMeasure):
         return self.conditionals(path, stop=True).log_prob() - there.log_prob()
 
     def check_comparable(self, other: GaussianPathMeasure, ts: Tensor) -> None:
-        """Raise unless the path laws can have a density with respect to each other.
+        """Raise unless the path laws can have a density with respect to each other: diffusions must share their noise.
 
         Raises:
             ShapeError: if the states differ in size.
@@ -183,6 +189,16 @@ class GaussianPathMeasure(PathMeasure):
         """
         if self.dim != other.dim:
             raise ShapeError("the laws have states of different size", got=f"{self.dim} and {other.dim}")
+        try:
+            mine, theirs = self.covariance_rate(ts.detach()), other.covariance_rate(ts.detach())
+        except UnavailableError:
+            return
+        batch = torch.broadcast_shapes(mine.shape[1:-2], theirs.shape[1:-2])
+        if not bool(same_covariance(align(mine, 1, 2, batch), align(theirs, 1, 2, batch)).all()):
+            raise DiffusionMismatchError(
+                "the laws have different diffusions, so their path laws are mutually singular",
+                hint="densities of the values at some times are log_prob(path) of each",
+            )
 
     def conditionals(self, path: Path, stop: bool = False) -> Conditionals:
         """Return the laws of every point of a path given the points before it; ``stop`` cuts off the law's own gradient."""
@@ -203,7 +219,7 @@ class GaussianPathMeasure(PathMeasure):
         return out
 
     def covariance_rate(self, t: Tensor) -> Tensor:
-        r"""Return :math:`GG^\top (*B, d, d)` of a diffusion at one time.
+        r"""Return :math:`GG^\top (n, *B, d, d)` of a diffusion at times ``t (n,)``.
 
         Raises:
             UnavailableError: if the law isn't a diffusion in its state alone.
@@ -226,7 +242,7 @@ class GaussianPathMeasure(PathMeasure):
         """
         return FokkerPlanck(self.to_sde())
 
-    def as_measure(self) -> DiffusionMeasure:
+    def as_diffusion(self) -> DiffusionMeasure:
         """Return the law as a :class:`~stochdyn.DiffusionMeasure`, which is simulated step by step.
 
         Raises:

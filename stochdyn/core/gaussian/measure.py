@@ -21,17 +21,17 @@ from stochdyn.core.gaussian.chain import GaussianChain
 from stochdyn.core.gaussian.coefficients import (
     TimeFunction,
     TimeValue,
-    as_diffusion,
+    as_noise_matrix,
     as_time_value,
 )
-from stochdyn.core.gaussian.density import grid_kl, path_kl, same_covariance
+from stochdyn.core.gaussian.density import grid_kl, path_kl
 from stochdyn.core.gaussian.law import GaussianPathMeasure
-from stochdyn.core.gaussian.layout import align, broadcast_batches
+from stochdyn.core.gaussian.layout import broadcast_batches
 from stochdyn.core.gaussian.transition import Transition, grid_transition, varying_transition
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.sde.coefficients import Coefficient, Matrix
 from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import DiffusionMismatchError, ShapeError, SingularDiffusionError, TimeGridError
+from stochdyn.errors import ShapeError, SingularDiffusionError, TimeGridError
 
 __all__ = ["LinearGaussianMeasure"]
 
@@ -45,7 +45,7 @@ class LinearGaussianMeasure(GaussianPathMeasure):
     coefficients that vary in time. All answers are differentiable in all tensors, also in the times.
 
     Use it where drift and noise don't depend on the state but linearly: nothing is simulated. A
-    :class:`~stochdyn.DiffusionMeasure` takes any drift, by steps; :meth:`as_measure` turns this law into one.
+    :class:`~stochdyn.DiffusionMeasure` takes any drift, by steps; :meth:`as_diffusion` turns this law into one.
 
     Args:
         drift_matrix: :math:`A`, ``(*B, d, d)`` in 1/time, or a function of times ``(n,)`` that returns
@@ -97,7 +97,7 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         self._initial_cov = as_time_value(initial_cov, "initial_cov", (dim, dim), initial_mean)
         self.drift_matrix = as_time_value(drift_matrix, "drift_matrix", (dim, dim), initial_mean)
         self.drift_offset = as_time_value(drift_offset, "drift_offset", (dim,), initial_mean)
-        self.diffusion = as_diffusion(diffusion, initial_mean)
+        self.diffusion = as_noise_matrix(diffusion, initial_mean)
         given = {v.name: v.constant for v in (self._initial_mean, self._initial_cov, *self._values)}
         check_same_device(**given)
         check_same_dtype(**given)
@@ -263,8 +263,8 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         return GaussianChain(mean, cov, phi, c, q)
 
     def covariance_rate(self, t: Tensor) -> Tensor:
-        r"""Return :math:`GG^\top (*B, d, d)` at one time."""
-        return self.coefficients(t.reshape(1).to(self.like.dtype))[2][0]
+        r"""Return :math:`GG^\top (n, *B, d, d)` at times ``t (n,)``."""
+        return self.coefficients(t.to(self.like.dtype))[2]
 
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the drift ``A x + b (..., d)`` at ``x (..., *B, d)``; ``t`` is a number or broadcastable to ``x[..., :1]``."""
@@ -281,7 +281,7 @@ class LinearGaussianMeasure(GaussianPathMeasure):
             other,
             LinearGaussianMeasure,
             "other",
-            "other laws have Monte Carlo estimates, by as_measure().kl(...)",
+            "other laws have Monte Carlo estimates, by as_diffusion().kl(...)",
         )
         return grid_kl(self, other, ts)
 
@@ -299,28 +299,12 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         check_type(other, LinearGaussianMeasure, "other")
         return path_kl(self, other, ts)
 
-    def check_comparable(self, other: GaussianPathMeasure, ts: Tensor) -> None:
-        """See :meth:`GaussianPathMeasure.check_comparable`: linear equations must share their diffusion."""
-        super().check_comparable(other, ts)
-        if not isinstance(other, LinearGaussianMeasure):
-            return
-        times = ts.detach().to(self.like.dtype)
-        mine, theirs = self.coefficients(times)[2], other.coefficients(times)[2]
-        lead = max(mine.ndim, theirs.ndim) - 3
-        batch = broadcast_batches({"this": tuple(mine.shape[1:-2]), "other": tuple(theirs.shape[1:-2])})
-        assert len(batch) == lead
-        if not bool(same_covariance(align(mine, 1, 2, batch), align(theirs, 1, 2, batch)).all()):
-            raise DiffusionMismatchError(
-                "the laws have different diffusions, so their path laws are mutually singular",
-                hint="densities of the values at some times are log_prob(path) of each",
-            )
-
     def to_sde(self) -> SDE:
         """Return the equation of this law, for simulation and control."""
         constant = self.diffusion.constant
         return SDE(_LinearDrift(self), _LinearDiffusion(self) if constant is None else Matrix(constant))
 
-    def as_measure(self) -> DiffusionMeasure:
+    def as_diffusion(self) -> DiffusionMeasure:
         """Return this law as a :class:`~stochdyn.DiffusionMeasure`, which is simulated step by step from ``initial_time`` on.
 
         Raises:

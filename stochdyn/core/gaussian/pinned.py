@@ -283,13 +283,14 @@ class PinnedProcess(GaussianPathMeasure):
 
     def covariance_rate(self, t: Tensor) -> Tensor:
         """See :meth:`GaussianPathMeasure.covariance_rate`."""
-        return torch.diag_embed(self._expand("diffusion").square())
+        rate = torch.diag_embed(self._expand("diffusion").square())
+        return rate.expand(t.shape[0], *rate.shape)
 
     def to_sde(self) -> SDE:
         """Return the bridge's equation, to be simulated on grids that stop before the end."""
         return SDE(self.drift, Diagonal(self._expand("diffusion")))
 
-    def as_measure(self) -> DiffusionMeasure:
+    def as_diffusion(self) -> DiffusionMeasure:
         """Return the bridge as a :class:`~stochdyn.DiffusionMeasure`, for grids that end before it does."""
         return DiffusionMeasure(self.initial, self.to_sde(), start_time=self.start_time)
 
