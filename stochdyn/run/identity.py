@@ -130,13 +130,16 @@ class Identity:
         )
 
 
-def check_same_run(folder: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+def check_same_run(
+    folder: Path, found: Mapping[str, str], expected: Mapping[str, str], hint: str | None = None
+) -> None:
     """Raise ForeignCheckpointError, with the names that differ, unless two descriptions agree.
 
     Args:
         folder: the checkpoint's directory, for the message.
         found: the description in the checkpoint.
         expected: the description of what is to go on from it.
+        hint: what to try; by default to do everything as in that run.
     """
     differences = []
     for name in dict.fromkeys([*expected, *found]):
@@ -151,7 +154,7 @@ def check_same_run(folder: Path, found: Mapping[str, str], expected: Mapping[str
         raise ForeignCheckpointError(
             f"the checkpoint {folder} belongs to another run",
             got="; ".join(differences[:_LISTED]) + more,
-            hint="build everything and call as in that run, or choose another directory",
+            hint=hint or "build everything and call as in that run, or choose another directory",
         )
 
 
@@ -208,6 +211,8 @@ def _text(thing: object) -> str:
 
 
 def _shape(value: Tensor) -> str:
+    if isinstance(value, nn.parameter.UninitializedTensorMixin):
+        return "not made yet"
     return f"{str(value.dtype)[6:]} {tuple(value.shape)}"
 
 

@@ -62,7 +62,10 @@ def load_weights(path: str | os.PathLike[str], objective: nn.Module, *, ema: boo
             "there are no weights to load", got=os.fspath(path), expected="a checkpoint directory"
         )
     values, average = _weights_in(Path(path), content)
-    check_same_run(Path(path), fingerprint(values), fingerprint(objective))
+    found, expected = fingerprint(values), fingerprint(objective)
+    lacking = all(n in found and text in (found[n], "not made yet") for n, text in expected.items())
+    hint = "the module may make its parameters in its first call (Pyro's guides, lazy layers): call it once before"
+    check_same_run(Path(path), found, expected, hint if lacking else None)
     if ema:
         if average is None:
             raise InvalidInputError(

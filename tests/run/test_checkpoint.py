@@ -430,6 +430,30 @@ class TestWeights:
         with pytest.raises(InvalidInputError, match="kept no average"):
             _ = result.ema_objective
 
+    @pytest.mark.parametrize("kind", ["guide", "lazy"])
+    def test_a_module_that_was_never_called_is_told_so(self, tmp_path: Path, kind: str) -> None:
+        import pyro
+        import pyro.distributions as dist
+        from pyro.infer.autoguide import AutoNormal
+
+        def model() -> None:
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+        def make() -> Any:
+            return AutoNormal(model) if kind == "guide" else nn.LazyLinear(2)
+
+        def call(module: Any) -> None:
+            module() if kind == "guide" else module(torch.ones(1, 3))
+
+        first, second = make(), make()
+        call(first)
+        save_weights(first, tmp_path)
+        with pytest.raises(ForeignCheckpointError, match=r"in its first call.*call it once before"):
+            load_weights(tmp_path, second)
+        call(second)
+        load_weights(tmp_path, second)
+        assert same_bits(weights(first), weights(second))
+
     def test_nothing_there_is_said(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no weights to load"):
             load_weights(tmp_path / "absent", Regression())
