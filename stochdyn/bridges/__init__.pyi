@@ -4,6 +4,7 @@ from .data.cells import from_npz as from_npz
 from .data.cells import pca as pca
 from .data.snapshots import Snapshot as Snapshot
 from .data.snapshots import Snapshots as Snapshots
+from .export import to_anndata as to_anndata
 from .families.base import DriftFamily as DriftFamily
 from .families.base import LinearDrift as LinearDrift
 from .families.base import LinearFamily as LinearFamily

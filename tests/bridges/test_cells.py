@@ -136,3 +136,92 @@ def test_principal_components():
     assert turned.map(lambda x: x[:, :1]).samples[0].var() > turned.map(lambda x: x[:, 3:]).samples[0].var()
     with pytest.raises(sd.errors.InvalidInputError, match="fewer"):
         pca(snaps, 5)
+
+
+@pytest.fixture
+def shuffled():
+    """Three days of two types, in random order, as after concatenating and shuffling."""
+    anndata = pytest.importorskip("anndata")
+    pandas = pytest.importorskip("pandas")
+    r = np.random.default_rng(0)
+    day, kind = np.repeat([0.0, 1.0, 2.0], [12, 15, 18]), np.tile(["left", "right"], 23)[:45]
+    cells = 0.2 * r.normal(size=(45, 3)) + np.where(kind == "left", -2.0, 2.0)[:, None] + day[:, None]
+    order = r.permutation(45)
+    obs = pandas.DataFrame({"day": day[order], "type": kind[order]}, index=[f"cell{i}" for i in order])
+    return anndata.AnnData(np.zeros((45, 2)), obs=obs, obsm={"X_pca": cells[order]})
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_results_go_back_to_the_cells_they_belong_to(shuffled, tmp_path, growing):
+    snaps = sd.bridges.from_anndata(shuffled, "day")
+    assert [name[:4] for name in snaps.names[0]] == ["cell"] * 12
+    if growing:
+        result = sd.bridges.GrowingBridge(snaps, diffusion=0.7).solve()
+    else:
+        result = sd.bridges.refine(snaps, sd.bridges.LinearDrift(3), diffusion=0.7, max_iterations=2)
+    seen = shuffled[snaps.names[2]].obs["type"]
+    out = sd.bridges.to_anndata(result, shuffled, labels=list(seen))
+    assert out is shuffled
+    velocity = out.obsm["stochdyn_velocity"]
+    assert np.abs(velocity.mean(0) - 1).max() < 0.4
+    moves = out.obsp["stochdyn_transitions"]
+    assert np.abs(np.asarray(moves.sum(1)).ravel() - 1).max() < 1e-9
+    day = out.obs["day"].to_numpy()
+    rows, columns = moves.nonzero()
+    assert set((day[columns] - day[rows])[day[rows] < 2]) == {1.0}
+    right = out.obs["stochdyn_fate_right"].to_numpy()
+    assert right[(out.obs["type"] == "right").to_numpy()].min() > 0.8  # a few cross, since shares differ
+    assert right[(out.obs["type"] == "left").to_numpy()].max() < 0.2
+    assert np.isfinite(out.obs["stochdyn_growth"]).all()
+    pytest.importorskip("anndata").settings.allow_write_nullable_strings = True
+    out.write_h5ad(tmp_path / "cells.h5ad")
+    back = pytest.importorskip("anndata").read_h5ad(tmp_path / "cells.h5ad")
+    assert back.uns["stochdyn"]["times"].tolist() == [0.0, 1.0, 2.0]
+    fresh = sd.bridges.to_anndata(result)
+    assert fresh.shape == (45, 3)
+    some = sd.bridges.from_anndata(shuffled, "day").subsample(8, 0)
+    part = sd.bridges.to_anndata(
+        sd.bridges.SchrodingerBridge(some, diffusion=1.0).solve(), shuffled, key="part"
+    )
+    assert np.isnan(part.obsm["part_velocity"]).any(1).sum() == 45 - 24
+    with pytest.raises(sd.errors.InvalidInputError, match="lacks cells"):
+        sd.bridges.to_anndata(result, shuffled[:20].copy())
+
+
+def test_lineages_over_several_days():
+    g = torch.Generator().manual_seed(0)
+    clouds = [torch.randn(n, 2, generator=g, dtype=torch.float64) + 0.5 * k for k, n in enumerate((6, 9, 7))]
+    law = sd.bridges.SchrodingerBridge(
+        Snapshots([0.0, 1.0, 2.0], clouds), diffusion=0.8, tolerance=1e-10
+    ).solve()
+    whole = law.coupling(0, 2)
+    torch.testing.assert_close(whole.sum(1), torch.full((6,), 1 / 6, dtype=torch.float64))
+    torch.testing.assert_close(whole.sum(0), torch.full((7,), 1 / 7, dtype=torch.float64), atol=1e-8, rtol=0)
+    matrix = law.transition_matrix(0, -1)
+    torch.testing.assert_close(matrix, 6 * whole)
+    torch.testing.assert_close(law.descendants([2], 0, 2), matrix[2])
+    torch.testing.assert_close(law.ancestors([3], 0, 2), 7 * whole[:, 3], atol=1e-7, rtol=0)
+    classes, chances = law.fates(["a", "b", "a", "a", "b", "b", "a"])
+    assert classes == ["a", "b"]
+    torch.testing.assert_close(chances[:, 0], matrix[:, [0, 2, 3, 6]].sum(1))
+    for bad in (
+        lambda: law.coupling(1, 0),
+        lambda: law.coupling(0, 5),
+        lambda: law.fates(["a"]),
+        lambda: law.descendants([9], 0, 1),
+    ):
+        with pytest.raises(sd.errors.StochdynError):
+            bad()
+
+
+def test_sparse_cells_are_read():
+    sparse = pytest.importorskip("scipy.sparse")
+
+    class Cells:
+        obs = {"day": np.array([0.0, 1.0, 0.0])}  # noqa: RUF012
+        obsm = {"X_pca": sparse.csr_matrix(np.eye(3))}  # noqa: RUF012
+
+    assert from_anndata(Cells(), "day").sizes == (2, 1)
+    Cells.obsm = {"X_pca": np.array([["a"], ["b"], ["c"]])}
+    with pytest.raises(sd.errors.ShapeError, match="X_pca"):
+        from_anndata(Cells(), "day")

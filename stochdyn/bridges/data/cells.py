@@ -44,7 +44,8 @@ def from_anndata(
         dtype: precision of the snapshots.
 
     Returns:
-        Snapshots in order of time.
+        Snapshots in order of time, whose ``names`` are the cells' ``obs_names`` (their positions where there are none), so that
+        :func:`~stochdyn.bridges.to_anndata` finds them again.
 
     Raises:
         MissingDependencyError: for a path, if AnnData isn't installed.
@@ -66,7 +67,7 @@ def from_anndata(
             raise InvalidInputError("adata has no cells", got=type(adata).__name__, expected="an AnnData")
     clock = _clock(_column(adata.obs, time_key, "time_key"), times)
     if representation is None:
-        values = adata.X.toarray() if hasattr(adata.X, "toarray") else adata.X
+        values = adata.X
     elif representation not in adata.obsm:
         raise InvalidInputError(
             "adata has no such representation",
@@ -77,7 +78,10 @@ def from_anndata(
     else:
         values = adata.obsm[representation]
     weights = None if weights_key is None else _column(adata.obs, weights_key, "weights_key")
-    return _split(np.asarray(values), clock, num_components, weights, dtype)
+    values = _dense(values, "adata.X" if representation is None else f"adata.obsm[{representation!r}]")
+    names = getattr(adata, "obs_names", None)
+    names = np.arange(len(values)) if names is None else np.asarray(names)
+    return _split(values, clock, num_components, weights, dtype, names)
 
 
 def from_npz(
@@ -185,6 +189,22 @@ def _read_h5ad(path: str | os.PathLike[str]) -> Any:
     return anndata.read_h5ad(path)
 
 
+def _dense(values: Any, name: str) -> np.ndarray:
+    """Return cells as an array; sparse ones and tables are turned into one.
+
+    Raises:
+        ShapeError: if they aren't a table of numbers.
+    """
+    dense = values.toarray() if hasattr(values, "toarray") else np.asarray(values)
+    if dense.ndim != 2 or dense.dtype.kind not in "fiub":
+        raise ShapeError(
+            f"{name} must be a table of numbers",
+            got=f"{type(values).__name__} of shape {dense.shape}",
+            expected="(N, d)",
+        )
+    return dense
+
+
 def _column(obs: Any, key: str, argument: str) -> np.ndarray:
     if key not in obs:
         raise InvalidInputError(
@@ -219,6 +239,7 @@ def _split(
     num_components: int | None,
     weights: np.ndarray | None,
     dtype: torch.dtype,
+    names: np.ndarray | None = None,
 ) -> Snapshots:
     if values.ndim != 2 or clock.shape != values.shape[:1]:
         raise ShapeError(
@@ -229,7 +250,8 @@ def _split(
     chosen = None
     if weights is not None:
         chosen = [torch.as_tensor(weights[clock == t].astype(float), dtype=dtype) for t in levels]
-    return Snapshots(levels, clouds, chosen)
+    kept = None if names is None else [names[clock == t] for t in levels]
+    return Snapshots(levels, clouds, chosen, kept)
 
 
 def _cut(values: np.ndarray, num_components: int | None, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +77,7 @@ class Snapshots:
         samples: one ``(n_i, d)`` array per time, or a tensor ``(I, n, d)``. NumPy arrays are taken as they are.
         weights: one ``(n_i,)`` array per time, nonnegative and not all zero; equal if None. They are normalised, and their
             totals kept as :attr:`masses`.
+        names: one sequence of ``n_i`` names of particles per time, such as the barcodes of cells, which stay with them; None for none.
 
     Raises:
         TimeGridError: if the times are fewer than two, repeated or unsorted.
@@ -99,6 +101,7 @@ class Snapshots:
         times: Tensor | Sequence[float],
         samples: Tensor | Sequence[Any],
         weights: Sequence[Any] | Tensor | None = None,
+        names: Sequence[Sequence[Any]] | None = None,
     ) -> None:
         clouds = tuple(_as_floating(x) for x in samples)
         check_nonempty(clouds, "samples")
@@ -112,11 +115,12 @@ class Snapshots:
             check_ndim(cloud, 2, f"samples[{i}]", "(n, d)")
             check_event_size(cloud, clouds[0].shape[1], f"samples[{i}]")
             check_finite(cloud, f"samples[{i}]")
-        names = {f"samples[{i}]": cloud for i, cloud in enumerate(clouds)}
-        check_same_dtype(**names)
-        check_same_device(**names)
+        named = {f"samples[{i}]": cloud for i, cloud in enumerate(clouds)}
+        check_same_dtype(**named)
+        check_same_device(**named)
         self.samples: tuple[Tensor, ...] = clouds
         self.weights, self.masses = _normalised(weights, clouds)
+        self.names: tuple[np.ndarray, ...] | None = _as_names(names, clouds)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -181,6 +185,7 @@ class Snapshots:
             self.times[order],
             [self.samples[i] for i in order],
             [self.weights[i] * self.masses[i] for i in order],
+            None if self.names is None else [self.names[i] for i in order],
         )
 
     def resample(self, generator: torch.Generator | int | None = None) -> Snapshots:
@@ -189,24 +194,32 @@ class Snapshots:
         Multiplicities become weights, and particles that weren't drawn are dropped.
         """
         generator = as_generator(generator, self.device)
-        clouds, weights = [], []
+        clouds, weights, kept_at = [], [], []
         for cloud, own, mass in zip(self.samples, self.weights, self.masses, strict=True):
             draws = torch.multinomial(own, cloud.shape[0], replacement=True, generator=generator)
             counts = torch.bincount(draws, minlength=cloud.shape[0])
             kept = counts > 0
             clouds.append(cloud[kept])
             weights.append(counts[kept].to(cloud.dtype) * (mass / cloud.shape[0]))
-        return Snapshots(self.times, clouds, weights)
+            kept_at.append(kept.nonzero()[:, 0])
+        return Snapshots(self.times, clouds, weights, self._named(kept_at))
 
     def subsample(self, num_samples: int, generator: torch.Generator | int | None = None) -> Snapshots:
         """Return at most ``num_samples`` particles per snapshot, drawn without replacement by weight, equally weighted."""
         check_positive_int(num_samples, "num_samples")
         generator = as_generator(generator, self.device)
-        clouds = []
+        clouds, chosen = [], []
         for cloud, own in zip(self.samples, self.weights, strict=True):
             count = min(num_samples, int((own > 0).sum()))
-            clouds.append(cloud[torch.multinomial(own, count, replacement=False, generator=generator)])
-        return Snapshots(self.times, clouds)
+            chosen.append(torch.multinomial(own, count, replacement=False, generator=generator))
+            clouds.append(cloud[chosen[-1]])
+        return Snapshots(self.times, clouds, None, self._named(chosen))
+
+    def _named(self, index: Sequence[Tensor]) -> list[np.ndarray] | None:
+        """The names of chosen particles."""
+        if self.names is None:
+            return None
+        return [own[i.cpu().numpy()] for own, i in zip(self.names, index, strict=True)]
 
     def standardised(self) -> tuple[Snapshots, Tensor, Tensor]:
         """Return snapshots with mean zero and variance one over all of them, the mean ``(d,)`` and scale ``(d,)``."""
@@ -220,7 +233,9 @@ class Snapshots:
     def map(self, function: Any) -> Snapshots:
         """Return the snapshots with ``function`` applied to every cloud ``(n, d)``."""
         masses = zip(self.weights, self.masses, strict=True)
-        return Snapshots(self.times, [function(x) for x in self.samples], [w * m for w, m in masses])
+        return Snapshots(
+            self.times, [function(x) for x in self.samples], [w * m for w, m in masses], self.names
+        )
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Snapshots:
         """Return the snapshots in another precision or on another device."""
@@ -229,12 +244,26 @@ class Snapshots:
             (w * m).to(dtype=c.dtype, device=c.device)
             for w, m, c in zip(self.weights, self.masses, clouds, strict=True)
         ]
-        return Snapshots(self.times.to(clouds[0].device), clouds, weights)
+        return Snapshots(self.times.to(clouds[0].device), clouds, weights, self.names)
 
 
 def _as_floating(x: Any) -> Tensor:
     tensor = torch.as_tensor(x)
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
+def _as_names(
+    names: Sequence[Sequence[Any]] | None, clouds: tuple[Tensor, ...]
+) -> tuple[np.ndarray, ...] | None:
+    if names is None:
+        return None
+    own = tuple(np.asarray(part) for part in names)
+    sizes = [len(cloud) for cloud in clouds]
+    if [part.shape for part in own] != [(n,) for n in sizes]:
+        raise ShapeError(
+            "names must have one name per particle", got=[part.shape for part in own], expected=sizes
+        )
+    return own
 
 
 def _normalised(

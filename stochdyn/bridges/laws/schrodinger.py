@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from stochdyn._checks import (
 )
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
-from stochdyn.bridges.laws import kernel_drift, sampling
+from stochdyn.bridges.laws import kernel_drift, lineages, sampling
 from stochdyn.bridges.laws.growth import Growth
 from stochdyn.bridges.laws.linearised import AffineTransition, Transition, transition
 from stochdyn.bridges.laws.marginal import BridgeMarginal
@@ -598,6 +598,69 @@ class SchrodingerBridge(PathMeasure):
             "a bridge through particles has no density with respect to another law",
             hint="use as_diffusion().log_rn on paths that end before a snapshot, or .objective for the divergence",
         )
+
+    # -------------------------------------------------------------------------------------- lineages
+    @torch.no_grad()
+    def coupling(self, first: int, last: int) -> Tensor:
+        """Return the joint weights ``(n, m)`` of the particles of two snapshots, over those between them; they sum to one.
+
+        Args:
+            first: the index of the earlier snapshot.
+            last: that of the later one; negative ones count from the end.
+        """
+        first, last = lineages.check_span(first, last, len(self.snapshots))
+        return lineages.joint(self.plans[first:last])
+
+    @torch.no_grad()
+    def transition_matrix(self, first: int, last: int) -> Tensor:
+        """Return the probabilities ``(n, m)`` with which each particle of a snapshot goes to those of a later one; rows sum to one.
+
+        Args:
+            first: the index of the earlier snapshot.
+            last: that of the later one; negative ones count from the end.
+        """
+        first, last = lineages.check_span(first, last, len(self.snapshots))
+        eye = torch.eye(self.snapshots.sizes[first], dtype=torch.float64, device=self.spread.device)
+        return lineages.push(self.plans[first:last], eye)
+
+    @torch.no_grad()
+    def descendants(self, members: Any, first: int, last: int) -> Tensor:
+        """Return the distribution ``(m,)`` at a later snapshot of what comes from particles of an earlier one.
+
+        Args:
+            members: the particles: weights ``(n,)``, a mask, or indices.
+            first: the index of their snapshot.
+            last: that of the later one; negative ones count from the end.
+        """
+        first, last = lineages.check_span(first, last, len(self.snapshots))
+        start = lineages.weights_of(members, self.snapshots.sizes[first], self.spread.device)
+        return lineages.push(self.plans[first:last], start)
+
+    @torch.no_grad()
+    def ancestors(self, members: Any, first: int, last: int) -> Tensor:
+        """Return the distribution ``(n,)`` at an earlier snapshot of what particles of a later one come from.
+
+        Args:
+            members: the particles: weights ``(m,)``, a mask, or indices.
+            first: the index of the earlier snapshot.
+            last: that of theirs; negative ones count from the end.
+        """
+        first, last = lineages.check_span(first, last, len(self.snapshots))
+        end = lineages.weights_of(members, self.snapshots.sizes[last], self.spread.device)
+        return lineages.pull(self.plans[first:last], end)
+
+    @torch.no_grad()
+    def fates(self, labels: Sequence[Any], first: int = 0, last: int = -1) -> tuple[list[Any], Tensor]:
+        """Return the classes of a later snapshot, and the probabilities ``(n, k)`` with which particles of an earlier one end in them.
+
+        Args:
+            labels: the class of each particle of the later snapshot, such as its cell type.
+            first: the index of the earlier snapshot.
+            last: that of the later one; negative ones count from the end.
+        """
+        first, last = lineages.check_span(first, last, len(self.snapshots))
+        classes, members = lineages.one_hot(labels, self.snapshots.sizes[last])
+        return classes, lineages.fate_probabilities(self.plans[first:last], members.to(self.spread.device))
 
     # ------------------------------------------------------------------------------------------ storage
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SchrodingerBridge:
