@@ -32,9 +32,8 @@ def short(sites: int, fields: list[float]) -> list[sd.povm.SteadyState]:
     found = []
     for field in fields:
         model = systems.ising(sites, coupling=2.0, field=field, decay=1.0)
-        state = sd.povm.steady_state(
-            net, model, povm, "newton", None, OBSERVABLES, iterations=20 if found else 30, progress=False
-        )
+        newton = sd.povm.Newton(max_iterations=20 if found else 30)
+        state = sd.povm.steady_state(net, model, povm, newton, None, OBSERVABLES, progress=False)
         found.append(report(state, sites, field))
     return found
 
@@ -46,10 +45,10 @@ def long(sites: int, fields: list[float], samples: int) -> list[sd.povm.SteadySt
     found = []
     for field in fields:
         model = systems.ising(sites, coupling=2.0, field=field, decay=1.0)
+        relax = sd.povm.Relaxation(horizon=12.0, evolution=sd.povm.TDVP(dt=0.1))
         state = sd.povm.steady_state(
-            net, model, povm, "tdvp", samples, OBSERVABLES, duration=12.0, step=0.1,
-            observe_samples=65536, progress=False,
-        )  # fmt: skip
+            net, model, povm, relax, samples, OBSERVABLES, observe_samples=65536, progress=False
+        )
         found.append(report(state, sites, field))
     return found
 

@@ -59,7 +59,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "sites": 4,
         "until": 1.0,
         "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
-        "run": {"method": "trapezoid", "num_samples": None, "step": 0.1, "iterations": 120},
+        "run": {"method": "trapezoid", "num_samples": None, "dt": 0.1, "steps": 120},
         "bound": 5e-3,
     },
     "ring4-trapezoid-l2": {
@@ -67,7 +67,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "sites": 4,
         "until": 1.0,
         "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
-        "run": {"method": "trapezoid", "num_samples": None, "step": 0.1, "iterations": 120, "norm": "l2"},
+        "run": {"method": "trapezoid", "num_samples": None, "dt": 0.1, "steps": 120, "norm": "l2"},
         "bound": 5e-3,
     },
     "ring4-fit": {
@@ -75,7 +75,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "sites": 4,
         "until": 8.0,
         "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
-        "run": {"method": "fit", "num_samples": None, "step": 0.05},
+        "run": {"method": "fit", "num_samples": None, "dt": 0.05},
         "bound": 5e-3,
         "last": 1e-4,
     },
@@ -100,7 +100,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "sites": 6,
         "until": 2.0,
         "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
-        "run": {"method": "trapezoid", "num_samples": 1000, "step": 0.1, "iterations": 60},
+        "run": {"method": "trapezoid", "num_samples": 1000, "dt": 0.1, "steps": 60},
         "bound": 1e-2,
     },
     "ring6-fit-sampled": {
@@ -108,7 +108,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "sites": 6,
         "until": 2.0,
         "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
-        "run": {"method": "fit", "num_samples": 2000, "step": 0.05},
+        "run": {"method": "fit", "num_samples": 2000, "dt": 0.05},
         "bound": 1e-2,
     },
     "xyz8-tdvp-sampled": {
@@ -117,7 +117,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "initial": "y-",
         "until": 2.0,
         "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
-        "run": {"method": "tdvp", "num_samples": 2000, "step": 0.04},
+        "run": {"method": "tdvp", "num_samples": 2000, "dt": 0.04},
         "bound": 2e-2,
     },
     "torus9-tdvp-one-string": {
@@ -125,7 +125,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "sites": 9,
         "until": 2.0,
         "net": {"layers": 1, "width": 16, "heads": 2, "pairs": "all", "strings": "snake"},
-        "run": {"method": "tdvp", "num_samples": 400, "step": 0.04},
+        "run": {"method": "tdvp", "num_samples": 400, "dt": 0.04},
         "bound": 3e-2,
     },
     "torus9-tdvp-interactions": {
@@ -134,7 +134,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "until": 2.0,
         "ansatz": "AutoregressiveInteractions",
         "net": {"bodies": 3},
-        "run": {"method": "tdvp", "num_samples": 20000, "step": 0.08, "rcond": 1e-4},
+        "run": {"method": "tdvp", "num_samples": 20000, "dt": 0.08, "rcond": 1e-4},
         "bound": 3e-2,
     },
     "torus9-tdvp-interactions-strings": {
@@ -143,7 +143,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "until": 2.0,
         "ansatz": "AutoregressiveInteractions",
         "net": {"bodies": 3, "strings": torus((3, 3))},
-        "run": {"method": "tdvp", "num_samples": 1000, "step": 0.04, "rcond": 1e-4},
+        "run": {"method": "tdvp", "num_samples": 1000, "dt": 0.04, "rcond": 1e-4},
         "bound": 3e-2,
     },
     "torus9-tdvp-eight-snakes": {
@@ -151,7 +151,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "sites": 9,
         "until": 2.0,
         "net": {"layers": 1, "width": 16, "heads": 2, "pairs": "all", "strings": "snakes"},
-        "run": {"method": "tdvp", "num_samples": 400, "step": 0.04},
+        "run": {"method": "tdvp", "num_samples": 400, "dt": 0.04},
         "bound": 3e-2,
     },
     "torus9-tdvp-symmetry-group": {
@@ -159,7 +159,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "sites": 9,
         "until": 2.0,
         "net": {"layers": 1, "width": 16, "heads": 2, "pairs": "all", "strings": torus((3, 3))},
-        "run": {"method": "tdvp", "num_samples": 400, "step": 0.04},
+        "run": {"method": "tdvp", "num_samples": 400, "dt": 0.04},
         "bound": 3e-2,
     },
     "torus9-tdvp-translations": {
@@ -173,7 +173,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
             "pairs": "all",
             "strings": Strings.translations((3, 3), reflections=False),
         },
-        "run": {"method": "tdvp", "num_samples": 400, "step": 0.04},
+        "run": {"method": "tdvp", "num_samples": 400, "dt": 0.04},
         "bound": 3e-2,
     },
     "commuting32-tdvp": {
@@ -182,7 +182,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "until": 3.0,
         "ansatz": "AutoregressiveWindow",
         "net": {"order": 3},
-        "run": {"method": "tdvp", "num_samples": 1000, "step": 0.05},
+        "run": {"method": "tdvp", "num_samples": 1000, "dt": 0.05},
     },
     "commuting64-tdvp": {
         **COMMUTING,
@@ -190,7 +190,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "until": 3.0,
         "ansatz": "AutoregressiveWindow",
         "net": {"order": 2},
-        "run": {"method": "tdvp", "num_samples": 1000, "step": 0.05},
+        "run": {"method": "tdvp", "num_samples": 1000, "dt": 0.05},
     },
     "commuting64-tdvp-order3": {
         **COMMUTING,
@@ -198,14 +198,14 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "until": 3.0,
         "ansatz": "AutoregressiveWindow",
         "net": {"order": 3},
-        "run": {"method": "tdvp", "num_samples": 1000, "step": 0.05},
+        "run": {"method": "tdvp", "num_samples": 1000, "dt": 0.05},
     },
     "commuting32-tdvp-transformer": {
         **COMMUTING,
         "sites": 32,
         "until": 0.5,
         "net": {"layers": 1, "width": 16, "heads": 2},
-        "run": {"method": "tdvp", "num_samples": 1500, "step": 0.05},
+        "run": {"method": "tdvp", "num_samples": 1500, "dt": 0.05},
         "single": True,
     },
     "commuting64-tdvp-transformer": {
@@ -213,7 +213,7 @@ DYNAMICS: dict[str, dict[str, Any]] = {
         "sites": 64,
         "until": 0.25,
         "net": {"layers": 1, "width": 16, "heads": 2},
-        "run": {"method": "tdvp", "num_samples": 100, "step": 0.05},
+        "run": {"method": "tdvp", "num_samples": 100, "dt": 0.05},
         "single": True,
     },
 }
@@ -224,33 +224,33 @@ STEADY: dict[str, dict[str, Any]] = {
     "ring6-steady": {
         "fields": [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0], "sites": 6, "known": 6,
         "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
-        "run": {"method": "newton", "num_samples": None, "iterations": 60}, "bound": 5e-3,
+        "run": {"method": "newton", "num_samples": None, "max_iterations": 60}, "bound": 5e-3,
     },
     "ring6-steady-sampled": {
         "fields": [0.5, 1.0, 2.0, 4.0], "sites": 6, "known": 6,
         "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
         "run": {
-            "method": "tdvp", "num_samples": 2000, "duration": 12.0, "step": 0.15, "observe_samples": 262144,
+            "method": "tdvp", "num_samples": 2000, "horizon": 12.0, "dt": 0.15, "observe_samples": 262144,
         },
         "bound": 5e-3,
     },
     "ring6-steady-descent": {
         "fields": [1.0, 2.0], "sites": 6, "known": 6,
         "net": {"layers": 1, "width": 16, "heads": 2, "strings": RING},
-        "run": {"method": "trapezoid", "num_samples": None, "iterations": 400}, "bound": 5e-3,
+        "run": {"method": "trapezoid", "num_samples": None, "steps": 400}, "bound": 5e-3,
     },
     "ring16-steady": {
         "fields": [1.0, 2.0], "sites": 16, "known": 10,
         "ansatz": "AutoregressiveWindow", "net": {"order": 2},
         "run": {
-            "method": "tdvp", "num_samples": 2000, "duration": 12.0, "step": 0.1, "observe_samples": 65536,
+            "method": "tdvp", "num_samples": 2000, "horizon": 12.0, "dt": 0.1, "observe_samples": 65536,
         },
         "bound": 1e-2,
     },
     "ring16-steady-transformer": {
         "fields": [1.0], "sites": 16, "known": 10,
         "net": {"layers": 1, "width": 16, "heads": 2},
-        "run": {"method": "newton", "num_samples": 200, "iterations": 16}, "bound": 1e-2,
+        "run": {"method": "newton", "num_samples": 200, "max_iterations": 16}, "bound": 1e-2,
     },
 }  # fmt: skip
 
@@ -258,6 +258,28 @@ STEADY: dict[str, dict[str, Any]] = {
 def ansatz(case: dict[str, Any]) -> sd.povm.Ansatz:
     """Make the ansatz of a case: a transformer, or what it names."""
     return getattr(sd.povm, case.get("ansatz", "AutoregressiveTransformer"))(case["sites"], **case["net"])
+
+
+PLAIN = ("method", "num_samples", "observe_samples", "gap")
+
+
+def arguments(case: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``evolve`` takes from a case: the method with its options, and the rest."""
+    run = dict(case["run"])
+    options = {key: run.pop(key) for key in list(run) if key not in PLAIN}
+    kinds = {"tdvp": sd.povm.TDVP, "trapezoid": sd.povm.Trapezoid, "fit": sd.povm.Fit}
+    return {**run, "method": kinds[run["method"]](**options)}
+
+
+def steady_arguments(case: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``steady_state`` takes from a case."""
+    run = dict(case["run"])
+    options = {key: run.pop(key) for key in list(run) if key not in PLAIN}
+    if run["method"] == "tdvp":
+        horizon = options.pop("horizon", None)
+        return {**run, "method": sd.povm.Relaxation(horizon, evolution=sd.povm.TDVP(**options))}
+    kinds = {"newton": sd.povm.Newton, "trapezoid": sd.povm.Descent, "combined": sd.povm.Combined}
+    return {**run, "method": kinds[run["method"]](**options)}
 
 
 def steady(case: dict[str, Any], seed: int, progress: bool) -> dict[str, Any]:
@@ -270,7 +292,13 @@ def steady(case: dict[str, Any], seed: int, progress: bool) -> dict[str, Any]:
         torch.manual_seed(seed)
         net = ansatz(case).double().set_product_state(povm, "up")
         found = sd.povm.steady_state(
-            net, model, povm, observables=["X", "Y", "Z"], seed=seed, progress=progress, **case["run"]
+            net,
+            model,
+            povm,
+            observables=["X", "Y", "Z"],
+            seed=seed,
+            progress=progress,
+            **steady_arguments(case),
         )
         row = {
             "field": field,
@@ -322,7 +350,7 @@ def dynamics(case: dict[str, Any], seed: int, progress: bool) -> dict[str, Any]:
         observables=["X", "Y", "Z", "XX", "YY", "ZZ"],
         seed=seed,
         progress=progress,
-        **case["run"],
+        **arguments(case),
     )
     seconds = time.process_time() - start
     errors = {name: (run.expect[name] - truth[name]).abs() for name in run.expect}

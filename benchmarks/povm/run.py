@@ -20,6 +20,7 @@ from measure import machine, race, seconds, source
 from plain import plain_local_rate, sample_by_prefixes
 
 from stochdyn.povm import (
+    TDVP,
     AutoregressiveTransformer,
     AutoregressiveWindow,
     FourPauli,
@@ -124,8 +125,9 @@ def window(smoke: bool) -> dict[str, Any]:
         each = {"window": times["window"] / many, "transformer": times["transformer"] / few}
 
         def step(net: Any = flat, povm: Any = povm, many: int = many) -> Any:
-            options = {"step": 0.05, "observables": ["Z"], "observe_samples": 16, "progress": False}
-            return evolve(net, systems.ising(net.num_sites), povm, [0.0, 0.05], "tdvp", many, **options)
+            options = {"observables": ["Z"], "observe_samples": 16, "progress": False}
+            model = systems.ising(net.num_sites)
+            return evolve(net, model, povm, [0.0, 0.05], TDVP(dt=0.05), many, **options)
 
         row = {
             "sites": sites,

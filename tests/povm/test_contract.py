@@ -8,6 +8,8 @@ import torch
 import stochdyn as sd
 
 
+# strings that aren't symmetries of the model are allowed, and pointed out
+@pytest.mark.filterwarnings("ignore:the model isn't symmetric")
 def test_a_whole_program() -> None:
     g = torch.Generator().manual_seed(0)
     num_sites = 3

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import warnings
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import stochdyn as sd
 from stochdyn.errors import (
+    ConvergenceWarning,
     ForeignCheckpointError,
     InvalidInputError,
     LindbladianError,
     SystemSizeError,
     TimeGridError,
 )
-from stochdyn.povm import evolve, exact
+from stochdyn.povm import TDVP, Fit, Trapezoid, evolve, exact
 from stochdyn.povm.systems import ising, reference
 
 POVM = sd.povm.Tetrahedral()
@@ -39,23 +43,23 @@ def errors(run: sd.povm.Evolution, model: sd.povm.Lindbladian, state: str) -> to
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "bound"),
+    ("method", "bound"),
     [
-        ("tdvp", {}, 5e-3),
-        ("tdvp", {"step": 0.05}, 5e-3),
-        ("fit", {}, 5e-3),
-        ("trapezoid", {"step": 0.15, "iterations": 80}, 2e-2),
-        ("trapezoid", {"step": 0.15, "iterations": 80, "norm": "l2"}, 2e-2),
+        ("tdvp", 5e-3),
+        (TDVP(dt=0.05), 5e-3),
+        ("fit", 5e-3),
+        (Trapezoid(dt=0.15, steps=80), 2e-2),
+        (Trapezoid(dt=0.15, steps=80, norm="l2"), 2e-2),
     ],
 )
-def test_full_summation_follows_the_exact_evolution(method: str, options: dict, bound: float) -> None:
+def test_full_summation_follows_the_exact_evolution(method: str | TDVP | Trapezoid, bound: float) -> None:
     """Two sites in transit; without any randomness, so a second run gives the same numbers."""
     model = ising(2)
     times = [0.0, 0.15, 0.3]
-    run = evolve(net(2), model, POVM, times, method, None, progress=False, **options)
+    run = evolve(net(2), model, POVM, times, method, None, progress=False)
     assert float(errors(run, model, "up").max()) < bound
-    if method != "trapezoid":
-        again = evolve(net(2), model, POVM, times, method, None, progress=False, seed=5, **options)
+    if not isinstance(method, Trapezoid):
+        again = evolve(net(2), model, POVM, times, method, None, progress=False, seed=5)
         assert all(torch.equal(run.expect[name], again.expect[name]) for name in "XYZ")
     assert all(float(v.max()) == 0 for v in run.stderr.values())
 
@@ -75,7 +79,7 @@ def test_sampling_follows_the_exact_evolution(method: str, strings: str | None) 
 def test_a_product_ansatz_is_exact_without_couplings() -> None:
     """Sites that don't interact stay a product, which the head's bias alone can follow, at any number of sites."""
     model, known = reference("free_sites", 8)
-    run = evolve(net(8, None), model, POVM, [0.0, 0.5], num_samples=300, progress=False, tolerance=3e-3)
+    run = evolve(net(8, None), model, POVM, [0.0, 0.5], TDVP(tolerance=3e-3), 300, progress=False)
     for i, t in enumerate((0.0, 0.5)):
         place = known.times.tolist().index(t)
         for name in "YZ":
@@ -107,28 +111,25 @@ def test_observables_on_places_and_states_at_times() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "options"),
-    [("tdvp", {}), ("fit", {"step": 0.1}), ("trapezoid", {"step": 0.1, "iterations": 10})],
+    "method", ["tdvp", Fit(dt=0.1), Trapezoid(dt=0.1, steps=10)], ids=["tdvp", "fit", "trapezoid"]
 )
-def test_a_run_resumes_to_the_same_bits(tmp_path, method: str, options: dict) -> None:
+def test_a_run_resumes_to_the_same_bits(tmp_path, method: str | Fit | Trapezoid) -> None:
     model, times = ising(3), [0.0, 0.15, 0.3]
-    whole = evolve(net(3), model, POVM, times, method, 200, progress=False, **options)
+    whole = evolve(net(3), model, POVM, times, method, 200, progress=False)
     calls = []
     part = net(3)
     evolve(
         part, model, POVM, times, method, 200, progress=False, checkpoint=tmp_path, checkpoint_every=1,
-        stop=lambda report: calls.append(report) or len(calls) == 2, **options,
+        stop=lambda report: calls.append(report) or len(calls) == 2,
     )  # fmt: skip
     fresh = net(3)
-    resumed = evolve(
-        fresh, model, POVM, times, method, 200, progress=False, checkpoint=tmp_path, resume=True, **options
-    )
+    resumed = evolve(fresh, model, POVM, times, method, 200, progress=False, checkpoint=tmp_path, resume=True)
     for name in "XYZ":
         assert torch.equal(resumed.expect[name], whole.expect[name])
     assert torch.equal(resumed.parameters, whole.parameters)
     assert torch.equal(resumed.steps["residual"], whole.steps["residual"])
     with pytest.raises(ForeignCheckpointError, match="num_samples"):
-        evolve(net(3), model, POVM, times, method, 300, checkpoint=tmp_path, resume=True, **options)
+        evolve(net(3), model, POVM, times, method, 300, checkpoint=tmp_path, resume=True)
 
 
 def test_an_interrupt_keeps_the_whole_step(tmp_path, request) -> None:
@@ -145,17 +146,17 @@ def test_an_interrupt_keeps_the_whole_step(tmp_path, request) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return False
 
-    with pytest.raises(sd.povm.EvolutionInterrupted) as caught:
+    with pytest.raises(sd.run.Interrupted) as caught:
         evolve(
             net(3),
             model,
             POVM,
             times,
-            num_samples=200,
+            TDVP(dt=0.05),
+            200,
             progress=False,
             checkpoint=tmp_path,
             stop=press,
-            step=0.05,
         )
     assert len(caught.value.result.times) >= 1
     rest = evolve(
@@ -163,13 +164,13 @@ def test_an_interrupt_keeps_the_whole_step(tmp_path, request) -> None:
         model,
         POVM,
         times,
-        num_samples=200,
+        TDVP(dt=0.05),
+        200,
         progress=False,
         checkpoint=tmp_path,
         resume=True,
-        step=0.05,
     )
-    whole = evolve(net(3), model, POVM, times, num_samples=200, progress=False, step=0.05)
+    whole = evolve(net(3), model, POVM, times, TDVP(dt=0.05), 200, progress=False)
     assert torch.equal(rest.parameters, whole.parameters)
 
 
@@ -194,22 +195,103 @@ def test_bad_input_is_refused_before_any_work(tmp_path) -> None:
         evolve(net(4), model, POVM, [0.0, 0.2, 0.1])
     with pytest.raises(InvalidInputError, match="method is unknown"):
         evolve(net(4), model, POVM, [0.0, 0.2], "euler")
-    with pytest.raises(InvalidInputError, match="has no option 'iterations'"):
-        evolve(net(4), model, POVM, [0.0, 0.2], "tdvp", iterations=3)
-    with pytest.raises(InvalidInputError, match="step must be positive"):
-        evolve(net(4), model, POVM, [0.0, 0.2], "fit", step=-0.1)
+    with pytest.raises(InvalidInputError, match="dt must be greater"):
+        Fit(dt=-0.1)
+    with pytest.raises(InvalidInputError, match="tolerance controls the step"):
+        TDVP(dt=0.1, tolerance=1e-3)
+    for arguments in ((nn.Linear, model, POVM), (net(4), "m", POVM), (net(4), model, "tetra")):
+        with pytest.raises(InvalidInputError, match="has the wrong type"):
+            evolve(*arguments, [0.0, 0.2])
     with pytest.raises(InvalidInputError, match="number of sites"):
         evolve(net(3), model, POVM, [0.0, 0.2])
     with pytest.raises(SystemSizeError, match="too many outcomes"):
         evolve(net(10, None), ising(10), POVM, [0.0, 0.2], num_samples=None)
     with pytest.raises(LindbladianError, match="doesn't exist"):
         evolve(net(4), model, POVM, [0.0, 0.2], observables={"z": ("Z", 4)})
-    with pytest.raises(LindbladianError, match="negative at time 2"):
+    with pytest.raises(LindbladianError, match="becomes negative at time"):
         evolve(net(1), fading(), POVM, [0.0, 1.0, 2.0])
     with pytest.raises(InvalidInputError, match="needs the directory"):
         evolve(net(4), model, POVM, [0.0, 0.2], resume=True)
     with pytest.raises(InvalidInputError, match="number of outcomes"):
         evolve(sd.povm.AutoregressiveTransformer(4, num_outcomes=9), model, POVM, [0.0, 0.2])
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e-9, 1e12])
+@pytest.mark.parametrize("method", ["tdvp", "fit"])
+def test_the_unit_of_time_is_of_no_influence(unit: float, method: str) -> None:
+    def run(u: float) -> torch.Tensor:
+        times = [0.0, 0.1 * u, 0.33 * u]
+        return evolve(
+            net(2), ising(2, 2 / u, 1 / u, 1 / u), POVM, times, method, None, progress=False
+        ).expect["Z"]
+
+    torch.testing.assert_close(run(unit), run(1.0), atol=1e-6, rtol=0)
+
+
+def test_a_pulse_is_met_by_a_network() -> None:
+    pulse = sd.povm.Lindbladian(
+        1, [(lambda t: math.pi / 4 if 6 <= t < 7 else 0.0, "X", 0)], [(0.01, "sigma-", 0)]
+    )
+    run = evolve(net(1, None), pulse, POVM, [0.0, 10.0], num_samples=None, progress=False)
+    assert float(errors(run, pulse, "up").max()) < 5e-3
+
+
+def test_strings_that_aren_t_symmetries_are_pointed_out() -> None:
+    uneven = sd.povm.Lindbladian(3, [([1.5, 0, 0], "X", "all")], [(1.0, "sigma-", "all")])
+    with pytest.warns(ConvergenceWarning, match="model isn't symmetric"):
+        evolve(net(3), uneven, POVM, [0.0, 0.05], num_samples=None, progress=False)
+    staggered = net(3, state="up").set_product_state(POVM, ["up", "x+", "up"])
+    with pytest.warns(ConvergenceWarning, match="initial state isn't symmetric"):
+        evolve(staggered, ising(3), POVM, [0.0, 0.05], num_samples=None, progress=False)
+    driven = sd.povm.Lindbladian(3, [(torch.cos, "X", "all")], [(1.0, "sigma-", "all")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evolve(net(3), driven, POVM, [0.0, 0.05], num_samples=None, progress=False)
+
+
+def test_complex_observables_and_energies() -> None:
+    model = ising(2)
+    specs = {"c": ("sigma-", 0), "h": [(0.5, "ZZ", (0, 1)), (0.5, "X", "all")]}
+    run = evolve(net(2), model, POVM, [0.0, 0.2], num_samples=500, observables=specs, progress=False)
+    truth = exact.evolve(model, "up", run.times, specs).expect
+    assert run.expect["c"].is_complex()
+    assert not run.expect["h"].is_complex()
+    for name in specs:
+        assert float((run.expect[name] - truth[name]).abs().max()) < 0.05
+
+
+OTHERS = {
+    "model": {"model": ising(2, field=3.0)},
+    "observables": {"observables": {"Z": "X"}},
+    "povm": {"povm": sd.povm.FourPauli()},
+    "ts": {"ts": [0.0, 0.1, 0.25]},
+    "method": {"method": TDVP(dt=0.02)},
+    "seed": {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_run_isn_t_resumed(tmp_path, name: str) -> None:
+    given = {"model": ising(2), "povm": POVM, "ts": [0.0, 0.1, 0.2], "observables": ["Z"], "progress": False}
+    options = {"num_samples": None, "checkpoint": tmp_path}
+    evolve(net(2, state="x+"), **given, **options, stop=lambda report: report["t"] >= 0.1)
+    with pytest.raises(ForeignCheckpointError, match=name):
+        evolve(net(2, state="x+"), **{**given, **OTHERS[name]}, **options, resume=True)
+
+
+def test_an_error_of_the_user_s_keeps_the_checkpoint_and_the_result(tmp_path) -> None:
+    def failing(report: dict[str, float]) -> bool:
+        if report["t"] > 0.12:
+            raise RuntimeError("mine")
+        return False
+
+    times, options = [0.0, 0.1, 0.2], {"num_samples": 100, "progress": False}
+    with pytest.raises(RuntimeError, match="mine") as caught:
+        evolve(net(2), ising(2), POVM, times, **options, checkpoint=tmp_path, stop=failing)
+    assert len(caught.value.result.times) == 2
+    rest = evolve(net(2), ising(2), POVM, times, **options, checkpoint=tmp_path, resume=True)
+    whole = evolve(net(2), ising(2), POVM, times, **options)
+    assert torch.equal(rest.parameters, whole.parameters)
 
 
 @pytest.mark.slow

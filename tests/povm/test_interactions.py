@@ -45,7 +45,7 @@ def test_without_redundancy_and_complete() -> None:
     assert scores.shape[1] == 63
     assert int(torch.linalg.matrix_rank(fisher_matrix(scores, p), hermitian=True)) == 63
     operator = ising(3).master_operator(POVM)
-    velocity = tdvp_velocity(net, operator, Averages(net, operator, None), rcond=1e-13)
+    velocity = tdvp_velocity(Averages(net, operator, None), rcond=1e-13)
     assert torch.allclose(p * (scores @ velocity.direction), operator.apply(p), atol=1e-9)
 
 
@@ -55,7 +55,7 @@ def test_fewer_bodies_than_sites_leave_a_residual() -> None:
     for bodies in (2, 3, 4):
         net = AutoregressiveInteractions(4, bodies=bodies).double().set_product_state(POVM, "up")
         sd.povm.evolve(net, ising(4), POVM, [0.0, 0.3], num_samples=None, observables=["Z"], progress=False)
-        residuals.append(tdvp_velocity(net, operator, Averages(net, operator, None)).residual)
+        residuals.append(tdvp_velocity(Averages(net, operator, None)).residual)
     assert residuals[0] > 3 * residuals[1] > 3 * residuals[2]
 
 

@@ -57,9 +57,7 @@ def test_the_first_change_of_a_product_state_by_two_site_terms_is_in_reach(pairs
     residuals = {}
     for kind in (pairs, None):
         state = net(kind).double().set_product_state(povm, "x+")
-        residuals[kind] = tdvp_velocity(
-            state, operator, Averages(state, operator, None), rcond=1e-12
-        ).residual
+        residuals[kind] = tdvp_velocity(Averages(state, operator, None), rcond=1e-12).residual
     assert residuals[pairs] < (1e-6 if pairs == "all" else 0.05)
     assert residuals[None] > 2 * residuals[pairs]
 

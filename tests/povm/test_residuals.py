@@ -46,9 +46,9 @@ def test_gradients_by_full_summation_match_finite_differences(norm: str, strings
     """The weights 1/P are held fixed in the square, as the estimator does."""
     net = transformer(1, STRINGS[strings])
     if steady:
-        problem = ResidualProblem(net, OPERATOR, Averages(net, OPERATOR, None), norm)
+        problem = ResidualProblem(Averages(net, OPERATOR, None), norm)
     else:
-        problem = trapezoid_problem(net, OPERATOR, Averages(net, OPERATOR, None), None, 0.2, norm)
+        problem = trapezoid_problem(Averages(net, OPERATOR, None), None, 0.2, norm)
         with torch.no_grad():
             net.head.weight.add_(0.05)
     grads, y = gradient(problem), net.parameter_vector()
@@ -78,9 +78,9 @@ def test_sampled_gradients_have_no_bias(norm: str, strings: str) -> None:
     with torch.no_grad():
         for p in (net.head.weight, net.head.bias, net.pairs.blocks):
             p.mul_(0.2)
-    exact = ResidualProblem(net, OPERATOR, Averages(net, OPERATOR, None), norm)
+    exact = ResidualProblem(Averages(net, OPERATOR, None), norm)
     wanted, loss = gradient(exact), exact.evaluate().loss
-    sampled = ResidualProblem(net, OPERATOR, Averages(net, OPERATOR, 200, stratified=False), norm)
+    sampled = ResidualProblem(Averages(net, OPERATOR, 200, stratified=False), norm)
     generator = torch.Generator().manual_seed(1)
     direction = wanted / wanted.norm()
     slopes, losses = [], []
@@ -93,7 +93,7 @@ def test_sampled_gradients_have_no_bias(norm: str, strings: str) -> None:
 
 def test_a_step_source_is_the_same_from_a_table_and_from_samples() -> None:
     net = transformer(1)
-    problem = trapezoid_problem(net, OPERATOR, Averages(net, OPERATOR, None), None, 0.2)
+    problem = trapezoid_problem(Averages(net, OPERATOR, None), None, 0.2)
     a = all_configurations(4, 4)[::7]
     log_p = net.log_prob(a).detach()
     from_table = problem.source.relative(a, log_p)
@@ -104,7 +104,7 @@ def test_a_step_source_is_the_same_from_a_table_and_from_samples() -> None:
 def test_the_trapezoid_step_of_a_table_is_the_trapezoid_rule() -> None:
     net = table(2).set_product_state(POVM, "up")
     p0 = net.probabilities()
-    problem = trapezoid_problem(net, SMALL, Averages(net, SMALL, None), None, 0.1, "l2")
+    problem = trapezoid_problem(Averages(net, SMALL, None), None, 0.1, "l2")
     best = minimise(problem, 500, 0.03)
     matrix = SMALL.to_sparse().to_dense()
     eye = torch.eye(16, dtype=torch.float64)
@@ -123,7 +123,7 @@ def test_a_fit_reaches_a_target_in_the_family() -> None:
     batch = Averages(net, SMALL, None).draw()
     before = net.log_prob(batch.outcomes).detach()
     factor = (other.log_prob(batch.outcomes).detach() - before).exp()
-    done = fit_to_target(net, batch, before, factor, iterations=12, rcond=1e-12)
+    done = fit_to_target(net, batch, before, factor, max_iterations=12, rcond=1e-12)
     assert done.misfit < 1e-6
     assert torch.allclose(net.probabilities(), other.probabilities(), rtol=0, atol=1e-7)
 
@@ -136,7 +136,7 @@ def test_a_target_step_is_of_second_order() -> None:
         exact = torch.linalg.matrix_exp(0.4 * matrix) @ net.probabilities()
         averages = Averages(net, SMALL, None)
         for _ in range(n):
-            target_step(net, SMALL, averages, None, 0.4 / n, iterations=8, rcond=1e-12)
+            target_step(averages, None, 0.4 / n, max_iterations=8, rcond=1e-12)
         errors.append(float((net.probabilities() - exact).abs().sum()))
     assert 3.0 < errors[0] / errors[1] < 5.5
 
@@ -166,7 +166,7 @@ def test_gradients_of_rates_don_t_depend_on_how_they_are_summed(monkeypatch) -> 
 
 def test_newton_steps_bring_a_table_to_the_steady_state() -> None:
     net = table(2).set_product_state(POVM, "up")
-    solver = GaussNewton(net, SMALL, Averages(net, SMALL, None))
+    solver = GaussNewton(Averages(net, SMALL, None))
     for _ in range(25):
         solver.step()
     values, vectors = torch.linalg.eig(SMALL.to_sparse().to_dense())
@@ -190,4 +190,4 @@ class TestStationaryResidual(ObjectiveSuite):
 
     def make(self):
         net = transformer(1)
-        return StationaryResidual(net, OPERATOR, Averages(net, OPERATOR, None)), None
+        return StationaryResidual(Averages(net, OPERATOR, None)), None

@@ -83,7 +83,7 @@ def test_a_table_follows_the_equation_exactly() -> None:
     """A table can make every change, so the residual is zero and the probabilities change by LP."""
     net = table(3)
     operator = ising(3).master_operator(Tetrahedral())
-    velocity = tdvp_velocity(net, operator, Averages(net, operator, None), rcond=1e-13)
+    velocity = tdvp_velocity(Averages(net, operator, None), rcond=1e-13)
     assert velocity.residual < 1e-6
     assert abs(velocity.mean_rate) < 1e-12
     p, y, h = net.probabilities(), net.parameter_vector(), 1e-5
@@ -99,11 +99,11 @@ def test_sampled_velocities_approach_the_exact_one() -> None:
     net = transformer(1)
     with torch.no_grad():
         net.head.weight.mul_(0.2)
-    wanted = tdvp_velocity(net, OPERATOR, Averages(net, OPERATOR, None), rcond=1e-6)
+    wanted = tdvp_velocity(Averages(net, OPERATOR, None), rcond=1e-6)
     errors = []
     for n in (300, 30000):
         draws = Averages(net, OPERATOR, n, stratified=False)
-        found = tdvp_velocity(net, OPERATOR, draws, generator=torch.Generator().manual_seed(3), rcond=1e-6)
+        found = tdvp_velocity(draws, generator=torch.Generator().manual_seed(3), rcond=1e-6)
         errors.append(float(wanted.metric.norm(found.direction - wanted.direction)))
     assert errors[1] < 0.3 * errors[0]
 
@@ -179,7 +179,7 @@ def test_heun_is_of_second_order_and_its_control_keeps_the_tolerance() -> None:
 
     def field(t, y):
         net.set_parameter_vector(y)
-        return tdvp_velocity(net, operator, averages, rcond=1e-12)
+        return tdvp_velocity(averages, rcond=1e-12)
 
     start = net.parameter_vector()
     matrix = operator.to_sparse().to_dense()

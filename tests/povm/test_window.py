@@ -8,8 +8,9 @@ import torch
 import stochdyn as sd
 from stochdyn.core import all_configurations, encode
 from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
-from stochdyn.povm import AutoregressiveWindow, Strings
-from stochdyn.povm.dynamics import Averages, local_rates, make_stepper, read_options, tdvp_velocity
+from stochdyn.povm import TDVP, AutoregressiveWindow, Fit, Strings
+from stochdyn.povm.dynamics import Averages, Problem, local_rates, tdvp_velocity
+from stochdyn.povm.master import make_schedule
 from stochdyn.povm.systems import ising, reference
 from tests.povm.laws import fisher_p_value, stirred, window
 
@@ -67,7 +68,7 @@ def test_marginals_within_a_window_move_at_their_exact_rates() -> None:
     net = stirred(AutoregressiveWindow(5, order=2, periodic=False, shared=False), scale=0.2)
     every = all_configurations(5, 4)
     p = net.probabilities()
-    velocity = tdvp_velocity(net, operator, Averages(net, operator, None), rcond=1e-13).direction
+    velocity = tdvp_velocity(Averages(net, operator, None), rcond=1e-13).direction
     moves = p * (net.scores(every)[1] @ velocity)
     wanted = operator.apply(p)
 
@@ -86,11 +87,11 @@ def test_draws_decide_on_the_noise_filter(draws: int | None, wanted: float) -> N
     assert net.parameter_vector().numel() == 148
     operator = ising(5).master_operator(POVM)
     averages = Averages(net, operator, draws)
-    for method in ("tdvp", "fit"):
-        made = make_stepper(read_options(method, {}), net, operator, averages, 0, False)
-        assert made.min_snr == wanted
-        given = make_stepper(read_options(method, {"min_snr": 1.5}), net, operator, averages, 0, False)
-        assert given.min_snr == 1.5
+    schedule = make_schedule(ising(5), torch.tensor([0.0, 1.0], dtype=torch.float64))
+    problem = Problem(averages, schedule, 1.0, 0, False)
+    for method in (TDVP, Fit):
+        assert method().stepper(problem).min_snr == wanted
+        assert method(min_snr=1.5).stepper(problem).min_snr == 1.5
 
 
 def test_a_ring_of_sixteen_against_its_exact_answer() -> None:
@@ -98,7 +99,7 @@ def test_a_ring_of_sixteen_against_its_exact_answer() -> None:
     model, known = reference("commuting_ring", 16, dephasing=0.0)
     times = known.times[known.times <= 0.5]
     net = AutoregressiveWindow(16, order=2).double().set_product_state(povm, "x+")
-    run = sd.povm.evolve(net, model, povm, times, num_samples=1000, step=0.05, progress=False)
+    run = sd.povm.evolve(net, model, povm, times, TDVP(dt=0.05), 1000, progress=False)
     for name in "XYZ":
         off = (run.expect[name] - known.expect[name][: len(times)]).abs()
         assert float(off.max()) < 2e-2, name

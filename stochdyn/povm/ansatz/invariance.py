@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ __all__ = ["irreducible_terms", "is_invariant"]
 Terms = dict[tuple[int, ...], Tensor]
 
 
-def irreducible_terms(operator: SparseMasterEquation) -> Terms:
+def irreducible_terms(operator: SparseMasterEquation, members: Sequence[int] | None = None) -> Terms:
     r"""Return the unique terms of an operator whose parts on fewer sites are split off.
 
     How a sum is cut into local matrices is arbitrary: a one-site term may stand in either bond. With
@@ -28,7 +30,8 @@ def irreducible_terms(operator: SparseMasterEquation) -> Terms:
     have no part on fewer sites than ``R``, so the sums of them are the operator's own.
 
     Args:
-        operator: with constant coefficients.
+        operator: the operator, with constant coefficients.
+        members: the terms to take; all if None.
 
     Returns:
         For every set of sites the matrix ``(K**k, K**k)``; zeros are left out.
@@ -36,8 +39,8 @@ def irreducible_terms(operator: SparseMasterEquation) -> Terms:
     q = operator.num_outcomes
     total: Terms = {}
     scales = operator.coefficients
-    for index, sites in enumerate(operator.sites):
-        matrix = operator.matrix(index)
+    for index in range(len(operator.sites)) if members is None else members:
+        sites, matrix = operator.sites[index], operator.matrix(index)
         if isinstance(scales, Tensor):
             matrix = matrix * scales[index].detach()
         for size in range(len(sites) + 1):
@@ -65,9 +68,15 @@ def _part(matrix: Tensor, k: int, kept: tuple[int, ...], q: int) -> Tensor:
 
 
 def is_invariant(operator: MasterEquation, strings: Strings, tolerance: float = 1e-9) -> bool:
-    """Return whether a sum of constant local terms is the same read along each of the strings.
+    """Return whether a sum of local terms is the same read along each of the strings.
 
-    Operators that depend on time, or aren't sums of local terms, count as not invariant.
+    Where coefficients move with time, the terms of each coefficient must be so by themselves. Operators that aren't sums
+    of local terms count as not invariant.
+
+    Args:
+        operator: the master equation.
+        strings: orders of the sites, and relabellings of their outcomes.
+        tolerance: the largest difference of entries, relative to the largest entry.
 
     Example:
         >>> flip = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
@@ -77,9 +86,26 @@ def is_invariant(operator: MasterEquation, strings: Strings, tolerance: float = 
     """
     if not isinstance(operator, SparseMasterEquation):
         return False
-    if operator.coefficients is not None and not isinstance(operator.coefficients, Tensor):
+    if operator.coefficients is None or isinstance(operator.coefficients, Tensor):
+        return _is_same(irreducible_terms(operator), operator.num_outcomes, strings, tolerance)
+    places = getattr(operator.coefficients, "place", None)
+    if places is None:
         return False
-    terms, q = irreducible_terms(operator), operator.num_outcomes
+    groups: dict[int, list[int]] = {}
+    for i, place in enumerate(places.tolist()):
+        groups.setdefault(place, []).append(i)
+    every = (irreducible_terms(_without_factors(operator), members) for members in groups.values())
+    return all(_is_same(terms, operator.num_outcomes, strings, tolerance) for terms in every)
+
+
+def _without_factors(operator: SparseMasterEquation) -> SparseMasterEquation:
+    """Return the operator with all its coefficients one."""
+    plain = copy.copy(operator)
+    plain.coefficients = None
+    return plain
+
+
+def _is_same(terms: Terms, q: int, strings: Strings, tolerance: float) -> bool:
     scale = max((float(m.abs().max()) for m in terms.values()), default=0.0)
     for s in range(len(strings)):
         labels = None if strings.relabellings is None else strings.relabellings[s]

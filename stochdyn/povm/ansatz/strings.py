@@ -88,6 +88,14 @@ class Strings:
         keys = set(self._keys())
         return all(_compose(a, b) in keys for a, b in itertools.product(keys, keys))
 
+    def relative(self) -> Strings:
+        """Return the strings as they differ from the first: the symmetries that a mixture of them supposes."""
+        first = self.orders[0].argsort()
+        labels = self.relabellings
+        if labels is not None:
+            labels = labels[0].argsort()[labels]
+        return Strings(self.orders[:, first], labels)
+
     def arrange(self, a: Tensor) -> Tensor:
         """Return outcomes ``(n, N)`` as every string reads them, ``(n, S, N)``."""
         b = a[:, self.orders.to(a.device)]

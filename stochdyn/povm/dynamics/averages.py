@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from stochdyn._checks import check_positive_int
 from stochdyn.core.forward.master import MasterEquation
 from stochdyn.core.forward.master_terms import SparseMasterEquation
 from stochdyn.core.forward.outcomes import all_configurations
-from stochdyn.errors import SystemSizeError
+from stochdyn.errors import ConvergenceWarning, SystemSizeError
 from stochdyn.povm.ansatz.autoregressive import AutoregressiveAnsatz
 from stochdyn.povm.ansatz.base import Ansatz
 from stochdyn.povm.ansatz.invariance import is_invariant
@@ -61,9 +62,27 @@ class Averages:
         self.net, self.operator, self.num_samples, self.stratified = net, operator, num_samples, stratified
         symmetry = net.symmetry
         self.symmetric = symmetry is not None and is_invariant(operator, symmetry)
+        self._warn_of_symmetry()
         self._all: tuple[Tensor, Tensor] | None = None
         if num_samples is None:
             self._all = self._list()
+
+    def _warn_of_symmetry(self) -> None:
+        """Say so if the state is averaged over strings that the model doesn't share."""
+        strings = getattr(self.net, "strings", None)
+        if strings is None or len(strings) == 1 or self.symmetric:
+            return
+        if not is_invariant(self.operator, strings.relative()):
+            what = "the model isn't symmetric under the strings that the ansatz averages over"
+        elif self.net.symmetry is None and strings.is_group:
+            what = "the initial state isn't symmetric under the strings that the ansatz averages over"
+        else:
+            return
+        warnings.warn(
+            f"{what} ({strings!r}), so it can't follow: use strings=None, or symmetries of the model",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
 
     def _list(self) -> tuple[Tensor, Tensor]:
         """Return the outcomes to sum over and how many each stands for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from stochdyn.errors import InvalidInputError
 from stochdyn.povm.ansatz.base import Ansatz
+from stochdyn.povm.dynamics.methods import Method
+from stochdyn.povm.master.physicality import Positivity
 
-__all__ = ["Evolution", "EvolutionInterrupted"]
+__all__ = ["Evolution"]
 
 
 @dataclass
@@ -20,19 +23,21 @@ class Evolution:
     """The result of :func:`stochdyn.povm.evolve`.
 
     Attributes:
-        times: ``(T,)``.
-        expect: for every observable its mean ``(T,)``.
+        times: the output times ``(T,)``.
+        expect: for every observable its mean ``(T,)``, complex where it isn't Hermitian.
         stderr: for every observable the standard error ``(T,)`` of that mean given the state; zero by full summation.
             It doesn't count what the state itself is off by.
         residual: ``(T,)`` the largest residual of the steps since the time before. By ``"tdvp"`` the part of the rate
-            of change that the ansatz couldn't follow (0 to 1); by ``"trapezoid"`` the norm of what was left of the
+            of change that the ansatz couldn't follow, from 0 to 1; by ``"trapezoid"`` the norm of what was left of the
             implicit equation; by ``"fit"`` the misfit to the target. Zero at the first time.
-        parameters: ``(T, P)`` of the state.
+        parameters: the parameters ``(T, P)`` of the state.
         steps: numbers of single steps by name, each as long as there were steps: ``"t"`` where it ended,
             ``"residual"``, and what the method reports.
         net: the ansatz, in the state of the last time.
-        method: by which it evolved.
-        seconds: processor time.
+        method: the method by which it evolved, with its options.
+        seconds: the wall-clock time of the run in seconds.
+        positivity: the lowest eigenvalues of two-site density matrices at the last time, on the bonds of the model;
+            None where it wasn't looked at.
     """
 
     times: Tensor
@@ -42,9 +47,9 @@ class Evolution:
     parameters: Tensor
     steps: dict[str, Tensor]
     net: Ansatz
-    method: str
+    method: Method
     seconds: float = 0.0
-    options: Any = field(default=None, repr=False)
+    positivity: Positivity | None = field(default=None, repr=False)
 
     def state(self, index: int) -> Ansatz:
         """Return a copy of the ansatz in the state at ``times[index]``.
@@ -67,30 +72,17 @@ class Evolution:
         return plot_evolution(self, exact=exact, axes=axes)
 
 
-class EvolutionInterrupted(KeyboardInterrupt):
-    """Ctrl-C stopped an evolution after a whole step; the checkpoint, if any, holds that step.
-
-    Attributes:
-        result: the :class:`Evolution` up to the last time that was reached.
-    """
-
-    def __init__(self, message: str, result: Evolution) -> None:
-        super().__init__(message)
-        self.result = result
-
-
 class Record:
     """What an evolution has gathered so far, as plain data and tensors that a checkpoint can hold."""
 
     def __init__(self, names: list[str]) -> None:
-        self.means: dict[str, list[float]] = {name: [] for name in names}
+        self.means: dict[str, list[complex]] = {name: [] for name in names}
         self.errors: dict[str, list[float]] = {name: [] for name in names}
         self.residual: list[float] = []
         self.parameters: list[Tensor] = []
         self.steps: dict[str, list[float]] = {}
-        self.seconds = 0.0
 
-    def observe(self, values: dict[str, tuple[float, float]], residual: float, parameters: Tensor) -> None:
+    def observe(self, values: dict[str, tuple[complex, float]], residual: float, parameters: Tensor) -> None:
         """Add what was seen at one of the times."""
         for name, (mean, error) in values.items():
             self.means[name].append(mean)
@@ -106,21 +98,23 @@ class Record:
     def state_dict(self) -> dict[str, Any]:
         """Return everything, for a checkpoint."""
         state = dict(self.__dict__)
+        state["means"] = {name: column(values) for name, values in self.means.items()}
         state["parameters"] = torch.stack(self.parameters) if self.parameters else None
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self.__dict__.update(state)
+        self.__dict__.update({k: v for k, v in state.items() if k not in ("means", "parameters")})
+        # the record goes on growing: what the checkpoint holds must not grow with it
+        self.errors = {name: list(values) for name, values in self.errors.items()}
+        self.steps = {name: list(values) for name, values in self.steps.items()}
+        self.residual = list(self.residual)
+        self.means = {name: values.tolist() for name, values in state["means"].items()}
         self.parameters = [] if state["parameters"] is None else list(state["parameters"])
 
-    def result(self, times: Tensor, net: Ansatz, method: str, options: Any) -> Evolution:
+    def result(self, times: Tensor, net: Ansatz, method: Method, seconds: float) -> Evolution:
         """Return what was gathered."""
         done = len(self.residual)
-
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64)
-
         return Evolution(
             times[:done],
             {name: column(v) for name, v in self.means.items()},
@@ -130,6 +124,11 @@ class Record:
             {name: column(v) for name, v in self.steps.items()},
             net,
             method,
-            self.seconds,
-            options,
+            seconds,
         )
+
+
+def column(values: Sequence[complex]) -> Tensor:
+    """Return numbers as float64, or complex128 if one is complex."""
+    kind = torch.complex128 if any(isinstance(v, complex) for v in values) else torch.float64
+    return torch.tensor(values, dtype=kind)

@@ -15,6 +15,7 @@ Field = Callable[[float, Tensor], Velocity]
 
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 2.0
 _MAX_REJECTIONS = 20
+_FIRST = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def plain_step(field: Field, t: float, y: Tensor, step: float) -> HeunStep:
 
 
 def controlled_step(
-    field: Field, t: float, y: Tensor, step: float, longest: float, tolerance: float
+    field: Field, t: float, y: Tensor, step: float | None, longest: float, tolerance: float
 ) -> HeunStep:
     """Take one step whose error, from a comparison with two half steps, stays below a tolerance.
 
@@ -61,7 +62,7 @@ def controlled_step(
         field: ``field(t, y)`` gives the velocity.
         t: time.
         y: ``(P,)`` parameters.
-        step: length to try.
+        step: the length to try; None takes one that changes the law by a twentieth.
         longest: length not to exceed (up to the next time asked for, say).
         tolerance: for the error of a step.
 
@@ -70,6 +71,8 @@ def controlled_step(
     """
     first = field(t, y)
     count = 1
+    if step is None:
+        step = _FIRST / first.rate_norm if first.rate_norm * longest > _FIRST else longest
     for _ in range(_MAX_REJECTIONS):
         h = min(step, longest)
         whole = y + 0.5 * h * (first.direction + field(t + h, y + h * first.direction).direction)

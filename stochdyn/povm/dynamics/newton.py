@@ -81,9 +81,8 @@ class GaussNewton:
     rates vanish in the steady state, so does their sampling noise.
 
     Args:
-        net: the state, changed in place.
-        operator: the master equation, constant in time.
-        averages: what means are taken over.
+        averages: the state, which is changed in place, the master equation, constant in time, and what means are taken
+            over.
         damping: at the start, relative to the largest eigenvalue.
         floor: least damping; larger where there are fewer samples than parameters, so that the samples of one step
             aren't fitted to the last digit.
@@ -91,13 +90,11 @@ class GaussNewton:
 
     def __init__(
         self,
-        net: Ansatz,
-        operator: SparseMasterEquation,
         averages: Averages,
         damping: float = 1e-3,
         floor: float | None = None,
     ) -> None:
-        self.net, self.operator, self.averages = net, operator, averages
+        self.net, self.operator, self.averages = averages.net, averages.operator, averages
         self.damping = damping
         exact = averages.num_samples is None
         self.floor = floor if floor is not None else (1e-12 if exact else 1e-5)

@@ -50,9 +50,7 @@ class ResidualProblem:
     without bias. All is formed from differences of log probabilities.
 
     Args:
-        net: the state that is trained.
-        operator: the master equation.
-        averages: what means are taken over.
+        averages: the state that is trained, the master equation, and what means are taken over.
         norm: ``"l1"`` or ``"l2"``.
         kappa: 1 or 0.
         tau: the factor of ``L``.
@@ -65,8 +63,6 @@ class ResidualProblem:
 
     def __init__(
         self,
-        net: Ansatz,
-        operator: SparseMasterEquation,
         averages: Averages,
         norm: str = "l1",
         kappa: float = 0.0,
@@ -74,7 +70,7 @@ class ResidualProblem:
         source: StepSource | None = None,
         t: float | None = None,
     ) -> None:
-        self.net, self.operator, self.averages, self.norm = net, operator, averages, norm
+        self.net, self.operator, self.averages, self.norm = averages.net, averages.operator, averages, norm
         self.kappa, self.tau, self.source, self.t = kappa, tau, source, t
 
     def evaluate(self, generator: torch.Generator | None = None) -> ResidualValue:

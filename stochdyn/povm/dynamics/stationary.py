@@ -8,7 +8,6 @@ from torch import Tensor
 from stochdyn.core.forward.master_terms import SparseMasterEquation
 from stochdyn.errors import SystemSizeError
 from stochdyn.objectives.base import Objective, ObjectiveValue
-from stochdyn.povm.ansatz.base import Ansatz
 from stochdyn.povm.dynamics.averages import Averages
 from stochdyn.povm.dynamics.residuals import ResidualProblem
 
@@ -24,27 +23,24 @@ class StationaryResidual(Objective):
     in bounded memory.
 
     Args:
-        net: the state.
-        operator: the master equation, constant in time.
-        averages: what means are taken over.
+        averages: the state, the master equation, constant in time, and what means are taken over.
         norm: ``"l1"`` or ``"l2"``.
+        unit: a time by which rates are multiplied, so that the optimiser's constants have no dimension.
 
     Example:
         >>> from stochdyn.povm import AutoregressiveTransformer, Lindbladian, Tetrahedral
         >>> povm, model = Tetrahedral(), Lindbladian(2, [], [(1.0, "sigma-", "all")])
         >>> operator = model.master_operator(povm)
         >>> net = AutoregressiveTransformer(2, layers=1, width=8, heads=2).double().set_product_state(povm, "down")
-        >>> StationaryResidual(net, operator, Averages(net, operator, None))().loss.item() < 1e-12
+        >>> StationaryResidual(Averages(net, operator, None))().loss.item() < 1e-12
         True
     """
 
-    def __init__(
-        self, net: Ansatz, operator: SparseMasterEquation, averages: Averages, norm: str = "l1"
-    ) -> None:
+    def __init__(self, averages: Averages, norm: str = "l1", unit: float = 1.0) -> None:
         super().__init__()
-        self.net = net
+        self.net = averages.net
         # kept out of the module's own state: a checkpoint needs the ansatz alone
-        self._problem = [ResidualProblem(net, operator, averages, norm)]
+        self._problem = [ResidualProblem(averages, norm, tau=unit)]
 
     def forward(self, batch: None = None) -> ObjectiveValue:
         """Return the norm; random numbers come from torch's global generator."""

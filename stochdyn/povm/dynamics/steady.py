@@ -5,34 +5,44 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from stochdyn._checks import check_choice, check_positive, check_positive_int
-from stochdyn.errors import InvalidInputError
+from stochdyn._checks import as_seed, check_bool, check_positive_int, check_real
+from stochdyn.errors import ConvergenceWarning, InvalidInputError
 from stochdyn.povm.ansatz.base import Ansatz
 from stochdyn.povm.dynamics.averages import Averages, local_rates
+from stochdyn.povm.dynamics.indicators import look_at_state, warn_of_state
+from stochdyn.povm.dynamics.methods import TDVP
 from stochdyn.povm.dynamics.newton import GaussNewton
 from stochdyn.povm.dynamics.stationary import StationaryResidual, spectral_gap
-from stochdyn.povm.dynamics.time_evolution import checked_operator, evolve, expectations
-from stochdyn.povm.frames.lattice_observables import observables as read_observables
+from stochdyn.povm.dynamics.steady_methods import (
+    Combined,
+    Descent,
+    Newton,
+    Relaxation,
+    SteadyMethod,
+    read_steady_method,
+)
+from stochdyn.povm.dynamics.time_evolution import check_arguments, checked_operator, evolve, expectations
 from stochdyn.povm.lindblad.lindbladian import Lindbladian
+from stochdyn.povm.master.arguments import read_observables
+from stochdyn.povm.master.physicality import Positivity
 from stochdyn.run.callbacks import KeepBest
-from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from stochdyn.run.folder import prepare_folder
-from stochdyn.run.identity import check_same_run, fingerprint
+from stochdyn.run.engine import Resumable, as_folder, run_to_end
 from stochdyn.run.trainer import fit
 
-__all__ = ["SteadyState", "steady_state"]
+__all__ = ["SteadyState", "relaxation_of", "steady_state"]
 
-_METHODS = ("combined", "tdvp", "newton", "trapezoid")
 _MAX_GAP_OUTCOMES = 4096
+_OUTPUTS = 41
+_FAR = 0.3
 
 
 @dataclass
@@ -40,18 +50,20 @@ class SteadyState:
     r"""The result of :func:`stochdyn.povm.steady_state`.
 
     Attributes:
-        expect: by name, means of the observables.
+        expect: by name, the means of the observables.
         stderr: by name, their standard errors given the state; zero by full summation.
-        residual: :math:`\|LP\|_1 = E|\ell|`, which is zero in the steady state only.
-        gap: relaxation rate of the slowest mode, or NaN if unknown.
+        residual: :math:`\|LP\|_1 = E|\ell|`, a rate, which is zero in the steady state only.
+        gap: the relaxation rate of the slowest mode, or NaN if unknown.
         gap_source: ``"given"``, ``"spectrum"``, ``"relaxation"`` (the decay of the rates over the last part of a long
             evolution, which may be that of a faster mode) or ``"unknown"``.
-        history: of what was minimised or watched, by phase.
+        history: what was minimised or watched, by phase.
         net: the ansatz, in the steady state.
-        seconds: processor time.
+        seconds: the processor time in seconds.
+        method: the method by which it was found, with its options.
+        positivity: the lowest eigenvalues of two-site density matrices, on the bonds of the model.
     """
 
-    expect: dict[str, float]
+    expect: dict[str, complex]
     stderr: dict[str, float]
     residual: float
     gap: float
@@ -59,7 +71,8 @@ class SteadyState:
     history: dict[str, Tensor]
     net: Ansatz
     seconds: float
-    options: Any = field(default=None, repr=False)
+    method: SteadyMethod
+    positivity: Positivity | None = field(default=None, repr=False)
 
     @property
     def error_estimate(self) -> float:
@@ -68,67 +81,56 @@ class SteadyState:
         If all that is off were in the slowest mode it would be this; faster modes add less. An estimate, not a bound: the
         generator isn't normal.
         """
-        return self.residual / self.gap
+        return self.residual / self.gap if self.gap else math.inf
 
 
 def steady_state(
     net: Ansatz,
     model: Lindbladian,
     povm: Any,
-    method: str = "combined",
+    method: str | SteadyMethod | TDVP = "combined",
     num_samples: int | None = 4096,
     observables: Mapping[str, Any] | Sequence[Any] = ("X", "Y", "Z"),
     *,
-    duration: float | None = None,
-    rate_tolerance: float = 1e-6,
-    iterations: int | None = None,
-    norm: str = "l1",
-    lr: float = 5e-3,
     gap: float | None = None,
     observe_samples: int | None = None,
     seed: int = 0,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    **options: Any,
 ) -> SteadyState:
     r"""Find the steady state :math:`LP=0` of a Lindbladian, in place.
 
-    * ``"tdvp"``: evolution by the variational principle for a time ``duration``, or until the rates
-      :math:`\sqrt{E\ell^2}` fall below ``rate_tolerance``.
-    * ``"newton"``: damped Gauss-Newton steps on :math:`E\ell^2` (:class:`~stochdyn.povm.dynamics.newton.GaussNewton`). From a
-      product state it usually needs 20 to 30 steps, hundreds of times fewer than gradient descent.
-    * ``"combined"``: a short evolution, from which Gauss-Newton steps can't miss, and then those.
-    * ``"trapezoid"``: gradient descent (:func:`stochdyn.fit` with Adam) on the stationary residual of the
-      forward-backward trapezoid method, in the 1-norm or weighted 2-norm. The best iterate is kept.
-
     Args:
-        net: where to start.
-        model: constant in time.
-        povm: the frame, or one a site.
-        method: ``"combined"``, ``"tdvp"``, ``"newton"`` or ``"trapezoid"``.
-        num_samples: draws for each estimate; None sums over all outcomes, see :func:`stochdyn.povm.evolve`.
+        net: the state where to start.
+        model: the Lindbladian, constant in time, its parameters bound.
+        povm: the frame, or one for each site.
+        method: :class:`~stochdyn.povm.Combined`, :class:`~stochdyn.povm.Relaxation`, :class:`~stochdyn.povm.Newton` or
+            :class:`~stochdyn.povm.Descent` with options of their own; or the name of one, ``"combined"``, ``"tdvp"``,
+            ``"newton"`` or ``"trapezoid"``, with its defaults.
+        num_samples: the number of draws for each estimate; None sums over all outcomes, see
+            :func:`stochdyn.povm.evolve`.
         observables: by name, see :func:`stochdyn.povm.observable`.
-        duration: of the evolution; 20 for ``"tdvp"``, 1 for ``"combined"`` if None.
-        rate_tolerance: rates at which evolution or Newton steps stop.
-        iterations: Newton steps (30 if None) or gradient steps (600 if None).
-        norm: ``"l1"`` or ``"l2"``, of ``"trapezoid"``.
-        lr: learning rate of ``"trapezoid"``, which falls along a cosine.
-        gap: of the generator, for the error estimate. If None it is computed for up to 4096 outcomes, and else taken from
-            the relaxation where there was a long evolution.
-        observe_samples: draws for observables and the residual; four times ``num_samples`` if None, at least 16384.
-        seed: of all random numbers.
-        progress: show bars.
-        checkpoint: directory; evolution and refinement each keep a checkpoint in it.
-        resume: continue from there, to the same bits.
-        options: of the evolution, see :class:`~stochdyn.povm.dynamics.options.TDVPOptions`.
+        gap: the relaxation rate of the generator, for the error estimate. If None it is computed for up to 4096
+            outcomes, and else taken from the relaxation where there was a long evolution.
+        observe_samples: the number of draws for observables and the residual; four times ``num_samples`` if None, at
+            least 16384.
+        seed: the seed of all random numbers.
+        progress: whether to show bars.
+        checkpoint: a directory; evolution and refinement each keep a checkpoint in it.
+        resume: whether to continue from there, to the same bits.
 
     Returns:
         Observables, the residual, and an estimate of the distance that is left.
 
     Raises:
         InvalidInputError: if the model depends on time, sizes don't fit or an option is unknown. Before any work.
+        LindbladianError: if parameters aren't bound.
         SystemSizeError: if there are too many outcomes for full summation.
+        Interrupted: after Ctrl-C, with the result so far of the phase that it came in.
+
+    Warns:
+        ConvergenceWarning: if the state is far from standing still, unphysical, or not unique.
 
     Example:
         >>> from stochdyn.povm import AutoregressiveTransformer, Lindbladian, Tetrahedral
@@ -141,69 +143,115 @@ def steady_state(
     Reference:
         Luo et al., Phys. Rev. Lett. 128, 090501 (2022) for the residual in the 1-norm.
     """
-    check_choice(method, _METHODS, "method")
-    check_choice(norm, ("l1", "l2"), "norm")
-    for name, value in (("duration", duration), ("lr", lr), ("gap", gap), ("rate_tolerance", rate_tolerance)):
-        if value is not None:
-            check_positive(value, name)
-    if iterations is not None:
-        check_positive_int(iterations, "iterations")
+    check_arguments(net, model, povm)
+    chosen = read_steady_method(method)
+    if gap is not None:
+        check_real(gap, "gap", above=0.0)
+    if observe_samples is not None:
+        check_positive_int(observe_samples, "observe_samples", 2)
+    check_bool(progress, "progress")
+    check_bool(resume, "resume")
+    seed = as_seed(seed)
+    folder = as_folder(checkpoint, resume)
     if model.is_time_dependent:
         raise InvalidInputError("a model that depends on time has no steady state", hint="use evolve")
+    scale, slowest = model.rate_scale(), model.relaxation_rate()
+    if not slowest > 0:
+        raise InvalidInputError("without jumps there is no single steady state", hint="add jumps")
     operator = checked_operator(net, model, povm)
-    specs = read_observables(observables, model.num_sites, dim=model.dim, bonds=model.bonds)
+    specs = read_observables(model, observables)
     estimators = {name: spec.estimator(povm, device=net.device) for name, spec in specs.items()}
     averages = Averages(net, operator, num_samples)
     if observe_samples is None and num_samples is not None:
         observe_samples = max(4 * num_samples, 16384)
-    folder = None if checkpoint is None else Path(checkpoint)
     clock = time.process_time()
     history: dict[str, Tensor] = {}
+    long = _long_run(chosen, slowest, num_samples is None)
+    newton = chosen if isinstance(chosen, Newton) else getattr(chosen, "newton", None)
+    identity = {"net": net, "model": model, "povm": povm, "num_samples": num_samples, "seed": seed}
     relaxation = math.nan
-    if method in ("tdvp", "combined"):
-        length = duration if duration is not None else (20.0 if method == "tdvp" else 1.0)
-        if method == "combined" and num_samples is None:
-            options.setdefault("tolerance", 1e-2)
-        marks = torch.linspace(0, length, max(2, round(2 * length) + 1), dtype=torch.float64)
-        run = evolve(
-            net, model, povm, marks, "tdvp", num_samples, observables, observe_samples=256, seed=seed,
-            progress=progress, checkpoint=None if folder is None else folder / "evolution", resume=resume,
-            stop=lambda report: report.get("rate", math.inf) < rate_tolerance, **options,
-        )  # fmt: skip
+    if long is not None:
+        assert long.horizon is not None
+        bound = long.tolerance * scale
+        with warnings.catch_warnings():
+            # what is said of the way is said of its end below
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            run = evolve(
+                net, model, povm, torch.linspace(0, long.horizon, _OUTPUTS, dtype=torch.float64), long.evolution,
+                num_samples, observables, observe_samples=256, seed=seed, progress=progress,
+                checkpoint=None if folder is None else folder / "evolution", resume=resume,
+                stop=lambda report: report.get("rate", math.inf) < bound,
+            )  # fmt: skip
         history["t"], history["rate"] = run.steps["t"], run.steps["rate"]
-        relaxation = _decay(run.steps["t"], run.steps["rate"]) if method == "tdvp" else math.nan
-    elif options:
-        raise InvalidInputError(f"method {method!r} has no option {sorted(options)[0]!r}")
-    if method in ("newton", "combined"):
+        if isinstance(chosen, Relaxation):
+            relaxation = relaxation_of(run.steps["t"], run.steps["rate"])
+    if newton is not None:
+        job = _NewtonRun(averages, newton, newton.tolerance * scale, seed)
         place = None if folder is None else folder / "newton"
-        history["mean_square"] = _newton(
-            net, operator, averages, iterations or 30, rate_tolerance, seed, progress, place, resume
-        )
-    if method == "trapezoid":
+        history["mean_square"] = run_to_end(
+            job, "newton", identity={**identity, "tolerance": newton.tolerance}, randomness=seed, device=net.device,
+            progress=progress, checkpoint=place, resume=resume,
+        )  # fmt: skip
+    if isinstance(chosen, Descent):
         place = None if folder is None else folder / "descent"
-        history["loss"] = _descend(
-            StationaryResidual(net, operator, averages, norm),
-            iterations or 600,
-            lr,
-            seed,
-            progress,
-            place,
-            resume,
-        )
+        objective = StationaryResidual(averages, chosen.norm, 1 / scale)
+        history["loss"] = _descend(objective, chosen, seed, progress, place, resume)
     generator = torch.Generator(device=net.device).manual_seed((seed + 0x57EAD) % 2**62)
     found = expectations(net, estimators, observe_samples, generator)
-    residual = _residual(net, operator, averages, generator)
     value, source = _gap(gap, operator, relaxation)
-    return SteadyState(
+    places = sorted({place for place in model.bonds if len(place) == 2}) or [
+        (i,) for i in range(model.num_sites)
+    ]
+    result = SteadyState(
         {name: mean for name, (mean, _) in found.items()},
         {name: error for name, (_, error) in found.items()},
-        residual,
+        _residual(net, operator, averages, generator),
         value,
         source,
         history,
         net,
         time.process_time() - clock,
-        {"method": method, "num_samples": num_samples, "seed": seed},
+        chosen,
+        look_at_state(net, povm, places, observe_samples, seed),
+    )
+    _warn(result, scale, slowest)
+    return result
+
+
+def _long_run(chosen: SteadyMethod, slowest: float, exact: bool) -> Relaxation | None:
+    """Return the evolution that a method takes, its length filled in; None if it takes none."""
+    if isinstance(chosen, Relaxation):
+        return replace(chosen, horizon=chosen.horizon if chosen.horizon is not None else 20 / slowest)
+    if not isinstance(chosen, Combined):
+        return None
+    if chosen.relaxation is None:
+        return Relaxation(1 / slowest, evolution=TDVP(tolerance=1e-2 if exact else None))
+    horizon = chosen.relaxation.horizon
+    return replace(chosen.relaxation, horizon=horizon if horizon is not None else 1 / slowest)
+
+
+def _warn(found: SteadyState, scale: float, slowest: float) -> None:
+    """Say what a steady state is known to be off by.
+
+    Warns:
+        ConvergenceWarning: if it is unphysical, far from standing still, or not the only one.
+    """
+    warn_of_state(found.positivity, stacklevel=4)
+    if found.gap_source == "spectrum" and found.gap < 1e-9 * scale:
+        said = f"the steady state isn't unique: the slowest mode relaxes at a rate of {found.gap:.1g}"
+    elif math.isfinite(found.error_estimate) and found.error_estimate > _FAR:
+        said = f"the state is some {found.error_estimate:.2g} from the steady one (residual over gap)"
+    elif not math.isfinite(found.error_estimate) and found.residual > _FAR * slowest:
+        said = (
+            f"the state doesn't stand still: its residual is {found.residual / slowest:.2g} times the jump rate, "
+            "and no error can be estimated"
+        )
+    else:
+        return
+    warnings.warn(
+        f"{said}; take more samples, a longer horizon, more iterations, or another ansatz",
+        ConvergenceWarning,
+        stacklevel=3,
     )
 
 
@@ -215,16 +263,20 @@ def _residual(net: Ansatz, operator: Any, averages: Averages, generator: torch.G
 
 def _gap(given: float | None, operator: Any, relaxation: float) -> tuple[float, str]:
     if given is not None:
-        return given, "given"
+        return float(given), "given"
     if operator.num_states <= _MAX_GAP_OUTCOMES:
         return spectral_gap(operator), "spectrum"
     return (relaxation, "relaxation") if math.isfinite(relaxation) else (math.nan, "unknown")
 
 
-def _decay(t: Tensor, rate: Tensor) -> float:
-    """The slope of the logarithm of the rates over the last half of the time in which they fall, or NaN if they don't.
+def relaxation_of(t: Tensor, rate: Tensor) -> float:
+    """Return how fast rates fall, the slope of their logarithm over the last half of the time in which they do, or NaN.
 
     By sampling the rates end on a floor of what the ansatz can't follow, which says nothing about the relaxation.
+
+    Args:
+        t: times ``(n,)``.
+        rate: the rates ``(n,)`` of the state at them.
     """
     floor = rate[t > 0.75 * t[-1]].median()
     above = ((rate > 4 * floor) & (rate > 0)).nonzero()[:, 0]
@@ -239,73 +291,82 @@ def _decay(t: Tensor, rate: Tensor) -> float:
     return -slope if slope < 0 else math.nan
 
 
-def _newton(
-    net: Ansatz,
-    operator: Any,
-    averages: Averages,
-    iterations: int,
-    tolerance: float,
-    seed: int,
-    progress: bool,
-    folder: Path | None,
-    resume: bool,
-) -> Tensor:
-    """Take Newton steps until the rates are small; random numbers of each follow from the seed and its number."""
-    solver = GaussNewton(net, operator, averages)
-    history: list[float] = []
-    best, best_y, refused = math.inf, net.parameter_vector(), 0
-    identity = {"seed": repr(seed), "num_samples": repr(averages.num_samples), **fingerprint(net)}
-    if folder is not None:
-        prepare_folder(folder)
-        content = read_checkpoint(folder) if resume else None
-        if content is not None:
-            check_same_run(folder, {"kind": content.kind}, {"kind": "newton"})
-            check_same_run(folder, content.identity, identity)
-            net.load_state_dict(content.state["net"])
-            history, solver.damping = content.state["history"], content.state["damping"]
-            best, best_y = content.state["best"], content.state["best_y"].to(net.device)
-            refused = content.state["refused"]
-    enough = 2 if averages.num_samples is None else 4
-    with tqdm(total=iterations, initial=len(history), disable=not progress, unit="step") as bar:
-        while len(history) < iterations:
-            before = net.parameter_vector()
-            generator = torch.Generator(device=net.device).manual_seed((seed + 7919 * len(history)) % 2**62)
-            step = solver.step(generator)
-            history.append(step.mean_square)
-            if step.mean_square < best:
-                best, best_y = step.mean_square, before
-            bar.update()
-            bar.set_postfix(residual=f"{step.mean_absolute:.3g}")
-            refused = 0 if step.accepted else refused + 1
-            if folder is not None:
-                state = {
-                    "net": dict(net.state_dict()), "history": history, "damping": solver.damping, "best": best,
-                    "best_y": best_y, "refused": refused,
-                }  # fmt: skip
-                write_checkpoint(folder, Checkpoint("newton", len(history), identity, state))
-            if step.mean_square < tolerance**2 or refused == enough:
-                break
-    if averages.num_samples is None:
-        final = averages.draw()
-        if float(final.weights @ local_rates(net, operator, final.outcomes).square()) > best:
-            net.set_parameter_vector(best_y)
-    return torch.tensor(history, dtype=torch.float64)
+class _NewtonRun(Resumable[Tensor]):
+    """Newton steps until the rates are small; random numbers of each follow from the seed and its number."""
+
+    def __init__(self, averages: Averages, method: Newton, bound: float, seed: int) -> None:
+        self.averages, self.net, self.bound, self.seed = averages, averages.net, bound, seed
+        self.total = method.max_iterations
+        self.solver = GaussNewton(averages)
+        self.history: list[float] = []
+        self.best, self.best_y = math.inf, self.net.parameter_vector()
+        self.refused, self.mean_absolute = 0, math.nan
+
+    @property
+    def finished(self) -> bool:
+        """See :attr:`Resumable.finished`."""
+        enough = 2 if self.averages.num_samples is None else 4
+        small = bool(self.history) and self.history[-1] < self.bound**2
+        assert self.total is not None
+        return self.number >= self.total or small or self.refused == enough
+
+    def step(self) -> None:
+        """See :meth:`Resumable.step`."""
+        before = self.net.parameter_vector()
+        generator = torch.Generator(device=self.net.device)
+        generator.manual_seed((self.seed + 7919 * len(self.history)) % 2**62)
+        step = self.solver.step(generator)
+        self.history.append(step.mean_square)
+        if step.mean_square < self.best:
+            self.best, self.best_y = step.mean_square, before
+        self.mean_absolute = step.mean_absolute
+        self.refused = 0 if step.accepted else self.refused + 1
+
+    def describe(self) -> dict[str, str]:
+        """See :meth:`Resumable.describe`."""
+        return {"residual": f"{self.mean_absolute:.3g}"}
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`Resumable.state`."""
+        return {
+            "net": dict(self.net.state_dict()),
+            "history": list(self.history),
+            "damping": self.solver.damping,
+            "best": self.best,
+            "best_y": self.best_y,
+            "refused": self.refused,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`Resumable.load_state`."""
+        self.net.load_state_dict(state["net"])
+        self.history, self.solver.damping = list(state["history"]), state["damping"]
+        self.best, self.best_y = state["best"], state["best_y"].to(self.net.device)
+        self.refused = state["refused"]
+
+    def report(self) -> Tensor:
+        """See :meth:`Resumable.report`: the history; by full summation the best iterate is put in place."""
+        if self.averages.num_samples is None:
+            final = self.averages.draw()
+            rates = local_rates(self.net, self.averages.operator, final.outcomes)
+            if float(final.weights @ rates.square()) > self.best:
+                self.net.set_parameter_vector(self.best_y)
+        return torch.tensor(self.history, dtype=torch.float64)
 
 
 def _descend(
     objective: StationaryResidual,
-    iterations: int,
-    lr: float,
+    method: Descent,
     seed: int,
     progress: bool,
     folder: Path | None,
     resume: bool,
 ) -> Tensor:
     """Minimise the residual by the common training loop, and keep the best iterate."""
-    looks = KeepBest(every=max(1, iterations // 60), metric=lambda o: o().loss)
+    looks = KeepBest(every=max(1, method.steps // 60), metric=lambda o: o().loss)
     result = fit(
-        objective, None, iterations, lr, seed=seed, progress=progress, checkpoint=folder, resume=resume,
-        callbacks=[looks], optimizer=_Adam(), scheduler=_Cosine(iterations), distributed=False,
+        objective, None, method.steps, method.lr, seed=seed, progress=progress, checkpoint=folder, resume=resume,
+        callbacks=[looks], optimizer=_Adam(), scheduler=_Cosine(method.steps), distributed=False,
     )  # fmt: skip
     return torch.as_tensor(result.losses).double()
 
@@ -320,8 +381,8 @@ class _Adam:
 class _Cosine:
     """A learning rate that falls to zero along a cosine."""
 
-    def __init__(self, iterations: int) -> None:
-        self.iterations = iterations
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
 
     def __call__(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn.core.forward.master import MasterEquation
 from stochdyn.povm.ansatz.base import Ansatz
 from stochdyn.povm.dynamics.averages import Averages, WeightedOutcomes, local_rates
 from stochdyn.povm.dynamics.tdvp import solve_velocity
@@ -38,7 +37,7 @@ def fit_to_target(
     batch: WeightedOutcomes,
     log_prob: Tensor,
     factor: Tensor,
-    iterations: int = 4,
+    max_iterations: int = 4,
     rcond: float = 1e-6,
     min_snr: float = 0.0,
 ) -> TargetFit:
@@ -59,7 +58,7 @@ def fit_to_target(
         batch: outcomes under :math:`P_0`.
         log_prob: ``(m,)`` their log probabilities under :math:`P_0`.
         factor: ``(m,)`` the weights ``w``.
-        iterations: most steps to take.
+        max_iterations: the largest number of steps.
         rcond: relative cut of the eigenvalues of the metric.
         min_snr: least ratio of signal to noise.
 
@@ -76,7 +75,7 @@ def fit_to_target(
     y = net.parameter_vector().double()
     best, best_y = math.inf, y
     count = 0
-    for count in range(iterations + 1):
+    for count in range(max_iterations + 1):
         now, scores = net.scores(batch.outcomes)
         ratio = (now.double() - log_prob).exp()
         weights = batch.weights * ratio
@@ -86,7 +85,7 @@ def fit_to_target(
         if not misfit < best * 0.98:
             break
         best, best_y = misfit, y
-        if count == iterations or misfit < _SMALL:
+        if count == max_iterations or misfit < _SMALL:
             break
         change = solve_velocity(scores.double(), gap, weights, batch.num_samples, rcond, min_snr).direction
         y = y + change
@@ -96,13 +95,11 @@ def fit_to_target(
 
 
 def target_step(
-    net: Ansatz,
-    operator: MasterEquation,
     averages: Averages,
     t: float | None,
     step: float,
     generator: torch.Generator | None = None,
-    iterations: int = 4,
+    max_iterations: int = 4,
     rcond: float = 1e-6,
     min_snr: float = 0.0,
 ) -> TargetFit:
@@ -112,23 +109,22 @@ def target_step(
         Q_1 = (1+hL)P_t,\qquad Q_2 = P_t + \tfrac h2L\,(P_t+P_1),\qquad P_1\approx Q_1
 
     Args:
-        net: the state, changed in place.
-        operator: the master equation.
-        averages: what means are taken over.
-        t: time before the step; None if the equation doesn't depend on it.
+        averages: the state, which is changed in place, the master equation, and what means are taken over.
+        t: the time before the step; None if the equation doesn't depend on it.
         step: ``h``.
         generator: source of randomness.
-        iterations: most natural-gradient steps a fit.
+        max_iterations: the largest number of natural-gradient steps of a fit.
         rcond: relative cut of the eigenvalues of the metric.
         min_snr: least ratio of signal to noise.
     """
+    net, operator = averages.net, averages.operator
     batch = averages.draw(generator)
     a = batch.outcomes
     later = None if t is None else t + step
     with torch.no_grad():
         before = net.log_prob(a).double()
     rate = local_rates(net, operator, a, t)
-    options = (iterations, rcond, min_snr)
+    options = (max_iterations, rcond, min_snr)
     fit_to_target(net, batch, before, 1 + step * rate, *options)
     with torch.no_grad():
         predicted = net.log_prob(a).double()

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn.core.forward.master import MasterEquation
-from stochdyn.povm.ansatz.base import Ansatz
+from stochdyn.errors import NonFiniteError
 from stochdyn.povm.dynamics.averages import Averages, local_rates
 
 __all__ = ["FisherMetric", "Velocity", "fisher_matrix", "solve_velocity", "tdvp_velocity"]
@@ -37,9 +36,10 @@ class Velocity:
 
     Attributes:
         direction: ``(P,)`` the change of the parameters a unit of time.
-        residual: part of the wanted change of the law that the ansatz can't make,
+        residual: the part of the wanted change of the law that the ansatz can't make,
             :math:`\sqrt{E(\ell-O\dot\theta)^2/E\ell^2}`, between 0 and 1; by sampling that of draws left out of the
-            solution, which can exceed 1.
+            solution, where 1 says that nothing of their change was foreseen.
+        left_out: the same without its bound: above 1 where the solution is worse on draws left out than none.
         rate_norm: :math:`\sqrt{E\ell^2}`, how fast the law changes; zero in a steady state.
         mean_rate: :math:`E\ell`, exactly zero but for sampling error.
         rank: number of directions kept, as the sum of the filters.
@@ -48,6 +48,7 @@ class Velocity:
 
     direction: Tensor
     residual: float
+    left_out: float
     rate_norm: float
     mean_rate: float
     rank: float
@@ -143,6 +144,7 @@ def solve_velocity(
     missed = float(_left_out(r, left, slack, force, weights, num_samples).norm())
     return Velocity(
         direction,
+        min(missed / total, 1.0) if total > 0 else 0.0,
         missed / total if total > 0 else 0.0,
         total,
         float(weights @ rates),
@@ -176,8 +178,6 @@ def _left_out(
 
 
 def tdvp_velocity(
-    net: Ansatz,
-    operator: MasterEquation,
     averages: Averages,
     t: float | None = None,
     *,
@@ -188,15 +188,22 @@ def tdvp_velocity(
     """Return the velocity of the parameters at the present state; see :func:`solve_velocity`.
 
     Args:
-        net: the state.
-        operator: the master equation.
-        averages: what means are taken over.
-        t: time, where the equation depends on it.
-        generator: source of randomness of the samples.
-        rcond: relative cut of eigenvalues.
-        min_snr: least ratio of signal to noise.
+        averages: the state, the master equation, and what means are taken over.
+        t: the time, where the equation depends on it.
+        generator: the source of randomness of the samples.
+        rcond: the relative cut of eigenvalues.
+        min_snr: the least ratio of signal to noise.
+
+    Raises:
+        NonFiniteError: if scores or rates aren't finite.
     """
     batch = averages.draw(generator)
-    _, scores = net.scores(batch.outcomes)
-    rates = local_rates(net, operator, batch.outcomes, t)
+    _, scores = averages.net.scores(batch.outcomes)
+    rates = local_rates(averages.net, averages.operator, batch.outcomes, t)
+    if not (bool(torch.isfinite(scores).all()) and bool(torch.isfinite(rates).all())):
+        raise NonFiniteError(
+            "scores or rates of the state aren't finite",
+            got="an outcome of probability zero, or parameters that ran away",
+            hint="take smaller steps, more samples or a larger rcond",
+        )
     return solve_velocity(scores.double(), rates, batch.weights, batch.num_samples, rcond, min_snr)

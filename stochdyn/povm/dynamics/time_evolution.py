@@ -3,99 +3,93 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from stochdyn._checks import check_positive_int, check_time_grid
+from stochdyn._checks import as_seed, check_bool, check_callable, check_positive_int, check_type
 from stochdyn.core.forward.outcomes import all_configurations
 from stochdyn.errors import InvalidInputError, NonFiniteError
 from stochdyn.povm.ansatz.base import Ansatz
 from stochdyn.povm.dynamics.averages import Averages
-from stochdyn.povm.dynamics.evolution import Evolution, EvolutionInterrupted, Record
-from stochdyn.povm.dynamics.options import read_options
-from stochdyn.povm.dynamics.steppers import Stepper, make_stepper
+from stochdyn.povm.dynamics.evolution import Evolution, Record
+from stochdyn.povm.dynamics.indicators import look_at_state, warn_of_state, warn_of_steps
+from stochdyn.povm.dynamics.methods import Method, Problem, Step, read_method
 from stochdyn.povm.frames.lattice_observables import Estimator
-from stochdyn.povm.frames.lattice_observables import observables as read_observables
 from stochdyn.povm.lindblad.lindbladian import Lindbladian
-from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from stochdyn.run.folder import prepare_folder
-from stochdyn.run.identity import check_same_run, fingerprint
-from stochdyn.run.interrupt import DeferredInterrupt
+from stochdyn.povm.master.arguments import as_times, check_frame, check_model, read_observables
+from stochdyn.povm.master.density import check_bound
+from stochdyn.povm.master.schedule import make_schedule
+from stochdyn.run.engine import Resumable, run_to_end
 
 __all__ = ["checked_operator", "evolve", "expectations"]
 
 _LISTABLE = 1 << 18
 _OBSERVE_SEED = 0x0B5E
-_CLOSE = 1e-9
 
 
 def evolve(
     net: Ansatz,
     model: Lindbladian,
     povm: Any,
-    times: Tensor | Sequence[float],
-    method: str = "tdvp",
+    ts: Tensor | Sequence[float],
+    method: str | Method = "tdvp",
     num_samples: int | None = 4096,
     observables: Mapping[str, Any] | Sequence[Any] = ("X", "Y", "Z"),
     *,
     observe_samples: int | None = None,
+    max_step: float | None = None,
+    breaks: Sequence[float] = (),
     seed: int = 0,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     checkpoint_every: int = 20,
     stop: Callable[[dict[str, float]], bool] | None = None,
-    **options: Any,
 ) -> Evolution:
     r"""Move a variational state along a master equation, :math:`\dot P = LP`, in place.
 
-    * ``"tdvp"``: the time-dependent variational principle, :math:`S\dot\theta = F` with the Fisher metric
-      (:func:`~stochdyn.povm.dynamics.tdvp.solve_velocity`), by Heun's method with its step controlled in that metric.
-      The method to begin with.
-    * ``"trapezoid"``: the forward-backward trapezoid method of the paper, every step a minimisation of the residual
-      of :math:`(1-\tfrac h2L)P_{t+h} = (1+\tfrac h2L)P_t` in the 1-norm or weighted 2-norm.
-    * ``"fit"``: explicit steps of second order, each fitted to its target by a weighted divergence.
-
     Args:
-        net: the state at ``times[0]``, such as after :meth:`Ansatz.set_product_state`. Put it in float64 for accuracy
+        net: the state at the first time, such as after :meth:`Ansatz.set_product_state`. Put it in float64 for accuracy
             better than about 1e-3.
-        model: the Lindbladian.
-        povm: the frame, or one a site.
-        times: ``(T,)`` strictly increasing; observables are taken at each, also at the first.
-        method: ``"tdvp"``, ``"trapezoid"`` or ``"fit"``.
-        num_samples: draws for each estimate; None sums over all outcomes, without any randomness, for up to 16384
-            outcomes that symmetry of state and model doesn't relate (7 sites without symmetry).
+        model: the Lindbladian, its parameters bound.
+        povm: the frame, or one for each site.
+        ts: the output times ``(T,)``, strictly increasing; observables are taken at each, also at the first.
+        method: :class:`~stochdyn.povm.TDVP`, :class:`~stochdyn.povm.Trapezoid` or :class:`~stochdyn.povm.Fit` with
+            options of their own, or the name of one, ``"tdvp"``, ``"trapezoid"`` or ``"fit"``, with its defaults.
+        num_samples: the number of draws for each estimate; None sums over all outcomes, without any randomness, for up to
+            16384 outcomes that symmetry of state and model doesn't relate (7 sites without symmetry).
         observables: by name, see :func:`stochdyn.povm.observable`: ``"Z"`` is the mean over sites, ``"ZZ"`` over the
             model's bonds, ``("ZZ", (0, 1))`` on two sites. They run along on the progress bar.
-        observe_samples: draws for observables; four times ``num_samples`` if None, at least 16384.
-        seed: of all random numbers.
-        progress: show a bar.
-        checkpoint: directory for checkpoints, made if need be.
-        resume: continue the run in ``checkpoint`` to the same bits as if it had never stopped; a fresh run if there
-            is none.
-        checkpoint_every: steps between saves; each of the times is saved too.
+        observe_samples: the number of draws for observables; four times ``num_samples`` if None, at least 16384.
+        max_step: the longest step, for pulses shorter than 1/4096 of the span.
+        breaks: times where coefficients aren't smooth; jumps are found without.
+        seed: the seed of all random numbers.
+        progress: whether to show a bar.
+        checkpoint: a directory for checkpoints, made if need be.
+        resume: whether to continue the run in ``checkpoint``, to the same bits as if it had never stopped; a fresh run if
+            there is none.
+        checkpoint_every: the number of steps between saves.
         stop: called after every step with what it reports (see ``Evolution.steps``); true ends the run there, with the
             times reached so far.
-        options: of the method: :class:`~stochdyn.povm.dynamics.options.TDVPOptions`,
-            :class:`~stochdyn.povm.dynamics.options.TrapezoidOptions`, :class:`~stochdyn.povm.dynamics.options.FitOptions`.
 
     Returns:
         Expectations, their errors, residuals and states at the times.
 
     Raises:
         TimeGridError: if the times don't increase.
-        LindbladianError: if a rate that depends on time is negative at one of them.
+        LindbladianError: if a rate is negative at some time, or parameters aren't bound.
         SystemSizeError: if there are too many outcomes for full summation.
-        InvalidInputError: if sizes don't fit, or method or options are unknown. All before any work.
+        InvalidInputError: if sizes don't fit, or the method is unknown. All before any work.
         NonFiniteError: if a step leaves parameters that aren't finite; the state is that before the step.
-        ForeignCheckpointError: if the checkpoint belongs to another run.
-        EvolutionInterrupted: after Ctrl-C, with the result so far; the checkpoint holds the last whole step.
+        ForeignCheckpointError: if the checkpoint belongs to another run: of another model, frame, observable or method.
+        Interrupted: after Ctrl-C, with the result so far; the checkpoint holds the last whole step.
+
+    Warns:
+        ConvergenceWarning: if the ansatz can't follow the change (a residual of one), if two-site density matrices have
+            negative eigenvalues, or if the strings of the ansatz aren't symmetries of the model.
 
     Example:
         >>> from stochdyn.povm import AutoregressiveTransformer, Lindbladian, Tetrahedral
@@ -108,145 +102,153 @@ def evolve(
     Reference:
         Luo et al., Phys. Rev. Lett. 128, 090501 (2022); Reh et al., Phys. Rev. Lett. 127, 230501 (2021).
     """
-    ts = torch.as_tensor(times, dtype=torch.float64)
-    check_time_grid(ts, "times")
-    model.check_rates(ts.tolist())
-    check_positive_int(checkpoint_every, "checkpoint_every")
-    chosen = read_options(method, options)
+    check_arguments(net, model, povm)
+    times = as_times(ts, "ts", 2)
+    chosen = read_method(method)
+    check_bool(progress, "progress")
+    seed = as_seed(seed)
+    if observe_samples is not None:
+        check_positive_int(observe_samples, "observe_samples", 2)
+    if stop is not None:
+        check_callable(stop, "stop")
+    specs = read_observables(model, observables)
+    schedule = make_schedule(model, times, max_step=max_step, breaks=breaks)
     operator = checked_operator(net, model, povm)
-    specs = read_observables(observables, model.num_sites, dim=model.dim, bonds=model.bonds)
     estimators = {name: spec.estimator(povm, device=net.device) for name, spec in specs.items()}
     averages = Averages(net, operator, num_samples, chosen.stratified)
     if observe_samples is None and num_samples is not None:
         observe_samples = max(4 * num_samples, 16384)
-    if resume and checkpoint is None:
-        raise InvalidInputError("resume=True needs the directory of the run", hint="pass checkpoint=...")
-    stepper = make_stepper(chosen, net, operator, averages, seed, model.is_time_dependent)
-    run = _Run(net, ts, stepper, Record(list(estimators)), estimators, observe_samples, seed, stop)
-    if checkpoint is not None:
-        identity = {
-            "method": method,
-            "options": repr(chosen),
-            "num_samples": repr(num_samples),
-            "observe_samples": repr(observe_samples),
-            "times": repr(ts.tolist()),
-            "observables": repr(list(estimators)),
-            "seed": repr(seed),
-        }
-        run.open_checkpoint(Path(checkpoint), identity, resume, checkpoint_every)
-    with DeferredInterrupt() as interrupt:
-        finished = run.go(progress, interrupt)
-    result = run.record.result(ts, net, method, chosen)
-    if not finished:
-        raise EvolutionInterrupted(f"stopped at t={run.t:g} after step {run.number}", result)
+    looks = times.tolist() if len(times) > 8 else torch.linspace(times[0], times[-1], 33).tolist()
+    problem = Problem(averages, schedule, model.rate_scale(looks), seed, model.is_time_dependent)
+    job = _Run(problem, chosen, times, estimators, observe_samples)
+    identity = {
+        "net": net,
+        "model": model,
+        "povm": povm,
+        "method": chosen,
+        "num_samples": num_samples,
+        "observe_samples": observe_samples,
+        "ts": times,
+        "observables": specs,
+        "max_step": max_step,
+        "breaks": breaks,
+        "seed": seed,
+    }
+    result = run_to_end(
+        job,
+        "evolve",
+        identity=identity,
+        randomness=seed,
+        device=net.device,
+        progress=progress,
+        checkpoint=checkpoint,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        stop=None if stop is None else lambda run: stop(run.last),
+    )
+    places = sorted({place for place in model.bonds if len(place) == 2}) or [
+        (i,) for i in range(model.num_sites)
+    ]
+    result.positivity = look_at_state(net, povm, places, observe_samples, seed)
+    warn_of_steps(result)
+    warn_of_state(result.positivity)
     return result
 
 
-class _Run:
+class _Run(Resumable[Evolution]):
     """An evolution under way."""
+
+    unit = "t"
 
     def __init__(
         self,
-        net: Ansatz,
+        problem: Problem,
+        method: Method,
         times: Tensor,
-        stepper: Stepper,
-        record: Record,
         estimators: Mapping[str, Estimator],
         observe_samples: int | None,
-        seed: int,
-        stop: Callable[[dict[str, float]], bool] | None,
     ) -> None:
-        self.stop = stop
-        self.net, self.times, self.stepper, self.record = net, times.tolist(), stepper, record
-        self.estimators, self.observe_samples, self.seed = estimators, observe_samples, seed
-        self.t, self.number, self.worst = self.times[0], 0, 0.0
-        self.folder: Path | None = None
-        self.every = 0
+        self.net, self.method, self.grid = problem.averages.net, method, times
+        self.problem, self.times = problem, times.tolist()
+        self.stepper = method.stepper(problem)
+        self.record = Record(list(estimators))
+        self.estimators, self.observe_samples = estimators, observe_samples
+        self.t, self.worst, self.place = self.times[0], 0.0, 0
+        self.last: dict[str, float] = {}
+        self.total = self.times[-1] - self.times[0]
 
-    def open_checkpoint(self, folder: Path, identity: dict[str, str], resume: bool, every: int) -> None:
-        """Make sure that saving will succeed, and continue from what is there if asked to."""
-        prepare_folder(folder)
-        self.folder, self.every = folder, every
-        self.identity = {**identity, **fingerprint(self.net)}
-        content = read_checkpoint(folder) if resume else None
-        if content is None:
-            return
-        check_same_run(folder, {"kind": content.kind}, {"kind": "evolution"})
-        check_same_run(folder, content.identity, self.identity)
-        state = content.state
-        self.net.load_state_dict(state["net"])
-        self.stepper.load_state_dict(state["stepper"])
-        self.record.load_state_dict(state["record"])
-        self.t, self.number, self.worst = state["t"], content.step, state["worst"]
+    @property
+    def position(self) -> float:
+        """See :attr:`Resumable.position`: the time that has passed."""
+        return self.t - self.times[0]
 
-    def save(self) -> None:
-        """Write a checkpoint, if there is to be one."""
-        if self.folder is None:
-            return
-        state = {
+    @property
+    def finished(self) -> bool:
+        """See :attr:`Resumable.finished`."""
+        return len(self.record.residual) == len(self.times)
+
+    def start(self) -> None:
+        """See :meth:`Resumable.start`: the observables at the first time."""
+        if not self.record.residual:
+            self._observe()
+
+    def step(self) -> None:
+        """See :meth:`Resumable.step`: one step of the method, to the next output time or break at most."""
+        segment = self.problem.schedule.segments[self.place]
+        self.t = max(self.t, segment.start)  # a jump of a coefficient has two sides
+        number, longest = self.number, segment.end - self.t
+        step = self.stepper.step(number, self.t, longest) if longest > 0 else Step(0.0, 0.0, {})
+        if not bool(torch.isfinite(self.net.parameter_vector()).all()):
+            raise NonFiniteError(
+                f"step {number + 1} from t={self.t:g} left parameters that aren't finite",
+                hint="take smaller steps, more samples or a larger rcond",
+            )
+        reached = step.taken >= longest * (1 - 1e-12)
+        self.t = segment.end if reached else self.t + step.taken
+        self.worst = max(self.worst, step.residual)
+        self.last = {"t": self.t, "residual": step.residual, **step.report}
+        if longest > 0:
+            self.record.add_step(self.last)
+        if reached:
+            self.place += 1
+            if segment.output is not None:
+                self._observe()
+
+    def _observe(self) -> None:
+        """Take the observables at a time that was reached."""
+        index = len(self.record.residual)
+        generator = torch.Generator(device=self.net.device)
+        generator.manual_seed((self.problem.seed * _OBSERVE_SEED + index + (1 << 61)) % 2**62)
+        values = expectations(self.net, self.estimators, self.observe_samples, generator)
+        self.record.observe(values, self.worst, self.net.parameter_vector())
+        self.worst = 0.0
+
+    def describe(self) -> dict[str, str]:
+        """See :meth:`Resumable.describe`: the time and the observables."""
+        shown = {name: f"{values[-1]:.4f}" for name, values in self.record.means.items() if values}
+        return {"t": f"{self.t:.3g}", **shown}
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`Resumable.state`."""
+        return {
             "net": dict(self.net.state_dict()),
             "stepper": self.stepper.state_dict(),
             "record": self.record.state_dict(),
             "t": self.t,
             "worst": self.worst,
+            "place": self.place,
         }
-        write_checkpoint(self.folder, Checkpoint("evolution", self.number, self.identity, state))
 
-    def observe(self) -> None:
-        """Take the observables at a time that was reached."""
-        index = len(self.record.residual)
-        generator = torch.Generator(device=self.net.device)
-        generator.manual_seed((self.seed * _OBSERVE_SEED + index + (1 << 61)) % 2**62)
-        values = expectations(self.net, self.estimators, self.observe_samples, generator)
-        self.record.observe(values, self.worst, self.net.parameter_vector())
-        self.worst = 0.0
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`Resumable.load_state`."""
+        self.net.load_state_dict(state["net"])
+        self.stepper.load_state_dict(state["stepper"])
+        self.record.load_state_dict(state["record"])
+        self.t, self.worst, self.place = state["t"], state["worst"], state["place"]
 
-    def go(self, progress: bool, interrupt: DeferredInterrupt) -> bool:
-        """Run to the end; return False if interrupted before."""
-        clock = time.process_time()
-        spent = self.record.seconds
-        first, last = self.times[0], self.times[-1]
-        with tqdm(total=last - first, disable=not progress, unit="t", bar_format=_BAR) as bar:
-            bar.update(self.t - first)
-            if not self.record.residual:
-                self.observe()
-            while len(self.record.residual) < len(self.times):
-                target = self.times[len(self.record.residual)]
-                report = self._advance(target)
-                reached = target - self.t <= _CLOSE * max(1.0, abs(target))
-                if reached:
-                    self.t = target
-                    self.observe()
-                self.record.seconds = spent + time.process_time() - clock
-                bar.n = self.t - first
-                bar.set_postfix({n: f"{v[-1]:.4f}" for n, v in self.record.means.items()}, refresh=True)
-                if reached or (self.every and self.number % self.every == 0) or interrupt.requested:
-                    self.save()
-                if self.stop is not None and self.stop(report):
-                    self.save()
-                    break
-                if interrupt.requested and len(self.record.residual) < len(self.times):
-                    return False
-        return True
-
-    def _advance(self, target: float) -> dict[str, float]:
-        before = self.net.parameter_vector()
-        step = self.stepper.step(self.number, self.t, target - self.t)
-        if not bool(torch.isfinite(self.net.parameter_vector()).all()):
-            self.net.set_parameter_vector(before)
-            raise NonFiniteError(
-                f"step {self.number + 1} from t={self.t:g} left parameters that aren't finite",
-                hint="take smaller steps, more samples or a larger rcond",
-            )
-        self.number += 1
-        self.t += step.taken
-        self.worst = max(self.worst, step.residual)
-        report = {"t": self.t, "residual": step.residual, **step.report}
-        self.record.add_step(report)
-        return report
-
-
-_BAR = "{l_bar}{bar}| t={n:.3g} of {total:.3g} [{elapsed}<{remaining}{postfix}]"
+    def report(self) -> Evolution:
+        """See :meth:`Resumable.report`."""
+        return self.record.result(self.grid, self.net, self.method, self.seconds)
 
 
 def expectations(
@@ -254,28 +256,38 @@ def expectations(
     estimators: Mapping[str, Estimator],
     num_samples: int | None,
     generator: torch.Generator | None = None,
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, tuple[complex, float]]:
     """Return mean and standard error of observables in a state.
 
     Args:
         net: the state.
-        estimators: by name.
-        num_samples: stratified draws, whose standard error is that of independent ones and so an upper bound; None
-            sums over all outcomes.
-        generator: source of randomness.
+        estimators: functions of outcomes by name.
+        num_samples: the number of stratified draws, whose standard error is that of independent ones and so an upper
+            bound; None sums over all outcomes.
+        generator: the source of randomness.
     """
     with torch.no_grad():
         if num_samples is None:
             net.check_listable(_LISTABLE)
             every = all_configurations(net.num_sites, net.num_outcomes, net.device)
             p = net.log_prob(every).double().exp()
-            return {name: (float(p @ estimator(every)), 0.0) for name, estimator in estimators.items()}
+            values = {name: estimator(every) for name, estimator in estimators.items()}
+            return {name: ((p.to(v.dtype) @ v).item(), 0.0) for name, v in values.items()}
         a, _ = net.sample(num_samples, generator=generator, stratified=True)
         found = {}
         for name, estimator in estimators.items():
-            values = estimator(a)
-            found[name] = (float(values.mean()), float(values.std() / num_samples**0.5))
+            values_at = estimator(a)
+            found[name] = (values_at.mean().item(), float(values_at.std() / num_samples**0.5))
         return found
+
+
+def check_arguments(net: object, model: object, povm: object) -> None:
+    """Raise unless state, model and frame are what their names say, with all parameters bound."""
+    check_type(net, Ansatz, "net", hint="such as stochdyn.povm.AutoregressiveTransformer(num_sites)")
+    check_model(model)
+    check_frame(povm)
+    assert isinstance(model, Lindbladian)
+    check_bound(model)
 
 
 def checked_operator(net: Ansatz, model: Lindbladian, povm: Any) -> Any:

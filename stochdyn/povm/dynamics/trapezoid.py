@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from stochdyn.core.forward.master_terms import SparseMasterEquation
 from stochdyn.povm.ansatz.base import Ansatz
 from stochdyn.povm.dynamics.averages import Averages
 from stochdyn.povm.dynamics.residuals import ResidualProblem, StepSource
@@ -20,8 +19,6 @@ _LOOK_SEED = 0x5EED
 
 
 def trapezoid_problem(
-    net: Ansatz,
-    operator: SparseMasterEquation,
     averages: Averages,
     t: float | None,
     step: float,
@@ -32,17 +29,16 @@ def trapezoid_problem(
     .. math:: R = \bigl(1-\tfrac h2L\bigr)P_\theta - \bigl(1+\tfrac h2L\bigr)P_t
 
     Args:
-        net: the state; a frozen copy of it becomes :math:`P_t`.
-        operator: the master equation.
-        averages: what means are taken over, with ``net`` as the state.
-        t: time before the step; None if the equation doesn't depend on it.
+        averages: the state, a frozen copy of which becomes :math:`P_t`, the master equation, and what means are taken
+            over.
+        t: the time before the step; None if the equation doesn't depend on it.
         step: ``h``, the whole step (the reference code's ``dt`` is half of it).
         norm: ``"l1"`` or ``"l2"``.
     """
-    frozen = copy.deepcopy(net)
-    source = StepSource(frozen, operator, step / 2, t)
+    frozen = copy.deepcopy(averages.net)
+    source = StepSource(frozen, averages.operator, step / 2, t)
     later = None if t is None else t + step
-    return ResidualProblem(net, operator, averages, norm, 1.0, step / 2, source, later)
+    return ResidualProblem(averages, norm, 1.0, step / 2, source, later)
 
 
 class Minimum:
@@ -67,7 +63,7 @@ class Minimum:
 
 def minimise(
     problem: ResidualProblem,
-    iterations: int,
+    steps: int,
     lr: float,
     generator: torch.Generator | None = None,
     looks: int = 4,
@@ -79,20 +75,20 @@ def minimise(
 
     Args:
         problem: the residual.
-        iterations: number of gradient steps.
+        steps: the number of gradient steps.
         lr: learning rate at the start.
         generator: source of randomness.
         looks: comparisons of iterates.
     """
     best = Minimum()
-    for _ in iterate(problem, iterations, lr, best, generator, looks):
+    for _ in iterate(problem, steps, lr, best, generator, looks):
         pass
     return best
 
 
 def iterate(
     problem: ResidualProblem,
-    iterations: int,
+    steps: int,
     lr: float,
     best: Minimum,
     generator: torch.Generator | None = None,
@@ -102,9 +98,9 @@ def iterate(
     net = problem.net
     exact = problem.averages.num_samples is None
     optimiser = torch.optim.Adam([p for _, p in net.trainable()], lr=lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
-    places = {iterations // 2 + (iterations - iterations // 2) * (k + 1) // looks for k in range(looks)} | {0}
-    for i in range(iterations):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    places = {steps // 2 + (steps - steps // 2) * (k + 1) // looks for k in range(looks)} | {0}
+    for i in range(steps):
         value = problem.evaluate(generator)
         best.losses.append(value.loss)
         if exact:

@@ -3,6 +3,13 @@ from .density import check_bound as check_bound
 from .density import check_density_size as check_density_size
 from .density import full_operator as full_operator
 from .density import initial_density as initial_density
+from .information import capacity as capacity
+from .information import ergotropy as ergotropy
+from .information import fidelity as fidelity
+from .information import mutual_information as mutual_information
+from .information import negativity as negativity
+from .information import renyi_entropy as renyi_entropy
+from .information import von_neumann_entropy as von_neumann_entropy
 from .integration import integrate as integrate
 from .physicality import Positivity as Positivity
 from .physicality import classical_fidelity as classical_fidelity

@@ -9,11 +9,12 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import as_generator, check_nonempty, check_positive_int, check_type
 from stochdyn.core.forward.outcomes import encode
 from stochdyn.core.law.path import Estimate
-from stochdyn.errors import InvalidInputError, LindbladianError, ShapeError, TooFewDrawsError
+from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, TooFewDrawsError
 from stochdyn.povm.frames.frame import Frame
+from stochdyn.povm.frames.lattice_observables import check_sites
 from stochdyn.povm.frames.products import density_of
 from stochdyn.povm.frames.site_frames import SiteFrames
 
@@ -61,7 +62,7 @@ class Positivity:
 def marginal(p: Tensor, sites: Sequence[int], num_outcomes: int) -> Tensor:
     """Return the probabilities ``(*batch, K**k)`` of the outcomes on some sites, from all, ``(*batch, K**N)``."""
     n = _num_sites(p.shape[-1], num_outcomes)
-    _check_sites(sites, n)
+    check_sites(sites, n)
     lead = p.ndim - 1
     tensor = p.reshape(*p.shape[:-1], *(num_outcomes,) * n)
     rest = [lead + i for i in range(n) if i not in sites]
@@ -79,7 +80,7 @@ def reduced_density(povm: Povm, outcomes: Tensor, sites: Sequence[int]) -> Tenso
     .. math:: \rho_A = \sum_{a_A} p(a_A)\,N_{a_A}
 
     Args:
-        povm: the frame of all sites, or one a site.
+        povm: the frame of all sites, or one for each site.
         outcomes: samples ``(n, N)`` (integers), or probabilities ``(K**N,)`` of all outcomes (floating).
         sites: at most five.
 
@@ -106,12 +107,12 @@ def positivity(
     places: Sequence[Sequence[int]],
     *,
     bootstrap: int = 50,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> Positivity:
     """Return the lowest eigenvalues of reduced density matrices.
 
     Args:
-        povm: the frame of all sites, or one a site.
+        povm: the frame of all sites, or one for each site.
         outcomes: samples ``(n, N)`` (integers), or probabilities ``(K**N,)`` of all outcomes (floating).
         places: the sites of each matrix, such as the bonds of the lattice.
         bootstrap: resamplings for the standard error, of samples only.
@@ -121,6 +122,10 @@ def positivity(
         LindbladianError: if a site doesn't exist or comes twice.
         TooFewDrawsError: if there are fewer than two samples.
     """
+    _check_outcomes(povm, outcomes)
+    check_nonempty(places, "places")
+    check_positive_int(bootstrap, "bootstrap", 2)
+    source = as_generator(generator, outcomes.device)
     sampled = not outcomes.is_floating_point()
     if sampled and outcomes.shape[0] < 2:
         raise TooFewDrawsError("a standard error needs at least two samples", got=outcomes.shape[0])
@@ -132,9 +137,8 @@ def positivity(
         if not sampled:
             errors.append(torch.zeros_like(lowest[-1]))
             continue
-        check_positive_int(bootstrap, "bootstrap", 2)
         n = outcomes.shape[0]
-        drawn = torch.multinomial(p.float().clamp(min=0).expand(bootstrap, -1), n, True, generator=generator)
+        drawn = torch.multinomial(p.float().clamp(min=0).expand(bootstrap, -1), n, True, generator=source)
         counts = torch.zeros(bootstrap, p.shape[0], dtype=p.dtype, device=p.device)
         counts.scatter_add_(1, drawn, counts.new_ones(1, 1).expand(bootstrap, n))
         again = torch.stack([torch.linalg.eigvalsh(density_of(c / n, frames))[0] for c in counts])
@@ -142,7 +146,7 @@ def positivity(
     return Positivity(tuple(tuple(s) for s in places), torch.stack(lowest), torch.stack(errors))
 
 
-def purity(povm: Povm, outcomes: Tensor) -> Estimate:
+def purity(povm: Povm, outcomes: Tensor, *, generator: torch.Generator | int | None = 0) -> Estimate:
     r"""Return the purity of the whole system.
 
     .. math:: \operatorname{Tr}\rho^2 = \sum_{ab}p(a)\,T^{-1}_{ab}\,p(b)
@@ -151,10 +155,15 @@ def purity(povm: Povm, outcomes: Tensor) -> Estimate:
     some ten at most, and look at the standard error.
 
     Args:
-        povm: the frame of all sites, or one a site.
-        outcomes: samples ``(n, N)`` (integers), paired first half with second, or probabilities ``(K**N,)``
-            (floating), for which the error is zero.
+        povm: the frame of all sites, or one for each site.
+        outcomes: samples ``(n, N)`` (integers), or probabilities ``(K**N,)`` (floating), for which the error is zero.
+        generator: the source of randomness by which samples are paired; whatever order they come in, as stratified
+            draws do in one, plays no part.
+
+    Raises:
+        TooFewDrawsError: if there are fewer than four samples.
     """
+    _check_outcomes(povm, outcomes)
     k = povm.num_outcomes
     if outcomes.is_floating_point():
         n = _num_sites(outcomes.shape[-1], k)
@@ -167,7 +176,8 @@ def purity(povm: Povm, outcomes: Tensor) -> Estimate:
     half = outcomes.shape[0] // 2
     if half < 2:
         raise TooFewDrawsError("purity needs at least four samples", got=outcomes.shape[0])
-    a, b = outcomes[:half], outcomes[half : 2 * half]
+    order = torch.randperm(outcomes.shape[0], generator=as_generator(generator)).to(outcomes.device)
+    a, b = outcomes[order[:half]], outcomes[order[half : 2 * half]]
     columns = [
         povm.at(site).inverse_overlap.to(outcomes.device)[a[:, site], b[:, site]]
         for site in range(a.shape[1])
@@ -194,13 +204,12 @@ def trace_distance(rho: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _local_probabilities(povm: Povm, outcomes: Tensor, sites: Sequence[int]) -> Tensor:
+    _check_outcomes(povm, outcomes)
     if len(sites) > _MAX_SITES:
         raise InvalidInputError("too many sites", got=len(sites), expected=f"at most {_MAX_SITES}")
     if outcomes.is_floating_point():
         return marginal(outcomes, sites, povm.num_outcomes)
-    if outcomes.ndim != 2:
-        raise ShapeError("samples must be (n, N)", got=f"shape {tuple(outcomes.shape)}")
-    _check_sites(sites, outcomes.shape[1])
+    check_sites(sites, outcomes.shape[1])
     index = encode(outcomes[:, list(sites)], povm.num_outcomes)
     counts = torch.bincount(index, minlength=povm.num_outcomes ** len(sites))
     return counts.double() / outcomes.shape[0]
@@ -217,13 +226,23 @@ def _num_sites(size: int, num_outcomes: int) -> int:
     return n
 
 
-def _check_sites(sites: Sequence[int], num_sites: int) -> None:
-    if len(set(sites)) != len(sites):
-        raise LindbladianError("a site comes twice", got=tuple(sites))
-    outside = [s for s in sites if not 0 <= s < num_sites]
-    if outside or not sites:
-        raise LindbladianError(
-            "a site doesn't exist",
-            got=outside[0] if outside else "no sites",
-            expected=f"sites 0 to {num_sites - 1}",
+def _check_outcomes(povm: object, outcomes: object) -> None:
+    """Raise unless there are a frame and outcomes, samples or probabilities."""
+    check_type(povm, (Frame, SiteFrames), "povm", hint="such as stochdyn.povm.Tetrahedral()")
+    check_type(outcomes, Tensor, "outcomes")
+    assert isinstance(povm, Frame | SiteFrames)
+    assert isinstance(outcomes, Tensor)
+    if outcomes.is_complex() or outcomes.dtype == torch.bool:
+        raise InvalidInputError("outcomes must be integers, or probabilities", got=outcomes.dtype)
+    if outcomes.ndim != (1 if outcomes.is_floating_point() else 2):
+        raise ShapeError(
+            "outcomes must be samples (n, N) or probabilities (K**N,)", got=tuple(outcomes.shape)
         )
+    if not outcomes.is_floating_point() and outcomes.numel():
+        low, high = int(outcomes.min()), int(outcomes.max())
+        if low < 0 or high >= povm.num_outcomes:
+            raise InvalidInputError(
+                "an outcome is out of range", got=f"{low} to {high}", expected=f"0 to {povm.num_outcomes - 1}"
+            )
+    if outcomes.is_floating_point() and not bool(torch.isfinite(outcomes).all()):
+        raise NonFiniteError("outcomes must be finite probabilities")

@@ -1,0 +1,272 @@
+"""What density matrices say: entropies, entanglement, fidelity, and the work that unitaries can extract."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import check_positive_int, check_real
+from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
+from stochdyn.povm.frames.embedding import full_operator, partial_trace
+from stochdyn.povm.frames.operators import as_matrix
+from stochdyn.povm.frames.products import sites_of
+from stochdyn.povm.lindblad.lindbladian import Lindbladian
+
+__all__ = [
+    "capacity",
+    "ergotropy",
+    "fidelity",
+    "mutual_information",
+    "negativity",
+    "renyi_entropy",
+    "von_neumann_entropy",
+]
+
+_NEGATIVE = 0.02
+
+
+def von_neumann_entropy(rho: Any) -> Tensor:
+    r"""Return the entropy :math:`-\operatorname{Tr}\rho\log\rho` in nats.
+
+    Args:
+        rho: density matrices ``(*batch, D, D)``, such as of :func:`~stochdyn.povm.reduced_density` or
+            ``exact.evolve(..., keep_states=True).states``. Eigenvalues below zero, as sampled ones have, count as zero.
+
+    Returns:
+        ``(*batch)``, float64.
+
+    Warns:
+        ConvergenceWarning: if eigenvalues below zero weigh over 0.02.
+
+    Example:
+        >>> float(von_neumann_entropy(torch.eye(2) / 2).exp())
+        2.0
+    """
+    p = _spectrum(_matrices(rho, "rho"))
+    return -torch.where(p > 0, p * p.clamp(min=torch.finfo(p.dtype).tiny).log(), torch.zeros_like(p)).sum(-1)
+
+
+def renyi_entropy(rho: Any, order: float = 2.0) -> Tensor:
+    r"""Return the Rényi entropy :math:`\log\operatorname{Tr}\rho^\alpha/(1-\alpha)` in nats.
+
+    Args:
+        rho: density matrices ``(*batch, D, D)``.
+        order: the order :math:`\alpha>0`; 1 is the von Neumann entropy.
+
+    Returns:
+        ``(*batch)``, float64.
+
+    Raises:
+        InvalidInputError: if the order isn't positive.
+
+    Example:
+        >>> float(renyi_entropy(torch.eye(4) / 4).exp())
+        4.0
+    """
+    check_real(order, "order", above=0.0)
+    if abs(order - 1) < 1e-12:
+        return von_neumann_entropy(rho)
+    p = _spectrum(_matrices(rho, "rho"))
+    return torch.where(p > 0, p**order, torch.zeros_like(p)).sum(-1).log() / (1 - order)
+
+
+def mutual_information(rho: Any, sites: Sequence[int], *, dim: int = 2) -> Tensor:
+    r"""Return the mutual information :math:`S_A+S_B-S_{AB}` of some sites with the others, in nats.
+
+    Args:
+        rho: density matrices ``(*batch, d**k, d**k)`` of ``k`` sites.
+        sites: the sites ``A``, numbered within the matrix.
+        dim: the number ``d`` of levels of a site.
+
+    Returns:
+        ``(*batch)``, float64.
+
+    Raises:
+        LindbladianError: if a site doesn't exist, or comes twice.
+
+    Example:
+        >>> bell = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]]) / 2
+        >>> float(mutual_information(bell, [0]).exp())
+        4.0
+    """
+    matrices, n, inside = _bipartition(rho, sites, dim)
+    outside = [i for i in range(n) if i not in inside]
+    parts = [partial_trace(matrices, part, n, dim) for part in (inside, outside) if part]
+    return sum((von_neumann_entropy(part) for part in parts), -von_neumann_entropy(matrices))
+
+
+def negativity(rho: Any, sites: Sequence[int], *, dim: int = 2) -> Tensor:
+    r"""Return the negativity :math:`(\|\rho^{T_A}\|_1-1)/2`, which is zero where ``A`` and the rest aren't entangled.
+
+    Args:
+        rho: density matrices ``(*batch, d**k, d**k)`` of ``k`` sites.
+        sites: the sites ``A``, numbered within the matrix.
+        dim: the number ``d`` of levels of a site.
+
+    Returns:
+        ``(*batch)``, float64.
+
+    Raises:
+        LindbladianError: if a site doesn't exist, or comes twice.
+
+    Example:
+        >>> bell = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]]) / 2
+        >>> round(float(negativity(bell, [0])), 6)
+        0.5
+
+    Reference:
+        Vidal and Werner, Phys. Rev. A 65, 032314 (2002).
+    """
+    matrices, n, inside = _bipartition(rho, sites, dim)
+    batch = matrices.shape[:-2]
+    axes = list(range(1, 1 + 2 * n))
+    for site in inside:
+        axes[site], axes[n + site] = axes[n + site], axes[site]
+    turned = matrices.reshape(-1, *(dim,) * (2 * n)).permute(0, *axes).reshape(-1, dim**n, dim**n)
+    trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).real
+    return (torch.linalg.eigvalsh(turned).abs().sum(-1).reshape(batch) - trace) / 2
+
+
+def fidelity(rho: Any, sigma: Any) -> Tensor:
+    r"""Return the fidelity :math:`\bigl(\operatorname{Tr}\sqrt{\sqrt\rho\,\sigma\sqrt\rho}\bigr)^2`, 1 for equal states.
+
+    Args:
+        rho: density matrices ``(*batch, D, D)``.
+        sigma: density matrices that broadcast with them.
+
+    Returns:
+        ``(*batch)``, float64.
+
+    Raises:
+        ShapeError: if the sizes differ.
+
+    Example:
+        >>> up, mixed = torch.diag(torch.tensor([1.0, 0.0])), torch.eye(2) / 2
+        >>> round(float(fidelity(up, mixed)), 6)
+        0.5
+
+    Reference:
+        Jozsa, J. Mod. Opt. 41, 2315 (1994).
+    """
+    a, b = _matrices(rho, "rho"), _matrices(sigma, "sigma")
+    if a.shape[-1] != b.shape[-1]:
+        raise ShapeError("the states are of different size", got=b.shape[-1], expected=a.shape[-1])
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors @ torch.diag_embed(values.clamp(min=0).sqrt()).to(vectors.dtype) @ vectors.mH
+    inner = root @ b @ root
+    return torch.linalg.eigvalsh((inner + inner.mH) / 2).clamp(min=0).sqrt().sum(-1).square()
+
+
+def ergotropy(rho: Any, hamiltonian: Any) -> Tensor:
+    r"""Return the largest work that unitaries extract, :math:`\operatorname{Tr}\rho H-\min_U\operatorname{Tr}U\rho U^\dagger H`.
+
+    Args:
+        rho: density matrices ``(*batch, D, D)``.
+        hamiltonian: a Hermitian matrix ``(D, D)``, or a :class:`~stochdyn.povm.Lindbladian`, whose Hamiltonian counts.
+
+    Returns:
+        ``(*batch)``, float64, not negative.
+
+    Raises:
+        ShapeError: if the sizes differ.
+
+    Example:
+        >>> float(ergotropy(torch.diag(torch.tensor([1.0, 0.0])), torch.diag(torch.tensor([1.0, -1.0]))))
+        2.0
+
+    Reference:
+        Allahverdyan, Balian and Nieuwenhuizen, Europhys. Lett. 67, 565 (2004).
+    """
+    matrices, h = _with_hamiltonian(rho, hamiltonian)
+    energy = torch.einsum("...ij,ji->...", matrices, h).real
+    # the passive state has its largest weights on the lowest levels
+    passive = (torch.linalg.eigvalsh(matrices).flip(-1) * torch.linalg.eigvalsh(h)).sum(-1)
+    return (energy - passive).clamp(min=0)
+
+
+def capacity(rho: Any, hamiltonian: Any) -> Tensor:
+    r"""Return the capacity as a battery, :math:`\max_U-\min_U` of :math:`\operatorname{Tr}U\rho U^\dagger H`.
+
+    Args:
+        rho: density matrices ``(*batch, D, D)``.
+        hamiltonian: a Hermitian matrix ``(D, D)``, or a :class:`~stochdyn.povm.Lindbladian`, whose Hamiltonian counts.
+
+    Returns:
+        ``(*batch)``, float64, not negative.
+
+    Raises:
+        ShapeError: if the sizes differ.
+
+    Example:
+        >>> float(capacity(torch.eye(2) / 2, torch.diag(torch.tensor([1.0, -1.0]))))
+        0.0
+
+    Reference:
+        Yang et al., Phys. Rev. Lett. 131, 030402 (2023).
+    """
+    matrices, h = _with_hamiltonian(rho, hamiltonian)
+    weights, levels = torch.linalg.eigvalsh(matrices), torch.linalg.eigvalsh(h)
+    return ((weights - weights.flip(-1)) * levels).sum(-1)
+
+
+def _matrices(value: Any, name: str) -> Tensor:
+    """Return Hermitian matrices ``(*batch, D, D)`` as complex128."""
+    if isinstance(value, Tensor) and value.ndim > 2:
+        matrices = value.to(torch.complex128)
+        if matrices.shape[-1] != matrices.shape[-2]:
+            raise ShapeError(f"{name} must be square matrices", got=f"shape {tuple(matrices.shape)}")
+    else:
+        matrices = as_matrix(value, name)
+    deviation = float((matrices - matrices.mH).abs().max())
+    if not deviation <= 1e-6 * float(matrices.abs().max()):
+        raise InvalidInputError(f"{name} must be Hermitian and finite", got=f"a deviation of {deviation:.3g}")
+    return (matrices + matrices.mH) / 2
+
+
+def _spectrum(rho: Tensor) -> Tensor:
+    values = torch.linalg.eigvalsh(rho)
+    missing = float(-values.clamp(max=0).sum(-1).min())
+    if missing > _NEGATIVE:
+        warnings.warn(
+            f"the density matrix isn't positive: eigenvalues below zero weigh {missing:.2g} and count as zero",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+    positive = values.clamp(min=0)
+    return positive / positive.sum(-1, keepdim=True)
+
+
+def _bipartition(rho: Any, sites: Sequence[int], dim: int) -> tuple[Tensor, int, list[int]]:
+    from stochdyn.povm.frames.lattice_observables import check_sites
+
+    check_positive_int(dim, "dim", 2)
+    matrices = _matrices(rho, "rho")
+    n = sites_of(matrices[(0,) * (matrices.ndim - 2)], dim) if matrices.shape[-1] > 1 else 0
+    if n == 0 or dim**n != matrices.shape[-1]:
+        raise ShapeError(f"the size of rho must be a power of {dim}", got=matrices.shape[-1])
+    check_sites(sites, n)
+    return matrices, n, list(sites)
+
+
+def _with_hamiltonian(rho: Any, hamiltonian: Any) -> tuple[Tensor, Tensor]:
+    matrices = _matrices(rho, "rho")
+    if isinstance(hamiltonian, Lindbladian):
+        from stochdyn.povm.lindblad.coefficients import coefficient_value
+
+        n, d = hamiltonian.num_sites, hamiltonian.dim
+        h = torch.zeros(d**n, d**n, dtype=torch.complex128)
+        for term in hamiltonian.hamiltonian:
+            full = full_operator(term.matrix, term.sites, n, d).toarray()
+            h += coefficient_value(term.coupling, 0.0) * torch.from_numpy(full)
+    else:
+        h = _matrices(hamiltonian, "hamiltonian")
+    if h.shape[-1] != matrices.shape[-1]:
+        raise ShapeError("state and Hamiltonian differ in size", got=h.shape[-1], expected=matrices.shape[-1])
+    if not math.isfinite(float(h.abs().max())):
+        raise InvalidInputError("hamiltonian must be finite")
+    return matrices, h

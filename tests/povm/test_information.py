@@ -1,0 +1,97 @@
+"""Entropies, entanglement, fidelity and work, against closed forms and QuTiP."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from stochdyn.errors import ConvergenceWarning, InvalidInputError, LindbladianError, ShapeError
+from stochdyn.povm import (
+    Lindbladian,
+    Tetrahedral,
+    capacity,
+    ergotropy,
+    exact,
+    fidelity,
+    mutual_information,
+    negativity,
+    reduced_density,
+    renyi_entropy,
+    systems,
+    von_neumann_entropy,
+)
+
+C128 = torch.complex128
+
+
+def state(size: int, rank: int | None = None) -> Tensor:
+    m = torch.randn(size, rank or size, dtype=C128)
+    return m @ m.mH / (m @ m.mH).diagonal().sum()
+
+
+def test_qutip_agrees() -> None:
+    qutip = pytest.importorskip("qutip")
+    a, b = state(8), state(8, 3)
+    dims = [[2, 2, 2], [2, 2, 2]]
+    q, r = qutip.Qobj(a.numpy(), dims=dims), qutip.Qobj(b.numpy(), dims=dims)
+    assert float(von_neumann_entropy(a)) == pytest.approx(qutip.entropy_vn(q))
+    assert float(fidelity(a, b)) == pytest.approx(qutip.fidelity(q, r) ** 2, abs=1e-7)
+    assert float(mutual_information(a, [0, 2])) == pytest.approx(qutip.entropy_mutual(q, [0, 2], [1]))
+    pair = qutip.Qobj(state(4).numpy(), dims=[[2, 2], [2, 2]])
+    assert float(negativity(pair, [1])) == pytest.approx(qutip.negativity(pair, 1))
+
+
+def test_closed_forms() -> None:
+    bell = torch.zeros(4, 4, dtype=C128)
+    bell[0, 0] = bell[3, 3] = bell[0, 3] = bell[3, 0] = 0.5
+    assert float(negativity(bell, [0])) == pytest.approx(0.5)
+    assert float(mutual_information(bell, [1])) == pytest.approx(2 * math.log(2))
+    werner = 0.8 * bell + 0.2 * torch.eye(4) / 4
+    assert float(negativity(werner, [0])) == pytest.approx((3 * 0.8 - 1) / 4)
+    rho = state(4)
+    assert float(renyi_entropy(rho, 2)) == pytest.approx(-math.log(float((rho @ rho).diagonal().sum().real)))
+    assert float(renyi_entropy(rho, 1 + 1e-6)) == pytest.approx(float(von_neumann_entropy(rho)), rel=1e-4)
+    assert float(negativity(torch.kron(state(2), state(2)), [0])) == pytest.approx(0, abs=1e-12)
+
+
+def test_ergotropy_is_reached_by_a_unitary_and_no_other_does_better() -> None:
+    rho, h = state(4), state(4) * 3
+    work = float(ergotropy(rho, h))
+    levels, vectors = torch.linalg.eigh(h)
+    weights, states = torch.linalg.eigh(rho)
+    u = vectors @ states.flip(-1).mH
+    energy = float((rho @ h).diagonal().sum().real)
+    assert work == pytest.approx(energy - float((u @ rho @ u.mH @ h).diagonal().sum().real))
+    active = float((weights * levels).sum())
+    assert float(capacity(rho, h)) == pytest.approx(active - energy + work)
+    for _ in range(5):
+        random = torch.linalg.qr(torch.randn(4, 4, dtype=C128))[0]
+        assert energy - float((random @ rho @ random.mH @ h).diagonal().sum().real) <= work + 1e-12
+
+
+def test_batches_of_exact_states_and_reduced_ones() -> None:
+    model = systems.ising(3)
+    run = exact.evolve(model, "up", [0.0, 0.5, 1.0], ["Z"], backend="matrix", keep_states=True)
+    assert von_neumann_entropy(run.states).shape == negativity(run.states, [0]).shape == (3,)
+    assert float(ergotropy(run.states, model)[0]) > 0
+    p = exact.propagate(model, Tetrahedral(), "up", [0.0, 1.0])[-1]
+    pair = reduced_density(Tetrahedral(), p, [0, 1])
+    whole = exact.evolve(model, "up", [0.0, 1.0], ["Z"], backend="matrix", keep_states=True).states[-1]
+    traced = torch.einsum("abcdec->abde", whole.reshape(2, 2, 2, 2, 2, 2)).reshape(4, 4)
+    assert float(fidelity(pair, traced)) == pytest.approx(1, abs=1e-6)
+
+
+def test_what_isn_t_a_state_is_refused_or_said() -> None:
+    with pytest.warns(ConvergenceWarning, match="isn't positive"):
+        von_neumann_entropy(torch.diag(torch.tensor([1.1, -0.1])))
+    with pytest.raises(InvalidInputError, match="Hermitian"):
+        von_neumann_entropy(torch.tensor([[0.5, 1.0], [0.0, 0.5]]))
+    with pytest.raises(ShapeError, match="power of 2"):
+        negativity(torch.eye(3) / 3, [0])
+    with pytest.raises(LindbladianError, match="doesn't exist"):
+        negativity(torch.eye(4) / 4, [2])
+    with pytest.raises(ShapeError, match="differ in size"):
+        ergotropy(torch.eye(4) / 4, Lindbladian(1, [(1.0, "Z", 0)]))
