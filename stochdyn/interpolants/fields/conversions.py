@@ -15,7 +15,7 @@ from stochdyn._checks import check_choice, check_real
 from stochdyn.errors import InvalidInputError, UnavailableError
 from stochdyn.interpolants.paths.interpolant import TARGETS, Interpolant
 
-__all__ = ["check_known", "conversion", "convert", "determines", "regular_at"]
+__all__ = ["anchors", "check_known", "conversion", "convert", "determines", "regular_at"]
 
 #: The conditional means of the ends and of the latent, by position.
 _START, _DATA, _LATENT = 0, 1, 2
@@ -239,6 +239,43 @@ def regular_at(interpolant: Interpolant, known: Sequence[str], target: str, end:
         [True, False]
     """
     return _facts(interpolant, tuple(known), target)[1 + end]
+
+
+def anchors(interpolant: Interpolant, known: Sequence[str], name: str) -> tuple[int, ...]:
+    """Return the ends at which a known field has a known value, and the velocity is it over the distance from that end.
+
+    There an error of the field makes an error of the velocity that isn't integrable, while what it must be is known: the data
+    prediction at time 1 and the start prediction at time 0 are the point itself.
+
+    Example:
+        >>> anchors(Interpolant("one-sided-linear"), ["data_prediction"], "data_prediction")
+        (1,)
+    """
+    key = ("anchors", tuple(known), name)
+    if key not in interpolant.facts:
+        interpolant.facts[key] = tuple(  # type: ignore[assignment]
+            end
+            for end in (0, 1)
+            if _has_limit(interpolant, name, end) and _grows(interpolant, tuple(known), name, end)
+        )
+    return interpolant.facts[key]  # type: ignore[return-value]
+
+
+def _has_limit(it: Interpolant, name: str, end: int) -> bool:
+    if name == "data_prediction":
+        return end == 1 or it.kind == "mirror"
+    if name == "start_prediction":
+        return end == 0
+    return it.kind == "one-sided" and name in ("noise_prediction", "score") and end == 0
+
+
+def _grows(it: Interpolant, known: tuple[str, ...], name: str, end: int) -> bool:
+    """Return whether the factor of a field in the velocity grows like the inverse distance from an end."""
+    if not determines(it, known, "velocity") or "velocity" in known:
+        return False
+    near = torch.tensor([1e-4, 1e-6], dtype=torch.float64)
+    factor = _coefficients(it, known, "velocity", near if end == 0 else 1 - near)[1][known.index(name)]
+    return factor is not None and bool(((factor * near).abs() > 1e-2).all())
 
 
 def _facts(it: Interpolant, known: tuple[str, ...], target: str) -> tuple[bool, bool, bool]:

@@ -22,7 +22,7 @@ from stochdyn._checks import (
 from stochdyn.core.forward.flow import as_time
 from stochdyn.errors import DtypeMismatchError, InvalidInputError, ShapeError
 from stochdyn.interpolants.fields.buffers import FlexibleBuffers
-from stochdyn.interpolants.fields.conversions import check_known, conversion, determines, regular_at
+from stochdyn.interpolants.fields.conversions import anchors, check_known, conversion, determines, regular_at
 from stochdyn.interpolants.paths.interpolant import Interpolant
 
 __all__ = ["FieldNetwork", "Fields", "NetworkAdapter", "evaluating"]
@@ -208,6 +208,7 @@ class Fields(FlexibleBuffers):
         null_condition: what stands for no condition, in classifier-free guidance.
         independent: whether the two ends are independent. If they aren't, the noise of a one-sided path isn't either, and its
             mean gives no score.
+        anchored: whether predictions are held to what they must be at an end, see :meth:`call`.
 
     Raises:
         InvalidInputError: if there are no networks, or they don't belong to the path.
@@ -224,8 +225,11 @@ class Fields(FlexibleBuffers):
         clip: float = 1e-3,
         null_condition: Tensor | None = None,
         independent: bool = True,
+        anchored: bool = True,
     ) -> None:
         super().__init__()
+        check_bool(anchored, "anchored")
+        self.anchored = anchored
         check_known(interpolant, list(networks))
         self._scoreless = interpolant.kind == "one-sided" and not independent
         if self._scoreless and "score" in networks:
@@ -281,7 +285,34 @@ class Fields(FlexibleBuffers):
         return regular_at(self.interpolant, self.names, target, end)
 
     def call(self, name: str, t: Tensor, x: Tensor, condition: Any = None) -> Tensor:
-        """Evaluate a network at ``t (..., 1)``."""
+        r"""Return a field that is learnt, at ``t (..., 1)``.
+
+        It is what the network returns, but for a prediction that is divided by the distance :math:`d` from an end, where its value
+        :math:`\eta_e(x)` is known: the network's error there is taken off nearby,
+        :math:`\hat\eta=N(t,x)-(1-d)^2\,[N(e,x)-\eta_e(x)]`. In training and afterwards alike, and nothing for an exact one.
+        """
+        ends = anchors(self.interpolant, self.names, name) if self.anchored else ()
+        if not ends:
+            return self._network(name, t, x, condition)
+        flat = x.reshape(-1, x.shape[-1])
+        times = t.expand(*x.shape[:-1], 1).reshape(-1, 1)
+        copies = 1 + len(ends)
+        if isinstance(condition, Tensor):
+            if condition.shape[: x.ndim - 1] == x.shape[:-1]:
+                condition = condition.reshape(len(flat), *condition.shape[x.ndim - 1 :])
+            if condition.ndim and len(condition) == len(flat):
+                condition = condition.repeat(copies, *[1] * (condition.ndim - 1))
+        every = torch.cat([times, *(torch.full_like(times, float(end)) for end in ends)])
+        value, *limits = self._network(name, every, flat.repeat(copies, 1), condition).chunk(copies)
+        for end, limit in zip(ends, limits, strict=True):
+            error = limit - (-flat if name == "score" else flat)
+            share = (times if end else 1 - times).square()
+            # an exact field may be no number at the end itself
+            value = value - share * torch.where(torch.isfinite(error), error, torch.zeros_like(error))
+        return value.reshape(x.shape)
+
+    def _network(self, name: str, t: Tensor, x: Tensor, condition: Any) -> Tensor:
+        """Evaluate a network."""
         net = self.networks[name] if name in self.networks else self._functions[name]
         event = self.event_shape
         shaped = event is not None and len(event) != 1

@@ -136,7 +136,7 @@ class Interpolant(nn.Module):
             isinstance(self.alpha, Remaining) and isinstance(self.beta, Linear) and correction is None
         )
         # what fields determine which others, and where: found once, and kept here
-        self.facts: dict[object, tuple[bool, bool, bool]] = {}
+        self.facts: dict[object, tuple[bool, bool, bool] | tuple[int, ...]] = {}
         self._check_ends()
 
     def _check_ends(self) -> None:

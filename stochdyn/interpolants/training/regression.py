@@ -24,6 +24,7 @@ from stochdyn._checks import (
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants.fields.conditions import as_condition
+from stochdyn.interpolants.fields.conversions import anchors
 from stochdyn.interpolants.fields.networks import Fields, Network
 from stochdyn.interpolants.paths.interpolant import Interpolant, check_pair, check_times
 from stochdyn.interpolants.paths.latents import BrownianLatent
@@ -76,9 +77,14 @@ class InterpolantRegression(Objective):
         times: how the times of a batch are drawn: ``"stratified"`` spreads them evenly, ``"uniform"`` draws them independently; or a
             function ``times(n) -> (n,)`` with values in [0, 1].
         weights: functions of time that weigh the losses, by name of field. On the ``"vp"`` path velocities are weighed with
-            :math:`\alpha^2` unless something else is given, since their targets are singular at time 1.
+            :math:`\alpha^2` unless something else is given, since their targets are singular at time 1. Predictions that the
+            velocity divides by the distance from an end are weighed with its inverse square, up to 10 000, which makes their
+            loss that of a velocity.
         condition_dropout: the share of a batch whose condition is replaced by ``null_condition`` (for classifier-free guidance).
         null_condition: a label or a context vector that stands for no condition.
+        anchored: whether a prediction that the velocity divides by the distance from an end is held to what it must be there: the
+            data prediction at time 1, say, to the point itself. Predictions are then as good as velocities. Switch it off for
+            fields that were not trained here and whose data lie on points or surfaces, off which a point isn't its own prediction.
         denoiser: refused with an explanation, since the word has two meanings.
 
     Batches are ``x1 (n, *event)``; pairs ``(x0, x1)``; ``(x0, x1, condition)``; or a dict of these names. On paths that start in the
@@ -118,6 +124,7 @@ class InterpolantRegression(Objective):
         weights: Mapping[str, Weight] | None = None,
         condition_dropout: float = 0.0,
         null_condition: Tensor | int | None = None,
+        anchored: bool = True,
         denoiser: None = None,
     ) -> None:
         super().__init__()
@@ -157,7 +164,9 @@ class InterpolantRegression(Objective):
         self.interpolant = interpolant
         self.coupling = as_coupling(coupling, interpolant.scale)
         self._plain = isinstance(self.coupling, IndependentCoupling)
-        self.fields = Fields(interpolant, networks, null_condition=null, independent=self._plain)
+        self.fields = Fields(
+            interpolant, networks, null_condition=null, independent=self._plain, anchored=anchored
+        )
         self.reuse, self.times = reuse, times
         self.starts = Starts(base, interpolant.starts_normal)
         self.weights = dict(weights or {})
@@ -165,6 +174,13 @@ class InterpolantRegression(Objective):
             # the rate of the noise grows like 1 / alpha towards time 1: unweighted, these losses have no variance
             for name in {"velocity", "path_velocity"} & set(networks):
                 self.weights.setdefault(name, interpolant.alpha.square)
+        for name in networks:
+            if (
+                anchored
+                and name not in self.weights
+                and (ends := anchors(interpolant, tuple(networks), name))
+            ):
+                self.weights[name] = _InverseSquare(ends)
         self.condition_dropout = condition_dropout
         self.antithetic = self._signs(antithetic)
         # without a latent the targets are bounded, and the loss can be the mean square itself
@@ -231,7 +247,10 @@ class InterpolantRegression(Objective):
             if self._bounded and name not in self.weights:
                 losses[name] = F.mse_loss(value, target) * (0.5 * value.shape[-1])
                 continue
-            loss = (value * (0.5 * value - target)).sum(-1, keepdim=True)
+            if self._bounded:
+                loss = 0.5 * (value - target).square().sum(-1, keepdim=True)
+            else:
+                loss = (value * (0.5 * value - target)).sum(-1, keepdim=True)
             if name in self.weights:
                 loss = loss * self.weights[name](t2)
             losses[name] = loss.mean()
@@ -359,6 +378,19 @@ class InterpolantRegression(Objective):
         from stochdyn.interpolants.densities.bounds import kl_bound
 
         return kl_bound(self.generator(), x0, x1, epsilon, truth, **options)
+
+
+class _InverseSquare:
+    """The inverse squared distance from some ends, which turns errors of a prediction into those of the velocity."""
+
+    def __init__(self, ends: tuple[int, ...], largest: float = 1e4) -> None:
+        self.ends, self.largest = ends, largest
+
+    def __call__(self, t: Tensor) -> Tensor:
+        weight = torch.ones_like(t)
+        for end in self.ends:
+            weight = weight / (t - end).square()
+        return weight.clamp(max=self.largest)
 
 
 def _parts(batch: Any) -> tuple[Any, Any, Any]:
