@@ -33,7 +33,10 @@ def one_sided() -> Any:
 
 def two_sided() -> Any:
     return InterpolantRegression(
-        Interpolant(), velocity=FieldNetwork(2, 8, 1), noise_prediction=FieldNetwork(2, 8, 1), null_condition=0
+        Interpolant(),
+        velocity=FieldNetwork(2, 8, 1),
+        noise_prediction=FieldNetwork(2, 8, 1),
+        null_condition=0,
     )
 
 

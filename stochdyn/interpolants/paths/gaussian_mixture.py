@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
-from stochdyn._checks import check_finite, check_ndim, check_nonempty, check_same_device, check_same_dtype
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    check_finite,
+    check_ndim,
+    check_nonempty,
+    check_same_device,
+    check_same_dtype,
+)
+from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError
 
 __all__ = ["GaussianMixture", "mixture_parts"]
@@ -45,11 +54,19 @@ class GaussianMixture(MixtureSameFamily):
         )
         self.weights, self.means, self.covariances = weights, means, full
 
-    def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Return ``n`` points ``(n, d)``."""
-        pick = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.means.shape[-1], 1, dtype=self.means.dtype, device=self.means.device,
-                            generator=generator)  # fmt: skip
+    def draw(self, sample_shape: SampleShape = (), generator: Generator = None) -> Tensor:
+        """Draw ``(*sample_shape, d)``, from a source of randomness of its own: a ``torch.Generator``, a seed, or None."""
+        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.means.device)
+        count = torch.Size(shape).numel()
+        pick = torch.multinomial(self.weights, count, replacement=True, generator=source).reshape(shape)
+        noise = torch.randn(
+            *shape,
+            self.means.shape[-1],
+            1,
+            dtype=self.means.dtype,
+            device=self.means.device,
+            generator=source,
+        )
         factor = self.component_distribution.scale_tril  # type: ignore[attr-defined]
         return self.means[pick] + (factor[pick] @ noise).squeeze(-1)
 

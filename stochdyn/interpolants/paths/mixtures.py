@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int, check_same_dtype
+from stochdyn._checks import as_generator, as_sample_shape, check_real, check_same_dtype, check_type
 from stochdyn.core.forward.flow import MarginalFlow, as_time
+from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
 from stochdyn.interpolants.paths.gaussian_mixture import GaussianMixture, mixture_parts
 from stochdyn.interpolants.paths.interpolant import Interpolant, check_times
@@ -64,6 +65,7 @@ class GaussianMixtureInterpolant(MarginalFlow):
 
     def __init__(self, interpolant: Interpolant, mixture0: Any, mixture1: Any) -> None:
         super().__init__()
+        check_type(interpolant, Interpolant, "interpolant")
         if interpolant.correction is not None:
             raise InvalidInputError("an interpolant with a correction has no closed form")
         second = mixture_parts(mixture1, "mixture1")
@@ -189,16 +191,21 @@ class GaussianMixtureInterpolant(MarginalFlow):
         b, div = value_and_divergence(lambda y: self.velocity(time, y), x)
         return -div - (b * self.score(time, x)).sum(-1)
 
-    def sample(self, t: Tensor | float, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, t: Tensor | float, sample_shape: SampleShape = (), generator: Generator = None
+    ) -> Tensor:
         """See :meth:`stochdyn.MarginalFlow.sample`."""
-        check_positive_int(n, "n")
-        time = t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=self.means0.dtype)
-        check_times(time)
-        count = n * time.numel()
-        shape = (*time.shape, n, self.dim)
-        x0, x1 = (law.draw(count, generator).reshape(shape) for law in (self.base, self.target))
-        z = torch.randn(shape, dtype=x0.dtype, device=x0.device, generator=generator)
-        return self.interpolant.sample(time[..., None, None] if time.ndim else time, x0, x1, z)
+        own = as_sample_shape(sample_shape)
+        if not isinstance(t, Tensor):
+            check_real(t, "t")
+            t = torch.tensor(float(t), dtype=self.means0.dtype)
+        check_times(t)
+        source = as_generator(generator, self.means0.device)
+        shape = (*t.shape, torch.Size(own).numel(), self.dim)
+        x0, x1 = (law.draw(shape[:-1], source) for law in (self.base, self.target))
+        z = torch.randn(shape, dtype=x0.dtype, device=x0.device, generator=source)
+        x = self.interpolant.sample(t[..., None, None] if t.ndim else t, x0, x1, z)
+        return x.reshape(*t.shape, *own, self.dim)
 
     def moments(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return mean ``(d,)`` and covariance ``(d, d)`` of the whole mixture at one time."""

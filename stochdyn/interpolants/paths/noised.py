@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_ndim, check_positive, check_positive_int
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    check_event_size,
+    check_ndim,
+    check_positive,
+    check_real,
+)
 from stochdyn.core.forward.flow import MarginalFlow, as_time
+from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.errors import ShapeError, SingularDiffusionError
 from stochdyn.interpolants.paths.gaussian_mixture import mixture_parts
 from stochdyn.interpolants.paths.processes import AffineProcess, check_process
@@ -103,11 +111,16 @@ class NoisedMixture(MarginalFlow):
         pull = self.eigenvectors.to(x.dtype) @ (along / variance).unsqueeze(-1)
         return -(pull.squeeze(-1) * joint.softmax(-1).unsqueeze(-1)).sum(-2)
 
-    def sample(self, t: Tensor | float, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, t: Tensor | float, sample_shape: SampleShape = (), generator: Generator = None
+    ) -> Tensor:
         """See :meth:`stochdyn.MarginalFlow.sample`."""
-        check_positive_int(n, "n")
+        own = as_sample_shape(sample_shape)
+        if not isinstance(t, Tensor):
+            check_real(t, "t")
         time = t if isinstance(t, Tensor) else torch.tensor(float(t))
-        shape = (*time.shape, n)
+        generator = as_generator(generator, self.means.device)
+        shape = (*time.shape, math.prod(own))
         device = self.means.device
         pick = torch.multinomial(
             self.log_weights.exp(), math.prod(shape), replacement=True, generator=generator
@@ -119,4 +132,4 @@ class NoisedMixture(MarginalFlow):
         root = self.eigenvectors.to(dtype) * self.eigenvalues.to(dtype).sqrt().unsqueeze(-2)
         x0 = self.means.to(dtype)[pick] + (root[pick] @ normal.unsqueeze(-1)).squeeze(-1)
         leading = time.to(dtype)[..., None, None] if time.ndim else time.to(dtype)
-        return self.process.perturb(leading, x0, noise)
+        return self.process.perturb(leading, x0, noise).reshape(*time.shape, *own, d)

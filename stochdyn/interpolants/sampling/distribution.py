@@ -6,12 +6,14 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Self
 
 import pyro
+import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, constraints
 
 from stochdyn._checks import check_positive_int
-from stochdyn.errors import ShapeError
+from stochdyn.errors import ShapeError, UnavailableError
 from stochdyn.infer.law_distribution import LawDistribution
 from stochdyn.interpolants.fields.conditions import as_condition
 from stochdyn.interpolants.fields.networks import evaluating
@@ -109,11 +111,30 @@ class FlowDistribution(LawDistribution):
         Returns:
             ``(*batch, *event)`` points.
         """
-        noise = pyro.sample(f"{name}_noise", self.law.expand(self.batch_shape))
+        noise = pyro.sample(f"{name}_noise", _for_pyro(self.law).expand(self.batch_shape))
         flat = noise.reshape(-1, noise.shape[-1])
         lead = noise.shape[:-1]
         x = self._carry(flat, self._rows(lead)).reshape(*lead, *self.event_shape)
         return pyro.deterministic(name, x, event_dim=len(self.event_shape))
+
+
+def _for_pyro(law: Distribution) -> Any:
+    """Return a law of torch's as one of Pyro's.
+
+    Raises:
+        UnavailableError: if it has no counterpart there.
+    """
+    if isinstance(law, TorchDistributionMixin):
+        return law
+    if isinstance(law, Independent) and isinstance(law.base_dist, Normal):
+        return dist.Normal(law.base_dist.loc, law.base_dist.scale).to_event(law.reinterpreted_batch_ndims)
+    if isinstance(law, MultivariateNormal):
+        return dist.MultivariateNormal(law.loc, scale_tril=law.scale_tril)
+    raise UnavailableError(
+        "the law of the starts isn't one of Pyro's",
+        got=type(law).__name__,
+        hint="pass base=... from pyro.distributions",
+    )
 
 
 class InterpolantDistribution(FlowDistribution):

@@ -116,6 +116,11 @@ class Starts(FlexibleBuffers):
         """Whether the law is that of the starts of the data, so that no density is known."""
         return self.base is None and not self.normal and int(self.given) == 2
 
+    @property
+    def is_normal(self) -> bool:
+        """Whether the law is the standard normal by statement: no other was given, and the data brought no starts."""
+        return self.base is None and not self.empirical
+
     def law(self, dim: int | None = None, like: Tensor | None = None) -> Distribution:
         """Return the law, with a density.
 

@@ -119,7 +119,9 @@ def _assign(cost: np.ndarray) -> np.ndarray:
     """Return the optimal permutation, by POT's network simplex, which is faster here than scipy's assignment."""
     import ot
 
-    n = cost.shape[0]
+    # the solver's own tolerances are absolute
+    n, largest = cost.shape[0], cost.max()
+    cost = cost / largest if largest > 0 else cost
     weights = np.full(n, 1.0 / n)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
