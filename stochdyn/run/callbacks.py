@@ -1,4 +1,4 @@
-"""What may watch and steer a run of ``fit``: early stopping, the best parameters, every n steps."""
+"""What may watch and stop a run of ``fit``: early stopping, the best parameters, calls at regular steps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive_int
-from stochdyn.errors import InvalidInputError
+from stochdyn._checks import check_bool, check_callable, check_positive_int, check_real
 from stochdyn.run.randomness import fork_random_state
 
 if TYPE_CHECKING:
@@ -52,12 +51,12 @@ class Callback:
 
 
 class Every(Callback):
-    """Call a function of the state every ``n`` steps and keep what it returns.
+    """Call a function of the state at regular steps and keep what it returns.
 
     Random numbers that the function draws don't change those of the training.
 
     Args:
-        n: number of steps between calls.
+        every: number of steps between calls.
         function: called with the :class:`FitState`; a result other than None is kept.
 
     Attributes:
@@ -75,15 +74,16 @@ class Every(Callback):
         [2, 4, 6]
     """
 
-    def __init__(self, n: int, function: Callable[[FitState], Any]) -> None:
-        check_positive_int(n, "n")
-        self.n, self.function = n, function
+    def __init__(self, every: int, function: Callable[[FitState], Any]) -> None:
+        check_positive_int(every, "every")
+        check_callable(function, "function", "a function of the FitState")
+        self.every, self.function = every, function
         self.steps: list[int] = []
         self.values: list[Any] = []
 
     def on_step(self, state: FitState) -> None:
         """See :meth:`Callback.on_step`."""
-        if state.step % self.n:
+        if state.step % self.every:
             return
         with _own_randomness(state):
             value = self.function(state)
@@ -105,6 +105,8 @@ class _Monitor(Callback):
 
     def __init__(self, every: int, metric: Metric | None) -> None:
         check_positive_int(every, "every")
+        if metric is not None:
+            check_callable(metric, "metric", "a function of the objective")
         self.every, self.metric = every, metric
         self.best = math.inf
         self.best_step = 0
@@ -132,9 +134,9 @@ class EarlyStopping(_Monitor):
 
     Args:
         patience: number of looks in a row without improvement that stop the run.
-        every: steps between looks.
+        every: number of steps between looks.
         min_delta: improvement that counts, in the units of the loss.
-        metric: function of the objective to judge by, smaller is better (a validation loss, say), run without
+        metric: function of the objective to judge by, smaller is better such as a validation loss, run without
             gradients; None judges by the mean training loss since the last look. For an evidence bound give a
             metric with many particles: a noisy loss hides small improvements.
 
@@ -147,8 +149,7 @@ class EarlyStopping(_Monitor):
     ) -> None:
         super().__init__(every, metric)
         check_positive_int(patience, "patience")
-        if not min_delta >= 0:
-            raise InvalidInputError("min_delta must not be negative", got=min_delta)
+        check_real(min_delta, "min_delta", minimum=0.0)
         self.patience, self.min_delta = patience, min_delta
         self.misses = 0
 
@@ -178,7 +179,7 @@ class KeepBest(_Monitor):
     """Keep the best parameters of the run and put them back at its end.
 
     Args:
-        every: steps between looks.
+        every: number of steps between looks.
         metric: as in :class:`EarlyStopping`.
         restore: put the best parameters into the objective at the end. The checkpoint keeps the last ones,
             from which a resumed run continues.
@@ -189,6 +190,7 @@ class KeepBest(_Monitor):
 
     def __init__(self, every: int = 100, metric: Metric | None = None, restore: bool = True) -> None:
         super().__init__(every, metric)
+        check_bool(restore, "restore")
         self.restore = restore
         self.parameters: dict[str, Tensor] = {}
 

@@ -115,17 +115,15 @@ def claimed(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     folder = Path(path)
     prepare_folder(folder)
-    if fcntl is None:
-        yield
-        return
-    handle = _lock(folder)
+    handle = None if fcntl is None else _lock(folder)
     try:
         yield
     finally:
         # Taken away while still held, so that nobody gets hold of a file that has no name any more.
-        with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()
-        os.close(handle)
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
+            os.close(handle)
 
 
 def _lock(folder: Path) -> int:

@@ -181,7 +181,7 @@ def _describe_module(name: str, module: nn.Module, found: dict[str, str]) -> Non
         here = f"{name}.{path}" if path else name
         found[here] = _class_text(type(part))
         for key, parameter in part._parameters.items():
-            if parameter is not None and not isinstance(parameter, nn.parameter.UninitializedParameter):
+            if parameter is not None and not isinstance(parameter, nn.UninitializedParameter):
                 found[f"{here}.{key}"] = _shape(parameter) if parameter.requires_grad else _text(parameter)
         for key, buffer in part._buffers.items():
             if buffer is not None:
@@ -211,7 +211,7 @@ def _text(thing: object) -> str:
 
 
 def _shape(value: Tensor) -> str:
-    if isinstance(value, nn.parameter.UninitializedTensorMixin):
+    if isinstance(value, nn.UninitializedParameter | nn.UninitializedBuffer):
         return "not made yet"
     return f"{str(value.dtype)[6:]} {tuple(value.shape)}"
 
@@ -430,7 +430,7 @@ class _Hasher:
         flat = value.resolve_neg().cpu().contiguous().reshape(-1)
         if flat.stride() != (1,):  # a single number, spread out, counts as contiguous with any stride
             flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
-        self._hash.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        self._hash.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
     def _feed_array(self, value: np.ndarray[Any, Any]) -> None:
         if value.dtype == object:

@@ -41,7 +41,7 @@ class _Globals:
 
     def __init__(self, devices: frozenset[torch.device]) -> None:
         self.python = random.getstate()
-        self.numpy = np.random.get_state(legacy=True)
+        self.numpy: tuple[Any, ...] = tuple(np.random.get_state(legacy=True))
         self.torch = torch.get_rng_state()
         self.cuda = {d: torch.cuda.get_rng_state(d) for d in devices}
 

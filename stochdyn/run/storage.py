@@ -286,8 +286,8 @@ class _Writer:
         if isinstance(thing, types.MethodType):
             return {"#method": [self.put(thing.__self__, where), thing.__func__.__name__]}
         if isinstance(thing, functools.partial):
-            parts = (thing.func, tuple(thing.args), dict(thing.keywords))
-            return {"#partial": [self.put(p, where) for p in parts]}
+            held = (thing.func, tuple(thing.args), dict(thing.keywords))
+            return {"#partial": [self.put(p, where) for p in held]}
         if type(thing).__module__.startswith("scipy.sparse"):
             entries = thing.tocoo()
             parts = (entries.row, entries.col, entries.data, tuple(map(int, thing.shape)), thing.format)
@@ -301,7 +301,7 @@ class _Writer:
         return [self.put(key, where), self.put(value, f"{where}[{key!r}]")]
 
     def _tensor(self, value: Tensor, where: str) -> dict[str, Any]:
-        if value.is_meta or isinstance(value, nn.parameter.UninitializedTensorMixin):
+        if value.is_meta or isinstance(value, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise UnavailableError(f"{where} can't be saved", got="a tensor without values")
         if value.is_sparse:
             own = value.detach().coalesce()
@@ -316,10 +316,11 @@ class _Writer:
     def _function(self, function: Any, where: str) -> str:
         module = getattr(function, "__module__", None) or "torch"
         name = f"{module}:{function.__qualname__}"
-        if getattr(torch, function.__name__, None) is function:
-            return f"torch:{function.__name__}"
-        if getattr(nn.functional, function.__name__, None) is function:
-            return f"torch.nn.functional:{function.__name__}"
+        short = str(function.__name__)
+        if getattr(torch, short, None) is function:
+            return f"torch:{short}"
+        if getattr(nn.functional, short, None) is function:
+            return f"torch.nn.functional:{short}"
         if not _is_known(name, _FUNCTIONS) or "<" in function.__qualname__:
             raise UnavailableError(
                 f"{where} can't be saved",
@@ -371,11 +372,12 @@ class _Reader:
         if number in self._made:
             return self._made[number]
         entry = self._objects[number]
-        kind = _resolve(entry["class"], _CLASSES)
+        kind: Any = _resolve(entry["class"], _CLASSES)
         if not isinstance(kind, type):
             raise DamagedCheckpointError("the file names a class that is none", got=entry["class"])
         if "holds" in entry:
-            made = self._made[number] = object.__new__(kind)
+            made: Any = object.__new__(kind)
+            self._made[number] = made
             if isinstance(made, nn.Module):
                 nn.Module.__init__(made)
             for name, value in entry["holds"].items():
@@ -394,7 +396,8 @@ class _Reader:
         if "items" in entry:
             self._made[number] = tuple.__new__(kind, [self.get(v) for v in entry["items"]])
         else:
-            self._made[number] = kind.from_storage(self.get(entry["storage"]))
+            rebuilt: Any = kind
+            self._made[number] = rebuilt.from_storage(self.get(entry["storage"]))
         return self._made[number]
 
     def _get_tensor(self, content: list[Any]) -> Tensor:

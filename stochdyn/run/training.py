@@ -177,15 +177,17 @@ class Training(Resumable[FitResult]):
         values = []
         for i in range(count):
             batch = self.batches.next()
-            apart = i + 1 < count and isinstance(self._call, DistributedDataParallel)
-            with self._call.no_sync() if apart else contextlib.nullcontext():
+            call = self._call
+            # Ranks exchange gradients once per update, with the last batch.
+            apart = call.no_sync() if i + 1 < count and isinstance(call, DistributedDataParallel) else None
+            with apart or contextlib.nullcontext():
                 # Autocast to nothing would cost a little in every step.
                 with (
                     torch.autocast(self.device.type, precision)
                     if precision is not None
                     else contextlib.nullcontext()
                 ):
-                    value = self._call(batch)
+                    value = call(batch)
                 check_loss(value.loss)
                 values.append(value.detach())
                 (value.loss if count == 1 else value.loss / count).backward()
