@@ -298,7 +298,10 @@ class _Writer:
         if not is_dict:
             return self.put(item, f"{where}[{index}]")
         key, value = item
-        return [self.put(key, where), self.put(value, f"{where}[{key!r}]")]
+        # Parts of a module are named as in its state dict.
+        owner, _, kind = where.rpartition(".")
+        inside = f"{owner}.{key}" if kind in ("_modules", "_parameters", "_buffers") else f"{where}[{key!r}]"
+        return [self.put(key, where), self.put(value, inside)]
 
     def _tensor(self, value: Tensor, where: str) -> dict[str, Any]:
         if value.is_meta or isinstance(value, nn.UninitializedParameter | nn.UninitializedBuffer):

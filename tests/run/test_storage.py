@@ -26,7 +26,9 @@ from stochdyn.errors import (
 )
 from stochdyn.run import storable
 from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from stochdyn.run.identity import describe
 from tests.run.toys import Quadratic
+from tests.test_laws import CASES, decay
 
 ts = torch.linspace(0, 1, 6)
 
@@ -134,6 +136,32 @@ def test_what_is_loaded_does_as_before(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(use(again), use(thing), rtol=0, atol=0)
     twice = loaded(again, tmp_path)
     torch.testing.assert_close(use(twice), use(thing), rtol=0, atol=0)
+
+
+storable(decay)
+# Those whose drift is a lambda can't be saved, as the error says.
+LAWS = [name for name in CASES if name not in ("nonlinear bridge", "corrected bridge")]
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_every_law_is_the_same_after_it_was_saved(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    law, grid = case.make(), torch.linspace(*case.ts, dtype=torch.float64)
+    again = loaded(law, tmp_path)
+    for seed in (1, 2):
+        expected = law.sample(grid, 3, generator=seed).x
+        torch.testing.assert_close(again.sample(grid, 3, generator=seed).x, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_every_law_keeps_its_identity_while_it_is_used(name: str) -> None:
+    case = CASES[name]
+    law, grid = case.make(), torch.linspace(*case.ts, dtype=torch.float64)
+    before = describe({"law": law})
+    law.sample(grid, 3, generator=1)
+    law.marginal(float(grid[-1])).sample(3, generator=1)
+    assert describe({"law": law}) == before
+    assert describe({"law": case.make()}) == before
 
 
 @storable
