@@ -60,6 +60,10 @@ class GaussianBridge(TiltedMeasure):
     measures has a closed form, theorem 3.
     """
 
+    mean1: Tensor
+    cov1: Tensor
+    _cross: Tensor
+
     def __init__(
         self,
         mean0: Tensor,
@@ -88,12 +92,12 @@ class GaussianBridge(TiltedMeasure):
     @property
     def mean0(self) -> Tensor:
         """The mean of the first end, ``(d,)``."""
-        return self._initial_mean  # type: ignore[return-value]
+        return self._initial_mean
 
     @property
     def cov0(self) -> Tensor:
         """The covariance of the first end, ``(d, d)``."""
-        return self._initial_cov  # type: ignore[return-value]
+        return self._initial_cov
 
     @property
     def cross_covariance(self) -> Tensor:

@@ -74,6 +74,12 @@ class PartialGaussianBridge(PiecewiseMeasure):
     Deep momentum multi-marginal Schrödinger bridge.
     """
 
+    means: Tensor
+    covs: Tensor
+    observe: Tensor
+    _precision: Tensor
+    _linear: Tensor
+
     def __init__(
         self,
         times: Tensor,
@@ -111,8 +117,6 @@ class PartialGaussianBridge(PiecewiseMeasure):
         }  # fmt: skip
         for name, value in buffers.items():
             self.register_buffer(name, value)
-        self._precision: Tensor
-        self._linear: Tensor
         _inverse(cov, "initial_cov")
         self._refresh()
         self.register_load_state_dict_post_hook(_refresh)

@@ -5,12 +5,12 @@ from .affine import by_column as by_column
 from .chain import GaussianChain as GaussianChain
 from .chain import GaussianFilter as GaussianFilter
 from .chain import GaussianSmoother as GaussianSmoother
-from .coefficients import TimeFunction as TimeFunction
-from .coefficients import TimeValue as TimeValue
+from .transition import TimeFunction as TimeFunction
+from .transition import TimeValue as TimeValue
 from .conditioned import ConditionedMeasure as ConditionedMeasure
 from .law import GaussianPathMeasure as GaussianPathMeasure
 from .law import GaussianPathPosterior as GaussianPathPosterior
-from .layout import broadcast_batches as broadcast_batches
+from .recursion import broadcast_batches as broadcast_batches
 from .measure import LinearGaussianMeasure as LinearGaussianMeasure
 from .pinned import PinnedProcess as PinnedProcess
 from .pinned import bridge_coefficients as bridge_coefficients

@@ -11,20 +11,18 @@ from torch import Tensor
 
 from stochdyn._checks import as_generator, as_sample_shape, check_finite, check_same_device, check_same_dtype
 from stochdyn.core.gaussian import filter as kalman
-from stochdyn.core.gaussian.layout import (
-    broadcast_batches,
-    columns,
-    flatten_batch,
-    restore,
-    restore_columns,
-    samples_first,
-)
 from stochdyn.core.gaussian.observations import Observed, prepare
 from stochdyn.core.gaussian.recursion import (
     affine_states,
+    broadcast_batches,
+    columns,
     covariance_states,
+    flatten_batch,
     gaussian_moments,
     joint_covariance,
+    restore,
+    restore_columns,
+    samples_first,
 )
 from stochdyn.core.gaussian.small import psd_factor, symmetrise
 from stochdyn.core.law.marginals import Generator, SampleShape

@@ -10,8 +10,8 @@ from stochdyn.core.forward.flow import as_time
 from stochdyn.core.gaussian.chain import GaussianChain
 from stochdyn.core.gaussian.density import Conditionals
 from stochdyn.core.gaussian.law import GaussianPathMeasure, GaussianPathPosterior, union_grid
-from stochdyn.core.gaussian.layout import align
 from stochdyn.core.gaussian.observations import Observations
+from stochdyn.core.gaussian.recursion import align
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.law.path import Path, PathSample
 from stochdyn.core.sde.equation import SDE

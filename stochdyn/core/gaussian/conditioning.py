@@ -125,6 +125,12 @@ class TiltedMeasure(GaussianPathMeasure):
         (tensor([[0.5000]]), tensor([0.5000]))
     """
 
+    _residual: Tensor
+    _pull: Tensor
+    _aim: Tensor
+    _initial_mean: Tensor
+    _initial_cov: Tensor
+
     def __init__(
         self,
         reference: LinearGaussianMeasure,
@@ -159,7 +165,7 @@ class TiltedMeasure(GaussianPathMeasure):
     @property
     def potential(self) -> EndPotential:
         """The potential of the end."""
-        return EndPotential(self._residual, self._pull, self._aim)  # type: ignore[arg-type]
+        return EndPotential(self._residual, self._pull, self._aim)
 
     @property
     def like(self) -> Tensor:
@@ -209,7 +215,7 @@ class TiltedMeasure(GaussianPathMeasure):
         clock = self.clock(t).reshape(-1)
         phi, shift, noise = self.transition(torch.zeros_like(clock), clock)
         mean, cov = self._initial_mean, self._initial_cov
-        mean = _times(phi, mean) + shift  # type: ignore[arg-type]
+        mean = _times(phi, mean) + shift
         cov = symmetrise(phi @ cov @ phi.mT + noise)
         return mean.reshape(*t.shape, *mean.shape[1:]), cov.reshape(*t.shape, *cov.shape[1:])
 
@@ -218,13 +224,13 @@ class TiltedMeasure(GaussianPathMeasure):
         clock = self.clock(ts)
         mean, cov = (x[0] for x in self.moments_at(ts[:1]))
         if bool(clock[0] == 0) and not ts.requires_grad:
-            mean, cov = self._initial_mean, self._initial_cov  # type: ignore[assignment]
+            mean, cov = self._initial_mean, self._initial_cov
         return GaussianChain(mean, cov, *self.transition(clock[:-1], clock[1:]))
 
     def certain(self, chain: GaussianChain, ts: Tensor) -> Tensor:
         """Return ``(T, *B)``, True at a fixed start and at a pinned end."""
         out = super().certain(chain, ts)
-        if not bool(self._residual.any()):  # type: ignore[operator]
+        if not bool(self._residual.any()):
             out = out.clone()
             out[-1] |= bool(self.clock(ts[-1:])[0] >= self.horizon)
         return out

@@ -14,7 +14,8 @@ from torch import Tensor
 from stochdyn._checks import as_time_grid, check_same_device, check_same_dtype
 from stochdyn.core.gaussian.chain import GaussianChain
 from stochdyn.core.gaussian.filter import forward_means, riccati
-from stochdyn.core.gaussian.layout import (
+from stochdyn.core.gaussian.observations import prepare
+from stochdyn.core.gaussian.recursion import (
     align,
     broadcast_batches,
     columns,
@@ -22,7 +23,6 @@ from stochdyn.core.gaussian.layout import (
     restore,
     restore_columns,
 )
-from stochdyn.core.gaussian.observations import prepare
 from stochdyn.core.gaussian.small import definite_factor, psd_inverse, standard_deviations
 from stochdyn.errors import ApproximationWarning, DiffusionMismatchError, ShapeError
 

@@ -31,8 +31,8 @@ from stochdyn.core.gaussian.density import (
     check_common_events,
     same_covariance,
 )
-from stochdyn.core.gaussian.layout import align
 from stochdyn.core.gaussian.observations import Observations, as_observations, union_of
+from stochdyn.core.gaussian.recursion import align
 from stochdyn.core.law import girsanov
 from stochdyn.core.law.marginals import GaussianMarginal, Generator, SampleShape
 from stochdyn.core.law.measure import PathMeasure
@@ -167,7 +167,7 @@ class GaussianPathMeasure(PathMeasure):
         check_type(other, PathMeasure, "other")
         self._check_path(path)
         if not isinstance(other, GaussianPathMeasure):
-            return self.as_diffusion().log_rn(path, other, estimator, recorded=recorded)  # type: ignore[arg-type]
+            return self.as_diffusion().log_rn(path, other, estimator, recorded=recorded)
         other._check_path(path)
         self.check_comparable(other, path.ts)
         if estimator == "density":

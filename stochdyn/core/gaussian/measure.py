@@ -18,16 +18,18 @@ from stochdyn._checks import (
 )
 from stochdyn.core.forward.flow import as_time
 from stochdyn.core.gaussian.chain import GaussianChain
-from stochdyn.core.gaussian.coefficients import (
-    TimeFunction,
-    TimeValue,
-    as_noise_matrix,
-    as_time_value,
-)
 from stochdyn.core.gaussian.density import grid_kl, path_kl
 from stochdyn.core.gaussian.law import GaussianPathMeasure
-from stochdyn.core.gaussian.layout import broadcast_batches
-from stochdyn.core.gaussian.transition import Transition, grid_transition, varying_transition
+from stochdyn.core.gaussian.recursion import broadcast_batches
+from stochdyn.core.gaussian.transition import (
+    TimeFunction,
+    TimeValue,
+    Transition,
+    as_noise_matrix,
+    as_time_value,
+    grid_transition,
+    varying_transition,
+)
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.sde.coefficients import Coefficient, Matrix
 from stochdyn.core.sde.equation import SDE

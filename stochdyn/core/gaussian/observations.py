@@ -15,7 +15,7 @@ from stochdyn._checks import (
     check_same_device,
     check_same_dtype,
 )
-from stochdyn.core.gaussian.layout import align, broadcast_batches, flatten_batch
+from stochdyn.core.gaussian.recursion import align, broadcast_batches, flatten_batch
 from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["Observations", "Observed", "as_observations", "prepare", "union_of"]

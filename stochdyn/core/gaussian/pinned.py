@@ -19,8 +19,7 @@ from stochdyn._checks import (
 )
 from stochdyn.core.gaussian.chain import GaussianChain
 from stochdyn.core.gaussian.law import GaussianPathMeasure
-from stochdyn.core.gaussian.layout import broadcast_batches
-from stochdyn.core.gaussian.recursion import affine_states
+from stochdyn.core.gaussian.recursion import affine_states, broadcast_batches
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.law.path import PathSample

@@ -22,7 +22,7 @@ from stochdyn._checks import (
     check_same_device,
     check_same_dtype,
 )
-from stochdyn.core.gaussian.layout import broadcast_batches
+from stochdyn.core.gaussian.recursion import broadcast_batches
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.transport._cost import (
     CostRows,

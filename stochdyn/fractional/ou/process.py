@@ -21,8 +21,8 @@ from stochdyn._checks import (
 )
 from stochdyn.core.gaussian.chain import GaussianChain
 from stochdyn.core.gaussian.law import GaussianPathMeasure
-from stochdyn.core.gaussian.layout import broadcast_batches
 from stochdyn.core.gaussian.observations import Observations
+from stochdyn.core.gaussian.recursion import broadcast_batches
 from stochdyn.core.gaussian.transition import distinct_steps
 from stochdyn.errors import (
     ApproximationWarning,
@@ -93,6 +93,8 @@ class FractionalOU(GaussianPathMeasure):
     _mean: Tensor
     _scale: Tensor
     _hurst: Tensor
+    _initial_mean: Tensor | None
+    _initial_scale: Tensor | None
 
     def __init__(
         self,
