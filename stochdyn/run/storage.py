@@ -15,6 +15,7 @@ import importlib
 import inspect
 import os
 import types
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ Kind = TypeVar("Kind", bound=Callable[..., Any])
 _KIND = "object"
 # Packages whose classes may stand in a file, and those whose functions may.
 _CLASSES = ("stochdyn.", "torch.nn.", "torch.distributions.", "pyro.", "gpytorch.", "linear_operator.")
-_FUNCTIONS = ("stochdyn.", "gpytorch.", "linear_operator.")
+_FUNCTIONS = ("stochdyn.", "gpytorch.", "linear_operator.", "pyro.infer.", "pyro.distributions.", "pyro.poutine.")
 _CONTAINERS: dict[str, Callable[[list[Any]], Any]] = {
     "list": list,
     "tuple": tuple,
@@ -215,6 +216,10 @@ def _held(thing: Any) -> dict[str, Any]:
     return {n: v for n, v in found.items() if n not in derived}
 
 
+def _nothing() -> None:
+    """A reference to what is there no more."""
+
+
 class _Writer:
     """Turns objects into plain data: a list of objects and a list of tensors, which refer to each other by number."""
 
@@ -288,6 +293,8 @@ class _Writer:
         if isinstance(thing, functools.partial):
             held = (thing.func, tuple(thing.args), dict(thing.keywords))
             return {"#partial": [self.put(p, where) for p in held]}
+        if isinstance(thing, weakref.ref):
+            return {"#weak": self.put(thing(), where)}
         if type(thing).__module__.startswith("scipy.sparse"):
             entries = thing.tocoo()
             parts = (entries.row, entries.col, entries.data, tuple(map(int, thing.shape)), thing.format)
@@ -463,6 +470,10 @@ class _Reader:
     def _get_partial(self, content: list[Any]) -> Any:
         function, arguments, keywords = (self.get(c) for c in content)
         return functools.partial(function, *arguments, **keywords)
+
+    def _get_weak(self, content: Any) -> Any:
+        target = self.get(content)
+        return _nothing if target is None else weakref.ref(target)
 
     def _get_class(self, name: str) -> Any:
         return _resolve(name, _CLASSES)
