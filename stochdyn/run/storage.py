@@ -38,7 +38,14 @@ Kind = TypeVar("Kind", bound=Callable[..., Any])
 _KIND = "object"
 # Packages whose classes may stand in a file, and those whose functions may.
 _CLASSES = ("stochdyn.", "torch.nn.", "torch.distributions.", "pyro.", "gpytorch.", "linear_operator.")
-_FUNCTIONS = ("stochdyn.", "gpytorch.", "linear_operator.", "pyro.infer.", "pyro.distributions.", "pyro.poutine.")
+_FUNCTIONS = (
+    "stochdyn.",
+    "gpytorch.",
+    "linear_operator.",
+    "pyro.infer.",
+    "pyro.distributions.",
+    "pyro.poutine.",
+)
 _CONTAINERS: dict[str, Callable[[list[Any]], Any]] = {
     "list": list,
     "tuple": tuple,
