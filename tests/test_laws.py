@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import pyro
 import pytest
 import torch
 from torch import Tensor
@@ -60,7 +61,28 @@ def fractional(hurst: float, rate: float = 1.3) -> sd.fractional.FractionalOU:
     return sd.fractional.FractionalOU(rate, 0.3, 0.8, hurst, initial=1.0)
 
 
+def posterior_path(noise_space: bool | None = None, y: float = 0.0) -> PathMeasure:
+    """The law of a guide that is the exact posterior of a linear model."""
+    ts = torch.linspace(0, 1, 21, dtype=F64)
+    sde = sd.SDE(decay, 0.5)
+
+    def model() -> None:
+        x = sd.infer.sample_path(
+            "x", sde, MultivariateNormal(ONE, 0.1 * torch.eye(2, dtype=F64)), ts, noise_space=noise_space
+        )
+        pyro.sample("y", pyro.distributions.Normal(x[..., 10, :], 0.3).to_event(1), obs=ZERO + y)
+
+    with torch.random.fork_rng():
+        guide = sd.infer.AutoPathGuide(model, hidden=())
+        guide()
+    return guide.path_law("x")
+
+
 CASES: dict[str, Case] = {
+    "PosteriorPath": Case(posterior_path, other=lambda: posterior_path(y=0.3), outside=-0.1),
+    "PosteriorPath in noise space": Case(
+        lambda: posterior_path(True), other=lambda: posterior_path(None, 0.3), outside=-0.1
+    ),
     "LinearGaussianMeasure": Case(
         ornstein_uhlenbeck, other=lambda: ornstein_uhlenbeck(0.9, 0.2), outside=-0.1, bias=0.0
     ),

@@ -6,6 +6,7 @@ from .fitting import fit_guide as fit_guide
 from .guides import AutoPathGuide as AutoPathGuide
 from .laplace import start_at_mode as start_at_mode
 from .law_distribution import LawDistribution as LawDistribution
+from .path_law import PosteriorPath as PosteriorPath
 from .predictive import PathDraws as PathDraws
 from .predictive import predict_path as predict_path
 from .reparam import NoiseReparam as NoiseReparam

@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -331,6 +332,17 @@ def sample_noise(name: str, path: DiffusionPath) -> Tensor:
     return sample_driven(name, _spread(PathIncrements(sde, x0, ts, memory0, path.method), batch))
 
 
+def _callable(law: Any) -> Any:
+    """Return a distribution of torch's as one that ``pyro.sample`` takes."""
+    if isinstance(law, TorchDistributionMixin):
+        return law
+    kind = type(type(law).__name__, (type(law), TorchDistributionMixin), {})
+    new = object.__new__(kind)
+    new.__dict__.update(law.__dict__)
+    return new
+
+
 def _spread(law: Any, batch: torch.Size) -> Any:
     """Return ``law`` for a whole batch: without a plate, too, every series has noise of its own."""
+    law = _callable(law)
     return law.expand(torch.broadcast_shapes(law.batch_shape, batch))

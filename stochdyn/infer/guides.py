@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -17,9 +17,10 @@ from torch import Tensor
 from stochdyn._checks import check_choice
 from stochdyn.core.law.girsanov import ESTIMATORS
 from stochdyn.core.law.initial import DistributionStart
-from stochdyn.errors import InvalidInputError, UnknownSiteError
+from stochdyn.core.law.measure import PathMeasure
+from stochdyn.errors import InvalidInputError, UnavailableError, UnknownSiteError
 from stochdyn.infer.coupling import CouplingPlan
-from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
+from stochdyn.infer.distributions import DiffusionPath, PathIncrements, is_degenerate, start_of
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.mode import fit_linearised
 from stochdyn.infer.model_call import Given, ModelCall, still_increments
@@ -31,6 +32,13 @@ from stochdyn.infer.start import GaussianStart, StartPosterior, StickingStart, i
 from stochdyn.infer.view import SiteView, view_site
 
 __all__ = ["AutoPathGuide"]
+
+
+class _Shape(NamedTuple):
+    """What is kept of a distribution in storage."""
+
+    batch_shape: torch.Size
+    event_shape: torch.Size
 
 
 class AutoPathGuide(AutoGuide):
@@ -113,6 +121,7 @@ class AutoPathGuide(AutoGuide):
         self.estimator = estimator
         self.recomputed = feedback == "recomputed"
         self._path_sites: list[str] = []
+        self._driven_by: dict[str, str] = {}
         self._late_plates: frozenset[str] = frozenset()
         self._pending: dict[str, Tensor] | None = None
         self._plans: dict[str, CouplingPlan | None] = {}
@@ -129,7 +138,15 @@ class AutoPathGuide(AutoGuide):
     # Storage. A guide keeps its model, and a copy has parameters of its own in Pyro's store.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "master": None, "plates": {}}
+        state = {**self.__dict__, "master": None, "plates": {}}
+        if self.prototype_trace is not None:
+            # Equations are made of functions, which pickle may refuse; of the first run only shapes are needed any more.
+            state["prototype_trace"] = trace = self._trace.copy()
+            for name in (*self._path_sites, *(n for names in self._owned.values() for n in names)):
+                fn = trace.nodes[name]["fn"]
+                trace.nodes[name] = {**trace.nodes[name], "fn": _Shape(fn.batch_shape, fn.event_shape)}
+            state["_make_rest"] = None
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -172,6 +189,11 @@ class AutoPathGuide(AutoGuide):
                 hint="sample paths with stochdyn.infer.sample_path or DiffusionPath",
             )
         self._path_sites = paths
+        self._driven_by = {
+            n: latent[n]["infer"].get("path", n.removesuffix("_dw"))
+            for n in paths
+            if isinstance(latent[n]["fn"], PathIncrements)
+        }
         self._owned = {n: self._own_start(n, latent) for n in paths}
         hidden = paths + [n for names in self._owned.values() for n in names]
         self.rest = None
@@ -235,10 +257,7 @@ class AutoPathGuide(AutoGuide):
 
     def _path_name(self, name: str) -> str:
         """Return the site that holds the path: this one, or the one that its increments drive."""
-        site = self._nodes[name]
-        if not isinstance(site["fn"], PathIncrements):
-            return name
-        return site["infer"].get("path", name.removesuffix("_dw"))
+        return self._driven_by.get(name, name)
 
     def _prior_sites(self, name: str) -> set[str]:
         """Return the sites whose density belongs to the prior of the path."""
@@ -496,3 +515,41 @@ class AutoPathGuide(AutoGuide):
                 centre[view.path_name] = x
                 centre[name] = x if view.path_name == name else e.movedim(0, -2)
         return {n: v for n, v in centre.items() if n not in self.plates}
+
+    def path_law(self, name: str, *args: Any, **kwargs: Any) -> PathMeasure:
+        """Return the posterior law of a path, a :class:`~stochdyn.infer.PosteriorPath`.
+
+        Args:
+            name: the path's site.
+            args: arguments of the model.
+            kwargs: keyword arguments of the model.
+        """
+        from stochdyn.infer.path_law import PosteriorPath
+
+        return PosteriorPath(self.model, self, name, args, kwargs)
+
+    def path_density(self, name: str, *args: Any, **kwargs: Any) -> tuple[PathPosterior, DiffusionPath]:
+        """Return posterior and prior of a path as distributions over its states on the fitted grid.
+
+        Raises:
+            UnavailableError: if there are further latent sites, or no density in state space.
+            UnknownSiteError: if the guide has no such path.
+        """
+        with poutine.block():
+            if self.prototype_trace is None:
+                self._setup_prototype(*args, **kwargs)
+            sites = {self._path_name(n): n for n in self._path_sites}
+            if name not in sites:
+                raise UnknownSiteError(
+                    "the guide has no such path", got=repr(name), expected=f"one of {sorted(sites)}"
+                )
+            if self.rest is not None or len(sites) > 1:
+                raise UnavailableError("a path beside other latent sites has no density known by itself")
+            call = ModelCall(self.model, args, kwargs)
+            view, feedback, start = self._law(sites[name], call, self._draw_others(call))
+        fn = view.fn
+        if isinstance(fn, PathIncrements):
+            if is_degenerate(fn.sde, fn.x0, fn.ts) or fn.method.name != "euler":
+                raise UnavailableError("this path has no density in state space, or none that is known")
+            fn = DiffusionPath(fn.sde, view.start_law or fn.x0, fn.ts).expand(fn.batch_shape)
+        return PathPosterior(fn, feedback, "density", start), fn

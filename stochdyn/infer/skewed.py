@@ -15,6 +15,8 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.distributions.transforms import ComposeTransform, Transform
 
+from stochdyn.infer.naming import fresh_name, rename
+
 __all__ = ["AutoSkewedNormal", "SinhArcsinh"]
 
 _TAIL = 0.2
@@ -99,6 +101,11 @@ class AutoSkewedNormal(AutoContinuous):
     ) -> None:
         self._init_scale = init_scale
         super().__init__(model, init_loc_fn=init_loc_fn)
+        self._pyro_name = fresh_name(type(self).__name__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        rename(self, type(self).__name__)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -129,6 +136,7 @@ class AutoSkewedNormal(AutoContinuous):
 
         self(*args, **kwargs)
         finder = AutoLaplaceApproximation(self.model)
+        finder._pyro_name = fresh_name(type(finder).__name__ + "_of_skewed")
         finder(*args, **kwargs)
         with torch.no_grad():
             finder.loc.copy_(self.loc)

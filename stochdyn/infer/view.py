@@ -37,6 +37,7 @@ class SiteView:
         scale: ``(N, M)`` prior standard deviations of the increments.
         shape: batch shape of a path, the axes of the other sites' draws included.
         start: what is random at the start and belongs to this site, or None.
+        start_law: the law of the state there, or None if it isn't random.
     """
 
     fn: DiffusionPath | PathIncrements
@@ -46,6 +47,7 @@ class SiteView:
     scale: Tensor
     shape: torch.Size
     start: StartPrior | None = None
+    start_law: Any = None
 
     @property
     def method(self) -> Method:
@@ -159,7 +161,7 @@ def view_site(
             )
     batch = torch.broadcast_shapes(fn.batch_shape, x0.shape[:-1], draws)
     prior = StartPrior.of(start_law, x0, factor, channels, batch)
-    return SiteView(fn, path_name, x0, memory0, scale, batch, prior)
+    return SiteView(fn, path_name, x0, memory0, scale, batch, prior, start_law)
 
 
 def _square(fn: DiffusionPath) -> DiffusionPath:
