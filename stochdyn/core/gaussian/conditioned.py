@@ -9,7 +9,7 @@ from stochdyn._checks import as_generator, as_sample_shape, check_event_size
 from stochdyn.core.forward.flow import as_time
 from stochdyn.core.gaussian.chain import GaussianChain
 from stochdyn.core.gaussian.density import Conditionals
-from stochdyn.core.gaussian.law import GaussianPathMeasure, GaussianPathPosterior, union_grid
+from stochdyn.core.gaussian.law import GaussianPathMeasure, GaussianPathPosterior, pick, union_grid
 from stochdyn.core.gaussian.observations import Observations
 from stochdyn.core.gaussian.recursion import align
 from stochdyn.core.law.marginals import Generator, SampleShape
@@ -54,7 +54,7 @@ class ConditionedMeasure(GaussianPathMeasure):
             self.register_buffer(
                 name, value if value is None or value.requires_grad else value.detach().clone()
             )
-        self.dim = prior.dim
+        self.dim, self.series_grids = prior.dim, prior.series_grids
         self.batch_shape = torch.broadcast_shapes(
             prior.batch_shape, seen.y.shape[1:-1], seen.emission.shape[1:-2], seen.obs_cov.shape[1:-2]
         )
@@ -89,9 +89,9 @@ class ConditionedMeasure(GaussianPathMeasure):
     def summary(self, ts: Tensor) -> GaussianPathPosterior:
         """Return the moments at times ``ts (T,)`` and the evidence, from one pass of the smoother."""
         ts = self._grid(ts)
-        nodes, where = union_grid(self.seen, ts)
-        smoothed = self.prior.chain(nodes).smooth(**self.seen.on(nodes))  # type: ignore[arg-type]
-        states = smoothed.mean.index_select(0, where), smoothed.cov.index_select(0, where)
+        nodes, seen_at, where = union_grid(self.seen, ts)
+        smoothed = self.prior.chain(nodes).smooth(**self.seen.on(nodes, seen_at))  # type: ignore[arg-type]
+        states = pick(smoothed.mean, where, 1), pick(smoothed.cov, where, 2)
         mean, cov = self._read_moments(states, ts)
         evidence = smoothed.log_evidence.to(mean.dtype)
         return GaussianPathPosterior(ts, mean.movedim(0, -2), cov.movedim(0, -3), evidence, self)
@@ -103,19 +103,22 @@ class ConditionedMeasure(GaussianPathMeasure):
     def joint_covariance(self, ts: Tensor) -> Tensor:
         """Return the covariance ``(*B, T d, T d)`` of the path, flattened with time leading."""
         ts = self._grid(ts)
-        nodes, where = union_grid(self.seen, ts)
+        nodes, seen_at, where = union_grid(self.seen, ts)
         read = self.read()[0]
-        joint = self.prior.chain(nodes).posterior_joint_covariance(**self.seen.on(nodes), read=read)  # type: ignore[arg-type]
-        index = (where[:, None] * self.dim + torch.arange(self.dim, device=where.device)).flatten()
-        return joint.index_select(-1, index).index_select(-2, index).to(self.dtype_at(ts))
+        joint = self.prior.chain(nodes).posterior_joint_covariance(**self.seen.on(nodes, seen_at), read=read)  # type: ignore[arg-type]
+        index = (where[..., None] * self.dim + torch.arange(self.dim, device=where.device)).flatten(-2)
+        rows, columns = (index.unsqueeze(k).expand(*joint.shape[:-2], -1, -1) for k in (-1, -2))
+        part = joint.gather(-2, rows.expand(*rows.shape[:-1], joint.shape[-1]))
+        return part.gather(-1, columns.expand(*part.shape[:-1], index.shape[-1])).to(self.dtype_at(ts))
 
     def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
         """Draw paths ``(*sample, *B, T, d)`` at times ``ts (T,)``, reparametrised; see :meth:`PathMeasure.sample`."""
         ts, shape = self._grid(ts), as_sample_shape(sample_shape)
-        nodes, where = union_grid(self.seen, ts)
+        nodes, seen_at, where = union_grid(self.seen, ts)
         source = as_generator(generator, self.like.device)
-        z = self.prior.chain(nodes).sample_posterior(shape, **self.seen.on(nodes), generator=source)  # type: ignore[arg-type]
-        x = self._read_states(z.index_select(len(shape), where), len(shape) + 1)
+        z = self.prior.chain(nodes).sample_posterior(shape, **self.seen.on(nodes, seen_at), generator=source)  # type: ignore[arg-type]
+        z = pick(z.movedim(len(shape), 0), where, 1).movedim(0, len(shape))
+        x = self._read_states(z, len(shape) + 1)
         return PathSample.of_states(ts, x.movedim(len(shape), -2).to(self.dtype_at(ts)), self)
 
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
@@ -125,6 +128,8 @@ class ConditionedMeasure(GaussianPathMeasure):
             UnavailableError: if the prior isn't a diffusion in its state alone.
         """
         check_event_size(x, self.dim, "x")
+        if self.times.ndim > 1:
+            self._refuse("drift", "its series have observations at times of their own")
         time = as_time(t, x)
         prior = self.prior.drift(time, x)
         if time.numel() == 1:
@@ -181,11 +186,13 @@ class ConditionedMeasure(GaussianPathMeasure):
 
     def _density(self, path: Path) -> tuple[Tensor, Tensor]:
         r"""Return :math:`\log p(x,y)-\log p(y)`: the path is one more, exact observation beside the data."""
-        nodes, where = union_grid(self.seen, path.ts)
+        nodes, seen_at, where = union_grid(self.seen, path.ts)
+        if nodes.ndim > 1:
+            self._refuse("density", "its series have times of their own")
         chain = self.prior.chain(nodes)
         read, offset = self.read()
         count, dim, size = nodes.shape[0], self.dim, chain.state_dim
-        data = self.seen.on(nodes)
+        data = self.seen.on(nodes, seen_at)
         y, through, cov = (data[name] for name in ("y", "emission", "obs_cov"))
         assert y is not None and through is not None and cov is not None
         x = path.x.to(y.dtype)

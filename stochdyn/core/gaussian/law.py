@@ -86,6 +86,8 @@ class GaussianPathMeasure(PathMeasure):
 
     dim: int
     batch_shape: torch.Size
+    #: Whether grids may be ``(*B, T)``, one for every series.
+    series_grids = False
 
     @abstractmethod
     def chain(self, ts: Tensor) -> GaussianChain:
@@ -214,7 +216,7 @@ class GaussianPathMeasure(PathMeasure):
     def certain(self, chain: GaussianChain, ts: Tensor) -> Tensor:
         """Return ``(T, *B)``, True for points known beforehand, which are no part of the event: a fixed start."""
         fixed = (chain.initial_cov == 0).all(-1).all(-1)
-        out = torch.zeros(ts.shape[0], *fixed.shape, dtype=torch.bool, device=fixed.device)
+        out = torch.zeros(ts.shape[-1], *fixed.shape, dtype=torch.bool, device=fixed.device)
         out[0] = fixed
         return out
 
@@ -263,7 +265,8 @@ class GaussianPathMeasure(PathMeasure):
         r"""Return the ``(*B,)`` log density of observations :math:`y_i=CX_{t_i}+\sigma_i\epsilon_i`.
 
         Args:
-            times: ``(T,)`` strictly increasing times of the observations, none before the law starts.
+            times: ``(T,)`` strictly increasing times of the observations, none before the law starts; ``(*B, T)`` where every
+                series has its own (of a linear law; fill short series up with later times and NaN).
             y: ``(*B, T, p)``; NaN where a value is missing.
             obs_scale: standard deviation of the noise: a number, ``(p,)``, ``(T, p)`` or ``(*B, T, p)``;
                 zero for exact observations.
@@ -332,7 +335,9 @@ class GaussianPathMeasure(PathMeasure):
         self, times: object, y: object, obs_scale: object, emission: object, mask: object
     ) -> Observations:
         """Check observations of the path, and express them in the state of the chain."""
-        seen = as_observations(times, y, obs_scale, emission, mask, self.dim, self._state_like(times))
+        seen = as_observations(
+            times, y, obs_scale, emission, mask, self.dim, self._state_like(times), self.series_grids
+        )
         read, offset = self.read()
         values, through = seen.y, seen.emission
         if offset is not None:
@@ -353,7 +358,7 @@ class GaussianPathMeasure(PathMeasure):
         return self.like
 
     def _grid(self, ts: object) -> Tensor:
-        ts = as_time_grid(ts, "ts", 1, like=self.like)
+        ts = as_time_grid(ts, "ts", 1, like=self.like, batch=self.series_grids)
         check_same_device(ts=ts, law=self.like)
         return ts
 
@@ -385,13 +390,39 @@ class GaussianPathMeasure(PathMeasure):
         self._grid(path.ts)
         check_ndim(path.x, tuple(range(2, 13)), "path.x", "(*sample, *B, T, d)")
         check_event_size(path.x, self.dim, "path.x")
-        check_event_size(path.x, path.ts.shape[0], "path.x", axis=-2)
+        check_event_size(path.x, path.ts.shape[-1], "path.x", axis=-2)
         check_same_device(path=path.x, law=self.like)
         check_same_dtype(path=path.x, law=self.like.to(self.dtype_at(path.ts)))
         check_finite(path.x.detach(), "path.x")
 
 
-def union_grid(seen: Observations, ts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the times of observations and of ``ts`` together, and where ``ts`` are among them."""
-    nodes = union_of(seen.times.to(torch.promote_types(seen.times.dtype, ts.dtype)), ts)
-    return nodes, torch.searchsorted(nodes.detach(), ts.detach().to(nodes.dtype))
+def union_grid(seen: Observations, ts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the times of observations and of ``ts`` together, and where each of the two are among them.
+
+    Where series have their own times, a time of both stands twice.
+    """
+    times = seen.times.to(torch.promote_types(seen.times.dtype, ts.dtype))
+    if times.ndim == ts.ndim == 1:
+        nodes = union_of(times, ts)
+        known = nodes.detach()
+        return (
+            nodes,
+            torch.searchsorted(known, times.detach()),
+            torch.searchsorted(known, ts.detach().to(nodes.dtype)),
+        )
+    batch = torch.broadcast_shapes(times.shape[:-1], ts.shape[:-1])
+    every = torch.cat((times.expand(*batch, -1), ts.to(times.dtype).expand(*batch, -1)), -1)
+    order = torch.argsort(every.detach(), dim=-1, stable=True)
+    places = torch.argsort(order, -1)
+    return every.gather(-1, order), places[..., : times.shape[-1]], places[..., times.shape[-1] :]
+
+
+def pick(x: Tensor, where: Tensor, event: int) -> Tensor:
+    """Return rows ``where (S,)`` or ``(*B, S)`` of ``x (M, *B, *event)``."""
+    if where.ndim == 1:
+        return x.index_select(0, where)
+    batch = x.shape[1 : x.ndim - event]
+    index = align(where.movedim(-1, 0), 1, 0, torch.broadcast_shapes(batch, where.shape[:-1]))
+    full = align(x, 1, event, index.shape[1:])
+    index = index.reshape(*index.shape, *(1,) * event)
+    return full.gather(0, index.expand(*index.shape[: index.ndim - event], *full.shape[full.ndim - event :]))

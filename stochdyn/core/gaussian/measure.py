@@ -13,15 +13,15 @@ from stochdyn._checks import (
     check_real,
     check_same_device,
     check_same_dtype,
-    check_time_grid,
     check_type,
 )
 from stochdyn.core.forward.flow import as_time
 from stochdyn.core.gaussian.chain import GaussianChain
 from stochdyn.core.gaussian.density import grid_kl, path_kl
 from stochdyn.core.gaussian.law import GaussianPathMeasure
-from stochdyn.core.gaussian.recursion import broadcast_batches
+from stochdyn.core.gaussian.recursion import align, broadcast_batches
 from stochdyn.core.gaussian.transition import (
+    Coefficients,
     TimeFunction,
     TimeValue,
     Transition,
@@ -43,8 +43,8 @@ class LinearGaussianMeasure(GaussianPathMeasure):
 
     .. math:: dX_t=(A(t)X_t+b(t))\,dt+G(t)\,dW_t,\qquad X_{t_0}\sim N(m_0,P_0).
 
-    Transitions between any two times are exact for constant coefficients, and accurate to ``tolerance`` for
-    coefficients that vary in time. All answers are differentiable in all tensors, also in the times.
+    Grids are ``ts (T,)``, or ``(*B, T)`` where every series has times of its own. Transitions between any two times are
+    exact for constant coefficients, and accurate to ``tolerance`` for coefficients that vary in time. All answers are differentiable in all tensors, also in the times.
 
     Use it where drift and noise don't depend on the state but linearly: nothing is simulated. A
     :class:`~stochdyn.DiffusionMeasure` takes any drift, by steps; :meth:`as_diffusion` turns this law into one.
@@ -108,6 +108,8 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         self.batch_shape = broadcast_batches(
             {v.name: v.batch(probe) for v in (self._initial_mean, self._initial_cov, *self._values)}
         )
+
+    series_grids = True
 
     @property
     def _values(self) -> tuple[TimeValue, TimeValue, TimeValue]:
@@ -226,8 +228,8 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         r"""Return :math:`\Phi, c, Q` of :math:`X_{stop}\mid X_{start}\sim N(\Phi X_{start}+c, Q)`.
 
         Args:
-            start: ``(N,)``.
-            stop: ``(N,)``, none before its start.
+            start: ``(N,)``, or ``(N, *B)`` where every series has its own.
+            stop: likewise, none before its start.
 
         Returns:
             ``(N, *B, d, d)``, ``(N, *B, d)``, ``(N, *B, d, d)``; batch axes of size one may be missing.
@@ -241,24 +243,49 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         dtype = self.initial_mean.dtype
         if any(v.constant is None for v in self._values):
             dt = (stop - start).to(dtype)
+            if start.ndim > 1:
+                return self._varying_by_series(start.to(dtype), dt)
             return varying_transition(self.coefficients, start.to(dtype), dt, self.tolerance)
         a, b, s = (x[0] for x in self.coefficients(start.new_zeros(1).to(dtype)))
         return grid_transition(a, b, s, start, stop)
 
+    def _varying_by_series(self, start: Tensor, dt: Tensor) -> Transition:
+        """Return transitions over steps ``(N, *G)`` of series that each have their own times."""
+        flat = start[0].numel()
+
+        def of(series: int) -> Coefficients:
+            def coefficients(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                a, b, s = self.coefficients(t)
+                if a.ndim == 3:
+                    return a, b, s
+                whole = (
+                    align(x, 1, e, start.shape[1:]).flatten(1, start.ndim - 1)
+                    for x, e in ((a, 2), (b, 1), (s, 2))
+                )
+                one, two, three = (x[:, series] for x in whole)
+                return one, two, three
+
+            return coefficients
+
+        starts, steps = start.reshape(start.shape[0], flat), dt.reshape(dt.shape[0], flat)
+        parts = [varying_transition(of(g), starts[:, g], steps[:, g], self.tolerance) for g in range(flat)]
+        phi, c, q = (torch.stack(x, 1).unflatten(1, start.shape[1:]) for x in zip(*parts, strict=True))
+        return phi, c, q
+
     def chain(self, ts: Tensor) -> GaussianChain:
-        """Return the discrete chain of the law at times ``ts (T,)``."""
-        check_time_grid(ts, min_points=1)
+        """Return the discrete chain of the law at times ``ts (T,)``, or ``(*B, T)`` where every series has its own."""
         check_same_device(ts=ts, initial_mean=self.initial_mean)
-        origin = ts.new_full((1,), self.initial_time)
-        if bool(ts[0] < origin):
+        ts = ts.movedim(-1, 0)
+        origin = torch.full_like(ts[:1], self.initial_time)
+        if bool((ts[:1] < origin).any()):
             raise TimeGridError(
                 "ts starts before the initial law",
-                got=float(ts[0].detach()),
+                got=float(ts[0].detach().min()),
                 expected=f">= {self.initial_time}",
             )
         phi, c, q = self.transition(ts[:-1], ts[1:])
         mean, cov = self.initial_mean, self.initial_cov
-        if bool(ts[0] > origin) or ts.requires_grad:
+        if bool((ts[:1] > origin).any()) or ts.requires_grad:
             a0, c0, q0 = (x[0] for x in self.transition(origin, ts[:1]))
             mean = (a0 @ mean[..., None]).squeeze(-1) + c0
             cov = a0 @ cov @ a0.mT + q0

@@ -108,7 +108,7 @@ class Observations:
     r"""Values :math:`y_i=HX_{t_i}+\epsilon_i`, :math:`\epsilon_i\sim N(0,R_i)`, time leading.
 
     Attributes:
-        times: ``(T,)``.
+        times: ``(T,)``, or ``(*B, T)`` where every series has its own.
         y: ``(T, *B, p)``, zero where nothing was observed.
         emission: ``(p, z)`` or ``(T, *B, p, z)``.
         obs_cov: ``(p, p)`` or ``(T, *B, p, p)``.
@@ -121,11 +121,19 @@ class Observations:
     obs_cov: Tensor
     mask: Tensor | None
 
-    def on(self, nodes: Tensor) -> dict[str, Tensor | None]:
-        """Lay the values on a grid ``nodes (M,)`` that holds their times; returns the arguments of a chain's filter."""
+    def on(self, nodes: Tensor, where: Tensor | None = None) -> dict[str, Tensor | None]:
+        """Lay the values on a grid that holds their times; returns the arguments of a chain's filter.
+
+        Args:
+            nodes: ``(M,)``, or ``(*B, M)`` where every series has its own.
+            where: where the times are among them, ``(T,)`` or ``(*B, T)``; found if None.
+        """
         if nodes.shape == self.times.shape:
             return {"y": self.y, "emission": self.emission, "obs_cov": self.obs_cov, "mask": self.mask}
-        where = torch.searchsorted(nodes.detach(), self.times.detach())
+        if where is None:
+            where = torch.searchsorted(nodes.detach(), self.times.detach())
+        if where.ndim > 1:
+            return self._on_series(nodes.shape[-1], where)
         mask = self.mask
         if mask is None:
             mask = torch.ones(
@@ -140,6 +148,23 @@ class Observations:
             "emission": self.emission if self.emission.ndim == 2 else spread(self.emission),
             "obs_cov": self.obs_cov if self.obs_cov.ndim == 2 else spread(self.obs_cov),
             "mask": spread(mask),
+        }
+
+    def _on_series(self, count: int, where: Tensor) -> dict[str, Tensor | None]:
+        """Lay every series on its own grid of ``count`` nodes; ``where (*B, T)``."""
+        batch = torch.broadcast_shapes(self.y.shape[1:-1], where.shape[:-1])
+        index = align(where.movedim(-1, 0), 1, 0, batch)
+
+        def spread(x: Tensor, event: int) -> Tensor:
+            full = align(x, 1, event, batch)
+            at = index.reshape(*index.shape, *(1,) * event).expand(full.shape)
+            return x.new_zeros(count, *full.shape[1:]).scatter(0, at, full)
+
+        return {
+            "y": spread(self.y, 1),
+            "emission": self.emission if self.emission.ndim == 2 else spread(self.emission, 2),
+            "obs_cov": self.obs_cov if self.obs_cov.ndim == 2 else spread(self.obs_cov, 2),
+            "mask": spread(_component_mask(self.mask, self.y), 1),
         }
 
 
@@ -162,16 +187,17 @@ def as_observations(
     mask: object,
     dim: int,
     like: Tensor,
+    series_grids: bool = False,
 ) -> Observations:
     """Check observations of a state like ``like (*B, dim)``; NaN in ``y`` is a missing value, as is False in ``mask``."""
-    times = as_time_grid(times, "times", 1, like=like)
+    times = as_time_grid(times, "times", 1, like=like, batch=series_grids)
     y = as_tensor(y, "y", like=like, finite=False)
     check_nonempty(y, "y")
-    if y.ndim < 2 or y.shape[-2] != times.shape[0]:
+    if y.ndim < 2 or y.shape[-2] != times.shape[-1]:
         raise ShapeError(
             "y must have one row per time",
             got=f"shape {tuple(y.shape)}",
-            expected=f"(*B, {times.shape[0]}, p)",
+            expected=f"(*B, {times.shape[-1]}, p)",
             hint="a scalar series is y[:, None]" if y.ndim == 1 else None,
         )
     p = y.shape[-1]
@@ -191,8 +217,8 @@ def as_observations(
         if mask.dtype != torch.bool or not 1 <= mask.ndim <= y.ndim:
             raise ShapeError("mask must be a boolean tensor (T,), (*B, T) or (*B, T, p)")
         mask = mask.movedim(-2 if mask.ndim == y.ndim else -1, 0)
-        if mask.shape[0] != times.shape[0]:
-            raise ShapeError("mask must fit times", got=f"{mask.shape[0]} times", expected=times.shape[0])
+        if mask.shape[0] != times.shape[-1]:
+            raise ShapeError("mask must fit times", got=f"{mask.shape[0]} times", expected=times.shape[-1])
     check_same_device(times=times, y=y, mask=mask, emission=emission, state=like)
     check_same_dtype(y=y, state=like, emission=emission)
     y = y.movedim(-2, 0)

@@ -174,7 +174,7 @@ def constant_transition(a: Tensor, b: Tensor, s: Tensor, dt: Tensor, dtype: torc
         a: ``(*B, d, d)``.
         b: ``(*B, d)``.
         s: ``(*B, d, d)``.
-        dt: nonnegative steps, possibly more precise than ``dtype``.
+        dt: nonnegative steps, possibly more precise than ``dtype``; ``(N, *G)`` where every series has its own, aligned with ``*B``.
         dtype: of the result.
     """
     longest = float(dt.detach().max()) if dt.numel() else 0.0
@@ -197,8 +197,7 @@ def constant_transition(a: Tensor, b: Tensor, s: Tensor, dt: Tensor, dtype: torc
         drift_terms.append(drift_term)
         mean_term = (a @ mean_term[..., None]).squeeze(-1)
         cov_term = a @ cov_term + cov_term @ a.mT
-    weights = torch.stack(powers, -1)
-    excess, c, q = (torch.tensordot(weights, torch.stack(t), 1) for t in (drift_terms, mean_terms, cov_terms))
+    excess, c, q = (_series(powers, t, e) for t, e in ((drift_terms, 2), (mean_terms, 1), (cov_terms, 2)))
     q = symmetrise(q)
     for _ in range(doublings):
         c = 2 * c + (excess @ c[..., None]).squeeze(-1)
@@ -209,6 +208,15 @@ def constant_transition(a: Tensor, b: Tensor, s: Tensor, dt: Tensor, dtype: torc
     return excess + torch.eye(a.shape[-1], dtype=dtype, device=a.device), c, q
 
 
+def _series(powers: list[Tensor], terms: list[Tensor], event: int) -> Tensor:
+    """Return the sums over k of ``powers (N, *G)`` times ``terms (*B, *event)``, ``(N, *B, *event)`` with G and B aligned."""
+    if powers[0].ndim == 1:
+        return torch.tensordot(torch.stack(powers, -1), torch.stack(terms), 1)
+    return torch.stack(
+        [p.reshape(*p.shape, *(1,) * event) * t for p, t in zip(powers, terms, strict=True)]
+    ).sum(0)
+
+
 def distinct_steps(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the different lengths of intervals ``[start, stop]``, each once, and where each interval finds its own.
 
@@ -216,7 +224,7 @@ def distinct_steps(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor | None]:
     the lengths are those of the intervals themselves, in their order, as they are where they carry a gradient.
     """
     dt = stop - start
-    if dt.requires_grad or dt.numel() < 2:
+    if dt.requires_grad or dt.numel() < 2 or dt.ndim > 1:
         return dt, None
     resolution = 4 * torch.finfo(dt.dtype).eps * torch.maximum(start.abs(), stop.abs())
     ordered, order = dt.sort()
