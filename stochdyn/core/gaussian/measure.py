@@ -44,7 +44,8 @@ class LinearGaussianMeasure(GaussianPathMeasure):
     .. math:: dX_t=(A(t)X_t+b(t))\,dt+G(t)\,dW_t,\qquad X_{t_0}\sim N(m_0,P_0).
 
     Grids are ``ts (T,)``, or ``(*B, T)`` where every series has times of its own. Transitions between any two times are
-    exact for constant coefficients, and accurate to ``tolerance`` for coefficients that vary in time. All answers are differentiable in all tensors, also in the times.
+    exact for constant coefficients, and accurate to ``tolerance`` for coefficients that vary in time.
+    All answers are differentiable in all tensors, also in the times.
 
     Use it where drift and noise don't depend on the state but linearly: nothing is simulated. A
     :class:`~stochdyn.DiffusionMeasure` takes any drift, by steps; :meth:`as_diffusion` turns this law into one.
