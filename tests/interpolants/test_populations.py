@@ -1,0 +1,177 @@
+"""Populations: an unseen one goes where it should, for every order of its points, in any unit, and nothing crosses over."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import stochdyn as sd
+from stochdyn import errors
+from stochdyn.interpolants import PopulationRegression, Populations, SetEncoder, compare_populations
+
+SIGMA = 0.5
+
+
+def family(
+    count: int, size: int, seed: int, scale: float = 1.0
+) -> tuple[Populations, list[tuple[Tensor, Tensor]]]:
+    """Random Gaussian populations with noise, to be carried to those without: paired points."""
+    g = torch.Generator().manual_seed(seed)
+    starts, targets, laws = [], [], []
+    for _ in range(count):
+        mean = 4 * torch.rand(2, generator=g) - 2
+        turn = torch.linalg.qr(torch.randn(2, 2, generator=g))[0]
+        root = turn * 0.2 * 10 ** torch.rand(2, generator=g)
+        x1 = mean + torch.randn(size, 2, generator=g) @ root.mT
+        starts.append(scale * (x1 + SIGMA * torch.randn(size, 2, generator=g)))
+        targets.append(scale * x1)
+        laws.append((mean, root @ root.mT))
+    return Populations(starts, targets), laws
+
+
+def exact_velocity(t: float, x: Tensor, law: tuple[Tensor, Tensor]) -> Tensor:
+    r""":math:`v=-(1-t)\sigma^2(S+(1-t)^2\sigma^2)^{-1}(x-m)`."""
+    mean, cov = law
+    return (
+        -(1 - t)
+        * SIGMA**2
+        * torch.linalg.solve(cov + (1 - t) ** 2 * SIGMA**2 * torch.eye(2), (x - mean).mT).mT
+    )
+
+
+def trained(scale: float = 1.0, steps: int = 500) -> PopulationRegression:
+    data, _ = family(120, 150, 0, scale)
+    torch.manual_seed(0)
+    objective = PopulationRegression(2, SetEncoder(2), num_points=64)
+    sd.fit(objective, data, steps=steps, batch_size=12, lr=3e-3, progress=False,
+           scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps))  # fmt: skip
+    return objective
+
+
+def test_unseen_populations_go_where_they_should() -> None:
+    """The error of the velocity on populations that were held out, against knowing nothing of the population."""
+    model = trained().generator()
+    unseen, laws = family(15, 400, 1)
+    found, blind = [], []
+    anyone = torch.cat([unseen.starts[i] for i in range(15)])
+    for x0, x1, law in zip(unseen.starts, unseen.targets, laws, strict=True):
+        for t in (0.1, 0.5, 0.8):
+            x = torch.lerp(x0, x1, t)
+            exact = exact_velocity(t, x, law)
+            found.append((model.velocity(t, x, population=x0) - exact).detach().square().sum(-1).mean())
+            blind.append((model.velocity(t, x, population=anyone) - exact).detach().square().sum(-1).mean())
+    assert float(torch.stack(found).mean()) < 0.5 * float(torch.stack(blind).mean())
+    x0 = unseen.starts[0]
+    torch.testing.assert_close(model.sample(x0.flip(0)), model.sample(x0).flip(0), rtol=0, atol=1e-4)
+    assert model.sample(x0, 5, trajectory=True).shape == (6, 400, 2)
+    predicted = [model.sample(x) for x in unseen.starts]
+    better, identity = (
+        compare_populations(predicted, unseen.targets),
+        compare_populations(unseen.starts, unseen.targets),
+    )
+    assert float(better.excess.mean) < 0.6 * float(identity.excess.mean)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_units_of_the_data(scale: float) -> None:
+    plain, other = trained(steps=8).generator(), trained(scale, 8).generator()
+    x0 = family(1, 50, 3)[0].starts[0]
+    torch.testing.assert_close(other.sample(scale * x0) / scale, plain.sample(x0), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("coupling", ["paired", "independent", "ot"])
+def test_no_pair_crosses_populations(coupling: str) -> None:
+    """Populations far apart: every pair of a step is of one of them."""
+    torch.manual_seed(0)
+    shift = 1000.0 * torch.arange(8)[:, None, None]
+    starts, targets = (list(torch.randn(8, 20, 2) + shift) for _ in range(2))
+    objective = PopulationRegression(2, SetEncoder(2), coupling, num_points=16)
+    batch = torch.utils.data.default_collate([Populations(starts, targets)[i] for i in range(8)])
+    a, b = objective._draw(batch["x0"], batch["x1"], batch["count0"], batch["count1"])
+    assert float((a - b).abs().max()) < 100
+    rows = ((starts[0][:, None] == a[0]).all(-1)).float().argmax(0)
+    if coupling == "paired":
+        assert torch.equal(targets[0][rows], b[0])
+    if coupling == "ot":
+        assert float((a - b).square().sum(-1).mean()) < float((a - b.roll(1, 1)).square().sum(-1).mean())
+
+
+def test_encoder_sees_the_sample_and_not_its_order_or_padding() -> None:
+    torch.manual_seed(0)
+    encoder, x = SetEncoder(3, out=5), torch.randn(4, 20, 3)
+    code = encoder(x)
+    torch.testing.assert_close(encoder(x[:, torch.randperm(20)]), code, rtol=0, atol=1e-5)
+    padded = torch.cat([x, torch.full((4, 7, 3), float("nan"))], 1)
+    weights = torch.cat([torch.ones(4, 20), torch.zeros(4, 7)], 1)
+    torch.testing.assert_close(encoder(padded, weights), code, rtol=0, atol=1e-5)
+    torch.testing.assert_close(encoder(x.repeat(1, 3, 1)), code, rtol=0, atol=1e-5)
+    with pytest.raises(errors.InvalidInputError, match="a point with a weight"):
+        encoder(x, torch.zeros(4, 20))
+
+
+def test_treatments_ragged_samples_and_storage(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    sizes = (30, 50, 20, 40)
+    starts = [torch.randn(n, 2, generator=g).tolist() for n in sizes]
+    targets = [torch.randn(n + 5, 2, generator=g).numpy() for n in sizes]
+    data = Populations(starts, targets, treatments=torch.eye(4)[:, :3])
+    torch.manual_seed(0)
+    objective = PopulationRegression(2, SetEncoder(2), "independent", treatment_dim=3, num_points=10)
+    sd.fit(objective, data, steps=4, batch_size=2, progress=False, checkpoint=tmp_path / "run")
+    model = objective.generator()
+    x0, dose = torch.randn(9, 2, generator=g), [1.0, 0.0, 0.0]
+    drawn = model.sample(x0, 4, treatment=dose)
+    sd.save(model, tmp_path / "model")
+    assert torch.equal(sd.load(tmp_path / "model").sample(x0, 4, treatment=dose), drawn)
+    assert torch.equal(copy.deepcopy(model).sample(x0, 4, treatment=dose), drawn)
+    again = PopulationRegression(2, SetEncoder(2), "independent", treatment_dim=3, num_points=10)
+    sd.fit(again, data, steps=4, batch_size=2, progress=False, checkpoint=tmp_path / "run", resume=True)
+    assert torch.equal(again.generator().sample(x0, 4, treatment=dose), drawn)
+    assert model.double().sample(x0.double(), 4, treatment=dose).dtype == torch.float64
+    train, held = data.split(0.25, seed=1)
+    assert (len(train), len(held)) == (3, 1)
+    with pytest.raises(errors.InvalidInputError, match="trained with treatments"):
+        model.sample(x0)
+
+
+def test_comparison_has_a_floor() -> None:
+    g = torch.Generator().manual_seed(0)
+    target = [torch.randn(300, 2, generator=g) for _ in range(12)]
+    same = compare_populations([torch.randn(300, 2, generator=g) for _ in range(12)], target)
+    assert abs(float(same.excess.mean)) < 4 * float(same.excess.stderr)
+    off = compare_populations([x + 1.0 for x in target], target)
+    assert float(off.excess.mean) > 1.0
+    assert "floor" in str(off)
+
+
+def test_bad_input() -> None:
+    x = torch.randn(5, 2)
+    for call, error, message in (
+        (lambda: Populations([x], [x, x]), errors.ShapeError, "one target per start"),
+        (lambda: Populations([], []), errors.EmptyDataError, "starts"),
+        (lambda: Populations([x[:0]], [x]), errors.EmptyDataError, r"starts\[0\]"),
+        (lambda: Populations([x * float("nan")], [x]), errors.NonFiniteError, r"starts\[0\]"),
+        (lambda: Populations([x], [x[:, :1]]), errors.ShapeError, r"targets\[0\]"),
+        (lambda: Populations([x], [x], torch.ones(2, 1)), errors.ShapeError, "one treatment per population"),
+        (lambda: PopulationRegression(2, SetEncoder(3)), errors.ShapeError, "another dimension"),
+        (lambda: PopulationRegression(2, SetEncoder(2), "optimal"), errors.InvalidInputError, "coupling"),
+        (lambda: PopulationRegression(2, SetEncoder(2))(x), errors.InvalidInputError, "one of Populations"),
+        (
+            lambda: PopulationRegression(2, SetEncoder(2))(Populations([x], [x[:3]])),
+            errors.ShapeError,
+            "paired samples",
+        ),
+        (
+            lambda: PopulationRegression(2, SetEncoder(2)).generator().sample(x * float("nan")),
+            errors.NonFiniteError,
+            "x0",
+        ),
+        (lambda: compare_populations([x], [x, x]), errors.ShapeError, "one prediction per target"),
+        (lambda: SetEncoder(0), errors.InvalidInputError, "dim"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
