@@ -82,6 +82,7 @@ def branching_cells(
         raise TimeGridError("times must not start before zero", got=float(times[0]))
     check_positive_int(num_cells, "num_cells")
     check_positive_int(dim, "dim", 2)
+    check_real(diffusion, "diffusion")
     check_positive(diffusion, "diffusion", DiffusionError)
     check_real(growth, "growth", minimum=0.0, below=10.0)
     source = as_generator(generator)

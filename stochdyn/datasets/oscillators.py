@@ -143,6 +143,7 @@ def _simulate(
     if float(times[0]) < 0:
         raise TimeGridError("times must not start before zero", got=float(times[0]))
     check_positive_int(num_particles, "num_particles")
+    check_real(diffusion, "diffusion")
     check_positive(diffusion, "diffusion", DiffusionError)
     check_real(dt, "dt", above=0.0)
     count = times.shape[0] * num_particles

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice
+from stochdyn._checks import check_choice, check_positive_int, check_real
 
 __all__ = ["OpenSystem", "open_systems"]
 
@@ -79,6 +79,10 @@ def open_systems(
         with decoherence", Phys. Rev. A 87, 042101 (2013): its observables don't depend on the number of sites.
     """
     check_choice(kind, ("dynamics", "steady"), "kind")
+    if num_sites is not None:
+        check_positive_int(num_sites, "num_sites")
+    for name, value in parameters.items():
+        check_real(value, name)
     found = []
     for row in _load()[kind]:
         fits = (

@@ -15,8 +15,9 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import check_bool, check_callable, check_positive_int, check_type
 from stochdyn.diagnostics.draws import evaluate_draws, seeded
+from stochdyn.diagnostics.probe import check_program
 from stochdyn.diagnostics.samplers import PosteriorSampler, as_sampler
 from stochdyn.diagnostics.sites import Site, read_sites
 from stochdyn.diagnostics.uniformity import UniformityTest, binomial_interval, rank_uniformity
@@ -174,6 +175,15 @@ def sbc(
     """
     check_positive_int(num_simulations, "num_simulations")
     check_positive_int(num_draws, "num_draws")
+    check_program(model, None, args, kwargs)
+    check_bool(log_joint, "log_joint")
+    for value, name in ((observed, "observed"), (parameters, "parameters")):
+        check_type(value, (list, tuple, type(None)), name, hint="a list of names of sites")
+    check_type(test_functions, (Mapping, type(None)), "test_functions")
+    for name, function in (test_functions or {}).items():
+        check_callable(function, f"test_functions[{name!r}]")
+    if data_args is not None:
+        check_callable(data_args, "data_args", "a function of the simulated data")
     sampler = as_sampler(infer)
     kwargs = dict(kwargs or {})
     collected: dict[str, list[int]] = {}

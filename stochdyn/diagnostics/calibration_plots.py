@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_positive_int
+from stochdyn._checks import as_tensor, check_positive_int, check_real, check_type
+from stochdyn.diagnostics.calibration import SBCResult
 from stochdyn.diagnostics.plots import as_axes
 from stochdyn.diagnostics.psis import pareto_smooth
 from stochdyn.diagnostics.uniformity import ecdf_band, rank_ecdf, rank_points
@@ -18,8 +19,6 @@ from stochdyn.errors import InvalidInputError, ShapeError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from stochdyn.diagnostics.calibration import SBCResult
 
 __all__ = ["plot_coverage", "plot_khat", "plot_rank_ecdf"]
 
@@ -54,6 +53,7 @@ def plot_rank_ecdf(
         goodness-of-fit evaluation and multiple sample comparison", 2022.
     """
     chosen = _chosen(result, names)
+    check_real(level, "level", above=0.0, below=1.0)
     points = rank_points(result.num_draws + 1)
     band = ecdf_band(len(result.ranks[chosen[0]]), points, level)
     ax = as_axes(ax)
@@ -174,7 +174,9 @@ def plot_khat(log_weights: Tensor | np.ndarray, *, ax: Axes | None = None) -> Ax
 
 
 def _chosen(result: SBCResult, names: Sequence[str] | None) -> list[str]:
-    chosen = list(result.ranks) if names is None else list(names)
+    check_type(result, SBCResult, "result", hint="it is what sbc returns")
+    check_type(names, (list, tuple, type(None)), "names", hint="a list of names of quantities")
+    chosen = list(result.ranks) if names is None else [str(name) for name in names]
     missing = [name for name in chosen if name not in result.ranks]
     if missing or not chosen:
         raise InvalidInputError(

@@ -75,6 +75,11 @@ def from_draws(
     Reference:
         The InferenceData schema, https://python.arviz.org.
     """
+    _check_mappings(
+        posterior=posterior, posterior_predictive=posterior_predictive, log_likelihood=log_likelihood,
+        observed_data=observed_data, constant_data=constant_data, sample_stats=sample_stats, coords=coords,
+        dims=dims, attrs=attrs,
+    )  # fmt: skip
     if not posterior:
         raise EmptyDataError("posterior is empty", hint="a model needs at least one latent site")
     sampled = {
@@ -97,6 +102,12 @@ def from_draws(
         if arrays:
             groups[group] = _dataset(arrays, (), coords or {}, _of(group, dims or {}), attributes)
     return _assemble(groups, attributes)
+
+
+def _check_mappings(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise InvalidInputError(f"{name} must be a mapping", got=type(value).__name__)
 
 
 def _assemble(groups: dict[str, Any], attributes: dict[str, Any]) -> Any:

@@ -13,10 +13,10 @@ from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor
 
-from stochdyn._checks import as_seed, check_positive_int
-from stochdyn.diagnostics.probe import Chunk, NotVectorisedError, Probe, Program, random_values
+from stochdyn._checks import as_seed, as_tensor, check_bool, check_callable, check_positive_int, check_type
+from stochdyn.diagnostics.probe import Chunk, NotVectorisedError, Probe, Program, check_program, random_values
 from stochdyn.diagnostics.sites import Site
-from stochdyn.errors import StochdynWarning, UnknownSiteError
+from stochdyn.errors import InvalidInputError, StochdynWarning, UnknownSiteError
 from stochdyn.run.randomness import fork_random_state
 
 __all__ = ["PosteriorDraws", "draw_posterior", "evaluate_draws", "seeded"]
@@ -110,6 +110,10 @@ def draw_posterior(
         tensor([-1.5155, -1.5155, -1.5155], dtype=torch.float64)
     """
     check_positive_int(num_draws, "num_draws")
+    check_callable(guide, "guide", "a Pyro guide")
+    check_program(model, guide, args, kwargs)
+    check_bool(predictive, "predictive")
+    check_bool(split_events, "split_events")
     with torch.no_grad(), seeded(seed):
         probe = Probe(model, guide, tuple(args), dict(kwargs or {}), predictive, split_events)
         return _collect(probe, num_draws, chunk_size)
@@ -145,6 +149,13 @@ def evaluate_draws(
         UnknownSiteError: if the model has other latent sites.
         ShapeError: if a site's draws have another shape than the model gives it.
     """
+    check_program(model, None, args, kwargs)
+    check_type(values, Mapping, "values")
+    values = {name: as_tensor(value, f"values[{name!r}]", finite=False) for name, value in values.items()}
+    if not values or any(value.ndim == 0 for value in values.values()):
+        raise InvalidInputError("values needs draws of every latent site", got=f"{len(values)} sites")
+    check_bool(predictive, "predictive")
+    check_bool(split_events, "split_events")
     with torch.no_grad(), seeded(seed):
         probe = Probe(model, None, tuple(args), dict(kwargs or {}), predictive, split_events, values)
         return _collect(probe, next(iter(values.values())).shape[0], chunk_size)

@@ -12,9 +12,10 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import check_bool, check_positive_int, check_type
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.diagnostics.draws import PosteriorDraws, draw_posterior, evaluate_draws
+from stochdyn.diagnostics.probe import check_program
 from stochdyn.diagnostics.sites import Site
 from stochdyn.errors import InvalidInputError
 
@@ -95,6 +96,11 @@ def to_inference_data(
     Reference:
         The InferenceData schema, https://python.arviz.org.
     """
+    check_program(model, None if isinstance(guide, MCMC) else guide, args, kwargs)
+    check_type(coords, (Mapping, type(None)), "coords")
+    check_type(dims, (Mapping, type(None)), "dims")
+    check_bool(predictive, "predictive")
+    check_bool(split_events, "split_events")
     options: dict[str, Any] = {
         "seed": seed,
         "predictive": predictive,

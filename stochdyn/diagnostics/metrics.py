@@ -265,6 +265,8 @@ def negative_log_predictive_density(log_likelihood: Values, log_weights: Values 
     """
     log_likelihood = as_tensor(log_likelihood, "log_likelihood", finite=False)
     check_nonempty(log_likelihood, "log_likelihood")
+    if log_likelihood.ndim == 0:
+        raise ShapeError("log_likelihood needs an axis of draws", got="a single number")
     size = log_likelihood.shape[0]
     if log_weights is None:
         return math.log(size) - log_likelihood.logsumexp(0)
@@ -296,7 +298,7 @@ def rmse(prediction: Values, target: Values, dim: int | tuple[int, ...] | None =
         tensor(1.4142)
     """
     prediction, target = _pair(prediction, target)
-    axes = tuple(range(prediction.ndim)) if dim is None else dim
+    axes = _axes(dim, prediction.ndim)
     count = prediction.numel() / max(prediction.sum(axes).numel(), 1)
     # The norm scales before it squares, so that no unit over- or underflows.
     return torch.linalg.vector_norm(prediction - target, dim=axes) / count**0.5
@@ -379,6 +381,18 @@ def _draws(draws: object, value: object, minimum: int) -> tuple[Tensor, Tensor]:
         raise TooFewDrawsError("too few draws", got=draws.shape[0], expected=f"at least {minimum}")
     check_same_device(draws=draws, value=value)
     return draws, value
+
+
+def _axes(dim: object, ndim: int) -> tuple[int, ...]:
+    """Return which axes are averaged over."""
+    if dim is None:
+        return tuple(range(ndim))
+    chosen = dim if isinstance(dim, tuple | list) else (dim,)
+    if not all(isinstance(d, int) and not isinstance(d, bool) and -ndim <= d < ndim for d in chosen):
+        raise InvalidInputError(
+            "dim must name axes", got=repr(dim)[:60], expected=f"integers from {-ndim} to {ndim - 1}"
+        )
+    return tuple(chosen)
 
 
 def _pair(prediction: object, target: object) -> tuple[Tensor, Tensor]:

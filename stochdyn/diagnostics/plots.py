@@ -13,11 +13,13 @@ from torch import Tensor
 from stochdyn._checks import (
     as_tensor,
     as_time_grid,
+    check_choice,
     check_finite,
     check_inside,
     check_nonempty,
     check_positive_int,
     check_real,
+    check_type,
 )
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import Path
@@ -169,8 +171,7 @@ def plot_training(
         bound = losses.bound if bound is None else bound
         losses = losses.losses
     bound = "surrogate" if bound is None else bound
-    if bound not in _MEANING:
-        raise InvalidInputError("bound is unknown", got=repr(bound), expected=" | ".join(map(repr, _MEANING)))
+    check_choice(bound, tuple(_MEANING), "bound")
     values = _tensor(losses, "losses")
     check_nonempty(values, "losses")
     if values.ndim != 1:
@@ -231,6 +232,9 @@ def plot_density(
     from scipy import stats
 
     values = _tensor(draws, "draws").flatten()
+    check_type(references, (Mapping, type(None)), "references")
+    for name, value in (references or {}).items():
+        check_real(value, f"references[{name!r}]")
     _check_levels((level,))
     if values.shape[0] < 10:
         raise TooFewDrawsError("too few draws for a density", got=values.shape[0], expected="at least 10")

@@ -14,14 +14,24 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from stochdyn._checks import check_callable, check_type
 from stochdyn.diagnostics.sites import Site, is_delta, read_sites
 from stochdyn.errors import ShapeError, UnknownSiteError
 
-__all__ = ["Chunk", "NotVectorisedError", "Probe", "Program", "SetValues", "random_values"]
+__all__ = ["Chunk", "NotVectorisedError", "Probe", "Program", "SetValues", "check_program", "random_values"]
 
 _PLATE = "_stochdyn_draws"
 
 Program = Callable[..., Any]
+
+
+def check_program(model: object, guide: object, args: object, kwargs: object) -> None:
+    """Raise unless these are a model, a guide (or nothing) and their arguments."""
+    check_callable(model, "model", "a Pyro model")
+    if guide is not None:
+        check_callable(guide, "guide", "a Pyro guide")
+    check_type(args, (tuple, list), "args", hint="put the arguments of the model into a tuple")
+    check_type(kwargs, (Mapping, type(None)), "kwargs")
 
 
 class NotVectorisedError(Exception):

@@ -14,6 +14,7 @@ from torch import Tensor
 from stochdyn._checks import as_tensor, check_bool, check_nonempty, check_positive_int, check_real
 from stochdyn.core.law.path import Estimate
 from stochdyn.diagnostics.draws import draw_posterior
+from stochdyn.diagnostics.probe import check_program
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, TooFewDrawsError
 
 __all__ = [
@@ -211,6 +212,7 @@ def khat(
         Yao, Vehtari, Simpson and Gelman, "Yes, but did it work?: evaluating variational inference", 2018.
     """
     check_positive_int(num_draws, "num_draws")
+    check_program(model, guide, args, kwargs)
     if num_draws < _MIN_DRAWS:
         raise _too_few(num_draws, _MIN_DRAWS)
     draws = draw_posterior(model, guide, args, kwargs, num_draws=num_draws, seed=seed, chunk_size=chunk_size)

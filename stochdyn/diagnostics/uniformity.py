@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import as_tensor, check_positive_int, check_real
 from stochdyn.errors import EmptyDataError, InvalidInputError, TooFewDrawsError
 
 __all__ = ["EcdfBand", "UniformityTest", "ecdf_band", "rank_uniformity"]
@@ -83,13 +83,12 @@ def ecdf_band(num_values: int, points: np.ndarray | int = 50, level: float = 0.9
         goodness-of-fit evaluation and multiple sample comparison", 2022, section 2.2.
     """
     check_positive_int(num_values, "num_values")
-    if not 0 < level < 1:
-        raise InvalidInputError("level must lie strictly between 0 and 1", got=level)
-    z = (
-        np.arange(1, points + 1) / (points + 1)
-        if isinstance(points, int)
-        else np.asarray(points, dtype=float)
-    )
+    check_real(level, "level", above=0.0, below=1.0)
+    if isinstance(points, int):
+        check_positive_int(points, "points")
+        z = np.arange(1, points + 1) / (points + 1)
+    else:
+        z = as_tensor(points, "points").double().cpu().numpy()
     if z.ndim != 1 or z.size == 0 or not ((z > 0) & (z < 1)).all() or (np.diff(z) <= 0).any():
         raise InvalidInputError("points must increase inside (0, 1)", got=np.array2string(z, threshold=8))
     return _band(num_values, tuple(z.tolist()), level)
@@ -153,15 +152,19 @@ def rank_uniformity(ranks: np.ndarray, num_ranks: int, level: float = 0.95) -> U
         >>> rank_uniformity(np.arange(100) % 10, 10).pvalue
         1.0
     """
-    values = np.asarray(ranks)
+    check_positive_int(num_ranks, "num_ranks", 2)
+    check_real(level, "level", above=0.0, below=1.0)
+    values = as_tensor(ranks, "ranks").double().cpu().numpy()
     if values.size == 0:
         raise EmptyDataError("ranks is empty")
+    if (values != np.round(values)).any():
+        raise InvalidInputError("ranks must be whole numbers", got=np.array2string(values, threshold=8))
     if values.size < 10:
         raise TooFewDrawsError("too few ranks to test", got=values.size, expected="at least 10")
     if values.min() < 0 or values.max() >= num_ranks:
         raise InvalidInputError(
             "ranks are out of range",
-            got=f"{values.min()} to {values.max()}",
+            got=f"{values.min():g} to {values.max():g}",
             expected=f"0 to {num_ranks - 1}",
         )
     bins = int(max(2, min(num_ranks, values.size // 5, 20)))

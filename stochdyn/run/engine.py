@@ -252,18 +252,18 @@ def run_to_end(
         return job.report()
 
 
-def as_folder(checkpoint: object, resume: bool) -> Path | None:
+def as_folder(checkpoint: object, resume: bool, name: str = "checkpoint") -> Path | None:
     """Return the directory of a run's checkpoints, or None.
 
     Raises:
         InvalidInputError: if it isn't a path, or if there is none to resume from.
     """
-    if checkpoint is None:
+    if checkpoint is None and name == "checkpoint":
         if resume:
             raise InvalidInputError("resume=True needs the directory of the run", hint="pass checkpoint=...")
         return None
     if not isinstance(checkpoint, str | os.PathLike) or not os.fspath(checkpoint):
-        raise InvalidInputError("checkpoint must be the path of a directory", got=repr(checkpoint)[:60])
+        raise InvalidInputError(f"{name} must be the path of a directory", got=repr(checkpoint)[:60])
     return Path(os.fsdecode(os.fspath(checkpoint)))
 
 

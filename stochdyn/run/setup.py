@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from stochdyn._checks import as_seed, check_choice, check_positive_int, check_real
+from stochdyn._checks import as_seed, check_callable, check_choice, check_positive_int, check_real
 from stochdyn.errors import DeviceMismatchError, InvalidInputError, ShapeError
 from stochdyn.objectives.base import Objective, ObjectiveValue
 from stochdyn.run.data import Batches
@@ -267,6 +267,7 @@ def make_scheduler(
     """Return what the factory makes; None without one."""
     if factory is None:
         return None
+    check_callable(factory, "scheduler", "a class or function of an optimiser")
     made = factory(optimizer)
     if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):
         raise InvalidInputError(

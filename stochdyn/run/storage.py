@@ -130,7 +130,7 @@ def save(thing: object, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(load(folder)(x), net(x))
         True
     """
-    folder = as_folder(path, resume=True)
+    folder = as_folder(path, resume=True, name="path")
     assert folder is not None
     writer = _Writer()
     root = writer.put(thing, type(thing).__name__)
@@ -153,7 +153,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         ForeignCheckpointError: if the directory holds something else, such as the checkpoint of a run.
         UnavailableError: if it needs a class of yours that isn't registered by :func:`storable`.
     """
-    folder = as_folder(path, resume=True)
+    folder = as_folder(path, resume=True, name="path")
     assert folder is not None
     content = read_checkpoint(folder)
     if content is None:

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from stochdyn._checks import check_bool, check_type
 from stochdyn.errors import CheckpointError, DamagedCheckpointError, InvalidInputError
 from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from stochdyn.run.engine import as_folder
 from stochdyn.run.folder import claimed
 from stochdyn.run.identity import check_same_run, fingerprint
 
@@ -37,6 +39,8 @@ def save_weights(objective: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(net.weight, other.weight)
         True
     """
+    check_type(objective, nn.Module, "objective")
+    as_folder(path, resume=True, name="path")
     content = Checkpoint("weights", 0, fingerprint(objective), {"objective": dict(objective.state_dict())})
     with claimed(path):
         write_checkpoint(path, content)
@@ -56,6 +60,9 @@ def load_weights(path: str | os.PathLike[str], objective: nn.Module, *, ema: boo
         ForeignCheckpointError: if they belong to another model; the message names what differs.
         InvalidInputError: if ``ema=True`` and the checkpoint keeps no average.
     """
+    check_type(objective, nn.Module, "objective")
+    check_bool(ema, "ema")
+    as_folder(path, resume=True, name="path")
     content = read_checkpoint(path)
     if content is None:
         raise CheckpointError(
