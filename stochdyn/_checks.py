@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stochdyn._transforms import maps_are_active
 from stochdyn.errors import (
     DeviceMismatchError,
     DiffusionError,
@@ -41,6 +42,7 @@ __all__ = [
     "check_inside",
     "check_ndim",
     "check_nonempty",
+    "check_points",
     "check_positive",
     "check_positive_int",
     "check_real",
@@ -342,6 +344,24 @@ def check_nonempty(x: object, name: str) -> None:
     if size == 0:
         shape = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else "length 0"
         raise EmptyDataError(f"{name} is empty", got=shape)
+
+
+def check_points(x: object, name: str = "x", meaning: str = "(..., d)") -> None:
+    """Raise unless ``x`` is a real tensor, integer or in single or double precision, with values that are numbers.
+
+    This is the check at the entrance of functions that are evaluated at many points, often inside other computations: values
+    are looked at on the CPU only, where that costs no synchronisation, and not under the transforms of ``torch.func``.
+    """
+    _require_tensor(x, name, meaning)
+    value: Tensor = x  # type: ignore[assignment]
+    if value.is_complex() or value.dtype in (torch.float16, torch.bfloat16, torch.bool):
+        raise InvalidInputError(
+            f"{name} must be real numbers in single or double precision",
+            got=value.dtype,
+            hint=f"use {name}.float()",
+        )
+    if value.is_floating_point() and value.device.type == "cpu" and not maps_are_active():
+        check_finite(value.detach(), name)
 
 
 def check_ndim(x: object, ndim: int | tuple[int, ...], name: str, meaning: str) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stochdyn._checks import check_bool, check_callable, check_choice, check_positive_int
-from stochdyn.core._transforms import transforms_are_active
+from stochdyn._transforms import transforms_are_active
 from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["MLP", "StateNetwork"]

@@ -19,6 +19,9 @@ from tests.core.laws import F64, EulerMemory, ExactMemory, within
 TS = torch.tensor([0.0, 0.15, 0.25, 0.5, 0.8, 1.0], dtype=F64)
 START = torch.tensor([0.3, -0.2], dtype=F64)
 
+# The worked example is stated for a noise of few states.
+pytestmark = pytest.mark.filterwarnings("ignore::stochdyn.errors.ApproximationWarning")
+
 
 def base(t: Tensor, x: Tensor) -> Tensor:
     return torch.sin(x).flip(-1) - 0.5 * t

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_choice, check_positive_int
+from stochdyn._checks import as_generator, check_choice, check_positive_int, check_type
 from stochdyn.core.forward.divergences import (
     attach,
     divergence_probes,
@@ -220,6 +220,7 @@ class TransportOperator(ForwardOperator, ABC):
 
         Arguments as :meth:`residual`; with ``method="exact"`` the leading axis is 1.
         """
+        check_type(flow, MarginalFlow, "flow")
         check_choice(form, ("log", "score", "density"), "form")
         check_choice(method, ("exact", "hutchinson"), "method")
         if form == "density" and method == "hutchinson":

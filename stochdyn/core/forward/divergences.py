@@ -8,8 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_choice, check_positive_int
-from stochdyn.errors import ShapeError
+from stochdyn._checks import (
+    as_generator,
+    check_callable,
+    check_choice,
+    check_ndim,
+    check_nonempty,
+    check_points,
+    check_positive_int,
+    check_type,
+)
+from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = [
     "TraceMethod",
@@ -30,13 +39,33 @@ ScalarField = Callable[[Tensor], Tensor]
 
 def attach(x: Tensor) -> Tensor:
     """Return ``x`` as a tensor to differentiate with respect to, still connected to the graph of ``x``."""
+    check_points(x)
+    if not x.is_floating_point():
+        raise InvalidInputError("x must be floating to be differentiated", got=x.dtype, hint="use x.float()")
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def check_computed(values: Tensor, x: Tensor, name: str) -> None:
+    """Raise unless ``values`` and ``x`` are tensors, with derivatives of the one in the other."""
+    check_type(values, Tensor, name)
+    check_type(x, Tensor, "x")
+    if not x.requires_grad:
+        raise InvalidInputError(
+            f"x must be the tensor that {name} was computed from, with requires_grad",
+            got=f"shape {tuple(x.shape)}",
+        )
 
 
 def pull_back(out: Tensor, x: Tensor, weights: Tensor | None = None, create_graph: bool = True) -> Tensor:
     """Return the gradient of ``sum(weights * out)`` in ``x``, zero where ``out`` doesn't depend on it."""
     if not out.requires_grad:
         return torch.zeros_like(x)
+    if weights is not None and (weights.shape != out.shape or weights.dtype != out.dtype):
+        raise ShapeError(
+            "directions must be like what is differentiated",
+            got=f"{weights.dtype} {tuple(weights.shape)}",
+            expected=f"{out.dtype} {tuple(out.shape)}",
+        )
     return torch.autograd.grad(
         out, x, torch.ones_like(out) if weights is None else weights,
         retain_graph=True, create_graph=create_graph, materialize_grads=True,
@@ -88,6 +117,7 @@ def gradient(function: ScalarField, x: Tensor) -> Tensor:
         >>> gradient(lambda x: 0.5 * x.square().sum(-1), torch.tensor([1.0, 2.0]))
         tensor([1., 2.])
     """
+    check_callable(function, "function", "a function of points")
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         y = attach(x)
@@ -113,6 +143,7 @@ def sample_probes(
         >>> sample_probes(torch.zeros(5, 3), 2).shape
         torch.Size([2, 5, 3])
     """
+    check_type(x, Tensor, "x")
     check_positive_int(num_probes, "num_probes")
     check_choice(distribution, ("rademacher", "gaussian"), "distribution")
     generator = as_generator(generator, x.device)
@@ -143,6 +174,7 @@ def unbiased_square(estimates: Tensor) -> Tensor:
         >>> unbiased_square(torch.tensor([2.0, 3.0]))
         tensor(6.)
     """
+    check_type(estimates, Tensor, "estimates")
     if estimates.ndim == 0 or estimates.shape[0] < 2:
         raise ShapeError(
             "an unbiased square needs at least two independent estimates",
@@ -191,6 +223,10 @@ def divergence_probes(field: Tensor, x: Tensor, probes: Tensor, create_graph: bo
     Reference:
         Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1990.
     """
+    check_computed(field, x, "field")
+    check_points(probes, "probes", "(K, ..., d)")
+    check_ndim(probes, x.ndim + 1, "probes", "(K, ..., d)")
+    check_nonempty(probes, "probes")
     return torch.stack([(pull_back(field, x, e, create_graph) * e).sum(-1) for e in probes])
 
 
@@ -205,6 +241,9 @@ def value_and_divergence(
 ) -> tuple[Tensor, Tensor]:
     """Return the field ``(..., d)`` and its divergence ``(...)``; see :func:`divergence`."""
     check_choice(method, ("exact", "forward", "hutchinson"), "method")
+    check_callable(field, "field", "a function of points")
+    check_points(x)
+    check_nonempty(x, "x")
     if method == "forward":
         try:
             return _forward_diagonal(field, x)
@@ -301,6 +340,7 @@ def laplacian(
         >>> laplacian(lambda x: x.pow(3).sum(-1), torch.tensor([1.0, 2.0]))
         tensor(18.)
     """
+    check_callable(function, "function", "a function of points")
     if method == "forward":
         slope: VectorField = torch.func.grad(lambda y: function(y).sum())
     else:
@@ -333,6 +373,17 @@ def jacobian_contraction(values: Tensor, x: Tensor, directions: Tensor, create_g
         >>> jacobian_contraction(x.square(), x, torch.ones(1, 1, 2))
         tensor([[[2., 4.]]], grad_fn=<StackBackward0>)
     """
+    check_computed(values, x, "values")
+    check_type(directions, Tensor, "directions")
+    check_nonempty(directions, "directions")
+    if not values.is_floating_point():
+        raise InvalidInputError("values must be floating", got=values.dtype)
+    if directions.shape[1:] != x.shape or directions.dtype != x.dtype:
+        raise ShapeError(
+            "directions must be like the points",
+            got=f"{directions.dtype} {tuple(directions.shape)}",
+            expected=f"{x.dtype} (n, *{tuple(x.shape)})",
+        )
     weights = torch.zeros_like(values, requires_grad=True)
     if not values.requires_grad:
         return values.new_zeros(directions.shape[0], *values.shape)

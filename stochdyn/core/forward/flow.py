@@ -16,6 +16,7 @@ from stochdyn._checks import (
     as_tensor,
     check_choice,
     check_nonempty,
+    check_points,
     check_positive,
     check_real,
     check_time_broadcast,
@@ -39,15 +40,20 @@ def as_time(t: Tensor | float, x: Tensor) -> Tensor:
     """Return ``t`` as a tensor beside ``x (..., d)``; numbers take the precision of ``x``.
 
     Raises:
-        ShapeError: if it doesn't broadcast to ``x[..., :1]``.
+        ShapeError: if it doesn't broadcast to ``x[..., :1]``, or one of both is no tensor.
+        InvalidInputError: if one of both is complex or in half precision.
+        NonFiniteError: if one of both holds NaN or infinity.
 
     Example:
         >>> as_time(0.5, torch.zeros(3, 2))
         tensor(0.5000)
     """
+    check_points(x)
     if not isinstance(t, Tensor):
+        check_real(t, "t")
         dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
         return torch.full((), float(t), dtype=dtype, device=x.device)
+    check_points(t, "t", "a number or times that broadcast to x[..., :1]")
     check_time_broadcast(t, x)
     return t
 

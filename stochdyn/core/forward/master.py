@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stochdyn._checks import check_type
 from stochdyn.core.forward.operator import ForwardOperator
 from stochdyn.core.forward.outcomes import all_configurations, encode, unique_rows
 from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
@@ -196,10 +197,11 @@ class MasterEquation(ForwardOperator, ABC):
             InvalidInputError: if an option is unknown or the outcomes aren't integers of the right range.
             ShapeError: if ``t`` doesn't broadcast or the number of sites is wrong.
         """
-        from stochdyn.core.forward.flow import as_time
+        from stochdyn.core.forward.flow import MarginalFlow, as_time
 
         if options:
             raise InvalidInputError("unknown option of a master equation", got=", ".join(options))
+        check_type(flow, MarginalFlow, "flow")
         self._check_outcomes(x)
         time = as_time(t, x)
         shared = time.numel() == 1
@@ -278,6 +280,7 @@ class MasterEquation(ForwardOperator, ABC):
         return 1 - later - (log_prob0(a) - log_prob1(a)).exp() * (1 + earlier)
 
     def _check_outcomes(self, a: Tensor) -> None:
+        check_type(a, Tensor, "outcomes")
         if a.is_floating_point() or a.dtype == torch.bool:
             raise InvalidInputError("outcomes must be integers", got=a.dtype)
         if a.ndim < 2 or a.shape[-1] != self.num_sites:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_finite, check_ndim, check_nonempty, check_positive_int
+from stochdyn._checks import as_tensor, check_finite, check_ndim, check_nonempty, check_positive_int
 from stochdyn.core.forward.master import MasterEquation
 from stochdyn.core.forward.outcomes import all_configurations, encode
 from stochdyn.errors import InvalidInputError, ShapeError
@@ -219,7 +219,10 @@ class MatrixMasterEquation(MasterEquation):
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
+        matrix = matrix if isinstance(matrix, Tensor) else as_tensor(matrix, "matrix", 2, "(S, S)")
         check_ndim(matrix, 2, "matrix", "(S, S)")
+        if not matrix.is_floating_point():
+            raise InvalidInputError("matrix must be floating", got=matrix.dtype)
         if matrix.shape[0] != matrix.shape[1]:
             raise ShapeError("a master operator is square", got=tuple(matrix.shape))
         sparse = matrix.detach().to_sparse_coo().coalesce()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stochdyn._checks import check_positive_int, check_type
+
 __all__ = ["all_configurations", "decode", "encode", "unique_rows"]
 
 
@@ -15,6 +17,8 @@ def all_configurations(num_sites: int, num_outcomes: int, device: torch.device |
         >>> all_configurations(2, 2).tolist()
         [[0, 0], [0, 1], [1, 0], [1, 1]]
     """
+    check_positive_int(num_sites, "num_sites")
+    check_positive_int(num_outcomes, "num_outcomes")
     return decode(torch.arange(num_outcomes**num_sites, device=device), num_sites, num_outcomes)
 
 
@@ -29,6 +33,8 @@ def encode(a: Tensor, num_outcomes: int) -> Tensor:
         >>> encode(torch.tensor([1, 0, 1]), 2)
         tensor(5)
     """
+    check_type(a, Tensor, "a")
+    check_positive_int(num_outcomes, "num_outcomes")
     return (a.long() * _place_values(a.shape[-1], num_outcomes, a.device)).sum(-1)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, as_sample_shape
+from stochdyn._checks import as_generator, as_sample_shape, check_event_size, check_points
 from stochdyn.core.gaussian.small import psd_factor
 from stochdyn.errors import SingularDiffusionError, UnavailableError
 
@@ -95,6 +95,8 @@ class GaussianMarginal(Marginal):
         Raises:
             SingularDiffusionError: if the covariance is singular.
         """
+        check_points(x)
+        check_event_size(x, self._mean.shape[-1], "x")
         factor, info = torch.linalg.cholesky_ex(self._covariance)
         if bool(info.any()):
             raise SingularDiffusionError("the Gaussian is singular, so it has no density")

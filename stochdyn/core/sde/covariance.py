@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stochdyn.core.forward.divergences import jacobian_contraction, pull_back
+from stochdyn._checks import check_type
+from stochdyn.core.forward.divergences import check_computed, jacobian_contraction, pull_back
 from stochdyn.core.sde.coefficients import Coefficient, Diagonal, Scalar
 
 __all__ = ["covariance_divergence"]
@@ -34,6 +35,8 @@ def covariance_divergence(
         >>> covariance_divergence(Diagonal(x), x).detach()
         tensor([[6.]])
     """
+    check_type(coefficient, Coefficient, "coefficient")
+    check_computed(coefficient.value, x, "coefficient")
     d = x.shape[-1]
     if isinstance(coefficient, Scalar):
         return pull_back(coefficient.value.square(), x, create_graph=create_graph)

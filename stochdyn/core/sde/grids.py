@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stochdyn.core._transforms import transforms_are_active
+from stochdyn._transforms import transforms_are_active
 from stochdyn.core.sde.noise import Brownian, NoiseProcess, NoiseSteps
 
 __all__ = ["first_time", "noise_steps", "step_sizes", "steps_of", "time_column"]

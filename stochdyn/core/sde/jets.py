@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_ndim, check_type
+from stochdyn._checks import check_event_size, check_ndim, check_points, check_same_dtype, check_type
 from stochdyn.core.networks import MLP
 from stochdyn.errors import InvalidInputError, ShapeError
 
@@ -66,11 +66,18 @@ def network_jet(network: MLP, u: Tensor, directions: Tensor | None = None, each:
     if network.activation != "tanh":
         raise InvalidInputError("a jet is of a tanh network", got=f"activation {network.activation!r}")
     weights: list[tuple[Tensor, Tensor]] = [(m.weight, m.bias) for m in network.layers]  # type: ignore[misc]
+    check_points(u, "u", "(n, in)")
+    if not u.is_floating_point() or (isinstance(directions, Tensor) and not directions.is_floating_point()):
+        raise InvalidInputError("u and directions must be floating", got=u.dtype)
     check_ndim(u, 2, "u", "(n, in)")
+    if directions is not None:
+        check_type(directions, Tensor, "directions")
+    check_same_dtype(u=u, network=weights[0][0], directions=directions)
     check_event_size(u, weights[0][0].shape[1], "u")
     if weights[-1][0].shape[0] != 1:
         raise ShapeError("a jet is of a network with one output", got=f"{weights[-1][0].shape[0]} outputs")
     if directions is not None:
+        check_points(directions, "directions")
         check_ndim(directions, 3, "directions", "(k, n, in)")
         check_event_size(directions, u.shape[1], "directions")
     h, dh, s = u, directions, None

@@ -17,6 +17,7 @@ from stochdyn._checks import (
     as_tensor,
     check_finite,
     check_nonempty,
+    check_points,
     check_positive_int,
     check_real,
     check_same_device,
@@ -373,6 +374,7 @@ def _cost_rows(x: Tensor | None, y: Tensor | None, cost: Cost | Tensor | None, m
         if not isinstance(z, Tensor) or z.ndim < 2 or not z.is_floating_point():
             got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise ShapeError(f"{name} must be a floating tensor (*B, n, d)", got=got)
+        check_points(z, name)
         check_nonempty(z, name)
         check_finite(z.detach(), name)
     check_same_dtype(x=x, y=y)

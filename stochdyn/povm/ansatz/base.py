@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn.core._transforms import maps_are_active
+from stochdyn._transforms import maps_are_active
 from stochdyn.core.forward.outcomes import all_configurations
 from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
 from stochdyn.povm.ansatz.strings import Strings
