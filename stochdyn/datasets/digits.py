@@ -96,13 +96,13 @@ def moving_digits(
 def _tracks(
     count: int,
     num_frames: int,
-    room: int,
+    free: int,
     max_speed: int,
     deterministic: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return the positions ``(count, num_frames, 2)`` of all digits, each in ``[0, room]``."""
-    position = torch.randint(room + 1, (count, 2), generator=generator)
+    """Return the positions ``(count, num_frames, 2)`` of all digits, each in ``[0, free]``."""
+    position = torch.randint(free + 1, (count, 2), generator=generator)
     velocity = torch.randint(-max_speed, max_speed + 1, (count, 2), generator=generator)
     inward = torch.randint(1, max_speed + 1, (num_frames, count, 2), generator=generator)
     any_way = torch.randint(-max_speed, max_speed + 1, (num_frames, count, 2), generator=generator)
@@ -110,8 +110,8 @@ def _tracks(
     for n in range(num_frames):
         track.append(position)
         ahead = position + velocity
-        low, high = ahead < 0, ahead > room
-        position = ahead.clamp(0, room)
+        low, high = ahead < 0, ahead > free
+        position = ahead.clamp(0, free)
         if deterministic:
             velocity = torch.where(low | high, -velocity, velocity)
         else:

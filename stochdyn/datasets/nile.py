@@ -22,7 +22,7 @@ def nile_minima() -> NileMinima:
     """Return the yearly minimum level of the Nile at the Roda gauge near Cairo, years 622 to 1284.
 
     The levels lie between 935 and 1466 cm. Hurst (1951) found in this series the slow decay of
-    correlations that carries his name; under fractional Gaussian noise its exact maximum-likelihood Hurst
+    correlations that has his name; under fractional Gaussian noise its exact maximum-likelihood Hurst
     index is 0.8315 with standard error 0.0246.
 
     Returns:

@@ -23,13 +23,13 @@ class OpenSystem:
     Attributes:
         system: ``"ising_ring"``, ``"xyz_ring"``, ``"xyz_torus"``, ``"dephasing_ring"``, ``"commuting_ring"`` or
             ``"free_sites"``; :func:`stochdyn.povm.systems.build` makes the Lindbladian.
-        num_sites: how many, or None where the numbers hold for any (from four on).
-        parameters: by name.
+        num_sites: how many sites there are, or None where the numbers hold for any (from four on).
+        parameters: the parameters of the system by name.
         initial: product state at the first time, ``"up"``, ``"x+"``, ...; None for a steady state.
         times: ``(T,)``; None for a steady state.
-        expect: by name ``(T,)``, or ``()`` for a steady state: ``X Y Z``, means over sites; ``XX YY ZZ``, means over
+        expect: means ``(T,)`` by name, or ``()`` for a steady state: ``X Y Z``, means over sites; ``XX YY ZZ``, means over
             bonds; ``purity``; ``Sxx_k0``, the mean of XX over all pairs.
-        accuracy: of the numbers.
+        accuracy: how far the numbers may be off.
     """
 
     system: str

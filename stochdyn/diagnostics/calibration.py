@@ -54,7 +54,7 @@ class SBCResult:
     """Ranks of true values among posterior draws, one per simulation.
 
     Attributes:
-        ranks: by scalar quantity, ``(num_simulations,)`` integers in ``0, ..., num_draws``; uniform if
+        ranks: for each scalar quantity by name, ``(num_simulations,)`` integers in ``0, ..., num_draws``; uniform if
             inference is exact.
         num_draws: posterior draws that each rank counts.
         seconds: wall-clock time.

@@ -32,7 +32,7 @@ def plot_rank_ecdf(
     posteriors too narrow, the reverse too wide, and one sign throughout bias.
 
     Args:
-        result: of :func:`stochdyn.diagnostics.sbc`.
+        result: what :func:`stochdyn.diagnostics.sbc` returned.
         names: quantities to draw; all if None.
         level: probability that the ranks of exact inference stay in the band.
         ax: where to draw; new axes if None.
@@ -88,7 +88,7 @@ def plot_coverage(
     """Draw how often central intervals contain the truth, against how often they should.
 
     Args:
-        result: of :func:`stochdyn.diagnostics.sbc`.
+        result: what :func:`stochdyn.diagnostics.sbc` returned.
         names: quantities to draw; all if None.
         num_levels: how many interval probabilities, equally spaced inside (0, 1).
         ax: where to draw; new axes if None.

@@ -46,14 +46,14 @@ def from_draws(
     """Put draws into the container that the installed ArviZ reads.
 
     Args:
-        posterior: by variable name, arrays ``(chain, draw, *shape)``.
+        posterior: arrays ``(chain, draw, *shape)`` by the name of the variable.
         posterior_predictive: arrays ``(chain, draw, *shape)`` of replicated data.
         log_likelihood: arrays ``(chain, draw, *shape)``, pointwise: one value per observation.
         observed_data: arrays ``(*shape)``.
         constant_data: arrays ``(*shape)``.
         sample_stats: arrays ``(chain, draw, *shape)``.
-        coords: by dimension name, one value per index.
-        dims: by variable name, the names of the axes behind ``(chain, draw)``. Axes that aren't named become
+        coords: one value per index, by the name of the dimension.
+        dims: the names, by variable, of the axes behind ``(chain, draw)``. Axes that aren't named become
             ``{variable}_dim_{i}``. Names beyond the axes of an array are ignored, so that one entry serves
             data with event axes and its log likelihood without them. A key ``"group/variable"`` is for one group.
         attrs: attributes of the container and of each group.

@@ -84,8 +84,8 @@ def draw_posterior(
         guide: Pyro guide with the model's latent sites.
         args: positional arguments of both.
         kwargs: keyword arguments of both.
-        num_draws: how many draws.
-        seed: of the draws, which leave the global random state untouched; None draws from it instead.
+        num_draws: how many draws are made.
+        seed: what the draws start from; they leave the global random state untouched; None draws from it instead.
         predictive: whether to draw observed sites anew too.
         split_events: whether ``log_likelihood`` has one value for each element of an observed site that
             ``to_event`` declares one event, rather than one for the event.
@@ -134,13 +134,13 @@ def evaluate_draws(
 
     Args:
         model: Pyro model.
-        values: by latent site, ``(S, *batch, *event)``.
+        values: the draws ``(S, *batch, *event)`` of every latent site by its name.
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
-        seed: as :func:`draw_posterior`.
-        predictive: as :func:`draw_posterior`.
-        split_events: as :func:`draw_posterior`.
-        chunk_size: as :func:`draw_posterior`.
+        seed: what replicated data start from, as in :func:`draw_posterior`.
+        predictive: whether to draw observed sites anew too.
+        split_events: whether events are split into elements, as in :func:`draw_posterior`.
+        chunk_size: draws at a time, as in :func:`draw_posterior`.
 
     Returns:
         The draws; ``log_guide`` is None.

@@ -63,9 +63,9 @@ def to_inference_data(
         args: positional arguments of model and guide.
         kwargs: keyword arguments of model and guide.
         num_draws: how many draws of the guide; an MCMC run has its own.
-        coords: by dimension name, one value an index; they replace those found here.
-        dims: by site name, names of the axes; they replace those found here.
-        seed: of the draws; the global random state is left alone. None draws from that instead.
+        coords: one value per index, by the name of the dimension; they replace those found here.
+        dims: names of the axes, by the name of the site; they replace those found here.
+        seed: what the draws start from; the global random state is left alone. None draws from that instead.
         predictive: whether to draw observed sites anew.
         split_events: whether ``log_likelihood`` has one value for each element of an observed site that
             ``to_event`` declares one event. ``az.loo`` leaves out one such value at a time: elements of a

@@ -284,7 +284,7 @@ def rmse(prediction: Values, target: Values, dim: int | tuple[int, ...] | None =
 
     Args:
         prediction: any shape.
-        target: the same shape.
+        target: values of the same shape, to which the prediction is compared.
         dim: axes to average over; all if None.
 
     Returns:
@@ -313,7 +313,7 @@ def psnr(
 
     Args:
         prediction: any shape.
-        target: the same shape.
+        target: values of the same shape, to which the prediction is compared.
         data_range: distance between the least and the largest value that is possible, 1 for images in [0, 1].
         dim: axes to average the squared error over; all if None.
 

@@ -42,7 +42,7 @@ class SetValues(Messenger):
     """Give sites their values; unlike under ``condition`` they stay random.
 
     Args:
-        values: by site name.
+        values: the values of sites, by name.
         check_shapes: raise if a value hasn't the shape that the model gives it on one draw.
     """
 

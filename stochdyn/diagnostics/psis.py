@@ -52,7 +52,7 @@ class ImportanceEvidence:
     Attributes:
         log_evidence: log of the mean weight.
         stderr: its standard error, of first order in the variance of the weights.
-        effective_sample_size: of the weights.
+        effective_sample_size: the effective sample size of the weights.
         khat: above 0.7 the other numbers mean nothing.
     """
 
@@ -178,7 +178,7 @@ def khat(
     r"""Return the k-hat of a guide: how heavy the tail of the weights :math:`p(y,z)/q(z)` is.
 
     Below 0.5 the guide is close to the posterior; up to 0.7 importance weights can repair it; above, it
-    misses mass that matters (a guide that is too narrow, say). The densities are those of the sites, so never
+    misses mass that matters (as a guide that is too narrow does). The densities are those of the sites, so never
     a surrogate.
 
     Args:

@@ -35,8 +35,8 @@ class MCMCSampler:
 
     Args:
         kernel: makes a kernel of a model.
-        warmup: steps of adaptation.
-        thinning: keep one draw of so many; ranks need nearly independent draws.
+        warmup: number of steps of adaptation.
+        thinning: how many draws of the chain there are for each that is kept; ranks need nearly independent ones.
         options: keyword arguments of the kernel.
 
     Example:
@@ -77,9 +77,9 @@ class VariationalSampler:
 
     Args:
         guide: makes a guide of a model.
-        steps: of optimisation.
+        steps: number of updates of the optimiser.
         lr: learning rate of Adam, which falls to a hundredth of itself over the run.
-        num_particles: draws a step.
+        num_particles: draws per step.
 
     Example:
         >>> import pyro.distributions as dist, torch

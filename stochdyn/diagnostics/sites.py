@@ -18,7 +18,7 @@ Kind = Literal["latent", "deterministic", "observed", "factor"]
 
 @runtime_checkable
 class HasTimes(Protocol):
-    """A distribution over paths, of events ``(T, d)`` or ``(T - 1, d)``, that carries its grid ``(T,)``."""
+    """A distribution over paths, of events ``(T, d)`` or ``(T - 1, d)``, with its grid ``(T,)``."""
 
     ts: Tensor
 
@@ -34,12 +34,12 @@ class Site:
 
     Attributes:
         kind: ``"latent"``, ``"deterministic"``, ``"observed"`` or ``"factor"``.
-        shape: of one draw's value, ``(*batch, *event)``.
+        shape: the shape of one draw's value, ``(*batch, *event)``.
         batch_shape: the part of ``shape`` that counts independent values.
         elements: ``batch_shape`` and the event axes that only declare independent values together
             (``to_event``).
-        plates: for each batch axis the name of its plate, None where no plate declares it.
-        times: for a path the time of each entry along its second last axis, else None.
+        plates: the name of its plate for each batch axis, None where no plate declares it.
+        times: the time of each entry of a path along its second last axis, else None.
         drives: the name of the deterministic path that this site's increments drive, else None.
         value: the data of an observed site, else None.
         seen: which of its ``elements`` a mask leaves in the likelihood; None where none is masked.

@@ -38,7 +38,7 @@ class UniformityTest:
 
     Attributes:
         chi2: Pearson's statistic over ``num_bins`` bins.
-        pvalue: of that statistic.
+        pvalue: the p-value of that statistic.
         num_bins: how many bins, each expecting five ranks or more.
         inside: whether the empirical distribution function stays in the band of the asked level.
         excess: largest distance outside the band; 0 if inside.
@@ -65,7 +65,7 @@ def ecdf_band(num_values: int, points: np.ndarray | int = 50, level: float = 0.9
     Args:
         num_values: ``N``.
         points: increasing points inside (0, 1), or how many equally spaced ones.
-        level: of the whole band.
+        level: probability that uniform values stay in the whole band.
 
     Returns:
         The band.
@@ -138,7 +138,7 @@ def rank_uniformity(ranks: np.ndarray, num_ranks: int, level: float = 0.95) -> U
     Args:
         ranks: ``(N,)`` integers.
         num_ranks: how many values a rank can take: one more than the draws it counts.
-        level: of the band.
+        level: probability that uniform ranks stay in the band.
 
     Returns:
         Both tests. The chi-square one sees any unevenness, the band is sharper for bias and wrong spread.
@@ -199,7 +199,7 @@ def binomial_interval(successes: float, trials: int, level: float = 0.95) -> tup
         Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
     z = stats.norm.isf((1 - level) / 2)
-    share = successes / trials
-    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    fraction = successes / trials
+    centre = (fraction + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * math.sqrt(fraction * (1 - fraction) / trials + z**2 / (4 * trials**2))
     return max(0.0, centre - half), min(1.0, centre + half)

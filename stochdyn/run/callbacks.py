@@ -180,7 +180,7 @@ class KeepBest(_Monitor):
 
     Args:
         every: number of steps between looks.
-        metric: as in :class:`EarlyStopping`.
+        metric: function of the objective to judge by, as in :class:`EarlyStopping`.
         restore: put the best parameters into the objective at the end. The checkpoint keeps the last ones,
             from which a resumed run continues.
 

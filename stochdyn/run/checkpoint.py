@@ -3,10 +3,10 @@
 A checkpoint is a directory::
 
     checkpoint.json                          the manifest, replaced last
-    tensors-000000500-1f0c9a2b.safetensors   all tensors; the name carries the step and a digest of the
+    tensors-000000500-1f0c9a2b.safetensors   all tensors; the name has the step and a digest of the
     content
 
-The manifest names the tensor file with its size and SHA-256, and carries a SHA-256 of itself. A new tensor
+The manifest names the tensor file with its size and SHA-256, and a SHA-256 of itself. A new tensor
 file never overwrites the one in use; only after the new manifest is on the disk is the old tensor file
 removed. So a crash at any moment leaves one whole checkpoint: the old or the new.
 

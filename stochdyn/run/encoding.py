@@ -35,7 +35,7 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors: filled with detached, contiguous copies on the CPU.
 
     Raises:
-        CheckpointError: if a value of another type is met (a function, say).
+        CheckpointError: if a value of another type is met, such as a function.
 
     Example:
         >>> tensors = {}

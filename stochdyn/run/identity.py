@@ -105,7 +105,7 @@ class Identity:
     """The identity of a run: what it depends on at its beginning, and what of that it changes itself.
 
     Args:
-        things: by name, whatever the answer depends on.
+        things: whatever the answer depends on, by name.
     """
 
     def __init__(self, things: Mapping[str, object]) -> None:

@@ -28,8 +28,8 @@ class FitResult:
         terms: ``(steps,)`` tensors of the objective's reported terms, NaN where a step had no such term.
         steps: how many steps were done, ``len(losses)``.
         bound: what the loss means, as in :class:`stochdyn.ObjectiveValue`.
-        stopped_early: a callback asked to stop.
-        interrupted: Ctrl-C stopped the run.
+        stopped_early: whether a callback asked to stop.
+        interrupted: whether Ctrl-C stopped the run.
         ema: averaged parameters by name; None if ``ema`` wasn't asked for.
     """
 
@@ -45,7 +45,7 @@ class FitResult:
 
     @cached_property
     def ema_objective(self) -> nn.Module:
-        """A copy of the objective that carries the averaged parameters.
+        """A copy of the objective that has the averaged parameters.
 
         Raises:
             InvalidInputError: if the run kept no average.

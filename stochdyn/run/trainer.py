@@ -77,7 +77,7 @@ def fit(
             random permutation per epoch and all have this size: items left over wait for another epoch.
         seed: what Python's, NumPy's and torch's generators, which are the run's own while it lasts, and the permutations
             start from (rank r of data-parallel training has its own); None draws a seed from torch's generator.
-        device: such as ``"cuda"``; the objective and the data are moved there. None takes the objective's.
+        device: where the run computes, such as ``"cuda"``; the objective and the data are moved there. None takes the objective's.
         progress: whether to show a bar with the loss, which appears after two seconds.
         checkpoint: directory for checkpoints, made if need be. One that is there already is replaced at the
             first save unless ``resume`` is set.
@@ -90,8 +90,8 @@ def fit(
         scheduler: called as ``scheduler(optimizer)``; steps after every update.
         clip_norm: bound on the 2-norm of all gradients together.
         ema: decay of an exponential average of the parameters, which becomes ``result.ema``.
-        accumulate: number of batches whose mean gradient makes one update: as a batch so many times larger, in the
-            memory of one.
+        accumulate: number of batches whose mean gradient makes one update, which equals one batch of that many times the
+            size in the memory of one.
         precision: ``"bfloat16"`` evaluates the objective with matrix products in that precision (torch's autocast), with
             parameters and updates in their own; None in the precision of the parameters.
         checkpoint_every: steps between saves; the end of the run is saved always.
