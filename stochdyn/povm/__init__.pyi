@@ -60,8 +60,14 @@ from .master.physicality import trace_distance as trace_distance
 from .master.propagator import Propagator as Propagator
 from .plots import plot_evolution as plot_evolution
 from .plots import plot_phase_diagram as plot_phase_diagram
+from .records.goodness import GoodnessOfFit as GoodnessOfFit
+from .records.goodness import goodness_of_fit as goodness_of_fit
+from .records.inference import ReadoutError as ReadoutError
 from .records.inference import RecordModel as RecordModel
 from .records.inference import infer_parameters as infer_parameters
 from .records.measurement import MeasurementRecords as MeasurementRecords
+from .records.measurement import Preparations as Preparations
 from .records.measurement import RecordLaw as RecordLaw
 from .records.measurement import simulate_records as simulate_records
+from .records.state_tomography import Tomography as Tomography
+from .records.state_tomography import tomography as tomography

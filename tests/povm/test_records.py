@@ -14,6 +14,7 @@ from torch import Tensor
 import stochdyn as sd
 from stochdyn.core import encode
 from stochdyn.errors import (
+    ConvergenceWarning,
     EmptyDataError,
     InvalidInputError,
     ShapeError,
@@ -21,13 +22,19 @@ from stochdyn.errors import (
     TimeGridError,
 )
 from stochdyn.povm import (
+    Basis,
     FourPauli,
     Lindbladian,
     MeasurementRecords,
+    Pauli6,
+    Preparations,
     Propagator,
+    ReadoutError,
     RecordLaw,
     RecordModel,
+    SiteFrames,
     Tetrahedral,
+    Unmeasured,
     exact,
     infer_parameters,
     ring,
@@ -259,3 +266,89 @@ BAD = {
 def test_bad_input(row) -> None:
     with pytest.raises(row[1], match=row[2]):
         row[0]()
+
+
+# ------------------------------------------------------------------ as experiments have them
+
+
+def test_counts_and_bits_become_records() -> None:
+    counts = [{"XZ": {"00": 2, "01": 1}}, {"YY": {"11": 1}, "ZZ": {"10": 2}}]
+    records = MeasurementRecords.from_counts([0.5, 1.0], counts)
+    assert records.outcomes.tolist() == [[0, 4], [0, 4], [0, 5], [3, 3], [5, 4], [5, 4]]
+    assert records.time_index.tolist() == [0, 0, 0, 1, 1, 1]
+    bits = MeasurementRecords.from_bits([0.5, 1.0], ["XZ", "YY"], [[0, 1], [1, 1]], [0, 1])
+    assert bits.outcomes.tolist() == [[0, 5], [3, 3]]
+    for bad in ({"XW": {"00": 1}}, {"XZ": {"0": 1}}, {"XZ": {"02": 1}}, {"XZ": {"00": -1}}, {"XZ": 3}):
+        with pytest.raises(InvalidInputError):
+            MeasurementRecords.from_counts([0.5], [bad])
+
+
+def test_readout_errors_as_parameters_are_those_of_the_frame() -> None:
+    model = Lindbladian(2, [("g", "X", "all"), (0.4, "ZZ", (0, 1))], [(0.3, "sigma-", "all")])
+    priors = {"g": dist.LogNormal(0.0, 1.0), "up": dist.Beta(1.0, 9.0), "down": dist.Beta(1.0, 9.0)}
+    program = RecordModel(model, Pauli6(), "up", torch.tensor([0.5, 1.0]), priors, ReadoutError("up", "down"))
+    up, down = torch.tensor([0.02, 0.1], dtype=F64), torch.tensor([0.05, 0.2], dtype=F64)
+    p = program.probabilities({"g": torch.tensor(0.7, dtype=F64), "up": up, "down": down})
+    for i in range(2):
+        frame = Pauli6((float(up[i]), float(down[i])))
+        right = Propagator(model, frame, "up", [0.5, 1.0])(g=0.7)
+        torch.testing.assert_close(p[i], right, atol=1e-12, rtol=0)
+
+
+@pytest.mark.slow
+def test_drive_readout_error_and_preparations_are_inferred_together() -> None:
+    """A Rabi drive of a bath with thermal jumps, seen from two states with bits misread."""
+    model = Lindbladian(1, [("g*cos(t)", "X", 0)], [("gamma*(n+1)", "sigma-", 0), ("gamma*n", "sigma+", 0)])
+    truth = {"g": 1.5, "gamma": 0.4, "n": 0.5}
+    start = Preparations(["up", "x+"])
+    records = simulate_records(model.bind(**truth), Pauli6(0.06), start, [0.4, 0.8, 1.6], 1500, generator=3)
+    assert records.num_preparations == 2
+    priors = {"g": dist.LogNormal(0.0, 1.0), "gamma": dist.LogNormal(-1.0, 1.0), "n": dist.LogNormal(-1.0, 1.0),
+              "flip": dist.Beta(1.0, 9.0)}  # fmt: skip
+    idata = infer_parameters(records, model, Pauli6(), start, priors, readout=ReadoutError("flip"), steps=60,
+                             num_draws=300, predictive=False, progress=False)  # fmt: skip
+    for name, value in {**truth, "flip": 0.06}.items():
+        draws = idata.posterior[name].values
+        assert abs(draws.mean() - value) < 4.5 * draws.std(), name
+    assert idata.attrs["impossible_records"] == 0
+    assert idata.attrs["fit_p_value"] > 0.001
+
+
+def test_records_of_one_basis_and_of_some_sites_are_enough_for_a_likelihood() -> None:
+    model = Lindbladian(2, [("g", "X", "all"), (0.4, "ZZ", (0, 1))], [(0.3, "sigma-", "all")])
+    seen = SiteFrames([Basis("Z"), Unmeasured()])
+    records = simulate_records(model.bind(g=0.8), seen, "up", [0.5, 1.0, 1.5], 2000, generator=0)
+    assert int(records.outcomes[:, 1].max()) == 0
+    idata = infer_parameters(records, model, seen, "up", {"g": dist.LogNormal(0.0, 1.0)}, steps=100,
+                             num_draws=200, predictive=False, progress=False)  # fmt: skip
+    draws = idata.posterior["g"].values
+    assert abs(draws.mean() - 0.8) < 4.5 * draws.std()
+
+
+def test_records_that_can_t_be_are_pointed_out() -> None:
+    model = Lindbladian(1, [], [("decay", "sigma-", 0)])
+    data = simulate_records(model.bind(decay=1.0), Pauli6(0.1), "up", [0.0, 0.5], 300, generator=2)
+    with pytest.warns(ConvergenceWarning, match="records are impossible"):
+        idata = infer_parameters(data, model, Pauli6(), "up", {"decay": dist.LogNormal(0.0, 1.0)}, steps=30,
+                                 num_draws=50, predictive=False, progress=False)  # fmt: skip
+    assert idata.attrs["impossible_records"] > 0
+
+
+def test_probabilities_below_zero_by_more_than_rounding_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="must not be negative"):
+        RecordLaw(torch.tensor([[0.6, 0.5, -0.1, 0.0]]), torch.tensor([0]), 1)
+
+
+@pytest.mark.slow
+def test_eight_qubits_have_a_likelihood_and_its_gradient() -> None:
+    model = Lindbladian(8, [("g", "X", "all"), (0.5, "ZZ", ring(8))], [(0.5, "sigma-", "all")])
+    law = Propagator(model, Pauli6(), "up", [0.2])
+    g = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    p = law(g=g)
+    assert p.shape == (1, 6**8)
+    assert float(p.detach().sum()) == pytest.approx(1)
+    (slope,) = torch.autograd.grad(p[0, 0].log(), g)
+    with torch.no_grad():
+        step = 1e-4
+        change = (law(g=0.7 + step)[0, 0].log() - law(g=0.7 - step)[0, 0].log()) / (2 * step)
+    assert float(slope) == pytest.approx(float(change), rel=1e-4)

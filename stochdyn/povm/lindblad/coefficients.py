@@ -242,9 +242,12 @@ def _at_time(function: Callable[..., Any], t: Tensor, arguments: Sequence[Tensor
     """Call a function with the time as a tensor, or as a float if it is one that wants floats (NumPy's, say)."""
     wants_float = _wants_float(function, t, arguments)
     value = function(float(t) if wants_float else t, *arguments)
-    if isinstance(value, Tensor):
+    if not isinstance(value, Tensor):
+        return _real(value)
+    if all(argument.ndim == 0 for argument in arguments):
         return value.reshape(()) if value.numel() == 1 else _refuse(value)
-    return _real(value)
+    # of many draws of the parameters, one value for each
+    return value
 
 
 def _wants_float(function: Callable[..., Any], t: Tensor, arguments: Sequence[Tensor]) -> bool:

@@ -18,7 +18,7 @@ from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.lindblad.coefficients import Coefficient
 from stochdyn.povm.master.arguments import as_times, check_measurement, check_model
 from stochdyn.povm.master.propagation import initial_probabilities
-from stochdyn.povm.master.schedule import Schedule, make_schedule
+from stochdyn.povm.master.schedule import Schedule, Segment, make_schedule
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad.lindbladian import Lindbladian
@@ -31,7 +31,7 @@ _MAX_EXPONENTIAL = 64
 _DEGREE, _REACH = 30, 3.0
 _A, _B = 0.25 + 3**0.5 / 6, 0.25 - 3**0.5 / 6
 _GAUSS = (0.5 - 3**0.5 / 6, 0.5 + 3**0.5 / 6)
-_STEP_TOLERANCE = 1e-9
+_STEP_TOLERANCE = 1e-8
 _MAX_HALVINGS = 8
 
 
@@ -43,7 +43,8 @@ class Propagator(nn.Module):
 
     The state is kept as the probabilities ``q`` of a minimal frame (four outcomes for each qubit) and read out at the
     times, so a measurement with many outcomes, or one that doesn't determine the state, costs no more. Coefficients may
-    be any functions of parameters and time. Up to 64 inner outcomes steps are matrix exponentials, beyond Taylor series;
+    be any functions of parameters and time; where they jump is looked for once, at the first values of the parameters,
+    and may depend on the time alone. Up to 64 inner outcomes steps are matrix exponentials, beyond Taylor series;
     where coefficients move with time, a Magnus method of order four takes steps that are halved until the result stands.
     Derivatives in the parameters are exact.
 
@@ -119,7 +120,7 @@ class Propagator(nn.Module):
             effects = povm.at(site).effects
             matrix = torch.einsum("aij,bji->ab", effects, inner.dual).real.contiguous()
             self.register_buffer(f"readout_{site}", matrix)
-        self._counts: list[int] | None = None
+        self._plan: list[tuple[Segment, int]] | None = None
 
     def forward(self, **parameters: Tensor | float) -> Tensor:
         """Return probabilities ``(*batch, T, K**N)``.
@@ -145,11 +146,12 @@ class Propagator(nn.Module):
         if grid[0] > 0:
             grid = [0.0, *grid]
         out = [p] if self.times[0] == 0 else []
-        schedule = self._schedule(grid, values)
-        if self._counts is None or len(self._counts) != len(schedule.segments):
-            self._counts = self._step_counts(schedule, values)
+        if self._plan is None:
+            # breaks and steps are found once, at the parameters that come first
+            schedule = self._schedule(grid, values)
+            self._plan = list(zip(schedule.segments, self._step_counts(schedule, values), strict=True))
         cache: dict[tuple[float, int], Tensor] = {}
-        for segment, count in zip(schedule.segments, self._counts, strict=True):
+        for segment, count in self._plan:
             p = self._cross(p, (segment.start, segment.end), count, values, cache)
             if segment.output is not None:
                 out.append(p)
@@ -175,7 +177,7 @@ class Propagator(nn.Module):
             else:
                 local = errors[:, site] @ matrix
                 moved = tensor.movedim(1 + site, -1)
-                product = moved.flatten(1, -2) @ local.mT
+                product = moved.reshape(moved.shape[0], -1, moved.shape[-1]) @ local.mT
                 tensor = torch.movedim(product.reshape(*moved.shape[:-1], -1), -1, 1 + site)
         return tensor.reshape(*lead, -1)
 

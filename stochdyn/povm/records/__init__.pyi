@@ -1,5 +1,11 @@
+from .goodness import GoodnessOfFit as GoodnessOfFit
+from .goodness import goodness_of_fit as goodness_of_fit
+from .inference import ReadoutError as ReadoutError
 from .inference import RecordModel as RecordModel
 from .inference import infer_parameters as infer_parameters
 from .measurement import MeasurementRecords as MeasurementRecords
+from .measurement import Preparations as Preparations
 from .measurement import RecordLaw as RecordLaw
 from .measurement import simulate_records as simulate_records
+from .state_tomography import Tomography as Tomography
+from .state_tomography import tomography as tomography

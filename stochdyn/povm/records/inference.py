@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -14,25 +15,67 @@ from pyro.infer.autoguide import AutoGuide, init_to_median
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_nonempty, check_positive_int
+from stochdyn._checks import check_bool, check_choice, check_nonempty, check_positive_int, check_type
 from stochdyn.diagnostics.draws import seeded
 from stochdyn.diagnostics.inference_data import to_inference_data
 from stochdyn.diagnostics.psis import pareto_smooth
-from stochdyn.errors import ConvergenceWarning, ShapeError
+from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
 from stochdyn.infer.fitting import fit_guide
 from stochdyn.infer.skewed import AutoSkewedNormal
-from stochdyn.povm.frames.frame import Frame
+from stochdyn.povm.frames.frame import Measurement
 from stochdyn.povm.frames.site_frames import SiteFrames
+from stochdyn.povm.master.arguments import check_measurement, check_model
 from stochdyn.povm.master.propagator import Propagator
-from stochdyn.povm.records.measurement import MeasurementRecords, RecordLaw, check_priors
+from stochdyn.povm.records.goodness import goodness_of_fit, warn_of_fit
+from stochdyn.povm.records.measurement import MeasurementRecords, Preparations, RecordLaw, check_priors
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad.lindbladian import Lindbladian
 
-__all__ = ["RecordModel", "infer_parameters"]
+__all__ = ["ReadoutError", "RecordModel", "infer_parameters"]
 
-_PARTICLES = 32
+_PARTICLES, _LARGEST = 32, 1 << 17
 _MIN_DRAWS_FOR_KHAT = 100
+
+
+@dataclass(frozen=True)
+class ReadoutError:
+    """Unknown probabilities of reading a wrong bit, as parameters of a model of records.
+
+    For measurements whose outcomes are pairs of bits, such as :class:`~stochdyn.povm.Pauli6` and
+    :class:`~stochdyn.povm.Basis`: outcomes ``2 k`` and ``2 k + 1`` are read for each other.
+
+    Args:
+        up: the name of the probability of reading 1 for 0.
+        down: the name of the probability of reading 0 for 1; the same parameter if None.
+
+    Example:
+        >>> ReadoutError("flip").names
+        ('flip',)
+    """
+
+    up: str = "readout_error"
+    down: str | None = None
+
+    def __post_init__(self) -> None:
+        check_type(self.up, str, "up")
+        if self.down is not None:
+            check_type(self.down, str, "down")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters."""
+        return (self.up,) if self.down in (None, self.up) else (self.up, str(self.down))
+
+    def confusion(self, values: Mapping[str, Tensor], num_outcomes: int) -> Tensor:
+        """Return the matrices ``(*batch, K, K)`` from true outcomes to those read."""
+        up = torch.as_tensor(values[self.up], dtype=torch.float64)
+        down = torch.as_tensor(values[self.down or self.up], dtype=torch.float64)
+        up, down = torch.broadcast_tensors(up, down)
+        block = torch.stack([torch.stack([1 - up, down], -1), torch.stack([up, 1 - down], -1)], -2)
+        eye = torch.eye(num_outcomes // 2, dtype=block.dtype, device=block.device)
+        whole = torch.einsum("kl,...ab->...kalb", eye, block)
+        return whole.reshape(*block.shape[:-2], num_outcomes, num_outcomes)
 
 
 class RecordModel(PyroModule):
@@ -44,15 +87,16 @@ class RecordModel(PyroModule):
     ``SVI``, ``NUTS``, ``Predictive`` and :func:`stochdyn.to_inference_data`, also with vectorised particles.
 
     Args:
-        model: with named parameters, constant in time.
-        povm: the frame of all sites, or one a site.
-        state: at time 0, as for :func:`~stochdyn.povm.exact.evolve`.
-        times: of the measurements.
+        model: the Lindbladian with its named parameters, which may enter in any way and depend on time.
+        povm: the measurement of all sites, or one for each site, complete or not.
+        state: the state at time 0, as for :func:`~stochdyn.povm.exact.evolve`, or :class:`~stochdyn.povm.Preparations`.
+        times: the times of the measurements.
         priors: Pyro distributions by name of parameter, such as ``{"g": LogNormal(0.0, 1.0)}``.
+        readout: unknown readout errors, the same on all sites; None for none beyond those of ``povm``.
 
     Raises:
-        InvalidInputError: if priors and parameters don't match.
-        SystemSizeError: if there are over 1024 outcomes (five qubits).
+        InvalidInputError: if priors and parameters don't match, or readout errors don't suit the measurement.
+        SystemSizeError: if there are over 65536 outcomes of a minimal frame (eight qubits).
 
     Example:
         >>> import pyro.distributions as dist
@@ -67,25 +111,53 @@ class RecordModel(PyroModule):
     def __init__(
         self,
         model: Lindbladian,
-        povm: Frame | SiteFrames,
+        povm: Measurement | SiteFrames,
         state: Any,
-        times: Tensor,
+        times: Any,
         priors: Mapping[str, Any],
+        readout: ReadoutError | None = None,
     ) -> None:
         super().__init__()
-        check_priors(model, priors)
-        self.propagator = Propagator(model, povm, state, times)
-        self.priors = {name: priors[name] for name in self.propagator.names}
+        check_model(model)
+        check_measurement(povm)
+        if readout is not None:
+            check_type(readout, ReadoutError, "readout")
+            if povm.num_outcomes % 2:
+                raise InvalidInputError(
+                    "readout errors of bits need outcomes in pairs", got=f"{povm.num_outcomes} outcomes"
+                )
+        names = (*model.parameters, *(() if readout is None else readout.names))
+        check_priors(names, priors)
+        states = state.states if isinstance(state, Preparations) else [state]
+        self.propagators = [Propagator(model, povm, one, times) for one in states]
+        self.propagator, self.readout = self.propagators[0], readout
+        self.priors = {name: priors[name] for name in names}
+
+    def probabilities(self, values: Mapping[str, Any]) -> Tensor:
+        """Return the probabilities ``(*batch, P * T, K**N)`` of all outcomes, preparations slowest."""
+        confusion = None
+        if self.readout is not None:
+            one = self.readout.confusion(values, self.propagator.num_outcomes)
+            n = self.propagator.num_sites
+            confusion = one[..., None, None, :, :].expand(*one.shape[:-2], 1, n, *one.shape[-2:])
+        inner = {name: values[name] for name in self.propagator.names}
+        parts = []
+        for law in self.propagators:
+            q = law.inner(**inner)
+            if confusion is not None and q.ndim - 2 < confusion.ndim - 4:
+                q = q.expand(*confusion.shape[:-4], *q.shape[-2:])
+            parts.append(law.read_out(q, confusion))
+        return torch.cat(parts, -2)
 
     def forward(self, records: MeasurementRecords) -> Tensor:
-        """Run the model and return the probabilities ``(*batch, T, K**N)``."""
+        """Run the model and return the probabilities ``(*batch, P * T, K**N)``."""
         law = self.propagator
         values = {name: pyro.sample(name, prior) for name, prior in self.priors.items()}
-        p = law(**values)
+        p = self.probabilities(values)
         with pyro.plate("record", len(records), dim=-1):
             pyro.sample(
                 "outcomes",
-                RecordLaw(p, records.time_index, law.num_sites, law.num_outcomes),
+                RecordLaw(p, records.cell, law.num_sites, law.num_outcomes),
                 obs=records.outcomes,
             )
         return p
@@ -94,49 +166,54 @@ class RecordModel(PyroModule):
 def infer_parameters(
     records: MeasurementRecords,
     model: Lindbladian,
-    povm: Frame | SiteFrames,
+    povm: Measurement | SiteFrames,
     state: Any,
     priors: Mapping[str, Any],
     *,
     method: str = "svi",
-    steps: int = 400,
+    readout: ReadoutError | None = None,
+    steps: int = 600,
     num_draws: int = 1000,
     warmup: int = 300,
-    num_chains: int = 1,
+    num_chains: int = 4,
     guide: AutoGuide | None = None,
     seed: int | None = 0,
-    predictive: bool = False,
-    progress: bool = False,
+    predictive: bool = True,
+    progress: bool = True,
 ) -> Any:
-    """Return the posterior of Hamiltonian and decay parameters given measurement records.
+    """Return the posterior of a Lindbladian's parameters given measurement records.
 
     Args:
         records: what was measured.
-        model: a small lattice with named parameters, constant in time.
-        povm: the frame that was measured with.
-        state: at time 0, as for :func:`~stochdyn.povm.exact.evolve`.
-        priors: Pyro distributions by name of parameter; rates need positive ones.
+        model: the Lindbladian with its named parameters, which may enter in any way and depend on time.
+        povm: the measurement of all sites, or one for each site, complete or not.
+        state: the state at time 0, as for :func:`~stochdyn.povm.exact.evolve`, or :class:`~stochdyn.povm.Preparations`.
+        priors: Pyro distributions by name of parameter; rates need positive ones, readout errors such below one half.
         method: ``"svi"``, with a correlated and skewed guide on the unconstrained scale, or ``"nuts"``.
-        steps: of stochastic optimisation, ``"svi"``.
-        num_draws: of the posterior; with ``"nuts"``, of each chain.
-        warmup: of each chain, ``"nuts"``.
-        num_chains: ``"nuts"``; Pyro runs them in processes of their own where there are cores.
-        guide: ``"svi"``, in place of :class:`stochdyn.infer.skewed.AutoSkewedNormal`, of a :class:`RecordModel`.
-        seed: of fit and draws; the global random state is left alone. None draws from that instead.
-        predictive: draw replicated records too.
-        progress: show a progress bar.
+        readout: unknown readout errors, as parameters of their own.
+        steps: the number of updates of the guide, with ``"svi"``.
+        num_draws: the number of draws from the posterior; with ``"nuts"``, from each chain.
+        warmup: the number of steps before the draws of each chain, with ``"nuts"``.
+        num_chains: the number of chains, with ``"nuts"``; Pyro runs them in processes of their own where there are cores.
+        guide: a guide of a :class:`RecordModel`, with ``"svi"``, in place of
+            :class:`stochdyn.infer.skewed.AutoSkewedNormal`.
+        seed: the seed of fit and draws; the global random state is left alone. None draws from that instead.
+        predictive: whether to draw replicated records too.
+        progress: whether to show a progress bar.
 
     Returns:
-        ArviZ container (see :func:`stochdyn.to_inference_data`); with ``"svi"`` its attribute ``khat`` says how far the
-        approximation can be trusted.
+        ArviZ container (see :func:`stochdyn.to_inference_data`). Its attributes ``fit_p_value`` and
+        ``impossible_records`` say how the records agree with the posterior mean (:func:`~stochdyn.povm.goodness_of_fit`);
+        with ``"svi"`` ``khat`` says how far the approximation can be trusted.
 
     Raises:
         InvalidInputError: if priors and parameters don't match.
-        ShapeError: if the records are of another lattice.
-        SystemSizeError: if there are over 1024 outcomes (five qubits).
+        ShapeError: if the records are of another lattice, frame, or number of preparations.
+        SystemSizeError: if there are over 65536 outcomes of a minimal frame (eight qubits).
 
     Warns:
-        ConvergenceWarning: if k-hat exceeds 0.7.
+        ConvergenceWarning: if k-hat exceeds 0.7, if records are impossible under the model (probability zero), or if
+            they don't look as the fitted model says.
 
     Example:
         >>> import pyro.distributions as dist
@@ -149,6 +226,7 @@ def infer_parameters(
         >>> bool(abs(idata.posterior["decay"].mean() - 1) < 0.3)
         True
     """
+    check_type(records, MeasurementRecords, "records")
     check_choice(method, ("svi", "nuts"), "method")
     for value, name in (
         (steps, "steps"),
@@ -157,14 +235,26 @@ def infer_parameters(
         (num_chains, "num_chains"),
     ):
         check_positive_int(value, name)
+    check_bool(predictive, "predictive")
+    check_bool(progress, "progress")
     check_nonempty(records.outcomes, "records")
+    check_model(model)
+    check_measurement(povm)
     if (records.num_sites, records.num_outcomes) != (model.num_sites, povm.num_outcomes):
         raise ShapeError(
             "the records are of another lattice or frame",
             got=f"{records.num_sites} sites with {records.num_outcomes} outcomes",
             expected=f"{model.num_sites} sites with {povm.num_outcomes} outcomes",
         )
-    program = RecordModel(model, povm, state, records.times, priors)
+    prepared = len(state.states) if isinstance(state, Preparations) else 1
+    if records.num_preparations > prepared:
+        raise ShapeError(
+            "the records name more preparations than there are states",
+            got=records.num_preparations,
+            expected=prepared,
+            hint="state=Preparations([...])",
+        )
+    program = RecordModel(model, povm, state, records.times, priors, readout)
     with seeded(seed), pyro.get_param_store().scope():
         if method == "nuts":
             chains = MCMC(
@@ -175,22 +265,25 @@ def infer_parameters(
                 disable_progbar=not progress,
             )
             chains.run(records)
-            return to_inference_data(program, chains, (records,), seed=seed, predictive=predictive)
-        if guide is None:
-            guide = AutoSkewedNormal(program, init_to_median(num_samples=50)).start_at_mode(records)
-        fit_guide(
-            program,
-            guide,
-            (records,),
-            steps=steps,
-            lr=0.005,
-            num_particles=_PARTICLES,
-            seed=None,
-            progress=progress,
-        )
-        idata = to_inference_data(
-            program, guide, (records,), num_draws=num_draws, seed=seed, predictive=predictive
-        )
+            idata = to_inference_data(program, chains, (records,), seed=seed, predictive=predictive)
+        else:
+            if guide is None:
+                guide = AutoSkewedNormal(program, init_to_median(num_samples=50)).start_at_mode(records)
+            size = program.propagator.start.shape[0]
+            fit_guide(
+                program, guide, (records,), steps=steps, lr=0.005, seed=seed, progress=progress,
+                num_particles=max(2, min(_PARTICLES, _LARGEST // size)),
+            )  # fmt: skip
+            idata = to_inference_data(
+                program, guide, (records,), num_draws=num_draws, seed=seed, predictive=predictive
+            )
+    means = {name: float(idata.posterior[name].mean()) for name in program.priors}
+    with torch.no_grad():
+        fit = goodness_of_fit(_padded(records, prepared), program.probabilities(means), generator=seed)
+    idata.attrs["fit_p_value"], idata.attrs["impossible_records"] = fit.p_value, fit.impossible
+    warn_of_fit(fit)
+    if method == "nuts":
+        return idata
     weights = torch.as_tensor(idata.sample_stats["log_weight"].values).flatten()
     khat = float(pareto_smooth(weights).khat) if num_draws >= _MIN_DRAWS_FOR_KHAT else math.nan
     idata.attrs["khat"] = khat
@@ -202,3 +295,27 @@ def infer_parameters(
             stacklevel=2,
         )
     return idata
+
+
+def _padded(records: MeasurementRecords, prepared: int) -> MeasurementRecords:
+    """Return records of which some preparations may have none, so that tables have a row for each."""
+    if records.num_preparations == prepared:
+        return records
+    return _OfPreparations(
+        records.times,
+        records.time_index,
+        records.outcomes,
+        records.num_outcomes,
+        records.preparation,
+        prepared,
+    )
+
+
+@dataclass(frozen=True)
+class _OfPreparations(MeasurementRecords):
+    prepared: int = 1
+
+    @property
+    def num_preparations(self) -> int:
+        """The number of initial states, those without records too."""
+        return self.prepared
