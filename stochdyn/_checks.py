@@ -460,6 +460,8 @@ def _require_tensor(x: object, name: str, meaning: str) -> None:
 def _numbers(x: object, name: str) -> Tensor:
     """Return a number or a tensor as a tensor; anything else is refused by name."""
     if isinstance(x, Tensor):
+        if x.is_complex():
+            raise InvalidInputError(f"{name} must be real", got=x.dtype)
         return x
     if isinstance(x, bool | np.bool_) or not isinstance(x, numbers.Real | np.ndarray | list | tuple):
         raise InvalidInputError(f"{name} must be a number or a tensor", got=repr(x)[:60])

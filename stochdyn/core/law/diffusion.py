@@ -13,6 +13,7 @@ from stochdyn._checks import (
     as_sample_shape,
     as_tensor,
     as_time_grid,
+    check_callable,
     check_choice,
     check_event_size,
     check_finite,
@@ -277,7 +278,8 @@ class DiffusionMeasure(PathMeasure):
         """
         check_real(horizon, "horizon")
         signs = None if parity is None else as_parity(parity, torch.empty(0, self.initial.dim))
-        score_fn = score if callable(score) and not hasattr(score, "score") else score.score
+        score_fn = getattr(score, "score", score)
+        check_callable(score_fn, "score", "a function score(t, x), or an object with a method score")
         start = as_initial(SimulatedMarginal(self, horizon) if initial is None else initial)
         start = start if signs is None else ReflectedStart(start, signs)
         sde = self.sde.reverse(score_fn, horizon, signs)

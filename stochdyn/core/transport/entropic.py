@@ -141,6 +141,9 @@ class TransportPlan:
 
     def barycentric(self, values: Tensor) -> Tensor:
         """Return the mean of ``values (*B, m, k)`` over the partners of every x, ``(*B, n, k)``."""
+        values = values if isinstance(values, Tensor) else as_tensor(values, "values")
+        check_points(values, "values", "(*B, m, k)")
+        values = values.to(self.cost.dtype)
         if values.ndim < 2 or values.shape[-2] != self.shape[-1]:
             expected = f"(*B, {self.shape[-1]}, k)"
             raise ShapeError(
@@ -398,6 +401,7 @@ def _weights(weights: Tensor | None, matrix: CostRows, axis: int, name: str) -> 
     if weights is None:
         return torch.full((size,), 1.0 / size, dtype=matrix.dtype, device=matrix.device)
     like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
+    check_points(weights, name, "(*B, n)")
     check_same_dtype(**{name: weights, "cost": like})
     check_same_device(**{name: weights, "cost": like})
     if weights.ndim < 1 or weights.shape[-1] != size:
