@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,23 @@ def _garbage(path: Path) -> None:
 
 def _empty(path: Path) -> None:
     path.write_bytes(b"")
+
+
+def test_what_is_read_while_another_saves_is_whole(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, content(1))
+
+    def save() -> None:
+        for step in range(2, 60):
+            write_checkpoint(tmp_path, content(step))
+
+    writer = threading.Thread(target=save)
+    writer.start()
+    seen = [1]
+    while writer.is_alive():
+        seen.append(stored_step(tmp_path))
+    writer.join()
+    assert seen == sorted(seen)
+    assert stored_step(tmp_path) == 59
 
 
 class TestDamage:

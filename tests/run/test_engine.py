@@ -22,8 +22,9 @@ from stochdyn.errors import (
     ForeignCheckpointError,
     InvalidInputError,
 )
-from stochdyn.run import Interrupted, OwnRandomness, Resumable, fit, progress_bar, run_to_end
+from stochdyn.run import Interrupted, OwnRandomness, Resumable, fit, progress_bar, run_to_end, save_weights
 from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from stochdyn.run.folder import claimed
 from tests.run.toys import Quadratic
 
 
@@ -204,6 +205,25 @@ class TestDirectory:
         assert walk(3, tmp_path, stop=other) == walk(3)
         assert walk(3, tmp_path, resume=True) == walk(3)  # free again
         assert sorted(p.name[:10] for p in tmp_path.iterdir()) == ["checkpoint", "tensors-00"]
+
+    def test_of_another_process_is_refused_by_its_number(self, tmp_path: Path) -> None:
+        ready, done = os.pipe(), os.pipe()
+        child = os.fork()
+        if child == 0:
+            with claimed(tmp_path):
+                os.write(ready[1], b"x")
+                os.read(done[0], 1)
+            os._exit(0)
+        os.read(ready[0], 1)
+        try:
+            with pytest.raises(CheckpointInUseError, match=f"got process {child}"):
+                walk(3, tmp_path)
+            with pytest.raises(CheckpointInUseError, match=f"got process {child}"):
+                save_weights(torch.nn.Linear(1, 1), tmp_path)
+        finally:
+            os.write(done[1], b"x")
+            os.waitpid(child, 0)
+        assert walk(3, tmp_path) == walk(3)
 
     def test_of_a_process_that_was_killed_is_free(self, tmp_path: Path) -> None:
         child = os.fork()
