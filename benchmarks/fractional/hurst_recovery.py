@@ -48,7 +48,7 @@ def infer(hurst: float, n: int, seed: int, steps: int, particles: int) -> dict[s
         feedback="recomputed",
         rest=lambda m: AutoMultivariateNormal(m, init_loc_fn=init_to_median(num_samples=1), init_scale=0.1),
     )
-    start_at_mode(guide, ts, y, starts=STARTS)
+    start_at_mode(guide, ts, y, num_starts=STARTS)
     optimiser = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.1 ** (1 / steps)})
     elbo = Trace_ELBO(num_particles=particles, vectorize_particles=True, max_plate_nesting=0)
     svi = SVI(model, guide, optimiser, elbo)

@@ -2,10 +2,17 @@ from ._foreign import khat as khat
 from .distributions import DiffusionPath as DiffusionPath
 from .distributions import PathIncrements as PathIncrements
 from .distributions import sample_path as sample_path
+from .fitted import GuideMethod as GuideMethod
+from .fitted import LaplaceMethod as LaplaceMethod
+from .fitted import NUTSMethod as NUTSMethod
+from .fitted import Posterior as Posterior
+from .fitted import fit_posterior as fit_posterior
 from .fitting import fit_guide as fit_guide
 from .guides import AutoPathGuide as AutoPathGuide
 from .laplace import start_at_mode as start_at_mode
 from .law_distribution import LawDistribution as LawDistribution
+from .observations import LinearObservations as LinearObservations
+from .observations import observe as observe
 from .path_law import PosteriorPath as PosteriorPath
 from .predictive import PathDraws as PathDraws
 from .predictive import predict_path as predict_path

@@ -15,6 +15,7 @@ from torch.distributions import biject_to
 from stochdyn._checks import check_positive_int
 from stochdyn.errors import InvalidInputError, NonFiniteError
 from stochdyn.infer.guides import AutoPathGuide
+from stochdyn.infer.skewed import AutoSkewedNormal
 
 __all__ = ["start_at_mode"]
 
@@ -24,7 +25,7 @@ _CLIMBS = 3
 
 
 def start_at_mode(
-    guide: AutoPathGuide, *args: Any, iterations: int = 30, starts: int = 0, **kwargs: Any
+    guide: AutoPathGuide, *args: Any, max_iterations: int = 30, num_starts: int = 0, **kwargs: Any
 ) -> Tensor:
     r"""Put the law of the sites beside a path to the Laplace approximation of their posterior.
 
@@ -38,10 +39,10 @@ def start_at_mode(
     remain.
 
     Args:
-        guide: with ``feedback="recomputed"`` and ``rest=AutoMultivariateNormal``.
+        guide: with ``feedback="recomputed"`` and ``rest=AutoMultivariateNormal`` or ``rest=AutoSkewedNormal``.
         args: arguments of the model.
-        iterations: of L-BFGS, at most.
-        starts: number of draws of the prior whose bounds are compared, since the posterior may have several modes. Short
+        max_iterations: bound of the iterations of L-BFGS.
+        num_starts: number of draws of the prior whose bounds are compared, since the posterior may have several modes. Short
             searches then begin at the best three as well as at the guide's own start, and the highest one is finished.
         kwargs: keyword arguments of the model.
 
@@ -64,18 +65,17 @@ def start_at_mode(
         >>> start_at_mode(guide, torch.linspace(0, 1, 11), torch.zeros(10)).shape
         torch.Size([1])
     """
-    check_positive_int(iterations, "iterations")
-    if starts:
-        check_positive_int(starts, "starts")
+    check_positive_int(max_iterations, "max_iterations")
+    check_positive_int(num_starts, "num_starts", 0)
     if not isinstance(guide, AutoPathGuide) or not guide.recomputed:
         raise InvalidInputError("a Laplace start needs an AutoPathGuide with feedback='recomputed'")
     guide(*args, **kwargs)
     rest: Any = guide.rest
-    if not isinstance(rest, AutoMultivariateNormal):
+    if not isinstance(rest, AutoMultivariateNormal | AutoSkewedNormal):
         raise InvalidInputError(
             "a Laplace start needs other sites with a normal law",
             got=type(rest).__name__,
-            expected="rest=AutoMultivariateNormal",
+            expected="rest=AutoMultivariateNormal or AutoSkewedNormal",
         )
     site = _LATENT.format(rest._pyro_name)
     seed = int(torch.randint(2**31, ()))
@@ -94,15 +94,15 @@ def start_at_mode(
         return torch.autograd.grad(bound(leaf), leaf)[0]
 
     start = rest.loc.detach().clone()
-    if starts:
+    if num_starts:
         with pyro.validation_enabled(False):
-            draws = [_prior_draw(guide, rest, args, kwargs) for _ in range(starts)]
+            draws = [_prior_draw(guide, rest, args, kwargs) for _ in range(num_starts)]
             climbed = [
-                _maximise(bound, u, max(1, iterations // 3))
+                _maximise(bound, u, max(1, max_iterations // 3))
                 for u in [start, *_highest(bound, draws, _CLIMBS)]
             ]
             start = _highest(bound, climbed, 1)[0]
-    mode = _maximise(bound, start, iterations)
+    mode = _maximise(bound, start, max_iterations)
     curvature = _curvature(slope, mode)
     with torch.no_grad():
         covariance = torch.linalg.inv(curvature)

@@ -139,7 +139,7 @@ def test_the_higher_of_two_modes_is_found_from_several_starts() -> None:
             feedback="recomputed",
             rest=lambda m: AutoMultivariateNormal(m, init_loc_fn=near, init_scale=0.1),
         )
-        return float(start_at_mode(guide, starts=starts))
+        return float(start_at_mode(guide, num_starts=starts))
 
     # the prior moves the modes by 2 * 0.01 / 9 towards zero
     assert abs(found(0) - 2) < 0.01
@@ -155,5 +155,5 @@ def test_bad_choices_are_refused() -> None:
         start_at_mode(AutoPathGuide(_model))
     with pytest.raises(InvalidInputError, match="normal law"):
         start_at_mode(_guide(AutoDelta))
-    with pytest.raises(InvalidInputError, match="starts"):
-        start_at_mode(_guide(), starts=-1)
+    with pytest.raises(InvalidInputError, match="num_starts"):
+        start_at_mode(_guide(), num_starts=-1)
