@@ -25,7 +25,6 @@ from .psis import ParetoSmoothed as ParetoSmoothed
 from .psis import effective_sample_size as effective_sample_size
 from .psis import importance_evidence as importance_evidence
 from .psis import importance_mean as importance_mean
-from .psis import khat as khat
 from .psis import pareto_smooth as pareto_smooth
 from .samplers import MCMCSampler as MCMCSampler
 from .samplers import PosteriorSampler as PosteriorSampler

@@ -24,7 +24,7 @@ __all__ = ["PosteriorDraws", "draw_posterior", "evaluate_draws", "seeded"]
 _MAX_ELEMENTS = 2**23
 
 
-@dataclass
+@dataclass(repr=False)
 class PosteriorDraws:
     """Draws from a guide or a sampler, with what the model says about each.
 
@@ -51,6 +51,11 @@ class PosteriorDraws:
     sites: dict[str, Site]
     subsamples: dict[str, Tensor] = field(default_factory=dict)
     vectorised: bool = True
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in self.values.items())
+        many = "" if self.vectorised else ", one by one"
+        return f"PosteriorDraws({self.log_joint.shape[0]} draws of {shapes}{many})"
 
     @property
     def log_weights(self) -> Tensor:

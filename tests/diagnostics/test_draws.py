@@ -393,3 +393,17 @@ def test_nothing_warns_on_the_fast_way(table):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert draw_posterior(hierarchical, guide, (table,), num_draws=3, predictive=True).vectorised
+
+
+def test_draws_are_shown_by_their_shapes():
+    def model(y):
+        rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(rate, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("rate", dist.Normal(0.0, 1.0))
+
+    assert (
+        repr(draw_posterior(model, guide, (torch.tensor(1.0),), num_draws=7))
+        == "PosteriorDraws(7 draws of rate ())"
+    )

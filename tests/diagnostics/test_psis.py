@@ -18,7 +18,6 @@ from stochdyn.diagnostics import (
     effective_sample_size,
     importance_evidence,
     importance_mean,
-    khat,
     pareto_smooth,
 )
 from stochdyn.diagnostics.container import arviz_major
@@ -30,7 +29,7 @@ from stochdyn.errors import (
     TooFewDrawsError,
     UnknownSiteError,
 )
-from stochdyn.infer import AutoPathGuide, DiffusionPath
+from stochdyn.infer import AutoPathGuide, DiffusionPath, khat
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

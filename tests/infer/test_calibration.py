@@ -9,8 +9,8 @@ import torch
 from pyro.infer import NUTS
 
 from stochdyn.core import SDE
-from stochdyn.diagnostics import MCMCSampler, khat, sbc
-from stochdyn.infer import AutoPathGuide, sample_path
+from stochdyn.diagnostics import MCMCSampler, sbc
+from stochdyn.infer import AutoPathGuide, khat, sample_path
 from tests.infer.exact import F64
 
 TS = torch.linspace(0, 1, 6, dtype=F64)

@@ -13,9 +13,8 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
 from stochdyn.core import SDE, Matrix, NoiseProcess, NoiseSteps, Scalar
-from stochdyn.diagnostics import khat
 from stochdyn.fractional import MarkovNoise
-from stochdyn.infer import AutoPathGuide, DiffusionPath, NoiseReparam, sample_path
+from stochdyn.infer import AutoPathGuide, DiffusionPath, NoiseReparam, khat, sample_path
 from tests.infer.exact import F64, TwoStates, linear_path
 
 TS = torch.cat([torch.linspace(0, 0.5, 11, dtype=F64), torch.linspace(0.6, 2.0, 8, dtype=F64)])

@@ -11,8 +11,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from stochdyn.core import SDE
-from stochdyn.diagnostics import khat
-from stochdyn.infer import AutoPathGuide, sample_path
+from stochdyn.infer import AutoPathGuide, khat, sample_path
 from tests.infer.exact import F64
 from tests.infer.test_guides_exact import bounds
 

@@ -9,8 +9,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.optim import ClippedAdam
 
-from stochdyn.diagnostics import khat
-from stochdyn.infer import AutoSkewedNormal
+from stochdyn.infer import AutoSkewedNormal, khat
 from stochdyn.infer.skewed import SinhArcsinh
 
 F64 = torch.float64
