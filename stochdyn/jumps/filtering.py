@@ -1,0 +1,185 @@
+"""Filter and smoother of a hidden jump process: evidence with an analytic gradient, marginals, statistics, paths."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from stochdyn._checks import as_tensor, check_type
+from stochdyn.errors import ShapeError, TimeGridError, ZeroProbabilityError
+from stochdyn.jumps.observations import Observation
+from stochdyn.jumps.transition import _transition
+
+__all__ = ["Filtered", "prepare", "run_filter", "viterbi"]
+
+
+class Filtered(NamedTuple):
+    """What the filter knows.
+
+    Attributes:
+        log_evidence: ``(B,)``.
+        alpha: ``(T, B, S)`` filtered probabilities after each observation.
+        beta: ``(T, B, S)`` likelihoods of all later observations, scaled so that ``alpha * beta`` sums to one.
+    """
+
+    log_evidence: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+
+class Prepared(NamedTuple):
+    """Data laid out for the filter.
+
+    Attributes:
+        times: ``(B or 1, T)``.
+        log_b: ``(T, B, S)`` log-likelihoods of the observations.
+        entries: ``(T, B)`` states entered exactly, or -1.
+        shape: the shape of the series.
+    """
+
+    times: Tensor
+    log_b: Tensor
+    entries: Tensor
+    shape: torch.Size
+
+
+def prepare(times: object, y: object, observation: Observation, start_time: float) -> Prepared:
+    """Check observations and lay them out with time leading.
+
+    Args:
+        times: ``(T,)`` or ``(*series, T)`` times, not decreasing, none before the start; ties are allowed. Series that are
+            shorter than others are padded with missing values at any later time, such as the last one.
+        y: ``(*series, T)``, NaN where missing.
+        observation: how the state is observed.
+        start_time: when the law starts.
+    """
+    check_type(observation, Observation, "observation")
+    value = as_tensor(y, "y", missing=True)
+    if value.ndim < 1 or not value.shape[-1]:
+        raise ShapeError("y must hold times along its last axis", got=tuple(value.shape))
+    value = value.double()
+    at = as_tensor(times, "times").double().to(value.device)
+    if at.ndim not in (1, value.ndim) or at.shape[-1] != value.shape[-1]:
+        raise ShapeError("times must be (T,) or have the shape of y", got=tuple(at.shape), expected=tuple(value.shape))
+    if bool((at[..., 1:] < at[..., :-1]).any()):
+        bad = tuple((at[..., 1:] < at[..., :-1]).nonzero()[0].tolist())
+        raise TimeGridError("times must not decrease within a series", got=f"times{list(bad[:-1])} at place {bad[-1] + 1}")
+    if bool((at < start_time).any()):
+        raise TimeGridError("times start before the law", got=float(at.min()), expected=f">= {start_time:g}")
+    shape = value.shape[:-1]
+    series = value.reshape(-1, value.shape[-1])
+    log_b = observation.log_likelihood(series).movedim(-2, 0)
+    entries = observation.entries(series).mT
+    return Prepared(at.reshape(-1, at.shape[-1]).expand(series.shape[0] if at.ndim > 1 else 1, -1), log_b, entries, shape)
+
+
+def transitions(q: Tensor, times: Tensor, start_time: float, entries: Tensor) -> Tensor:
+    """Return the matrices ``(T, B or 1, S, S)`` that lead from each observation to the next, from the start to the first.
+
+    Each distinct gap is computed once. Where a state is entered exactly, the matrix leads into it at that very moment.
+    """
+    start = torch.full_like(times[:, :1], start_time)
+    gaps = torch.cat([start, times], 1).diff(dim=1).mT
+    unique, place = gaps.reshape(-1).unique(return_inverse=True)
+    matrices = _transition(q, unique)[place].reshape(*gaps.shape, *q.shape)
+    if bool((entries >= 0).any()):
+        off = q - torch.diag_embed(q.diagonal())
+        into = torch.nn.functional.one_hot(entries.clamp(min=0), q.shape[-1]).to(q)
+        # one may enter at the start of the record only by being there
+        entering = (matrices @ off) * into[..., None, :]
+        matrices = torch.where((entries >= 0)[..., None, None], entering, matrices)
+    return matrices
+
+
+class _LogEvidence(torch.autograd.Function):
+    """The scaled forward filter; its derivative is the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, matrices: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        top = log_b.amax(-1, keepdim=True)
+        top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
+        b = (log_b - top).exp()
+        steps, count, states = b.shape
+        alpha = b.new_empty(steps, count, states)
+        total = top[..., 0].sum(0)
+        now = start.expand(count, states)
+        scales = b.new_empty(steps, count)
+        for k in range(steps):
+            now = (now.unsqueeze(-2) @ matrices[k]).squeeze(-2) * b[k]
+            scale = now.sum(-1)
+            scales[k] = scale
+            now = now / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]
+            alpha[k] = now
+        total = total + scales.log().sum(0)
+        beta = torch.ones_like(alpha)
+        for k in range(steps - 2, -1, -1):
+            back = (matrices[k + 1] @ (b[k + 1] * beta[k + 1]).unsqueeze(-1)).squeeze(-1)
+            beta[k] = back / torch.where(scales[k + 1] > 0, scales[k + 1], torch.ones_like(scales[k + 1]))[:, None]
+        ctx.save_for_backward(start, matrices, b, alpha, beta, scales)
+        ctx.mark_non_differentiable(alpha, beta)
+        return total, alpha, beta
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        start, matrices, b, alpha, beta, scales = ctx.saved_tensors
+        safe = torch.where(scales > 0, scales, torch.ones_like(scales))
+        weighted = b * beta / safe[..., None]  # the message that reaches each observation from its own and all later ones
+        before = torch.cat([start.expand_as(alpha[:1]), alpha[:-1]])
+        per_series = slope.expand(scales.shape[1])[None, :, None, None]
+        inner = before[..., :, None] * weighted[..., None, :] * per_series
+        grad_matrices = inner.sum(1, keepdim=True) if matrices.shape[1] == 1 else inner
+        grad_start = (matrices[0] @ weighted[0].unsqueeze(-1)).squeeze(-1) * slope[:, None]
+        if start.ndim == 1:
+            grad_start = grad_start.sum(0)
+        return grad_start, grad_matrices, alpha * beta * slope[None, :, None]
+
+
+def run_filter(start: Tensor, q: Tensor, data: Prepared, start_time: float, *, named: bool = True) -> Filtered:
+    """Run filter and smoother.
+
+    Args:
+        start: ``(S,)`` or ``(B, S)`` law at the start.
+        q: ``(S, S)`` generator.
+        data: observations.
+        start_time: when the law starts.
+        named: raise on impossible data, naming series and time, rather than return minus infinity.
+    """
+    matrices = transitions(q.double(), data.times, start_time, data.entries)
+    total, alpha, beta = _LogEvidence.apply(start.double(), matrices, data.log_b)
+    if named and bool(torch.isinf(total.detach()).any()):
+        series = int(torch.isinf(total.detach()).nonzero()[0, 0])
+        lost = int((alpha[:, series].sum(-1) == 0).nonzero()[0, 0])
+        time = data.times[series if data.times.shape[0] > 1 else 0, lost]
+        raise ZeroProbabilityError(
+            "the observations are impossible under the law",
+            got=f"series {series} at time {float(time):g}",
+            hint="is a jump missing from the mask, or a state absent from the initial law?",
+        )
+    return Filtered(total, alpha, beta)
+
+
+def viterbi(start: Tensor, q: Tensor, data: Prepared, start_time: float) -> Tensor:
+    """Return the most probable states at the times of the observations, jointly, ``(B, T)``."""
+    with torch.no_grad():
+        log_p = transitions(q.double(), data.times, start_time, data.entries).log()
+        steps, count, states = data.log_b.shape
+        score = start.double().log().expand(count, states)
+        back = []
+        for k in range(steps):
+            best, origin = (score[..., None] + log_p[k]).max(-2)
+            score = best + data.log_b[k]
+            back.append(origin)
+        if bool(torch.isinf(score.amax(-1)).any()):
+            raise ZeroProbabilityError("the observations are impossible under the law")
+        here = score.argmax(-1)
+        path = [here]
+        for k in range(steps - 1, 0, -1):
+            here = back[k].gather(-1, here[:, None])[:, 0]
+            path.append(here)
+        return torch.stack(path[::-1], -1)
+
+

@@ -1,0 +1,531 @@
+"""Jump laws: sampling, densities, divergences, marginals, and the law given observations, which is again a jump law."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_tensor,
+    as_time_grid,
+    check_callable,
+    check_choice,
+    check_real,
+    check_type,
+)
+from stochdyn.core.law.girsanov import ESTIMATORS
+from stochdyn.core.law.marginals import Generator, Marginal, SampleShape
+from stochdyn.core.law.measure import PathMeasure
+from stochdyn.core.law.path import Path
+from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, TimeGridError, UnavailableError
+from stochdyn.jumps.filtering import Filtered, Prepared, prepare, run_filter, viterbi
+from stochdyn.jumps.generator import JumpGenerator, RateMatrix
+from stochdyn.jumps.observations import Observation
+from stochdyn.jumps.record import JumpRecord
+from stochdyn.jumps.simulate import bridge_records, direct_records, thinned_records
+from stochdyn.jumps.transition import _transition
+
+__all__ = ["ConditionedJumps", "JumpLaw", "JumpMarginal", "JumpMeasure", "log_evidence"]
+
+
+class JumpMarginal(Marginal):
+    """The law of the state at one time.
+
+    Attributes:
+        probs: ``(S,)`` probabilities of the states, or ``(*batch, S)``.
+    """
+
+    def __init__(self, probs: Tensor) -> None:
+        self.probs = probs
+
+    def _states(self) -> Tensor:
+        return torch.arange(self.probs.shape[-1], dtype=self.probs.dtype, device=self.probs.device)
+
+    def sample(self, sample_shape: SampleShape = (), generator: Generator = None) -> Tensor:
+        """Draw states as numbers, ``(*sample, *batch, 1)``."""
+        shape = as_sample_shape(sample_shape)
+        source = as_generator(generator, self.probs.device)
+        flat = self.probs.detach().reshape(-1, self.probs.shape[-1])
+        drawn = torch.multinomial(flat, max(1, math.prod(shape)), replacement=True, generator=source)
+        out = drawn.mT.reshape(*shape, *self.probs.shape[:-1]) if shape else drawn[:, 0].reshape(self.probs.shape[:-1])
+        return out.to(self.probs.dtype).unsqueeze(-1)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the state's number, ``(*batch, 1)``."""
+        return (self.probs * self._states()).sum(-1, keepdim=True)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The variance of the state's number, ``(*batch, 1, 1)``."""
+        gap = self._states() - self.mean
+        return (self.probs * gap**2).sum(-1)[..., None, None]
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return the log probability of states ``x (..., 1)``."""
+        return self.probs.log().expand(*x.shape[:-1], -1).gather(-1, x.long())[..., 0]
+
+
+class JumpLaw(PathMeasure):
+    """What jump laws share: grids, records, and log ratios along records."""
+
+    num_states: int
+    start_time: float
+
+    def sample_record(
+        self, horizon: float, sample_shape: SampleShape = (), generator: Generator = None
+    ) -> JumpRecord:
+        """Draw whole paths from the start of the law to ``horizon``, exactly.
+
+        Args:
+            horizon: the time at which the records end.
+            sample_shape: the shape of independent draws, an integer or a tuple.
+            generator: the source of randomness.
+        """
+        check_real(horizon, "horizon")
+        if not float(horizon) > self.start_time:
+            raise TimeGridError("horizon must lie after the start", got=float(horizon), expected=f"> {self.start_time:g}")
+        ts = torch.tensor([self.start_time, float(horizon)], dtype=torch.float64)
+        return self._records(ts, as_sample_shape(sample_shape), as_generator(generator))
+
+    def sample(self, ts: object, sample_shape: SampleShape = (), generator: Generator = None) -> JumpRecord:  # type: ignore[override]
+        """Draw paths, read at the times ``ts (T,)``; see :meth:`stochdyn.PathMeasure.sample`."""
+        grid = as_time_grid(ts, min_points=1)
+        shape, source = as_sample_shape(sample_shape), as_generator(generator)
+        if float(grid[0]) < self.start_time:
+            raise TimeGridError("ts starts before the law", got=float(grid[0]), expected=f">= {self.start_time:g}")
+        return self._records(grid, shape, source)
+
+    def _records(self, ts: Tensor, shape: tuple[int, ...], source: torch.Generator | None) -> JumpRecord:
+        """Return paths over the span of ``ts`` from the law's start on."""
+        raise NotImplementedError
+
+    def log_rn(
+        self, path: Path, other: PathMeasure, estimator: str = "density", *, recorded: bool = False
+    ) -> Tensor:
+        r"""Return :math:`\log dQ/dP` on jump records.
+
+        .. math:: \log\frac{\pi^Q}{\pi^P}(s_0)+\sum_k\log\frac{q_{s_{k-1}s_k}}{p_{s_{k-1}s_k}}(t_k)-\int(q_{X_t}-p_{X_t})\,dt
+
+        Minus infinity where this law forbids what the other allows. ``"rate"`` puts the mean rate of jumps in place of
+        jumps, which has less variance on paths of Q; ``"stl"`` is the same as ``"density"``, since jumps can't be
+        differentiated.
+        """
+        check_choice(estimator, ESTIMATORS, "estimator")
+        check_type(path, JumpRecord, "path", "a jump law weighs the records that jump laws draw")
+        check_type(other, JumpLaw, "other", "jump laws are compared with jump laws")
+        record, second = cast(JumpRecord, path), cast(JumpLaw, other)
+        if record.num_states != self.num_states or second.num_states != self.num_states:
+            raise ShapeError("the laws have other states", got=f"{self.num_states} and {second.num_states}")
+        if estimator == "rate":
+            return self._rate(record, second)
+        mine, theirs = self._log_density(record), second._log_density(record)
+        both = torch.isinf(mine) & torch.isinf(theirs)
+        return torch.where(both, torch.zeros_like(mine), mine - theirs)
+
+    def _log_density(self, record: JumpRecord) -> Tensor:
+        """Return the log density with respect to counting times Lebesgue, ``(*shape,)``."""
+        raise NotImplementedError
+
+    def _rate(self, record: JumpRecord, other: JumpLaw) -> Tensor:
+        raise UnavailableError(f"{type(self).__name__} has no estimator='rate'", hint="use 'density'")
+
+
+class JumpMeasure(JumpLaw):
+    r"""The law of a Markov jump process.
+
+    Args:
+        initial: ``(S,)`` probabilities of the states at the start.
+        rates: a :class:`RateMatrix` or its matrix ``(S, S)``, rows summing to zero, in 1/time; or for rates that change a function
+            of times ``(n,)`` that returns ``(n, S, S)``.
+        start_time: when the law starts.
+        bound: for rates that change, a number above every exit rate at all times, which exact simulation by thinning needs.
+
+    Raises:
+        InvalidInputError: for probabilities that don't sum to one, or rates that aren't a generator.
+        ShapeError: if the two don't fit.
+
+    Example:
+        >>> law = JumpMeasure([1.0, 0.0], [[0.0, 0.7], [1.9, 0.0]])
+        >>> law.marginal(0.8).probs
+        tensor([0.7644, 0.2356])
+    """
+
+    initial: Tensor
+
+    def __init__(
+        self, initial: object, rates: Any, start_time: float = 0.0, bound: float | None = None
+    ) -> None:
+        super().__init__()
+        check_real(start_time, "start_time")
+        self.start_time = float(start_time)
+        self.generator: RateMatrix | None = None
+        self._function: Callable[[Tensor], Tensor] | None = None
+        start = as_tensor(initial, "initial", 1, "(S,)")
+        if callable(rates) and not isinstance(rates, RateMatrix):
+            check_callable(rates, "rates")
+            check_real(bound, "bound", above=0.0)
+            self._function, self.bound = rates, float(cast(float, bound))
+        else:
+            self.generator = rates if isinstance(rates, RateMatrix) else RateMatrix(rates)
+            if self.generator.batch_shape:
+                raise ShapeError("one law at a time", got=f"rates of batch {tuple(self.generator.batch_shape)}")
+            if self.generator.num_states != len(start):
+                raise ShapeError(
+                    "initial and rates have other states", got=f"{len(start)} and {self.generator.num_states}"
+                )
+        self.num_states = len(start)
+        if bool((start.detach() < 0).any()) or abs(float(start.detach().sum()) - 1) > 1e-5:
+            raise InvalidInputError("initial must be probabilities that sum to one", got=start.detach().tolist()[:8])
+        self.register_buffer("initial", start / start.sum())
+
+    def _matrix(self) -> Tensor:
+        if self.generator is None:
+            raise UnavailableError("this needs constant rates")
+        return self.generator.matrix
+
+    def rates(self, t: Tensor | float) -> Tensor:
+        """Return the generator ``(S, S)`` at a time."""
+        if self._function is None:
+            return self._matrix()
+        at = t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
+        return self._at(at.reshape(1))[0]
+
+    def _at(self, t: Tensor) -> Tensor:
+        """Return generators ``(n, S, S)`` at times ``(n,)``, with their diagonals."""
+        if self._function is None:
+            return self._matrix().double().expand(len(t), -1, -1)
+        value = self._function(t.double())
+        if value.shape != (len(t), self.num_states, self.num_states):
+            raise ShapeError("rates(t) has the wrong shape", got=tuple(value.shape), expected=f"(n, {self.num_states}, {self.num_states})")
+        off = value.double() - torch.diag_embed(value.double().diagonal(dim1=-2, dim2=-1))
+        return off - torch.diag_embed(off.sum(-1))
+
+    def marginal(self, t: Tensor | float) -> JumpMarginal:
+        """Return the law of the state at a time; for rates that change by small exact steps of frozen rates."""
+        time = self._time(t)
+        dtype = self.initial.dtype
+        span = time - self.start_time
+        if self._function is None:
+            p = self.initial.double() @ _transition(self._matrix().double(), span.reshape(1))[0]
+        else:
+            p = self._evolve(span)
+        p = p.clamp(min=0)
+        return JumpMarginal((p / p.sum()).to(dtype))
+
+    def _evolve(self, span: Tensor) -> Tensor:
+        """Return the marginal after a span of changing rates: midpoint steps, of second order, short beside any stay."""
+        steps = max(200, math.ceil(20 * self.bound * float(span)))
+        edges = torch.linspace(0, 1, steps + 1, dtype=torch.float64) * span + self.start_time
+        matrices = self._at(0.5 * (edges[1:] + edges[:-1]))
+        p, dt = self.initial.double(), span / steps
+        for matrix in matrices:
+            p = p @ _transition(matrix, dt.reshape(1))[0]
+        return p
+
+    def _time(self, t: Tensor | float) -> Tensor:
+        if isinstance(t, bool) or not isinstance(t, Tensor | float | int):
+            raise InvalidInputError("t must be a time", got=repr(t)[:60])
+        time = t.double().reshape(()) if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
+        if not bool(torch.isfinite(time)):
+            raise NonFiniteError("t must be finite", got=float(time))
+        if float(time.detach()) < self.start_time:
+            raise TimeGridError("t lies before the law's start", got=float(time), expected=f">= {self.start_time:g}")
+        return time
+
+    def forward(self) -> JumpGenerator:
+        """Return the master equation of the law, differentiable in its rates."""
+        if self.generator is not None:
+            return JumpGenerator(self.generator)
+        return JumpGenerator(lambda t: self._at(t.reshape(1))[0], self.num_states)
+
+    def _records(self, ts: Tensor, shape: tuple[int, ...], source: torch.Generator | None) -> JumpRecord:
+        lanes = math.prod(shape)
+        first = torch.multinomial(self.initial.detach().double(), lanes, replacement=True, generator=source)
+        end = float(ts[-1])
+        if self._function is None:
+            times, states, count = direct_records(self._matrix().detach().double(), first, self.start_time, end, source)
+        else:
+            times, states, count = thinned_records(self._at, self.bound, first, self.start_time, end, source)
+        return JumpRecord(
+            times.reshape(*shape, -1), states.reshape(*shape, -1), count.reshape(shape), ts, self.num_states, self
+        )
+
+    def log_prob(self, record: JumpRecord) -> Tensor:
+        r"""Return :math:`\log\pi_0(s_0)+\sum_k\log Q_{s_{k-1}s_k}-\int q_{X_t}dt` of records from the law's start on, ``(*shape,)``."""
+        check_type(record, JumpRecord, "record")
+        return self._log_density(record)
+
+    def _log_density(self, record: JumpRecord) -> Tensor:
+        start = self.initial.double().log()[record.states[..., 0]]
+        if self._function is None:
+            q = self._matrix().double()
+            counts, dwell = record.counts.double(), record.dwell.double()
+            log_q = torch.where(counts > 0, q.log().nan_to_num(nan=-math.inf), torch.zeros_like(q))
+            jumps = torch.where(counts > 0, counts * log_q, torch.zeros_like(counts)).sum((-2, -1))
+            return start + jumps + (dwell * q.diagonal()).sum(-1)
+        flat_t, flat_s = record.times.reshape(-1, record.times.shape[-1]).double(), record.states.reshape(-1, record.states.shape[-1])
+        out = []
+        for times, states, count in zip(flat_t, flat_s, record.num_jumps.reshape(-1).tolist(), strict=True):
+            at = times[:count]
+            total = torch.zeros((), dtype=torch.float64)
+            if count:
+                total = self._at(at)[torch.arange(count), states[:count], states[1 : count + 1]].log().sum()
+            edges = torch.cat([record.ts[:1].double(), at, record.ts[-1:].double()])
+            nodes, weights = _gauss(edges)
+            exits = self._at(nodes.reshape(-1)).diagonal(dim1=-2, dim2=-1).reshape(*nodes.shape, -1)
+            stay = exits.gather(-1, states[: count + 1, None, None].expand(-1, nodes.shape[1], 1))[..., 0]
+            out.append(total + (weights * stay).sum())
+        return start + torch.stack(out).reshape(record.shape)
+
+    def _rate(self, record: JumpRecord, other: JumpLaw) -> Tensor:
+        if self._function is not None or not isinstance(other, JumpMeasure) or other._function is not None:
+            return super()._rate(record, other)
+        start = self.initial.double().log() - other.initial.double().log()
+        return start[record.states[..., 0]] + (record.dwell.double() * divergence_rates(self._matrix(), other._matrix())).sum(-1)
+
+    def kl(self, other: JumpMeasure, horizon: float) -> Tensor:
+        r"""Return the exact divergence of the laws of whole paths up to ``horizon``.
+
+        .. math:: KL(\pi^Q\|\pi^P)+\int\sum_im_i(t)\sum_{j\ne i}\Big[q_{ij}\log\frac{q_{ij}}{p_{ij}}-q_{ij}+p_{ij}\Big]dt
+
+        with the marginals m of this law; infinite where the other law forbids what this one allows.
+
+        Args:
+            other: P, of constant rates as this law.
+            horizon: end of the paths.
+        """
+        check_type(other, JumpMeasure, "other")
+        check_real(horizon, "horizon", above=self.start_time)
+        p, q = self.initial.double(), self._matrix().double()
+        start = torch.where(p > 0, p * (p.log() - other.initial.double().log()), torch.zeros_like(p)).sum()
+        occupied = p @ occupation(q, horizon - self.start_time)
+        rates = divergence_rates(q, other._matrix())
+        rates = torch.where(occupied > 0, rates, torch.zeros_like(rates))
+        return (start + (occupied * rates).sum()).to(self.initial.dtype)
+
+    def conditioned(self, times: object, y: object, observation: Observation) -> ConditionedJumps:
+        """Return the law given observations: again a jump law, with tilted rates.
+
+        Args:
+            times: ``(T,)`` times of the observations, not decreasing.
+            y: ``(T,)`` observations, NaN where missing.
+            observation: how the state is observed.
+
+        Raises:
+            ZeroProbabilityError: if the observations are impossible.
+        """
+        return ConditionedJumps(self, times, y, observation)
+
+
+class ConditionedJumps(JumpLaw):
+    r"""The exact posterior of a jump process given observations.
+
+    Its rates are :math:`q_{ij}(t)=Q_{ij}\beta_j(t)/\beta_i(t)`, with β the likelihood of all later observations; paths are drawn
+    exactly, states at the observations first and then bridges between them.
+
+    Args:
+        law: the prior, with constant rates.
+        times: see :meth:`JumpMeasure.conditioned`.
+        y: see there.
+        observation: see there.
+
+    Attributes:
+        log_evidence: the log density of the observations.
+    """
+
+    def __init__(self, law: JumpMeasure, times: object, y: object, observation: Observation) -> None:
+        super().__init__()
+        check_type(law, JumpMeasure, "law")
+        self.prior, self.observation = law, observation
+        self.num_states, self.start_time = law.num_states, law.start_time
+        data = prepare(times, y, observation, law.start_time)
+        if len(data.shape):
+            raise ShapeError("one series at a time", got=f"y of shape {(*data.shape, data.log_b.shape[0])}")
+        if observation.num_states != law.num_states:
+            raise ShapeError("the observation has other states", got=observation.num_states, expected=law.num_states)
+        self.data: Prepared = data
+        self._y = as_tensor(y, "y", missing=True).double()
+
+    def _filtered(self) -> Filtered:
+        return run_filter(self.prior.initial, self.prior._matrix(), self.data, self.start_time)
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """The log density of the observations, differentiable."""
+        return self._filtered().log_evidence[0].to(self.prior.initial.dtype)
+
+    def _message(self, t: Tensor, known: Filtered) -> tuple[Tensor, Tensor]:
+        """Return filtered probabilities and (scaled) likelihoods of later observations at times ``(n,)``, each ``(n, S)``."""
+        q, at = self.prior._matrix().double(), self.data.times[0]
+        index = torch.searchsorted(at, t.contiguous(), right=True)
+        begins = torch.cat([at.new_full((1,), self.start_time), at])
+        states = torch.cat([self.prior.initial.double()[None], known.alpha[:, 0]])
+        alpha = (states[index][:, None] @ _transition(q, t - begins[index]))[:, 0]
+        later = index < len(at)
+        nxt = index.clamp(max=len(at) - 1)
+        b = self.data.log_b[nxt, 0]
+        weight = (b - b.amax(-1, keepdim=True)).exp() * known.beta[nxt, 0]
+        entered = self.data.entries[nxt, 0]
+        off = q - torch.diag_embed(q.diagonal())
+        into = torch.where((entered >= 0)[:, None], (off @ weight[..., None])[..., 0], weight)
+        gap = torch.where(later, at[nxt] - t, torch.zeros_like(t))
+        beta = (_transition(q, gap.clamp(min=0)) @ into[..., None])[..., 0]
+        return alpha, torch.where(later[:, None], beta, torch.ones_like(beta))
+
+    def marginal(self, t: Tensor | float) -> JumpMarginal:
+        """Return the posterior of the state at a time, before, between or after the observations."""
+        time = self.prior._time(t)
+        alpha, beta = self._message(time.reshape(1), self._filtered())
+        p = (alpha * beta)[0]
+        return JumpMarginal((p / p.sum()).to(self.prior.initial.dtype))
+
+    def rates(self, t: Tensor | float) -> Tensor:
+        """Return the tilted generator ``(S, S)`` at a time; it grows without bound just before an exact observation."""
+        time = self.prior._time(t)
+        _, beta = self._message(time.reshape(1), self._filtered())
+        q = self.prior._matrix()
+        ratio = (beta[0][None, :] / beta[0][:, None].clamp(min=1e-300)).to(q)
+        off = q * ratio
+        off = off - torch.diag_embed(off.diagonal())
+        return off - torch.diag_embed(off.sum(-1))
+
+    def forward(self) -> JumpGenerator:
+        """Return the master equation with the tilted rates."""
+        return JumpGenerator(self.rates, self.num_states)
+
+    def smooth(self) -> Tensor:
+        """Return the posterior of the state at the times of the observations, ``(T, S)``."""
+        known = self._filtered()
+        return (known.alpha * known.beta)[:, 0]
+
+    def most_probable_states(self) -> Tensor:
+        """Return the most probable states at the observations, jointly (Viterbi), ``(T,)``."""
+        return viterbi(self.prior.initial, self.prior._matrix(), self.data, self.start_time)[0]
+
+    def expected_statistics(self, horizon: float | None = None) -> tuple[Tensor, Tensor]:
+        r"""Return the posterior means of the time in each state ``(S,)`` and of the numbers of jumps ``(S, S)``.
+
+        By Fisher's identity: derivatives of the evidence in the generator's entries, taken as independent.
+
+        Args:
+            horizon: up to when; the last observation if None.
+        """
+        return expected_statistics(self.prior, self.data, self._y, self.observation, horizon)
+
+    def _records(self, ts: Tensor, shape: tuple[int, ...], source: torch.Generator | None) -> JumpRecord:
+        times, states, count = bridge_records(
+            self.prior.initial.detach().double(),
+            self.prior._matrix().detach().double(),
+            self.data,
+            self.start_time,
+            float(ts[-1]),
+            math.prod(shape),
+            source,
+        )
+        return JumpRecord(
+            times.reshape(*shape, -1), states.reshape(*shape, -1), count.reshape(shape), ts, self.num_states, self
+        )
+
+    def _log_density(self, record: JumpRecord) -> Tensor:
+        """Return the prior's density times the likelihood of the observations on the record, over their evidence."""
+        at = self.data.times[0]
+        if float(at[-1]) > float(record.ts[-1]):
+            raise TimeGridError(
+                "the record ends before the last observation", got=float(record.ts[-1]), expected=f">= {float(at[-1]):g}"
+            )
+        if bool((self.data.entries >= 0).any()):
+            raise UnavailableError("densities given exact times of entry aren't known")
+        seen = record.at(at)
+        log_b = self.data.log_b[:, 0]
+        likelihood = log_b.expand(*seen.shape, -1).gather(-1, seen[..., None])[..., 0].sum(-1)
+        return self.prior._log_density(record) + likelihood - self._filtered().log_evidence[0]
+
+
+def log_evidence(law: JumpMeasure, times: object, y: object, observation: Observation) -> Tensor:
+    """Return the log density of observations under a jump law, exactly.
+
+    Args:
+        law: the law, of constant rates.
+        times: ``(T,)``, or ``(*series, T)`` where each series has its own; not decreasing.
+        y: ``(*series, T)`` observations, NaN where missing.
+        observation: how the state is observed.
+
+    Returns:
+        ``(*series,)``, differentiable in rates, initial law and observation; one forward and one backward pass.
+
+    Raises:
+        ZeroProbabilityError: if the observations of a series are impossible; names series and time.
+
+    Example:
+        >>> law = JumpMeasure([0.5, 0.5], [[0.0, 0.7], [1.9, 0.0]])
+        >>> from stochdyn.jumps import Exact
+        >>> log_evidence(law, [0.0, 0.8, 0.8], [0, 1, 1], Exact(2))
+        tensor(-2.1388)
+    """
+    check_type(law, JumpMeasure, "law")
+    data = prepare(times, y, observation, law.start_time)
+    if observation.num_states != law.num_states:
+        raise ShapeError("the observation has other states", got=observation.num_states, expected=law.num_states)
+    total = run_filter(law.initial, law._matrix(), data, law.start_time).log_evidence
+    return total.reshape(data.shape).to(law.initial.dtype)
+
+
+def expected_statistics(
+    law: JumpMeasure, data: Prepared, y: Tensor, observation: Observation, horizon: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return posterior mean dwell times ``(S,)`` and jump numbers ``(S, S)``; see :meth:`ConditionedJumps.expected_statistics`."""
+    end = float(data.times[0, -1]) if horizon is None else float(horizon)
+    q = law._matrix().detach().double().clone().requires_grad_()
+    if end > float(data.times[0, -1]):  # nothing is observed there, but time passes
+        late = torch.cat([data.times[0], torch.tensor([end], dtype=torch.float64)])
+        data = prepare(late, torch.cat([y, torch.tensor([math.nan], dtype=torch.float64)]), observation, law.start_time)
+    with torch.enable_grad():
+        total = run_filter(law.initial, q, data, law.start_time).log_evidence.sum()
+        slope = torch.autograd.grad(total, q)[0]
+    jumps = q.detach() * slope
+    return slope.diagonal().clone(), jumps - torch.diag_embed(jumps.diagonal())
+
+
+def divergence_rates(q: Tensor, p: Tensor) -> Tensor:
+    """Return the rates ``(S,)`` at which the divergence grows in each state, infinite where P forbids a jump of Q."""
+    a, b = q.double(), p.double()
+    off = ~torch.eye(a.shape[-1], dtype=torch.bool, device=a.device)
+    ratio = torch.where(off & (a > 0), a, 1.0).log() - torch.where(off & (a > 0), b, 1.0).log()
+    return torch.where(off, a * ratio - a + b, torch.zeros_like(a)).sum(-1)
+
+
+def occupation(q: Tensor, span: float) -> Tensor:
+    r"""Return :math:`\int_0^Te^{Qs}\,ds`, by its series for a short time and doublings."""
+    rate = float((-q.detach().diagonal()).max()) or 1.0
+    doublings = max(0, math.ceil(math.log2(max(rate * span, 1e-300))))
+    short = span / 2.0**doublings
+    term = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) * short
+    total = term
+    for k in range(2, 30):
+        term = term @ q * (short / k)
+        total = total + term
+    step = short
+    for _ in range(doublings):
+        total = total + total @ _transition(q, q.new_tensor([step]))[0]
+        step *= 2
+    return total
+
+
+def _gauss(edges: Tensor, order: int = 8) -> tuple[Tensor, Tensor]:
+    """Return Gauss-Legendre nodes and weights ``(n, order)`` on the intervals between edges."""
+    import numpy as np
+
+    x, w = np.polynomial.legendre.leggauss(order)
+    x, w = torch.as_tensor(x), torch.as_tensor(w)
+    half = 0.5 * (edges[1:] - edges[:-1])[:, None]
+    middle = 0.5 * (edges[1:] + edges[:-1])[:, None]
+    return middle + half * x, half * w
+
+

@@ -1,0 +1,122 @@
+"""Transition probabilities of a jump process over any time, by uniformisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stochdyn._checks import as_tensor, check_same_device
+from stochdyn.errors import InvalidInputError, ShapeError
+
+__all__ = ["propagate", "transition"]
+
+#: Series up to this many expected candidate jumps; longer times are halved first, and the result squared.
+_LONGEST = 4.0
+
+
+def transition(rates: object, dt: object) -> Tensor:
+    r"""Return the transition probabilities :math:`P(\Delta)=e^{Q\Delta}` of a jump process.
+
+    .. math:: P(\Delta)=\sum_{k\ge 0}e^{-\lambda\Delta}\frac{(\lambda\Delta)^k}{k!}\,B^k,\qquad B=I+Q/\lambda,\quad
+        \lambda=\max_i|Q_{ii}|
+
+    All terms are positive, so every entry keeps its relative accuracy, also for degenerate, defective, stiff, reducible and
+    absorbing generators. Where :math:`\lambda\Delta>4` the time is halved, and the result squared with its rows
+    scaled to sum to one.
+
+    Args:
+        rates: a :class:`~stochdyn.jumps.RateMatrix` or its matrix ``(*batch, S, S)`` in 1/time, rows summing to zero.
+        dt: times ``()`` or ``(n,)``, not negative, infinity not included.
+
+    Returns:
+        ``(S, S)``, ``(n, S, S)``, or with a batch of generators ``(*n, *batch, S, S)``. Differentiable in rates and times; the
+        derivative in the matrix's entries takes them as independent.
+
+    Raises:
+        InvalidInputError: for a matrix that isn't a generator, or a negative time.
+
+    Example:
+        >>> transition(torch.tensor([[-0.7, 0.7], [1.9, -1.9]]), 0.8)
+        tensor([[0.7644, 0.2356],
+                [0.6395, 0.3605]])
+
+    Reference:
+        Jensen, "Markoff chains as an aid in the study of Markoff processes", 1953.
+    """
+    from stochdyn.jumps.generator import as_rates
+
+    q = as_rates(rates)
+    time = as_tensor(dt, "dt", (0, 1), "() or (n,)", like=q)
+    check_same_device(rates=q, dt=time)
+    if bool((time < 0).any()):
+        raise InvalidInputError("dt must not be negative", got=f"minimum {float(time.min()):g}")
+    out = _transition(q.double(), time.reshape(-1).double())
+    return out.reshape(*time.shape, *q.shape).to(q.dtype)
+
+
+def _transition(q: Tensor, dt: Tensor) -> Tensor:
+    """Return ``(n, *batch, S, S)`` for ``q (*batch, S, S)`` and ``dt (n,)`` in double precision."""
+    size = q.shape[-1]
+    eye = torch.eye(size, dtype=q.dtype, device=q.device)
+    # The result doesn't depend on λ, so it needs no derivative.
+    exit_rates = -q.detach().diagonal(dim1=-2, dim2=-1)
+    largest = exit_rates.amax(-1)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    b = eye + q / largest[..., None, None]
+    most = float(largest.max())
+    longest = min(_LONGEST, most * float(dt.detach().max())) if len(dt) else 0.0
+    # Poisson terms that are left out are below 1e-17; entries that need several jumps keep their own accuracy
+    terms = math.ceil(longest + 8.0 * math.sqrt(longest) + 12.0) + size
+    powers = [eye.expand_as(b)]
+    for _ in range(terms):
+        powers.append(powers[-1] @ b)
+    stack = torch.stack(powers)
+    halvings = torch.log2((dt.detach() * most / _LONGEST).clamp(min=1e-300)).ceil().clamp(min=0).long()
+    out, places = [], []
+    for count in halvings.unique().tolist():
+        chosen = (halvings == count).nonzero()[:, 0]
+        part = _series(stack, largest, dt[chosen] / 2.0**count)
+        for _ in range(count):
+            part = part @ part
+            # rows drift from one by rounding only; the factor is a constant for derivatives
+            part = part / part.detach().sum(-1, keepdim=True)
+        out.append(part)
+        places.append(chosen)
+    return torch.cat(out)[torch.cat(places).argsort()]
+
+
+def _series(stack: Tensor, rate: Tensor, dt: Tensor) -> Tensor:
+    """Return the Poisson mixture of powers ``stack (K + 1, *batch, S, S)`` at times ``dt (n,)``."""
+    x = dt.reshape(-1, *(1,) * rate.ndim) * rate
+    weights = [torch.exp(-x)]
+    for k in range(1, len(stack)):
+        weights.append(weights[-1] * x / k)
+    weight = torch.stack(weights, -1)
+    if rate.ndim == 0:  # one product of matrices for all times
+        return (weight @ stack.flatten(1)).reshape(-1, *stack.shape[1:])
+    return torch.einsum("n...k,k...ij->n...ij", weight, stack)
+
+
+def propagate(p: object, rates: object, dt: object) -> Tensor:
+    r"""Return the law :math:`pe^{Q\Delta}` after a time.
+
+    Args:
+        p: probabilities ``(*batch, S)``.
+        rates: as in :func:`transition`.
+        dt: times ``()`` or ``(n,)``.
+
+    Returns:
+        ``(*n, *batch, S)``.
+    """
+    matrix = transition(rates, dt)
+    start = as_tensor(p, "p", like=matrix)
+    if start.ndim < 1 or start.shape[-1] != matrix.shape[-1]:
+        raise ShapeError("p must hold one number per state", got=tuple(start.shape), expected=matrix.shape[-1])
+    return (start.to(matrix)[..., None, :] @ matrix)[..., 0, :]
+
+
+def poisson_terms(mean: float) -> int:
+    """Return how many Poisson terms around a mean leave out less than 1e-16."""
+    return math.ceil(mean + 9.0 * math.sqrt(mean) + 25.0)
