@@ -18,3 +18,6 @@ from .transition import transition as transition
 from .panel import PanelData as PanelData
 from .rates import RatePosterior as RatePosterior
 from .rates import fit_rates as fit_rates
+from .reactions import CountMarginal as CountMarginal
+from .reactions import ReactionNetwork as ReactionNetwork
+from .reactions import TruncatedNetwork as TruncatedNetwork

@@ -69,7 +69,10 @@ def other_generators(rates: Tensor, dt: float, branches: int = 2) -> list[Tensor
     """
     q = rates.detach().double().cpu().numpy()
     values, vectors = np.linalg.eig(q)
-    pairs = [(i, int(np.argmin(np.abs(values - values[i].conj())))) for i in np.flatnonzero(values.imag > 1e-12 * np.abs(values).max())]
+    pairs = [
+        (i, int(np.argmin(np.abs(values - values[i].conj()))))
+        for i in np.flatnonzero(values.imag > 1e-12 * np.abs(values).max())
+    ]
     if not pairs or np.linalg.cond(vectors) > 1e10:
         return []
     inverse = np.linalg.inv(vectors)
@@ -86,5 +89,7 @@ def other_generators(rates: Tensor, dt: float, branches: int = 2) -> list[Tensor
             continue
         off = other.real - np.diag(np.diag(other.real))
         if off.min() >= -_SMALL * np.abs(off).max() and np.abs(other.real - q).max() > 1e-8 * np.abs(q).max():
-            found.append(torch.as_tensor(np.where(off < 0, 0.0, off) - np.diag(np.where(off < 0, 0.0, off).sum(1))))
+            found.append(
+                torch.as_tensor(np.where(off < 0, 0.0, off) - np.diag(np.where(off < 0, 0.0, off).sum(1)))
+            )
     return found

@@ -16,6 +16,10 @@ from stochdyn.jumps.transition import _transition
 __all__ = ["Filtered", "prepare", "run_filter", "viterbi"]
 
 
+#: What numbers without a precision of their own become.
+_DOUBLE = torch.empty((), dtype=torch.float64)
+
+
 class Filtered(NamedTuple):
     """What the filter knows.
 
@@ -57,23 +61,29 @@ def prepare(times: object, y: object, observation: Observation, start_time: floa
         start_time: when the law starts.
     """
     check_type(observation, Observation, "observation")
-    value = as_tensor(y, "y", missing=True)
+    value = as_tensor(y, "y", missing=True, like=_DOUBLE)
     if value.ndim < 1 or not value.shape[-1]:
         raise ShapeError("y must hold times along its last axis", got=tuple(value.shape))
     value = value.double()
-    at = as_tensor(times, "times").double().to(value.device)
+    at = as_tensor(times, "times", like=_DOUBLE).double().to(value.device)
     if at.ndim not in (1, value.ndim) or at.shape[-1] != value.shape[-1]:
-        raise ShapeError("times must be (T,) or have the shape of y", got=tuple(at.shape), expected=tuple(value.shape))
+        raise ShapeError(
+            "times must be (T,) or have the shape of y", got=tuple(at.shape), expected=tuple(value.shape)
+        )
     if bool((at[..., 1:] < at[..., :-1]).any()):
         bad = tuple((at[..., 1:] < at[..., :-1]).nonzero()[0].tolist())
-        raise TimeGridError("times must not decrease within a series", got=f"times{list(bad[:-1])} at place {bad[-1] + 1}")
+        raise TimeGridError(
+            "times must not decrease within a series", got=f"times{list(bad[:-1])} at place {bad[-1] + 1}"
+        )
     if bool((at < start_time).any()):
         raise TimeGridError("times start before the law", got=float(at.min()), expected=f">= {start_time:g}")
     shape = value.shape[:-1]
     series = value.reshape(-1, value.shape[-1])
     log_b = observation.log_likelihood(series).movedim(-2, 0)
     entries = observation.entries(series).mT
-    return Prepared(at.reshape(-1, at.shape[-1]).expand(series.shape[0] if at.ndim > 1 else 1, -1), log_b, entries, shape)
+    return Prepared(
+        at.reshape(-1, at.shape[-1]).expand(series.shape[0] if at.ndim > 1 else 1, -1), log_b, entries, shape
+    )
 
 
 def transitions(q: Tensor, times: Tensor, start_time: float, entries: Tensor) -> Tensor:
@@ -117,7 +127,9 @@ class _LogEvidence(torch.autograd.Function):
         beta = torch.ones_like(alpha)
         for k in range(steps - 2, -1, -1):
             back = (matrices[k + 1] @ (b[k + 1] * beta[k + 1]).unsqueeze(-1)).squeeze(-1)
-            beta[k] = back / torch.where(scales[k + 1] > 0, scales[k + 1], torch.ones_like(scales[k + 1]))[:, None]
+            beta[k] = (
+                back / torch.where(scales[k + 1] > 0, scales[k + 1], torch.ones_like(scales[k + 1]))[:, None]
+            )
         ctx.save_for_backward(start, matrices, b, alpha, beta, scales)
         ctx.mark_non_differentiable(alpha, beta)
         return total, alpha, beta
@@ -127,7 +139,9 @@ class _LogEvidence(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         start, matrices, b, alpha, beta, scales = ctx.saved_tensors
         safe = torch.where(scales > 0, scales, torch.ones_like(scales))
-        weighted = b * beta / safe[..., None]  # the message that reaches each observation from its own and all later ones
+        weighted = (
+            b * beta / safe[..., None]
+        )  # the message that reaches each observation from its own and all later ones
         before = torch.cat([start.expand_as(alpha[:1]), alpha[:-1]])
         per_series = slope.expand(scales.shape[1])[None, :, None, None]
         inner = before[..., :, None] * weighted[..., None, :] * per_series
@@ -138,7 +152,9 @@ class _LogEvidence(torch.autograd.Function):
         return grad_start, grad_matrices, alpha * beta * slope[None, :, None]
 
 
-def run_filter(start: Tensor, q: Tensor, data: Prepared, start_time: float, *, named: bool = True) -> Filtered:
+def run_filter(
+    start: Tensor, q: Tensor, data: Prepared, start_time: float, *, named: bool = True
+) -> Filtered:
     """Run filter and smoother.
 
     Args:
@@ -181,5 +197,3 @@ def viterbi(start: Tensor, q: Tensor, data: Prepared, start_time: float) -> Tens
             here = back[k].gather(-1, here[:, None])[:, 0]
             path.append(here)
         return torch.stack(path[::-1], -1)
-
-

@@ -41,16 +41,19 @@ class RateMatrix(nn.Module):
         (tensor([0.7308, 0.2692]), tensor([0.3846]))
     """
 
-
     def __init__(self, rates: object, mask: object = None) -> None:
         super().__init__()
         value = as_tensor(rates.matrix if isinstance(rates, RateMatrix) else rates, "rates")
         if value.ndim < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] < 2:
-            raise ShapeError("rates must be square", got=tuple(value.shape), expected="(*batch, S, S) with S >= 2")
+            raise ShapeError(
+                "rates must be square", got=tuple(value.shape), expected="(*batch, S, S) with S >= 2"
+            )
         off = value - torch.diag_embed(value.diagonal(dim1=-2, dim2=-1))
         if bool((off < 0).any()):
             i = tuple((off < 0).nonzero()[0].tolist())
-            raise InvalidInputError("rates must not be negative", got=f"rates{list(i)}={float(off[i].detach()):g}")
+            raise InvalidInputError(
+                "rates must not be negative", got=f"rates{list(i)}={float(off[i].detach()):g}"
+            )
         diagonal = value.detach().diagonal(dim1=-2, dim2=-1)
         gap = (off.detach().sum(-1) + diagonal).abs()
         if bool(((diagonal != 0) & (gap > 1e-5 * off.detach().sum(-1))).any()):
@@ -62,7 +65,9 @@ class RateMatrix(nn.Module):
         if mask is not None:
             allowed = torch.as_tensor(np.asarray(mask)).to(value.device)
             if allowed.shape != value.shape[-2:] or allowed.dtype != torch.bool:
-                raise ShapeError("mask must hold True or False for every pair of states", got=tuple(allowed.shape))
+                raise ShapeError(
+                    "mask must hold True or False for every pair of states", got=tuple(allowed.shape)
+                )
             if bool(((off != 0) & ~allowed).any()):
                 raise InvalidInputError("there are rates outside the mask")
         matrix = off - torch.diag_embed(off.sum(-1))
@@ -160,9 +165,13 @@ class RateMatrix(nn.Module):
         q = self.matrix.double()
         # π Q = 0 with one equation replaced by Σ π = 1; rows are scaled so that slow states keep their digits
         scale = (-q.diagonal(dim1=-2, dim2=-1)).detach()
-        scale = torch.where(scale > 0, scale, scale.amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny))
+        scale = torch.where(
+            scale > 0, scale, scale.amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
+        )
         flux = (q / scale[..., None]).mT
-        system = torch.cat([flux[..., :-1, :], (1.0 / scale)[..., None, :] * scale.amin(-1)[..., None, None]], -2)
+        system = torch.cat(
+            [flux[..., :-1, :], (1.0 / scale)[..., None, :] * scale.amin(-1)[..., None, None]], -2
+        )
         right = torch.zeros(*q.shape[:-2], self.num_states, 1, dtype=q.dtype, device=q.device)
         right[..., -1, 0] = 1.0
         solved = torch.linalg.solve(system, right)[..., 0] / scale
@@ -190,11 +199,17 @@ class RateMatrix(nn.Module):
         reach = _can_reach(q.detach(), goal)
         safe = inner
         lost = ~reach[..., rest]
-        if bool(lost.any()):  # a state that may miss the target has no finite mean, nor have those that lead to it
+        if bool(
+            lost.any()
+        ):  # a state that may miss the target has no finite mean, nor have those that lead to it
             lost = lost | (_leads_to(q.detach(), ~reach, goal)[..., rest])
             eye = torch.eye(len(rest), dtype=q.dtype, device=q.device)
-            safe = torch.where(lost[..., :, None], -eye, inner * ~lost[..., None, :] + inner * eye * lost[..., :, None])
-        time = torch.linalg.solve(-safe, torch.ones(*self.batch_shape, len(rest), 1, dtype=q.dtype, device=q.device))[..., 0]
+            safe = torch.where(
+                lost[..., :, None], -eye, inner * ~lost[..., None, :] + inner * eye * lost[..., :, None]
+            )
+        time = torch.linalg.solve(
+            -safe, torch.ones(*self.batch_shape, len(rest), 1, dtype=q.dtype, device=q.device)
+        )[..., 0]
         out[..., rest] = torch.where(lost, torch.full_like(time, math.inf), time)
         return out.to(self.matrix.dtype)
 
@@ -279,7 +294,9 @@ class RateMatrix(nn.Module):
         chosen = [states] if isinstance(states, int) else list(states)
         for state in chosen:
             if isinstance(state, bool) or not isinstance(state, int) or not 0 <= state < self.num_states:
-                raise InvalidInputError(f"{name} isn't a state", got=repr(state), expected=f"0 to {self.num_states - 1}")
+                raise InvalidInputError(
+                    f"{name} isn't a state", got=repr(state), expected=f"0 to {self.num_states - 1}"
+                )
         if not chosen:
             raise InvalidInputError(f"{name} is empty")
         return chosen
@@ -370,5 +387,3 @@ class JumpGenerator(MasterEquation):
         """Return zero: the diagonal is made so that mass is conserved."""
         probe = self.rates.matrix if isinstance(self.rates, RateMatrix) else torch.zeros(())
         return torch.zeros((), dtype=probe.dtype, device=probe.device)
-
-

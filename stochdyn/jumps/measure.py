@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,9 @@ from stochdyn.jumps.record import JumpRecord
 from stochdyn.jumps.simulate import bridge_records, direct_records, thinned_records
 from stochdyn.jumps.transition import _transition
 
+#: Nodes of the quadrature of exit rates within a stay, and numbers that are held at once.
+_ORDER, _CHUNK = 8, 8_000_000
+
 __all__ = ["ConditionedJumps", "JumpLaw", "JumpMarginal", "JumpMeasure", "log_evidence"]
 
 
@@ -53,7 +57,11 @@ class JumpMarginal(Marginal):
         source = as_generator(generator, self.probs.device)
         flat = self.probs.detach().reshape(-1, self.probs.shape[-1])
         drawn = torch.multinomial(flat, max(1, math.prod(shape)), replacement=True, generator=source)
-        out = drawn.mT.reshape(*shape, *self.probs.shape[:-1]) if shape else drawn[:, 0].reshape(self.probs.shape[:-1])
+        out = (
+            drawn.mT.reshape(*shape, *self.probs.shape[:-1])
+            if shape
+            else drawn[:, 0].reshape(self.probs.shape[:-1])
+        )
         return out.to(self.probs.dtype).unsqueeze(-1)
 
     @property
@@ -90,16 +98,20 @@ class JumpLaw(PathMeasure):
         """
         check_real(horizon, "horizon")
         if not float(horizon) > self.start_time:
-            raise TimeGridError("horizon must lie after the start", got=float(horizon), expected=f"> {self.start_time:g}")
+            raise TimeGridError(
+                "horizon must lie after the start", got=float(horizon), expected=f"> {self.start_time:g}"
+            )
         ts = torch.tensor([self.start_time, float(horizon)], dtype=torch.float64)
         return self._records(ts, as_sample_shape(sample_shape), as_generator(generator))
 
     def sample(self, ts: object, sample_shape: SampleShape = (), generator: Generator = None) -> JumpRecord:  # type: ignore[override]
         """Draw paths, read at the times ``ts (T,)``; see :meth:`stochdyn.PathMeasure.sample`."""
-        grid = as_time_grid(ts, min_points=1)
+        grid = as_time_grid(ts, min_points=1, like=torch.empty((), dtype=torch.float64))
         shape, source = as_sample_shape(sample_shape), as_generator(generator)
         if float(grid[0]) < self.start_time:
-            raise TimeGridError("ts starts before the law", got=float(grid[0]), expected=f">= {self.start_time:g}")
+            raise TimeGridError(
+                "ts starts before the law", got=float(grid[0]), expected=f">= {self.start_time:g}"
+            )
         return self._records(grid, shape, source)
 
     def _records(self, ts: Tensor, shape: tuple[int, ...], source: torch.Generator | None) -> JumpRecord:
@@ -175,14 +187,18 @@ class JumpMeasure(JumpLaw):
         else:
             self.generator = rates if isinstance(rates, RateMatrix) else RateMatrix(rates)
             if self.generator.batch_shape:
-                raise ShapeError("one law at a time", got=f"rates of batch {tuple(self.generator.batch_shape)}")
+                raise ShapeError(
+                    "one law at a time", got=f"rates of batch {tuple(self.generator.batch_shape)}"
+                )
             if self.generator.num_states != len(start):
                 raise ShapeError(
                     "initial and rates have other states", got=f"{len(start)} and {self.generator.num_states}"
                 )
         self.num_states = len(start)
         if bool((start.detach() < 0).any()) or abs(float(start.detach().sum()) - 1) > 1e-5:
-            raise InvalidInputError("initial must be probabilities that sum to one", got=start.detach().tolist()[:8])
+            raise InvalidInputError(
+                "initial must be probabilities that sum to one", got=start.detach().tolist()[:8]
+            )
         self.register_buffer("initial", start / start.sum())
 
     def _matrix(self) -> Tensor:
@@ -203,7 +219,11 @@ class JumpMeasure(JumpLaw):
             return self._matrix().double().expand(len(t), -1, -1)
         value = self._function(t.double())
         if value.shape != (len(t), self.num_states, self.num_states):
-            raise ShapeError("rates(t) has the wrong shape", got=tuple(value.shape), expected=f"(n, {self.num_states}, {self.num_states})")
+            raise ShapeError(
+                "rates(t) has the wrong shape",
+                got=tuple(value.shape),
+                expected=f"(n, {self.num_states}, {self.num_states})",
+            )
         off = value.double() - torch.diag_embed(value.double().diagonal(dim1=-2, dim2=-1))
         return off - torch.diag_embed(off.sum(-1))
 
@@ -232,11 +252,15 @@ class JumpMeasure(JumpLaw):
     def _time(self, t: Tensor | float) -> Tensor:
         if isinstance(t, bool) or not isinstance(t, Tensor | float | int):
             raise InvalidInputError("t must be a time", got=repr(t)[:60])
-        time = t.double().reshape(()) if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
+        time = (
+            t.double().reshape(()) if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
+        )
         if not bool(torch.isfinite(time)):
             raise NonFiniteError("t must be finite", got=float(time))
         if float(time.detach()) < self.start_time:
-            raise TimeGridError("t lies before the law's start", got=float(time), expected=f">= {self.start_time:g}")
+            raise TimeGridError(
+                "t lies before the law's start", got=float(time), expected=f">= {self.start_time:g}"
+            )
         return time
 
     def forward(self) -> JumpGenerator:
@@ -250,11 +274,18 @@ class JumpMeasure(JumpLaw):
         first = torch.multinomial(self.initial.detach().double(), lanes, replacement=True, generator=source)
         end = float(ts[-1])
         if self._function is None:
-            times, states, count = direct_records(self._matrix().detach().double(), first, self.start_time, end, source)
+            times, states, count = direct_records(
+                self._matrix().detach().double(), first, self.start_time, end, source
+            )
         else:
             times, states, count = thinned_records(self._at, self.bound, first, self.start_time, end, source)
         return JumpRecord(
-            times.reshape(*shape, -1), states.reshape(*shape, -1), count.reshape(shape), ts, self.num_states, self
+            times.reshape(*shape, -1),
+            states.reshape(*shape, -1),
+            count.reshape(shape),
+            ts,
+            self.num_states,
+            self,
         )
 
     def log_prob(self, record: JumpRecord) -> Tensor:
@@ -267,28 +298,47 @@ class JumpMeasure(JumpLaw):
         if self._function is None:
             q = self._matrix().double()
             counts, dwell = record.counts.double(), record.dwell.double()
-            log_q = torch.where(counts > 0, q.log().nan_to_num(nan=-math.inf), torch.zeros_like(q))
+            log_q = torch.where(counts > 0, q.log().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), torch.zeros_like(q))
             jumps = torch.where(counts > 0, counts * log_q, torch.zeros_like(counts)).sum((-2, -1))
             return start + jumps + (dwell * q.diagonal()).sum(-1)
-        flat_t, flat_s = record.times.reshape(-1, record.times.shape[-1]).double(), record.states.reshape(-1, record.states.shape[-1])
-        out = []
-        for times, states, count in zip(flat_t, flat_s, record.num_jumps.reshape(-1).tolist(), strict=True):
-            at = times[:count]
-            total = torch.zeros((), dtype=torch.float64)
-            if count:
-                total = self._at(at)[torch.arange(count), states[:count], states[1 : count + 1]].log().sum()
-            edges = torch.cat([record.ts[:1].double(), at, record.ts[-1:].double()])
-            nodes, weights = _gauss(edges)
-            exits = self._at(nodes.reshape(-1)).diagonal(dim1=-2, dim2=-1).reshape(*nodes.shape, -1)
-            stay = exits.gather(-1, states[: count + 1, None, None].expand(-1, nodes.shape[1], 1))[..., 0]
-            out.append(total + (weights * stay).sum())
-        return start + torch.stack(out).reshape(record.shape)
+        lanes = record.num_jumps.reshape(-1)
+        times = record.times.reshape(len(lanes), -1).double()
+        states = record.states.reshape(len(lanes), -1)
+        per_lane = (states.shape[1] * _ORDER) * self.num_states**2
+        step = max(1, _CHUNK // per_lane)
+        out = [
+            self._along(times[i : i + step], states[i : i + step], lanes[i : i + step], record.ts)
+            for i in range(0, len(lanes), step)
+        ]
+        return start + torch.cat(out).reshape(record.shape)
+
+    def _along(self, times: Tensor, states: Tensor, count: Tensor, ts: Tensor) -> Tensor:
+        """Return log rates of the jumps less the integral of the exit rates, ``(L,)``, for rates that change."""
+        first, last = ts[0].double(), ts[-1].double()
+        real = torch.arange(times.shape[1]) < count[:, None]
+        at = torch.where(real, times, last)
+        rates = self._at(at.reshape(-1)).reshape(*at.shape, self.num_states, self.num_states)
+        rows = rates.gather(-2, states[:, :-1, None, None].expand(-1, -1, 1, self.num_states))[..., 0, :]
+        jumps = torch.where(real, rows.gather(-1, states[:, 1:, None])[..., 0], 1.0).log().sum(-1)
+        # Gauss-Legendre within every stay; padded stays have no length
+        edges = torch.cat([first.expand(len(at), 1), at, last.expand(len(at), 1)], -1)
+        x, w = (torch.as_tensor(part) for part in np.polynomial.legendre.leggauss(_ORDER))
+        half, middle = (
+            0.5 * (edges[:, 1:] - edges[:, :-1])[..., None],
+            0.5 * (edges[:, 1:] + edges[:, :-1])[..., None],
+        )
+        nodes = middle + half * x
+        exits = self._at(nodes.reshape(-1)).diagonal(dim1=-2, dim2=-1).reshape(*nodes.shape, -1)
+        stay = exits.gather(-1, states[..., None, None].expand(-1, -1, _ORDER, 1))[..., 0]
+        return jumps + (half * w * stay).sum((-2, -1))
 
     def _rate(self, record: JumpRecord, other: JumpLaw) -> Tensor:
         if self._function is not None or not isinstance(other, JumpMeasure) or other._function is not None:
             return super()._rate(record, other)
         start = self.initial.double().log() - other.initial.double().log()
-        return start[record.states[..., 0]] + (record.dwell.double() * divergence_rates(self._matrix(), other._matrix())).sum(-1)
+        return start[record.states[..., 0]] + (
+            record.dwell.double() * divergence_rates(self._matrix(), other._matrix())
+        ).sum(-1)
 
     def kl(self, other: JumpMeasure, horizon: float) -> Tensor:
         r"""Return the exact divergence of the laws of whole paths up to ``horizon``.
@@ -349,9 +399,11 @@ class ConditionedJumps(JumpLaw):
         if len(data.shape):
             raise ShapeError("one series at a time", got=f"y of shape {(*data.shape, data.log_b.shape[0])}")
         if observation.num_states != law.num_states:
-            raise ShapeError("the observation has other states", got=observation.num_states, expected=law.num_states)
+            raise ShapeError(
+                "the observation has other states", got=observation.num_states, expected=law.num_states
+            )
         self.data: Prepared = data
-        self._y = as_tensor(y, "y", missing=True).double()
+        self._y = as_tensor(y, "y", missing=True, like=self.data.times).double()
 
     def _filtered(self) -> Filtered:
         return run_filter(self.prior.initial, self.prior._matrix(), self.data, self.start_time)
@@ -430,7 +482,12 @@ class ConditionedJumps(JumpLaw):
             source,
         )
         return JumpRecord(
-            times.reshape(*shape, -1), states.reshape(*shape, -1), count.reshape(shape), ts, self.num_states, self
+            times.reshape(*shape, -1),
+            states.reshape(*shape, -1),
+            count.reshape(shape),
+            ts,
+            self.num_states,
+            self,
         )
 
     def _log_density(self, record: JumpRecord) -> Tensor:
@@ -438,7 +495,9 @@ class ConditionedJumps(JumpLaw):
         at = self.data.times[0]
         if float(at[-1]) > float(record.ts[-1]):
             raise TimeGridError(
-                "the record ends before the last observation", got=float(record.ts[-1]), expected=f">= {float(at[-1]):g}"
+                "the record ends before the last observation",
+                got=float(record.ts[-1]),
+                expected=f">= {float(at[-1]):g}",
             )
         if bool((self.data.entries >= 0).any()):
             raise UnavailableError("densities given exact times of entry aren't known")
@@ -472,7 +531,9 @@ def log_evidence(law: JumpMeasure, times: object, y: object, observation: Observ
     check_type(law, JumpMeasure, "law")
     data = prepare(times, y, observation, law.start_time)
     if observation.num_states != law.num_states:
-        raise ShapeError("the observation has other states", got=observation.num_states, expected=law.num_states)
+        raise ShapeError(
+            "the observation has other states", got=observation.num_states, expected=law.num_states
+        )
     total = run_filter(law.initial, law._matrix(), data, law.start_time).log_evidence
     return total.reshape(data.shape).to(law.initial.dtype)
 
@@ -485,7 +546,9 @@ def expected_statistics(
     q = law._matrix().detach().double().clone().requires_grad_()
     if end > float(data.times[0, -1]):  # nothing is observed there, but time passes
         late = torch.cat([data.times[0], torch.tensor([end], dtype=torch.float64)])
-        data = prepare(late, torch.cat([y, torch.tensor([math.nan], dtype=torch.float64)]), observation, law.start_time)
+        data = prepare(
+            late, torch.cat([y, torch.tensor([math.nan], dtype=torch.float64)]), observation, law.start_time
+        )
     with torch.enable_grad():
         total = run_filter(law.initial, q, data, law.start_time).log_evidence.sum()
         slope = torch.autograd.grad(total, q)[0]
@@ -516,16 +579,3 @@ def occupation(q: Tensor, span: float) -> Tensor:
         total = total + total @ _transition(q, q.new_tensor([step]))[0]
         step *= 2
     return total
-
-
-def _gauss(edges: Tensor, order: int = 8) -> tuple[Tensor, Tensor]:
-    """Return Gauss-Legendre nodes and weights ``(n, order)`` on the intervals between edges."""
-    import numpy as np
-
-    x, w = np.polynomial.legendre.leggauss(order)
-    x, w = torch.as_tensor(x), torch.as_tensor(w)
-    half = 0.5 * (edges[1:] - edges[:-1])[:, None]
-    middle = 0.5 * (edges[1:] + edges[:-1])[:, None]
-    return middle + half * x, half * w
-
-

@@ -107,7 +107,9 @@ class GaussianLevels(Observation):
         width = as_tensor(scale, "scale", (0, 1), "a number or (S,)", like=level)
         check_positive(width.detach(), "scale")
         if width.ndim and width.shape != level.shape:
-            raise ShapeError("scale must be one number per state", got=tuple(width.shape), expected=tuple(level.shape))
+            raise ShapeError(
+                "scale must be one number per state", got=tuple(width.shape), expected=tuple(level.shape)
+            )
         self.num_states = len(level)
         _keep(self, "levels", level)
         _keep(self, "scale", width)
@@ -117,7 +119,9 @@ class GaussianLevels(Observation):
         missing = torch.isnan(y)
         at = torch.where(missing, torch.zeros_like(y), y)[..., None]
         scale = self.scale.to(y.dtype)
-        seen = -0.5 * ((at - self.levels.to(y.dtype)) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)
+        seen = (
+            -0.5 * ((at - self.levels.to(y.dtype)) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)
+        )
         return torch.where(missing[..., None], torch.zeros_like(seen), seen)
 
 
@@ -177,9 +181,9 @@ class StateSets(Observation):
 
 
 class ExactEntry(Observation):
-    """Observations of which some states are entered at the very time of their observation, such as death.
+    r"""Observations of which some states are entered at the very time of their observation, such as death.
 
-    The factor is then :math:`\\sum_kP_{ik}(\\Delta)Q_{kd}`, a density in time, and not the probability to be found dead.
+    The factor is then :math:`\sum_kP_{ik}(\Delta)Q_{kd}`, a density in time, and not the probability to be found dead.
 
     Args:
         states: the states whose entry is seen exactly.
@@ -192,7 +196,9 @@ class ExactEntry(Observation):
         self.observation, self.num_states = observation, observation.num_states
         self.states = [int(s) for s in states]
         if not self.states or min(self.states) < 0 or max(self.states) >= self.num_states:
-            raise InvalidInputError("states must be states", got=list(states), expected=f"0 to {self.num_states - 1}")
+            raise InvalidInputError(
+                "states must be states", got=list(states), expected=f"0 to {self.num_states - 1}"
+            )
 
     def log_likelihood(self, y: Tensor) -> Tensor:
         """See :meth:`Observation.log_likelihood`: an entered state isn't misclassified."""

@@ -76,17 +76,24 @@ class PanelData:
         if not len(who):
             raise EmptyDataError("the panel has no rows")
         if any(label is None or label != label for label in labels.tolist()):
-            raise InvalidInputError("state must not be missing", hint="leave out visits at which nothing was seen")
+            raise InvalidInputError(
+                "state must not be missing", hint="leave out visits at which nothing was seen"
+            )
         self.labels: list[Any] = sorted(set(labels.tolist()))
         if len(self.labels) < 2:
             raise InvalidInputError("the panel knows a single state only", got=self.labels)
         code = {label: k for k, label in enumerate(self.labels)}
         unknown = [label for label in exact_entry if label not in code]
         if unknown:
-            raise InvalidInputError("exact_entry names states that never occur", got=unknown, expected=self.labels)
+            raise InvalidInputError(
+                "exact_entry names states that never occur", got=unknown, expected=self.labels
+            )
         self.exact_entry = [code[label] for label in exact_entry]
         self.covariate_names = list(covariates)
-        values = [as_tensor(_column(frame, c, "covariates"), c, 1, "one value per row").double().numpy() for c in covariates]
+        values = [
+            as_tensor(_column(frame, c, "covariates"), c, 1, "one value per row").double().numpy()
+            for c in covariates
+        ]
         x = np.stack(values, -1) if values else np.zeros((len(at), 0))
         states = np.array([code[label] for label in labels.tolist()])
         first: dict[Any, int] = {}

@@ -69,14 +69,19 @@ class RatePosterior:
 
     def report(self) -> str:
         """Return a table of the rates with intervals, and what the data hardly tell."""
-        low, middle, high = self.draws[:, : len(self.links)].exp().quantile(self.draws.new_tensor([0.025, 0.5, 0.975]), 0)
+        low, middle, high = (
+            self.draws[:, : len(self.links)].exp().quantile(self.draws.new_tensor([0.025, 0.5, 0.975]), 0)
+        )
         lines = [f"{'from':>12} {'to':>12} {'rate':>10} {'2.5 %':>10} {'97.5 %':>10}"]
         for k, (i, j) in enumerate(self.links.tolist()):
             note = "" if self.observed_gaps[k] else "   never seen between two visits: an upper limit at best"
             lines.append(
                 f"{self.labels[i]!s:>12} {self.labels[j]!s:>12} {float(middle[k]):10.4g} {float(low[k]):10.4g} {float(high[k]):10.4g}{note}"
             )
-        lines.append(f"log-likelihood {self.log_likelihood:.4f}, k-hat {self.khat:.2f}, {self.effective:.0f} effective draws" + (", moved by Metropolis steps" if self.moved else ""))
+        moved = ", moved by Metropolis steps" if self.moved else ""
+        lines.append(
+            f"log-likelihood {self.log_likelihood:.4f}, k-hat {self.khat:.2f}, {self.effective:.0f} effective draws{moved}"
+        )
         if self.expected_jumps > 1:
             lines.append(
                 f"A typical gap holds up to {self.expected_jumps:.1f} jumps: fast rates are known by their ratios only."
@@ -145,7 +150,11 @@ def fit_rates(
     idata = from_draws(
         {
             "log_rate": log_rates.numpy()[None],
-            **({"log_hazard_ratio": draws[:, problem.num_base :].numpy()[None]} if panel.covariate_names else {}),
+            **(
+                {"log_hazard_ratio": draws[:, problem.num_base :].numpy()[None]}
+                if panel.covariate_names
+                else {}
+            ),
         },
         coords={
             "link": [f"{panel.labels[i]}->{panel.labels[j]}" for i, j in problem.links.tolist()],
@@ -155,13 +164,17 @@ def fit_rates(
     )
     seen = panel.counts()[problem.links[:, 0], problem.links[:, 1]]
     typical = float(panel.gaps.dt.median()) * float((-off.diagonal()).max())
-    return RatePosterior(off, likelihood, panel.labels, problem.links, named, khat, effective, moved, idata, seen, typical)
+    return RatePosterior(
+        off, likelihood, panel.labels, problem.links, named, khat, effective, moved, idata, seen, typical
+    )
 
 
 class _Problem:
     """The likelihood of a panel as a function of log rates."""
 
-    def __init__(self, panel: PanelData, mask: Any, prior: tuple[float, float] | None, reversible: bool) -> None:
+    def __init__(
+        self, panel: PanelData, mask: Any, prior: tuple[float, float] | None, reversible: bool
+    ) -> None:
         self.panel, self.reversible, size = panel, reversible, panel.num_states
         allowed = ~torch.eye(size, dtype=torch.bool)
         if mask is None:
@@ -169,12 +182,16 @@ class _Problem:
         else:
             given = torch.as_tensor(np.asarray(mask))
             if given.shape != (size, size):
-                raise ShapeError("mask must hold True or False for every pair of states", got=tuple(given.shape))
+                raise ShapeError(
+                    "mask must hold True or False for every pair of states", got=tuple(given.shape)
+                )
             allowed = allowed & given.bool()
         if not bool(allowed.any()):
             raise InvalidInputError("the mask allows no jump")
         if reversible and not torch.equal(allowed, allowed.mT):
-            raise InvalidInputError("detailed balance needs a symmetric mask", hint="a jump and its reverse go together")
+            raise InvalidInputError(
+                "detailed balance needs a symmetric mask", hint="a jump and its reverse go together"
+            )
         self.links = allowed.nonzero()
         self.num_covariates = len(panel.covariate_names)
         if reversible:
@@ -184,7 +201,9 @@ class _Problem:
             self.num_base = len(self.links)
         self.num_parameters = self.num_base + self.num_covariates * len(self.links)
         self.effect_names = [
-            f"{c}: {panel.labels[i]}->{panel.labels[j]}" for c in panel.covariate_names for i, j in self.links.tolist()
+            f"{c}: {panel.labels[i]}->{panel.labels[j]}"
+            for c in panel.covariate_names
+            for i, j in self.links.tolist()
         ]
         crude = panel.crude_rates()
         overall = float(crude.sum() / max(1, int((crude > 0).sum()))) or 1.0 / float(panel.gaps.dt.median())
@@ -192,7 +211,9 @@ class _Problem:
             self.centre, self.width = math.log(overall), 3.0
         else:
             if not isinstance(prior, tuple | list) or len(prior) != 2:
-                raise InvalidInputError("prior must be the mean and the standard deviation of log rates", got=repr(prior)[:60])
+                raise InvalidInputError(
+                    "prior must be the mean and the standard deviation of log rates", got=repr(prior)[:60]
+                )
             check_real(prior[0], "prior[0]")
             check_real(prior[1], "prior[1]", above=0.0)
             self.centre, self.width = float(prior[0]), float(prior[1])
@@ -214,7 +235,12 @@ class _Problem:
         """Return where the search begins: the crude rates."""
         if not self.reversible:
             return torch.cat([self._crude, torch.zeros(self.num_parameters - self.num_base).double()])
-        return torch.cat([self._crude.mean().expand(len(self.pairs)), torch.zeros(self.num_parameters - len(self.pairs)).double()])
+        return torch.cat(
+            [
+                self._crude.mean().expand(len(self.pairs)),
+                torch.zeros(self.num_parameters - len(self.pairs)).double(),
+            ]
+        )
 
     def log_rates(self, theta: Tensor) -> Tensor:
         """Return log rates ``(B, r)`` of the links at covariates of zero."""
@@ -274,14 +300,18 @@ class _Problem:
     def maximise(self, start: Tensor, with_prior: bool) -> Tensor:
         """Return the maximum by L-BFGS, from a start."""
 
+        total = float(self.count.sum())
+
         def cost(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            theta = torch.as_tensor(flat).requires_grad_()
+            theta = torch.tensor(flat).requires_grad_()
             value = self.log_likelihood(theta[None])[0]
             if with_prior:
                 value = value + self.log_prior(theta[None])[0]
             if not bool(torch.isfinite(value)):
                 return 1e25, np.zeros_like(flat)
-            return -float(value.detach()), -torch.autograd.grad(value, theta)[0].numpy()
+            slope = torch.autograd.grad(value, theta)[0]
+            # per transition, so that the first step is of order one
+            return -float(value.detach()) / total, -slope.numpy() / total
 
         if not bool(torch.isfinite(self.log_likelihood(start[None])).all()):
             with torch.no_grad():
@@ -295,7 +325,12 @@ class _Problem:
             )
         bounds = [(v - 12.0, v + 12.0) for v in start.tolist()]
         found = minimize(
-            cost, start.numpy(), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 500, "ftol": 1e-14, "gtol": 1e-7}
+            cost,
+            start.numpy(),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxiter": 500, "ftol": 1e-15, "gtol": 1e-9},
         )
         return torch.as_tensor(found.x)
 
@@ -325,12 +360,16 @@ class _Problem:
         sides = []
         for sign in (-1.0, 1.0):
             theta = mode + sign * steps[:, None, None] * spread.mT
-            value = self.log_likelihood(theta.reshape(-1, len(mode))) + self.log_prior(theta.reshape(-1, len(mode)))
+            value = self.log_likelihood(theta.reshape(-1, len(mode))) + self.log_prior(
+                theta.reshape(-1, len(mode))
+            )
             drop = (peak - value).reshape(len(steps), -1).clamp(min=1e-3)
             sides.append((steps[:, None] / (2.0 * drop).sqrt()).amax(0).clamp(1.0, 5.0))
         return sides[0], sides[1]
 
-    def posterior(self, mode: Tensor, num_draws: int, source: torch.Generator) -> tuple[Tensor, float, float, bool]:
+    def posterior(
+        self, mode: Tensor, num_draws: int, source: torch.Generator
+    ) -> tuple[Tensor, float, float, bool]:
         """Return draws, the k-hat of their weights, their effective number, and whether they had to be moved."""
         values, vectors = torch.linalg.eigh(self._curvature(mode))
         spread = vectors / values.clamp(min=1.0 / (4 * self.width) ** 2).sqrt()
@@ -347,7 +386,9 @@ class _Problem:
             stretched = torch.where(z < 0, z * below, z * above)
             theta = mode + stretched @ spread.mT
             width = torch.where(z < 0, below, above)
-            log_proposal = -0.5 * (_TAILS + p) * torch.log1p(z.square().sum(-1) / _TAILS) - width.log().sum(-1)
+            log_proposal = -0.5 * (_TAILS + p) * torch.log1p(z.square().sum(-1) / _TAILS) - width.log().sum(
+                -1
+            )
             log_target = self.log_likelihood(theta) + self.log_prior(theta)
         smoothed = pareto_smooth(log_target - log_proposal)
         weights = (smoothed.log_weights - smoothed.log_weights.logsumexp(0)).exp()
@@ -370,5 +411,3 @@ class _Problem:
             accept = torch.rand(len(theta), dtype=torch.float64, generator=source).log() < other - value
             theta, value = torch.where(accept[:, None], proposed, theta), torch.where(accept, other, value)
         return theta
-
-

@@ -94,8 +94,12 @@ class JumpRecord:
         grid = as_tensor(ts, "ts", (0, 1), "(T,)", like=self.times).double()
         flat = grid.reshape(-1)
         if bool((flat < self.ts[0]).any()) or bool((flat > self.ts[-1]).any()):
-            raise TimeGridError("ts leaves the record", expected=f"[{float(self.ts[0]):g}, {float(self.ts[-1]):g}]")
-        index = torch.searchsorted(self.times.contiguous(), flat.expand(*self.shape, -1).contiguous().to(self.times), right=True)
+            raise TimeGridError(
+                "ts leaves the record", expected=f"[{float(self.ts[0]):g}, {float(self.ts[-1]):g}]"
+            )
+        index = torch.searchsorted(
+            self.times.contiguous(), flat.expand(*self.shape, -1).contiguous().to(self.times), right=True
+        )
         return self.states.gather(-1, index).reshape(*self.shape, *grid.shape)
 
     def _stays(self) -> Tensor:

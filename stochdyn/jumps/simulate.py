@@ -37,11 +37,13 @@ def direct_records(
     Returns:
         Times ``(L, N)`` padded with infinity, states ``(L, N + 1)``, numbers of jumps ``(L,)``.
     """
-    exits = -q.diagonal()
+    exits = q.diagonal().abs()  # not minus, whose zero has a sign
     jump = q.clone()
     jump.fill_diagonal_(0.0)
     total = jump.sum(-1, keepdim=True)
-    cumulative = torch.where(total > 0, jump / torch.where(total > 0, total, 1.0), torch.zeros_like(jump)).cumsum(-1)
+    cumulative = torch.where(
+        total > 0, jump / torch.where(total > 0, total, 1.0), torch.zeros_like(jump)
+    ).cumsum(-1)
     # rounding must not leave the last possible jump short of one, nor reach an impossible one
     last = (jump > 0).to(torch.int8).flip(-1).argmax(-1)
     cumulative.scatter_(-1, (q.shape[-1] - 1 - last)[:, None], 1.0)
@@ -98,7 +100,9 @@ def thinned_records(
         exits = row.sum(-1)
         if bool((exits > bound * (1 + 1e-9)).any()):
             raise InvalidInputError(
-                "an exit rate exceeds the bound of thinning", got=float(exits.max()), expected=f"at most {bound:g}"
+                "an exit rate exceeds the bound of thinning",
+                got=float(exits.max()),
+                expected=f"at most {bound:g}",
             )
         level = _uniform(len(active), source) * bound
         accepted = level < exits
@@ -200,7 +204,9 @@ def _bridges(
         powers.append(powers[-1] @ step)
     stack = torch.stack(powers)
     k = torch.arange(terms + 1, dtype=torch.float64)
-    log_poisson = k * math.log(mean) - mean - torch.lgamma(k + 1) if mean > 0 else torch.where(k == 0, 0.0, -math.inf)
+    log_poisson = (
+        k * math.log(mean) - mean - torch.lgamma(k + 1) if mean > 0 else torch.where(k == 0, 0.0, -math.inf)
+    )
     weight = log_poisson.exp() * stack[:, a, b].mT
     count = torch.multinomial(weight, 1, generator=source)[:, 0]
     most = int(count.max()) if lanes else 0
@@ -213,7 +219,9 @@ def _bridges(
     for n in range(most):
         left = (count - n - 1).clamp(min=0)
         weight = step[state] * stack[left, :, b]
-        new = torch.multinomial(torch.where(real[:, n : n + 1], weight, torch.ones_like(weight)), 1, generator=source)[:, 0]
+        new = torch.multinomial(
+            torch.where(real[:, n : n + 1], weight, torch.ones_like(weight)), 1, generator=source
+        )[:, 0]
         state = torch.where(real[:, n], new, state)
         states.append(state)
     return times, torch.stack(states, -1)
@@ -233,7 +241,9 @@ def _real_jumps(times: Tensor, states: Tensor, first: Tensor, end: float) -> tup
     count = keep.sum(-1)
     most = int(count.max())
     place = torch.where(keep, keep.cumsum(-1) - 1, torch.full((), most))
-    out_t = torch.full((lanes, most + 1), math.inf, dtype=torch.float64).scatter(1, place, torch.where(keep, times, math.inf))
+    out_t = torch.full((lanes, most + 1), math.inf, dtype=torch.float64).scatter(
+        1, place, torch.where(keep, times, math.inf)
+    )
     out_s = torch.zeros(lanes, most + 1, dtype=torch.long).scatter(1, place, carried)
     whole = torch.cat([first[:, None], out_s[:, :most]], 1)
     index = torch.arange(most + 1).expand_as(whole).minimum(count[:, None])

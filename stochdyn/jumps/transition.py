@@ -113,7 +113,9 @@ def propagate(p: object, rates: object, dt: object) -> Tensor:
     matrix = transition(rates, dt)
     start = as_tensor(p, "p", like=matrix)
     if start.ndim < 1 or start.shape[-1] != matrix.shape[-1]:
-        raise ShapeError("p must hold one number per state", got=tuple(start.shape), expected=matrix.shape[-1])
+        raise ShapeError(
+            "p must hold one number per state", got=tuple(start.shape), expected=matrix.shape[-1]
+        )
     return (start.to(matrix)[..., None, :] @ matrix)[..., 0, :]
 
 
