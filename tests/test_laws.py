@@ -118,6 +118,33 @@ CASES: dict[str, Case] = {
     ),
 }
 
+RATES = torch.tensor([[0, 1.0, 0.3], [0.4, 0, 2.0], [0.8, 0.5, 0]], dtype=F64)
+
+
+def jumps(speed: float = 1.0) -> sd.jumps.JumpMeasure:
+    return sd.jumps.JumpMeasure(torch.tensor([0.5, 0.3, 0.2], dtype=F64), speed * RATES)
+
+
+def seen_jumps() -> PathMeasure:
+    levels = sd.jumps.GaussianLevels(torch.tensor([0.0, 1.0, 2.0], dtype=F64), 0.5)
+    return jumps().conditioned([0.2, 0.5, 0.9], [0.1, 0.6, 1.8], levels)
+
+
+CASES |= {
+    "JumpMeasure": Case(jumps, other=lambda: jumps(1.5), outside=-0.1, bias=0.0),
+    "JumpMeasure of changing rates": Case(
+        lambda: sd.jumps.JumpMeasure(
+            torch.tensor([0.5, 0.3, 0.2], dtype=F64), lambda t: RATES * (1 + t)[:, None, None], bound=6.0
+        ),
+        other=jumps,
+        outside=-0.1,
+        bias=0.001,
+    ),
+    "ConditionedJumps": Case(seen_jumps, other=jumps, outside=-0.1, bias=0.0),
+    "ReactionNetwork": Case(
+        lambda: sd.jumps.ReactionNetwork(["0 -> A", "A -> 0"], [3.0, 0.5], {"A": 7}), outside=-0.1, bias=0.01
+    ),
+}
 CASES |= {f"{name} bridge": Case(partial(solved, name), outside=1.5, bias=0.03) for name in NAMES}
 
 

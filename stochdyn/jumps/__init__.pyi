@@ -13,11 +13,12 @@ from .observations import Observation as Observation
 from .observations import PoissonLevels as PoissonLevels
 from .observations import StateSets as StateSets
 from .record import JumpRecord as JumpRecord
-from .transition import propagate as propagate
-from .transition import transition as transition
+from .uniformisation import propagate as propagate
+from .uniformisation import transition as transition
 from .panel import PanelData as PanelData
 from .rates import RatePosterior as RatePosterior
 from .rates import fit_rates as fit_rates
 from .reactions import CountMarginal as CountMarginal
 from .reactions import ReactionNetwork as ReactionNetwork
 from .reactions import TruncatedNetwork as TruncatedNetwork
+from .pyro_sites import HiddenJumps as HiddenJumps

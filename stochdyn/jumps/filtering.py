@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from stochdyn._checks import as_tensor, check_type
 from stochdyn.errors import ShapeError, TimeGridError, ZeroProbabilityError
 from stochdyn.jumps.observations import Observation
-from stochdyn.jumps.transition import _transition
+from stochdyn.jumps.uniformisation import _transition
 
 __all__ = ["Filtered", "prepare", "run_filter", "viterbi"]
 

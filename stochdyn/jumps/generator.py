@@ -258,7 +258,7 @@ class RateMatrix(nn.Module):
             dt: times ``()`` or ``(n,)``.
             g: ``(S,)``; f if None.
         """
-        from stochdyn.jumps.transition import transition
+        from stochdyn.jumps.uniformisation import transition
 
         a = as_tensor(f, "f", 1, "(S,)", like=self.matrix).to(self.matrix)
         b = a if g is None else as_tensor(g, "g", 1, "(S,)", like=self.matrix).to(self.matrix)

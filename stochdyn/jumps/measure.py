@@ -30,7 +30,7 @@ from stochdyn.jumps.generator import JumpGenerator, RateMatrix
 from stochdyn.jumps.observations import Observation
 from stochdyn.jumps.record import JumpRecord
 from stochdyn.jumps.simulate import bridge_records, direct_records, thinned_records
-from stochdyn.jumps.transition import _transition
+from stochdyn.jumps.uniformisation import _transition
 
 #: Nodes of the quadrature of exit rates within a stay, and numbers that are held at once.
 _ORDER, _CHUNK = 8, 8_000_000
@@ -298,7 +298,11 @@ class JumpMeasure(JumpLaw):
         if self._function is None:
             q = self._matrix().double()
             counts, dwell = record.counts.double(), record.dwell.double()
-            log_q = torch.where(counts > 0, q.log().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), torch.zeros_like(q))
+            log_q = torch.where(
+                counts > 0,
+                q.log().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf),
+                torch.zeros_like(q),
+            )
             jumps = torch.where(counts > 0, counts * log_q, torch.zeros_like(counts)).sum((-2, -1))
             return start + jumps + (dwell * q.diagonal()).sum(-1)
         lanes = record.num_jumps.reshape(-1)

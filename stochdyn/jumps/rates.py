@@ -17,7 +17,7 @@ from stochdyn.diagnostics.container import from_draws
 from stochdyn.diagnostics.psis import pareto_smooth
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, ZeroProbabilityError
 from stochdyn.jumps.panel import PanelData
-from stochdyn.jumps.transition import _transition
+from stochdyn.jumps.uniformisation import _transition
 
 __all__ = ["RatePosterior", "fit_rates"]
 
@@ -299,7 +299,6 @@ class _Problem:
 
     def maximise(self, start: Tensor, with_prior: bool) -> Tensor:
         """Return the maximum by L-BFGS, from a start."""
-
         total = float(self.count.sum())
 
         def cost(flat: np.ndarray) -> tuple[float, np.ndarray]:

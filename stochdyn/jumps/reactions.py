@@ -28,7 +28,7 @@ from stochdyn.core.law.path import PathSample
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, SystemSizeError, TimeGridError
-from stochdyn.jumps.transition import poisson_terms
+from stochdyn.jumps.uniformisation import poisson_terms
 
 __all__ = ["CountMarginal", "ReactionNetwork", "TruncatedNetwork"]
 

@@ -60,8 +60,13 @@ class JumpRecord:
             TimeGridError: for times that don't increase or lie outside the record.
         """
         check_positive_int(num_states, "num_states", 2)
-        span = as_time_grid([start_time, horizon], "the record's ends").double()
-        at = as_tensor(times, "times", 1, "(N,)").double() if not _empty(times) else torch.zeros(0).double()
+        double = torch.empty((), dtype=torch.float64)
+        span = as_time_grid([start_time, horizon], "the record's ends", like=double).double()
+        at = (
+            as_tensor(times, "times", 1, "(N,)", like=double).double()
+            if not _empty(times)
+            else torch.zeros(0).double()
+        )
         where = as_tensor(states, "states", 1, "(N + 1,)")
         if len(where) != len(at) + 1:
             raise ShapeError("there must be one state more than jumps", got=f"{len(where)} and {len(at)}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stochdyn.errors import InvalidInputError
 from stochdyn.jumps.filtering import Prepared, run_filter, transitions
-from stochdyn.jumps.transition import _transition, poisson_terms
+from stochdyn.jumps.uniformisation import _transition, poisson_terms
 
 __all__ = ["bridge_records", "direct_records", "thinned_records"]
 

@@ -416,3 +416,35 @@ def test_bad_input() -> None:
     assert torch.isfinite(
         transition(torch.tensor(CYCLE).float() - torch.diag(torch.tensor(CYCLE).sum(1)), 3e5)
     ).all()
+
+
+def test_rates_of_hidden_jumps_are_learnt_by_stock_svi() -> None:
+    import pyro
+    import pyro.distributions as dist
+    from pyro.infer import SVI, Trace_ELBO
+    from pyro.infer.autoguide import AutoNormal
+
+    from stochdyn.jumps import HiddenJumps
+
+    times = torch.linspace(0, 12, 60, dtype=D)
+    seen = GaussianLevels(tensor([0.0, 1.0]), 0.3)
+
+    def law(rate: torch.Tensor) -> JumpMeasure:
+        zero = torch.zeros_like(rate)
+        return JumpMeasure(
+            tensor([0.5, 0.5]), torch.stack([torch.stack([zero, rate]), torch.stack([2 * rate, zero])])
+        )
+
+    def model(y: torch.Tensor) -> None:
+        rate = pyro.sample("rate", dist.LogNormal(tensor(0.0), tensor(1.0)))
+        with pyro.plate("series", len(y)):
+            pyro.sample("y", HiddenJumps(law(rate), times, seen), obs=y)
+
+    pyro.set_rng_seed(0)
+    y = HiddenJumps(law(tensor(0.6)), times, seen).sample((20,))
+    y[0, 3] = math.nan
+    guide = AutoNormal(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(80):
+        svi.step(y)
+    assert float(guide.median(y)["rate"]) == pytest.approx(0.6, rel=0.25)
