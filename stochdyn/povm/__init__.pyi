@@ -4,7 +4,6 @@ from . import systems as systems
 from . import trajectories as trajectories
 from .ansatz.autoregressive import AutoregressiveAnsatz as AutoregressiveAnsatz
 from .ansatz.base import Ansatz as Ansatz
-from .ansatz.gru import AutoregressiveGRU as AutoregressiveGRU
 from .ansatz.interactions import AutoregressiveInteractions as AutoregressiveInteractions
 from .ansatz.strings import Strings as Strings
 from .ansatz.table import FullTable as FullTable

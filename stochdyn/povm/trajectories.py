@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_bool, check_positive_int
+from stochdyn._checks import as_generator, check_bool
 from stochdyn.core.law.path import Estimate
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
@@ -21,6 +21,7 @@ from stochdyn.povm.frames.embedding import full_operator
 from stochdyn.povm.frames.lattice_observables import Observable
 from stochdyn.povm.frames.operators import as_state
 from stochdyn.povm.frames.products import is_listing, site_states
+from stochdyn.povm.frames.sizes import check_size
 from stochdyn.povm.lindblad.coefficients import Coefficient, coefficient_value
 from stochdyn.povm.lindblad.lindbladian import check_rate
 from stochdyn.povm.master.arguments import as_times, check_model, read_observables
@@ -188,7 +189,7 @@ def evolve(
     """
     check_model(model)
     grid = as_times(ts)
-    check_positive_int(num_trajectories, "num_trajectories", 2)
+    check_size(num_trajectories, "num_trajectories", 1 << 24, 2)
     check_bool(progress, "progress")
     source = as_generator(generator)
     check_bound(model)

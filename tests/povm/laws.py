@@ -8,7 +8,6 @@ from scipy import stats
 from stochdyn.core import encode
 from stochdyn.povm import (
     Ansatz,
-    AutoregressiveGRU,
     AutoregressiveInteractions,
     AutoregressiveTransformer,
     AutoregressiveWindow,
@@ -43,11 +42,6 @@ def stirred(net: Ansatz, scale: float = 0.7, seed: int = 3) -> Ansatz:
 def transformer(depth: int, strings: Strings | str | None = None, sites: int = 4) -> Ansatz:
     torch.manual_seed(depth)
     return stirred(AutoregressiveTransformer(sites, layers=depth, width=8, heads=2, strings=strings))
-
-
-def gru(depth: int, strings: Strings | str | None = None, sites: int = 4) -> Ansatz:
-    torch.manual_seed(depth)
-    return stirred(AutoregressiveGRU(sites, layers=depth, width=6, strings=strings))
 
 
 def window(order: int, strings: Strings | str | None = None, sites: int = 4) -> Ansatz:

@@ -7,7 +7,7 @@ import torch
 
 from stochdyn.povm import Ansatz, FullTable
 from stochdyn.testing import AnsatzSuite
-from tests.povm.laws import STRINGS, gru, interactions, table, transformer, window
+from tests.povm.laws import STRINGS, interactions, table, transformer, window
 
 
 class TestTransformer(AnsatzSuite):
@@ -22,13 +22,6 @@ class TestSymmetricTransformer(AnsatzSuite):
 
     def make(self) -> Ansatz:
         return transformer(1, STRINGS["everything"])
-
-
-class TestGRU(AnsatzSuite):
-    """Snakes, which are no group."""
-
-    def make(self) -> Ansatz:
-        return gru(2, STRINGS["snakes"])
 
 
 class TestWindow(AnsatzSuite):
@@ -62,8 +55,8 @@ class PlainTable(Ansatz):
     def log_prob(self, a):
         return self.inner.log_prob(a)
 
-    def sample(self, n, generator=None, *, stratified=False):
-        return self.inner.sample(n, generator, stratified=stratified)
+    def draw(self, n, generator, stratified):
+        return self.inner.draw(n, generator, stratified)
 
     def set_site_probabilities(self, p):
         self.inner.set_site_probabilities(p)
@@ -82,8 +75,8 @@ class Unnormalised(FullTable):
 
 
 class Biased(FullTable):
-    def sample(self, n, generator=None, *, stratified=False):
-        a, _ = super().sample(n, generator)
+    def draw(self, n, generator, stratified):
+        a, _ = super().draw(n, generator, stratified)
         a = (a + (torch.arange(n) % 8 == 0)[:, None]) % 4
         return a, self.log_prob(a).detach()
 

@@ -178,7 +178,6 @@ def test_float32_and_other_ansatzes_evolve_too() -> None:
     model = ising(3)
     for made in (
         net(3).float(),
-        sd.povm.AutoregressiveGRU(3, width=8).double().set_product_state(POVM, "up"),
         sd.povm.FullTable(3).double().set_product_state(POVM, "up"),
     ):
         run = evolve(made, model, POVM, [0.0, 0.3], num_samples=None, progress=False)

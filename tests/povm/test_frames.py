@@ -207,7 +207,7 @@ def test_operators_by_name() -> None:
     ("state", "message"),
     [
         ("sideways", "unknown state"),
-        ([0.0, 0.0], "zero vector"),
+        ([0.0, 0.0], "no direction"),
         ([[1.0, 1.0], [0.0, 0.0]], "Hermitian"),
         ([[1.0, 0.0], [0.0, 1.0]], "trace one"),
         ([[1.5, 0.0], [0.0, -0.5]], "positive"),

@@ -1,6 +1,5 @@
 from .autoregressive import AutoregressiveAnsatz as AutoregressiveAnsatz
 from .base import Ansatz as Ansatz
-from .gru import AutoregressiveGRU as AutoregressiveGRU
 from .interactions import AutoregressiveInteractions as AutoregressiveInteractions
 from .invariance import irreducible_terms as irreducible_terms
 from .invariance import is_invariant as is_invariant

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import check_positive_int, check_type
 from stochdyn.core.forward.outcomes import encode
 from stochdyn.errors import ShapeError
 from stochdyn.povm.ansatz.base import Ansatz, as_strings
@@ -57,10 +57,8 @@ class AutoregressiveAnsatz(Ansatz):
         shape: Sequence[int] | None = None,
         memory: int = 1 << 27,
     ) -> None:
-        check_positive_int(num_sites, "num_sites")
-        check_positive_int(num_outcomes, "num_outcomes", 2)
-        check_positive_int(memory, "memory", 1 << 16)
         super().__init__(num_sites, num_outcomes)
+        check_positive_int(memory, "memory", 1 << 16)
         self.memory = memory
         self.strings = as_strings(strings, num_sites, shape)
         if self.strings.relabellings is not None and self.strings.relabellings.shape[1] != num_outcomes:
@@ -105,6 +103,7 @@ class AutoregressiveAnsatz(Ansatz):
 
     def set_site_probabilities(self, p: Tensor) -> None:
         """See :meth:`Ansatz.set_site_probabilities`: the reference takes the state, all logits become zero."""
+        check_type(p, Tensor, "p")
         if p.shape != self.reference.shape:
             raise ShapeError(
                 "probabilities must be (N, K)", got=tuple(p.shape), expected=tuple(self.reference.shape)
@@ -220,16 +219,8 @@ class AutoregressiveAnsatz(Ansatz):
                 found.append(tape.scores((value * c.to(value.dtype)).sum(1), named))
         return torch.cat(found)
 
-    @torch.no_grad()
-    def sample(
-        self, n: int, generator: torch.Generator | None = None, *, stratified: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """See :meth:`Ansatz.sample`. Costs one step a site for all draws, with keys and values of earlier sites kept.
-
-        Raises:
-            InvalidInputError: if ``n`` isn't a positive integer.
-        """
-        check_positive_int(n, "n")
+    def draw(self, n: int, generator: torch.Generator | None, stratified: bool) -> tuple[Tensor, Tensor]:
+        """See :meth:`Ansatz.draw`. Costs one step for each site, for all draws, with keys and values of earlier sites kept."""
         kind = {"dtype": torch.float64, "device": self.device}
         u = torch.rand(n, generator=generator, **kind)  # type: ignore[call-overload]
         if stratified:

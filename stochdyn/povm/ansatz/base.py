@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stochdyn._checks import as_generator, as_sample_shape, check_bool, check_type
 from stochdyn._transforms import maps_are_active
 from stochdyn.core.forward.outcomes import all_configurations
 from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
 from stochdyn.povm.ansatz.strings import Strings
+from stochdyn.povm.frames.frame import Frame
+from stochdyn.povm.frames.products import site_states
+from stochdyn.povm.frames.site_frames import SiteFrames
+from stochdyn.povm.frames.sizes import check_size
 
 if TYPE_CHECKING:
     from stochdyn.povm.ansatz.outcome_distribution import OutcomeDistribution
@@ -20,13 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["Ansatz"]
 
 _MAX_LISTED = 1 << 20
+_MAX_DRAWS, _MAX_SITES, _MAX_OUTCOMES = 1 << 26, 1 << 14, 1 << 10
 
 
 class Ansatz(nn.Module, ABC):
     r"""A normalised law :math:`P_\theta(a)` over strings of outcomes, ``N`` sites with ``K`` outcomes each.
 
-    Subclasses implement :meth:`log_prob`, :meth:`sample` and :meth:`set_site_probabilities`; :meth:`scores` has
-    a default for any network. Everything in this room works with any ansatz.
+    Subclasses implement :meth:`log_prob`, :meth:`draw` and :meth:`set_site_probabilities`; :meth:`scores` has a default
+    for any network. Everything in this package works with any ansatz.
 
     Attributes:
         num_sites: ``N``.
@@ -34,28 +41,48 @@ class Ansatz(nn.Module, ABC):
     """
 
     def __init__(self, num_sites: int, num_outcomes: int) -> None:
+        check_size(num_sites, "num_sites", _MAX_SITES)
+        check_size(num_outcomes, "num_outcomes", _MAX_OUTCOMES, 2)
         super().__init__()
-        self.num_sites, self.num_outcomes = num_sites, num_outcomes
+        self.num_sites, self.num_outcomes = int(num_sites), int(num_outcomes)
 
     @abstractmethod
     def log_prob(self, a: Tensor) -> Tensor:
         """Return normalised log probabilities ``(n,)`` of integer outcomes ``(n, N)``."""
 
     @abstractmethod
+    def draw(self, n: int, generator: torch.Generator | None, stratified: bool) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` strings ``(n, N)`` and return them with their log probabilities ``(n,)``; see :meth:`sample`."""
+
     def sample(
-        self, n: int, generator: torch.Generator | None = None, *, stratified: bool = False
+        self,
+        sample_shape: int | Sequence[int] = 1,
+        generator: torch.Generator | int | None = None,
+        *,
+        stratified: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Draw ``n`` strings.
+        """Draw strings.
 
         Args:
-            n: how many.
-            generator: source of randomness; torch's global one if None.
-            stratified: divide the unit interval evenly between the draws. Every draw has the same law, and means
-                over them are unbiased, but they aren't independent, and vary less.
+            sample_shape: the number of independent draws, or their shape.
+            generator: the source of randomness; torch's global one if None.
+            stratified: whether to divide the unit interval evenly between the draws. Every draw has the same law, and
+                means over them are unbiased, but they aren't independent, come in order, and vary less.
 
         Returns:
-            Outcomes ``(n, N)`` and their log probabilities ``(n,)``, without gradients.
+            Outcomes ``(*sample_shape, N)`` and their log probabilities ``(*sample_shape)``, without gradients.
+
+        Raises:
+            InvalidInputError: if a size isn't a positive integer.
         """
+        shape = as_sample_shape(sample_shape)
+        check_bool(stratified, "stratified")
+        source = as_generator(generator, self.device)
+        size = math.prod(shape)
+        check_size(size, "sample_shape", _MAX_DRAWS)
+        with torch.no_grad():
+            a, log_p = self.draw(size, source, stratified)
+        return a.reshape(*shape, self.num_sites), log_p.reshape(shape)
 
     @abstractmethod
     def set_site_probabilities(self, p: Tensor) -> None:
@@ -91,11 +118,13 @@ class Ansatz(nn.Module, ABC):
             ZeroProbabilityError: if an outcome never happens in the state; the message names a frame to use.
             InvalidInputError: if there isn't one state a site.
         """
-        each = state if isinstance(state, (list, tuple)) else [state] * self.num_sites
-        if len(each) != self.num_sites:
+        check_type(povm, (Frame, SiteFrames), "povm", hint="such as stochdyn.povm.Tetrahedral()")
+        sites = getattr(povm, "num_sites", self.num_sites)
+        if sites != self.num_sites:
             raise InvalidInputError(
-                "there must be one state for each site", got=len(each), expected=self.num_sites
+                "frame and ansatz differ in their number of sites", got=sites, expected=self.num_sites
             )
+        each = site_states(state, self.num_sites)
         rows = [povm.at(i).positive_probabilities(s) for i, s in enumerate(each)]
         if any(len(row) != self.num_outcomes for row in rows):
             raise InvalidInputError(
@@ -161,6 +190,7 @@ class Ansatz(nn.Module, ABC):
 
     def set_parameter_vector(self, vector: Tensor) -> None:
         """Put the trainable parameters to those of a vector ``(P,)``."""
+        check_type(vector, Tensor, "vector")
         sizes = [p.numel() for _, p in self.trainable()]
         if vector.shape != (sum(sizes),):
             raise ShapeError(
@@ -192,6 +222,7 @@ class Ansatz(nn.Module, ABC):
 
     def check_outcomes(self, a: Tensor) -> None:
         """Raise unless ``a`` are integer outcomes ``(n, N)`` in range."""
+        check_type(a, Tensor, "outcomes")
         if a.is_floating_point() or a.is_complex() or a.dtype == torch.bool:
             raise InvalidInputError("outcomes must be integers", got=a.dtype)
         if a.ndim != 2 or a.shape[1] != self.num_sites:
@@ -220,6 +251,10 @@ def as_strings(strings: Strings | str | None, num_sites: int, shape: Sequence[in
         chosen = strings
     elif strings is None:
         chosen = Strings.identity(num_sites)
+    elif not isinstance(strings, str):
+        raise InvalidInputError(
+            "strings has the wrong type", got=type(strings).__name__, expected="a name or Strings"
+        )
     elif strings == "translations":
         chosen = Strings.translations(shape if shape is not None else num_sites, reflections=False)
     elif strings == "translations+reflections":

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import check_bool
 from stochdyn.errors import SystemSizeError
 from stochdyn.povm.ansatz.autoregressive import AutoregressiveAnsatz
 from stochdyn.povm.ansatz.strings import Strings
 from stochdyn.povm.ansatz.window import lattice_offsets
 from stochdyn.povm.dynamics.scores import Tape
+from stochdyn.povm.frames.sizes import check_size
 
 __all__ = ["AutoregressiveInteractions"]
 
@@ -74,9 +75,11 @@ class AutoregressiveInteractions(AutoregressiveAnsatz):
         num_outcomes: int = 4,
         memory: int = 1 << 27,
     ) -> None:
-        check_positive_int(bodies, "bodies")
+        check_size(bodies, "bodies", 16)
         if order is not None:
-            check_positive_int(order, "order")
+            check_size(order, "order", 1 << 14)
+        check_bool(periodic, "periodic")
+        check_bool(shared, "shared")
         super().__init__(num_sites, num_outcomes, strings, shape, memory)
         base = num_outcomes - 1
         starts: dict[tuple[object, ...], int] = {}

@@ -15,6 +15,7 @@ from stochdyn.povm.ansatz.autoregressive import AutoregressiveAnsatz
 from stochdyn.povm.ansatz.pairs import PairCouplings
 from stochdyn.povm.ansatz.strings import Strings
 from stochdyn.povm.dynamics.scores import Tape, apply_linear
+from stochdyn.povm.frames.sizes import check_size
 
 __all__ = ["AutoregressiveNetwork"]
 
@@ -50,7 +51,7 @@ class AutoregressiveNetwork(AutoregressiveAnsatz):
     ) -> None:
         if pairs is not None:
             check_choice(pairs, ("distance", "all"), "pairs")
-        check_positive_int(width, "width")
+        check_size(width, "width", 1 << 14)
         super().__init__(num_sites, num_outcomes, strings, shape, memory)
         self.width = width
         self.head = nn.Linear(width, num_outcomes)

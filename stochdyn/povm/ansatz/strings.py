@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int
 from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.povm.frames.sizes import check_size
 
 __all__ = ["Strings"]
 
 _LARGEST_GROUP = 4096
+_MAX_SITES = 1 << 14
 
 
 class Strings:
@@ -52,9 +55,9 @@ class Strings:
     """
 
     def __init__(self, orders: Tensor | Sequence[Sequence[int]], relabellings: Tensor | None = None) -> None:
-        self.orders = torch.as_tensor(orders, dtype=torch.long)
+        self.orders = _as_rows(orders, "orders")
         _check_permutations(self.orders, "orders")
-        self.relabellings = None if relabellings is None else torch.as_tensor(relabellings, dtype=torch.long)
+        self.relabellings = None if relabellings is None else _as_rows(relabellings, "relabellings")
         if self.relabellings is not None:
             _check_permutations(self.relabellings, "relabellings")
             if len(self.relabellings) != len(self.orders):
@@ -116,7 +119,7 @@ class Strings:
     @classmethod
     def identity(cls, num_sites: int) -> Strings:
         """Return the one string in the natural order."""
-        check_positive_int(num_sites, "num_sites")
+        check_size(num_sites, "num_sites", _MAX_SITES)
         return cls(torch.arange(num_sites)[None])
 
     @classmethod
@@ -134,6 +137,9 @@ class Strings:
         sizes = _sizes(shape)
         index = torch.arange(int(torch.tensor(sizes).prod())).reshape(sizes)
         axes = range(len(sizes))
+        check_size(
+            len(index.reshape(-1)) * (2 ** len(sizes) if reflections else 1), "strings", _LARGEST_GROUP
+        )
         flips: list[tuple[int, ...]] = [()]
         if reflections:
             flips = [f for k in range(len(sizes) + 1) for f in itertools.combinations(axes, k)]
@@ -152,6 +158,7 @@ class Strings:
             >>> Strings.reflection(3).orders.tolist()
             [[0, 1, 2], [2, 1, 0]]
         """
+        check_size(num_sites, "num_sites", _MAX_SITES)
         forward = torch.arange(num_sites)
         return cls(torch.stack([forward, forward.flip(0)]) if num_sites > 1 else forward[None])
 
@@ -192,7 +199,8 @@ class Strings:
             >>> Strings.relabelling(2, (3, 2, 1, 0)).relabellings.tolist()
             [[0, 1, 2, 3], [3, 2, 1, 0]]
         """
-        step = torch.as_tensor(labels, dtype=torch.long)
+        check_size(num_sites, "num_sites", _MAX_SITES)
+        step = _as_rows(labels, "labels").reshape(-1)
         _check_permutations(step[None], "labels")
         rows = [torch.arange(len(step))]
         while not torch.equal(step[rows[-1]], rows[0]):
@@ -207,6 +215,8 @@ class Strings:
             >>> len(both), both.is_group
             (16, True)
         """
+        if not isinstance(other, Strings):
+            return NotImplemented
         if self.num_sites != other.num_sites:
             raise ShapeError(
                 "strings differ in their number of sites", got=other.num_sites, expected=self.num_sites
@@ -245,11 +255,36 @@ def _check_permutations(rows: Tensor, name: str) -> None:
         raise InvalidInputError(f"{name} must be permutations", got=f"{name}[{i}]={rows[i].tolist()}")
 
 
-def _sizes(shape: int | Sequence[int]) -> list[int]:
-    sizes = [shape] if isinstance(shape, int) else list(shape)
+def _as_rows(value: object, name: str) -> Tensor:
+    """Return integers of any form as a tensor."""
+    try:
+        rows = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"{name} must be integers", got=repr(value)[:60]) from error
+    if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise InvalidInputError(f"{name} must be integers", got=rows.dtype)
+    return rows.long()
+
+
+def lattice_shape(shape: object) -> tuple[int, ...]:
+    """Return the sizes of a lattice from a number or a sequence of them.
+
+    Raises:
+        InvalidInputError: if they aren't positive integers.
+        SystemSizeError: if there are over 16384 sites.
+    """
+    listed = shape.tolist() if isinstance(shape, Tensor | np.ndarray) else shape
+    sizes = tuple(listed) if isinstance(listed, list | tuple) else (listed,)
+    if not sizes:
+        raise InvalidInputError("shape is empty")
     for size in sizes:
-        check_positive_int(size, "shape")
-    return sizes
+        check_size(size, "shape", _MAX_SITES)
+    check_size(math.prod(sizes), "the number of sites of shape", _MAX_SITES)
+    return tuple(int(size) for size in sizes)
+
+
+def _sizes(shape: int | Sequence[int]) -> list[int]:
+    return list(lattice_shape(shape))
 
 
 def _lattice(shape: Sequence[int]) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive_int
 from stochdyn.core.forward.outcomes import decode, encode
 from stochdyn.povm.ansatz.base import Ansatz
 
@@ -19,11 +18,13 @@ class FullTable(Ansatz):
 
     .. math:: P(a) = e^{\lambda_a}\big/\sum_be^{\lambda_b}
 
-    Every positive law is one of its members, so what is left of the error is that of the method.
+    Every positive law is one of its members, so what is left of the error is that of the method. When would I use this?
+    For up to eight qubits: to tell the error of a method or of its steps from that of an ansatz, and to fit a state to
+    records without any assumption on its form.
 
     Args:
-        num_sites: ``N``.
-        num_outcomes: ``K``.
+        num_sites: the number ``N`` of sites.
+        num_outcomes: the number ``K`` of outcomes of a site.
 
     Raises:
         SystemSizeError: if there are over 65536 strings.
@@ -34,8 +35,6 @@ class FullTable(Ansatz):
     """
 
     def __init__(self, num_sites: int, num_outcomes: int = 4) -> None:
-        check_positive_int(num_sites, "num_sites")
-        check_positive_int(num_outcomes, "num_outcomes", 2)
         super().__init__(num_sites, num_outcomes)
         self.check_listable(_MAX_ENTRIES)
         self.logits = nn.Parameter(torch.zeros(num_outcomes**num_sites))
@@ -55,12 +54,8 @@ class FullTable(Ansatz):
             scores[torch.arange(a.shape[0], device=a.device), code] += 1
         return log_p[code], scores
 
-    @torch.no_grad()
-    def sample(
-        self, n: int, generator: torch.Generator | None = None, *, stratified: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """See :meth:`Ansatz.sample`."""
-        check_positive_int(n, "n")
+    def draw(self, n: int, generator: torch.Generator | None, stratified: bool) -> tuple[Tensor, Tensor]:
+        """See :meth:`Ansatz.draw`."""
         log_p = self.logits.log_softmax(0)
         u = torch.rand(n, generator=generator, dtype=torch.float64, device=self.device)
         if stratified:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive_int
 from stochdyn.povm.ansatz.networks import AutoregressiveNetwork, check_divisible
 from stochdyn.povm.ansatz.strings import Strings
 from stochdyn.povm.dynamics.scores import Tape, apply_linear, apply_norm
+from stochdyn.povm.frames.sizes import check_size
 
 __all__ = ["AutoregressiveTransformer"]
 
@@ -70,11 +70,11 @@ class AutoregressiveTransformer(AutoregressiveNetwork):
         memory: int = 1 << 27,
         pairs: str | None = "distance",
     ) -> None:
-        check_positive_int(layers, "layers")
+        check_size(layers, "layers", 256)
         super().__init__(num_sites, num_outcomes, width, strings, shape, memory, pairs)
         check_divisible(width, heads)
         inner = 2 * width if feedforward is None else feedforward
-        check_positive_int(inner, "feedforward")
+        check_size(inner, "feedforward", 1 << 16)
         self.heads = heads
         self.embedding = nn.Embedding(num_outcomes + 1, width)
         self.positions = nn.Parameter(_waves(num_sites, width))

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import check_bool
 from stochdyn.errors import ShapeError, SystemSizeError
 from stochdyn.povm.ansatz.autoregressive import AutoregressiveAnsatz
-from stochdyn.povm.ansatz.strings import Strings
+from stochdyn.povm.ansatz.strings import Strings, lattice_shape
 from stochdyn.povm.ansatz.window_ratios import RatioPlan
 from stochdyn.povm.dynamics.scores import Tape
+from stochdyn.povm.frames.sizes import check_size
 
 __all__ = ["AutoregressiveWindow", "lattice_offsets"]
 
@@ -62,6 +63,7 @@ class AutoregressiveWindow(AutoregressiveAnsatz):
     neighbours: Tensor
     strides: Tensor
     offsets: Tensor
+    _derived_ = ("_read_references", "_plan")
 
     def __init__(
         self,
@@ -75,7 +77,9 @@ class AutoregressiveWindow(AutoregressiveAnsatz):
         num_outcomes: int = 4,
         memory: int = 1 << 27,
     ) -> None:
-        check_positive_int(order, "order")
+        check_size(order, "order", 64)
+        check_bool(periodic, "periodic")
+        check_bool(shared, "shared")
         super().__init__(num_sites, num_outcomes, strings, shape, memory)
         rows: dict[Any, int] = {}
         used = 0
@@ -172,7 +176,7 @@ def lattice_offsets(
     Raises:
         ShapeError: if the lattice has another number of sites.
     """
-    sizes = (num_sites,) if shape is None else tuple(shape)
+    sizes = (num_sites,) if shape is None else lattice_shape(shape)
     places = list(product(*(range(n) for n in sizes)))
     if len(places) != num_sites:
         raise ShapeError("the lattice has another number of sites", got=sizes, expected=num_sites)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_choice, check_positive_int, check_real
-from stochdyn.errors import FrameError, InvalidInputError, ZeroProbabilityError
+from stochdyn._checks import as_tensor, check_choice, check_positive_int, check_real, check_type
+from stochdyn.errors import FrameError, InvalidInputError, ShapeError, ZeroProbabilityError
 from stochdyn.povm.frames.operators import as_operator, as_state
 from stochdyn.povm.frames.products import coefficients_of, density_of, probabilities_of, sites_of
 
@@ -220,7 +220,14 @@ class Frame(Measurement):
 
     def reconstruct(self, p: Tensor) -> Tensor:
         r"""Return :math:`\rho=\sum_ap(a)N_a` ``(d**k, d**k)`` from probabilities ``(K**k,)``."""
-        sites = max(1, round(math.log(p.shape[-1], self.num_outcomes)))
+        check_type(p, Tensor, "p")
+        sites = max(1, round(math.log(max(p.shape[-1], 1), self.num_outcomes))) if p.ndim == 1 else 0
+        if sites == 0 or self.num_outcomes**sites != p.shape[-1]:
+            raise ShapeError(
+                "p must be probabilities (K**k,)",
+                got=tuple(p.shape),
+                expected=f"a power of {self.num_outcomes}",
+            )
         return density_of(p, [self] * sites)
 
     def rotated(self, unitary: Any) -> Frame:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_finite
+from stochdyn._checks import check_finite, check_type
 from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.povm.frames.sizes import check_size
 
 __all__ = [
     "PAULI_NAMES",
@@ -67,6 +68,7 @@ def spin_matrices(dim: int) -> dict[str, Tensor]:
         >>> spin_matrices(3)["Sz"].diagonal().real.tolist()
         [1.0, 0.0, -1.0]
     """
+    check_size(dim, "dim", 1 << 10, 2)
     spin = (dim - 1) / 2
     m = spin - torch.arange(dim, dtype=torch.float64)
     raising = torch.diag((spin * (spin + 1) - m[1:] * (m[1:] + 1)).sqrt(), 1).to(C128)
@@ -82,6 +84,7 @@ def spin_matrices(dim: int) -> dict[str, Tensor]:
 
 def split_name(name: str) -> list[str]:
     """Return the names of single sites in ``"ZZ"``, ``"sigma+ sigma-"`` or ``"sigma-"``."""
+    check_type(name, str, "name")
     parts = name.replace("*", " ").split()
     if len(parts) > 1:
         return parts
@@ -223,15 +226,22 @@ def as_state(state: Any, dim: int, name: str = "state") -> Tensor:
         return _named_state(state, dim, name)
     full = getattr(state, "full", None)
     value = full() if callable(full) else state
-    value = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    value = value.to(C128)
+    try:
+        value = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        value = value.to(C128)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"{name} isn't a state",
+            got=type(state).__name__,
+            expected="a name, a vector, a density matrix or a Qobj",
+        ) from error
     if value.ndim == 2 and value.shape[1] == 1 and value.shape[0] > 1:
         value = value[:, 0]
     if value.ndim == 1:
         check_finite(torch.view_as_real(value.resolve_conj()), name)
         norm = value.abs().square().sum().sqrt()
-        if not float(norm) > 0:
-            raise InvalidInputError(f"{name} is the zero vector")
+        if not float(norm) > 0 or not math.isfinite(float(norm)):
+            raise InvalidInputError(f"{name} has no direction", got=f"a vector of norm {float(norm):g}")
         value = value / norm
         value = torch.outer(value, value.conj())
     rho = as_operator(value, dim, name=name)

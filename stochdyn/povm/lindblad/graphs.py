@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import check_bool
+from stochdyn.povm.frames.sizes import check_size
 
 __all__ = ["all_to_all", "chain", "ring", "square_lattice"]
 
@@ -16,7 +17,7 @@ def chain(num_sites: int) -> list[Bond]:
         >>> chain(3)
         [(0, 1), (1, 2)]
     """
-    check_positive_int(num_sites, "num_sites", 2)
+    check_size(num_sites, "num_sites", 1 << 20, 2)
     return [(i, i + 1) for i in range(num_sites - 1)]
 
 
@@ -44,8 +45,9 @@ def square_lattice(rows: int, columns: int, periodic: bool = True) -> list[Bond]
         >>> len(square_lattice(3, 3)), len(square_lattice(3, 3, periodic=False)), len(square_lattice(2, 2))
         (18, 12, 4)
     """
-    check_positive_int(rows, "rows")
-    check_positive_int(columns, "columns")
+    check_size(rows, "rows", 1 << 10)
+    check_size(columns, "columns", 1 << 10)
+    check_bool(periodic, "periodic")
     bonds: list[Bond] = []
     seen: set[frozenset[int]] = set()
     for r in range(rows):
@@ -67,5 +69,5 @@ def all_to_all(num_sites: int) -> list[Bond]:
         >>> len(all_to_all(5))
         10
     """
-    check_positive_int(num_sites, "num_sites", 2)
+    check_size(num_sites, "num_sites", 1 << 10, 2)
     return [(i, j) for i in range(num_sites) for j in range(i + 1, num_sites)]

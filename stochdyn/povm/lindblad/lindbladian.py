@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int, check_real, check_type
+from stochdyn._checks import check_real, check_type
 from stochdyn.core.forward.master_terms import SparseMasterEquation
 from stochdyn.errors import InvalidInputError, LindbladianError, UnknownSiteError
 from stochdyn.povm.frames.frame import Frame
 from stochdyn.povm.frames.site_frames import SiteFrames
+from stochdyn.povm.frames.sizes import check_size
 from stochdyn.povm.lindblad.coefficients import Coefficient, coefficient_value
 from stochdyn.povm.lindblad.complete_positivity import physical_jumps
 from stochdyn.povm.lindblad.generator import (
@@ -78,8 +79,8 @@ class Lindbladian:
     def __init__(
         self, num_sites: int, hamiltonian: Iterable[Any] = (), jumps: Iterable[Any] = (), *, dim: int = 2
     ) -> None:
-        check_positive_int(num_sites, "num_sites")
-        check_positive_int(dim, "dim", 2)
+        check_size(num_sites, "num_sites", 1 << 14)
+        check_size(dim, "dim", 1 << 10, 2)
         self.num_sites, self.dim = num_sites, dim
         self.hamiltonian: list[Term] = parse_hamiltonian(hamiltonian, num_sites, dim)
         given = parse_jumps(jumps, num_sites, dim)

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_nonempty, check_positive_int, check_type
+from stochdyn._checks import as_generator, check_finite, check_nonempty, check_type
 from stochdyn.core.forward.outcomes import encode
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, TooFewDrawsError
@@ -17,6 +17,7 @@ from stochdyn.povm.frames.frame import Frame
 from stochdyn.povm.frames.lattice_observables import check_sites
 from stochdyn.povm.frames.products import density_of
 from stochdyn.povm.frames.site_frames import SiteFrames
+from stochdyn.povm.frames.sizes import check_size
 
 __all__ = [
     "Positivity",
@@ -124,7 +125,7 @@ def positivity(
     """
     _check_outcomes(povm, outcomes)
     check_nonempty(places, "places")
-    check_positive_int(bootstrap, "bootstrap", 2)
+    check_size(bootstrap, "bootstrap", 1 << 16, 2)
     source = as_generator(generator, outcomes.device)
     sampled = not outcomes.is_floating_point()
     if sampled and outcomes.shape[0] < 2:
@@ -190,17 +191,34 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
 
     It bounds differences of outcome frequencies, not the trace distance of the states.
     """
+    _check_pair(p, q)
     return 0.5 * (p - q).abs().sum(-1)
 
 
 def classical_fidelity(p: Tensor, q: Tensor) -> Tensor:
     r"""Return :math:`\sum_a\sqrt{p(a)q(a)}` over the last axis; negative entries count as zero."""
+    _check_pair(p, q)
     return (p.clamp(min=0) * q.clamp(min=0)).sqrt().sum(-1)
 
 
 def trace_distance(rho: Tensor, sigma: Tensor) -> Tensor:
     r"""Return :math:`\tfrac12\operatorname{Tr}|\rho-\sigma|` of Hermitian matrices ``(*batch, D, D)``."""
+    _check_pair(rho, sigma, "rho", "sigma")
+    if rho.ndim < 2 or rho.shape[-1] != rho.shape[-2]:
+        raise ShapeError("rho must be square matrices", got=tuple(rho.shape))
     return 0.5 * torch.linalg.eigvalsh(rho - sigma).abs().sum(-1)
+
+
+def _check_pair(p: object, q: object, first: str = "p", second: str = "q") -> None:
+    """Raise unless two things to compare are finite tensors with the same last axis."""
+    for value, name in ((p, first), (q, second)):
+        check_type(value, Tensor, name)
+        assert isinstance(value, Tensor)
+        check_finite(torch.view_as_real(value.resolve_conj()) if value.is_complex() else value, name)
+    assert isinstance(p, Tensor)
+    assert isinstance(q, Tensor)
+    if p.ndim == 0 or q.ndim == 0 or p.shape[-1] != q.shape[-1]:
+        raise ShapeError(f"{first} and {second} differ in size", got=f"{tuple(p.shape)} and {tuple(q.shape)}")
 
 
 def _local_probabilities(povm: Povm, outcomes: Tensor, sites: Sequence[int]) -> Tensor:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_nonempty, check_positive_int, check_type
+from stochdyn._checks import as_generator, check_nonempty, check_type
 from stochdyn.core.forward.outcomes import encode
 from stochdyn.errors import ConvergenceWarning, ShapeError
+from stochdyn.povm.frames.sizes import check_size
 from stochdyn.povm.records.measurement import MeasurementRecords
 
 __all__ = ["GoodnessOfFit", "goodness_of_fit"]
@@ -70,7 +71,7 @@ def goodness_of_fit(
     check_type(records, MeasurementRecords, "records")
     check_type(probabilities, Tensor, "probabilities")
     check_nonempty(records.outcomes, "records")
-    check_positive_int(num_simulations, "num_simulations")
+    check_size(num_simulations, "num_simulations", 1 << 16)
     source = as_generator(generator)
     rows = records.num_preparations * len(records.times)
     size = records.num_outcomes**records.num_sites
