@@ -13,7 +13,6 @@ from .hurst.guide import hurst_model as hurst_model
 from .hurst.inference import infer_hurst as infer_hurst
 from .hurst.roughness import averaged_autocovariance as averaged_autocovariance
 from .hurst.roughness import infer_roughness as infer_roughness
-from .hurst.roughness import roughness_model as roughness_model
 from .latent.affine_drift import AffineDrift as AffineDrift
 from .latent.analysis import compare_models as compare_models
 from .latent.analysis import evidence as evidence

@@ -3,4 +3,3 @@ from .guide import hurst_model as hurst_model
 from .inference import infer_hurst as infer_hurst
 from .roughness import averaged_autocovariance as averaged_autocovariance
 from .roughness import infer_roughness as infer_roughness
-from .roughness import roughness_model as roughness_model

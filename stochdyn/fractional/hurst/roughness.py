@@ -1,46 +1,28 @@
-"""The roughness of a path that is observed with noise, such as the logarithm of a realised variance."""
+"""The roughness of paths that are observed with errors: logarithms of realised variances, tracks of particles."""
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
+import numpy as np
 import torch
-from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal, init_to_value
 from torch import Tensor
-from torch.distributions import biject_to
 
-from stochdyn._checks import (
-    check_finite,
-    check_ndim,
-    check_nonempty,
-    check_positive,
-    check_positive_int,
-)
+from stochdyn._checks import as_seed, check_bool, check_positive, check_positive_int, check_real
 from stochdyn.diagnostics.container import from_draws
-from stochdyn.diagnostics.draws import draw_posterior, seeded
-from stochdyn.diagnostics.psis import pareto_smooth
-from stochdyn.errors import ConvergenceWarning, InvalidInputError, TooFewDrawsError
-from stochdyn.fractional.exact.fbm import fgn_autocovariance
-from stochdyn.fractional.exact.likelihood import HURST_LIMITS
+from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.fractional.hurst.check import warn_of
+from stochdyn.fractional.hurst.data import Block, read_series, read_times
+from stochdyn.fractional.hurst.laws import Law
+from stochdyn.fractional.hurst.solve import Problem, solve
 
-__all__ = [
-    "averaged_autocovariance",
-    "infer_roughness",
-    "roughness_model",
-]
+__all__ = ["averaged_autocovariance", "infer_roughness"]
 
-_MIN_LENGTH = 30
-#: Hurst indices to climb from: with errors and averages the posterior can have a second mode next to 0.
-_STARTS = (0.12, 0.5)
-# Times that the proposals take on the moments of weighted draws, and the k-hat that ends it.
-_ROUNDS, _TRUSTED = 5, 0.7
+_SHORTEST, _SHORTEST_ALONE = 5, 20
 
 
-def averaged_autocovariance(n: int, hurst: Tensor | float, step: float = 1.0) -> Tensor:
+def averaged_autocovariance(num_lags: int, hurst: Tensor | float, dt: float = 1.0) -> Tensor:
     r"""Return the autocovariance of the increments of fractional Brownian motion that is averaged over each step.
 
     With :math:`Y_i=\frac1\Delta\int_{(i-1)\Delta}^{i\Delta}B^H_s\,ds`,
@@ -53,247 +35,210 @@ def averaged_autocovariance(n: int, hurst: Tensor | float, step: float = 1.0) ->
     triangle, whose second derivative is a second difference.
 
     Args:
-        n: lags, 0 to n - 1.
+        num_lags: number of lags, from 0 on.
         hurst: Hurst index, ``(*batch)``.
-        step: time between observations, and the length of each average.
+        dt: time between observations, and the length of each average.
 
     Returns:
-        ``(*batch, n)``, float64, differentiable in the Hurst index.
+        ``(*batch, num_lags)``, float64, differentiable in the Hurst index.
 
     Example:
         >>> averaged_autocovariance(2, 0.5)  # Brownian motion: 2/3 and 1/6
         tensor([0.6667, 0.1667], dtype=torch.float64)
     """
     h = torch.as_tensor(hurst, dtype=torch.float64)[..., None]
-    lags = torch.arange(-2, n + 2, dtype=torch.float64, device=h.device).abs()
+    lags = torch.arange(-2, num_lags + 2, dtype=torch.float64, device=h.device).abs()
     # The second derivative of 0^p in p is NaN in torch: leave the base 0 out.
     power = torch.where(lags > 0, lags.clamp_min(1.0) ** (2 * h + 2), 0.0)
     g = power / ((2 * h + 1) * (2 * h + 2))
     difference = g[..., 4:] - 4 * g[..., 3:-1] + 6 * g[..., 2:-2] - 4 * g[..., 1:-3] + g[..., :-4]
-    return 0.5 * step ** (2 * h) * difference
-
-
-def roughness_model(
-    increments: Tensor, step: float = 1.0, noise_scale: float | None = None, averaged: bool = False
-) -> None:
-    r"""Pyro model of the differences of a fractional Brownian path that is observed with independent errors.
-
-    .. math::
-        y_n=\mu n+\sigma B^H_{n\Delta}+\eta\,\epsilon_n,\qquad
-        \mathrm{Cov}(y_{i+1}-y_i,\,y_{j+1}-y_j)=\sigma^2\gamma_H(i-j)+\eta^2(2\delta_{ij}-\delta_{|i-j|=1}),
-
-    with :math:`\gamma_H` the autocovariance of fractional Gaussian noise (or, for averages over the steps,
-    :func:`averaged_autocovariance`), and weak priors relative to the spread of the increments.
-
-    Args:
-        increments: ``(n,)`` differences of the observed path.
-        step: time between observations.
-        noise_scale: standard deviation :math:`\eta` of the errors; None makes it a latent site, 0 leaves it out.
-        averaged: whether each observation is the average of the path over the step that ends there.
-    """
-    series = increments.double()
-    spread = series.std()
-    # Uniform on (0, 1). As a normal probability the index has a posterior with normal tails, even where it piles up at 0.
-    probit = pyro.sample("hurst_probit", dist.Normal(series.new_tensor(0.0), 1.0))
-    hurst = pyro.deterministic("hurst", _hurst_of(probit))
-    deviation = pyro.sample("deviation", dist.LogNormal(spread.log(), 1.5))
-    if noise_scale is None:
-        noise = pyro.sample("noise_scale", dist.LogNormal(spread.log() - 1.0, 1.0))
-    else:
-        noise = series.new_tensor(float(noise_scale))
-    n = len(series)
-    lags = torch.arange(n)
-    autocovariance = averaged_autocovariance if averaged else fgn_autocovariance
-    row = autocovariance(n, hurst, step)
-    # The spread of the increments and the index are nearly independent a posteriori; scale and index aren't.
-    row = row * (deviation.unsqueeze(-1) / row[..., :1].sqrt()) ** 2
-    errors = series.new_zeros(n)
-    errors[0], errors[1] = 2.0, -1.0
-    # A drift of prior N(0, spread^2) a step is integrated out: it adds the same number to every entry. Left in, its
-    # width would follow the index, and the posterior were far from normal.
-    row = row + errors * noise.unsqueeze(-1) ** 2 + spread**2
-    factor = torch.linalg.cholesky(row[..., (lags[:, None] - lags).abs()])
-    mean = series.new_zeros(()).expand(row.shape)
-    pyro.sample(
-        "increments", dist.MultivariateNormal(mean, scale_tril=factor, validate_args=False), obs=series
-    )
+    return 0.5 * dt ** (2 * h) * difference
 
 
 def infer_roughness(
-    path: Tensor,
-    step: float = 1.0,
-    noise_scale: float | None = None,
-    averaged: bool = False,
-    num_draws: int = 500,
+    path: object,
+    dt: float = 1.0,
+    obs_scale: float | Sequence[float] | None = None,
+    averaged: bool | float = False,
+    num_draws: int = 1000,
     seed: int | None = 0,
+    *,
+    times: object = None,
+    drift: bool = True,
+    hierarchy: bool = False,
+    shared_scale: bool = True,
+    progress: bool = True,
 ) -> Any:
-    r"""Return the posterior of the Hurst index of a path that is observed with independent errors.
+    r"""Return the exact posterior of the Hurst index of paths that are observed with independent errors.
 
-    Errors roughen a path, so a series whose errors are left out looks as if its index were smaller; averages smooth it, so that it looks
-    larger. The logarithm of a realised variance suffers both: it estimates an integral over the day, from M returns with a
-    standard error of about :math:`\sqrt{2/M}`.
+    .. math::
+        y_n=y_0+\mu n+\sigma\bar B^H_{n\Delta}+\eta\,\epsilon_n,\qquad H\sim U(0,1),\quad p(\mu,\sigma)\propto1/\sigma,
 
-    The posterior of :func:`roughness_model` is sampled by importance: proposals from a multivariate t law, first around its mode,
-    then with its estimated moments (again where the weights don't behave), are weighted by the exact likelihood, the weights Pareto-smoothed,
-    and the draws resampled. Attribute ``khat`` says how far
-    they can be trusted. Time grows with the cube of the length, to some minutes for 2000 values.
+    where the share of the errors in the variance of an increment is uniform a priori, and the bar a time average where there is one.
+    Errors roughen a path, so a series whose errors are left out looks as if its index were smaller; averages smooth it, so that it
+    looks larger. The logarithm of a realised variance suffers both: it estimates an integral over the day, from M returns with a
+    standard error of about :math:`\sqrt{2/M}`. So do the tracks of particles, by errors of localisation and motion blur.
+
+    Level, drift and scale are integrated in closed form, and Hurst index and share of errors by quadrature, so the draws are independent
+    and exact, whatever the drift. Tracks share their Hurst index, and for each axis the scale and the error.
 
     Args:
-        path: ``(n,)`` the observed levels, not their differences; at least 30.
-        step: time between observations.
-        noise_scale: standard deviation of the errors, if it is known; None learns it, 0 assumes there are none.
-        averaged: whether each observation is the average of the path over the step that ends there, as a realised variance is.
-        num_draws: draws of the posterior.
-        seed: of the draws; the global random state is left alone.
+        path: ``(n,)`` the observed levels, not their differences, or ``(n, d)`` a track in d dimensions; or a list of such, of
+            lengths from 5 on. NaN marks missing values.
+        dt: time between observations.
+        obs_scale: standard deviation of the errors if it is known, one or one per axis; None learns it, 0 assumes there are none.
+        averaged: whether each observation is the average of the path over the step that ends there, as a realised variance is;
+            or the part of the step that is averaged over, as for an exposure time.
+        num_draws: number of draws from the posterior.
+        seed: seed of the draws; None takes a fresh one.
+        times: times of the observations if they aren't regular; a list for several paths.
+        drift: whether paths may have a drift, each its own.
+        hierarchy: whether each path has a Hurst index of its own, :math:`\operatorname{logit}H_i\sim N(m,\tau^2)`; scales and errors
+            are then its own too.
+        shared_scale: whether all paths have the scale and the error in common, for each axis.
+        progress: whether to show a bar where it takes more than two seconds.
 
     Returns:
-        ArviZ container: ``posterior`` (``hurst``, ``scale`` :math:`\sigma`, ``deviation`` of an increment without its errors,
-        and ``noise_scale`` if it was learned), ``sample_stats`` (``lp``),
-        ``observed_data`` and the attribute ``khat``.
+        ArviZ container: ``posterior`` (``hurst``, ``scale`` :math:`\sigma` per unit time, ``deviation`` of an increment without its
+        errors, ``drift`` per unit time, ``obs_scale`` if it was learnt, and for a hierarchy ``hurst_center`` and ``hurst_width``),
+        ``observed_data``; attributes ``check_memory``, ``check_season``, ``check_outlier``, ``seed``. Axes: ``path_index`` of
+        what isn't shared, then ``axis``.
 
     Raises:
-        EmptyDataError, TooFewDrawsError, NonFiniteError, ShapeError, InvalidInputError: for a path that is empty, shorter than
-            30 values, not finite, of more than one axis, or constant; or a negative ``noise_scale``.
+        EmptyDataError, TooFewDrawsError, NonFiniteError, ShapeError, InvalidInputError: for paths that are empty, too short,
+            infinite, straight, or of unequal dimensions, or a negative or infinite ``obs_scale``.
 
     Warns:
-        ConvergenceWarning: if k-hat exceeds 0.7.
+        StochdynWarning: if the prediction errors show what fractional noise has not, or the posterior piles up at a bound.
 
     Example:
         >>> from stochdyn.fractional import sample_fbm
         >>> path = sample_fbm(0.3, 200, horizon=200.0, generator=torch.Generator().manual_seed(0))
-        >>> idata = infer_roughness(path, noise_scale=0.0, num_draws=100)
+        >>> idata = infer_roughness(path, obs_scale=0.0)
         >>> bool(abs(idata.posterior["hurst"].mean() - 0.3) < 0.15)
         True
+
+    Reference:
+        A. J. Berglund, Statistics of camera-based single-particle tracking, Phys. Rev. E 82, 2010 (errors and blur).
     """
-    _check(path, step, noise_scale)
+    check_positive(dt, "dt")
     check_positive_int(num_draws, "num_draws")
-    increments = path.detach().cpu().double().diff()
-    if float(increments.std()) == 0:
-        raise InvalidInputError("the path is constant, or a straight line")
-    arguments = (increments, step, noise_scale, averaged)
-    with seeded(seed), pyro.get_param_store().scope():
-        guide = _laplace(arguments)
-        draws = draw_posterior(roughness_model, guide, arguments, num_draws=num_draws, seed=None)
-        smoothed = pareto_smooth(draws.log_weights)
-        for _ in range(_ROUNDS):
-            guide.match(draws.values, smoothed.log_weights)
-            draws = draw_posterior(roughness_model, guide, arguments, num_draws=2 * num_draws, seed=None)
-            smoothed = pareto_smooth(draws.log_weights)
-            if float(smoothed.khat) <= _TRUSTED:
-                break
-        chosen = _resample(smoothed.log_weights, num_draws)
-    khat = float(smoothed.khat)
-    attrs: dict[str, str | int | float] = {"estimator": "importance", "khat": khat}
-    if seed is not None:
-        attrs["seed"] = seed
-    if khat > _TRUSTED:
-        warnings.warn(
-            f"the proposals miss a part of the posterior (k-hat {khat:.2f}); draw more",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
-    values = {n: v.reshape(2 * num_draws)[chosen].double() for n, v in draws.values.items()}
-    autocovariance = averaged_autocovariance if averaged else fgn_autocovariance
-    values["hurst"] = _hurst_of(values.pop("hurst_probit"))
-    values["scale"] = values["deviation"] / autocovariance(1, values["hurst"], step)[..., 0].sqrt()
-    return from_draws(
-        {name: value[None].numpy() for name, value in values.items()},
-        observed_data={"path": path.detach().cpu().double().numpy()},
-        constant_data={"step": step},
-        sample_stats={"lp": draws.log_joint[chosen][None].numpy()},
-        dims={"path": ["time"]},
-        attrs=attrs,
-    )
+    for name, value in (("drift", drift), ("hierarchy", hierarchy), ("shared_scale", shared_scale)):
+        check_bool(value, name)
+    start = None if seed is None else as_seed(seed)
+    window = float(averaged)
+    if not 0 <= window <= 1:
+        raise InvalidInputError("averaged must be a bool, or a part of the step from 0 to 1", got=averaged)
+    data = read_series(path, "path", _SHORTEST)
+    if len(data) == 1 and data[0].shape[1] == 1:
+        read_series(path, "path", _SHORTEST_ALONE)
+    if hierarchy and len(data) < 2:
+        raise InvalidInputError("a hierarchy needs several paths", got=len(data))
+    axes = data[0].shape[1]
+    errors = _errors(obs_scale, axes)
+    ends = read_times(times, data, float(dt))
+    own = hierarchy or not shared_scale
+    groups: list[list[Block]] = [[] for _ in range(axes * (len(data) if own else 1))]
+    for s, (x, t) in enumerate(zip(data, ends, strict=True)):
+        for a in range(axes):
+            g = (s * axes if own else 0) + a
+            groups[g].append(_block(x[:, a], t, s, a, g, times is None, drift, len(data) == 1))
+    _share_units(groups)
+    none = errors is not None and not any(errors)
+    law = Law("none" if none else "errors", window)
+    known: list[float | None] = [None] * len(groups)
+    if errors is not None and not none:
+        known = [errors[g[0].axis] / g[0].unit for g in groups]
+        if 0.0 in known:
+            raise InvalidInputError("obs_scale must be zero on all axes or on none", got=list(errors))
+    problem = Problem(groups, law, True, known, hierarchy, progress, "infer_roughness")
+    draws = solve(problem, num_draws, np.random.default_rng(start))
+    warn_of(draws.checks, draws.hurst, path=True, bounds=True, stacklevel=2)
 
-
-def _hurst_of(probit: Tensor) -> Tensor:
-    return torch.special.ndtr(probit).clamp(*HURST_LIMITS)
-
-
-def _resample(log_weights: Tensor, size: int) -> Tensor:
-    """Return ``(size,)`` indices by systematic resampling, in random order."""
-    edges = torch.softmax(log_weights, 0).cumsum(0)
-    points = (torch.arange(size, dtype=edges.dtype) + torch.rand((), dtype=edges.dtype)) / size
-    return torch.searchsorted(edges, points).clamp(max=len(edges) - 1)[torch.randperm(size)]
-
-
-def _check(path: Tensor, step: float, noise_scale: float | None) -> None:
-    check_nonempty(path, "path")
-    check_ndim(path, 1, "path", "(n,)")
-    check_finite(path, "path")
-    check_positive(step, "step")
-    if path.shape[0] < _MIN_LENGTH:
-        raise TooFewDrawsError(
-            "the path is too short to tell its roughness",
-            got=f"{path.shape[0]} values",
-            expected=f"at least {_MIN_LENGTH}",
-        )
-    if noise_scale is not None and not noise_scale >= 0:
-        raise InvalidInputError("noise_scale can't be negative", got=noise_scale)
-
-
-class _HeavyTailed(AutoMultivariateNormal):
-    """A multivariate t law with five degrees of freedom, whose tails are heavier than the posterior's."""
-
-    def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the law of the unconstrained latents."""
-        scale: Any = self.scale
-        return dist.MultivariateStudentT(
-            self.loc.new_tensor(5.0), self.loc, scale_tril=scale.unsqueeze(-1) * self.scale_tril
-        )
-
-    @torch.no_grad()
-    def match(self, values: dict[str, Tensor], log_weights: Tensor) -> None:
-        """Take on the weighted moments of draws, in unconstrained coordinates."""
-        parts = []
-        trace: Any = self.prototype_trace
-        for name in trace.stochastic_nodes:
-            to_real = biject_to(trace.nodes[name]["fn"].support).inv
-            parts.append(to_real(values[name].reshape(-1)))
-        points, share = torch.stack(parts, -1), torch.softmax(log_weights, 0).unsqueeze(-1)
-        center = (share * points).sum(0)
-        covariance = (share * (points - center)).mT @ (points - center)
-        factor = torch.linalg.cholesky(covariance + 1e-9 * torch.eye(len(center), dtype=points.dtype))
-        self.loc.copy_(center)
-        self.scale = factor.diagonal().clone()
-        self.scale_tril = factor / factor.diagonal().unsqueeze(-1)
-
-
-def _laplace(arguments: tuple[Any, ...]) -> _HeavyTailed:
-    """Return a guide around the highest posterior mode found, as wide as the curvature there says."""
-    guide, _ = min((_mode(arguments, hurst) for hurst in _STARTS), key=lambda found: found[1])
-    normal = guide.laplace_approximation(*arguments)
-    heavy = _HeavyTailed(roughness_model)
-    heavy(*arguments)  # sets it up
-    with torch.no_grad():
-        heavy.loc.copy_(normal.loc)
-    heavy.scale, heavy.scale_tril = normal.scale.detach(), normal.scale_tril.detach()
-    return heavy
-
-
-def _mode(arguments: tuple[Any, ...], hurst: float) -> tuple[AutoLaplaceApproximation, float]:
-    """Climb to a mode from an index and the spread that fits it; return the guide there and minus the log density."""
-    series, _, noise_scale, _ = arguments
-    errors = 0.3 * series.std() if noise_scale is None else torch.tensor(float(noise_scale))
-    excess = (series.var() - 2 * errors**2).clamp_min(0.1 * series.var())
-    start = {
-        "hurst_probit": torch.special.ndtri(series.new_tensor(hurst)),
-        "deviation": excess.sqrt(),
-        "noise_scale": errors,
+    # an increment over one step has the deviation of the whole without the share of the errors
+    units = np.array([g[0].unit for g in groups])
+    total = draws.total * units
+    share = draws.other if law.beside == "errors" else np.zeros_like(draws.other)
+    deviation = total * np.sqrt(1 - share)
+    pure = np.stack([law.pure(1, h)[:, 0] for h in draws.hurst.T], 1)
+    found = {"scale": deviation / np.sqrt(pure) * float(dt) ** (-draws.hurst), "deviation": deviation}
+    if errors is None:
+        found["obs_scale"] = total * np.sqrt(share / 2)
+    shape = (num_draws, *((len(data),) if own and len(data) > 1 else ()), *((axes,) if axes > 1 else ()))
+    names = [*(["path_index"] if own and len(data) > 1 else []), *(["axis"] if axes > 1 else [])]
+    posterior = {name: v.reshape(shape)[None] for name, v in found.items()}
+    dims = dict.fromkeys(posterior, names)
+    if drift:
+        slopes = np.stack([
+            np.stack([b.mean_coefficients(draws.coefficients[b.group][groups[b.group].index(b)])[:, 0]
+                      for b in sorted((b for g in groups for b in g if b.series == s), key=lambda b: b.axis)], 1)
+            for s in range(len(data))
+        ], 1)  # fmt: skip
+        slopes = slopes / float(dt)
+        kept = (num_draws, *((len(data),) if len(data) > 1 else ()), *((axes,) if axes > 1 else ()))
+        posterior["drift"] = slopes.reshape(kept)[None]
+        dims["drift"] = [*(["path_index"] if len(data) > 1 else []), *(["axis"] if axes > 1 else [])]
+    if draws.population is not None:
+        posterior["hurst"] = draws.hurst[:, ::axes][None]
+        dims["hurst"] = ["path_index"]
+        posterior["hurst_center"] = (1 / (1 + np.exp(-draws.population[0])))[None]
+        posterior["hurst_width"] = draws.population[1][None]
+    else:
+        posterior["hurst"] = draws.hurst[:, 0][None]
+    observed = {}
+    for s, x in enumerate(data):
+        name = "path" if len(data) == 1 else f"path_{s}"
+        observed[name] = x[:, 0] if axes == 1 else x
+        dims[name] = ["time" if len(data) == 1 else f"time_{s}", *(["axis"] if axes > 1 else [])]
+    attrs: dict[str, str | int | float] = {
+        "estimator": "exact",
+        "check_memory": draws.checks.memory,
+        "check_season": draws.checks.season,
+        "check_outlier": draws.checks.outlier,
     }
-    guide = AutoLaplaceApproximation(roughness_model, init_loc_fn=init_to_value(values=start))
-    guide(*arguments)  # sets it up
-    loss = Trace_ELBO().differentiable_loss
-    optimizer = torch.optim.LBFGS(
-        guide.parameters(), max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-6
+    if start is not None:
+        attrs["seed"] = start
+    return from_draws(
+        posterior, observed_data=observed, constant_data={"dt": np.asarray(float(dt))}, dims=dims, attrs=attrs
     )
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(roughness_model, guide, *arguments)
-        value.backward()
-        return value
 
-    optimizer.step(closure)
-    with torch.no_grad():
-        return guide, float(loss(roughness_model, guide, *arguments))
+def _errors(obs_scale: object, axes: int) -> list[float] | None:
+    """One known deviation per axis, or None."""
+    if obs_scale is None:
+        return None
+    if isinstance(obs_scale, int | float):
+        given: list[Any] = [obs_scale] * axes
+    else:
+        given = list(obs_scale)  # type: ignore[call-overload]
+    if len(given) != axes:
+        raise ShapeError("obs_scale must be one number, or one per axis", got=len(given), expected=axes)
+    for value in given:
+        check_real(value, "obs_scale")
+        if not 0 <= float(value) < float("inf"):
+            raise InvalidInputError("obs_scale must be finite and not negative", got=value)
+    return [float(v) for v in given]
+
+
+def _block(
+    x: np.ndarray, t: np.ndarray, series: int, axis: int, group: int, regular: bool, drift: bool, alone: bool
+) -> Block:
+    """Differences of one component between the times where it was observed."""
+    seen = ~np.isnan(x)
+    times = t[seen]
+    complete = regular and bool(seen.all())
+    design = np.diff(times)[:, None] if drift else np.zeros((len(times) - 1, 0))
+    block = Block(
+        np.diff(x[seen]), times, design, series, axis, group, len(times) - 1 if complete else None
+    )  # fmt: skip
+    block.standardise("path" if alone else f"path[{series}]", straight=True)
+    return block
+
+
+def _share_units(groups: list[list[Block]]) -> None:
+    """Blocks with a common scale need a common unit."""
+    for group in groups:
+        unit = float(np.sqrt(np.mean([b.unit**2 for b in group])))
+        for b in group:
+            b.values = b.values * (b.unit / unit)
+            b.unit = unit

@@ -1,0 +1,136 @@
+"""Marginal likelihoods on a grid of parameters: mean and scale are integrated in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stochdyn.errors import InvalidInputError
+from stochdyn.fractional.exact.prediction import prediction_errors
+from stochdyn.fractional.hurst.data import Block
+from stochdyn.fractional.hurst.laws import Law
+
+__all__ = ["Fit", "fits_of", "marginal_of", "whittle_fit"]
+
+_ELEMENTS = 2e7  # numbers held at once by dense covariances
+
+
+@dataclass
+class Fit:
+    r"""What the data of one block say at M parameters, for unit scale.
+
+    With V the covariance and Z the columns of the mean, :math:`G=Z^\top V^{-1}Z`, :math:`\hat\beta=G^{-1}Z^\top V^{-1}y` and
+    :math:`q=(y-Z\hat\beta)^\top V^{-1}(y-Z\hat\beta)`.
+
+    Attributes:
+        free: n - p. log_det: ``(M,)`` log det V + log det G. quadratic: ``(M,)`` q. coefficients: ``(M, p)``.
+        root: ``(M, p, p)`` with root root' the inverse of G. errors: ``(M, 1 + p, n)`` whitened data and columns;
+        log_variance: ``(M, n)``: one-step prediction variances. Empty where no prediction errors are kept.
+    """
+
+    free: int
+    log_det: np.ndarray
+    quadratic: np.ndarray
+    coefficients: np.ndarray
+    root: np.ndarray
+    errors: np.ndarray
+    log_variance: np.ndarray
+
+
+def fits_of(block: Block, law: Law, hurst: np.ndarray, other: np.ndarray, differences: bool) -> Fit:
+    """Evaluate a block at M parameters: by prediction errors on a complete grid, by factorisation elsewhere."""
+    columns = np.concatenate([block.values[None], block.design.T])
+    n = columns.shape[1]
+    if block.complete:
+        whitened, log_variance = prediction_errors(columns, law.correlations(n, hurst, other))
+    else:
+        size = max(1, int(_ELEMENTS / (n + 1) ** 2))
+        parts = [
+            _factorised(columns, law.covariances(block.times, h, o, differences))
+            for h, o in zip(_chunks(hurst, size), _chunks(other, size), strict=True)
+        ]
+        whitened = np.concatenate([p[0] for p in parts])
+        log_variance = np.concatenate([p[1] for p in parts])
+    y, z = whitened[:, 0], whitened[:, 1:]
+    gram = z @ z.swapaxes(1, 2)
+    moment = np.einsum("mpn,mn->mp", z, y)
+    lower = np.linalg.cholesky(gram)
+    root = np.linalg.inv(lower).swapaxes(1, 2)
+    coefficients = np.einsum("mpq,mrq,mr->mp", root, root, moment)
+    rest = y - np.einsum("mp,mpn->mn", coefficients, z)
+    log_det = log_variance.sum(-1) + 2 * np.log(np.diagonal(lower, axis1=1, axis2=2)).sum(-1)
+    return Fit(n - z.shape[1], log_det, (rest**2).sum(-1), coefficients, root, whitened, log_variance)
+
+
+def _chunks(x: np.ndarray, size: int) -> list[np.ndarray]:
+    return [x[i : i + size] for i in range(0, len(x), size)]
+
+
+def _factorised(columns: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        lower = np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        jitter = 1e-10 * np.einsum("mnn->mn", covariance).mean(-1)[:, None, None]
+        lower = np.linalg.cholesky(covariance + jitter * np.eye(covariance.shape[-1]))
+    right = np.broadcast_to(columns.T, (len(lower), *columns.T.shape)).copy()
+    solved = torch.linalg.solve_triangular(torch.from_numpy(lower), torch.from_numpy(right), upper=False)
+    whitened = solved.numpy()
+    return whitened.swapaxes(1, 2), 2 * np.log(np.diagonal(lower, axis1=1, axis2=2))
+
+
+def marginal_of(fits: list[Fit], scale: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, int]:
+    r"""Return log marginal likelihoods ``(M,)`` of blocks that share a scale, their summed q and degrees of freedom.
+
+    Under :math:`p(\beta,s)\propto1/s` the integral over the mean and the scale is, up to a constant,
+    :math:`-\frac12\sum(\log\det V+\log\det G)-\frac\nu2\log q`. A known ``scale (M,)`` is put in instead.
+    """
+    log_det = np.sum([f.log_det for f in fits], axis=0)
+    quadratic = np.sum([f.quadratic for f in fits], axis=0)
+    free = sum(f.free for f in fits)
+    if scale is None:
+        return -0.5 * log_det - 0.5 * free * np.log(quadratic), quadratic, free
+    return -0.5 * log_det - free * np.log(scale) - 0.5 * quadratic / scale**2, quadratic, free
+
+
+def whittle_fit(block: Block, law: Law, hurst: np.ndarray, other: np.ndarray | None = None) -> Fit:
+    r"""Evaluate a long series by the debiased Whittle likelihood, :math:`O(n\log n)`.
+
+    .. math:: \sum_{j\ne0}\left[\log\bar f(\omega_j)+I(\omega_j)/\bar f(\omega_j)\right],\qquad
+        \bar f(\omega)=\sum_{|k|<n}(1-|k|/n)\,r(k)\,e^{-i\omega k},
+
+    with the expectation of the periodogram in place of the spectral density.
+
+    Reference:
+        A. M. Sykulski, S. C. Olhede, A. P. Guillaumin, J. M. Lilly and J. J. Early, The debiased Whittle likelihood,
+        Biometrika 106, 2019.
+    """
+    n, p = block.design.shape
+    if p != 1:
+        raise InvalidInputError(
+            "regressors of a series of this length aren't supported", got=n, hint="subtract them beforehand"
+        )
+    intensity = np.abs(np.fft.rfft(block.values)) ** 2 / n
+    log_det, quadratic, root = [], [], []
+    other = np.zeros(len(hurst)) if other is None else other
+    for h, o in zip(hurst, other, strict=True):
+        r = law.correlations(n, np.array([h]), np.array([o]))[0]
+        tapered = r * (1 - np.arange(n) / n)
+        # folded onto n points: lags k and k - n fall on the same frequency
+        folded = tapered.copy()
+        folded[1:] += tapered[:0:-1]
+        density = np.fft.rfft(folded).real
+        twice = np.full(len(density), 2.0)
+        twice[0] = 0.0
+        if n % 2 == 0:
+            twice[-1] = 1.0
+        log_det.append(float((twice * np.log(density)).sum()))
+        quadratic.append(float((twice * intensity / density).sum()))
+        root.append(density[0] ** 0.5)  # n Var(mean of the series), nearly that of the best estimate
+    empty = np.zeros((len(hurst), 0))
+    log_det_all = np.array(log_det)
+    return Fit(
+        n - 1, log_det_all, np.array(quadratic), np.zeros((len(hurst), 1)),
+        np.array(root)[:, None, None], np.zeros((len(hurst), 2, 0)), empty,
+    )  # fmt: skip
