@@ -50,10 +50,10 @@ def main() -> None:
         ).realised
     error = math.sqrt(2 / arguments.returns)
     analyses = {
-        "averages with errors": {"noise_scale": error, "averaged": True},
-        "averages, errors learned": {"noise_scale": None, "averaged": True},
-        "averages without errors": {"noise_scale": 0.0, "averaged": True},
-        "samples without errors": {"noise_scale": 0.0, "averaged": False},
+        "averages with errors": {"obs_scale": error, "averaged": True},
+        "averages, errors learned": {"obs_scale": None, "averaged": True},
+        "averages without errors": {"obs_scale": 0.0, "averaged": True},
+        "samples without errors": {"obs_scale": 0.0, "averaged": False},
     }
     draws = {}
     for name, options in analyses.items():

@@ -129,7 +129,7 @@ def test_fractional() -> None:
     noise = sd.fractional.MarkovNoise(0.3, num_states=6, horizon=1.0, dt=0.01, kind="II", learn_hurst=True)
     assert noise.speeds.shape == noise.weights.shape == (6,)
     assert 0 < noise.relative_error < 0.1
-    assert sd.fractional.sample_fbm(0.7, 20, horizon=1.0, size=(3,), generator=seeded()).shape == (3, 21)
+    assert sd.fractional.sample_fbm(0.7, 20, horizon=1.0, sample_shape=(3,), generator=seeded()).shape == (3, 21)
     ts = torch.linspace(0, 1, 5)
     assert sd.fractional.fbm_covariance(ts, 0.3, kind="I").shape == (5, 5)
     ou = sd.fractional.FractionalOU(1.0, 0.0, 0.5, 0.7, noise=None)
@@ -137,7 +137,7 @@ def test_fractional() -> None:
     assert ou.log_evidence(ts[1:], y, 0.2).isfinite()
     assert ou.posterior(ts[1:], y, 0.2).mean.shape[-1] >= 1
     idata = sd.fractional.infer_hurst(
-        sd.fractional.sample_fgn(0.7, 60, generator=seeded()), step=1.0, steps=100, num_draws=100, seed=0
+        sd.fractional.sample_fgn(0.7, 60, generator=seeded()), dt=1.0, num_draws=100, seed=0
     )
     assert {"hurst", "mean", "scale"} <= set(idata.posterior.data_vars)
     assert sd.fractional.VideoModel is not None

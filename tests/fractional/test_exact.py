@@ -114,7 +114,7 @@ def test_gradients_of_the_exact_laws() -> None:
 def test_samples_have_the_exact_covariance(hurst: float) -> None:
     """Whitened draws are standard normal: sums of squares by chi-square, p-values above 1e-4."""
     n, draws = 16, 4000
-    x = sample_fbm(hurst, n, horizon=2.0, size=draws, generator=torch.Generator().manual_seed(11))
+    x = sample_fbm(hurst, n, horizon=2.0, sample_shape=draws, generator=torch.Generator().manual_seed(11))
     assert torch.equal(x[:, 0], torch.zeros(draws, dtype=F64))
     ts = torch.linspace(0, 2, n + 1, dtype=F64)[1:]
     factor = torch.linalg.cholesky(fbm_covariance(ts, hurst))
@@ -145,9 +145,9 @@ def test_sampler_and_its_peer_have_one_law(hurst: float) -> None:
 
 def test_sampler_shapes_types_and_reproducibility() -> None:
     g = torch.Generator().manual_seed(0)
-    assert sample_fbm(0.7, 10, size=(2, 3), generator=g).shape == (2, 3, 11)
+    assert sample_fbm(0.7, 10, sample_shape=(2, 3), generator=g).shape == (2, 3, 11)
     assert sample_fbm(0.7, 1, generator=g).shape == (2,)
-    assert sample_fgn(torch.tensor([0.2, 0.8]), 10, size=4, generator=g).shape == (4, 2, 10)
+    assert sample_fgn(torch.tensor([0.2, 0.8]), 10, sample_shape=4, generator=g).shape == (4, 2, 10)
     assert sample_fbm(0.7, 10, generator=g, dtype=torch.float32).dtype == torch.float32
     a, b = (sample_fbm(0.4, 50, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a, b)
@@ -210,7 +210,7 @@ def test_bad_arguments() -> None:
         fbm_covariance(FIVE.flip(0), 0.3)
     with pytest.raises(InvalidInputError, match="not be negative"):
         fbm_covariance(FIVE - 1, 0.3)
-    with pytest.raises(InvalidInputError, match="n must be an integer"):
+    with pytest.raises(InvalidInputError, match="num_steps must be an integer"):
         sample_fgn(0.3, 0)
     with pytest.raises(InvalidInputError, match="horizon"):
         sample_fbm(0.3, 10, horizon=-1.0)

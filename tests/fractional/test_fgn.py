@@ -106,7 +106,7 @@ def test_bad_arguments() -> None:
         FractionalGaussianNoise(1.0, 0.0, 1.0, 5)
     with pytest.raises(InvalidInputError, match="scale must be positive"):
         FractionalGaussianNoise(0.5, 0.0, -1.0, 5)
-    with pytest.raises(InvalidInputError, match="n must be an integer"):
+    with pytest.raises(InvalidInputError, match="num_steps must be an integer"):
         FractionalGaussianNoise(0.5, 0.0, 1.0, 0)
     with pytest.raises(ShapeError, match="value has the wrong size"):
         FractionalGaussianNoise(0.5, 0.0, 1.0, 5).log_prob(torch.zeros(4))

@@ -228,7 +228,7 @@ def test_comparison_over_series_finds_the_smoother_noise() -> None:
     from stochdyn.fractional import sample_fbm
 
     g = torch.Generator().manual_seed(0)
-    x = sample_fbm(0.9, 20, size=(6,), generator=g).to(torch.float32)
+    x = sample_fbm(0.9, 20, sample_shape=(6,), generator=g).to(torch.float32)
     series = Series.regular(TS[1::2], x[:, 1::2, None])
 
     def build(hurst: float) -> LatentSDE:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_tensor,
+    as_time_grid,
     check_choice,
-    check_finite,
     check_hurst,
     check_positive,
     check_positive_int,
-    check_time_grid,
 )
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional.noise.weights import Kind
@@ -66,7 +68,7 @@ def fbm_covariance(ts: Tensor, hurst: Tensor | float, kind: Kind = "I") -> Tenso
         J. Statist. Plann. Inference 80, 1999 (type II).
     """
     check_choice(kind, ("I", "II"), "kind")
-    check_time_grid(ts, min_points=1)
+    ts = as_time_grid(ts, "ts", min_points=1)
     if bool(ts[0] < 0):
         raise InvalidInputError(
             "ts must not be negative", got=f"ts[0]={ts[0].item():g}", hint="the process starts at 0"
@@ -87,15 +89,15 @@ def fbm_covariance(ts: Tensor, hurst: Tensor | float, kind: Kind = "I") -> Tenso
     return (2 * (a - 0.5) / a * late ** (2 * a - 1) * ratio**a * series).to(ts.dtype)
 
 
-def fgn_autocovariance(n: int, hurst: Tensor | float, step: float = 1.0) -> Tensor:
+def fgn_autocovariance(num_lags: int, hurst: Tensor | float, dt: float = 1.0) -> Tensor:
     r"""Return the autocovariance of fractional Gaussian noise, the increments of unit fBM, at lags 0 to n-1.
 
     .. math:: r(k)=\tfrac12\Delta^{2H}\left(|k+1|^{2H}-2|k|^{2H}+|k-1|^{2H}\right).
 
     Args:
-        n: number of lags.
+        num_lags: number of lags, from 0 on.
         hurst: Hurst index in (0, 1), ``(*batch)``; differentiable.
-        step: time between the ends of an increment.
+        dt: time between the ends of an increment.
 
     Returns:
         float64 ``(*batch, n)``.
@@ -107,26 +109,26 @@ def fgn_autocovariance(n: int, hurst: Tensor | float, step: float = 1.0) -> Tens
         >>> fgn_autocovariance(3, 0.5).tolist()
         [1.0, 0.0, 0.0]
     """
-    check_positive_int(n, "n")
-    check_positive(step, "step")
+    check_positive_int(num_lags, "num_lags")
+    check_positive(dt, "dt")
     h = _hurst64(hurst)[..., None]
     unit = torch.ones_like(h)
-    if n == 1:
-        return unit * step ** (2 * h)
+    if num_lags == 1:
+        return unit * dt ** (2 * h)
     near = torch.exp2(2 * h - 1) - 1
     # k^(2H) [(1 + 1/k)^(2H) + (1 - 1/k)^(2H) - 2] / 2 with expm1, since the terms cancel at long lags
-    k = torch.arange(2, n, dtype=torch.float64, device=h.device)
+    k = torch.arange(2, num_lags, dtype=torch.float64, device=h.device)
     bracket = torch.expm1(2 * h * torch.log1p(1 / k)) + torch.expm1(2 * h * torch.log1p(-1 / k))
     far = 0.5 * torch.exp(2 * h * torch.log(k)) * bracket
-    return torch.cat([unit, near, far], dim=-1) * step ** (2 * h)
+    return torch.cat([unit, near, far], dim=-1) * dt ** (2 * h)
 
 
 def sample_fgn(
     hurst: Tensor | float,
-    n: int,
-    step: float = 1.0,
-    size: int | Sequence[int] = (),
-    generator: torch.Generator | None = None,
+    num_steps: int,
+    dt: float = 1.0,
+    sample_shape: int | Sequence[int] = (),
+    generator: torch.Generator | int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     r"""Draw fractional Gaussian noise exactly, in :math:`O(n\log n)`, by circulant embedding.
@@ -136,30 +138,32 @@ def sample_fgn(
 
     Args:
         hurst: Hurst index in (0, 1), ``(*batch)``.
-        n: number of increments.
-        step: time between the ends of an increment; its variance is ``step ** (2 * hurst)``.
-        size: sample shape.
-        generator: source of randomness, on the device of ``hurst``.
-        dtype: of the result; computed in float64.
+        num_steps: number of increments.
+        dt: time between the ends of an increment; its variance is ``dt ** (2 * hurst)``.
+        sample_shape: shape of independent draws, an int or a tuple.
+        generator: source of randomness, on the device of ``hurst``, or its seed.
+        dtype: precision of the result; computed in float64.
 
     Returns:
-        ``(*size, *batch, n)``.
+        ``(*sample_shape, *batch, num_steps)``.
 
     Raises:
         HurstRangeError: if ``hurst`` lies outside (0, 1).
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
-        >>> sample_fgn(0.8, 100, size=5, generator=g).shape
+        >>> sample_fgn(0.8, 100, sample_shape=5, generator=g).shape
         torch.Size([5, 100])
 
     Reference:
         R. Davies and D. Harte, Biometrika 74, 1987; C. Dietrich and G. Newsam, SIAM J. Sci. Comput. 18, 1997;
         P. Craigmile, J. Time Series Anal. 24, 2003 (eigenvalues for H < 1/2).
     """
-    shape = (size,) if isinstance(size, int) else tuple(size)
-    check_positive_int(n, "n")
-    r = fgn_autocovariance(n + 1, hurst, step)
+    shape = as_sample_shape(sample_shape)
+    check_positive_int(num_steps, "num_steps")
+    n = num_steps
+    r = fgn_autocovariance(n + 1, hurst, dt)
+    generator = as_generator(generator, r.device)
     circulant = torch.cat([r, r[..., 1:-1].flip(-1)], dim=-1)
     # an eigenvalue that is 0 but for rounding must not be negative, nor its root have derivative inf
     spectrum = torch.fft.rfft(circulant).real.clamp_min(1e-300)
@@ -175,24 +179,24 @@ def sample_fgn(
 
 def sample_fbm(
     hurst: Tensor | float,
-    n: int,
+    num_steps: int,
     horizon: float = 1.0,
-    size: int | Sequence[int] = (),
-    generator: torch.Generator | None = None,
+    sample_shape: int | Sequence[int] = (),
+    generator: torch.Generator | int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    r"""Draw exact paths of unit fractional Brownian motion (type I) on ``n`` equal steps of ``[0, horizon]``.
+    r"""Draw exact paths of unit fractional Brownian motion (type I) on ``num_steps`` equal steps of ``[0, horizon]``.
 
     Args:
         hurst: Hurst index in (0, 1), ``(*batch)``.
-        n: number of steps.
+        num_steps: number of steps.
         horizon: last time; :math:`\operatorname{Var}B(t)=t^{2H}`.
-        size: sample shape.
-        generator: source of randomness, on the device of ``hurst``.
-        dtype: of the result; computed in float64.
+        sample_shape: shape of independent draws, an int or a tuple.
+        generator: source of randomness, on the device of ``hurst``, or its seed.
+        dtype: precision of the result; computed in float64.
 
     Returns:
-        ``(*size, *batch, n + 1)``, the first column 0.
+        ``(*sample_shape, *batch, num_steps + 1)``, the first column 0.
 
     Raises:
         HurstRangeError: if ``hurst`` lies outside (0, 1).
@@ -203,9 +207,9 @@ def sample_fbm(
         >>> path.shape, float(path[0])
         (torch.Size([1001]), 0.0)
     """
-    check_positive_int(n, "n")
+    check_positive_int(num_steps, "num_steps")
     check_positive(horizon, "horizon")
-    increments = sample_fgn(hurst, n, horizon / n, size, generator)
+    increments = sample_fgn(hurst, num_steps, horizon / num_steps, sample_shape, generator)
     start = torch.zeros_like(increments[..., :1])
     return torch.cat([start, increments.cumsum(-1)], dim=-1).to(dtype)
 
@@ -245,7 +249,7 @@ def fou_autocovariance(lags: Tensor, rate: float, hurst: float, scale: float = 1
     check_hurst(hurst)
     check_positive(rate, "rate")
     check_positive(scale, "scale")
-    check_finite(lags, "lags")
+    lags = as_tensor(lags, "lags")
     b = 2 * float(hurst)
     z = (lags.detach().to(torch.float64).abs() * rate).cpu()
     near = z.clamp_max(_LARGE).numpy()

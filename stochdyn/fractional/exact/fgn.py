@@ -18,7 +18,7 @@ __all__ = ["FractionalGaussianNoise"]
 
 
 class FractionalGaussianNoise(LawDistribution):
-    r"""Fractional Gaussian noise: ``n`` increments of scaled fractional Brownian motion, plus a mean.
+    r"""Fractional Gaussian noise: increments of scaled fractional Brownian motion, plus a mean.
 
     .. math::
         y\sim N(\mu1,\Sigma),\qquad
@@ -32,17 +32,17 @@ class FractionalGaussianNoise(LawDistribution):
         hurst: Hurst index in (0, 1), ``(*batch)``.
         mean: of one increment, ``(*batch)``.
         scale: standard deviation of an increment over unit time, ``(*batch)``.
-        n: number of increments; the event shape is ``(n,)``.
-        step: time between the ends of an increment.
+        num_steps: number n of increments; the event shape is ``(n,)``.
+        dt: time between the ends of an increment.
         likelihood: table of the observed series. The density of any other value is computed as usual.
         validate_args: as in torch.
 
     Raises:
         HurstRangeError: if ``hurst`` lies outside (0, 1).
-        InvalidInputError: if ``scale`` isn't positive, or ``likelihood`` has another length or step.
+        InvalidInputError: if ``scale`` isn't positive, or ``likelihood`` has another length or dt.
 
     Example:
-        >>> noise = FractionalGaussianNoise(0.8, 0.0, 1.0, n=50)
+        >>> noise = FractionalGaussianNoise(0.8, 0.0, 1.0, num_steps=50)
         >>> noise.event_shape, noise.log_prob(torch.zeros(50)).shape
         (torch.Size([50]), torch.Size([]))
 
@@ -57,7 +57,7 @@ class FractionalGaussianNoise(LawDistribution):
     }
     support = constraints.real_vector
     has_rsample = True
-    _carried = ("n", "step", "likelihood", "_dtype")
+    _carried = ("num_steps", "dt", "likelihood", "_dtype")
     _batched = ("hurst", "mean_value", "scale")
 
     def __init__(
@@ -65,20 +65,20 @@ class FractionalGaussianNoise(LawDistribution):
         hurst: Tensor | float,
         mean: Tensor | float,
         scale: Tensor | float,
-        n: int,
-        step: float = 1.0,
+        num_steps: int,
+        dt: float = 1.0,
         likelihood: HurstLikelihood | None = None,
         validate_args: bool | None = None,
     ) -> None:
         check_hurst(hurst)
         check_positive(scale, "scale")
-        check_positive(step, "step")
-        check_positive_int(n, "n")
-        if likelihood is not None and (likelihood.series.shape[0] != n or likelihood.step != step):
+        check_positive(dt, "dt")
+        check_positive_int(num_steps, "num_steps")
+        if likelihood is not None and (likelihood.series.shape[0] != num_steps or likelihood.dt != dt):
             raise InvalidInputError(
                 "likelihood is the table of another kind of series",
-                got=f"n={likelihood.series.shape[0]}, step={likelihood.step:g}",
-                expected=f"n={n}, step={step:g}",
+                got=f"num_steps={likelihood.series.shape[0]}, dt={likelihood.dt:g}",
+                expected=f"num_steps={num_steps}, dt={dt:g}",
             )
         given = [v for v in (mean, scale, hurst) if isinstance(v, Tensor) and v.is_floating_point()]
         dtype = given[0].dtype if given else torch.get_default_dtype()
@@ -89,35 +89,35 @@ class FractionalGaussianNoise(LawDistribution):
             for v in (hurst, mean, scale)
         )
         self.hurst, self.mean_value, self.scale = torch.broadcast_tensors(*tensors)
-        self.n, self.step, self.likelihood, self._dtype = n, step, likelihood, dtype
-        super().__init__(self.hurst.shape, torch.Size([n]), validate_args=validate_args)
+        self.num_steps, self.dt, self.likelihood, self._dtype = num_steps, dt, likelihood, dtype
+        super().__init__(self.hurst.shape, torch.Size([num_steps]), validate_args=validate_args)
 
     @property
     def mean(self) -> Tensor:
         """``(*batch, n)``."""
-        return self.mean_value.to(self._dtype)[..., None].expand(*self.batch_shape, self.n)
+        return self.mean_value.to(self._dtype)[..., None].expand(*self.batch_shape, self.num_steps)
 
     @property
     def variance(self) -> Tensor:
         """``(*batch, n)``."""
-        deviation = self.scale * self.step**self.hurst
-        return (deviation**2).to(self._dtype)[..., None].expand(*self.batch_shape, self.n)
+        deviation = self.scale * self.dt**self.hurst
+        return (deviation**2).to(self._dtype)[..., None].expand(*self.batch_shape, self.num_steps)
 
     @property
     def covariance_matrix(self) -> Tensor:
         """``(*batch, n, n)`` in float64."""
-        lags = torch.arange(self.n, device=self.hurst.device)
-        r = fgn_autocovariance(self.n, self.hurst, self.step)
+        lags = torch.arange(self.num_steps, device=self.hurst.device)
+        r = fgn_autocovariance(self.num_steps, self.hurst, self.dt)
         return r[..., (lags[:, None] - lags).abs()] * self.scale.double()[..., None, None] ** 2
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw ``(*sample_shape, *batch, n)``, exactly."""
-        unit = sample_fgn(self.hurst, self.n, self.step, torch.Size(sample_shape))
+        unit = sample_fgn(self.hurst, self.num_steps, self.dt, torch.Size(sample_shape))
         return (self.mean_value.double()[..., None] + self.scale.double()[..., None] * unit).to(self._dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of ``value (..., n)``."""
-        check_event_size(value, self.n, "value")
+        check_event_size(value, self.num_steps, "value")
         table = self.likelihood
         if table is not None and value.ndim == 1 and torch.equal(value.detach().cpu().double(), table.series):
             return table(self.hurst, self.mean_value, self.scale).to(value.dtype)

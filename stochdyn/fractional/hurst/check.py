@@ -18,7 +18,9 @@ from stochdyn.fractional.hurst.marginal import whittle_fit
 __all__ = ["Checks", "check_errors", "short_memory_test", "warn_of"]
 
 _SURE = 1e-3
-_SURE_OF_OUTLIER = 1e-6  # real data have heavier tails than the normal law: only what changes the answer is worth a word
+_SURE_OF_OUTLIER = (
+    1e-6  # real data have heavier tails than the normal law: only what changes the answer is worth a word
+)
 _LAGS = 12
 _SHORTEST_FOR_RATIO, _LONGEST_FOR_RATIO = 64, 16384
 
@@ -44,7 +46,9 @@ def check_errors(errors: list[np.ndarray]) -> Checks:
         return Checks(1.0, 1.0, 1.0)
     count = len(found)
     # the smallest of several p-values, by the chance that the smallest is as small
-    return Checks(*(float(-math.expm1(count * math.log1p(-min(min(p), 1 - 1e-16)))) for p in zip(*found, strict=True)))
+    return Checks(
+        *(float(-math.expm1(count * math.log1p(-min(min(p), 1 - 1e-16)))) for p in zip(*found, strict=True))
+    )
 
 
 def _check_one(e: np.ndarray) -> tuple[float, float, float]:
@@ -75,7 +79,9 @@ def short_memory_test(groups: list[list[Block]], law: Law) -> float:
     The noise is passed through :math:`y_k=\phi y_{k-1}+x_k`, and twice the gain of the debiased Whittle likelihood, maximised over
     the Hurst index, compared with a chi-squared law of one degree of freedom per series.
     """
-    blocks = [b for g in groups for b in g if b.complete and not b.gaps and len(b.values) >= _SHORTEST_FOR_RATIO]
+    blocks = [
+        b for g in groups for b in g if b.complete and not b.gaps and len(b.values) >= _SHORTEST_FOR_RATIO
+    ]
     if law != Law("none") or not blocks:
         return 1.0
     both = Law("ar1")

@@ -95,7 +95,9 @@ class Block:
         level = float(np.abs(self.values).max())
         if not self.unit > 1e-12 * level or self.unit == 0:
             raise InvalidInputError(
-                f"{name} is constant, or a straight line" if straight else f"{name} is constant but for its mean",
+                f"{name} is constant, or a straight line"
+                if straight
+                else f"{name} is constant but for its mean",
                 got="no variation",
                 hint="the Hurst index needs variation",
             )
@@ -135,7 +137,11 @@ def read_times(times: object, series: list[np.ndarray], dt: float) -> list[np.nd
     """Return times in units of dt, ``(n_i,)`` each: the index where none are given."""
     if times is None:
         return [np.arange(len(x), dtype=float) for x in series]
-    rows = list(times) if isinstance(times, list | tuple) and not np.isscalar(times[0]) else [times] * len(series)  # type: ignore[call-overload, index]
+    rows = (
+        list(times)
+        if isinstance(times, list | tuple) and not np.isscalar(times[0])
+        else [times] * len(series)
+    )  # type: ignore[call-overload, index]
     if len(rows) != len(series):
         raise ShapeError("times must come for each series", got=len(rows), expected=len(series))
     found = []
@@ -163,8 +169,8 @@ def columns_of(regressors: object, series: list[np.ndarray]) -> list[np.ndarray]
         raise ShapeError("regressors must come for each series", got=len(rows), expected=len(series))
     found = []
     for index, (row, x) in enumerate(zip(rows, series, strict=True)):
-        value = as_tensor(row, f"regressors[{index}]", (1, 2), "(n,) or (n, k)", like=_F64).detach()
-        value = value.to("cpu", torch.float64).numpy()
+        given = as_tensor(row, f"regressors[{index}]", (1, 2), "(n,) or (n, k)", like=_F64).detach()
+        value = given.to("cpu", torch.float64).numpy()
         value = value[:, None] if value.ndim == 1 else value
         if value.shape[0] != x.shape[0]:
             raise ShapeError(

@@ -8,12 +8,11 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
-from torch import Tensor
-from torch.distributions import constraints
-from torch.distributions.transforms import AffineTransform, PowerTransform, SigmoidTransform, Transform
+from torch.distributions.transforms import AffineTransform, PowerTransform, SigmoidTransform
 
 from stochdyn.fractional.exact.fgn import FractionalGaussianNoise
 from stochdyn.fractional.exact.likelihood import HURST_LIMITS, FGNFit, HurstLikelihood
+from stochdyn.infer.skewed import SinhArcsinh
 
 __all__ = ["HurstGuide", "hurst_model"]
 
@@ -43,48 +42,27 @@ def hurst_model(likelihood: HurstLikelihood) -> None:
     """
     series = likelihood.series
     center, spread = series.mean(), series.std()
-    log_step = math.log(likelihood.step)
+    log_step = math.log(likelihood.dt)
     hurst = pyro.sample("hurst", dist.Uniform(series.new_tensor(HURST_LIMITS[0]), HURST_LIMITS[1]))
     # in units of the spread, so that all coordinates of the guide are of order one
     standard = pyro.sample("mean_standardised", dist.Normal(series.new_tensor(0.0), _PRIOR_WIDTH))
     mean = pyro.deterministic("mean", center + spread * standard)
     scale = pyro.sample("scale", dist.LogNormal(spread.log() - 0.5 * log_step, 1.0 + 0.5 * abs(log_step)))
-    law = FractionalGaussianNoise(hurst, mean, scale, len(series), likelihood.step, likelihood)
+    law = FractionalGaussianNoise(hurst, mean, scale, len(series), likelihood.dt, likelihood)
     pyro.sample("series", law, obs=series)
-
-
-class _SinhArcsinh(Transform):
-    """x to sinh(e^tail (asinh x + skew)): skewness and tail weight for a normal variable."""
-
-    domain = constraints.real
-    codomain = constraints.real
-    bijective = True
-    sign = 1
-
-    def __init__(self, skew: Tensor, tail: float) -> None:
-        super().__init__()
-        self.skew, self.tail = skew, tail
-
-    def _call(self, x: Tensor) -> Tensor:
-        return torch.sinh(math.exp(self.tail) * (torch.asinh(x) + self.skew))
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return torch.sinh(math.exp(-self.tail) * torch.asinh(y) - self.skew)
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Log of cosh(.) e^tail / sqrt(1 + x^2), where cosh^2 = 1 + y^2."""
-        return self.tail + 0.5 * (torch.log1p(y**2) - torch.log1p(x**2))
 
 
 class HurstGuide(PyroModule):
     r"""Structured guide of :func:`hurst_model`, factored like the exact posterior.
 
     .. math::
-        \operatorname{logit}H &= a+b\sinh\left(e^{0.2}(\operatorname{arsinh}\epsilon_1+s)\right),\\
+        \operatorname{logit}H &= a+b\,S(\epsilon_1),\\
         \sigma\mid H &= \hat\sigma(H)\,e^c(1+d\,\epsilon_2)^{-3/2},\\
         \mu\mid H,\sigma &\sim p(\mu\mid H,\sigma,y),
 
-    with standard normal :math:`\epsilon` and :math:`\hat\sigma(H)` the maximum given H. The first law is
+    with standard normal :math:`\epsilon`, S the skewing map :class:`~stochdyn.infer.skewed.SinhArcsinh` with skewness s, and
+    :math:`\hat\sigma(H)` the maximum given H. :func:`~stochdyn.fractional.infer_hurst` is exact; take this guide as an example of a
+    structured one, or for a model of your own around one series. The first law is
     skewed, which matters near H = 1, and has tails a little heavier than the posterior's on purpose, so that
     importance weights stay bounded; the second is the Wilson-Hilferty form of a gamma precision; the third is
     exact, the model being Gaussian in the mean. So neither the correlation of index and scale nor the width
@@ -117,7 +95,7 @@ class HurstGuide(PyroModule):
         a, log_b, skew, c, log_d = self.unconstrained
         low, high = HURST_LIMITS
         to_hurst = [
-            _SinhArcsinh(skew, _TAIL),
+            SinhArcsinh(skew, _TAIL),
             AffineTransform(a, log_b.exp()),
             SigmoidTransform(),
             AffineTransform(low, high - low),

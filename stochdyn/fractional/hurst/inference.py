@@ -110,7 +110,7 @@ def infer_hurst(
     if hierarchy and len(data) < 2:
         raise InvalidInputError("a hierarchy needs several series", got=len(data))
     columns = _mean_columns(ends, columns_of(regressors, data), trend, season, float(dt))
-    blocks = []
+    blocks: list[Block] = []
     for s, (x, t, z) in enumerate(zip(data, ends, columns, strict=True)):
         for a in range(x.shape[1]):
             seen = ~np.isnan(x[:, a])
@@ -125,7 +125,9 @@ def infer_hurst(
             block.fill_gaps()
             blocks.append(block)
     law = Law(short_memory or "none")
-    problem = Problem([[b] for b in blocks], law, False, [None] * len(blocks), hierarchy, progress, "infer_hurst")
+    problem = Problem(
+        [[b] for b in blocks], law, False, [None] * len(blocks), hierarchy, progress, "infer_hurst"
+    )
     rng = np.random.default_rng(start)
     draws = solve(problem, num_draws, rng)
     warn_of(draws.checks, draws.hurst, path=False, bounds=True, stacklevel=2)
@@ -182,7 +184,7 @@ def _container(
 
     axes = ([] if single else ["series_index"]) + ([] if components == 1 else ["component"])
     posterior = {"mean": by_block(mean), "scale": by_block(scale)}
-    dims = {name: axes for name in ("mean", "scale", "phi", "white_scale")}
+    dims = dict.fromkeys(("mean", "scale", "phi", "white_scale"), axes)
     if draws.population is not None:
         posterior["hurst"] = hurst[:, ::components][None]
         dims["hurst"] = ["series_index"]
@@ -224,9 +226,7 @@ def _container(
     )  # fmt: skip
 
 
-def _replicate(
-    block: Block, law: Law, draws: Draws, g: int, n: int, rng: np.random.Generator
-) -> np.ndarray:
+def _replicate(block: Block, law: Law, draws: Draws, g: int, n: int, rng: np.random.Generator) -> np.ndarray:
     """Replicated series ``(S, n)`` on the whole regular grid; missing where the data are."""
     hurst, other, total = draws.hurst[:, g], draws.other[:, g], block.unit * draws.total[:, g]
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -235,10 +235,14 @@ def _replicate(
         lead = min(20 * n, math.ceil(math.log(_BURN_IN) / math.log(max(float(np.abs(other).max()), 1e-3))))
     noise = sample_fgn(torch.from_numpy(hurst), n + lead, generator=generator).numpy()
     if law.beside == "ar1":
-        noise = np.stack([lfilter([1.0], [1.0, -p], row) for p, row in zip(other, noise, strict=True)])[:, lead:]
+        noise = np.stack([lfilter([1.0], [1.0, -p], row) for p, row in zip(other, noise, strict=True)])[
+            :, lead:
+        ]
         noise = noise / np.sqrt(law.variance(hurst, other))[:, None]
     if law.beside == "white":
-        noise = np.sqrt(1 - other)[:, None] * noise + np.sqrt(other)[:, None] * rng.standard_normal(noise.shape)
+        noise = np.sqrt(1 - other)[:, None] * noise + np.sqrt(other)[:, None] * rng.standard_normal(
+            noise.shape
+        )
     found = np.full((len(hurst), n), np.nan)
     found[:, block.place] = block.fitted(draws.coefficients[g][0]) + total[:, None] * noise[:, block.place]
     return found

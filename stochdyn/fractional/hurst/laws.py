@@ -135,8 +135,8 @@ class Law:
                 r = (1 - other)[:, None, None] * r + other[:, None, None] * np.eye(len(times))
             return np.asarray(r)
         # differences of levels: Cov = [D(b - c) + D(a - d) - D(b - d) - D(a - c)] / 2 for (a, b) and (c, d)
-        d = self._variogram(times[:, None] - times, hurst)
-        r = 0.5 * (d[:, 1:, :-1] + d[:, :-1, 1:] - d[:, 1:, 1:] - d[:, :-1, :-1])
+        v = self._variogram(times[:, None] - times, hurst)
+        r = 0.5 * (v[:, 1:, :-1] + v[:, :-1, 1:] - v[:, 1:, 1:] - v[:, :-1, :-1])
         r = r / self.pure(1, hurst)[:, :, None]
         if self.beside == "errors":
             n = len(times) - 1

@@ -13,7 +13,17 @@ from scipy.special import expit, logit, logsumexp
 from stochdyn.fractional.exact.likelihood import HURST_LIMITS
 from stochdyn.fractional.hurst.marginal import Fit, marginal_of
 
-__all__ = ["Grid", "Table", "draw_hierarchy", "draw_points", "find_grid", "interpolate", "interpolated_table", "log_uniform", "table_on"]
+__all__ = [
+    "Grid",
+    "Table",
+    "draw_hierarchy",
+    "draw_points",
+    "find_grid",
+    "interpolate",
+    "interpolated_table",
+    "log_uniform",
+    "table_on",
+]
 
 LOGIT_LIMIT = float(logit(HURST_LIMITS[1]))
 _DROP = 22.0  # log density below its peak at which the grid ends
@@ -165,8 +175,10 @@ def draw_hierarchy(
     index for m, and a half-normal of width 1 for tau.
 
     Args:
-        log_likelihoods: ``(N, I)`` marginal likelihoods at the logits ``x (I,)``, equally spaced.
-        count: S.
+        log_likelihoods: ``(N, I)`` marginal likelihoods of each series.
+        x: ``(I,)`` logits at which these are given, equally spaced.
+        count: number S of draws.
+        rng: source of randomness.
 
     Returns:
         Logits of the indices ``(S, N)``, and m and tau, ``(S,)`` each.

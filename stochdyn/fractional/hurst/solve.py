@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,7 +104,11 @@ def solve(problem: Problem, count: int, rng: np.random.Generator) -> Draws:
         x = np.repeat(one[:, None], len(tables), axis=1)
     other, total, coefficients, densities = [], [], [], []
     for g, table in enumerate(tables):
-        a = a_one if len(tables) == 1 and not problem.hierarchy else _draw_other(table, priors[g], x[:, g], rng)
+        a = (
+            a_one
+            if len(tables) == 1 and not problem.hierarchy
+            else _draw_other(table, priors[g], x[:, g], rng)
+        )
         eta = problem.known[g]
         other.append(law.value(a, eta))
         shape = (len(table.grid.x), len(table.grid.a))
@@ -161,10 +164,10 @@ def _tables(problem: Problem) -> list[Table]:
         if len(tables) == 1:
             return np.asarray(tables[0].log_marginal + priors[0] + log_uniform(grid.x)[:, None])
         # groups have further parameters of their own: only the index is found here
-        profile = np.sum([logsumexp(t.log_marginal + p, axis=1) for t, p in zip(tables, priors, strict=True)], axis=0)
-        return np.asarray(
-            np.repeat((profile + log_uniform(grid.x))[:, None], len(grid.a), axis=1)
+        profile = np.sum(
+            [logsumexp(t.log_marginal + p, axis=1) for t, p in zip(tables, priors, strict=True)], axis=0
         )
+        return np.asarray(np.repeat((profile + log_uniform(grid.x))[:, None], len(grid.a), axis=1))
 
     try:
         if problem.hierarchy:
@@ -190,8 +193,7 @@ def _long_table(problem: Problem, block: Block) -> Table:
     def whittle(grid: Grid) -> np.ndarray:
         hurst, _ = grid.points
         return np.asarray(
-            table_on(grid, [whittle_fit(plain, law, hurst)], None).log_marginal
-            + log_uniform(grid.x)[:, None]
+            table_on(grid, [whittle_fit(plain, law, hurst)], None).log_marginal + log_uniform(grid.x)[:, None]
         )
 
     grid = find_grid(whittle, None)
@@ -237,14 +239,29 @@ def _draw_other(table: Table, prior: np.ndarray, x: np.ndarray, rng: np.random.G
 def _pointwise(
     grid: Grid, fit: Fit, x: np.ndarray, a: np.ndarray, scale: np.ndarray, beta: np.ndarray
 ) -> np.ndarray | None:
-    """Log density of each value given those before it, ``(S, n)``, at the nearest node's prediction errors."""
+    """Log density of each value given those before it, ``(S, n)``, by the prediction errors of the nodes."""
     n = fit.errors.shape[-1]
     if n == 0 or n * len(x) > 2e7:
         return None
-    i = _nearest(grid.x, x) * len(grid.a) + (_nearest(grid.a, a) if len(grid.a) > 1 else 0)
-    rest = fit.errors[i, 0] - np.einsum("sp,spn->sn", beta, fit.errors[i, 1:])
-    log_variance = fit.log_variance[i] + 2 * np.log(scale)[:, None]
+    if len(grid.a) == 1 and len(grid.x) > 1:
+        place = np.clip((x - grid.x[0]) / (grid.x[1] - grid.x[0]), 0, len(grid.x) - 1.001)
+        i = place.astype(int)
+        w = (place - i)[:, None]
+        rest = _blend(fit.errors[:, 0], i, w)
+        for p in range(beta.shape[1]):
+            rest -= beta[:, p, None] * _blend(fit.errors[:, 1 + p], i, w)
+        log_variance = _blend(fit.log_variance, i, w)
+    else:
+        i = _nearest(grid.x, x) * len(grid.a) + _nearest(grid.a, a)
+        rest = fit.errors[i, 0] - np.einsum("sp,spn->sn", beta, fit.errors[i, 1:])
+        log_variance = fit.log_variance[i]
+    log_variance = log_variance + 2 * np.log(scale)[:, None]
     return np.asarray(-0.5 * (math.log(2 * math.pi) + log_variance + (rest / scale[:, None]) ** 2))
+
+
+def _blend(rows: np.ndarray, i: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Interpolate linearly between neighbouring rows."""
+    return np.asarray((1 - w) * rows[i] + w * rows[i + 1])
 
 
 def _nearest(nodes: np.ndarray, x: np.ndarray) -> np.ndarray:
