@@ -141,7 +141,7 @@ def read_times(times: object, series: list[np.ndarray], dt: float) -> list[np.nd
         list(times)
         if isinstance(times, list | tuple) and not np.isscalar(times[0])
         else [times] * len(series)
-    )  # type: ignore[call-overload, index]
+    )
     if len(rows) != len(series):
         raise ShapeError("times must come for each series", got=len(rows), expected=len(series))
     found = []

@@ -51,7 +51,7 @@ def default_speeds(
 
     Example:
         >>> [f"{s:.3g}" for s in default_speeds(5, 1.0, 0.01).tolist()]
-        ['0.318', '3.16', '31.4', '313', '3.13e+09']
+        ['0.215', '2.15', '21.5', '215', '2.15e+09']
     """
     num_states, horizon, dt = _check_sizes(num_states, horizon, dt, kind)
     return torch.tensor(plan_speeds(num_states, dt / horizon, kind), dtype=torch.float64) / horizon
