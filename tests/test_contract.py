@@ -129,7 +129,10 @@ def test_fractional() -> None:
     noise = sd.fractional.MarkovNoise(0.3, num_states=6, horizon=1.0, dt=0.01, kind="II", learn_hurst=True)
     assert noise.speeds.shape == noise.weights.shape == (6,)
     assert 0 < noise.relative_error < 0.1
-    assert sd.fractional.sample_fbm(0.7, 20, horizon=1.0, sample_shape=(3,), generator=seeded()).shape == (3, 21)
+    assert sd.fractional.sample_fbm(0.7, 20, horizon=1.0, sample_shape=(3,), generator=seeded()).shape == (
+        3,
+        21,
+    )
     ts = torch.linspace(0, 1, 5)
     assert sd.fractional.fbm_covariance(ts, 0.3, kind="I").shape == (5, 5)
     ou = sd.fractional.FractionalOU(1.0, 0.0, 0.5, 0.7, noise=None)
