@@ -307,12 +307,12 @@ def test_bad_chains_are_rejected(change: dict, error: type[Exception], message: 
     ("change", "error", "message"),
     [
         ({"y": torch.zeros(3, 1, dtype=F64)}, ShapeError, "y has the wrong shape"),
-        ({"y": torch.full((4, 1), torch.nan, dtype=F64)}, NonFiniteError, "y must be finite"),
+        ({"y": torch.full((4, 1), torch.inf, dtype=F64)}, NonFiniteError, "y must be finite"),
         ({"y": torch.zeros(4, 1)}, DtypeMismatchError, "y torch.float32"),
         ({"emission": torch.zeros(1, 3, dtype=F64)}, ShapeError, "emission"),
         ({"obs_cov": torch.zeros(2, 2, dtype=F64)}, ShapeError, "obs_cov"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, ShapeError, "mask"),
-        ({"mask": torch.ones(4)}, ShapeError, "mask must be boolean"),
+        ({"mask": torch.ones(4)}, ShapeError, "mask must be a boolean"),
         (
             {"emission": torch.zeros(1, 2, dtype=F64), "obs_cov": torch.zeros(1, 1, dtype=F64)},
             SingularDiffusionError,
@@ -328,3 +328,12 @@ def test_bad_observations_are_rejected(change: dict, error: type[Exception], mes
     }
     with pytest.raises(error, match=message):
         GaussianChain(**_valid()).log_evidence(**{**valid, **change})
+
+
+def test_nan_is_a_missing_value() -> None:
+    one = torch.ones(3, 1, 1, dtype=F64)
+    chain = GaussianChain(one[0, 0], one[0], 0.5 * one, one[..., 0], one)
+    y = torch.tensor([[0.3], [torch.nan], [1.0], [0.2]], dtype=F64)
+    masked = chain.filter(y.nan_to_num(7.0), one[0], one[0], ~y[:, 0].isnan())
+    torch.testing.assert_close(chain.filter(y, one[0], one[0]).mean, masked.mean)
+    assert chain.log_evidence(y, one[0], one[0]) == masked.log_evidence

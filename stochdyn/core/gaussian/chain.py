@@ -9,9 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, as_sample_shape, check_finite, check_same_device, check_same_dtype
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_tensor,
+    check_finite,
+    check_same_device,
+    check_same_dtype,
+)
 from stochdyn.core.gaussian import filter as kalman
-from stochdyn.core.gaussian.observations import Observed, prepare
+from stochdyn.core.gaussian.observations import Observed, as_mask, prepare, without_missing
 from stochdyn.core.gaussian.recursion import (
     affine_states,
     broadcast_batches,
@@ -95,6 +102,17 @@ class GaussianChain:
     def __init__(
         self, initial_mean: Tensor, initial_cov: Tensor, transition: Tensor, offset: Tensor, noise_cov: Tensor
     ) -> None:
+        like = as_tensor(initial_mean, "initial_mean")
+        initial_mean, initial_cov, transition, offset, noise_cov = (
+            as_tensor(x, name, like=like)
+            for x, name in (
+                (initial_mean, "initial_mean"),
+                (initial_cov, "initial_cov"),
+                (transition, "transition"),
+                (offset, "offset"),
+                (noise_cov, "noise_cov"),
+            )
+        )
         named = {
             "initial_mean": (initial_mean, 0, 1),
             "initial_cov": (initial_cov, 0, 2),
@@ -193,11 +211,11 @@ class GaussianChain:
         r"""Condition on the past: :math:`y_n=H_nz_n+\epsilon_n`, :math:`\epsilon_n\sim N(0,R_n)`.
 
         Args:
-            y: ``(N+1, *B, p)``; anything, NaN included, where the mask is False.
+            y: ``(N+1, *B, p)``, NaN where a value is missing; anything where the mask is False.
             emission: ``(p, z)`` or ``(N+1, *B, p, z)``.
             obs_cov: ``(p, p)`` or ``(N+1, *B, p, p)``.
             mask: True where observed: ``(N+1, *B)`` for whole vectors, or with as many axes as ``y`` for
-                single components. None: everything is.
+                single components. None: everything is that isn't NaN.
 
         Raises:
             ShapeError, NonFiniteError, DtypeMismatchError: on arguments that don't fit.
@@ -341,6 +359,14 @@ class GaussianChain:
         return z.reshape(*shape, *z.shape[1:])
 
     def _observed(self, y: Tensor, emission: Tensor, obs_cov: Tensor, mask: Tensor | None) -> Observed:
+        like = self.transition
+        y = as_tensor(y, "y", like=like, finite=False)
+        emission, obs_cov = (
+            as_tensor(x, name, like=like) for x, name in ((emission, "emission"), (obs_cov, "obs_cov"))
+        )
+        mask = None if mask is None else as_mask(mask)
+        if y.ndim >= 2 and (mask is None or (1 <= mask.ndim <= y.ndim and mask.shape[0] == y.shape[0])):
+            mask, y = without_missing(y, mask)
         check_same_device(y=y, emission=emission, obs_cov=obs_cov, mask=mask, transition=self.transition)
         check_same_dtype(y=y, emission=emission, obs_cov=obs_cov, transition=self.transition)
         shape = self.num_steps + 1, self.state_dim

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_event_size
+from stochdyn._checks import as_tensor, check_event_size, check_real, check_type
 from stochdyn.core.forward.flow import as_time
 from stochdyn.core.gaussian.chain import GaussianChain
 from stochdyn.core.gaussian.law import GaussianPathMeasure
@@ -31,7 +31,7 @@ from stochdyn.core.gaussian.observations import union_of
 from stochdyn.core.gaussian.small import definite_factor, symmetrise
 from stochdyn.core.gaussian.transition import Transition
 from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import SingularDiffusionError, TimeGridError
+from stochdyn.errors import ShapeError, SingularDiffusionError, TimeGridError
 
 __all__ = ["EndPotential", "PiecewiseMeasure", "TiltedMeasure", "absorb", "reachable"]
 
@@ -140,7 +140,23 @@ class TiltedMeasure(GaussianPathMeasure):
         initial_cov: Tensor,
     ) -> None:
         super().__init__()
-        self.reference, self.horizon, self.dim = reference, float(horizon), reference.dim
+        check_type(reference, LinearGaussianMeasure, "reference")
+        check_type(potential, EndPotential, "potential")
+        check_real(horizon, "horizon", above=0.0)
+        dim, like = reference.dim, reference.like
+        initial_mean = as_tensor(initial_mean, "initial_mean", like=like)
+        initial_cov = as_tensor(initial_cov, "initial_cov", like=like)
+        parts = (
+            ("initial_mean", initial_mean, 1),
+            ("initial_cov", initial_cov, 2),
+            ("potential", potential.pull, 2),
+        )
+        for name, value, event in parts:
+            if value.ndim < event or value.shape[value.ndim - event :] != (dim,) * event:
+                raise ShapeError(
+                    f"{name} doesn't fit the reference", got=tuple(value.shape), expected=f"d={dim}"
+                )
+        self.reference, self.horizon, self.dim = reference, float(horizon), dim
         self._set_ends(potential, initial_mean, initial_cov)
         reachable(reference, self.horizon)
 
@@ -250,6 +266,7 @@ class TiltedMeasure(GaussianPathMeasure):
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return the drift :math:`Ax+b+GG^\top\nabla\log h_t(x)`, ``(..., d)`` at ``x (..., *B, d)``."""
         time = as_time(t, x)
+        check_event_size(x, self.dim, "x")
         flat = time[..., 0] if time.ndim else time
         slope, offset = self.affine_drift(flat)
         return _times(slope, x) + offset

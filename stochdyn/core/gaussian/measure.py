@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from stochdyn._checks import (
     as_tensor,
+    check_event_size,
     check_nonempty,
     check_positive,
     check_positive_int,
@@ -86,10 +87,7 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         tolerance: float | None = None,
     ) -> None:
         super().__init__()
-        initial_mean = as_tensor(initial_mean, "initial_mean")
-        if initial_mean.ndim < 1:
-            raise ShapeError("initial_mean must be (*B, d)", got=tuple(initial_mean.shape))
-        check_nonempty(initial_mean, "initial_mean")
+        initial_mean = _as_start(initial_mean, None)
         check_real(initial_time, "initial_time")
         if tolerance is not None:
             check_real(tolerance, "tolerance", above=0.0, below=1.0)
@@ -155,7 +153,7 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         if initial_mean is None:
             like = diffusion if isinstance(diffusion, Tensor) else torch.zeros(())
             initial_mean = torch.zeros(dim, dtype=like.dtype, device=like.device)
-        initial_mean = as_tensor(initial_mean, "initial_mean")
+        initial_mean = _as_start(initial_mean, None)
         zero = torch.zeros(initial_mean.shape[-1], dtype=initial_mean.dtype, device=initial_mean.device)
         return cls(torch.diag(zero), zero, diffusion, initial_mean, initial_cov, initial_time=initial_time)
 
@@ -191,7 +189,7 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         like = given[0] if given else torch.zeros(())
         theta, mu, sigma = (as_tensor(x, name, like=like) for name, x in named.items())
         if initial_mean is not None:
-            initial_mean = as_tensor(initial_mean, "initial_mean", like=like)
+            initial_mean = _as_start(initial_mean, like)
         shapes = {n: tuple(x.shape) for n, x in zip(named, (theta, mu, sigma), strict=True)}
         size = 1 if initial_mean is None else initial_mean.shape[-1]
         shape = broadcast_batches({**shapes, "vector": (size,)})
@@ -298,7 +296,10 @@ class LinearGaussianMeasure(GaussianPathMeasure):
 
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the drift ``A x + b (..., d)`` at ``x (..., *B, d)``; ``t`` is a number or broadcastable to ``x[..., :1]``."""
-        return _drift(self, as_time(t, x), x)
+        time = as_time(t, x)
+        check_event_size(x, self.dim, "x")
+        check_same_dtype(x=x, law=self.like)
+        return _drift(self, time, x)
 
     def kl(self, other: LinearGaussianMeasure, ts: Tensor) -> Tensor:
         """Return the exact divergence ``(*B,)`` of the laws of the values at ``ts (T,)``.
@@ -351,6 +352,14 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         return DiffusionMeasure(
             torch.distributions.MultivariateNormal(mean, scale_tril=factor), self.to_sde()
         )
+
+
+def _as_start(value: object, like: Tensor | None) -> Tensor:
+    start = as_tensor(value, "initial_mean", like=like)
+    if start.ndim < 1:
+        raise ShapeError("initial_mean must be a vector", got=tuple(start.shape), expected="(*B, d)")
+    check_nonempty(start, "initial_mean")
+    return start
 
 
 def _relaxation(theta: Tensor, zero: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from stochdyn._checks import (
 from stochdyn.core.gaussian.recursion import align, broadcast_batches, flatten_batch
 from stochdyn.errors import InvalidInputError, ShapeError
 
-__all__ = ["Observations", "Observed", "as_observations", "prepare", "union_of"]
+__all__ = ["Observations", "Observed", "as_mask", "as_observations", "prepare", "union_of", "without_missing"]
 
 
 @dataclass(frozen=True)
@@ -212,9 +213,13 @@ def as_observations(
         if emission.ndim < 2:
             raise ShapeError("emission has too few axes", got=tuple(emission.shape), expected=f"({p}, {dim})")
         emission = emission if emission.ndim == 2 else emission.movedim(-3, 0)
+    if emission.ndim > 2 and emission.shape[0] != times.shape[-1]:
+        raise ShapeError(
+            "emission must fit times", got=f"{emission.shape[0]} times", expected=times.shape[-1]
+        )
     if mask is not None:
-        mask = torch.as_tensor(mask) if not isinstance(mask, Tensor) else mask
-        if mask.dtype != torch.bool or not 1 <= mask.ndim <= y.ndim:
+        mask = as_mask(mask)
+        if not 1 <= mask.ndim <= y.ndim:
             raise ShapeError("mask must be a boolean tensor (T,), (*B, T) or (*B, T, p)")
         mask = mask.movedim(-2 if mask.ndim == y.ndim else -1, 0)
         if mask.shape[0] != times.shape[-1]:
@@ -222,11 +227,27 @@ def as_observations(
     check_same_device(times=times, y=y, mask=mask, emission=emission, state=like)
     check_same_dtype(y=y, state=like, emission=emission)
     y = y.movedim(-2, 0)
-    mask, y = _missing(y, mask)
+    mask, y = without_missing(y, mask)
     return Observations(times, y, emission, _noise_covariance(obs_scale, y), mask)
 
 
-def _missing(y: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
+def as_mask(mask: object) -> Tensor:
+    """Turn data into a boolean tensor.
+
+    Raises:
+        ShapeError: if they aren't booleans.
+    """
+    if not isinstance(mask, Tensor):
+        array = np.asarray(mask)
+        if array.dtype != np.bool_:
+            raise ShapeError("mask must be a boolean tensor", got=repr(mask)[:60])
+        return torch.from_numpy(array.copy())
+    if mask.dtype != torch.bool:
+        raise ShapeError("mask must be a boolean tensor", got=mask.dtype)
+    return mask
+
+
+def without_missing(y: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
     """Return the mask without what is NaN in ``y (T, *B, p)``, and ``y`` with zeros there."""
     lost = y.detach().isnan()
     if not bool(lost.any()):

@@ -336,4 +336,5 @@ def _as_time(t: Tensor | float, x: Tensor) -> Tensor:
     if isinstance(t, Tensor):
         check_time_broadcast(t, x)
         return t
+    check_real(t, "t")
     return torch.tensor(float(t), dtype=torch.float64).to(x.device)

@@ -229,13 +229,17 @@ def distinct_steps(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor | None]:
     resolution = 4 * torch.finfo(dt.dtype).eps * torch.maximum(start.abs(), stop.abs())
     ordered, order = dt.sort()
     fine = resolution[order]
-    apart = ordered[1:] - ordered[:-1] > torch.minimum(fine[1:], fine[:-1])
+    apart = ordered[1:] - ordered[:-1] > fine[1:] + fine[:-1]
     label = torch.cat((apart.new_zeros(1, dtype=torch.long), apart.cumsum(0)))
-    first = torch.cat((apart.new_ones(1), apart)).nonzero()[:, 0]
+    count = int(label[-1]) + 1
+    # Of each group, the length that is known best stands for all.
+    best = fine.new_zeros(count).scatter_reduce(0, label, fine, "amin", include_self=False)
+    chosen = torch.where(fine == best[label], ordered, torch.full_like(ordered, torch.inf))
+    lengths = ordered.new_zeros(count).scatter_reduce(0, label, chosen, "amin", include_self=False)
     # A chain of lengths, each near the next, is no group.
-    if first.numel() == dt.numel() or bool((ordered - ordered[first][label] > 4 * fine).any()):
+    if count == dt.numel() or bool(((ordered - lengths[label]).abs() > 4 * fine).any()):
         return dt, None
-    return ordered[first], torch.empty_like(label).scatter_(0, order, label)
+    return lengths, torch.empty_like(label).scatter_(0, order, label)
 
 
 def grid_transition(a: Tensor, b: Tensor, s: Tensor, start: Tensor, stop: Tensor) -> Transition:

@@ -42,9 +42,9 @@ from stochdyn.fractional.noise.weights import geometric_speeds
 
 __all__ = ["FractionalOU"]
 
-# Of the default noise: so many states, from this speed per span to this one per shortest step. The states step exactly, so fast
-# ones cost nothing, and rough noise needs them; long memory needs the slow ones.
-_STATES, _SLOWEST, _FASTEST = 40, 1e-14, 1e13
+# Of the default noise: decades between neighbouring speeds, the decades that grids usually have between step and span, and the
+# most decades beyond these on either side.
+_SPACING, _USUAL, _MOST = 0.7, 3.5, 14.0
 Start = Tensor | float | Normal | Literal["stationary"] | None
 
 
@@ -65,8 +65,8 @@ class FractionalOU(GaussianPathMeasure):
         mean: level :math:`\mu`, in units of X.
         scale: :math:`\sigma>0`, in units of X per unit time to the power H.
         hurst: Hurst index in (0, 1). Parameters are numbers or tensors that broadcast to ``(*B)``.
-        noise: the :class:`MarkovNoise` to use; its Hurst index must be ``hurst``. By default type I with 40
-            states, built for the span and the shortest step of the times asked for, rounded to powers of two.
+        noise: the :class:`MarkovNoise` to use; its Hurst index must be ``hurst``. By default type I, built for
+            the span and the shortest step of the times asked for, rounded to powers of two.
         initial: X at ``start_time``: a number or tensor, a ``Normal`` law, ``"stationary"`` (jointly with the
             memory states; type I and a positive rate only), or by default the mean.
         start_time: when process and noise start; no time may lie before it. By default the first time asked
@@ -204,7 +204,7 @@ class FractionalOU(GaussianPathMeasure):
 
     def read(self) -> tuple[Tensor | None, Tensor | None]:
         """The path is the first state of the chain, beside the level."""
-        states = self.noise.num_states if self.noise is not None else _STATES
+        states = self.noise.num_states if self.noise is not None else self._reach()[2]
         emission = torch.zeros(1, states + 1, dtype=torch.float64, device=self.like.device)
         emission[0, 0] = 1.0
         return emission, self._mean.to(torch.float64)[..., None]
@@ -254,11 +254,23 @@ class FractionalOU(GaussianPathMeasure):
         step, span = (1.0, 1.0) if not gaps.numel() else (float(gaps.min()), float(t[-1].detach() - origin))
         # Rounded to powers of two, so that a few more times change nothing.
         horizon, least = 2.0 ** math.ceil(math.log2(span) - 1e-9), 2.0 ** math.floor(math.log2(step) + 1e-9)
-        speeds = geometric_speeds(_STATES, _SLOWEST / horizon, _FASTEST / least)
+        slow, fast, count = self._reach()
+        speeds = geometric_speeds(count, 10.0**-slow / horizon, 10.0**fast / least)
         with warnings.catch_warnings():
             # That many speeds are nearly dependent over the whole span; the shortest steps tell them apart.
             warnings.filterwarnings("ignore", "the speeds are nearly dependent", ApproximationWarning)
             return MarkovNoise(self._hurst, speeds=speeds, horizon=horizon, kind="I")
+
+    def _reach(self) -> tuple[float, float, int]:
+        """Return how many decades speeds reach below one per span and above one per step, and how many speeds there are.
+
+        What speeds beyond contribute falls off as the power 2H of the fast ones and 2 - 2H of the slow ones. The states step
+        exactly, so fast ones cost no smaller steps.
+        """
+        hurst = self._hurst.detach()
+        low, high = (round(float(x), 1) for x in (hurst.min(), hurst.max()))
+        fast, slow = min(_MOST, 2.5 / max(low, 0.05)), min(_MOST, 2.5 / max(1 - high, 0.05))
+        return slow, fast, math.ceil((slow + fast + _USUAL) / _SPACING) + 1
 
     def _parameters_of(self, noise: MarkovNoise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return rate and scale ``(*b)``, speeds ``(K,)`` and weights ``(*b, K)``."""
