@@ -85,8 +85,8 @@ class FunctionPotential(Potential):
     Example:
         >>> from stochdyn.interpolants import OU
         >>> stationary = FunctionPotential(OU(), lambda t, x: -x.square().sum(-1))
-        >>> stationary.score_and_residual(0.5, torch.ones(1, 2)).residuals
-        tensor([[0.]])
+        >>> stationary.score_and_residual(0.5, torch.ones(1, 2)).residuals.tolist()
+        [[0.0]]
     """
 
     def __init__(

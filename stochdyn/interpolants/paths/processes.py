@@ -305,7 +305,7 @@ class MeanReverting(_Reverting):
 
     Example:
         >>> MeanReverting(torch.tensor([3.0, 4.0])).location(torch.tensor(1.0), torch.zeros(2))
-        tensor([2.9809, 3.9745])
+        tensor([2.9808, 3.9744])
 
     Reference:
         Li et al., "MaRS: a fast sampler for mean reverting diffusion", 2025, equation 2.

@@ -88,6 +88,7 @@ class PopulationRegression(Objective):
         InvalidInputError: for an unknown coupling, or networks that can't be called.
 
     Example:
+        >>> import stochdyn as sd
         >>> data = Populations([torch.randn(30, 2) for _ in range(4)], [torch.randn(30, 2) for _ in range(4)])
         >>> objective = PopulationRegression(2, SetEncoder(2), "independent")
         >>> result = sd.fit(objective, data, steps=2, batch_size=2, progress=False)
