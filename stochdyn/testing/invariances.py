@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stochdyn._checks import check_callable, check_ndim, check_points, check_time_grid, check_type
 from stochdyn.errors import StochdynError
 
 __all__ = [
@@ -54,6 +55,7 @@ def check_units(
         >>> variance = torch.tensor([1.0, 3.0], dtype=torch.float64)
         >>> check_units(lambda unit: (unit**2 * variance).sqrt() / unit)
     """
+    check_callable(answer, "answer")
     wanted = answer(1.0)
     for factor in factors:
         _same(answer(factor), wanted, rtol, f"in units of {factor:g}")
@@ -81,6 +83,8 @@ def check_company(
     Example:
         >>> check_company(lambda x: x / x.norm(dim=-1, keepdim=True), torch.tensor([3.0, 4.0]))
     """
+    check_callable(answer, "answer")
+    check_type(x, Tensor, "x")
     alone = _select(answer(x.unsqueeze(0)), axis, 0)
     for factor in factors:
         for place in (0, 1):
@@ -112,6 +116,8 @@ def check_order(
     Example:
         >>> check_order(lambda x: x.mean(0), torch.arange(6.0).reshape(3, 2))
     """
+    check_callable(answer, "answer")
+    check_ndim(x, tuple(range(1, 13)), "x", "one axis or more")
     order = torch.randperm(x.shape[axis], generator=torch.Generator().manual_seed(0))
     wanted = answer(x)
     if equivariant:
@@ -131,6 +137,7 @@ def check_repetition(answer: Callable[[], Answer]) -> None:
     Example:
         >>> check_repetition(lambda: torch.randn(3, generator=torch.Generator().manual_seed(0)))
     """
+    check_callable(answer, "answer")
     before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
     first = answer()
     second = answer()
@@ -155,6 +162,8 @@ def check_question(answer: Callable[[Tensor], Answer], ts: Tensor, rtol: float =
     Example:
         >>> check_question(lambda ts: torch.exp(-ts), torch.linspace(0, 1, 5))
     """
+    check_callable(answer, "answer")
+    check_time_grid(ts, min_points=3)
     whole = answer(ts)
     last = ts.shape[0] - 1
     for picked in ([0, last], [0, last // 2, last], list(range(0, last + 1, 2))):
@@ -177,6 +186,7 @@ def check_precision(answer: Callable[[torch.dtype], Answer], rtol: float = 1e-4)
     Example:
         >>> check_precision(lambda dtype: torch.ones(2, dtype=dtype).exp())
     """
+    check_callable(answer, "answer")
     answers = {}
     for dtype in (torch.float32, torch.float64):
         answers[dtype] = answer(dtype)
@@ -201,6 +211,7 @@ def check_device(module: nn.Module) -> None:
     Example:
         >>> check_device(nn.Linear(2, 1))
     """
+    check_type(module, nn.Module, "module")
     twin = copy.deepcopy(module).to("meta")
     left = [name for name, value in _held(twin) if value.device.type != "meta"]
     assert not left, f"stay behind when {type(module).__name__} moves to another device: {left}"
@@ -225,6 +236,8 @@ def check_storage(module: nn.Module, answer: Callable[[Any], Answer], pickles: b
     Example:
         >>> check_storage(nn.Linear(2, 1), lambda net: net(torch.ones(2)))
     """
+    check_type(module, nn.Module, "module")
+    check_callable(answer, "answer")
     wanted = answer(module)
     twin = copy.deepcopy(module)
     _same(answer(twin), wanted, 0.0, "from a deep copy")
@@ -255,6 +268,8 @@ def check_forms(answer: Callable[[Any], Answer], x: Tensor, rtol: float = 1e-6) 
     Example:
         >>> check_forms(lambda data: torch.as_tensor(np.asarray(data, dtype=float)).sum(), torch.arange(3.0))
     """
+    check_callable(answer, "answer")
+    check_type(x, Tensor, "x")
     wanted = answer(x)
     array = x.detach().cpu().numpy()
     forms: dict[str, Any] = {"a list": array.tolist(), "NumPy": array}
@@ -293,6 +308,9 @@ def check_gradients(function: Callable[..., Tensor], *inputs: Tensor, second: bo
     Example:
         >>> check_gradients(torch.sin, torch.ones(2, dtype=torch.float64))
     """
+    check_callable(function, "function")
+    for x in inputs:
+        check_points(x, "inputs")
     leaves = tuple(x.detach().clone().requires_grad_() for x in inputs)
     value = function(*leaves)
     assert value.requires_grad, "the result doesn't depend on the inputs for automatic differentiation"
