@@ -27,6 +27,7 @@ from .families.pyro_family import as_family as as_family
 from .laws.gaussian import GaussianBridge as GaussianBridge
 from .laws.gaussian_chain import GaussianChainBridge as GaussianChainBridge
 from .laws.growing import GrowingBridge as GrowingBridge
+from .laws.hidden import HiddenStateBridge as HiddenStateBridge
 from .laws.ipf import IPFBridge as IPFBridge
 from .laws.marginal import BridgeMarginal as BridgeMarginal
 from .laws.matching import BridgeMatching as BridgeMatching
@@ -44,6 +45,7 @@ from .refinement.identifiability import RotationCheck as RotationCheck
 from .refinement.identifiability import rotation_invariance as rotation_invariance
 from .refinement.linear_response import LinearResponse as LinearResponse
 from .refinement.methods import IPF as IPF
+from .refinement.methods import Messages as Messages
 from .refinement.methods import Sinkhorn as Sinkhorn
 from .refinement.profile import BridgeProfile as BridgeProfile
 from .refinement.profile import ProfileFit as ProfileFit

@@ -12,6 +12,7 @@ from stochdyn.bridges import (
     GaussianBridge,
     GaussianChainBridge,
     GrowingBridge,
+    HiddenStateBridge,
     IPFBridge,
     LinearDrift,
     PartialBridge,
@@ -55,6 +56,11 @@ def moments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
+def pushed(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The second component pushes the first one, and bends."""
+    return torch.stack((x[..., 1] - 0.5 * x[..., 0], -torch.tanh(x[..., 1])), -1)
+
+
 @cache
 def solved(name: str) -> PathMeasure:
     """A law of each kind."""
@@ -88,6 +94,9 @@ def solved(name: str) -> PathMeasure:
             )
         case "partial":
             return PartialBridge(clouds(), *momentum(1, diffusion=2.0), num_hidden=10)
+        case "hidden":
+            start = torch.tensor([0.0, 0.5], dtype=F64), torch.diag(torch.tensor([1.2, 0.5], dtype=F64))
+            return HiddenStateBridge(clouds(), pushed, 0.7, *start)
         case "partial gaussian":
             return PartialGaussianBridge(
                 times, means, covs, torch.eye(1, 2, dtype=F64), *momentum(1, diffusion=2.0)
@@ -103,5 +112,5 @@ def solved(name: str) -> PathMeasure:
 
 NAMES = (
     "brownian", "linear", "nonlinear", "corrected", "relaxed", "growing", "growing by half", "ipf", "ipf by networks",
-    "matching", "affine matching", "partial", "partial gaussian", "gaussian", "chain",
+    "matching", "affine matching", "hidden", "partial", "partial gaussian", "gaussian", "chain",
 )  # fmt: skip

@@ -6,6 +6,7 @@ from .gaussian_chain import GaussianChainBridge as GaussianChainBridge
 from .growing import GrowingBridge as GrowingBridge
 from .growth import Growth as Growth
 from .growth import TiltedCoupling as TiltedCoupling
+from .hidden import HiddenStateBridge as HiddenStateBridge
 from .importance import effective_share as effective_share
 from .importance import log_correction as log_correction
 from .importance import weighted_paths as weighted_paths

@@ -33,7 +33,7 @@ class FixedDrift(DriftFamily):
         return self.function(t, x)
 
 
-def fitted_family(drift: Any, snapshots: Snapshots) -> DriftFamily:
+def fitted_family(drift: Any, snapshots: Snapshots, dim: int | None = None) -> DriftFamily:
     """Return a copy of ``drift`` as a family in the precision and on the device of the snapshots, checked on its particles.
 
     Raises:
@@ -41,11 +41,13 @@ def fitted_family(drift: Any, snapshots: Snapshots) -> DriftFamily:
         InvalidInputError: if it is no drift.
         NonFiniteError: if it isn't finite where the particles are.
     """
+    dim = snapshots.dim if dim is None else dim
     plain = callable(drift) and not isinstance(drift, nn.Module) and required_arguments(drift) == 2
     plain = plain and not named_defaults(drift)
-    family = FixedDrift(drift, snapshots.dim) if plain else as_family(copy.deepcopy(drift), snapshots.dim)
+    family = FixedDrift(drift, dim) if plain else as_family(copy.deepcopy(drift), dim)
     family = family.to(device=snapshots.device, dtype=snapshots.dtype)
     x = snapshots.samples[0][:3]
+    x = torch.cat((x, x.new_ones(len(x), dim - x.shape[1])), -1)
     with torch.no_grad():
         value = family(snapshots.times[0].to(x), x)
     if not isinstance(value, Tensor) or value.shape != x.shape:
@@ -88,7 +90,7 @@ def default_diffusion(snapshots: Snapshots) -> Tensor:
     return sigma
 
 
-def spread_of(diffusion: Any, snapshots: Snapshots) -> Tensor:
+def spread_of(diffusion: Any, snapshots: Snapshots, dim: int | None = None) -> Tensor:
     """Return the covariance rate ``G G^T (d, d)`` of a constant diffusion, in the precision of the snapshots.
 
     Raises:
@@ -102,10 +104,11 @@ def spread_of(diffusion: Any, snapshots: Snapshots) -> Tensor:
         )
     coefficient = as_coefficient(diffusion)
     coefficient.check()
-    coefficient.check_dim(snapshots.dim)
+    dim = snapshots.dim if dim is None else dim
+    coefficient.check_dim(dim)
     if coefficient.value.ndim > 2 or (isinstance(coefficient, Scalar) and coefficient.value.ndim):
         raise ShapeError("the diffusion must be one for all", got=tuple(coefficient.value.shape))
-    spread = coefficient.covariance(snapshots.dim).detach().to(snapshots.samples[0])
+    spread = coefficient.covariance(dim).detach().to(snapshots.samples[0])
     smallest = float(torch.linalg.eigvalsh(spread.double())[0])
     if not smallest > 1e-12 * float(spread.diagonal().max()):
         raise DiffusionError(

@@ -17,10 +17,12 @@ from .linear_response import parameter_jacobian as parameter_jacobian
 from .linear_response import with_coordinates as with_coordinates
 from .loop import Attempt as Attempt
 from .loop import IPFLoop as IPFLoop
+from .loop import MessagesLoop as MessagesLoop
 from .loop import SinkhornLoop as SinkhornLoop
 from .loop import Task as Task
 from .methods import IPF as IPF
 from .methods import Method as Method
+from .methods import Messages as Messages
 from .methods import Sinkhorn as Sinkhorn
 from .methods import as_method as as_method
 from .profile import BridgeProfile as BridgeProfile

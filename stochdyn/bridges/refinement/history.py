@@ -63,11 +63,6 @@ class History:
         return torch.tensor([i.objective for i in self] + [self.final_objective], dtype=torch.float64)
 
     @property
-    def kl(self) -> Tensor:
-        """Another name of :attr:`objective`."""
-        return self.objective
-
-    @property
     def trace(self) -> Tensor:
         """``(2K+1,)``: the objective after every half step, bridge and reference in turn."""
         halves = [value for i in self for value in (i.objective, i.projected)]
@@ -75,17 +70,17 @@ class History:
 
     @property
     def marginal_errors(self) -> Tensor:
-        """``(K,)``."""
+        """The largest L1 error of a coupling's marginals in every iteration, ``(K,)``."""
         return torch.tensor([i.marginal_error for i in self], dtype=torch.float64)
 
     @property
     def seconds(self) -> Tensor:
-        """``(K,)`` processor time."""
+        """The processor time of every iteration, ``(K,)``."""
         return torch.tensor([i.seconds for i in self], dtype=torch.float64)
 
     @property
     def diffusion(self) -> Tensor:
-        """``(K,)``."""
+        """The strength of the noise after every iteration, ``(K,)``."""
         return torch.tensor([i.diffusion for i in self], dtype=torch.float64)
 
     @property

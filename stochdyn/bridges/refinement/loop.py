@@ -12,21 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
+from stochdyn.bridges.laws.hidden import HiddenStateBridge
 from stochdyn.bridges.laws.ipf import IPFBridge
 from stochdyn.bridges.laws.nodes import DriftNodes
 from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
 from stochdyn.bridges.refinement.acceleration import Anderson, get_vector, set_vector
 from stochdyn.bridges.refinement.history import History, Iteration
-from stochdyn.bridges.refinement.methods import IPF, Sinkhorn
+from stochdyn.bridges.refinement.methods import IPF, Messages, Sinkhorn
 from stochdyn.bridges.refinement.projection import drift_at, drift_shift, path_gain, project_drift
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.errors import ApproximationWarning, ConvergenceWarning, DiffusionError, NonFiniteError
 from stochdyn.run.engine import Resumable
 
-__all__ = ["Attempt", "IPFLoop", "SinkhornLoop", "Task"]
+__all__ = ["Attempt", "IPFLoop", "MessagesLoop", "SinkhornLoop", "Task"]
 
 _SMALL = 60
 _LIMIT = "the largest number of iterations"
@@ -418,6 +420,137 @@ class IPFLoop(Resumable[Any]):
         generator = torch.Generator(self.task.snapshots.device).manual_seed(self.task.seed)
         self.history.final_objective = float(self.bridge.divergence(generator))
         self.history.stopped = _LIMIT if self.finished else ""
+        return self.result(self.family, self.bridge, self.history)
+
+
+class MessagesLoop(Resumable[Any]):
+    """Refinement of a mechanism that is seen in part: bridge with hidden components, and projection, in turn.
+
+    Args:
+        task: what is asked for.
+        method: how.
+        result: makes the result from family, bridge and history.
+    """
+
+    unit = "iteration"
+
+    def __init__(
+        self, task: Task, method: Messages, result: Callable[[DriftFamily, HiddenStateBridge, History], Any]
+    ) -> None:
+        self.task, self.method, self.result = task, method, result
+        like = task.snapshots.samples[0]
+        self.family = copy.deepcopy(task.family)
+        self.initial = tuple(torch.as_tensor(v).to(like) for v in (method.initial_mean, method.initial_cov))
+        self.population = task.size if method.population is None else float(method.population)
+        self.size = sum(p.numel() for p in self.family.parameters())
+        self.history, self.total, self.moved = History(), task.max_iterations, math.nan
+        self.anderson = Anderson(3) if self.size <= _SMALL else None
+        self._bridge: HiddenStateBridge | None = None
+
+    @property
+    def bridge(self) -> HiddenStateBridge:
+        """The bridge of the present reference, which follows from its parameters."""
+        if self._bridge is None:
+            self._bridge = self._build(self.family)
+        return self._bridge
+
+    def _build(self, family: DriftFamily) -> HiddenStateBridge:
+        task = self.task
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the last one speaks for itself
+            warnings.simplefilter("ignore", ApproximationWarning)
+            return self.method.bridge(
+                task.snapshots, family, task.diffusion, task.dt, (self.initial[0], self.initial[1]), task.seed
+            )
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing more to do."""
+        return bool(self.history.stopped) or len(self.history) >= self.task.max_iterations
+
+    def step(self) -> None:
+        """Project on the family, and on the first law; the next bridge follows."""
+        clock, bridge, task = time.process_time(), self.bridge, self.task
+        nodes = bridge.nodes(
+            self.method.num_nodes, torch.Generator(task.snapshots.device).manual_seed(task.seed)
+        )
+        family, theta = copy.deepcopy(self.family), get_vector(self.family)
+        project_drift(
+            family,
+            nodes,
+            bridge.spread,
+            population=self.population,
+            projection=self.method.projection,
+            seed=task.seed,
+        )
+        before, after = drift_at(self.family, nodes), drift_at(family, nodes)
+        objective = float(bridge.objective)
+        gain = float(path_gain(before, after, nodes, bridge.spread))
+        moved = math.sqrt(self.population * drift_shift(before, after, nodes, bridge.spread) / self.size)
+        if self.method.learn_initial:
+            mean, cov = bridge.moments(0)
+            self.initial = (mean, cov + 1e-6 * torch.diag(cov.diagonal()))
+        self.history.iterations.append(
+            Iteration(
+                objective, objective - gain, float(bridge.marginal_errors.max()), family.named_values(),
+                float(bridge.spread.diagonal().mean().sqrt()), time.process_time() - clock,
+            )
+        )  # fmt: skip
+        self.family, self._bridge = family, None
+        self._leap(theta, objective - gain)
+        rate = min(moved / self.moved, _SLOWEST) if self.moved > 0 else _SLOWEST
+        if len(self.history) > 2 and moved * rate / (1 - rate) < task.tolerance:
+            self.history.stopped = "the parameters stand still"
+        self.moved = moved
+
+    def _leap(self, theta: Tensor, bound: float) -> None:
+        """Go on to extrapolated parameters, where their bridge is better than the projection promises: hidden components make steps short."""
+        if self.anderson is None:
+            return
+        image = get_vector(self.family)
+        proposal = self.anderson.propose(theta, image)
+        if torch.equal(proposal, image) or not bool(torch.isfinite(proposal).all()):
+            return
+        bold = copy.deepcopy(self.family)
+        set_vector(bold, proposal)
+        try:
+            attempt = self._build(bold)
+        except (NonFiniteError, ValueError):
+            self.anderson.forget()
+            return
+        if attempt.converged and float(attempt.objective) <= bound:
+            self.family, self._bridge = bold, attempt
+        else:
+            self.anderson.forget()
+
+    def describe(self) -> dict[str, Any]:
+        """Return how far the parameters moved last, in standard errors."""
+        return {"moved": f"{self.moved:.2g}"}
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`Resumable.state`."""
+        iterations = [{f.name: getattr(own, f.name) for f in dataclasses.fields(own)} for own in self.history]
+        return {
+            "family": dict(self.family.state_dict()), "initial": list(self.initial), "moved": self.moved,
+            "iterations": iterations, "stopped": self.history.stopped,
+            "anderson": None if self.anderson is None else [list(pair) for pair in self.anderson.pairs],
+        }  # fmt: skip
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`Resumable.load_state`."""
+        self.family.load_state_dict(state["family"])
+        self.initial = tuple(v.to(self.task.snapshots.device) for v in state["initial"])
+        self.moved = state["moved"]
+        if self.anderson is not None:
+            self.anderson.pairs = [(old, new) for old, new in state["anderson"]]
+        self.history = History([Iteration(**own) for own in state["iterations"]], stopped=state["stopped"])
+        self._bridge = None
+
+    def report(self) -> Any:
+        """Return the result so far."""
+        self.history.final_objective = float(self.bridge.objective)
+        if not self.history.stopped and self.finished:
+            self.history.stopped = _LIMIT
         return self.result(self.family, self.bridge, self.history)
 
 

@@ -6,14 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stochdyn._checks import check_bool, check_choice, check_positive_int, check_real, check_type
+import torch
+from torch import Tensor
+
+from stochdyn._checks import as_tensor, check_bool, check_choice, check_positive_int, check_real, check_type
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
+from stochdyn.bridges.laws.hidden import HiddenStateBridge
 from stochdyn.bridges.laws.ipf import DriftRegression, IPFBridge
 from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
 from stochdyn.bridges.refinement.projection import Projection, as_projection
+from stochdyn.errors import InvalidInputError, ShapeError
 
-__all__ = ["IPF", "Method", "Sinkhorn", "as_method"]
+__all__ = ["IPF", "Messages", "Method", "Sinkhorn", "as_method"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +138,74 @@ class IPF:
         )
 
 
-Method = Sinkhorn | IPF
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Messages:
+    """Refinement of a mechanism of which only the first components are seen.
+
+    Its bridges are :class:`~stochdyn.bridges.HiddenStateBridge`, built on the family's own parameters, so these must start where the mechanism comes
+    near to the data. There is no posterior, and the diffusion isn't learnt.
+
+    Args:
+        initial_mean: the mean of the whole state at the first snapshot to start from, ``(d,)``: the components that are seen first.
+        initial_cov: its covariance, ``(d, d)``; for what is hidden as wide as is known.
+        learn_initial: whether to refine this law too, from where it is: snapshots often don't determine it.
+        projection: how the family is fitted to a bridge; see :class:`Sinkhorn`.
+        num_hidden: the number of draws of the hidden components for each particle.
+        num_rounds: how often they are drawn for each bridge.
+        num_nodes: the number of states that a projection sees.
+        population: the number of particles that the divergence counts for beside a prior; the mean size of a snapshot if None.
+        tolerance: the largest marginal error of the bridges, in L1.
+        max_iterations: the largest number of sweeps of each bridge.
+    """
+
+    initial_mean: Any
+    initial_cov: Any
+    learn_initial: bool = False
+    projection: str | Projection = "auto"
+    num_hidden: int = 10
+    num_rounds: int = 2
+    num_nodes: int = 200_000
+    population: float | None = None
+    tolerance: float = 1e-4
+    max_iterations: int = 500
+
+    def __post_init__(self) -> None:
+        as_projection(self.projection)
+        mean = as_tensor(self.initial_mean, "initial_mean", 1, "(d,)")
+        cov = as_tensor(self.initial_cov, "initial_cov", 2, "(d, d)")
+        if cov.shape != (len(mean), len(mean)):
+            raise ShapeError(
+                "initial_cov doesn't fit initial_mean", got=tuple(cov.shape), expected=(len(mean),) * 2
+            )
+        if bool(torch.linalg.cholesky_ex(cov.double()).info):
+            raise InvalidInputError("initial_cov must be positive definite")
+        check_bool(self.learn_initial, "learn_initial")
+        check_positive_int(self.num_hidden, "num_hidden", 2)
+        check_positive_int(self.num_rounds, "num_rounds")
+        check_positive_int(self.num_nodes, "num_nodes")
+        if self.population is not None:
+            check_real(self.population, "population", above=0.0)
+        check_real(self.tolerance, "tolerance", above=0.0)
+        check_positive_int(self.max_iterations, "max_iterations")
+
+    @property
+    def dim(self) -> int:
+        """The number of components of the whole state."""
+        return len(self.initial_mean)
+
+    def bridge(
+        self, snapshots: Snapshots, reference: DriftFamily, diffusion: Any, dt: float | None = None,
+        initial: tuple[Tensor, Tensor] | None = None, seed: int = 0,
+    ) -> HiddenStateBridge:  # fmt: skip
+        """Return a bridge with these options."""
+        mean, cov = (self.initial_mean, self.initial_cov) if initial is None else initial
+        return HiddenStateBridge(
+            snapshots, reference, diffusion, mean, cov, dt=dt, num_hidden=self.num_hidden, num_rounds=self.num_rounds,
+            tolerance=self.tolerance, max_iterations=self.max_iterations, seed=seed,
+        )  # fmt: skip
+
+
+Method = Sinkhorn | IPF | Messages
 
 
 def as_method(method: object) -> Method:
@@ -145,5 +217,5 @@ def as_method(method: object) -> Method:
     if isinstance(method, str):
         check_choice(method, ("sinkhorn", "ipf"), "method")
         return Sinkhorn() if method == "sinkhorn" else IPF()
-    check_type(method, (Sinkhorn, IPF), "method", 'the names are "sinkhorn" and "ipf"')
+    check_type(method, (Sinkhorn, IPF, Messages), "method", 'the names are "sinkhorn" and "ipf"')
     return method  # type: ignore[return-value]

@@ -21,19 +21,20 @@ from stochdyn._checks import (
 )
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
+from stochdyn.bridges.laws.hidden import HiddenStateBridge
 from stochdyn.bridges.laws.ipf import IPFBridge
 from stochdyn.bridges.laws.reference import EmpiricalLaw, fitted_family, spread_of
 from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
 from stochdyn.bridges.refinement.history import History
 from stochdyn.bridges.refinement.identifiability import check_counts
-from stochdyn.bridges.refinement.loop import Attempt, IPFLoop, SinkhornLoop, Task
-from stochdyn.bridges.refinement.methods import IPF, Method, Sinkhorn, as_method
+from stochdyn.bridges.refinement.loop import Attempt, IPFLoop, MessagesLoop, SinkhornLoop, Task
+from stochdyn.bridges.refinement.methods import IPF, Messages, Method, Sinkhorn, as_method
 from stochdyn.bridges.refinement.projection import Adam, as_projection
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import InvalidInputError, UnavailableError
+from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
 from stochdyn.run.engine import run_to_end
 
 __all__ = ["Refinement", "refine"]
@@ -137,7 +138,7 @@ def refine(
             of time.
         max_iterations: the largest number of iterations.
         method: ``"sinkhorn"``, with exact couplings, or ``"ipf"``, as published, for comparison; or :class:`Sinkhorn` or
-            :class:`IPF` with options.
+            :class:`IPF` with options; or :class:`Messages`, for mechanisms of which only some components are seen.
         dt: the spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
         seed: the seed of all randomness.
         learn_diffusion: whether to estimate the noise from the couplings: True for its overall strength, ``"components"`` for that of every
@@ -191,11 +192,23 @@ def refine(
                     f"{name} does nothing in refinement by iterative proportional fitting",
                     hint='use method="sinkhorn"',
                 )
-    original = fitted_family(family, snapshots)
+    if isinstance(chosen, Messages) and learn_diffusion:
+        raise InvalidInputError("learn_diffusion does nothing where components are hidden")
+    dim = chosen.dim if isinstance(chosen, Messages) else snapshots.dim
+    if dim <= snapshots.dim and isinstance(chosen, Messages):
+        raise ShapeError(
+            "initial_mean must be of the whole state", got=dim, expected=f"more than {snapshots.dim}"
+        )
+    if isinstance(family, DriftFamily) and family.dim > dim:
+        raise ShapeError(
+            "the family has more components than the snapshots", got=family.dim, expected=dim,
+            hint="for a mechanism that is seen in part give method=Messages(initial_mean=..., initial_cov=...)",
+        )  # fmt: skip
+    original = fitted_family(family, snapshots, dim)
     if not any(p.requires_grad for p in original.parameters()):
         raise InvalidInputError("the family has no parameters to refine", got=type(family).__name__)
     as_projection(chosen.projection, original)
-    spread_of(diffusion, snapshots)
+    spread_of(diffusion, snapshots, dim)
     options = {
         "diffusion": diffusion, "max_iterations": max_iterations, "dt": dt, "seed": as_seed(seed),
         "learn_diffusion": learn_diffusion, "tolerance": tolerance,
@@ -216,12 +229,20 @@ def refine(
             copy.deepcopy(found), bridge, history, snapshots, bridge.spread, bridge.dt, chosen, options
         )
 
-    job: SinkhornLoop | IPFLoop
-    job = (
-        SinkhornLoop(task, chosen, by_sinkhorn)
-        if isinstance(chosen, Sinkhorn)
-        else IPFLoop(task, chosen, by_ipf)
-    )
+    def by_messages(found: DriftFamily, bridge: HiddenStateBridge, history: History) -> Refinement:
+        return Refinement(
+            copy.deepcopy(found), bridge, history, snapshots, bridge.spread, bridge.dt, chosen, options
+        )
+
+    job: SinkhornLoop | IPFLoop | MessagesLoop
+    if isinstance(chosen, Messages):
+        job = MessagesLoop(task, chosen, by_messages)
+    else:
+        job = (
+            SinkhornLoop(task, chosen, by_sinkhorn)
+            if isinstance(chosen, Sinkhorn)
+            else IPFLoop(task, chosen, by_ipf)
+        )
     kept = {name: value for name, value in options.items() if name != "max_iterations"}
     result = run_to_end(
         job, "refine", identity={"snapshots": snapshots, "family": original, "method": chosen, **kept},
