@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int, check_type
+from stochdyn._checks import as_tensor, check_positive_int, check_type
 from stochdyn.core.forward.outcomes import all_configurations, encode
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError, LindbladianError, ShapeError, TooFewDrawsError
@@ -20,6 +21,7 @@ from stochdyn.povm.frames.frame import Frame
 from stochdyn.povm.frames.operators import as_operator, named_operator, split_name
 from stochdyn.povm.frames.products import coefficients_of
 from stochdyn.povm.frames.site_frames import SiteFrames
+from stochdyn.povm.frames.sizes import check_size
 
 __all__ = [
     "Estimator",
@@ -177,6 +179,7 @@ class Observable:
     def expectation(self, rho: Tensor) -> Tensor:
         r"""Return :math:`\operatorname{Tr}\rho O` ``(*batch)`` for density matrices ``(*batch, d**N, d**N)``."""
         size = self.dim**self.num_sites
+        check_type(rho, Tensor, "rho")
         if rho.ndim < 2 or rho.shape[-1] != size or rho.shape[-2] != size:
             raise ShapeError("the density matrix has the wrong size", got=tuple(rho.shape), expected=size)
         rows, columns, values = (x.to(rho.device) for x in self._entries)
@@ -436,10 +439,11 @@ def structure_factor(
         >>> float(structure_factor("Z", 0.0, 2).expectation(state))
         2.0
     """
-    sizes = [shape] if isinstance(shape, int) else list(shape)
+    sizes = list(shape) if isinstance(shape, list | tuple) else [shape]
     for size in sizes:
-        check_positive_int(size, "shape")
-    k = torch.as_tensor(wave_vector, dtype=torch.float64).reshape(-1)
+        check_size(size, "shape", 1 << 10)
+    check_size(math.prod(sizes), "the number of sites of shape", 1 << 10)
+    k = as_tensor(wave_vector, "wave_vector", like=torch.empty(0, dtype=torch.float64)).double().reshape(-1)
     if len(k) != len(sizes):
         raise InvalidInputError("wave_vector needs one number for each axis", got=len(k), expected=len(sizes))
     matrix = as_operator(operator, dim, 1)
@@ -492,7 +496,11 @@ def check_sites(sites: Sequence[int], num_sites: int) -> None:
     Raises:
         LindbladianError: naming one that isn't or doesn't.
     """
-    numbers = list(sites) if isinstance(sites, list | tuple | range) else [sites]
+    if isinstance(sites, Tensor | np.ndarray):
+        sites = sites.tolist()
+    if not isinstance(sites, list | tuple | range):
+        raise InvalidInputError("sites must be a list of integers", got=repr(sites)[:60])
+    numbers = list(sites)
     for s in numbers:
         if isinstance(s, bool) or not hasattr(s, "__index__"):
             raise LindbladianError("sites must be integers", got=repr(sites)[:60])

@@ -265,6 +265,8 @@ def _with_hamiltonian(rho: Any, hamiltonian: Any) -> tuple[Tensor, Tensor]:
             h += coefficient_value(term.coupling, 0.0) * torch.from_numpy(full)
     else:
         h = _matrices(hamiltonian, "hamiltonian")
+        if h.ndim != 2:
+            raise ShapeError("hamiltonian must be one matrix", got=tuple(h.shape))
     if h.shape[-1] != matrices.shape[-1]:
         raise ShapeError("state and Hamiltonian differ in size", got=h.shape[-1], expected=matrices.shape[-1])
     if not math.isfinite(float(h.abs().max())):

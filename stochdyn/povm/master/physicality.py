@@ -223,6 +223,9 @@ def _check_pair(p: object, q: object, first: str = "p", second: str = "q") -> No
 
 def _local_probabilities(povm: Povm, outcomes: Tensor, sites: Sequence[int]) -> Tensor:
     _check_outcomes(povm, outcomes)
+    if not isinstance(sites, list | tuple | range | Tensor):
+        raise InvalidInputError("sites must be a list of integers", got=repr(sites)[:60])
+    sites = [int(s) for s in sites] if isinstance(sites, Tensor) else sites
     if len(sites) > _MAX_SITES:
         raise InvalidInputError("too many sites", got=len(sites), expected=f"at most {_MAX_SITES}")
     if outcomes.is_floating_point():

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_nonempty, check_type
+from stochdyn._checks import as_generator, check_finite, check_nonempty, check_type
 from stochdyn.core.forward.outcomes import encode
-from stochdyn.errors import ConvergenceWarning, ShapeError
+from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
 from stochdyn.povm.frames.sizes import check_size
 from stochdyn.povm.records.measurement import MeasurementRecords
 
@@ -71,6 +70,10 @@ def goodness_of_fit(
     check_type(records, MeasurementRecords, "records")
     check_type(probabilities, Tensor, "probabilities")
     check_nonempty(records.outcomes, "records")
+    if probabilities.numel() and float(probabilities.detach().min()) < -1e-6:
+        raise InvalidInputError(
+            "the probabilities must not be negative", got=float(probabilities.detach().min())
+        )
     check_size(num_simulations, "num_simulations", 1 << 16)
     source = as_generator(generator)
     rows = records.num_preparations * len(records.times)
@@ -78,6 +81,9 @@ def goodness_of_fit(
     p = probabilities.detach().double().cpu().clamp(min=0)
     if p.shape != (rows, size):
         raise ShapeError("the probabilities don't fit the records", got=tuple(p.shape), expected=(rows, size))
+    check_finite(p, "probabilities")
+    if not bool((p.sum(1) > 0).all()):
+        raise InvalidInputError("the probabilities of a time are all zero")
     p = p / p.sum(1, keepdim=True)
     cell = records.cell
     impossible = int((p[cell, encode(records.outcomes, records.num_outcomes)] <= _POSSIBLE).sum())
@@ -180,8 +186,3 @@ def _name(place: int, records: MeasurementRecords) -> tuple[int, tuple[int, ...]
             return (place // size) % len(records.times), sites, tuple(reversed(digits))
         place -= rows * size
     return 0, (), ()  # pragma: no cover (places lie within the vector)
-
-
-def finite(value: float) -> float:
-    """Return a number for an attribute of a file, NaN for what isn't finite."""
-    return value if math.isfinite(value) else math.nan

@@ -267,6 +267,8 @@ class RecordLaw(LawDistribution):
         check_type(probabilities, Tensor, "probabilities")
         check_type(time_index, Tensor, "time_index")
         p = probabilities
+        if not p.is_floating_point():
+            raise InvalidInputError("probabilities must be floating", got=p.dtype)
         if p.ndim < 2 or p.shape[-1] != num_outcomes**num_sites or (p.ndim > 2 and p.shape[-3] != 1):
             raise ShapeError(
                 "the probabilities must be (T, K**N) or (*batch, 1, T, K**N)",
@@ -312,6 +314,7 @@ class RecordLaw(LawDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log probabilities ``(*sample, *batch)``."""
+        check_type(value, Tensor, "value")
         if self._validate_args:
             self._validate_sample(value)
         code = encode(value, self.num_outcomes)
