@@ -350,7 +350,7 @@ class PiecewiseMeasure(GaussianPathMeasure):
             mean, cov = self.start_of(k)
             return _times(phi, mean) + shift, symmetrise(phi @ cov @ phi.mT + noise)
 
-        return self._by_interval(t, False, moments)
+        return self._by_interval(t, True, moments)
 
     def mean(self, ts: Tensor | float) -> Tensor:
         """Return the means ``(*s, d)`` at times ``ts (*s,)``, in any order."""
