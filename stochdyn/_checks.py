@@ -340,7 +340,7 @@ def check_nonempty(x: object, name: str) -> None:
     """Raise if ``x`` has no elements, or can't have any."""
     if not hasattr(x, "__len__") and not isinstance(x, Tensor):
         raise InvalidInputError(f"{name} must be data or a sequence", got=type(x).__name__)
-    size = x.numel() if isinstance(x, Tensor) else len(x)  # type: ignore[arg-type]
+    size = x.numel() if isinstance(x, Tensor) else len(x)
     if size == 0:
         shape = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else "length 0"
         raise EmptyDataError(f"{name} is empty", got=shape)
@@ -352,8 +352,7 @@ def check_points(x: object, name: str = "x", meaning: str = "(..., d)") -> None:
     This is the check at the entrance of functions that are evaluated at many points, often inside other computations: values
     are looked at on the CPU only, where that costs no synchronisation, and not under the transforms of ``torch.func``.
     """
-    _require_tensor(x, name, meaning)
-    value: Tensor = x  # type: ignore[assignment]
+    value = _require_tensor(x, name, meaning)
     if value.is_complex() or value.dtype in (torch.float16, torch.bfloat16, torch.bool):
         raise InvalidInputError(
             f"{name} must be real numbers in single or double precision",
@@ -366,7 +365,7 @@ def check_points(x: object, name: str = "x", meaning: str = "(..., d)") -> None:
 
 def check_ndim(x: object, ndim: int | tuple[int, ...], name: str, meaning: str) -> None:
     """Raise unless ``x`` has ``ndim`` axes; ``meaning`` names them, such as ``"(time, dim)"``."""
-    _require_tensor(x, name, meaning)
+    x = _require_tensor(x, name, meaning)
     allowed = (ndim,) if isinstance(ndim, int) else ndim
     if x.ndim not in allowed:
         raise ShapeError(
@@ -376,7 +375,7 @@ def check_ndim(x: object, ndim: int | tuple[int, ...], name: str, meaning: str) 
 
 def check_event_size(x: object, size: int, name: str, axis: int = -1) -> None:
     """Raise unless axis ``axis`` of ``x`` has ``size`` elements."""
-    _require_tensor(x, name, f"size {size} along axis {axis}")
+    x = _require_tensor(x, name, f"size {size} along axis {axis}")
     if x.ndim <= (axis if axis >= 0 else -axis - 1) or x.shape[axis] != size:
         raise ShapeError(
             f"{name} has the wrong size along axis {axis}", got=f"shape {tuple(x.shape)}", expected=size
@@ -452,9 +451,10 @@ def check_time_broadcast(t: Tensor, x: Tensor, name: str = "t") -> None:
         )
 
 
-def _require_tensor(x: object, name: str, meaning: str) -> None:
+def _require_tensor(x: object, name: str, meaning: str) -> Tensor:
     if not isinstance(x, Tensor):
         raise ShapeError(f"{name} must be a tensor", got=type(x).__name__, expected=meaning)
+    return x
 
 
 def _numbers(x: object, name: str) -> Tensor:

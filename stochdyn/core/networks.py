@@ -57,7 +57,7 @@ class MLP(nn.Module):
         self, sizes: Sequence[int], zero_last: bool = False, activation: Activation = "tanh"
     ) -> None:
         super().__init__()
-        if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        if not isinstance(sizes, tuple | list):
             raise InvalidInputError("sizes must be a sequence of widths", got=repr(sizes)[:60])
         for size in sizes:
             check_positive_int(size, "sizes")
@@ -129,14 +129,14 @@ class StateNetwork(nn.Module):
         if out_size is not None:
             check_positive_int(out_size, "out_size")
         check_positive_int(context, "context", 0)
-        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+        if not isinstance(hidden, tuple | list):
             raise InvalidInputError("hidden must be a sequence of widths", got=repr(hidden)[:60])
         if not isinstance(time, bool):
             check_callable(time, "time", "True, False or a function of times")
         self.time, self.context = time, context
         features = 0
         if time is not False:
-            features = 1 if time is True else time(torch.zeros(1)).shape[-1]  # type: ignore[operator]
+            features = 1 if time is True else time(torch.zeros(1)).shape[-1]
         self.net = MLP((in_size + features + context, *hidden, out_size or in_size), zero_last, activation)
 
     def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -150,7 +150,7 @@ class StateNetwork(nn.Module):
         parts = [x]
         if self.time is not False:
             time = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], 1)
-            parts.append(time if self.time is True else self.time(time))  # type: ignore[operator]
+            parts.append(time if self.time is True else self.time(time))
         if (0 if context is None else context.shape[-1]) != self.context:
             raise ShapeError(
                 "the network needs the context that it was made for",
@@ -159,7 +159,7 @@ class StateNetwork(nn.Module):
             )
         if context is not None:
             parts.append(context.expand(*x.shape[:-1], self.context))
-        return self.net(x if len(parts) == 1 else torch.cat(parts, -1))  # type: ignore[no-any-return]
+        return self.net(x if len(parts) == 1 else torch.cat(parts, -1))
 
 
 def _fusible(x: Tensor) -> bool:

@@ -76,7 +76,7 @@ class RateMatrix(nn.Module):
         self.register_buffer("_constant", matrix, persistent=not isinstance(rates, nn.Parameter))
 
     @property
-    def matrix(self) -> Tensor:  # type: ignore[no-redef]
+    def matrix(self) -> Tensor:
         """The generator ``(*batch, S, S)`` with its diagonal, of the rates as they are now."""
         if isinstance(getattr(self, "rates", None), nn.Parameter):
             off = self.rates - torch.diag_embed(self.rates.diagonal(dim1=-2, dim2=-1))

@@ -104,7 +104,7 @@ class JumpLaw(PathMeasure):
         ts = torch.tensor([self.start_time, float(horizon)], dtype=torch.float64)
         return self._records(ts, as_sample_shape(sample_shape), as_generator(generator))
 
-    def sample(self, ts: object, sample_shape: SampleShape = (), generator: Generator = None) -> JumpRecord:  # type: ignore[override]
+    def sample(self, ts: object, sample_shape: SampleShape = (), generator: Generator = None) -> JumpRecord:
         """Draw paths, read at the times ``ts (T,)``; see :meth:`stochdyn.PathMeasure.sample`."""
         grid = as_time_grid(ts, min_points=1, like=torch.empty((), dtype=torch.float64))
         shape, source = as_sample_shape(sample_shape), as_generator(generator)

@@ -67,6 +67,10 @@ class ReactionNetwork(PathMeasure):
         Gillespie, "Exact stochastic simulation of coupled chemical reactions", 1977.
     """
 
+    taken: Tensor
+    change: Tensor
+    start: Tensor
+
     def __init__(
         self,
         reactions: Sequence[str],
@@ -148,7 +152,7 @@ class ReactionNetwork(PathMeasure):
             columns.append(value * term)
         return torch.stack(columns, -1)
 
-    def sample(self, ts: object, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:  # type: ignore[override]
+    def sample(self, ts: object, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
         """Draw exact paths by Gillespie's direct method, all at once; counts at a time are those after a reaction at it.
 
         Args:

@@ -10,7 +10,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -357,7 +357,7 @@ def _same(got: Answer, wanted: Answer, rtol: float, what: str) -> None:
             continue
         finite = b[torch.isfinite(b)].abs()
         scale = float(finite.max()) if finite.numel() else 0.0
-        close = torch.isclose(cast(Tensor, a.to(b)), b, rtol=rtol, atol=rtol * scale, equal_nan=True)
+        close = torch.isclose(a.to(b), b, rtol=rtol, atol=rtol * scale, equal_nan=True)
         gap = (a.to(b) - b).abs().nan_to_num(torch.inf).max() if b.numel() else 0.0
         assert bool(close.all()), (
             f"another answer {what}: off by {float(gap):.3g} where the largest entry is {scale:.3g}"

@@ -108,6 +108,6 @@ def cloud_of_paths(paths: Any, spacing: float = 0.03, **options: Any) -> PointCl
         options: of :class:`PointCloud`.
     """
     visited = torch.cat([x.reshape(-1, x.shape[-1]) for _, x in _trials(paths)])
-    visited = visited[~torch.isnan(visited).any(-1)].cpu().numpy()
+    visited = visited[~torch.isnan(visited).any(-1)].cpu()
     chosen = farthest_points(visited, spacing=spacing)
-    return PointCloud(torch.as_tensor(visited[chosen]), **options)
+    return PointCloud(visited[torch.as_tensor(chosen)], **options)
