@@ -115,6 +115,8 @@ def _is_same(terms: Terms, q: int, strings: Strings, tolerance: float) -> bool:
             target = tuple(sorted(moved))
             if target not in terms:
                 return False
+            if not sites:  # a multiple of the identity is the same everywhere
+                continue
             local = all_configurations(len(sites), q, matrix.device)
             read = local if labels is None else labels.to(local.device)[local]
             image = encode(read[:, [moved.index(x) for x in target]], q)
