@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from stochdyn.infer.path_law import PosteriorPath
 from stochdyn.infer.predictive import PathDraws, predict_path
 from stochdyn.infer.skewed import AutoSkewedNormal
 from stochdyn.run.randomness import fork_random_state
+from stochdyn.run.storage import save
 
 __all__ = ["GuideMethod", "LaplaceMethod", "NUTSMethod", "Posterior", "fit_posterior"]
 
@@ -180,6 +182,20 @@ class Posterior:
         ahead = 0 < draws.num_fitted < draws.ts.shape[-1]
         end = float(draws.ts[draws.num_fitted - 1]) if ahead else None
         return plot_paths(draws.ts, draws.x, component=component, forecast_from=end, label=site, ax=ax)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the posterior into a directory, from which :func:`stochdyn.load` reads it; see :func:`stochdyn.save`.
+
+        The model must be a function at the top of a module, marked by :func:`stochdyn.run.storable`.
+
+        Args:
+            path: the directory, made if need be; what it holds already is replaced.
+
+        Raises:
+            UnavailableError: if something inside can't be saved, such as a model inside another function.
+            CheckpointWriteError: if the disk is full or refuses; what was there is then still whole.
+        """
+        save(self, path)
 
     def _name(self, name: str | None) -> str:
         if name is not None:

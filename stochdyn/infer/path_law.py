@@ -76,6 +76,8 @@ class PosteriorPath(PathMeasure):
         torch.Size([100, 2, 1])
     """
 
+    _derived_ = ("_fitted",)
+
     def __init__(
         self,
         model: Callable[..., Any],

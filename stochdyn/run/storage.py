@@ -15,6 +15,7 @@ import importlib
 import inspect
 import os
 import types
+import warnings
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -46,6 +47,8 @@ _FUNCTIONS = (
     "pyro.distributions.",
     "pyro.poutine.",
 )
+# Classes that keep what a program did: traces of a model, and samplers that have run.
+_RECORDS = ("pyro.poutine.trace_struct", "pyro.infer.mcmc")
 _CONTAINERS: dict[str, Callable[[list[Any]], Any]] = {
     "list": list,
     "tuple": tuple,
@@ -223,6 +226,26 @@ def _held(thing: Any) -> dict[str, Any]:
     return {n: v for n, v in found.items() if n not in derived}
 
 
+class Lost:
+    """Stands where a record of what has run held a function without a name.
+
+    Args:
+        where: the place that it had.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        """Say that it is gone."""
+        raise UnavailableError(f"the function at {self.where} had no name and wasn't saved")
+
+
+def _plain_array(values: np.ndarray[Any, Any]) -> Any:
+    """Return an array, or a list where it holds text."""
+    return values if values.dtype.kind in "fiubc" else values.tolist()
+
+
 def _nothing() -> None:
     """A reference to what is there no more."""
 
@@ -236,6 +259,8 @@ class _Writer:
         self._numbers: dict[int, dict[str, Any]] = {}
         # What has a number stays alive, so that no other object takes over its identity.
         self._alive: list[object] = []
+        # Inside of records of what has run, functions without a name are left out: nobody calls them again.
+        self._remembering = False
 
     def put(self, thing: Any, where: str) -> Any:
         match thing:
@@ -259,7 +284,12 @@ class _Writer:
                 return {"#class": self._class(thing, where)}
         if id(thing) not in self._numbers:
             self._alive.append(thing)
-            self._numbers[id(thing)] = self._new(thing, where)
+            try:
+                self._numbers[id(thing)] = self._new(thing, where)
+            except UnavailableError:
+                if not self._remembering:
+                    raise
+                self._numbers[id(thing)] = {"#lost": where}
         return self._numbers[id(thing)]
 
     def _class(self, kind: type, where: str) -> str:
@@ -282,7 +312,7 @@ class _Writer:
         if isinstance(thing, Tensor):
             return self._tensor(thing, where)
         if isinstance(thing, np.ndarray) and thing.dtype.kind in "fiubc":
-            return {"#array": self.put(torch.as_tensor(np.ascontiguousarray(thing)), where)}
+            return {"#array": self.put(torch.tensor(thing.copy()), where)}
         if isinstance(thing, torch.Generator):
             return {"#generator": self.put(thing.get_state(), where)}
         name = type(thing).__name__
@@ -300,6 +330,8 @@ class _Writer:
         if isinstance(thing, functools.partial):
             held = (thing.func, tuple(thing.args), dict(thing.keywords))
             return {"#partial": [self.put(p, where) for p in held]}
+        if type(thing).__module__.startswith(("xarray.", "arviz.")):
+            return self._container(thing, where)
         if isinstance(thing, weakref.ref):
             return {"#weak": self.put(thing(), where)}
         if type(thing).__module__.startswith("scipy.sparse"):
@@ -307,6 +339,23 @@ class _Writer:
             parts = (entries.row, entries.col, entries.data, tuple(map(int, thing.shape)), thing.format)
             return {"#sparse": [self.put(p, where) for p in parts]}
         return self._object(thing, where)
+
+    def _container(self, thing: Any, where: str) -> dict[str, Any]:
+        """Take apart what ArviZ reads: groups of named arrays with named axes."""
+        name = type(thing).__name__
+        if name == "Dataset":
+            parts = [
+                {str(n): [list(map(str, v.dims)), _plain_array(v.values)] for n, v in variables.items()}
+                for variables in (thing.data_vars, thing.coords)
+            ]
+            return {"#dataset": [self.put(p, where) for p in (*parts, dict(thing.attrs))]}
+        if name in ("InferenceData", "DataTree"):
+            groups = thing.groups() if name == "InferenceData" else list(thing.children)
+            held = {g: thing[g] if name == "InferenceData" else thing[g].to_dataset() for g in groups}
+            return {"#groups": [name, self.put(held, where), self.put(dict(thing.attrs), where)]}
+        raise UnavailableError(
+            f"{where} can't be saved", got=f"an object of {name}", hint="use its own file format"
+        )
 
     def _pair(self, index: int, item: Any, is_dict: bool, where: str) -> Any:
         if not is_dict:
@@ -355,6 +404,12 @@ class _Writer:
         self._numbers[id(thing)] = reference
         if hasattr(kind, "to_storage"):
             entry["storage"] = self.put(thing.to_storage(), where)
+        elif kind.__module__.startswith(_RECORDS) and not self._remembering:
+            self._remembering = True
+            try:
+                entry["holds"] = {n: self.put(v, f"{where}.{n}") for n, v in _held(thing).items()}
+            finally:
+                self._remembering = False
         elif isinstance(thing, tuple):
             entry["items"] = [self.put(v, f"{where}[{i}]") for i, v in enumerate(thing)]
         else:
@@ -477,6 +532,30 @@ class _Reader:
     def _get_partial(self, content: list[Any]) -> Any:
         function, arguments, keywords = (self.get(c) for c in content)
         return functools.partial(function, *arguments, **keywords)
+
+    def _get_lost(self, where: str) -> Any:
+        return Lost(where)
+
+    def _get_dataset(self, content: list[Any]) -> Any:
+        import xarray
+
+        variables, coords, attrs = (self.get(c) for c in content)
+        data = {n: (tuple(dims), np.asarray(values)) for n, (dims, values) in variables.items()}
+        axes = {n: (tuple(dims), np.asarray(values)) for n, (dims, values) in coords.items()}
+        return xarray.Dataset(data, coords=axes, attrs=attrs)
+
+    def _get_groups(self, content: list[Any]) -> Any:
+        name, groups, attrs = content[0], self.get(content[1]), self.get(content[2])
+        if name == "DataTree":
+            import xarray
+
+            tree = xarray.DataTree.from_dict(groups)
+            tree.attrs.update(attrs)
+            return tree
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the last 0.x announces 1.0 at every import
+            import arviz
+        return arviz.InferenceData(attrs=attrs, **groups)
 
     def _get_weak(self, content: Any) -> Any:
         target = self.get(content)

@@ -139,21 +139,24 @@ def test_what_is_loaded_does_as_before(tmp_path: Path, kind: str) -> None:
 
 
 storable(decay)
-# Those whose drift is a lambda can't be saved, as the error says.
-LAWS = [name for name in CASES if name not in ("nonlinear bridge", "corrected bridge")]
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", CASES)
 def test_every_law_is_the_same_after_it_was_saved(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     law, grid = case.make(), torch.linspace(*case.ts, dtype=torch.float64)
-    again = loaded(law, tmp_path)
+    try:
+        again = loaded(law, tmp_path)
+    except UnavailableError as error:
+        if "<locals>" not in str(error):
+            raise
+        pytest.skip("this example has a function without a name")
     for seed in (1, 2):
         expected = law.sample(grid, 3, generator=seed).x
         torch.testing.assert_close(again.sample(grid, 3, generator=seed).x, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", CASES)
 def test_every_law_keeps_its_identity_while_it_is_used(name: str) -> None:
     case = CASES[name]
     law, grid = case.make(), torch.linspace(*case.ts, dtype=torch.float64)

@@ -107,6 +107,8 @@ class SchrodingerBridge(PathMeasure):
 
     spread: Tensor
 
+    _derived_ = ("_parts", "_growths")
+
     def __init__(
         self,
         snapshots: Snapshots,
