@@ -95,7 +95,7 @@ def ours(posterior: str, dt: float = DT, checkpoint: bool = False) -> LatentSDE:
     ts = torch.linspace(0, END, round(END / dt) + 1)
     return LatentSDE(
         3, LATENT, ts, posterior=posterior, hurst=None, drift=(HIDDEN, HIDDEN), diffusion="state", decoder=(),
-        obs_scale=SCALE, learn_obs_scale=False, checkpoint=checkpoint, context=CONTEXT, hidden=(HIDDEN, HIDDEN),
+        obs_scale=SCALE, learn_obs_scale=False, checkpoint=checkpoint or None, context=CONTEXT, hidden=(HIDDEN, HIDDEN),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from stochdyn.fractional import (
     AffineDrift,
     FractionalOU,
     LatentSDE,
+    MarkovNoise,
     MultifractionalNoise,
     Series,
     compare_models,
@@ -36,6 +37,14 @@ def _series(seed: int = 0, count: int = 4) -> Series:
     return Series.regular(TS[::4] + 0.007 * (TS[::4] < 0.9), values)
 
 
+def _used(options: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what the posterior or the noise has no use for, which is an error."""
+    idle = {"hidden"} if options.get("posterior") == "gaussian" else set()
+    if options.get("hurst") is None or options.get("noise") is not None:
+        idle |= {"num_states", "learn_hurst"}
+    return {name: value for name, value in options.items() if name not in idle}
+
+
 def _model(posterior: Any, **options: Any) -> LatentSDE:
     torch.manual_seed(0)
     defaults: dict[str, Any] = {
@@ -48,7 +57,7 @@ def _model(posterior: Any, **options: Any) -> LatentSDE:
         "num_particles": 2,
         "obs_scale": 0.5,
     }
-    model = LatentSDE(2, 3, TS, **(defaults | options))
+    model = LatentSDE(2, 3, TS, **_used(defaults | options))
     with torch.no_grad():
         for p in [*model.posterior.parameters(), *getattr(model, "start_head", model.posterior).parameters()]:
             p.add_(0.03 * torch.randn(p.shape))
@@ -104,7 +113,7 @@ def test_importance_weights_give_the_exact_evidence_of_a_linear_model(posterior:
         "context": 6,
     }
     torch.manual_seed(0)
-    model = LatentSDE(1, 1, TS, **options)
+    model = LatentSDE(1, 1, TS, **_used(options))
     with torch.no_grad():
         model.start_log_scale.fill_(-3.0)
     series = Series.regular(TS[[10, 20]], torch.tensor([[[0.5], [-0.3]]]))
@@ -124,8 +133,6 @@ def test_importance_weights_give_the_exact_evidence_of_a_linear_model(posterior:
 
 
 def _same(noise: Any) -> Any:
-    from stochdyn.fractional import MarkovNoise
-
     return MarkovNoise(float(noise.hurst[0].detach()), speeds=noise.speeds, horizon=noise.horizon)
 
 
@@ -150,7 +157,7 @@ def test_training_closes_the_gap_that_the_control_posterior_leaves(posterior: st
     bounds = {}
     for kind in ("control", posterior):
         torch.manual_seed(0)
-        model = LatentSDE(1, 1, TS, posterior=kind, **options)
+        model = LatentSDE(1, 1, TS, **_used(options | {"posterior": kind}))
         for p in (model.start_mean, model.start_log_scale):
             p.requires_grad_(False)
         sd.fit(model, series, steps=1500, lr=5e-3, progress=False)
@@ -254,6 +261,37 @@ def test_learnt_indices_have_the_shape_of_the_path() -> None:
     assert model.hurst is not None
     torch.testing.assert_close(model.hurst, torch.tensor([0.3, 0.5, 0.8]))
     assert _model("matching").hurst is None
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"posterior": "gaussian", "hidden": (8,)}, "hidden has"),
+        ({"posterior": "gaussian", "method": "heun", "checkpoint": True}, "method, checkpoint have"),
+        ({"posterior": "matching", "hurst": None, "checkpoint": True}, "checkpoint has"),
+        ({"hurst": None, "num_states": 5}, "num_states has"),
+        ({"noise": MarkovNoise(0.5), "kind": "I"}, "kind has"),
+        ({"noise": MarkovNoise(0.5), "learn_hurst": False}, "learn_hurst has"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, Any], names: str) -> None:
+    with pytest.raises(InvalidInputError, match=names):
+        LatentSDE(1, 1, TS, **options)
+
+
+@pytest.mark.parametrize("noise", ["fractional", "brownian"])
+def test_a_forecast_does_not_depend_on_the_other_times_asked_for(noise: str) -> None:
+    """A drift that a step of the asked length would make unstable."""
+    torch.manual_seed(0)
+    model = LatentSDE(
+        1, 1, TS, hurst=0.5 if noise == "fractional" else None, drift=lambda t, x: 10 * (1.0 - x),
+        decoder=lambda x: x, hidden=(8,), context=8,
+    )  # fmt: skip
+    data = Series.regular(TS[::4], torch.ones(2, 6, 1))
+    alone = forecast(model, data, torch.tensor([1.9]), 2000, seed=0, noise=False)[:, 0, 0, 0]
+    among = forecast(model, data, torch.arange(1.1, 1.91, 0.1), 2000, seed=1, noise=False)[:, 0, -1, 0]
+    assert abs(float(alone.std() / among.std()) - 1) < 0.1
+    assert abs(float(alone.mean() - among.mean())) < 5 * float(alone.std()) * math.sqrt(2 / 2000)
 
 
 def test_bad_input() -> None:

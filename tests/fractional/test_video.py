@@ -35,7 +35,10 @@ def videos(count: int = 4, frames: int = 5) -> Tensor:
 
 def stirred(**changes: Any) -> VideoModel:
     """Return a model whose control and state-dependent diffusion are far from where they start."""
-    model = VideoModel(**(SMALL | changes))
+    options = SMALL | changes
+    if options.get("noise", "fractional") != "fractional":
+        options.pop("num_states")
+    model = VideoModel(**options)
     with torch.no_grad():
         for p in [*model.control.parameters(), *model.equation.parameters()]:
             p.add_(0.6 * torch.randn_like(p))
@@ -52,7 +55,7 @@ def test_the_bound_is_the_expected_log_weight(noise: str) -> None:
         law = model.posterior(encoded)
         path = law.sample(model.grid(5), (2000,))
         decoded = model.decode(path.x[..., ::3, :], encoded.content)
-        fit = Normal(decoded, model.observation_scale).log_prob(frames).sum((-4, -3, -2, -1))
+        fit = Normal(decoded, model.obs_scale).log_prob(frames).sum((-4, -3, -2, -1))
         # The true log density of the paths, with its martingale part, not the rate that training uses.
         weight = (fit - law.log_rn(path, model.prior(frames), "density")).mean(-1)
         divergence = law.log_rn(path, model.prior(frames), "density").mean(-1)
@@ -77,7 +80,7 @@ def test_the_loss_is_the_bound_and_reaches_every_parameter() -> None:
 
 def test_brownian_noise_has_no_hurst_index() -> None:
     for noise in ("brownian", Brownian()):
-        model = VideoModel(noise=noise, **SMALL)  # type: ignore[arg-type]
+        model = stirred(noise=noise)
         assert model.hurst is None
         assert "hurst" not in model(videos()).terms
 
@@ -91,7 +94,7 @@ def test_content_does_not_depend_on_the_order_of_frames() -> None:
 
 
 def test_contexts_are_interpolated_in_time() -> None:
-    control = JointControl(3, 2, 5, (8,), frame_step=0.1)
+    control = JointControl(3, 2, 5, (8,), dt=0.1)
     torch.nn.init.normal_(control.network.layers[-1].weight)
     contexts, z = torch.randn(4, 6, 5), torch.randn(6, 3)
 
@@ -125,7 +128,7 @@ def test_components_of_the_diffusion_depend_on_their_own_state_alone() -> None:
 
 
 def test_predictions_follow_the_prior_after_the_last_frame_given() -> None:
-    model = stirred(substeps=2)
+    model = stirred(num_steps=2)
     frames = videos(3)[:, :3]
     encoded = model.encode(frames / 255)
     law = model.posterior(encoded, until=0.2 - 1e-7)
@@ -174,9 +177,9 @@ def test_the_published_size() -> None:
         {"num_frames": 2},
         {"noise": "white"},
         {"latents": 0},
-        {"substeps": 0},
-        {"observation_scale": 0.0},
-        {"frame_step": -0.1},
+        {"num_steps": 0},
+        {"obs_scale": 0.0},
+        {"dt": -0.1},
         {"hurst": 1.0},
     ],
 )
@@ -203,3 +206,14 @@ def test_videos_that_do_not_fit_are_refused() -> None:
         model(torch.full((1, 5, 1, 16, 16), math.nan))
     with pytest.raises(InvalidInputError, match="batch"):
         model(None)
+
+
+@pytest.mark.parametrize("frames", [videos().float(), videos().to(torch.int64), -videos().float() / 255])
+def test_pixels_of_another_range_are_refused(frames: Tensor) -> None:
+    with pytest.raises(InvalidInputError, match=r"uint8, or floats in \[0, 1\]"):
+        VideoModel(**SMALL)(frames)
+
+
+def test_options_of_noise_that_is_not_taken_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="hurst, num_states have no effect"):
+        VideoModel(**(SMALL | {"noise": "brownian", "hurst": 0.7}))

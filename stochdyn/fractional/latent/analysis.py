@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int, check_time_grid
+from stochdyn._checks import as_time_grid, check_bool, check_positive_int, check_type
 from stochdyn.core.sde.solvers import draw_increments, integrate
 from stochdyn.errors import InvalidInputError, TimeGridError
 from stochdyn.fractional.latent.base import Draws
 from stochdyn.fractional.latent.model import LatentSDE
 from stochdyn.fractional.latent.networks import interpolate
 from stochdyn.fractional.latent.series import Series
+from stochdyn.fractional.noise.memory import MemoryStates
 
 __all__ = [
     "Comparison",
@@ -80,6 +81,7 @@ def posterior_paths(model: LatentSDE, series: Series, num_draws: int = 100, seed
     Returns:
         Paths of shape ``(S, B)`` and weights ``(S, B)``.
     """
+    check_type(model, LatentSDE, "model")
     check_positive_int(num_draws, "num_draws")
     model._check(series)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -154,7 +156,7 @@ def predict(
         draws = posterior_paths(model, series, num_draws)
         at = series.times
         if times is not None:
-            check_time_grid(times, min_points=1)
+            times = as_time_grid(times, "times", min_points=1, like=model.ts)
             if bool(((times < model.ts[0]) | (times > model.ts[-1])).any()):
                 raise TimeGridError(
                     "times must lie on the grid of the model", hint="forecast() goes beyond its end"
@@ -178,7 +180,8 @@ def forecast(
     Args:
         model: a fitted model.
         series: what is known.
-        times: ``(n,)`` increasing, after the last grid point; one step from each to the next.
+        times: ``(n,)`` increasing, after the last grid point. The equation is simulated on the model's grid continued (with its
+            median step), whatever the times, and paths are interpolated between its points.
         num_draws: S.
         seed: of the draws.
         noise: whether to add observation noise; without it the decoder's means are returned.
@@ -189,7 +192,9 @@ def forecast(
     Raises:
         TimeGridError: if a time isn't after the grid, or the times span more than the horizon of the noise.
     """
-    check_time_grid(times, min_points=1)
+    check_type(model, LatentSDE, "model")
+    check_bool(noise, "noise")
+    times = as_time_grid(times, "times", min_points=1, like=model.ts)
     if not bool(times[0] > model.ts[-1]):
         raise TimeGridError(
             "forecasts begin after the grid",
@@ -200,13 +205,28 @@ def forecast(
         if seed is not None:
             torch.manual_seed(seed)
         path = posterior_paths(model, series, num_draws).path
-        grid = torch.cat([model.ts[-1:], times.to(model.ts)])
+        grid = _continued(model, times)
         last = path.x[..., -1, :]
         memory = path.aux["memory"][..., -1, :, :] if "memory" in path.aux else None
         dw, _ = draw_increments(model.sde, last, grid)
-        x = integrate(model.sde, last, grid, dw, memory, method=model.method).x[1:]
+        x = integrate(model.sde, last, grid, dw, memory, method=model.method).x
+        x = interpolate(x, grid, times.to(x).expand(len(series), -1))
         out = model.decoder.sample(x) if noise else model.decoder.mean(x)
         return out.movedim(0, -2)
+
+
+def _continued(model: LatentSDE, times: Tensor) -> Tensor:
+    """The grid of the model continued to the last of the times, in float64 steps of its median."""
+    ts = model.ts.double()
+    start, dt = float(ts[-1]), float(ts.diff().median())
+    last = float(times[-1])
+    count = max(1, math.ceil((last - start) / dt * (1 - 1e-9)))
+    grid = start + dt * torch.arange(count + 1, dtype=torch.float64, device=ts.device)
+    noise = model.sde.noise
+    horizon = noise.horizon if isinstance(noise, MemoryStates) else math.inf
+    if last - start <= horizon < float(grid[-1]) - start:
+        grid[-1] = last  # what lies beyond the horizon of the noise isn't asked for
+    return grid.to(model.ts)
 
 
 def compare_models(

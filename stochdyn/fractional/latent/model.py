@@ -15,6 +15,7 @@ from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.noise import Brownian, NoiseProcess, NoiseSteps
 from stochdyn.errors import InvalidInputError
+from stochdyn.fractional._options import check_unused
 from stochdyn.fractional.latent.base import LatentPosterior
 from stochdyn.fractional.latent.control import ControlPosterior
 from stochdyn.fractional.latent.encoded import AmortisedGaussianPosterior
@@ -58,10 +59,10 @@ class LatentSDE(Objective):
         obs_dim: ``p``, components of an observation.
         latent_dim: ``d``, components of the path; each has noise of its own.
         ts: ``(T,)`` grid of the latent path. All series must lie on it.
-        posterior: see above.
+        posterior: which of the posteriors above.
         hurst: where the Hurst indices start (a number, or one for each component), or None for Brownian noise.
-        learn_hurst: whether they are parameters.
-        noise: a noise process instead, such as :class:`MultifractionalNoise`.
+        learn_hurst: whether they are parameters, by default yes.
+        noise: a noise process instead, such as :class:`MultifractionalNoise`; without the options of the built-in one.
         kind: ``"II"`` for noise that starts with the grid, or ``"I"`` for stationary increments.
         num_states: memory states per component; by default as many as :class:`MarkovNoise` takes, so that learnt Hurst
             indices aren't biased.
@@ -72,11 +73,12 @@ class LatentSDE(Objective):
         obs_scale: where s starts.
         learn_obs_scale: whether it is a parameter.
         context: size of the encoder's summary.
-        hidden: widths of the posterior's network.
-        num_particles: draws a series (for ``"matching"``, random times a series).
-        method: solver of simulated paths; with a state-dependent diffusion ``"heun"`` and ``"milstein"`` apply the Itô
+        hidden: hidden widths of the posterior's network, by default (64, 64); not for ``"gaussian"``, which has none.
+        num_particles: draws per series (for ``"matching"``, random times per series).
+        method: solver of simulated paths (``"control"`` and ``"tight"``), by default ``"euler"``;
+            with a state-dependent diffusion ``"heun"`` and ``"milstein"`` apply the Itô
             correction of the noise.
-        checkpoint: recompute segments of simulated paths in back-propagation, to save memory.
+        checkpoint: whether to recompute segments of simulated paths in back-propagation, to save memory.
 
     Attributes:
         sde: the equation. ts: the grid. encoder, decoder, posterior: the parts.
@@ -108,9 +110,9 @@ class LatentSDE(Objective):
         *,
         posterior: PosteriorKind = "tight",
         hurst: float | Tensor | None = 0.5,
-        learn_hurst: bool = True,
+        learn_hurst: bool | None = None,
         noise: NoiseProcess | None = None,
-        kind: Literal["I", "II"] = "II",
+        kind: Literal["I", "II"] | None = None,
         num_states: int | None = None,
         drift: Sequence[int] | Callable[[Tensor, Tensor], Tensor] = (64, 64),
         diffusion: Any = "constant",
@@ -118,10 +120,10 @@ class LatentSDE(Objective):
         obs_scale: float = 0.1,
         learn_obs_scale: bool = True,
         context: int = 64,
-        hidden: Sequence[int] = (64, 64),
+        hidden: Sequence[int] | None = None,
         num_particles: int = 1,
-        method: str = "euler",
-        checkpoint: bool | int = False,
+        method: str | None = None,
+        checkpoint: bool | int | None = None,
     ) -> None:
         super().__init__()
         check_time_grid(ts)
@@ -132,7 +134,18 @@ class LatentSDE(Objective):
         ):
             check_positive_int(value, name)
         check_choice(posterior, ("control", "tight", "gaussian", "matching"), "posterior")
-        self.dim, self.obs_dim, self.num_particles, self.method = latent_dim, obs_dim, num_particles, method
+        if posterior in ("gaussian", "matching"):
+            check_unused({"method": method, "checkpoint": checkpoint}, f"posterior={posterior!r}")
+        if posterior == "gaussian":
+            check_unused({"hidden": hidden}, "posterior='gaussian'")
+        about_noise = {"learn_hurst": learn_hurst, "kind": kind, "num_states": num_states}
+        if noise is not None:
+            check_unused(about_noise, "noise of its own")
+        elif hurst is None:
+            check_unused(about_noise, "hurst=None, which is Brownian noise")
+        hidden = (64, 64) if hidden is None else hidden
+        self.dim, self.obs_dim, self.num_particles = latent_dim, obs_dim, num_particles
+        self.method = "euler" if method is None else method
         self.register_buffer("ts", ts)
         span = float(ts[-1] - ts[0])
         if noise is None:
@@ -142,7 +155,13 @@ class LatentSDE(Objective):
                 # short steps matter, a single one that is far shorter than the others doesn't
                 dt = float((ts[1:] - ts[:-1]).double().quantile(0.1))
                 noise = MarkovNoise(
-                    index, num_states, span, dt, kind=kind, learn_hurst=learn_hurst, per_channel=True
+                    index,
+                    num_states,
+                    span,
+                    dt,
+                    kind=kind or "II",
+                    learn_hurst=learn_hurst is not False,
+                    per_channel=True,
                 )
         field = drift if callable(drift) else DriftNetwork(latent_dim, drift)
         named = {"constant": ConstantDiffusion, "state": StateDiffusion}
@@ -182,7 +201,7 @@ class LatentSDE(Objective):
             self.start_head = nn.Linear(self.encoder.width, 2 * latent_dim * (1 + self._past))
             nn.init.zeros_(self.start_head.weight)
             nn.init.zeros_(self.start_head.bias)
-        self.posterior = self._make_posterior(posterior, context, hidden, checkpoint)
+        self.posterior = self._make_posterior(posterior, context, hidden, checkpoint or False)
         self.register_buffer("width", torch.ones(latent_dim * (1 + noise.num_states)))
         self._measure_width()
 

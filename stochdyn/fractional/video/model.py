@@ -16,6 +16,7 @@ from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.sde.equation import SDE, Control
 from stochdyn.core.sde.noise import Brownian, NoiseProcess
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError
+from stochdyn.fractional._options import check_unused
 from stochdyn.fractional.noise.markov import MarkovNoise
 from stochdyn.fractional.video.networks import (
     ContextEncoder,
@@ -28,6 +29,8 @@ from stochdyn.fractional.video.networks import (
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
 __all__ = ["EncodedVideo", "VideoModel"]
+
+_SLACK = 1e-3  # of pixels beyond [0, 1], as resampling leaves
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,9 @@ class VideoModel(Objective):
         features: components of a frame's features.
         widths: channels of the convolutions, one a halving of the frame; frames shrink to 4 x 4.
         hidden: widths of the drift and control networks.
-        frame_step: time between frames.
-        substeps: solver steps between frames.
-        observation_scale: s; :math:`\sqrt{1/2}` makes minus the log-likelihood the sum of squared errors, up to a constant.
+        dt: time between frames.
+        num_steps: solver steps between frames.
+        obs_scale: s; :math:`\sqrt{1/2}` makes minus the log-likelihood the sum of squared errors, up to a constant.
         diffusion_width: width of the networks of the state-dependent diffusion; 0 for a constant one.
         num_particles: paths a video and step of training.
 
@@ -114,26 +117,26 @@ class VideoModel(Objective):
         channels: int = 1,
         *,
         noise: str | NoiseProcess = "fractional",
-        hurst: float = 0.5,
+        hurst: float | None = None,
         num_states: int | None = None,
-        kind: str = "II",
+        kind: str | None = None,
         latents: int = 4,
         content: int = 64,
         features: int = 64,
         widths: Sequence[int] = (16, 32, 64),
         hidden: Sequence[int] = (100, 100),
-        frame_step: float = 0.1,
-        substeps: int = 3,
-        observation_scale: float = math.sqrt(0.5),
+        dt: float = 0.1,
+        num_steps: int = 3,
+        obs_scale: float = math.sqrt(0.5),
         diffusion_width: int = 8,
         num_particles: int = 1,
     ) -> None:
         super().__init__()
         check_positive_int(num_frames, "num_frames", 3)
-        for name, value in (("latents", latents), ("substeps", substeps), ("num_particles", num_particles)):
+        for name, value in (("latents", latents), ("num_steps", num_steps), ("num_particles", num_particles)):
             check_positive_int(value, name)
-        check_positive(frame_step, "frame_step")
-        check_positive(observation_scale, "observation_scale")
+        check_positive(dt, "dt")
+        check_positive(obs_scale, "obs_scale")
         if size >> len(widths) != 4 or size != 4 << len(widths):
             raise InvalidInputError(
                 "every width halves the frame, down to 4 x 4",
@@ -141,17 +144,17 @@ class VideoModel(Objective):
                 expected=f"{max(1, (size // 4).bit_length() - 1)} widths, and a size that is a power of two",
             )
         self.num_frames, self.size, self.channels = num_frames, size, channels
-        self.frame_step, self.substeps = frame_step, substeps
-        self.observation_scale = observation_scale
+        self.dt, self.num_steps = dt, num_steps
+        self.obs_scale = obs_scale
         self.latents, self.num_particles = latents, num_particles
         self.encoder = FrameEncoder(size, channels, widths, features)
         self.contexts = ContextEncoder(features, content, latents)
         self.decoder = FrameDecoder(size, channels, widths, latents + content)
-        horizon = num_frames * frame_step
-        self.noise = _noise(noise, hurst, num_states, kind, horizon, frame_step / substeps)
+        horizon = num_frames * dt
+        self.noise = _noise(noise, hurst, num_states, kind, horizon, dt / num_steps)
         self.equation = SDE(StateDrift(latents, hidden), StateDiffusion(latents, diffusion_width), self.noise)
         size_z = latents * (1 + self.noise.num_states)
-        self.control = JointControl(size_z, latents, features, hidden, frame_step)
+        self.control = JointControl(size_z, latents, features, hidden, dt)
 
     @classmethod
     def paper(cls, noise: str | NoiseProcess = "fractional", **changes: Any) -> VideoModel:
@@ -177,9 +180,9 @@ class VideoModel(Objective):
         return self.noise.hurst if isinstance(self.noise, MarkovNoise) else None
 
     def grid(self, num_frames: int, device: torch.device | None = None) -> Tensor:
-        """Return the solver's grid for so many frames, ``((num_frames - 1) * substeps + 1,)``."""
-        steps = (num_frames - 1) * self.substeps
-        return torch.arange(steps + 1, device=device) * (self.frame_step / self.substeps)
+        """Return the solver's grid for so many frames, ``((num_frames - 1) * num_steps + 1,)``."""
+        steps = (num_frames - 1) * self.num_steps
+        return torch.arange(steps + 1, device=device) * (self.dt / self.num_steps)
 
     def encode(self, frames: Tensor) -> EncodedVideo:
         """Return content, law of the start and contexts of videos.
@@ -217,11 +220,11 @@ class VideoModel(Objective):
         path = law.sample(self.grid(frames.shape[1], frames.device), (self.num_particles,))
         prior = self.prior(frames)
         divergence = law.log_rn(path, prior, "rate", recorded=True)
-        decoded = self.decode(path.x[..., :: self.substeps, :], encoded.content)
+        decoded = self.decode(path.x[..., :: self.num_steps, :], encoded.content)
         squares = (decoded - frames).square().sum((-4, -3, -2, -1))
         pixels = frames[0].numel()
-        constant = 0.5 * pixels * math.log(2 * math.pi * self.observation_scale**2)
-        fit = squares / (2 * self.observation_scale**2)
+        constant = 0.5 * pixels * math.log(2 * math.pi * self.obs_scale**2)
+        fit = squares / (2 * self.obs_scale**2)
         loss = (fit + divergence).mean() + constant
         terms = {
             "elbo": -loss.detach(),
@@ -250,7 +253,7 @@ class VideoModel(Objective):
         encoded = self.encode(frames)
         grid = self.grid(frames.shape[1], encoded.content.device)
         path = self.posterior(encoded).sample(grid, (num_samples,), generator)
-        return self.decode(path.x[..., :: self.substeps, :], encoded.content).mean(0)
+        return self.decode(path.x[..., :: self.num_steps, :], encoded.content).mean(0)
 
     @torch.no_grad()
     def predict(
@@ -283,10 +286,10 @@ class VideoModel(Objective):
                 hint="num_frames of the model sets the horizon of its noise",
             )
         encoded = self.encode(frames)
-        until = (seen - 1) * self.frame_step - 1e-6 * self.frame_step
+        until = (seen - 1) * self.dt - 1e-6 * self.dt
         law = self.posterior(encoded, until)
         path = law.sample(self.grid(num_frames, encoded.content.device), (num_samples,), generator)
-        return self.decode(path.x[..., :: self.substeps, :], encoded.content)
+        return self.decode(path.x[..., :: self.num_steps, :], encoded.content)
 
     def _pixels(self, frames: Tensor) -> Tensor:
         check_ndim(frames, 5, "frames", "(batch, time, channels, size, size)")
@@ -305,17 +308,37 @@ class VideoModel(Objective):
             )
         if frames.dtype == torch.uint8:
             return frames.to(self.control.network.layers[0].weight.dtype) / 255  # type: ignore[arg-type]
-        if not frames.requires_grad and not bool(torch.isfinite(frames).all()):
-            raise NonFiniteError("frames aren't finite")
+        if not frames.is_floating_point():
+            raise InvalidInputError(
+                "frames must be uint8, or floats in [0, 1]",
+                got=frames.dtype,
+                hint="use frames.to(torch.uint8)",
+            )
+        if not frames.requires_grad:
+            low, high = (float(v) for v in frames.detach().aminmax())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise NonFiniteError("frames aren't finite")
+            if low < -_SLACK or high > 1 + _SLACK:
+                raise InvalidInputError(
+                    "frames must be uint8, or floats in [0, 1]",
+                    got=f"floats from {low:.3g} to {high:.3g}",
+                    hint="divide by 255, or use frames.to(torch.uint8)",
+                )
         return frames
 
 
 def _noise(
-    noise: str | NoiseProcess, hurst: float, num_states: int | None, kind: str, horizon: float, step: float
+    noise: str | NoiseProcess,
+    hurst: float | None,
+    num_states: int | None,
+    kind: str | None,
+    horizon: float,
+    dt: float,
 ) -> NoiseProcess:
-    if isinstance(noise, NoiseProcess):
-        return noise
-    check_choice(noise, ("fractional", "brownian"), "noise")
-    if noise == "brownian":
-        return Brownian()
-    return MarkovNoise(hurst, num_states, horizon, step, kind, learn_hurst=True)  # type: ignore[arg-type]
+    if not isinstance(noise, NoiseProcess):
+        check_choice(noise, ("fractional", "brownian"), "noise")
+    if noise != "fractional":
+        check_unused({"hurst": hurst, "num_states": num_states, "kind": kind}, f"noise={noise!r}")
+        return noise if isinstance(noise, NoiseProcess) else Brownian()
+    index = 0.5 if hurst is None else hurst
+    return MarkovNoise(index, num_states, horizon, dt, kind or "II", learn_hurst=True)  # type: ignore[arg-type]

@@ -152,18 +152,18 @@ class JointControl(nn.Module):
         channels: components of the noise.
         context: components of the context.
         hidden: widths of the hidden layers.
-        frame_step: time between the frames that the contexts belong to.
+        dt: time between the frames that the contexts belong to.
     """
 
     #: The precision starts small, and can become large where the data say so.
     _OFFSET = -2.0
 
     def __init__(
-        self, state_size: int, channels: int, context: int, hidden: Sequence[int], frame_step: float
+        self, state_size: int, channels: int, context: int, hidden: Sequence[int], dt: float
     ) -> None:
         super().__init__()
         self.network = MLP((state_size + context, *hidden, 2 * channels), zero_last=True)
-        self.frame_step = frame_step
+        self.dt = dt
 
     def forward(self, t: Tensor, z: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
         """Return drift and precision, ``(..., m)`` each.
@@ -173,7 +173,7 @@ class JointControl(nn.Module):
             z: ``(..., batch, Z)`` states.
             contexts: ``(time, batch, context)``, interpolated linearly.
         """
-        position = (t / self.frame_step).clamp(0, contexts.shape[0] - 1)
+        position = (t / self.dt).clamp(0, contexts.shape[0] - 1)
         before = position.floor().clamp(max=max(contexts.shape[0] - 2, 0))
         share = (position - before).to(z.dtype)
         first = before.long()
