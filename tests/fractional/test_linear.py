@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
+from stochdyn import testing
 from stochdyn.errors import (
     ApproximationWarning,
     HurstRangeError,
@@ -345,3 +346,53 @@ def test_bad_data() -> None:
         ou.log_evidence(FIVE, DATA, -0.1)
     with pytest.raises(InvalidInputError, match="mask must be a boolean"):
         ou.log_evidence(FIVE, DATA, 0.1, mask=torch.ones(5))
+
+
+# ------------------------------------------------------------------------------------------- invariances
+
+
+@pytest.mark.parametrize("initial", ["stationary", None])
+def test_units_of_time_and_length(initial: str | None) -> None:
+    def answer(factor: float, unit: str) -> dict[str, Tensor]:
+        time, length = (factor, 1.0) if unit == "time" else (1.0, factor)
+        law = FractionalOU(0.7 / time, 0.3 * length, 1.2 * length / time**0.7, 0.7, initial=initial)
+        ts = FIVE * time
+        return {
+            "mean": law.mean(ts) / length,
+            "covariance": law.joint_covariance(ts) / length**2,
+            "x": law.sample(ts, 2, 0).x / length,
+            "evidence": law.log_evidence(ts, DATA * length, 0.1 * length) + 5 * math.log(length),
+        }
+
+    for unit in ("time", "length"):
+        testing.check_units(lambda factor, unit=unit: answer(factor, unit))
+
+
+def test_company_of_laws_and_of_series() -> None:
+    def laws(size: Tensor) -> dict[str, Tensor]:
+        law = FractionalOU(torch.full_like(size, 0.7), 0.3 * size, 1.2 * size, 0.7, initial="stationary")
+        return {
+            "covariance": law.joint_covariance(FIVE),
+            "evidence": law.log_evidence(FIVE, DATA * size[:, None], 0.1 * size[:, None]),
+        }
+
+    testing.check_company(laws, torch.tensor(1.0, dtype=F64))
+    law = FractionalOU(0.7, 0.3, 1.2, 0.7, initial="stationary")
+    testing.check_company(lambda y: law.posterior(FIVE, y, 0.1).mean, DATA)
+
+
+def test_the_question_does_not_move_the_law() -> None:
+    law = FractionalOU(0.7, 0.3, 1.2, 0.7, reference_noise(0.7), initial=1.0)
+    testing.check_question(lambda ts: {"mean": law.mean(ts), "covariance": law.covariance(ts)}, FIVE)
+    # The default noise is built for decades of span and step: within them nothing moves.
+    law = FractionalOU(0.7, 0.3, 1.2, 0.7, initial=1.0)
+    more = torch.tensor([0.25, 0.4, 0.5, 1.0, 1.5, 1.9, 2.0], dtype=F64)
+    assert torch.allclose(law.covariance(more)[[0, 2, 3, 4, 6]], law.covariance(FIVE), rtol=1e-9)
+
+
+def test_precision_forms_of_data_and_storage() -> None:
+    law = FractionalOU(0.7, 0.3, 1.2, 0.7, initial="stationary")
+    testing.check_precision(lambda dtype: law.log_evidence(FIVE.to(dtype), DATA.to(dtype), 0.1))
+    testing.check_forms(lambda y: law.log_evidence(FIVE, y, 0.1), DATA)
+    testing.check_forms(lambda ts: law.log_evidence(ts, DATA, 0.1), FIVE)
+    testing.check_storage(law, lambda law: law.sample(FIVE, 2, 0).x)

@@ -44,7 +44,7 @@ __all__ = ["FractionalOU"]
 
 # Of the default noise: decades between neighbouring speeds, the decades that grids usually have between step and span, and the
 # most decades beyond these on either side.
-_SPACING, _USUAL, _MOST = 0.7, 3.5, 14.0
+_SPACING, _USUAL, _MOST = 0.55, 3.5, 14.0
 Start = Tensor | float | Normal | Literal["stationary"] | None
 
 
@@ -66,7 +66,7 @@ class FractionalOU(GaussianPathMeasure):
         scale: :math:`\sigma>0`, in units of X per unit time to the power H.
         hurst: Hurst index in (0, 1). Parameters are numbers or tensors that broadcast to ``(*B)``.
         noise: the :class:`MarkovNoise` to use; its Hurst index must be ``hurst``. By default type I, built for
-            the span and the shortest step of the times asked for, rounded to powers of two.
+            the span and the shortest step of the times asked for, rounded to powers of ten.
         initial: X at ``start_time``: a number or tensor, a ``Normal`` law, ``"stationary"`` (jointly with the
             memory states; type I and a positive rate only), or by default the mean.
         start_time: when process and noise start; no time may lie before it. By default the first time asked
@@ -252,8 +252,11 @@ class FractionalOU(GaussianPathMeasure):
         gaps = torch.cat((t.detach()[:1] - origin, t.detach().diff()))
         gaps = gaps[gaps > 0]
         step, span = (1.0, 1.0) if not gaps.numel() else (float(gaps.min()), float(t[-1].detach() - origin))
-        # Rounded to powers of two, so that a few more times change nothing.
-        horizon, least = 2.0 ** math.ceil(math.log2(span) - 1e-9), 2.0 ** math.floor(math.log2(step) + 1e-9)
+        # Rounded to powers of ten, so that a few more times change nothing.
+        horizon, least = (
+            10.0 ** math.ceil(math.log10(span) - 1e-9),
+            10.0 ** math.floor(math.log10(step) + 1e-9),
+        )
         slow, fast, count = self._reach()
         speeds = geometric_speeds(count, 10.0**-slow / horizon, 10.0**fast / least)
         with warnings.catch_warnings():
