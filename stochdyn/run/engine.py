@@ -245,6 +245,12 @@ def run_to_end(
             if folder is not None:
                 run.open(resume)
             run.go(interrupt, progress, stop)
+        except KeyboardInterrupt:
+            job.interrupted = True
+            raise Interrupted(run.message("interrupted"), job.report()) from None
+        except Exception as error:
+            run.explain(error)
+            raise
         finally:
             job._spent, job._since = job.seconds, None
         if job.interrupted and on_interrupt == "raise":
@@ -376,7 +382,7 @@ class _Run(Generic[Result]):
                 self.randomness.yield_turn()
             _show(bar, job)
         self.save()
-        job.end()
+        self._guarded(job.end)
 
     def _step(self, stop: Callable[[Any], bool] | None) -> bool:
         job, before = self.job, self.job.number
@@ -385,12 +391,12 @@ class _Run(Generic[Result]):
         return stop is not None and bool(stop(job))
 
     def _guarded(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """Act; after an error, or Ctrl-C in the middle, save what was whole, and hang the result on the error."""
+        """Act; after an error, or Ctrl-C in the middle, go back to what was whole and save that."""
         job, before, kept = self.job, self.job.number, self.job.keep()
         place = None if self.folder is None else self.randomness.snapshot()
         try:
             return action(*arguments)
-        except BaseException as error:
+        except BaseException:
             whole = True
             if job.number == before:
                 try:
@@ -403,13 +409,12 @@ class _Run(Generic[Result]):
             if whole and job.world.size == 1:
                 with contextlib.suppress(CheckpointError):
                     self.save()
-            if isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
-                job.interrupted = True
-                raise Interrupted(self.message("interrupted"), job.report()) from None
-            self._explain(error)
             raise
 
-    def _explain(self, error: BaseException) -> None:
+    def explain(self, error: Exception) -> None:
+        """Hang the result so far on an error, if there is one."""
+        if self.job.number == 0:
+            return
         with contextlib.suppress(Exception):
             if getattr(error, "result", None) is None:
                 error.result = self.job.report()  # type: ignore[attr-defined]

@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import stochdyn.run.engine as engine_module
 import stochdyn.run.progress as progress_module
 from stochdyn.errors import (
     CheckpointError,
     CheckpointInUseError,
+    CheckpointWriteError,
     DamagedCheckpointError,
     ForeignCheckpointError,
     InvalidInputError,
@@ -94,8 +96,6 @@ class TestResumption:
 
     def test_saves_come_as_often_as_asked_and_at_the_end(self, tmp_path: Path, monkeypatch: Any) -> None:
         steps: list[int] = []
-        import stochdyn.run.engine as engine_module
-
         real = engine_module.write_checkpoint
 
         def note(path: Any, content: Checkpoint) -> None:
@@ -164,6 +164,26 @@ class TestWhateverEndsIt:
             walk(9, tmp_path, Walk(9, interrupts_at=(5, times)), checkpoint_every=100)
         assert caught.value.result == walk()[:done]
         assert walk(9, tmp_path, resume=True) == walk()
+
+    def test_an_error_at_the_end_and_in_saving_keep_the_result(
+        self, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        class Ends(Walk):
+            def end(self) -> None:
+                raise ArithmeticError("plot")
+
+        with pytest.raises(ArithmeticError) as caught:
+            walk(9, tmp_path, Ends(9))
+        assert caught.value.result == walk()  # type: ignore[attr-defined]
+        assert walk(9, tmp_path, resume=True) == walk()
+
+        def full(*arguments: Any) -> None:
+            raise CheckpointWriteError("full")
+
+        monkeypatch.setattr(engine_module, "write_checkpoint", full)
+        with pytest.raises(CheckpointWriteError) as refused:
+            walk(9, tmp_path, checkpoint_every=4)
+        assert refused.value.result == walk()[:4]  # type: ignore[attr-defined]
 
     def test_ctrl_c_may_return(self) -> None:
         assert walk(9, job=Walk(9, interrupts_at=(5, 1)), on_interrupt="return") == walk()[:5]
