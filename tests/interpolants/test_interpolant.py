@@ -112,7 +112,7 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         errors.TimeGridError,
         r"expected \[0, 1\]",
     ),
-    "a time that is NaN": (lambda: Interpolant().sample(float("nan"), X, X), errors.TimeGridError, "nan"),
+    "a time that is NaN": (lambda: Interpolant().sample(float("nan"), X, X), errors.NonFiniteError, "nan"),
     "times that don't fit": (
         lambda: Interpolant().sample(torch.full((4,), 0.5), X, X),
         errors.ShapeError,

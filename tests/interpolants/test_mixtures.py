@@ -216,7 +216,7 @@ def test_bad_mixtures() -> None:
     flow = GaussianMixtureInterpolant(Interpolant(), None, ok)
     with pytest.raises(errors.TimeGridError, match=r"got 1\.1"):
         flow.velocity(1.1, torch.zeros(1, 3))
-    with pytest.raises(errors.ShapeError, match="wrong dimension"):
+    with pytest.raises(errors.ShapeError, match="wrong size"):
         flow.score(0.5, torch.zeros(1, 2))
     with pytest.raises(errors.UnavailableError, match="no latent"):
         GaussianMixtureInterpolant(Interpolant("linear", "zero"), None, ok).noise_prediction(

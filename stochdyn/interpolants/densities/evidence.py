@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_event_size, check_ndim, check_nonempty, check_positive_int
+from stochdyn._checks import (
+    as_generator,
+    check_event_size,
+    check_ndim,
+    check_nonempty,
+    check_positive_int,
+    check_type,
+)
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError
 from stochdyn.interpolants.fields.potential import Potential
@@ -64,6 +71,7 @@ def feynman_kac_log_density(
         >>> feynman_kac_log_density(phi, torch.zeros(2, 1), prior, num_steps=4, num_particles=3).value.shape
         torch.Size([2])
     """
+    _check_model(potential, prior)
     _check(potential.process, x)
     check_positive_int(num_steps, "num_steps")
     check_positive_int(num_particles, "num_particles", 2)
@@ -119,6 +127,7 @@ def evidence_bound(
     Raises:
         ShapeError, EmptyDataError: if ``x`` isn't ``(n, d)`` with points in it.
     """
+    _check_model(potential, prior)
     _check(potential.process, x)
     check_positive_int(num_draws, "num_draws", 2)
     process, generator = potential.process, as_generator(generator, x.device)
@@ -185,6 +194,8 @@ def energy_identity(
         The parts and the energy, with standard errors.
     """
     check_positive_int(num_samples, "num_samples", 2)
+    check_positive_int(num_steps, "num_steps")
+    _check_model(potential, prior)
     process, generator = potential.process, as_generator(generator)
     with torch.no_grad():
         x = prior.sample((num_samples,))
@@ -234,6 +245,11 @@ def _carry(
     mean = center + ratio * (x - center)
     noise = torch.randn(mean.shape, dtype=x.dtype, device=x.device, generator=generator)
     return mean + variance.sqrt() * noise
+
+
+def _check_model(potential: Potential, prior: Any) -> None:
+    check_type(potential, Potential, "potential", "wrap a function in FunctionPotential")
+    check_type(prior, torch.distributions.Distribution, "prior", "a distribution with event (d,)")
 
 
 def _check(process: AffineProcess, x: Tensor) -> None:

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_ndim, check_nonempty, check_positive_int
+from stochdyn._checks import (
+    as_generator,
+    check_callable,
+    check_ndim,
+    check_nonempty,
+    check_positive_int,
+    check_real,
+)
 from stochdyn.core.forward.divergences import (
     attach,
     divergence,
@@ -68,6 +75,7 @@ def conservativity(
     Reference:
         Horvat and Pfister, "On gauge freedom, conservativity and intrinsic dimensionality estimation in diffusion models", 2024.
     """
+    check_callable(score, "score", "a score, score(t, x)")
     _check_cloud(x)
     generator = as_generator(generator, x.device)
     check_positive_int(num_probes, "num_probes")
@@ -109,6 +117,9 @@ def gauge_residual(score: Field, truth: Field, t: Tensor | float, x: Tensor) -> 
     Reference:
         Horvat and Pfister, 2024, theorem 1.
     """
+    check_callable(score, "score", "a score, score(t, x)")
+    check_ndim(x, tuple(range(1, 12)), "x", "(..., d)")
+    check_callable(truth, "truth", "a score, score(t, x)")
     time = as_time(t, x)
 
     def error(y: Tensor) -> Tensor:
@@ -146,6 +157,9 @@ def intrinsic_dimension(score: Field, t: Tensor | float, x: Tensor, std: float, 
     Reference:
         Stanczuk et al., "Your diffusion model secretly knows the dimension of the data manifold", 2024.
     """
+    check_callable(score, "score", "a score, score(t, x)")
+    check_real(std, "std", above=0.0)
+    check_real(drop, "drop", above=0.0, below=1.0)
     _check_cloud(x)
     if not std > 0:
         raise InvalidInputError("std must be positive", got=std)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_real
-from stochdyn.errors import InvalidInputError, UnavailableError
+from stochdyn._checks import check_choice, check_finite, check_real, check_time_broadcast, check_type
+from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
 from stochdyn.interpolants.paths.interpolant import TARGETS, Interpolant
 
 __all__ = ["anchors", "check_known", "conversion", "convert", "determines", "regular_at"]
@@ -134,6 +134,11 @@ def conversion(
         >>> conversion(it, ["velocity"], "data_prediction", torch.tensor(0.25))
         (tensor(1.), [tensor(0.7500)])
     """
+    check_type(interpolant, Interpolant, "interpolant")
+    check_type(t, Tensor, "t")
+    if isinstance(known, str) or not isinstance(known, Sequence):
+        raise InvalidInputError("known must be names of fields", got=repr(known)[:60], expected=list(TARGETS))
+    check_known(interpolant, known)
     check_choice(target, TARGETS, "target")
     if not determines(interpolant, known, target):
         raise UnavailableError(
@@ -364,6 +369,16 @@ def convert(
         tensor([[0.5000, 0.5000]])
     """
     check_real(clip, "clip", minimum=0.0, below=0.5)
+    check_type(known, dict, "known", "values of fields by name")
+    for name, value in {"t": t, "x": x, **known}.items():
+        check_type(value, Tensor, str(name))
+    check_finite(t, "t")
+    check_time_broadcast(t, x)
+    for name, value in known.items():
+        if value.shape != x.shape or not value.is_floating_point():
+            raise ShapeError(
+                f"{name} must have the shape of x", got=tuple(value.shape), expected=tuple(x.shape)
+            )
     at_points, at_fields = conversion(interpolant, list(known), target, t.clamp(clip, 1 - clip))
     total = None if at_points is None else at_points * x
     for factor, value in zip(at_fields, known.values(), strict=True):

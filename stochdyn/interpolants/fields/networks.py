@@ -105,7 +105,23 @@ class FieldNetwork(nn.Module):
             InvalidInputError: for a condition that the network has no input for, or labels that aren't whole numbers.
             ShapeError: if the context has another size.
         """
-        parts = [t, x]
+        if not isinstance(x, Tensor) or not isinstance(t, Tensor) or x.shape[-1:] != (self.dim,):
+            check_type(t, Tensor, "t")
+            check_event_size(x, self.dim, "x")
+        if t.shape != (*x.shape[:-1], 1):
+            raise ShapeError(
+                "there must be one time per point",
+                got=tuple(t.shape),
+                expected=(*x.shape[:-1], 1),
+                hint="use t[:, None]",
+            )
+        if x.dtype != (own := self.layers[0].weight.dtype) and not torch.is_autocast_enabled(x.device.type):  # type: ignore[union-attr]
+            raise DtypeMismatchError(
+                "the network and the points have different precisions",
+                got=f"{own} and {x.dtype}",
+                hint="convert one with .to(dtype)",
+            )
+        parts = [t.to(x.dtype), x]
         if condition is not None:
             self._check_condition(condition)
         if self.num_classes:

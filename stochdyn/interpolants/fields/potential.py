@@ -10,7 +10,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_choice, check_event_size, check_positive, check_positive_int
+from stochdyn._checks import (
+    as_tensor,
+    check_choice,
+    check_event_size,
+    check_nonempty,
+    check_positive,
+    check_positive_int,
+)
 from stochdyn.core.forward.divergences import (
     attach,
     divergence_probes,
@@ -23,7 +30,7 @@ from stochdyn.core.forward.divergences import (
 from stochdyn.core.forward.flow import MarginalFlow, as_time
 from stochdyn.core.networks import MLP
 from stochdyn.core.sde.jets import network_jet
-from stochdyn.errors import ShapeError
+from stochdyn.errors import ShapeError, TooFewDrawsError
 from stochdyn.interpolants.paths.processes import AffineProcess, check_process
 
 __all__ = ["FunctionPotential", "Potential", "PotentialNetwork", "ScoreAndResidual"]
@@ -212,12 +219,18 @@ class PotentialNetwork(Potential):
         cls, process: AffineProcess, data: Tensor, width: int = 64, depth: int = 3, zero_last: bool = True
     ) -> PotentialNetwork:
         """Return a potential whose Gaussian has the moments of ``data (n, d)``."""
+        data = as_tensor(data, "data", 2, "(n, d)")
+        if len(data) < 2:
+            raise TooFewDrawsError(
+                "data have too few points for moments", got=len(data), expected="at least 2"
+            )
         made = cls(process, data.shape[-1], width, depth, data.mean(0), data.var(0), zero_last)
         return made.to(data)
 
     def _coordinates(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Flatten, and return network inputs ``(n, d + 1)``, variances ``V (n, d)`` and times ``(n, 1)``."""
         check_event_size(x, self.dim, "x")
+        check_nonempty(x, "x")
         time = as_time(t, x).to(x.dtype).expand(*x.shape[:-1], 1).reshape(-1, 1)
         flat = x.reshape(-1, self.dim)
         variance = self.process.scale(time).square() * self.data_variance + self.process.variance(time)
@@ -275,7 +288,7 @@ class PotentialNetwork(Potential):
 
 
 def _vector(value: Tensor | float, dim: int, name: str) -> Tensor:
-    vector = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.get_default_dtype())
+    vector = as_tensor(value, name)
     vector = vector.detach().expand(dim) if vector.ndim == 0 else vector.detach()
     if tuple(vector.shape) != (dim,):
         raise ShapeError(f"{name} is a number or (d,)", got=tuple(vector.shape), expected=(dim,))

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import (
+    as_tensor,
     check_choice,
     check_event_size,
     check_finite,
     check_ndim,
     check_positive_int,
+    check_real,
     check_same_dtype,
+    check_type,
 )
 from stochdyn.core.forward.flow import as_time
-from stochdyn.errors import InvalidInputError, TooFewDrawsError
+from stochdyn.errors import TooFewDrawsError
 from stochdyn.interpolants.fields.conversions import check_known
 from stochdyn.interpolants.fields.networks import FieldNetwork
 from stochdyn.interpolants.paths.interpolant import TARGETS, Interpolant
@@ -103,12 +106,9 @@ class WhitenedField(nn.Module):
         super().__init__()
         check_choice(name, TARGETS, "name")
         check_known(interpolant, [name])
-        if not 0 < clip < 0.5:
-            raise InvalidInputError("clip must lie between 0 and 0.5", got=clip)
-        if frequencies:
-            check_positive_int(frequencies, "frequencies")
-            if not finest >= 1:
-                raise InvalidInputError("finest must be at least 1", got=finest)
+        check_real(clip, "clip", above=0.0, below=0.5)
+        check_positive_int(frequencies, "frequencies", 0)
+        check_real(finest, "finest", minimum=1.0)
         # not registered: what a path learns isn't the field's to train
         self._path, self.name, self.clip = (interpolant,), name, clip
         dim = mean1.shape[-1]
@@ -178,8 +178,11 @@ class WhitenedField(nn.Module):
             TooFewDrawsError: for fewer than two points.
             NonFiniteError: for points that aren't finite.
         """
-        check_ndim(x1, 2, "x1", "points (n, d)")
+        check_type(interpolant, Interpolant, "interpolant")
+        check_choice(name, TARGETS, "name")
+        x1 = as_tensor(x1, "x1", 2, "points (n, d)")
         if x0 is not None:
+            x0 = as_tensor(x0, "x0", 2, "points (n, d)", like=x1)
             check_same_dtype(x0=x0, x1=x1)
         moments = []
         for data, label in ((x0, "x0"), (x1, "x1")):

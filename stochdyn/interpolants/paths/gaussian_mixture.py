@@ -11,6 +11,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 from stochdyn._checks import (
     as_generator,
     as_sample_shape,
+    as_tensor,
     check_finite,
     check_ndim,
     check_nonempty,
@@ -90,8 +91,11 @@ def _checked(weights: Tensor, means: Tensor, covariances: Tensor | float) -> tup
             got=f"sum {total:.6g}, minimum {float(weights.min()):g}",
             hint="divide them by their sum",
         )
-    full = _full(torch.as_tensor(covariances, dtype=means.dtype, device=means.device)
-                 if not isinstance(covariances, Tensor) else covariances, count, dim)  # fmt: skip
+    if not isinstance(covariances, Tensor):
+        covariances = as_tensor(covariances, "covariances", like=means).to(means)
+    elif not covariances.is_floating_point():
+        raise InvalidInputError("covariances must be floating", got=covariances.dtype)
+    full = _full(covariances, count, dim)
     check_same_dtype(weights=weights, means=means, covariances=full)
     check_same_device(weights=weights, means=means, covariances=full)
     check_finite(full, "covariances")

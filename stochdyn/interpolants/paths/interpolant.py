@@ -17,6 +17,7 @@ from stochdyn._checks import (
     check_real,
     check_same_device,
     check_same_dtype,
+    check_type,
     values_are_checked,
 )
 from stochdyn.core.forward.flow import as_time
@@ -173,6 +174,7 @@ class Interpolant(nn.Module):
 
     def mean(self, t: Tensor | float, x0: Tensor, x1: Tensor) -> Tensor:
         r"""Return :math:`I(t,x_0,x_1)`, the path without its latent, ``(..., d)``."""
+        _check_ends_fit(x0, x1)
         time = as_time(t, x1)
         if self.straight:
             return torch.lerp(x0, x1, time)
@@ -246,6 +248,9 @@ class Interpolant(nn.Module):
             InvalidInputError: if the name is unknown, or the path has no such field.
         """
         check_choice(name, TARGETS, "name")
+        _check_ends_fit(x0, x1)
+        if z is not None and (not isinstance(z, Tensor) or z.shape != x1.shape or z.dtype != x1.dtype):
+            check_pair(x0, x1, z)
         time = as_time(t, x1)
         if name == "data_prediction":
             return x1
@@ -255,14 +260,16 @@ class Interpolant(nn.Module):
             slope = self.mean_derivative(time, x0, x1)
             if name == "path_velocity" or not self.has_latent:
                 return slope
-            assert z is not None
+            if z is None:
+                raise InvalidInputError("the velocity of a path with a latent needs z", got="None")
             return slope + self.gamma.derivative(time) * z
         latent = x0 if self.kind == "one-sided" else z
         if self.kind != "one-sided" and not self.has_latent:
             raise InvalidInputError(
                 f"this path has no {name}", got="gamma = 0", hint="give it a latent, or use a one-sided path"
             )
-        assert latent is not None
+        if latent is None:
+            raise InvalidInputError(f"the target of the {name} needs z", got="None")
         return latent if name == "noise_prediction" else -latent / self.noise.value(time)
 
     def optimal_epsilon(self, t: Tensor | float) -> Tensor:
@@ -293,6 +300,13 @@ class Interpolant(nn.Module):
         return (rate - share).abs()
 
 
+def _check_ends_fit(x0: Tensor, x1: Tensor) -> None:
+    """Raise a typed error unless two ends fit together, at next to no cost where they do."""
+    fit = isinstance(x0, Tensor) and isinstance(x1, Tensor) and x0.shape == x1.shape and x0.dtype == x1.dtype
+    if not fit or not x1.is_floating_point():
+        check_pair(x0, x1)
+
+
 def check_pair(x0: Tensor, x1: Tensor, z: Tensor | None = None) -> None:
     """Raise a typed error unless points fit together."""
     for name, x in (("x0", x0), ("x1", x1), ("z", z)):
@@ -304,6 +318,8 @@ def check_pair(x0: Tensor, x1: Tensor, z: Tensor | None = None) -> None:
             )
         check_ndim(x, tuple(range(1, 12)), name, "(..., d)")
         check_nonempty(x, name)
+    check_type(x0, Tensor, "x0")
+    check_type(x1, Tensor, "x1")
     check_event_size(x0, x1.shape[-1], "x0")
     if x0.shape != x1.shape or (z is not None and z.shape != x1.shape):
         shapes = [tuple(x.shape) for x in (x0, x1, z) if x is not None]

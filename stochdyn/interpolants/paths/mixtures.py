@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, as_sample_shape, check_real, check_same_dtype, check_type
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    check_event_size,
+    check_real,
+    check_same_dtype,
+    check_type,
+)
 from stochdyn.core.forward.flow import MarginalFlow, as_time
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
@@ -128,12 +135,9 @@ class GaussianMixtureInterpolant(MarginalFlow):
         )  # fmt: skip
 
     def _solve(self, t: Tensor | float, x: Tensor) -> _Pairs:
+        check_event_size(x, self.dim, "x")
         time = as_time(t, x)
         check_times(time)
-        if x.shape[-1] != self.dim:
-            raise ShapeError(
-                "x has the wrong dimension", got=f"shape {tuple(x.shape)}", expected=f"(..., {self.dim})"
-            )
         check_same_dtype(x=x, mixture=self.means0)
         return _Pairs(self, time.to(x.dtype), x)
 
@@ -199,7 +203,10 @@ class GaussianMixtureInterpolant(MarginalFlow):
         if not isinstance(t, Tensor):
             check_real(t, "t")
             t = torch.tensor(float(t), dtype=self.means0.dtype)
+        if not t.is_floating_point():
+            raise InvalidInputError("t must be floating", got=t.dtype)
         check_times(t)
+        t = t.to(self.means0.dtype)
         source = as_generator(generator, self.means0.device)
         shape = (*t.shape, torch.Size(own).numel(), self.dim)
         x0, x1 = (law.draw(shape[:-1], source) for law in (self.base, self.target))

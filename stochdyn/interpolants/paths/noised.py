@@ -11,6 +11,7 @@ from torch import Tensor
 from stochdyn._checks import (
     as_generator,
     as_sample_shape,
+    as_tensor,
     check_event_size,
     check_ndim,
     check_positive,
@@ -60,12 +61,16 @@ class NoisedMixture(MarginalFlow):
     def __init__(self, process: AffineProcess, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
         super().__init__()
         self.process = check_process(process)
+        weights, means, covariances = (
+            as_tensor(value, name)
+            for name, value in (("weights", weights), ("means", means), ("covariances", covariances))
+        )
         check_ndim(means, 2, "means", "(K, d)")
         check_positive(weights, "weights")
         k, d = means.shape
         for value, name in ((weights, "weights"), (covariances, "covariances")):
             if value.ndim == 0 or value.shape[0] != k:
-                raise ShapeError(f"{name} need one entry a component", got=tuple(value.shape), expected=k)
+                raise ShapeError(f"{name} need one entry per component", got=tuple(value.shape), expected=k)
         check_ndim(weights, 1, "weights", "(K,)")
         check_ndim(covariances, (1, 2, 3), "covariances", "(K, d, d), (K, d) or (K,)")
         if covariances.ndim == 3:

@@ -9,7 +9,14 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import as_tensor, check_inside, check_ndim, check_positive_int, check_real
+from stochdyn._checks import (
+    as_tensor,
+    check_inside,
+    check_ndim,
+    check_positive_int,
+    check_real,
+    check_time_broadcast,
+)
 from stochdyn.core.sde.coefficients import Scalar
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError, ShapeError
@@ -114,6 +121,14 @@ class AffineProcess(nn.Module, ABC):
 
     def perturb(self, t: Tensor, x0: Tensor, z: Tensor) -> Tensor:
         r"""Return :math:`X_t=\mu+a_t(x_0-\mu)+\sigma_tz`, with ``t`` broadcastable to ``x0[..., :1]``."""
+        for name, value in (("t", t), ("x0", x0), ("z", z)):
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise InvalidInputError(
+                    f"{name} must be a floating tensor", got=getattr(value, "dtype", type(value).__name__)
+                )
+        check_time_broadcast(t, x0)
+        if z.shape != x0.shape:
+            raise ShapeError("x0 and z must have one shape", got=f"{tuple(x0.shape)} and {tuple(z.shape)}")
         return self.location(t, x0) + self.std(t) * z
 
     def denoised(self, t: Tensor, x: Tensor, score: Tensor) -> Tensor:
@@ -146,6 +161,9 @@ class AffineProcess(nn.Module, ABC):
 
     def prior(self, like: Tensor) -> torch.distributions.Independent:
         """Return what sampling starts from, ``N(mu, sigma_T^2)``, shaped and typed like ``like (d,)``."""
+        check_ndim(like, 1, "like", "(d,)")
+        if not like.is_floating_point():
+            raise InvalidInputError("like must be floating", got=like.dtype)
         std = self.std(torch.tensor(self.horizon, dtype=torch.float64)).to(like)
         normal = torch.distributions.Normal(
             self.center(like).expand_as(like), std.expand_as(like), validate_args=False

@@ -101,7 +101,11 @@ class Populations(Dataset[dict[str, Tensor]]):
 
 
 def _listed(group: Any, name: str) -> list[Any]:
-    if isinstance(group, str | bytes | dict) or not hasattr(group, "__len__"):
+    if (
+        isinstance(group, str | bytes | dict)
+        or not hasattr(group, "__len__")
+        or getattr(group, "ndim", 1) == 0
+    ):
         raise InvalidInputError(f"{name} must be a list of samples", got=type(group).__name__)
     check_nonempty(group, name)
     return list(group)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_bool, check_event_size, check_positive_int
+from stochdyn._checks import check_bool, check_event_size, check_nonempty, check_positive_int
 from stochdyn.core.networks import MLP
-from stochdyn.errors import InvalidInputError
+from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["SetEncoder"]
 
@@ -63,6 +63,12 @@ class SetEncoder(nn.Module):
             InvalidInputError: if the weights of a sample are all zero.
         """
         check_event_size(x, self.dim, "x")
+        check_nonempty(x, "x")
+        if x.ndim < 2 or x.dtype != self.head.weight.dtype:
+            raise ShapeError(
+                "x must be samples (..., n, dim) in the precision of the network",
+                got=f"{x.dtype} of shape {tuple(x.shape)}",
+            )
         if weights is None:
             share = torch.full_like(x[..., :1], 1.0 / x.shape[-2])
         else:

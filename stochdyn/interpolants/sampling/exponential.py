@@ -9,9 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_choice, check_time_grid
+from stochdyn._checks import (
+    as_generator,
+    check_callable,
+    check_choice,
+    check_finite,
+    check_time_grid,
+    check_type,
+)
 from stochdyn.errors import InvalidInputError
-from stochdyn.interpolants.paths.processes import AffineProcess
+from stochdyn.interpolants.paths.processes import AffineProcess, check_process
 
 __all__ = ["ExponentialODE", "ExponentialSDE", "exponential_ode", "exponential_sde"]
 
@@ -125,10 +132,18 @@ def _integrate(
     prediction: str,
     noise: torch.Generator | None,
 ) -> Tensor:
+    check_process(process)
+    check_callable(score, "score", "a function of time and state")
+    check_type(x, Tensor, "x")
+    if not x.is_floating_point() or x.ndim < 1:
+        raise InvalidInputError(
+            "x must be floating states (..., d)", got=f"{x.dtype} of shape {tuple(x.shape)}"
+        )
+    check_finite(x.detach(), "x")
+    check_type(times, Tensor, "times")
     check_time_grid(-times, "-times")
     check_choice(prediction, ("data", "noise"), "prediction")
-    if order not in (1, 2):
-        raise InvalidInputError("order must be 1 or 2", got=order)
+    check_choice(order, (1, 2), "order")  # type: ignore[arg-type]
     t64 = times.double()
     log_scale, std = process.log_scale(t64), process.std(t64)
     log_snr = log_scale - std.log()

@@ -33,7 +33,7 @@ from stochdyn.interpolants.densities.likelihood import (
 from stochdyn.interpolants.fields.conditions import rows_of_condition
 from stochdyn.interpolants.fields.drift import ForwardDrift
 from stochdyn.interpolants.fields.networks import Fields, evaluating
-from stochdyn.interpolants.paths.interpolant import Interpolant
+from stochdyn.interpolants.paths.interpolant import Interpolant, check_times
 from stochdyn.interpolants.sampling.methods import (
     FLOW_METHODS,
     NOISY_METHODS,
@@ -135,12 +135,19 @@ class InterpolantGenerator(nn.Module):
             self._need_score()
         x = as_tensor(x, "x", finite=False)
         flat, lead = self._flat(x, "x")
-        time = t
-        if isinstance(t, Tensor) and t.ndim:
-            event = x.shape[len(lead) :]
-            if t.shape[len(lead) :] == (1,) * len(event) or t.ndim == x.ndim:
-                t = t.reshape(*t.shape[: t.ndim - len(event)])
-            time = t.to(x.dtype).expand(lead).reshape(-1, 1)
+        time = as_tensor(t, "t", like=x).to(x)
+        if time.ndim:
+            event = len(x.shape) - len(lead)
+            if time.ndim == x.ndim and tuple(time.shape[len(lead) :]) == (1,) * event:
+                time = time.reshape(time.shape[: len(lead)])
+            if time.ndim > len(lead) or any(
+                a not in (1, b) for a, b in zip(reversed(time.shape), reversed(lead), strict=False)
+            ):
+                raise ShapeError(
+                    "there must be one time per point, or one for all", got=tuple(time.shape), expected=lead
+                )
+            time = time.expand(lead).reshape(-1, 1)
+        check_times(time)
         given = rows_of_condition(condition, len(flat), lead, x)
         with evaluating(self.fields):
             return self.fields(name, time, flat, given, guidance).reshape(x.shape)

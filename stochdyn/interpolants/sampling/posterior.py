@@ -62,6 +62,12 @@ class LinearGuide:
                 "there must be one row of the operator per observation", got=len(matrix), expected=len(y)
             )
         scale = as_tensor(obs_scale, "obs_scale", (0, 1), "a number or (m,)", like=like).to(like)
+        if scale.ndim and scale.shape != y.shape:
+            raise ShapeError(
+                "obs_scale must be a number or one per observation",
+                got=tuple(scale.shape),
+                expected=tuple(y.shape),
+            )
         check_positive(scale, "obs_scale")
         seen = ~y.isnan()
         if not bool(seen.any()):

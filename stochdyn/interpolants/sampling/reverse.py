@@ -17,6 +17,7 @@ from stochdyn._checks import (
     check_choice,
     check_event_size,
     check_ndim,
+    check_nonempty,
     check_positive_int,
     check_type,
 )
@@ -97,7 +98,9 @@ class ReverseDiffusion(nn.Module):
                     "the prior has another event shape", got=tuple(prior.event_shape), expected=(dim,)
                 )
         self.learned, self.dim = LearnedScore(check_process(process), source), dim
-        example = torch.empty(0) if like is None else like
+        if like is not None:
+            check_type(like, Tensor, "like")
+        example = torch.empty(0) if like is None or not like.is_floating_point() else like
         self.register_buffer("example", torch.zeros(dim, dtype=example.dtype, device=example.device))
         self._prior = prior
 
@@ -142,6 +145,8 @@ class ReverseDiffusion(nn.Module):
 
     def score(self, t: Tensor | float, x: Tensor, condition: Any = None) -> Tensor:
         """Return the learned score ``(..., d)`` at ``x (..., d)``, for a condition per point or one for all."""
+        x = as_tensor(x, "x", finite=False)
+        check_event_size(x, self.dim, "x")
         rows = rows_of_condition(condition, x.shape[:-1].numel(), tuple(x.shape[:-1]), x)
         if rows is not None:
             rows = rows.reshape(*x.shape[:-1], *rows.shape[1:])
@@ -304,6 +309,7 @@ class ReverseDiffusion(nn.Module):
         check_positive_int(num_steps, "num_steps")
         check_bool(exact, "exact")
         x = as_tensor(x, "x", 2, "(n, d)")
+        check_nonempty(x, "x")
         check_event_size(x, self.dim, "x")
         own, means = self._given(condition, mean, tuple(x.shape[:-1]))
         prior = self.prior

@@ -9,7 +9,16 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_choice, check_finite, check_positive_int, check_real
+from stochdyn._checks import (
+    as_generator,
+    as_tensor,
+    check_callable,
+    check_choice,
+    check_finite,
+    check_positive_int,
+    check_real,
+    check_type,
+)
 from stochdyn.errors import InvalidInputError, TimeGridError
 from stochdyn.interpolants.sampling.methods import (
     FLOW_METHODS,
@@ -82,6 +91,12 @@ def time_grid(
 
 def _steps_of(ts: Tensor, x: Tensor) -> tuple[tuple[Tensor, ...], list[float]]:
     """Check a grid that may run either way; return times beside ``x`` and the steps as numbers."""
+    check_type(x, Tensor, "x")
+    if not x.is_floating_point() or x.ndim < 1:
+        raise InvalidInputError(
+            "x must be floating states (..., d)", got=f"{x.dtype} of shape {tuple(x.shape)}"
+        )
+    check_finite(x.detach(), "x")
     if not isinstance(ts, Tensor) or ts.ndim != 1 or ts.shape[0] < 2 or not ts.is_floating_point():
         got = f"shape {tuple(ts.shape)} {ts.dtype}" if isinstance(ts, Tensor) else type(ts).__name__
         raise TimeGridError("ts must be a floating tensor of at least two times", got=got)
@@ -136,6 +151,7 @@ def integrate_ode(
         tensor([0.3679])
     """
     chosen = as_method(method, FLOW_METHODS, "flows")
+    check_callable(velocity, "velocity", "a function of time and state")
     times, dts = _steps_of(ts, x)
     if isinstance(chosen, Adaptive):
         return _adaptive(velocity, x, ts.to(x), chosen, trajectory, inside)
@@ -265,7 +281,7 @@ def step_noise(noise: Noise, ts: Tensor, dts: list[float]) -> list[float]:
     """Return the standard deviation of the noise of every step, from the coefficient in its middle."""
     middles = 0.5 * (ts[1:] + ts[:-1]).double()
     value = noise(middles) if callable(noise) else noise
-    values = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    values = as_tensor(value, "noise", finite=False).detach().double().cpu()
     values = values.expand(len(dts)) if values.ndim == 0 else values
     if values.shape != (len(dts),):
         raise InvalidInputError(
@@ -327,6 +343,7 @@ def integrate_sde(
         Kloeden and Platen, "Numerical solution of stochastic differential equations", 1992, chapter 15.
     """
     check_choice(method, ("euler", "heun"), "method")
+    check_callable(drift, "drift", "a function of time and state")
     times, dts = _steps_of(ts, x)
     spread = step_noise(noise, ts, dts)
     source = as_generator(generator, x.device)
@@ -406,6 +423,8 @@ def integrate_strang(
     Reference:
         Strang, "On the construction and comparison of difference schemes", 1968.
     """
+    check_callable(velocity, "velocity", "a function of time and state")
+    check_callable(score, "score", "a function of time and state")
     times, dts = _steps_of(ts, x)
     spread = step_noise(_root_of_twice(epsilon), ts, dts)
     step = _strang_step(velocity, score, times, dts, spread, as_generator(generator, x.device))
@@ -486,7 +505,7 @@ def integrate_marginals(
 def _root_of_twice(epsilon: Noise) -> Noise:
     if callable(epsilon):
         return lambda t: (2 * torch.as_tensor(epsilon(t))).sqrt()
-    value = torch.as_tensor(epsilon, dtype=torch.float64)
+    value = as_tensor(epsilon, "epsilon", finite=False).double()
     if bool((value < 0).any()):
         raise InvalidInputError("epsilon must not be negative", got=f"minimum {float(value.min()):g}")
     return (2 * value).sqrt()

@@ -17,7 +17,6 @@ from stochdyn._checks import (
     check_ndim,
     check_positive_int,
     check_real,
-    check_type,
 )
 from stochdyn.core.transport.entropic import TransportPlan, sinkhorn
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
@@ -62,7 +61,7 @@ class IndependentCoupling(Coupling):
         self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """See :meth:`Coupling.pair`."""
-        check_type(x0, Tensor, "x0")
+        check_ndim(x0, (1, 2), "x0", "(n, d)")
         return torch.arange(x0.shape[0], device=x0.device)
 
 
@@ -197,6 +196,7 @@ class EntropicCoupling(Coupling):
             raise InvalidInputError(
                 "an entropic coupling needs reg", hint="give reg, in units of the squared distance"
             )
+        _check_samples(x0, x1)
         cost = coupling_cost(x0, x1, condition, self.condition_weight)
         if self.reg < 100 * torch.finfo(cost.dtype).eps * float(cost.max()):
             cost = cost.double()  # below what single precision tells apart
@@ -264,7 +264,7 @@ def _soft_min(cost: Tensor, potential: Tensor, reg: float) -> Tensor:
 
 
 def _weight(value: float | None) -> float | None:
-    if value is None or value == float("inf"):
+    if value is None or (isinstance(value, float) and value == float("inf")):
         return value
     check_real(value, "condition_weight", minimum=0.0)
     return float(value)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive
+from stochdyn._checks import check_positive, check_positive_int, check_real
 from stochdyn.errors import InvalidInputError
 from stochdyn.interpolants.fields.networks import Network
 from stochdyn.interpolants.paths.interpolant import Interpolant, check_pair
@@ -67,8 +67,10 @@ class MaxMinBridge(Objective):
         gamma: float | None = None,
     ) -> None:
         super().__init__()
-        check_positive(epsilon, "epsilon")
-        check_positive(rate, "rate")
+        check_real(epsilon, "epsilon", above=0.0)
+        check_real(rate, "rate", above=0.0)
+        if gamma is not None:
+            check_real(gamma, "gamma", above=0.0)
         if not callable(drift) or not callable(correction):
             raise InvalidInputError("drift and correction must be callable")
         scale = (2 * epsilon) ** 0.5 if gamma is None else gamma
@@ -141,6 +143,8 @@ class PathCorrection(nn.Module):
 
     def __init__(self, dim: int, width: int = 64) -> None:
         super().__init__()
+        check_positive_int(dim, "dim")
+        check_positive_int(width, "width")
         last = nn.Linear(width, dim)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

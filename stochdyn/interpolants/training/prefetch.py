@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import as_seed, as_tensor, check_positive_int, check_real
 from stochdyn.errors import EmptyDataError, ShapeError
+from stochdyn.interpolants.fields.conditions import as_condition
 from stochdyn.interpolants.paths.interpolant import check_pair
 from stochdyn.interpolants.training.couplings import Coupling, EntropicCoupling, as_coupling
 
@@ -76,11 +77,14 @@ class CoupledBatches(IterableDataset[Batch]):
             ("workers", workers),
         ):
             check_positive_int(value, name)
+        check_real(scale, "scale", above=0.0)
+        x0, x1 = as_tensor(x0, "x0", 2, "(n0, d)"), as_tensor(x1, "x1", 2, "(n1, d)")
         if x0.numel() == 0 or x1.numel() == 0:
             raise EmptyDataError(
                 "x0 and x1 must not be empty", got=f"{tuple(x0.shape)} and {tuple(x1.shape)}"
             )
         check_pair(x0[:1], x1[:1])
+        condition = None if condition is None else as_condition(condition, x1)
         if condition is not None and condition.shape[0] != x1.shape[0]:
             raise ShapeError(
                 "there must be one condition per end", got=condition.shape[0], expected=x1.shape[0]
@@ -91,7 +95,7 @@ class CoupledBatches(IterableDataset[Batch]):
             # a warm start would make a plan depend on which thread was first
             self.coupling.warm_start = False
         self.batch_size, self.slices, self.ahead = batch_size, slices, ahead
-        self.workers, self.seed = workers, seed
+        self.workers, self.seed = workers, as_seed(seed)
 
     def _plan(self, number: int) -> list[Batch]:
         """Make plan ``number`` and cut it."""
