@@ -188,3 +188,18 @@ def test_the_relinearised_density_is_that_of_simulated_paths_at_small_noise() ->
     covariance = centred.mT @ (density[:, None] * centred)
     assert bool(((z.mean(0) - mean).abs() < 4.5 * width / math.sqrt(n) + 2e-3).all())
     torch.testing.assert_close(covariance, z.mT.cov(), rtol=0.04, atol=1e-3)
+
+
+def test_many_pairs_are_linearised_by_rows() -> None:
+    """Near where partners are expected, one nominal path per row is as good as one per pair."""
+    family = LotkaVolterra().double()
+    with torch.no_grad():
+        family.theta.copy_(torch.tensor([1.0, 0.4, 0.4, 0.1]))
+    g = torch.Generator().manual_seed(0)
+    x = torch.tensor([5.0, 4.0], dtype=F64) + 0.1 * torch.randn(6, 2, generator=g, dtype=F64)
+    part = LinearisedTransition(family, 0.01 * torch.eye(2, dtype=F64), 0.0, 0.5, 0.05)
+    path = x
+    for _ in range(500):
+        path = path + 0.001 * family(torch.tensor(0.0), path)
+    y = path + 0.1 * torch.randn(6, 2, generator=g, dtype=F64)
+    torch.testing.assert_close(part.log_kernel_by_rows(x, y), part.log_kernel(x, y), atol=0.15, rtol=0.05)

@@ -13,11 +13,10 @@ from stochdyn._checks import as_seed, as_tensor, check_positive, check_positive_
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.hidden_chain import HiddenChain, log_normal, log_standard
-from stochdyn.bridges.laws.linearised import AffineTransition, Transition, transition
+from stochdyn.bridges.laws.linearised import LinearisedTransition, Transition, transition
 from stochdyn.bridges.laws.nodes import DriftNodes, bridge_nodes, choose_pairs
 from stochdyn.bridges.laws.reference import fitted_family, spread_of
 from stochdyn.bridges.laws.sampling import _merged, _pinned_paths
-from stochdyn.core.gaussian.batch_last import cholesky, mv
 from stochdyn.core.gaussian.small import psd_factor
 from stochdyn.errors import NonFiniteError, ShapeError
 
@@ -197,19 +196,10 @@ class HiddenStateBridge(HiddenChain):
 
     def _log_kernel(self, k: int, a: Tensor, b: Tensor) -> Tensor:
         part = self._transitions[k]
-        if isinstance(part, AffineTransition):
-            return part.log_kernel(a, b)
-        # linearised about the path without noise from each state, one chain per row
-        path = a
-        for start, end in itertools.pairwise(part.ts.tolist()):
-            h, early, late = end - start, torch.as_tensor(start).to(a), torch.as_tensor(end).to(a)
-            first = self.family(early, path)
-            path = path + 0.5 * h * (first + self.family(late, path + h * first))
-        chain = part.chain(a, path)
-        mean = (mv(chain.to_end[0], a.mT) + chain.end_shift[0]).mT
-        factor = cholesky(chain.end_noise[0]).movedim(-1, 0)
-        white = torch.linalg.solve_triangular(factor, (b - mean[:, None]).mT, upper=False).mT
-        kernel = log_standard(white) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
+        if isinstance(part, LinearisedTransition):
+            kernel = part.log_kernel_by_rows(a, b)
+        else:
+            kernel = part.log_kernel(a, b)
         # a state from which the grid can't follow the drift goes nowhere
         return torch.where(torch.isfinite(kernel), kernel, torch.full_like(kernel, -1e30))
 

@@ -10,6 +10,8 @@ most probable path, and the density Laplace's approximation about it.
 
 from __future__ import annotations
 
+import itertools
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -18,12 +20,14 @@ from torch import Tensor
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.chain import Chain, panel_rule
 from stochdyn.bridges.laws.importance import log_correction, weighted_paths
-from stochdyn.core.gaussian.batch_last import mm, mt, mv
+from stochdyn.core.gaussian.batch_last import cholesky, mm, mt, mv
 from stochdyn.core.gaussian.transition import constant_transition
 
 __all__ = ["AffineTransition", "LinearisedTransition", "Transition", "transition"]
 
 _CHUNK_NUMBERS = 2**23
+# Beyond this number of pairs each row has one nominal path, not each pair.
+_MAX_PAIRS = 2**18
 
 
 class Transition(ABC):
@@ -149,8 +153,10 @@ class LinearisedTransition(Transition):
         return chain
 
     def log_kernel(self, x: Tensor, y: Tensor) -> Tensor:
-        """See :meth:`Transition.log_kernel`."""
+        """See :meth:`Transition.log_kernel`; of many pairs by :meth:`log_kernel_by_rows`."""
         n, m, d = x.shape[0], y.shape[0], x.shape[1]
+        if n * m > _MAX_PAIRS and not self.corrections:
+            return self.log_kernel_by_rows(x, y)
         rows = max(1, _CHUNK_NUMBERS // (len(self.ts) * d * d * m))
         parts = []
         for own in x.split(rows):
@@ -162,6 +168,27 @@ class LinearisedTransition(Transition):
                 density = density + self._correction(chain, first.mT, second.mT)
             parts.append(density.reshape(-1, m))
         return torch.cat(parts).reshape(n, m)
+
+    @torch.no_grad()
+    def log_kernel_by_rows(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log p(y_b | x_a)``, linearised about the path without noise from each ``x_a`` rather than one for each pair.
+
+        It costs one linearisation per row. What it leaves out is of second order in the distance of partners from where they are expected.
+        """
+        path = x
+        for start, end in itertools.pairwise(self.ts.tolist()):
+            h, early, late = end - start, torch.as_tensor(start).to(x), torch.as_tensor(end).to(x)
+            first = self.family(early, path)
+            path = path + 0.5 * h * (first + self.family(late, path + h * first))
+        chain = self.chain(x, path)
+        mean = (mv(chain.to_end[0], x.mT) + chain.end_shift[0]).mT
+        factor = cholesky(chain.end_noise[0]).movedim(-1, 0)
+        constant = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * x.shape[1] * math.log(2 * math.pi)
+        size, parts = max(1, _CHUNK_NUMBERS // y.numel()), []
+        for own, lower, shift in zip(mean.split(size), factor.split(size), constant.split(size), strict=True):
+            white = torch.linalg.solve_triangular(lower, (y - own[:, None]).mT, upper=False)
+            parts.append(-0.5 * white.square().sum(-2) - shift[:, None])
+        return torch.cat(parts)
 
     @torch.no_grad()
     def _correction(self, chain: Chain, x: Tensor, y: Tensor) -> Tensor:
