@@ -11,6 +11,7 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 from torch.distributions import constraints
 
+from stochdyn.core.gaussian.feedback import LiftedStart, start_lift
 from stochdyn.core.law.girsanov import explicit_stop
 from stochdyn.core.law.initial import DistributionStart
 from stochdyn.infer.distributions import start_of
@@ -133,30 +134,14 @@ class StartPrior:
         Returns:
             Posterior mean ``(*batch, D)`` and the Cholesky factor of the covariance ``(*batch, D, D)``.
         """
-        lift = self._lift(precision.shape[-1]).to(precision)
-        prior = self.precision.to(precision)
-        offset = precision.new_zeros(*self.mean.shape[:-1], precision.shape[-1])
+        size = precision.shape[-1]
+        origin = precision.new_zeros(*self.mean.shape[:-1], size)
         if self.fixed is not None:
-            offset[..., : self.fixed.shape[-1]] = self.fixed.to(precision)
-        total = prior + lift.mT @ precision @ lift
-        pull = _times(prior, self.mean.to(precision)) + _times(lift.mT, linear - _times(precision, offset))
-        chol = torch.linalg.cholesky(total)
-        mean = torch.cholesky_solve(pull.unsqueeze(-1), chol).squeeze(-1)
-        return mean, torch.linalg.cholesky(torch.cholesky_inverse(chol))
-
-    def _lift(self, size: int) -> Tensor:
-        """Return the matrix from starts to full states, ``(Z, D)``."""
-        lift = self.mean.new_zeros(size, self.mean.shape[-1])
-        d = self.state_dim
-        lift[:d, :d] = torch.eye(d, dtype=lift.dtype, device=lift.device)
-        if self.factor is not None:
-            rows = size - self.channels * self.factor.shape[1]
-            lift[rows:, d:] = torch.block_diag(*[self.factor.mT.to(lift)] * self.channels)
-        return lift
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+            origin[..., : self.fixed.shape[-1]] = self.fixed.to(precision)
+        lift = start_lift(precision, size, self.state_dim, self.factor, self.channels)
+        prior = LiftedStart.of_prior(origin, lift, self.mean.to(precision), self.precision.to(precision))
+        found = prior.given(precision, linear)
+        return found.mean, found.factor
 
 
 def _precision(law: Any, like: Tensor) -> Tensor:

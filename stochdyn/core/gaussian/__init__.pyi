@@ -37,6 +37,7 @@ from .feedback import FeedbackLaw as FeedbackLaw
 from .feedback import LiftedStart as LiftedStart
 from .feedback import LinearFeedback as LinearFeedback
 from .feedback import feedback_given as feedback_given
+from .feedback import start_lift as start_lift
 from .batch_last import cholesky as cholesky
 from .batch_last import identity as identity
 from .batch_last import inverse as inverse

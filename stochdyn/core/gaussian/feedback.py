@@ -23,7 +23,7 @@ from stochdyn.core.gaussian.affine import LinearSteps
 from stochdyn.core.gaussian.recursion import affine_states, covariance_states, gaussian_moments
 from stochdyn.core.law.marginals import Generator
 
-__all__ = ["FeedbackDraws", "FeedbackLaw", "LiftedStart", "LinearFeedback", "feedback_given"]
+__all__ = ["FeedbackDraws", "FeedbackLaw", "LiftedStart", "LinearFeedback", "feedback_given", "start_lift"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,26 @@ class LiftedStart:
         squares = (gap * (self.prior_precision @ gap)).sum(-2) - standard.square().sum(-2)
         constant = log_diagonal(self.factor) + 0.5 * torch.linalg.slogdet(self.prior_precision)[1]
         return 0.5 * squares - constant.unsqueeze(-1)
+
+
+def start_lift(like: Tensor, size: int, random: int, factor: Tensor | None, channels: int) -> Tensor:
+    """Return the matrix ``J (size, D)`` from what is random at a start to the full state: path, then memory of its noise.
+
+    Args:
+        like: a tensor of the precision and device.
+        size: Z, of the full state.
+        random: how many components of the path are random: all or none.
+        factor: ``(Q, K)`` from the standard normals of a channel's past to its memory states; None without a past.
+        channels: the number of noise channels.
+    """
+    past = 0 if factor is None else channels * factor.shape[0]
+    lift = like.new_zeros(size, random + past)
+    lift[:random, :random] = torch.eye(random, dtype=lift.dtype, device=lift.device)
+    if factor is not None:
+        lift[size - channels * factor.shape[1] :, random:] = torch.block_diag(
+            *[factor.mT.to(lift)] * channels
+        )
+    return lift
 
 
 @dataclass(frozen=True)

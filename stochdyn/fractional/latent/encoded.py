@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from stochdyn.core.gaussian.affine import affine_steps, by_column
-from stochdyn.core.gaussian.feedback import FeedbackDraws, FeedbackLaw, LiftedStart, LinearFeedback
+from stochdyn.core.gaussian.feedback import (
+    FeedbackDraws,
+    FeedbackLaw,
+    LiftedStart,
+    LinearFeedback,
+    start_lift,
+)
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.law.transition import time_column
 from stochdyn.core.sde.coefficients import Scalar
@@ -79,10 +85,7 @@ class AmortisedGaussianPosterior(LatentPosterior):
             )
 
         factor = model.sde.noise.initial_factor(dtype=mean.dtype, device=mean.device)
-        lift = mean.new_zeros(1 + self.states, by_component(mean).shape[-1])
-        lift[0, 0] = 1.0
-        if factor is not None:
-            lift[1:, 1:] = factor.mT
+        lift = start_lift(mean, 1 + self.states, 1, factor, 1)
         center = by_component(prior_mean)
         return LiftedStart(
             mean.new_zeros(1 + self.states),

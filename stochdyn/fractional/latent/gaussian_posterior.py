@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from stochdyn._checks import check_positive_int, check_time_grid
 from stochdyn.core.gaussian.affine import LinearSteps, affine_steps, by_column
-from stochdyn.core.gaussian.feedback import FeedbackDraws, FeedbackLaw, LiftedStart, LinearFeedback
+from stochdyn.core.gaussian.feedback import (
+    FeedbackDraws,
+    FeedbackLaw,
+    LiftedStart,
+    LinearFeedback,
+    start_lift,
+)
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.initial import DistributionStart, FixedStart
 from stochdyn.core.law.path import PathSample
@@ -293,10 +299,7 @@ class GaussianPosterior(nn.Module):
         factor = sde.noise.initial_factor(dtype=point.dtype, device=point.device)
         width = dim if mean is not None else 0
         past = 0 if factor is None else channels * factor.shape[0]
-        lift = point.new_zeros(dim + states, width + past)
-        lift[:width, :width] = torch.eye(width, dtype=point.dtype, device=point.device)
-        if factor is not None:
-            lift[dim:, width:] = torch.block_diag(*[factor.mT] * channels)
+        lift = start_lift(point, dim + states, width, factor, channels)
         start = point.new_zeros(*point.shape[:-1], past)
         center = start if mean is None else torch.cat([mean, start], -1)
         total = torch.eye(width + past, dtype=point.dtype, device=point.device)
