@@ -1,0 +1,78 @@
+"""One word, one meaning: every argument of every public function is a word of the glossary."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import types
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import stochdyn as sd
+
+PAGE = Path(__file__).parent.parent / "docs" / "glossary.md"
+WORD = re.compile(r"^\| `(\w+)` \| (.+?) \|", flags=re.MULTILINE)
+
+
+def public_words() -> dict[str, set[str]]:
+    """Return the argument names of all public functions, classes and methods, with who has them.
+
+    Records that functions return aren't called by users, so the names of their fields are left out.
+    """
+    words: dict[str, set[str]] = defaultdict(set)
+
+    def add(owner: str, function: object) -> None:
+        for name in inspect.signature(function).parameters:  # type: ignore[arg-type]
+            if name not in ("self", "cls", "args", "kwargs") and not name.startswith("_"):
+                words[name].add(owner)
+
+    packages = [sd, *(getattr(sd, n) for n in dir(sd) if isinstance(getattr(sd, n), types.ModuleType))]
+    for package in packages:
+        for name in dir(package):
+            value = getattr(package, name)
+            if not getattr(value, "__module__", "").startswith("stochdyn"):
+                continue
+            owner = f"{package.__name__}.{name}"
+            if inspect.isfunction(value):
+                add(owner, value)
+            if not inspect.isclass(value) or issubclass(value, BaseException):
+                continue
+            if not (hasattr(value, "__dataclass_fields__") or hasattr(value, "_fields")):
+                add(owner, value.__init__)
+            for attribute, member in vars(value).items():
+                function = getattr(member, "__func__", member)
+                if not attribute.startswith("_") and inspect.isfunction(function):
+                    add(f"{owner}.{attribute}", function)
+    return words
+
+
+def glossary() -> dict[str, str]:
+    return dict(WORD.findall(PAGE.read_text(encoding="utf-8")))
+
+
+def test_every_word_is_in_the_glossary() -> None:
+    known = glossary()
+    strangers = {word: sorted(owners)[:3] for word, owners in public_words().items() if word not in known}
+    assert not strangers, f"words that docs/glossary.md doesn't have: {strangers}"
+
+
+def test_the_glossary_has_no_word_that_nobody_uses() -> None:
+    unused = sorted(set(glossary()) - set(public_words()))
+    assert not unused, f"words of docs/glossary.md that no public signature has: {unused}"
+
+
+@pytest.mark.parametrize(
+    "word", ["num_path", "n_samples", "n_steps", "n_draws", "iterations", "outer", "max_sweeps", "obs_ts", "rng", "eps", "tol"]
+)
+def test_words_that_have_another_name_stay_out(word: str) -> None:
+    assert word not in public_words()
+
+
+def test_documented_packages_can_be_imported() -> None:
+    for name in dir(sd):
+        value = getattr(sd, name)
+        if isinstance(value, types.ModuleType):
+            assert importlib.import_module(value.__name__) is value
