@@ -29,7 +29,9 @@ LAYERS = [
 
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
-    app.connect("builder-inited", lambda app: draw(Path(app.srcdir) / "reference" / "generated" / "imports.png"))
+    app.connect(
+        "builder-inited", lambda app: draw(Path(app.srcdir) / "reference" / "generated" / "imports.png")
+    )
     return {"parallel_read_safe": True}
 
 
@@ -70,18 +72,34 @@ def draw(path: Path) -> None:
     layers = [[name for name in layer if name in known] for layer in LAYERS]
     layers = [layer for layer in layers if layer]
     place = {
-        name: ((i + 0.5) / len(layer), -float(row)) for row, layer in enumerate(layers) for i, name in enumerate(layer)
+        name: ((i + 0.5) / len(layer), -float(row))
+        for row, layer in enumerate(layers)
+        for i, name in enumerate(layer)
     }
     figure, ax = plt.subplots(figsize=(8.0, 6.5))
     for (here, there), count in sorted(found.items()):
         if here not in place or there not in place:
             continue
         (x0, y0), (x1, y1) = place[here], place[there]
-        style = {"arrowstyle": "-|>", "color": "0.55", "linewidth": 0.4 + 0.25 * count**0.5, "shrinkA": 12, "shrinkB": 12}
+        style = {
+            "arrowstyle": "-|>",
+            "color": "0.55",
+            "linewidth": 0.4 + 0.25 * count**0.5,
+            "shrinkA": 12,
+            "shrinkB": 12,
+        }
         bend = "arc3,rad=0.15" if abs(y1 - y0) > 1 else "arc3,rad=0"
         ax.annotate("", (x1, y1), (x0, y0), arrowprops={**style, "connectionstyle": bend, "alpha": 0.6})
     for name, (x, y) in place.items():
-        ax.text(x, y, name, ha="center", va="center", fontsize=9, bbox={"boxstyle": "round", "fc": "white", "ec": "0.3"})
+        ax.text(
+            x,
+            y,
+            name,
+            ha="center",
+            va="center",
+            fontsize=9,
+            bbox={"boxstyle": "round", "fc": "white", "ec": "0.3"},
+        )
     ax.set_xlim(0, 1)
     ax.set_ylim(-len(layers) + 0.5, 0.5)
     ax.axis("off")

@@ -65,7 +65,20 @@ def test_the_glossary_has_no_word_that_nobody_uses() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["num_path", "n_samples", "n_steps", "n_draws", "iterations", "outer", "max_sweeps", "obs_ts", "rng", "eps", "tol"]
+    "word",
+    [
+        "num_path",
+        "n_samples",
+        "n_steps",
+        "n_draws",
+        "iterations",
+        "outer",
+        "max_sweeps",
+        "obs_ts",
+        "rng",
+        "eps",
+        "tol",
+    ],
 )
 def test_words_that_have_another_name_stay_out(word: str) -> None:
     assert word not in public_words()

@@ -11,3 +11,5 @@ from .quantum import open_systems as open_systems
 from .wind import WindClimatology as WindClimatology
 from .wind import wind_climatology as wind_climatology
 from .wind import wind_on_sphere as wind_on_sphere
+from .transplants import HeartTransplants as HeartTransplants
+from .transplants import heart_transplants as heart_transplants

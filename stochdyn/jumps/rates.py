@@ -22,7 +22,7 @@ from stochdyn.jumps.uniformisation import _transition
 __all__ = ["RatePosterior", "fit_rates"]
 
 #: Draws of weights with a worse k-hat are moved by Metropolis steps, so many of them; past the second bound that won't do.
-_BAD, _MOVES, _HOPELESS = 0.7, 10, 1.0
+_BAD, _MOVES, _HOPELESS = 0.7, 5, 1.0
 #: Numbers of transition matrices that are held at once.
 _CHUNK = 4_000_000
 #: Degrees of freedom of the proposal.

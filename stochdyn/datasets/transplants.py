@@ -1,0 +1,55 @@
+"""A panel of heart-transplant patients: stages of coronary allograft vasculopathy at their yearly visits."""
+
+from __future__ import annotations
+
+import csv
+from importlib.resources import files
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["HeartTransplants", "heart_transplants"]
+
+
+class HeartTransplants(NamedTuple):
+    """One row per visit, as columns; a mapping of them is ``heart_transplants()._asdict()``.
+
+    Attributes:
+        subject: ``(2846,)`` number of the patient.
+        years: ``(2846,)`` years since the transplant.
+        state: ``(2846,)`` 1 no, 2 mild and 3 severe disease of the graft's arteries, 4 death.
+        donor_age: ``(2846,)`` age of the donor in years.
+    """
+
+    subject: Tensor
+    years: Tensor
+    state: Tensor
+    donor_age: Tensor
+
+
+def heart_transplants() -> HeartTransplants:
+    """Return 2846 visits of 622 patients after a heart transplant, with the exact times of deaths.
+
+    Returns:
+        Columns of the panel; subjects and states are whole numbers, times float64.
+
+    Example:
+        >>> panel = heart_transplants()
+        >>> len(panel.subject.unique()), panel.state.unique().tolist()
+        (622, [1, 2, 3, 4])
+
+    Reference:
+        Sharples, Jackson, Parameshwar, Wallwork and Large, "Diagnostic accuracy of coronary angiography and risk factors
+        for post-heart-transplant cardiac allograft vasculopathy", Transplantation 76, 2003. Data of Papworth Hospital,
+        first published with the R package msm; this copy from MSMplus (MIT).
+    """
+    text = files("stochdyn.datasets").joinpath("heart_transplants.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
+    columns = {name: [row[name] for row in rows] for name in ("PTNUM", "years", "state", "dage")}
+    return HeartTransplants(
+        torch.tensor([int(v) for v in columns["PTNUM"]]),
+        torch.tensor([float(v) for v in columns["years"]], dtype=torch.float64),
+        torch.tensor([int(v) for v in columns["state"]]),
+        torch.tensor([float(v) for v in columns["dage"]], dtype=torch.float64),
+    )
