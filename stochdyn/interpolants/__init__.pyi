@@ -63,6 +63,8 @@ from .sampling.samplers import integrate_ode as integrate_ode
 from .sampling.samplers import integrate_sde as integrate_sde
 from .sampling.samplers import integrate_strang as integrate_strang
 from .sampling.samplers import time_grid as time_grid
+from .training.augmented import AugmentedDiffusion as AugmentedDiffusion
+from .training.augmented import AugmentedGenerator as AugmentedGenerator
 from .training.couplings import Coupling as Coupling
 from .training.couplings import EntropicCoupling as EntropicCoupling
 from .training.couplings import ExactCoupling as ExactCoupling

@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
 
+import stochdyn as sd
+from stochdyn import errors
 from stochdyn.errors import EmptyDataError, InvalidInputError
-from stochdyn.interpolants import StudentKernel
+from stochdyn.interpolants import AugmentedDiffusion, AugmentedGenerator, FieldNetwork, StudentKernel
 
 F64 = torch.float64
 
@@ -68,3 +71,50 @@ def test_bad_input() -> None:
         StudentKernel(2.0).perturb(torch.zeros(2, 2), -1.0)
     with pytest.raises(EmptyDataError):
         StudentKernel(2.0).perturb(torch.zeros(0, 2), 1.0)
+
+
+@pytest.mark.parametrize("degrees", [3.0, 128.0, math.inf])
+def test_field_lines_end_in_the_data(degrees: float) -> None:
+    """Two points with weights: the exact mean of the data is known under every kernel, and so are the draws."""
+    points, weights = torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), torch.tensor([0.3, 0.7])
+    kernel = StudentKernel(degrees)
+
+    def mean(sigma: Tensor, x: Tensor) -> Tensor:
+        joint = torch.stack([kernel.log_prob(x, p.expand_as(x), sigma) for p in points], -1) + weights.log()
+        return joint.softmax(-1) @ points
+
+    model = AugmentedGenerator(mean, kernel, 2, 0.01, 80.0)
+    for method in ("heun", "euler"):
+        x = model.sample(2000, 40, method, generator=0)
+        near = (x[:, None] - points).norm(dim=-1).min(1)
+        assert float(near.values.max()) < 0.05
+        share = float((near.indices == 1).double().mean())
+        assert abs(share - 0.7) < 5 * (0.21 / 2000) ** 0.5 + 0.02
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_training_finds_the_law_in_any_unit(scale: float) -> None:
+    torch.manual_seed(0)
+    data = scale * (
+        5.0 + torch.randn(4000, 1) * torch.tensor([0.5]) + torch.where(torch.rand(4000, 1) < 0.5, -2.0, 2.0)
+    )
+    objective = AugmentedDiffusion(FieldNetwork(1, 32, 2), 1, degrees=16.0)
+    sd.fit(objective, data, steps=400, batch_size=256, lr=5e-3, progress=False)
+    x = objective.generator().sample((2, 1000), 20, generator=0) / scale
+    assert x.shape == (2, 1000, 1)
+    assert abs(float(x.mean()) - 5.0) < 0.4
+    assert abs(float(x.std()) - 4.25**0.5) < 0.4
+    other = AugmentedDiffusion(FieldNetwork(1, 32, 2), 1, degrees=16.0)
+    other.load_state_dict(objective.state_dict())
+    assert torch.equal(
+        other.generator().sample(5, 4, generator=0), objective.generator().sample(5, 4, generator=0)
+    )
+
+
+def test_bad_models() -> None:
+    with pytest.raises(errors.InvalidInputError, match="sigma_max"):
+        AugmentedDiffusion(FieldNetwork(1), 1, sigma_min=1.0, sigma_max=0.5)
+    with pytest.raises(errors.InvalidInputError, match="seen no data"):
+        AugmentedDiffusion(FieldNetwork(1), 1).generator().sample(3)
+    with pytest.raises(errors.ShapeError, match="another dimension"):
+        AugmentedDiffusion(FieldNetwork(1), 1)(torch.zeros(3, 2))

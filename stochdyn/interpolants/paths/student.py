@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_nonempty, check_positive
-from stochdyn.errors import InvalidInputError
+from stochdyn._checks import as_generator, check_nonempty, check_positive, check_real
 
 __all__ = ["StudentKernel"]
 
@@ -39,14 +38,17 @@ class StudentKernel:
     """
 
     def __init__(self, degrees: float) -> None:
-        if not degrees > 0:
-            raise InvalidInputError("degrees must be positive", got=degrees)
+        if not (isinstance(degrees, float) and math.isinf(degrees) and degrees > 0):
+            check_real(degrees, "degrees", above=0.0)
         self.degrees = float(degrees)
 
-    def perturb(self, y: Tensor, sigma: Tensor | float, generator: torch.Generator | None = None) -> Tensor:
+    def perturb(
+        self, y: Tensor, sigma: Tensor | float, generator: torch.Generator | int | None = None
+    ) -> Tensor:
         """Draw a perturbed point for every ``y (..., d)``; ``sigma`` broadcasts to ``y[..., :1]``."""
         check_nonempty(y, "y")
         check_positive(sigma, "sigma")
+        generator = as_generator(generator, y.device)
         z = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
         return y + sigma * z * self._stretch(y, generator)
 
