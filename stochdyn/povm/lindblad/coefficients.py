@@ -66,6 +66,11 @@ class Coefficient:
         return tuple(name for name in self.names if name not in self.bound)
 
     @property
+    def takes_many_times(self) -> bool:
+        """Whether the function takes many times at once, against draws of the parameters."""
+        return isinstance(self.function, _Expression)
+
+    @property
     def breaks(self) -> Sequence[float]:
         """Times at which the function says that it isn't smooth."""
         return getattr(self.function, "breaks", ())
@@ -231,7 +236,9 @@ _WANTS_FLOAT: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 def _at_times(function: Callable[..., Any], t: Tensor, arguments: Sequence[Tensor]) -> Tensor:
-    """Call a function of one time at every one of many."""
+    """Call a function of one time at every one of many; an expression takes them all at once."""
+    if isinstance(function, _Expression):
+        return function(t, *arguments)
     if t.ndim == 0:
         return torch.as_tensor(_at_time(function, t, arguments), dtype=t.dtype)
     values = [torch.as_tensor(_at_time(function, x, arguments), dtype=t.dtype) for x in t.reshape(-1)]

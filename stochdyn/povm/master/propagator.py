@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -224,38 +224,51 @@ class Propagator(nn.Module):
         length = span[1] - span[0]
         if length <= 0:
             return p
-        for h, weights in self._pieces(span, count, values):
-            if not self.small:
-                p = self._act(p, weights, h)
-                continue
-            # equal intervals share a matrix exponential where nothing moves
-            key = (float(f"{length:.12g}"), count)
-            still = not self.model.is_time_dependent
-            if not still or key not in cache:
-                generator = torch.einsum("...g,gij->...ij", weights, self.generators.to(weights))
-                cache[key] = torch.matrix_exp(generator * h)
-            p = (cache[key] @ p[..., None])[..., 0]
+        moving = self.model.is_time_dependent
+        h, weights = self._pieces(span, count, values)
+        if not self.small:
+            for part in weights:
+                p = self._act(p, part, h)
+            return p
+        # equal intervals share a matrix exponential where nothing moves
+        key = (float(f"{length:.12g}"), count)
+        if moving or key not in cache:
+            generators = torch.einsum("...g,gij->...ij", weights, self.generators.to(weights))
+            cache[key] = torch.matrix_exp(generators * h)
+        for step in cache[key]:
+            p = (step @ p[..., None])[..., 0]
         return p
 
     def _pieces(
         self, span: tuple[float, float], count: int, values: Mapping[str, Tensor]
-    ) -> Iterator[tuple[float, Tensor]]:
-        """Yield lengths and coefficients ``(*batch, groups)`` of pieces with a constant generator."""
+    ) -> tuple[float, Tensor]:
+        """Return the length of pieces with a constant generator, and their coefficients ``(pieces, *batch, groups)``."""
         h = (span[1] - span[0]) / count
         if not self.model.is_time_dependent:
-            yield h, self._weights(span[0], values)
-            return
-        for i in range(count):
-            first, second = (self._weights(min(span[0] + (i + x) * h, span[1]), values) for x in _GAUSS)
-            yield h / 2, 2 * (_A * first + _B * second)
-            yield h / 2, 2 * (_B * first + _A * second)
+            return h, self._weights(self.start.new_tensor([span[0]]), values)
+        begin = span[0] + h * torch.arange(count, dtype=self.start.dtype, device=self.start.device)
+        first, second = (self._weights((begin + x * h).clamp(max=span[1]), values) for x in _GAUSS)
+        # two exponentials for each step: first (A f + B s), then (B f + A s)
+        pairs = torch.stack([2 * (_A * first + _B * second), 2 * (_B * first + _A * second)], 1)
+        return h / 2, pairs.flatten(0, 1)
 
-    def _weights(self, t: float, values: Mapping[str, Tensor]) -> Tensor:
-        time = torch.tensor(t, dtype=self.start.dtype, device=self.start.device)
-        columns = [coupling.relative(time, values) for coupling in self.couplings]
+    def _weights(self, t: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the coefficients ``(n, *batch, groups)`` at times ``(n,)``."""
+        shape = torch.broadcast_shapes(*(value.shape for value in values.values()))
+        lead = t.reshape(-1, *(1,) * len(shape))
+        columns = []
+        for coupling in self.couplings:
+            if not coupling.uses_time:
+                column = coupling.relative(t[0], values)
+            elif coupling.takes_many_times:
+                column = coupling.relative(lead, values)
+            else:
+                column = torch.stack([coupling.relative(x, values).expand(shape) for x in t])
+                column = column.reshape(len(t), *shape)
+            columns.append(column.expand(len(t), *shape))
         if not columns:
-            return self.start.new_zeros(0)
-        return torch.stack(torch.broadcast_tensors(*columns), -1)
+            return self.start.new_zeros(len(t), 0)
+        return torch.stack(columns, -1)
 
     def _act(self, p: Tensor, weights: Tensor, span: float) -> Tensor:
         """The action of the exponential: Taylor series on parts so short that they are exact to rounding."""
