@@ -73,7 +73,7 @@ class DiffusionPath(LawDistribution):
     """
 
     has_rsample = True
-    _carried = ("sde", "initial", "ts", "method")
+    _carried = ("sde", "initial", "ts", "method", "steps")
 
     def __init__(
         self,
@@ -94,7 +94,9 @@ class DiffusionPath(LawDistribution):
         probe = start_of(self.initial)
         check_same_device(ts=ts, initial=probe, **dict(sde.named_parameters()))
         sde.check(first_time(ts, probe), probe)
-        batch = batch_shape_of(sde, probe, ts)
+        #: The recursion of a noise with memory on the grid, None for Brownian motion.
+        self.steps = noise_steps(sde.noise, ts, probe.dtype) if sde.noise.num_states else None
+        batch = batch_shape_of(sde, probe, ts, self.steps)
         super().__init__(batch, torch.Size((ts.shape[-1], probe.shape[-1])), validate_args=validate_args)
 
     @property
@@ -168,6 +170,7 @@ class PathIncrements(LawDistribution):
         ts: ``(T,)`` times.
         memory0: ``(*batch, m, K)`` initial memory states, or None.
         method: solver that turns them into a path.
+        steps: the recursion of the noise on the grid, where it is known already.
 
     Example:
         >>> from stochdyn.core import SDE
@@ -186,6 +189,7 @@ class PathIncrements(LawDistribution):
         ts: Tensor,
         memory0: Tensor | None = None,
         method: str | Method = "euler",
+        steps: NoiseSteps | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.sde = sde
@@ -194,7 +198,7 @@ class PathIncrements(LawDistribution):
         self.memory0 = memory0
         self.method = as_method(method)
         #: The recursion of the noise on the grid.
-        self.steps = noise_steps(sde.noise, ts, x0.dtype)
+        self.steps = noise_steps(sde.noise, ts, x0.dtype) if steps is None else steps
         #: Standard deviations ``(N, m R)`` of the increments, time leading; ``(N, *batch, m R)`` with a grid per series.
         self.scale = scale_of(self.steps, sde.noise_dim(first_time(ts, x0), x0))
         event = torch.Size((self.scale.shape[0], self.scale.shape[-1]))
@@ -329,7 +333,7 @@ def sample_noise(name: str, path: DiffusionPath) -> Tensor:
         standard = x0.new_zeros(channels, factor.shape[0])
         past = dist.Normal(standard, torch.ones_like(standard)).to_event(2)
         memory0 = pyro.sample(f"{name}_past", _spread(past, batch), infer={"path": name}) @ factor  # type: ignore[arg-type]
-    return sample_driven(name, _spread(PathIncrements(sde, x0, ts, memory0, path.method), batch))
+    return sample_driven(name, _spread(PathIncrements(sde, x0, ts, memory0, path.method, path.steps), batch))
 
 
 def _callable(law: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.core.gaussian.feedback import LinearFeedback, times
-from stochdyn.core.sde.equation import Control
+from stochdyn.core.sde.equation import Control, Rest
 from stochdyn.infer.coupling import Coupling
 
 __all__ = ["Feedback"]
@@ -78,15 +78,23 @@ class Feedback(Control):
         shaped = (mean + _spread(factor, e / scale)) * scale
         return shaped if self.own is None else self.own.shape_increment(n, t, dt, z, shaped, channels)
 
-    def affine(self, e: Tensor) -> tuple[Tensor, Tensor] | None:
+    def affine(self, e: Tensor) -> tuple[Tensor, Tensor, Rest | None] | None:
         """See :meth:`stochdyn.core.sde.equation.Control.affine`."""
-        if self.network is not None or self.own is not None or self.coupling is not None:
+        if self.own is not None or self.coupling is not None:
             return None
         law, ndim, scale = self.law, e.ndim, _lead(self.scale, e.ndim)
         assert law.centre is not None
         offset = law.offset - times(law.gain, law.centre)
         noise = times(_lead(law.factor, ndim + 1), e / scale)
-        return (_lead(offset, ndim) + noise) * scale, _lead(law.gain.mT, ndim + 1) * scale.unsqueeze(-2)
+        shift = (_lead(offset, ndim) + noise) * scale
+        gain = _lead(law.gain.mT, ndim + 1) * scale.unsqueeze(-2)
+        return shift, gain, None if self.network is None else self._answer
+
+    def _answer(self, n: int, t: Tensor, z: Tensor) -> Tensor:
+        """Return what the network adds to the increments of step ``n``."""
+        assert self.network is not None
+        context = None if self.context is None else self.context[n]
+        return self.network(t, self._scaled(z - self._rows[3][n]), context) * self._rows[4][n]
 
     def remembered(self, z: Tensor) -> Tensor:
         """Return what the feedback answers to at the first points ``z (T', *sample, *batch, Z)`` of paths: states and sums."""

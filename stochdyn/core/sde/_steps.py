@@ -11,7 +11,7 @@ from torch import Tensor
 from stochdyn._transforms import transforms_are_active
 from stochdyn.core.sde._derivatives import check_commutative, self_advection, strength_along
 from stochdyn.core.sde.coefficients import Coefficient, Matrix, Scalar
-from stochdyn.core.sde.equation import SDE, Control, plus
+from stochdyn.core.sde.equation import SDE, Control, Rest, plus
 from stochdyn.core.sde.grids import first_time, noise_steps
 from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.errors import InvalidInputError
@@ -172,16 +172,21 @@ class Problem:
 
         return step
 
-    def _closed_loop(self, shift: Tensor, gain: Tensor) -> Step:
+    def _closed_loop(self, shift: Tensor, gain: Tensor, rest: Rest | None) -> Step:
         """With increments affine in the state, all of a step but the drift is one affine map, known beforehand."""
         keep, load = (_lead(x, shift.ndim + 1) for x in self._batched_maps())
         maps, kicks = keep + gain @ load, (shift.unsqueeze(-2) @ load).squeeze(-2)
         batched = maps.ndim > 3
-        forth, ahead = maps.unbind(0), kicks.unbind(0)
+        wide = load.shape[1:-2].numel() > 1
+        load = load if wide else load.reshape(load.shape[0], *load.shape[-2:])
+        forth, ahead, loads = maps.unbind(0), kicks.unbind(0), load.unbind(0)
         drift, times, dt, dim, memory = self.drift, self.times, self.dt, self.dim, keep.shape[-1] - self.dim
 
         def step(n: int, z: Tensor) -> Row:
             moved = (z.unsqueeze(-2) @ forth[n]).squeeze(-2) if batched else z @ forth[n]
+            if rest is not None:
+                more = rest(n, times[n], z)
+                moved = moved + ((more.unsqueeze(-2) @ loads[n]).squeeze(-2) if wide else more @ loads[n])
             slope = drift(times[n], z[..., :dim] if memory else z)
             if memory:
                 slope = torch.nn.functional.pad(slope.expand(*z.shape[:-1], dim), (0, memory))

@@ -18,6 +18,8 @@ from stochdyn.errors import DeviceMismatchError, DtypeMismatchError, InvalidInpu
 __all__ = ["SDE", "Control", "Field", "spatial_divergence"]
 
 Field = Callable[[Tensor, Tensor], Any]
+#: What a control adds to the affine part of the increments ``(*batch, m R)`` of step n, at time t and full state z.
+Rest = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def plus(x: Tensor, slope: Tensor, dt: Tensor | float) -> Tensor:
@@ -48,16 +50,17 @@ class Control(nn.Module):
         """Turn the standard increments ``e (*batch, m R)`` of step ``n`` into those of the controlled law."""
         return self.tilt(*self.at(t, z), dt, e, channels)
 
-    def affine(self, e: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return what makes the increments of all steps affine in the state, or None where they aren't.
+    def affine(self, e: Tensor) -> tuple[Tensor, Tensor, Rest | None] | None:
+        """Return the part of the increments that is affine in the state, and the rest; None if nothing is known of them.
 
-        The controlled increments of step n are then ``shift[n] + z @ gain[n]``; a time loop needs no more of the control.
+        The controlled increments of step n are then ``shift[n] + z @ gain[n] + rest(n, t, z)``; a time loop needs no more of the
+        control, and does the affine part of all steps beforehand.
 
         Args:
             e: ``(N, *batch, m R)`` standard increments.
 
         Returns:
-            shift ``(N, *batch, m R)`` and gain ``(N, *batch, d + m K, m R)``.
+            shift ``(N, *batch, m R)``, gain ``(N, *batch, d + m K, m R)``, and the rest, None where there is none.
         """
         return None
 

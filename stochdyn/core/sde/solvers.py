@@ -12,6 +12,7 @@ from stochdyn.core.sde._steps import Problem, Row, Step, check_method, full_stat
 from stochdyn.core.sde.equation import SDE, Control
 from stochdyn.core.sde.grids import first_time, noise_steps, step_sizes, steps_of, time_column
 from stochdyn.core.sde.methods import METHODS, Method, as_method
+from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.errors import ShapeError
 
 __all__ = [
@@ -55,8 +56,10 @@ def increment_scale(sde: SDE, ts: Tensor, channels: int, dtype: torch.dtype) -> 
     return torch.cat([brownian, residual], -1).sqrt()
 
 
-def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor) -> torch.Size:
+def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor, steps: NoiseSteps | None = None) -> torch.Size:
     """Return the batch shape that start ``x0 (*batch, d)``, drift, diffusion, control, noise and grid broadcast to.
+
+    ``steps`` is the recursion of the noise, where it is known already.
 
     Raises:
         ShapeError: if they don't.
@@ -69,7 +72,8 @@ def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor) -> torch.Size:
         shapes.append(sde.diffusion(t, x0).apply(still).shape[:-1])
         if sde.noise.num_states:
             # The noise may have a batch of parameters, such as one Hurst index per particle.
-            shapes.append(noise_steps(sde.noise, ts[..., :2], x0.dtype).parameter_batch)
+            steps = noise_steps(sde.noise, ts[..., :2], x0.dtype) if steps is None else steps
+            shapes.append(steps.parameter_batch)
         if sde.control is not None and type(sde.control).shape_increment is Control.shape_increment:
             z = torch.cat([x0, x0.new_zeros(*x0.shape[:-1], channels * sde.noise.num_states)], -1)
             shapes += [value.shape[:-1] for value in sde.control.at(t, z) if value is not None]
