@@ -60,7 +60,6 @@ EXCEPTIONS = {
     "unbiased_square": "a NaN residual is reported by the run that minimises it",
     "check_order": "what a function does with other data is its own matter",
     "check_company": "likewise",
-    "GaussianChain": "its shapes are checked, the kinds of its arguments aren't",
 }
 
 

@@ -215,10 +215,12 @@ def _conditional(a: Tensor, b: Tensor) -> Tensor:
 
 def _check_end(mean: Tensor, cov: Tensor, which: str) -> None:
     for name, x, ndim in ((f"mean{which}", mean, 1), (f"cov{which}", cov, 2)):
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != ndim:
+        if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64) or x.ndim != ndim:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ShapeError(
-                f"{name} must be a floating tensor", got=got, expected="(d,)" if ndim == 1 else "(d, d)"
+                f"{name} must be a tensor in float32 or float64",
+                got=got,
+                expected="(d,)" if ndim == 1 else "(d, d)",
             )
         check_finite(x.detach(), name)
     if cov.shape != (mean.shape[0], mean.shape[0]):

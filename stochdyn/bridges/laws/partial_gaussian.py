@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import (
+    as_tensor,
     check_event_size,
     check_finite,
     check_ndim,
@@ -99,6 +100,9 @@ class PartialGaussianBridge(PiecewiseMeasure):
         check_time_grid(times, "times")
         check_positive_int(max_iterations, "max_iterations")
         check_positive(tolerance, "tolerance")
+        means = as_tensor(means, "means")
+        covs, observe = as_tensor(covs, "covs", like=means), as_tensor(observe, "observe", like=means)
+        drift_matrix = as_tensor(drift_matrix, "drift_matrix", like=means)
         dim, seen = _check_arguments(times, means, covs, observe, drift_matrix)
         offset = means.new_zeros(dim) if drift_offset is None else drift_offset
         for own in covs:
@@ -110,6 +114,10 @@ class PartialGaussianBridge(PiecewiseMeasure):
         self.times, self.dim, self.batch_shape = times, dim, torch.Size()
         #: the reference, which starts at the first snapshot
         self.reference = LinearGaussianMeasure(drift_matrix, offset, diffusion, mean, cov)
+        if self.reference.batch_shape:
+            raise ShapeError(
+                "the reference must be one law", got=f"a batch {tuple(self.reference.batch_shape)}"
+            )
         count = times.shape[0]
         buffers = {
             "means": means, "covs": covs, "observe": observe,

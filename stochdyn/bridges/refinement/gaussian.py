@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import as_tensor, check_positive_int
 from stochdyn.bridges.laws.gaussian_chain import GaussianChainBridge
 from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.errors import InvalidInputError
@@ -81,6 +81,7 @@ def refine_gaussian(
     """
     check_positive_int(max_iterations, "max_iterations")
     check_positive_int(num_nodes, "num_nodes", 2)
+    means = as_tensor(means, "means", 2, "(I, d)")
     dim, like = means.shape[-1], means
     matrix = like.new_zeros(dim, dim) if drift_matrix is None else drift_matrix
     offset = like.new_zeros(dim) if drift_offset is None else drift_offset
