@@ -161,7 +161,7 @@ def test_the_interpolant_of_the_game_can_be_used() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(errors.InvalidInputError, match="epsilon must be positive"):
+    with pytest.raises(errors.InvalidInputError, match="epsilon must be greater than 0"):
         MaxMinBridge(Polynomial(), PathCorrection(1), 0.0)
     with pytest.raises(errors.InvalidInputError, match="a batch is"):
         MaxMinBridge(Polynomial(), PathCorrection(1), 0.5)(torch.zeros(3, 1))

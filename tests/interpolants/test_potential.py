@@ -132,7 +132,7 @@ def test_bad_input() -> None:
         PotentialNetwork(OU(), 2).score(0.5, torch.zeros(4, 3))
     with pytest.raises(ShapeError, match="broadcast"):
         PotentialNetwork(OU(), 2).score(torch.zeros(3), torch.zeros(4, 2))
-    with pytest.raises(ShapeError, match="one number a point"):
+    with pytest.raises(ShapeError, match="one number per point"):
         FunctionPotential(OU(), lambda t, x: x)(0.5, torch.zeros(4, 2))
     with pytest.raises(InvalidInputError, match="method"):
         PotentialNetwork(OU(), 2).score_and_residual(0.5, torch.zeros(4, 2), "trapezoid")  # type: ignore[arg-type]

@@ -111,13 +111,13 @@ def evidence_bound(
         \log q_t(x)\ \ge\ \Phi(t,x)+E\Big[\int_t^TR(u,X_u)\,du+\log\frac{\pi(X_T)}{e^{\Phi(T,X_T)}}\ \Big|\ X_t=x\Big],
 
     Jensen's inequality on :func:`feynman_kac_log_density`. Times are drawn uniformly in the log signal-to-noise ratio, one
-    stratum a draw, and every point comes from the kernel of the process, so no path is simulated.
+    stratum per draw, and every point comes from the kernel of the process, so no path is simulated.
 
     Args:
         potential: the log density, up to a constant.
         x: ``(n, d)`` points at the start time.
         prior: law at the horizon.
-        num_draws: draws a point.
+        num_draws: the number of draws per point.
         generator: source of randomness.
 
     Returns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from stochdyn._checks import (
     check_type,
 )
 from stochdyn.core.forward.flow import as_time
+from stochdyn.core.networks import MLP
 from stochdyn.errors import DtypeMismatchError, InvalidInputError, ShapeError
 from stochdyn.interpolants.fields.buffers import FlexibleBuffers
 from stochdyn.interpolants.fields.conversions import anchors, check_known, conversion, determines, regular_at
@@ -53,7 +53,7 @@ class FieldNetwork(nn.Module):
         condition_dim: dimension of a context vector; 0 for none.
         num_classes: number of labels, given as integers; 0 for none. One more embedding stands for "no label" (its index is
             ``num_classes``).
-        activation: class of the activation.
+        activation: see :class:`stochdyn.core.MLP`.
         out_dim: of the output; that of the state if None.
 
     Example:
@@ -69,7 +69,7 @@ class FieldNetwork(nn.Module):
         *,
         condition_dim: int = 0,
         num_classes: int = 0,
-        activation: type[nn.Module] = nn.SiLU,
+        activation: str | Callable[[Tensor], Tensor] = "silu",
         out_dim: int | None = None,
     ) -> None:
         super().__init__()
@@ -79,7 +79,6 @@ class FieldNetwork(nn.Module):
             check_positive_int(size, name, least)
         if out_dim is not None:
             check_positive_int(out_dim, "out_dim")
-        check_callable(activation, "activation", "a class of modules, such as torch.nn.SiLU")
         if condition_dim and num_classes:
             raise InvalidInputError(
                 "a condition is a label or a context vector, not both",
@@ -91,12 +90,13 @@ class FieldNetwork(nn.Module):
         if num_classes:
             extra = 16
             self.embedding = nn.Embedding(num_classes + 1, extra)
-        sizes = [dim + 1 + extra, *[width] * depth]
-        layers: list[nn.Module] = []
-        for a, b in itertools.pairwise(sizes):
-            layers += [nn.Linear(a, b), activation()]
-        layers.append(nn.Linear(sizes[-1], dim if out_dim is None else out_dim))
-        self.layers = nn.Sequential(*layers)
+        out = dim if out_dim is None else out_dim
+        self.net = MLP((dim + 1 + extra, *[width] * depth, out), activation=activation)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The linear layers, from the input to the output."""
+        return self.net.layers
 
     def forward(self, t: Tensor, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return ``(..., dim)`` for ``t (..., 1)``, ``x (..., dim)`` and a context ``(..., c)`` or labels ``(...)``.
@@ -132,7 +132,7 @@ class FieldNetwork(nn.Module):
             if condition is None:
                 condition = x.new_zeros(self.condition_dim)
             parts.append(condition.to(x.dtype).expand(*x.shape[:-1], self.condition_dim))
-        return self.layers(torch.cat(parts, -1))
+        return self.net(torch.cat(parts, -1))  # type: ignore[no-any-return]
 
     def _check_condition(self, condition: Any) -> None:
         check_type(condition, Tensor, "condition")

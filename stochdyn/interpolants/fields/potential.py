@@ -39,7 +39,7 @@ Trace = Literal["exact", "forward", "hutchinson"]
 
 
 class ScoreAndResidual(NamedTuple):
-    """Score ``(..., d)`` and Fokker-Planck residuals ``(K, ...)``: ``K = 1`` exact, or one a probe."""
+    """Score ``(..., d)`` and Fokker-Planck residuals ``(K, ...)``: ``K = 1`` exact, or one per probe."""
 
     score: Tensor
     residuals: Tensor
@@ -112,7 +112,9 @@ class FunctionPotential(Potential):
         value = value.squeeze(-1) if value.ndim == x.ndim else value
         if value.shape != x.shape[:-1]:
             raise ShapeError(
-                "a potential returns one number a point", got=tuple(value.shape), expected=tuple(x.shape[:-1])
+                "a potential returns one number per point",
+                got=tuple(value.shape),
+                expected=tuple(x.shape[:-1]),
             )
         return value if self.reference is None else value + self.reference.log_prob(time, x)
 

@@ -27,7 +27,7 @@ class DiffusionEvidence(Objective):
     Args:
         potential: the log density, up to a constant.
         prior: law at the horizon, with event ``(d,)``; such as ``diff.generator().prior``.
-        num_draws: draws of time and point a datum and step.
+        num_draws: the number of draws of time and point per datum and step.
 
     Raises:
         InvalidInputError: if ``potential`` isn't a :class:`Potential`, or ``num_draws`` isn't at least 2.

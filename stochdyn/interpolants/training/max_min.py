@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import check_positive, check_positive_int, check_real
+from stochdyn.core.networks import MLP
 from stochdyn.errors import InvalidInputError
 from stochdyn.interpolants.fields.networks import Network
 from stochdyn.interpolants.paths.interpolant import Interpolant, check_pair
@@ -123,11 +124,11 @@ class MaxMinBridge(Objective):
         bent, slope = _Reversed.apply(bent), _Reversed.apply(slope)
         middle, rate = torch.lerp(x0, x1, t) + bent, x1 - x0 + slope
         gamma = self.gamma.value(t)
-        kick = self.gamma.derivative(t) - self.epsilon / gamma
+        rate_of_noise = self.gamma.derivative(t) - self.epsilon / gamma
         # both signs of the latent: the singular part of the target cancels
         times = torch.cat([t, t])
         u = self.drift(times, torch.cat([middle + gamma * z, middle - gamma * z]))
-        target = torch.cat([rate + kick * z, rate - kick * z])
+        target = torch.cat([rate + rate_of_noise * z, rate - rate_of_noise * z])
         loss = (u * (0.5 * u - target)).sum(-1).mean()
         energy = u.detach().square().sum(-1).mean()
         return ObjectiveValue(loss, {"kinetic": 0.5 * energy}, "surrogate")
@@ -145,13 +146,8 @@ class PathCorrection(nn.Module):
         super().__init__()
         check_positive_int(dim, "dim")
         check_positive_int(width, "width")
-        last = nn.Linear(width, dim)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(
-            nn.Linear(2 * dim + 1, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), last
-        )
+        self.net = MLP((2 * dim + 1, width, width, dim), zero_last=True)
 
     def forward(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         """Return ``(n, d)``."""
-        return cast(Tensor, self.layers(torch.cat([t, x0, x1], -1)))
+        return cast(Tensor, self.net(torch.cat([t, x0, x1], -1)))
