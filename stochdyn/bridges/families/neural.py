@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive, check_positive_int
+from stochdyn._checks import check_positive, check_positive_int, check_real
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.core.networks import MLP
@@ -24,11 +24,12 @@ class _Scaled(DriftFamily):
     scale: Tensor
 
     def __init__(
-        self, dim: int, centre: Tensor | None, scale: Tensor | float, duration: float, start: float
+        self, dim: int, centre: Tensor | None, scale: Tensor | float, horizon: float, start_time: float
     ) -> None:
         super().__init__(dim)
         check_positive(scale, "scale")
-        check_positive(duration, "duration")
+        check_positive(horizon, "horizon")
+        check_real(start_time, "start_time")
         like = centre if centre is not None else scale if isinstance(scale, Tensor) else torch.zeros(())
         middle = like.new_zeros(dim) if centre is None else centre
         unit = torch.as_tensor(scale).to(like).expand(dim).clone()
@@ -36,13 +37,13 @@ class _Scaled(DriftFamily):
             raise ShapeError("centre doesn't fit", got=tuple(middle.shape), expected=(dim,))
         self.register_buffer("centre", middle)
         self.register_buffer("scale", unit)
-        self.duration, self.start = float(duration), float(start)
+        self.horizon, self.start_time = float(horizon), float(start_time)
 
     def _inputs(self, t: Tensor, x: Tensor, time: bool) -> Tensor:
         state = (x - self.centre) / self.scale
         if not time:
             return state
-        clock = (torch.as_tensor(t, device=x.device) - self.start) / self.duration
+        clock = (torch.as_tensor(t, device=x.device) - self.start_time) / self.horizon
         clock = clock.to(x.dtype).expand(*x.shape[:-1], 1)
         return torch.cat((state, clock), -1)
 
@@ -58,7 +59,7 @@ class _Scaled(DriftFamily):
 def _units(snapshots: Snapshots) -> dict[str, Tensor | float]:
     _, centre, scale = snapshots.standardised()
     start, end = float(snapshots.times[0]), float(snapshots.times[-1])
-    return {"centre": centre, "scale": scale, "duration": end - start, "start": start}
+    return {"centre": centre, "scale": scale, "horizon": end - start, "start_time": start}
 
 
 class NeuralDrift(_Scaled):
@@ -66,17 +67,18 @@ class NeuralDrift(_Scaled):
 
     .. math:: b(t,x)=\frac{\varsigma}{T}\big(A\hat x+c+\mathrm{net}(\hat x)\big),\qquad \hat x=(x-m)/\varsigma
 
-    It starts as zero. Identifiability ends here: many drifts carry the same marginals, and the refinement finds the one nearest
+    It starts as zero. Its units are those of the data: :meth:`for_snapshots` takes them from snapshots.
+    Identifiability ends here: many drifts carry the same marginals, and the refinement finds the one nearest
     to where it started.
 
     Args:
-        dim: ``d``.
-        width: of two hidden layers.
+        dim: the number of components of the state, ``d``.
+        width: the width of the two hidden layers.
         time: whether the drift may change with time.
-        centre: :math:`m`, ``(d,)``; zero if None.
+        centre: :math:`m`, the middle of the data, ``(d,)``; zero if None.
         scale: :math:`\varsigma`, a number or ``(d,)``: the size of the data.
-        duration: :math:`T`, the time over which particles move by about their scale.
-        start: time that counts as zero.
+        horizon: :math:`T`, the time over which particles move by about their scale.
+        start_time: the time that counts as zero.
 
     Example:
         >>> NeuralDrift(2, width=16)(torch.zeros(()), torch.ones(3, 2)).abs().max().item()
@@ -91,10 +93,10 @@ class NeuralDrift(_Scaled):
         *,
         centre: Tensor | None = None,
         scale: Tensor | float = 1.0,
-        duration: float = 1.0,
-        start: float = 0.0,
+        horizon: float = 1.0,
+        start_time: float = 0.0,
     ) -> None:
-        super().__init__(dim, centre, scale, duration, start)
+        super().__init__(dim, centre, scale, horizon, start_time)
         check_positive_int(width, "width")
         self.time = time
         self.linear = nn.Linear(dim + time, dim).to(self.centre)
@@ -110,7 +112,7 @@ class NeuralDrift(_Scaled):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """See :meth:`DriftFamily.forward`."""
         inputs = self._inputs(t, x, self.time)
-        return (self.linear(inputs) + self.net(inputs)) * (self.scale / self.duration)
+        return (self.linear(inputs) + self.net(inputs)) * (self.scale / self.horizon)
 
 
 class PotentialDrift(_Scaled):
@@ -125,13 +127,13 @@ class PotentialDrift(_Scaled):
     circulation, so this family is identifiable where free networks aren't.
 
     Args:
-        dim: ``d``.
-        width: of two hidden layers.
+        dim: the number of components of the state, ``d``.
+        width: the width of the two hidden layers.
         time: whether the landscape may change with time.
         centre: as in :class:`NeuralDrift`.
-        scale: likewise.
-        duration: likewise.
-        start: likewise.
+        scale: as in :class:`NeuralDrift`.
+        horizon: as in :class:`NeuralDrift`.
+        start_time: as in :class:`NeuralDrift`.
 
     Example:
         >>> landscape = PotentialDrift(2, width=16)
@@ -150,10 +152,10 @@ class PotentialDrift(_Scaled):
         *,
         centre: Tensor | None = None,
         scale: Tensor | float = 1.0,
-        duration: float = 1.0,
-        start: float = 0.0,
+        horizon: float = 1.0,
+        start_time: float = 0.0,
     ) -> None:
-        super().__init__(dim, centre, scale, duration, start)
+        super().__init__(dim, centre, scale, horizon, start_time)
         check_positive_int(width, "width")
         self.time = time
         self.first = nn.Linear(dim + time, width).to(self.centre)
@@ -176,7 +178,7 @@ class PotentialDrift(_Scaled):
         return (hidden @ self.last + smooth) * self._unit()
 
     def _unit(self) -> Tensor:
-        return self.scale.square().mean() / self.duration
+        return self.scale.square().mean() / self.horizon
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """See :meth:`DriftFamily.forward`."""
