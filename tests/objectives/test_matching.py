@@ -82,7 +82,7 @@ def test_the_true_marginals_of_the_prior_have_no_divergence() -> None:
 
 
 def test_noise_with_memory_is_refused() -> None:
-    sde = sd.SDE(lambda t, x: -x, 1.0, MarkovNoise(0.7, 4))
+    sde = sd.SDE(lambda t, x: -x, 1.0, MarkovNoise(0.7))
     with pytest.raises(InvalidInputError, match="memory"):
         matching_rate(sde, _marginal, torch.rand(3, 1), torch.randn(3, 2))
 
