@@ -50,6 +50,8 @@ __all__ = ["SchrodingerBridge"]
 _MAX_REACH = 1e3
 # Where the product of step and Jacobian is larger, matrix exponentials of fourth order are wrong by per cents.
 _MAX_STIFFNESS = 1.5
+# Pairs of a nonlinear reference that are seen at fewer times each where nodes are short.
+_LINEARISED_PAIRS = 2048
 # The time grid has this many points in the shortest interval.
 _POINTS = 25
 
@@ -408,6 +410,8 @@ class SchrodingerBridge(PathMeasure):
                 times = len(part.quadrature)
                 budget = max(num_nodes // (len(self.plans) * copies), 64)  # pairs times times
                 wanted = int(min(4 * effective_pairs(plan), plan.shape.numel()))
+                if not isinstance(part, AffineTransition):
+                    wanted = min(wanted, _LINEARISED_PAIRS)  # each is linearised along its whole way
                 pairs = max(budget // times, min(wanted, budget), 64)
                 first, second, weight = choose_pairs(plan, pairs, source)
                 each = max(1, min(times, budget // max(len(first), 1)))
