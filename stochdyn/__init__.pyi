@@ -7,6 +7,7 @@ from . import fractional as fractional
 from . import infer as infer
 from . import interpolants as interpolants
 from . import jumps as jumps
+from . import nonequilibrium as nonequilibrium
 from . import objectives as objectives
 from . import povm as povm
 from . import run as run

@@ -1,0 +1,11 @@
+from .current import SteadyCurrent as SteadyCurrent
+from .current import entropy_production_rate as entropy_production_rate
+from .current import sum_rule as sum_rule
+from .jumps import entropy_from_counts as entropy_from_counts
+from .jumps import short_time_bound as short_time_bound
+from .linear import LinearSteadyState as LinearSteadyState
+from .linear import Split as Split
+from .paths import ShortTimeEntropy as ShortTimeEntropy
+from .paths import dissipation as dissipation
+from .paths import integral_theorem as integral_theorem
+from .paths import short_time_entropy as short_time_entropy
