@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.errors import ApproximationWarning
-from stochdyn.fractional import default_speeds, geometric_speeds, optimal_weights
+from stochdyn.fractional import MarkovNoise, geometric_speeds, optimal_weights
 
 FOLDER = Path(__file__).parent / "generated"
 
@@ -84,15 +84,15 @@ def euler_response(n: int, dt: float, rate: float, speeds: Tensor, weights: Tens
 
 
 def markov_errors() -> list[list[str]]:
-    """Relative path errors of the default speeds on [0, 1] with 1000 steps."""
-    indices = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    """Nats per 100 steps that default noise loses on a grid of 100 steps."""
+    indices = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95]
     rows = [["type", "K", *(f"H = {h}" for h in indices)]]
+    ts = torch.linspace(0, 1, 101, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ApproximationWarning)
-        for kind, states in (("II", 4), ("II", 8), ("II", 16), ("I", 12), ("I", 16), ("I", 24)):
-            speeds = default_speeds(states, 1.0, 1e-3, kind)
-            errors = (float(optimal_weights(h, speeds, 1.0, kind)[1]) for h in indices)
-            rows.append([kind, f"{states}", *(f"{e:.2g}" for e in errors)])
+        for kind, states in (("II", 5), ("II", 8), ("II", 12), ("I", 8), ("I", 10), ("I", 16)):
+            losses = (MarkovNoise(h, states, 1.0, 1 / 100, kind).divergence(ts).per_step for h in indices)
+            rows.append([kind, f"{states}", *(f"{100 * x:.2g}" for x in losses)])
     return rows
 
 
