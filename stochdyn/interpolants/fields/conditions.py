@@ -23,13 +23,12 @@ def as_condition(condition: Any, like: Tensor) -> Tensor:
     """
     value = condition
     if not isinstance(value, Tensor):
-        array = np.asarray(condition) if not isinstance(condition, str | bytes | dict | set) else None
-        whole = array is not None and array.dtype.kind in "iub"
-        value = (
-            torch.from_numpy(array.astype("int64"))
-            if whole
-            else as_tensor(condition, "condition", finite=False)
-        )  # type: ignore[union-attr]
+        plain = not isinstance(condition, str | bytes | dict | set)
+        array = np.asarray(condition) if plain else np.zeros(0)
+        if array.dtype.kind in "iub":
+            value = torch.from_numpy(array.astype("int64"))
+        else:
+            value = as_tensor(condition, "condition", finite=False)
     value = value.to(like.device)
     if value.is_floating_point():
         check_finite(value.detach(), "condition")

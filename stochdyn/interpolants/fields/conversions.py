@@ -258,12 +258,12 @@ def anchors(interpolant: Interpolant, known: Sequence[str], name: str) -> tuple[
     """
     key = ("anchors", tuple(known), name)
     if key not in interpolant.facts:
-        interpolant.facts[key] = tuple(  # type: ignore[assignment]
+        interpolant.facts[key] = tuple(
             end
             for end in (0, 1)
             if _has_limit(interpolant, name, end) and _grows(interpolant, tuple(known), name, end)
         )
-    return interpolant.facts[key]  # type: ignore[return-value]
+    return interpolant.facts[key]
 
 
 def _has_limit(it: Interpolant, name: str, end: int) -> bool:
@@ -287,7 +287,7 @@ def _facts(it: Interpolant, known: tuple[str, ...], target: str) -> tuple[bool, 
     """Return whether the target is determined, and whether it is regular at either end; looked up once."""
     if (known, target) not in it.facts:
         it.facts[known, target] = _find_facts(it, known, target)
-    return it.facts[known, target]
+    return it.facts[known, target]  # type: ignore[return-value]
 
 
 def _find_facts(it: Interpolant, known: tuple[str, ...], target: str) -> tuple[bool, bool, bool]:

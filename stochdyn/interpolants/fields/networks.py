@@ -115,7 +115,7 @@ class FieldNetwork(nn.Module):
                 expected=(*x.shape[:-1], 1),
                 hint="use t[:, None]",
             )
-        if x.dtype != (own := self.layers[0].weight.dtype) and not torch.is_autocast_enabled(x.device.type):  # type: ignore[union-attr]
+        if x.dtype != (own := self.layers[0].weight.dtype) and not torch.is_autocast_enabled(x.device.type):
             raise DtypeMismatchError(
                 "the network and the points have different precisions",
                 got=f"{own} and {x.dtype}",
@@ -132,7 +132,7 @@ class FieldNetwork(nn.Module):
             if condition is None:
                 condition = x.new_zeros(self.condition_dim)
             parts.append(condition.to(x.dtype).expand(*x.shape[:-1], self.condition_dim))
-        return self.net(torch.cat(parts, -1))  # type: ignore[no-any-return]
+        return self.net(torch.cat(parts, -1))
 
     def _check_condition(self, condition: Any) -> None:
         check_type(condition, Tensor, "condition")

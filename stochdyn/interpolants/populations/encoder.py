@@ -87,4 +87,4 @@ class SetEncoder(nn.Module):
             covariance = (share * centred).mT @ centred
             i, j = torch.triu_indices(self.dim, self.dim, device=x.device)
             pooled += [mean, covariance[..., i, j]]
-        return self.head(torch.cat(pooled, -1))  # type: ignore[no-any-return]
+        return self.head(torch.cat(pooled, -1))

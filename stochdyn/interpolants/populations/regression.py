@@ -60,7 +60,7 @@ class PopulationField(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor) -> Tensor:
         """Return the velocity ``(n, d)``."""
-        return self.scale * self.network(t, (x - self.center) / self.scale, context)  # type: ignore[no-any-return]
+        return self.scale * self.network(t, (x - self.center) / self.scale, context)
 
 
 class PopulationRegression(Objective):

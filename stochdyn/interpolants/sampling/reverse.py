@@ -48,7 +48,7 @@ __all__ = ["ReverseDiffusion"]
 
 Field = Callable[..., Tensor]
 Method = str | ExponentialODE | ExponentialSDE
-_METHODS = {"sde": ExponentialSDE(), "ode": ExponentialODE()}
+_METHODS: dict[str, ExponentialODE | ExponentialSDE] = {"sde": ExponentialSDE(), "ode": ExponentialODE()}
 
 
 class ReverseDiffusion(nn.Module):

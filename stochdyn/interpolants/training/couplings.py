@@ -309,7 +309,7 @@ def coupling_cost(
     apart = torch.cdist(context, context).square()
     if condition_weight is None:
         spread = apart.mean()
-        condition_weight = 100.0 * torch.where(spread > 0, cost.mean() / spread, 0.0)  # type: ignore[assignment]
+        return cost + 100.0 * torch.where(spread > 0, cost.mean() / spread, 0.0) * apart
     return cost + condition_weight * apart
 
 

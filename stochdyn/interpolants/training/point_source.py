@@ -236,9 +236,8 @@ class Forecaster(nn.Module):
 
         level = (lambda t: own * (1 - t)) if noise == "interpolant" else source.optimal_noise
         with torch.no_grad(), evaluating(self):
-            out = integrate_sde(
-                drift, level, start, ts, method, generator=as_generator(generator, start.device)
-            )  # type: ignore[arg-type]
+            source_of_noise = as_generator(generator, start.device)
+            out = integrate_sde(drift, level, start, ts, method, generator=source_of_noise)  # type: ignore[arg-type]
         return out.reshape(*shape, *x0.shape)
 
 
