@@ -80,7 +80,7 @@ def plot_phase_diagram(
     for name, values in expect.items():
         if len(values) != len(x):
             raise InvalidInputError(
-                f"{name} must have one value a parameter", got=len(values), expected=len(x)
+                f"{name} must have one value for each parameter", got=len(values), expected=len(x)
             )
     if axes is None:
         import matplotlib.pyplot as plt

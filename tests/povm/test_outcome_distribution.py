@@ -21,7 +21,7 @@ def test_shapes_and_log_probabilities() -> None:
     assert torch.allclose(law.log_prob(x).reshape(-1), net.log_prob(x.reshape(-1, 4)))
     assert law.expand([3]).log_prob(x).shape == (5, 3)
     assert law.sample((0,)).shape == (0, 4)
-    with pytest.raises(ShapeError, match="one outcome a site"):
+    with pytest.raises(ShapeError, match="one outcome for each site"):
         law.log_prob(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="within the support"):
         law.log_prob(torch.full((2, 4), 7))

@@ -57,5 +57,5 @@ def test_a_phase_diagram_has_points_lines_and_names() -> None:
     assert list(axes.lines[0].get_ydata()) == [-0.91, -0.81]
     assert list(axes.containers[0].lines[0].get_ydata()) == [-0.9, -0.8]
     matplotlib.pyplot.close(figure)
-    with pytest.raises(InvalidInputError, match="one value a parameter"):
+    with pytest.raises(InvalidInputError, match="one value for each parameter"):
         plot_phase_diagram([0.5, 1.0], {"Z": [0.0]})

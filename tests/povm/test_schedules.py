@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from stochdyn.errors import InvalidInputError, LindbladianError
-from stochdyn.povm import Lindbladian, SampledCoefficient, Tetrahedral, exact, mean_field, systems
+from stochdyn.povm import (
+    Lindbladian,
+    Propagator,
+    SampledCoefficient,
+    Tetrahedral,
+    exact,
+    mean_field,
+    systems,
+    trajectories,
+)
 from stochdyn.povm.master import make_schedule
 
 POVM = Tetrahedral()
@@ -126,3 +135,20 @@ def test_evolutions_without_end_are_refused_before_work() -> None:
         exact.evolve(systems.ising(2), "up", [0.0, 1e9], backend="matrix")
     with pytest.raises(InvalidInputError, match="too long"):
         exact.propagate(systems.ising(2, decay=1e30), POVM, "up", [0.0, 1.0])
+
+
+def test_trajectories_and_the_propagator_have_no_unit_of_time() -> None:
+    def answers_in(unit: float) -> torch.Tensor:
+        driven = Lindbladian(
+            1, [(lambda t: math.cos(3 * t / unit) / unit, "X", 0)], [(1 / unit, "sigma-", 0)]
+        )
+        walk = trajectories.evolve(
+            driven, "up", [0.0, unit], ["Z"], num_trajectories=20, generator=0, progress=False
+        )
+        named = Lindbladian(1, [("g*cos(w*t)", "X", 0)], [("k", "sigma-", 0)])
+        law = Propagator(named, POVM, "up", [0.5 * unit, unit])
+        p = law(g=1 / unit, w=2 / unit, k=0.5 / unit)
+        return torch.cat([walk.expect["Z"], p.reshape(-1)])
+
+    for unit in (1e-12, 1e12):
+        torch.testing.assert_close(answers_in(unit), answers_in(1.0), atol=1e-9, rtol=0)

@@ -73,7 +73,7 @@ def test_bad_strings_are_refused() -> None:
         Strings(torch.tensor([[0, 0, 1]]))
     with pytest.raises(InvalidInputError, match="twice"):
         Strings(torch.tensor([[0, 1], [0, 1]]))
-    with pytest.raises(ShapeError, match="one relabelling a string"):
+    with pytest.raises(ShapeError, match="one relabelling for each string"):
         Strings(torch.tensor([[0, 1]]), torch.tensor([[0, 1], [1, 0]]))
     with pytest.raises(ShapeError, match="two dimensions"):
         Strings.snake((2, 2, 2))

@@ -193,7 +193,7 @@ class AutoregressiveAnsatz(Ansatz):
         return (each.logsumexp(1) - torch.tensor(float(count), dtype=each.dtype).log())[place]
 
     def scores(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Ansatz.scores`; by one backward pass, not by a pass a sample."""
+        """See :meth:`Ansatz.scores`; by one backward pass, not by one pass per sample."""
         self.check_outcomes(a)
         named = dict(self.trainable())
         rows = max(16, self.memory // (len(self.strings) * self.bytes_per_row * 8))

@@ -107,7 +107,7 @@ class Ansatz(nn.Module, ABC):
         """Become a product state exactly, whatever the parameters were.
 
         Args:
-            povm: the frame, or one a site.
+            povm: the frame, or one for each site.
             state: a name such as ``"up"`` or ``"x+"``, a vector or a density matrix of one site, for all sites; or
                 a list with one of these for each site.
 

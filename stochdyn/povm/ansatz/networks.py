@@ -36,7 +36,7 @@ class AutoregressiveNetwork(AutoregressiveAnsatz):
         shape: of the lattice, for strings that need it.
         memory: bytes that caches may use at a time; larger evaluations are done in parts.
         pairs: direct couplings of pairs of steps (:class:`~stochdyn.povm.ansatz.pairs.PairCouplings`), one block for
-            ``"all"`` pairs or one a ``"distance"``; None for none.
+            ``"all"`` pairs or one for each ``"distance"``; None for none.
     """
 
     def __init__(

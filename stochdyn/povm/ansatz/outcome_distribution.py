@@ -62,7 +62,7 @@ class OutcomeDistribution(LawDistribution):
         """
         if value.ndim == 0 or value.shape[-1] != self.ansatz.num_sites:
             raise ShapeError(
-                "a record has one outcome a site",
+                "a record has one outcome for each site",
                 got=tuple(value.shape),
                 expected=f"(..., {self.ansatz.num_sites})",
             )

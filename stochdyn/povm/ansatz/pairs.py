@@ -28,7 +28,7 @@ class PairCouplings(nn.Module):
     Args:
         num_sites: ``N``.
         num_outcomes: ``K``.
-        shared: one block a distance instead of one a pair.
+        shared: one block for each distance instead of one for each pair.
     """
 
     slots: Tensor

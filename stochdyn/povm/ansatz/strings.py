@@ -62,7 +62,9 @@ class Strings:
             _check_permutations(self.relabellings, "relabellings")
             if len(self.relabellings) != len(self.orders):
                 raise ShapeError(
-                    "there must be one relabelling a string", got=len(self.relabellings), expected=len(self)
+                    "there must be one relabelling for each string",
+                    got=len(self.relabellings),
+                    expected=len(self),
                 )
         if len(set(self._keys())) < len(self):
             raise InvalidInputError("a string occurs twice", hint="every string has the same weight")

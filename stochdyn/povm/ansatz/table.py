@@ -1,4 +1,4 @@
-"""The full table: one parameter an outcome string, for tests and as the ansatz without an ansatz error."""
+"""The full table: one parameter for each outcome string, for tests and as the ansatz without an ansatz error."""
 
 from __future__ import annotations
 

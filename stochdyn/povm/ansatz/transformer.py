@@ -97,7 +97,7 @@ class AutoregressiveTransformer(AutoregressiveNetwork):
         return apply_norm(self.norm, x, tape)
 
     def start(self, rows: int) -> list[Tensor]:
-        """See :meth:`AutoregressiveAnsatz.start`: keys and values ``(2, rows, heads, N, width / heads)`` a layer."""
+        """See :meth:`AutoregressiveAnsatz.start`: keys and values ``(2, rows, heads, N, width / heads)`` for each layer."""
         shape = (2, rows, self.heads, self.num_sites, self.width // self.heads)
         return [self.reference.new_empty(shape) for _ in self.layers]
 

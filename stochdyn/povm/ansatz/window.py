@@ -41,7 +41,7 @@ class AutoregressiveWindow(AutoregressiveAnsatz):
         order: number of earlier sites that an outcome depends on.
         shape: of the lattice, its sites counted with the last axis fastest; a chain if None.
         periodic: whether the lattice closes on itself.
-        shared: one table a pattern; False for a table of its own for every site, where sites differ.
+        shared: one table for each pattern; False for a table of its own for every site, where sites differ.
         strings: see :class:`AutoregressiveAnsatz`; should be symmetries of the lattice.
         num_outcomes: ``K``.
         memory: bytes that caches may use at a time.

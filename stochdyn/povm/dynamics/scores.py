@@ -18,7 +18,7 @@ class Tape:
 
     .. math:: \nabla_W\log P(a_n) = \sum_t \frac{\partial\log P}{\partial y_{nt}}\,x_{nt}^\top,
 
-    a product of matrices a sample, which costs as much as the ordinary gradient; no sample is passed through
+    one product of matrices for each sample, which costs as much as the ordinary gradient; no sample is passed through
     the network alone.
 
     Args:
@@ -66,7 +66,7 @@ class Tape:
         return self._keep("rows", (table,), index, table[index])
 
     def positions(self, table: Tensor, rows: int) -> Tensor:
-        """Return a table ``(N, width)`` once a row ``(rows, N, width)`` and remember it."""
+        """Return a table ``(N, width)`` once for each row ``(rows, N, width)`` and remember it."""
         return self._keep("positions", (table,), None, table.expand(rows, *table.shape).clone())
 
     def custom(self, parameter: Tensor, x: Tensor, y: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:

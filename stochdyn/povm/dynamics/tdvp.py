@@ -35,7 +35,7 @@ class Velocity:
     r"""A solution of :math:`S\dot\theta=F` and how good it is.
 
     Attributes:
-        direction: ``(P,)`` the change of the parameters a unit of time.
+        direction: ``(P,)`` the change of the parameters per unit of time.
         residual: the part of the wanted change of the law that the ansatz can't make,
             :math:`\sqrt{E(\ell-O\dot\theta)^2/E\ell^2}`, between 0 and 1; by sampling that of draws left out of the
             solution, where 1 says that nothing of their change was foreseen.

@@ -173,7 +173,7 @@ def as_matrix(value: Any, name: str) -> Tensor:
 
 
 def as_operator(operator: Any, dim: int, num_sites: int | None = None, name: str = "operator") -> Tensor:
-    """Return the matrix ``(dim**k, dim**k)`` of a name, a matrix, a ``Qobj`` or a list of these, one a site.
+    """Return the matrix ``(dim**k, dim**k)`` of a name, a matrix, a ``Qobj`` or a list of these, one for each site.
 
     Raises:
         ShapeError: if the size isn't a power of ``dim``, or doesn't fit ``num_sites`` sites.

@@ -69,7 +69,7 @@ def sites_of(matrix: Tensor, dim: int) -> int:
 
 
 def _contract(operator: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Traces of an operator with all products of one matrix a site."""
+    """Traces of an operator with all products of one matrix for each site."""
     k = len(matrices)
     dims = [m.shape[-1] for m in matrices]
     order = [axis for i in range(k) for axis in (i, k + i)]

@@ -250,7 +250,7 @@ class Lindbladian:
         is rebuilt from one time to the next.
 
         Args:
-            povm: the frame of all sites, or one a site.
+            povm: the frame of all sites, or one for each site.
             dtype: of the entries.
             device: where they live.
 

@@ -57,7 +57,7 @@ def initial_density(state: Any, num_sites: int, dim: int = 2) -> Tensor:
     """Return the density matrix ``(d**N, d**N)`` of a state of the lattice.
 
     Args:
-        state: a name or the state of one site, taken for all sites; a list with one a site; or a vector or density
+        state: a name or the state of one site, taken for all sites; a list with one for each site; or a vector or density
             matrix of the whole lattice.
         num_sites: ``N``.
         dim: levels of a site.

@@ -131,7 +131,7 @@ def propagate(
     if isinstance(state, Tensor) and state.is_floating_point() and state.ndim == 1:
         if state.shape[0] != povm.num_outcomes**model.num_sites:
             raise ShapeError(
-                "there is one probability an outcome",
+                "there is one probability for each outcome",
                 got=state.shape[0],
                 expected=povm.num_outcomes**model.num_sites,
             )
