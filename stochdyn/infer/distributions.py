@@ -341,7 +341,7 @@ def _callable(law: Any) -> Any:
     if isinstance(law, TorchDistributionMixin):
         return law
     kind = type(type(law).__name__, (type(law), TorchDistributionMixin), {})
-    new = object.__new__(kind)
+    new: Any = object.__new__(kind)
     new.__dict__.update(law.__dict__)
     return new
 

@@ -88,11 +88,11 @@ def sample_driven(name: str, law: PathIncrements) -> Tensor:
     gives it as the value, and no equation is integrated.
     """
     with _Handed() as handed:
-        dw = pyro.sample(f"{name}_dw", law, infer={"path": name})
+        dw = pyro.sample(f"{name}_dw", law, infer={"path": name})  # type: ignore[arg-type]
     return _drive(law, dw, handed.path, name=name)
 
 
-@effectful(type="path")  # type: ignore[untyped-decorator]
+@effectful(type="path")
 def _drive(law: PathIncrements, increments: Tensor, driven: DrivenPath | None) -> Tensor:
     x = None if driven is None else driven.path(law, increments)
     if x is None:

@@ -28,7 +28,9 @@ class LikelihoodEncoder(nn.Module):
         self.gru = nn.GRU(3 * dim + 1, width)
         self.width = width
 
-    def forward(self, ts: Tensor, reference: Tensor, precision: Tensor, linear: Tensor) -> Tensor:
+    def forward(
+        self, ts: Tensor, reference: Tensor, precision: Tensor, linear: Tensor, unit: Tensor | None = None
+    ) -> Tensor:
         """Return summaries ``(T, *batch, width)``.
 
         Args:
@@ -36,11 +38,16 @@ class LikelihoodEncoder(nn.Module):
             reference: ``(T, *batch, d)`` reference path.
             precision: ``(T, *batch, d, d)``.
             linear: ``(T, *batch, d)``.
+            unit: ``(*batch, d)`` the spread of the components, in which the network counts; None for ones.
         """
         diagonal = torch.diagonal(precision, dim1=-2, dim2=-1)
-        seen = (diagonal > 1e-12).to(reference.dtype)
         pull = linear - (precision @ reference.unsqueeze(-1)).squeeze(-1)
-        gap = torch.where(seen > 0, pull / diagonal.clamp_min(1e-12), torch.zeros_like(pull))
+        if unit is not None:
+            diagonal, pull = diagonal * unit**2, pull * unit
+        seen = (diagonal > 0).to(reference.dtype)
+        gap = torch.where(
+            seen > 0, pull / torch.where(seen > 0, diagonal, torch.ones_like(pull)), torch.zeros_like(pull)
+        )
         gap = torch.sign(gap) * torch.log1p(gap.abs())
         first, last = ts[..., :1], ts[..., -1:]
         position = time_column((ts - first) / (last - first), reference).expand_as(reference[..., :1])

@@ -287,6 +287,7 @@ def fit_posterior(
             )
             source.run(*args, **kwargs)
         else:
+            assert not isinstance(method, str)
             source = _fit(model, method, latent, paths, args, kwargs, progress)
     idata = to_inference_data(model, source, args, kwargs, num_draws=num_draws, seed=seed)
     khat = math.nan

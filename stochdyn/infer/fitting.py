@@ -106,7 +106,7 @@ def fit_guide(
         guide(*args, **kwargs)
         depth = _plate_depth(poutine.trace(guide), args, kwargs)
         depth = max(depth, _plate_depth(poutine.trace(model), args, kwargs))
-    elbo = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=depth)
+    elbo: Any = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=depth)
     return fit(
         _Bound(elbo(model, guide), guide, args, kwargs),
         steps=steps,

@@ -149,7 +149,7 @@ class AutoPathGuide(AutoGuide):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         rename(self, type(self).__name__)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -283,7 +283,8 @@ class AutoPathGuide(AutoGuide):
             for f in self._nodes[name]["cond_indep_stack"]
         }
         if self.rest is not None:
-            for _, site in self.rest.prototype_trace.iter_stochastic_nodes():
+            rest: Any = self.rest
+            for _, site in rest.prototype_trace.iter_stochastic_nodes():
                 late -= {f.name for f in site["cond_indep_stack"]}
         return frozenset(late)
 
@@ -291,13 +292,13 @@ class AutoPathGuide(AutoGuide):
         frames = self._prototype_frames
         self._prototype_frames = {n: f for n, f in frames.items() if n not in self._late_plates}
         try:
-            return super()._create_plates(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return super()._create_plates(*args, **kwargs)
         finally:
             self._prototype_frames = frames
 
     def _enter_late_plates(self, name: str, run: Mapping[str, Any]) -> dict[str, Tensor]:
         """Make the plates of an amortised path as the model made them; return their indices."""
-        indices = {}
+        indices: dict[str, Any] = {}
         for frame in run[name]["cond_indep_stack"]:
             if frame.name not in self._late_plates or frame.name in self.plates:
                 continue
@@ -453,7 +454,7 @@ class AutoPathGuide(AutoGuide):
             view = self._view_of(name, call.site(name, values)["fn"], {}, values)
             feedback = site.free_feedback(view.scale)
         law = self._posterior(view, feedback, start)
-        infer = {"path": view.path_name}
+        infer: dict[str, Any] = {"path": view.path_name}
         if isinstance(law, IncrementPosterior):
             infer["driven"] = law.driven
         with self._plates_of(name):

@@ -105,12 +105,20 @@ def fit_linearised(
                 mean, factor = view.start.posterior(posterior.start_precision, posterior.start_linear)
                 mean, factor = mean.to(point.states.dtype), factor.to(point.states.dtype)
             previous, point = point, _improve(view, judge, point, posterior, mean)
-            size = 1e-12 + point.states.abs().max()
-            if float((point.states - previous.states).abs().max() / size) < tolerance:
+            if _stands_still(previous, point, tolerance):
                 break
     held = _held(view, point, posterior)
     posterior = replace(posterior, law=replace(posterior.law, offset=held))
     return LinearStart(posterior, point.states, point.increments, point.start, factor)
+
+
+def _stands_still(before: _Point, after: _Point, tolerance: float) -> bool:
+    """Return whether every series has come to rest, each component in its own scale, or gains nothing any more."""
+    change = (after.states - before.states).abs().amax(0)
+    rest = (change <= tolerance * after.states.abs().amax(0)).all(-1)
+    gain = (after.score - before.score).abs()
+    rounding = 8 * torch.finfo(gain.dtype).eps * after.score.abs()
+    return bool((rest | (gain <= rounding)).all())
 
 
 def _linearised(view: SiteView, point: _Point) -> LinearPosterior:

@@ -81,7 +81,7 @@ def observe(name: str, distribution: Any, values: Any, mask: Any = None) -> Tens
             )
         seen = whole.all(-1)
     if bool(seen.all()) and mask is None:
-        return pyro.sample(name, distribution, obs=data)  # type: ignore[no-any-return]
+        return pyro.sample(name, distribution, obs=data)
     inside = seen.reshape((*seen.shape, *(1,) * base.event_dim))
     known = data[inside.expand_as(data)]
     filler = (
@@ -92,7 +92,7 @@ def observe(name: str, distribution: Any, values: Any, mask: Any = None) -> Tens
     if base.event_dim and bool(seen.any()):
         filler = data[seen][0]
     filled = torch.where(inside, data, filler)
-    return pyro.sample(name, base.mask(seen).to_event(events), obs=filled)  # type: ignore[no-any-return]
+    return pyro.sample(name, base.mask(seen).to_event(events), obs=filled)
 
 
 class LinearObservations(LawDistribution):

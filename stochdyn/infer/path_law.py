@@ -286,7 +286,8 @@ def draw_paths(
     depth = 1 + max((-f.dim for f in frames if f.dim is not None), default=0)
     if samples is None:
         with pyro.plate("_draws", num_draws, dim=-depth):
-            drawn = poutine.trace(source).get_trace(*args, **kwargs)
+            guide: Any = source
+            drawn = poutine.trace(guide).get_trace(*args, **kwargs)
             nodes: Any = poutine.trace(poutine.replay(model, drawn)).get_trace(*args, **kwargs).nodes
     else:
         size = next(iter(samples.values())).shape[0]

@@ -142,8 +142,10 @@ class PathSite(PyroModule):
                 seen = states[1:] if feedback is None else feedback.remembered(states)[1:]
                 squares.append(((seen - centre) ** 2).flatten(0, -2).mean(0))
             width = torch.stack(squares).mean(0).sqrt()
-        good = torch.isfinite(width) & (width > 1e-8)
-        return torch.where(good, width, torch.ones_like(width))
+        # What never moves but for rounding has the size of its values as its unit.
+        size = centre.abs().flatten(0, -2).amax(0)
+        good = torch.isfinite(width) & (width > 16 * torch.finfo(width.dtype).eps * size)
+        return torch.where(good, width, torch.where(size > 0, size, torch.ones_like(size)))
 
     def _set_coupling(self, coupling: Coupling | None, like: Tensor) -> None:
         self.couples = coupling is not None
@@ -179,7 +181,8 @@ class PathSite(PyroModule):
         self, view: SiteView, reference: Tensor, data: Quadratic, keep_graph: bool
     ) -> tuple[Feedback, StartPosterior | None]:
         """Return the feedback law that the encoder reads off the likelihood around a reference path."""
-        summary = self.encoder(view.fn.ts, reference[..., : view.dim], data.precision, data.linear)
+        unit = self.width[..., : view.dim]
+        summary = self.encoder(view.fn.ts, reference[..., : view.dim], data.precision, data.linear, unit)
         out = self.head(summary[1:])
         count, size = self.count, self.size
         offset, gain, log_diagonal, lower = out.split([count, count * size, count, len(self._lower[0])], -1)

@@ -17,6 +17,7 @@ from stochdyn.core import Scalar
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional import FractionalOU, MarkovNoise
 from stochdyn.infer import AutoPathGuide, sample_path, start_at_mode
+from tests.infer.exact import linear_path
 
 D = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore::stochdyn.errors.ApproximationWarning")
@@ -157,3 +158,31 @@ def test_bad_choices_are_refused() -> None:
         start_at_mode(_guide(AutoDelta))
     with pytest.raises(InvalidInputError, match="num_starts"):
         start_at_mode(_guide(), num_starts=-1)
+
+
+@pytest.mark.parametrize("noise_space", [None, True])
+def test_a_site_that_only_the_likelihood_knows_is_followed_draw_by_draw(noise_space: bool | None) -> None:
+    """The path's equation is the same for all draws, its data are not: each draw has a path law of its own."""
+
+    def model() -> None:
+        sd_obs = pyro.sample("sd", dist.LogNormal(torch.tensor(-1.5, dtype=D), 0.7))
+        x = sample_path(
+            "x", sd.SDE(lambda t, x: -x, 0.5), torch.zeros(1, dtype=D), TS, noise_space=noise_space
+        )
+        pyro.sample("y", dist.Normal(x[..., 2::2, 0], sd_obs[..., None]).to_event(1), obs=Y)
+
+    pyro.set_rng_seed(0)
+    guide = AutoPathGuide(model, hidden=(), feedback="recomputed", rest=AutoMultivariateNormal)
+    guide()
+    with pyro.plate("particles", 6, dim=-1), torch.no_grad():
+        drawn = pyro.poutine.trace(guide).get_trace()
+        trace = pyro.poutine.trace(pyro.poutine.replay(model, drawn)).get_trace()
+    trace.compute_log_prob()
+    drawn.compute_log_prob()
+    site = "x_dw" if noise_space else "x"
+    weight = trace.nodes["y"]["log_prob"] + trace.nodes[site]["log_prob"] - drawn.nodes[site]["log_prob"]
+    a, g = -torch.ones(1, 1, dtype=D), 0.5 * torch.ones(1, 1, dtype=D)
+    law = linear_path(a, g, TS, torch.zeros(1, dtype=D))
+    times = torch.arange(2, 21, 2)
+    exact = torch.stack([law.evidence(Y, times, float(s)) for s in trace.nodes["sd"]["value"].flatten()])
+    torch.testing.assert_close(weight, exact, rtol=0, atol=1e-8)

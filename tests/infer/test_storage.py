@@ -141,3 +141,39 @@ def test_starting_at_the_mode_leaves_other_guides_alone():
     AutoSkewedNormal(small).start_at_mode(Y, steps=5)
     mine(Y)
     assert float(mine.loc.detach()) == before
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+@pytest.mark.parametrize("kind", ["network", "recomputed", "amortised"])
+def test_lengths_in_other_units_change_no_weight(kind, unit):
+    options = {
+        "network": {"hidden": (4,)},
+        "recomputed": {"hidden": (), "feedback": "recomputed"},
+        "amortised": {"hidden": (4,), "amortised": True, "context": 3},
+    }[kind]
+    found = []
+    for scale in (1.0, unit):
+
+        def scaled(scale=scale):
+            start = torch.zeros(1, dtype=F64)
+            x = sample_path("x", SDE(lambda t, x: -x, 0.5 * scale), start, TS)
+            pyro.sample("y", dist.Normal(x[..., 2::2, 0], 0.3 * scale).to_event(1), obs=scale * Y[:5])
+
+        pyro.set_rng_seed(0)
+        guide = AutoPathGuide(scaled, **options)
+        guide()
+        with torch.no_grad():  # away from the start of training, where the network says nothing
+            generator = torch.Generator().manual_seed(0)
+            for parameter in guide.parameters():
+                if kind != "network" or parameter.shape[-1] == 4:
+                    parameter += 0.1 * torch.randn(
+                        parameter.shape, generator=generator, dtype=parameter.dtype
+                    )
+        pyro.set_rng_seed(1)
+        trace = pyro.poutine.trace(guide).get_trace()
+        model = pyro.poutine.trace(pyro.poutine.replay(scaled, trace)).get_trace()
+        found.append(
+            float((model.log_prob_sum() - trace.log_prob_sum()).detach())
+            + 5 * float(torch.tensor(scale, dtype=F64).log())
+        )
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
