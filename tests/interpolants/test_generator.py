@@ -429,3 +429,14 @@ def test_what_models_cannot_do() -> None:
         kl_bound(both, torch.zeros(2, 2, dtype=F64), torch.zeros(2, 2, dtype=F64), 0.0)
     with pytest.raises(errors.InvalidInputError, match="epsilon must be greater than 0"):
         kl_bound_from_losses(0.1, 0.1, 0.0)
+
+
+def test_the_law_at_a_time_does_not_depend_on_the_grid() -> None:
+    """Asked for from a later time on, paths are simulated from the start: the marginal there, not the start itself."""
+    measure = exact().measure(epsilon=0.5)
+    late = measure.sample(torch.tensor([0.5, 0.75], dtype=F64), 1500, 0).x[:, 0]
+    flow = GaussianMixtureInterpolant(Interpolant(), None, LAW)
+    mean, covariance = flow.moments(0.5)
+    error = (covariance.diagonal() / 1500).sqrt()
+    assert bool(((late.mean(0) - mean).abs() < 5 * error + 0.02).all())
+    assert measure.marginal(0.5).sample(3, 0).shape == (3, 2)

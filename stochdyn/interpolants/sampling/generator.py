@@ -613,7 +613,7 @@ class InterpolantGenerator(nn.Module):
         initial = EmpiricalStart(self.starts.kept) if self.starts.empirical else self.starts.law()
         constant = level.constant
         diffusion: Any = _Spread(level) if constant is None else (2 * constant) ** 0.5
-        return DiffusionMeasure(initial, SDE(drift, diffusion))
+        return DiffusionMeasure(initial, SDE(drift, diffusion), start_time=0.0)
 
     def distribution(
         self, num_steps: int = 50, method: Method = "rk4", condition: Any = None, guidance: float = 1.0

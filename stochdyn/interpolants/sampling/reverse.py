@@ -348,7 +348,9 @@ class ReverseDiffusion(nn.Module):
         def score(t: Tensor, x: Tensor) -> Tensor:
             return self.score(t, x, condition)
 
-        return DiffusionMeasure(self.prior, self.process.sde().reverse(score, self.process.horizon))
+        return DiffusionMeasure(
+            self.prior, self.process.sde().reverse(score, self.process.horizon), start_time=0.0
+        )
 
     def distribution(self, num_steps: int = 50, condition: Any = None) -> DiffusionDistribution:
         """Return the law of the ODE at the start time as a Pyro distribution with event ``(d,)``.
