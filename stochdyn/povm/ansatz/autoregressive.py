@@ -47,7 +47,7 @@ class AutoregressiveAnsatz(Ansatz):
     """
 
     reference: Tensor
-    _derived_ = ("_read_references",)
+    _derived_: tuple[str, ...] = ("_read_references",)
 
     def __init__(
         self,

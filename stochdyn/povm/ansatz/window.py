@@ -63,7 +63,7 @@ class AutoregressiveWindow(AutoregressiveAnsatz):
     neighbours: Tensor
     strides: Tensor
     offsets: Tensor
-    _derived_ = ("_read_references", "_plan")
+    _derived_: tuple[str, ...] = ("_read_references", "_plan")
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ class Averages:
     """
 
     def __init__(
-        self, net: Ansatz, operator: MasterEquation, num_samples: int | None, stratified: bool = True
+        self, net: Ansatz, operator: SparseMasterEquation, num_samples: int | None, stratified: bool = True
     ) -> None:
         if num_samples is not None:
             check_positive_int(num_samples, "num_samples", 2)

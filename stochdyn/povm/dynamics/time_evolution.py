@@ -274,7 +274,7 @@ def expectations(
             values = {name: estimator(every) for name, estimator in estimators.items()}
             return {name: ((p.to(v.dtype) @ v).item(), 0.0) for name, v in values.items()}
         a, _ = net.sample(num_samples, generator=generator, stratified=True)
-        found = {}
+        found: dict[str, tuple[complex, float]] = {}
         for name, estimator in estimators.items():
             values_at = estimator(a)
             found[name] = (values_at.mean().item(), float(values_at.std() / num_samples**0.5))

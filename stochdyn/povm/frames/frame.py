@@ -88,8 +88,27 @@ class Measurement:
             InvalidInputError: if the state is unknown or no density matrix.
         """
         rho = as_state(state, self.dim)
-        p = probabilities_of(rho, [self] * sites_of(rho, self.dim))
+        p = probabilities_of(rho, [self] * sites_of(rho, self.dim))  # type: ignore[list-item]
         return p.clamp(min=0.0)  # zeros may come out as -1e-17
+
+    def positive_probabilities(self, state: Any) -> Tensor:
+        """Return :meth:`probabilities` ``(K,)`` of a state of one site, all of them above zero.
+
+        Raises:
+            ZeroProbabilityError: if an outcome never happens, so that its logarithm is infinite.
+            InvalidInputError: if the state isn't one of a single site.
+        """
+        p = self.probabilities(state)
+        if p.shape[0] != self.num_outcomes:
+            raise InvalidInputError("this must be the state of a single site", got=f"{p.shape[0]} outcomes")
+        low, place = p.min(0)
+        if float(low) < 1e-12:
+            raise ZeroProbabilityError(
+                f"outcome {int(place)} of {self.name} has probability zero in this state",
+                got=state if isinstance(state, str) else "a pure state orthogonal to the effect",
+                hint=_advice(state, self.dim),
+            )
+        return p
 
     def with_readout_errors(self, confusion: Any) -> Measurement:
         r"""Return the measurement whose outcomes are misread, :math:`M'_a=\sum_bC_{ab}M_b`.
@@ -183,25 +202,6 @@ class Frame(Measurement):
         """Largest over smallest nonzero eigenvalue of the overlap: how much statistical noise is amplified."""
         values = torch.linalg.eigvalsh(self.overlap)
         return float(values[-1] / values[-(self.dim**2)])
-
-    def positive_probabilities(self, state: Any) -> Tensor:
-        """Return :meth:`probabilities` ``(K,)`` of a state of one site, all of them above zero.
-
-        Raises:
-            ZeroProbabilityError: if an outcome never happens, so that its logarithm is infinite.
-            InvalidInputError: if the state isn't one of a single site.
-        """
-        p = self.probabilities(state)
-        if p.shape[0] != self.num_outcomes:
-            raise InvalidInputError("this must be the state of a single site", got=f"{p.shape[0]} outcomes")
-        low, place = p.min(0)
-        if float(low) < 1e-12:
-            raise ZeroProbabilityError(
-                f"outcome {int(place)} of {self.name} has probability zero in this state",
-                got=state if isinstance(state, str) else "a pure state orthogonal to the effect",
-                hint=_advice(state, self.dim),
-            )
-        return p
 
     def coefficients(self, operator: Any) -> Tensor:
         r"""Return the estimator of an observable: its value at every outcome.
