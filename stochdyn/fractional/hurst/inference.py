@@ -74,7 +74,7 @@ def infer_hurst(
         ``white_scale``, ``hurst_center`` and ``hurst_width``), ``posterior_predictive`` and ``observed_data``
         (``series``), ``log_likelihood`` (each value given those before it); attributes ``check_memory``,
         ``check_season`` and ``check_outlier`` (p-values of the prediction errors), ``likelihood`` (``"exact"``, or
-        ``"whittle"`` for more than 30 000 values), ``seed``. Several series have the axes ``series`` and ``component``.
+        ``"whittle"`` for more than 30 000 values), ``khat`` (minus infinity: exact draws), ``seed``. Several series have the axes ``series`` and ``component``.
 
     Raises:
         EmptyDataError, TooFewDrawsError, NonFiniteError, ShapeError, InvalidInputError: for series that are empty, too short,
@@ -213,6 +213,7 @@ def _container(
             pointwise[name] = (densities[0] - math.log(blocks[own[0]].unit))[None]
     attrs: dict[str, str | int | float] = {
         "estimator": "exact",
+        "khat": -math.inf,  # draws of the posterior itself need no weights
         "likelihood": "whittle" if len(blocks) == 1 and len(blocks[0].values) > WHITTLE_FROM else "exact",
         "check_memory": draws.checks.memory,
         "check_season": draws.checks.season,

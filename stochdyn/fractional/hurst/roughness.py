@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -192,6 +193,7 @@ def infer_roughness(
         dims[name] = ["time" if len(data) == 1 else f"time_{s}", *(["axis"] if axes > 1 else [])]
     attrs: dict[str, str | int | float] = {
         "estimator": "exact",
+        "khat": -math.inf,  # draws of the posterior itself need no weights
         "check_memory": draws.checks.memory,
         "check_season": draws.checks.season,
         "check_outlier": draws.checks.outlier,
