@@ -74,7 +74,8 @@ def infer_hurst(
         ``white_scale``, ``hurst_center`` and ``hurst_width``), ``posterior_predictive`` and ``observed_data``
         (``series``), ``log_likelihood`` (each value given those before it); attributes ``check_memory``,
         ``check_season`` and ``check_outlier`` (p-values of the prediction errors), ``likelihood`` (``"exact"``, or
-        ``"whittle"`` for more than 30 000 values), ``khat`` (minus infinity: exact draws), ``seed``. Several series have the axes ``series`` and ``component``.
+        ``"whittle"`` for more than 30 000 values), ``khat`` (minus infinity: exact draws), ``seed``.
+        Several series have the axes ``series`` and ``component``.
 
     Raises:
         EmptyDataError, TooFewDrawsError, NonFiniteError, ShapeError, InvalidInputError: for series that are empty, too short,
