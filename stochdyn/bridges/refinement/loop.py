@@ -23,7 +23,14 @@ from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
 from stochdyn.bridges.refinement.acceleration import Anderson, get_vector, set_vector
 from stochdyn.bridges.refinement.history import History, Iteration
 from stochdyn.bridges.refinement.methods import IPF, Messages, Sinkhorn
-from stochdyn.bridges.refinement.projection import drift_at, drift_shift, path_gain, project_drift
+from stochdyn.bridges.refinement.projection import (
+    Adam,
+    as_projection,
+    drift_at,
+    drift_shift,
+    path_gain,
+    project_drift,
+)
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.errors import ApproximationWarning, ConvergenceWarning, DiffusionError, NonFiniteError
 from stochdyn.run.engine import Resumable
@@ -198,6 +205,8 @@ class Attempt:
 
     def check(self) -> None:
         """Warn if the nodes were too few: where other random numbers would move the answer by more than half a standard error."""
+        if isinstance(as_projection(self.method.projection, self.family), Adam):
+            return  # steps of an optimiser have noise of their own
         nodes = self.bridge.nodes(self.method.num_nodes, self.task.seed)
         fresh = self.bridge.nodes(self.method.num_nodes, self.task.seed + 1)
         if nodes.x.shape == fresh.x.shape and torch.equal(nodes.x, fresh.x):
