@@ -51,6 +51,7 @@ __all__ = [
     "check_time_broadcast",
     "check_time_grid",
     "check_type",
+    "is_real",
     "values_are_checked",
 ]
 
@@ -230,6 +231,11 @@ def as_seed(seed: object, name: str = "seed") -> int:
 
 def _is_integer(x: object) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool | np.bool_)
+
+
+def is_real(x: object) -> bool:
+    """Return whether ``x`` is one real number of Python's or NumPy's, and not a truth value."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def check_bool(x: object, name: str) -> None:

@@ -449,6 +449,7 @@ class DiffusionMeasure(PathMeasure):
     def _check_path(self, path: Path) -> PathSample:
         """Return the paths on the grid of their simulation; raise a typed error unless they are finite and fit this law."""
         check_type(path, PathSample, "path")
+        assert isinstance(path, PathSample)
         path = path.fine if path.fine is not None else path
         check_time_grid(path.ts, "path.ts", batch=True)
         check_ndim(path.x, tuple(range(2, 13)), "path.x", "(*sample, T, d)")

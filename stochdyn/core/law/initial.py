@@ -175,7 +175,7 @@ class DistributionStart(InitialLaw):
     def distribution(self) -> torch.distributions.Distribution:
         """The distribution of the start, of the tensors as they are now."""
         if self._template is None:
-            return self.recipe()  # type: ignore[no-any-return]
+            return self.recipe()
         return self._template.filled({name: getattr(self, name) for name in self._template.names})
 
     @property

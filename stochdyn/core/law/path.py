@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -96,17 +96,17 @@ class PathSample:
     _drawn: Drawn | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ts, Tensor):
-            object.__setattr__(self, "ts", as_tensor(self.ts, "ts", finite=False))
-        if not isinstance(self.x, Tensor):
-            object.__setattr__(self, "x", as_tensor(self.x, "x", finite=False))
-        if self.dw is None:
+        given: dict[str, Any] = vars(self)  # data of any kind
+        for name in ("ts", "x"):
+            if not isinstance(given[name], Tensor):
+                object.__setattr__(self, name, as_tensor(given[name], name, finite=False))
+        if given["dw"] is None:
             unknown = self.x.new_full(
                 (*self.x.shape[:-2], max(self.x.shape[-2] - 1, 0), self.x.shape[-1]), torch.nan
             )
             object.__setattr__(self, "dw", unknown)
-        elif not isinstance(self.dw, Tensor):
-            object.__setattr__(self, "dw", as_tensor(self.dw, "dw", like=self.x, finite=False))
+        elif not isinstance(given["dw"], Tensor):
+            object.__setattr__(self, "dw", as_tensor(given["dw"], "dw", like=self.x, finite=False))
 
     @property
     def fine(self) -> PathSample | None:

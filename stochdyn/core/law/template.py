@@ -123,8 +123,8 @@ def _rebuilt(d: Distribution, prefix: str, place: Any) -> Distribution:
     names = _defining(d)
     if names and _takes(type(d), names):
         # Built anew, so that what the constructor derives (a Cholesky factor) follows the tensors.
-        return type(d)(**{n: place(prefix + n, own[n]) for n in names}, validate_args=False)  # type: ignore[call-arg]
-    return _filled(d, prefix, place)  # type: ignore[no-any-return]
+        return type(d)(**{n: place(prefix + n, own[n]) for n in names}, validate_args=False)
+    return _filled(d, prefix, place)
 
 
 # Arguments of which a constructor takes one; torch computes the others when they are asked for.
@@ -134,7 +134,10 @@ _ALTERNATIVES = (("probs", "logits"), ("covariance_matrix", "precision_matrix", 
 def _defining(d: Distribution) -> list[str]:
     """Return the names of the arguments from which a distribution was built."""
     own = vars(d)
-    names = [n for n in type(d).arg_constraints if isinstance(own.get(n), Tensor)]
+    constraints: Any = type(
+        d
+    ).arg_constraints  # a dictionary of the class, which torch declares as a property
+    names = [n for n in constraints if isinstance(own.get(n), Tensor)]
     for group in _ALTERNATIVES:
         present = [n for n in group if n in names]
         given = [n for n in present if isinstance(own[n]._base, nn.Parameter) or own[n] is own.get("_param")]

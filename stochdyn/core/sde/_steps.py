@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -341,7 +341,7 @@ def _may_overwrite(*inputs: Tensor) -> bool:
     return not torch.is_grad_enabled() and not transforms_are_active() and len({x.dtype for x in inputs}) == 1
 
 
-def _are_numbers(dt: list[float] | list[Tensor]) -> bool:
+def _are_numbers(dt: list[float] | list[Tensor]) -> TypeGuard[list[float]]:
     return not any(isinstance(h, Tensor) for h in dt[:1])
 
 

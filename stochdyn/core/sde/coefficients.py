@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_finite, check_ndim, check_positive
+from stochdyn._checks import as_tensor, check_finite, check_ndim, check_positive, is_real
 from stochdyn.errors import DiffusionError, ShapeError, SingularDiffusionError
 
 __all__ = ["Coefficient", "Diagonal", "Matrix", "Scalar", "as_coefficient"]
@@ -73,10 +72,9 @@ class Scalar(Coefficient):
 
     def __init__(self, value: Tensor | float) -> None:
         if not isinstance(value, Tensor):
-            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
             value = (
                 torch.tensor(float(value), dtype=torch.float64)
-                if number
+                if is_real(value)
                 else as_tensor(value, "diffusion", finite=False)
             )
         self._value = value
@@ -248,10 +246,9 @@ def as_coefficient(value: Coefficient | Tensor | float, x: Tensor | None = None)
     if isinstance(value, Coefficient):
         return value
     if not isinstance(value, Tensor):
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            value = as_tensor(value, "diffusion", like=x, finite=False)
-        else:
+        if is_real(value):
             return Scalar(value if x is None else x.new_full((), float(value)))
+        value = as_tensor(value, "diffusion", like=x, finite=False)
     if value.ndim == 0:
         return Scalar(value)
     if x is not None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import as_tensor, check_same_device, check_same_dtype
+from stochdyn._checks import as_tensor, check_same_device, check_same_dtype, is_real
 from stochdyn.core.sde.coefficients import Coefficient, Diagonal, Matrix, as_coefficient
 from stochdyn.core.sde.covariance import covariance_divergence
 from stochdyn.core.sde.noise import Brownian, NoiseProcess
@@ -115,7 +114,7 @@ class _Constant(nn.Module):
         super().__init__()
         if isinstance(diffusion, bool):
             raise InvalidInputError("diffusion must be a number or data", got=diffusion)
-        if not isinstance(diffusion, Coefficient | Tensor | numbers.Real):
+        if not isinstance(diffusion, Coefficient | Tensor) and not is_real(diffusion):
             diffusion = as_tensor(diffusion, "diffusion")
         coefficient = as_coefficient(diffusion)
         coefficient.check()
@@ -347,7 +346,7 @@ class SDE(nn.Module):
         value = self.drift(t, x)
         if self.control is not None and self.control.drift is not None:
             value = value + self.diffusion(t, x).apply(self.control.drift(t, x))
-        return value  # type: ignore[no-any-return]
+        return value
 
     def _check_markov(self, what: str) -> None:
         control = self.control

@@ -37,7 +37,7 @@ def step_sizes(ts: Tensor, dtype: torch.dtype) -> list[float] | list[Tensor]:
     """
     gaps = ts[..., 1:] - ts[..., :-1]
     if ts.ndim == 1 and not (ts.requires_grad and torch.is_grad_enabled()) and not transforms_are_active():
-        return gaps.tolist()  # type: ignore[no-any-return]
+        return gaps.tolist()
     gaps = gaps.to(dtype)
     return list(gaps.unbind(0) if ts.ndim == 1 else gaps.movedim(-1, 0).unsqueeze(-1).unbind(0))
 
