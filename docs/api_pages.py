@@ -1,4 +1,4 @@
-"""Sphinx extension: one page a subpackage, listing every public module that exists, and a table of the public names.
+"""Sphinx extension: one page per subpackage, listing every public module that exists, and a table of the public names.
 
 The pages go to ``docs/reference/generated`` whenever the documentation is built, so a new module appears in
 the reference without being listed by hand.
@@ -48,13 +48,13 @@ def setup(app: Any) -> dict[str, bool]:
 def write_pages(folder: Path) -> None:
     """Write the pages, touching only those that changed."""
     folder.mkdir(parents=True, exist_ok=True)
-    rooms = sorted(
+    packages = sorted(
         (m.name for m in pkgutil.iter_modules(stochdyn.__path__) if not m.name.startswith("_")),
         key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name),
     )
     pages = {"names.rst": _names_page()}
-    pages |= {f"{room}.rst": _room_page(f"stochdyn.{room}") for room in rooms}
-    toctree = "\n".join(f"   {room}" for room in rooms)
+    pages |= {f"{package}.rst": _package_page(f"stochdyn.{package}") for package in packages}
+    toctree = "\n".join(f"   {package}" for package in packages)
     pages["modules.rst"] = f"Modules\n=======\n\n.. toctree::\n   :maxdepth: 2\n\n{toctree}\n"
     for old in folder.glob("*.rst"):
         if old.name not in pages:
@@ -65,7 +65,7 @@ def write_pages(folder: Path) -> None:
             path.write_text(text, encoding="utf-8")
 
 
-def _room_page(name: str) -> str:
+def _package_page(name: str) -> str:
     module = importlib.import_module(name)
     title = f"``{name}``"
     lines = [title, "=" * len(title), ""]

@@ -5,7 +5,7 @@ Give the file of an experiment, or nothing for a simulated branching population:
     python examples/cells_held_out.py
     python examples/cells_held_out.py cells.h5ad --time day --representation X_pca --components 5
     python examples/cells_held_out.py cells.npz --values pcs --labels sample_labels --components 5 --hold-out 2
-    python examples/cells_held_out.py days.npz --times 0 12 24 36 72     # one array a day: t0, t1, ...
+    python examples/cells_held_out.py days.npz --times 0 12 24 36 72     # one array per day: t0, t1, ...
 
 It compares the Brownian bridge with references that are refined: a linear one and, on request, a smooth landscape that
 cells descend; and with the bridge of a population that grows. It prints W1, W2 and MMD on the held-out day, and draws
@@ -99,9 +99,9 @@ def main() -> dict[str, float]:
     parser.add_argument("--representation", default="X_pca", help="entry of obsm")
     parser.add_argument("--values", help="npz: key of the cells")
     parser.add_argument("--labels", help="npz: key of the cells' times")
-    parser.add_argument("--times", type=float, nargs="*", help="npz: one number a snapshot")
+    parser.add_argument("--times", type=float, nargs="*", help="npz: one number per snapshot")
     parser.add_argument("--components", type=int)
-    parser.add_argument("--cells", type=int, help="at most so many a day")
+    parser.add_argument("--cells", type=int, help="at most so many cells per day")
     parser.add_argument("--hold-out", type=int, help="index of the held-out day; the middle one if not given")
     parser.add_argument("--diffusion", type=float, default=0.3)
     parser.add_argument("--outer", type=int, default=3, help="iterations of each refinement")

@@ -76,7 +76,7 @@ def main() -> None:
     few = Series(series.times[:20], series.values[:20], series.mask[:20])
     found = evidence(model, few, 500)
     print(
-        f"bound {found.elbo.mean():.2f}, importance-weighted {found.log_evidence.mean():.2f} nats a series, median k-hat {found.khat.median():.2f}"
+        f"bound {found.elbo.mean():.2f}, importance-weighted {found.log_evidence.mean():.2f} nats per series, median k-hat {found.khat.median():.2f}"
     )
     one = Series(series.times[:1], series.values[:1], series.mask[:1])
     grid = model.ts[1:]

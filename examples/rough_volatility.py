@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, help="a file with realised variances; simulated ones if left out")
     parser.add_argument("--column", default="realised_variance")
-    parser.add_argument("--returns", type=int, default=78, help="returns a day behind each value")
+    parser.add_argument("--returns", type=int, default=78, help="returns per day behind each value")
     parser.add_argument("--days", type=int, default=500, help="days to simulate")
     parser.add_argument("--hurst", type=float, default=0.1, help="index of the simulation")
     parser.add_argument("--draws", type=int, default=500)

@@ -453,7 +453,7 @@ def check_time_broadcast(t: Tensor, x: Tensor, name: str = "t") -> None:
             f"{name} must broadcast to x[..., :1]",
             got=f"shapes {tuple(t.shape)} and {tuple(x.shape)}",
             expected=f"a number or shape {want}",
-            hint=f"one time a point is {name}[:, None]; times that lead are {name}[:, None, None]",
+            hint=f"one time per point is {name}[:, None]; times that lead are {name}[:, None, None]",
         )
 
 

@@ -90,7 +90,7 @@ def scaling(record: dict[str, Any]) -> list[str]:
         "**Cost against size**, one run each: a coupling at 5 % of the mean cost, and one iteration (projection and bridge) of "
         "Lotka-Volterra's refinement with five snapshots.",
         "",
-        _row("what", "particles a snapshot", "seconds", "iterations"),
+        _row("what", "particles per snapshot", "seconds", "iterations"),
         "|---|--:|--:|--:|",
     ]
     for row in record["result"]:
@@ -128,7 +128,7 @@ def lotka_volterra(record: dict[str, Any]) -> list[str]:
     return [
         *_oscillator(record, "Lotka-Volterra, truth (1, 0.4, 0.4, 0.1)"),
         "",
-        "With 50 particles a snapshot the estimates of delta spread by about 4 % from data set to data set. The reference implementation "
+        "With 50 particles per snapshot the estimates of delta spread by about 4 % from data set to data set. The reference implementation "
         "of the publication needs hours for these data (2.8 processor hours extrapolated from a tenth of the particles).",
     ]
 

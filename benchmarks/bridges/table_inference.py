@@ -35,7 +35,7 @@ def cells(result: dict[str, Any]) -> str:
     size, components = result["cells"][0], result.get("components", 5)
     lines += [
         "",
-        f"Data: {result['data']}, {components} components, {size} cells a time; means over {seeds} seeds; flow matching trained for "
+        f"Data: {result['data']}, {components} components, {size} cells per time; means over {seeds} seeds; flow matching trained for "
         f"{result['steps']} steps (TorchCFM {result['machine'].get('torchcfm', '?')}). Chosen without the held-out time: diffusions "
         f"{chosen}; shares of growth (ridges) {growth}. The growing bridge is {1 - grown / static:.1%} below the static midpoint. "
         f"{_machine(result)}",
@@ -62,7 +62,7 @@ def coverage(result: dict[str, Any]) -> str:
     by = ", ".join(f"{name} {value:.0%}" for name, value in result["by parameter"].items())
     seconds = [row["posterior seconds"] for row in result["rows"]]
     return (
-        f"Nominal {result['level']:.0%}, {result['data sets']} simulated Lotka-Volterra data sets of 50 particles a snapshot: "
+        f"Nominal {result['level']:.0%}, {result['data sets']} simulated Lotka-Volterra data sets of 50 particles per snapshot: "
         f"covered {result['coverage']:.1%} of {4 * result['data sets']} ({by}); {result['draws']} draws in "
         f"{sum(seconds) / len(seconds):.0f} processor seconds. {_machine(result)}\n"
     )

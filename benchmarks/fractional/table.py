@@ -221,7 +221,7 @@ def _race(trial: dict[str, Any]) -> list[str]:
     """Say who came to the peer's bound, and when."""
     lines = [
         f"Race at batch {trial['batch']} to the best bound on unseen series that torchsde comes to in "
-        f"{trial['torchsde'][-1]['iteration']} iterations ({trial['target']:.0f} nats a series, "
+        f"{trial['torchsde'][-1]['iteration']} iterations ({trial['target']:.0f} nats per series, "
         f"{trial['torchsde'][-1]['seconds']:.0f} processor seconds):"
     ]
     for name, run in trial.items():

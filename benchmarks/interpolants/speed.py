@@ -1,4 +1,4 @@
-"""Training steps a second beside TorchCFM, and what its plans and ours are worth."""
+"""Training steps per second beside TorchCFM, and what its plans and ours are worth."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def speed(report: dict[str, Any]) -> list[str]:
             [r["coupling"], str(r["reuse"]), f"{ours:.0f}", f"{theirs:.0f}", f"{r['ratio']:.2f}", target]
         )
     lead = (
-        f"Training steps a second at batch {report['rows'][0]['batch']}, {report['task']}, {report['network']}; the least "
-        "processor time of interleaved blocks. *Steps a plan* says how many steps one coupling serves, each with fresh times and "
+        f"Training steps per second at batch {report['rows'][0]['batch']}, {report['task']}, {report['network']}; the least "
+        "processor time of interleaved blocks. *Steps per plan* says how many steps one coupling serves, each with fresh times and "
         "latents; TorchCFM makes a plan for every step."
     )
     notes = []
@@ -197,7 +197,7 @@ def checkerboard(report: dict[str, Any]) -> list[str]:
     lead = (
         f"Checkerboard, {report['steps']} training steps at batch {report['batch']} ({_network(report)}; "
         f"{sum(report['training seconds']) / 60:.0f} processor minutes for all fields): KL(ρ₁‖model) by exact density of the flow (ε = 0), or of the "
-        f"Euler-Maruyama scheme with {report['grid']} steps from {report['paths']} weighted paths a point (an upper estimate). *exact*: the same "
+        f"Euler-Maruyama scheme with {report['grid']} steps from {report['paths']} weighted paths per point (an upper estimate). *exact*: the same "
         "with the true fields: what is left comes from steps and paths, and is the floor. The bound holds in continuous time."
     )
     return [lead, "", *_rows(["latent", "fields", "ε", "KL", "Girsanov"], rows)]

@@ -71,7 +71,7 @@ def local(report: Report) -> str:
         "frame",
         "connected",
         "plain evaluations",
-        "ours (ms a sample)",
+        "ours (ms per sample)",
         "plain (ms)",
         "ratio",
         "target",
@@ -95,7 +95,14 @@ def window(report: Report) -> str:
         ]
         for r in report["rows"]
     ]
-    head = ["sites", "window (ms a sample)", "transformer (ms a sample)", "ratio", "samples", "a step (s)"]
+    head = [
+        "sites",
+        "window (ms per sample)",
+        "transformer (ms per sample)",
+        "ratio",
+        "samples",
+        "a step (s)",
+    ]
     note = (
         "Local rates of the Ising ring by a window of order 2 and by the transformer of the table above, both in double precision, and one "
         "step of Heun's method by the window.\n\n"

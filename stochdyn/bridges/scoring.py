@@ -61,7 +61,7 @@ class HeldOut:
     """Scores of several methods on snapshots that they didn't see.
 
     Attributes:
-        scores: by method, one score a held-out snapshot.
+        scores: by method, one score per held-out snapshot.
         floor: what fresh samples of the truth would score, estimated from halves of the snapshots; see :func:`sampling_floor`.
         best: the method with the least mean W2, or W1 if asked for.
         metric: by which.

@@ -43,7 +43,7 @@ def plot_hurst_curve(
         The axes.
 
     Raises:
-        ShapeError: if there isn't one index a time.
+        ShapeError: if there isn't one index per time.
         MissingDependencyError: without matplotlib.
 
     Example:
@@ -58,7 +58,9 @@ def plot_hurst_curve(
         exact = None if truth is None else truth(ts)
     if values.ndim not in (1, 2) or values.shape[0] != ts.shape[0]:
         raise ShapeError(
-            "a curve needs one index a time", got=tuple(values.shape), expected=f"({ts.shape[0]},) or (T, S)"
+            "a curve needs one index per time",
+            got=tuple(values.shape),
+            expected=f"({ts.shape[0]},) or (T, S)",
         )
     axes = as_axes(ax)
     times = ts.detach().cpu().numpy()

@@ -26,7 +26,7 @@ def plot_densities(
         laws: by title: samples ``(n, 2)``, of which a histogram is drawn, or a log density ``(n, 2) -> (n,)``.
         extent: ``(left, right, bottom, top)``.
         bins: cells a side.
-        axes: a sequence of matplotlib axes, one a law; made if None.
+        axes: a sequence of matplotlib axes, one per law; made if None.
 
     Returns:
         The axes.

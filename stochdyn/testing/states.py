@@ -63,7 +63,7 @@ class AnsatzSuite(ABC):
         assert torch.equal(first, second)
 
     def test_scores_are_gradients_of_single_samples(self) -> None:
-        """Against one backward pass a sample; their mean under the law is zero."""
+        """Against one backward pass per sample; their mean under the law is zero."""
         net = self.make()
         every = self._every(net)
         a = every[:: max(1, len(every) // 5)]

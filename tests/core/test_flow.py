@@ -140,7 +140,7 @@ def test_times_must_broadcast_to_the_points() -> None:
 
 
 def test_bad_construction_raises() -> None:
-    with pytest.raises(ShapeError, match="one weight a component"):
+    with pytest.raises(ShapeError, match="one weight per component"):
         MixtureFlow([ou_flow()], torch.ones(2))
     with pytest.raises(InvalidInputError, match="weights must be positive"):
         MixtureFlow([ou_flow(), ou_flow()], torch.tensor([1.0, 0.0]))

@@ -387,5 +387,5 @@ def test_coefficients_may_be_a_tensor_and_keep_its_gradient() -> None:
     torch.testing.assert_close(change, scaled.apply(p))
     torch.testing.assert_close(change, same)
     assert torch.autograd.gradcheck(rates_of, factors)
-    with pytest.raises(ShapeError, match="one coefficient a term"):
+    with pytest.raises(ShapeError, match="one coefficient per term"):
         SparseMasterEquation(2, 2, terms, torch.ones(2))

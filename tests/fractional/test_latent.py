@@ -313,7 +313,7 @@ def test_bad_input() -> None:
         _model("tight")(Series.regular(torch.tensor([0.5, 1.5]), torch.zeros(2, 2, 2)))
     with pytest.raises(InvalidInputError, match="components"):
         _model("tight")(Series.regular(TS[::4], torch.zeros(2, 6, 3)))
-    with pytest.raises(InvalidInputError, match="one series a fold"):
+    with pytest.raises(InvalidInputError, match="one series per fold"):
         compare_models({"a": lambda: _model("tight"), "b": lambda: _model("tight")}, _series(), folds=9)
 
 

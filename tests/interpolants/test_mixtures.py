@@ -196,7 +196,7 @@ def test_bad_mixtures() -> None:
         GaussianMixture(torch.tensor([0.5, 0.4]), means, 1.0)
     with pytest.raises(errors.InvalidInputError, match=r"minimum -0\.5"):
         GaussianMixture(torch.tensor([1.5, -0.5]), means, 1.0)
-    with pytest.raises(errors.ShapeError, match="one weight a mean"):
+    with pytest.raises(errors.ShapeError, match="one weight per mean"):
         GaussianMixture(torch.ones(1), means, 1.0)
     with pytest.raises(errors.SingularDiffusionError, match="least eigenvalue"):
         GaussianMixture(half, means, torch.ones(3, 3))

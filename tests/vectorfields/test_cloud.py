@@ -171,7 +171,7 @@ def test_bad_nodes() -> None:
         cloud.sites([0, 50])
     with pytest.raises(InvalidInputError, match=r"index\[0\]=-1"):
         cloud.sites([-1])
-    with pytest.raises(ShapeError, match="one entry a node"):
+    with pytest.raises(ShapeError, match="one entry per node"):
         cloud.sites(np.ones(49, dtype=bool))
     with pytest.raises(InvalidInputError, match="empty"):
         cloud.sites([])

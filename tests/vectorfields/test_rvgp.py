@@ -235,7 +235,7 @@ def test_bad_input(cloud: PointCloud, field: torch.Tensor) -> None:
     bad[3, 1] = math.inf
     with pytest.raises(NonFiniteError, match=r"vectors must be finite; got .*=inf"):
         gp.fit(range(10), bad)
-    with pytest.raises(ShapeError, match="one number a site"):
+    with pytest.raises(ShapeError, match="one number per site"):
         gp.fit(range(10), field[:10], torch.ones(9))
     with pytest.raises(InvalidInputError, match="variances must be positive"):
         gp.fit(range(10), field[:10], torch.zeros(10))

@@ -99,10 +99,10 @@ def from_npz(
 
     Args:
         path: the file. Pickled arrays are refused.
-        values: key of the cells; None for a file of one array a snapshot, or of one array ``(I, n, d)``.
+        values: key of the cells; None for a file of one array per snapshot, or of one array ``(I, n, d)``.
         labels: key of the cells' times.
         num_components: only the first so many columns.
-        times: one number a snapshot; for labels, those of the sorted labels. 0, 1, ... or the labels themselves if None.
+        times: one number per snapshot; for labels, those of the sorted labels. 0, 1, ... or the labels themselves if None.
         dtype: precision of the snapshots.
 
     Raises:
@@ -131,7 +131,7 @@ def from_npz(
         if times is not None:
             known, place = np.unique(clock, return_inverse=True)
             if len(known) != len(times):
-                raise ShapeError("there must be one time a label", got=len(times), expected=len(known))
+                raise ShapeError("there must be one time per label", got=len(times), expected=len(known))
             clock = np.asarray(times, dtype=float)[place.reshape(-1)]
         return _split(arrays[values], clock.astype(float), num_components, None, dtype)
     if values is not None or (len(arrays) == 1 and next(iter(arrays.values())).ndim == 3):

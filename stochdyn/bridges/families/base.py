@@ -113,7 +113,7 @@ class LinearFamily(DriftFamily):
         return self.offset(t, x) + self.features(t, x) @ self.theta
 
     def named_values(self) -> dict[str, Tensor]:
-        """Return one number a parameter."""
+        """Return one number per parameter."""
         return dict(zip(self.names, self.theta.detach().clone().unbind(), strict=True))
 
 

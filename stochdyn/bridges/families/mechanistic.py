@@ -108,7 +108,7 @@ class ComponentFeatures(LinearFamily):
             raise ShapeError("phi returns the wrong shape", got=shape, expected=f"({dim}, K) a point")
         chosen = [f"theta_{k}" for k in range(shape[1])] if names is None else list(names)
         if len(chosen) != shape[1]:
-            raise ShapeError("there must be one name a feature", got=len(chosen), expected=shape[1])
+            raise ShapeError("there must be one name per feature", got=len(chosen), expected=shape[1])
         super().__init__(dim, chosen)
         self.phi = phi
         self._call = call

@@ -137,7 +137,7 @@ class PinnedChain:
         return mv(self.slope[k], z) + self.level[k]
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw one path a pair; returns states ``(K+1, d, P)`` and innovations ``(K, d, P)``."""
+        """Draw one path per pair; returns states ``(K+1, d, P)`` and innovations ``(K, d, P)``."""
         shape = (self.matrix.shape[0], *x.shape)
         draws = torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
         kicks = mv(cholesky(self.noise), draws)

@@ -85,7 +85,7 @@ class HiddenStateBridge(HiddenChain):
 
     Example:
         >>> clouds = [torch.linspace(-1, 1, 9)[:, None].double() + k for k in range(3)]
-        >>> def drift(t, x):  # the second component pushes the first one
+        >>> def drift(t, x):  # the second component drives the first one
         ...     return torch.stack((x[..., 1], -torch.sin(x[..., 1])), -1)
         >>> start = torch.tensor([0.0, 1.0]).double()
         >>> law = HiddenStateBridge(Snapshots([0.0, 1.0, 2.0], clouds), drift, 0.5, start, torch.eye(2).double())

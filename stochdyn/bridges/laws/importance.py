@@ -36,7 +36,7 @@ def weighted_paths(
         chain: its linearisation for the pairs.
         x: ``(d, P)`` first ends.
         y: ``(d, P)`` second ends.
-        repeats: paths a pair, even.
+        repeats: paths per pair, even.
         generator: source of randomness.
 
     Returns:

@@ -118,7 +118,7 @@ class LinearisedTransition(Transition):
         end: time of the second one.
         dt: largest spacing of the inner time grid.
         passes: how often nominal paths are improved before the density is taken.
-        corrections: paths a pair for importance weights of the density, an even number; see :mod:`stochdyn.bridges.laws.importance`.
+        corrections: paths per pair for importance weights of the density, an even number; see :mod:`stochdyn.bridges.laws.importance`.
 
     Attributes:
         stiffness: largest product of the step and the norm of the drift's Jacobian that was met last; the expansion means

@@ -79,7 +79,7 @@ class TransportOperator(ForwardOperator, ABC):
             score: ``score(t, x) -> (..., d)``.
             t: time or times, broadcast to ``x[..., :1]``.
             x: ``(..., d)`` points.
-            method: ``"exact"`` (``d`` reverse passes) or ``"hutchinson"`` (one a probe, unbiased).
+            method: ``"exact"`` (``d`` reverse passes) or ``"hutchinson"`` (one per probe, unbiased).
             num_probes: probes averaged by ``"hutchinson"``.
             generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 

@@ -202,7 +202,7 @@ def _forward_diagonal(field: VectorField, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def divergence_probes(field: Tensor, x: Tensor, probes: Tensor, create_graph: bool = True) -> Tensor:
-    r"""Hutchinson estimates of a divergence, one a probe, of a field that is already evaluated.
+    r"""Hutchinson estimates of a divergence, one per probe, of a field that is already evaluated.
 
     .. math:: \nabla\cdot v \approx \epsilon_k^\top\,(\partial v/\partial x)\,\epsilon_k
 
@@ -264,7 +264,7 @@ def value_and_divergence(
 
 
 def exact_divergence(field: Tensor, x: Tensor, create_graph: bool = True) -> Tensor:
-    """Return the divergence of an evaluated field by one reverse pass a component."""
+    """Return the divergence of an evaluated field by one reverse pass per component."""
     parts = [pull_back(field[..., i], x, create_graph=create_graph)[..., i] for i in range(x.shape[-1])]
     return torch.stack(parts).sum(0)
 
@@ -288,7 +288,7 @@ def divergence(
         method: ``"exact"``: ``d`` reverse passes; works with every field and is the fastest on CPU.
             ``"forward"``: one batched forward-mode pass of ``torch.func``, few and large kernels; the field
             may not call ``torch.autograd.grad`` itself, and one without forward derivatives is taken in reverse mode.
-            ``"hutchinson"``: one reverse pass a probe, unbiased.
+            ``"hutchinson"``: one reverse pass per probe, unbiased.
         num_probes: probes averaged by ``"hutchinson"``.
         distribution: of the probes, see :func:`sample_probes`.
         generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.

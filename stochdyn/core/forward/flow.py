@@ -62,7 +62,7 @@ class MarginalFlow(nn.Module, ABC):
     r"""A family of densities :math:`\rho_t` on :math:`\mathbb R^d`, or on strings of outcomes.
 
     Times follow the inner convention: ``t`` is a number, or a tensor that broadcasts to ``x[..., :1]``; a
-    leading time axis of ``x (T, n, d)`` needs ``t (T, 1, 1)``, and one time a point ``t (n, 1)``. Subclasses
+    leading time axis of ``x (T, n, d)`` needs ``t (T, 1, 1)``, and one time per point ``t (n, 1)``. Subclasses
     implement :meth:`log_prob` and :meth:`sample`; score and time derivative come by automatic differentiation
     where no better formula is given.
     """
@@ -268,7 +268,7 @@ class MixtureFlow(MarginalFlow):
         weights: ``(K,)`` positive; they are normalised.
 
     Raises:
-        ShapeError: if there isn't one weight a component.
+        ShapeError: if there isn't one weight per component.
 
     Example:
         >>> wide = GaussianFlow(lambda t: torch.zeros(*t.shape, 1), lambda t: torch.ones(*t.shape, 1, 1))
@@ -285,7 +285,7 @@ class MixtureFlow(MarginalFlow):
         check_positive(weights, "weights")
         if weights.shape[0] != len(components):
             raise ShapeError(
-                "a mixture needs one weight a component", got=weights.shape[0], expected=len(components)
+                "a mixture needs one weight per component", got=weights.shape[0], expected=len(components)
             )
         self.components = nn.ModuleList(components)
         self.register_buffer("log_weights", (weights / weights.sum()).log())

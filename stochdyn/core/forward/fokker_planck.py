@@ -48,7 +48,7 @@ class FokkerPlanck(TransportOperator):
         if sde.noise.num_states:
             raise InvalidInputError(
                 "noise with memory has no forward equation in the state alone",
-                got=f"{type(sde.noise).__name__} with {sde.noise.num_states} memory states a channel",
+                got=f"{type(sde.noise).__name__} with {sde.noise.num_states} memory states per channel",
             )
         if sde.control is not None and type(sde.control).shape_increment is not Control.shape_increment:
             raise InvalidInputError(

@@ -185,7 +185,7 @@ class MasterEquation(ForwardOperator, ABC):
 
         Args:
             flow: with ``log_prob(t, a)`` on integer outcomes.
-            t: a time, or ``(..., 1)``, one a sample.
+            t: a time, or ``(..., 1)``, one per sample.
             x: ``(..., N)`` integer outcomes.
             stationary: leave out the time derivative.
             options: none are known; unknown ones raise.

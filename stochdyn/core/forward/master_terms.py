@@ -59,7 +59,7 @@ class SparseMasterEquation(MasterEquation):
         self.coefficients = coefficients
         if isinstance(coefficients, Tensor) and coefficients.shape != (len(terms),):
             raise ShapeError(
-                "one coefficient a term is needed", got=coefficients.shape, expected=(len(terms),)
+                "one coefficient per term is needed", got=coefficients.shape, expected=(len(terms),)
             )
         checked = [_sorted_term(s, m.detach(), num_sites, num_outcomes) for s, m in terms]
         self.sites: list[tuple[int, ...]] = []

@@ -70,7 +70,7 @@ class PathSample:
         dw: ``(*sample, *batch, T-1, m)`` increments of the Brownian motion that drove the path under the law that generated it;
             ``m`` is zero for a law that draws the states without them.
         aux: further tensors: for noise with memory ``"memory" (*sample, *batch, T, m, K)`` and, where a step needs more
-            than one Gaussian number a channel, ``"residual" (*sample, *batch, T-1, m * (R-1))``; for a controlled law what its
+            than one Gaussian number per channel, ``"residual" (*sample, *batch, T-1, m * (R-1))``; for a controlled law what its
             control was, ``"control"`` and ``"precision" (*sample, *batch, T-1, m)``.
         law: the law that generated the path, or None for a path of unknown origin.
     """

@@ -304,7 +304,7 @@ class Problem:
         return self.rows
 
     def _variance_rate(self, n: int) -> Tensor:
-        """Variance of the noise increment that is new in step n, ``(*batch, 1)`` or one a channel: ``dt`` if Brownian."""
+        """Variance of the noise increment that is new in step n, ``(*batch, 1)`` or one per channel: ``dt`` if Brownian."""
         s = self.steps
         return (s.gain[n] ** 2 * s.variance[n]).sum(-1, keepdim=not s.per_channel)
 

@@ -115,7 +115,7 @@ class Scalar(Coefficient):
 
 
 class Diagonal(Coefficient):
-    r""":math:`G=\mathrm{diag}(g)`: one channel a component, with strengths ``values (*batch, d)``.
+    r""":math:`G=\mathrm{diag}(g)`: one channel per component, with strengths ``values (*batch, d)``.
 
     Example:
         >>> Diagonal(torch.tensor([1.0, 2.0])).solve(torch.tensor([1.0, 1.0]))

@@ -256,7 +256,7 @@ class SDE(nn.Module):
             value = _evaluate(field, f"control's {name}", t, z)
             if value.ndim == 0 or value.shape[-1] != channels:
                 raise ShapeError(
-                    f"the control's {name} must have one component a noise channel",
+                    f"the control's {name} must have one component per noise channel",
                     got=f"shape {tuple(value.shape)}",
                     expected=f"(..., {channels})",
                 )

@@ -63,7 +63,7 @@ class NoiseProcess(nn.Module, ABC):
     the remaining ``m * (R - 1)`` columns, channel-major, are the further innovations of exact memory steps.
 
     Attributes:
-        num_states: ``K``, memory states a channel; 0 for Brownian motion.
+        num_states: ``K``, memory states per channel; 0 for Brownian motion.
     """
 
     num_states: int = 0
@@ -82,7 +82,7 @@ class NoiseProcess(nn.Module, ABC):
 
 
 class Brownian(NoiseProcess):
-    """Standard Brownian motion: no memory, one innovation a step."""
+    """Standard Brownian motion: no memory, one innovation per step."""
 
     num_states = 0
 

@@ -262,7 +262,7 @@ def compare_models(
     check_positive_int(folds, "folds", 2)
     if count < folds or len(build) < 2:
         raise InvalidInputError(
-            "a comparison needs two models and at least one series a fold",
+            "a comparison needs two models and at least one series per fold",
             got=f"{len(build)} models, {count} series",
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))

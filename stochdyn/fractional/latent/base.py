@@ -72,7 +72,7 @@ class LatentPosterior(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, model: LatentSDE, series: Series, n: int) -> Draws:
-        """Return ``n`` posterior paths a series."""
+        """Return ``n`` posterior paths per series."""
 
     def start(self, model: LatentSDE, context: Tensor, n: int) -> Start:
         """Draw the start: the state and the past of the noise, normal with parameters from the context ``(B, C)``."""

@@ -32,7 +32,7 @@ class MatchingPosterior(LatentPosterior):
         -\mathrm{KL}(q_0\,\|\,p_0),
 
     with the drift f of :func:`stochdyn.objectives.matching.marginal_drift`. Every observation counts in full. The
-    divergence is estimated at a few random times a series, so the cost of a step doesn't depend on the length of the grid.
+    divergence is estimated at a few random times per series, so the cost of a step doesn't depend on the length of the grid.
 
     Args:
         obs_dim: ``p``.
@@ -78,7 +78,7 @@ class MatchingPosterior(LatentPosterior):
         return at
 
     def bound(self, model: LatentSDE, series: Series, n: int) -> Bound:
-        """See :meth:`LatentPosterior.bound`; ``n`` random times a series."""
+        """See :meth:`LatentPosterior.bound`; ``n`` random times per series."""
         marginal = self.marginal(series)
         begin, span = model.ts[0].to(series.values), self.span
         count = len(series)

@@ -84,7 +84,7 @@ class Series:
         check_nonempty(values, "values")
         if values.shape[1] != times.shape[0]:
             raise ShapeError(
-                "values must have one row a time",
+                "values must have one row per time",
                 got=tuple(values.shape),
                 expected=f"(B, {times.shape[0]}, p)",
             )

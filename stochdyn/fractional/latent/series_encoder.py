@@ -17,7 +17,7 @@ _NEAR = (4.0, 16.0, 64.0, 256.0)
 
 
 class SeriesEncoder(nn.Module):
-    r"""A recurrent network that reads each series backwards, one step an observation.
+    r"""A recurrent network that reads each series backwards, one step per observation.
 
     Given the present state, the posterior of the future path depends on the data to come and on nothing else; so the context
     at t is the summary of all observations at t and after, with the time until the first of them. The cost

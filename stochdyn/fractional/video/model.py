@@ -89,7 +89,7 @@ class VideoModel(Objective):
         latents: components of the latent state.
         content: components of the content.
         features: components of a frame's features.
-        widths: channels of the convolutions, one a halving of the frame; frames shrink to 4 x 4.
+        widths: channels of the convolutions, one per halving of the frame; frames shrink to 4 x 4.
         hidden: widths of the drift and control networks.
         dt: time between frames.
         num_steps: solver steps between frames.

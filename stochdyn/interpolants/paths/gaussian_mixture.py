@@ -83,7 +83,7 @@ def _checked(weights: Tensor, means: Tensor, covariances: Tensor | float) -> tup
     check_finite(weights, "weights")
     count, dim = means.shape
     if weights.shape[0] != count:
-        raise ShapeError("a mixture needs one weight a mean", got=weights.shape[0], expected=count)
+        raise ShapeError("a mixture needs one weight per mean", got=weights.shape[0], expected=count)
     total = float(weights.sum())
     if bool((weights < 0).any()) or abs(total - 1) > 1e-5:
         raise InvalidInputError(

@@ -21,7 +21,7 @@ class Pencil:
 
     Attributes:
         matrix: L, symmetric ``(n f, n f)``, or Hermitian ``(n, n)`` where two real components are one complex number.
-        mass: ``(n,)`` the diagonal of M, one entry a node.
+        mass: ``(n,)`` the diagonal of M, one entry per node.
         fibre: f, real components a node.
         paired: whether the matrix is the Hermitian form of a field on an oriented surface.
     """

@@ -80,7 +80,7 @@ def as_index(value: Any, num_nodes: int, name: str = "index") -> Tensor:
     if array.dtype == np.bool_:
         if len(array) != num_nodes:
             raise ShapeError(
-                f"{name} as a mask must have one entry a node", got=len(array), expected=num_nodes
+                f"{name} as a mask must have one entry per node", got=len(array), expected=num_nodes
             )
         array = np.flatnonzero(array)
     if len(array) == 0:
@@ -104,7 +104,7 @@ def as_vectors(value: Any, rows: int, dim: int, name: str = "vectors", missing: 
     check_ndim(vectors, tuple(range(2, 13)), name, "(*batch, number of sites, ambient dimension)")
     if vectors.shape[-2:] != (rows, dim):
         raise ShapeError(
-            f"{name} must hold one ambient vector a site",
+            f"{name} must hold one ambient vector per site",
             got=f"shape {tuple(vectors.shape)}",
             expected=f"(*batch, {rows}, {dim})",
         )

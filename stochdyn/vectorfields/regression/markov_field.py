@@ -33,7 +33,7 @@ class Normals:
 
 
 def root_sample(cloud: PointCloud, pencil: Pencil, shift: float, count: int, draw: Normals) -> np.ndarray:
-    """Draw columns with covariance ``M^{-1/2} L M^{-1/2} + shift``: one independent kick an edge, one a node."""
+    """Draw columns with covariance ``M^{-1/2} L M^{-1/2} + shift``: one independent draw per edge and one per node."""
     graph, n = cloud.graph, pencil.num_nodes
     edges, m = len(graph.tails), pencil.fibre
     root, each = np.sqrt(graph.weights), np.arange(len(graph.tails))

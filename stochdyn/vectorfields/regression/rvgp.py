@@ -470,7 +470,9 @@ def _variances(variances: Any, rows: int) -> Tensor:
     tensor = as_float_tensor(variances, "variances").detach().double()
     if tensor.shape != (rows,):
         raise ShapeError(
-            "variances must hold one number a site", got=f"shape {tuple(tensor.shape)}", expected=f"({rows},)"
+            "variances must hold one number per site",
+            got=f"shape {tuple(tensor.shape)}",
+            expected=f"({rows},)",
         )
     check_finite(tensor, "variances")
     check_positive(tensor, "variances")
