@@ -340,10 +340,8 @@ class _Trajectories:
         """Return the terms of the Taylor series of the flow over a span; their sum is the state after it."""
         terms = [psi]
         for k in range(1, _DEGREE):
-            new = sum(
-                (w * (m @ terms[-1].mT).mT for w, (_, m) in zip(weights, self.groups, strict=True)), 0.0
-            )
-            terms.append(new * (span / k))  # type: ignore[operator]
+            parts = (w * (m @ terms[-1].mT).mT for w, (_, m) in zip(weights, self.groups, strict=True))
+            terms.append(sum(parts, torch.zeros_like(psi)) * (span / k))
         return terms
 
     def _flow(self, start: float, span: float, weights: list[float]) -> None:

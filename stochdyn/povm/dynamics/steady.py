@@ -199,9 +199,8 @@ def steady_state(
     generator = torch.Generator(device=net.device).manual_seed((seed + 0x57EAD) % 2**62)
     found = expectations(net, estimators, observe_samples, generator)
     value, source = _gap(gap, operator, relaxation)
-    places = sorted({place for place in model.bonds if len(place) == 2}) or [
-        (i,) for i in range(model.num_sites)
-    ]
+    bonds: list[tuple[int, ...]] = sorted({place for place in model.bonds if len(place) == 2})
+    places = bonds or [(i,) for i in range(model.num_sites)]
     result = SteadyState(
         {name: mean for name, (mean, _) in found.items()},
         {name: error for name, (_, error) in found.items()},

@@ -146,9 +146,8 @@ def evolve(
         checkpoint_every=checkpoint_every,
         stop=None if stop is None else lambda run: stop(run.last),
     )
-    places = sorted({place for place in model.bonds if len(place) == 2}) or [
-        (i,) for i in range(model.num_sites)
-    ]
+    bonds: list[tuple[int, ...]] = sorted({place for place in model.bonds if len(place) == 2})
+    places = bonds or [(i,) for i in range(model.num_sites)]
     result.positivity = look_at_state(net, povm, places, observe_samples, seed)
     warn_of_steps(result)
     warn_of_state(result.positivity)

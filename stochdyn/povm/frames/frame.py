@@ -88,7 +88,7 @@ class Measurement:
             InvalidInputError: if the state is unknown or no density matrix.
         """
         rho = as_state(state, self.dim)
-        p = probabilities_of(rho, [self] * sites_of(rho, self.dim))  # type: ignore[list-item]
+        p = probabilities_of(rho, [self] * sites_of(rho, self.dim))
         return p.clamp(min=0.0)  # zeros may come out as -1e-17
 
     def positive_probabilities(self, state: Any) -> Tensor:
@@ -300,7 +300,9 @@ class Pauli6(Frame):
     """
 
     def __init__(self, readout_error: float | Sequence[float] = 0.0) -> None:
-        pair = list(readout_error) if isinstance(readout_error, list | tuple) else [readout_error] * 2
+        pair: list[Any] = (
+            list(readout_error) if isinstance(readout_error, list | tuple) else [readout_error] * 2
+        )
         if len(pair) != 2:
             raise FrameError("readout_error must be one number or a pair", got=repr(readout_error)[:60])
         for value in pair:

@@ -439,7 +439,7 @@ def structure_factor(
         >>> float(structure_factor("Z", 0.0, 2).expectation(state))
         2.0
     """
-    sizes = list(shape) if isinstance(shape, list | tuple) else [shape]
+    sizes: list[Any] = list(shape) if isinstance(shape, list | tuple) else [shape]
     for size in sizes:
         check_size(size, "shape", 1 << 10)
     check_size(math.prod(sizes), "the number of sites of shape", 1 << 10)
@@ -490,7 +490,7 @@ def _places(sites: Any, k: int, num_sites: int, name: str) -> tuple[tuple[int, .
     return tuple(places)
 
 
-def check_sites(sites: Sequence[int], num_sites: int) -> None:
+def check_sites(sites: object, num_sites: int) -> None:
     """Raise unless sites are different and exist.
 
     Raises:

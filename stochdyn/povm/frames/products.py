@@ -12,7 +12,7 @@ from torch import Tensor
 from stochdyn.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from stochdyn.povm.frames.frame import Frame
+    from stochdyn.povm.frames.frame import Frame, Measurement
 
 __all__ = [
     "coefficients_of",
@@ -28,7 +28,7 @@ __all__ = [
 C128 = torch.complex128
 
 
-def product_effects(frames: Sequence[Frame]) -> Tensor:
+def product_effects(frames: Sequence[Measurement]) -> Tensor:
     """Return the effects ``(K**k, d**k, d**k)`` of several sites, the first slowest."""
     return _kron([frame.effects for frame in frames])
 
@@ -38,7 +38,7 @@ def product_dual(frames: Sequence[Frame]) -> Tensor:
     return _kron([frame.dual for frame in frames])
 
 
-def probabilities_of(rho: Tensor, frames: Sequence[Frame]) -> Tensor:
+def probabilities_of(rho: Tensor, frames: Sequence[Measurement]) -> Tensor:
     """Return the outcome probabilities ``(prod K,)`` of a density matrix, site by site without large products."""
     return _contract(rho, [frame.effects for frame in frames]).real.contiguous()
 

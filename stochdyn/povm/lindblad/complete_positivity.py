@@ -49,14 +49,10 @@ def physical_jumps(jumps: list[Jump], dim: int) -> tuple[list[Jump], list[Term]]
         return jumps, []
     vectors = [_expand(jump, dim) for jump in constant]
     keys = list(dict.fromkeys(key for vector in vectors for key in vector if key))
-    place = {key: i for i, key in enumerate(keys)}
     matrix = torch.zeros(len(keys), len(keys), dtype=torch.complex128)
     shifts: list[Term] = []
     for jump, vector in zip(constant, vectors, strict=True):
-        row = torch.zeros(len(keys), dtype=torch.complex128)
-        for key, value in vector.items():
-            if key:
-                row[place[key]] = value
+        row = torch.tensor([vector.get(key, 0.0) for key in keys], dtype=torch.complex128)
         matrix += jump.coupling.factor * torch.outer(row, row.conj())
         shifts += _shift(jump, vector.get((), 0.0), dim)
     values, basis = torch.linalg.eigh(matrix)

@@ -33,7 +33,7 @@ def local_basis(dim: int) -> Tensor:
         for j in range(i):
             symmetric, skew = (torch.zeros(dim, dim, dtype=torch.complex128) for _ in range(2))
             symmetric[i, j] = symmetric[j, i] = math.sqrt(dim / 2)
-            skew[j, i], skew[i, j] = -1j * math.sqrt(dim / 2), 1j * math.sqrt(dim / 2)
+            skew.imag[j, i], skew.imag[i, j] = -math.sqrt(dim / 2), math.sqrt(dim / 2)
             basis += [symmetric, skew]
     for i in range(1, dim):
         diagonal = torch.zeros(dim, dtype=torch.complex128)

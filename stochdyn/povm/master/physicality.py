@@ -221,18 +221,18 @@ def _check_pair(p: object, q: object, first: str = "p", second: str = "q") -> No
         raise ShapeError(f"{first} and {second} differ in size", got=f"{tuple(p.shape)} and {tuple(q.shape)}")
 
 
-def _local_probabilities(povm: Povm, outcomes: Tensor, sites: Sequence[int]) -> Tensor:
+def _local_probabilities(povm: Povm, outcomes: Tensor, sites: object) -> Tensor:
     _check_outcomes(povm, outcomes)
     if not isinstance(sites, list | tuple | range | Tensor):
         raise InvalidInputError("sites must be a list of integers", got=repr(sites)[:60])
-    sites = [int(s) for s in sites] if isinstance(sites, Tensor) else sites
-    if len(sites) > _MAX_SITES:
-        raise InvalidInputError("too many sites", got=len(sites), expected=f"at most {_MAX_SITES}")
+    chosen: Sequence[int] = [int(s) for s in sites] if isinstance(sites, Tensor) else sites
+    if len(chosen) > _MAX_SITES:
+        raise InvalidInputError("too many sites", got=len(chosen), expected=f"at most {_MAX_SITES}")
     if outcomes.is_floating_point():
-        return marginal(outcomes, sites, povm.num_outcomes)
-    check_sites(sites, outcomes.shape[1])
-    index = encode(outcomes[:, list(sites)], povm.num_outcomes)
-    counts = torch.bincount(index, minlength=povm.num_outcomes ** len(sites))
+        return marginal(outcomes, chosen, povm.num_outcomes)
+    check_sites(chosen, outcomes.shape[1])
+    index = encode(outcomes[:, list(chosen)], povm.num_outcomes)
+    counts = torch.bincount(index, minlength=povm.num_outcomes ** len(chosen))
     return counts.double() / outcomes.shape[0]
 
 

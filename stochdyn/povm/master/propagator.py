@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -289,7 +289,7 @@ class Propagator(nn.Module):
         term = total = p
         for k in range(1, _DEGREE + 1):
             applied = [
-                weights[..., g, None] * op.apply(term)  # type: ignore[operator]
+                weights[..., g, None] * cast(SparseMasterEquation, op).apply(term)
                 for g, op in enumerate(self.operators)
             ]
             term = reduce(torch.add, applied) * (step / k)

@@ -189,8 +189,6 @@ def _find_jumps(
                 low, at_low = middle, at
             if abs(at_high - at_low) < 0.1 * whole:
                 break
-        else:  # pragma: no cover (the loop ends by break)
-            continue
         if abs(at_high - at_low) >= 0.1 * whole:
             found.append((low, high))
     return found

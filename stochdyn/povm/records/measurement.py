@@ -215,7 +215,7 @@ def _integers(value: Any, name: str) -> Tensor:
 
 def _items(value: Any, name: str) -> Iterable[tuple[Any, Any]]:
     check_type(value, Mapping, name)
-    return value.items()  # type: ignore[no-any-return]
+    return value.items()
 
 
 def _bit(character: str, bits: object) -> int:

@@ -150,7 +150,7 @@ def tomography(
     else:
         draws = _posterior(counts, frames, povm.dim**n, num_draws, warmup, seed, progress)
         state = draws.mean(0)
-    p = _probabilities(state, frames)
+    p = probabilities_of(state, frames)
     fit = goodness_of_fit(single, p[None], generator=seed)
     likelihood = float((counts * p.clamp(min=1e-300).log())[counts > 0].sum())
     warn_of_fit(fit)
@@ -161,10 +161,6 @@ def tomography(
             stacklevel=2,
         )
     return Tomography(state, likelihood, gap, fit, draws)
-
-
-def _probabilities(rho: Tensor, frames: list[Measurement]) -> Tensor:
-    return probabilities_of(rho, frames)  # type: ignore[arg-type]
 
 
 def _state_of(a: Tensor) -> Tensor:
@@ -184,7 +180,7 @@ def _most_likely(
     seen, total = counts > 0, float(counts.sum())
 
     def loss() -> Tensor:
-        p = _probabilities(_state_of(a), frames)[seen]
+        p = probabilities_of(_state_of(a), frames)[seen]
         return -(counts[seen] * p.clamp(min=1e-300).log()).sum() / total
 
     def closure() -> Tensor:
@@ -215,7 +211,7 @@ def _gap(rho: Tensor, counts: Tensor, frames: list[Measurement]) -> float:
     r"""Return :math:`\lambda_{\max}(R)-n`, by which no state is more likely."""
     seen = counts > 0
     variable = rho.clone().requires_grad_(True)
-    p = _probabilities(variable, frames)[seen]
+    p = probabilities_of(variable, frames)[seen]
     (gradient,) = torch.autograd.grad((counts[seen] * p.clamp(min=1e-300).log()).sum(), variable)
     r = (gradient + gradient.mH) / 2
     return float(torch.linalg.eigvalsh(r)[-1] - counts.sum())
@@ -234,7 +230,7 @@ def _posterior(
 
     def program() -> None:
         normal = dist.Normal(torch.zeros(2, size, size, dtype=torch.float64), 1.0).to_event(3)
-        p = _probabilities(_state_of(pyro.sample("root", normal)), frames)[seen]
+        p = probabilities_of(_state_of(pyro.sample("root", normal)), frames)[seen]
         pyro.factor("records", (counts[seen] * p.clamp(min=1e-300).log()).sum())
 
     with seeded(seed), pyro.get_param_store().scope():
