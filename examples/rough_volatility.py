@@ -46,7 +46,7 @@ def main() -> None:
     else:
         generator = torch.Generator().manual_seed(0)
         realised = sd.fractional.rough_volatility(
-            arguments.days, arguments.hurst, returns_a_day=arguments.returns, generator=generator
+            arguments.days, arguments.hurst, returns_per_day=arguments.returns, generator=generator
         ).realised
     error = math.sqrt(2 / arguments.returns)
     analyses = {

@@ -79,7 +79,23 @@ def posterior_path(noise_space: bool | None = None, y: float = 0.0) -> PathMeasu
     return guide.path_law("x")
 
 
+def latent_path(posterior: str = "gaussian", hurst: float | None = 0.7) -> PathMeasure:
+    """The posterior of two series under a model whose parameters aren't trained."""
+    fractional, ts = sd.fractional, torch.linspace(0, 1, 21, dtype=F64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = fractional.LatentSDE(
+            1, 2, ts, posterior=posterior, hurst=hurst, drift=(8,), context=8, obs_scale=0.5
+        ).double()
+    values = torch.tensor([[0.5, 1.0, 0.2], [-0.5, 0.0, 1.0]], dtype=F64)
+    return model.path_law(fractional.Series.regular(ts[::10], values[..., None]))
+
+
 CASES: dict[str, Case] = {
+    **{
+        f"LatentPathLaw, {kind}": Case(partial(latent_path, kind, hurst), outside=1.5, batch=(2,))
+        for kind, hurst in (("tight", 0.7), ("gaussian", 0.7), ("matching", None))
+    },
     "PosteriorPath": Case(posterior_path, other=lambda: posterior_path(y=0.3), outside=-0.1),
     "PosteriorPath in noise space": Case(
         lambda: posterior_path(True), other=lambda: posterior_path(None, 0.3), outside=-0.1

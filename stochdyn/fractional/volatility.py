@@ -49,7 +49,7 @@ def rough_volatility(
     mean_log_variance: float | None = None,
     forward_variance: float | Tensor | Callable[[Tensor], Tensor] | None = None,
     leverage: float = 0.0,
-    returns_a_day: int = 78,
+    returns_per_day: int = 78,
     sample_shape: int | Sequence[int] = (),
     generator: torch.Generator | int | None = None,
 ) -> RoughVolatility:
@@ -78,9 +78,9 @@ def rough_volatility(
             :math:`\eta`).
         mean_log_variance: m, by default -9.5; without ``forward_variance`` only.
         forward_variance: the curve :math:`\xi_0`: a number, a function of times in days, or its values at the starts of the
-            ``days * returns_a_day`` steps.
+            ``days * returns_per_day`` steps.
         leverage: correlation :math:`\rho` of price and volatility, from -1 to 1; with ``forward_variance`` only.
-        returns_a_day: number M of returns per day; 78 are the five-minute returns of a trading day.
+        returns_per_day: number M of returns per day; 78 are the five-minute returns of a trading day.
         sample_shape: shape of independent series, an int or a tuple.
         generator: source of randomness, or its seed.
 
@@ -104,7 +104,7 @@ def rough_volatility(
         Hybrid scheme for Brownian semistationary processes, Finance and Stochastics 21, 2017.
     """
     check_positive_int(days, "days")
-    check_positive_int(returns_a_day, "returns_a_day")
+    check_positive_int(returns_per_day, "returns_per_day")
     check_positive(volatility_of_volatility, "volatility_of_volatility")
     check_hurst(hurst)
     check_real(leverage, "leverage")
@@ -112,7 +112,7 @@ def rough_volatility(
         raise InvalidInputError("leverage must be a correlation", got=leverage, expected="from -1 to 1")
     shape = as_sample_shape(sample_shape)
     generator = as_generator(generator)
-    steps, dt = days * returns_a_day, 1.0 / returns_a_day
+    steps, dt = days * returns_per_day, 1.0 / returns_per_day
     if forward_variance is None:
         check_unused({"leverage": leverage or None}, "no forward_variance")
         mean = -9.5 if mean_log_variance is None else mean_log_variance
@@ -135,7 +135,7 @@ def rough_volatility(
         driven = leverage * dw + math.sqrt(1 - leverage**2) * own
         returns = variance.sqrt() * driven - 0.5 * variance * dt
     log_price = torch.nn.functional.pad(returns.cumsum(-1), (1, 0))
-    by_day = (days, returns_a_day)
+    by_day = (days, returns_per_day)
     return RoughVolatility(
         returns.square().unflatten(-1, by_day).sum(-1),
         variance.unflatten(-1, by_day).mean(-1),

@@ -217,7 +217,7 @@ def test_intervals_cover_at_the_right_rate() -> None:
 
 
 def test_realised_variance_estimates_the_integrated_one() -> None:
-    series = rough_volatility(2000, 0.1, returns_a_day=50, generator=torch.Generator().manual_seed(0))
+    series = rough_volatility(2000, 0.1, returns_per_day=50, generator=torch.Generator().manual_seed(0))
     ratio = series.realised / series.integrated
     assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / math.sqrt(2000)
     # log RV has a standard error of sqrt(2/M), a little more since the variance moves within the day.
@@ -244,4 +244,4 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(HurstRangeError):
         rough_volatility(10, 1.0)
     with pytest.raises(InvalidInputError):
-        rough_volatility(10, returns_a_day=0)
+        rough_volatility(10, returns_per_day=0)

@@ -27,6 +27,7 @@ from .networks import DriftNetwork as DriftNetwork
 from .networks import GaussianDecoder as GaussianDecoder
 from .networks import StateDiffusion as StateDiffusion
 from .networks import interpolate as interpolate
+from .path_law import LatentPathLaw as LatentPathLaw
 from .series import Series as Series
 from .series_encoder import Contexts as Contexts
 from .series_encoder import SeriesEncoder as SeriesEncoder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from stochdyn.fractional.latent.series import Series
 from stochdyn.fractional.latent.series_encoder import SeriesEncoder
 from stochdyn.fractional.noise.markov import MarkovNoise
 from stochdyn.objectives.base import Objective, ObjectiveValue
+
+if TYPE_CHECKING:
+    from stochdyn.fractional.latent.path_law import LatentPathLaw
 
 __all__ = ["LatentSDE"]
 
@@ -290,6 +293,20 @@ class LatentSDE(Objective):
             "kl": reported.detach().mean(),
         }
         return ObjectiveValue(loss, terms, "evidence_lower")
+
+    def path_law(self, series: Series) -> LatentPathLaw:
+        """Return the posterior law of the latent path of every series, with ``sample`` and ``marginal``.
+
+        Args:
+            series: the B series on which the paths are conditioned.
+
+        Raises:
+            InvalidInputError: if the series don't fit the model.
+            TimeGridError: if they reach beyond its grid.
+        """
+        from stochdyn.fractional.latent.path_law import LatentPathLaw
+
+        return LatentPathLaw(self, series)
 
     def _check(self, batch: Any) -> None:
         if not isinstance(batch, Series):
