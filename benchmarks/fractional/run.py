@@ -23,7 +23,7 @@ from lorenz import DT, END, PeerLatentSDE, as_series, data, ours
 from tightness import tightness
 
 import stochdyn as sd
-from stochdyn.core import MLP
+from stochdyn.core import StateNetwork
 from stochdyn.fractional import (
     AffineDrift,
     GaussianELBO,
@@ -37,15 +37,6 @@ RESULTS = Path(__file__).parent / "results" / "speed.json"
 def _gradient(objective: sd.Objective, trained: torch.nn.Module) -> Callable[[], Any]:
     parameters = tuple(trained.parameters())
     return lambda: torch.autograd.grad(objective(None).loss, parameters)
-
-
-class _Control(torch.nn.Module):
-    def __init__(self, net: MLP) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([t.expand(z[..., :1].shape), z], -1))
 
 
 def gaussian_against_simulated(smoke: bool) -> list[dict[str, Any]]:
@@ -64,10 +55,8 @@ def gaussian_against_simulated(smoke: bool) -> list[dict[str, Any]]:
         closed = GaussianELBO(GaussianPosterior(prior, ts), data_, 8)
         contenders = {"Gaussian": lambda o=closed: torch.autograd.grad(o(None).loss, list(o.parameters()))}
         for width in (64, 200, 1000):
-            net = MLP((1 + 1 + 5, width, width, 1), zero_last=True)
-            loss = sd.PathELBO(
-                prior, prior.controlled(_Control(net)), data_, num_particles=32, estimator="rate"
-            )
+            net = StateNetwork(1 + 5, 1, (width, width), zero_last=True)
+            loss = sd.PathELBO(prior, prior.controlled(net), data_, num_particles=32, estimator="rate")
             contenders[f"simulated, network {width}-{width}"] = _gradient(loss, net)
         heavy = {name: contenders.pop(name) for name in list(contenders) if "1000" in name}
         seconds = race(contenders, repeats) | race(heavy, 1 if smoke else 2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.core import MLP, Control
+from stochdyn.core import StateNetwork
 from stochdyn.fractional import (
     AffineDrift,
     FractionalOU,
@@ -26,18 +26,6 @@ __all__ = ["tightness"]
 
 SD = 0.1
 VALUES = (0.3, 0.4, 0.5)
-
-
-class _NetworkControl(Control):
-    """A control network of time, state and memory."""
-
-    def __init__(self, net: MLP) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        """Return the control ``(..., 1)``."""
-        return self.net(torch.cat([t.expand(z[..., :1].shape), z], -1))
 
 
 def _by_guide(sde: sd.SDE, ts: Tensor, index: list[int], y: Tensor) -> float:
@@ -113,8 +101,8 @@ def tightness(smoke: bool) -> list[dict[str, Any]]:
         row["gap of (c), trained from the prior"] = exact - float(closed(None).terms["elbo"])
         closed.posterior.linearise(data)
         row["gap of (c), linearised"] = exact - float(closed(None).terms["elbo"])
-        net = MLP((1 + 1 + 5, 64, 64, 1), zero_last=True).double()
-        simulated = sd.PathELBO(prior, prior.controlled(_NetworkControl(net)), data, 32)
+        net = StateNetwork(1 + 5, 1, zero_last=True).double()
+        simulated = sd.PathELBO(prior, prior.controlled(net), data, 32)
         sd.fit(simulated, steps=train, lr=3e-3, progress=False)
         with torch.no_grad():
             row["gap of the control posterior (a)"] = exact - float(simulated.evidence(4000)[1].mean())

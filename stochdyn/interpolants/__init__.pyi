@@ -71,7 +71,6 @@ from .training.couplings import ExactCoupling as ExactCoupling
 from .training.couplings import IndependentCoupling as IndependentCoupling
 from .training.evidence_objective import DiffusionEvidence as DiffusionEvidence
 from .training.max_min import MaxMinBridge as MaxMinBridge
-from .training.max_min import PathCorrection as PathCorrection
 from .training.point_source import Forecaster as Forecaster
 from .training.point_source import ForecastRegression as ForecastRegression
 from .training.point_source import PointSource as PointSource

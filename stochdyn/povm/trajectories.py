@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from stochdyn.povm.master.arguments import as_times, check_model, read_observabl
 from stochdyn.povm.master.density import check_bound, whole_operator
 from stochdyn.povm.master.propagation import check_length
 from stochdyn.povm.master.schedule import Schedule, Segment, make_schedule
+from stochdyn.run.progress import progress_bar
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad.lindbladian import Lindbladian
@@ -210,12 +211,7 @@ def evolve(
             values[name].append(mean.real if hermitian else mean)
 
     look()
-    segments: Iterable[Segment] = schedule.segments
-    if progress:
-        from tqdm.auto import tqdm
-
-        segments = tqdm(schedule.segments, desc="trajectories", delay=2)
-    for segment in segments:
+    for segment in progress_bar(schedule.segments, "trajectories", progress):
         walk.cross(segment)
         if segment.output is not None:
             look()

@@ -15,7 +15,8 @@ from stochdyn.core import Brownian
 from stochdyn.datasets import moving_digits
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError
 from stochdyn.fractional import VideoModel
-from stochdyn.fractional.video import JointControl, StateDiffusion
+from stochdyn.fractional.latent import StateDiffusion
+from stochdyn.fractional.video import JointControl
 
 SMALL: dict[str, Any] = {
     "num_frames": 5,
@@ -119,9 +120,11 @@ def test_contexts_are_interpolated_in_time() -> None:
 
 
 def test_components_of_the_diffusion_depend_on_their_own_state_alone() -> None:
-    diffusion = StateDiffusion(3, hidden=4)
+    diffusion = StateDiffusion(3, width=4)
     torch.nn.init.normal_(diffusion.out)
-    jacobian = torch.func.jacrev(lambda x: diffusion(torch.tensor(0.0), x))(torch.randn(3)).detach()
+    jacobian = torch.func.jacrev(lambda x: diffusion(torch.tensor(0.0), x).apply(torch.ones(3)))(
+        torch.randn(3)
+    ).detach()
     off = jacobian - torch.diag(jacobian.diagonal())
     assert float(off.abs().max()) == 0
     assert float(jacobian.diagonal().abs().min()) > 0

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn import errors
+from stochdyn.core import StateNetwork
 from stochdyn.interpolants import (
     EntropicCoupling,
     Interpolant,
     InterpolantRegression,
     MaxMinBridge,
-    PathCorrection,
 )
 from tests.interpolants.truths import F64
 
@@ -81,12 +81,17 @@ class Polynomial(nn.Module):
         return (powers @ self.a)[..., None] + (powers @ self.b)[..., None] * x
 
 
+def bend(width: int = 64) -> StateNetwork:
+    """A network of the bend of a path, ``(t, x0, x1)``, that starts as zero."""
+    return StateNetwork(1, hidden=(width, width), context=1, zero_last=True)
+
+
 def test_the_game_descends_in_the_drift_and_ascends_in_the_path() -> None:
     x0, x1 = samples(64)
     torch.manual_seed(0)
-    correction = PathCorrection(1, 8)
+    correction = bend(8)
     with torch.no_grad():
-        correction.layers[-1].weight.normal_(std=0.1)
+        correction.net.layers[-1].weight.normal_(std=0.1)
     objective = MaxMinBridge(Polynomial(), correction, 0.5, rate=1.0)
     with torch.no_grad():
         objective.drift.a.fill_(0.3)  # type: ignore[union-attr]
@@ -153,7 +158,7 @@ def test_the_game_converges_to_the_bridge_from_independent_pairs() -> None:
 
 
 def test_the_interpolant_of_the_game_can_be_used() -> None:
-    objective = MaxMinBridge(Polynomial(), PathCorrection(1, 8), 0.5)
+    objective = MaxMinBridge(Polynomial(), bend(8), 0.5)
     x0, x1 = samples(5)
     it = objective.interpolant()
     torch.testing.assert_close(it.sample(1.0, x0, x1).detach(), x1)
@@ -162,8 +167,8 @@ def test_the_interpolant_of_the_game_can_be_used() -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(errors.InvalidInputError, match="epsilon must be greater than 0"):
-        MaxMinBridge(Polynomial(), PathCorrection(1), 0.0)
+        MaxMinBridge(Polynomial(), bend(), 0.0)
     with pytest.raises(errors.InvalidInputError, match="a batch is"):
-        MaxMinBridge(Polynomial(), PathCorrection(1), 0.5)(torch.zeros(3, 1))
+        MaxMinBridge(Polynomial(), bend(), 0.5)(torch.zeros(3, 1))
     with pytest.raises(errors.InvalidInputError, match="must be callable"):
         MaxMinBridge(Polynomial(), None, 0.5)  # type: ignore[arg-type]

@@ -23,7 +23,6 @@ from .matching import MatchingPosterior as MatchingPosterior
 from .model import LatentSDE as LatentSDE
 from .networks import ConstantDiffusion as ConstantDiffusion
 from .networks import ContextHead as ContextHead
-from .networks import DriftNetwork as DriftNetwork
 from .networks import GaussianDecoder as GaussianDecoder
 from .networks import StateDiffusion as StateDiffusion
 from .networks import interpolate as interpolate

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stochdyn._checks import check_choice, check_positive_int, check_time_grid
 from stochdyn.core.gaussian.affine import by_column
-from stochdyn.core.networks import MLP
+from stochdyn.core.networks import MLP, StateNetwork
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.noise import Brownian, NoiseProcess, NoiseSteps
@@ -22,7 +22,6 @@ from stochdyn.fractional.latent.encoded import AmortisedGaussianPosterior
 from stochdyn.fractional.latent.matching import MatchingPosterior, check_brownian
 from stochdyn.fractional.latent.networks import (
     ConstantDiffusion,
-    DriftNetwork,
     GaussianDecoder,
     StateDiffusion,
     interpolate,
@@ -166,7 +165,7 @@ class LatentSDE(Objective):
                     learn_hurst=learn_hurst is not False,
                     per_channel=True,
                 )
-        field = drift if callable(drift) else DriftNetwork(latent_dim, drift)
+        field = drift if callable(drift) else StateNetwork(latent_dim, hidden=drift, time=False)
         named = {"constant": ConstantDiffusion, "state": StateDiffusion}
         strength = (
             named[diffusion](latent_dim) if isinstance(diffusion, str) and diffusion in named else diffusion

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,30 +15,12 @@ from stochdyn.fractional.latent.series import Series
 __all__ = [
     "ConstantDiffusion",
     "ContextHead",
-    "DriftNetwork",
     "GaussianDecoder",
     "StateDiffusion",
     "interpolate",
 ]
 
 _SMALLEST = 1e-3
-
-
-class DriftNetwork(nn.Module):
-    """A tanh network of the state alone: the equation is the same at all times.
-
-    Args:
-        dim: ``d``.
-        hidden: widths.
-    """
-
-    def __init__(self, dim: int, hidden: Sequence[int] = (64, 64)) -> None:
-        super().__init__()
-        self.net = MLP((dim, *hidden, dim))
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return ``(..., d)``."""
-        return self.net(x)
 
 
 class ConstantDiffusion(nn.Module):
@@ -66,15 +48,15 @@ class StateDiffusion(nn.Module):
 
     Args:
         dim: ``d``.
-        width: hidden units a component.
-        strength: where it starts, roughly.
+        width: the number of hidden units per component.
+        strength: where it starts, at all states.
     """
 
     def __init__(self, dim: int, width: int = 16, strength: float = 0.5) -> None:
         super().__init__()
         self.slope = nn.Parameter(torch.randn(dim, width))
         self.shift = nn.Parameter(torch.randn(dim, width))
-        self.out = nn.Parameter(torch.randn(dim, width) * 0.1 / width**0.5)
+        self.out = nn.Parameter(torch.zeros(dim, width))
         self.level = nn.Parameter(torch.full((dim,), strength).expm1().log())
 
     def forward(self, t: Tensor, x: Tensor) -> Diagonal:
@@ -96,15 +78,13 @@ class ContextHead(nn.Module):
 
     def __init__(self, context: int, size: int, width: int = 64) -> None:
         super().__init__()
-        self.hidden = nn.Sequential(nn.Linear(context, width), nn.Tanh())
-        self.out = nn.Linear(width, size)
+        self.net = MLP((context, width, size), zero_last=True)
         self.skip = nn.Linear(context, size, bias=False)
-        for x in (self.out.weight, self.out.bias, self.skip.weight):
-            nn.init.zeros_(x)
+        nn.init.zeros_(self.skip.weight)
 
     def forward(self, context: Tensor) -> Tensor:
         """Return coefficients ``(..., size)`` for contexts ``(..., C)``."""
-        return self.out(self.hidden(context)) + self.skip(context)
+        return self.net(context) + self.skip(context)
 
 
 class GaussianDecoder(nn.Module):

@@ -4,5 +4,3 @@ from .networks import ContextEncoder as ContextEncoder
 from .networks import FrameDecoder as FrameDecoder
 from .networks import FrameEncoder as FrameEncoder
 from .networks import JointControl as JointControl
-from .networks import StateDiffusion as StateDiffusion
-from .networks import StateDrift as StateDrift

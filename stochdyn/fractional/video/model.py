@@ -13,18 +13,18 @@ from torch.distributions import Independent, Normal
 
 from stochdyn._checks import check_choice, check_ndim, check_positive, check_positive_int
 from stochdyn.core.law.diffusion import DiffusionMeasure
+from stochdyn.core.networks import StateNetwork
 from stochdyn.core.sde.equation import SDE, Control
 from stochdyn.core.sde.noise import Brownian, NoiseProcess
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError
 from stochdyn.fractional._options import check_unused
+from stochdyn.fractional.latent.networks import ConstantDiffusion, StateDiffusion
 from stochdyn.fractional.noise.markov import MarkovNoise
 from stochdyn.fractional.video.networks import (
     ContextEncoder,
     FrameDecoder,
     FrameEncoder,
     JointControl,
-    StateDiffusion,
-    StateDrift,
 )
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
@@ -152,7 +152,8 @@ class VideoModel(Objective):
         self.decoder = FrameDecoder(size, channels, widths, latents + content)
         horizon = num_frames * dt
         self.noise = _noise(noise, hurst, num_states, kind, horizon, dt / num_steps)
-        self.equation = SDE(StateDrift(latents, hidden), StateDiffusion(latents, diffusion_width), self.noise)
+        strength = StateDiffusion(latents, diffusion_width) if diffusion_width else ConstantDiffusion(latents)
+        self.equation = SDE(StateNetwork(latents, hidden=hidden, time=False), strength, self.noise)
         size_z = latents * (1 + self.noise.num_states)
         self.control = JointControl(size_z, latents, features, hidden, dt)
 

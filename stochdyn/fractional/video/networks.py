@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stochdyn.core.networks import MLP
 
-__all__ = ["ContextEncoder", "FrameDecoder", "FrameEncoder", "JointControl", "StateDiffusion", "StateDrift"]
+__all__ = ["ContextEncoder", "FrameDecoder", "FrameEncoder", "JointControl"]
 
 
 def _groups(channels: int) -> int:
@@ -83,10 +83,8 @@ class ContextEncoder(nn.Module):
 
     def __init__(self, features: int, content: int, latents: int) -> None:
         super().__init__()
-        self.content = nn.Sequential(nn.Linear(features, content), nn.SiLU(), nn.Linear(content, content))
-        self.start = nn.Sequential(
-            nn.Linear(3 * features, features), nn.SiLU(), nn.Linear(features, 2 * latents)
-        )
+        self.content = MLP((features, content, content), activation="silu")
+        self.start = MLP((3 * features, features, 2 * latents), activation="silu")
         self.over_time = nn.Sequential(
             nn.Conv1d(features, features, 3, padding=1),
             nn.SiLU(),
@@ -103,45 +101,6 @@ class ContextEncoder(nn.Module):
         mean, raw = self.start(features[:, :3].flatten(1)).chunk(2, -1)
         context = self.over_time(features.mT).permute(2, 0, 1)
         return content, mean, F.softplus(raw) + 1e-3, context
-
-
-class StateDrift(nn.Module):
-    """The prior drift, a network of the state."""
-
-    def __init__(self, latents: int, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.network = MLP((latents, *hidden, latents))
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return ``(..., d)``."""
-        return self.network(x)
-
-
-class StateDiffusion(nn.Module):
-    r"""A diagonal diffusion whose component i depends on :math:`x_i` alone, :math:`\mathrm{softplus}(f_i(x_i))`.
-
-    Args:
-        latents: d.
-        hidden: width of each small network :math:`f_i`; 0 for a constant.
-        start: value at the start of training.
-    """
-
-    def __init__(self, latents: int, hidden: int = 0, start: float = 0.5) -> None:
-        super().__init__()
-        level = torch.log(torch.expm1(torch.tensor(start)))
-        self.level = nn.Parameter(level.expand(latents).clone())
-        self.hidden = hidden
-        if hidden:
-            self.weight = nn.Parameter(torch.randn(hidden, latents))
-            self.bias = nn.Parameter(torch.randn(hidden, latents))
-            self.out = nn.Parameter(torch.zeros(hidden, latents))
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return the diagonal, like ``x (..., d)``."""
-        raw = self.level.expand_as(x)
-        if self.hidden:
-            raw = raw + (torch.tanh(x.unsqueeze(-2) * self.weight + self.bias) * self.out).sum(-2)
-        return F.softplus(raw) + 1e-3
 
 
 class JointControl(nn.Module):

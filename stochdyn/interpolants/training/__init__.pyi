@@ -6,7 +6,6 @@ from .couplings import as_coupling as as_coupling
 from .couplings import coupling_cost as coupling_cost
 from .evidence_objective import DiffusionEvidence as DiffusionEvidence
 from .max_min import MaxMinBridge as MaxMinBridge
-from .max_min import PathCorrection as PathCorrection
 from .point_source import Forecaster as Forecaster
 from .point_source import ForecastRegression as ForecastRegression
 from .point_source import PointSource as PointSource

@@ -7,15 +7,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive, check_positive_int, check_real
-from stochdyn.core.networks import MLP
+from stochdyn._checks import check_positive, check_real
 from stochdyn.errors import InvalidInputError
 from stochdyn.interpolants.fields.networks import Network
 from stochdyn.interpolants.paths.interpolant import Interpolant, check_pair
 from stochdyn.interpolants.paths.latents import BrownianLatent
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
-__all__ = ["MaxMinBridge", "PathCorrection"]
+__all__ = ["MaxMinBridge"]
 
 
 class _Reversed(torch.autograd.Function):
@@ -46,7 +45,8 @@ class MaxMinBridge(Objective):
 
     Args:
         drift: network for u, ``net(t, x)`` with ``t (n, 1)``.
-        correction: network ``(t, x0, x1) -> (n, d)`` that bends the path, see :class:`Interpolant`.
+        correction: network ``(t, x0, x1) -> (n, d)`` that bends the path, see :class:`Interpolant`; such as
+            ``StateNetwork(d, context=d, zero_last=True)`` of :mod:`stochdyn.core`, which starts without a bend.
         epsilon: :math:`\varepsilon`, half the squared diffusion of the reference.
         rate: learning rate of the interpolant relative to that of the drift, in :meth:`parameter_groups`. Small rates keep
             the drift near its optimum.
@@ -132,22 +132,3 @@ class MaxMinBridge(Objective):
         loss = (u * (0.5 * u - target)).sum(-1).mean()
         energy = u.detach().square().sum(-1).mean()
         return ObjectiveValue(loss, {"kinetic": 0.5 * energy}, "surrogate")
-
-
-class PathCorrection(nn.Module):
-    """A network for the bend of a path, ``net(t, x0, x1)``, that starts as zero.
-
-    Args:
-        dim: dimension of the state.
-        width: of its two hidden layers.
-    """
-
-    def __init__(self, dim: int, width: int = 64) -> None:
-        super().__init__()
-        check_positive_int(dim, "dim")
-        check_positive_int(width, "width")
-        self.net = MLP((2 * dim + 1, width, width, dim), zero_last=True)
-
-    def forward(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        """Return ``(n, d)``."""
-        return cast(Tensor, self.net(torch.cat([t, x0, x1], -1)))

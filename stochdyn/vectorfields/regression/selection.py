@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
-from tqdm import tqdm
 
 from stochdyn.errors import InvalidInputError
+from stochdyn.run.progress import progress_bar
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.sphere import HodgeMatern, hodge_compositional, sphere_of
 from stochdyn.vectorfields.regression.ambient import AmbientKernel
@@ -143,7 +143,7 @@ def choose(
     best: tuple[Candidate, Kernel | None, Engine] | None = None
     highest, record = -math.inf, []
     found: dict[str, float] = {}
-    for candidate in tqdm(candidates(cloud, data.rows), desc="kernels", disable=not progress, delay=2.0):
+    for candidate in progress_bar(candidates(cloud, data.rows), "kernels", progress):
         near = max((found[name] for name in candidate.akin), default=highest)
         if highest - near > _HOPELESS * data.rows:
             continue
