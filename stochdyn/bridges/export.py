@@ -62,7 +62,8 @@ def to_anndata(
     check_real(share, "share", above=0.0, maximum=1.0)
     check_type(key, str, "key")
     if isinstance(result, Refinement):
-        bridge, law = result.bridge, result.bridge
+        bridge = result.bridge
+        law: SchrodingerBridge | GrowingBridge = bridge
     else:
         check_type(result, (SchrodingerBridge, GrowingBridge), "result")
         law = result

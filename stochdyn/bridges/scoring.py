@@ -228,11 +228,15 @@ def leave_one_out(
 def _fit(method: Any, train: Snapshots, options: dict[str, Any]) -> PathMeasure:
     from stochdyn.bridges.families.base import DriftFamily
     from stochdyn.bridges.families.pyro_family import required_arguments
-    from stochdyn.bridges.refinement.methods import as_method
+    from stochdyn.bridges.refinement.methods import Messages, as_method
     from stochdyn.bridges.refinement.refinement import Refinement, refine
 
     if method is None:
         chosen = as_method(options.get("method", "sinkhorn"))
+        if isinstance(chosen, Messages):
+            raise InvalidInputError(
+                "the Brownian bridge has no hidden components", hint="score a family for Messages"
+            )
         return chosen.bridge(train, None, options.get("diffusion", 0.1), options.get("dt")).solve()
     is_module = isinstance(method, DriftFamily | torch.nn.Module)
     if callable(method) and not is_module and required_arguments(method) == 1:

@@ -159,7 +159,7 @@ def _curve(given: float | Tensor | Callable[[Tensor], Tensor], steps: int, dt: f
 
 
 def _volterra(
-    hurst: float, steps: int, dt: float, shape: torch.Size, generator: torch.Generator | None
+    hurst: float, steps: int, dt: float, shape: tuple[int, ...], generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Unit type II noise ``(*shape, steps + 1)`` and the Brownian increments ``(*shape, steps)`` that drive it."""
     a = hurst - 0.5

@@ -101,7 +101,7 @@ class Snapshots:
         times: Tensor | Sequence[float],
         samples: Tensor | Sequence[Any],
         weights: Sequence[Any] | Tensor | None = None,
-        names: Sequence[Sequence[Any]] | None = None,
+        names: Sequence[Any] | None = None,
     ) -> None:
         clouds = tuple(_as_floating(x) for x in samples)
         check_nonempty(clouds, "samples")
@@ -252,9 +252,7 @@ def _as_floating(x: Any) -> Tensor:
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
-def _as_names(
-    names: Sequence[Sequence[Any]] | None, clouds: tuple[Tensor, ...]
-) -> tuple[np.ndarray, ...] | None:
+def _as_names(names: Sequence[Any] | None, clouds: tuple[Tensor, ...]) -> tuple[np.ndarray, ...] | None:
     if names is None:
         return None
     own = tuple(np.asarray(part) for part in names)

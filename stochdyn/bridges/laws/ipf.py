@@ -35,6 +35,7 @@ from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.networks import MLP
+from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import UnavailableError
 
@@ -211,9 +212,10 @@ class IPFBridge(PathMeasure):
         family, own = as_reference(reference, snapshots)
         self.snapshots = snapshots
         self.family: DriftFamily = ZeroDrift(snapshots.dim) if family is None else family
-        self.diffusion = diffusion if diffusion is not None else own
-        if self.diffusion is None:
-            self.diffusion = default_diffusion(snapshots)
+        given = diffusion if diffusion is not None else own
+        self.diffusion: Coefficient | Tensor | float = (
+            default_diffusion(snapshots) if given is None else given
+        )
         self.register_buffer("spread", spread_of(self.diffusion, snapshots))
         self.spread: Tensor
         self.sigma = float(self.spread.diagonal().mean().sqrt())

@@ -34,6 +34,7 @@ from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import Path, PathSample
+from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.transport.entropic import TransportPlan, _cost_rows, sinkhorn
 from stochdyn.errors import (
@@ -137,9 +138,10 @@ class SchrodingerBridge(PathMeasure):
         self.snapshots = snapshots
         family, own = as_reference(reference, snapshots)
         self.family: DriftFamily = ZeroDrift(snapshots.dim) if family is None else family
-        self.diffusion = diffusion if diffusion is not None else own
-        if self.diffusion is None:
-            self.diffusion = default_diffusion(snapshots)
+        given = diffusion if diffusion is not None else own
+        self.diffusion: Coefficient | Tensor | float = (
+            default_diffusion(snapshots) if given is None else given
+        )
         self.register_buffer("spread", spread_of(self.diffusion, snapshots))
         self.dt = float(snapshots.durations.min()) / _POINTS if dt is None else float(dt)
         self.tolerance, self.max_iterations = float(tolerance), max_iterations

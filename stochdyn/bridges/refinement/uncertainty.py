@@ -188,15 +188,15 @@ class _Refits(Resumable[tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]
     """One refinement after the other, each on redrawn particles."""
 
     unit = "data set"
+    total: int
 
     def __init__(
         self, fit: Refinement, num_draws: int, seed: int, max_iterations: int, num_nodes: int | None
     ) -> None:
         self.fit, self.total, self.seed, self.failed = fit, num_draws, seed, 0
-        method = replace(fit.method, from_family=True)
-        if isinstance(method, Sinkhorn):
-            nodes = method.num_nodes if num_nodes is None else min(num_nodes, method.num_nodes)
-            method = replace(method, restarts=0, num_nodes=nodes)
+        assert isinstance(fit.method, Sinkhorn)  # only its bridges have the couplings that a posterior needs
+        nodes = fit.method.num_nodes if num_nodes is None else min(num_nodes, fit.method.num_nodes)
+        method = replace(fit.method, from_family=True, restarts=0, num_nodes=nodes)
         self.options = {
             **fit.options, "max_iterations": max_iterations, "method": method, "diffusion": fit.bridge.diffusion,
             "dt": fit.dt, "progress": False,

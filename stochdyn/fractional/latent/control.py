@@ -43,7 +43,9 @@ class _Recorder(Control):
         self.coefficients, self.scale = coefficients, scale.unbind(0)
         self.rows: dict[int, tuple[Tensor, Tensor, Tensor]] | None = {}
 
-    def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
+    def shape_increment(
+        self, n: int, t: Tensor, dt: Tensor | float, z: Tensor, e: Tensor, channels: int
+    ) -> Tensor:
         """See :meth:`Control.shape_increment`; ``e`` are increments of the prior."""
         (context, feedback, factor), scale = self.coefficients(n), self.scale[n]
         scaled = z / self.width

@@ -88,7 +88,7 @@ class GaussianELBO(Objective):
 def expected_log_likelihood(law: FeedbackLaw, data: GaussianObservations, dim: int) -> Tensor:
     """Return the mean under a Gaussian law of the log-likelihood of Gaussian observations, ``(*B)``."""
     mean, cov = law.moments
-    right, weight = cast(Tensor, data.right), cast(Tensor, data.weight)
+    right, weight = data.right, data.weight
     left = right - 1
     variance = cov.diagonal(dim1=-2, dim2=-1)[..., :dim]
     across = (law.transition[left][..., :dim, :] * cov[left][..., :dim, :]).sum(-1)

@@ -47,11 +47,11 @@ def set_linearised(
 
         found = fit_linearised(view, quadratic)
         dtype = posterior.offset.dtype
-        law = found.posterior.law
-        pull = (law.gain @ found.states[:-1].double().unsqueeze(-1)).squeeze(-1)
-        posterior.offset.copy_((law.offset + pull).to(dtype))
-        posterior.gain.copy_((law.gain * posterior.width).to(dtype))
-        factor = law.factor.to(dtype)
+        feedback = found.posterior.law
+        pull = (feedback.gain @ found.states[:-1].double().unsqueeze(-1)).squeeze(-1)
+        posterior.offset.copy_((feedback.offset + pull).to(dtype))
+        posterior.gain.copy_((feedback.gain * posterior.width).to(dtype))
+        factor = feedback.factor.to(dtype)
         posterior.log_diagonal.copy_(factor.diagonal(dim1=-2, dim2=-1).log())
         if posterior.lower is not None:
             posterior.lower.copy_(factor.tril(-1))

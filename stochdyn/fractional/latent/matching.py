@@ -143,7 +143,9 @@ class _MarginalControl(Control):
         self.parts = [x.unbind(0) for x in (mean, scale, mean_slope, scale_slope)]
         self.rows: list[Tensor] = []
 
-    def shape_increment(self, n: int, t: Tensor, dt: float, z: Tensor, e: Tensor, channels: int) -> Tensor:
+    def shape_increment(
+        self, n: int, t: Tensor, dt: Tensor | float, z: Tensor, e: Tensor, channels: int
+    ) -> Tensor:
         """See :meth:`Control.shape_increment`."""
         mean, scale, mean_slope, scale_slope = (part[n] for part in self.parts)
         noise = (z - mean) / scale
