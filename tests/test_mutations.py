@@ -47,7 +47,6 @@ KNOWN = {
     "fractional": 119,
     "interpolants": 239,
     "povm": 25,
-    "jumps": math.inf,
 }
 
 #: Calls that are left alone, with the reason.

@@ -14,7 +14,7 @@ from stochdyn.core.law.path import Estimate
 from stochdyn.core.sde.covariance import covariance_divergence
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import DiffusionMismatchError, InvalidInputError, ShapeError
-from stochdyn.nonequilibrium.linear import check_parity
+from stochdyn.nonequilibrium.linear import as_points, check_parity
 
 __all__ = ["SteadyCurrent", "entropy_production_rate", "sum_rule"]
 
@@ -40,12 +40,21 @@ class SteadyCurrent:
     def __init__(self, sde: SDE, score: Any, parity: object = None) -> None:
         check_type(sde, SDE, "sde")
         self.sde, self._parity = sde, parity
-        function = score if callable(score) and not hasattr(score, "score") else score.score
-        check_callable(function, "score")
+        function = getattr(score, "score", score)
+        check_callable(function, "score", "a function, or an object with one")
         self._score: Callable[..., Tensor] = function
+
+    def _at(self, x: object) -> Tensor:
+        """Return states ``x (..., d)`` that the equation takes."""
+        points = as_points(x)
+        self.sde.check(torch.zeros((), dtype=points.dtype, device=points.device), points)
+        return points
 
     def score(self, x: Tensor) -> Tensor:
         """Return the score ``(..., d)``."""
+        return self._score_at(self._at(x))
+
+    def _score_at(self, x: Tensor) -> Tensor:
         try:
             return self._score(x)
         except TypeError:
@@ -57,6 +66,9 @@ class SteadyCurrent:
 
     def irreversible(self, x: Tensor) -> Tensor:
         """Return the part of the force that is even under time reversal, ``(..., d)``."""
+        return self._irreversible(self._at(x))
+
+    def _irreversible(self, x: Tensor) -> Tensor:
         signs = check_parity(self._parity, x.shape[-1], x)
         if bool((signs > 0).all()):
             return self._force(x)
@@ -73,8 +85,11 @@ class SteadyCurrent:
         Raises:
             DiffusionMismatchError: if an irreversible force acts where there is no noise, so that entropy production is infinite.
         """
+        return self._velocity(self._at(x))
+
+    def _velocity(self, x: Tensor) -> Tensor:
         d = self._covariance(x)
-        v = self.irreversible(x) - (d @ self.score(x)[..., None])[..., 0]
+        v = self._irreversible(x) - (d @ self._score_at(x)[..., None])[..., 0]
         pinv = torch.linalg.pinv(d, rtol=1e-10, hermitian=True)
         inside = (d @ pinv @ v[..., None])[..., 0]
         size = v.detach().abs().amax()
@@ -98,7 +113,8 @@ class SteadyCurrent:
             by: groups of components by name; then a dict of the groups' parts, which add up to the whole. Each part's mean is
                 positive only if noise doesn't couple the groups.
         """
-        v = self.velocity(x)
+        x = self._at(x)
+        v = self._velocity(x)
         terms = v * self._against(x, v)
         if by is None:
             return terms.sum(-1)
@@ -106,11 +122,13 @@ class SteadyCurrent:
 
     def medium(self, x: Tensor) -> Tensor:
         r"""Return the rate :math:`v\cdot D^+f` at which entropy flows into the medium, ``(...)``."""
-        return (self.velocity(x) * self._against(x, self.irreversible(x))).sum(-1)
+        x = self._at(x)
+        return (self._velocity(x) * self._against(x, self._irreversible(x))).sum(-1)
 
     def system(self, x: Tensor) -> Tensor:
         r"""Return the rate :math:`-v\cdot\nabla\log\rho` at which the system's entropy changes, ``(...)``; its mean is zero."""
-        return -(self.velocity(x) * self.score(x)).sum(-1)
+        x = self._at(x)
+        return -(self._velocity(x) * self._score_at(x)).sum(-1)
 
 
 def thermodynamic_force(sde: SDE, x: Tensor) -> Tensor:
@@ -161,7 +179,7 @@ def sum_rule(sde: SDE, x: Tensor, parity: object = None) -> Estimate:
     current = SteadyCurrent(sde, torch.zeros_like, parity)
     irreversible = current.irreversible(points)
     square = (irreversible * current._against(points, irreversible)).sum(-1)
-    spread = divergence(current.irreversible, points)
+    spread = divergence(current._irreversible, points)
     if not even:
         spread = 2 * spread - divergence(lambda y: thermodynamic_force(sde, y), points)
     d = current._covariance(points)

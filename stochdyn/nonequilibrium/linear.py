@@ -8,7 +8,7 @@ import torch
 from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
-from stochdyn._checks import as_tensor
+from stochdyn._checks import as_tensor, check_event_size, check_nonempty, check_points
 from stochdyn.errors import DiffusionMismatchError, InvalidInputError, ShapeError
 
 __all__ = ["LinearSteadyState", "Split"]
@@ -37,6 +37,16 @@ def check_parity(parity: object, dim: int, like: Tensor) -> Tensor:
             "parity must hold 1 or -1 per component", got=signs.tolist()[:8], expected=f"{dim} signs"
         )
     return signs
+
+
+def as_points(x: object) -> Tensor:
+    """Return states ``x (..., d)`` as a tensor in single or double precision, whose values are numbers."""
+    points = as_tensor(x, "x", finite=False)
+    check_points(points)
+    if points.ndim == 0:
+        raise ShapeError("x must hold states", got="a number", expected="(..., d)")
+    check_nonempty(points, "x")
+    return points
 
 
 class LinearSteadyState:
@@ -97,7 +107,12 @@ class LinearSteadyState:
 
     def velocity(self, x: Tensor) -> Tensor:
         """Return the irreversible velocity ``(..., d)`` of the current at ``x (..., d)``."""
-        return x.double() @ (self._on_noise() @ self._velocity).mT
+        return self._states(x) @ (self._on_noise() @ self._velocity).mT
+
+    def _states(self, x: object) -> Tensor:
+        points = as_points(x)
+        check_event_size(points, len(self.drift_matrix), "x")
+        return points.double()
 
     def _on_noise(self) -> Tensor:
         """Return the projection on the directions that noise reaches."""
@@ -110,4 +125,4 @@ class LinearSteadyState:
 
     def score(self, x: Tensor) -> Tensor:
         """Return the gradient of the steady log density, ``(..., d)``."""
-        return -torch.linalg.solve(self.covariance, x.double()[..., None])[..., 0]
+        return -torch.linalg.solve(self.covariance, self._states(x)[..., None])[..., 0]

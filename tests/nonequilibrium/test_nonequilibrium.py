@@ -206,3 +206,21 @@ def test_bad_input() -> None:
         LinearSteadyState([[-1.0]], [[1.0]], parity=[2])
     with pytest.raises(InvalidInputError, match="must be a RateMatrix"):
         short_time_bound(torch.eye(2))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [None, "x", math.nan, [[math.nan, 0.0, 0.0]], torch.zeros(0, 3), torch.zeros(2, 2, dtype=D), torch.zeros(2, 3).half()],
+)  # fmt: skip
+@pytest.mark.parametrize("verb", ["velocity", "local", "score"])
+def test_what_is_no_state_is_refused_by_name(verb: str, x: object) -> None:
+    state = beads(3)
+    for answers in (state, SteadyCurrent(equation(state), state.score)):
+        with pytest.raises(sd.StochdynError):
+            getattr(answers, verb)(x)
+
+
+@pytest.mark.parametrize("score", [None, 3, "x", object()])
+def test_a_score_is_a_function_or_has_one(score: object) -> None:
+    with pytest.raises(InvalidInputError, match="score"):
+        SteadyCurrent(equation(beads(3)), score)

@@ -27,6 +27,7 @@ from stochdyn.errors import (
 from stochdyn.run import storable
 from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from stochdyn.run.identity import describe
+from tests.bridges.laws import pushed
 from tests.run.toys import Quadratic
 from tests.test_laws import CASES, decay
 
@@ -139,6 +140,7 @@ def test_what_is_loaded_does_as_before(tmp_path: Path, kind: str) -> None:
 
 
 storable(decay)
+storable(pushed)
 
 
 @pytest.mark.parametrize("name", CASES)

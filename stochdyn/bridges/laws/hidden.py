@@ -97,6 +97,8 @@ class HiddenStateBridge(HiddenChain):
     initial_cov: Tensor
     spread: Tensor
 
+    _derived_ = ("_parts",)
+
     def __init__(
         self,
         snapshots: Snapshots,
