@@ -145,6 +145,11 @@ class Messages:
     Its bridges are :class:`~stochdyn.bridges.HiddenStateBridge`, built on the family's own parameters, so these must start where the mechanism comes
     near to the data. There is no posterior, and the diffusion isn't learnt.
 
+    It is tested for one unknown parameter. Estimates of several may be biased: parameters that can make up for each other, such as the decay
+    of a species that is seen and that of the hidden one which makes it, are held by snapshots of some tens of particles so weakly that values
+    far from the truth can have the lower objective. Refine subsets of the particles, or resampled ones, to see how far estimates scatter; fix
+    what is known; and give more particles.
+
     Args:
         initial_mean: the mean of the whole state at the first snapshot to start from, ``(d,)``: the components that are seen first.
         initial_cov: its covariance, ``(d, d)``; for what is hidden as wide as is known.
