@@ -244,13 +244,11 @@ def _pointwise(
     if n == 0 or n * len(x) > 2e7:
         return None
     if len(grid.a) == 1 and len(grid.x) > 1:
-        place = np.clip((x - grid.x[0]) / (grid.x[1] - grid.x[0]), 0, len(grid.x) - 1.001)
-        i = place.astype(int)
-        w = (place - i)[:, None]
-        rest = _blend(fit.errors[:, 0], i, w)
+        w = _cubic_weights(grid.x, x)
+        rest = w @ fit.errors[:, 0]
         for p in range(beta.shape[1]):
-            rest -= beta[:, p, None] * _blend(fit.errors[:, 1 + p], i, w)
-        log_variance = _blend(fit.log_variance, i, w)
+            rest -= beta[:, p, None] * (w @ fit.errors[:, 1 + p])
+        log_variance = w @ fit.log_variance
     else:
         i = _nearest(grid.x, x) * len(grid.a) + _nearest(grid.a, a)
         rest = fit.errors[i, 0] - np.einsum("sp,spn->sn", beta, fit.errors[i, 1:])
@@ -259,9 +257,22 @@ def _pointwise(
     return np.asarray(-0.5 * (math.log(2 * math.pi) + log_variance + (rest / scale[:, None]) ** 2))
 
 
-def _blend(rows: np.ndarray, i: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Interpolate linearly between neighbouring rows."""
-    return np.asarray((1 - w) * rows[i] + w * rows[i + 1])
+def _cubic_weights(nodes: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return weights ``(S, I)`` that interpolate values at equally spaced nodes at ``x (S,)``: cubics through the nearest four.
+
+    A chord would not do: the curvatures of log determinant and quadratic form, which nearly cancel, are of the order of n.
+    """
+    place = np.clip((x - nodes[0]) / (nodes[1] - nodes[0]), 0, len(nodes) - 1)
+    order = min(4, len(nodes))
+    first = np.clip(place.astype(int) - 1, 0, len(nodes) - order)
+    weights = np.zeros((len(x), len(nodes)))
+    for k in range(order):
+        others = [m for m in range(order) if m != k]
+        # Lagrange: prod_m (t - m) / (k - m)
+        weights[np.arange(len(x)), first + k] = np.prod(
+            [(place - first - m) / (k - m) for m in others], axis=0
+        )
+    return weights
 
 
 def _nearest(nodes: np.ndarray, x: np.ndarray) -> np.ndarray:
