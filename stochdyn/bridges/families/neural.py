@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +26,18 @@ class _Scaled(DriftFamily):
     scale: Tensor
 
     def __init__(
-        self, dim: int, centre: Tensor | None, scale: Tensor | float, horizon: float, start_time: float
+        self,
+        dim: int,
+        width: int = 64,
+        time: bool = False,
+        *,
+        centre: Tensor | None = None,
+        scale: Tensor | float = 1.0,
+        horizon: float = 1.0,
+        start_time: float = 0.0,
     ) -> None:
         super().__init__(dim)
+        check_positive_int(width, "width")
         check_positive(scale, "scale")
         check_positive(horizon, "horizon")
         check_real(start_time, "start_time")
@@ -38,10 +49,25 @@ class _Scaled(DriftFamily):
         self.register_buffer("centre", middle)
         self.register_buffer("scale", unit)
         self.horizon, self.start_time = float(horizon), float(start_time)
+        self.time = time
+        self._make_layers(dim, width, time)
 
-    def _inputs(self, t: Tensor, x: Tensor, time: bool) -> Tensor:
+    @abstractmethod
+    def _make_layers(self, dim: int, width: int, time: bool) -> None:
+        """Make the parameters, of the precision and on the device of ``centre``."""
+
+    @classmethod
+    def for_snapshots(cls, snapshots: Snapshots, width: int = 64, time: bool = False) -> Self:
+        """Return a drift in the units of given snapshots."""
+        _, centre, scale = snapshots.standardised()
+        start, end = float(snapshots.times[0]), float(snapshots.times[-1])
+        return cls(
+            snapshots.dim, width, time, centre=centre, scale=scale, horizon=end - start, start_time=start
+        )
+
+    def _inputs(self, t: Tensor, x: Tensor) -> Tensor:
         state = (x - self.centre) / self.scale
-        if not time:
+        if not self.time:
             return state
         clock = (torch.as_tensor(t, device=x.device) - self.start_time) / self.horizon
         clock = clock.to(x.dtype).expand(*x.shape[:-1], 1)
@@ -54,12 +80,6 @@ class _Scaled(DriftFamily):
                 bound = 0.1 / max(value.shape[-1], 1) ** 0.5
                 noise = torch.rand(value.shape, generator=generator, dtype=value.dtype, device=value.device)
                 value.copy_((2 * noise - 1) * (bound if value.ndim < 2 else 10 * bound))
-
-
-def _units(snapshots: Snapshots) -> dict[str, Tensor | float]:
-    _, centre, scale = snapshots.standardised()
-    start, end = float(snapshots.times[0]), float(snapshots.times[-1])
-    return {"centre": centre, "scale": scale, "horizon": end - start, "start_time": start}
 
 
 class NeuralDrift(_Scaled):
@@ -85,33 +105,15 @@ class NeuralDrift(_Scaled):
         0.0
     """
 
-    def __init__(
-        self,
-        dim: int,
-        width: int = 64,
-        time: bool = False,
-        *,
-        centre: Tensor | None = None,
-        scale: Tensor | float = 1.0,
-        horizon: float = 1.0,
-        start_time: float = 0.0,
-    ) -> None:
-        super().__init__(dim, centre, scale, horizon, start_time)
-        check_positive_int(width, "width")
-        self.time = time
+    def _make_layers(self, dim: int, width: int, time: bool) -> None:
         self.linear = nn.Linear(dim + time, dim).to(self.centre)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         self.net = MLP((dim + time, width, width, dim), zero_last=True).to(self.centre)
 
-    @classmethod
-    def for_snapshots(cls, snapshots: Snapshots, width: int = 64, time: bool = False) -> NeuralDrift:
-        """Return a drift in the units of given snapshots."""
-        return cls(snapshots.dim, width, time, **_units(snapshots))  # type: ignore[arg-type]
-
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """See :meth:`DriftFamily.forward`."""
-        inputs = self._inputs(t, x, self.time)
+        inputs = self._inputs(t, x)
         return (self.linear(inputs) + self.net(inputs)) * (self.scale / self.horizon)
 
 
@@ -144,34 +146,16 @@ class PotentialDrift(_Scaled):
     (gradient drifts are identifiable from marginals).
     """
 
-    def __init__(
-        self,
-        dim: int,
-        width: int = 64,
-        time: bool = False,
-        *,
-        centre: Tensor | None = None,
-        scale: Tensor | float = 1.0,
-        horizon: float = 1.0,
-        start_time: float = 0.0,
-    ) -> None:
-        super().__init__(dim, centre, scale, horizon, start_time)
-        check_positive_int(width, "width")
-        self.time = time
+    def _make_layers(self, dim: int, width: int, time: bool) -> None:
         self.first = nn.Linear(dim + time, width).to(self.centre)
         self.second = nn.Linear(width, width).to(self.centre)
         self.last = nn.Parameter(self.centre.new_zeros(width))
         self.curvature = nn.Parameter(self.centre.new_zeros(dim))
         self.slope = nn.Parameter(self.centre.new_zeros(dim))
 
-    @classmethod
-    def for_snapshots(cls, snapshots: Snapshots, width: int = 64, time: bool = False) -> PotentialDrift:
-        """Return a drift in the units of given snapshots."""
-        return cls(snapshots.dim, width, time, **_units(snapshots))  # type: ignore[arg-type]
-
     def potential(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the landscape ``(*batch,)``, in units of state squared per time."""
-        inputs = self._inputs(t, x, self.time)
+        inputs = self._inputs(t, x)
         state = inputs[..., : self.dim]
         hidden = torch.tanh(self.second(torch.tanh(self.first(inputs))))
         smooth = 0.5 * (self.curvature * state.square()).sum(-1) + state @ self.slope
@@ -182,7 +166,7 @@ class PotentialDrift(_Scaled):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """See :meth:`DriftFamily.forward`."""
-        inputs = self._inputs(t, x, self.time)
+        inputs = self._inputs(t, x)
         state = inputs[..., : self.dim]
         below = torch.tanh(self.first(inputs))
         above = torch.tanh(self.second(below))

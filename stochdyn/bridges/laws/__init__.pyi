@@ -14,6 +14,7 @@ from .ipf import DriftRegression as DriftRegression
 from .ipf import GaussianProcessDrift as GaussianProcessDrift
 from .ipf import IPFBridge as IPFBridge
 from .ipf import NetworkDrift as NetworkDrift
+from .learned import LearnedBridge as LearnedBridge
 from .linearised import AffineTransition as AffineTransition
 from .linearised import LinearisedTransition as LinearisedTransition
 from .linearised import Transition as Transition

@@ -13,27 +13,19 @@ from torch import Tensor, nn
 
 from stochdyn._checks import (
     as_generator,
-    as_sample_shape,
     as_seed,
-    as_time_grid,
     check_bool,
     check_choice,
-    check_inside,
     check_positive,
     check_positive_int,
-    check_real,
     check_type,
 )
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
-from stochdyn.bridges.laws.kernel_drift import at_times, owner
+from stochdyn.bridges.laws.learned import LearnedBridge
 from stochdyn.bridges.laws.nodes import DriftNodes
 from stochdyn.bridges.laws.reference import EmpiricalLaw, as_reference, default_diffusion, spread_of
-from stochdyn.core.forward.fokker_planck import FokkerPlanck
 from stochdyn.core.law.diffusion import DiffusionMeasure
-from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
-from stochdyn.core.law.measure import PathMeasure
-from stochdyn.core.law.path import PathSample
 from stochdyn.core.networks import MLP
 from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.core.sde.equation import SDE
@@ -163,7 +155,7 @@ def _register_units(drift: DriftRegression, t: Tensor, x: Tensor) -> None:
     drift.register_buffer("scale", torch.where(scale > 0, scale, torch.ones_like(scale)))
 
 
-class IPFBridge(PathMeasure):
+class IPFBridge(LearnedBridge):
     r"""The bridge by alternating half-bridges whose drifts are regressed on simulated increments.
 
     From the reference run forward, a backward drift is regressed; run backward from the later snapshot, a forward drift; and so
@@ -283,7 +275,7 @@ class IPFBridge(PathMeasure):
                 self.backward_drifts.append(backward)
         return self
 
-    def _solved(self) -> None:
+    def _check_solved(self) -> None:
         if not len(self.forward_drifts):
             raise UnavailableError("the bridge isn't solved yet", hint="call solve() first")
 
@@ -294,7 +286,7 @@ class IPFBridge(PathMeasure):
         Returns:
             Times ``(T,)`` and states ``(n, T, d)``, ``n`` the number of all particles.
         """
-        self._solved()
+        self._check_solved()
         grids = [self._grid(i) for i in range(len(self.snapshots) - 1)]
         ts = torch.cat([grids[0][:1], *(grid[1:] for grid in grids)])
         paths = []
@@ -314,25 +306,11 @@ class IPFBridge(PathMeasure):
             paths.append(torch.cat([*before, *after]))
         return ts, torch.cat(paths, 1).movedim(0, 1)
 
-    @torch.no_grad()
-    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
-        """Draw trajectories by the forward drifts from the first snapshot.
-
-        Args:
-            ts: ``(T,)`` times within the span of the snapshots.
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
-
-        Returns:
-            Paths with ``x (*sample, T, d)`` and ``dw (*sample, T-1, d)``, the increments of the noise that drove them.
-        """
-        self._solved()
+    def _paths(
+        self, ts: Tensor, x: Tensor, generator: torch.Generator | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         times = self.snapshots.times
-        wanted = as_time_grid(ts, min_points=1, like=times)
-        check_inside(wanted, times, "ts", "the snapshots")
-        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.snapshots.device)
-        x = self.snapshots[0].draw(torch.Size(shape).numel(), source)
-        clock, noise = wanted.double().tolist(), torch.zeros_like(x)
+        clock, noise = ts.double().tolist(), torch.zeros_like(x)
         slack = 1e-9 * float(times[-1] - times[0])
         states, sums = [], []
         while clock and clock[0] <= float(times[0]) + slack:
@@ -344,14 +322,14 @@ class IPFBridge(PathMeasure):
                 if not clock:
                     break
                 rate = drift(torch.as_tensor(start).to(x), x)
-                moved = _gaussian(x, math.sqrt(end - start), source)
+                moved = _gaussian(x, math.sqrt(end - start), generator)
                 at, gone = start, torch.zeros_like(x)
                 # between its times Euler's scheme is a Brownian motion with drift, pinned at what has been drawn
                 while clock and clock[0] < end - slack:
                     t = clock.pop(0)
                     share = (t - at) / (end - at)
                     bridge = math.sqrt(max((t - at) * (end - t) / (end - at), 0.0))
-                    gone = gone + share * (moved - gone) + _gaussian(x, bridge, source)
+                    gone = gone + share * (moved - gone) + _gaussian(x, bridge, generator)
                     at = t
                     states.append(x + (t - start) * rate + self.sigma * gone)
                     sums.append(noise + gone)
@@ -360,55 +338,11 @@ class IPFBridge(PathMeasure):
                     clock.pop(0)
                     states.append(x)
                     sums.append(noise)
-        path, dw = torch.stack(states, 1), torch.stack(sums, 1).diff(dim=1)
-        return PathSample(
-            wanted, path.reshape(*shape, *path.shape[1:]), dw.reshape(*shape, *dw.shape[1:]), {}, self
-        )
-
-    def marginal(self, t: Tensor | float) -> SampledMarginal:
-        """Return the law at time ``t``, by simulation."""
-        self._solved()
-        check_real(t, "t")
-        time = torch.as_tensor(t, dtype=torch.float64).reshape(1)
-        check_inside(time, self.snapshots.times, "t", "the snapshots")
-        return SampledMarginal(lambda shape, generator: self.sample(time, shape, generator).x[..., 0, :])
+        return states, sums
 
     @torch.no_grad()
-    def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the regressed drift at times ``t`` and states ``x (*batch, d)``; at a snapshot that of the interval after it."""
-        self._solved()
-        return at_times(
-            self.snapshots, t, x, lambda time, own: self._drift(self.forward_drifts, 1, time, own)
-        )
-
-    @torch.no_grad()
-    def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the mean of the drifts forward and backward in time, the velocity of the density; see :meth:`SchrodingerBridge.velocity`."""
-        self._solved()
-
-        def at(time: float, own: Tensor) -> Tensor:
-            first, last = float(self.snapshots.times[0]), float(self.snapshots.times[-1])
-            slack, parts = 1e-9 * (last - first), []
-            if time < last - slack:
-                parts.append(self._drift(self.forward_drifts, 1, time, own))
-            if time > first + slack:
-                parts.append(-self._drift(self.backward_drifts, 0, time, own))
-            return torch.stack(parts).mean(0)
-
-        return at_times(self.snapshots, t, x, at)
-
-    def _drift(self, drifts: nn.ModuleList, side: int, time: float, x: Tensor) -> Tensor:
-        return drifts[owner(self.snapshots.times, time)[side]](torch.as_tensor(time).to(x), x)
-
-    def as_diffusion(self) -> DiffusionMeasure:
-        """Return the law as an SDE with the regressed drift, started from the first snapshot's particles."""
-        self._solved()
-        return DiffusionMeasure(EmpiricalLaw.of(self.snapshots[0]), SDE(self.drift, self.diffusion))
-
-    def forward(self) -> FokkerPlanck:
-        """Return the forward operator of the bridge as a diffusion."""
-        self._solved()
-        return FokkerPlanck(SDE(self.drift, self.diffusion))
+    def _learnt_drift(self, backward: bool, i: int, time: float, x: Tensor) -> Tensor:
+        return (self.backward_drifts if backward else self.forward_drifts)[i](torch.as_tensor(time).to(x), x)
 
     def nodes(self, num_nodes: int = 1_000_000, generator: torch.Generator | int | None = None) -> DriftNodes:
         """Return increments of stitched trajectories as targets for the projection, noise and all."""
@@ -429,7 +363,7 @@ class IPFBridge(PathMeasure):
     @torch.no_grad()
     def divergence(self, generator: torch.Generator | None = None, num_samples: int = 2000) -> Tensor:
         r"""Return :math:`\tfrac12\sigma^{-2}\,E\int|b_q-b|^2dt`, the divergence of the forward process from the reference."""
-        self._solved()
+        self._check_solved()
         total = torch.zeros((), dtype=torch.float64)
         for i, drift in enumerate(self.forward_drifts):
             ts = self._grid(i)

@@ -23,7 +23,7 @@ from stochdyn.bridges.laws.linearised import Transition
 from stochdyn.core.gaussian.batch_last import inverse, mm, mt, mv
 from stochdyn.core.transport.entropic import TransportPlan
 
-__all__ = ["Side", "at_times", "backward_drift", "forward_drift", "growth_rate", "owner"]
+__all__ = ["Side", "at_times", "backward_drift", "forward_drift", "growth_rate", "mean_velocity", "owner"]
 
 _CHUNK_NUMBERS = 2**22
 # The least share of an interval between a time and its ends: at the ends themselves kernels are points.
@@ -93,19 +93,18 @@ class Side:
 
 def forward_drift(side: Side, time: float, x: Tensor) -> Tensor:
     r"""Return :math:`b+GG^\top\nabla\log h_t` at ``x (n, d)``; at the end of the interval that just before it."""
-    parts = []
-    for own in x.split(side.rows(True)):
-        share, slopes = side.ahead(time, own)
-        parts.append(torch.einsum("dnm,nm->nd", slopes, share))
-    t = torch.tensor(side.inside(time), dtype=x.dtype, device=x.device)
-    return side.part.family(t, x) + torch.cat(parts) @ side.part.spread
+    return _drift(side, time, x, True)
 
 
 def backward_drift(side: Side, time: float, x: Tensor) -> Tensor:
     r"""Return :math:`b-GG^\top\nabla\log\varphi_t` at ``x (n, d)``: the velocity with which paths arrive."""
+    return _drift(side, time, x, False)
+
+
+def _drift(side: Side, time: float, x: Tensor, later: bool) -> Tensor:
     parts = []
-    for own in x.split(side.rows(False)):
-        share, slopes = side.behind(time, own)
+    for own in x.split(side.rows(later)):
+        share, slopes = side.ahead(time, own) if later else side.behind(time, own)
         parts.append(torch.einsum("dnm,nm->nd", slopes, share))
     t = torch.tensor(side.inside(time), dtype=x.dtype, device=x.device)
     return side.part.family(t, x) + torch.cat(parts) @ side.part.spread
@@ -129,6 +128,38 @@ def owner(times: Tensor, time: float) -> tuple[int, int]:
     before = int((times < time - slack).sum()) - 1
     after = int((times <= time + slack).sum()) - 1
     return min(max(before, 0), last), min(max(after, 0), last)
+
+
+def mean_velocity(
+    snapshots: Snapshots,
+    t: Tensor | float,
+    x: Tensor,
+    forward: Callable[[int, float, Tensor], Tensor],
+    backward: Callable[[int, float, Tensor], Tensor],
+) -> Tensor:
+    r"""Return :math:`\tfrac12(b_++b_-)`, of which there is only one part at the first and at the last snapshot.
+
+    Args:
+        snapshots: what the bridge passes through.
+        t: times that broadcast to ``x[..., :1]``.
+        x: the states, ``(*batch, d)``.
+        forward: the drift of an interval at one time and states ``(n, d)``; at a snapshot that of the interval after it counts.
+        backward: that of the process run backward, in the direction of time; at a snapshot that of the interval before it.
+    """
+    times = snapshots.times
+    first, last = float(times[0]), float(times[-1])
+    slack = 1e-9 * (last - first)
+
+    def at(time: float, own: Tensor) -> Tensor:
+        before, after = owner(times, time)
+        parts = []
+        if time < last - slack:
+            parts.append(forward(after, time, own))
+        if time > first + slack:
+            parts.append(backward(before, time, own))
+        return torch.stack(parts).mean(0)
+
+    return at_times(snapshots, t, x, at)
 
 
 def at_times(

@@ -14,24 +14,17 @@ from stochdyn._checks import (
     as_generator,
     as_sample_shape,
     as_tensor,
-    as_time_grid,
     check_choice,
-    check_inside,
     check_positive,
     check_positive_int,
     check_real,
     check_type,
 )
 from stochdyn.bridges.data.snapshots import Snapshots
-from stochdyn.bridges.laws.kernel_drift import at_times, owner
+from stochdyn.bridges.laws.kernel_drift import owner
+from stochdyn.bridges.laws.learned import LearnedBridge
 from stochdyn.bridges.laws.matching_regression import MatchingRegression
-from stochdyn.bridges.laws.reference import EmpiricalLaw
-from stochdyn.core.forward.fokker_planck import FokkerPlanck
-from stochdyn.core.law.diffusion import DiffusionMeasure
-from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
-from stochdyn.core.law.measure import PathMeasure
-from stochdyn.core.law.path import PathSample
-from stochdyn.core.sde.equation import SDE
+from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.errors import DiffusionError, InvalidInputError, UnavailableError
 from stochdyn.run.progress import progress_bar
 from stochdyn.run.randomness import fork_random_state, seed_everything
@@ -42,7 +35,7 @@ __all__ = ["BridgeMatching"]
 _LAST_RENEWALS = 10
 
 
-class BridgeMatching(PathMeasure):
+class BridgeMatching(LearnedBridge):
     r"""Multi-marginal Schrödinger bridge under a Brownian or Ornstein-Uhlenbeck reference, by matching drifts.
 
     On each interval a coupling of its two snapshots is joined by bridges of the reference, and networks regress the drift of
@@ -117,8 +110,8 @@ class BridgeMatching(PathMeasure):
             snapshots, diffusion, rate, centre, width, num_pairs, batch_size, refresh, num_steps, coupling
         )
 
-    @property
-    def snapshots(self) -> Snapshots:
+    @property  # read off what is trained, so that both move together
+    def snapshots(self) -> Snapshots:  # type: ignore[override]
         """What the bridge passes through."""
         return self.regression.snapshots
 
@@ -214,40 +207,13 @@ class BridgeMatching(PathMeasure):
             raise UnavailableError("the bridge isn't solved yet", hint="call solve() first")
         return self.regression
 
-    def _drift(self, direction: int, side: int, t: float, x: Tensor) -> Tensor:
-        """The drift of one network, on the interval before (0) or after (1) a time, in the net's direction of time."""
-        i = owner(self.snapshots.times, t)[side]
+    def _check_solved(self) -> None:
+        self._trained()
+
+    def _learnt_drift(self, backward: bool, i: int, time: float, x: Tensor) -> Tensor:
         start, end = self.snapshots.times[i : i + 2].tolist()
-        share = min(max((t - start) / (end - start), 0.0), 1.0)
-        return self._trained().drift(direction, i, share if direction == 0 else 1 - share, x)
-
-    def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the learned drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``; at a snapshot that of the interval after it."""
-        return at_times(self.snapshots, t, x, lambda time, own: self._drift(0, 1, time, own))
-
-    def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the mean of the drifts forward and backward in time, the velocity of the density; see :meth:`SchrodingerBridge.velocity`."""
-
-        def at(time: float, own: Tensor) -> Tensor:
-            first, last = float(self.snapshots.times[0]), float(self.snapshots.times[-1])
-            slack, parts = 1e-9 * (last - first), []
-            if time < last - slack:
-                parts.append(self._drift(0, 1, time, own))
-            if time > first + slack:
-                parts.append(-self._drift(1, 0, time, own))
-            return torch.stack(parts).mean(0)
-
-        return at_times(self.snapshots, t, x, at)
-
-    def as_diffusion(self) -> DiffusionMeasure:
-        """Return the law as an SDE with the learned drift, started from the first snapshot's particles."""
-        self._trained()
-        return DiffusionMeasure(EmpiricalLaw.of(self.snapshots[0]), SDE(self.drift, self.diffusion))
-
-    def forward(self) -> FokkerPlanck:
-        """Return the forward operator of the bridge as a diffusion."""
-        self._trained()
-        return FokkerPlanck(SDE(self.drift, self.diffusion))
+        share = min(max((time - start) / (end - start), 0.0), 1.0)
+        return self._trained().drift(int(backward), i, 1 - share if backward else share, x)
 
     @torch.no_grad()
     def couple(
@@ -270,44 +236,20 @@ class BridgeMatching(PathMeasure):
         y = self._trained().follow(interval, x, torch.ones(1), source)[0][0]
         return x.reshape(*shape, -1), y.reshape(*shape, -1)
 
-    @torch.no_grad()
-    def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
-        """Draw trajectories from the first snapshot on, by the forward networks.
-
-        Args:
-            ts: ``(T,)`` times within the span of the snapshots.
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
-
-        Returns:
-            Paths with ``x (*sample, T, d)`` and ``dw (*sample, T-1, d)``, the increments of the noise that drove them.
-        """
+    def _paths(
+        self, ts: Tensor, x: Tensor, generator: torch.Generator | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         regression, times = self._trained(), self.snapshots.times
-        wanted = as_time_grid(ts, min_points=1, like=times)
-        check_inside(wanted, times, "ts", "the snapshots")
-        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.snapshots.device)
-        x = self.snapshots[0].draw(math.prod(shape), source)
-        owners = [owner(times, t)[0] for t in wanted.tolist()]
-        states, sums, total = [], [], torch.zeros_like(x)
+        owners = [owner(times, t)[0] for t in ts.tolist()]
+        states: list[Tensor] = []
+        sums: list[Tensor] = []
+        total = torch.zeros_like(x)
         for i in range(owners[-1] + 1):
             start, end = times[i : i + 2].tolist()
-            inside = [
-                (t - start) / (end - start) for t, k in zip(wanted.tolist(), owners, strict=True) if k == i
-            ]
+            inside = [(t - start) / (end - start) for t, k in zip(ts.tolist(), owners, strict=True) if k == i]
             clock = torch.tensor([*(min(max(s, 0.0), 1.0) for s in inside), 1.0], dtype=torch.float64)
-            path, driven = regression.follow(i, x, clock, source)
-            states.append(path[:-1])
-            sums.append(total + driven[:-1])
+            path, driven = regression.follow(i, x, clock, generator)
+            states += path[:-1]
+            sums += total + driven[:-1]
             x, total = path[-1], total + driven[-1]
-        path, dw = torch.cat(states).movedim(0, 1), torch.cat(sums).movedim(0, 1).diff(dim=1)
-        return PathSample(
-            wanted, path.reshape(*shape, *path.shape[1:]), dw.reshape(*shape, *dw.shape[1:]), {}, self
-        )
-
-    def marginal(self, t: Tensor | float) -> SampledMarginal:
-        """Return the law at time ``t``, by simulation."""
-        self._trained()
-        check_real(t, "t")
-        time = torch.as_tensor(t, dtype=torch.float64).reshape(1)
-        check_inside(time, self.snapshots.times, "t", "the snapshots")
-        return SampledMarginal(lambda shape, generator: self.sample(time, shape, generator).x[..., 0, :])
+        return states, sums

@@ -541,19 +541,13 @@ class SchrodingerBridge(PathMeasure):
         It is the mean of the drift forward in time and of that of the process run backward. At a snapshot the first is of the interval
         after it, the second of the one before; at the first and at the last snapshot there is only one of them.
         """
-
-        def at(time: float, x: Tensor) -> Tensor:
-            times = self.snapshots.times
-            slack = 1e-9 * float(times[-1] - times[0])
-            before, after = kernel_drift.owner(times, time)
-            parts = []
-            if time < float(times[-1]) - slack:
-                parts.append(kernel_drift.forward_drift(self._side(after), time, x))
-            if time > float(times[0]) + slack:
-                parts.append(kernel_drift.backward_drift(self._side(before), time, x))
-            return torch.stack(parts).mean(0)
-
-        return kernel_drift.at_times(self.snapshots, t, x, at)
+        return kernel_drift.mean_velocity(
+            self.snapshots,
+            t,
+            x,
+            lambda i, time, own: kernel_drift.forward_drift(self._side(i), time, own),
+            lambda i, time, own: kernel_drift.backward_drift(self._side(i), time, own),
+        )
 
     def growth_rate(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the rate of births less deaths at times ``t`` and states ``x (*batch, d)``, ``(*batch,)`` per unit of time.
