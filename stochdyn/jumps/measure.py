@@ -102,7 +102,7 @@ class JumpLaw(PathMeasure):
                 "horizon must lie after the start", got=float(horizon), expected=f"> {self.start_time:g}"
             )
         ts = torch.tensor([self.start_time, float(horizon)], dtype=torch.float64)
-        return self._records(ts, as_sample_shape(sample_shape), as_generator(generator))
+        return self._read(ts, as_sample_shape(sample_shape), as_generator(generator))
 
     def sample(self, ts: object, sample_shape: SampleShape = (), generator: Generator = None) -> JumpRecord:
         """Draw paths, read at the times ``ts (T,)``; see :meth:`stochdyn.PathMeasure.sample`."""
@@ -112,10 +112,23 @@ class JumpLaw(PathMeasure):
             raise TimeGridError(
                 "ts starts before the law", got=float(grid[0]), expected=f">= {self.start_time:g}"
             )
-        return self._records(grid, shape, source)
+        return self._read(grid, shape, source)
 
-    def _records(self, ts: Tensor, shape: tuple[int, ...], source: torch.Generator | None) -> JumpRecord:
-        """Return paths over the span of ``ts`` from the law's start on."""
+    def _read(self, ts: Tensor, shape: tuple[int, ...], source: torch.Generator | None) -> JumpRecord:
+        times, states, count = self._records(float(ts[-1]), math.prod(shape), source)
+        return JumpRecord(
+            times.reshape(*shape, -1),
+            states.reshape(*shape, -1),
+            count.reshape(shape),
+            ts,
+            self.num_states,
+            self,
+        )
+
+    def _records(
+        self, end: float, lanes: int, source: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return jump times and states ``(lanes, K)`` and numbers of jumps ``(lanes,)`` from the law's start to ``end``."""
         raise NotImplementedError
 
     def log_rn(
@@ -269,24 +282,13 @@ class JumpMeasure(JumpLaw):
             return JumpGenerator(self.generator)
         return JumpGenerator(lambda t: self._at(t.reshape(1))[0], self.num_states)
 
-    def _records(self, ts: Tensor, shape: tuple[int, ...], source: torch.Generator | None) -> JumpRecord:
-        lanes = math.prod(shape)
+    def _records(
+        self, end: float, lanes: int, source: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         first = torch.multinomial(self.initial.detach().double(), lanes, replacement=True, generator=source)
-        end = float(ts[-1])
         if self._function is None:
-            times, states, count = direct_records(
-                self._matrix().detach().double(), first, self.start_time, end, source
-            )
-        else:
-            times, states, count = thinned_records(self._at, self.bound, first, self.start_time, end, source)
-        return JumpRecord(
-            times.reshape(*shape, -1),
-            states.reshape(*shape, -1),
-            count.reshape(shape),
-            ts,
-            self.num_states,
-            self,
-        )
+            return direct_records(self._matrix().detach().double(), first, self.start_time, end, source)
+        return thinned_records(self._at, self.bound, first, self.start_time, end, source)
 
     def log_prob(self, record: JumpRecord) -> Tensor:
         r"""Return :math:`\log\pi_0(s_0)+\sum_k\log Q_{s_{k-1}s_k}-\int q_{X_t}dt` of records from the law's start on, ``(*shape,)``."""
@@ -475,23 +477,17 @@ class ConditionedJumps(JumpLaw):
         """
         return expected_statistics(self.prior, self.data, self._y, self.observation, horizon)
 
-    def _records(self, ts: Tensor, shape: tuple[int, ...], source: torch.Generator | None) -> JumpRecord:
-        times, states, count = bridge_records(
+    def _records(
+        self, end: float, lanes: int, source: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return bridge_records(
             self.prior.initial.detach().double(),
             self.prior._matrix().detach().double(),
             self.data,
             self.start_time,
-            float(ts[-1]),
-            math.prod(shape),
+            end,
+            lanes,
             source,
-        )
-        return JumpRecord(
-            times.reshape(*shape, -1),
-            states.reshape(*shape, -1),
-            count.reshape(shape),
-            ts,
-            self.num_states,
-            self,
         )
 
     def _log_density(self, record: JumpRecord) -> Tensor:

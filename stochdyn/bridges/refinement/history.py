@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -47,6 +47,15 @@ class History:
     iterations: list[Iteration] = field(default_factory=list)
     final_objective: float = float("nan")
     stopped: str = ""
+
+    @classmethod
+    def of_records(cls, records: Sequence[Mapping[str, Any]], stopped: str = "") -> History:
+        """Return the history that :meth:`records` was taken of."""
+        return cls([Iteration(**own) for own in records], stopped=stopped)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the iterations as plain dicts, for a checkpoint."""
+        return [{f.name: getattr(own, f.name) for f in fields(own)} for own in self]
 
     def __len__(self) -> int:
         return len(self.iterations)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import time
 import warnings
@@ -255,9 +254,7 @@ class Attempt:
             "anderson": None if self.anderson is None else [list(pair) for pair in self.anderson.pairs],
             "moved": self.moved,
             "rough": self.rough,
-            "iterations": [
-                {f.name: getattr(own, f.name) for f in dataclasses.fields(own)} for own in self.history
-            ],
+            "iterations": self.history.records(),
             "stopped": self.history.stopped,
         }
 
@@ -270,8 +267,7 @@ class Attempt:
         if self.anderson is not None:
             self.anderson.pairs = [(old.to(device), new.to(device)) for old, new in state["anderson"]]
         self.moved, self.rough = state["moved"], state["rough"]
-        iterations = [Iteration(**own) for own in state["iterations"]]
-        self.history = History(iterations, stopped=state["stopped"])
+        self.history = History.of_records(state["iterations"], state["stopped"])
         self._bridge = None
         if state["bridge"] is not None:
             brownian = self.brownian and not len(self.history)
@@ -415,13 +411,12 @@ class IPFLoop(Resumable[Any]):
 
     def state(self) -> dict[str, Any]:
         """See :meth:`Resumable.state`."""
-        iterations = [{f.name: getattr(own, f.name) for f in dataclasses.fields(own)} for own in self.history]
-        return {"family": dict(self.family.state_dict()), "iterations": iterations}
+        return {"family": dict(self.family.state_dict()), "iterations": self.history.records()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See :meth:`Resumable.load_state`."""
         self.family.load_state_dict(state["family"])
-        self.history = History([Iteration(**own) for own in state["iterations"]])
+        self.history = History.of_records(state["iterations"])
         self._bridge = None
 
     def report(self) -> Any:
@@ -538,10 +533,9 @@ class MessagesLoop(Resumable[Any]):
 
     def state(self) -> dict[str, Any]:
         """See :meth:`Resumable.state`."""
-        iterations = [{f.name: getattr(own, f.name) for f in dataclasses.fields(own)} for own in self.history]
         return {
             "family": dict(self.family.state_dict()), "initial": list(self.initial), "moved": self.moved,
-            "iterations": iterations, "stopped": self.history.stopped,
+            "iterations": self.history.records(), "stopped": self.history.stopped,
             "anderson": None if self.anderson is None else [list(pair) for pair in self.anderson.pairs],
         }  # fmt: skip
 
@@ -552,7 +546,7 @@ class MessagesLoop(Resumable[Any]):
         self.moved = state["moved"]
         if self.anderson is not None:
             self.anderson.pairs = [(old, new) for old, new in state["anderson"]]
-        self.history = History([Iteration(**own) for own in state["iterations"]], stopped=state["stopped"])
+        self.history = History.of_records(state["iterations"], state["stopped"])
         self._bridge = None
 
     def report(self) -> Any:
