@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "api_pages",
     "diagram",
+    "references",
     "tables",
 ]
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
