@@ -12,10 +12,11 @@ import inspect
 import pkgutil
 from typing import Any
 
-import stochdyn
 from docutils.nodes import Element
 from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
+
+import stochdyn
 
 logger = logging.getLogger(__name__)
 

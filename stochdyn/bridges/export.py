@@ -54,6 +54,7 @@ def to_anndata(
         MissingDependencyError: if a new object is wanted and AnnData isn't installed.
 
     Example:
+        >>> from stochdyn.bridges import Snapshots
         >>> snaps = Snapshots([0.0, 1.0], [torch.zeros(3, 2), torch.ones(4, 2)])
         >>> adata = to_anndata(SchrodingerBridge(snaps, diffusion=0.5).solve())  # doctest: +SKIP
         >>> adata.obsp["stochdyn_transitions"].shape  # doctest: +SKIP

@@ -108,7 +108,6 @@ class StateNetwork(nn.Module):
 
     Example:
         >>> net = StateNetwork(2, hidden=(16,), time=lambda t: torch.cat([torch.sin(t), torch.cos(t)], -1))
-        >>> sde = sd.SDE(net, 0.5)
         >>> net(torch.tensor(0.5), torch.zeros(3, 2)).shape
         torch.Size([3, 2])
     """

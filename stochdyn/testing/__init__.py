@@ -6,6 +6,7 @@ Subclass a suite, implement its factory, and pytest checks that a class keeps it
 Example:
     >>> import torch
     >>> from stochdyn.core import Scalar
+    >>> from stochdyn.testing import CoefficientSuite
     >>> class TestMyScalar(CoefficientSuite):
     ...     def make(self):
     ...         return Scalar(torch.tensor(0.5, dtype=torch.float64))

@@ -31,6 +31,7 @@ class FokkerPlanck(TransportOperator):
         InvalidInputError: if the noise has memory, since the state alone then has no forward equation.
 
     Example:
+        >>> import torch
         >>> from stochdyn.core import GaussianFlow
         >>> still = GaussianFlow(lambda t: torch.zeros(*t.shape, 2), lambda t: 0.5 * torch.eye(2))
         >>> operator = FokkerPlanck(SDE(lambda t, x: -x, 1.0))

@@ -21,6 +21,7 @@ class AffineDrift(nn.Module):
         ShapeError: if the shapes don't fit.
 
     Example:
+        >>> import torch
         >>> AffineDrift(torch.tensor([[-1.0]]))(torch.tensor(0.0), torch.tensor([2.0]))
         tensor([-2.])
     """
