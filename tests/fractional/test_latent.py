@@ -305,6 +305,9 @@ def test_bad_input() -> None:
         _model("other")
     with pytest.raises(InvalidInputError, match="diffusion"):
         _model("tight", diffusion="other")
+    for name in ("drift", "decoder"):
+        with pytest.raises(InvalidInputError, match=f"{name} must be hidden widths"):
+            _model("tight", **{name: 5})
     with pytest.raises(HurstRangeError):
         _model("tight", hurst=1.2)
     with pytest.raises(InvalidInputError, match="Series"):

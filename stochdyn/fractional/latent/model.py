@@ -146,6 +146,9 @@ class LatentSDE(Objective):
         elif hurst is None:
             check_unused(about_noise, "hurst=None, which is Brownian noise")
         hidden = (64, 64) if hidden is None else hidden
+        for name, given in (("drift", drift), ("decoder", decoder)):
+            if not callable(given) and not isinstance(given, tuple | list):
+                raise InvalidInputError(f"{name} must be hidden widths or a function", got=repr(given)[:60])
         self.dim, self.obs_dim, self.num_particles = latent_dim, obs_dim, num_particles
         self.method = "euler" if method is None else method
         self.register_buffer("ts", ts)

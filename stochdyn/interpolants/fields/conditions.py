@@ -11,7 +11,7 @@ from torch import Tensor
 from stochdyn._checks import as_tensor, check_finite
 from stochdyn.errors import ShapeError
 
-__all__ = ["as_condition", "rows_of_condition"]
+__all__ = ["as_condition", "paired_condition", "rows_of_condition"]
 
 
 def as_condition(condition: Any, like: Tensor) -> Tensor:
@@ -34,6 +34,22 @@ def as_condition(condition: Any, like: Tensor) -> Tensor:
         check_finite(value.detach(), "condition")
         return value.to(like.dtype)
     return value.long() if value.dtype != torch.long else value
+
+
+def paired_condition(condition: Any, x1: Tensor) -> Tensor | None:
+    """Return the conditions of points ``x1 (n, ...)``, one for each, or None.
+
+    Raises:
+        ShapeError: if there is another number of them.
+    """
+    if condition is None:
+        return None
+    value = as_condition(condition, x1)
+    if value.shape[:1] != x1.shape[:1]:
+        raise ShapeError(
+            "there must be one condition per point", got=tuple(value.shape), expected=f"({len(x1)}, ...)"
+        )
+    return value
 
 
 def rows_of_condition(condition: Any, count: int, lead: tuple[int, ...], like: Tensor) -> Tensor | None:

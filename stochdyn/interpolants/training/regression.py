@@ -23,7 +23,7 @@ from stochdyn._checks import (
 )
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError, ShapeError
-from stochdyn.interpolants.fields.conditions import as_condition
+from stochdyn.interpolants.fields.conditions import paired_condition
 from stochdyn.interpolants.fields.conversions import anchors
 from stochdyn.interpolants.fields.networks import Fields, Network
 from stochdyn.interpolants.paths.interpolant import Interpolant, check_pair, check_times
@@ -300,14 +300,7 @@ class InterpolantRegression(Objective):
         alike = x0.shape == x1.shape and x0.dtype == x1.dtype and x0.device == x1.device
         if not alike:
             check_pair(x0, x1)
-        if condition is not None:
-            condition = as_condition(condition, x1)
-            if condition.shape[:1] != x1.shape[:1]:
-                raise ShapeError(
-                    "there must be one condition per point",
-                    got=tuple(condition.shape),
-                    expected=f"({len(x1)}, ...)",
-                )
+        condition = paired_condition(condition, x1)
         self.starts.observe(x0, given is not None)
         return x0, x1, condition
 

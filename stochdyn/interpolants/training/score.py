@@ -22,7 +22,7 @@ from stochdyn._checks import (
 from stochdyn.core.forward.divergences import unbiased_square
 from stochdyn.core.forward.flow import LearnedFlow, as_time
 from stochdyn.errors import InvalidInputError, ShapeError
-from stochdyn.interpolants.fields.conditions import as_condition
+from stochdyn.interpolants.fields.conditions import paired_condition
 from stochdyn.interpolants.fields.learned import LearnedScore
 from stochdyn.interpolants.fields.potential import FunctionPotential, Potential, PotentialNetwork
 from stochdyn.interpolants.paths.processes import AffineProcess, check_process
@@ -407,14 +407,7 @@ def _parts(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     check_nonempty(x1, "x1")
     if x1.device.type == "cpu":
         check_finite(x1, "x1")
-    if condition is not None:
-        condition = as_condition(condition, x1)
-        if condition.shape[:1] != x1.shape[:1]:
-            raise ShapeError(
-                "there must be one condition per point",
-                got=tuple(condition.shape),
-                expected=f"({len(x1)}, ...)",
-            )
+    condition = paired_condition(condition, x1)
     if mean is not None:
         mean = as_tensor(mean, "mean").to(x1)
         if mean.shape != x1.shape:
