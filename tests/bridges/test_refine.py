@@ -291,7 +291,8 @@ SNAPS = Snapshots([0.0, 1.0], [torch.zeros(4, 2), torch.ones(4, 2)])
     [
         ({"snapshots": [1]}, sd.errors.InvalidInputError, "snapshots"),
         ({"family": lambda t, x: x}, sd.errors.InvalidInputError, "no parameters"),
-        ({"family": LinearDrift(3)}, sd.errors.ShapeError, "another dimension"),
+        ({"family": LinearDrift(1)}, sd.errors.ShapeError, "another dimension"),
+        ({"family": LinearDrift(3)}, sd.errors.ShapeError, "more components than the snapshots"),
         ({"family": nn.Linear(2, 1)}, TypeError, "positional"),
         ({"max_iterations": 0}, sd.errors.InvalidInputError, "max_iterations"),
         ({"method": "magic"}, sd.errors.InvalidInputError, "method"),
