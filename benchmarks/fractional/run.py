@@ -55,7 +55,7 @@ def gaussian_against_simulated(smoke: bool) -> list[dict[str, Any]]:
         closed = GaussianELBO(GaussianPosterior(prior, ts), data_, 8)
         contenders = {"Gaussian": lambda o=closed: torch.autograd.grad(o(None).loss, list(o.parameters()))}
         for width in (64, 200, 1000):
-            net = StateNetwork(1 + 5, 1, (width, width), zero_last=True)
+            net = StateNetwork(1 + noise.num_states, 1, (width, width), zero_last=True)
             loss = sd.PathELBO(prior, prior.controlled(net), data_, num_particles=32, estimator="rate")
             contenders[f"simulated, network {width}-{width}"] = _gradient(loss, net)
         heavy = {name: contenders.pop(name) for name in list(contenders) if "1000" in name}

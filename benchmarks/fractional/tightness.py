@@ -101,7 +101,7 @@ def tightness(smoke: bool) -> list[dict[str, Any]]:
         row["gap of (c), trained from the prior"] = exact - float(closed(None).terms["elbo"])
         closed.posterior.linearise(data)
         row["gap of (c), linearised"] = exact - float(closed(None).terms["elbo"])
-        net = StateNetwork(1 + 5, 1, zero_last=True).double()
+        net = StateNetwork(1 + sde.noise.num_states, 1, zero_last=True).double()
         simulated = sd.PathELBO(prior, prior.controlled(net), data, 32)
         sd.fit(simulated, steps=train, lr=3e-3, progress=False)
         with torch.no_grad():
