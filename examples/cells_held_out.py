@@ -104,7 +104,7 @@ def main() -> dict[str, float]:
     parser.add_argument("--cells", type=int, help="at most so many cells per day")
     parser.add_argument("--hold-out", type=int, help="index of the held-out day; the middle one if not given")
     parser.add_argument("--diffusion", type=float, default=0.3)
-    parser.add_argument("--outer", type=int, default=3, help="iterations of each refinement")
+    parser.add_argument("--max-iterations", type=int, default=3, help="iterations of each refinement")
     parser.add_argument(
         "--landscape", action="store_true", help="refine a landscape too, which takes minutes"
     )
@@ -131,7 +131,7 @@ def main() -> dict[str, float]:
                 train,
                 family,
                 options.diffusion,
-                max_iterations=options.outer,
+                max_iterations=options.max_iterations,
                 dt=step,
                 seed=options.seed,
                 method=Sinkhorn(num_nodes=20000),

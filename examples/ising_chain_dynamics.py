@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sites", type=int, default=64, help="of the long chain")
     parser.add_argument("--samples", type=int, default=1000, help="for the long chain")
-    parser.add_argument("--until", type=float, default=2.0, help="last time, at most 2")
+    parser.add_argument("--horizon", type=float, default=2.0, help="last time, at most 2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="leave the transformer on sixteen sites out")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the figures")
@@ -73,22 +73,24 @@ def main() -> None:
     matplotlib.use("Agg")
     options.out.mkdir(parents=True, exist_ok=True)
 
-    run = evolve(transformer(6, "translations+reflections", options.seed), 2000, options.until, options.seed)
+    run = evolve(
+        transformer(6, "translations+reflections", options.seed), 2000, options.horizon, options.seed
+    )
     start = time.process_time()
-    truth = truth_of(6, options.until)
+    truth = truth_of(6, options.horizon)
     print(f"exact, 6 sites: {time.process_time() - start:.1f} s")
     at = {k: v[::FINER] for k, v in truth.expect.items()}
     report("6 sites", run, at)
     run.plot(exact=truth).savefig(options.out / "ising_chain_6.png", dpi=130)
 
-    truth = truth_of(8, options.until)
+    truth = truth_of(8, options.horizon)
     at = {k: v[::FINER] for k, v in truth.expect.items()}
     window = sd.povm.AutoregressiveWindow(options.sites, order=2)
-    run = evolve(window, options.samples, options.until, options.seed, dt=0.05)
+    run = evolve(window, options.samples, options.horizon, options.seed, dt=0.05)
     report(f"{options.sites} sites", run, at)
     run.plot(exact=truth).savefig(options.out / f"ising_chain_{options.sites}.png", dpi=130)
     if not options.quick:
-        run = evolve(transformer(16, None, options.seed), 500, options.until, options.seed)
+        run = evolve(transformer(16, None, options.seed), 500, options.horizon, options.seed)
         report("16 sites by a transformer", run, at)
 
 

@@ -44,22 +44,22 @@ def to_torus(x: Tensor) -> Tensor:
     return ring + MINOR * torch.nn.functional.normalize(x - ring, dim=-1)
 
 
-def simulate(paths: int, steps: int, step: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def simulate(paths: int, num_steps: int, dt: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Euler steps with tangent noise, each followed by the projection to the torus: ``ts (T,)``, ``x (paths, T, 3)``."""
     x = to_torus(
         torch.randn(paths, 3, generator=generator, dtype=torch.float64) * torch.tensor([2.0, 2.0, 0.7])
     )
     states = [x]
-    for _ in range(steps):
-        kick = torch.randn(x.shape, generator=generator, dtype=torch.float64) * NOISE * math.sqrt(step)
+    for _ in range(num_steps):
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64) * NOISE * math.sqrt(dt)
         rho = x[..., :2].norm(dim=-1, keepdim=True)
         outward = torch.nn.functional.normalize(
             x - torch.cat([x[..., :2] / rho * MAJOR, 0 * rho], -1), dim=-1
         )
-        kick = kick - (kick * outward).sum(-1, keepdim=True) * outward
-        x = to_torus(x + step * torus_field(x) + kick)
+        noise = noise - (noise * outward).sum(-1, keepdim=True) * outward
+        x = to_torus(x + dt * torus_field(x) + noise)
         states.append(x)
-    return step * torch.arange(steps + 1, dtype=torch.float64), torch.stack(states, 1)
+    return dt * torch.arange(num_steps + 1, dtype=torch.float64), torch.stack(states, 1)
 
 
 def main() -> None:
@@ -68,11 +68,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs"))
     parser.add_argument("--paths", type=int, default=50)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--step", type=float, default=0.02)
+    parser.add_argument("--dt", type=float, default=0.02)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
-    ts, x = simulate(arguments.paths, arguments.steps, arguments.step, generator)
+    ts, x = simulate(arguments.paths, arguments.steps, arguments.dt, generator)
     cloud = cloud_of_paths((ts, x), spacing=0.03, dim=2)
     print(cloud)
     gp = RVGP(cloud).fit_paths((ts, x))
@@ -95,7 +95,7 @@ def main() -> None:
         gap = (other.predict_mean(slice(None)) - truth).norm() / truth.norm()
         print(f"  {name:20s} {other.log_marginal_likelihood():10.1f}   {gap:.3f}")
 
-    sde = gp.as_sde(dt=arguments.step)
+    sde = gp.as_sde(dt=arguments.dt)
     start = cloud.points[::40]
     new = sd.DiffusionMeasure(start, sde).sample(ts, generator=generator)
     off = (to_torus(new.x) - new.x).norm(dim=-1).mean()

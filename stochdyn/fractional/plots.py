@@ -49,8 +49,8 @@ def plot_hurst_curve(
     Example:
         >>> from stochdyn.fractional import HurstCurve
         >>> ax = plot_hurst_curve(torch.linspace(0, 1, 5), HurstCurve(3, horizon=1.0))
-        >>> ax.get_ylim()
-        (0.0, 1.0)
+        >>> [float(end) for end in ax.get_ylim()]
+        [0.0, 1.0]
     """
     check_time_grid(ts)
     with torch.no_grad():

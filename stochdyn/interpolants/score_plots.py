@@ -96,7 +96,7 @@ def plot_residual_profile(
 ) -> Axes:
     """Draw the root mean square residual on noised data against the log signal-to-noise ratio.
 
-    In nats a unit of the log signal-to-noise ratio: its integral along a path is what separates the learned log density
+    In nats per unit of the log signal-to-noise ratio: its integral along a path is what separates the learned log density
     from that of the reverse SDE.
 
     Args:

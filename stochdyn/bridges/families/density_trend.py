@@ -144,7 +144,7 @@ class DensityTrend:
 
     @torch.no_grad()
     def rate(self, x: Tensor, t: float) -> Tensor:
-        """Return the time derivative of the log density at ``x (*batch, d)``, up to a constant, ``(*batch,)`` in nats a unit of time."""
+        """Return the time derivative of the log density at ``x (*batch, d)``, up to a constant, ``(*batch,)`` in nats per unit of time."""
         check_event_size(x, self.snapshots.dim, "x")
         reach = 1e-4 * float(self.snapshots.durations.sum())
         first, last = float(self.snapshots.times[0]), float(self.snapshots.times[-1])

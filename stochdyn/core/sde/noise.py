@@ -77,7 +77,7 @@ class NoiseProcess(nn.Module, ABC):
         """Return ``F (Q, K)`` with initial states ``Y_0 = z F``, ``z ~ N(0, I_Q)``; None if they start at 0."""
 
     def num_innovations(self, ts: Tensor) -> int:
-        """Return ``R``, the number of independent innovations a channel and step on this grid."""
+        """Return ``R``, the number of independent innovations per channel and step on this grid."""
         return 1
 
 
