@@ -43,6 +43,7 @@ def test_the_table_is_what_the_measurements_say(table: ModuleType) -> None:
     assert table.TARGET.read_text(encoding="utf-8") == table.render(result)
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_everything(table: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "smoke.json"
     run = [sys.executable, str(FOLDER / "run.py"), "--smoke", "--out", str(out)]
