@@ -241,7 +241,7 @@ def test_strings_that_aren_t_symmetries_are_pointed_out() -> None:
         evolve(net(3), uneven, POVM, [0.0, 0.05], num_samples=None, progress=False)
     staggered = net(3, state="up").set_product_state(POVM, ["up", "x+", "up"])
     with pytest.warns(ConvergenceWarning, match="initial state isn't symmetric"):
-        evolve(staggered, ising(3), POVM, [0.0, 0.05], num_samples=None, progress=False)
+        evolve(staggered, ising(3), POVM, [0.0, 0.002], num_samples=None, progress=False)
     driven = sd.povm.Lindbladian(3, [(torch.cos, "X", "all")], [(1.0, "sigma-", "all")])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
