@@ -13,12 +13,20 @@ import pyro
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal
+from torch.distributions import Independent, MultivariateNormal, Normal
 
 import stochdyn as sd
 from stochdyn.core import PathMeasure
+from stochdyn.interpolants import (
+    GaussianMixture,
+    GaussianMixtureInterpolant,
+    Interpolant,
+    InterpolantRegression,
+    ReverseDiffusion,
+)
 from stochdyn.testing import PathMeasureSuite
 from tests.bridges.laws import NAMES, solved
+from tests.interpolants.laws import gaussian, processes
 
 F64 = torch.float64
 ZERO, ONE = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)
@@ -161,6 +169,37 @@ CASES |= {
     "ReactionNetwork": Case(
         lambda: sd.jumps.ReactionNetwork(["0 -> A", "A -> 0"], [3.0, 0.5], {"A": 7}), outside=-0.1, bias=0.01
     ),
+}
+
+
+def interpolated(epsilon: float = 0.5) -> PathMeasure:
+    """The law of a generator whose fields are exactly those of a mixture of Gaussians."""
+    it = Interpolant("linear")
+    first = GaussianMixture(torch.ones(1, dtype=F64), ZERO[None], 1.0)
+    last = GaussianMixture(
+        torch.tensor([0.4, 0.6], dtype=F64), torch.tensor([[-1.0, 0.5], [1.0, 0.0]], dtype=F64), 0.5
+    )
+    truth = GaussianMixtureInterpolant(it, first, last)
+    fit = InterpolantRegression(
+        it, velocity=truth.velocity, score=truth.score, base=Independent(Normal(ZERO, ONE), 1)
+    )
+    return fit.generator().measure(epsilon)
+
+
+def reversed_in_time() -> PathMeasure:
+    """The law of the reverse equation with the exact score of Gaussian data and its exact prior."""
+    process = processes()["ou"]
+    truth = gaussian(process)
+    end = torch.tensor(process.horizon, dtype=F64)
+    spread = (0.2 * process.scale(end).square() + process.variance(end)).sqrt() * ONE
+    prior = Independent(Normal(process.location(end, truth.means[0]), spread), 1)
+    return ReverseDiffusion(process, truth.score, 2, torch.empty(0, dtype=F64), prior).measure()
+
+
+# Drifts with rates of about two, in Euler steps of a twentieth at most: a twentieth in a moment.
+CASES |= {
+    "InterpolantGenerator": Case(interpolated, ts=(0.0, 1.0, 41), outside=-0.1),
+    "ReverseDiffusion": Case(reversed_in_time, ts=(0.0, 3.5, 71), outside=-0.1),
 }
 # On a reference that isn't linear a bridge is pieced together from linearised ones.
 LINEARISED = {"nonlinear": 0.4, "corrected": 0.4}
