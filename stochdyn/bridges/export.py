@@ -29,14 +29,14 @@ def to_anndata(
 ) -> Any:
     """Write velocities, growth, fates, transitions and parameters into an AnnData object, and return it.
 
-    ========================  ==============================================================================================
-    ``obsm[key_velocity]``    velocity of every cell at its time, in units of the representation per time, ``(N, d)``
-    ``obs[key_growth]``       rate of births less deaths at every cell, per time
-    ``obs[key_fate_CLASS]``   probability of ending in a class of the last snapshot, if ``labels`` are given
-    ``obsp[key_transitions]`` sparse row-stochastic matrix ``(N, N)``: from each cell to those of the next time; cells of the last
-                              time stay where they are
-    ``uns[key]``              times, diffusion, parameters by name and the objective
-    ========================  ==============================================================================================
+    =========================  ==============================================================================================
+    ``obsm[key_velocity]``     velocity of every cell at its time, in units of the representation per time, ``(N, d)``
+    ``obs[key_growth]``        rate of births less deaths at every cell, per time
+    ``obs[key_fate_CLASS]``    probability of ending in a class of the last snapshot, if ``labels`` are given
+    ``obsp[key_transitions]``  sparse row-stochastic matrix ``(N, N)``: from each cell to those of the next time; cells of the last
+                               time stay where they are
+    ``uns[key]``               times, diffusion, parameters by name and the objective
+    =========================  ==============================================================================================
 
     Cells are found by their names (:attr:`Snapshots.names`, which :func:`from_anndata` keeps), in whatever order the object has them; cells
     that took no part get NaN, and stay where they are.
