@@ -131,7 +131,7 @@ def test_score_network_knows_no_density_and_no_samples() -> None:
 
 def test_times_must_broadcast_to_the_points() -> None:
     x = torch.zeros(3, 2)
-    with pytest.raises(ShapeError, match=r"time a point is t\[:, None\]"):
+    with pytest.raises(ShapeError, match=r"time per point is t\[:, None\]"):
         as_time(torch.zeros(3), x)
     with pytest.raises(ShapeError, match="broadcast"):
         as_time(torch.zeros(1, 1, 1), x)
