@@ -234,6 +234,8 @@ class Fields(FlexibleBuffers):
     event_sizes: Tensor
     null_condition: Tensor | None
 
+    _derived_ = ("_functions",)
+
     def __init__(
         self,
         interpolant: Interpolant,

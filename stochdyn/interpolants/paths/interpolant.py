@@ -99,6 +99,8 @@ class Interpolant(nn.Module):
         definition 2.1 and tables 4 and 8.
     """
 
+    _derived_ = ("facts",)
+
     def __init__(
         self,
         path: str
