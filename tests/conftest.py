@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,6 +22,9 @@ def _seed_and_guard() -> Iterator[None]:
     torch.set_default_dtype(before[0])
     torch.set_grad_enabled(before[1])
     assert after == before, f"the test left torch globals changed: {after} instead of {before}"
-    pyro = __import__("sys").modules.get("pyro")
+    pyro = sys.modules.get("pyro")
     if pyro is not None:
         pyro.clear_param_store()
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if pyplot is not None:  # figures are kept until they are closed: twenty of one worker's tests raise a warning
+        pyplot.close("all")
