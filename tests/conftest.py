@@ -26,5 +26,6 @@ def _seed_and_guard() -> Iterator[None]:
     if pyro is not None:
         pyro.clear_param_store()
     pyplot = sys.modules.get("matplotlib.pyplot")
-    if pyplot is not None:  # figures are kept until they are closed: twenty of one worker's tests raise a warning
+    if pyplot is not None:
+        # Figures are kept until they are closed, and more than twenty raise a warning, which is an error here.
         pyplot.close("all")
