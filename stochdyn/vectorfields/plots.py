@@ -51,22 +51,22 @@ def plot_field(
     """Draw a field as arrows at points of the plane or of space.
 
     Args:
-        points: ``(n, D)`` with D = 2 or 3.
-        vectors: ``(n, D)``.
-        values: ``(n,)`` to colour the points by, such as the posterior's spread.
-        every: draw the arrows whose number is a multiple of this one.
-        scale: length of an arrow of unit length; by default the longest is a fifteenth of the extent.
-        colour: of the arrows.
-        label: for the colour bar of the values.
-        zeros: of :func:`~stochdyn.vectorfields.singularities.find_singularities`, to mark: crosses for the mean field, dots
-            for the draws, red for index 1, blue for -1.
-        ax: where to draw; new axes if None.
+        points: The points ``(n, D)`` with D = 2 or 3.
+        vectors: The vectors ``(n, D)`` at the points.
+        values: Numbers ``(n,)`` to colour the points by, such as the posterior's spread.
+        every: The interval between the points that get an arrow: 2 draws every other one.
+        scale: The length of an arrow for a vector of length one; by default the longest arrow is a fifteenth of the extent.
+        colour: The colour of the arrows.
+        label: The label of the colour bar of the values.
+        zeros: What :func:`~stochdyn.vectorfields.singularities.find_singularities` returned, to be marked: crosses for the
+            mean field, dots for the draws, red for index 1, blue for -1.
+        ax: The axes to draw on; new ones if None.
 
     Returns:
         The axes.
 
     Raises:
-        InvalidInputError: for points of another dimension.
+        InvalidInputError: If the points have another dimension.
 
     Example:
         >>> axes = plot_field(torch.rand(20, 2), torch.rand(20, 2), values=torch.rand(20))
@@ -120,20 +120,20 @@ def plot_globe(
     """Draw a tangent field of a sphere as a map: longitude across, latitude up, arrows to the east and north.
 
     Args:
-        points: ``(n, 3)`` on a sphere.
-        vectors: ``(n, 3)``.
-        values: ``(n,)`` to colour the points by; the length of the vectors if None.
-        every: draw the arrows whose number is a multiple of this one.
-        scale: matplotlib's ``scale`` of the arrows: vector units a width of the map.
-        label: for the colour bar.
-        zeros: to mark, as in :func:`plot_field`.
-        ax: where to draw; new axes if None.
+        points: The points ``(n, 3)`` on a sphere.
+        vectors: The vectors ``(n, 3)`` at the points.
+        values: Numbers ``(n,)`` to colour the points by; the lengths of the vectors if None.
+        every: The interval between the points that get an arrow: 2 draws every other one.
+        scale: Matplotlib's ``scale`` of the arrows: the number of vector units per width of the map.
+        label: The label of the colour bar.
+        zeros: The zeros to be marked, as in :func:`plot_field`.
+        ax: The axes to draw on; new ones if None.
 
     Returns:
         The axes.
 
     Raises:
-        InvalidInputError: if the points don't lie on a sphere.
+        InvalidInputError: If the points don't lie on a sphere.
     """
     x = as_points(points, dim=3)
     found = sphere_of(x)
@@ -189,10 +189,10 @@ def plot_trajectories(x: Any, *, colour: str = "C1", num_paths: int = 20, ax: An
     """Draw trajectories ``(*sample, T, D)`` in the plane or in space, and their starts as dots.
 
     Args:
-        x: states.
-        colour: of the lines.
-        num_paths: at most so many.
-        ax: where to draw; new axes if None.
+        x: The states ``(*sample, T, D)`` with D = 2 or 3.
+        colour: The colour of the lines.
+        num_paths: The largest number of trajectories that are drawn.
+        ax: The axes to draw on; new ones if None.
     """
     paths = torch.as_tensor(x)
     check_event_size(paths, paths.shape[-1] if paths.shape[-1] in (2, 3) else 3, "x")

@@ -37,7 +37,7 @@ def triangulate(cloud: PointCloud) -> np.ndarray:
     surface, such as a cap of a sphere, stays open. :func:`inspect_triangles` tells the Euler characteristic of the result.
 
     Args:
-        cloud: points on an orientable surface.
+        cloud: The points on an orientable surface.
 
     Warns:
         ApproximationWarning: if the triangles of a cloud have gaps, overlap, or leave nodes out.
@@ -57,6 +57,7 @@ def _turns(cloud: PointCloud, components: Tensor, loops: np.ndarray) -> Tensor:
     field = torch.complex(components[..., 0], components[..., 1])
     total = components.new_zeros(*components.shape[:-2], len(loops))
     holonomy = np.ones(len(loops), dtype=complex)
+    # Σ angle(v_{k+1}, O v_k) + Ω = 2π times a whole number (Crane et al., section 8).
     for k in range(loops.shape[1]):
         here, there = loops[:, k], loops[:, (k + 1) % loops.shape[1]]
         maps = connect(cloud.node_frames, there, here)
@@ -76,9 +77,9 @@ def field_index(cloud: PointCloud, vectors: Any, loop: Sequence[int]) -> Tensor:
     sink have index 1, a saddle -1.
 
     Args:
-        cloud: points on an orientable surface.
-        vectors: ``(*batch, n, D)`` at all nodes, or at the nodes of the loop, ``(*batch, len(loop), D)``.
-        loop: neighbouring nodes in order, in either direction.
+        cloud: The points on an orientable surface.
+        vectors: The vectors ``(*batch, n, D)`` at all nodes, or at the nodes of the loop, ``(*batch, len(loop), D)``.
+        loop: The neighbouring nodes in order, in either direction.
 
     Returns:
         ``(*batch)`` whole numbers.
@@ -109,11 +110,12 @@ class Singularities:
     """Zeros of the mean field, and of draws from the posterior.
 
     Attributes:
-        faces: ``(F, 3)`` triangles of nodes.
-        mean_index: ``(F,)`` index of the posterior mean in each triangle.
-        draw_index: ``(S, F)`` index of each draw.
-        mean_places: ``(z, D)`` where the zeros lie within the triangles, in the order of ``mean_index.nonzero()``.
-        draw_places: ``(Z, D)`` the same of the draws, in the order of ``draw_index.nonzero()``.
+        faces: The triangles ``(F, 3)`` of nodes.
+        mean_index: The index ``(F,)`` of the posterior mean in each triangle.
+        draw_index: The index ``(S, F)`` of each draw.
+        mean_places: The places ``(z, D)`` where the zeros lie within the triangles, in the order of
+            ``mean_index.nonzero()``.
+        draw_places: The places ``(Z, D)`` of the draws' zeros, in the order of ``draw_index.nonzero()``.
     """
 
     faces: Tensor
@@ -135,8 +137,8 @@ class Singularities:
         """Return the total index near a place: of every draw ``(S,)``, and the places of the draws' zeros there ``(z, D)``.
 
         Args:
-            centre: ``(D,)``.
-            radius: zeros within this distance count.
+            centre: The place ``(D,)`` around which zeros are counted.
+            radius: The distance within which zeros count.
         """
         check_positive(radius, "radius")
         places = self.draw_places
@@ -159,16 +161,16 @@ def find_singularities(
     """Find the zeros of a fitted field with their indices, and how the posterior spreads over both.
 
     Args:
-        gp: fitted to one field on an orientable surface.
-        num_draws: the number of fields drawn from the joint posterior.
-        generator: source of randomness.
-        faces: ``(F, 3)`` triangles; by default :func:`triangulate`.
+        gp: A Gaussian process that was fitted on an orientable surface.
+        num_draws: The number of fields drawn from the joint posterior.
+        generator: The source of randomness.
+        faces: The triangles ``(F, 3)`` of nodes; by default those of :func:`triangulate`.
 
     Returns:
         Indices by triangle, of the mean field and of every draw.
 
     Raises:
-        InvalidInputError: if the manifold isn't an orientable surface, or many fields were fitted.
+        InvalidInputError: If the manifold isn't an orientable surface, or if many fields were fitted.
 
     Example:
         >>> from stochdyn.datasets import wind_on_sphere
@@ -210,6 +212,7 @@ def _places(cloud: PointCloud, components: Tensor, faces: Tensor, at: Tensor) ->
     values = torch.einsum(
         "zkab,zkb->zka", maps.reshape(*corners.shape, 2, 2).to(components), components[draw[:, None], corners]
     )
+    # The barycentric coordinates of the zero of a linear field: the cross products v_j × v_k, over their sum.
     after, last = values.roll(-1, 1), values.roll(-2, 1)
     share = after[..., 0] * last[..., 1] - after[..., 1] * last[..., 0]
     share = (share * share.sum(1, keepdim=True).sign()).clamp(min=0)

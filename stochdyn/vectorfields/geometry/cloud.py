@@ -33,35 +33,40 @@ class PointCloud:
     second order. From these follow the Laplacians of functions and of vector fields, in units of 1 / length².
 
     Args:
-        points: ``(n, D)`` in ambient coordinates, any unit of length; tensor or array.
-        num_neighbors: neighbours of every point in the graph. Ten suit even samples of thin or curved shapes; on
-            uneven, random samples twenty to forty give better eigenvalues.
-        dim: m, the dimension of the manifold; estimated if None, with a warning where that is uncertain.
-        graph: ``"knn"``, or ``"cknn"`` (continuous k nearest neighbours).
-        weights: ``"gaussian"`` with the width of each neighbourhood, or ``"connectivity"``, all 1.
-        normalization: masses of the Laplacians, see :func:`~stochdyn.vectorfields.geometry.laplacian.masses`: ``"local"``,
-            ``"degree"`` or ``"none"``.
-        density_correction: the power of the density of points by which Gaussian weights are divided; 1 makes the limit
+        points: The points ``(n, D)`` in ambient coordinates, in any unit of length; a tensor, an array or a list.
+        num_neighbors: The number of neighbours of every point in the graph. Ten suit even samples of thin or curved shapes;
+            on uneven, random samples twenty to forty give better eigenvalues.
+        dim: The dimension m of the manifold; it is estimated if None, with a warning where that is uncertain.
+        graph: Which points are joined: ``"knn"`` (each with its nearest neighbours), for most clouds, or ``"cknn"``
+            (continuous k nearest neighbours), where the density of the points varies by orders of magnitude.
+        weights: The weights of the edges: ``"gaussian"`` with the width of each neighbourhood, or ``"connectivity"``, all
+            1, as in the published experiments.
+        normalization: How the masses of the Laplacians are chosen, see
+            :func:`~stochdyn.vectorfields.geometry.laplacian.masses`: ``"local"`` for absolute units everywhere,
+            ``"degree"`` for the random-walk Laplacian, ``"none"`` for the unnormalised one.
+        density_correction: The power of the density of points by which Gaussian weights are divided; 1 makes the limit
             independent of how the points are spread, 0 weighs it in.
-        bandwidth: width of Gaussian weights, relative to the squared distances to the last neighbours.
-        frame_neighbors: neighbours that make a frame; 1.5 times ``num_neighbors`` if None.
-        frames: ``(n, D, m)`` known orthonormal tangent frames, in place of estimated ones.
-        search: ``"exact"`` (scikit-learn) or ``"approximate"`` (pynndescent, for hundreds of thousands of points).
-        allow_disconnected: accept a graph in several pieces.
+        bandwidth: The width of Gaussian weights, relative to the squared distances to the last neighbours.
+        frame_neighbors: The number of neighbours that make a frame; 1.5 times ``num_neighbors`` if None.
+        frames: Known orthonormal tangent frames ``(n, D, m)``, in place of estimated ones.
+        search: How neighbours are found: ``"exact"`` (scikit-learn) or ``"approximate"`` (pynndescent, for hundreds of
+            thousands of points).
+        allow_disconnected: Whether a graph in several pieces is accepted.
 
     Attributes:
-        points: ``(n, D)``.
-        dim: m.
-        frames: ``(n, D, m)``, of one handedness where the manifold is orientable.
-        edges: ``(E, 2)`` pairs of neighbours ``(i, j)`` with ``i < j``.
-        connections: ``(E, m, m)`` maps :math:`O_{ij}` from the space at ``j`` to that at ``i``.
-        is_orientable, is_connected: what the graph shows.
-        array, node_frames, mass: points, frames and masses in double precision for numpy.
+        points: The points ``(n, D)``.
+        dim: The dimension m of the manifold.
+        frames: The tangent frames ``(n, D, m)``, of one handedness where the manifold is orientable.
+        edges: The pairs of neighbours ``(i, j)`` with ``i < j``, ``(E, 2)``.
+        connections: The maps :math:`O_{ij}` from the tangent space at ``j`` to that at ``i``, ``(E, m, m)``.
+        is_orientable, is_connected: Whether the graph has frames of one handedness, and whether it is in one piece.
+        array, node_frames, mass: The points, frames and masses in double precision for numpy.
 
     Raises:
-        DisconnectedGraphError: if the graph falls apart; the components are named.
-        InvalidInputError: for coinciding points, fewer points than neighbours, or a dimension above the ambient one.
-        NonFiniteError, ShapeError: for points that aren't ``(n, D)`` finite numbers.
+        DisconnectedGraphError: If the graph falls apart; the components are named.
+        InvalidInputError: If points coincide, if there are fewer points than neighbours, or if the dimension exceeds the
+            ambient one.
+        NonFiniteError, ShapeError: If the points aren't ``(n, D)`` finite numbers.
 
     Example:
         >>> angle = torch.arange(40, dtype=torch.float64) * 2 * torch.pi / 40
@@ -164,12 +169,15 @@ class PointCloud:
     def from_mesh(cls, vertices: Any, faces: Any) -> PointCloud:
         """Build the geometry from a triangle mesh in space: cotangent weights, vertex normals and areas.
 
+        A mesh knows which sheets of a surface belong together where they come close in space, and its zeros are found
+        on its own triangles; a plain cloud needs none, works in any dimension, and copes better with slivers.
+
         Args:
-            vertices: ``(n, 3)``.
-            faces: ``(F, 3)`` corners of the triangles, all turning the same way.
+            vertices: The vertices ``(n, 3)``, in any unit of length.
+            faces: The corners ``(F, 3)`` of the triangles as numbers of vertices, all turning the same way.
 
         Raises:
-            ShapeError, InvalidInputError: for faces that aren't triangles of existing vertices.
+            ShapeError, InvalidInputError: If the faces aren't triangles of existing vertices.
         """
         tensor = as_points(vertices, "vertices", 3)
         array = tensor.detach().cpu().double().numpy()
@@ -234,8 +242,8 @@ class PointCloud:
         """Return the sparse Laplacian and its masses.
 
         Args:
-            kind: ``"connection"`` for vector fields, ``"scalar"`` for functions.
-            real: write the connection Laplacian in real components also where it has the shorter complex form.
+            kind: The bundle: ``"connection"`` for vector fields, ``"scalar"`` for functions.
+            real: Whether the connection Laplacian is written in real components also where it has the shorter complex form.
         """
         check_choice(kind, _KINDS, "kind")
         maps = self._maps if kind == "connection" else None
@@ -249,15 +257,15 @@ class PointCloud:
         rounded up there. Results are kept, and a smaller k is read from them.
 
         Args:
-            k: how many.
-            kind: ``"connection"`` for vector fields, ``"scalar"`` for functions.
+            k: The number k of eigenpairs.
+            kind: The Laplacian: ``"connection"`` for vector fields, ``"scalar"`` for functions.
 
         Returns:
             Eigenvalues ``(k,)`` in 1 / length², and modes ``(n, m, k)`` in the frames of the points, or ``(n, k)``
             for functions; each of mean square one per component.
 
         Raises:
-            InvalidInputError: if there are fewer than k, or for an unknown kind.
+            InvalidInputError: If there are fewer than k eigenpairs, or if the kind is unknown.
         """
         values, modes = self.modes(k, kind)
         values, modes = values.to(self.dtype), modes.to(self.dtype)
@@ -279,11 +287,11 @@ class PointCloud:
         """Return places given as nodes or as points, with frames and their ties to the nodes.
 
         Args:
-            where: nodes (whole numbers, a mask, a slice) or points ``(q, D)``, on the manifold or near it.
+            where: The nodes (whole numbers, a mask, a slice) or the points ``(q, D)``, on the manifold or near it.
 
         Raises:
-            InvalidInputError: if an index lies outside the cloud.
-            ShapeError, NonFiniteError: for points that don't fit.
+            InvalidInputError: If an index lies outside the cloud.
+            ShapeError, NonFiniteError: If the points don't fit the cloud.
         """
         if isinstance(where, Sites):
             return where

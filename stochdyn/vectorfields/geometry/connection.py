@@ -50,9 +50,9 @@ def connect(frames: np.ndarray, tails: np.ndarray, heads: np.ndarray) -> np.ndar
     distance elsewhere.
 
     Args:
-        frames: ``(n, D, m)``.
-        tails: ``(E,)``.
-        heads: ``(E,)``.
+        frames: The tangent frames ``(n, D, m)``.
+        tails: The node at one end of every edge, ``(E,)``.
+        heads: The node at the other end of every edge, ``(E,)``.
 
     Reference:
         Singer and Wu, "Vector diffusion maps and the connection Laplacian", 2012, section 2.2.
@@ -66,12 +66,12 @@ def orient(
     """Choose the handedness of every frame so that neighbours agree, along the spanning tree of the most parallel ones.
 
     Args:
-        num_nodes: n.
-        tails: ``(E,)``.
-        heads: ``(E,)``.
-        maps: ``(E, m, m)`` connections.
-        overlap: ``(E,)`` the least cosine between the two tangent spaces of every edge. Where it is small the
-            connection's handedness is an accident, and such edges have no vote. All vote if None.
+        num_nodes: The number n of nodes.
+        tails: The node at one end of every edge, ``(E,)``.
+        heads: The node at the other end of every edge, ``(E,)``.
+        maps: The connections ``(E, m, m)`` from heads to tails.
+        overlap: The least cosine between the two tangent spaces of every edge, ``(E,)``. Where it is small the connection's
+            handedness is an accident, and such edges have no vote. All vote if None.
 
     Returns:
         Signs ``(n,)``, -1 for frames to be reflected, and whether all neighbours then agree: a graph where
@@ -85,6 +85,7 @@ def orient(
         cost = sp.coo_matrix((1.001 - np.clip(overlap, 0, 1), (tails, heads)), (num_nodes, num_nodes)).tocsr()
         tree = minimum_spanning_tree(cost)
         link = link.multiply((tree + tree.T) > 0).tocsr()
+    # A node has the sign of its parent in the tree times that of det O between the two (Singer and Wu, section 3).
     signs = np.zeros(num_nodes)
     for root in range(num_nodes):
         if signs[root]:
@@ -108,6 +109,7 @@ def holonomy(frames: np.ndarray, loop: Sequence[int]) -> np.ndarray:
     curvature that the loop encloses: by 90 degrees for an eighth of the unit sphere.
     """
     nodes = np.asarray(loop)
+    # The product O_{r,r-1} ... O_{21} O_{1r} of the maps along the loop, the last step first.
     steps = connect(frames, np.roll(nodes, -1), nodes)
     total = np.eye(frames.shape[2])
     for step in steps:

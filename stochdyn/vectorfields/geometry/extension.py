@@ -88,6 +88,7 @@ def _frames(near: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
     Continuous in the point: at a node the blend is the node's own plane.
     """
+    # Σ_j c_j T_j (T_j'T_1): every plane is turned towards the first frame before the blend; then the nearest frame.
     first = near[:, 0]
     overlap = np.einsum("qjda,qdb->qjab", near, first)
     blended = np.einsum("qjda,qjab,qj->qdb", near, overlap, weights)
@@ -103,6 +104,7 @@ def _weights(
     nugget = _NUGGET * np.eye(nodes.shape[1])
     for start in range(0, len(nodes), _BLOCK):
         part = slice(start, start + _BLOCK)
+        # c = K⁻¹ k(x) in units of the local radius, and what is left open, 1 - k(x)'c.
         near = array[nodes[part]] / radius[part, None, None]
         # |a - b|² by differences, which keeps near neighbours apart far from the origin
         apart = ((near[:, :, None] - near[:, None]) ** 2).sum(-1)

@@ -15,6 +15,7 @@ def _weighted(
     points: np.ndarray, centres: np.ndarray, distances: np.ndarray, nodes: np.ndarray
 ) -> np.ndarray:
     """Neighbours of every centre, itself included, about their weighted mean, times the root of the weights."""
+    # Weights 1 - (r / r_K)² make the covariance of the neighbours continuous as one of them leaves or comes.
     reach = distances[:, -1:] * (1.0 + 1e-6)
     weights = np.concatenate([np.ones((len(nodes), 1)), 1.0 - (distances / reach) ** 2], axis=1)
     around = np.concatenate([centres[:, None], points[nodes]], axis=1)
@@ -31,16 +32,17 @@ def local_frames(
     the farthest one, so that frames change little when a neighbour comes or goes.
 
     Args:
-        points: ``(n, D)``.
-        centres: ``(q, D)``, points of the cloud or near it.
-        distances: ``(q, K)`` to the nearest other points.
-        nodes: ``(q, K)``.
-        dim: dimension of the manifold.
+        points: The points of the cloud, ``(n, D)``.
+        centres: The places ``(q, D)`` where frames are wanted, points of the cloud or near it.
+        distances: The distances ``(q, K)`` from every centre to the nearest other points.
+        nodes: The numbers ``(q, K)`` of those points.
+        dim: The dimension of the manifold.
 
     Reference:
         Singer and Wu, "Vector diffusion maps and the connection Laplacian", 2012, section 2.1.
     """
     spread = _weighted(points, centres, distances, nodes)
+    # Leading eigenvectors of Σ w (x - x̄)(x - x̄)', or right singular vectors of the same where D exceeds K.
     if spread.shape[2] <= spread.shape[1]:
         covariance = np.einsum("qki,qkj->qij", spread, spread)
         return np.ascontiguousarray(np.linalg.eigh(covariance)[1][:, :, ::-1][:, :, :dim])
@@ -60,9 +62,9 @@ def estimate_dimension(points: np.ndarray, distances: np.ndarray, nodes: np.ndar
     The number of neighbours grows like :math:`r^m`, so :math:`m\approx\log(K/k)\,/\,\langle\log(r_K/r_k)\rangle`.
 
     Args:
-        points: ``(n, D)``.
-        distances: ``(n, K)`` to the nearest other points, nearest first.
-        nodes: ``(n, K)``.
+        points: The points of the cloud, ``(n, D)``.
+        distances: The distances ``(n, K)`` to the nearest other points, nearest first.
+        nodes: The numbers ``(n, K)`` of those points.
 
     Returns:
         At least 1 and at most D.
@@ -75,6 +77,7 @@ def estimate_dimension(points: np.ndarray, distances: np.ndarray, nodes: np.ndar
     """
     ambient, last = points.shape[1], distances.shape[1]
     first = max(1, last // 3)
+    # N(r) ~ r^m between the k-th and the K-th neighbour (Farahmand et al., equation 2).
     growth = np.log(last / first) / np.mean(np.log(distances[:, -1] / distances[:, first - 1]))
     dim = int(np.clip(round(growth), 1, ambient))
     share = local_variances(points, distances, nodes)

@@ -37,11 +37,11 @@ class NeighborSearch:
     """Nearest neighbours by scikit-learn's trees, or approximately by pynndescent.
 
     Args:
-        points: ``(n, D)``.
-        method: ``"exact"`` or ``"approximate"``; the second needs the extra ``neighbors``.
+        points: The points ``(n, D)``.
+        method: The search: ``"exact"`` or ``"approximate"``; the second needs the extra ``neighbors``.
 
     Raises:
-        MissingDependencyError: if pynndescent is asked for and isn't installed.
+        MissingDependencyError: If pynndescent is asked for and isn't installed.
     """
 
     def __init__(self, points: np.ndarray, method: str = "exact") -> None:
@@ -88,14 +88,14 @@ class NeighborGraph:
     """A weighted graph, each edge once with ``tails < heads``.
 
     Attributes:
-        tails: ``(E,)`` one end of every edge.
-        heads: ``(E,)`` the other.
-        weights: ``(E,)`` positive.
-        lengths: ``(E,)`` Euclidean distances.
-        radius: ``(n,)`` distance of every node to the last of its neighbours.
-        density: ``(n,)`` sum of the Gaussian weights at a node, by which the density of the points is divided out.
-        weighting: ``"gaussian"`` or ``"connectivity"``.
-        bandwidth: width of Gaussian weights, relative to the radii.
+        tails: The node at one end of every edge, ``(E,)``.
+        heads: The node at the other end of every edge, ``(E,)``.
+        weights: The positive weights of the edges, ``(E,)``.
+        lengths: The Euclidean lengths of the edges, ``(E,)``.
+        radius: The distance of every node to the last of its neighbours, ``(n,)``.
+        density: The sum of the Gaussian weights at every node, ``(n,)``, by which the density of the points is divided out.
+        weighting: The kind of weights: ``"gaussian"`` or ``"connectivity"``.
+        bandwidth: The width of Gaussian weights, relative to the radii.
     """
 
     tails: np.ndarray
@@ -189,16 +189,17 @@ def neighbor_graph(
     so that with :math:`a=1` an uneven density of the points leaves no trace in the limit.
 
     Args:
-        points: ``(n, D)``.
-        distances: ``(n, K)`` to the nearest other points, nearest first.
-        nodes: ``(n, K)`` those points.
-        kind: ``"knn"`` or ``"cknn"``.
-        weighting: ``"gaussian"`` or ``"connectivity"``.
-        bandwidth: b.
-        density_correction: a.
+        points: The points ``(n, D)``.
+        distances: The distances ``(n, K)`` to the nearest other points, nearest first.
+        nodes: The numbers ``(n, K)`` of those points.
+        kind: Which points are joined: ``"knn"``, or ``"cknn"`` where the density of the points varies by orders of
+            magnitude.
+        weighting: The weights of the edges: ``"gaussian"`` or ``"connectivity"``.
+        bandwidth: The width b of Gaussian weights, relative to the product of the two radii.
+        density_correction: The power a of the density by which weights are divided.
 
     Raises:
-        InvalidInputError: for coinciding points.
+        InvalidInputError: If points coincide.
 
     Reference:
         Coifman and Lafon, "Diffusion maps", 2006; Berry and Sauer, "Consistent manifold representation for
@@ -227,6 +228,7 @@ def neighbor_graph(
     weights: np.ndarray = np.ones_like(lengths)
     density: np.ndarray = np.ones(n)
     if weighting == "gaussian":
+        # g_ij, the density p_i, and w_ij = g_ij / (p_i p_j)^a (Coifman and Lafon, section 3).
         weights = np.exp(-(lengths**2) / (bandwidth * radius[tails] * radius[heads]))
         density = np.bincount(tails, weights, n) + np.bincount(heads, weights, n)
         density = np.maximum(density / density.mean(), 1e-12) ** density_correction
@@ -238,15 +240,16 @@ def farthest_points(points: Any, num_points: int | None = None, spacing: float |
     """Choose points that cover a cloud evenly, each the farthest from those chosen before.
 
     Args:
-        points: ``(n, D)``, an array of any kind; the first is the start.
-        num_points: how many to choose, or None to go on until ``spacing``.
-        spacing: stop once every point is nearer than this share of the bounding box's diagonal to a chosen one.
+        points: The points ``(n, D)``, an array of any kind; the first one is the start.
+        num_points: The number of points to choose, or None to go on until ``spacing``.
+        spacing: The share of the bounding box's diagonal to which the points are thinned: the choice ends once every point
+            is nearer than this to a chosen one.
 
     Returns:
         ``(q,)`` indices in order of choice, in time and memory n times q and n.
 
     Raises:
-        InvalidInputError: unless exactly one of ``num_points`` and ``spacing`` is given.
+        InvalidInputError: Unless exactly one of ``num_points`` and ``spacing`` is given.
 
     Reference:
         Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985.

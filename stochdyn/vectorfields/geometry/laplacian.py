@@ -21,9 +21,9 @@ class Pencil:
 
     Attributes:
         matrix: L, symmetric ``(n f, n f)``, or Hermitian ``(n, n)`` where two real components are one complex number.
-        mass: ``(n,)`` the diagonal of M, one entry per node.
-        fibre: f, real components a node.
-        paired: whether the matrix is the Hermitian form of a field on an oriented surface.
+        mass: The diagonal of M, one entry per node, ``(n,)``.
+        fibre: The number f of real components per node.
+        paired: Whether the matrix is the Hermitian form of a field on an oriented surface.
     """
 
     matrix: sp.csr_matrix
@@ -76,11 +76,12 @@ def masses(graph: NeighborGraph, dim: int, normalization: str) -> np.ndarray:
     the last two with the factor that calibrates the whole graph on average.
 
     Args:
-        graph: the graph.
-        dim: m, dimension of the manifold.
-        normalization: see above.
+        graph: The graph of neighbours.
+        dim: The dimension m of the manifold.
+        normalization: One of the three choices above.
     """
     check_choice(normalization, NORMALIZATIONS, "normalization")
+    # The second moment Σ_j w_ij |x_i - x_j|² / 2m, which the Taylor expansion above divides by.
     moment = graph.gather(graph.weights * graph.lengths**2) / (2.0 * dim)
     if normalization == "local":
         return moment
@@ -94,10 +95,10 @@ def assemble(graph: NeighborGraph, mass: np.ndarray, maps: np.ndarray | None, pa
     Its quadratic form is :math:`\sum_{i<j}w_{ij}|v_i-O_{ij}v_j|^2`, hence not negative.
 
     Args:
-        graph: the graph.
-        mass: ``(n,)``.
-        maps: ``(E, m, m)`` connections from heads to tails; None for the Laplacian of functions.
-        paired: write rotations of the plane as complex numbers.
+        graph: The graph of neighbours.
+        mass: The diagonal of M, one entry per node, ``(n,)``.
+        maps: The connections ``(E, m, m)`` from heads to tails; None for the Laplacian of functions.
+        paired: Whether rotations of the plane are written as complex numbers.
 
     Reference:
         Singer and Wu, "Vector diffusion maps and the connection Laplacian", 2012, section 3.
@@ -106,10 +107,12 @@ def assemble(graph: NeighborGraph, mass: np.ndarray, maps: np.ndarray | None, pa
     if maps is None:
         return Pencil((sp.diags(degree) - graph.matrix()).tocsr(), mass, 1, False)
     if paired:
+        # A rotation by θ is multiplication by e^{iθ}, the first column of its matrix: half the size, and pairs stay whole.
         turn = graph.weights * (maps[:, 0, 0] + 1j * maps[:, 1, 0])
         half = sp.coo_matrix((turn, (graph.tails, graph.heads)), (n, n)).tocsr()
         return Pencil((sp.diags(degree.astype(complex)) - half - half.conj().T).tocsr(), mass, 2, True)
     m = maps.shape[-1]
+    # Off-diagonal blocks -w_ij O_ij, and their transposes; the degrees on the diagonal.
     rows = m * graph.tails[:, None, None] + np.arange(m)[None, :, None]
     columns = m * graph.heads[:, None, None] + np.arange(m)[None, None, :]
     rows, columns = np.broadcast_arrays(rows, columns)

@@ -80,6 +80,7 @@ def mesh_graph(vertices: np.ndarray, faces: np.ndarray) -> NeighborGraph:
     total = sp.csr_matrix((n, n))
     for corner in range(3):
         apex, i, j = faces[:, corner], faces[:, (corner + 1) % 3], faces[:, (corner + 2) % 3]
+        # cot α = u·v / |u × v| at the corner opposite to the edge (i, j); half of it goes to that edge.
         u, v = vertices[i] - vertices[apex], vertices[j] - vertices[apex]
         cot = (u * v).sum(1) / np.linalg.norm(np.cross(u, v), axis=1)
         total = total + sp.coo_matrix((0.5 * cot, (np.minimum(i, j), np.maximum(i, j))), (n, n)).tocsr()

@@ -38,25 +38,26 @@ def smallest_eigenpairs(pencil: Pencil, k: int) -> tuple[np.ndarray, np.ndarray]
     returned, and an odd k is rounded up: a basis of half a pair would depend on the solver.
 
     Args:
-        pencil: the matrices.
-        k: how many.
+        pencil: The Laplacian and its masses.
+        k: The number k of eigenpairs.
 
     Returns:
         Eigenvalues ``(k,)``, increasing and not negative, and fields ``(n, f, k)`` with
         :math:`\sum_iM_i|u_i|^2=f\sum_iM_i`: entries of mean square one.
 
     Raises:
-        InvalidInputError: if k exceeds the number of unknowns.
+        InvalidInputError: If k exceeds the number of unknowns.
     """
     if k > pencil.size:
         raise InvalidInputError(
             "there are not that many eigenpairs",
             got=k,
-            expected=f"at most {pencil.size}, {pencil.fibre} a node",
+            expected=f"at most {pencil.size}, {pencil.fibre} per node",
         )
     count = (k + 1) // 2 if pencil.paired else k
     values, vectors = _solve(pencil.symmetric(), count)
     mass = pencil.row_mass()
+    # From M^{1/2} u of unit norm to u with Σ_i M_i |u_i|² = f Σ_i M_i.
     vectors = vectors * np.sqrt(pencil.fibre * pencil.mass.sum() / mass)[:, None]
     values = np.maximum(values, 0.0)
     if not pencil.paired:

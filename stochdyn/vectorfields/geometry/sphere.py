@@ -33,6 +33,7 @@ def sphere_of(points: Tensor, *, closed: bool = False) -> tuple[Tensor, float] |
         return None
     x = points.double()
     middle = x.mean(0)
+    # |x - c|² = R² is linear in c and R² - |c|²: 2 x·c + (R² - |c|²) = |x|², by least squares about the middle.
     design = torch.cat([2 * (x - middle), torch.ones_like(x[:, :1])], -1)
     solution = torch.linalg.lstsq(design, ((x - middle) ** 2).sum(-1, keepdim=True)).solution[:, 0]
     centre = middle + solution[:3]
@@ -53,13 +54,14 @@ def vector_harmonics(points: Tensor, degree: int) -> Tensor:
     :math:`Q_{lm}=d^mP_l/dz^m` by their recurrences, so the poles are points like any other.
 
     Args:
-        points: ``(q, 3)`` on the unit sphere.
-        degree: the highest l.
+        points: The points ``(q, 3)`` on the unit sphere.
+        degree: The highest degree l.
 
     Returns:
         ``(q, 3, degree (degree + 2))``, by degree from 1 on, 2 l + 1 for each; orthonormal over the sphere.
     """
     x, y, z = points.double().unbind(-1)
+    # Re and Im of (x + iy)^m by (x + iy)^{m+1} = (x + iy)(x + iy)^m.
     cosine, sine = [torch.ones_like(x)], [torch.zeros_like(x)]
     for _ in range(degree + 1):
         cosine.append(x * cosine[-1] - y * sine[-1])
@@ -70,6 +72,7 @@ def vector_harmonics(points: Tensor, degree: int) -> Tensor:
     for l in range(1, degree + 1):  # noqa: E741, the name of the degree
         for m in range(-l, l + 1):
             k = abs(m)
+            # N_lm / √(l(l+1)), and the gradient of N_lm Q_lm(z) Re (x + iy)^m less its radial part.
             norm = math.sqrt((2 * l + 1) / (4 * math.pi * l * (l + 1)))
             norm *= math.exp(0.5 * (math.lgamma(l - k + 1) - math.lgamma(l + k + 1))) * (
                 math.sqrt(2) if k else 1
@@ -109,16 +112,20 @@ class HodgeMatern(SpectralKernel):
     eigenfields with the eigenvalues :math:`(l(l+1)-1)/R^2`.
 
     Args:
-        cloud: points on a sphere in space.
-        nu: ν, or ``math.inf``.
-        max_degree: the highest l.
-        part: ``"both"``, ``"divergence_free"`` (B alone) or ``"curl_free"`` (E alone).
-        laplacian: ``"hodge"`` or ``"bochner"``.
-        trainable_nu: learn ν.
-        lengthscale_prior: as in :class:`~stochdyn.vectorfields.regression.kernels.ConnectionMatern`.
+        cloud: The points, which lie on a sphere in space.
+        nu: The smoothness ν, or ``math.inf`` for the squared exponential.
+        max_degree: The highest degree l of the harmonics.
+        part: Which fields the kernel holds: ``"both"``; ``"divergence_free"`` (B alone), for flows of incompressible
+            fluids; or ``"curl_free"`` (E alone), for gradients.
+        laplacian: The Laplacian whose eigenvalues weigh the harmonics: ``"hodge"``, or ``"bochner"``, which
+            :class:`~stochdyn.vectorfields.regression.kernels.ConnectionMatern` approximates. Their predictions hardly
+            differ.
+        trainable_nu: Whether ν is learnt too.
+        lengthscale_prior: The prior of the length scale, as in
+            :class:`~stochdyn.vectorfields.regression.kernels.ConnectionMatern`.
 
     Raises:
-        InvalidInputError: if the points don't lie on a sphere.
+        InvalidInputError: If the points don't lie on a sphere.
 
     Reference:
         Robert-Nicoud, Krause and Borovitskiy, "Intrinsic Gaussian vector fields on manifolds", 2024, section 4.
@@ -157,7 +164,7 @@ class HodgeMatern(SpectralKernel):
         self.lengthscale = found[1] * math.sqrt((2.0 * nu if math.isfinite(nu) else 2.0) / 20.0)
 
     def features(self, sites: Sites) -> Tensor:
-        """See :meth:`~stochdyn.vectorfields.regression.kernels.FeatureKernel.features`."""
+        """Return the harmonics of the two kinds at the sites, in their tangent frames, ``(q, 2, k)``."""
         outward = torch.nn.functional.normalize(sites.points - self.centre.to(sites.points), dim=-1)
         gradient = vector_harmonics(outward, self.max_degree)
         parts = [gradient] if self.part != "divergence_free" else []
@@ -174,10 +181,10 @@ def hodge_compositional(
     The data decide how much of the field is rotation and how much is source.
 
     Args:
-        cloud: points on a sphere in space.
-        nu: ν, or ``math.inf``.
-        max_degree: the highest degree.
-        trainable_nu: learn ν of each.
+        cloud: The points, which lie on a sphere in space.
+        nu: The smoothness ν, or ``math.inf`` for the squared exponential.
+        max_degree: The highest degree l of the harmonics.
+        trainable_nu: Whether the smoothness of each part is learnt too.
 
     Reference:
         Robert-Nicoud, Krause and Borovitskiy, "Intrinsic Gaussian vector fields on manifolds", 2024, section 4.3.

@@ -29,7 +29,7 @@ class Surface(nn.Module):
     The error of the projection is of third order in the spacing.
 
     Args:
-        cloud: the points.
+        cloud: The points that sample the manifold.
     """
 
     points: Tensor
@@ -74,6 +74,7 @@ class Surface(nn.Module):
         """Fit a quadratic over the tangent plane to values at the neighbours ``(q, K, c)``; return it at the point, ``(q, c)``."""
         # in units of the neighbourhood, for the conditioning of the fit
         a = (ways @ frames) / ways[:, -1].norm(dim=-1)[:, None, None]
+        # The weighted normal equations of h(a) = h₀ + B a + a'C a; the fit at the point itself is h₀.
         i, j = self._pairs
         design = torch.cat([torch.ones_like(a[..., :1]), a, a[..., i] * a[..., j]], -1)
         weighted = design * weights.unsqueeze(-1)
@@ -119,8 +120,8 @@ class TangentDrift(nn.Module):
     so that every Euler step of length Δ starts by projecting, whatever solver runs it.
 
     Args:
-        cloud: the points.
-        vectors: ``(n, D)`` tangent vectors at the nodes.
+        cloud: The points that sample the manifold.
+        vectors: The tangent vectors ``(n, D)`` at the nodes, in the unit of the points per unit of time.
         dt: Δ, the step of the time grid; None leaves states where they are.
 
     Example:
@@ -165,8 +166,8 @@ class TangentDiffusion(nn.Module):
     """Isotropic noise in the tangent spaces of a cloud: the diffusion of an SDE, with m channels.
 
     Args:
-        cloud: the points.
-        diffusion: σ, the standard deviation per square root of time, in the unit of the points.
+        cloud: The points that sample the manifold.
+        diffusion: The standard deviation σ per square root of time, in the unit of the points.
     """
 
     def __init__(self, cloud: PointCloud, diffusion: float) -> None:

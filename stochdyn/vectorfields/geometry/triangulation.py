@@ -28,11 +28,13 @@ class Triangulation:
     """What a set of triangles looks like.
 
     Attributes:
-        euler: vertices used, less edges, plus triangles: 2 for a closed surface like a sphere, 0 for a torus, 1 for a disc.
-        boundaries: the number of closed curves that bound it: 0 for a closed surface, 1 for a disc.
-        gaps: how many of these have at most ten edges, and look like holes of the triangulation rather than of the surface.
-        overlaps: the number of edges with more than two triangles.
-        unused: the number of nodes in no triangle.
+        euler: The number of vertices used, less edges, plus triangles: 2 for a closed surface like a sphere, 0 for a torus,
+            1 for a disc.
+        boundaries: The number of closed curves that bound it: 0 for a closed surface, 1 for a disc.
+        gaps: The number of these that have at most ten edges, and look like holes of the triangulation rather than of the
+            surface.
+        overlaps: The number of edges with more than two triangles.
+        unused: The number of nodes in no triangle.
     """
 
     euler: int
@@ -88,6 +90,7 @@ def triangles_of(cloud: PointCloud) -> np.ndarray:
     triangles, votes = np.unique(np.sort(np.concatenate(found), axis=1), axis=0, return_counts=True)
     keep = _supported(cloud, triangles)
     triangles, votes = triangles[keep], votes[keep]
+    # Greedy choice: triangles that more corners propose first, of these the smaller ones first.
     size = np.linalg.norm(x[triangles] - x[np.roll(triangles, -1, 1)], axis=-1).max(1)
     taken: list[list[int]] = []
     count: dict[tuple[int, int], int] = defaultdict(int)

@@ -59,14 +59,14 @@ def as_index(value: Any, num_nodes: int, name: str = "index") -> Tensor:
     """Return nodes as a ``(q,)`` long tensor on the CPU.
 
     Args:
-        value: whole numbers in any container, a boolean mask of length ``num_nodes``, a slice or a range.
-        num_nodes: how many nodes there are.
-        name: for messages.
+        value: Whole numbers in any container, a boolean mask of length ``num_nodes``, a slice or a range.
+        num_nodes: The number of nodes there are.
+        name: The argument's name, for messages.
 
     Raises:
-        ShapeError: if there are several axes, or a mask has another length.
-        InvalidInputError: if a number lies outside ``[0, num_nodes)`` or isn't whole.
-        EmptyDataError: if nothing is chosen.
+        ShapeError: If there are several axes, or a mask has another length.
+        InvalidInputError: If a number lies outside ``[0, num_nodes)`` or isn't whole.
+        EmptyDataError: If nothing is chosen.
     """
     if isinstance(value, slice):
         value = range(*value.indices(num_nodes))

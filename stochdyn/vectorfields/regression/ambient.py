@@ -33,12 +33,12 @@ class AmbientKernel(_OverPoints):
     The simple rival of kernels that know the manifold: k sees Euclidean distances.
 
     Args:
-        cloud: where the fields live.
-        base: a scalar gpytorch kernel of ambient points with k(x, x) = 1, or a number: ν = 1/2, 3/2, 5/2 of a Matérn
+        cloud: The points that sample the manifold.
+        base: A scalar gpytorch kernel of ambient points with k(x, x) = 1, or a number: ν = 1/2, 3/2, 5/2 of a Matérn
             kernel, ``math.inf`` for the squared exponential.
 
     Raises:
-        InvalidInputError: for another ν.
+        InvalidInputError: If ν has another value.
 
     Example:
         >>> angle = torch.arange(40, dtype=torch.float64) * 2 * torch.pi / 40
@@ -49,6 +49,7 @@ class AmbientKernel(_OverPoints):
 
     def forward(self, x1: Any, x2: Any, diag: bool = False, **params: Any) -> Any:
         """Return the kernel between rows."""
+        # The row of (x, t) and (x', t') is t·t' k(x, x'), with t and t' as ambient vectors.
         (p1, t1), (p2, t2) = self._split(x1), self._split(x2)
         if diag:
             return self.base_kernel(p1, p2, diag=True) * (t1 * t2).sum(-1)
@@ -67,8 +68,8 @@ class ScalarFactor(_OverPoints):
     """A scalar kernel of ambient points as a factor of kernels of vector fields: all components get the same value.
 
     Args:
-        cloud: where the fields live.
-        base: scalar gpytorch kernel, or ν as in :class:`AmbientKernel`.
+        cloud: The points that sample the manifold.
+        base: A scalar gpytorch kernel, or ν as in :class:`AmbientKernel`.
 
     Example:
         >>> from stochdyn.vectorfields import ConnectionMatern

@@ -38,9 +38,9 @@ class Observations:
     """What was observed: sites, components in their frames, and relative noise variances.
 
     Args:
-        sites: ``q`` of them.
-        components: ``(B, q, m)``.
-        relative: ``(q,)`` noise variances up to the common factor.
+        sites: The ``q`` places where the fields were observed.
+        components: The observed components ``(B, q, m)`` of B fields, in the frames of the sites.
+        relative: The noise variances ``(q,)`` up to the common factor.
     """
 
     def __init__(self, sites: Sites, components: Tensor, relative: Tensor) -> None:
@@ -117,6 +117,7 @@ class _GaussianLogDensity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, covariance: Tensor, y: Tensor) -> Tensor:
+        # log N(y; 0, C) = -½ (y'C⁻¹y + log|C| + N log 2π), summed over columns.
         factor = torch.linalg.cholesky(covariance)
         solved = torch.cholesky_solve(y, factor)
         ctx.save_for_backward(factor, solved)
@@ -128,6 +129,7 @@ class _GaussianLogDensity(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
         factor, solved = ctx.saved_tensors
+        # d log N / dC = ½ (C⁻¹y y'C⁻¹ - C⁻¹) per column.
         inverse = torch.cholesky_inverse(factor)
         return 0.5 * slope * (solved @ solved.mT - solved.shape[1] * inverse), -slope * solved
 
@@ -140,16 +142,16 @@ class _TorchEngine(Engine):
         self.kernel = kernel
 
     def mean_variance(self) -> Tensor:
-        """See :meth:`Engine.mean_variance`."""
+        """Return the variance of a component under the kernel alone, averaged over the observed sites."""
         return mean_variance(self.kernel, self.data.sites)
 
     def missing_variance(self, sites: Sites) -> Tensor:
-        """See :meth:`Engine.missing_variance`."""
+        """Return what the kernel's features leave out at the sites, in units of the data, ``(q,)``."""
         with torch.no_grad():
             return self.amplitude * missing_variance(self.kernel, sites)
 
     def optimise(self, steps: int, learn_noise: bool) -> None:
-        """See :meth:`Engine.optimise`."""
+        """Maximise the evidence and the priors by L-BFGS, with gradients from torch."""
         own = {"amplitude": self.log_amplitude} | ({"noise": self.log_noise} if learn_noise else {})
         scale = 1.0 / (self.data.rows * self.data.components.shape[0])
         maximise(lambda: scale * (self.evidence().cpu() + log_prior(self.kernel)), [self.kernel], own, steps)
@@ -198,8 +200,8 @@ class SpectralEngine(_TorchEngine):
     The evidence of fewer rows than features costs solves of the size of the data.
 
     Args:
-        data: observations.
-        kernel: a :class:`FeatureKernel`, or sums and multiples of such.
+        data: What was observed.
+        kernel: A :class:`FeatureKernel`, or sums and multiples of such.
     """
 
     def __init__(self, data: Observations, kernel: Kernel) -> None:
@@ -244,7 +246,7 @@ class SpectralEngine(_TorchEngine):
                 yield (phi, *self.data.columns(part))
 
     def evidence(self) -> Tensor:
-        """See :meth:`Engine.evidence`."""
+        """Return the evidence from the feature-space form, or from the data-space form where rows are fewer."""
         s = self.amplitude * self.prior_variances()
         if self._design is None:
             return log_evidence(self.stats, s, self.noise)
@@ -253,7 +255,7 @@ class SpectralEngine(_TorchEngine):
         return cast(Tensor, _GaussianLogDensity.apply(covariance, y))
 
     def condition(self) -> None:
-        """See :meth:`Engine.condition`."""
+        """Compute the Gaussian posterior of the weights of the features."""
         with torch.no_grad():
             s = self.amplitude * self.prior_variances()
             self.posterior = weight_posterior(self.stats, s, self.noise)
@@ -270,16 +272,16 @@ class SpectralEngine(_TorchEngine):
                 yield part, self.features(sites.take(part))
 
     def mean(self, sites: Sites) -> Tensor:
-        """See :meth:`Engine.mean`."""
+        """Return the features at the sites times the weights' mean, ``(B, q, m)``."""
         return torch.cat([phi @ self._law().mean for _, phi in self._by_chunk(sites)]).movedim(-1, 0)
 
     def covariance(self, sites: Sites) -> Tensor:
-        """See :meth:`Engine.covariance`."""
+        """Return the weights' covariance as seen through the features at each site, ``(q, m, m)``."""
         halves = (phi @ self._law().root for _, phi in self._by_chunk(sites))
         return torch.cat([half @ half.mT for half in halves])
 
     def sample(self, n: int, sites: Sites, generator: torch.Generator | None) -> Tensor:
-        """See :meth:`Engine.sample`."""
+        """Draw weights and read them through the features at the sites, ``(n, B, q, m)``."""
         weights = self._law().sample(n, generator)
         drawn = [torch.einsum("qak,nkb->nbqa", phi, weights) for _, phi in self._by_chunk(sites)]
         return torch.cat(drawn, 2)
@@ -289,12 +291,12 @@ class DenseEngine(_TorchEngine):
     """Regression with the dense covariance of the observed components, for kernels without features.
 
     Args:
-        data: observations.
-        kernel: a gpytorch kernel of rows.
-        cloud: where the fields live.
+        data: What was observed.
+        kernel: A gpytorch kernel of rows.
+        cloud: The points that sample the manifold.
 
     Raises:
-        InvalidInputError: for more rows than a dense matrix can hold.
+        InvalidInputError: If there are more rows than a dense matrix can hold.
     """
 
     def __init__(self, data: Observations, kernel: Kernel, cloud: PointCloud) -> None:
@@ -315,11 +317,11 @@ class DenseEngine(_TorchEngine):
         return covariance + torch.diag_embed(self.noise * self._relative)
 
     def evidence(self) -> Tensor:
-        """See :meth:`Engine.evidence`."""
+        """Return the log density of the data under the dense covariance."""
         return cast(Tensor, _GaussianLogDensity.apply(self._covariance(), self._y))
 
     def condition(self) -> None:
-        """See :meth:`Engine.condition`."""
+        """Factorise the covariance of the data, and solve for the data once."""
         with torch.no_grad():
             self._root = torch.linalg.cholesky(self._covariance())
             self._solved = torch.cholesky_solve(self._y, self._root)
@@ -328,17 +330,18 @@ class DenseEngine(_TorchEngine):
         return self.amplitude * self.kernel(rows, self._x).to_dense()
 
     def mean(self, sites: Sites) -> Tensor:
-        """See :meth:`Engine.mean`."""
+        """Return the cross-covariances with the data times the solved data, ``(B, q, m)``."""
         with torch.no_grad():
             flat = self._cross(rows_of(sites)) @ self._solved
         return flat.mT.reshape(flat.shape[1], len(sites), -1)
 
     def _posterior(self, rows: Tensor) -> Tensor:
+        # K** - K*x C⁻¹ Kx*, with C = L L' and half = L⁻¹ Kx*.
         half = torch.linalg.solve_triangular(self._root, self._cross(rows).mT, upper=False)
         return self.amplitude * self.kernel(rows, rows).to_dense() - half.mT @ half
 
     def covariance(self, sites: Sites) -> Tensor:
-        """See :meth:`Engine.covariance`."""
+        """Return the posterior covariance of the components at each site, ``(q, m, m)``."""
         m = sites.frames.shape[-1]
         blocks = []
         step = max(1, 1000 // m)
@@ -350,7 +353,7 @@ class DenseEngine(_TorchEngine):
         return torch.cat(blocks)
 
     def sample(self, n: int, sites: Sites, generator: torch.Generator | None) -> Tensor:
-        """See :meth:`Engine.sample`."""
+        """Draw by the eigenvectors of the joint posterior covariance, which may be singular, ``(n, B, q, m)``."""
         with torch.no_grad():
             joint = self._posterior(rows_of(sites))
             values, vectors = torch.linalg.eigh(0.5 * (joint + joint.mT))

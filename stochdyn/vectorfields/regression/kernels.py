@@ -36,7 +36,7 @@ class FeatureKernel(Kernel):
     :meth:`PointCloud.rows`. With gpytorch's exact models all solves take the low-rank path.
 
     Args:
-        cloud: where the fields live.
+        cloud: The points that sample the manifold.
     """
 
     is_stationary = False
@@ -108,11 +108,11 @@ class SpectralKernel(FeatureKernel):
         a(\lambda)=e^{-\kappa^2\lambda/2}\ \text{ for }\nu=\infty
 
     Args:
-        cloud: where the fields live.
-        eigenvalues: ``(k,)`` in 1 / length².
-        power: ``(k,)`` mean square of each feature over nodes and components.
-        nu: ν > 0 or ``math.inf``.
-        trainable_nu: learn ν, from the given value on.
+        cloud: The points that sample the manifold.
+        eigenvalues: The eigenvalues ``(k,)`` of a Laplacian in 1 / length².
+        power: The mean square of each feature over nodes and components, ``(k,)``.
+        nu: The smoothness ν > 0, or ``math.inf`` for the squared exponential.
+        trainable_nu: Whether ν is learnt, from the given value on.
     """
 
     eigenvalues: Tensor
@@ -168,7 +168,7 @@ class SpectralKernel(FeatureKernel):
         self.initialize(raw_nu=self.raw_nu_constraint.inverse_transform(raw))
 
     def spectral_weights(self) -> Tensor:
-        """See :meth:`FeatureKernel.spectral_weights`."""
+        """Return the weights at the kernel's own hyper-parameters, ``(k,)``."""
         return self.weights_at()
 
     def weights_at(
@@ -179,6 +179,7 @@ class SpectralKernel(FeatureKernel):
         values = self.eigenvalues
         kappa = torch.as_tensor(own, dtype=values.dtype, device=values.device)[..., None]
         smooth = self.nu if nu is None else nu
+        # log a(λ), so that extreme length scales don't overflow; then s = a / Σ a p, a prior of mean variance one.
         if not isinstance(smooth, Tensor) and math.isinf(smooth):
             log_weight = -0.5 * kappa**2 * values
         else:
@@ -219,16 +220,16 @@ class ConnectionMatern(SpectralKernel):
     manifold of dimension m.
 
     Args:
-        cloud: the points.
-        nu: ν, such as 0.5, 1.5, 2.5 or ``math.inf`` (squared exponential).
-        num_eigenpairs: how many modes; by default 300, or all if there are fewer. Truncation costs accuracy long before it
-            saves time: take hundreds.
-        trainable_nu: learn ν too.
-        lengthscale_prior: prior of the length scale κ. The likelihood is flat in κ above the size of the manifold, so
+        cloud: The points that sample the manifold.
+        nu: The smoothness ν, such as 0.5, 1.5, 2.5 or ``math.inf`` (squared exponential).
+        num_eigenpairs: The number of modes; by default 300, or all if there are fewer. Truncation costs accuracy long
+            before it saves time: take hundreds.
+        trainable_nu: Whether ν is learnt too.
+        lengthscale_prior: The prior of the length scale κ. The likelihood is flat in κ above the size of the manifold, so
             by default a wide log-normal one; None for none.
 
     Raises:
-        InvalidInputError: for ν that isn't positive, or more eigenpairs than there are.
+        InvalidInputError: If ν isn't positive, or if there are fewer eigenpairs than asked for.
 
     Example:
         >>> angle = torch.arange(40, dtype=torch.float64) * 2 * torch.pi / 40
@@ -260,11 +261,11 @@ class ConnectionMatern(SpectralKernel):
         self.register_buffer("modes", modes, persistent=False)
 
     def missing_variance(self, sites: Sites) -> Tensor:
-        """See :meth:`FeatureKernel.missing_variance`."""
+        """Return what reading the modes off the nodes lost at the sites, ``(q,)``."""
         return self._missing(sites)
 
     def features(self, sites: Sites) -> Tensor:
-        """See :meth:`FeatureKernel.features`."""
+        """Return the modes at the sites, carried there by the connection, ``(q, m, k)``."""
         return sites.extend(self.modes)
 
 
@@ -277,11 +278,12 @@ class ProjectedMatern(SpectralKernel):
     surrounding space.
 
     Args:
-        cloud: the points.
-        nu: ν as in :class:`ConnectionMatern`.
-        num_eigenpairs: modes of functions, by default 100, or all if there are fewer; there are D features for each.
-        trainable_nu: learn ν too.
-        lengthscale_prior: as in :class:`ConnectionMatern`.
+        cloud: The points that sample the manifold.
+        nu: The smoothness ν as in :class:`ConnectionMatern`.
+        num_eigenpairs: The number of modes of functions, by default 100, or all if there are fewer; there are D features
+            for each.
+        trainable_nu: Whether ν is learnt too.
+        lengthscale_prior: The prior of the length scale, as in :class:`ConnectionMatern`.
 
     Reference:
         Hutchinson, Terenin, Borovitskiy, Takao, Teh and Deisenroth, "Vector-valued Gaussian processes on Riemannian
@@ -306,11 +308,11 @@ class ProjectedMatern(SpectralKernel):
         self.register_buffer("modes", modes, persistent=False)
 
     def missing_variance(self, sites: Sites) -> Tensor:
-        """See :meth:`FeatureKernel.missing_variance`."""
+        """Return what reading the modes off the nodes lost at the sites, ``(q,)``."""
         return self._missing(sites)
 
     def features(self, sites: Sites) -> Tensor:
-        """See :meth:`FeatureKernel.features`."""
+        """Return the modes of functions times the projected unit vectors of the surrounding space, ``(q, m, D k)``."""
         waves = sites.extend(self.modes, tangent=False)[:, 0]
         return torch.einsum("qda,qk->qadk", sites.frames, waves).flatten(2)
 

@@ -41,12 +41,12 @@ class BridgeControl(nn.Module):
     the grid needs for a tight bound. That is the start; gains for each interval and a shift of each observation are learnt.
 
     Args:
-        drift: the drift of the prior.
-        diffusion: its tangent noise.
-        times: ``(n,)``.
-        values: ``(P, n, D)``.
-        obs_scale: s.
-        step: Δ.
+        drift: The drift of the prior.
+        diffusion: The tangent noise of the prior.
+        times: The times ``(n,)`` of the readings.
+        values: The readings ``(P, n, D)`` of P paths.
+        obs_scale: The standard deviation s of a coordinate's reading.
+        step: The length Δ of the Euler steps.
     """
 
     times: Tensor
@@ -73,7 +73,7 @@ class BridgeControl(nn.Module):
     def _next(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return which reading comes next, how long until then, and whether there is one; as ``t`` broadcasts with ``z``."""
         last = len(self.times) - 1
-        # a hair later, so that the reading at t itself has been passed
+        # slightly later, so that the reading at t itself has been passed
         lead = (t.reshape(-1) if t.ndim else t[None]).to(self.times) + 1e-6 * self.step
         after = torch.searchsorted(self.times, lead.contiguous(), right=True)
         ahead = (after <= last).to(z)
@@ -87,6 +87,7 @@ class BridgeControl(nn.Module):
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         """Return the drift of the noise ``(..., P, m)`` in the channels of the tangent noise."""
         after, rest, ahead = self._next(t, z)
+        # The control g⁻¹ gain (y - x - (t' - t) b) / (t' - t + s²/σ²), in the channels of the noise.
         target = (self.values + self.shift)[:, after]
         gain = self.log_gain[after].exp()
         if t.ndim:
@@ -103,6 +104,7 @@ class BridgeControl(nn.Module):
         factor = self.log_narrowing[after].exp()
         if t.ndim:
             factor = factor.reshape(rest.shape)
+        # α = 1 / (t' - t - Δ + s²/σ²), times what is learnt for the interval.
         alpha = ahead * factor / ((rest - self.step).clamp(min=0) + self.slack)
         return alpha.expand(*z.shape[:-1], self.diffusion.surface.dim)
 
@@ -132,18 +134,19 @@ class TrajectoryELBO(Objective):
     :func:`stochdyn.fit`, and take the field from :meth:`vectors`.
 
     Args:
-        gp: a field fitted with the spectral backend, for example by :meth:`RVGP.fit_paths` on the readings themselves.
-        times: ``(n,)`` increasing times of the readings.
-        values: ``(P, n, D)``, or ``(n, D)``; the first reading of each path, with its noise, is the law of the start.
-        obs_scale: standard deviation of a coordinate's reading.
-        diffusion: σ of the tangent noise; ``gp.diffusion`` if None.
-        steps: Euler steps between successive readings.
-        learn_field: whether the field is inferred too.
-        num_particles: paths drawn for each trajectory.
+        gp: A field fitted with the spectral backend, for example by :meth:`RVGP.fit_paths` on the readings themselves.
+        times: The increasing times ``(n,)`` of the readings.
+        values: The readings ``(P, n, D)``, or ``(n, D)``; the first reading of each path, with its noise, is the law of the
+            start.
+        obs_scale: The standard deviation of a coordinate's reading.
+        diffusion: The strength σ of the tangent noise; ``gp.diffusion`` if None.
+        steps: The number of Euler steps between successive readings.
+        learn_field: Whether the field is inferred too.
+        num_particles: The number of paths drawn for each trajectory.
 
     Raises:
-        InvalidInputError: if the field wasn't fitted, or not in feature space.
-        ShapeError, TimeGridError, NonFiniteError: for readings that don't fit.
+        InvalidInputError: If the field wasn't fitted, or not in feature space.
+        ShapeError, TimeGridError, NonFiniteError: If the readings don't fit.
 
     Reference:
         Li, Wong, Chen and Duvenaud, "Scalable gradients for stochastic differential equations", 2020, section 5.

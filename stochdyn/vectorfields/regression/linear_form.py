@@ -23,11 +23,11 @@ class LinearField:
     The features Φ are computed once; s depends on the length scale and smoothness, which may be random too.
 
     Args:
-        kernel: a spectral kernel, such as :class:`~stochdyn.vectorfields.regression.kernels.ConnectionMatern`.
-        where: nodes or points ``(q, D)``.
+        kernel: A spectral kernel, such as :class:`~stochdyn.vectorfields.regression.kernels.ConnectionMatern`.
+        where: The nodes or points ``(q, D)`` where the field is wanted.
 
     Raises:
-        InvalidInputError: for a kernel without eigenvalues.
+        InvalidInputError: If the kernel has no eigenvalues.
 
     Example:
         >>> from stochdyn.vectorfields import ConnectionMatern, PointCloud
@@ -66,11 +66,12 @@ class LinearField:
         """Return tangent components ``(*batch, q, m)``.
 
         Args:
-            weights: ``(*batch, k)``.
-            lengthscale: κ ``(*batch)``; the kernel's if None.
-            amplitude: σ ``(*batch)``, the standard deviation of a component.
-            nu: ν ``(*batch)``; the kernel's if None.
+            weights: The standard normal weights ``(*batch, k)``.
+            lengthscale: The length scale κ ``(*batch)``; the kernel's if None.
+            amplitude: The standard deviation σ of a component, ``(*batch)``.
+            nu: The smoothness ν ``(*batch)``; the kernel's if None.
         """
+        # σ Φ diag(s)^½ w for every weight vector of the batch.
         s = self.kernel.weights_at(lengthscale, nu)
         scaled = weights * s.sqrt() * torch.as_tensor(amplitude, dtype=s.dtype, device=s.device)[..., None]
         return (scaled @ self.features.flatten(0, 1).mT).unflatten(-1, self.features.shape[:2])
@@ -90,11 +91,11 @@ def sample_field(
     """Sample a field inside a Pyro model: the weights as site ``{name}_weights``, the components as deterministic ``name``.
 
     Args:
-        name: of the field.
-        field: where it is wanted, and its kernel.
-        lengthscale: κ, possibly sampled before; the kernel's if None.
-        amplitude: σ, possibly sampled before.
-        nu: ν, likewise.
+        name: The name of the field's sites in the model.
+        field: The places where the field is wanted, with its kernel.
+        lengthscale: The length scale κ, possibly sampled before; the kernel's if None.
+        amplitude: The standard deviation σ of a component, possibly sampled before.
+        nu: The smoothness ν, possibly sampled before; the kernel's if None.
 
     Returns:
         Tangent components ``(*batch, q, m)``.

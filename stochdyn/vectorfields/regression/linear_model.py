@@ -21,7 +21,7 @@ class Gram:
         cross: :math:`\Phi^\top R^{-1}y`, ``(k, B)`` for B fields.
         square: :math:`\sum_by_b^\top R^{-1}y_b`.
         log_relative: :math:`\sum_i\log r_i`.
-        rows: number of rows.
+        rows: The number of rows.
     """
 
     gram: Tensor
@@ -50,6 +50,7 @@ def accumulate(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Gram:
 
 def _capacitance(stats: Gram, s: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the root of s, the Cholesky factor of I + s^½ G s^½ / noise, and L⁻¹ s^½ b."""
+    # A = I + S^½ G S^½ / τ² = L L' and L⁻¹ S^½ b (Woodbury: k × k, whatever the number of rows).
     root = s.clamp(min=0).sqrt()
     inner = root[:, None] * stats.gram * root / noise
     inner = inner + torch.eye(inner.shape[0], dtype=inner.dtype, device=inner.device)
@@ -68,9 +69,9 @@ def log_evidence(stats: Gram, s: Tensor, noise: Tensor) -> Tensor:
     summed over fields. Costs k³, whatever the number of rows.
 
     Args:
-        stats: G, b and the rest.
-        s: ``(k,)`` prior variances of the weights.
-        noise: τ².
+        stats: The sufficient statistics of the data.
+        s: The prior variances of the weights, ``(k,)``.
+        noise: The noise variance τ².
     """
     _, factor, half = _capacitance(stats, s, noise)
     misfit = (stats.square - (half**2).sum() / noise) / noise
@@ -94,6 +95,7 @@ class WeightPosterior:
 
 def weight_posterior(stats: Gram, s: Tensor, noise: Tensor) -> WeightPosterior:
     r"""Return the law of the weights given the values: mean :math:`S^{1/2}A^{-1}S^{1/2}b/\tau^2`, covariance :math:`S^{1/2}A^{-1}S^{1/2}`."""
+    # Mean S^½ A⁻¹ S^½ b / τ², and S^½ L⁻ᵀ, a root of the covariance S^½ A⁻¹ S^½.
     root, factor, half = _capacitance(stats, s, noise)
     mean = root[:, None] * torch.linalg.solve_triangular(factor.mT, half, upper=True) / noise
     eye = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)

@@ -70,8 +70,8 @@ class MeanVariance:
     stochastic Lanczos quadrature, once for all s and ν (relative standard error under a hundredth).
 
     Args:
-        cloud: the points.
-        pencil: L and M.
+        cloud: The points that sample the manifold.
+        pencil: The Laplacian L and the masses M.
 
     Reference:
         Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", 2017.
@@ -111,6 +111,7 @@ def _quadrature(
         v = rng.standard_normal(matrix.shape[0]).astype(matrix.dtype)
         v = v - basis @ (basis.conj().T @ v)
         v = v / np.linalg.norm(v)
+        # Lanczos: the matrix in the Krylov basis of v is tridiagonal, with diagonal α and off-diagonal β.
         alphas, betas, before, beta = [], [], np.zeros_like(v), 0.0
         for _ in range(min(_DEPTH, matrix.shape[0] - basis.shape[1])):
             w = matrix @ v - beta * before
@@ -121,6 +122,7 @@ def _quadrature(
             beta = float(np.linalg.norm(w))
             betas.append(beta)
             before, v = v, w / max(beta, 1e-300)
+        # Gauss quadrature: nodes are the eigenvalues, weights the squared first entries of the eigenvectors.
         values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1))
         nodes.append(values)
         weights.append(vectors[0] ** 2 / _PROBES)

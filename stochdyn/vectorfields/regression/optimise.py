@@ -42,11 +42,11 @@ def maximise(
     counts as minus infinity.
 
     Args:
-        value: returns what to maximise; differentiable in the parameters.
-        modules: gpytorch modules whose trainable parameters are searched.
-        parameters: further parameters by name, which are logarithms already.
-        steps: the largest number of iterations.
-        tolerance: the relative change of the value at which to stop.
+        value: A function that returns what to maximise, differentiable in the parameters.
+        modules: The gpytorch modules whose trainable parameters are searched.
+        parameters: Further parameters by name, which are logarithms already.
+        steps: The largest number of iterations.
+        tolerance: The relative change of the value at which to stop.
 
     Warns:
         ConvergenceWarning: if the steps run out, or a parameter ends at the bound of the search.

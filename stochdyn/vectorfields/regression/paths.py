@@ -57,11 +57,11 @@ def path_observations(cloud: PointCloud, paths: Any, stride: int = 1) -> Observa
     show how the manifold bends, are dropped.
 
     Args:
-        cloud: the points.
-        paths: a :class:`~stochdyn.PathSample`, ``(ts, x)`` with ``ts (T,)`` and ``x (*sample, T, D)``, or a list of such,
+        cloud: The points that sample the manifold.
+        paths: A :class:`~stochdyn.PathSample`, ``(ts, x)`` with ``ts (T,)`` and ``x (*sample, T, D)``, or a list of such,
             each trial on a grid of its own. Where a state is NaN it is missing, and the steps to and from it are left out.
-        stride: use every state whose number is a multiple of this one; coarser steps cost accuracy of the Euler
-            likelihood, and save rows.
+        stride: The interval between the states that are used: every state whose number is a multiple of this one. Coarser
+            steps cost accuracy of the Euler likelihood, and save rows.
 
     Returns:
         One row of components per step, with relative variances :math:`1/\Delta_n`.
@@ -74,6 +74,7 @@ def path_observations(cloud: PointCloud, paths: Any, stride: int = 1) -> Observa
         if len(ts) < 2:
             raise InvalidInputError("the stride leaves no step", got=stride)
         dt = ts[1:] - ts[:-1]
+        # y_n = ΔX_n / Δ_n with noise of variance σ² / Δ_n: completing the square in the Girsanov density above.
         start, rate = x[..., :-1, :], (x[..., 1:, :] - x[..., :-1, :]) / dt[:, None]
         seen = ~torch.isnan(rate).any(-1)
         starts.append(start[seen])
@@ -103,9 +104,9 @@ def cloud_of_paths(paths: Any, spacing: float = 0.03, **options: Any) -> PointCl
     """Build a cloud out of the places that trajectories visited, thinned to even spacing.
 
     Args:
-        paths: as in :func:`path_observations`.
-        spacing: of the points, as a share of the diagonal of the bounding box.
-        options: of :class:`PointCloud`.
+        paths: The trajectories, as in :func:`path_observations`.
+        spacing: The spacing of the points, as a share of the diagonal of the bounding box.
+        options: Further arguments of :class:`PointCloud`.
     """
     visited = torch.cat([x.reshape(-1, x.shape[-1]) for _, x in _trials(paths)])
     visited = visited[~torch.isnan(visited).any(-1)].cpu()

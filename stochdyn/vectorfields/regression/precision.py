@@ -34,14 +34,14 @@ class PrecisionEngine(Engine):
     the prior variance one on average (weighted by masses). Evidence, posterior and samples cost sparse factorisations.
 
     Args:
-        data: observations.
-        cloud: the points.
-        nu: ν, a whole number.
-        lengthscale: start for κ; by default that of the spectral kernel.
-        prior_scale: width of the log-normal prior of κ around that start.
+        data: What was observed.
+        cloud: The points that sample the manifold.
+        nu: The smoothness ν, a whole number.
+        lengthscale: The start of the search for κ; by default that of the spectral kernel.
+        prior_scale: The width of the log-normal prior of κ around that start.
 
     Raises:
-        InvalidInputError: if ν isn't a positive whole number.
+        InvalidInputError: If ν isn't a positive whole number.
 
     Reference:
         Lindgren, Rue and Lindström, "An explicit link between Gaussian fields and Gaussian Markov random fields", 2011.
@@ -153,6 +153,7 @@ class PrecisionEngine(Engine):
 
     def _misfit(self, kappa: float, ratio: float) -> tuple[float, float]:
         """Return y' C⁻¹ y and log det C for the covariance C of the data at amplitude 1 and noise ``ratio``."""
+        # C = H Q⁻¹ H' + ρR by Woodbury: y'C⁻¹y and log|C| from the factors of Q and of Q + H'R⁻¹H / ρ.
         prior, log_prior = self._prior(kappa)
         factor = factorise((prior + self._gram / ratio).tocsc())
         solved = factor.solve(self._cross)
@@ -163,7 +164,7 @@ class PrecisionEngine(Engine):
         return misfit, log_post - log_prior + rows * math.log(ratio) + self._log_relative
 
     def evidence(self) -> Tensor:
-        """See :meth:`Engine.evidence`."""
+        """Return the evidence from two sparse factorisations."""
         amplitude, noise = float(self.amplitude.detach()), float(self.noise.detach())
         misfit, log_det = self._misfit(self.lengthscale, noise / amplitude)
         fields, rows = self._y.shape[1], self.data.rows
@@ -171,7 +172,7 @@ class PrecisionEngine(Engine):
         return torch.tensor(value, dtype=torch.float64)
 
     def optimise(self, steps: int, learn_noise: bool) -> None:
-        """See :meth:`Engine.optimise`; a simplex search, since derivatives would need inverses."""
+        """Maximise the evidence and the prior by a simplex search, since derivatives would need inverses."""
         noise, centre = float(self.noise.detach()), math.log(self.start)
 
         def cost(x: np.ndarray) -> float:
@@ -204,7 +205,7 @@ class PrecisionEngine(Engine):
     # ---------------------------------------------------------------------------------------- posterior
 
     def condition(self) -> None:
-        """See :meth:`Engine.condition`."""
+        """Factorise the posterior precision, and solve for the mean of the unknowns."""
         prior, _ = self._prior(self.lengthscale)
         self._precision = (
             prior / float(self.amplitude.detach()) + self._gram / float(self.noise.detach())
@@ -216,11 +217,11 @@ class PrecisionEngine(Engine):
         return torch.as_tensor(np.ascontiguousarray(array), device=self.cloud.device)
 
     def mean(self, sites: Sites) -> Tensor:
-        """See :meth:`Engine.mean`."""
+        """Return the mean of the unknowns as read at the sites, ``(B, q, m)``."""
         return self._as_tensor(self._components(self._tie(sites) @ self._mean).transpose(2, 0, 1))
 
     def covariance(self, sites: Sites) -> Tensor:
-        """See :meth:`Engine.covariance`; one sparse solve per row."""
+        """Return posterior covariances ``(q, m, m)``, by one sparse solve per row."""
         return self._as_tensor(self._covariances(self._factor, sites))
 
     def _covariances(self, factor: Any, sites: Sites) -> np.ndarray:
@@ -241,7 +242,7 @@ class PrecisionEngine(Engine):
         return out
 
     def missing_variance(self, sites: Sites) -> Tensor:
-        """See :meth:`Engine.missing_variance`: the prior's mean variance less what the reading has."""
+        """Return the prior's mean variance less what the reading has of it at the sites, ``(q,)``."""
         if sites.are_nodes:
             return torch.zeros(len(sites), dtype=torch.float64, device=self.cloud.device)
         prior = self._covariances(factorise(self._prior(self.lengthscale)[0]), sites)
@@ -251,12 +252,13 @@ class PrecisionEngine(Engine):
         return float(self.amplitude.detach()) * torch.maximum(lost, sites.open)
 
     def sample(self, n: int, sites: Sites, generator: torch.Generator | None) -> Tensor:
-        """See :meth:`Engine.sample`: perturbed data, then one solve (Papandreou and Yuille, 2010)."""
+        """Draw by perturbing prior and data, and one solve (Papandreou and Yuille, 2010), ``(n, B, q, m)``."""
         fields = self._y.shape[1]
         draw = Normals(generator, self.pencil.paired)
         noise, amplitude = float(self.noise.detach()), float(self.amplitude.detach())
         kappa = self.lengthscale
         shift = 2.0 * self.nu / kappa**2
+        # A draw of N(0, posterior) solves (Q + H'R⁻¹H/τ²) z = Q^½ ε₁ + H'R^-½ ε₂ / τ.
         factor = self._density(shift, self.nu)
         kick = root_sample(self.cloud, self.pencil, shift, n * fields, draw)
         base = (self._operator + shift * self._identity).tocsc()

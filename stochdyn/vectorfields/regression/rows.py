@@ -28,12 +28,13 @@ def decode(cloud: PointCloud, x: Tensor) -> tuple[Sites, Tensor]:
     """Return the sites of rows, and their directions in the frames there, ``(N, m)``.
 
     Args:
-        cloud: the cloud.
-        x: ``(N, 1 + 2 D)`` as :func:`rows_of` makes them, or ``(N, 1)`` numbers of components, node times m plus component.
+        cloud: The points that sample the manifold.
+        x: The rows ``(N, 1 + 2 D)`` as :func:`rows_of` makes them, or numbers of components ``(N, 1)``: node times m plus
+            component.
 
     Raises:
-        ShapeError: for rows of another length.
-        InvalidInputError: for a component outside the cloud.
+        ShapeError: If the rows have another length.
+        InvalidInputError: If a component lies outside the cloud.
     """
     m, ambient = cloud.dim, cloud.ambient_dim
     if x.ndim != 2 or x.shape[-1] not in (1, 1 + 2 * ambient):

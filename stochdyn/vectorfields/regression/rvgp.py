@@ -51,21 +51,25 @@ class RVGP:
     in tangent coordinates, with hyper-parameters at the maximum of the marginal likelihood times their priors.
 
     Args:
-        cloud: the points.
-        kernel: ``"connection"`` (:class:`ConnectionMatern`), ``"projected"`` (:class:`ProjectedMatern`), ``"ambient"``
-            (:class:`AmbientKernel`), any gpytorch kernel of rows, sums and products included, or ``"auto"``: of these and, on
-            spheres, the divergence-free and the Hodge-compositional kernel, the one with the highest evidence.
-        backend: ``"spectral"``: in feature space (kernels without features get a dense covariance); ``"precision"``: the
-            connection Matérn kernel with all its modes, by sparse algebra.
-        num_eigenpairs: modes for the named kernels.
-        nu: their smoothness; by default 3/2, and 2 for the precision backend, where it must be whole.
+        cloud: The points that sample the manifold.
+        kernel: The prior. ``"connection"`` (:class:`ConnectionMatern`), the default, for fields that are smooth along the
+            manifold, however that bends in space; ``"projected"`` (:class:`ProjectedMatern`) for fields that are the shadow of
+            a smooth field of the surrounding space; ``"ambient"`` (:class:`AmbientKernel`) for the same with few data and
+            no folds; any gpytorch kernel of rows, sums and products included; or ``"auto"``: of these and, on spheres, the
+            divergence-free and the Hodge-compositional kernel, the one with the highest evidence, where nothing is known
+            and a minute can be spent.
+        backend: Which representation computes the answer. ``"spectral"``, in feature space, for all kernels (those
+            without features get a dense covariance) and for many evaluations on one cloud; ``"precision"``, the connection Matérn
+            kernel with all its modes by sparse algebra, for rough fields and for clouds of tens of thousands of points.
+        num_eigenpairs: The number of modes of the named kernels.
+        nu: The smoothness of the named kernels; by default 3/2, and 2 for the precision backend, where it must be whole.
 
     Attributes:
-        candidates: for ``"auto"``, the evidence of every kernel tried, best first; ``chosen`` names the best.
-        lost_share: the share of the square of the data that was normal to the tangent spaces, and dropped.
+        candidates: The evidence of every kernel tried by ``"auto"``, best first; ``chosen`` names the best.
+        lost_share: The share of the square of the data that was normal to the tangent spaces, and dropped.
 
     Raises:
-        InvalidInputError: for unknown names.
+        InvalidInputError: If a name is unknown, or an option would be ignored.
 
     Example:
         >>> angle = torch.arange(40, dtype=torch.float64) * 2 * torch.pi / 40
@@ -123,7 +127,7 @@ class RVGP:
         """The kernel with its present hyper-parameters; of the precision backend the connection Matérn kernel that it has in full.
 
         Raises:
-            UnavailableError: for ``"auto"`` before a fit, since no kernel is chosen yet.
+            UnavailableError: Before a fit of ``"auto"``, since no kernel is chosen yet.
         """
         if self.backend == "precision":
             kernel = (
@@ -173,23 +177,24 @@ class RVGP:
         """Condition on vectors at some nodes or points, and learn the hyper-parameters.
 
         Args:
-            index: nodes (whole numbers, a boolean mask, a slice), or points ``(q, D)``.
-            vectors: ambient ``(q, D)``, or ``(*batch, q, D)`` for many fields that share sites, hyper-parameters and the one
-                factorisation. Parts normal to the tangent spaces are dropped, see ``lost_share``. NaN is a missing vector.
-            variances: ``(q,)`` noise variances of a component, exact if ``learn_noise`` is off and up to a common factor
-                otherwise; equal if None.
-            optimize: learn the hyper-parameters; otherwise they stay as they are.
-            learn_noise: learn the noise variance, or the common factor.
-            noise_variance: start for it, or its value if it isn't learnt.
-            steps: the largest number of updates of the optimiser.
-            progress: show a bar while kernels are tried, where that takes more than two seconds.
+            index: The observed nodes (whole numbers, a boolean mask, a slice), or points ``(q, D)``.
+            vectors: Ambient vectors ``(q, D)``, or ``(*batch, q, D)`` for many fields that share sites, hyper-parameters
+                and the one factorisation. Parts normal to the tangent spaces are dropped, see ``lost_share``. NaN is a
+                missing vector.
+            variances: The noise variances ``(q,)`` of a component, exact if ``learn_noise`` is off and up to a common
+                factor otherwise; equal if None.
+            optimize: Whether the hyper-parameters are learnt; otherwise they stay as they are.
+            learn_noise: Whether the noise variance, or the common factor, is learnt.
+            noise_variance: The start for the noise variance, or its value if it isn't learnt.
+            steps: The largest number of updates of the optimiser.
+            progress: Whether to show a bar while kernels are tried, where that takes more than two seconds.
 
         Returns:
             The same object.
 
         Raises:
-            InvalidInputError: for sites outside the cloud.
-            ShapeError, NonFiniteError: for vectors that don't fit.
+            InvalidInputError: If sites lie outside the cloud.
+            ShapeError, NonFiniteError: If the vectors don't fit.
         """
         for name, flag in (("optimize", optimize), ("learn_noise", learn_noise)):
             check_bool(flag, name)
@@ -231,13 +236,13 @@ class RVGP:
         r"""Condition the field, as the drift of an SDE, on trajectories; exact, see :func:`~.paths.path_observations`.
 
         Args:
-            paths: a :class:`~stochdyn.PathSample`, ``(ts, x)`` with ``ts (T,)`` and ``x (*sample, T, D)``, or a list of such,
-                each trial on a grid of its own; NaN is a missing state.
-            diffusion: σ, the strength of the noise in the tangent spaces; learnt with the other hyper-parameters if None.
-            stride: use every state whose number is a multiple of this one.
-            optimize: learn the hyper-parameters.
-            steps: the largest number of updates of the optimiser.
-            progress: show a bar while kernels are tried, where that takes more than two seconds.
+            paths: A :class:`~stochdyn.PathSample`, ``(ts, x)`` with ``ts (T,)`` and ``x (*sample, T, D)``, or a list of
+                such, each trial on a grid of its own; NaN is a missing state.
+            diffusion: The strength σ of the noise in the tangent spaces; learnt with the other hyper-parameters if None.
+            stride: The interval between the states that are used: every state whose number is a multiple of this one.
+            optimize: Whether the hyper-parameters are learnt.
+            steps: The largest number of updates of the optimiser.
+            progress: Whether to show a bar while kernels are tried, where that takes more than two seconds.
 
         Returns:
             The same object; ``diffusion`` holds σ, given or learnt.
@@ -258,7 +263,7 @@ class RVGP:
         """Strength σ of the noise of the SDE whose drift was fitted by :meth:`fit_paths`, in length / √time.
 
         Raises:
-            UnavailableError: after :meth:`fit`, whose noise is an error of measurement and no diffusion.
+            UnavailableError: After :meth:`fit`, whose noise is an error of measurement and no diffusion.
         """
         self._fitted()
         if not self._of_paths:
@@ -274,9 +279,9 @@ class RVGP:
         """Return the posterior mean field, or a draw, as a drift ``(t, x)`` for :class:`stochdyn.SDE` in ambient coordinates.
 
         Args:
-            dt: the step of the time grid; if given, every Euler step first projects the state back to the manifold.
-            draw: draw a field from the posterior instead of taking the mean.
-            generator: source of randomness of the draw.
+            dt: The step of the time grid; if given, every Euler step first projects the state back to the manifold.
+            draw: Whether a field is drawn from the posterior instead of taking the mean.
+            generator: The source of randomness of the draw.
         """
         if self._batch != torch.Size():
             raise InvalidInputError(
@@ -290,8 +295,8 @@ class RVGP:
         """Return the SDE on the manifold with the posterior mean as drift and isotropic tangent noise.
 
         Args:
-            diffusion: σ; by default what :meth:`fit_paths` found.
-            dt: the step of the time grid, as in :meth:`as_drift`.
+            diffusion: The strength σ of the noise; by default what :meth:`fit_paths` found.
+            dt: The step of the time grid, as in :meth:`as_drift`.
         """
         strength = self.diffusion if diffusion is None else diffusion
         return SDE(self.as_drift(dt), TangentDiffusion(self.cloud, strength))
@@ -302,9 +307,9 @@ class RVGP:
         """Return the law of paths on the manifold whose drift is the posterior mean field.
 
         Args:
-            initial: where paths start: a distribution with event ``(D,)``, or points ``(*batch, D)``.
-            diffusion: σ; by default what :meth:`fit_paths` found.
-            dt: the step of the time grid, as in :meth:`as_drift`.
+            initial: Where paths start: a distribution with event ``(D,)``, or points ``(*batch, D)``.
+            diffusion: The strength σ of the noise; by default what :meth:`fit_paths` found.
+            dt: The step of the time grid, as in :meth:`as_drift`.
         """
         return DiffusionMeasure(initial, self.as_sde(diffusion, dt))
 
@@ -373,9 +378,9 @@ class RVGP:
         """Return the posterior field at nodes or, at new points.
 
         Args:
-            where: nodes or points ``(q, D)``.
-            covariance: ``"tangent"`` in the frames of :meth:`frames`, or ``"ambient"``.
-            with_noise: add the (common) noise variance of a new observation.
+            where: The nodes or points ``(q, D)`` where the field is wanted.
+            covariance: The coordinates of covariances: ``"tangent"`` in the frames of :meth:`frames`, or ``"ambient"``.
+            with_noise: Whether the (common) noise variance of a new observation is added.
 
         Returns:
             Means ``(*batch, q, D)`` in ambient coordinates, and covariances ``(q, m, m)`` or ``(q, D, D)``, the same for all
@@ -407,9 +412,9 @@ class RVGP:
         """Draw fields from the joint posterior.
 
         Args:
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            where: nodes or points ``(q, D)``; all nodes if None.
-            generator: a ``torch.Generator``, a seed, or None for torch's global source of randomness.
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            where: The nodes or points ``(q, D)``; all nodes if None.
+            generator: A ``torch.Generator``, a seed, or None for torch's global source of randomness.
 
         Returns:
             ``(*sample, *batch, q, D)`` in ambient coordinates.

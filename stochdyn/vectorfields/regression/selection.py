@@ -54,9 +54,9 @@ class Choice:
     """What became of a candidate.
 
     Attributes:
-        name: of the candidate.
-        log_evidence: log marginal likelihood at its best hyper-parameters.
-        seconds: processor time that it took.
+        name: The name of the candidate.
+        log_evidence: The log marginal likelihood at its best hyper-parameters.
+        seconds: The processor time that it took.
     """
 
     name: str
@@ -135,10 +135,10 @@ def choose(
     """Fit every candidate and return the one of the highest evidence, with the record of all.
 
     Args:
-        cloud: the points.
-        data: observations.
-        prepare: sets the noise and optimises an engine.
-        progress: show a bar.
+        cloud: The points that sample the manifold.
+        data: What was observed.
+        prepare: A function that sets the noise of an engine and optimises it.
+        progress: Whether to show a bar.
     """
     best: tuple[Candidate, Kernel | None, Engine] | None = None
     highest, record = -math.inf, []

@@ -23,13 +23,13 @@ class Sites:
     neighbour, itself.
 
     Attributes:
-        points: ``(q, D)``.
-        frames: ``(q, D, m)``.
-        nodes: ``(q, K)`` neighbours.
-        weights: ``(q, K)`` of the neighbours.
-        maps: ``(q, K, m, m)`` connections from the neighbours, None where every site is a node.
-        open: ``(q,)`` from 0 between the nodes to 1 far from all of them: the share of a field's variance that no
-            reading can tell.
+        points: The places ``(q, D)``.
+        frames: The tangent frames ``(q, D, m)`` there.
+        nodes: The neighbours ``(q, K)`` of every place.
+        weights: The weights ``(q, K)`` of the neighbours.
+        maps: The connections ``(q, K, m, m)`` from the neighbours, None where every site is a node.
+        open: The share ``(q,)`` of a field's variance that no reading can tell: from 0 between the nodes to 1 far from all
+            of them.
     """
 
     points: Tensor
@@ -58,8 +58,8 @@ class Sites:
         """Read fields on the nodes at the sites.
 
         Args:
-            fields: ``(n, f, k)`` with f = m components of tangent fields, or 1 of functions.
-            tangent: whether the fields are tangent, so that they are carried by the connection, or functions.
+            fields: The fields ``(n, f, k)`` with f = m components of tangent fields, or 1 of functions.
+            tangent: Whether the fields are tangent, so that they are carried by the connection, or functions.
 
         Returns:
             ``(q, f, k)`` in the frames of the sites.
