@@ -33,11 +33,11 @@ class ExactEvolution:
     """An exact evolution.
 
     Attributes:
-        times: ``(T,)``.
-        expect: by name, ``(T,)`` means of the observables.
-        stderr: by name, ``(T,)`` zeros, so that it can stand where a sampled run does.
-        states: ``(T, D, D)`` density matrices, or None.
-        backend: ``"qutip"`` or ``"matrix"``.
+        times: The output times ``(T,)``.
+        expect: The mean ``(T,)`` of every observable by name.
+        stderr: Zeros ``(T,)`` for every observable, so that the result can stand where a sampled run does.
+        states: The density matrices ``(T, D, D)``, or None.
+        backend: The backend that was used, ``"qutip"`` or ``"matrix"``.
     """
 
     times: Tensor
@@ -52,9 +52,9 @@ class ExactSteadyState:
     """An exact steady state.
 
     Attributes:
-        expect: by name, the means of the observables.
-        state: ``(D, D)`` density matrix.
-        residual: largest element of its rate of change.
+        expect: The mean of every observable by name.
+        state: The density matrix ``(D, D)`` of the steady state.
+        residual: The largest element of the rate of change of that matrix.
     """
 
     expect: dict[str, Tensor]
@@ -77,29 +77,32 @@ def evolve(
 ) -> ExactEvolution:
     """Evolve the density matrix of a small lattice and return means of observables.
 
+    When would I use this? For up to ten qubits or so, where nothing else is a match for it; beyond, trajectories reach
+    some sixteen, and networks more.
+
     Coefficients that depend on time are looked at before the integration, so that steps end where they jump and none
     passes over a pulse longer than 1/4096 of the span.
 
     Args:
-        model: the Lindbladian, its parameters bound.
-        state: the name or the state of one site, taken for all; a list with one for each site; or a state of the
-            whole lattice.
-        ts: the output times, increasing, the first being that of the initial state.
-        observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`; a name on two sites is averaged
-            over the bonds of the model.
-        backend: ``"qutip"``, ``"matrix"`` (our own, by scipy), or ``"auto"``: QuTiP where it is installed.
-        rtol: the relative tolerance of a step.
-        atol: the absolute tolerance of a step.
-        max_step: the longest step, for pulses shorter than 1/4096 of the span.
-        breaks: times where coefficients aren't smooth; jumps are found without.
-        keep_states: whether to return the density matrices too.
+        model: The Lindbladian, its parameters bound.
+        state: The initial state: the name or the state of one site, taken for all; a list with one for each site; or a
+            state of the whole lattice.
+        ts: The output times, increasing, the first being that of the initial state.
+        observables: The observables, each as :func:`~stochdyn.povm.frames.lattice_observables.observable` takes it; a
+            name on two sites is averaged over the bonds of the model.
+        backend: The solver: ``"qutip"``, ``"matrix"`` (our own, by scipy), or ``"auto"``: QuTiP where it is installed.
+        rtol: The relative tolerance of a step.
+        atol: The absolute tolerance of a step.
+        max_step: The longest step, for pulses shorter than 1/4096 of the span.
+        breaks: The times where coefficients aren't smooth; jumps are found without.
+        keep_states: Whether to return the density matrices too.
 
     Raises:
-        TimeGridError: if the times don't increase.
-        SystemSizeError: if the density matrix would be too large.
-        LindbladianError: if an observable is on a missing site, parameters aren't bound, or a rate becomes negative at
+        TimeGridError: If the times don't increase.
+        SystemSizeError: If the density matrix would be too large.
+        LindbladianError: If an observable is on a missing site, parameters aren't bound, or a rate becomes negative at
             any time.
-        MissingDependencyError: if QuTiP is asked for and not installed.
+        MissingDependencyError: If QuTiP is asked for and not installed.
 
     Example:
         >>> from stochdyn.povm import Lindbladian
@@ -155,18 +158,19 @@ def steady_state(
     gives that of the mixed state.
 
     Args:
-        model: the Lindbladian, constant in time.
-        observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`.
-        tolerance: for the largest element of the rate of change, relative to the fastest rate of the model.
-        horizon: the length of the evolution, by default 200 over the least jump rate at a site.
+        model: The Lindbladian, constant in time.
+        observables: The observables, each as :func:`~stochdyn.povm.frames.lattice_observables.observable` takes it.
+        tolerance: The largest element of the rate of change at which the state counts as steady, relative to the
+            fastest rate of the model.
+        horizon: The length of the evolution; 200 over the least jump rate at a site if None.
 
     Raises:
-        SystemSizeError: if the density matrix would be too large.
-        InvalidInputError: if the model depends on time, or its steady state isn't unique.
-        LindbladianError: if parameters aren't bound.
+        SystemSizeError: If the density matrix would be too large.
+        InvalidInputError: If the model depends on time, or its steady state isn't unique.
+        LindbladianError: If parameters aren't bound.
 
     Warns:
-        ConvergenceWarning: if the residual is larger than the tolerance at ``horizon``.
+        ConvergenceWarning: If the residual is larger than the tolerance at ``horizon``.
 
     Example:
         >>> from stochdyn.povm import Lindbladian

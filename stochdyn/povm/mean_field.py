@@ -35,10 +35,10 @@ class MeanFieldEvolution:
     """An evolution of independent sites.
 
     Attributes:
-        times: ``(T,)``.
-        expect: by name, ``(T,)`` means of the observables.
-        stderr: by name, ``(T,)`` zeros: there is no sampling, and the error of the closure isn't known.
-        probabilities: ``(T, N, K)`` outcome probabilities of every site.
+        times: The output times ``(T,)``.
+        expect: The mean ``(T,)`` of every observable by name.
+        stderr: Zeros ``(T,)`` for every observable: there is no sampling, and the error of the closure isn't known.
+        probabilities: The outcome probabilities ``(T, N, K)`` of every site.
     """
 
     times: Tensor
@@ -55,9 +55,9 @@ def marginal_rates(operator: SparseMasterEquation, p: Tensor, t: float | None = 
     For independent sites these are the exact rates of the one-site marginals.
 
     Args:
-        operator: of a Lindbladian.
-        p: ``(N, K)``.
-        t: time, where the operator depends on it.
+        operator: The master equation of a Lindbladian.
+        p: The outcome probabilities ``(N, K)`` of every site.
+        t: The time, where the operator depends on it.
 
     Returns:
         ``(N, K)``, each row summing to zero.
@@ -66,6 +66,8 @@ def marginal_rates(operator: SparseMasterEquation, p: Tensor, t: float | None = 
     factors = operator._factors(t)
     total = torch.zeros_like(p)
     for i, sites in enumerate(operator.sites):
+        # the joint law of the sites of a term is the product of theirs; summed over the others, its flux is
+        # that of one site
         joint = p[sites[0]]
         for site in sites[1:]:
             joint = (joint[:, None] * p[site]).reshape(-1)
@@ -93,24 +95,24 @@ def evolve(
 ) -> MeanFieldEvolution:
     """Evolve a product state by mean-field theory: nonlinear equations for single sites, any number of them.
 
-    A baseline: what it misses is what correlations do. Without couplings it is exact.
+    When would I use this? As a baseline: what it misses is what correlations do. Without couplings it is exact.
 
     Args:
-        model: the Lindbladian, its parameters bound.
-        state: the name or the state of one site, taken for all, or a list with one for each site.
-        ts: the output times, increasing, the first being that of the initial state.
-        observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`; a name on two sites is averaged
-            over the bonds of the model.
-        povm: the frame in which probabilities are kept, of no influence on the means.
-        rtol: the relative tolerance of a step.
-        atol: the absolute tolerance of a step.
-        max_step: the longest step, for pulses shorter than 1/4096 of the span.
-        breaks: times where coefficients aren't smooth; jumps are found without.
+        model: The Lindbladian, its parameters bound.
+        state: The initial state: the name or the state of one site, taken for all, or a list with one for each site.
+        ts: The output times, increasing, the first being that of the initial state.
+        observables: The observables, each as :func:`~stochdyn.povm.frames.lattice_observables.observable` takes it; a
+            name on two sites is averaged over the bonds of the model.
+        povm: The frame in which probabilities are kept, of no influence on the means.
+        rtol: The relative tolerance of a step.
+        atol: The absolute tolerance of a step.
+        max_step: The longest step, for pulses shorter than 1/4096 of the span.
+        breaks: The times where coefficients aren't smooth; jumps are found without.
 
     Raises:
-        TimeGridError: if times don't increase.
-        LindbladianError: if a rate is negative at some time, or parameters aren't bound.
-        InvalidInputError: if the state is no product, or there is no frame for sites of so many levels.
+        TimeGridError: If times don't increase.
+        LindbladianError: If a rate is negative at some time, or parameters aren't bound.
+        InvalidInputError: If the state is no product, or there is no frame for sites of so many levels.
 
     Example:
         >>> from stochdyn.povm import systems
@@ -159,6 +161,7 @@ def product_expectation(observable: Observable, rho: Tensor) -> Tensor:
             value = torch.full((rho.shape[0],), complex(weight), dtype=torch.complex128)
             first = 0
             for factor, width in zip(term.factors, widths, strict=True):
+                # Tr(rho_1 x ... x rho_k O), factor by factor
                 joint = rho[:, place[first]]
                 for site in place[first + 1 : first + width]:
                     size = joint.shape[-1] * observable.dim

@@ -20,16 +20,16 @@ def plot_evolution(run: Evolution, exact: Any = None, axes: Sequence[Any] | None
     """Draw the observables of an evolution over time, with two standard errors, and below them the residual.
 
     Args:
-        run: from :func:`stochdyn.povm.evolve`.
-        exact: something with ``times`` and ``expect``, such as from :func:`stochdyn.povm.exact.evolve`, drawn as
-            lines behind the points; None for none.
-        axes: two matplotlib axes; new ones if None.
+        run: The result of :func:`stochdyn.povm.evolve`.
+        exact: A result with ``times`` and ``expect``, such as from :func:`stochdyn.povm.exact.evolve`, drawn as lines
+            behind the points; None for none.
+        axes: Two Matplotlib axes to draw on; new ones if None.
 
     Returns:
         The figure.
 
     Raises:
-        InvalidInputError: if ``axes`` aren't two.
+        InvalidInputError: If ``axes`` aren't two.
     """
     if axes is None:
         import matplotlib.pyplot as plt
@@ -63,18 +63,18 @@ def plot_phase_diagram(
     """Draw observables of the steady state over a parameter of the model.
 
     Args:
-        parameter: ``(n,)`` values.
-        expect: by name, ``(n,)``.
-        errors: by name, half lengths of bars; None for none.
-        exact: by name, drawn as lines; None for none.
-        xlabel: name of the parameter.
-        axes: matplotlib axes; new ones if None.
+        parameter: The values ``(n,)`` of the parameter.
+        expect: The mean ``(n,)`` of every observable by name.
+        errors: The half lengths of the error bars by name; None for none.
+        exact: The exact means by name, drawn as lines; None for none.
+        xlabel: The name of the parameter, as the axis shows it.
+        axes: The Matplotlib axes to draw on; new ones if None.
 
     Returns:
         The figure.
 
     Raises:
-        InvalidInputError: if an observable hasn't one value for each parameter.
+        InvalidInputError: If an observable hasn't one value for each parameter.
     """
     x = torch.as_tensor(parameter, dtype=torch.float64)
     for name, values in expect.items():

@@ -29,11 +29,11 @@ def ising(
     .. math:: H = \tfrac V4\sum_{\langle ij\rangle}Z_iZ_j+\tfrac g2\sum_iX_i,\qquad c_i=\sigma^-_i
 
     Args:
-        num_sites: ``N``.
-        coupling: ``V``.
-        field: ``g``.
-        decay: rate of the jumps.
-        bonds: a ring if None.
+        num_sites: The number ``N`` of sites.
+        coupling: The coupling ``V``.
+        field: The transverse field ``g``.
+        decay: The rate of the jumps.
+        bonds: The bonds of the lattice; a ring if None.
 
     Example:
         >>> ising(4).bonds
@@ -62,13 +62,13 @@ def xyz(
     .. math:: H = \sum_{\langle ij\rangle}(J_xX_iX_j+J_yY_iY_j+J_zZ_iZ_j)+h\sum_iZ_i,\qquad c_i=\sigma^-_i
 
     Args:
-        num_sites: ``N``.
-        jx: coupling of X.
-        jy: coupling of Y.
-        jz: coupling of Z.
-        field: ``h``.
-        decay: rate of the jumps.
-        bonds: a ring if None.
+        num_sites: The number ``N`` of sites.
+        jx: The coupling :math:`J_x` of X.
+        jy: The coupling :math:`J_y` of Y.
+        jz: The coupling :math:`J_z` of Z.
+        field: The field ``h``.
+        decay: The rate of the jumps.
+        bonds: The bonds of the lattice; a ring if None.
     """
     bonds = list(bonds) if bonds is not None else ring(num_sites)
     terms = [(jx, "XX", bonds), (jy, "YY", bonds), (jz, "ZZ", bonds), (field, "Z", "all")]
@@ -91,12 +91,12 @@ def dephasing_ising(
     don't depend on its size: an exact answer for any number of sites.
 
     Args:
-        num_sites: ``N``.
-        coupling: ``J``.
-        field: ``h``.
-        decay: rate of ``sigma-``.
-        dephasing: rate of ``Z``.
-        bonds: a ring if None.
+        num_sites: The number ``N`` of sites.
+        coupling: The coupling ``J``.
+        field: The field ``h``.
+        decay: The rate of ``sigma-``.
+        dephasing: The rate of ``Z``.
+        bonds: The bonds of the lattice; a ring if None.
     """
     bonds = list(bonds) if bonds is not None else ring(num_sites)
     terms = [(coupling, "ZZ", bonds), (field, "X", "all")]
@@ -107,7 +107,7 @@ def build(system: str, num_sites: int, **parameters: Any) -> Lindbladian:
     """Return the Lindbladian of a system of :func:`~stochdyn.datasets.quantum.open_systems`.
 
     Raises:
-        InvalidInputError: if the system is unknown.
+        InvalidInputError: If the system is unknown.
 
     Example:
         >>> build("xyz_torus", 9, jx=0.9, jy=1.6, jz=1.0).num_sites
@@ -136,13 +136,13 @@ def reference(
     """Return a system together with its exact observables.
 
     Args:
-        system: see :class:`~stochdyn.datasets.quantum.OpenSystem`.
-        num_sites: ``N``.
-        steady: the steady state rather than the evolution.
-        which: initial state or parameters, where several are on file; the first that fits is returned.
+        system: The name of the system, as in :class:`~stochdyn.datasets.quantum.OpenSystem`.
+        num_sites: The number ``N`` of sites.
+        steady: Whether to return the steady state rather than the evolution.
+        which: The initial state or parameters, where several are on file; the first that fits is returned.
 
     Raises:
-        InvalidInputError: if nothing on file fits.
+        InvalidInputError: If nothing on file fits.
 
     Example:
         >>> model, exact = reference("commuting_ring", 64, dephasing=0.0)

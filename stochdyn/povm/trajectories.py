@@ -44,13 +44,13 @@ class TrajectoryEvolution:
     """Means over quantum trajectories.
 
     Attributes:
-        times: the output times ``(T,)``.
-        expect: by name, the means ``(T,)`` of the observables.
-        stderr: by name, their standard errors ``(T,)``; the error of time stepping is kept below them.
-        num_trajectories: the number of trajectories.
-        num_jumps: the mean number of jumps of a trajectory.
-        step_error: how much the no-jump evolution of the initial state changes when all steps are halved, the largest
-            at any output time; rounding where coefficients are constant.
+        times: The output times ``(T,)``.
+        expect: The mean ``(T,)`` of every observable by name.
+        stderr: The standard error ``(T,)`` of every mean by name; the error of time stepping is kept below it.
+        num_trajectories: The number of trajectories.
+        num_jumps: The mean number of jumps of a trajectory.
+        step_error: The change of the no-jump evolution of the initial state when all steps are halved, the largest at
+            any output time; rounding where coefficients are constant.
     """
 
     times: Tensor
@@ -69,15 +69,15 @@ def diffusion_equation(model: Lindbladian) -> SDE:
         \qquad r_k=\operatorname{Re}\langle c_k\rangle
 
     Args:
-        model: the Lindbladian, its parameters bound, constant in time, with at least one jump. Rates are part of
+        model: The Lindbladian, its parameters bound, constant in time, with at least one jump. Rates are part of
             :math:`c_k`.
 
     Returns:
         An Itô equation in ``2 d**N`` real numbers, the real parts first, driven by one Brownian motion for each jump.
 
     Raises:
-        SystemSizeError: if there are over 2**16 levels.
-        UnavailableError: if the model depends on time.
+        SystemSizeError: If there are over 2**16 levels.
+        UnavailableError: If the model depends on time.
 
     Reference:
         Gisin and Percival, J. Phys. A 25, 5677 (1992); real noise as in Wiseman and Milburn, "Quantum measurement and
@@ -110,6 +110,7 @@ class _TrajectoryDrift(torch.nn.Module):
         jumps = []
         for jump in model.jumps:
             c = coefficient_value(jump.coupling, 0.0) ** 0.5 * whole_operator(jump, n, d)
+            # -iH - sum_k c_k^dagger c_k / 2, rates being part of c_k
             flow = flow - 0.5 * (c.conj().T @ c)
             jumps.append(c)
         self.flow, self.jumps = as_torch(flow), as_torch(sparse.vstack(jumps))
@@ -125,6 +126,7 @@ class _TrajectoryDrift(torch.nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the drift like ``x``."""
         psi, acted, mean = self._act(x)
+        # the drift of the docstring, with r_k the real mean of c_k
         out = (self.flow @ psi.mT).mT + torch.einsum("mj,mjd->md", mean.to(psi.dtype), acted)
         out = out - 0.5 * mean.square().sum(-1, keepdim=True) * psi
         return torch.cat([out.real, out.imag], -1).reshape(x.shape)
@@ -159,24 +161,24 @@ def evolve(
     fit the memory and density matrices don't; the error falls with the root of the number of trajectories.
 
     Args:
-        model: the Lindbladian, its parameters bound.
-        state: the name or the state of one site, taken for all; a list with one for each site; or a state vector of
-            the whole lattice.
-        ts: the output times, increasing, the first being that of the initial state.
-        observables: see :func:`~stochdyn.povm.frames.lattice_observables.observable`.
-        num_trajectories: the number of trajectories.
-        max_step: the longest step, for pulses shorter than 1/4096 of the span.
-        breaks: times where coefficients aren't smooth; jumps are found without.
-        generator: the source of randomness of jumps and of mixed initial states.
-        progress: whether to show a progress bar.
+        model: The Lindbladian, its parameters bound.
+        state: The initial state: the name or the state of one site, taken for all; a list with one for each site; or a
+            state vector of the whole lattice.
+        ts: The output times, increasing, the first being that of the initial state.
+        observables: The observables, each as :func:`~stochdyn.povm.frames.lattice_observables.observable` takes it.
+        num_trajectories: The number of trajectories.
+        max_step: The longest step, for pulses shorter than 1/4096 of the span.
+        breaks: The times where coefficients aren't smooth; jumps are found without.
+        generator: The source of randomness of jumps and of mixed initial states.
+        progress: Whether to show a progress bar.
 
     Raises:
-        TimeGridError: if the times don't increase.
-        SystemSizeError: if there are over 2**16 levels.
-        LindbladianError: if a rate is negative at some time, or parameters aren't bound.
+        TimeGridError: If the times don't increase.
+        SystemSizeError: If there are over 2**16 levels.
+        LindbladianError: If a rate is negative at some time, or parameters aren't bound.
 
     Warns:
-        ConvergenceWarning: if halving the steps would still change the result by more than its standard error.
+        ConvergenceWarning: If halving the steps would still change the result by more than its standard error.
 
     Example:
         >>> from stochdyn.povm import systems
@@ -295,6 +297,8 @@ class _Trajectories:
             if not self.moving:
                 yield start, h, [1.0] * len(self.groups)
                 continue
+            # Blanes and Moan (2006): two exponentials for each step, of A f + B s and of B f + A s, f and s
+            # at the Gauss points
             first, second = ([self._value(c, segment, start + x * h) for c, _ in self.groups] for x in _GAUSS)
             yield start, h / 2, [2 * (_A * f + _B * s) for f, s in zip(first, second, strict=True)]
             yield start + h / 2, h / 2, [2 * (_B * f + _A * s) for f, s in zip(first, second, strict=True)]
@@ -334,6 +338,7 @@ class _Trajectories:
 
     def _series(self, psi: Tensor, weights: list[float], span: float) -> list[Tensor]:
         """Return the terms of the Taylor series of the flow over a span; their sum is the state after it."""
+        # exp(hG) psi = sum_k (hG)^k psi / k!; the terms serve for every time within the span
         terms = [psi]
         for k in range(1, _DEGREE):
             parts = (w * (m @ terms[-1].mT).mT for w, (_, m) in zip(weights, self.groups, strict=True))
@@ -352,6 +357,7 @@ class _Trajectories:
                 terms = torch.stack(self._series(before, weights, h))
                 powers = (left / h)[None] ** torch.arange(_DEGREE, dtype=torch.float64)[:, None]
                 after = (terms * powers[..., None]).sum(0)
+                # a trajectory jumps where its squared norm has fallen to its random number
                 jumping = after.abs().square().sum(-1) <= self.bar[rows]
                 self.psi[rows[~jumping]] = after[~jumping]
                 rows, left, terms = rows[jumping], left[jumping], terms[:, jumping]
@@ -434,6 +440,7 @@ def _draw_start(state: Any, n: int, dim: int, count: int, generator: torch.Gener
                 "trajectories start from a product of single sites, or from a state vector of all",
                 got=f"a density matrix of {rho.shape[0]} levels",
             )
+        # a mixed state is the mean over its eigenvectors, drawn with their weights
         weights, vectors = torch.linalg.eigh(rho)
         pick = torch.multinomial(weights.clamp(min=0), count, True, generator=generator)
         psi = (psi[:, :, None] * vectors.T[pick][:, None]).flatten(1)

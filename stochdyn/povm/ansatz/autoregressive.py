@@ -36,14 +36,14 @@ class AutoregressiveAnsatz(Ansatz):
     Without gradients :meth:`log_prob` evaluates each distinct prefix once (:mod:`stochdyn.povm.ansatz.prefixes`).
 
     Args:
-        num_sites: ``N``.
-        num_outcomes: ``K``.
-        strings: an order of the sites or a set of them to average over: None for the natural order,
+        num_sites: The number ``N`` of sites.
+        num_outcomes: The number ``K`` of outcomes of a site.
+        strings: The order in which the sites are read, or a set of orders to average over: None for the natural order,
             ``"translations"`` (of a ring, or a torus if ``shape`` is given), ``"translations+reflections"``,
-            ``"reflections"``, ``"snake"`` (one path to and fro through a square lattice), ``"snakes"`` (all eight)
-            or :class:`Strings`.
-        shape: of the lattice, for strings that need it.
-        memory: bytes that caches may use at a time; larger evaluations are done in parts.
+            ``"reflections"``, ``"snake"`` (one path to and fro through a square lattice), ``"snakes"`` (all eight) or
+            :class:`Strings`.
+        shape: The sizes of the lattice, for strings that need them.
+        memory: The number of bytes that caches may use at a time; larger evaluations are done in parts.
     """
 
     reference: Tensor
@@ -102,13 +102,14 @@ class AutoregressiveAnsatz(Ansatz):
     # ---------------------------------------------------------------- product states and symmetry
 
     def set_site_probabilities(self, p: Tensor) -> None:
-        """See :meth:`Ansatz.set_site_probabilities`: the reference takes the state, all logits become zero."""
+        """Take a product of single-site laws: the reference takes it, and all logits become zero."""
         check_type(p, Tensor, "p")
         if p.shape != self.reference.shape:
             raise ShapeError(
                 "probabilities must be (N, K)", got=tuple(p.shape), expected=tuple(self.reference.shape)
             )
         with torch.no_grad():
+            # with all logits zero, softmax(r + 0) is the site law p_i itself: the product state exactly
             self.reference.copy_(p.log())
             self.clear()
 
@@ -116,6 +117,8 @@ class AutoregressiveAnsatz(Ansatz):
         """Return the reference as every string reads it ``(S, N, K)``, and whether all read the same."""
         key = (self.reference._version, self.reference.data_ptr(), self.reference.dtype)
         if self._read_references is None or self._read_references[0] != key:
+            # string s reads site pi_s(i) at step i, and outcome a there as sigma_s(a): r_s(i, sigma_s(a)) =
+            # r(pi_s(i), a)
             read = self.reference[self.strings.orders.to(self.device)]
             if self.strings.relabellings is not None:
                 inverse = self.strings.relabellings.argsort(1).to(self.device)
@@ -136,6 +139,7 @@ class AutoregressiveAnsatz(Ansatz):
         symmetry = self.symmetry
         if symmetry is None or self.num_sites * (self.num_outcomes - 1).bit_length() > _ORBIT_BITS:
             return a
+        # the first of the orbit in lexicographic order: the least code over all strings
         best, code = a, encode(a, self.num_outcomes)
         for s in range(len(symmetry)):
             read = a[:, symmetry.orders[s].to(a.device)]
@@ -148,11 +152,11 @@ class AutoregressiveAnsatz(Ansatz):
     # ---------------------------------------------------------------- evaluation
 
     def log_prob(self, a: Tensor) -> Tensor:
-        """See :meth:`Ansatz.log_prob`. Differentiable; several times faster under ``torch.no_grad()``.
+        """Return log probabilities ``(n,)``; differentiable, and several times faster under ``torch.no_grad()``.
 
         Raises:
-            InvalidInputError: if outcomes aren't integers in range.
-            ShapeError: if ``a`` isn't ``(n, N)``.
+            InvalidInputError: If outcomes aren't integers in range.
+            ShapeError: If ``a`` isn't ``(n, N)``.
         """
         self.check_outcomes(a)
         differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
@@ -169,6 +173,7 @@ class AutoregressiveAnsatz(Ansatz):
         each = logits.log_softmax(-1).gather(-1, b[..., None])[..., 0].sum(-1).reshape(n, count)
         if count == 1:
             return each[:, 0]
+        # P(a) = (1/S) sum_s P_AR(b^(s)): probabilities are averaged, not their logarithms
         return each.logsumexp(1) - torch.tensor(float(count), dtype=each.dtype).log()
 
     def _by_prefixes(self, a: Tensor) -> Tensor:
@@ -190,10 +195,11 @@ class AutoregressiveAnsatz(Ansatz):
                 b, index = unique_strings(read[:, s], self.num_outcomes)
                 columns.append(evaluate_prefixes(self, b, reference[s], rows)[index])
             each = torch.stack(columns, 1)
+        # P(a) = (1/S) sum_s P_AR(b^(s)), as in _whole
         return (each.logsumexp(1) - torch.tensor(float(count), dtype=each.dtype).log())[place]
 
     def scores(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Ansatz.scores`; by one backward pass, not by one pass per sample."""
+        """Return log probabilities and scores, by one backward pass rather than one pass per sample."""
         self.check_outcomes(a)
         named = dict(self.trainable())
         rows = max(16, self.memory // (len(self.strings) * self.bytes_per_row * 8))
@@ -207,7 +213,7 @@ class AutoregressiveAnsatz(Ansatz):
         return torch.cat(values), torch.cat(rows_of_scores)
 
     def combined_scores(self, a: Tensor, coefficients: Tensor) -> Tensor:
-        """See :meth:`Ansatz.combined_scores`: the sums are taken in the backward pass, so no single score is kept."""
+        """Return weighted sums of scores; the sums are taken in the backward pass, so no single score is kept."""
         named = dict(self.trainable())
         _, k, sites = a.shape
         size = max(1, self.memory // (k * len(self.strings) * self.bytes_per_row * 8))
@@ -220,12 +226,13 @@ class AutoregressiveAnsatz(Ansatz):
         return torch.cat(found)
 
     def draw(self, n: int, generator: torch.Generator | None, stratified: bool) -> tuple[Tensor, Tensor]:
-        """See :meth:`Ansatz.draw`. Costs one step for each site, for all draws, with keys and values of earlier sites kept."""
+        """Draw outcomes site by site; what earlier sites gave is kept, so each site costs one step for all draws."""
         kind = {"dtype": torch.float64, "device": self.device}
         u = torch.rand(n, generator=generator, **kind)  # type: ignore[call-overload]
         if stratified:
             u = (torch.arange(n, **kind) + u) / n  # type: ignore[call-overload]
         count = len(self.strings)
+        # the leading digits of u choose the string, what is left of u is uniform again and draws the outcomes
         string = (u * count).long().clamp(max=count - 1)
         u = u * count - string
         reference, same = self._references()
@@ -256,11 +263,13 @@ class AutoregressiveAnsatz(Ansatz):
             conditional = (logits + reference[:, i]).log_softmax(-1)
             upper = conditional.double().exp().cumsum(-1)
             upper[:, -1] = 1.0
+            # inversion: the outcome k with F(k-1) <= u < F(k)
             b[:, i] = (u[:, None] >= upper[:, :-1]).sum(-1)
             chosen = b[:, i, None]
             total += conditional.gather(1, chosen)[:, 0]
             digits *= self.num_outcomes**2
             if stratified and digits < 1e9:
+                # (u - F(k-1)) / (F(k) - F(k-1)) is uniform given the outcome k
                 low = torch.cat([torch.zeros_like(upper[:, :1]), upper[:, :-1]], 1).gather(1, chosen)[:, 0]
                 high = upper.gather(1, chosen)[:, 0]
                 u = ((u - low) / (high - low)).clamp(0, 1 - 1e-12)

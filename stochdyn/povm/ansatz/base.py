@@ -36,8 +36,8 @@ class Ansatz(nn.Module, ABC):
     for any network. Everything in this package works with any ansatz.
 
     Attributes:
-        num_sites: ``N``.
-        num_outcomes: ``K``.
+        num_sites: The number ``N`` of sites.
+        num_outcomes: The number ``K`` of outcomes of a site.
     """
 
     def __init__(self, num_sites: int, num_outcomes: int) -> None:
@@ -64,16 +64,16 @@ class Ansatz(nn.Module, ABC):
         """Draw strings.
 
         Args:
-            sample_shape: the number of independent draws, or their shape.
-            generator: the source of randomness; torch's global one if None.
-            stratified: whether to divide the unit interval evenly between the draws. Every draw has the same law, and
+            sample_shape: The number of independent draws, or their shape.
+            generator: The source of randomness; torch's global one if None.
+            stratified: Whether to divide the unit interval evenly between the draws. Every draw has the same law, and
                 means over them are unbiased, but they aren't independent, come in order, and vary less.
 
         Returns:
             Outcomes ``(*sample_shape, N)`` and their log probabilities ``(*sample_shape)``, without gradients.
 
         Raises:
-            InvalidInputError: if a size isn't a positive integer.
+            InvalidInputError: If a size isn't a positive integer.
         """
         shape = as_sample_shape(sample_shape)
         check_bool(stratified, "stratified")
@@ -107,16 +107,16 @@ class Ansatz(nn.Module, ABC):
         """Become a product state exactly, whatever the parameters were.
 
         Args:
-            povm: the frame, or one for each site.
-            state: a name such as ``"up"`` or ``"x+"``, a vector or a density matrix of one site, for all sites; or
-                a list with one of these for each site.
+            povm: The frame, or one for each site.
+            state: A name such as ``"up"`` or ``"x+"``, a vector or a density matrix of one site, for all sites; or a
+                list with one of these for each site.
 
         Returns:
             The ansatz itself.
 
         Raises:
-            ZeroProbabilityError: if an outcome never happens in the state; the message names a frame to use.
-            InvalidInputError: if there isn't one state a site.
+            ZeroProbabilityError: If an outcome never happens in the state; the message names a frame to use.
+            InvalidInputError: If there isn't one state for each site.
         """
         check_type(povm, (Frame, SiteFrames), "povm", hint="such as stochdyn.povm.Tetrahedral()")
         sites = getattr(povm, "num_sites", self.num_sites)
@@ -140,8 +140,8 @@ class Ansatz(nn.Module, ABC):
         r"""Return :math:`\log P(a+s)-\log P(a)` ``(n, M)``, or None where whole strings are evaluated as fast.
 
         Args:
-            a: ``(n, N)`` outcomes.
-            shifts: ``(M, N)`` what is added to them, modulo ``K``.
+            a: The outcomes ``(n, N)`` to start from.
+            shifts: The numbers ``(M, N)`` that are added to the outcomes, modulo ``K``.
         """
         del a, shifts
         return None
@@ -167,8 +167,8 @@ class Ansatz(nn.Module, ABC):
         r"""Return sums of scores :math:`\sum_kc_{mk}\nabla\log P(a_{mk})` ``(m, P)``.
 
         Args:
-            a: ``(m, k, N)`` outcomes.
-            coefficients: ``(m, k)``.
+            a: The outcomes ``(m, k, N)`` whose scores are summed.
+            coefficients: The coefficients ``(m, k)`` of the sums.
         """
         rows = []
         for part, c in zip(a, coefficients, strict=True):
@@ -204,7 +204,7 @@ class Ansatz(nn.Module, ABC):
         """Return the probabilities ``(K**N,)`` of all outcomes, the first site slowest.
 
         Raises:
-            SystemSizeError: if there are over 2**20 outcomes.
+            SystemSizeError: If there are over 2**20 outcomes.
         """
         self.check_listable()
         with torch.no_grad():

@@ -29,25 +29,26 @@ class AutoregressiveInteractions(AutoregressiveAnsatz):
         any outcome in } S \text{ is } 0
 
     with ``w(i)`` the earlier sites nearest to site ``i`` and ``n`` the number of ``bodies``. Interactions that vanish at
-    outcome 0 say the same as any, without redundancy. For lattices with strong correlations among many sites, where a
-    table of a whole window would be too large.
+    outcome 0 say the same as any, without redundancy. When would I use this? For lattices with strong correlations among
+    many sites, where a table of a whole window would be too large.
 
     Args:
-        num_sites: ``N``.
-        bodies: the largest number of sites in an interaction, 2 for pairs.
-        order: number of earlier sites that an outcome depends on; all if None.
-        shape: of the lattice, its sites counted with the last axis fastest; a chain if None.
-        periodic: whether the lattice closes on itself.
-        shared: interactions of the same relative positions are the same; False for their own at every site. Sites at the
-            end of a string see other sites than those at its start, so that on a small torus little can be shared.
-        strings: see :class:`AutoregressiveAnsatz`.
-        num_outcomes: ``K``.
-        memory: bytes that caches may use at a time.
+        num_sites: The number ``N`` of sites.
+        bodies: The largest number of sites in an interaction, 2 for pairs.
+        order: The number of earlier sites that an outcome depends on; all of them if None.
+        shape: The sizes of the lattice, its sites counted with the last axis fastest; a chain if None.
+        periodic: Whether the lattice closes on itself.
+        shared: Whether interactions of the same relative positions are the same; False for their own at every site.
+            Sites at the end of a string see other sites than those at its start, so that on a small torus little can be
+            shared.
+        strings: The order of the sites, or the set of orders to average over, as in :class:`AutoregressiveAnsatz`.
+        num_outcomes: The number ``K`` of outcomes of a site.
+        memory: The number of bytes that caches may use at a time.
 
     Raises:
-        InvalidInputError: if a size isn't a positive integer.
-        ShapeError: if the lattice hasn't so many sites.
-        SystemSizeError: if there were over 2**18 rows of interactions.
+        InvalidInputError: If a size isn't a positive integer.
+        ShapeError: If the lattice hasn't so many sites.
+        SystemSizeError: If there were over 2**18 rows of interactions.
 
     Example:
         >>> net = AutoregressiveInteractions(4, bodies=2).double()
@@ -88,6 +89,7 @@ class AutoregressiveInteractions(AutoregressiveAnsatz):
         for i, nearest in enumerate(lattice_offsets(num_sites, shape, periodic)):
             clusters.append([])
             window = nearest[:order]
+            # all subsets S of the window with |S| < bodies: a block of (K - 1)^|S| rows for each
             for size in range(min(bodies, len(window) + 1)):
                 for chosen in combinations(window, size):
                     key = tuple(o for o, _ in chosen) if shared else (i, *(j for _, j in chosen))
@@ -118,37 +120,38 @@ class AutoregressiveInteractions(AutoregressiveAnsatz):
 
     @property
     def bytes_per_row(self) -> int:
-        """See :meth:`AutoregressiveAnsatz.bytes_per_row`."""
+        """The number of bytes that evaluating one string takes."""
         return 16 * self.offsets.numel()
 
     def _rows(self, b: Tensor, where: int | slice, width: int) -> tuple[Tensor, Tensor]:
         """Return which rows of the couplings are added up, and which of them count ``(m, *, width)``."""
         read = b[:, self.neighbours[where, ..., :width, :]]
         strides, offsets = self.strides[where, ..., :width, :], self.offsets[where, ..., :width]
+        # J vanishes where any outcome in S is 0, so those rows are skipped and digits run over K - 1 values
         alive = ((read > 0) | (strides == 0)).all(-1) & (offsets >= 0)
         index = offsets + ((read - 1) * strides).sum(-1)
         return torch.where(alive, index, 0), alive
 
     def logits(self, b: Tensor, tape: Tape | None = None) -> Tensor:
-        """See :meth:`AutoregressiveAnsatz.logits`."""
+        """Return the logits ``(rows, N, K)`` of all steps of given strings."""
         index, alive = self._rows(b, slice(None), self.offsets.shape[1])
         rows = self.couplings[index] if tape is None else tape.rows(self.couplings, index)
         return F.pad((rows * alive[..., None]).sum(-2), (1, 0))
 
     def clear(self) -> None:
-        """See :meth:`AutoregressiveAnsatz.clear`."""
+        """Make all logits zero, so that the reference alone is left."""
         with torch.no_grad():
             self.couplings.zero_()
 
     def start(self, rows: int) -> None:
-        """See :meth:`AutoregressiveAnsatz.start`: nothing is kept but the outcomes themselves."""
+        """Return an empty cache; nothing is kept but the outcomes themselves."""
 
     def next_logits(self, cache: None, b: Tensor, step: int, rows: int) -> Tensor:
-        """See :meth:`AutoregressiveAnsatz.next_logits`."""
+        """Return the logits ``(rows, K)`` of the next step, given the outcomes before it."""
         if step == 0:
             return F.pad(self.couplings[self.offsets[0, 0]], (1, 0)).expand(rows, -1)
         index, alive = self._rows(b, step, self.counts[step])
         return F.pad((self.couplings[index] * alive[..., None]).sum(-2), (1, 0))
 
     def branch(self, cache: None, source: Tensor, target: slice, steps: int) -> None:
-        """See :meth:`AutoregressiveAnsatz.branch`: nothing to copy."""
+        """Copy rows of the cache; there is nothing in it to copy."""

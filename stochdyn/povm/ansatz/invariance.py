@@ -30,8 +30,8 @@ def irreducible_terms(operator: SparseMasterEquation, members: Sequence[int] | N
     have no part on fewer sites than ``R``, so the sums of them are the operator's own.
 
     Args:
-        operator: the operator, with constant coefficients.
-        members: the terms to take; all if None.
+        operator: The master equation, its coefficients constant in time.
+        members: The numbers of the terms to take; all of them if None.
 
     Returns:
         For every set of sites the matrix ``(K**k, K**k)``; zeros are left out.
@@ -57,9 +57,11 @@ def _part(matrix: Tensor, k: int, kept: tuple[int, ...], q: int) -> Tensor:
     tensor = matrix.reshape((q,) * (2 * k))
     for i in reversed([i for i in range(k) if i not in kept]):
         half = tensor.ndim // 2
+        # E_i: the trace over site i over K, for sites that aren't kept
         tensor = tensor.diagonal(dim1=i, dim2=half + i).sum(-1) / q
     n = len(kept)
     for i in range(n):
+        # 1 - E_i for the sites that are kept
         mean = tensor.diagonal(dim1=i, dim2=n + i).sum(-1) / q
         eye = torch.eye(q, dtype=matrix.dtype, device=matrix.device)
         spread = torch.tensordot(mean, eye, dims=0).movedim((-2, -1), (i, n + i))
@@ -74,9 +76,9 @@ def is_invariant(operator: MasterEquation, strings: Strings, tolerance: float = 
     of local terms count as not invariant.
 
     Args:
-        operator: the master equation.
-        strings: orders of the sites, and relabellings of their outcomes.
-        tolerance: the largest difference of entries, relative to the largest entry.
+        operator: The master equation.
+        strings: The orders of the sites, and the relabellings of their outcomes, that may be symmetries.
+        tolerance: The largest difference of entries, relative to the largest entry.
 
     Example:
         >>> flip = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
@@ -111,6 +113,8 @@ def _is_same(terms: Terms, q: int, strings: Strings, tolerance: float) -> bool:
         labels = None if strings.relabellings is None else strings.relabellings[s]
         step = strings.orders[s].argsort().tolist()  # at which step a site is read
         for sites, matrix in terms.items():
+            # the term on sites S, read along the string, must be the term on the image of S with its outcomes
+            # relabelled
             moved = tuple(step[x] for x in sites)
             target = tuple(sorted(moved))
             if target not in terms:

@@ -29,14 +29,14 @@ class AutoregressiveNetwork(AutoregressiveAnsatz):
     (:meth:`features`) and step by step with a cache (:meth:`start`, :meth:`advance`, :meth:`branch`).
 
     Args:
-        num_sites: ``N``.
-        num_outcomes: ``K``.
-        width: of the features.
-        strings: see :class:`AutoregressiveAnsatz`.
-        shape: of the lattice, for strings that need it.
-        memory: bytes that caches may use at a time; larger evaluations are done in parts.
-        pairs: direct couplings of pairs of steps (:class:`~stochdyn.povm.ansatz.pairs.PairCouplings`), one block for
-            ``"all"`` pairs or one for each ``"distance"``; None for none.
+        num_sites: The number ``N`` of sites.
+        num_outcomes: The number ``K`` of outcomes of a site.
+        width: The number of features of a step.
+        strings: The order of the sites, or the set of orders to average over, as in :class:`AutoregressiveAnsatz`.
+        shape: The sizes of the lattice, for strings that need them.
+        memory: The number of bytes that caches may use at a time; larger evaluations are done in parts.
+        pairs: The direct couplings of pairs of steps (:class:`~stochdyn.povm.ansatz.pairs.PairCouplings`): one block
+            for ``"all"`` pairs, or one for each ``"distance"``; None for no couplings.
     """
 
     def __init__(
@@ -72,18 +72,18 @@ class AutoregressiveNetwork(AutoregressiveAnsatz):
         return apply_linear(self.head, h, tape)
 
     def logits(self, b: Tensor, tape: Tape | None = None) -> Tensor:
-        """See :meth:`AutoregressiveAnsatz.logits`."""
+        """Return the logits ``(rows, N, K)`` of all steps of given strings."""
         tokens = torch.cat([b.new_full((b.shape[0], 1), self.num_outcomes), b[:, :-1]], 1)
         logits = self.read_out(self.features(tokens, tape), tape)
         return logits if self.pairs is None else logits + self.pairs(b, tape)
 
     def next_logits(self, cache: Any, b: Tensor, step: int, rows: int) -> Tensor:
-        """See :meth:`AutoregressiveAnsatz.next_logits`."""
+        """Return the logits ``(rows, K)`` of the next step, given the outcomes before it."""
         logits = self.read_out(self.advance(cache, b[:, -1] if step else None, step, rows))
         return logits if self.pairs is None else logits + self.pairs.step(b, step)
 
     def clear(self) -> None:
-        """See :meth:`AutoregressiveAnsatz.clear`: the head and the couplings become zero."""
+        """Make all logits zero: the head and the couplings become zero."""
         with torch.no_grad():
             self.head.weight.zero_()
             self.head.bias.zero_()

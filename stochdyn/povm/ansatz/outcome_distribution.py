@@ -25,7 +25,7 @@ class OutcomeDistribution(LawDistribution):
     site, and the ansatz can be fitted to records. Small systems can be enumerated.
 
     Args:
-        ansatz: the state.
+        ansatz: The variational state whose outcomes are distributed.
 
     Example:
         >>> from stochdyn.povm import FullTable
@@ -58,7 +58,7 @@ class OutcomeDistribution(LawDistribution):
         """Return the log probabilities ``(*sample, *batch)`` of records.
 
         Raises:
-            ShapeError: if there isn't one outcome a site.
+            ShapeError: If there isn't one outcome for each site.
         """
         if value.ndim == 0 or value.shape[-1] != self.ansatz.num_sites:
             raise ShapeError(

@@ -26,9 +26,9 @@ class PairCouplings(nn.Module):
     what goes beyond pairs.
 
     Args:
-        num_sites: ``N``.
-        num_outcomes: ``K``.
-        shared: one block for each distance instead of one for each pair.
+        num_sites: The number ``N`` of sites.
+        num_outcomes: The number ``K`` of outcomes of a site.
+        shared: Whether there is one block for each distance instead of one for each pair.
     """
 
     slots: Tensor
@@ -69,6 +69,7 @@ class PairCouplings(nn.Module):
     def _scores(self, outer: Tensor) -> Tensor:
         """Turn derivatives by the matrix ``(n, N K, N K)`` into those by the blocks."""
         n, k, size = self.num_sites, self.num_outcomes, outer.shape[0]
+        # d/dJ_ij is the block (i, j) of the derivative by the whole matrix; shared blocks add theirs up
         parts = outer.reshape(size, n, k, n, k).permute(1, 3, 0, 2, 4).reshape(n * n, size, k, k)
         total = parts.new_zeros(self.blocks.shape[0] + 1, size, k, k)
         return total.index_add(0, self.slots.reshape(-1), parts)[1:].transpose(0, 1).flatten(1)
@@ -78,6 +79,7 @@ class PairCouplings(nn.Module):
         k = self.num_outcomes
         if i == 0:
             return self.blocks.new_zeros(b.shape[0], k)
+        # one-hot vectors times a matrix are sums of its rows: for every j < i the row of outcome b_j
         table = self.blocks[self.slots[i, :i] - 1].transpose(1, 2).reshape(i * k, k)
         index = b + k * torch.arange(i, device=b.device)
         return F.embedding_bag(index, table, mode="sum")

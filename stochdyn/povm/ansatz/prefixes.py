@@ -58,10 +58,10 @@ def evaluate_prefixes(net: AutoregressiveAnsatz, b: Tensor, reference: Tensor, r
     sample, about half.
 
     Args:
-        net: gives conditionals step by step.
-        b: ``(m, N)`` distinct strings in lexicographic order, as the network reads them.
-        reference: ``(N, K)`` log probabilities that are added to the logits.
-        rows: evaluate at most so many strings at a time.
+        net: The network that gives conditionals step by step.
+        b: The distinct strings ``(m, N)`` in lexicographic order, as the network reads them.
+        reference: The log probabilities ``(N, K)`` that are added to the logits.
+        rows: The largest number of strings that are evaluated at a time.
     """
     with torch.no_grad():
         return torch.cat([_evaluate(net, part, reference) for part in b.split(rows)])

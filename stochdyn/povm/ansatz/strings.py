@@ -31,16 +31,16 @@ class Strings:
     logarithms or square roots.
 
     Args:
-        orders: ``(S, N)`` permutations: string ``s`` visits site ``orders[s, i]`` at step ``i``.
-        relabellings: ``(S, K)`` permutations of the outcomes, the same on every site; none if None.
+        orders: The permutations ``(S, N)`` of the sites: string ``s`` visits site ``orders[s, i]`` at step ``i``.
+        relabellings: The permutations ``(S, K)`` of the outcomes, the same on every site; no relabelling if None.
 
     Raises:
-        InvalidInputError: if a row isn't a permutation, or a string occurs twice.
-        ShapeError: if the shapes don't fit.
+        InvalidInputError: If a row isn't a permutation, or a string occurs twice.
+        ShapeError: If the shapes don't fit.
 
     Attributes:
-        orders: ``(S, N)``.
-        relabellings: ``(S, K)``, or None.
+        orders: The permutations ``(S, N)`` of the sites.
+        relabellings: The permutations ``(S, K)`` of the outcomes, or None.
 
     Example:
         >>> ring = Strings.translations(3, reflections=False)
@@ -78,7 +78,7 @@ class Strings:
 
     @property
     def num_sites(self) -> int:
-        """``N``."""
+        """The number ``N`` of sites."""
         return int(self.orders.shape[1])
 
     def _keys(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -129,8 +129,9 @@ class Strings:
         """Return all translations of a ring or of a lattice on a torus, by default with its reflections.
 
         Args:
-            shape: number of sites of the ring, or sizes of the lattice, sites counted with the last axis fastest.
-            reflections: reflect every axis as well.
+            shape: The number of sites of the ring, or the sizes of the lattice, its sites counted with the last axis
+                fastest.
+            reflections: Whether every axis is reflected as well.
 
         Example:
             >>> len(Strings.translations(6)), len(Strings.translations((3, 3)))
@@ -144,6 +145,7 @@ class Strings:
         )
         flips: list[tuple[int, ...]] = [()]
         if reflections:
+            # the group of the torus: a reflection of every subset of axes, then all shifts
             flips = [f for k in range(len(sizes) + 1) for f in itertools.combinations(axes, k)]
         found: dict[tuple[int, ...], None] = {}
         for flip in flips:
@@ -205,6 +207,7 @@ class Strings:
         step = _as_rows(labels, "labels").reshape(-1)
         _check_permutations(step[None], "labels")
         rows = [torch.arange(len(step))]
+        # powers of the permutation until the identity comes again: the cyclic group
         while not torch.equal(step[rows[-1]], rows[0]):
             rows.append(step[rows[-1]])
         return cls(torch.arange(num_sites).repeat(len(rows), 1), torch.stack(rows))
@@ -272,8 +275,8 @@ def lattice_shape(shape: object) -> tuple[int, ...]:
     """Return the sizes of a lattice from a number or a sequence of them.
 
     Raises:
-        InvalidInputError: if they aren't positive integers.
-        SystemSizeError: if there are over 16384 sites.
+        InvalidInputError: If they aren't positive integers.
+        SystemSizeError: If there are over 16384 sites.
     """
     listed = shape.tolist() if isinstance(shape, Tensor | np.ndarray) else shape
     sizes = tuple(listed) if isinstance(listed, list | tuple) else (listed,)

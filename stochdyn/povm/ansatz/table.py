@@ -23,11 +23,11 @@ class FullTable(Ansatz):
     records without any assumption on its form.
 
     Args:
-        num_sites: the number ``N`` of sites.
-        num_outcomes: the number ``K`` of outcomes of a site.
+        num_sites: The number ``N`` of sites.
+        num_outcomes: The number ``K`` of outcomes of a site.
 
     Raises:
-        SystemSizeError: if there are over 65536 strings.
+        SystemSizeError: If there are over 65536 strings.
 
     Example:
         >>> FullTable(2).log_prob(torch.zeros(1, 2, dtype=torch.long)).exp()
@@ -40,32 +40,35 @@ class FullTable(Ansatz):
         self.logits = nn.Parameter(torch.zeros(num_outcomes**num_sites))
 
     def log_prob(self, a: Tensor) -> Tensor:
-        """See :meth:`Ansatz.log_prob`."""
+        """Return log probabilities ``(n,)`` by looking them up."""
         self.check_outcomes(a)
         return self.logits.log_softmax(0)[encode(a, self.num_outcomes)]
 
     def scores(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        r"""See :meth:`Ansatz.scores`: :math:`\partial_b\log P(a)=\delta_{ab}-P(b)`."""
+        r"""Return log probabilities and scores, :math:`\partial_b\log P(a)=\delta_{ab}-P(b)`."""
         self.check_outcomes(a)
         code = encode(a, self.num_outcomes)
         with torch.no_grad():
             log_p = self.logits.log_softmax(0)
             scores = (-log_p.exp()).repeat(a.shape[0], 1)
+            # d log P(a) / d lambda_b = delta_ab - P(b)
             scores[torch.arange(a.shape[0], device=a.device), code] += 1
         return log_p[code], scores
 
     def draw(self, n: int, generator: torch.Generator | None, stratified: bool) -> tuple[Tensor, Tensor]:
-        """See :meth:`Ansatz.draw`."""
+        """Draw outcomes from the table by inverting its cumulative sum."""
         log_p = self.logits.log_softmax(0)
         u = torch.rand(n, generator=generator, dtype=torch.float64, device=self.device)
         if stratified:
+            # draw j comes from the j-th of n equal parts of the unit interval
             u = (torch.arange(n, dtype=torch.float64, device=self.device) + u) / n
         upper = log_p.double().exp().cumsum(0)
         code = torch.searchsorted(upper / upper[-1], u).clamp(max=len(log_p) - 1)
         return decode(code, self.num_sites, self.num_outcomes), log_p[code]
 
     def set_site_probabilities(self, p: Tensor) -> None:
-        """See :meth:`Ansatz.set_site_probabilities`."""
+        """Fill the table with a product of single-site laws."""
+        # log of the Kronecker product of the site laws, the first site slowest
         joint = torch.zeros(1, dtype=torch.float64)
         for row in p.double().log():
             joint = (joint[:, None] + row).reshape(-1)

@@ -25,23 +25,25 @@ class AutoregressiveTransformer(AutoregressiveNetwork):
         x &\leftarrow x + W_2\operatorname{gelu}(W_1\operatorname{norm}x)
 
     for every layer, then a normalisation and the head of :class:`~stochdyn.povm.ansatz.networks.AutoregressiveNetwork`. Step ``i`` attends to steps
-    ``0..i`` in scoring and in sampling alike, so both follow one law at every depth.
+    ``0..i`` in scoring and in sampling alike, so both follow one law at every depth. When would I use this? To begin with on lattices of up to some twenty sites, and
+    wherever correlations reach far; its cost per draw grows with the square of the number of sites.
 
     Args:
-        num_sites: ``N``.
-        layers: depth.
-        width: of the embedding.
-        heads: of the attention; must divide ``width``.
-        strings: order of the sites, or the set of them to average over; see :class:`AutoregressiveAnsatz`.
-        shape: of the lattice, for strings that need it.
-        num_outcomes: ``K``, 4 for qubits in a minimal frame.
-        feedforward: inner width of the second half of a layer; twice the width if None.
-        memory: bytes that caches may use at a time.
-        pairs: direct couplings of steps, ``"distance"``, ``"all"`` or None; see :class:`~stochdyn.povm.ansatz.networks.AutoregressiveNetwork`.
+        num_sites: The number ``N`` of sites.
+        layers: The number of layers.
+        width: The size of the embedding of an outcome.
+        heads: The number of attention heads, which must divide ``width``.
+        strings: The order of the sites, or the set of orders to average over, as in :class:`AutoregressiveAnsatz`.
+        shape: The sizes of the lattice, for strings that need them.
+        num_outcomes: The number ``K`` of outcomes of a site, 4 for qubits in a minimal frame.
+        feedforward: The inner width of the second half of a layer; twice the width if None.
+        memory: The number of bytes that caches may use at a time.
+        pairs: The direct couplings of pairs of steps, ``"distance"``, ``"all"`` or None, as in
+            :class:`~stochdyn.povm.ansatz.networks.AutoregressiveNetwork`.
 
     Raises:
-        InvalidInputError: if a size isn't positive, ``heads`` doesn't divide ``width`` or the strings are unknown.
-        ShapeError: if the strings don't fit.
+        InvalidInputError: If a size isn't positive, ``heads`` doesn't divide ``width`` or the strings are unknown.
+        ShapeError: If the strings don't fit.
 
     Example:
         >>> net = AutoregressiveTransformer(3, layers=1, width=8, heads=2, strings="translations").double()
@@ -83,11 +85,11 @@ class AutoregressiveTransformer(AutoregressiveNetwork):
 
     @property
     def bytes_per_row(self) -> int:
-        """See :meth:`AutoregressiveAnsatz.bytes_per_row`."""
+        """The number of bytes that evaluating one string takes."""
         return 2 * len(self.layers) * self.num_sites * self.width * self.reference.element_size()
 
     def features(self, tokens: Tensor, tape: Tape | None = None) -> Tensor:
-        """See :meth:`AutoregressiveNetwork.features`."""
+        """Return the features ``(rows, N, width)`` of all steps by causal attention."""
         if tape is None:
             x = self.embedding(tokens) + self.positions
         else:
@@ -97,12 +99,12 @@ class AutoregressiveTransformer(AutoregressiveNetwork):
         return apply_norm(self.norm, x, tape)
 
     def start(self, rows: int) -> list[Tensor]:
-        """See :meth:`AutoregressiveAnsatz.start`: keys and values ``(2, rows, heads, N, width / heads)`` for each layer."""
+        """Return an empty cache for keys and values ``(2, rows, heads, N, width / heads)`` for each layer."""
         shape = (2, rows, self.heads, self.num_sites, self.width // self.heads)
         return [self.reference.new_empty(shape) for _ in self.layers]
 
     def advance(self, cache: list[Tensor], outcomes: Tensor | None, step: int, rows: int) -> Tensor:
-        """See :meth:`AutoregressiveNetwork.advance`."""
+        """Return the features of the next step, and keep its keys and values."""
         if outcomes is None:
             outcomes = torch.full((rows,), self.num_outcomes, device=self.device)
         x = (self.embedding.weight + self.positions[step])[outcomes]
@@ -111,7 +113,7 @@ class AutoregressiveTransformer(AutoregressiveNetwork):
         return apply_norm(self.norm, x, None)
 
     def branch(self, cache: list[Tensor], source: Tensor, target: slice, steps: int) -> None:
-        """See :meth:`AutoregressiveAnsatz.branch`."""
+        """Copy the keys and values of the first steps from some rows to others."""
         for kept in cache:
             kept[:, target, :, :steps] = kept[:, source, :, :steps]
 
@@ -135,6 +137,7 @@ class _Layer(nn.Module):
         """All steps at once, ``(m, N, width)``."""
         m, sites, width = x.shape
         joint = apply_linear(self.project, apply_norm(self.norm_attention, x, tape), tape)
+        # causal attention, softmax(q k^T / sqrt(size)) v over the steps up to the present one
         q, k, v = joint.reshape(m, sites, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
         mask = torch.ones(sites, sites, dtype=torch.bool, device=x.device).triu(1)
         # written out, since the fused attention has no rule for torch.func.vmap
@@ -155,6 +158,7 @@ class _Layer(nn.Module):
 
 def _waves(sites: int, width: int) -> Tensor:
     """Sines and cosines of geometrically spaced frequencies, from which positions start to learn."""
+    # Vaswani et al. (2017), section 3.5, with wavelengths from 2 pi to 2 pi times four lattice lengths
     place = torch.arange(sites)[:, None]
     rate = torch.exp(-math.log(4.0 * sites) * torch.arange(0, width, 2) / width)
     table = torch.zeros(sites, width)

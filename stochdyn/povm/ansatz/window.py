@@ -27,29 +27,32 @@ class AutoregressiveWindow(AutoregressiveAnsatz):
 
     .. math:: \lambda_i(b_{<i}) = T_{w(i)}\bigl(\cdot\,;\,b_{j_1},\dots,b_{j_k}\bigr)
 
-    with :math:`j_1,\dots,j_k` the ``order`` earlier sites nearest to site ``i``, and one table ``T`` a pattern
+    with :math:`j_1,\dots,j_k` the ``order`` earlier sites nearest to site ``i``, and one table ``T`` for each pattern
     ``w`` of their relative positions. In the bulk of a lattice the pattern is the same everywhere, so a sample of ``N``
     sites counts ``N`` times for the table. On a ring the last few sites see the first ones as well, by tables of their own.
 
     The tangent space of such a law on a long chain holds every sum of functions of ``order + 1`` neighbouring outcomes, so
     the variational principle moves all averages of ``order + 1`` neighbours at their exact rates; what is
     approximated are correlations beyond. There are few parameters, whatever the number of sites, and looking one up
-    costs next to nothing. For dynamics with short correlations on long chains.
+    costs next to nothing. When would I use this? For dynamics with short correlations, on chains of any length; raise
+    ``order`` until nothing changes.
 
     Args:
-        num_sites: ``N``.
-        order: number of earlier sites that an outcome depends on.
-        shape: of the lattice, its sites counted with the last axis fastest; a chain if None.
-        periodic: whether the lattice closes on itself.
-        shared: one table for each pattern; False for a table of its own for every site, where sites differ.
-        strings: see :class:`AutoregressiveAnsatz`; should be symmetries of the lattice.
-        num_outcomes: ``K``.
-        memory: bytes that caches may use at a time.
+        num_sites: The number ``N`` of sites.
+        order: The number of earlier sites that an outcome depends on.
+        shape: The sizes of the lattice, its sites counted with the last axis fastest; a chain if None.
+        periodic: Whether the lattice closes on itself.
+        shared: Whether all sites that see the same pattern of neighbours share a table; False for a table of its own
+            for every site, where sites differ.
+        strings: The order of the sites, or the set of orders to average over, which should be symmetries of the
+            lattice, as in :class:`AutoregressiveAnsatz`.
+        num_outcomes: The number ``K`` of outcomes of a site.
+        memory: The number of bytes that caches may use at a time.
 
     Raises:
-        InvalidInputError: if a size isn't a positive integer.
-        ShapeError: if the lattice hasn't so many sites.
-        SystemSizeError: if the tables had over 2**20 rows.
+        InvalidInputError: If a size isn't a positive integer.
+        ShapeError: If the lattice hasn't so many sites.
+        SystemSizeError: If the tables had over 2**20 rows.
 
     Example:
         >>> net = AutoregressiveWindow(4, order=2).double()
@@ -86,6 +89,8 @@ class AutoregressiveWindow(AutoregressiveAnsatz):
         nearest, strides, offsets = [], [], []
         for i, earlier in enumerate(lattice_offsets(num_sites, shape, periodic)):
             chosen = earlier[:order]
+            # sites whose windows look alike share rows; a row is numbered by the outcomes in the window as
+            # digits of base K
             pattern = tuple(offset for offset, _ in chosen) if shared else i
             if pattern not in rows:
                 rows[pattern] = used
@@ -111,24 +116,24 @@ class AutoregressiveWindow(AutoregressiveAnsatz):
 
     @property
     def bytes_per_row(self) -> int:
-        """See :meth:`AutoregressiveAnsatz.bytes_per_row`."""
+        """The number of bytes that evaluating one string takes."""
         return 16 * self.num_sites
 
     def logits(self, b: Tensor, tape: Tape | None = None) -> Tensor:
-        """See :meth:`AutoregressiveAnsatz.logits`."""
+        """Return the logits ``(rows, N, K)`` of all steps of given strings."""
         index = self.offsets + (b[:, self.neighbours] * self.strides).sum(-1)
         return self.tables[index] if tape is None else tape.rows(self.tables, index)
 
     def clear(self) -> None:
-        """See :meth:`AutoregressiveAnsatz.clear`."""
+        """Make all logits zero, so that the reference alone is left."""
         with torch.no_grad():
             self.tables.zero_()
 
     def start(self, rows: int) -> None:
-        """See :meth:`AutoregressiveAnsatz.start`: nothing is kept but the outcomes themselves."""
+        """Return an empty cache; nothing is kept but the outcomes themselves."""
 
     def next_logits(self, cache: None, b: Tensor, step: int, rows: int) -> Tensor:
-        """See :meth:`AutoregressiveAnsatz.next_logits`."""
+        """Return the logits ``(rows, K)`` of the next step, given the outcomes before it."""
         index = self.offsets[step].expand(rows)
         for place, stride in zip(self.neighbours[step], self.strides[step], strict=True):
             if step and stride:
@@ -136,12 +141,12 @@ class AutoregressiveWindow(AutoregressiveAnsatz):
         return self.tables[index]
 
     def branch(self, cache: None, source: Tensor, target: slice, steps: int) -> None:
-        """See :meth:`AutoregressiveAnsatz.branch`: nothing to copy."""
+        """Copy rows of the cache; there is nothing in it to copy."""
 
     # ---------------------------------------------------------------- ratios without whole strings
 
     def log_ratios(self, a: Tensor, shifts: Tensor) -> Tensor | None:
-        """See :meth:`Ansatz.log_ratios`: a shift changes the conditionals of the few sites that see it, each looked up."""
+        """Return log ratios of probabilities; a shift changes the conditionals of the few sites that see it, each looked up."""
         if len(self.strings) > 1 or self.strings.relabellings is not None:
             return None
         read = self.strings.orders[0].to(a.device)
@@ -169,12 +174,12 @@ def lattice_offsets(
     """Return for every site of a lattice the earlier ones, the nearest first: relative position and number.
 
     Args:
-        num_sites: ``N``.
-        shape: sizes of the lattice, the last axis fastest; a chain if None.
-        periodic: whether it closes on itself.
+        num_sites: The number ``N`` of sites.
+        shape: The sizes of the lattice, the last axis fastest; a chain if None.
+        periodic: Whether the lattice closes on itself.
 
     Raises:
-        ShapeError: if the lattice has another number of sites.
+        ShapeError: If the lattice has another number of sites.
     """
     sizes = (num_sites,) if shape is None else lattice_shape(shape)
     places = list(product(*(range(n) for n in sizes)))
@@ -195,6 +200,7 @@ def _offset(
     for x, y, n in zip(at, origin, sizes, strict=True):
         d = x - y
         if periodic:
+            # the representative of the class of d modulo n that is nearest to zero
             d = (d + n // 2) % n - n // 2
         steps.append(d)
     return tuple(steps)

@@ -22,18 +22,19 @@ class RatioPlan:
     few entries, whatever the number of sites.
 
     Args:
-        shifts: ``(M, N)`` what is added to the outcomes, modulo ``K``, as steps read them.
-        neighbours: ``(N, R)`` earlier steps that each step looks at.
-        strides: ``(N, R)`` what their outcomes count in a row number; zero for no neighbour.
-        kinds: for every step which kind it is; steps of a kind share table and reference.
-        num_outcomes: ``K``.
+        shifts: The numbers ``(M, N)`` that are added to the outcomes, modulo ``K``, in the order in which steps read
+            them.
+        neighbours: The earlier steps ``(N, R)`` that each step looks at.
+        strides: The strides ``(N, R)`` with which their outcomes count in a row number; zero for no neighbour.
+        kinds: The number of the kind of every step; steps of a kind share table and reference.
+        num_outcomes: The number ``K`` of outcomes of a site.
 
     Attributes:
-        before: ``(D,)`` entries among those of all kinds, one after the other, each row with its ``K`` outcomes.
-        after: ``(D,)`` what they become.
-        step: ``(F,)`` a step that a shift changes.
-        move: ``(F,)`` that shift.
-        first: ``(F,)`` where the differences of this kind and shift start.
+        before: The entries ``(D,)`` among those of all kinds, one after the other, each row with its ``K`` outcomes.
+        after: The entries ``(D,)`` that those become.
+        step: The steps ``(F,)`` that shifts change, one for each pair of a step and a shift.
+        move: The number ``(F,)`` of the shift of each such pair.
+        first: The place ``(F,)`` where the differences of this kind and shift start.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class RatioPlan:
     ) -> None:
         k, device = num_outcomes, shifts.device
         kind = torch.tensor(kinds, device=device)
+        # the digits by which a shift changes the code of a step: its window and its own outcome
         local = (shifts[:, neighbours] * strides).sum(-1) * k + shifts
         self.move, self.step = local.nonzero(as_tuple=True)
         seen = torch.stack([kind[self.step], local[self.move, self.step]], 1)
@@ -50,6 +52,7 @@ class RatioPlan:
         for i, shift in pairs.tolist():
             start = sum(sizes[:i])
             code = torch.arange(sizes[i], device=device)
+            # digit by digit, without carry: (c + s) mod K
             moved, unit = torch.zeros_like(code), 1
             while unit < sizes[i]:
                 moved += (code // unit + shift // unit) % k * unit
@@ -66,10 +69,11 @@ class RatioPlan:
         """Return the logarithms of ratios ``(n, count)``.
 
         Args:
-            log_p: log conditionals of all kinds, one after the other.
-            code: ``(n, N)`` the code of each step before.
-            count: number of shifts.
+            log_p: The log conditionals of all kinds, one after the other.
+            code: The code ``(n, N)`` of each step before the shifts.
+            count: The number of shifts.
         """
+        # log P(a + s) - log P(a), the sum over the steps that see the shift
         change = log_p[self.after] - log_p[self.before]
         found = change[code.mT[self.step] + self.first[:, None]]
         return change.new_zeros(count, code.shape[0]).index_add_(0, self.move, found).mT

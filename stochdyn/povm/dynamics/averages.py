@@ -30,9 +30,9 @@ class WeightedOutcomes:
     r"""Distinct outcomes with weights that sum to one, so that :math:`E_P f \approx \sum_a w_a f(a)`.
 
     Attributes:
-        outcomes: ``(m, N)``.
-        weights: ``(m,)`` float64.
-        num_samples: how many draws the weights count; None if they are the probabilities themselves.
+        outcomes: The distinct outcomes ``(m, N)``.
+        weights: The weight ``(m,)`` of each of them, float64.
+        num_samples: The number of draws that the weights count; None if they are the probabilities themselves.
     """
 
     outcomes: Tensor
@@ -44,14 +44,14 @@ class Averages:
     """Draws what means are taken over.
 
     Args:
-        net: the state.
-        operator: the master equation; where the state has a symmetry that the equation shares, outcomes of one
-            orbit are counted together, since all that is averaged is the same on them.
-        num_samples: number of draws; None sums over all outcomes.
-        stratified: draw evenly instead of independently; see :meth:`Ansatz.sample`.
+        net: The variational state.
+        operator: The master equation; where the state has a symmetry that the equation shares, outcomes of one orbit
+            are counted together, since all that is averaged is the same on them.
+        num_samples: The number of draws; None sums over all outcomes.
+        stratified: Whether to draw evenly instead of independently, as in :meth:`Ansatz.sample`.
 
     Raises:
-        SystemSizeError: if there are too many outcomes (after symmetry) to sum over.
+        SystemSizeError: If there are too many outcomes (after symmetry) to sum over.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class Averages:
             return WeightedOutcomes(outcomes, weights / weights.sum(), None)
         assert self.num_samples is not None
         a, _ = self.net.sample(self.num_samples, generator=generator, stratified=self.stratified)
+        # outcomes of one orbit count together; the weight is the share of the draws
         distinct, place = unique_strings(self._representatives(a), self.net.num_outcomes)
         weights = torch.bincount(place, minlength=distinct.shape[0]).double() / self.num_samples
         return WeightedOutcomes(distinct, weights, self.num_samples)
@@ -125,10 +126,10 @@ def local_rates(net: Ansatz, operator: MasterEquation, a: Tensor, t: float | Non
     r"""Return :math:`\ell(a)=(LP)(a)/P(a)` ``(n,)`` in float64, without gradients, in parts that fit the memory.
 
     Args:
-        net: gives the log probabilities.
-        operator: the master equation.
-        a: ``(n, N)`` outcomes.
-        t: time, where the equation depends on it.
+        net: The state, which gives the log probabilities.
+        operator: The master equation.
+        a: The outcomes ``(n, N)`` at which rates are wanted.
+        t: The time, where the equation depends on it.
     """
     width = getattr(operator, "shifts", a[:1]).shape[0]
     rows = max(1, _RATE_BYTES // (8 * a.shape[1] * width))
@@ -141,5 +142,6 @@ def _local_rates(net: Ansatz, operator: MasterEquation, a: Tensor, t: float | No
         ratios = net.log_ratios(a, operator.shifts)
         if ratios is not None:
             rates = operator.rates(a, t).to(ratios.dtype)
+            # l(a) = sum_b L_ab P(b) / P(a), with ratios of probabilities from differences of logarithms
             return (rates * ratios.exp()).sum(1)
     return operator.local_rate(net.log_prob, a, t, deduplicate=False)

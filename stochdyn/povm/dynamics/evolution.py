@@ -23,20 +23,20 @@ class Evolution:
     """The result of :func:`stochdyn.povm.evolve`.
 
     Attributes:
-        times: the output times ``(T,)``.
-        expect: for every observable its mean ``(T,)``, complex where it isn't Hermitian.
-        stderr: for every observable the standard error ``(T,)`` of that mean given the state; zero by full summation.
+        times: The output times ``(T,)``.
+        expect: The mean ``(T,)`` of every observable by name, complex where it isn't Hermitian.
+        stderr: The standard error ``(T,)`` of that mean given the state, for every observable; zero by full summation.
             It doesn't count what the state itself is off by.
-        residual: ``(T,)`` the largest residual of the steps since the time before. By ``"tdvp"`` the part of the rate
+        residual: The largest residual ``(T,)`` of the steps since the time before. By ``"tdvp"`` the part of the rate
             of change that the ansatz couldn't follow, from 0 to 1; by ``"trapezoid"`` the norm of what was left of the
             implicit equation; by ``"fit"`` the misfit to the target. Zero at the first time.
-        parameters: the parameters ``(T, P)`` of the state.
-        steps: numbers of single steps by name, each as long as there were steps: ``"t"`` where it ended,
-            ``"residual"``, and what the method reports.
-        net: the ansatz, in the state of the last time.
-        method: the method by which it evolved, with its options.
-        seconds: the wall-clock time of the run in seconds.
-        positivity: the lowest eigenvalues of two-site density matrices at the last time, on the bonds of the model;
+        parameters: The parameters ``(T, P)`` of the state.
+        steps: The numbers that single steps reported, by name, each tensor as long as there were steps: ``"t"`` where
+            the step ended, ``"residual"``, and what the method reports.
+        net: The ansatz, in the state of the last time.
+        method: The method by which it evolved, with its options.
+        seconds: The wall-clock time of the run in seconds.
+        positivity: The lowest eigenvalues of two-site density matrices at the last time, on the bonds of the model;
             None where it wasn't looked at.
     """
 
@@ -55,7 +55,7 @@ class Evolution:
         """Return a copy of the ansatz in the state at ``times[index]``.
 
         Raises:
-            InvalidInputError: if there is no such time.
+            InvalidInputError: If there is no such time.
         """
         if not -len(self.times) <= index < len(self.times):
             raise InvalidInputError(

@@ -23,12 +23,12 @@ class HeunStep:
     """What a step did.
 
     Attributes:
-        parameters: ``(P,)`` after the step.
-        taken: length of the step.
-        proposed: length for the next one.
-        error: estimated error of the step in the Fisher metric, or None where it isn't controlled.
-        start: velocity at its start.
-        evaluations: number of velocities that were computed.
+        parameters: The parameters ``(P,)`` after the step.
+        taken: The length of the step.
+        proposed: The length that the next step should try.
+        error: The estimated error of the step in the Fisher metric, or None where it isn't controlled.
+        start: The velocity at the start of the step.
+        evaluations: The number of velocities that were computed.
     """
 
     parameters: Tensor
@@ -59,12 +59,12 @@ def controlled_step(
     square is a Kullback-Leibler divergence. The half steps are what is kept.
 
     Args:
-        field: ``field(t, y)`` gives the velocity.
-        t: time.
-        y: ``(P,)`` parameters.
-        step: the length to try; None takes one that changes the law by a twentieth.
-        longest: length not to exceed (up to the next time asked for, say).
-        tolerance: for the error of a step.
+        field: A function ``field(t, y)`` that gives the velocity.
+        t: The time at the start of the step.
+        y: The parameters ``(P,)`` at the start of the step.
+        step: The length to try; None takes one that changes the law by a twentieth.
+        longest: The length not to exceed, up to the next output time, say.
+        tolerance: The largest error of a step in the Fisher metric.
 
     Reference:
         Reh, Schmitt and Gärttner, Phys. Rev. Lett. 127, 230501 (2021), supplement.
@@ -72,9 +72,11 @@ def controlled_step(
     first = field(t, y)
     count = 1
     if step is None:
+        # sqrt(E l^2) h is how far the law moves in the Fisher metric
         step = _FIRST / first.rate_norm if first.rate_norm * longest > _FIRST else longest
     for _ in range(_MAX_REJECTIONS):
         h = min(step, longest)
+        # one step of length h, and two of length h/2 from the same velocity at the start
         whole = y + 0.5 * h * (first.direction + field(t + h, y + h * first.direction).direction)
         middle = field(t + h / 2, y + 0.5 * h * first.direction)
         half = y + 0.25 * h * (first.direction + middle.direction)
@@ -83,6 +85,8 @@ def controlled_step(
         after = half + 0.25 * h * (third.direction + fourth.direction)
         count += 4
         error = float(first.metric.norm(after - whole))
+        # the local error goes with h^3, so a step that just meets the tolerance is (tolerance/error)^(1/3) as
+        # long
         factor = _GROW if error == 0 else _SAFETY * (tolerance / error) ** (1 / 3)
         proposed = h * min(max(factor, _SHRINK), _GROW)
         if error <= tolerance:

@@ -26,11 +26,11 @@ def look_at_state(
     """Return the lowest eigenvalues of density matrices on some sites.
 
     Args:
-        net: the state.
-        povm: the frame, or one for each site.
-        places: the sites of each matrix; evenly chosen ones if there are over 64.
-        num_samples: the number of draws; None sums over all outcomes.
-        seed: the seed of the draws.
+        net: The variational state.
+        povm: The frame of all sites, or one for each site.
+        places: The sites of each matrix; evenly chosen ones if there are over 64.
+        num_samples: The number of draws; None sums over all outcomes.
+        seed: The seed of the draws.
     """
     stride = max(1, len(places) // _MOST_PLACES)
     generator = torch.Generator(device=net.device).manual_seed((seed + _POSITIVITY_SEED) % 2**62)
@@ -46,7 +46,7 @@ def warn_of_state(found: Positivity | None, stacklevel: int = 3) -> None:
     """Warn if the state is certainly no quantum state.
 
     Warns:
-        ConvergenceWarning: if a density matrix of few sites has an eigenvalue below zero by five standard errors.
+        ConvergenceWarning: If a density matrix of few sites has an eigenvalue below zero by five standard errors.
     """
     if found is None:
         return
@@ -64,7 +64,7 @@ def warn_of_steps(run: Evolution, stacklevel: int = 3) -> None:
     """Warn if an evolution's last steps didn't follow the change that was asked of them.
 
     Warns:
-        ConvergenceWarning: if the mean residual of the steps before the last time is one or more.
+        ConvergenceWarning: If the mean residual of the steps before the last time is one or more.
     """
     if len(run.times) < 2 or "residual" not in run.steps:
         return

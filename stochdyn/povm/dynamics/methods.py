@@ -31,11 +31,11 @@ class Problem:
     """What a stepper works on.
 
     Attributes:
-        averages: the state, the master equation, and what means are taken over.
-        schedule: output times, breaks of the coefficients, and how far a step may reach.
-        scale: the fastest rate of the model.
-        seed: the seed of the run.
-        time_dependent: whether the master equation is to be told the time.
+        averages: The state, the master equation, and what means are taken over.
+        schedule: The output times, the breaks of the coefficients, and how far a step may reach.
+        scale: The fastest rate of the model.
+        seed: The seed of the run.
+        time_dependent: Whether the master equation is to be told the time.
     """
 
     averages: Averages
@@ -63,18 +63,19 @@ class TDVP(Method):
     When would I use this? To begin with, and nearly always: it is the cheapest by far.
 
     Args:
-        tolerance: the error of a step in the Fisher metric, whose half square is a divergence; None for 1e-3 with full
+        tolerance: The error of a step in the Fisher metric, whose half square is a divergence; None for 1e-3 with full
             summation and 1e-2 with samples.
-        dt: the length of fixed steps; None controls the length by the tolerance.
-        first_step: the length to try first where it is controlled; None takes it from the rate of change.
-        rcond: the relative cut of the eigenvalues of the metric; None for 1e-8 with full summation and 1e-5 with samples.
-        min_snr: directions whose force is less than so many times its sampling noise fade out; 0 keeps all. None for 0
-            with more draws than parameters and 2 with fewer: many weak directions left out add up to a bias, but fewer
-            draws can't do without.
-        stratified: whether to draw evenly; see :meth:`~stochdyn.povm.Ansatz.sample`.
+        dt: The length of fixed steps; None controls the length by the tolerance.
+        first_step: The length to try first where it is controlled; None takes it from the rate of change.
+        rcond: The relative cut of the eigenvalues of the metric; None for 1e-8 with full summation and 1e-5 with
+            samples.
+        min_snr: The ratio of signal to noise below which directions fade out: those whose force is less than so many
+            times its sampling noise. 0 keeps all; None for 0 with more draws than parameters and 2 with fewer: many
+            weak directions left out add up to a bias, but fewer draws can't do without.
+        stratified: Whether to draw evenly, as in :meth:`~stochdyn.povm.Ansatz.sample`.
 
     Raises:
-        InvalidInputError: if an option is out of range.
+        InvalidInputError: If an option is out of range.
 
     Reference:
         Reh, Schmitt and Gärttner, Phys. Rev. Lett. 127, 230501 (2021).
@@ -99,7 +100,7 @@ class TDVP(Method):
                 )
 
     def stepper(self, problem: Problem) -> Stepper:
-        """See :meth:`Method.stepper`."""
+        """Return the stepper that carries these options out."""
         return TDVPStepper(self, problem)
 
 
@@ -110,15 +111,15 @@ class Trapezoid(Method):
     When would I use this? For comparison with the paper, and where very long steps are wanted.
 
     Args:
-        dt: the length of a step (twice the ``dt`` of the reference code); None for 0.05 over the model's fastest rate.
-        norm: ``"l1"`` or ``"l2"``, of the residual.
-        steps: the number of gradient steps for each time step.
-        lr: the learning rate at the start of each time step.
-        extrapolate: whether to start each step from the parameters moved on as in the step before.
-        stratified: whether to draw evenly; see :meth:`~stochdyn.povm.Ansatz.sample`.
+        dt: The length of a step (twice the ``dt`` of the reference code); None for 0.05 over the model's fastest rate.
+        norm: The norm of the residual, ``"l1"`` or ``"l2"``.
+        steps: The number of gradient steps for each time step.
+        lr: The learning rate at the start of each time step.
+        extrapolate: Whether to start each step from the parameters moved on as in the step before.
+        stratified: Whether to draw evenly, as in :meth:`~stochdyn.povm.Ansatz.sample`.
 
     Raises:
-        InvalidInputError: if an option is out of range.
+        InvalidInputError: If an option is out of range.
 
     Reference:
         Luo, Chen, Carrasquilla and Clark, Phys. Rev. Lett. 128, 090501 (2022).
@@ -140,7 +141,7 @@ class Trapezoid(Method):
         check_bool(self.stratified, "stratified")
 
     def stepper(self, problem: Problem) -> Stepper:
-        """See :meth:`Method.stepper`."""
+        """Return the stepper that carries these options out."""
         return TrapezoidStepper(self, problem)
 
 
@@ -152,14 +153,15 @@ class Fit(Method):
     no longer gains.
 
     Args:
-        dt: the length of a step; None for 0.05 over the model's fastest rate.
-        max_iterations: the largest number of natural-gradient steps of a fit.
-        rcond: the relative cut of the eigenvalues of the metric; None for 1e-8 with full summation and 1e-5 with samples.
-        min_snr: the least ratio of signal to noise; see :class:`TDVP`.
-        stratified: whether to draw evenly; see :meth:`~stochdyn.povm.Ansatz.sample`.
+        dt: The length of a step; None for 0.05 over the model's fastest rate.
+        max_iterations: The largest number of natural-gradient steps of a fit.
+        rcond: The relative cut of the eigenvalues of the metric; None for 1e-8 with full summation and 1e-5 with
+            samples.
+        min_snr: The least ratio of signal to noise, as in :class:`TDVP`.
+        stratified: Whether to draw evenly, as in :meth:`~stochdyn.povm.Ansatz.sample`.
 
     Raises:
-        InvalidInputError: if an option is out of range.
+        InvalidInputError: If an option is out of range.
     """
 
     dt: float | None = None
@@ -176,7 +178,7 @@ class Fit(Method):
         check_bool(self.stratified, "stratified")
 
     def stepper(self, problem: Problem) -> Stepper:
-        """See :meth:`Method.stepper`."""
+        """Return the stepper that carries these options out."""
         return FitStepper(self, problem)
 
 
@@ -187,7 +189,7 @@ def read_method(method: object) -> Method:
     """Return a method from an object, or from a name with its defaults.
 
     Raises:
-        InvalidInputError: if it is neither.
+        InvalidInputError: If it is neither.
     """
     if isinstance(method, str):
         check_choice(method, tuple(METHODS), "method")
@@ -217,9 +219,9 @@ class Step:
     """What a step did.
 
     Attributes:
-        taken: its length.
-        residual: how good it was; see the stepper.
-        report: numbers to keep.
+        taken: The length of the step.
+        residual: The residual of the step, whose meaning the stepper documents.
+        report: The numbers by name that the record of the run keeps.
     """
 
     taken: float
@@ -234,7 +236,7 @@ class Stepper(ABC):
     parameters, the number of the step and :meth:`state_dict`.
 
     Args:
-        problem: what it works on.
+        problem: The evolution that the steps are taken for.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -264,6 +266,7 @@ class Stepper(ABC):
 
     def _even(self, t: float, longest: float, dt: float | None) -> float:
         """Return the length that divides what is left into equal steps that aren't too long."""
+        # the largest step not longer than wanted that divides the rest into equal parts
         wanted = dt if dt is not None else _DEFAULT_DT / max(self.problem.scale, 1e-300)
         wanted = min(wanted, self.problem.schedule.longest(t))
         return longest / max(1, math.ceil(longest / wanted * (1 - 1e-9)))
@@ -295,7 +298,7 @@ class TDVPStepper(Stepper):
         self.y = self.net.parameter_vector().double()
 
     def step(self, number: int, t: float, longest: float) -> Step:
-        """See :meth:`Stepper.step`; all velocities of a step use the same random numbers."""
+        """Take one step of Heun's method; all velocities of a step use the same random numbers."""
         segment = self.problem.schedule.segment_of(t)
 
         def field(s: float, y: Tensor) -> Velocity:
@@ -326,11 +329,11 @@ class TDVPStepper(Stepper):
         return Step(done.taken, start.residual, report)
 
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`Stepper.state_dict`."""
+        """Return the parameters in double precision and the length of the next step."""
         return {"y": self.y, "proposed": self.proposed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Stepper.load_state_dict`."""
+        """Go on from the parameters and the length of the next step."""
         self.y, self.proposed = state["y"].to(self.net.device), state["proposed"]
         self.net.set_parameter_vector(self.y)
 
@@ -345,7 +348,7 @@ class TrapezoidStepper(Stepper):
         self.last = 0.0
 
     def step(self, number: int, t: float, longest: float) -> Step:
-        """See :meth:`Stepper.step`."""
+        """Take one step by minimising the residual of the trapezoid rule."""
         h = self._even(t, longest, self.method.dt)
         problem = trapezoid_problem(self.averages, self.time(t), h, self.method.norm)
         before = self.net.parameter_vector()
@@ -356,11 +359,11 @@ class TrapezoidStepper(Stepper):
         return Step(h, best.loss, {"first": best.losses[0]})
 
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`Stepper.state_dict`."""
+        """Return the change of the parameters in the last step, and its length."""
         return {"change": self.change, "last": self.last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Stepper.load_state_dict`."""
+        """Go on from the change of the parameters in the last step."""
         change = state["change"]
         self.change, self.last = None if change is None else change.to(self.net.device), state["last"]
 
@@ -374,7 +377,7 @@ class FitStepper(Stepper):
         self.rcond, self.min_snr = self._regularisation(method)
 
     def step(self, number: int, t: float, longest: float) -> Step:
-        """See :meth:`Stepper.step`."""
+        """Take one step by two fits to explicit targets."""
         h = self._even(t, longest, self.method.dt)
         options = (self.method.max_iterations, self.rcond, self.min_snr)
         done = target_step(self.averages, self.time(t), h, self.generator(number), *options)

@@ -24,9 +24,9 @@ class NewtonStep:
     r"""One step.
 
     Attributes:
-        mean_square: :math:`E\ell^2` before it, on its outcomes.
-        mean_absolute: :math:`E|\ell|=\|LP\|_1` before it.
-        accepted: whether the mean square fell: on the same outcomes by full summation, on fresh draws by sampling.
+        mean_square: The mean square :math:`E\ell^2` of the rates before the step, on its outcomes.
+        mean_absolute: The mean :math:`E|\ell|=\|LP\|_1` before the step.
+        accepted: Whether the mean square fell: on the same outcomes by full summation, on fresh draws by sampling.
     """
 
     mean_square: float
@@ -43,9 +43,9 @@ def rates_and_gradients(net: Ansatz, operator: SparseMasterEquation, a: Tensor) 
     too much memory, the sums are taken in the backward pass.
 
     Args:
-        net: the state.
-        operator: the master equation, constant in time.
-        a: ``(m, N)`` distinct outcomes.
+        net: The variational state.
+        operator: The master equation, constant in time.
+        a: The distinct outcomes ``(m, N)``.
 
     Returns:
         ``(m,)`` and ``(m, P)`` in float64.
@@ -81,10 +81,10 @@ class GaussNewton:
     rates vanish in the steady state, so does their sampling noise.
 
     Args:
-        averages: the state, which is changed in place, the master equation, constant in time, and what means are taken
+        averages: The state, which is changed in place, the master equation, constant in time, and what means are taken
             over.
-        damping: at the start, relative to the largest eigenvalue.
-        floor: least damping; larger where there are fewer samples than parameters, so that the samples of one step
+        damping: The damping at the start, relative to the largest eigenvalue.
+        floor: The least damping; larger where there are fewer samples than parameters, so that the samples of one step
             aren't fitted to the last digit.
     """
 
@@ -106,6 +106,8 @@ class GaussNewton:
         local, gradient = rates_and_gradients(self.net, self.operator, a)
         root = w.sqrt()
         matrix, right = gradient * root[:, None], local * root
+        # delta theta = -A^T (A A^T + lambda)^-1 sqrt(w) l: the small system, of samples rather than
+        # parameters
         gram = matrix @ matrix.mT
         scale = float(torch.linalg.matrix_norm(gram, 2)) if gram.shape[0] < 64 else _power(gram)
         eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
@@ -140,6 +142,7 @@ class GaussNewton:
 
 def _power(gram: Tensor) -> float:
     """Return the largest eigenvalue, near enough for a scale."""
+    # power iteration
     v = gram.sum(1)
     for _ in range(12):
         v = gram @ (v / v.norm().clamp(min=1e-300))

@@ -24,9 +24,9 @@ class ResidualValue:
     r"""A residual's norm, and its gradient as :math:`\sum_bc_b\nabla\log P(b)`.
 
     Attributes:
-        loss: estimate of the norm.
-        outcomes: ``(m, N)`` distinct.
-        coefficients: ``(m,)`` float64.
+        loss: The estimate of the norm.
+        outcomes: The distinct outcomes ``(m, N)``.
+        coefficients: The coefficients ``(m,)`` of the gradient, float64.
     """
 
     loss: float
@@ -50,12 +50,12 @@ class ResidualProblem:
     without bias. All is formed from differences of log probabilities.
 
     Args:
-        averages: the state that is trained, the master equation, and what means are taken over.
-        norm: ``"l1"`` or ``"l2"``.
-        kappa: 1 or 0.
-        tau: the factor of ``L``.
-        source: the known side ``G``; None for zero.
-        t: time of the operator.
+        averages: The state that is trained, the master equation, and what means are taken over.
+        norm: The norm of the residual, ``"l1"`` or ``"l2"``.
+        kappa: The factor :math:`\kappa` of the probabilities, 1 or 0.
+        tau: The factor :math:`\tau` of the operator ``L``.
+        source: The known side ``G``; None for zero.
+        t: The time at which the operator is evaluated.
 
     Reference:
         Luo, Chen, Carrasquilla and Clark, Phys. Rev. Lett. 128, 090501 (2022), the forward-backward trapezoid method.
@@ -86,11 +86,14 @@ class ResidualProblem:
         net = self.net
         every = all_configurations(net.num_sites, net.num_outcomes, net.device)
         log_p = net.log_prob(every).double()
+        # R = kappa P - tau L P - G over all outcomes
         p = log_p.exp()
         residual = self.kappa * p - self.tau * self.operator.apply(p, self.t)
         if self.source is not None:
             residual = residual - self.source.table()
         value, v = self._derivative(residual / p)
+        # the gradient's coefficients c_b = P(b) sum_a v(a) (kappa delta_ab - tau L_ab): the adjoint of the
+        # same operator
         back = self.kappa * v - self.tau * self.operator.apply_adjoint(v, self.t)
         coefficients = p * back
         if isinstance(net, AutoregressiveAnsatz) and net.symmetry is not None:
@@ -111,6 +114,7 @@ class ResidualProblem:
         each = net.log_prob(unique).double()
         log_p = each[index]
         n = a.shape[0]
+        # L_ab P(b)/P(a) for every connected b; with the diagonal it makes l(a)
         flow = rates[row, place + 1].double() * (log_p[n:] - log_p[row]).exp()
         diagonal = rates[:, 0].double()
         local = diagonal.index_add(0, row, flow)
@@ -118,6 +122,8 @@ class ResidualProblem:
         if self.source is not None:
             ratio = ratio - self.source.relative(a, log_p[:n])
         value, v = self._derivative(ratio)
+        # the gradient E v(a) sum_b (P(b)/P(a)) (kappa delta_ab - tau L_ab) grad log P(b), split into b = a
+        # and b != a
         own = w * v * (self.kappa - self.tau * diagonal)
         through = -self.tau * (w * v)[row] * flow
         coefficients = own.new_zeros(unique.shape[0]).index_add(0, index, torch.cat([own, through]))
@@ -139,10 +145,10 @@ class StepSource:
     r"""The known side :math:`G=(1+\tau L)P_t` of a step, of a state that was frozen before it.
 
     Args:
-        frozen: the state before the step; its parameters are not to change.
-        operator: the master equation.
-        tau: half the step.
-        t: time before the step.
+        frozen: The state before the step; its parameters are not to change.
+        operator: The master equation.
+        tau: Half the length of the step.
+        t: The time before the step.
     """
 
     def __init__(self, frozen: Ansatz, operator: SparseMasterEquation, tau: float, t: float | None) -> None:

@@ -22,7 +22,7 @@ class Tape:
     the network alone.
 
     Args:
-        samples: number of samples ``n``. Tensors that layers read and write have ``n * m`` rows, the samples
+        samples: The number ``n`` of samples. Tensors that layers read and write have ``n * m`` rows, the samples
             slowest.
 
     Reference:
@@ -73,10 +73,11 @@ class Tape:
         """Remember ``y = x @ matrix.T`` of a matrix that is made of a parameter.
 
         Args:
-            parameter: what the matrix is made of.
-            x: ``(rows, in)`` what was read.
-            y: ``(rows, out)`` what was written.
-            finish: turns derivatives by the matrix ``(n, out, in)`` into those by the parameter ``(n, numel)``.
+            parameter: The parameter that the matrix is made of.
+            x: The tensor ``(rows, in)`` that was read.
+            y: The tensor ``(rows, out)`` that was written.
+            finish: A function that turns derivatives by the matrix ``(n, out, in)`` into those by the parameter ``(n,
+                numel)``.
         """
         self._finish[id(parameter)] = finish
         return self._keep("custom", (parameter,), x.detach(), y)
@@ -117,8 +118,10 @@ class Tape:
             assert parameter is not None
             entries = parameter.shape[0]
             place = read.reshape(n, -1) + entries * torch.arange(n, device=read.device)[:, None]
+            # the derivative by row e of the table is the sum of the slopes where e was looked up
             found = g.new_zeros(n * entries, g.shape[-1])
             return (found.index_add_(0, place.reshape(-1), g.reshape(-1, g.shape[-1])),)
+        # sum over places t of the outer product of slope and input, for every sample n at once
         x = read.reshape(n, -1, read.shape[-1])
         if kind == "linear":
             return torch.bmm(g.mT, x), g.sum(1)

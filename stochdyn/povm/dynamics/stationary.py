@@ -23,9 +23,9 @@ class StationaryResidual(Objective):
     in bounded memory.
 
     Args:
-        averages: the state, the master equation, constant in time, and what means are taken over.
-        norm: ``"l1"`` or ``"l2"``.
-        unit: a time by which rates are multiplied, so that the optimiser's constants have no dimension.
+        averages: The state, the master equation, constant in time, and what means are taken over.
+        norm: The norm of the residual, ``"l1"`` or ``"l2"``.
+        unit: A time by which rates are multiplied, so that the optimiser's constants have no dimension.
 
     Example:
         >>> from stochdyn.povm import AutoregressiveTransformer, Lindbladian, Tetrahedral
@@ -67,10 +67,10 @@ def spectral_gap(operator: SparseMasterEquation) -> float:
     r"""Return how fast the slowest mode of a small system relaxes, minus the largest real part but zero of the spectrum.
 
     Args:
-        operator: constant in time.
+        operator: The master equation, constant in time.
 
     Raises:
-        SystemSizeError: if there are over 65536 outcomes.
+        SystemSizeError: If there are over 65536 outcomes.
 
     Example:
         >>> from stochdyn.povm import Lindbladian, Tetrahedral
@@ -89,6 +89,7 @@ def spectral_gap(operator: SparseMasterEquation) -> float:
             hint="pass gap=..., or leave it to the relaxation seen on the way",
         )
     reference = operator.matrix(0)
+    # the eigenvalue 0 is the steady state; the next one by real part is the slowest mode
     if size <= 256:
         matrix = operator.apply(torch.eye(size, dtype=reference.dtype, device=reference.device)).mT
         values = torch.linalg.eigvals(matrix).real.sort(descending=True)[0]

@@ -50,17 +50,17 @@ class SteadyState:
     r"""The result of :func:`stochdyn.povm.steady_state`.
 
     Attributes:
-        expect: by name, the means of the observables.
-        stderr: by name, their standard errors given the state; zero by full summation.
-        residual: :math:`\|LP\|_1 = E|\ell|`, a rate, which is zero in the steady state only.
-        gap: the relaxation rate of the slowest mode, or NaN if unknown.
-        gap_source: ``"given"``, ``"spectrum"``, ``"relaxation"`` (the decay of the rates over the last part of a long
-            evolution, which may be that of a faster mode) or ``"unknown"``.
-        history: what was minimised or watched, by phase.
-        net: the ansatz, in the steady state.
-        seconds: the processor time in seconds.
-        method: the method by which it was found, with its options.
-        positivity: the lowest eigenvalues of two-site density matrices, on the bonds of the model.
+        expect: The mean of every observable by name.
+        stderr: The standard error of every mean by name, given the state; zero by full summation.
+        residual: The rate :math:`\|LP\|_1 = E|\ell|`, which is zero in the steady state only.
+        gap: The relaxation rate of the slowest mode, or NaN if unknown.
+        gap_source: The origin of the gap: ``"given"``, ``"spectrum"``, ``"relaxation"`` (the decay of the rates over
+            the last part of a long evolution, which may be that of a faster mode) or ``"unknown"``.
+        history: The series that were minimised or watched, by phase.
+        net: The ansatz, in the steady state.
+        seconds: The processor time in seconds.
+        method: The method by which it was found, with its options.
+        positivity: The lowest eigenvalues of two-site density matrices, on the bonds of the model.
     """
 
     expect: dict[str, complex]
@@ -102,35 +102,35 @@ def steady_state(
     r"""Find the steady state :math:`LP=0` of a Lindbladian, in place.
 
     Args:
-        net: the state where to start.
-        model: the Lindbladian, constant in time, its parameters bound.
-        povm: the frame, or one for each site.
-        method: :class:`~stochdyn.povm.Combined`, :class:`~stochdyn.povm.Relaxation`, :class:`~stochdyn.povm.Newton` or
-            :class:`~stochdyn.povm.Descent` with options of their own; or the name of one, ``"combined"``, ``"tdvp"``,
-            ``"newton"`` or ``"trapezoid"``, with its defaults.
-        num_samples: the number of draws for each estimate; None sums over all outcomes, see
+        net: The state from which the search starts.
+        model: The Lindbladian, constant in time, its parameters bound.
+        povm: The frame of all sites, or one for each site.
+        method: The way to find it: :class:`~stochdyn.povm.Combined`, :class:`~stochdyn.povm.Relaxation`,
+            :class:`~stochdyn.povm.Newton` or :class:`~stochdyn.povm.Descent` with options of their own; or the name of
+            one, ``"combined"``, ``"tdvp"``, ``"newton"`` or ``"trapezoid"``, with its defaults.
+        num_samples: The number of draws for each estimate; None sums over all outcomes, as in
             :func:`stochdyn.povm.evolve`.
-        observables: by name, see :func:`stochdyn.povm.observable`.
-        gap: the relaxation rate of the generator, for the error estimate. If None it is computed for up to 4096
+        observables: The observables by name, each as :func:`stochdyn.povm.observable` takes it.
+        gap: The relaxation rate of the generator, for the error estimate. If None it is computed for up to 4096
             outcomes, and else taken from the relaxation where there was a long evolution.
-        observe_samples: the number of draws for observables and the residual; four times ``num_samples`` if None, at
+        observe_samples: The number of draws for observables and the residual; four times ``num_samples`` if None, at
             least 16384.
-        seed: the seed of all random numbers.
-        progress: whether to show bars.
-        checkpoint: a directory; evolution and refinement each keep a checkpoint in it.
-        resume: whether to continue from there, to the same bits.
+        seed: The seed of all random numbers.
+        progress: Whether to show progress bars.
+        checkpoint: A directory in which evolution and refinement each keep a checkpoint.
+        resume: Whether to continue from the checkpoint, to the same bits.
 
     Returns:
         Observables, the residual, and an estimate of the distance that is left.
 
     Raises:
-        InvalidInputError: if the model depends on time, sizes don't fit or an option is unknown. Before any work.
-        LindbladianError: if parameters aren't bound.
-        SystemSizeError: if there are too many outcomes for full summation.
-        Interrupted: after Ctrl-C, with the result so far of the phase that it came in.
+        InvalidInputError: If the model depends on time, sizes don't fit or an option is unknown. Before any work.
+        LindbladianError: If parameters aren't bound.
+        SystemSizeError: If there are too many outcomes for full summation.
+        Interrupted: After Ctrl-C, with the result so far of the phase that it came in.
 
     Warns:
-        ConvergenceWarning: if the state is far from standing still, unphysical, or not unique.
+        ConvergenceWarning: If the state is far from standing still, unphysical, or not unique.
 
     Example:
         >>> from stochdyn.povm import AutoregressiveTransformer, Lindbladian, Tetrahedral
@@ -233,7 +233,7 @@ def _warn(found: SteadyState, scale: float, slowest: float) -> None:
     """Say what a steady state is known to be off by.
 
     Warns:
-        ConvergenceWarning: if it is unphysical, far from standing still, or not the only one.
+        ConvergenceWarning: If it is unphysical, far from standing still, or not the only one.
     """
     warn_of_state(found.positivity, stacklevel=4)
     if found.gap_source == "spectrum" and found.gap < 1e-9 * scale:
@@ -274,9 +274,10 @@ def relaxation_of(t: Tensor, rate: Tensor) -> float:
     By sampling the rates end on a floor of what the ansatz can't follow, which says nothing about the relaxation.
 
     Args:
-        t: times ``(n,)``.
-        rate: the rates ``(n,)`` of the state at them.
+        t: The times ``(n,)`` of the steps.
+        rate: The rate of change ``(n,)`` of the state at each of them.
     """
+    # what the rates end on; only times well above it say how fast they fall
     floor = rate[t > 0.75 * t[-1]].median()
     above = ((rate > 4 * floor) & (rate > 0)).nonzero()[:, 0]
     if len(above) == 0:
@@ -285,6 +286,7 @@ def relaxation_of(t: Tensor, rate: Tensor) -> float:
     late = (t > end / 2) & (t <= end) & (rate > 0)
     if int(late.sum()) < 4:
         return math.nan
+    # least squares for the slope of log rate over time
     x, y = t[late] - t[late].mean(), rate[late].log()
     slope = float((x * (y - y.mean())).sum() / x.square().sum())
     return -slope if slope < 0 else math.nan
@@ -303,14 +305,14 @@ class _NewtonRun(Resumable[Tensor]):
 
     @property
     def finished(self) -> bool:
-        """See :attr:`Resumable.finished`."""
+        """Whether the rates are small, the steps are used up, or several in a row were refused."""
         enough = 2 if self.averages.num_samples is None else 4
         small = bool(self.history) and self.history[-1] < self.bound**2
         assert self.total is not None
         return self.number >= self.total or small or self.refused == enough
 
     def step(self) -> None:
-        """See :meth:`Resumable.step`."""
+        """Take one Newton step, and keep the parameters before it if their rates were the smallest so far."""
         before = self.net.parameter_vector()
         generator = torch.Generator(device=self.net.device)
         generator.manual_seed((self.seed + 7919 * len(self.history)) % 2**62)
@@ -322,11 +324,11 @@ class _NewtonRun(Resumable[Tensor]):
         self.refused = 0 if step.accepted else self.refused + 1
 
     def describe(self) -> dict[str, str]:
-        """See :meth:`Resumable.describe`."""
+        """Return the residual, for the progress bar."""
         return {"residual": f"{self.mean_absolute:.3g}"}
 
     def state(self) -> dict[str, Any]:
-        """See :meth:`Resumable.state`."""
+        """Return everything that a checkpoint needs to go on to the same bits."""
         return {
             "net": dict(self.net.state_dict()),
             "history": list(self.history),
@@ -337,14 +339,14 @@ class _NewtonRun(Resumable[Tensor]):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """See :meth:`Resumable.load_state`."""
+        """Go on from what :meth:`state` returned."""
         self.net.load_state_dict(state["net"])
         self.history, self.solver.damping = list(state["history"]), state["damping"]
         self.best, self.best_y = state["best"], state["best_y"].to(self.net.device)
         self.refused = state["refused"]
 
     def report(self) -> Tensor:
-        """See :meth:`Resumable.report`: the history; by full summation the best iterate is put in place."""
+        """Return the history; by full summation the best iterate is put in place."""
         if self.averages.num_samples is None:
             final = self.averages.draw()
             rates = local_rates(self.net, self.averages.operator, final.outcomes)

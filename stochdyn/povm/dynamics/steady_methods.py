@@ -24,12 +24,13 @@ class Relaxation(SteadyMethod):
     When would I use this? For long chains by sampling, and to see the relaxation itself.
 
     Args:
-        horizon: the length of the evolution; None for 20 over the least jump rate at a site.
-        tolerance: rates :math:`\sqrt{E\ell^2}` at which it stops, relative to the model's fastest rate.
-        evolution: the options of its steps.
+        horizon: The length of the evolution; None for 20 over the least jump rate at a site.
+        tolerance: The rate of change :math:`\sqrt{E\ell^2}` at which the evolution stops, relative to the model's
+            fastest rate.
+        evolution: The options of the steps of the evolution.
 
     Raises:
-        InvalidInputError: if an option is out of range.
+        InvalidInputError: If an option is out of range.
     """
 
     horizon: float | None = None
@@ -52,11 +53,12 @@ class Newton(SteadyMethod):
     times fewer than gradient descent.
 
     Args:
-        max_iterations: the largest number of steps.
-        tolerance: rates :math:`\sqrt{E\ell^2}` at which they stop, relative to the model's fastest rate.
+        max_iterations: The largest number of steps.
+        tolerance: The rate of change :math:`\sqrt{E\ell^2}` at which the steps end, relative to the model's fastest
+            rate.
 
     Raises:
-        InvalidInputError: if an option is out of range.
+        InvalidInputError: If an option is out of range.
     """
 
     max_iterations: int = 30
@@ -75,11 +77,11 @@ class Combined(SteadyMethod):
     When would I use this? To begin with.
 
     Args:
-        relaxation: the options of the evolution; None for one over the least jump rate at a site.
-        newton: the options of the steps after it.
+        relaxation: The options of the evolution; None for one over the least jump rate at a site.
+        newton: The options of the Gauss-Newton steps after it.
 
     Raises:
-        InvalidInputError: if an option has the wrong type.
+        InvalidInputError: If an option has the wrong type.
     """
 
     relaxation: Relaxation | None = None
@@ -100,12 +102,12 @@ class Descent(SteadyMethod):
     best iterate is kept.
 
     Args:
-        norm: ``"l1"`` or ``"l2"``, of the residual.
-        steps: the number of gradient steps.
-        lr: the learning rate at the start, which falls along a cosine.
+        norm: The norm of the residual, ``"l1"`` or ``"l2"``.
+        steps: The number of gradient steps.
+        lr: The learning rate at the start, which falls along a cosine.
 
     Raises:
-        InvalidInputError: if an option is out of range.
+        InvalidInputError: If an option is out of range.
     """
 
     norm: str = "l1"
@@ -131,7 +133,7 @@ def read_steady_method(method: object) -> SteadyMethod:
     """Return a method from an object, or from a name with its defaults; ``TDVP(...)`` is an evolution by it.
 
     Raises:
-        InvalidInputError: if it is neither.
+        InvalidInputError: If it is neither.
     """
     if isinstance(method, str):
         check_choice(method, tuple(METHODS), "method")

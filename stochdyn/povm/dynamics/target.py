@@ -22,9 +22,10 @@ class TargetFit:
     r"""How near a fit came to its target.
 
     Attributes:
-        misfit: :math:`\sqrt{E_{P_\theta}(Q/P_\theta-1)^2}`; half its square is about :math:`KL(Q\|P_\theta)`.
-        iterations: number of steps taken.
-        clipped: weight of the outcomes where the target was negative and taken as zero.
+        misfit: The misfit :math:`\sqrt{E_{P_\theta}(Q/P_\theta-1)^2}`; half its square is about
+            :math:`KL(Q\|P_\theta)`.
+        iterations: The number of steps taken.
+        clipped: The weight of the outcomes where the target was negative and taken as zero.
     """
 
     misfit: float
@@ -54,13 +55,13 @@ def fit_to_target(
     gradient is taken at the outcomes alone, not at those connected to them.
 
     Args:
-        net: where to start, and what is changed.
-        batch: outcomes under :math:`P_0`.
-        log_prob: ``(m,)`` their log probabilities under :math:`P_0`.
-        factor: ``(m,)`` the weights ``w``.
-        max_iterations: the largest number of steps.
-        rcond: relative cut of the eigenvalues of the metric.
-        min_snr: least ratio of signal to noise.
+        net: The state where the fit starts, and which is changed.
+        batch: The outcomes under :math:`P_0` with their weights.
+        log_prob: The log probabilities ``(m,)`` of the outcomes under :math:`P_0`.
+        factor: The weights ``w`` of the target, ``(m,)``.
+        max_iterations: The largest number of steps.
+        rcond: The relative cut of the eigenvalues of the metric.
+        min_snr: The least ratio of signal to noise.
 
     Returns:
         The quality of the fit.
@@ -77,9 +78,12 @@ def fit_to_target(
     count = 0
     for count in range(max_iterations + 1):
         now, scores = net.scores(batch.outcomes)
+        # rho = P_theta/P_0 turns means under P_0 into means under P_theta
         ratio = (now.double() - log_prob).exp()
         weights = batch.weights * ratio
         weights = weights / weights.sum()
+        # w/rho - 1: its mean under P_theta is zero where both laws are normalised, which makes it a control
+        # variate
         gap = target / ratio - 1
         misfit = float((weights @ (gap - weights @ gap).square()).sqrt())
         if not misfit < best * 0.98:
@@ -109,13 +113,13 @@ def target_step(
         Q_1 = (1+hL)P_t,\qquad Q_2 = P_t + \tfrac h2L\,(P_t+P_1),\qquad P_1\approx Q_1
 
     Args:
-        averages: the state, which is changed in place, the master equation, and what means are taken over.
-        t: the time before the step; None if the equation doesn't depend on it.
-        step: ``h``.
-        generator: source of randomness.
-        max_iterations: the largest number of natural-gradient steps of a fit.
-        rcond: relative cut of the eigenvalues of the metric.
-        min_snr: least ratio of signal to noise.
+        averages: The state, which is changed in place, the master equation, and what means are taken over.
+        t: The time before the step; None if the equation doesn't depend on it.
+        step: The length ``h`` of the step.
+        generator: The source of randomness of the draws.
+        max_iterations: The largest number of natural-gradient steps of a fit.
+        rcond: The relative cut of the eigenvalues of the metric.
+        min_snr: The least ratio of signal to noise.
     """
     net, operator = averages.net, averages.operator
     batch = averages.draw(generator)
@@ -128,5 +132,6 @@ def target_step(
     fit_to_target(net, batch, before, 1 + step * rate, *options)
     with torch.no_grad():
         predicted = net.log_prob(a).double()
+    # L P_1 over P_0, from the rates of the predicted state
     flow = (predicted - before).exp() * local_rates(net, operator, a, later)
     return fit_to_target(net, batch, before, 1 + 0.5 * step * (rate + flow), *options)

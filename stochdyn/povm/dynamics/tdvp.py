@@ -20,7 +20,7 @@ class FisherMetric:
     r"""The metric :math:`d(\delta)^2=\delta^\top S\,\delta`, kept as the scores it is made of.
 
     Attributes:
-        factor: ``(m, P)`` scores, centred and times the root of their weights, so that ``S = factor.T @ factor``.
+        factor: The scores ``(m, P)``, centred and times the root of their weights, so that ``S = factor.T @ factor``.
     """
 
     factor: Tensor
@@ -35,15 +35,15 @@ class Velocity:
     r"""A solution of :math:`S\dot\theta=F` and how good it is.
 
     Attributes:
-        direction: ``(P,)`` the change of the parameters per unit of time.
-        residual: the part of the wanted change of the law that the ansatz can't make,
+        direction: The change of the parameters per unit of time, ``(P,)``.
+        residual: The part of the wanted change of the law that the ansatz can't make,
             :math:`\sqrt{E(\ell-O\dot\theta)^2/E\ell^2}`, between 0 and 1; by sampling that of draws left out of the
             solution, where 1 says that nothing of their change was foreseen.
-        left_out: the same without its bound: above 1 where the solution is worse on draws left out than none.
-        rate_norm: :math:`\sqrt{E\ell^2}`, how fast the law changes; zero in a steady state.
-        mean_rate: :math:`E\ell`, exactly zero but for sampling error.
-        rank: number of directions kept, as the sum of the filters.
-        metric: at these parameters.
+        left_out: The residual without its bound: above 1 where the solution is worse on draws left out than none.
+        rate_norm: The speed :math:`\sqrt{E\ell^2}` at which the law changes; zero in a steady state.
+        mean_rate: The mean rate :math:`E\ell`, exactly zero but for sampling error.
+        rank: The number of directions kept, as the sum of the filters.
+        metric: The Fisher metric at these parameters.
     """
 
     direction: Tensor
@@ -100,12 +100,13 @@ def solve_velocity(
     is that of the solution without it (by its leverage), since a solution that meets all samples has none on them.
 
     Args:
-        scores: ``(m, P)`` scores.
-        rates: ``(m,)`` wanted changes of the log probability.
-        weights: ``(m,)`` that sum to one.
-        num_samples: number of draws behind the weights; None where they are exact, which turns the noise filter off.
-        rcond: relative cut of eigenvalues.
-        min_snr: least ratio of signal to noise; 0 keeps all.
+        scores: The scores ``(m, P)``.
+        rates: The wanted changes ``(m,)`` of the log probability.
+        weights: The weights ``(m,)`` of the outcomes, which sum to one.
+        num_samples: The number of draws behind the weights; None where they are exact, which turns the noise filter
+            off.
+        rcond: The relative cut of the eigenvalues of the metric.
+        min_snr: The least ratio of signal to noise; 0 keeps all directions.
 
     Returns:
         The velocity and its quality.
@@ -120,12 +121,15 @@ def solve_velocity(
     b, r = _centred(scores, weights), _centred(rates, weights)
     m, p = b.shape
     small = m < p
+    # S = B^T B and B B^T have the same nonzero eigenvalues; the smaller of them is diagonalised
     gram = b @ b.mT if small else b.mT @ b
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp(min=0)
     largest = values[-1].clamp(min=torch.finfo(values.dtype).tiny)
     keep = values > largest * max(1e-14, 1e-3 * rcond)
     values, vectors = values[keep], vectors[:, keep]
+    # 1 / (1 + (rcond sigma_1/sigma_k)^6) / (1 + (snr/SNR_k)^6) over sigma_k, the soft inverse of the
+    # docstring
     filters = 1 / (1 + (rcond * largest / values) ** _SHARPNESS)
     # left: samples in the eigenbasis (m, k), orthonormal; force: F_k over the root of the eigenvalue
     left = vectors if small else (b @ vectors) / values.sqrt()
@@ -162,12 +166,12 @@ def _left_out(
     a draw's residual grows by 1 / (1 - its leverage); an outcome drawn c times has c times the leverage of one draw.
 
     Args:
-        r: ``(m,)`` centred rates.
-        left: ``(m, k)`` orthonormal.
-        slack: ``(k,)`` one minus the filters, above rounding.
-        force: ``(k,)``.
-        weights: ``(m,)``.
-        num_samples: number of draws.
+        r: The centred rates ``(m,)``.
+        left: The orthonormal directions ``(m, k)`` over the samples.
+        slack: One minus the filter of each direction ``(k,)``, above rounding.
+        force: The force ``(k,)`` along each direction.
+        weights: The weights ``(m,)`` of the outcomes.
+        num_samples: The number of draws behind the weights, or None.
     """
     rest = r - left @ force + left @ (slack * force)
     if num_samples is None:
@@ -188,14 +192,14 @@ def tdvp_velocity(
     """Return the velocity of the parameters at the present state; see :func:`solve_velocity`.
 
     Args:
-        averages: the state, the master equation, and what means are taken over.
-        t: the time, where the equation depends on it.
-        generator: the source of randomness of the samples.
-        rcond: the relative cut of eigenvalues.
-        min_snr: the least ratio of signal to noise.
+        averages: The state, the master equation, and what means are taken over.
+        t: The time, where the equation depends on it.
+        generator: The source of randomness of the samples.
+        rcond: The relative cut of the eigenvalues of the metric.
+        min_snr: The least ratio of signal to noise.
 
     Raises:
-        NonFiniteError: if scores or rates aren't finite.
+        NonFiniteError: If scores or rates aren't finite.
     """
     batch = averages.draw(generator)
     _, scores = averages.net.scores(batch.outcomes)

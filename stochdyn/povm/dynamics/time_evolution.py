@@ -52,43 +52,45 @@ def evolve(
     r"""Move a variational state along a master equation, :math:`\dot P = LP`, in place.
 
     Args:
-        net: the state at the first time, such as after :meth:`Ansatz.set_product_state`. Put it in float64 for accuracy
+        net: The state at the first time, such as after :meth:`Ansatz.set_product_state`. Put it in float64 for accuracy
             better than about 1e-3.
-        model: the Lindbladian, its parameters bound.
-        povm: the frame, or one for each site.
-        ts: the output times ``(T,)``, strictly increasing; observables are taken at each, also at the first.
-        method: :class:`~stochdyn.povm.TDVP`, :class:`~stochdyn.povm.Trapezoid` or :class:`~stochdyn.povm.Fit` with
-            options of their own, or the name of one, ``"tdvp"``, ``"trapezoid"`` or ``"fit"``, with its defaults.
-        num_samples: the number of draws for each estimate; None sums over all outcomes, without any randomness, for up to
-            16384 outcomes that symmetry of state and model doesn't relate (7 sites without symmetry).
-        observables: by name, see :func:`stochdyn.povm.observable`: ``"Z"`` is the mean over sites, ``"ZZ"`` over the
-            model's bonds, ``("ZZ", (0, 1))`` on two sites. They run along on the progress bar.
-        observe_samples: the number of draws for observables; four times ``num_samples`` if None, at least 16384.
-        max_step: the longest step, for pulses shorter than 1/4096 of the span.
-        breaks: times where coefficients aren't smooth; jumps are found without.
-        seed: the seed of all random numbers.
-        progress: whether to show a bar.
-        checkpoint: a directory for checkpoints, made if need be.
-        resume: whether to continue the run in ``checkpoint``, to the same bits as if it had never stopped; a fresh run if
-            there is none.
-        checkpoint_every: the number of steps between saves.
-        stop: called after every step with what it reports (see ``Evolution.steps``); true ends the run there, with the
-            times reached so far.
+        model: The Lindbladian, its parameters bound.
+        povm: The frame of all sites, or one for each site.
+        ts: The output times ``(T,)``, strictly increasing; observables are taken at each, also at the first.
+        method: The way to take a step: :class:`~stochdyn.povm.TDVP`, :class:`~stochdyn.povm.Trapezoid` or
+            :class:`~stochdyn.povm.Fit` with options of their own, or the name of one, ``"tdvp"``, ``"trapezoid"`` or
+            ``"fit"``, with its defaults.
+        num_samples: The number of draws for each estimate; None sums over all outcomes, without any randomness, for up
+            to 16384 outcomes that symmetry of state and model doesn't relate (7 sites without symmetry).
+        observables: The observables by name, each as :func:`stochdyn.povm.observable` takes it: ``"Z"`` is the mean
+            over sites, ``"ZZ"`` over the model's bonds, ``("ZZ", (0, 1))`` on two sites. They run along on the progress
+            bar.
+        observe_samples: The number of draws for observables; four times ``num_samples`` if None, at least 16384.
+        max_step: The longest step, for pulses shorter than 1/4096 of the span.
+        breaks: The times where coefficients aren't smooth; jumps are found without.
+        seed: The seed of all random numbers.
+        progress: Whether to show a progress bar.
+        checkpoint: A directory for checkpoints, which is made if need be.
+        resume: Whether to continue the run in ``checkpoint``, to the same bits as if it had never stopped; a fresh run
+            if there is none.
+        checkpoint_every: The number of steps between saves.
+        stop: A function that is called after every step with what it reports (see ``Evolution.steps``); true ends the
+            run there, with the times reached so far.
 
     Returns:
         Expectations, their errors, residuals and states at the times.
 
     Raises:
-        TimeGridError: if the times don't increase.
-        LindbladianError: if a rate is negative at some time, or parameters aren't bound.
-        SystemSizeError: if there are too many outcomes for full summation.
-        InvalidInputError: if sizes don't fit, or the method is unknown. All before any work.
-        NonFiniteError: if a step leaves parameters that aren't finite; the state is that before the step.
-        ForeignCheckpointError: if the checkpoint belongs to another run: of another model, frame, observable or method.
-        Interrupted: after Ctrl-C, with the result so far; the checkpoint holds the last whole step.
+        TimeGridError: If the times don't increase.
+        LindbladianError: If a rate is negative at some time, or parameters aren't bound.
+        SystemSizeError: If there are too many outcomes for full summation.
+        InvalidInputError: If sizes don't fit, or the method is unknown. All before any work.
+        NonFiniteError: If a step leaves parameters that aren't finite; the state is that before the step.
+        ForeignCheckpointError: If the checkpoint belongs to another run: of another model, frame, observable or method.
+        Interrupted: After Ctrl-C, with the result so far; the checkpoint holds the last whole step.
 
     Warns:
-        ConvergenceWarning: if the ansatz can't follow the change (a residual of one), if two-site density matrices have
+        ConvergenceWarning: If the ansatz can't follow the change (a residual of one), if two-site density matrices have
             negative eigenvalues, or if the strings of the ansatz aren't symmetries of the model.
 
     Example:
@@ -178,21 +180,21 @@ class _Run(Resumable[Evolution]):
 
     @property
     def position(self) -> float:
-        """See :attr:`Resumable.position`: the time that has passed."""
+        """The time that has passed."""
         return self.t - self.times[0]
 
     @property
     def finished(self) -> bool:
-        """See :attr:`Resumable.finished`."""
+        """Whether the last output time is reached."""
         return len(self.record.residual) == len(self.times)
 
     def start(self) -> None:
-        """See :meth:`Resumable.start`: the observables at the first time."""
+        """Take the observables at the first time."""
         if not self.record.residual:
             self._observe()
 
     def step(self) -> None:
-        """See :meth:`Resumable.step`: one step of the method, to the next output time or break at most."""
+        """Take one step of the method, to the next output time or break at most."""
         segment = self.problem.schedule.segments[self.place]
         self.t = max(self.t, segment.start)  # a jump of a coefficient has two sides
         number, longest = self.number, segment.end - self.t
@@ -223,12 +225,12 @@ class _Run(Resumable[Evolution]):
         self.worst = 0.0
 
     def describe(self) -> dict[str, str]:
-        """See :meth:`Resumable.describe`: the time and the observables."""
+        """Return the time and the observables, for the progress bar."""
         shown = {name: f"{values[-1]:.4f}" for name, values in self.record.means.items() if values}
         return {"t": f"{self.t:.3g}", **shown}
 
     def state(self) -> dict[str, Any]:
-        """See :meth:`Resumable.state`."""
+        """Return everything that a checkpoint needs to go on to the same bits."""
         return {
             "net": dict(self.net.state_dict()),
             "stepper": self.stepper.state_dict(),
@@ -239,14 +241,14 @@ class _Run(Resumable[Evolution]):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """See :meth:`Resumable.load_state`."""
+        """Go on from what :meth:`state` returned."""
         self.net.load_state_dict(state["net"])
         self.stepper.load_state_dict(state["stepper"])
         self.record.load_state_dict(state["record"])
         self.t, self.worst, self.place = state["t"], state["worst"], state["place"]
 
     def report(self) -> Evolution:
-        """See :meth:`Resumable.report`."""
+        """Return the evolution so far."""
         return self.record.result(self.grid, self.net, self.method, self.seconds)
 
 
@@ -259,11 +261,11 @@ def expectations(
     """Return mean and standard error of observables in a state.
 
     Args:
-        net: the state.
-        estimators: functions of outcomes by name.
-        num_samples: the number of stratified draws, whose standard error is that of independent ones and so an upper
+        net: The variational state.
+        estimators: The functions of outcomes whose means are wanted, by name.
+        num_samples: The number of stratified draws, whose standard error is that of independent ones and so an upper
             bound; None sums over all outcomes.
-        generator: the source of randomness.
+        generator: The source of randomness.
     """
     with torch.no_grad():
         if num_samples is None:
@@ -271,6 +273,7 @@ def expectations(
             every = all_configurations(net.num_sites, net.num_outcomes, net.device)
             p = net.log_prob(every).double().exp()
             values = {name: estimator(every) for name, estimator in estimators.items()}
+            # <O> = sum_a P(a) o(a)
             return {name: ((p.to(v.dtype) @ v).item(), 0.0) for name, v in values.items()}
         a, _ = net.sample(num_samples, generator=generator, stratified=True)
         found: dict[str, tuple[complex, float]] = {}
@@ -293,7 +296,7 @@ def checked_operator(net: Ansatz, model: Lindbladian, povm: Any) -> Any:
     """Return the master equation of a model, on the device of the ansatz, if all fit together.
 
     Raises:
-        InvalidInputError: if numbers of sites or outcomes differ.
+        InvalidInputError: If numbers of sites or outcomes differ.
     """
     if net.num_sites != model.num_sites:
         raise InvalidInputError(

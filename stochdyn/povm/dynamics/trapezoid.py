@@ -29,11 +29,11 @@ def trapezoid_problem(
     .. math:: R = \bigl(1-\tfrac h2L\bigr)P_\theta - \bigl(1+\tfrac h2L\bigr)P_t
 
     Args:
-        averages: the state, a frozen copy of which becomes :math:`P_t`, the master equation, and what means are taken
+        averages: The state, a frozen copy of which becomes :math:`P_t`, the master equation, and what means are taken
             over.
-        t: the time before the step; None if the equation doesn't depend on it.
-        step: ``h``, the whole step (the reference code's ``dt`` is half of it).
-        norm: ``"l1"`` or ``"l2"``.
+        t: The time before the step; None if the equation doesn't depend on it.
+        step: The length ``h`` of the whole step (the reference code's ``dt`` is half of it).
+        norm: The norm of the residual, ``"l1"`` or ``"l2"``.
     """
     frozen = copy.deepcopy(averages.net)
     source = StepSource(frozen, averages.operator, step / 2, t)
@@ -45,9 +45,9 @@ class Minimum:
     """The best iterate of a minimisation.
 
     Attributes:
-        loss: norm of the residual there.
-        parameters: ``(P,)``.
-        losses: norm at every iteration.
+        loss: The norm of the residual of the best iterate.
+        parameters: The parameters ``(P,)`` of the best iterate.
+        losses: The norm of the residual at every iteration.
     """
 
     def __init__(self) -> None:
@@ -74,11 +74,11 @@ def minimise(
     half. By full summation every iterate is compared.
 
     Args:
-        problem: the residual.
-        steps: the number of gradient steps.
-        lr: learning rate at the start.
-        generator: source of randomness.
-        looks: comparisons of iterates.
+        problem: The residual to minimise.
+        steps: The number of gradient steps.
+        lr: The learning rate at the start.
+        generator: The source of randomness of the draws.
+        looks: The number of comparisons of iterates.
     """
     best = Minimum()
     for _ in iterate(problem, steps, lr, best, generator, looks):

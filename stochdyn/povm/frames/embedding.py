@@ -45,13 +45,14 @@ def partial_trace(rho: Tensor, sites: Sequence[int], num_sites: int, dim: int) -
     """Return the reduced density matrices ``(*batch, d**k, d**k)`` on some sites, in their order.
 
     Args:
-        rho: density matrices ``(*batch, d**N, d**N)`` of the lattice.
-        sites: the ``k`` sites that are kept.
-        num_sites: the number ``N`` of sites.
-        dim: the number ``d`` of levels of a site.
+        rho: The density matrices ``(*batch, d**N, d**N)`` of the lattice.
+        sites: The ``k`` sites that are kept.
+        num_sites: The number ``N`` of sites.
+        dim: The number ``d`` of levels of a site.
     """
     batch, n = rho.shape[:-2], num_sites
     rest = [i for i in range(n) if i not in sites]
+    # Tr_rest rho: rows and columns of the kept sites first, then the diagonal of the rest is summed
     tensor = rho.reshape(-1, *(dim,) * (2 * n))
     rows, columns = [1 + i for i in (*sites, *rest)], [1 + n + i for i in (*sites, *rest)]
     kept, gone = dim ** len(sites), dim ** len(rest)

@@ -40,16 +40,16 @@ class Measurement:
     probabilities and no more. A :class:`Frame` is a complete one, from whose outcomes states can be reconstructed.
 
     Args:
-        effects: matrices ``(K, d, d)``; an effect of zero is an outcome that never happens.
-        name: shown in messages.
+        effects: The effects as matrices ``(K, d, d)``; an effect of zero is an outcome that never happens.
+        name: The name that messages show.
 
     Raises:
-        FrameError: if an effect isn't Hermitian and positive, or they don't sum to one.
+        FrameError: If an effect isn't Hermitian and positive, or they don't sum to one.
 
     Attributes:
-        effects: the effects ``(K, d, d)``, complex128.
-        num_outcomes: the number ``K`` of outcomes.
-        dim: the number ``d`` of levels.
+        effects: The effects ``(K, d, d)``, complex128.
+        num_outcomes: The number ``K`` of outcomes.
+        dim: The number ``d`` of levels.
 
     Example:
         >>> z = Measurement([[[1, 0], [0, 0]], [[0, 0], [0, 1]]], name="z")
@@ -78,14 +78,14 @@ class Measurement:
         r"""Return the probabilities of the outcomes, :math:`p(a)=\operatorname{Tr}\rho M_a`.
 
         Args:
-            state: a name (``"up" "down" "x+" "x-" "y+" "y-" "mixed"``), a vector, a density matrix or a
+            state: The state: a name (``"up" "down" "x+" "x-" "y+" "y-" "mixed"``), a vector, a density matrix or a
                 ``Qobj``; of one site, or of ``k`` sites measured with this frame each.
 
         Returns:
             ``(K**k,)`` float64, the first site slowest.
 
         Raises:
-            InvalidInputError: if the state is unknown or no density matrix.
+            InvalidInputError: If the state is unknown or no density matrix.
         """
         rho = as_state(state, self.dim)
         p = probabilities_of(rho, [self] * sites_of(rho, self.dim))
@@ -95,8 +95,8 @@ class Measurement:
         """Return :meth:`probabilities` ``(K,)`` of a state of one site, all of them above zero.
 
         Raises:
-            ZeroProbabilityError: if an outcome never happens, so that its logarithm is infinite.
-            InvalidInputError: if the state isn't one of a single site.
+            ZeroProbabilityError: If an outcome never happens, so that its logarithm is infinite.
+            InvalidInputError: If the state isn't one of a single site.
         """
         p = self.probabilities(state)
         if p.shape[0] != self.num_outcomes:
@@ -114,10 +114,10 @@ class Measurement:
         r"""Return the measurement whose outcomes are misread, :math:`M'_a=\sum_bC_{ab}M_b`.
 
         Args:
-            confusion: probabilities ``(K, K)`` of reading ``a`` where the outcome was ``b``; columns sum to one.
+            confusion: The probabilities ``(K, K)`` of reading ``a`` where the outcome was ``b``; columns sum to one.
 
         Raises:
-            FrameError: if they are no probabilities.
+            FrameError: If they are no probabilities.
 
         Example:
             >>> Measurement([[[1, 0], [0, 0]], [[0, 0], [0, 1]]]).with_readout_errors([[0.9, 0.2], [0.1, 0.8]]).effects[0].real
@@ -148,18 +148,18 @@ class Frame(Measurement):
         T_{ab}=\operatorname{Tr}M_aM_b,\quad N_a=\sum_b T^+_{ab}M_b,\quad \rho=\sum_a p(a)N_a
 
     Args:
-        effects: matrices ``(K, d, d)``; ``K > d**2`` (overcomplete) is allowed, the dual then being the one of
-            least norm.
-        name: shown in messages.
+        effects: The effects as matrices ``(K, d, d)``; ``K > d**2`` (overcomplete) is allowed, the dual then being the
+            one of least norm.
+        name: The name that messages show.
 
     Raises:
-        FrameError: if an effect isn't Hermitian and positive, they don't sum to one, or they don't span all
-            operators, so that outcomes wouldn't determine the state.
+        FrameError: If an effect isn't Hermitian and positive, they don't sum to one, or they don't span all operators,
+            so that outcomes wouldn't determine the state.
 
     Attributes:
-        effects: the effects ``(K, d, d)``, complex128.
-        num_outcomes: the number ``K`` of outcomes.
-        dim: the number ``d`` of levels.
+        effects: The effects ``(K, d, d)``, complex128.
+        num_outcomes: The number ``K`` of outcomes.
+        dim: The number ``d`` of levels.
 
     Example:
         >>> frame = Frame(Tetrahedral().effects, name="mine")
@@ -209,8 +209,8 @@ class Frame(Measurement):
         .. math:: o(a)=\operatorname{Tr}O N_a,\qquad \langle O\rangle=\sum_a p(a)\,o(a)
 
         Args:
-            operator: a name such as ``"Z"`` or ``"ZZ"``, a matrix, a ``Qobj``; on one site, or on ``k`` sites
-                measured with this frame each.
+            operator: The operator: a name such as ``"Z"`` or ``"ZZ"``, a matrix, a ``Qobj``; on one site, or on ``k``
+                sites measured with this frame each.
 
         Returns:
             ``(K**k,)``: float64 if the operator is Hermitian, complex128 otherwise.
@@ -241,9 +241,12 @@ class Tetrahedral(Frame):
 
     .. math:: M_a=\tfrac14(1+v_a\cdot\sigma)
 
+    When would I use this? To begin with: of all measurements with four outcomes it amplifies statistical noise least, and
+    turned as by default every eigenstate of X, Y and Z is a possible start.
+
     Args:
-        rotated: corners (1,1,1), (1,-1,-1), (-1,1,-1), (-1,-1,1) over √3, where all eigenstates of the Pauli
-            matrices give every outcome with positive probability; otherwise corner 0 points along z, where a
+        rotated: Whether the corners are (1,1,1), (1,-1,-1), (-1,1,-1), (-1,-1,1) over √3, where all eigenstates of the
+            Pauli matrices give every outcome with positive probability; otherwise corner 0 points along z, where a
             master equation with ZZ couplings has fewer entries but ``down`` never gives outcome 0.
 
     Example:
@@ -253,6 +256,7 @@ class Tetrahedral(Frame):
 
     def __init__(self, rotated: bool = True) -> None:
         if rotated:
+            # four unit vectors whose sum is zero: the corners of a tetrahedron
             v = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=torch.float64)
             v = v / math.sqrt(3)
         else:
@@ -260,6 +264,7 @@ class Tetrahedral(Frame):
             rows = [[0, 0, 1], [2 * r, 0, -1 / 3], [-r, s, -1 / 3], [-r, -s, -1 / 3]]
             v = torch.tensor(rows, dtype=torch.float64)
         sigma = torch.stack([as_operator(name, 2) for name in "XYZ"])
+        # M_a = (1 + v_a . sigma)/4
         effects = (torch.eye(2, dtype=C128) + torch.einsum("ai,ijk->ajk", v.to(C128), sigma)) / 4
         super().__init__(effects, name="Tetrahedral" if rotated else "Tetrahedral(rotated=False)")
         self.vectors = v
@@ -267,6 +272,9 @@ class Tetrahedral(Frame):
 
 class FourPauli(Frame):
     """A third each of the projectors on ``up``, ``x+`` and ``y+``, and what is missing to one.
+
+    When would I use this? To compare with published results in this frame; its estimates are noisier than those of
+    :class:`Tetrahedral`, and ``down``, ``x-`` and ``y-`` are no possible starts of a network.
 
     Example:
         >>> FourPauli().coefficients("Z").round().tolist()
@@ -284,13 +292,14 @@ class Pauli6(Frame):
 
     Outcome ``2 * basis + bit``, for the bases X, Y, Z in this order and bit 0 for the eigenvalue +1. The likelihood of
     records whose bases were chosen otherwise, even always the same, differs by a constant factor only, so they are
-    records of this frame too. See :meth:`~stochdyn.povm.MeasurementRecords.from_bits`.
+    records of this frame too (:meth:`~stochdyn.povm.MeasurementRecords.from_bits`). When would I use this? For records of
+    hardware that measures single qubits in bases. A network would have to give six outcomes, where four would do.
 
     Args:
-        readout_error: the probability of reading the wrong bit, or a pair: of reading 1 for 0, and 0 for 1.
+        readout_error: The probability of reading the wrong bit, or a pair: of reading 1 for 0, and 0 for 1.
 
     Raises:
-        FrameError: if an error isn't a probability below one half.
+        FrameError: If an error isn't a probability below one half.
 
     Example:
         >>> Pauli6().probabilities("x+")
@@ -310,6 +319,7 @@ class Pauli6(Frame):
         up, down = (float(x) for x in pair)
         effects = []
         for plus, minus in (("x+", "x-"), ("y+", "y-"), ("up", "down")):
+            # M_bit = (1 - e) P_bit + e P_other, a third for each basis
             zero, one = as_state(plus, 2) / 3, as_state(minus, 2) / 3
             effects += [(1 - up) * zero + down * one, up * zero + (1 - down) * one]
         super().__init__(torch.stack(effects), name="Pauli6")
@@ -320,7 +330,7 @@ class Pauli6(Frame):
         """Return the number of the outcome ``bit`` of the measurement of ``"X"``, ``"Y"`` or ``"Z"``.
 
         Raises:
-            InvalidInputError: if the basis or the bit is unknown.
+            InvalidInputError: If the basis or the bit is unknown.
         """
         check_choice(basis, ("X", "Y", "Z"), "basis")
         if bit not in (0, 1):
@@ -334,7 +344,7 @@ class Basis(Measurement):
     When would I use this? For records of one basis alone, through their likelihood.
 
     Args:
-        name: ``"X"``, ``"Y"`` or ``"Z"``; outcome 0 is the eigenvalue +1.
+        name: The basis, ``"X"``, ``"Y"`` or ``"Z"``; outcome 0 is the eigenvalue +1.
 
     Example:
         >>> Basis("Z").probabilities("up")
@@ -348,10 +358,12 @@ class Basis(Measurement):
 
 
 class Unmeasured(Measurement):
-    """No measurement: one outcome that always happens, for sites that nobody looks at.
+    """No measurement: one outcome that always happens.
+
+    When would I use this? Within :class:`SiteFrames`, for sites that nobody looks at.
 
     Args:
-        dim: the number of levels of the site.
+        dim: The number of levels of the site.
 
     Example:
         >>> Unmeasured().probabilities("up")
@@ -366,7 +378,8 @@ class Unmeasured(Measurement):
 class QutritSIC(Frame):
     r"""The symmetric measurement of a three-level site, the Weyl-Heisenberg orbit of :math:`(0,1,-1)/\sqrt2`.
 
-    Nine outcomes with :math:`\operatorname{Tr}M_aM_b=(3\delta_{ab}+1)/36`.
+    Nine outcomes with :math:`\operatorname{Tr}M_aM_b=(3\delta_{ab}+1)/36`. When would I use this? For qutrits, to begin
+    with: it is what :class:`Tetrahedral` is for qubits.
 
     Example:
         >>> QutritSIC().overlap[0, :3]
@@ -376,6 +389,7 @@ class QutritSIC(Frame):
     def __init__(self) -> None:
         fiducial = torch.tensor([0, 1, -1], dtype=C128) / math.sqrt(2)
         phase = torch.exp(2j * math.pi * torch.arange(3, dtype=torch.float64) / 3)
+        # the orbit X^k Z^j of the fiducial vector; effects are the projectors over d = 3
         vectors = [fiducial.roll(k) * phase**j for k in range(3) for j in range(3)]
         effects = torch.stack([torch.outer(v, v.conj()) / 3 for v in vectors])
         super().__init__(effects, name="QutritSIC")

@@ -42,9 +42,9 @@ class Product:
     r"""A product of operators at many places, with a weight for each, :math:`\sum_Sw_SO_S`.
 
     Attributes:
-        factors: matrices whose Kronecker product is the operator of a place, each on one site or a few.
-        places: the ``k`` sites of each place.
-        weights: a number for each place, real or complex.
+        factors: The matrices whose Kronecker product is the operator of a place, each on one site or a few.
+        places: The ``k`` sites of each place.
+        weights: The weight of each place, real or complex.
     """
 
     factors: tuple[Tensor, ...]
@@ -69,9 +69,9 @@ class Observable:
     Observables add up, ``2 * a + b``, and have complex means where they aren't Hermitian, such as a coherence.
 
     Attributes:
-        terms: products of operators with their places and weights.
-        num_sites: the number of sites of the lattice.
-        dim: the number of levels of a site.
+        terms: The products of operators with their places and weights.
+        num_sites: The number of sites of the lattice.
+        dim: The number of levels of a site.
     """
 
     terms: tuple[Product, ...]
@@ -143,7 +143,7 @@ class Observable:
         The sum over places is taken sample by sample, so that the error counts their correlation.
 
         Raises:
-            TooFewDrawsError: if there are fewer than two samples.
+            TooFewDrawsError: If there are fewer than two samples.
         """
         check_type(a, Tensor, "a")
         if a.ndim < 1 or a.shape[0] < 2:
@@ -169,6 +169,7 @@ class Observable:
             for place, weight in zip(term.places, term.weights, strict=True):
                 part = weight * full_operator(matrix, place, self.num_sites, self.dim)
                 total = part if total is None else total + part
+        # Tr rho O = sum_rc O_rc rho_cr over the nonzero entries of O alone
         coo = total.tocoo()
         return (
             torch.from_numpy(coo.row.astype("int64")),
@@ -192,10 +193,10 @@ class Estimator:
     r"""Values of an observable at outcomes, :math:`o(a)=\operatorname{Tr}\,O N_a`, whose mean is that of the observable.
 
     Args:
-        observable: an observable of a lattice.
-        povm: the frame of all sites, or one for each site.
-        dtype: the real precision of the values.
-        device: where the tables live.
+        observable: The observable of a lattice whose values are wanted.
+        povm: The frame of all sites, or one for each site.
+        dtype: The real precision of the values.
+        device: The device on which the tables live.
     """
 
     def __init__(
@@ -231,6 +232,7 @@ class Estimator:
         for blocks, weights in self._terms:
             product: Tensor | None = None
             for sites, table in blocks:
+                # o(a) = sum_S w_S prod_f Tr(O_f N_(a_S)), each factor looked up in its table
                 index = encode(a[..., sites], self.num_outcomes)
                 values = table[torch.arange(sites.shape[0], device=index.device), index]
                 product = values if product is None else product * values
@@ -265,20 +267,20 @@ def observable(
     """Return an observable from what users write.
 
     Args:
-        spec: ``"Z"``, the mean over all sites; ``"ZZ"``, the mean over ``bonds``; ``("ZZ", (0, 1))`` on given sites;
-            ``("ZZ", [(0, 1), (1, 2)])``, the mean over places, and ``("P1", "all")`` over all sites. In place of the
-            name a matrix, a ``Qobj`` or a list of these with one for each site. A list of ``(coefficient, operator,
-            sites)``, as a Hamiltonian is written, is their weighted *sum* (an energy, a staggered magnetisation, a
-            current), with coefficients that may be complex and may differ from place to place. An
-            :class:`Observable` is passed through.
-        num_sites: the number ``N`` of sites.
-        dim: the number of levels of a site.
-        bonds: the places that a name on two sites is averaged over.
-        name: shown in messages.
+        spec: The observable as one writes it: ``"Z"``, the mean over all sites; ``"ZZ"``, the mean over ``bonds``;
+            ``("ZZ", (0, 1))`` on given sites; ``("ZZ", [(0, 1), (1, 2)])``, the mean over places, and ``("P1", "all")``
+            over all sites. In place of the name a matrix, a ``Qobj`` or a list of these with one for each site. A list
+            of ``(coefficient, operator, sites)``, as a Hamiltonian is written, is their weighted *sum* (an energy, a
+            staggered magnetisation, a current), with coefficients that may be complex and may differ from place to
+            place. An :class:`Observable` is passed through.
+        num_sites: The number ``N`` of sites.
+        dim: The number of levels of a site.
+        bonds: The places that a name on two sites is averaged over.
+        name: The name that messages show.
 
     Raises:
-        LindbladianError: if a site doesn't exist or comes twice.
-        InvalidInputError: if the operator is unknown, or there are no sites to put it on.
+        LindbladianError: If a site doesn't exist or comes twice.
+        InvalidInputError: If the operator is unknown, or there are no sites to put it on.
 
     Example:
         >>> from stochdyn.povm import Tetrahedral
@@ -355,13 +357,13 @@ def observables(
     """Return observables by name; a list such as ``["X", ("ZZ", (0, 3))]`` names them ``"X"`` and ``"ZZ(0,3)"``.
 
     Args:
-        specs: a mapping from names to what :func:`observable` takes, or a list of the latter.
-        num_sites: the number ``N`` of sites.
-        dim: the number of levels of a site.
-        bonds: the places that a name on two sites is averaged over.
+        specs: A mapping from names to what :func:`observable` takes, or a list of the latter.
+        num_sites: The number ``N`` of sites.
+        dim: The number of levels of a site.
+        bonds: The places that a name on two sites is averaged over.
 
     Raises:
-        LindbladianError, InvalidInputError: as for :func:`observable`.
+        LindbladianError, InvalidInputError: As for :func:`observable`.
     """
     if isinstance(specs, str) or not isinstance(specs, Mapping | list | tuple):
         raise InvalidInputError("observables must be a mapping or a list", got=type(specs).__name__)
@@ -395,9 +397,9 @@ def correlations(first: Any, second: Any, num_sites: int) -> dict[str, Any]:
     r"""Return all pair correlations :math:`\langle A_iB_j\rangle` as observables by name, ``"Z0 Z1"`` and so on.
 
     Args:
-        first: the operator ``A`` of a site, by name.
-        second: the operator ``B`` of a site, by name.
-        num_sites: the number ``N`` of sites.
+        first: The operator ``A`` of a site, by name.
+        second: The operator ``B`` of a site, by name.
+        num_sites: The number ``N`` of sites.
 
     Returns:
         What ``observables=`` of the solvers takes; pairs of a site with itself are left out, and of two equal
@@ -426,13 +428,14 @@ def structure_factor(
     .. math:: S(k)=\frac1N\sum_{ij}e^{ik\cdot(r_i-r_j)}\,O_iO_j
 
     Args:
-        operator: a Hermitian operator ``O`` of one site.
-        wave_vector: ``k``, one number for each axis of the lattice, in units of the inverse lattice constant.
-        shape: the sizes of the lattice, the last axis fastest; a number for a chain.
-        dim: the number of levels of a site.
+        operator: A Hermitian operator ``O`` of one site.
+        wave_vector: The wave vector ``k``, one number for each axis of the lattice, in units of the inverse lattice
+            constant.
+        shape: The sizes of the lattice, the last axis fastest; a number for a chain.
+        dim: The number of levels of a site.
 
     Raises:
-        InvalidInputError: if the operator isn't Hermitian or on one site, or the wave vector doesn't fit.
+        InvalidInputError: If the operator isn't Hermitian or on one site, or the wave vector doesn't fit.
 
     Example:
         >>> state = torch.diag(torch.tensor([1.0, 0, 0, 0], dtype=torch.complex128))  # both up
@@ -494,7 +497,7 @@ def check_sites(sites: object, num_sites: int) -> None:
     """Raise unless sites are different and exist.
 
     Raises:
-        LindbladianError: naming one that isn't or doesn't.
+        LindbladianError: If a site isn't an integer, doesn't exist or comes twice.
     """
     if isinstance(sites, Tensor | np.ndarray):
         sites = sites.tolist()

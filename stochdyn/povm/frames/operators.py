@@ -59,7 +59,7 @@ def spin_matrices(dim: int) -> dict[str, Tensor]:
     The first basis state has the largest :math:`S^z`.
 
     Args:
-        dim: ``d``, the number of levels.
+        dim: The number ``d`` of levels.
 
     Returns:
         complex128 matrices ``(d, d)`` by name.
@@ -118,14 +118,14 @@ def named_operator(name: str, dim: int = 2) -> Tensor:
     ``"XYZ"``, ``"+-"`` or names parted by spaces, ``"sigma+ sigma-"``.
 
     Args:
-        name: as above.
-        dim: levels of a site.
+        name: The name of an operator, or of one for each of several sites.
+        dim: The number of levels of a site.
 
     Returns:
         ``(dim**k, dim**k)`` complex128.
 
     Raises:
-        InvalidInputError: if a name is unknown.
+        InvalidInputError: If a name is unknown.
 
     Example:
         >>> named_operator("sigma-").real.tolist()
@@ -152,9 +152,9 @@ def as_matrix(value: Any, name: str) -> Tensor:
     """Return a square complex128 matrix from a tensor, an array, nested lists or a QuTiP ``Qobj``.
 
     Raises:
-        ShapeError: if it isn't a square matrix.
-        NonFiniteError: if it holds NaN or infinity.
-        InvalidInputError: if it can't be made a matrix.
+        ShapeError: If it isn't a square matrix.
+        NonFiniteError: If it holds NaN or infinity.
+        InvalidInputError: If it can't be made a matrix.
     """
     full = getattr(value, "full", None)
     if callable(full):
@@ -176,8 +176,8 @@ def as_operator(operator: Any, dim: int, num_sites: int | None = None, name: str
     """Return the matrix ``(dim**k, dim**k)`` of a name, a matrix, a ``Qobj`` or a list of these, one for each site.
 
     Raises:
-        ShapeError: if the size isn't a power of ``dim``, or doesn't fit ``num_sites`` sites.
-        InvalidInputError: if a name is unknown.
+        ShapeError: If the size isn't a power of ``dim``, or doesn't fit ``num_sites`` sites.
+        InvalidInputError: If a name is unknown.
     """
     if isinstance(operator, str):
         matrix = named_operator(operator, dim)
@@ -215,8 +215,8 @@ def as_state(state: Any, dim: int, name: str = "state") -> Tensor:
     for any number of levels. Vectors are normalised.
 
     Raises:
-        InvalidInputError: if the name is unknown, the trace isn't one, or the matrix isn't Hermitian and positive.
-        ShapeError: if the size isn't a power of ``dim``.
+        InvalidInputError: If the name is unknown, the trace isn't one, or the matrix isn't Hermitian and positive.
+        ShapeError: If the size isn't a power of ``dim``.
 
     Example:
         >>> as_state("y+", 2).imag.round(decimals=3).tolist()

@@ -91,7 +91,7 @@ def site_states(state: Any, num_sites: int) -> list[Any]:
     """Return the state of each site from one state for all of them, or a list with one for each.
 
     Raises:
-        InvalidInputError: if a list has another length.
+        InvalidInputError: If a list has another length.
     """
     if not is_listing(state):
         return [state] * num_sites

@@ -19,14 +19,15 @@ __all__ = ["SiteFrames"]
 class SiteFrames:
     """One frame or measurement for each site, all with the same number of levels.
 
-    Takes the place of a :class:`Frame` wherever a measurement of the whole lattice is meant. Measurements with fewer
+    When would I use this? Where readout errors or bases differ from site to site. It takes the place of a :class:`Frame`
+    wherever a measurement of the whole lattice is meant. Measurements with fewer
     outcomes than others gain outcomes that never happen.
 
     Args:
-        frames: one for each site.
+        frames: The frames or measurements, one for each site.
 
     Raises:
-        FrameError: if they differ in their levels, or complete frames in their number of outcomes.
+        FrameError: If they differ in their levels, or complete frames in their number of outcomes.
 
     Example:
         >>> from stochdyn.povm import FourPauli, Tetrahedral
@@ -73,7 +74,7 @@ class SiteFrames:
         """Return :meth:`probabilities`, all of them above zero.
 
         Raises:
-            ZeroProbabilityError: if an outcome never happens.
+            ZeroProbabilityError: If an outcome never happens.
         """
         return torch.stack(
             [f.positive_probabilities(s) for f, s in zip(self.frames, self._each(state), strict=True)]

@@ -12,8 +12,8 @@ def check_size(value: object, name: str, largest: int, minimum: int = 1) -> None
     """Raise unless a size is a whole number within bounds.
 
     Raises:
-        InvalidInputError: if it isn't a whole number, or too small.
-        SystemSizeError: if it is too large to be worked with.
+        InvalidInputError: If it isn't a whole number, or too small.
+        SystemSizeError: If it is too large to be worked with.
     """
     check_positive_int(value, name, minimum)
     if value > largest:  # type: ignore[operator]

@@ -42,11 +42,11 @@ class Coefficient:
     r"""The coefficient of a term, ``factor * function(t, parameters)``.
 
     Attributes:
-        factor: the constant number that multiplies the rest.
-        function: a function of the time, if it uses it, and then of the parameters in ``names``; None for a number.
-        names: the names of the parameters that the function takes.
-        uses_time: whether the function takes the time first.
-        bound: the values of parameters that are set already, by name.
+        factor: The constant number that multiplies the rest.
+        function: A function of the time, if it uses it, and then of the parameters in ``names``; None for a number.
+        names: The names of the parameters that the function takes.
+        uses_time: Whether the function takes the time first.
+        bound: The values of parameters that are set already, by name.
     """
 
     factor: float = 1.0
@@ -96,11 +96,11 @@ class Coefficient:
         """Return the value over the factor.
 
         Args:
-            t: the time ``()`` or times of any shape, where the coefficient depends on it.
-            values: parameters that aren't bound, numbers or tensors.
+            t: The time ``()`` or times of any shape, where the coefficient depends on it.
+            values: The values of parameters that aren't bound, numbers or tensors.
 
         Raises:
-            LindbladianError: if a parameter has no value, or the value isn't a finite real number.
+            LindbladianError: If a parameter has no value, or the value isn't a finite real number.
         """
         like = t if t is not None else torch.zeros((), dtype=torch.float64)
         if self.function is None:
@@ -125,7 +125,7 @@ def coefficient_value(coefficient: Coefficient, t: float) -> float:
     """Return the value of a coefficient at a time.
 
     Raises:
-        LindbladianError: if a parameter isn't bound, or the value isn't finite.
+        LindbladianError: If a parameter isn't bound, or the value isn't finite.
     """
     if coefficient.function is None:
         return coefficient.factor
@@ -141,14 +141,14 @@ def read_coefficient(value: Any, name: str) -> Coefficient:
     """Return a coefficient from a number, an expression, a function or a differentiable tensor.
 
     Args:
-        value: a number; an expression such as ``"g"``, ``"-g/2"`` or ``"gamma*(n+1)"`` in parameters, numbers, the
-            time ``t`` and the functions sin, cos, tan, tanh, exp, sqrt, log, abs; a function of the time and of
-            parameters by the names of its arguments, such as ``lambda t, g: g * math.cos(t)``; or a tensor of one
-            element, which stays differentiable.
-        name: names the term in messages.
+        value: The coefficient as one writes it: a number; an expression such as ``"g"``, ``"-g/2"`` or
+            ``"gamma*(n+1)"`` in parameters, numbers, the time ``t`` and the functions sin, cos, tan, tanh, exp, sqrt,
+            log, abs; a function of the time and of parameters by the names of its arguments, such as ``lambda t, g: g *
+            math.cos(t)``; or a tensor of one element, which stays differentiable.
+        name: The name of the term in messages.
 
     Raises:
-        LindbladianError: if it can't be read, or is no finite real number.
+        LindbladianError: If it can't be read, or is no finite real number.
 
     Example:
         >>> read_coefficient("0.5*gamma*(n+1)", "a term").free
@@ -188,13 +188,14 @@ class SampledCoefficient:
     Outside the times the first and the last value go on.
 
     Args:
-        times: the increasing times ``(n,)`` of the samples.
-        values: the value ``(n,)`` at each of them.
-        method: ``"constant"`` holds each value until the next time, ``"linear"`` joins them by lines.
+        times: The increasing times ``(n,)`` of the samples.
+        values: The value ``(n,)`` at each of them.
+        method: The way between samples: ``"constant"`` holds each value until the next time, ``"linear"`` joins them by
+            lines.
 
     Raises:
-        TimeGridError: if the times don't increase.
-        ShapeError: if there isn't one value for each time.
+        TimeGridError: If the times don't increase.
+        ShapeError: If there isn't one value for each time.
 
     Example:
         >>> pulse = SampledCoefficient([0.0, 1.0, 2.0], [0.0, 1.0, 0.0], method="constant")

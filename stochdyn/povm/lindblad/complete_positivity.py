@@ -31,14 +31,14 @@ def physical_jumps(jumps: list[Jump], dim: int) -> tuple[list[Jump], list[Term]]
     identity in a jump operator only shift the Hamiltonian.
 
     Args:
-        jumps: as they were written.
-        dim: the number of levels of a site.
+        jumps: The jumps as they were written.
+        dim: The number of levels of a site.
 
     Returns:
         Jumps, the given ones unless a rate is negative, and terms that the Hamiltonian gains.
 
     Raises:
-        LindbladianError: if they aren't completely positive together.
+        LindbladianError: If they aren't completely positive together.
 
     Reference:
         Gorini, Kossakowski and Sudarshan, J. Math. Phys. 17, 821 (1976).
@@ -53,6 +53,7 @@ def physical_jumps(jumps: list[Jump], dim: int) -> tuple[list[Jump], list[Term]]
     shifts: list[Term] = []
     for jump, vector in zip(constant, vectors, strict=True):
         row = torch.tensor([vector.get(key, 0.0) for key in keys], dtype=torch.complex128)
+        # C = sum_k gamma_k v_k v_k^dagger, with v_k the coefficients of jump k in products of basis matrices
         matrix += jump.coupling.factor * torch.outer(row, row.conj())
         shifts += _shift(jump, vector.get((), 0.0), dim)
     values, basis = torch.linalg.eigh(matrix)
@@ -67,6 +68,7 @@ def physical_jumps(jumps: list[Jump], dim: int) -> tuple[list[Jump], list[Term]]
         )
     made: list[Jump] = [jump for jump in jumps if not jump.coupling.is_constant]
     for value, column in zip(values.tolist(), basis.mT, strict=True):
+        # eigenvectors of C are jump operators, their eigenvalues the rates
         if value > 1e-12 * scale:
             made.append(_combine(value, column, keys, dim))
     return made, shifts

@@ -22,8 +22,8 @@ def hamiltonian_matrix(h: Tensor, frames: Sequence[Frame]) -> Tensor:
     .. math:: A_{ab} = -i\operatorname{Tr}\bigl(M_a[h,N_b]\bigr)
 
     Args:
-        h: ``(d**k, d**k)`` Hermitian.
-        frames: of the ``k`` sites.
+        h: The Hermitian matrix ``(d**k, d**k)`` of the term.
+        frames: The frames of the ``k`` sites.
 
     Returns:
         ``(K**k, K**k)`` float64 with zero column sums, from ``b`` into ``a``; the first site slowest.
@@ -43,13 +43,14 @@ def jump_matrix(c: Tensor, frames: Sequence[Frame]) -> Tensor:
     .. math:: A_{ab} = \operatorname{Tr}\Bigl(M_a\bigl(cN_bc^\dagger-\tfrac12\{c^\dagger c,N_b\}\bigr)\Bigr)
 
     Args:
-        c: ``(d**k, d**k)``.
-        frames: of the ``k`` sites.
+        c: The jump operator ``(d**k, d**k)``.
+        frames: The frames of the ``k`` sites.
 
     Returns:
         ``(K**k, K**k)`` float64 with zero column sums, from ``b`` into ``a``; the first site slowest.
     """
     dual = product_dual(frames)
+    # c N c^dagger - {c^dagger c, N}/2 for every element of the dual frame
     square = c.mH @ c
     return _rates(c @ dual @ c.mH - 0.5 * (square @ dual + dual @ square), frames)
 
@@ -64,9 +65,9 @@ def correlation_matrix(
         +\text{the same with } i\leftrightarrow j
 
     Args:
-        first: the matrix ``c_i`` and its sites.
-        second: the matrix ``c_j`` and its sites, which may overlap with the others.
-        povm: the frame of all sites, or one for each site.
+        first: The matrix ``c_i`` and its sites.
+        second: The matrix ``c_j`` and its sites, which may overlap with the others.
+        povm: The frame of all sites, or one for each site.
 
     Returns:
         The sites of both and a matrix ``(K**k, K**k)`` on them, as for :func:`jump_matrix`.
@@ -92,8 +93,8 @@ def merge_terms(terms: Sequence[LocalMatrix], num_outcomes: int) -> list[LocalMa
     """Add up matrices on the same sites, and absorb those on fewer sites where a larger term covers them.
 
     Args:
-        terms: pairs of sites and a matrix ``(K**k, K**k)``.
-        num_outcomes: ``K``.
+        terms: The terms as pairs of sites and a matrix ``(K**k, K**k)``.
+        num_outcomes: The number ``K`` of outcomes of a site.
 
     Returns:
         The same operator in fewer terms; sites increase within each.
@@ -109,6 +110,7 @@ def merge_terms(terms: Sequence[LocalMatrix], num_outcomes: int) -> list[LocalMa
         for site in sites:
             by_site.setdefault(site, []).append(sites)
     for sites in sorted(merged, key=len):
+        # a term is added to the least loaded larger one that holds its sites, so fewer matrices are evaluated
         covers = [s for s in by_site[sites[0]] if len(s) > len(sites) and set(sites) < set(s)]
         if covers:
             home = min(covers, key=lambda s: (len(s), load[s]))

@@ -36,10 +36,10 @@ def square_lattice(rows: int, columns: int, periodic: bool = True) -> list[Bond]
     """Return the bonds of a square lattice with sites ``row * columns + column``, each once.
 
     Args:
-        rows: how many.
-        columns: how many.
-        periodic: a torus rather than open ends. Along a side of two sites the way around is the same bond,
-            which isn't counted twice.
+        rows: The number of rows.
+        columns: The number of columns.
+        periodic: Whether the lattice is a torus rather than open at its ends. Along a side of two sites the way around
+            is the same bond, which isn't counted twice.
 
     Example:
         >>> len(square_lattice(3, 3)), len(square_lattice(3, 3, periodic=False)), len(square_lattice(2, 2))

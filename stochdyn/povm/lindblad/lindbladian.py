@@ -59,13 +59,13 @@ class Lindbladian:
     them. Single rates may be negative where all constant jumps together are completely positive.
 
     Args:
-        num_sites: the number ``N`` of sites.
-        hamiltonian: terms whose sum is ``H``, each of them Hermitian.
-        jumps: jump operators with their rates.
-        dim: the number of levels of a site.
+        num_sites: The number ``N`` of sites.
+        hamiltonian: The terms whose sum is ``H``, each of them Hermitian.
+        jumps: The jump operators with their rates.
+        dim: The number of levels of a site.
 
     Raises:
-        LindbladianError: if a term isn't Hermitian, rates are negative, or sites repeat or don't exist.
+        LindbladianError: If a term isn't Hermitian, rates are negative, or sites repeat or don't exist.
 
     Example:
         >>> from stochdyn.povm import Tetrahedral, ring
@@ -122,7 +122,7 @@ class Lindbladian:
         r"""Return the rate of the fastest term, the unit in which what is slow or small is measured.
 
         Args:
-            times: where coefficients that depend on time are looked at.
+            times: The times at which coefficients that depend on time are looked at.
 
         Returns:
             The largest :math:`|f|\,\|h\|` of the Hamiltonian's terms and :math:`\gamma\,\|c\|^2` of the jumps.
@@ -153,8 +153,8 @@ class Lindbladian:
         """Return the Lindbladian with parameters set; tensors that require a gradient keep it.
 
         Raises:
-            UnknownSiteError: if there is no such parameter.
-            LindbladianError: if a rate becomes negative, or a value isn't a finite number.
+            UnknownSiteError: If there is no such parameter.
+            LindbladianError: If a rate becomes negative, or a value isn't a finite number.
 
         Example:
             >>> model = Lindbladian(1, [("g", "X", 0)], [("gamma*(n+1)", "sigma-", 0), ("gamma*n", "sigma+", 0)])
@@ -181,7 +181,7 @@ class Lindbladian:
         """Raise unless rates that depend on time are positive at given times.
 
         Raises:
-            LindbladianError: if one is negative.
+            LindbladianError: If one is negative.
         """
         moving = [term for term in self.jumps if term.coupling.uses_time]
         for t in times if moving else ():
@@ -195,7 +195,7 @@ class Lindbladian:
         of the matrices: the operator is the sum over groups of function, parameter or value times matrices.
 
         Raises:
-            InvalidInputError: if the frame doesn't fit the sites.
+            InvalidInputError: If the frame doesn't fit the sites.
         """
         self._check_frame(povm)
         cache: dict[tuple[Any, ...], Tensor] = {}
@@ -250,17 +250,17 @@ class Lindbladian:
         is rebuilt from one time to the next.
 
         Args:
-            povm: the frame of all sites, or one for each site.
-            dtype: of the entries.
-            device: where they live.
+            povm: The frame of all sites, or one for each site.
+            dtype: The precision of the entries.
+            device: The device on which the entries live.
 
         Returns:
             ``.apply(p, t)`` on all outcomes (small ``N``); ``.connected(a, t)``, configurations and rates, each
             configuration once and only those that some outcome can feed; ``.local_rate(log_prob, a, t)``.
 
         Raises:
-            LindbladianError: if parameters aren't bound, or there are no terms.
-            InvalidInputError: if the frame doesn't fit the sites.
+            LindbladianError: If parameters aren't bound, or there are no terms.
+            InvalidInputError: If the frame doesn't fit the sites.
 
         Reference:
             Luo, Chen, Carrasquilla and Clark, Phys. Rev. Lett. 128, 090501 (2022); Reh, Schmitt and Gärttner,
@@ -320,7 +320,7 @@ def check_rate(rate: float, t: float, sites: Sequence[int]) -> None:
     """Raise unless the rate of a jump is at least zero at a time.
 
     Raises:
-        LindbladianError: if it is negative.
+        LindbladianError: If it is negative.
     """
     if rate < 0:
         raise LindbladianError(

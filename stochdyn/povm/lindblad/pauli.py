@@ -32,6 +32,7 @@ def local_basis(dim: int) -> Tensor:
     for i in range(dim):
         for j in range(i):
             symmetric, skew = (torch.zeros(dim, dim, dtype=torch.complex128) for _ in range(2))
+            # generalised Gell-Mann matrices with Tr B_s B_s' = d delta_ss'; for qubits X, Y and Z
             symmetric[i, j] = symmetric[j, i] = math.sqrt(dim / 2)
             skew.imag[j, i], skew.imag[i, j] = -math.sqrt(dim / 2), math.sqrt(dim / 2)
             basis += [symmetric, skew]
@@ -48,15 +49,15 @@ def product_coefficients(operator: Tensor, dim: int) -> Tensor:
     .. math:: O=\sum_{s}c_s\,B_{s_1}\otimes\dots\otimes B_{s_N},\qquad c_s=d^{-N}\operatorname{Tr}(B_sO)
 
     Args:
-        operator: ``(d**N, d**N)``.
-        dim: the number ``d`` of levels of a site.
+        operator: The operator ``(d**N, d**N)`` of the lattice.
+        dim: The number ``d`` of levels of a site.
 
     Returns:
         complex128 tensor with ``N`` axes of ``d**2``.
 
     Raises:
-        ShapeError: if the size isn't a power of ``d``.
-        SystemSizeError: if the operator has over 1024 rows (ten qubits).
+        ShapeError: If the size isn't a power of ``d``.
+        SystemSizeError: If the operator has over 1024 rows (ten qubits).
     """
     size = operator.shape[0]
     n = round(math.log(size, dim)) if size > 1 else 0
@@ -71,6 +72,7 @@ def product_coefficients(operator: Tensor, dim: int) -> Tensor:
             expected=f"at most {_MAX_SIZE} rows (ten qubits)",
             hint="give local terms: (coefficient, operator, sites)",
         )
+    # c_s = d^-N Tr(B_s O), one site after the other
     basis = local_basis(dim) / dim
     order = [axis for i in range(n) for axis in (i, n + i)]
     tensor = operator.to(torch.complex128).reshape([dim] * (2 * n)).permute(order)
@@ -85,14 +87,14 @@ def pauli_coefficients(operator: Tensor) -> Tensor:
     .. math:: O=\sum_{s\in\{I,X,Y,Z\}^N}c_s\,s,\qquad c_s=2^{-N}\operatorname{Tr}(sO)
 
     Args:
-        operator: ``(2**N, 2**N)``.
+        operator: The operator ``(2**N, 2**N)`` of the qubits.
 
     Returns:
         complex128 tensor with ``N`` axes of four, in the order ``I X Y Z``.
 
     Raises:
-        ShapeError: if the size isn't a power of two.
-        SystemSizeError: if there are over ten qubits.
+        ShapeError: If the size isn't a power of two.
+        SystemSizeError: If there are over ten qubits.
 
     Example:
         >>> c = pauli_coefficients(named_operator("ZX"))
@@ -135,17 +137,17 @@ def local_parts(
     """Return an operator of the whole lattice as matrices on few sites, whose sum it is.
 
     Args:
-        operator: ``(d**N, d**N)``.
-        name: shown in messages.
-        together: return a single matrix on all sites that the operator touches; otherwise one for each set of sites,
-            and the multiple of the identity is left out.
-        dim: the number ``d`` of levels of a site.
+        operator: The operator ``(d**N, d**N)`` of the lattice.
+        name: The name that messages show.
+        together: Whether to return a single matrix on all sites that the operator touches; otherwise one for each set
+            of sites, and the multiple of the identity is left out.
+        dim: The number ``d`` of levels of a site.
 
     Returns:
         Pairs of sites and a matrix on them, the first slowest.
 
     Raises:
-        LindbladianError: if a part acts on over five sites.
+        LindbladianError: If a part acts on over five sites.
 
     Example:
         >>> h = named_operator("ZZI") + 0.5 * named_operator("IXI")
@@ -174,13 +176,13 @@ def split_jump(
     """Return a jump operator on many sites as the sum of operators on one or two of them each.
 
     Args:
-        operator: ``(d**k, d**k)``.
-        sites: the ``k`` sites that it acts on.
-        dim: the number ``d`` of levels of a site.
-        name: shown in messages.
+        operator: The operator ``(d**k, d**k)`` of the jump.
+        sites: The ``k`` sites that it acts on.
+        dim: The number ``d`` of levels of a site.
+        name: The name that messages show.
 
     Raises:
-        LindbladianError: if a part acts on more than two sites.
+        LindbladianError: If a part acts on more than two sites.
 
     Example:
         >>> lowering = sum(named_operator(s) for s in ("- I I", "I - I", "I I -"))

@@ -31,16 +31,15 @@ def from_qutip(terms: Any, jumps: Any = (), num_sites: int | None = None) -> Lin
     """Return a Lindbladian from QuTiP operators: local terms, or what ``qutip.mesolve`` takes.
 
     Args:
-        terms: Hamiltonian terms ``(coefficient, Qobj or list of Qobj, sites)``, a list having one operator for each
-            site; or the Hamiltonian of the whole lattice (up to 1024 levels), which is taken apart into local terms: a
-            ``Qobj``, a ``QobjEvo``, or QuTiP's list ``[H0, [H1, f], ...]`` with functions of time, strings or arrays
-            with ``times``.
-        jumps: the same with rates for coefficients, where the operator doesn't carry the root of its rate; or collapse
-            operators of the whole lattice, which do, as ``Qobj``, ``QobjEvo`` or ``[c, f]``.
-        num_sites: the number of sites, by default one more than the largest site named.
+        terms: The Hamiltonian: terms ``(coefficient, Qobj or list of Qobj, sites)``, a list having one operator for
+            each site; or an operator of the whole lattice (up to 1024 levels), which is taken apart into local terms: a
+            ``Qobj``, a ``QobjEvo``, or QuTiP's list ``[H0, [H1, f], ...]`` with functions of time or strings.
+        jumps: The jumps: terms with rates for coefficients, where the operator doesn't carry the root of its rate; or
+            collapse operators of the whole lattice, which do, as ``Qobj``, ``QobjEvo`` or ``[c, f]``.
+        num_sites: The number of sites; one more than the largest site named if None.
 
     Raises:
-        LindbladianError: as for :class:`~stochdyn.povm.lindblad.lindbladian.Lindbladian`; if operators differ in their
+        LindbladianError: As for :class:`~stochdyn.povm.lindblad.lindbladian.Lindbladian`; if operators differ in their
             levels; or if a part of a Hamiltonian acts on over five sites, or a jump on many isn't a sum of local ones.
 
     Example:
@@ -224,14 +223,14 @@ def to_qutip(model: Lindbladian) -> tuple[Any, list[Any]]:
     """Return Hamiltonian and collapse operators of the whole lattice, as QuTiP's solvers take them.
 
     Args:
-        model: its parameters bound. Coefficients that depend on time make a ``QobjEvo``.
+        model: The Lindbladian, its parameters bound. Coefficients that depend on time make a ``QobjEvo``.
 
     Returns:
         ``(H, c_ops)``; a collapse operator carries the root of its rate.
 
     Raises:
-        SystemSizeError: if the operators would be too large.
-        MissingDependencyError: if QuTiP isn't installed.
+        SystemSizeError: If the operators would be too large.
+        MissingDependencyError: If QuTiP isn't installed.
     """
     return _operators(model, 1.0, lambda t: t)
 
@@ -240,7 +239,7 @@ def require_qutip() -> Any:
     """Return QuTiP.
 
     Raises:
-        MissingDependencyError: if it isn't installed.
+        MissingDependencyError: If it isn't installed.
     """
     try:
         import qutip

@@ -25,9 +25,9 @@ class Term:
     """One local term: a coefficient, a matrix and the sites on which it acts.
 
     Attributes:
-        coupling: the coefficient; of a jump, its rate.
-        matrix: ``(d**k, d**k)`` complex128, the first of the sites slowest.
-        sites: ``k`` different sites.
+        coupling: The coefficient of the term; of a jump, its rate.
+        matrix: The matrix ``(d**k, d**k)`` on the sites, complex128, the first of the sites slowest.
+        sites: The ``k`` different sites that the matrix acts on.
     """
 
     coupling: Coefficient
@@ -48,8 +48,8 @@ class CollectiveJump:
         \mathcal D[L]\rho = \sum_{ij}\Bigl(c_i\rho c_j^\dagger-\tfrac12\{c_j^\dagger c_i,\rho\}\Bigr)
 
     Attributes:
-        coupling: the rate.
-        parts: pairs of a matrix ``(d**k, d**k)`` and its sites.
+        coupling: The rate of the jump.
+        parts: The parts of the operator, as pairs of a matrix ``(d**k, d**k)`` and its sites.
     """
 
     coupling: Coefficient
@@ -65,12 +65,12 @@ def parse_hamiltonian(terms: Iterable[Any], num_sites: int, dim: int) -> list[Te
     """Return the Hamiltonian terms of a list of ``(coefficient, operator, sites)``.
 
     Args:
-        terms: see :class:`~stochdyn.povm.lindblad.lindbladian.Lindbladian`.
-        num_sites: of the lattice.
-        dim: levels of a site.
+        terms: The terms, as for :class:`~stochdyn.povm.lindblad.lindbladian.Lindbladian`.
+        num_sites: The number of sites of the lattice.
+        dim: The number of levels of a site.
 
     Raises:
-        LindbladianError: if a term isn't Hermitian, or sites repeat or don't exist.
+        LindbladianError: If a term isn't Hermitian, or sites repeat or don't exist.
     """
     parsed: list[Term] = []
     for name, (coefficient, operator, sites) in _entries(terms, "hamiltonian"):
@@ -92,12 +92,12 @@ def parse_jumps(terms: Iterable[Any], num_sites: int, dim: int) -> list[Term | C
     operator on more sites than a local term may have is taken apart into a sum of local ones.
 
     Args:
-        terms: see :class:`~stochdyn.povm.lindblad.lindbladian.Lindbladian`.
-        num_sites: of the lattice.
-        dim: levels of a site.
+        terms: The terms, as for :class:`~stochdyn.povm.lindblad.lindbladian.Lindbladian`.
+        num_sites: The number of sites of the lattice.
+        dim: The number of levels of a site.
 
     Raises:
-        LindbladianError: if a matrix of rates isn't Hermitian and positive, an operator on many sites isn't a sum of
+        LindbladianError: If a matrix of rates isn't Hermitian and positive, an operator on many sites isn't a sum of
             local ones, or sites repeat or don't exist.
     """
     from stochdyn.povm.lindblad.pauli import MAX_SUPPORT, split_jump
@@ -189,7 +189,7 @@ def read_places(sites: Any, num_sites: int, name: str) -> list[tuple[int, ...]]:
     """Return the places that users name: a tuple, an array or a number is one, a list many, ``"all"`` every site.
 
     Raises:
-        LindbladianError: if a site isn't an integer, doesn't exist or comes twice, or places differ in size.
+        LindbladianError: If a site isn't an integer, doesn't exist or comes twice, or places differ in size.
     """
     if isinstance(sites, str):
         if sites != "all":

@@ -44,7 +44,7 @@ def as_times(ts: object, name: str = "ts", min_points: int = 1) -> Tensor:
     """Return increasing times of any kind as a float64 tensor ``(T,)`` on the CPU.
 
     Raises:
-        TimeGridError: if they aren't times, or don't increase.
+        TimeGridError: If they aren't times, or don't increase.
     """
     like = torch.empty(0, dtype=torch.float64)
     return as_time_grid(ts, name, min_points, like).detach().double().cpu()

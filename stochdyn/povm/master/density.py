@@ -42,7 +42,7 @@ def check_density_size(num_sites: int, dim: int) -> None:
     """Raise unless a whole density matrix of so many sites fits a usual memory.
 
     Raises:
-        SystemSizeError: if it has over 2**26 elements (1 GB): 13 qubits.
+        SystemSizeError: If it has over 2**26 elements (1 GB): 13 qubits.
     """
     if dim ** (2 * num_sites) > _MAX_ELEMENTS:
         raise SystemSizeError(
@@ -57,14 +57,14 @@ def initial_density(state: Any, num_sites: int, dim: int = 2) -> Tensor:
     """Return the density matrix ``(d**N, d**N)`` of a state of the lattice.
 
     Args:
-        state: a name or the state of one site, taken for all sites; a list with one for each site; or a vector or density
-            matrix of the whole lattice.
-        num_sites: ``N``.
-        dim: levels of a site.
+        state: The state: a name or the state of one site, taken for all sites; a list with one for each site; or a
+            vector or density matrix of the whole lattice.
+        num_sites: The number ``N`` of sites.
+        dim: The number of levels of a site.
 
     Raises:
-        InvalidInputError, ShapeError: if it is no state, or doesn't fit.
-        SystemSizeError: if the matrix would be too large.
+        InvalidInputError, ShapeError: If it is no state, or doesn't fit.
+        SystemSizeError: If the matrix would be too large.
     """
     check_density_size(num_sites, dim)
     if is_listing(state):
@@ -89,11 +89,11 @@ class DensityGenerator:
         K = -iH - \tfrac12\sum_k\gamma_k\,c_k^\dagger c_k
 
     Args:
-        model: its parameters bound.
+        model: The Lindbladian, its parameters bound.
 
     Raises:
-        SystemSizeError: if the density matrix would be too large.
-        LindbladianError: if parameters aren't bound.
+        SystemSizeError: If the density matrix would be too large.
+        LindbladianError: If parameters aren't bound.
     """
 
     def __init__(self, model: Lindbladian) -> None:
@@ -121,8 +121,9 @@ class DensityGenerator:
         """Return the rate of change of a Hermitian matrix.
 
         Raises:
-            LindbladianError: if a rate that depends on time is negative.
+            LindbladianError: If a rate that depends on time is negative.
         """
+        # K rho + (K rho)^dagger + sum_k gamma_k c_k rho c_k^dagger
         flow = np.zeros_like(rho)
         for coupling, operator in self._drifts:
             flow += coefficient_value(coupling, t) * (operator @ rho)
@@ -165,7 +166,7 @@ def check_bound(model: Lindbladian) -> None:
     """Raise unless all parameters of a model are set.
 
     Raises:
-        LindbladianError: naming those that aren't.
+        LindbladianError: If a parameter isn't set; the message names them.
     """
     if model.parameters:
         raise LindbladianError(

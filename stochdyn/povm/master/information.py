@@ -34,14 +34,14 @@ def von_neumann_entropy(rho: Any) -> Tensor:
     r"""Return the entropy :math:`-\operatorname{Tr}\rho\log\rho` in nats.
 
     Args:
-        rho: density matrices ``(*batch, D, D)``, such as of :func:`~stochdyn.povm.reduced_density` or
+        rho: The density matrices ``(*batch, D, D)``, such as of :func:`~stochdyn.povm.reduced_density` or
             ``exact.evolve(..., keep_states=True).states``. Eigenvalues below zero, as sampled ones have, count as zero.
 
     Returns:
         ``(*batch)``, float64.
 
     Warns:
-        ConvergenceWarning: if eigenvalues below zero weigh over 0.02.
+        ConvergenceWarning: If eigenvalues below zero weigh over 0.02.
 
     Example:
         >>> float(von_neumann_entropy(torch.eye(2) / 2).exp())
@@ -55,14 +55,14 @@ def renyi_entropy(rho: Any, order: float = 2.0) -> Tensor:
     r"""Return the Rényi entropy :math:`\log\operatorname{Tr}\rho^\alpha/(1-\alpha)` in nats.
 
     Args:
-        rho: density matrices ``(*batch, D, D)``.
-        order: the order :math:`\alpha>0`; 1 is the von Neumann entropy.
+        rho: The density matrices ``(*batch, D, D)``.
+        order: The order :math:`\alpha>0`; 1 is the von Neumann entropy.
 
     Returns:
         ``(*batch)``, float64.
 
     Raises:
-        InvalidInputError: if the order isn't positive.
+        InvalidInputError: If the order isn't positive.
 
     Example:
         >>> float(renyi_entropy(torch.eye(4) / 4).exp())
@@ -79,15 +79,15 @@ def mutual_information(rho: Any, sites: Sequence[int], *, dim: int = 2) -> Tenso
     r"""Return the mutual information :math:`S_A+S_B-S_{AB}` of some sites with the others, in nats.
 
     Args:
-        rho: density matrices ``(*batch, d**k, d**k)`` of ``k`` sites.
-        sites: the sites ``A``, numbered within the matrix.
-        dim: the number ``d`` of levels of a site.
+        rho: The density matrices ``(*batch, d**k, d**k)`` of ``k`` sites.
+        sites: The sites ``A``, numbered within the matrix.
+        dim: The number ``d`` of levels of a site.
 
     Returns:
         ``(*batch)``, float64.
 
     Raises:
-        LindbladianError: if a site doesn't exist, or comes twice.
+        LindbladianError: If a site doesn't exist, or comes twice.
 
     Example:
         >>> bell = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]]) / 2
@@ -104,15 +104,15 @@ def negativity(rho: Any, sites: Sequence[int], *, dim: int = 2) -> Tensor:
     r"""Return the negativity :math:`(\|\rho^{T_A}\|_1-1)/2`, which is zero where ``A`` and the rest aren't entangled.
 
     Args:
-        rho: density matrices ``(*batch, d**k, d**k)`` of ``k`` sites.
-        sites: the sites ``A``, numbered within the matrix.
-        dim: the number ``d`` of levels of a site.
+        rho: The density matrices ``(*batch, d**k, d**k)`` of ``k`` sites.
+        sites: The sites ``A``, numbered within the matrix.
+        dim: The number ``d`` of levels of a site.
 
     Returns:
         ``(*batch)``, float64.
 
     Raises:
-        LindbladianError: if a site doesn't exist, or comes twice.
+        LindbladianError: If a site doesn't exist, or comes twice.
 
     Example:
         >>> bell = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]]) / 2
@@ -127,6 +127,7 @@ def negativity(rho: Any, sites: Sequence[int], *, dim: int = 2) -> Tensor:
     axes = list(range(1, 1 + 2 * n))
     for site in inside:
         axes[site], axes[n + site] = axes[n + site], axes[site]
+    # rho^(T_A): rows and columns of the sites A change places
     turned = matrices.reshape(-1, *(dim,) * (2 * n)).permute(0, *axes).reshape(-1, dim**n, dim**n)
     trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).real
     return (torch.linalg.eigvalsh(turned).abs().sum(-1).reshape(batch) - trace) / 2
@@ -136,14 +137,14 @@ def fidelity(rho: Any, sigma: Any) -> Tensor:
     r"""Return the fidelity :math:`\bigl(\operatorname{Tr}\sqrt{\sqrt\rho\,\sigma\sqrt\rho}\bigr)^2`, 1 for equal states.
 
     Args:
-        rho: density matrices ``(*batch, D, D)``.
-        sigma: density matrices that broadcast with them.
+        rho: The density matrices ``(*batch, D, D)``.
+        sigma: The density matrices to compare with, which broadcast with them.
 
     Returns:
         ``(*batch)``, float64.
 
     Raises:
-        ShapeError: if the sizes differ.
+        ShapeError: If the sizes differ.
 
     Example:
         >>> up, mixed = torch.diag(torch.tensor([1.0, 0.0])), torch.eye(2) / 2
@@ -157,6 +158,7 @@ def fidelity(rho: Any, sigma: Any) -> Tensor:
     if a.shape[-1] != b.shape[-1]:
         raise ShapeError("the states are of different size", got=b.shape[-1], expected=a.shape[-1])
     values, vectors = torch.linalg.eigh(a)
+    # sqrt(rho) by its eigenvectors, then the trace of sqrt(sqrt(rho) sigma sqrt(rho)) by eigenvalues
     root = vectors @ torch.diag_embed(values.clamp(min=0).sqrt()).to(vectors.dtype) @ vectors.mH
     inner = root @ b @ root
     return torch.linalg.eigvalsh((inner + inner.mH) / 2).clamp(min=0).sqrt().sum(-1).square()
@@ -166,14 +168,15 @@ def ergotropy(rho: Any, hamiltonian: Any) -> Tensor:
     r"""Return the largest work that unitaries extract, :math:`\operatorname{Tr}\rho H-\min_U\operatorname{Tr}U\rho U^\dagger H`.
 
     Args:
-        rho: density matrices ``(*batch, D, D)``.
-        hamiltonian: a Hermitian matrix ``(D, D)``, or a :class:`~stochdyn.povm.Lindbladian`, whose Hamiltonian counts.
+        rho: The density matrices ``(*batch, D, D)``.
+        hamiltonian: The Hermitian matrix ``(D, D)`` of the energy, or a :class:`~stochdyn.povm.Lindbladian`, whose
+            Hamiltonian counts.
 
     Returns:
         ``(*batch)``, float64, not negative.
 
     Raises:
-        ShapeError: if the sizes differ.
+        ShapeError: If the sizes differ.
 
     Example:
         >>> float(ergotropy(torch.diag(torch.tensor([1.0, 0.0])), torch.diag(torch.tensor([1.0, -1.0]))))
@@ -193,14 +196,15 @@ def capacity(rho: Any, hamiltonian: Any) -> Tensor:
     r"""Return the capacity as a battery, :math:`\max_U-\min_U` of :math:`\operatorname{Tr}U\rho U^\dagger H`.
 
     Args:
-        rho: density matrices ``(*batch, D, D)``.
-        hamiltonian: a Hermitian matrix ``(D, D)``, or a :class:`~stochdyn.povm.Lindbladian`, whose Hamiltonian counts.
+        rho: The density matrices ``(*batch, D, D)``.
+        hamiltonian: The Hermitian matrix ``(D, D)`` of the energy, or a :class:`~stochdyn.povm.Lindbladian`, whose
+            Hamiltonian counts.
 
     Returns:
         ``(*batch)``, float64, not negative.
 
     Raises:
-        ShapeError: if the sizes differ.
+        ShapeError: If the sizes differ.
 
     Example:
         >>> float(capacity(torch.eye(2) / 2, torch.diag(torch.tensor([1.0, -1.0]))))
@@ -210,6 +214,8 @@ def capacity(rho: Any, hamiltonian: Any) -> Tensor:
         Yang et al., Phys. Rev. Lett. 131, 030402 (2023).
     """
     matrices, h = _with_hamiltonian(rho, hamiltonian)
+    # the most energy pairs large weights with high levels, the least with low ones: the difference of both
+    # sums
     weights, levels = torch.linalg.eigvalsh(matrices), torch.linalg.eigvalsh(h)
     return ((weights - weights.flip(-1)) * levels).sum(-1)
 

@@ -30,15 +30,15 @@ def integrate(
     depends on the unit in which it was given.
 
     Args:
-        change: ``f(t, y)`` for a time and a vector.
-        start: the vector at the first output time, real or complex.
-        schedule: output times and breaks.
-        visit: is called with the index of each output time and the vector there.
-        rtol: the relative tolerance of a step.
-        atol: the absolute tolerance of a step.
+        change: The function ``f(t, y)`` of a time and a vector.
+        start: The vector at the first output time, real or complex.
+        schedule: The output times and the breaks of the coefficients.
+        visit: A function that is called with the index of each output time and the vector there.
+        rtol: The relative tolerance of a step.
+        atol: The absolute tolerance of a step.
 
     Raises:
-        InvalidInputError: if the equation can't be solved to the tolerance, or needs over 200 000 steps.
+        InvalidInputError: If the equation can't be solved to the tolerance, or needs over 200 000 steps.
 
     Reference:
         Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I (1993), section II.10.

@@ -43,10 +43,10 @@ class Positivity:
     proves nothing about larger regions.
 
     Attributes:
-        places: the sites of each reduced matrix.
-        lowest: ``(P,)`` lowest eigenvalue of each.
-        stderr: ``(P,)`` standard error by the bootstrap, zero for exact probabilities. Sampling noise pushes
-            lowest eigenvalues down, by an amount of this order.
+        places: The sites of each reduced matrix.
+        lowest: The lowest eigenvalue ``(P,)`` of each.
+        stderr: The standard error ``(P,)`` by the bootstrap, zero for exact probabilities. Sampling noise pushes lowest
+            eigenvalues down, by an amount of this order.
     """
 
     places: tuple[tuple[int, ...], ...]
@@ -81,16 +81,16 @@ def reduced_density(povm: Povm, outcomes: Tensor, sites: Sequence[int]) -> Tenso
     .. math:: \rho_A = \sum_{a_A} p(a_A)\,N_{a_A}
 
     Args:
-        povm: the frame of all sites, or one for each site.
-        outcomes: samples ``(n, N)`` (integers), or probabilities ``(K**N,)`` of all outcomes (floating).
-        sites: at most five.
+        povm: The frame of all sites, or one for each site.
+        outcomes: The samples ``(n, N)`` (integers), or the probabilities ``(K**N,)`` of all outcomes (floating).
+        sites: The sites that are kept, at most five.
 
     Returns:
         ``(d**k, d**k)`` complex128, Hermitian of trace one, not necessarily positive.
 
     Raises:
-        LindbladianError: if a site doesn't exist or comes twice.
-        InvalidInputError: if there are too many sites.
+        LindbladianError: If a site doesn't exist or comes twice.
+        InvalidInputError: If there are too many sites.
 
     Example:
         >>> from stochdyn.povm import Tetrahedral
@@ -113,15 +113,15 @@ def positivity(
     """Return the lowest eigenvalues of reduced density matrices.
 
     Args:
-        povm: the frame of all sites, or one for each site.
-        outcomes: samples ``(n, N)`` (integers), or probabilities ``(K**N,)`` of all outcomes (floating).
-        places: the sites of each matrix, such as the bonds of the lattice.
-        bootstrap: resamplings for the standard error, of samples only.
-        generator: of the resampling.
+        povm: The frame of all sites, or one for each site.
+        outcomes: The samples ``(n, N)`` (integers), or the probabilities ``(K**N,)`` of all outcomes (floating).
+        places: The sites of each matrix, such as the bonds of the lattice.
+        bootstrap: The number of resamplings for the standard error, of samples only.
+        generator: The source of randomness of the resampling.
 
     Raises:
-        LindbladianError: if a site doesn't exist or comes twice.
-        TooFewDrawsError: if there are fewer than two samples.
+        LindbladianError: If a site doesn't exist or comes twice.
+        TooFewDrawsError: If there are fewer than two samples.
     """
     _check_outcomes(povm, outcomes)
     check_nonempty(places, "places")
@@ -139,6 +139,7 @@ def positivity(
             errors.append(torch.zeros_like(lowest[-1]))
             continue
         n = outcomes.shape[0]
+        # the bootstrap: as many outcomes again, drawn from their own frequencies
         drawn = torch.multinomial(p.float().clamp(min=0).expand(bootstrap, -1), n, True, generator=source)
         counts = torch.zeros(bootstrap, p.shape[0], dtype=p.dtype, device=p.device)
         counts.scatter_add_(1, drawn, counts.new_ones(1, 1).expand(bootstrap, n))
@@ -156,13 +157,14 @@ def purity(povm: Povm, outcomes: Tensor, *, generator: torch.Generator | int | N
     some ten at most, and look at the standard error.
 
     Args:
-        povm: the frame of all sites, or one for each site.
-        outcomes: samples ``(n, N)`` (integers), or probabilities ``(K**N,)`` (floating), for which the error is zero.
-        generator: the source of randomness by which samples are paired; whatever order they come in, as stratified
+        povm: The frame of all sites, or one for each site.
+        outcomes: The samples ``(n, N)`` (integers), or the probabilities ``(K**N,)`` (floating), for which the error is
+            zero.
+        generator: The source of randomness by which samples are paired; whatever order they come in, as stratified
             draws do in one, plays no part.
 
     Raises:
-        TooFewDrawsError: if there are fewer than four samples.
+        TooFewDrawsError: If there are fewer than four samples.
     """
     _check_outcomes(povm, outcomes)
     k = povm.num_outcomes
@@ -170,6 +172,7 @@ def purity(povm: Povm, outcomes: Tensor, *, generator: torch.Generator | int | N
         n = _num_sites(outcomes.shape[-1], k)
         tensor = outcomes.reshape((k,) * n)
         for site in range(n):
+            # sum_ab p(a) T^-1_ab p(b), site by site
             inverse = povm.at(site).inverse_overlap.to(outcomes)
             tensor = torch.movedim(torch.tensordot(tensor, inverse, dims=([site], [0])), -1, site)
         mean = (tensor.reshape(-1) * outcomes).sum()
@@ -179,6 +182,7 @@ def purity(povm: Povm, outcomes: Tensor, *, generator: torch.Generator | int | N
         raise TooFewDrawsError("purity needs at least four samples", got=outcomes.shape[0])
     order = torch.randperm(outcomes.shape[0], generator=as_generator(generator)).to(outcomes.device)
     a, b = outcomes[order[:half]], outcomes[order[half : 2 * half]]
+    # E prod_i T^-1 over pairs of independent draws
     columns = [
         povm.at(site).inverse_overlap.to(outcomes.device)[a[:, site], b[:, site]]
         for site in range(a.shape[1])

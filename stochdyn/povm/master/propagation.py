@@ -38,7 +38,7 @@ def check_outcomes(num_outcomes: int, num_sites: int) -> None:
     """Raise unless all outcomes can be listed.
 
     Raises:
-        SystemSizeError: if there are over 2**20.
+        SystemSizeError: If there are over 2**20.
     """
     if num_outcomes**num_sites > _MAX_OUTCOMES:
         raise SystemSizeError(
@@ -53,9 +53,9 @@ def initial_probabilities(povm: Frame | SiteFrames, state: Any, num_sites: int) 
     """Return the probabilities ``(K**N,)`` of all outcomes in a state.
 
     Args:
-        povm: the frame of all sites, or one for each site.
-        state: the state, as for :func:`~stochdyn.povm.exact.evolve`.
-        num_sites: the number ``N`` of sites.
+        povm: The frame of all sites, or one for each site.
+        state: The state, as for :func:`~stochdyn.povm.exact.evolve`.
+        num_sites: The number ``N`` of sites.
     """
     check_outcomes(povm.num_outcomes, num_sites)
     rho = initial_density(state, num_sites, povm.dim)
@@ -66,7 +66,7 @@ def sparse_generator(operator: SparseMasterEquation, t: float | None = None) -> 
     """Return the master operator as a scipy sparse matrix.
 
     Raises:
-        SystemSizeError: if there are too many outcomes.
+        SystemSizeError: If there are too many outcomes.
     """
     from scipy import sparse
 
@@ -94,22 +94,22 @@ def propagate(
     by the action of the matrix exponential, or by a Runge-Kutta method of order eight if coefficients depend on time.
 
     Args:
-        model: the Lindbladian, its parameters bound.
-        povm: the frame of all sites, or one for each site.
-        state: the initial state, as for :func:`~stochdyn.povm.exact.evolve`, or the probabilities ``(K**N,)`` of all
+        model: The Lindbladian, its parameters bound.
+        povm: The frame of all sites, or one for each site.
+        state: The initial state, as for :func:`~stochdyn.povm.exact.evolve`, or the probabilities ``(K**N,)`` of all
             outcomes at the first time.
-        ts: the output times, increasing, the first being that of the initial state.
-        rtol: the relative tolerance of a step, if coefficients depend on time.
-        atol: the absolute tolerance of a step.
-        max_step: the longest step, if coefficients depend on time, for pulses shorter than 1/4096 of the span.
-        breaks: times where coefficients aren't smooth; jumps are found without.
+        ts: The output times, increasing, the first being that of the initial state.
+        rtol: The relative tolerance of a step, if coefficients depend on time.
+        atol: The absolute tolerance of a step.
+        max_step: The longest step, if coefficients depend on time, for pulses shorter than 1/4096 of the span.
+        breaks: The times where coefficients aren't smooth; jumps are found without.
 
     Returns:
         ``(T, K**N)`` float64, the first site slowest.
 
     Raises:
-        TimeGridError: if the times don't increase.
-        SystemSizeError: if there are over 2**20 outcomes (ten qubits).
+        TimeGridError: If the times don't increase.
+        SystemSizeError: If there are over 2**20 outcomes (ten qubits).
 
     Example:
         >>> from stochdyn.povm import Lindbladian, Tetrahedral
@@ -148,6 +148,8 @@ def propagate(
     check_length(model, float(grid[-1] - grid[0]))
     values = [p.numpy()]
     for span in (grid[1:] - grid[:-1]).tolist():
+        # p(t + s) = exp(L s) p(t), with Tr L known so that the scaling of Al-Mohy and Higham needs no
+        # estimate of it
         values.append(expm_multiply(matrix * span, values[-1], traceA=trace * span))
     return torch.from_numpy(np.stack(values))
 
@@ -184,7 +186,7 @@ def check_length(model: Lindbladian, span: float) -> None:
     """Raise if an evolution takes so many periods of the fastest term that it wouldn't end.
 
     Raises:
-        InvalidInputError: if it is over a million.
+        InvalidInputError: If it is over a million.
     """
     turns = model.rate_scale() * span
     if not turns <= _MAX_TURNS:
@@ -227,8 +229,8 @@ def stationary_probabilities(operator: SparseMasterEquation) -> Tensor:
     r"""Return the probabilities ``(K**N,)`` with :math:`Lp=0`, by a dense solve.
 
     Raises:
-        InvalidInputError: if there are several stationary states, or the operator depends on time.
-        SystemSizeError: if there are over 4096 outcomes.
+        InvalidInputError: If there are several stationary states, or the operator depends on time.
+        SystemSizeError: If there are over 4096 outcomes.
     """
     if operator.num_states > 4096:
         raise SystemSizeError(

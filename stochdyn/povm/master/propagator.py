@@ -49,20 +49,20 @@ class Propagator(nn.Module):
     Derivatives in the parameters are exact.
 
     Args:
-        model: the Lindbladian with its named parameters.
-        povm: the measurement of all sites, or one for each site; it need not be informationally complete. Imperfect
-            detectors are measurements too: with a confusion matrix ``C`` the effects are
-            ``torch.einsum("ab,bij->aij", C.to(torch.complex128), frame.effects)``.
-        state: the state at time 0, as for :func:`~stochdyn.povm.exact.evolve`.
-        ts: the times of the measurements, increasing, from zero on.
+        model: The Lindbladian with its named parameters.
+        povm: The measurement of all sites, or one for each site; it need not be informationally complete. Imperfect
+            detectors are measurements too: with a confusion matrix ``C`` the effects are ``torch.einsum("ab,bij->aij",
+            C.to(torch.complex128), frame.effects)``.
+        state: The state at time 0, as for :func:`~stochdyn.povm.exact.evolve`.
+        ts: The times of the measurements, increasing, from zero on.
 
     Attributes:
-        names: the names of the parameters.
-        times: the times ``(T,)``, float64.
+        names: The names of the parameters.
+        times: The times ``(T,)``, float64.
 
     Raises:
-        SystemSizeError: if there are over 65536 inner outcomes (eight qubits) or over 2**21 outcomes.
-        TimeGridError: if the times don't increase, or one is negative.
+        SystemSizeError: If there are over 65536 inner outcomes (eight qubits) or over 2**21 outcomes.
+        TimeGridError: If the times don't increase, or one is negative.
 
     Example:
         >>> from stochdyn.povm import Lindbladian, Tetrahedral
@@ -126,10 +126,10 @@ class Propagator(nn.Module):
         """Return probabilities ``(*batch, T, K**N)``.
 
         Args:
-            parameters: numbers or tensors ``(*batch)``, one for each name.
+            parameters: The parameters by name, numbers or tensors ``(*batch)``.
 
         Raises:
-            UnknownSiteError: if names are missing or unknown.
+            UnknownSiteError: If names are missing or unknown.
         """
         return self.read_out(self.inner(**parameters))
 
@@ -161,8 +161,8 @@ class Propagator(nn.Module):
         """Return the probabilities ``(*batch, K**N)`` of the measurement from those of the frame inside.
 
         Args:
-            q: ``(*batch, k**N)``.
-            confusion: matrices ``(*batch, N, K, K)`` of readout errors, from the true outcome to the one read.
+            q: The probabilities ``(*batch, k**N)`` of the frame inside.
+            confusion: The matrices ``(*batch, N, K, K)`` of readout errors, from the true outcome to the one read.
         """
         lead, n = q.shape[:-1], self.num_sites
         tensor = q.reshape(-1, *(round(q.shape[-1] ** (1 / n)),) * n)
@@ -195,6 +195,7 @@ class Propagator(nn.Module):
         if not self.model.is_time_dependent:
             return [1] * len(schedule.segments)
         first = {name: value.detach().reshape(-1)[:1] for name, value in values.items()}
+        # halve the steps until the probabilities change by less than the tolerance
         counts = []
         p = self.start.expand(1, -1) if values else self.start
         with torch.no_grad():
@@ -292,6 +293,7 @@ class Propagator(nn.Module):
                 weights[..., g, None] * cast(SparseMasterEquation, op).apply(term)
                 for g, op in enumerate(self.operators)
             ]
+            # exp(hL) p = sum_k (hL)^k p / k!
             term = reduce(torch.add, applied) * (step / k)
             total = total + term
         return total

@@ -36,9 +36,9 @@ class Segment:
     """A span of time on which all coefficients are smooth.
 
     Attributes:
-        start: the first time; coefficients are evaluated at it, not before.
-        end: the last time.
-        output: the index of the output time at its end, or None where there is none.
+        start: The first time; coefficients are evaluated at it, not before.
+        end: The last time.
+        output: The index of the output time at its end, or None where there is none.
     """
 
     start: float
@@ -55,11 +55,11 @@ class Schedule:
     of any of them.
 
     Args:
-        ts: the output times.
-        segments: in order, without gaps wider than rounding.
-        knots: increasing times at which the variation is known, or none for coefficients that are constant.
-        variation: the largest variation of any coefficient, relative to its range, up to each of them.
-        max_step: the longest step allowed, infinite for no bound.
+        ts: The output times.
+        segments: The segments in order, without gaps wider than rounding.
+        knots: The increasing times at which the variation is known, or none for coefficients that are constant.
+        variation: The largest variation of any coefficient, relative to its range, up to each of them.
+        max_step: The longest step allowed, infinite for no bound.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Schedule:
         if not self._knots:
             return self.max_step
         place = min(max(bisect_right(self._knots, t) - 1, 0), len(self._knots) - 1)
+        # as far as the coefficients may vary by a quarter of their range
         target = self._variation[place] + _VARIATION
         last = min(bisect_right(self._variation, target), len(self._knots) - 1)
         reach = self._knots[last] - t
@@ -101,14 +102,14 @@ def make_schedule(
     """Return the schedule of an evolution, with every coefficient looked at.
 
     Args:
-        model: the Lindbladian, its parameters bound.
-        ts: the output times ``(T,)``.
-        max_step: the longest step allowed; coefficients are looked at twice as often.
-        breaks: times where coefficients aren't smooth.
+        model: The Lindbladian, its parameters bound.
+        ts: The output times ``(T,)``.
+        max_step: The longest step allowed; coefficients are looked at twice as often.
+        breaks: The times where coefficients aren't smooth.
 
     Raises:
-        LindbladianError: if a coefficient isn't finite, or a rate is negative.
-        InvalidInputError: if ``max_step`` isn't positive.
+        LindbladianError: If a coefficient isn't finite, or a rate is negative.
+        InvalidInputError: If ``max_step`` isn't positive.
     """
     grid = [float(t) for t in ts]
     span = grid[-1] - grid[0]
@@ -177,6 +178,7 @@ def _find_jumps(
     for i in sorted(suspects.tolist()):
         low, high = float(looks[i]), float(looks[i + 1])
         at_low, at_high = value(low), value(high)
+        # bisection to neighbouring floats: a jump keeps its height, a steep slope loses it
         whole = abs(at_high - at_low)
         while True:
             middle = low + (high - low) / 2
@@ -228,7 +230,7 @@ def check_finite_rates(values: np.ndarray, t: float) -> None:
     """Raise if a rate of change isn't finite.
 
     Raises:
-        LindbladianError: naming the time.
+        LindbladianError: If a rate of change isn't finite; the message names the time.
     """
     if not np.isfinite(values).all():
         raise LindbladianError("the rate of change isn't finite", got=f"at time {t:g}")

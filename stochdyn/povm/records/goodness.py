@@ -28,10 +28,10 @@ class GoodnessOfFit:
     Attributes:
         statistic: Pearson's :math:`\sum(n-\mu)^2/\mu` over counts of outcome strings at each time, or of outcomes of
             pairs of sites where there are too many strings.
-        p_value: the part of simulated data sets whose statistic is larger; a small one says that frame, model or
+        p_value: The part of simulated data sets whose statistic is larger; a small one says that frame, model or
             initial state are wrong.
-        impossible: the number of records of probability zero.
-        worst: the time index, the sites and the outcome with the largest deviation.
+        impossible: The number of records of probability zero.
+        worst: The time index, the sites and the outcome with the largest deviation.
     """
 
     statistic: float
@@ -50,15 +50,16 @@ def goodness_of_fit(
     """Test whether records come from given probabilities.
 
     Args:
-        records: what was measured.
-        probabilities: ``(T, K**N)`` of all outcomes at all times, such as a :class:`~stochdyn.povm.Propagator` gives;
-            with several preparations those of the first, then of the second, and so on.
-        num_simulations: the number of data sets that are simulated for the p-value.
-        generator: the source of randomness of the simulations.
+        records: The measurement records.
+        probabilities: The probabilities ``(T, K**N)`` of all outcomes at all times, such as a
+            :class:`~stochdyn.povm.Propagator` gives; with several preparations those of the first, then of the second,
+            and so on.
+        num_simulations: The number of data sets that are simulated for the p-value.
+        generator: The source of randomness of the simulations.
 
     Raises:
-        ShapeError: if the probabilities don't fit the records.
-        EmptyDataError: if there are no records.
+        ShapeError: If the probabilities don't fit the records.
+        EmptyDataError: If there are no records.
 
     Example:
         >>> from stochdyn.povm import Propagator, Tetrahedral, simulate_records, systems
@@ -91,6 +92,7 @@ def goodness_of_fit(
     deviation = _deviation(found, expected)
     statistic = float(deviation.sum())
     place = int(deviation.argmax())
+    # the law of the statistic under the model, by simulating data sets with the same numbers of records
     larger = 0
     counts = torch.bincount(cell, minlength=rows)
     for _ in range(num_simulations):
@@ -111,7 +113,7 @@ def warn_of_fit(fit: GoodnessOfFit, stacklevel: int = 3) -> None:
     """Warn if records can't, or hardly can, come from what was fitted.
 
     Warns:
-        ConvergenceWarning: if records are impossible, or the p-value is below 0.001 or the least that it can be.
+        ConvergenceWarning: If records are impossible, or the p-value is below 0.001 or the least that it can be.
     """
     if fit.impossible:
         warnings.warn(

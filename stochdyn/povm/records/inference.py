@@ -46,8 +46,8 @@ class ReadoutError:
     :class:`~stochdyn.povm.Basis`: outcomes ``2 k`` and ``2 k + 1`` are read for each other.
 
     Args:
-        up: the name of the probability of reading 1 for 0.
-        down: the name of the probability of reading 0 for 1; the same parameter if None.
+        up: The name of the probability of reading 1 for 0.
+        down: The name of the probability of reading 0 for 1; the same parameter if None.
 
     Example:
         >>> ReadoutError("flip").names
@@ -72,6 +72,7 @@ class ReadoutError:
         up = torch.as_tensor(values[self.up], dtype=torch.float64)
         down = torch.as_tensor(values[self.down or self.up], dtype=torch.float64)
         up, down = torch.broadcast_tensors(up, down)
+        # columns: the true bit, rows: the one that is read
         block = torch.stack([torch.stack([1 - up, down], -1), torch.stack([up, 1 - down], -1)], -2)
         eye = torch.eye(num_outcomes // 2, dtype=block.dtype, device=block.device)
         whole = torch.einsum("kl,...ab->...kalb", eye, block)
@@ -87,16 +88,16 @@ class RecordModel(PyroModule):
     ``SVI``, ``NUTS``, ``Predictive`` and :func:`stochdyn.to_inference_data`, also with vectorised particles.
 
     Args:
-        model: the Lindbladian with its named parameters, which may enter in any way and depend on time.
-        povm: the measurement of all sites, or one for each site, complete or not.
-        state: the state at time 0, as for :func:`~stochdyn.povm.exact.evolve`, or :class:`~stochdyn.povm.Preparations`.
-        times: the times of the measurements.
-        priors: Pyro distributions by name of parameter, such as ``{"g": LogNormal(0.0, 1.0)}``.
-        readout: unknown readout errors, the same on all sites; None for none beyond those of ``povm``.
+        model: The Lindbladian with its named parameters, which may enter in any way and depend on time.
+        povm: The measurement of all sites, or one for each site, complete or not.
+        state: The state at time 0, as for :func:`~stochdyn.povm.exact.evolve`, or :class:`~stochdyn.povm.Preparations`.
+        times: The times of the measurements.
+        priors: The Pyro distributions of the parameters by name, such as ``{"g": LogNormal(0.0, 1.0)}``.
+        readout: The unknown readout errors, the same on all sites; None for none beyond those of ``povm``.
 
     Raises:
-        InvalidInputError: if priors and parameters don't match, or readout errors don't suit the measurement.
-        SystemSizeError: if there are over 65536 outcomes of a minimal frame (eight qubits).
+        InvalidInputError: If priors and parameters don't match, or readout errors don't suit the measurement.
+        SystemSizeError: If there are over 65536 outcomes of a minimal frame (eight qubits).
 
     Example:
         >>> import pyro.distributions as dist
@@ -184,22 +185,24 @@ def infer_parameters(
     """Return the posterior of a Lindbladian's parameters given measurement records.
 
     Args:
-        records: what was measured.
-        model: the Lindbladian with its named parameters, which may enter in any way and depend on time.
-        povm: the measurement of all sites, or one for each site, complete or not.
-        state: the state at time 0, as for :func:`~stochdyn.povm.exact.evolve`, or :class:`~stochdyn.povm.Preparations`.
-        priors: Pyro distributions by name of parameter; rates need positive ones, readout errors such below one half.
-        method: ``"svi"``, with a correlated and skewed guide on the unconstrained scale, or ``"nuts"``.
-        readout: unknown readout errors, as parameters of their own.
-        steps: the number of updates of the guide, with ``"svi"``.
-        num_draws: the number of draws from the posterior; with ``"nuts"``, from each chain.
-        warmup: the number of steps before the draws of each chain, with ``"nuts"``.
-        num_chains: the number of chains, with ``"nuts"``; Pyro runs them in processes of their own where there are cores.
-        guide: a guide of a :class:`RecordModel`, with ``"svi"``, in place of
+        records: The measurement records.
+        model: The Lindbladian with its named parameters, which may enter in any way and depend on time.
+        povm: The measurement of all sites, or one for each site, complete or not.
+        state: The state at time 0, as for :func:`~stochdyn.povm.exact.evolve`, or :class:`~stochdyn.povm.Preparations`.
+        priors: The Pyro distributions of the parameters by name; rates need positive ones, readout errors such below
+            one half.
+        method: The method: ``"svi"``, with a correlated and skewed guide on the unconstrained scale, or ``"nuts"``.
+        readout: The unknown readout errors, as parameters of their own.
+        steps: The number of updates of the guide, with ``"svi"``.
+        num_draws: The number of draws from the posterior; with ``"nuts"``, from each chain.
+        warmup: The number of steps before the draws of each chain, with ``"nuts"``.
+        num_chains: The number of chains, with ``"nuts"``; Pyro runs them in processes of their own where there are
+            cores.
+        guide: A guide of a :class:`RecordModel`, with ``"svi"``, in place of
             :class:`stochdyn.infer.skewed.AutoSkewedNormal`.
-        seed: the seed of fit and draws; the global random state is left alone. None draws from that instead.
-        predictive: whether to draw replicated records too.
-        progress: whether to show a progress bar.
+        seed: The seed of fit and draws; the global random state is left alone. None draws from that instead.
+        predictive: Whether to draw replicated records too.
+        progress: Whether to show a progress bar.
 
     Returns:
         ArviZ container (see :func:`stochdyn.to_inference_data`). Its attributes ``fit_p_value`` and
@@ -207,12 +210,12 @@ def infer_parameters(
         with ``"svi"`` ``khat`` says how far the approximation can be trusted.
 
     Raises:
-        InvalidInputError: if priors and parameters don't match.
-        ShapeError: if the records are of another lattice, frame, or number of preparations.
-        SystemSizeError: if there are over 65536 outcomes of a minimal frame (eight qubits).
+        InvalidInputError: If priors and parameters don't match.
+        ShapeError: If the records are of another lattice, frame, or number of preparations.
+        SystemSizeError: If there are over 65536 outcomes of a minimal frame (eight qubits).
 
     Warns:
-        ConvergenceWarning: if k-hat exceeds 0.7, if records are impossible under the model (probability zero), or if
+        ConvergenceWarning: If k-hat exceeds 0.7, if records are impossible under the model (probability zero), or if
             they don't look as the fitted model says.
 
     Example:

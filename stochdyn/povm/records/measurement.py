@@ -38,11 +38,11 @@ class MeasurementRecords:
     """Outcomes of measurements of all sites, each on a fresh run of the experiment.
 
     Attributes:
-        times: when measurements were made ``(T,)``, float64.
-        time_index: which of these times each record is from ``(R,)``.
-        outcomes: the outcomes ``(R, N)``, integers.
-        num_outcomes: the number ``K`` of outcomes of a site.
-        preparation: which initial state each record started from ``(R,)``; zeros where there is one.
+        times: The times ``(T,)`` of the measurements, float64.
+        time_index: The number ``(R,)`` of the time that each record is from.
+        outcomes: The outcomes ``(R, N)``, integers.
+        num_outcomes: The number ``K`` of outcomes of a site.
+        preparation: The number ``(R,)`` of the initial state that each record started from; zeros where there is one.
     """
 
     times: Tensor
@@ -58,15 +58,15 @@ class MeasurementRecords:
         """Return records from the outcomes at each time.
 
         Args:
-            times: the increasing times ``(T,)``.
-            outcomes: ``(T, n, N)``, or ``T`` arrays ``(n_t, N)`` if their numbers differ.
-            num_outcomes: the number ``K`` of outcomes of a site.
-            preparation: the number of the initial state of each record, in the same form without the last axis.
+            times: The increasing times ``(T,)``.
+            outcomes: The outcomes ``(T, n, N)``, or ``T`` arrays ``(n_t, N)`` if their numbers differ.
+            num_outcomes: The number ``K`` of outcomes of a site.
+            preparation: The number of the initial state of each record, in the same form without the last axis.
 
         Raises:
-            TimeGridError: if times don't increase.
-            ShapeError: if there isn't one set of outcomes for each time, or sites differ.
-            InvalidInputError: if outcomes aren't integers in range.
+            TimeGridError: If times don't increase.
+            ShapeError: If there isn't one set of outcomes for each time, or sites differ.
+            InvalidInputError: If outcomes aren't integers in range.
         """
         grid = as_times(times, "times")
         check_positive_int(num_outcomes, "num_outcomes", 2)
@@ -100,14 +100,14 @@ class MeasurementRecords:
         """Return records of :class:`~stochdyn.povm.Pauli6` from counts by basis and bits, as hardware gives them.
 
         Args:
-            times: the increasing times ``(T,)``.
-            counts: for each time a mapping from bases to counts of bit strings, such as
-                ``{"XX": {"00": 480, "11": 520}, "ZZ": {"01": 1000}}``; the first letter and the first bit are of site 0.
-            preparation: the number of the initial state of all of them.
+            times: The increasing times ``(T,)``.
+            counts: The counts: for each time a mapping from bases to counts of bit strings, such as ``{"XX": {"00":
+                480, "11": 520}, "ZZ": {"01": 1000}}``; the first letter and the first bit are of site 0.
+            preparation: The number of the initial state of all of them.
 
         Raises:
-            InvalidInputError: if a basis or a bit string can't be read, or a count is negative.
-            ShapeError: if strings differ in length.
+            InvalidInputError: If a basis or a bit string can't be read, or a count is negative.
+            ShapeError: If strings differ in length.
 
         Example:
             >>> records = MeasurementRecords.from_counts([1.0], [{"XZ": {"01": 3}, "ZZ": {"11": 2}}])
@@ -137,14 +137,14 @@ class MeasurementRecords:
         """Return records of :class:`~stochdyn.povm.Pauli6` from the bases and the bits of single shots.
 
         Args:
-            times: the increasing times ``(T,)``.
-            bases: for each record a string such as ``"XZ"``, the first letter for site 0.
-            bits: zeros and ones ``(R, N)``, 0 for the eigenvalue +1.
-            time_index: the time of each record ``(R,)``; the first for all if None.
+            times: The increasing times ``(T,)``.
+            bases: The bases: for each record a string such as ``"XZ"``, the first letter for site 0.
+            bits: The zeros and ones ``(R, N)`` that were read, 0 for the eigenvalue +1.
+            time_index: The time of each record ``(R,)``; the first for all if None.
 
         Raises:
-            InvalidInputError: if a basis or a bit is unknown.
-            ShapeError: if there isn't one string of bases for each record.
+            InvalidInputError: If a basis or a bit is unknown.
+            ShapeError: If there isn't one string of bases for each record.
         """
         grid = as_times(times, "times")
         values = _integers(bits, "bits")
@@ -232,17 +232,17 @@ class RecordLaw(LawDistribution):
     .. math:: \log p(a_r) = \log p_{t_r}(a_r)
 
     Args:
-        probabilities: ``(T, K**N)`` of all outcomes at all times, such as a :class:`Propagator` gives; or ``(*batch, 1,
-            T, K**N)``, with an axis of size one for the plate of records. Rounding may leave an impossible outcome a
-            little below zero; it then has the least probability that a float can have.
-        time_index: the time of each record ``(R,)``.
-        num_sites: the number ``N`` of sites.
-        num_outcomes: the number ``K`` of outcomes of a site.
-        validate_args: as in torch.
+        probabilities: The probabilities ``(T, K**N)`` of all outcomes at all times, such as a :class:`Propagator`
+            gives; or ``(*batch, 1, T, K**N)``, with an axis of size one for the plate of records. Rounding may leave an
+            impossible outcome a little below zero; it then has the least probability that a float can have.
+        time_index: The time of each record ``(R,)``.
+        num_sites: The number ``N`` of sites.
+        num_outcomes: The number ``K`` of outcomes of a site.
+        validate_args: Whether the distribution checks its arguments, as in torch.
 
     Raises:
-        ShapeError: if the probabilities have the wrong shape.
-        InvalidInputError: if one is below zero by more than rounding.
+        ShapeError: If the probabilities have the wrong shape.
+        InvalidInputError: If one is below zero by more than rounding.
 
     Example:
         >>> from stochdyn.povm import Tetrahedral
@@ -297,7 +297,7 @@ class RecordLaw(LawDistribution):
         return constraints.independent(constraints.integer_interval(0, self.num_outcomes - 1), 1)
 
     def _fill(self, new: RecordLaw, batch_shape: torch.Size) -> None:
-        """See :meth:`LawDistribution._fill`: the axis of records stays as it is."""
+        """Copy what an expanded law needs; the axis of records stays as it is."""
         if batch_shape[-1:] != self.batch_shape[-1:]:
             raise ShapeError(
                 "the axis of records can't be expanded", got=batch_shape, expected=self.batch_shape
@@ -318,6 +318,7 @@ class RecordLaw(LawDistribution):
         if self._validate_args:
             self._validate_sample(value)
         code = encode(value, self.num_outcomes)
+        # one table of T * K**N log probabilities, in which each record has one place
         table = self.log_probabilities[..., 0, :, :].flatten(-2)
         cell = self.time_index * self.log_probabilities.shape[-1] + code
         if cell.ndim == 1:
@@ -338,16 +339,16 @@ def simulate_records(
     """Return simulated records, each from a fresh run of the system up to its time.
 
     Args:
-        model: the Lindbladian, its parameters bound; small, since all probabilities are propagated exactly.
-        povm: the measurement of all sites, or one for each site, complete or not.
-        state: the state at time 0, as for :func:`~stochdyn.povm.exact.evolve`, or :class:`~stochdyn.povm.Preparations`.
-        times: the times of the measurements, increasing, from zero on.
-        num_records: the number of records at each time, from each preparation.
-        generator: the source of randomness of the outcomes.
+        model: The Lindbladian, its parameters bound; small, since all probabilities are propagated exactly.
+        povm: The measurement of all sites, or one for each site, complete or not.
+        state: The state at time 0, as for :func:`~stochdyn.povm.exact.evolve`, or :class:`~stochdyn.povm.Preparations`.
+        times: The times of the measurements, increasing, from zero on.
+        num_records: The number of records at each time, from each preparation.
+        generator: The source of randomness of the outcomes.
 
     Raises:
-        TimeGridError, SystemSizeError: as for :class:`~stochdyn.povm.Propagator`.
-        LindbladianError: if parameters aren't bound.
+        TimeGridError, SystemSizeError: As for :class:`~stochdyn.povm.Propagator`.
+        LindbladianError: If parameters aren't bound.
 
     Example:
         >>> from stochdyn.povm import Tetrahedral, systems
@@ -378,10 +379,10 @@ class Preparations:
     """Several initial states of one experiment; records say by number which they started from.
 
     Args:
-        states: for each preparation a state of the lattice, as for :func:`~stochdyn.povm.exact.evolve`.
+        states: The initial states, one of the lattice for each preparation, as for :func:`~stochdyn.povm.exact.evolve`.
 
     Raises:
-        EmptyDataError: if there are none.
+        EmptyDataError: If there are none.
 
     Example:
         >>> len(Preparations(["up", "down", ["x+", "up"]]).states)
@@ -401,7 +402,7 @@ def check_priors(names: Sequence[str], priors: Mapping[str, Any]) -> None:
     """Raise unless there is one prior for each parameter.
 
     Raises:
-        InvalidInputError: if names are missing or unknown, or there are none.
+        InvalidInputError: If names are missing or unknown, or there are none.
     """
     check_type(priors, Mapping, "priors")
     if not names:

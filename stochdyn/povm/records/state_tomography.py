@@ -35,11 +35,12 @@ class Tomography:
     r"""A state found from measurements, positive and of trace one.
 
     Attributes:
-        state: the density matrix ``(D, D)``: the most likely one, or the mean of the posterior.
-        log_likelihood: of the records, at that state.
-        gap: a bound on how much the log likelihood of any state is larger, by maximum likelihood; NaN for a posterior.
-        goodness: how the records agree with the state.
-        draws: density matrices ``(num_draws, D, D)`` from the posterior; None by maximum likelihood.
+        state: The density matrix ``(D, D)``: the most likely one, or the mean of the posterior.
+        log_likelihood: The log likelihood of the records at that state.
+        gap: The bound on how much the log likelihood of any state is larger, by maximum likelihood; NaN for a
+            posterior.
+        goodness: The agreement of the records with the state.
+        draws: The density matrices ``(num_draws, D, D)`` drawn from the posterior; None by maximum likelihood.
     """
 
     state: Tensor
@@ -88,25 +89,25 @@ def tomography(
     (:meth:`~stochdyn.povm.Measurement.with_readout_errors`).
 
     Args:
-        records: what was measured, all at one time and from one preparation; or outcomes ``(n, N)``.
-        povm: the measurement of all sites, or one for each site. It need not be complete, but then many states are as
+        records: The measurement records, all at one time and from one preparation; or outcomes ``(n, N)``.
+        povm: The measurement of all sites, or one for each site. It need not be complete, but then many states are as
             likely.
-        method: ``"likelihood"`` or ``"posterior"``.
-        tolerance: the largest gap of the log likelihood, with ``"likelihood"``.
-        num_draws: the number of draws, with ``"posterior"``.
-        warmup: the number of steps before them, with ``"posterior"``.
-        seed: the seed of the draws and of the test of fit.
-        progress: whether to show a progress bar.
+        method: The method, ``"likelihood"`` or ``"posterior"``.
+        tolerance: The largest gap of the log likelihood, with ``"likelihood"``.
+        num_draws: The number of draws, with ``"posterior"``.
+        warmup: The number of steps before them, with ``"posterior"``.
+        seed: The seed of the draws and of the test of fit.
+        progress: Whether to show a progress bar.
 
     Returns:
         The state, its quality, and draws.
 
     Raises:
-        SystemSizeError: if there are over 64 levels (six qubits), or over 65536 outcomes.
-        InvalidInputError: if records are of several times or preparations.
+        SystemSizeError: If there are over 64 levels (six qubits), or over 65536 outcomes.
+        InvalidInputError: If records are of several times or preparations.
 
     Warns:
-        ConvergenceWarning: if the gap stays above the tolerance, or the records don't look as any state says.
+        ConvergenceWarning: If the gap stays above the tolerance, or the records don't look as any state says.
 
     Example:
         >>> from stochdyn.povm import Lindbladian, Pauli6, simulate_records
@@ -165,6 +166,7 @@ def tomography(
 
 def _state_of(a: Tensor) -> Tensor:
     """Return the density matrix of a square root ``(2, D, D)``, its real and imaginary part."""
+    # rho = A A^dagger / Tr A A^dagger is positive and of trace one for every A
     root = torch.complex(a[0], a[1])
     rho = root @ root.mH
     return rho / rho.diagonal().sum().real
@@ -213,6 +215,7 @@ def _gap(rho: Tensor, counts: Tensor, frames: list[Measurement]) -> float:
     variable = rho.clone().requires_grad_(True)
     p = probabilities_of(variable, frames)[seen]
     (gradient,) = torch.autograd.grad((counts[seen] * p.clamp(min=1e-300).log()).sum(), variable)
+    # the log likelihood is concave, so log L(sigma) - log L(rho) <= Tr R (sigma - rho) <= lambda_max(R) - n
     r = (gradient + gradient.mH) / 2
     return float(torch.linalg.eigvalsh(r)[-1] - counts.sum())
 
