@@ -24,9 +24,10 @@ class AutoregressiveTransformer(AutoregressiveNetwork):
         x &\leftarrow x + \operatorname{Attention}(\operatorname{norm}x)\\
         x &\leftarrow x + W_2\operatorname{gelu}(W_1\operatorname{norm}x)
 
-    for every layer, then a normalisation and the head of :class:`~stochdyn.povm.ansatz.networks.AutoregressiveNetwork`. Step ``i`` attends to steps
-    ``0..i`` in scoring and in sampling alike, so both follow one law at every depth. When would I use this? To begin with on lattices of up to some twenty sites, and
-    wherever correlations reach far; its cost per draw grows with the square of the number of sites.
+    for every layer, then a normalisation and the head of
+    :class:`~stochdyn.povm.ansatz.networks.AutoregressiveNetwork`. Step ``i`` attends to steps ``0..i`` in scoring and in
+    sampling alike, so both follow one law at every depth. When would I use this? To begin with on lattices of up to some
+    twenty sites, and wherever correlations reach far; the cost of a draw grows with the square of the number of sites.
 
     Args:
         num_sites: The number ``N`` of sites.
