@@ -21,7 +21,7 @@ from torch import Tensor
 
 import stochdyn as sd
 from stochdyn.diagnostics import plot_paths, plot_training
-from stochdyn.fractional import LatentSDE, MarkovNoise, Series, evidence, forecast, predict
+from stochdyn.fractional import GaussianMethod, LatentSDE, MarkovNoise, Series, evidence, forecast, predict
 
 HURST = (0.25, 0.8)
 END, STEPS, NOISE = 2.0, 60, 0.05
@@ -59,7 +59,7 @@ def main() -> None:
     torch.manual_seed(0)
     series, fine, clean = simulate(options.series, torch.Generator().manual_seed(0))
     model = LatentSDE(
-        3, 2, torch.linspace(0, END, STEPS + 1), posterior="gaussian", hurst=0.5, drift=(32,), context=32, num_particles=4,
+        3, 2, torch.linspace(0, END, STEPS + 1), drift=(32,), posterior=GaussianMethod(context=32, num_particles=4),
     )  # fmt: skip
     start = time.process_time()
     result = sd.fit(model, series, steps=options.steps, batch_size=50, lr=5e-3, clip_norm=100.0)

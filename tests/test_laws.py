@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pyro
 import pytest
@@ -87,13 +88,13 @@ def posterior_path(noise_space: bool | None = None, y: float = 0.0) -> PathMeasu
     return guide.path_law("x")
 
 
-def latent_path(posterior: str = "gaussian", hurst: float | None = 0.7) -> PathMeasure:
+def latent_path(posterior: Any, noise: Any) -> PathMeasure:
     """The posterior of two series under a model whose parameters aren't trained."""
     fractional, ts = sd.fractional, torch.linspace(0, 1, 21, dtype=F64)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = fractional.LatentSDE(
-            1, 2, ts, posterior=posterior, hurst=hurst, drift=(8,), context=8, obs_scale=0.5
+            1, 2, ts, posterior=posterior, noise=noise, drift=(8,), obs_scale=0.5
         ).double()
     values = torch.tensor([[0.5, 1.0, 0.2], [-0.5, 0.0, 1.0]], dtype=F64)
     return model.path_law(fractional.Series.regular(ts[::10], values[..., None]))
@@ -101,8 +102,8 @@ def latent_path(posterior: str = "gaussian", hurst: float | None = 0.7) -> PathM
 
 CASES: dict[str, Case] = {
     **{
-        f"LatentPathLaw, {kind}": Case(partial(latent_path, kind, hurst), outside=1.5, batch=(2,))
-        for kind, hurst in (("tight", 0.7), ("gaussian", 0.7), ("matching", None))
+        f"LatentPathLaw, {kind}": Case(partial(latent_path, kind, noise), outside=1.5, batch=(2,))
+        for kind, noise in (("tight", "fractional"), ("gaussian", "fractional"), ("matching", "brownian"))
     },
     "PosteriorPath": Case(posterior_path, other=lambda: posterior_path(y=0.3), outside=-0.1),
     "PosteriorPath in noise space": Case(

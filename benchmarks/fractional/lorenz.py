@@ -8,7 +8,16 @@ import torch
 import torchsde
 from torch import Tensor, nn
 
-from stochdyn.fractional import LatentSDE, Series
+import stochdyn as sd
+from stochdyn.fractional import (
+    ControlMethod,
+    GaussianDecoder,
+    LatentSDE,
+    MatchingMethod,
+    PosteriorMethod,
+    Series,
+    TightMethod,
+)
 
 __all__ = ["DT", "END", "SCALE", "PeerLatentSDE", "as_series", "data", "ours"]
 
@@ -93,9 +102,14 @@ class PeerLatentSDE(nn.Module):
 def ours(posterior: str, dt: float = DT, checkpoint: bool = False) -> LatentSDE:
     """Return the library's model of the same sizes; its grid has the peer's steps."""
     ts = torch.linspace(0, END, round(END / dt) + 1)
+    hidden = (HIDDEN, HIDDEN)
+    method: PosteriorMethod = MatchingMethod(hidden, CONTEXT)
+    if posterior != "matching":
+        kind = {"control": ControlMethod, "tight": TightMethod}[posterior]
+        method = kind(hidden, CONTEXT, method=sd.core.Euler(checkpoint=checkpoint))
     return LatentSDE(
-        3, LATENT, ts, posterior=posterior, hurst=None, drift=(HIDDEN, HIDDEN), diffusion="state", decoder=(),
-        obs_scale=SCALE, learn_obs_scale=False, checkpoint=checkpoint or None, context=CONTEXT, hidden=(HIDDEN, HIDDEN),
+        3, LATENT, ts, noise="brownian", drift=(HIDDEN, HIDDEN), diffusion="state", posterior=method,
+        decoder=GaussianDecoder(torch.nn.Linear(LATENT, 3), 3, SCALE, learn_obs_scale=False),
     )  # fmt: skip
 
 

@@ -14,11 +14,15 @@ from stochdyn.core import StateNetwork
 from stochdyn.fractional import (
     AffineDrift,
     FractionalOU,
+    GaussianDecoder,
     GaussianELBO,
+    GaussianMethod,
     GaussianPosterior,
     LatentSDE,
     MarkovNoise,
+    PosteriorMethod,
     Series,
+    TightMethod,
 )
 from stochdyn.infer import AutoPathGuide, sample_path
 
@@ -43,7 +47,7 @@ def _by_guide(sde: sd.SDE, ts: Tensor, index: list[int], y: Tensor) -> float:
 
 
 def _by_encoder(
-    kind: str, sde: sd.SDE, ts: Tensor, index: list[int], y: Tensor, train: int
+    method: PosteriorMethod, sde: sd.SDE, ts: Tensor, index: list[int], y: Tensor, train: int
 ) -> tuple[float, float]:
     """Return the exact evidence with a normal start, and the bound of a posterior that is read off the series by networks."""
     torch.manual_seed(0)
@@ -52,8 +56,8 @@ def _by_encoder(
     exact = GaussianELBO(GaussianPosterior(sd.DiffusionMeasure(start, sde), ts), data)
     exact.posterior.linearise(data)
     model = LatentSDE(
-        1, 1, ts, posterior=kind, noise=sde.noise, drift=sde.drift, diffusion=1.0, decoder=torch.nn.Identity(),
-        obs_scale=SD, learn_obs_scale=False, num_particles=16,
+        1, 1, ts, noise=sde.noise, drift=sde.drift, diffusion=1.0, posterior=method,
+        decoder=GaussianDecoder(torch.nn.Identity(), 1, SD, learn_obs_scale=False),
     ).double()  # fmt: skip
     for parameter in (model.start_mean, model.start_log_scale, *model.sde.parameters()):
         parameter.requires_grad_(False)
@@ -106,8 +110,8 @@ def tightness(smoke: bool) -> list[dict[str, Any]]:
         sd.fit(simulated, steps=train, lr=3e-3, progress=False)
         with torch.no_grad():
             row["gap of the control posterior (a)"] = exact - float(simulated.evidence(4000)[1].mean())
-        for kind in ("tight", "gaussian"):
-            evidence, bound = _by_encoder(kind, sde, ts, index, values, 5 * train)
+        for kind, method in (("tight", TightMethod), ("gaussian", GaussianMethod)):
+            evidence, bound = _by_encoder(method(num_particles=16), sde, ts, index, values, 5 * train)
             row[f"gap of LatentSDE, {kind}"] = evidence - bound
         rows.append(row)
         print(row, flush=True)

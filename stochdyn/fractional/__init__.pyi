@@ -21,8 +21,15 @@ from .latent.analysis import posterior_paths as posterior_paths
 from .latent.analysis import predict as predict
 from .latent.gaussian_elbo import GaussianELBO as GaussianELBO
 from .latent.gaussian_posterior import GaussianPosterior as GaussianPosterior
+from .latent.methods import ControlMethod as ControlMethod
+from .latent.methods import GaussianMethod as GaussianMethod
+from .latent.methods import MatchingMethod as MatchingMethod
+from .latent.methods import PosteriorMethod as PosteriorMethod
+from .latent.methods import TightMethod as TightMethod
 from .latent.model import LatentSDE as LatentSDE
+from .latent.networks import GaussianDecoder as GaussianDecoder
 from .latent.series import Series as Series
+from .noise.choice import FractionalNoise as FractionalNoise
 from .noise.markov import MarkovNoise as MarkovNoise
 from .noise.markov import default_speeds as default_speeds
 from .noise.multifractional import HurstCurve as HurstCurve
@@ -37,5 +44,6 @@ from .ou.inference import infer_fou as infer_fou
 from .ou.process import FractionalOU as FractionalOU
 from .video.model import EncodedVideo as EncodedVideo
 from .video.model import VideoModel as VideoModel
+from .video.networks import VideoNetworks as VideoNetworks
 from .volatility import RoughVolatility as RoughVolatility
 from .volatility import rough_volatility as rough_volatility

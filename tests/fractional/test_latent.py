@@ -9,14 +9,20 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.errors import HurstRangeError, InvalidInputError, TimeGridError
+from stochdyn.errors import HurstRangeError, InvalidInputError, ShapeError, TimeGridError
 from stochdyn.fractional import (
     AffineDrift,
+    ControlMethod,
+    FractionalNoise,
     FractionalOU,
+    GaussianDecoder,
+    GaussianMethod,
     LatentSDE,
     MarkovNoise,
+    MatchingMethod,
     MultifractionalNoise,
     Series,
+    TightMethod,
     compare_models,
     evidence,
     forecast,
@@ -37,29 +43,30 @@ def _series(seed: int = 0, count: int = 4) -> Series:
     return Series.regular(TS[::4] + 0.007 * (TS[::4] < 0.9), values)
 
 
-def _used(options: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what the posterior or the noise has no use for, which is an error."""
-    idle = {"hidden"} if options.get("posterior") == "gaussian" else set()
-    if options.get("hurst") is None or options.get("noise") is not None:
-        idle |= {"num_states", "learn_hurst"}
-    return {name: value for name, value in options.items() if name not in idle}
+def _method(posterior: str, context: int = 6, num_particles: int = 2, hidden: int = 8, **options: Any) -> Any:
+    """Return a posterior of small networks."""
+    if posterior == "matching":
+        return MatchingMethod((hidden,), context, num_particles)
+    if posterior == "gaussian":
+        return GaussianMethod(context, num_particles)
+    made = {"control": ControlMethod, "tight": TightMethod}[posterior]
+    return made((hidden,), context, num_particles, **options)
 
 
-def _model(posterior: Any, **options: Any) -> LatentSDE:
+def _model(posterior: Any, num_particles: int = 2, **options: Any) -> LatentSDE:
     torch.manual_seed(0)
+    learnt = FractionalNoise(torch.tensor([0.3, 0.5, 0.8]), num_states=4)
     defaults: dict[str, Any] = {
-        "posterior": posterior,
-        "hurst": None if posterior == "matching" else torch.tensor([0.3, 0.5, 0.8]),
-        "num_states": 4,
+        "posterior": _method(posterior, num_particles=num_particles)
+        if isinstance(posterior, str)
+        else posterior,
+        "noise": "brownian" if posterior == "matching" else learnt,
         "drift": (8,),
-        "hidden": (8,),
-        "context": 6,
-        "num_particles": 2,
         "obs_scale": 0.5,
     }
-    model = LatentSDE(2, 3, TS, **_used(defaults | options))
+    model = LatentSDE(2, 3, TS, **(defaults | options))
     with torch.no_grad():
-        for p in [*model.posterior.parameters(), *getattr(model, "start_head", model.posterior).parameters()]:
+        for p in model.posterior.parameters():
             p.add_(0.03 * torch.randn(p.shape))
     return model
 
@@ -89,7 +96,8 @@ def test_every_parameter_is_trained(posterior: str) -> None:
 
 @pytest.mark.parametrize("posterior", ["control", "tight", "gaussian"])
 def test_the_increments_of_draws_drive_them_under_the_prior(posterior: str) -> None:
-    model = _model(posterior, kind="I", num_states=12)
+    noise = FractionalNoise(torch.tensor([0.3, 0.5, 0.8]), kind="I", num_states=12)
+    model = _model(posterior, noise=noise)
     with torch.no_grad():
         path = posterior_paths(model, _series(), 3, seed=0).path
         dw = torch.cat([path.dw, path.aux["residual"]], -1).movedim(-2, 0)
@@ -101,19 +109,11 @@ def test_the_increments_of_draws_drive_them_under_the_prior(posterior: str) -> N
 @pytest.mark.parametrize("posterior", ["control", "tight", "gaussian"])
 def test_importance_weights_give_the_exact_evidence_of_a_linear_model(posterior: str) -> None:
     """A fixed fractional Ornstein-Uhlenbeck model with two observations, whatever the posterior's parameters."""
-    options = {
-        "posterior": posterior,
-        "hurst": 0.7,
-        "num_states": 4,
-        "drift": AffineDrift(-torch.eye(1)),
-        "diffusion": 1.0,
-        "decoder": lambda x: x,
-        "obs_scale": 1.0,
-        "hidden": (8,),
-        "context": 6,
-    }
     torch.manual_seed(0)
-    model = LatentSDE(1, 1, TS, **_used(options))
+    model = LatentSDE(
+        1, 1, TS, noise=FractionalNoise(0.7, num_states=4), drift=AffineDrift(-torch.eye(1)), diffusion=1.0,
+        decoder=lambda x: x, obs_scale=1.0, posterior=_method(posterior, num_particles=1),
+    )  # fmt: skip
     with torch.no_grad():
         model.start_log_scale.fill_(-3.0)
     series = Series.regular(TS[[10, 20]], torch.tensor([[[0.5], [-0.3]]]))
@@ -141,23 +141,16 @@ def _same(noise: Any) -> Any:
 def test_training_closes_the_gap_that_the_control_posterior_leaves(posterior: str) -> None:
     """Precise observations on a coarse grid: the shared variance costs nats, the free one doesn't."""
     options: dict[str, Any] = {
-        "hurst": 0.4,
-        "learn_hurst": False,
-        "num_states": 3,
+        "noise": FractionalNoise(0.4, learn_hurst=False, num_states=3),
         "drift": AffineDrift(-torch.eye(1)),
         "diffusion": 1.0,
-        "decoder": lambda x: x,
-        "obs_scale": 0.05,
-        "learn_obs_scale": False,
-        "hidden": (32,),
-        "context": 16,
-        "num_particles": 4,
+        "decoder": GaussianDecoder(lambda x: x, 1, 0.05, learn_obs_scale=False),
     }
     series = Series.regular(TS[[7, 14, 20]], torch.tensor([[[0.5], [-0.3], [0.2]]]))
     bounds = {}
     for kind in ("control", posterior):
         torch.manual_seed(0)
-        model = LatentSDE(1, 1, TS, **_used(options | {"posterior": kind}))
+        model = LatentSDE(1, 1, TS, posterior=_method(kind, 16, 4, 32), **options)
         for p in (model.start_mean, model.start_log_scale):
             p.requires_grad_(False)
         sd.fit(model, series, steps=1500, lr=5e-3, progress=False)
@@ -166,7 +159,7 @@ def test_training_closes_the_gap_that_the_control_posterior_leaves(posterior: st
 
 
 def test_heun_corrects_the_noise_of_a_diffusion_that_depends_on_the_state() -> None:
-    model = _model("tight", diffusion="state", method="heun")
+    model = _model(_method("tight", method="heun"), diffusion="state")
     assert bool(torch.isfinite(model(_series()).loss))
     model(_series()).loss.backward()
 
@@ -174,7 +167,7 @@ def test_heun_corrects_the_noise_of_a_diffusion_that_depends_on_the_state() -> N
 def test_checkpointing_gives_the_same_gradient() -> None:
     gradients = []
     for checkpoint in (False, True):
-        model = _model("tight", checkpoint=checkpoint)
+        model = _model(_method("tight", method=sd.core.Euler(checkpoint=checkpoint)))
         torch.manual_seed(3)
         model(_series()).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
@@ -240,8 +233,8 @@ def test_comparison_over_series_finds_the_smoother_noise() -> None:
 
     def build(hurst: float) -> LatentSDE:
         return LatentSDE(
-            1, 1, TS, posterior="gaussian", hurst=hurst, learn_hurst=False, drift=AffineDrift(torch.zeros(1, 1)),
-            diffusion=1.0, decoder=lambda x: x, obs_scale=0.1, learn_obs_scale=False, context=8, num_particles=4,
+            1, 1, TS, noise=FractionalNoise(hurst, learn_hurst=False), drift=AffineDrift(torch.zeros(1, 1)),
+            diffusion=1.0, decoder=GaussianDecoder(lambda x: x, 1, learn_obs_scale=False), posterior=GaussianMethod(8, 4),
         )  # fmt: skip
 
     found = compare_models(
@@ -263,29 +256,54 @@ def test_learnt_indices_have_the_shape_of_the_path() -> None:
     assert _model("matching").hurst is None
 
 
+def test_a_method_has_no_option_that_it_does_not_use() -> None:
+    with pytest.raises(TypeError, match="hidden"):
+        GaussianMethod(hidden=(8,))  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="num_particles"):
+        MatchingMethod(num_particles=3)  # type: ignore[call-arg]
+    with pytest.raises(InvalidInputError, match="obs_scale has no effect"):
+        LatentSDE(1, 1, TS, decoder=GaussianDecoder(lambda x: x, 1), obs_scale=0.2)
+
+
 @pytest.mark.parametrize(
-    ("options", "names"),
+    ("method", "options", "name"),
     [
-        ({"posterior": "gaussian", "hidden": (8,)}, "hidden has"),
-        ({"posterior": "gaussian", "method": "heun", "checkpoint": True}, "method, checkpoint have"),
-        ({"posterior": "matching", "hurst": None, "checkpoint": True}, "checkpoint has"),
-        ({"hurst": None, "num_states": 5}, "num_states has"),
-        ({"noise": MarkovNoise(0.5), "kind": "I"}, "kind has"),
-        ({"noise": MarkovNoise(0.5), "learn_hurst": False}, "learn_hurst has"),
+        (TightMethod, {"hidden": 8}, "hidden"),
+        (TightMethod, {"hidden": (0,)}, "hidden"),
+        (ControlMethod, {"method": "euller"}, "method"),
+        (ControlMethod, {"num_particles": 0}, "num_particles"),
+        (GaussianMethod, {"context": 2.5}, "context"),
+        (MatchingMethod, {"num_times": 0}, "num_times"),
     ],
 )
-def test_options_without_effect_are_refused(options: dict[str, Any], names: str) -> None:
-    with pytest.raises(InvalidInputError, match=names):
-        LatentSDE(1, 1, TS, **options)
+def test_options_of_methods_are_checked(method: Any, options: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidInputError, match=name):
+        method(**options)
+
+
+def test_a_name_stands_for_the_method_with_its_defaults() -> None:
+    named, given = (LatentSDE(1, 1, TS, posterior=p) for p in ("gaussian", GaussianMethod()))
+    assert named.posterior.num_particles == given.posterior.num_particles == 1
+    shapes = [[p.shape for p in m.parameters()] for m in (named, given)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("posterior", KINDS)
+def test_a_fitted_model_is_stored(posterior: str, tmp_path: Any) -> None:
+    model, series = _model(posterior, decoder=torch.nn.Linear(3, 2)), _series()
+    sd.save(model, tmp_path)
+    again = sd.load(tmp_path)
+    torch.testing.assert_close(
+        predict(again, series, num_draws=3, seed=0), predict(model, series, num_draws=3, seed=0)
+    )
 
 
 @pytest.mark.parametrize("noise", ["fractional", "brownian"])
-def test_a_forecast_does_not_depend_on_the_other_times_asked_for(noise: str) -> None:
+def test_a_forecast_does_not_depend_on_the_other_times_asked_for(noise: Any) -> None:
     """A drift that a step of the asked length would make unstable."""
     torch.manual_seed(0)
     model = LatentSDE(
-        1, 1, TS, hurst=0.5 if noise == "fractional" else None, drift=lambda t, x: 10 * (1.0 - x),
-        decoder=lambda x: x, hidden=(8,), context=8,
+        1, 1, TS, noise=noise, drift=lambda t, x: 10 * (1.0 - x), decoder=lambda x: x, posterior=_method("tight"),
     )  # fmt: skip
     data = Series.regular(TS[::4], torch.ones(2, 6, 1))
     alone = forecast(model, data, torch.tensor([1.9]), 2000, seed=0, noise=False)[:, 0, 0, 0]
@@ -300,16 +318,24 @@ def test_bad_input() -> None:
     with pytest.raises(InvalidInputError, match="noise of its own"):
         _model("tight", diffusion=torch.eye(3))
     with pytest.raises(InvalidInputError, match="memory"):
-        _model("matching", hurst=0.7)
-    with pytest.raises(InvalidInputError, match="posterior"):
-        _model("other")
+        _model("matching", noise="fractional")
+    for other in ("other", 3, TightMethod):
+        with pytest.raises(InvalidInputError, match="posterior"):
+            LatentSDE(1, 1, TS, posterior=other)  # type: ignore[arg-type]
+    for noise in ("white", 0.7, FractionalNoise):
+        with pytest.raises(InvalidInputError, match="noise"):
+            LatentSDE(1, 1, TS, noise=noise)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="hurst"):
+        LatentSDE(1, 3, TS, noise=FractionalNoise(torch.tensor([0.3, 0.4])))
+    with pytest.raises(InvalidInputError, match="the decoder has"):
+        LatentSDE(2, 1, TS, decoder=GaussianDecoder(lambda x: x, 1))
     with pytest.raises(InvalidInputError, match="diffusion"):
         _model("tight", diffusion="other")
     for name in ("drift", "decoder"):
         with pytest.raises(InvalidInputError, match=f"{name} must be hidden widths"):
             _model("tight", **{name: 5})
     with pytest.raises(HurstRangeError):
-        _model("tight", hurst=1.2)
+        FractionalNoise(1.2)
     with pytest.raises(InvalidInputError, match="Series"):
         _model("tight")(torch.zeros(2, 3))
     with pytest.raises(TimeGridError, match="beyond the grid"):

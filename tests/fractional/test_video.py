@@ -14,19 +14,15 @@ import stochdyn as sd
 from stochdyn.core import Brownian
 from stochdyn.datasets import moving_digits
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError
-from stochdyn.fractional import VideoModel
+from stochdyn.fractional import FractionalNoise, VideoModel, VideoNetworks
 from stochdyn.fractional.latent import StateDiffusion
 from stochdyn.fractional.video import JointControl
 
 SMALL: dict[str, Any] = {
     "num_frames": 5,
     "size": 16,
-    "widths": (4, 8),
-    "hidden": (16,),
-    "latents": 2,
-    "features": 8,
-    "content": 8,
-    "num_states": 5,
+    "noise": FractionalNoise(num_states=5),
+    "networks": VideoNetworks(latents=2, content=8, features=8, widths=(4, 8), hidden=(16,)),
 }
 
 
@@ -36,10 +32,7 @@ def videos(count: int = 4, frames: int = 5) -> Tensor:
 
 def stirred(**changes: Any) -> VideoModel:
     """Return a model whose control and state-dependent diffusion are far from where they start."""
-    options = SMALL | changes
-    if options.get("noise", "fractional") != "fractional":
-        options.pop("num_states")
-    model = VideoModel(**options)
+    model = VideoModel(**(SMALL | changes))
     with torch.no_grad():
         for p in [*model.control.parameters(), *model.equation.parameters()]:
             p.add_(0.6 * torch.randn_like(p))
@@ -68,7 +61,7 @@ def test_the_bound_is_the_expected_log_weight(noise: str) -> None:
 
 
 def test_the_loss_is_the_bound_and_reaches_every_parameter() -> None:
-    model = stirred(hurst=0.6)
+    model = stirred(noise=FractionalNoise(0.6, num_states=5))
     value = model(videos())
     assert value.bound == "evidence_lower"
     assert float(value.loss.detach()) == pytest.approx(-float(value.terms["elbo"]))
@@ -166,7 +159,7 @@ def test_training_lowers_the_loss_and_resumes_to_the_same_bits(tmp_path: Any) ->
 
 
 def test_the_published_size() -> None:
-    model = VideoModel.paper("brownian", content=32)
+    model = VideoModel.paper("brownian")
     assert model.grid(25).shape == (73,)
     assert model.grid(25)[-1].item() == pytest.approx(2.4)
     assert model(moving_digits(1, 25, 64)).terms["elbo"].isfinite()
@@ -176,14 +169,15 @@ def test_the_published_size() -> None:
     "change",
     [
         {"size": 24},
-        {"widths": (4, 8, 16)},
+        {"networks": VideoNetworks(widths=(4, 8, 16))},
+        {"networks": (4, 8, 16)},
+        {"channels": 0},
         {"num_frames": 2},
         {"noise": "white"},
-        {"latents": 0},
         {"num_steps": 0},
         {"obs_scale": 0.0},
         {"dt": -0.1},
-        {"hurst": 1.0},
+        {"noise": FractionalNoise(torch.tensor([0.3, 0.7]))},
     ],
 )
 def test_models_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
@@ -217,6 +211,9 @@ def test_pixels_of_another_range_are_refused(frames: Tensor) -> None:
         VideoModel(**SMALL)(frames)
 
 
-def test_options_of_noise_that_is_not_taken_are_refused() -> None:
-    with pytest.raises(InvalidInputError, match="hurst, num_states have no effect"):
-        VideoModel(**(SMALL | {"noise": "brownian", "hurst": 0.7}))
+@pytest.mark.parametrize(
+    "sizes", [{"latents": 0}, {"widths": 8}, {"hidden": (0,)}, {"diffusion_width": -1}, {"content": 1.5}]
+)
+def test_networks_that_make_no_sense_are_refused(sizes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError, match=next(iter(sizes))):
+        VideoNetworks(**sizes)

@@ -8,6 +8,7 @@ from .analysis import posterior_paths as posterior_paths
 from .analysis import predict as predict
 from .base import Bound as Bound
 from .base import Draws as Draws
+from .base import EncodedPosterior as EncodedPosterior
 from .base import LatentPosterior as LatentPosterior
 from .base import Start as Start
 from .control import ControlPosterior as ControlPosterior
@@ -20,6 +21,11 @@ from .gaussian_relative import shift_by_channel as shift_by_channel
 from .gaussian_relative import shift_of as shift_of
 from .gaussian_start import set_linearised as set_linearised
 from .matching import MatchingPosterior as MatchingPosterior
+from .methods import ControlMethod as ControlMethod
+from .methods import GaussianMethod as GaussianMethod
+from .methods import MatchingMethod as MatchingMethod
+from .methods import PosteriorMethod as PosteriorMethod
+from .methods import TightMethod as TightMethod
 from .model import LatentSDE as LatentSDE
 from .networks import ConstantDiffusion as ConstantDiffusion
 from .networks import ContextHead as ContextHead

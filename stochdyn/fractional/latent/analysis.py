@@ -105,7 +105,7 @@ def evidence(model: LatentSDE, series: Series, num_draws: int = 1000, seed: int 
 
     Example:
         >>> ts = torch.linspace(0, 1, 11)
-        >>> model = LatentSDE(1, 1, ts, hurst=0.7, drift=(8,), hidden=(8,), context=8)
+        >>> model = LatentSDE(1, 1, ts, drift=(8,))
         >>> found = evidence(model, Series.regular(ts[::5], torch.zeros(2, 3, 1)), num_draws=200)
         >>> bool((found.log_evidence >= found.elbo).all())
         True
@@ -209,7 +209,7 @@ def forecast(
         last = path.x[..., -1, :]
         memory = path.aux["memory"][..., -1, :, :] if "memory" in path.aux else None
         dw, _ = draw_increments(model.sde, last, grid)
-        x = integrate(model.sde, last, grid, dw, memory, method=model.method).x
+        x = integrate(model.sde, last, grid, dw, memory, method=model.posterior.method).x
         x = interpolate(x, grid, times.to(x).expand(len(series), -1))
         out = model.decoder.sample(x) if noise else model.decoder.mean(x)
         return out.movedim(0, -2)

@@ -12,8 +12,9 @@ from stochdyn.core.gaussian.affine import by_channel, by_column
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.networks import MLP
 from stochdyn.core.sde.equation import Control
+from stochdyn.core.sde.methods import Method
 from stochdyn.core.sde.solvers import draw_increments, integrate
-from stochdyn.fractional.latent.base import Bound, Draws, LatentPosterior
+from stochdyn.fractional.latent.base import Bound, Draws, EncodedPosterior
 from stochdyn.fractional.latent.networks import ContextHead
 from stochdyn.fractional.latent.series import Series
 from stochdyn.fractional.latent.series_encoder import Contexts
@@ -46,7 +47,7 @@ class _Recorder(Control):
     def shape_increment(
         self, n: int, t: Tensor, dt: Tensor | float, z: Tensor, e: Tensor, channels: int
     ) -> Tensor:
-        """See :meth:`Control.shape_increment`; ``e`` are increments of the prior."""
+        """Return increments of the posterior from increments ``e`` of the prior; see :meth:`Control.shape_increment`."""
         (context, feedback, factor), scale = self.coefficients(n), self.scale[n]
         scaled = z / self.width
         mean = self.network(torch.cat([scaled, context.expand(*z.shape[:-1], context.shape[-1])], -1))
@@ -54,6 +55,8 @@ class _Recorder(Control):
             mean = mean + _respond(feedback, scaled, channels)
         mean = mean * dt**0.5
         standard = e / scale
+        # In units of the prior the increment is N(m, L L'), and KL = (|m|^2 + tr L L' - M) / 2 - log det L. The ratio
+        # log p - log q is that of the same two densities at the increment drawn; without L it is Girsanov's -u dW - u^2 dt / 2.
         divergence = 0.5 * mean.square().sum(-1)
         if factor is None:
             if self.count < e.shape[-1]:
@@ -79,7 +82,7 @@ class _Recorder(Control):
         return torch.stack(drawn), torch.stack(divergence).sum(0), torch.stack(ratio).sum(0)
 
 
-class ControlPosterior(LatentPosterior):
+class ControlPosterior(EncodedPosterior):
     r"""A posterior that is simulated under a control network :math:`u(t,z,\mathrm{context})`.
 
     Without ``tight`` it is that of the paper: the Brownian increments get the drift u and keep their
@@ -89,45 +92,41 @@ class ControlPosterior(LatentPosterior):
     from the context: where the model is linear and its components independent, the exact posterior is of this form.
 
     Args:
-        state_size: components of the full state.
-        channels: ``m``.
-        innovations: ``R`` a channel.
-        context: size of the context.
-        hidden: widths of the control network.
-        tight: see above.
-        checkpoint: recompute segments of the simulation in back-propagation, to save memory.
+        model: The model, whose equation and grid give the sizes.
+        hidden: The widths of the hidden layers of the control network.
+        tight: Whether all innovations get means and covariances, as above.
+        context: The size of the encoder's summary.
+        num_particles: The number of paths per series in each estimate of the bound.
+        method: The scheme by which paths are simulated.
     """
 
     def __init__(
         self,
-        state_size: int,
-        channels: int,
-        innovations: int,
-        context: int,
+        model: LatentSDE,
         hidden: Sequence[int],
         tight: bool,
-        checkpoint: bool | int = False,
+        context: int,
+        num_particles: int,
+        method: Method,
     ) -> None:
-        super().__init__()
-        self.channels, self.innovations, self.tight, self.checkpoint = (
-            channels,
-            innovations,
-            tight,
-            checkpoint,
-        )
+        super().__init__(model, context, num_particles, method)
+        channels, noise = model.dim, model.sde.noise
+        innovations, states = noise.num_innovations(model.ts), 1 + noise.num_states
+        self.channels, self.innovations, self.tight = channels, innovations, tight
         count = channels * innovations if tight else channels
         self.count = count
-        self.network = MLP((state_size + context, *hidden, count), zero_last=True)
+        seen = self.encoder.width
+        self.network = MLP((channels * states + seen, *hidden, count), zero_last=True)
         self.head: nn.Linear | None = None
         if tight:
-            self.head = nn.Linear(context, channels * innovations * (innovations + 1) // 2)
+            self.head = nn.Linear(seen, channels * innovations * (innovations + 1) // 2)
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
-            self.response = ContextHead(context, count * (1 + state_size // channels))
+            self.response = ContextHead(seen, count * (1 + states))
 
     def _by_step(self, contexts: Contexts, dt: Tensor) -> _AtStep:
         """Return context, feedback and factor as a function of the step: of all steps at once, or one by one to save memory."""
-        if self.checkpoint:
+        if self.method.checkpoint:
 
             def one(n: int) -> _Coefficients:
                 row = contexts.at(n + 1)
@@ -153,7 +152,8 @@ class ControlPosterior(LatentPosterior):
         r = self.innovations
         raw = self.head(context).unflatten(-1, (self.channels, -1))
         lag = dt.reshape(-1, 1, 1, 1)
-        # close to the variance of the prior at the start of training
+        # The variance 1 / (1 + alpha dt) vanishes into that of the prior as dt -> 0, so that the continuous limit stays
+        # absolutely continuous; alpha is small at the start of training, where the posterior is close to the prior.
         alpha = torch.exp(3.0 * raw[..., :r] - 3.0)
         diagonal = torch.rsqrt(1 + alpha * lag)
         factor = torch.diag_embed(diagonal)
@@ -167,7 +167,7 @@ class ControlPosterior(LatentPosterior):
     def _simulate(self, model: LatentSDE, series: Series, n: int) -> tuple[PathSample, Tensor, Tensor]:
         """Return paths ``(n, B)``, divergences and log ratios of the increments, ``(n, B)`` each."""
         sde, ts = model.sde, model.ts
-        contexts = model.encoder.lookup(series, ts)
+        contexts = self.encoder.lookup(series, ts)
         start = self.start(model, contexts.at(0), n)
         scale = model.increment_scale()
         control = _Recorder(
@@ -184,8 +184,7 @@ class ControlPosterior(LatentPosterior):
             ts,
             noise,
             start.memory,
-            method=model.method,
-            checkpoint=self.checkpoint,
+            method=self.method,
         )
         drawn, divergence, ratio = control.record()
         e = (drawn * scale[:, None, None, :]).movedim(0, -2)
@@ -195,14 +194,14 @@ class ControlPosterior(LatentPosterior):
         path = PathSample(ts, run.x.movedim(0, -2), e[..., : self.channels], aux)
         return path, divergence + start.divergence, ratio + start.log_ratio
 
-    def bound(self, model: LatentSDE, series: Series, n: int) -> Bound:
-        """See :meth:`LatentPosterior.bound`."""
-        path, divergence, ratio = self._simulate(model, series, n)
+    def bound(self, model: LatentSDE, series: Series) -> Bound:
+        """Return the parts of the bound from simulated paths; see :meth:`LatentPosterior.bound`."""
+        path, divergence, ratio = self._simulate(model, series, self.num_particles)
         return Bound(model.log_likelihood(path.x, series), divergence, ratio.detach())
 
-    def draw(self, model: LatentSDE, series: Series, n: int) -> Draws:
-        """See :meth:`LatentPosterior.draw`."""
-        path, _, ratio = self._simulate(model, series, n)
+    def draw(self, model: LatentSDE, series: Series, num_draws: int) -> Draws:
+        """Return simulated paths with their weights; see :meth:`LatentPosterior.draw`."""
+        path, _, ratio = self._simulate(model, series, num_draws)
         return Draws(path, ratio, model.log_likelihood(path.x, series))
 
 

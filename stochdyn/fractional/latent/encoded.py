@@ -19,7 +19,7 @@ from stochdyn.core.gaussian.feedback import (
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.law.transition import time_column
 from stochdyn.core.sde.coefficients import Scalar
-from stochdyn.fractional.latent.base import Bound, Draws, LatentPosterior
+from stochdyn.fractional.latent.base import Bound, Draws, EncodedPosterior
 from stochdyn.fractional.latent.gaussian_relative import shift_by_channel
 from stochdyn.fractional.latent.networks import ContextHead
 from stochdyn.fractional.latent.series import Series
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["AmortisedGaussianPosterior"]
 
 
-class AmortisedGaussianPosterior(LatentPosterior):
+class AmortisedGaussianPosterior(EncodedPosterior):
     r"""Linear feedback on a linear equation, with coefficients from the context of each step.
 
     For each component i the increments follow :math:`\epsilon_n\mid z_n\sim N(k_n+K_n(z_n-Ez_n),L_nL_n^\top)` and drive
@@ -39,18 +39,18 @@ class AmortisedGaussianPosterior(LatentPosterior):
     given the series they are independent, which keeps heads and matrices small.
 
     Args:
-        dim: ``d``.
-        innovations: ``R`` a channel.
-        states: ``K``.
-        context: size of the context.
+        model: The model, whose equation and grid give the sizes.
+        context: The size of the encoder's summary.
+        num_particles: The number of paths per series in each estimate of the bound.
     """
 
-    def __init__(self, dim: int, innovations: int, states: int, context: int) -> None:
-        super().__init__()
-        self.dim, self.innovations, self.states = dim, innovations, states
-        r, k = innovations, states
+    def __init__(self, model: LatentSDE, context: int, num_particles: int) -> None:
+        super().__init__(model, context, num_particles)
+        noise = model.sde.noise
+        r, k = noise.num_innovations(model.ts), noise.num_states
+        self.dim, self.innovations, self.states = model.dim, r, k
         self.sizes = [r, r * (1 + k), r, r * (r - 1) // 2, 1, 1]
-        self.head = ContextHead(context, dim * sum(self.sizes))
+        self.head = ContextHead(self.encoder.width, self.dim * sum(self.sizes))
 
     def _law(self, model: LatentSDE, context: Tensor) -> tuple[FeedbackLaw, Tensor, Tensor]:
         """Return the law of batch ``(B, d)`` with states of one component, and its drift: slopes and offsets ``(N, B, d)``."""
@@ -59,6 +59,7 @@ class AmortisedGaussianPosterior(LatentPosterior):
         lag = dt.reshape(-1, 1, 1, 1)
         raw = self.head(context[1:]).unflatten(-1, (d, sum(self.sizes)))
         offset, gain, log_alpha, below, slope, push = raw.split(self.sizes, -1)
+        # Variances 1 / (1 + alpha dt) of the increments, in units of the prior, and correlations within a step of order sqrt(dt).
         factor = torch.diag_embed(torch.rsqrt(1 + torch.exp(3 * log_alpha - 3) * lag))
         if r > 1:
             rows, columns = torch.tril_indices(r, r, -1)
@@ -74,7 +75,7 @@ class AmortisedGaussianPosterior(LatentPosterior):
 
     def _start(self, model: LatentSDE, context: Tensor) -> LiftedStart:
         d = self.dim
-        mean, log_scale = model.start_head(context).chunk(2, -1)
+        mean, log_scale = self.start_head(context).chunk(2, -1)
         prior_mean, prior_scale = model.start_prior()
 
         def by_component(x: Tensor) -> Tensor:
@@ -100,27 +101,31 @@ class AmortisedGaussianPosterior(LatentPosterior):
         self, model: LatentSDE, series: Series, n: int
     ) -> tuple[FeedbackLaw, FeedbackDraws, Tensor, Tensor]:
         """Return law, draws, and by what the innovations ``(N, B, d, R, S)`` and memories ``(N+1, B, d, K, S)`` of P differ."""
-        law, slope, push = self._law(model, model.encoder(series, model.ts))
+        law, slope, push = self._law(model, self.encoder(series, model.ts))
         draws = law.draw(n)
         x = draws.z[:-1, ..., 0, :]  # (N, B, d, S)
+        # The path solves the linear equation; the prior's own drift reaches the same path by increments that differ by
+        # (linear - nonlinear drift) dt / sigma.
         linear = slope.unsqueeze(-1) * x + push.unsqueeze(-1)
         points = x.movedim(-1, 1)
         t, lag = time_column(model.ts[:-1], points), time_column(model.ts[1:] - model.ts[:-1], points)
         gap = (linear.movedim(-1, 1) - model.sde.drift(t, points)) * lag / model.strength()
         return law, draws, *shift_by_channel(model.noise_steps(), gap.movedim(1, -1))
 
-    def bound(self, model: LatentSDE, series: Series, n: int) -> Bound:
-        """See :meth:`LatentPosterior.bound`."""
-        law, draws, extra, _ = self._draw(model, series, n)
+    def bound(self, model: LatentSDE, series: Series) -> Bound:
+        """Return the parts of the bound, without a simulated path; see :meth:`LatentPosterior.bound`."""
+        law, draws, extra, _ = self._draw(model, series, self.num_particles)
         pull = law.increments(draws)[1]
+        # E|pull + extra|^2 / 2 - E|pull|^2 / 2: what the nonlinear drift adds to the closed form.
         correction = (extra * (pull + 0.5 * extra)).sum((-3, -2)).sum(0).mean(-1)
         fit = model.log_likelihood(_paths(draws.z[..., 0, :]), series)
         return Bound(fit, law.divergence().sum(-1) + correction)
 
-    def draw(self, model: LatentSDE, series: Series, n: int) -> Draws:
-        """See :meth:`LatentPosterior.draw`."""
-        law, draws, extra, memory = self._draw(model, series, n)
+    def draw(self, model: LatentSDE, series: Series, num_draws: int) -> Draws:
+        """Return paths drawn for all times at once, with their weights; see :meth:`LatentPosterior.draw`."""
+        law, draws, extra, memory = self._draw(model, series, num_draws)
         e = law.increments(draws)[0] + extra  # (N, B, d, R, S)
+        # log p - log q of the increments: p is standard normal, q the law that drew ``draws.noise``.
         log_det = law.feedback.factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1)).sum(0)
         ratio = 0.5 * (draws.noise.square() - e.square()).sum((-3, -2)).sum(0) + log_det.unsqueeze(-1)
         ratio = ratio - law.start.log_ratio(draws.start_noise).sum(1)

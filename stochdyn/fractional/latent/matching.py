@@ -13,7 +13,6 @@ from stochdyn.core.law.transition import time_column
 from stochdyn.core.networks import MLP
 from stochdyn.core.sde.equation import SDE, Control, spatial_divergence
 from stochdyn.core.sde.solvers import draw_increments, integrate
-from stochdyn.errors import InvalidInputError
 from stochdyn.fractional.latent.base import Bound, Draws, LatentPosterior
 from stochdyn.fractional.latent.series import Series
 from stochdyn.objectives.matching import matching_rate
@@ -35,21 +34,20 @@ class MatchingPosterior(LatentPosterior):
     divergence is estimated at a few random times per series, so the cost of a step doesn't depend on the length of the grid.
 
     Args:
-        obs_dim: ``p``.
-        dim: ``d``.
-        span: length of the grid.
-        width: size of the recurrent summaries, one in each direction.
-        hidden: widths of the network of the marginals.
+        model: The model, whose equation and grid give the sizes.
+        hidden: The widths of the hidden layers of the network of the marginals.
+        context: The size of the recurrent summaries, one in each direction of time.
+        num_times: The number of random times per series in each estimate of the bound.
 
     Reference:
         G. Bartosh, D. Vetrov and C. A. Naesseth, SDE matching, ICML 2025.
     """
 
-    def __init__(self, obs_dim: int, dim: int, span: float, width: int, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.dim, self.span = dim, span
-        self.gru = nn.GRU(2 * obs_dim + 2, width, bidirectional=True)
-        self.network = MLP((2 * width + 1, *hidden, 2 * dim))
+    def __init__(self, model: LatentSDE, hidden: Sequence[int], context: int, num_times: int) -> None:
+        super().__init__(num_times)
+        self.dim, self.span = model.dim, float(model.ts[-1] - model.ts[0])
+        self.gru = nn.GRU(2 * model.obs_dim + 2, context, bidirectional=True)
+        self.network = MLP((2 * context + 1, *hidden, 2 * self.dim))
 
     def marginal(self, series: Series) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Return the function from times ``(L, B, 1)`` to mean and standard deviation ``(L, B, d)``."""
@@ -77,9 +75,9 @@ class MatchingPosterior(LatentPosterior):
 
         return at
 
-    def bound(self, model: LatentSDE, series: Series, n: int) -> Bound:
-        """See :meth:`LatentPosterior.bound`; ``n`` random times per series."""
-        marginal = self.marginal(series)
+    def bound(self, model: LatentSDE, series: Series) -> Bound:
+        """Return the parts of the bound from random times of each series; see :meth:`LatentPosterior.bound`."""
+        n, marginal = self.num_particles, self.marginal(series)
         begin, span = model.ts[0].to(series.values), self.span
         count = len(series)
         jitter = torch.rand(n, count, 1, dtype=series.values.dtype, device=series.values.device)
@@ -109,9 +107,9 @@ class MatchingPosterior(LatentPosterior):
         mean, scale = marginal(begin.expand(1, count, 1))
         return mean[0], scale[0]
 
-    def draw(self, model: LatentSDE, series: Series, n: int) -> Draws:
-        """See :meth:`LatentPosterior.draw`; here paths are simulated."""
-        marginal, ts = self.marginal(series), model.ts
+    def draw(self, model: LatentSDE, series: Series, num_draws: int) -> Draws:
+        """Return simulated paths with their weights; see :meth:`LatentPosterior.draw`."""
+        n, marginal, ts = num_draws, self.marginal(series), model.ts
         count = len(series)
         t = ts.to(series.values).reshape(-1, 1, 1).repeat(1, count, 1)
         (mean, scale), slopes = torch.func.jvp(marginal, (t,), (torch.ones_like(t),))[:2]
@@ -124,7 +122,7 @@ class MatchingPosterior(LatentPosterior):
         )
         control = _MarginalControl(model.sde, mean, scale, *slopes)
         dw, _ = draw_increments(model.sde, x0, ts)
-        run = integrate(model.sde.with_control(control), x0, ts, dw, method=model.method)
+        run = integrate(model.sde.with_control(control), x0, ts, dw, method=self.method)
         u = torch.stack(control.rows)
         lag = time_column(ts[1:] - ts[:-1], u)
         ratio = -(u * (0.5 * u * lag + dw)).sum(-1).sum(0)
@@ -146,9 +144,10 @@ class _MarginalControl(Control):
     def shape_increment(
         self, n: int, t: Tensor, dt: Tensor | float, z: Tensor, e: Tensor, channels: int
     ) -> Tensor:
-        """See :meth:`Control.shape_increment`."""
+        """Return the increment ``e`` with the drift of the control added; see :meth:`Control.shape_increment`."""
         mean, scale, mean_slope, scale_slope = (part[n] for part in self.parts)
         noise = (z - mean) / scale
+        # The drift of the diffusion with marginals N(m, s^2): m' + s' (z - m) / s + g^2 score / 2 + (g^2)' / 2.
         g = self.sde.diffusion(t, z)
         drift = mean_slope + scale_slope * noise - 0.5 * g.apply(g.apply(noise / scale))
         if self.sde.state_dependent:
@@ -156,13 +155,3 @@ class _MarginalControl(Control):
         u = g.solve(drift - self.sde.drift(t, z))
         self.rows.append(u)
         return e + u * dt
-
-
-def check_brownian(sde: SDE) -> None:
-    """Raise unless the noise has no memory."""
-    if sde.noise.num_states:
-        raise InvalidInputError(
-            "marginals alone don't make a posterior for noise with memory",
-            got="posterior='matching' with fractional noise",
-            hint="take posterior='gaussian', which needs no simulation either",
-        )

@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_choice, check_positive_int, check_time_grid
+from stochdyn._checks import as_time_grid, check_choice, check_positive, check_positive_int
 from stochdyn.core.gaussian.affine import by_column
 from stochdyn.core.networks import MLP, StateNetwork
-from stochdyn.core.sde.coefficients import Matrix
+from stochdyn.core.sde.coefficients import Coefficient, Matrix
 from stochdyn.core.sde.equation import SDE
-from stochdyn.core.sde.noise import Brownian, NoiseProcess, NoiseSteps
+from stochdyn.core.sde.noise import NoiseProcess, NoiseSteps
 from stochdyn.errors import InvalidInputError
-from stochdyn.fractional._options import check_unused
-from stochdyn.fractional.latent.base import LatentPosterior
-from stochdyn.fractional.latent.control import ControlPosterior
-from stochdyn.fractional.latent.encoded import AmortisedGaussianPosterior
-from stochdyn.fractional.latent.matching import MatchingPosterior, check_brownian
+from stochdyn.fractional.latent.methods import PosteriorMethod, as_posterior_method
 from stochdyn.fractional.latent.networks import (
     ConstantDiffusion,
     GaussianDecoder,
@@ -27,7 +23,7 @@ from stochdyn.fractional.latent.networks import (
     interpolate,
 )
 from stochdyn.fractional.latent.series import Series
-from stochdyn.fractional.latent.series_encoder import SeriesEncoder
+from stochdyn.fractional.noise.choice import FractionalNoise, as_noise
 from stochdyn.fractional.noise.markov import MarkovNoise
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
@@ -36,8 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LatentSDE"]
 
-PosteriorKind = Literal["control", "tight", "gaussian", "matching"]
-_PRIOR_PATHS = 64
+Drift = Callable[[Tensor, Tensor], Tensor]
+_DIFFUSIONS = {"constant": ConstantDiffusion, "state": StateDiffusion}
+_OBS_SCALE = 0.1
 
 
 class LatentSDE(Objective):
@@ -49,49 +46,42 @@ class LatentSDE(Objective):
     As an objective its loss is minus the evidence lower bound, averaged over the series of a :class:`Series`
     batch: ``sd.fit(model, series, batch_size=32)`` trains equation, decoder, Hurst indices and posterior together.
 
-    The posterior is one of
-
-    - ``"control"``: the paper's. A network controls the Brownian increments, which keep their variance. Simulated.
-    - ``"tight"``: all innovations get means, and a covariance for every step, so that the bound doesn't pay for the
-      time step. Simulated.
-    - ``"gaussian"``: linear feedback on a linear equation; parallel over time. Needs a constant diffusion.
-    - ``"matching"``: Gaussian marginals, for Brownian noise alone; the cost of a step doesn't grow with the grid.
-
     Args:
-        obs_dim: ``p``, components of an observation.
-        latent_dim: ``d``, components of the path; each has noise of its own.
-        ts: ``(T,)`` grid of the latent path. All series must lie on it.
-        posterior: which of the posteriors above.
-        hurst: where the Hurst indices start (a number, or one for each component), or None for Brownian noise.
-        learn_hurst: whether they are parameters, by default yes.
-        noise: a noise process instead, such as :class:`MultifractionalNoise`; without the options of the built-in one.
-        kind: ``"II"`` for noise that starts with the grid, or ``"I"`` for stationary increments.
-        num_states: memory states per component; by default as many as :class:`MarkovNoise` takes, so that learnt Hurst
-            indices aren't biased.
-        drift: hidden widths of the drift network, or a function ``(t, x)``.
-        diffusion: ``"constant"`` or ``"state"`` (each component sees its own state), learnt both; or anything that
+        obs_dim: The number p of components of an observation.
+        latent_dim: The number d of components of the path; each has noise of its own.
+        ts: The grid ``(T,)`` of the latent path. All series must lie on it.
+        noise: What drives the path: ``"fractional"``, with Hurst indices that are learnt from 1/2 on, one per component;
+            ``"brownian"``; a :class:`FractionalNoise` with options of its own; or any noise process, such as
+            :class:`MultifractionalNoise`.
+        drift: The hidden widths of the drift network, or a function ``(t, x)``.
+        diffusion: ``"constant"`` or ``"state"`` (each component sees its own state), both learnt; or anything that
             :class:`~stochdyn.SDE` takes.
-        decoder: hidden widths of the network f (empty for a linear map), or a function from ``(..., d)`` to ``(..., p)``.
-        obs_scale: where s starts.
-        learn_obs_scale: whether it is a parameter.
-        context: size of the encoder's summary.
-        hidden: hidden widths of the posterior's network, by default (64, 64); not for ``"gaussian"``, which has none.
-        num_particles: draws per series (for ``"matching"``, random times per series).
-        method: solver of simulated paths (``"control"`` and ``"tight"``), by default ``"euler"``;
-            with a state-dependent diffusion ``"heun"`` and ``"milstein"`` apply the Itô
-            correction of the noise.
-        checkpoint: whether to recompute segments of simulated paths in back-propagation, to save memory.
+        decoder: The hidden widths of the network f (empty for a linear map), a function from ``(..., d)`` to ``(..., p)``, or a
+            :class:`GaussianDecoder` with an observation noise of its own.
+        obs_scale: The standard deviation s at the start of training, by default 0.1; not beside a :class:`GaussianDecoder`, which has its own.
+        posterior: The family of posteriors, by name or as an object with its options: ``"tight"`` or :class:`TightMethod` when in doubt,
+            ``"gaussian"`` or :class:`GaussianMethod` for speed where the diffusion is constant, ``"matching"`` or
+            :class:`MatchingMethod` for Brownian noise and long series, ``"control"`` or :class:`ControlMethod` to compare with
+            published results.
 
     Attributes:
-        sde: the equation. ts: the grid. encoder, decoder, posterior: the parts.
+        sde: The equation.
+        constant_diffusion: Whether the diffusion is the same at all states.
+        ts: The grid.
+        decoder: The law of the observations given the state.
+        posterior: The posterior, with its encoder.
 
     Raises:
-        InvalidInputError: for parts that don't fit each other.
-        TimeGridError: in use, if a series reaches beyond the grid.
+        InvalidInputError: If parts don't fit each other.
+        TimeGridError: If the grid isn't one, or in use if a series reaches beyond it.
+        HurstRangeError: If a Hurst index lies outside (0, 1).
 
     Example:
+        >>> from stochdyn.fractional import FractionalNoise, TightMethod
         >>> ts = torch.linspace(0, 1, 21)
-        >>> model = LatentSDE(1, 2, ts, hurst=0.7, drift=(8,), hidden=(8,), context=8)
+        >>> model = LatentSDE(
+        ...     1, 2, ts, noise=FractionalNoise(0.7), drift=(8,), posterior=TightMethod(hidden=(8,), context=8)
+        ... )
         >>> series = Series.regular(ts[::4], torch.randn(5, 6, 1))
         >>> model(series).bound
         'evidence_lower'
@@ -110,72 +100,32 @@ class LatentSDE(Objective):
         latent_dim: int,
         ts: Tensor,
         *,
-        posterior: PosteriorKind = "tight",
-        hurst: float | Tensor | None = 0.5,
-        learn_hurst: bool | None = None,
-        noise: NoiseProcess | None = None,
-        kind: Literal["I", "II"] | None = None,
-        num_states: int | None = None,
-        drift: Sequence[int] | Callable[[Tensor, Tensor], Tensor] = (64, 64),
-        diffusion: Any = "constant",
-        decoder: Sequence[int] | Callable[[Tensor], Tensor] = (),
-        obs_scale: float = 0.1,
-        learn_obs_scale: bool = True,
-        context: int = 64,
-        hidden: Sequence[int] | None = None,
-        num_particles: int = 1,
-        method: str | None = None,
-        checkpoint: bool | int | None = None,
+        noise: Literal["fractional", "brownian"] | FractionalNoise | NoiseProcess = "fractional",
+        drift: Sequence[int] | Drift = (64, 64),
+        diffusion: str | float | Tensor | Coefficient | Callable[..., Any] = "constant",
+        decoder: Sequence[int] | Callable[[Tensor], Tensor] | GaussianDecoder = (),
+        obs_scale: float | None = None,
+        posterior: Literal["control", "tight", "gaussian", "matching"] | PosteriorMethod = "tight",
     ) -> None:
         super().__init__()
-        check_time_grid(ts)
-        for name, value in (
-            ("obs_dim", obs_dim),
-            ("latent_dim", latent_dim),
-            ("num_particles", num_particles),
-        ):
-            check_positive_int(value, name)
-        check_choice(posterior, ("control", "tight", "gaussian", "matching"), "posterior")
-        if posterior in ("gaussian", "matching"):
-            check_unused({"method": method, "checkpoint": checkpoint}, f"posterior={posterior!r}")
-        if posterior == "gaussian":
-            check_unused({"hidden": hidden}, "posterior='gaussian'")
-        about_noise = {"learn_hurst": learn_hurst, "kind": kind, "num_states": num_states}
-        if noise is not None:
-            check_unused(about_noise, "noise of its own")
-        elif hurst is None:
-            check_unused(about_noise, "hurst=None, which is Brownian noise")
-        hidden = (64, 64) if hidden is None else hidden
+        check_positive_int(obs_dim, "obs_dim")
+        check_positive_int(latent_dim, "latent_dim")
+        ts = as_time_grid(ts)
+        method = as_posterior_method(posterior)
         for name, given in (("drift", drift), ("decoder", decoder)):
-            if not callable(given) and not isinstance(given, tuple | list):
+            if not callable(given) and not isinstance(given, tuple | list | GaussianDecoder):
                 raise InvalidInputError(f"{name} must be hidden widths or a function", got=repr(given)[:60])
-        self.dim, self.obs_dim, self.num_particles = latent_dim, obs_dim, num_particles
-        self.method = "euler" if method is None else method
+        self.dim, self.obs_dim = latent_dim, obs_dim
         self.register_buffer("ts", ts)
-        span = float(ts[-1] - ts[0])
-        if noise is None:
-            noise = Brownian()
-            if hurst is not None:
-                index = torch.as_tensor(hurst, dtype=torch.get_default_dtype()).expand(latent_dim).clone()
-                # short steps matter, a single one that is far shorter than the others doesn't
-                dt = float((ts[1:] - ts[:-1]).double().quantile(0.1))
-                noise = MarkovNoise(
-                    index,
-                    num_states,
-                    span,
-                    dt,
-                    kind=kind or "II",
-                    learn_hurst=learn_hurst is not False,
-                    per_channel=True,
-                )
+        # Short steps matter for the speeds of the memory; a single one that is far shorter than the others doesn't.
+        dt = float((ts[1:] - ts[:-1]).double().quantile(0.1))
+        process = as_noise(noise, float(ts[-1] - ts[0]), dt, latent_dim)
         field = drift if callable(drift) else StateNetwork(latent_dim, hidden=drift, time=False)
-        named = {"constant": ConstantDiffusion, "state": StateDiffusion}
-        strength = (
-            named[diffusion](latent_dim) if isinstance(diffusion, str) and diffusion in named else diffusion
-        )
-        if isinstance(strength, str):
-            check_choice(strength, tuple(named), "diffusion")
-        self.sde = SDE(field, strength, noise)
+        if isinstance(diffusion, str):
+            check_choice(diffusion, tuple(_DIFFUSIONS), "diffusion")
+        strength = _DIFFUSIONS[diffusion](latent_dim) if isinstance(diffusion, str) else diffusion
+        self.sde = SDE(field, strength, process)
+        self.constant_diffusion = isinstance(strength, ConstantDiffusion) or not self.sde.state_dependent
         point = torch.zeros(latent_dim)
         if isinstance(self.sde.diffusion(ts[0].to(point), point), Matrix):
             raise InvalidInputError(
@@ -183,44 +133,14 @@ class LatentSDE(Objective):
                 got="a matrix diffusion",
                 hint="give (d,) strengths, and let the decoder mix the components",
             )
-        if (
-            posterior == "gaussian"
-            and not isinstance(strength, ConstantDiffusion)
-            and self.sde.state_dependent
-        ):
-            raise InvalidInputError(
-                "a Gaussian posterior needs a constant diffusion",
-                got=f"diffusion={diffusion!r}",
-                hint="diffusion='constant', or posterior='tight'",
-            )
-        if posterior == "matching":
-            check_brownian(self.sde)
-        mean = decoder if callable(decoder) else MLP((latent_dim, *decoder, obs_dim))
-        self.decoder = GaussianDecoder(mean, obs_dim, obs_scale, learn_obs_scale)
-        factor = noise.initial_factor(dtype=torch.get_default_dtype(), device=ts.device)
+        self.decoder = _as_decoder(decoder, latent_dim, obs_dim, obs_scale)
+        factor = process.initial_factor(dtype=torch.get_default_dtype(), device=ts.device)
         self._past = 0 if factor is None else factor.shape[0]
         self.start_mean = nn.Parameter(torch.zeros(latent_dim))
         self.start_log_scale = nn.Parameter(torch.zeros(latent_dim))
-        if posterior != "matching":  # which reads its start off its own marginals
-            self.encoder = SeriesEncoder(obs_dim, context, span)
-            self.start_head = nn.Linear(self.encoder.width, 2 * latent_dim * (1 + self._past))
-            nn.init.zeros_(self.start_head.weight)
-            nn.init.zeros_(self.start_head.bias)
-        self.posterior = self._make_posterior(posterior, context, hidden, checkpoint or False)
-        self.register_buffer("width", torch.ones(latent_dim * (1 + noise.num_states)))
+        self.posterior = method.build(self)
+        self.register_buffer("width", torch.ones(latent_dim * (1 + process.num_states)))
         self._measure_width()
-
-    def _make_posterior(
-        self, posterior: str, context: int, hidden: Sequence[int], checkpoint: bool | int
-    ) -> LatentPosterior:
-        d, noise = self.dim, self.sde.noise
-        if posterior == "matching":
-            return MatchingPosterior(self.obs_dim, d, float(self.ts[-1] - self.ts[0]), context, hidden)
-        innovations, seen = noise.num_innovations(self.ts), self.encoder.width
-        if posterior == "gaussian":
-            return AmortisedGaussianPosterior(d, innovations, noise.num_states, seen)
-        size = d * (1 + noise.num_states)
-        return ControlPosterior(size, d, innovations, seen, hidden, posterior == "tight", checkpoint)
 
     @torch.no_grad()
     def _measure_width(self) -> None:
@@ -262,6 +182,11 @@ class LatentSDE(Objective):
         steps = self.noise_steps()
         return by_column(steps.variance.detach().sqrt()[:, None, :].expand(-1, self.dim, -1))
 
+    @property
+    def start_size(self) -> int:
+        """The number D of components of a start: the state, and normals that stand for the past of the noise."""
+        return self.dim * (1 + self._past)
+
     def start_prior(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation ``(D,)`` of the start: the state, then the normals of the noise's past."""
         past = self.dim * self._past
@@ -285,7 +210,7 @@ class LatentSDE(Objective):
     def forward(self, batch: Any = None) -> ObjectiveValue:
         """Evaluate minus the bound, averaged over the series of the ``batch`` (a :class:`Series`)."""
         self._check(batch)
-        bound = self.posterior.bound(self, batch, self.num_particles)
+        bound = self.posterior.bound(self, batch)
         loss = bound.divergence.mean() - bound.log_likelihood.mean()
         reported = bound.divergence if bound.log_ratio is None else -bound.log_ratio
         fit = bound.log_likelihood.detach().mean()
@@ -300,11 +225,11 @@ class LatentSDE(Objective):
         """Return the posterior law of the latent path of every series, with ``sample`` and ``marginal``.
 
         Args:
-            series: the B series on which the paths are conditioned.
+            series: The B series on which the paths are conditioned.
 
         Raises:
-            InvalidInputError: if the series don't fit the model.
-            TimeGridError: if they reach beyond its grid.
+            InvalidInputError: If the series don't fit the model.
+            TimeGridError: If they reach beyond its grid.
         """
         from stochdyn.fractional.latent.path_law import LatentPathLaw
 
@@ -322,3 +247,21 @@ class LatentSDE(Objective):
                 expected=self.obs_dim,
             )
         batch.check_within(self.ts)
+
+
+def _as_decoder(decoder: object, latent_dim: int, obs_dim: int, obs_scale: float | None) -> GaussianDecoder:
+    """Return the law of observations that hidden widths, a function or a decoder stand for."""
+    if isinstance(decoder, GaussianDecoder):
+        if obs_scale is not None:
+            raise InvalidInputError(
+                "obs_scale has no effect beside a GaussianDecoder", hint="give it to the decoder"
+            )
+        if decoder.obs_dim != obs_dim:
+            raise InvalidInputError(
+                "the decoder has the wrong number of components", got=decoder.obs_dim, expected=obs_dim
+            )
+        return decoder
+    scale = _OBS_SCALE if obs_scale is None else obs_scale
+    check_positive(scale, "obs_scale")
+    mean = decoder if callable(decoder) else MLP((latent_dim, *decoder, obs_dim))  # type: ignore[misc]
+    return GaussianDecoder(mean, obs_dim, scale)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stochdyn._checks import check_bool, check_callable, check_positive, check_positive_int
 from stochdyn.core.networks import MLP
 from stochdyn.core.sde.coefficients import Diagonal
 from stochdyn.fractional.latent.series import Series
@@ -91,19 +92,35 @@ class GaussianDecoder(nn.Module):
     r"""Observations :math:`y\sim N(f(x),\mathrm{diag}\,s^2)` of the state.
 
     Args:
-        mean: f, from ``(..., d)`` to ``(..., p)``.
-        obs_dim: ``p``.
-        scale: where s starts.
-        learn_scale: whether s is a parameter.
+        mean: The function f from states ``(..., d)`` to means ``(..., p)``.
+        obs_dim: The number p of components of an observation.
+        obs_scale: The standard deviation s, at the start of training where it is learnt.
+        learn_obs_scale: Whether s is a parameter, one per component.
+
+    Raises:
+        InvalidInputError: If the mean isn't a function, or a size or scale isn't positive.
+
+    Example:
+        >>> decoder = GaussianDecoder(torch.nn.Linear(2, 3), 3, obs_scale=0.2, learn_obs_scale=False)
+        >>> decoder.sample(torch.zeros(5, 2)).shape
+        torch.Size([5, 3])
     """
 
     def __init__(
-        self, mean: Callable[[Tensor], Tensor], obs_dim: int, scale: float = 0.1, learn_scale: bool = True
+        self,
+        mean: Callable[[Tensor], Tensor],
+        obs_dim: int,
+        obs_scale: float = 0.1,
+        learn_obs_scale: bool = True,
     ) -> None:
         super().__init__()
-        self.mean = mean
-        log_scale = torch.full((obs_dim,), scale).log()
-        self.log_scale = nn.Parameter(log_scale, requires_grad=learn_scale)
+        check_callable(mean, "mean", "a function of the state")
+        check_positive_int(obs_dim, "obs_dim")
+        check_positive(obs_scale, "obs_scale")
+        check_bool(learn_obs_scale, "learn_obs_scale")
+        self.mean, self.obs_dim = mean, obs_dim
+        log_scale = torch.full((obs_dim,), float(obs_scale)).log()
+        self.log_scale = nn.Parameter(log_scale, requires_grad=learn_obs_scale)
 
     def log_prob(self, x: Tensor, series: Series) -> Tensor:
         """Return log densities ``(n, S, B)`` of the observations, given the states ``x (n, S, B, d)`` at their times."""

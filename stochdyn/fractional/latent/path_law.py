@@ -36,7 +36,7 @@ class LatentPathLaw(PathMeasure):
     Example:
         >>> from stochdyn.fractional import LatentSDE, Series
         >>> ts = torch.linspace(0, 1, 11)
-        >>> model = LatentSDE(1, 2, ts, hurst=0.7, drift=(8,), hidden=(8,), context=8)
+        >>> model = LatentSDE(1, 2, ts, drift=(8,))
         >>> law = model.path_law(Series.regular(ts[::5], torch.zeros(4, 3, 1)))
         >>> law.sample([0.25, 0.5], 100, generator=0).x.shape, law.marginal(0.5).mean.shape
         (torch.Size([100, 4, 2, 2]), torch.Size([4, 2]))

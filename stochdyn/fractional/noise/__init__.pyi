@@ -9,6 +9,8 @@ from ._quadrature import relative_exponential_mean as relative_exponential_mean
 from ._steps import StepFactors as StepFactors
 from ._steps import stationary_factor as stationary_factor
 from ._steps import step_factors as step_factors
+from .choice import FractionalNoise as FractionalNoise
+from .choice import as_noise as as_noise
 from .markov import MarkovNoise as MarkovNoise
 from .memory import MemoryStates as MemoryStates
 from .memory import default_speeds as default_speeds

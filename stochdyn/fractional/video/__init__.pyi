@@ -4,3 +4,4 @@ from .networks import ContextEncoder as ContextEncoder
 from .networks import FrameDecoder as FrameDecoder
 from .networks import FrameEncoder as FrameEncoder
 from .networks import JointControl as JointControl
+from .networks import VideoNetworks as VideoNetworks

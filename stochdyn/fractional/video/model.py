@@ -5,26 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from stochdyn._checks import check_choice, check_ndim, check_positive, check_positive_int
+from stochdyn._checks import check_ndim, check_positive, check_positive_int, check_type
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.networks import StateNetwork
 from stochdyn.core.sde.equation import SDE, Control
-from stochdyn.core.sde.noise import Brownian, NoiseProcess
+from stochdyn.core.sde.noise import NoiseProcess
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError
-from stochdyn.fractional._options import check_unused
 from stochdyn.fractional.latent.networks import ConstantDiffusion, StateDiffusion
+from stochdyn.fractional.noise.choice import FractionalNoise, as_noise
 from stochdyn.fractional.noise.markov import MarkovNoise
 from stochdyn.fractional.video.networks import (
     ContextEncoder,
     FrameDecoder,
     FrameEncoder,
     JointControl,
+    VideoNetworks,
 )
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
@@ -38,9 +39,9 @@ class EncodedVideo:
     """What the encoder says of a batch of videos.
 
     Attributes:
-        content: ``(batch, content)``.
-        start: law of the latent start, batch shape ``(batch,)``, event ``(latents,)``.
-        contexts: ``(time, batch, features)``, which the control reads.
+        content: The content ``(batch, content)`` of each video, which doesn't move.
+        start: The law of the latent start, of batch shape ``(batch,)`` and event shape ``(latents,)``.
+        contexts: The contexts ``(time, batch, features)`` that the control reads.
     """
 
     content: Tensor
@@ -56,7 +57,7 @@ class _VideoControl(Control):
         self.joint, self.contexts, self.until = joint, contexts, until
 
     def at(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Control.at`; drift and precision come out of one network."""
+        """Return drift and precision, which come out of one network; see :meth:`Control.at`."""
         drift, precision = self.joint(t, z, self.contexts)
         if math.isinf(self.until):
             return drift, precision
@@ -79,28 +80,23 @@ class VideoModel(Objective):
     .. math:: -\mathrm{ELBO}=-\mathbb E_Q\Big[\sum_i\log N(o_i;\mathrm{decode}(X_{t_i},w),s^2)\Big]+\mathrm{KL}(Q\,\|\,P).
 
     Args:
-        num_frames: frames of the longest video or prediction; sets the horizon of the noise.
-        size: height and width in pixels, a power of two, at least 16.
-        channels: colours.
-        noise: ``"fractional"``, ``"brownian"``, or a :class:`~stochdyn.core.sde.noise.NoiseProcess`.
-        hurst: where the Hurst index starts.
-        num_states: memory states of the fractional noise per latent dimension; by default as many as :class:`MarkovNoise` takes.
-        kind: ``"I"`` or ``"II"``, see :class:`MarkovNoise`.
-        latents: components of the latent state.
-        content: components of the content.
-        features: components of a frame's features.
-        widths: channels of the convolutions, one per halving of the frame; frames shrink to 4 x 4.
-        hidden: widths of the drift and control networks.
-        dt: time between frames.
-        num_steps: solver steps between frames.
-        obs_scale: s; :math:`\sqrt{1/2}` makes minus the log-likelihood the sum of squared errors, up to a constant.
-        diffusion_width: width of the networks of the state-dependent diffusion; 0 for a constant one.
-        num_particles: paths a video and step of training.
+        num_frames: The number of frames of the longest video or prediction, which sets the horizon of the noise.
+        size: The height and width of a frame in pixels, a power of two, at least 16.
+        channels: The number of colours.
+        noise: What drives the path: ``"fractional"``, with one Hurst index that is learnt from 1/2 on; ``"brownian"``; a
+            :class:`FractionalNoise` with options of its own; or any noise process.
+        networks: The sizes of the networks, by default those for 32 x 32 pixels on a processor.
+        dt: The time between frames.
+        num_steps: The number of solver steps between frames.
+        obs_scale: The standard deviation s of a pixel; :math:`\sqrt{1/2}` makes minus the log-likelihood the sum of squared errors, up to a constant.
+        num_particles: The number of paths per video in each estimate of the bound.
 
     Example:
         >>> from stochdyn.datasets import moving_digits
+        >>> from stochdyn.fractional import VideoNetworks
         >>> videos = moving_digits(2, num_frames=4, size=16)
-        >>> model = VideoModel(4, size=16, widths=(4, 8), hidden=(16,), latents=2, features=8, content=8)
+        >>> sizes = VideoNetworks(latents=2, content=8, features=8, widths=(4, 8), hidden=(16,))
+        >>> model = VideoModel(4, size=16, networks=sizes)
         >>> value = model(videos)
         >>> value.bound, model.reconstruct(videos).shape
         ('evidence_lower', torch.Size([2, 4, 1, 16, 16]))
@@ -116,25 +112,25 @@ class VideoModel(Objective):
         size: int = 32,
         channels: int = 1,
         *,
-        noise: str | NoiseProcess = "fractional",
-        hurst: float | None = None,
-        num_states: int | None = None,
-        kind: str | None = None,
-        latents: int = 4,
-        content: int = 64,
-        features: int = 64,
-        widths: Sequence[int] = (16, 32, 64),
-        hidden: Sequence[int] = (100, 100),
+        noise: Literal["fractional", "brownian"] | FractionalNoise | NoiseProcess = "fractional",
+        networks: VideoNetworks | None = None,
         dt: float = 0.1,
         num_steps: int = 3,
         obs_scale: float = math.sqrt(0.5),
-        diffusion_width: int = 8,
         num_particles: int = 1,
     ) -> None:
         super().__init__()
         check_positive_int(num_frames, "num_frames", 3)
-        for name, value in (("latents", latents), ("num_steps", num_steps), ("num_particles", num_particles)):
+        for name, value in (
+            ("size", size),
+            ("channels", channels),
+            ("num_steps", num_steps),
+            ("num_particles", num_particles),
+        ):
             check_positive_int(value, name)
+        networks = VideoNetworks() if networks is None else networks
+        check_type(networks, VideoNetworks, "networks")
+        widths, hidden, latents = networks.widths, networks.hidden, networks.latents
         check_positive(dt, "dt")
         check_positive(obs_scale, "obs_scale")
         if size >> len(widths) != 4 or size != 4 << len(widths):
@@ -147,33 +143,31 @@ class VideoModel(Objective):
         self.dt, self.num_steps = dt, num_steps
         self.obs_scale = obs_scale
         self.latents, self.num_particles = latents, num_particles
-        self.encoder = FrameEncoder(size, channels, widths, features)
-        self.contexts = ContextEncoder(features, content, latents)
-        self.decoder = FrameDecoder(size, channels, widths, latents + content)
-        horizon = num_frames * dt
-        self.noise = _noise(noise, hurst, num_states, kind, horizon, dt / num_steps)
-        strength = StateDiffusion(latents, diffusion_width) if diffusion_width else ConstantDiffusion(latents)
+        self.encoder = FrameEncoder(size, channels, widths, networks.features)
+        self.contexts = ContextEncoder(networks.features, networks.content, latents)
+        self.decoder = FrameDecoder(size, channels, widths, latents + networks.content)
+        self.noise = as_noise(noise, num_frames * dt, dt / num_steps)
+        wide = networks.diffusion_width
+        strength = StateDiffusion(latents, wide) if wide else ConstantDiffusion(latents)
         self.equation = SDE(StateNetwork(latents, hidden=hidden, time=False), strength, self.noise)
         size_z = latents * (1 + self.noise.num_states)
-        self.control = JointControl(size_z, latents, features, hidden, dt)
+        self.control = JointControl(size_z, latents, networks.features, hidden, dt)
 
     @classmethod
-    def paper(cls, noise: str | NoiseProcess = "fractional", **changes: Any) -> VideoModel:
-        """Return the size of the published experiment: 25 frames of 64 x 64 pixels, for a GPU.
+    def paper(
+        cls, noise: Literal["fractional", "brownian"] | FractionalNoise | NoiseProcess = "fractional"
+    ) -> VideoModel:
+        """Return the model of the published experiment: 25 frames of 64 x 64 pixels, for a GPU.
+
+        Args:
+            noise: What drives the path, as for the constructor.
 
         Example:
             >>> model = VideoModel.paper()
             >>> model.size, model.num_frames
             (64, 25)
         """
-        sizes: dict[str, Any] = {
-            "num_frames": 25,
-            "size": 64,
-            "latents": 6,
-            "widths": (64, 128, 256, 256),
-            "hidden": (200, 200),
-        }
-        return cls(noise=noise, **(sizes | changes))
+        return cls(25, 64, noise=noise, networks=VideoNetworks.paper())
 
     @property
     def hurst(self) -> Tensor | None:
@@ -189,7 +183,7 @@ class VideoModel(Objective):
         """Return content, law of the start and contexts of videos.
 
         Args:
-            frames: ``(batch, time, channels, size, size)``, at least three frames: uint8, or floats in [0, 1].
+            frames: The videos ``(batch, time, channels, size, size)``, at least three frames each: uint8, or floats in [0, 1].
         """
         return self._encode(self._pixels(frames))
 
@@ -211,7 +205,7 @@ class VideoModel(Objective):
         """Evaluate minus the evidence bound of a batch of videos, as a mean over the batch.
 
         Args:
-            batch: ``(batch, time, channels, size, size)``.
+            batch: The videos ``(batch, time, channels, size, size)``.
         """
         if batch is None:
             raise InvalidInputError("the video model needs a batch of videos")
@@ -240,8 +234,8 @@ class VideoModel(Objective):
         """Return frames ``(*sample, batch, time, channels, size, size)``.
 
         Args:
-            x: ``(*sample, batch, time, latents)`` states at the times of the frames.
-            content: ``(batch, content)``.
+            x: The states ``(*sample, batch, time, latents)`` at the times of the frames.
+            content: The content ``(batch, content)`` of each video.
         """
         wide = content.unsqueeze(-2).expand(*x.shape[:-1], content.shape[-1])
         return self.decoder(torch.cat([x, wide], -1))
@@ -267,16 +261,16 @@ class VideoModel(Objective):
         """Continue videos: posterior paths through the frames given, the prior's own noise after them.
 
         Args:
-            frames: ``(batch, seen, channels, size, size)``, at least three frames.
-            num_frames: frames of the result, those given included.
-            num_samples: continuations of each video.
-            generator: source of randomness.
+            frames: The videos ``(batch, seen, channels, size, size)``, at least three frames each.
+            num_frames: The number of frames of the result, those given included.
+            num_samples: The number of continuations of each video.
+            generator: The source of randomness; None for torch's global one.
 
         Returns:
             ``(num_samples, batch, num_frames, channels, size, size)`` in [0, 1].
 
         Raises:
-            InvalidInputError: if there is nothing to predict, or more than the horizon of the noise.
+            InvalidInputError: If there is nothing to predict, or more than the horizon of the noise.
         """
         seen = frames.shape[1]
         if not seen < num_frames <= self.num_frames:
@@ -326,20 +320,3 @@ class VideoModel(Objective):
                     hint="divide by 255, or use frames.to(torch.uint8)",
                 )
         return frames
-
-
-def _noise(
-    noise: str | NoiseProcess,
-    hurst: float | None,
-    num_states: int | None,
-    kind: str | None,
-    horizon: float,
-    dt: float,
-) -> NoiseProcess:
-    if not isinstance(noise, NoiseProcess):
-        check_choice(noise, ("fractional", "brownian"), "noise")
-    if noise != "fractional":
-        check_unused({"hurst": hurst, "num_states": num_states, "kind": kind}, f"noise={noise!r}")
-        return noise if isinstance(noise, NoiseProcess) else Brownian()
-    index = 0.5 if hurst is None else hurst
-    return MarkovNoise(index, num_states, horizon, dt, kind or "II", learn_hurst=True)  # type: ignore[arg-type]

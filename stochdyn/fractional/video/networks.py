@@ -3,15 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stochdyn._checks import check_positive_int
 from stochdyn.core.networks import MLP
+from stochdyn.errors import InvalidInputError
 
-__all__ = ["ContextEncoder", "FrameDecoder", "FrameEncoder", "JointControl"]
+__all__ = ["ContextEncoder", "FrameDecoder", "FrameEncoder", "JointControl", "VideoNetworks"]
+
+
+@dataclass(frozen=True)
+class VideoNetworks:
+    """The sizes of the networks of a :class:`VideoModel`.
+
+    Attributes:
+        latents: The number of components of the latent state.
+        content: The number of components of the content, the part of a video that doesn't move.
+        features: The number of components of a frame's features.
+        widths: The channels of the convolutions, one per halving of the frame; frames shrink to 4 x 4.
+        hidden: The widths of the hidden layers of the drift and of the control.
+        diffusion_width: The number of hidden units per component of the state-dependent diffusion; 0 for a constant one.
+
+    Raises:
+        InvalidInputError: If a size isn't a positive integer.
+
+    Example:
+        >>> VideoNetworks(latents=2).features
+        64
+    """
+
+    latents: int = 4
+    content: int = 64
+    features: int = 64
+    widths: Sequence[int] = (16, 32, 64)
+    hidden: Sequence[int] = (100, 100)
+    diffusion_width: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("latents", "content", "features"):
+            check_positive_int(getattr(self, name), name)
+        check_positive_int(self.diffusion_width, "diffusion_width", 0)
+        for name in ("widths", "hidden"):
+            sizes = getattr(self, name)
+            if not isinstance(sizes, tuple | list):
+                raise InvalidInputError(f"{name} must be the widths of layers", got=repr(sizes)[:60])
+            for width in sizes:
+                check_positive_int(width, name)
+
+    @classmethod
+    def paper(cls) -> VideoNetworks:
+        """Return the sizes of the published experiment, for frames of 64 x 64 pixels.
+
+        Example:
+            >>> VideoNetworks.paper().latents
+            6
+        """
+        return cls(latents=6, widths=(64, 128, 256, 256), hidden=(200, 200))
 
 
 def _groups(channels: int) -> int:
@@ -27,10 +79,10 @@ class FrameEncoder(nn.Module):
     """A frame to a vector of features: blocks of convolution, pooling by two, normalisation and SiLU.
 
     Args:
-        size: height and width of a frame, ``4 * 2**len(widths)``.
-        channels: colours.
-        widths: channels of the blocks.
-        features: components of the result.
+        size: The height and width of a frame in pixels, ``4 * 2**len(widths)``.
+        channels: The number of colours.
+        widths: The channels of the blocks.
+        features: The number of components of the result.
     """
 
     def __init__(self, size: int, channels: int, widths: Sequence[int], features: int) -> None:
@@ -76,9 +128,9 @@ class ContextEncoder(nn.Module):
     over time of width three.
 
     Args:
-        features: components of a frame's features.
-        content: components of the content.
-        latents: components of the latent state.
+        features: The number of components of a frame's features.
+        content: The number of components of the content.
+        latents: The number of components of the latent state.
     """
 
     def __init__(self, features: int, content: int, latents: int) -> None:
@@ -95,7 +147,7 @@ class ContextEncoder(nn.Module):
         """Return content ``(batch, content)``, mean and deviation of the start ``(batch, latents)``, and contexts.
 
         Args:
-            features: ``(batch, time, features)``. Contexts are ``(time, batch, features)``, time leading.
+            features: The features ``(batch, time, features)`` of all frames. Contexts are ``(time, batch, features)``, time leading.
         """
         content = self.content(features.median(1).values)
         mean, raw = self.start(features[:, :3].flatten(1)).chunk(2, -1)
@@ -107,11 +159,11 @@ class JointControl(nn.Module):
     """Drift and extra precision of the driving noise by one network of state, memory and context; zero at first.
 
     Args:
-        state_size: components of the state with its memory.
-        channels: components of the noise.
-        context: components of the context.
-        hidden: widths of the hidden layers.
-        dt: time between the frames that the contexts belong to.
+        state_size: The number of components of the state with its memory.
+        channels: The number of components of the noise.
+        context: The number of components of the context.
+        hidden: The widths of the hidden layers.
+        dt: The time between the frames that the contexts belong to.
     """
 
     #: The precision starts small, and can become large where the data say so.
@@ -128,9 +180,9 @@ class JointControl(nn.Module):
         """Return drift and precision, ``(..., m)`` each.
 
         Args:
-            t: time, of no axes or broadcastable to ``z[..., :1]``.
-            z: ``(..., batch, Z)`` states.
-            contexts: ``(time, batch, context)``, interpolated linearly.
+            t: The time, without axes or broadcastable to ``z[..., :1]``.
+            z: The states ``(..., batch, Z)``.
+            contexts: The contexts ``(time, batch, context)`` of the frames, interpolated linearly.
         """
         position = (t / self.dt).clamp(0, contexts.shape[0] - 1)
         before = position.floor().clamp(max=max(contexts.shape[0] - 2, 0))
