@@ -206,6 +206,17 @@ def test_svi_draws_and_weights(fit):
     assert len(families_of(fit, idata)) == 30
 
 
+def test_a_profile_fit_goes_on_where_it_stopped(fit, tmp_path):
+    whole = fit_profile(fit, steps=3, num_particles=1)
+    fit_profile(fit, steps=1, num_particles=1, checkpoint=tmp_path)
+    again = fit_profile(fit, steps=3, num_particles=1, checkpoint=tmp_path, resume=True)
+    assert again.losses == whole.losses
+    assert torch.equal(again.guide.loc, whole.guide.loc)
+    assert torch.equal(again.guide.scale_tril, whole.guide.scale_tril)
+    with pytest.raises(sd.errors.ForeignCheckpointError):
+        fit_profile(fit, steps=3, num_particles=2, checkpoint=tmp_path, resume=True)
+
+
 def test_a_prior_acts():
     def model():
         rate = pyro.sample("rate", dist.LogNormal(torch.tensor(-1.0, dtype=F64), 0.02))

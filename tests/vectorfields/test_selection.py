@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from stochdyn.errors import UnavailableError
+from stochdyn.errors import ForeignCheckpointError, InvalidInputError, UnavailableError
+from stochdyn.run import Interrupted
 from stochdyn.vectorfields import RVGP, PointCloud
-from stochdyn.vectorfields.regression import candidates
+from stochdyn.vectorfields.regression import KernelSearch, candidates
 from tests.vectorfields.shapes import fibonacci_sphere, random_sphere, torus
 
 
@@ -48,6 +52,39 @@ def test_off_spheres_and_before_fitting() -> None:
     assert {"connection, all modes", "projected", "ambient Matérn 3/2"} <= names
     assert "divergence-free" not in names
     assert (gp.predict_mean(slice(None)) - turn).norm() < 0.05 * turn.norm()
+
+
+def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Ctrl-C leaves the best kernel so far, fitted; resumption gives the posterior of a search that never stopped."""
+    angle = torch.arange(30, dtype=torch.float64) * 2 * torch.pi / 30
+    cloud = PointCloud(torch.stack([angle.cos(), angle.sin()], -1), 4, dim=1)
+    turn = torch.stack([-angle.sin(), angle.cos()], -1) * (1 + 0.3 * (3 * angle).cos())[:, None]
+    data = (range(0, 30, 2), turn[::2])
+    whole = RVGP(cloud, "auto").fit(*data)
+
+    asked = KernelSearch.step
+
+    def interrupted(self: KernelSearch[RVGP]) -> None:
+        asked(self)
+        if self.number == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KernelSearch, "step", interrupted)
+        with pytest.raises(Interrupted) as stopped:
+            RVGP(cloud, "auto").fit(*data, checkpoint=tmp_path)
+    assert isinstance(stopped.value.result, RVGP)
+    assert len(stopped.value.result.candidates) == 2
+    assert stopped.value.result.predict_mean([1]).isfinite().all()
+
+    again = RVGP(cloud, "auto").fit(*data, checkpoint=tmp_path, resume=True)
+    assert [c.log_evidence for c in again.candidates] == [c.log_evidence for c in whole.candidates]
+    assert torch.equal(again.predict(range(30))[0], whole.predict(range(30))[0])
+    assert torch.equal(again.predict(range(30))[1], whole.predict(range(30))[1])
+    with pytest.raises(ForeignCheckpointError, match="observations"):
+        RVGP(cloud, "auto").fit(data[0], 2 * data[1], checkpoint=tmp_path, resume=True)
+    with pytest.raises(InvalidInputError, match="checkpoint does nothing"):
+        RVGP(cloud).fit(*data, checkpoint=tmp_path)
 
 
 def test_modes_are_truncated_only_where_all_cost_too_much() -> None:

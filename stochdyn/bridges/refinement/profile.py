@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,10 @@ from stochdyn.bridges.refinement.linear_response import (
     with_coordinates,
 )
 from stochdyn.bridges.refinement.uncertainty import COORDINATES, redrawn_weights
-from stochdyn.run.progress import progress_bar
+from stochdyn.infer.naming import fresh_name
+from stochdyn.run.interrupt import Interrupted
+from stochdyn.run.randomness import fork_random_state
+from stochdyn.run.trainer import fit as train
 
 if TYPE_CHECKING:
     from stochdyn.bridges.refinement.refinement import Refinement
@@ -49,6 +53,9 @@ class BridgeProfile:
         width: the standard deviations ``(P,)`` of the normal prior about the fit that stands for a flat one where the family has no prior
             of its own.
     """
+
+    # A bridge per value of the parameters is remembered, and says nothing that the rest doesn't.
+    _derived_ = ("_memo",)
 
     def __init__(
         self,
@@ -171,6 +178,8 @@ def fit_profile(
     temper: float | None = None,
     population: float | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> ProfileFit:
     r"""Fit a Gaussian guide to the posterior of a :class:`BridgeProfile` by Pyro's SVI.
 
@@ -190,16 +199,17 @@ def fit_profile(
         temper: :math:`\eta`; calibrated if None, 1 for one cohort that was seen at all snapshots.
         population: :math:`N`; the mean size of a snapshot if None.
         progress: whether to show a bar, after two seconds.
+        checkpoint: The directory that is saved to after every step.
+        resume: Whether to continue the run in ``checkpoint``.
 
     Raises:
         InvalidInputError: for more parameters.
+        Interrupted: After Ctrl-C; its ``result`` is the guide so far.
 
     Reference: Lyddon, Holmes & Walker (2019), General Bayesian updating and the loss-likelihood bootstrap, Biometrika 106.
     """
-    import pyro
-    from pyro.infer import SVI, Trace_ELBO
+    from pyro.infer import Trace_ELBO
     from pyro.infer.autoguide import AutoMultivariateNormal, init_to_value
-    from pyro.optim import PyroOptim
 
     check_positive_int(steps, "steps", 0)
     check_positive_int(num_particles, "num_particles")
@@ -228,18 +238,25 @@ def fit_profile(
     guide = AutoMultivariateNormal(
         model, init_loc_fn=init_to_value(values={COORDINATES: start}), init_scale=0.1
     )
-    with torch.random.fork_rng(devices=[]):
-        pyro.set_rng_seed(seed)
+    guide._pyro_name = fresh_name("AutoMultivariateNormal")
+    with fork_random_state(seed, fit.snapshots.device):
         guide()
-        with torch.no_grad():
-            diagonal = spread.diagonal()
-            guide.scale = diagonal.clone()
-            guide.scale_tril = spread / diagonal[:, None]
-        # steps in units of the guide's spread: location by its standard deviations
-        optimiser = PyroOptim(torch.optim.Adam, {"lr": lr * float(diagonal.mean())})
-        svi = SVI(model, guide, optimiser, Trace_ELBO(num_particles=num_particles))
-        losses = [float(svi.step()) for _ in progress_bar(range(steps), "svi", progress)]
-    return ProfileFit(model, guide, losses)
+    with torch.no_grad():
+        diagonal = spread.diagonal()
+        guide.scale = diagonal.clone()
+        guide.scale_tril = spread / diagonal[:, None]
+    if not steps:
+        return ProfileFit(model, guide, [])
+    try:
+        # The learning rate is in units of the guide's spread: a step moves locations by a part of a standard deviation.
+        result = train(
+            Trace_ELBO(num_particles=num_particles)(model, guide), steps=steps, lr=lr * float(diagonal.mean()),
+            seed=seed, progress=progress, checkpoint=checkpoint, resume=resume, checkpoint_every=1,
+        )  # fmt: skip
+    except Interrupted as stopped:
+        so_far = ProfileFit(model, guide, stopped.result.losses.tolist())
+        raise Interrupted(str(stopped), so_far) from None
+    return ProfileFit(model, guide, result.losses.tolist())
 
 
 def _positive(matrix: Tensor) -> Tensor:

@@ -36,9 +36,10 @@ from .precision import PrecisionEngine as PrecisionEngine
 from .rows import decode as decode
 from .rows import rows_of as rows_of
 from .rvgp import RVGP as RVGP
+from .selection import Best as Best
 from .selection import Candidate as Candidate
 from .selection import Choice as Choice
+from .selection import KernelSearch as KernelSearch
 from .selection import candidates as candidates
-from .selection import choose as choose
 from .selection import make_engine as make_engine
 from .sites import Sites as Sites

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from typing import Any
 
@@ -25,6 +26,8 @@ from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, UnavailableError
+from stochdyn.run.engine import run_to_end
+from stochdyn.run.identity import digest
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.surface import TangentDiffusion, TangentDrift
 from stochdyn.vectorfields.regression._input import as_float_tensor, as_vectors
@@ -33,7 +36,7 @@ from stochdyn.vectorfields.regression.engines import Engine, Observations
 from stochdyn.vectorfields.regression.kernels import ConnectionMatern, ProjectedMatern
 from stochdyn.vectorfields.regression.paths import path_observations, quadratic_variation
 from stochdyn.vectorfields.regression.precision import PrecisionEngine
-from stochdyn.vectorfields.regression.selection import Choice, choose, make_engine
+from stochdyn.vectorfields.regression.selection import Best, Choice, KernelSearch, make_engine
 from stochdyn.vectorfields.regression.sites import Sites
 
 __all__ = ["RVGP"]
@@ -173,6 +176,8 @@ class RVGP:
         noise_variance: float | None = None,
         steps: int = 100,
         progress: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
     ) -> RVGP:
         """Condition on vectors at some nodes or points, and learn the hyper-parameters.
 
@@ -188,6 +193,8 @@ class RVGP:
             noise_variance: The start for the noise variance, or its value if it isn't learnt.
             steps: The largest number of updates of the optimiser.
             progress: Whether to show a bar while kernels are tried, where that takes more than two seconds.
+            checkpoint: The directory where the search of ``kernel="auto"`` is kept, a kernel at a time.
+            resume: Whether to continue the search that is kept there.
 
         Returns:
             The same object.
@@ -219,7 +226,7 @@ class RVGP:
         data = Observations(
             sites, components.reshape(-1, *components.shape[-2:]), relative.to(self.cloud.device)
         )
-        self._condition(data, optimize, learn_noise, noise_variance, steps, progress)
+        self._condition(data, optimize, learn_noise, noise_variance, steps, progress, checkpoint, resume)
         self._of_paths = False
         return self
 
@@ -232,6 +239,8 @@ class RVGP:
         optimize: bool = True,
         steps: int = 100,
         progress: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
     ) -> RVGP:
         r"""Condition the field, as the drift of an SDE, on trajectories; exact, see :func:`~.paths.path_observations`.
 
@@ -243,6 +252,8 @@ class RVGP:
             optimize: Whether the hyper-parameters are learnt.
             steps: The largest number of updates of the optimiser.
             progress: Whether to show a bar while kernels are tried, where that takes more than two seconds.
+            checkpoint: The directory where the search of ``kernel="auto"`` is kept, a kernel at a time.
+            resume: Whether to continue the search that is kept there.
 
         Returns:
             The same object; ``diffusion`` holds σ, given or learnt.
@@ -254,7 +265,7 @@ class RVGP:
         guess = quadratic_variation(data)[0] if diffusion is None else float(diffusion)
         if diffusion is None and not optimize:
             raise InvalidInputError("with optimize off the diffusion must be given")
-        self._condition(data, optimize, diffusion is None, guess**2, steps, progress)
+        self._condition(data, optimize, diffusion is None, guess**2, steps, progress, checkpoint, resume)
         self._of_paths = True
         return self
 
@@ -321,7 +332,15 @@ class RVGP:
         noise_variance: float | None,
         steps: int,
         progress: bool,
-    ) -> RVGP:
+        checkpoint: str | os.PathLike[str] | None,
+        resume: bool,
+    ) -> None:
+        searched = self._auto and optimize
+        if not searched and (checkpoint is not None or resume):
+            raise InvalidInputError(
+                f"{'checkpoint' if checkpoint is not None else 'resume'} does nothing unless kernels are tried",
+                hint="kernel='auto' with optimize=True tries them",
+            )
         check_positive_int(steps, "steps")
         if noise_variance is not None:
             check_real(noise_variance, "noise_variance", above=0.0)
@@ -338,15 +357,33 @@ class RVGP:
                 if noise_variance is None and learn_noise:
                     engine.log_noise.data.copy_(self.engine.log_noise.data)
 
-        if self._auto and optimize:
-            chosen, self._kernel, engine, self.candidates = choose(self.cloud, data, prepare, progress)
-            self.backend, self.nu, self.chosen = chosen.backend, chosen.nu, chosen.name
-        else:
+        if not searched:
             engine = make_engine(self.cloud, data, self._kernel, self.backend, float(self.nu or 2.0))
             prepare(engine)
+            self._take(engine)
+            return
+
+        def finish(best: Best | None, record: list[Choice]) -> RVGP:
+            self.candidates = record
+            if best is not None:
+                self._kernel, candidate = best.kernel, best.candidate
+                self.backend, self.nu, self.chosen = candidate.backend, candidate.nu, candidate.name
+                self._take(best.engine)
+            return self
+
+        identity = {
+            "cloud": digest(self.cloud), "observations": digest(data), "learn_noise": learn_noise,
+            "noise_variance": noise_variance, "steps": steps,
+        }  # fmt: skip
+        run_to_end(
+            KernelSearch(self.cloud, data, prepare, finish), "kernels", identity=identity, progress=progress,
+            checkpoint=checkpoint, resume=resume,
+        )  # fmt: skip
+
+    def _take(self, engine: Engine) -> None:
+        """Take an engine and compute its posterior."""
         engine.condition()
         self.engine = engine
-        return self
 
     def _fitted(self) -> Engine:
         if self.engine is None:

@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
 
 from stochdyn.errors import InvalidInputError
-from stochdyn.run.progress import progress_bar
+from stochdyn.run.engine import Resumable
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.sphere import HodgeMatern, hodge_compositional, sphere_of
 from stochdyn.vectorfields.regression.ambient import AmbientKernel
@@ -24,7 +25,9 @@ from stochdyn.vectorfields.regression.engines import (
 from stochdyn.vectorfields.regression.kernels import ConnectionMatern, ProjectedMatern
 from stochdyn.vectorfields.regression.precision import PrecisionEngine
 
-__all__ = ["Candidate", "Choice", "candidates", "choose", "make_engine"]
+__all__ = ["Best", "Candidate", "Choice", "KernelSearch", "candidates", "make_engine"]
+
+Found = TypeVar("Found")
 
 #: The most rows for which kernels without features are tried.
 MAX_DENSE_ROWS = 5000
@@ -62,6 +65,15 @@ class Choice:
     name: str
     log_evidence: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of the candidates: its kernel, if it has one in itself, and its optimised engine."""
+
+    candidate: Candidate
+    kernel: Kernel | None
+    engine: Engine
 
 
 def candidates(cloud: PointCloud, rows: int) -> list[Candidate]:
@@ -126,38 +138,91 @@ def make_engine(
     return DenseEngine(data, kernel, cloud).to(cloud.device)
 
 
-def choose(
-    cloud: PointCloud,
-    data: Observations,
-    prepare: Callable[[Engine], None],
-    progress: bool = True,
-) -> tuple[Candidate, Kernel | None, Engine, list[Choice]]:
-    """Fit every candidate and return the one of the highest evidence, with the record of all.
+class KernelSearch(Resumable[Found]):
+    """The search among the candidates, a candidate per step, as the engine of long runs does it.
 
     Args:
-        cloud: The points that sample the manifold.
-        data: What was observed.
-        prepare: A function that sets the noise of an engine and optimises it.
-        progress: Whether to show a bar.
+        cloud: The points.
+        data: The observations.
+        prepare: What sets the noise of an engine and optimises it, in place.
+        finish: What makes the result of the best candidate so far, None if there is none yet, and the record of all.
     """
-    best: tuple[Candidate, Kernel | None, Engine] | None = None
-    highest, record = -math.inf, []
-    found: dict[str, float] = {}
-    for candidate in progress_bar(candidates(cloud, data.rows), "kernels", progress):
-        near = max((found[name] for name in candidate.akin), default=highest)
-        if highest - near > _HOPELESS * data.rows:
-            continue
-        start = time.process_time()
+
+    unit = "kernel"
+
+    def __init__(
+        self,
+        cloud: PointCloud,
+        data: Observations,
+        prepare: Callable[[Engine], None],
+        finish: Callable[[Best | None, list[Choice]], Found],
+    ) -> None:
+        self.cloud, self.data, self._prepare, self._finish = cloud, data, prepare, finish
+        self.candidates = candidates(cloud, data.rows)
+        self.total = len(self.candidates)
+        self.record: list[Choice] = []
+        self.best: Best | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all candidates were looked at."""
+        return self.number >= len(self.candidates)
+
+    def step(self) -> None:
+        """Fit the next candidate, unless what is akin to it is too far behind the best to hope for more."""
+        candidate = self.candidates[self.number]
+        evidence = {choice.name: choice.log_evidence for choice in self.record}
+        highest = max(evidence.values(), default=-math.inf)
+        near = max((evidence[name] for name in candidate.akin if name in evidence), default=highest)
+        if highest - near > _HOPELESS * self.data.rows:
+            return
+        began = time.process_time()
+        kernel, engine = self._make(candidate)
+        self._prepare(engine)
+        reached = float(engine.evidence().detach())
+        self.record.append(Choice(candidate.name, reached, time.process_time() - began))
+        if reached > highest:
+            self.best = Best(candidate, kernel, engine)
+
+    def _make(self, candidate: Candidate) -> tuple[Kernel | None, Engine]:
         kernel = candidate.make()
         if kernel is not None:
-            kernel = kernel.double().to(cloud.device)
-        engine = make_engine(cloud, data, kernel, candidate.backend, candidate.nu)
-        prepare(engine)
-        evidence = float(engine.evidence().detach())
-        found[candidate.name] = evidence
-        record.append(Choice(candidate.name, evidence, time.process_time() - start))
-        if evidence > highest:
-            highest, best = evidence, (candidate, kernel, engine)
-    if best is None:
-        raise InvalidInputError("no kernel could be fitted", got="evidence that isn't finite for any")
-    return (*best, sorted(record, key=lambda choice: -choice.log_evidence))
+            kernel = kernel.double().to(self.cloud.device)
+        return kernel, make_engine(self.cloud, self.data, kernel, candidate.backend, candidate.nu)
+
+    def state(self) -> dict[str, Any]:
+        """Return the record, and which candidate is the best with its hyper-parameters."""
+        best = self.best
+        return {
+            "record": [[c.name, c.log_evidence, c.seconds] for c in self.record],
+            "best": None if best is None else [best.candidate.name, dict(best.engine.state_dict())],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Make the best candidate again, with the hyper-parameters that it had."""
+        self.record, self.best = [Choice(*row) for row in state["record"]], None
+        if state["best"] is not None:
+            name, values = state["best"]
+            candidate = next(c for c in self.candidates if c.name == name)
+            kernel, engine = self._make(candidate)
+            engine.load_state_dict(values)
+            self.best = Best(candidate, kernel, engine)
+
+    def keep(self) -> tuple[list[Choice], Best | None]:
+        """Return the record and the best: a step makes new ones and changes none."""
+        return list(self.record), self.best
+
+    def put_back(self, kept: tuple[list[Choice], Best | None]) -> bool:
+        """Take the record and the best of before the step."""
+        self.record, self.best = kept
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        """Return the name of the best so far."""
+        return {} if self.best is None else {"best": self.best.candidate.name}
+
+    def report(self) -> Found:
+        """Return what becomes of the best so far."""
+        if self.best is None and self.finished:
+            raise InvalidInputError("no kernel could be fitted", got="evidence that isn't finite for any")
+        return self._finish(self.best, sorted(self.record, key=lambda choice: -choice.log_evidence))
