@@ -1,5 +1,6 @@
 from .forward.continuity import ContinuityEquation as ContinuityEquation
 from .forward.continuity import TransportOperator as TransportOperator
+from .forward.divergences import Hutchinson as Hutchinson
 from .forward.divergences import divergence as divergence
 from .forward.divergences import divergence_probes as divergence_probes
 from .forward.divergences import gradient as gradient

@@ -17,7 +17,7 @@ from stochdyn._checks import (
     check_same_device,
     check_type,
 )
-from stochdyn.core.forward.divergences import unbiased_square
+from stochdyn.core.forward.divergences import Hutchinson, as_trace_method, unbiased_square
 from stochdyn.core.forward.flow import MarginalFlow
 from stochdyn.core.forward.operator import ForwardOperator
 from stochdyn.errors import InvalidInputError, ShapeError
@@ -138,12 +138,12 @@ class ForwardResidual(Objective):
         weight: ``weight(t, x) -> (...)``, or None for 1. Near a singular start weigh by the squared variance.
         form: ``"log"``, ``"score"`` or ``"density"``; see :meth:`stochdyn.FokkerPlanck.residual`. A master
             equation knows the log form only.
-        method: ``"exact"`` or ``"hutchinson"``.
-        num_probes: probes per point, at least 2 with ``"hutchinson"``.
+        method: ``"exact"``, or ``"hutchinson"`` where derivatives by every component cost too much;
+            :class:`~stochdyn.core.forward.divergences.Hutchinson` has its options, and needs two probes here.
         stationary: leave out the time derivative.
 
     Raises:
-        InvalidInputError: if an option is unknown, or ``"hutchinson"`` has fewer than two probes.
+        InvalidInputError: if an option is unknown, or a square of fewer than two probes is asked for.
 
     Example:
         >>> from stochdyn.core import GaussianFlow
@@ -163,8 +163,7 @@ class ForwardResidual(Objective):
         weight: Weight | None = None,
         *,
         form: Literal["log", "score", "density"] = "log",
-        method: Literal["exact", "hutchinson"] = "exact",
-        num_probes: int = 2,
+        method: Literal["exact", "hutchinson"] | Hutchinson = "exact",
         stationary: bool = False,
     ) -> None:
         super().__init__()
@@ -172,16 +171,16 @@ class ForwardResidual(Objective):
         check_type(operator, ForwardOperator, "operator")
         check_bool(stationary, "stationary")
         check_choice(form, ("log", "score", "density"), "form")
-        check_choice(method, ("exact", "hutchinson"), "method")
-        if method == "hutchinson":
-            check_positive_int(num_probes, "num_probes", 2)
+        chosen = as_trace_method(method, ("exact", "hutchinson"))
+        if isinstance(chosen, Hutchinson):
+            check_positive_int(chosen.num_probes, "num_probes", 2)
         self.flow, self.operator, self.sampler, self.weight = flow, operator, sampler, weight
-        self.form, self.method = form, method
+        self.form, self.method = form, chosen
         self.options: dict[str, Any] = {"stationary": stationary} if stationary else {}
         if form != "log":
             self.options["form"] = form
-        if method == "hutchinson":
-            self.options |= {"method": method, "num_probes": num_probes}
+        if isinstance(chosen, Hutchinson):
+            self.options["method"] = chosen
 
     def squares(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the squared residual at every point ``(...)``, exact or unbiased."""

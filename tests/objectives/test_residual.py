@@ -12,6 +12,7 @@ from stochdyn.core import (
     SDE,
     FokkerPlanck,
     GaussianFlow,
+    Hutchinson,
     LearnedFlow,
     LinearGaussianMeasure,
     SparseMasterEquation,
@@ -103,7 +104,7 @@ def test_probes_estimate_the_exact_loss_without_bias() -> None:
     learned = LearnedFlow(Potential(2, 8), reference=start)
     exact = float(ForwardResidual(learned, FokkerPlanck(turn))((t, x)).loss.detach())
     n = 4000
-    objective = ForwardResidual(learned, FokkerPlanck(turn), method="hutchinson", num_probes=3)
+    objective = ForwardResidual(learned, FokkerPlanck(turn), method=Hutchinson(3))
     with torch.no_grad():
         losses = objective.squares(t.repeat(n, 1), x.repeat(n, 1)).reshape(n, 4).mean(1)
     assert abs(float(losses.mean()) - exact) < 5 * float(losses.std()) / n**0.5
@@ -189,7 +190,7 @@ def test_bad_input_raises() -> None:
     sde, flow, _ = equation()
     operator = FokkerPlanck(sde)
     with pytest.raises(InvalidInputError, match="num_probes must be an integer of at least 2"):
-        ForwardResidual(flow, operator, method="hutchinson", num_probes=1)
+        ForwardResidual(flow, operator, method=Hutchinson(1))
     with pytest.raises(InvalidInputError, match="form is unknown"):
         ForwardResidual(flow, operator, form="magic")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="there are no points"):

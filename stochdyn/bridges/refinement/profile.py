@@ -247,10 +247,11 @@ def fit_profile(
         guide.scale_tril = spread / diagonal[:, None]
     if not steps:
         return ProfileFit(model, guide, [])
+    bound: Any = Trace_ELBO(num_particles=num_particles)
     try:
         # The learning rate is in units of the guide's spread: a step moves locations by a part of a standard deviation.
         result = train(
-            Trace_ELBO(num_particles=num_particles)(model, guide), steps=steps, lr=lr * float(diagonal.mean()),
+            bound(model, guide), steps=steps, lr=lr * float(diagonal.mean()),
             seed=seed, progress=progress, checkpoint=checkpoint, resume=resume, checkpoint_every=1,
         )  # fmt: skip
     except Interrupted as stopped:

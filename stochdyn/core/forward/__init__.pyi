@@ -1,5 +1,6 @@
 from .continuity import ContinuityEquation as ContinuityEquation
 from .continuity import TransportOperator as TransportOperator
+from .divergences import Hutchinson as Hutchinson
 from .divergences import TraceMethod as TraceMethod
 from .divergences import divergence as divergence
 from .divergences import divergence_probes as divergence_probes

@@ -9,8 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_choice, check_positive_int, check_type
+from stochdyn._checks import as_generator, check_choice, check_type
 from stochdyn.core.forward.divergences import (
+    Hutchinson,
+    as_trace_method,
     attach,
     divergence_probes,
     exact_divergence,
@@ -27,7 +29,8 @@ __all__ = ["ContinuityEquation", "TransportOperator"]
 
 Field = Callable[[Tensor, Tensor], Tensor]
 Form = Literal["log", "score", "density"]
-Probing = Literal["exact", "hutchinson"]
+Probing = Literal["exact", "hutchinson"] | Hutchinson
+_PROBING = ("exact", "hutchinson")
 
 
 class TransportOperator(ForwardOperator, ABC):
@@ -68,7 +71,6 @@ class TransportOperator(ForwardOperator, ABC):
         x: Tensor,
         *,
         method: Probing = "exact",
-        num_probes: int = 1,
         generator: torch.Generator | int | None = None,
     ) -> Tensor:
         r"""Rate of change that the equation asks of a log density, from its score.
@@ -79,8 +81,8 @@ class TransportOperator(ForwardOperator, ABC):
             score: ``score(t, x) -> (..., d)``.
             t: time or times, broadcast to ``x[..., :1]``.
             x: ``(..., d)`` points.
-            method: ``"exact"`` (``d`` reverse passes) or ``"hutchinson"`` (one per probe, unbiased).
-            num_probes: probes averaged by ``"hutchinson"``.
+            method: ``"exact"`` (``d`` reverse passes), or ``"hutchinson"`` (one per probe, unbiased), whose options
+                :class:`~stochdyn.core.forward.divergences.Hutchinson` has.
             generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
@@ -90,7 +92,7 @@ class TransportOperator(ForwardOperator, ABC):
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             y = attach(x)
-            rates = self._rates(score(time, y), time, y, method, num_probes, generator, create_graph)
+            rates = self._rates(score(time, y), time, y, method, generator, create_graph)
         return release(rates.mean(0), create_graph, (x, y))
 
     def _rates(
@@ -98,25 +100,22 @@ class TransportOperator(ForwardOperator, ABC):
         score: Tensor,
         t: Tensor,
         y: Tensor,
-        method: str,
-        num_probes: int,
+        method: Probing,
         generator: torch.Generator | int | None,
         create_graph: bool = True,
     ) -> Tensor:
         """Return ``(K, ...)`` independent unbiased values of the log rate (``K = 1`` when exact)."""
-        check_choice(method, ("exact", "hutchinson"), "method")
-        if method == "exact":
+        chosen = as_trace_method(method, _PROBING)
+        if not isinstance(chosen, Hutchinson):
             v = self.velocity(t, y, score).expand_as(y)
             return (-exact_divergence(v, y, create_graph) - (v * score).sum(-1))[None]
-        check_positive_int(num_probes, "num_probes")
         generator = as_generator(generator, y.device)
         if not self.random_velocity:
             v = self.velocity(t, y, score).expand_as(y)
-            probes = sample_probes(y, num_probes, generator=generator)
-            return -divergence_probes(v, y, probes, create_graph) - (v * score).sum(-1)
+            return -divergence_probes(v, y, chosen.sample(y, generator), create_graph) - (v * score).sum(-1)
         rates = []
-        for _ in range(num_probes):
-            inner, outer = sample_probes(y, 2, generator=generator)
+        for outer in chosen.sample(y, generator):
+            inner = sample_probes(y, 1, chosen.distribution, generator)[0]
             v = self.velocity(t, y, score, inner).expand_as(y)
             rates.append(-divergence_probes(v, y, outer[None], create_graph)[0] - (v * score).sum(-1))
         return torch.stack(rates)
@@ -160,7 +159,6 @@ class TransportOperator(ForwardOperator, ABC):
         *,
         form: Form = "log",
         method: Probing = "exact",
-        num_probes: int = 1,
         stationary: bool = False,
         generator: torch.Generator | int | None = None,
     ) -> Tensor:
@@ -178,7 +176,6 @@ class TransportOperator(ForwardOperator, ABC):
             form: ``"log"``, ``"score"`` or ``"density"``.
             method: ``"exact"``, or ``"hutchinson"`` (log and score form): unbiased, but its square isn't, see
                 :meth:`residual_probes`.
-            num_probes: probes averaged by ``"hutchinson"``.
             stationary: leave out the time derivative.
             generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
@@ -194,14 +191,7 @@ class TransportOperator(ForwardOperator, ABC):
             Lai et al., "FP-Diffusion", ICML 2023 (score form).
         """
         return self.residual_probes(
-            flow,
-            t,
-            x,
-            form=form,
-            method=method,
-            num_probes=num_probes,
-            stationary=stationary,
-            generator=generator,
+            flow, t, x, form=form, method=method, stationary=stationary, generator=generator
         ).mean(0)
 
     def residual_probes(  # type: ignore[override]  # named options in place of any
@@ -212,7 +202,6 @@ class TransportOperator(ForwardOperator, ABC):
         *,
         form: Form = "log",
         method: Probing = "hutchinson",
-        num_probes: int = 2,
         stationary: bool = False,
         generator: torch.Generator | int | None = None,
     ) -> Tensor:
@@ -222,8 +211,7 @@ class TransportOperator(ForwardOperator, ABC):
         """
         check_type(flow, MarginalFlow, "flow")
         check_choice(form, ("log", "score", "density"), "form")
-        check_choice(method, ("exact", "hutchinson"), "method")
-        if form == "density" and method == "hutchinson":
+        if form == "density" and as_trace_method(method, _PROBING) != "exact":
             raise InvalidInputError("the density form is exact only", hint="use form='log' with probes")
         time = as_time(t, x)
         create_graph = torch.is_grad_enabled()
@@ -233,7 +221,7 @@ class TransportOperator(ForwardOperator, ABC):
                 result = self._density_residual(flow, s, y, stationary)[None]
             else:
                 inside = create_graph or form == "score"
-                rates = self._rates(flow.score(time, y), time, y, method, num_probes, generator, inside)
+                rates = self._rates(flow.score(time, y), time, y, method, generator, inside)
                 if form == "score":
                     rates = torch.stack([pull_back(r, y, create_graph=create_graph) for r in rates])
                 result = -rates

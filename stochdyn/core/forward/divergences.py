@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from stochdyn._checks import (
 from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = [
+    "Hutchinson",
     "TraceMethod",
     "divergence",
     "divergence_probes",
@@ -32,9 +34,54 @@ __all__ = [
     "value_and_divergence",
 ]
 
-TraceMethod = Literal["exact", "forward", "hutchinson"]
+Distribution = Literal["rademacher", "gaussian"]
 VectorField = Callable[[Tensor], Tensor]
 ScalarField = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Hutchinson:
+    r"""Hutchinson's estimator of a trace: random vectors of unit covariance in place of a basis.
+
+    .. math:: \operatorname{tr}A=E\,\epsilon^\top A\epsilon,\qquad E\,\epsilon\epsilon^\top=I
+
+    Use it where the dimension is so large that a derivative per component costs too much: a probe costs one reverse pass.
+
+    Args:
+        num_probes: The number of independent probes per point. A square without bias needs at least two.
+        distribution: ``"rademacher"`` (random signs, which have the least variance) or ``"gaussian"``.
+
+    Example:
+        >>> divergence(lambda x: 2 * x, torch.zeros(3), Hutchinson(num_probes=1))
+        tensor(6.)
+
+    Reference:
+        Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1990.
+    """
+
+    num_probes: int = 2
+    distribution: Distribution = "rademacher"
+
+    def __post_init__(self) -> None:
+        check_positive_int(self.num_probes, "num_probes")
+        check_choice(self.distribution, ("rademacher", "gaussian"), "distribution")
+
+    def sample(self, x: Tensor, generator: torch.Generator | int | None = None) -> Tensor:
+        """Draw probes ``(num_probes, *x.shape)`` by :func:`sample_probes`."""
+        return sample_probes(x, self.num_probes, self.distribution, generator)
+
+
+TraceMethod = Literal["exact", "forward", "hutchinson"] | Hutchinson
+
+
+def as_trace_method(
+    method: object, choices: tuple[str, ...] = ("exact", "forward", "hutchinson")
+) -> str | Hutchinson:
+    """Return a method of computing traces: the object with its options, or the name of one that has none."""
+    if isinstance(method, Hutchinson):
+        return method
+    check_choice(method, choices, "method")
+    return Hutchinson() if method == "hutchinson" else str(method)
 
 
 def attach(x: Tensor) -> Tensor:
@@ -128,7 +175,7 @@ def gradient(function: ScalarField, x: Tensor) -> Tensor:
 def sample_probes(
     x: Tensor,
     num_probes: int = 1,
-    distribution: Literal["rademacher", "gaussian"] = "rademacher",
+    distribution: Distribution = "rademacher",
     generator: torch.Generator | int | None = None,
 ) -> Tensor:
     """Draw independent probe vectors of zero mean and unit covariance, ``(num_probes, *x.shape)``.
@@ -235,12 +282,10 @@ def value_and_divergence(
     x: Tensor,
     method: TraceMethod = "exact",
     *,
-    num_probes: int = 1,
-    distribution: Literal["rademacher", "gaussian"] = "rademacher",
     generator: torch.Generator | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the field ``(..., d)`` and its divergence ``(...)``; see :func:`divergence`."""
-    check_choice(method, ("exact", "forward", "hutchinson"), "method")
+    method = as_trace_method(method)
     check_callable(field, "field", "a function of points")
     check_points(x)
     check_nonempty(x, "x")
@@ -255,9 +300,8 @@ def value_and_divergence(
     with torch.enable_grad():
         y = attach(x)
         value = field(y).expand_as(y)
-        if method == "hutchinson":
-            probes = sample_probes(x, num_probes, distribution, generator)
-            result = divergence_probes(value, y, probes, create_graph).mean(0)
+        if isinstance(method, Hutchinson):
+            result = divergence_probes(value, y, method.sample(x, generator), create_graph).mean(0)
         else:
             result = exact_divergence(value, y, create_graph)
     return release(value, create_graph, (x, y)), release(result, create_graph, (x, y))
@@ -274,8 +318,6 @@ def divergence(
     x: Tensor,
     method: TraceMethod = "exact",
     *,
-    num_probes: int = 1,
-    distribution: Literal["rademacher", "gaussian"] = "rademacher",
     generator: torch.Generator | int | None = None,
 ) -> Tensor:
     r"""Divergence of a vector field at every point.
@@ -288,25 +330,20 @@ def divergence(
         method: ``"exact"``: ``d`` reverse passes; works with every field and is the fastest on CPU.
             ``"forward"``: one batched forward-mode pass of ``torch.func``, few and large kernels; the field
             may not call ``torch.autograd.grad`` itself, and one without forward derivatives is taken in reverse mode.
-            ``"hutchinson"``: one reverse pass per probe, unbiased.
-        num_probes: probes averaged by ``"hutchinson"``.
-        distribution: of the probes, see :func:`sample_probes`.
+            ``"hutchinson"``: one reverse pass per probe, unbiased; :class:`Hutchinson` has its options.
         generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         ``(...)``; differentiable unless gradients are off.
 
     Raises:
-        InvalidInputError: if ``method`` or ``distribution`` is unknown, or ``num_probes`` isn't a positive
-            integer.
+        InvalidInputError: If ``method`` is unknown.
 
     Example:
         >>> divergence(lambda x: x.square(), torch.tensor([1.0, 2.0]))
         tensor(6.)
     """
-    return value_and_divergence(
-        field, x, method, num_probes=num_probes, distribution=distribution, generator=generator
-    )[1]
+    return value_and_divergence(field, x, method, generator=generator)[1]
 
 
 def laplacian(
@@ -314,8 +351,6 @@ def laplacian(
     x: Tensor,
     method: TraceMethod = "exact",
     *,
-    num_probes: int = 1,
-    distribution: Literal["rademacher", "gaussian"] = "rademacher",
     generator: torch.Generator | int | None = None,
 ) -> Tensor:
     r"""Laplacian of a scalar field at every point, the divergence of its gradient.
@@ -326,8 +361,6 @@ def laplacian(
         function: maps ``(..., d)`` to ``(...)``, every point by itself.
         x: ``(..., d)`` points.
         method: ``"exact"``, ``"forward"`` (forward over reverse) or ``"hutchinson"``, see :func:`divergence`.
-        num_probes: probes averaged by ``"hutchinson"``.
-        distribution: of the probes, see :func:`sample_probes`.
         generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
@@ -348,7 +381,7 @@ def laplacian(
         def slope(y: Tensor) -> Tensor:
             return gradient(function, y)
 
-    return divergence(slope, x, method, num_probes=num_probes, distribution=distribution, generator=generator)
+    return divergence(slope, x, method, generator=generator)
 
 
 def jacobian_contraction(values: Tensor, x: Tensor, directions: Tensor, create_graph: bool = True) -> Tensor:

@@ -19,7 +19,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_real,
 )
-from stochdyn.core.forward.divergences import unbiased_square
+from stochdyn.core.forward.divergences import Hutchinson, unbiased_square
 from stochdyn.core.forward.flow import LearnedFlow, as_time
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants.fields.conditions import paired_condition
@@ -285,11 +285,9 @@ class ScoreMatching(Objective):
         if learned.has_potential:
             score, residuals = learned.potential.score_and_residual(t, x, self.method, self.num_probes)
         else:
-            options: dict[str, Any] = {"form": "score", "method": self.method}
-            if self.method == "hutchinson":
-                options["num_probes"] = self.num_probes
+            method = Hutchinson(self.num_probes) if self.method == "hutchinson" else self.method
             score = learned(t, x)
-            residuals = learned.operator().residual_probes(learned.flow(), t, x, **options)
+            residuals = learned.operator().residual_probes(learned.flow(), t, x, form="score", method=method)
         squares = residuals[0].square() if self.method != "hutchinson" else unbiased_square(residuals)
         return score, squares if learned.has_potential else squares.sum(-1)
 
