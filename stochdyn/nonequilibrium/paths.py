@@ -37,7 +37,7 @@ def dissipation(paths: object, ts: object, current: SteadyCurrent) -> Tensor:
     x = as_tensor(paths, "paths")
     if x.ndim < 2 or x.shape[-2] != len(grid):
         raise ShapeError("paths must be (*sample, T, d)", got=tuple(x.shape), expected=f"T = {len(grid)}")
-    force = current._against(x, current.velocity(x)).detach()
+    force = current._velocity_and_force(current._at(x))[1].detach()
     return (0.5 * (force[..., 1:, :] + force[..., :-1, :]) * (x[..., 1:, :] - x[..., :-1, :])).sum((-2, -1))
 
 

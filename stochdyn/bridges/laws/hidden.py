@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_seed, as_tensor, check_positive, check_positive_int, check_type
+from stochdyn._checks import as_seed, as_tensor, check_positive
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.hidden_chain import HiddenChain, log_normal, log_standard
@@ -115,11 +115,7 @@ class HiddenStateBridge(HiddenChain):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_type(snapshots, Snapshots, "snapshots")
-        check_positive_int(num_hidden, "num_hidden", 2)
-        check_positive_int(num_rounds, "num_rounds")
-        check_positive_int(max_iterations, "max_iterations")
-        check_positive(tolerance, "tolerance")
+        self._check_options(snapshots, num_hidden, num_rounds, tolerance, max_iterations)
         if dt is not None:
             check_positive(dt, "dt")
         like = snapshots.samples[0]

@@ -11,7 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, as_sample_shape, as_time_grid, check_inside, check_real
+from stochdyn._checks import (
+    as_generator,
+    as_sample_shape,
+    as_time_grid,
+    check_inside,
+    check_positive,
+    check_positive_int,
+    check_real,
+    check_type,
+)
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.laws.marginal import draw_index
 from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
@@ -55,6 +64,17 @@ class HiddenChain(PathMeasure):
     @abstractmethod
     def _between(self, k: int, ts: Tensor, a: Tensor, b: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw the reference at times ``ts (T,)`` after snapshot ``k``, between states ``a`` and ``b (n, d)``: ``(n, T, d)``."""
+
+    @staticmethod
+    def _check_options(
+        snapshots: object, num_hidden: object, num_rounds: object, tolerance: object, max_iterations: object
+    ) -> None:
+        """Raise unless the options that all such laws have make sense."""
+        check_type(snapshots, Snapshots, "snapshots")
+        check_positive_int(num_hidden, "num_hidden", 2)
+        check_positive_int(num_rounds, "num_rounds")
+        check_positive_int(max_iterations, "max_iterations")
+        check_positive(tolerance, "tolerance")
 
     def _solve(
         self, hidden: list[Tensor], log_q: list[Tensor], num_rounds: int, tolerance: float, max_iterations: int,

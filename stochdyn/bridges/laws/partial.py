@@ -14,7 +14,6 @@ from stochdyn._checks import (
     check_positive,
     check_positive_int,
     check_real,
-    check_type,
 )
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.laws.hidden_chain import HiddenChain, log_normal, log_standard
@@ -117,11 +116,7 @@ class PartialBridge(HiddenChain):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_type(snapshots, Snapshots, "snapshots")
-        check_positive_int(num_hidden, "num_hidden", 2)
-        check_positive_int(num_rounds, "num_rounds")
-        check_positive_int(max_iterations, "max_iterations")
-        check_positive(tolerance, "tolerance")
+        self._check_options(snapshots, num_hidden, num_rounds, tolerance, max_iterations)
         drift_matrix = as_tensor(drift_matrix, "drift_matrix", 2, "(d, d)", like=snapshots.samples[0])
         seen, dim = snapshots.dim, drift_matrix.shape[-1]
         if drift_matrix.shape != (dim, dim) or dim <= seen:

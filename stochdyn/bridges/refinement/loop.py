@@ -6,9 +6,10 @@ import copy
 import math
 import time
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ from stochdyn.errors import ApproximationWarning, ConvergenceWarning, DiffusionE
 from stochdyn.run.engine import Resumable
 
 __all__ = ["Attempt", "IPFLoop", "MessagesLoop", "SinkhornLoop", "Task"]
+
+Bridge = TypeVar("Bridge", IPFBridge, HiddenStateBridge)
 
 _SMALL = 60
 _LIMIT = "the largest number of iterations"
@@ -349,44 +352,77 @@ class SinkhornLoop(Resumable[Any]):
         return self.result(best)
 
 
-class IPFLoop(Resumable[Any]):
-    """The published loop: a fixed number of iterations, since the objective of simulated bridges isn't monotone.
+class _BridgeLoop(Resumable[Any], Generic[Bridge]):
+    """A loop in which a bridge follows from the parameters of a family, and the family from the bridge.
 
     Args:
-        task: what is asked for.
-        method: how.
-        result: makes the result from family, bridge and history.
+        task: What is asked for.
+        method: How.
+        result: What makes the result from family, bridge and history.
     """
 
     unit = "iteration"
 
     def __init__(
-        self, task: Task, method: IPF, result: Callable[[DriftFamily, IPFBridge, History], Any]
+        self, task: Task, method: IPF | Messages, result: Callable[[DriftFamily, Bridge, History], Any]
     ) -> None:
-        self.task, self.method, self.result = task, method, result
+        self.task = task
+        self.result: Callable[[DriftFamily, Bridge, History], Any] = result
         self.family = copy.deepcopy(task.family)
         self.population = task.size if method.population is None else float(method.population)
-        self.history = History()
-        self.total = task.max_iterations
-        self._bridge: IPFBridge | None = None
+        self.history, self.total = History(), task.max_iterations
+        self._bridge: Bridge | None = None
+
+    @abstractmethod
+    def _build(self, family: DriftFamily) -> Bridge:
+        """Return the bridge of a reference."""
+
+    @abstractmethod
+    def _objective(self) -> float:
+        """Return the divergence of the present bridge from its reference."""
 
     @property
-    def bridge(self) -> IPFBridge:
-        """The bridge of the present reference, which follows from its parameters and the number of the iteration."""
+    def bridge(self) -> Bridge:
+        """The bridge of the present reference."""
         if self._bridge is None:
-            count = len(self.history)
-            plain = not count and not self.method.from_family
-            own = ZeroDrift(self.task.snapshots.dim) if plain else copy.deepcopy(self.family)
-            made = self.method.bridge(
-                self.task.snapshots, own, self.task.diffusion, self.task.dt, self.task.seed + count
-            )
-            self._bridge = made.solve()
+            self._bridge = self._build(self.family)
         return self._bridge
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing more to do."""
-        return len(self.history) >= self.task.max_iterations
+        """Whether the parameters stand still, or all iterations are done."""
+        return bool(self.history.stopped) or len(self.history) >= self.task.max_iterations
+
+    def report(self) -> Any:
+        """Return the result so far."""
+        self.history.final_objective = self._objective()
+        if not self.history.stopped and self.finished:
+            self.history.stopped = _LIMIT
+        return self.result(self.family, self.bridge, self.history)
+
+
+class IPFLoop(_BridgeLoop[IPFBridge]):
+    """The published loop: a fixed number of iterations, since the objective of simulated bridges isn't monotone."""
+
+    def __init__(
+        self, task: Task, method: IPF, result: Callable[[DriftFamily, IPFBridge, History], Any]
+    ) -> None:
+        super().__init__(task, method, result)
+        self.method = method
+
+    def _build(self, family: DriftFamily) -> IPFBridge:
+        """Return the bridge of a reference, which depends on the number of the iteration too."""
+        count = len(self.history)
+        plain = not count and not self.method.from_family
+        own = ZeroDrift(self.task.snapshots.dim) if plain else copy.deepcopy(family)
+        made = self.method.bridge(
+            self.task.snapshots, own, self.task.diffusion, self.task.dt, self.task.seed + count
+        )
+        return made.solve()
+
+    def _objective(self) -> float:
+        generator = torch.Generator(self.task.snapshots.device).manual_seed(self.task.seed)
+        return float(self.bridge.divergence(generator))
 
     def step(self) -> None:
         """Project on the family; the next bridge follows."""
@@ -419,44 +455,20 @@ class IPFLoop(Resumable[Any]):
         self.history = History.of_records(state["iterations"])
         self._bridge = None
 
-    def report(self) -> Any:
-        """Return the result so far."""
-        generator = torch.Generator(self.task.snapshots.device).manual_seed(self.task.seed)
-        self.history.final_objective = float(self.bridge.divergence(generator))
-        self.history.stopped = _LIMIT if self.finished else ""
-        return self.result(self.family, self.bridge, self.history)
 
-
-class MessagesLoop(Resumable[Any]):
-    """Refinement of a mechanism that is seen in part: bridge with hidden components, and projection, in turn.
-
-    Args:
-        task: what is asked for.
-        method: how.
-        result: makes the result from family, bridge and history.
-    """
-
-    unit = "iteration"
+class MessagesLoop(_BridgeLoop[HiddenStateBridge]):
+    """Refinement of a mechanism that is seen in part: bridge with hidden components, and projection, in turn."""
 
     def __init__(
         self, task: Task, method: Messages, result: Callable[[DriftFamily, HiddenStateBridge, History], Any]
     ) -> None:
-        self.task, self.method, self.result = task, method, result
+        super().__init__(task, method, result)
+        self.method = method
         like = task.snapshots.samples[0]
-        self.family = copy.deepcopy(task.family)
         self.initial = tuple(torch.as_tensor(v).to(like) for v in (method.initial_mean, method.initial_cov))
-        self.population = task.size if method.population is None else float(method.population)
         self.size = sum(p.numel() for p in self.family.parameters())
-        self.history, self.total, self.moved = History(), task.max_iterations, math.nan
+        self.moved = math.nan
         self.anderson = Anderson(3) if self.size <= _SMALL else None
-        self._bridge: HiddenStateBridge | None = None
-
-    @property
-    def bridge(self) -> HiddenStateBridge:
-        """The bridge of the present reference, which follows from its parameters."""
-        if self._bridge is None:
-            self._bridge = self._build(self.family)
-        return self._bridge
 
     def _build(self, family: DriftFamily) -> HiddenStateBridge:
         task = self.task
@@ -467,10 +479,8 @@ class MessagesLoop(Resumable[Any]):
                 task.snapshots, family, task.diffusion, task.dt, (self.initial[0], self.initial[1]), task.seed
             )
 
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing more to do."""
-        return bool(self.history.stopped) or len(self.history) >= self.task.max_iterations
+    def _objective(self) -> float:
+        return float(self.bridge.objective)
 
     def step(self) -> None:
         """Project on the family, and on the first law; the next bridge follows."""
@@ -488,7 +498,7 @@ class MessagesLoop(Resumable[Any]):
             seed=task.seed,
         )
         before, after = drift_at(self.family, nodes), drift_at(family, nodes)
-        objective = float(bridge.objective)
+        objective = self._objective()
         gain = float(path_gain(before, after, nodes, bridge.spread))
         moved = math.sqrt(self.population * drift_shift(before, after, nodes, bridge.spread) / self.size)
         if self.method.learn_initial:
@@ -548,13 +558,6 @@ class MessagesLoop(Resumable[Any]):
             self.anderson.pairs = [(old, new) for old, new in state["anderson"]]
         self.history = History.of_records(state["iterations"], state["stopped"])
         self._bridge = None
-
-    def report(self) -> Any:
-        """Return the result so far."""
-        self.history.final_objective = float(self.bridge.objective)
-        if not self.history.stopped and self.finished:
-            self.history.stopped = _LIMIT
-        return self.result(self.family, self.bridge, self.history)
 
 
 @torch.no_grad()

@@ -285,11 +285,11 @@ def value_and_divergence(
     generator: torch.Generator | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the field ``(..., d)`` and its divergence ``(...)``; see :func:`divergence`."""
-    method = as_trace_method(method)
+    chosen = as_trace_method(method)
     check_callable(field, "field", "a function of points")
     check_points(x)
     check_nonempty(x, "x")
-    if method == "forward":
+    if chosen == "forward":
         try:
             return _forward_diagonal(field, x)
         except (NotImplementedError, RuntimeError) as error:
@@ -300,8 +300,8 @@ def value_and_divergence(
     with torch.enable_grad():
         y = attach(x)
         value = field(y).expand_as(y)
-        if isinstance(method, Hutchinson):
-            result = divergence_probes(value, y, method.sample(x, generator), create_graph).mean(0)
+        if isinstance(chosen, Hutchinson):
+            result = divergence_probes(value, y, chosen.sample(x, generator), create_graph).mean(0)
         else:
             result = exact_divergence(value, y, create_graph)
     return release(value, create_graph, (x, y)), release(result, create_graph, (x, y))

@@ -285,9 +285,11 @@ class ScoreMatching(Objective):
         if learned.has_potential:
             score, residuals = learned.potential.score_and_residual(t, x, self.method, self.num_probes)
         else:
-            method = Hutchinson(self.num_probes) if self.method == "hutchinson" else self.method
+            exact = self.method != "hutchinson"
             score = learned(t, x)
-            residuals = learned.operator().residual_probes(learned.flow(), t, x, form="score", method=method)
+            residuals = learned.operator().residual_probes(
+                learned.flow(), t, x, form="score", method="exact" if exact else Hutchinson(self.num_probes)
+            )
         squares = residuals[0].square() if self.method != "hutchinson" else unbiased_square(residuals)
         return score, squares if learned.has_potential else squares.sum(-1)
 

@@ -192,10 +192,30 @@ class SpectralKernel(FeatureKernel):
         """Spread the weights of eigenvalues over features that share them."""
         return weight
 
-    def _missing(self, sites: Sites) -> Tensor:
+
+class NodalKernel(SpectralKernel):
+    """A spectral kernel whose features are modes on the nodes, which are read at all other sites.
+
+    Args:
+        cloud: The points that sample the manifold.
+        values: The eigenvalues ``(k,)`` of a Laplacian in 1 / length².
+        modes: The modes ``(n, f, k)`` on the nodes.
+        options: The smoothness, whether it is learnt, and the prior, as :class:`SpectralKernel` takes them.
+    """
+
+    modes: Tensor
+
+    def __init__(
+        self, cloud: PointCloud, values: Tensor, modes: Tensor, *options: Any, **kwargs: Any
+    ) -> None:
+        # The weights make the variance of a component one on average: a mode counts with its mean square.
+        super().__init__(cloud, values, (modes**2).mean((0, 1)), *options, **kwargs)
+        self.register_buffer("modes", modes, persistent=False)
+
+    def missing_variance(self, sites: Sites) -> Tensor:
         """Return what reading lost: the neighbours' prior variance less that of the features, or what no reading tells."""
         if sites.are_nodes:
-            return FeatureKernel.missing_variance(self, sites)
+            return super().missing_variance(sites)
         weights = self.spectral_weights()
         at_nodes = self._variances(self.cloud.sites(slice(None)), weights)
         share = sites.weights.abs()
@@ -210,7 +230,7 @@ class SpectralKernel(FeatureKernel):
         return torch.cat([(self.features(part).square() @ weights).mean(-1) for part in parts])
 
 
-class ConnectionMatern(SpectralKernel):
+class ConnectionMatern(NodalKernel):
     r"""Matérn kernel of vector fields, from the eigenpairs of the connection Laplacian.
 
     .. math:: K(x_i,x_j)=\sum_l s_l\,u_l(i)\,u_l(j)^\top,\qquad s_l\propto\Big(\frac{2\nu}{\kappa^2}+\lambda_l\Big)^{-\nu},
@@ -256,20 +276,14 @@ class ConnectionMatern(SpectralKernel):
         most = cloud.dim * len(cloud)
         count = min(300, most) if num_eigenpairs is None else as_count(num_eigenpairs, "num_eigenpairs")
         values, modes = cloud.modes(count)
-        power = (modes**2).mean((0, 1))
-        super().__init__(cloud, values, power, nu, trainable_nu, lengthscale_prior, **kwargs)
-        self.register_buffer("modes", modes, persistent=False)
-
-    def missing_variance(self, sites: Sites) -> Tensor:
-        """Return what reading the modes off the nodes lost at the sites, ``(q,)``."""
-        return self._missing(sites)
+        super().__init__(cloud, values, modes, nu, trainable_nu, lengthscale_prior, **kwargs)
 
     def features(self, sites: Sites) -> Tensor:
         """Return the modes at the sites, carried there by the connection, ``(q, m, k)``."""
         return sites.extend(self.modes)
 
 
-class ProjectedMatern(SpectralKernel):
+class ProjectedMatern(NodalKernel):
     r"""Independent scalar graph-Matérn fields in every ambient coordinate, projected to the tangent spaces.
 
     .. math:: K(x_i,x_j)=T_i^\top T_j\,k(x_i,x_j),\qquad k(x_i,x_j)=\sum_ls_lf_l(i)f_l(j)
@@ -302,14 +316,7 @@ class ProjectedMatern(SpectralKernel):
         count = min(100, len(cloud)) if num_eigenpairs is None else as_count(num_eigenpairs, "num_eigenpairs")
         values, modes = cloud.modes(count, "scalar")
         # a frame holds m of the D unit vectors, so that each component sees each mode with total strength one
-        super().__init__(
-            cloud, values, (modes**2).mean((0, 1)), nu, trainable_nu, lengthscale_prior, **kwargs
-        )
-        self.register_buffer("modes", modes, persistent=False)
-
-    def missing_variance(self, sites: Sites) -> Tensor:
-        """Return what reading the modes off the nodes lost at the sites, ``(q,)``."""
-        return self._missing(sites)
+        super().__init__(cloud, values, modes, nu, trainable_nu, lengthscale_prior, **kwargs)
 
     def features(self, sites: Sites) -> Tensor:
         """Return the modes of functions times the projected unit vectors of the surrounding space, ``(q, m, D k)``."""
