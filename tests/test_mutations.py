@@ -38,9 +38,6 @@ PACKAGES = [m.name for m in pkgutil.iter_modules(sd.__path__) if m.ispkg]
 
 #: How many bad arguments of a package are still answered by a raw error or NaN; to be lowered, not raised.
 KNOWN = {
-    "objectives": 19,
-    "run": 3,
-    "diagnostics": 9,
     "infer": 24,
     "vectorfields": 25,
     "bridges": 59,
@@ -49,7 +46,7 @@ KNOWN = {
     "povm": 25,
 }
 
-#: Calls that are left alone, with the reason.
+#: Calls, or calls with one changed argument, that are left alone, with the reason.
 EXCEPTIONS = {
     "MasterEquation.apply": "given a function it is nn.Module.apply",
     "Diagonal.solve": "an inner function of time loops, whose arguments are checked at the entrance",
@@ -57,6 +54,12 @@ EXCEPTIONS = {
     "gaussian_moments": "a recursion below the checks",
     "bridge_coefficients": "a formula below the checks",
     "unbiased_square": "a NaN residual is reported by the run that minimises it",
+    "ObjectiveValue(loss: NaN)": "a loss that isn't finite is reported by the run that minimises it",
+    "matching_rate(noise: NaN)": "likewise: to look at draws of a training step would wait for the device",
+    "matching_rate(noise: infinite)": "likewise",
+    "draw_posterior(args: empty)": "the arguments of the user's model are the model's own matter",
+    "to_inference_data(args: empty)": "likewise",
+    "sbc(args: empty)": "likewise",
     "check_order": "what a function does with other data is its own matter",
     "check_company": "likewise",
 }
@@ -101,7 +104,11 @@ def documented(package: str) -> list[tuple[str, str, dict[str, Any]]]:
             continue
         space = vars(importlib.import_module(home))
         methods = (
-            [(f"{name}.{k}", v) for k, v in vars(thing).items() if not k.startswith("_") and callable(v)]
+            [
+                (f"{name}.{k}", v)
+                for k, v in vars(thing).items()
+                if not k.startswith("_") and callable(v) and getattr(v, "__module__", "") == home
+            ]
             if isinstance(thing, type)
             else []
         )
@@ -141,6 +148,8 @@ def calls(text: str, space: dict[str, Any]) -> list[Call]:
 
     names = {"sd": sd, "torch": torch, "nn": nn, "np": np, "math": math, **space, "_record_call": record}
     for example in doctest.DocTestParser().get_examples(text):
+        if example.exc_msg is not None:
+            continue  # it shows an error
         tree = ast.fix_missing_locations(_Recorder().visit(ast.parse(example.source)))
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(tree, "<example>", "exec"), names)
@@ -299,8 +308,9 @@ def faults(items: list[tuple[str, str, dict[str, Any]]]) -> tuple[int, list[str]
                             contextlib.redirect_stderr(io.StringIO()),
                         ):
                             wrong = verdict(call, argument, other, sound)
-                        if wrong is not None:
-                            bad.append(f"{call.name}({argument}: {what}): {wrong}")
+                        case = f"{call.name}({argument}: {what})"
+                        if wrong is not None and case not in EXCEPTIONS:
+                            bad.append(f"{case}: {wrong}")
     return tried, bad
 
 

@@ -64,6 +64,9 @@ class SBCResult:
     num_draws: int
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_positive_int(self.num_draws, "num_draws")
+
     def uniformity(self, level: float = 0.95) -> dict[str, UniformityTest]:
         """Test each quantity's ranks; ``level`` is that of the simultaneous band."""
         return {name: rank_uniformity(ranks, self.num_draws + 1, level) for name, ranks in self.ranks.items()}

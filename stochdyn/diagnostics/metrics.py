@@ -20,7 +20,13 @@ from stochdyn._checks import (
     check_same_device,
 )
 from stochdyn.core.law.path import Estimate
-from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError, TooFewDrawsError
+from stochdyn.errors import (
+    ConvergenceWarning,
+    InvalidInputError,
+    NonFiniteError,
+    ShapeError,
+    TooFewDrawsError,
+)
 
 __all__ = [
     "crps",
@@ -233,6 +239,9 @@ def interval_coverage(draws: Values, value: Values, level: float = 0.9) -> Estim
     """
     check_real(level, "level", above=0.0, below=1.0)
     draws, value = _draws(draws, value, minimum=math.ceil(4 / (1 - level) - 1e-9))
+    draws = draws.to(
+        torch.promote_types(draws.dtype, torch.float32)
+    )  # quantiles aren't made for half precision
     edges = draws.new_tensor([(1 - level) / 2, (1 + level) / 2])
     low, high = torch.quantile(draws, edges, dim=0)
     inside = ((value >= low) & (value <= high)).to(draws.dtype)
@@ -253,8 +262,9 @@ def negative_log_predictive_density(log_likelihood: Values, log_weights: Values 
         ``(...)`` in nats.
 
     Raises:
-        EmptyDataError: if there are no draws.
-        ShapeError: if there isn't one weight per draw.
+        EmptyDataError: If there are no draws.
+        ShapeError: If there isn't one weight per draw.
+        NonFiniteError: If a log likelihood is NaN; minus infinity is one that rules a draw out.
 
     Example:
         >>> negative_log_predictive_density(torch.log(torch.tensor([[0.2], [0.4]])))
@@ -265,6 +275,8 @@ def negative_log_predictive_density(log_likelihood: Values, log_weights: Values 
     """
     log_likelihood = as_tensor(log_likelihood, "log_likelihood", finite=False)
     check_nonempty(log_likelihood, "log_likelihood")
+    if bool(torch.isnan(log_likelihood).any()):
+        raise NonFiniteError("log_likelihood holds NaN", hint="leave out observations that are missing")
     if log_likelihood.ndim == 0:
         raise ShapeError("log_likelihood needs an axis of draws", got="a single number")
     size = log_likelihood.shape[0]

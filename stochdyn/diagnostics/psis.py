@@ -273,8 +273,8 @@ def importance_mean(values: Tensor, log_weights: Tensor | np.ndarray) -> Estimat
         Mean and standard error, each ``(...)``.
 
     Raises:
-        ShapeError: if the two have different numbers of draws.
-        NonFiniteError: as :func:`pareto_smooth`.
+        ShapeError: If the two have different numbers of draws.
+        NonFiniteError: If a value isn't finite, and as :func:`pareto_smooth`.
 
     Example:
         >>> importance_mean(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0])).mean
@@ -283,7 +283,7 @@ def importance_mean(values: Tensor, log_weights: Tensor | np.ndarray) -> Estimat
     Reference:
         Owen, "Monte Carlo theory, methods and examples", section 9.2.
     """
-    values = as_tensor(values, "values", finite=False)
+    values = as_tensor(values, "values")
     lw = _checked(log_weights, 2, ndim=1).to(values.device)
     if values.ndim == 0 or values.shape[0] != lw.shape[0]:
         raise ShapeError(

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stochdyn._checks import check_callable, check_nonempty, check_type
 from stochdyn.core.sde.coefficients import Diagonal, Matrix, Scalar
 from stochdyn.core.sde.equation import SDE, spatial_divergence
-from stochdyn.errors import InvalidInputError
+from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["marginal_drift", "matching_rate"]
 
@@ -25,30 +26,44 @@ def marginal_drift(sde: SDE, marginal: Marginal, t: Tensor, noise: Tensor) -> tu
     .. math:: f=\dot m+\dot s\,\epsilon+\tfrac12\nabla\cdot(GG^\top)-\tfrac12GG^\top\epsilon/s .
 
     Args:
-        sde: gives G; Brownian noise.
-        marginal: maps times ``t (L, *batch, 1)`` to mean and standard deviation ``(L, *batch, d)``.
-        t: ``(L, *batch, 1)``.
-        noise: standard normals ``(L, *batch, d)``.
+        sde: The equation that gives the strength G of the noise, which must be Brownian.
+        marginal: A function of times ``t (L, *batch, 1)`` that returns mean and standard deviation ``(L, *batch, d)``.
+        t: The times ``(L, *batch, 1)``.
+        noise: Standard normal draws ``(L, *batch, d)``.
 
     Returns:
         ``x`` and ``f``, ``(L, *batch, d)`` each.
 
     Raises:
-        InvalidInputError: if the noise has memory: such a law would have infinite divergence.
+        InvalidInputError: If the noise has memory: such a law would have infinite divergence.
+        ShapeError: If ``t`` and ``noise`` don't fit each other.
 
     Reference:
         G. Bartosh, D. Vetrov and C. A. Naesseth, SDE matching, ICML 2025, section 4.
     """
+    check_type(sde, SDE, "sde")
+    check_callable(marginal, "marginal", "a function of times")
+    check_nonempty(t, "t")
+    check_type(noise, Tensor, "noise")
+    if not (t.is_floating_point() and noise.is_floating_point()):
+        raise InvalidInputError("t and noise must be floating", got=f"{t.dtype} and {noise.dtype}")
+    if t.ndim != noise.ndim or t.shape[:-1] != noise.shape[:-1]:
+        raise ShapeError(
+            "t and noise don't fit each other", got=f"{tuple(t.shape)} and {tuple(noise.shape)}",
+            expected="(L, *batch, 1) and (L, *batch, d)",
+        )  # fmt: skip
     if sde.noise.num_states:
         raise InvalidInputError(
             "marginals alone don't make a posterior for noise with memory",
             hint="take a control of the noise: stochdyn.fractional.GaussianPosterior needs no simulation either",
         )
+    # x = m + s e moves along m' + s' e; both slopes by one forward derivative in time.
     t = t.contiguous()
     one = torch.ones_like(t)
     (mean, scale), (mean_slope, scale_slope) = torch.func.jvp(marginal, (t,), (one,))[:2]
     x = mean + scale * noise
     g = sde.diffusion(t, x)
+    # A Gaussian's score at x is -e / s; half of GG' times it turns the velocity into the drift of the diffusion.
     score = -noise / scale
     if isinstance(g, Scalar | Diagonal):
         spread = g.apply(g.apply(score))
@@ -67,10 +82,10 @@ def matching_rate(sde: SDE, marginal: Marginal, t: Tensor, noise: Tensor) -> Ten
     simulated, and the cost doesn't grow with the number of steps. It is that of continuous time: no time step is paid for.
 
     Args:
-        sde: the prior.
-        marginal: see :func:`marginal_drift`.
-        t: ``(L, *batch, 1)``.
-        noise: ``(L, *batch, d)``.
+        sde: The prior.
+        marginal: A function of times that gives mean and standard deviation, as in :func:`marginal_drift`.
+        t: The times ``(L, *batch, 1)``.
+        noise: Standard normal draws ``(L, *batch, d)``.
 
     Returns:
         ``(L, *batch)``.

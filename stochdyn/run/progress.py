@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from stochdyn._checks import check_bool
+from stochdyn._checks import check_bool, check_type
 
 __all__ = ["progress_bar"]
 
@@ -34,7 +34,7 @@ def progress_bar(
         unit: what is counted.
 
     Raises:
-        InvalidInputError: if ``progress`` isn't a bool.
+        InvalidInputError: If ``progress`` isn't a bool, or ``items`` neither a number nor iterable.
 
     Example:
         >>> sum(k for k in progress_bar(range(4), "adding"))
@@ -53,4 +53,5 @@ def progress_bar(
                 "{l_bar}{bar}| {n:.4g}/{total:.4g} {unit} [{elapsed}<{remaining}{postfix}]"
             )
         return tqdm(total=items, initial=initial, **settings)
+    check_type(items, Iterable, "items")
     return tqdm(items, **settings)
