@@ -81,18 +81,18 @@ def as_tensor(
     and whole numbers and lists take torch's default one.
 
     Args:
-        x: the data.
-        name: the argument's name, for errors.
-        ndim: the numbers of axes that are allowed, any if None.
-        meaning: names the axes, such as ``"(time, dim)"``, for errors.
-        like: a tensor whose precision and device data without their own (lists, numbers, whole numbers) take.
-        missing: whether NaN is allowed, as a missing value.
-        finite: whether to look at the values at all.
+        x: The data.
+        name: The argument's name, for errors.
+        ndim: The numbers of axes that are allowed, any if None.
+        meaning: What the axes are, such as ``"(time, dim)"``, for errors.
+        like: A tensor whose precision and device data without their own (lists, numbers, whole numbers) take.
+        missing: Whether NaN is allowed, as a missing value.
+        finite: Whether to look at the values at all.
 
     Raises:
-        InvalidInputError: if the data aren't numbers.
-        ShapeError: if they have another number of axes, or rows of unequal lengths.
-        NonFiniteError: if a value is infinite, or NaN where none may be missing.
+        InvalidInputError: If the data aren't numbers.
+        ShapeError: If they have another number of axes, or rows of unequal lengths.
+        NonFiniteError: If a value is infinite, or NaN where none may be missing.
     """
     if isinstance(x, Tensor):
         value = x
@@ -164,8 +164,8 @@ def as_time_grid(
     With ``batch`` it may also be ``(*batch, T)``, a grid for every series.
 
     Raises:
-        TimeGridError: if they aren't times, or don't increase.
-        NonFiniteError: if they hold NaN or infinity.
+        TimeGridError: If they aren't times, or don't increase.
+        NonFiniteError: If they hold NaN or infinity.
     """
     if not isinstance(ts, Tensor):
         try:
@@ -182,7 +182,7 @@ def as_sample_shape(sample_shape: object, name: str = "sample_shape") -> tuple[i
     """Turn an integer or a sequence of integers into the shape of independent draws.
 
     Raises:
-        InvalidInputError: if a size isn't an integer of at least one.
+        InvalidInputError: If a size isn't an integer of at least one.
     """
     sizes = (sample_shape,) if _is_integer(sample_shape) else sample_shape
     if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not all(map(_is_integer, sizes)):
@@ -201,8 +201,8 @@ def as_generator(
     """Turn a generator, a seed or None into a generator, or None for torch's global one.
 
     Raises:
-        InvalidInputError: for anything else.
-        DeviceMismatchError: if the generator lives on another kind of device.
+        InvalidInputError: For anything else.
+        DeviceMismatchError: If the generator lives on another kind of device.
     """
     if generator is None:
         return None
@@ -222,7 +222,7 @@ def as_seed(seed: object, name: str = "seed") -> int:
     """Turn a whole number of any kind into a seed.
 
     Raises:
-        InvalidInputError: if it isn't a whole number between 0 and 2^63 - 1.
+        InvalidInputError: If it isn't a whole number between 0 and 2^63 - 1.
     """
     if not _is_integer(seed) or not 0 <= int(seed) < 2**63:  # type: ignore[call-overload]
         raise InvalidInputError(f"{name} must be a whole number from 0 to 2^63 - 1", got=repr(seed)[:60])

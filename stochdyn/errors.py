@@ -40,10 +40,10 @@ class StochdynError(Exception):
     """Root of all errors raised on purpose by stochdyn.
 
     Args:
-        what: what is wrong, as one sentence naming the argument.
-        got: the offending value or its description.
-        expected: what would have been accepted.
-        hint: what to try instead.
+        what: What is wrong, as one sentence naming the argument.
+        got: The offending value or its description.
+        expected: What would have been accepted.
+        hint: What to try instead.
 
     Example:
         >>> str(StochdynError("ts must increase strictly", got="ts[3]=0.5 after ts[2]=0.5"))
@@ -170,8 +170,8 @@ class NonFiniteLossError(StochdynError, FloatingPointError):
     """Training met a NaN or infinite loss or gradient; the message names the step and the term.
 
     Attributes:
-        step: number of the bad step, from 1; the parameters are those after the step before it.
-        result: the :class:`~stochdyn.run.FitResult` of the steps before it.
+        step: The number of the bad step, from 1; the parameters are those after the step before it.
+        result: The :class:`~stochdyn.run.FitResult` of the steps before it.
     """
 
     step: int | None = None

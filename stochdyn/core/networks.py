@@ -41,12 +41,13 @@ class MLP(nn.Module):
     autocast and under the transforms of ``torch.func`` it runs layer by layer.
 
     Args:
-        sizes: the widths of input, hidden layers and output.
-        zero_last: start with a last layer of zeros, so that the network starts as the zero function.
-        activation: ``"tanh"``, ``"silu"``, ``"gelu"``, ``"relu"``, ``"softplus"``, ``"elu"``, or a function of a tensor (a module, for one).
+        sizes: The widths of input, hidden layers and output.
+        zero_last: Whether to start with a last layer of zeros, so that the network starts as the zero function.
+        activation: The nonlinearity between the layers of a network, ``"tanh"``, ``"silu"``, ``"gelu"``, ``"relu"``,
+            ``"softplus"``, ``"elu"``, or a function of a tensor (a module, for one).
 
     Raises:
-        InvalidInputError: for widths that aren't positive integers, or an unknown activation.
+        InvalidInputError: For widths that aren't positive integers, or an unknown activation.
 
     Example:
         >>> MLP((2, 64, 64, 1), zero_last=True)(torch.ones(3, 2)).tolist()
@@ -94,17 +95,17 @@ class StateNetwork(nn.Module):
     the state from the right, so it serves every place where the library calls a field.
 
     Args:
-        in_size: the number of components of the state.
-        out_size: the number of components of the result, ``in_size`` if None.
-        hidden: the widths of the hidden layers.
-        context: the number of components of a context that is given with every call, 0 for none.
-        time: a function of times ``(..., 1)`` that returns features ``(..., k)``; True for the time itself, False for a network
+        in_size: The number of components of the state.
+        out_size: The number of components of the result, ``in_size`` if None.
+        hidden: The widths of the hidden layers.
+        context: The number of components of a context that is given with every call, 0 for none.
+        time: A function of times ``(..., 1)`` that returns features ``(..., k)``; True for the time itself, False for a network
             that doesn't see the time. Times enter in their own unit: scale them here where they are far from one.
-        activation: see :class:`MLP`.
-        zero_last: start as the zero function.
+        activation: As in :class:`MLP`.
+        zero_last: Whether to start as the zero function.
 
     Raises:
-        InvalidInputError: for sizes that aren't positive integers, or an unknown activation.
+        InvalidInputError: For sizes that aren't positive integers, or an unknown activation.
 
     Example:
         >>> net = StateNetwork(2, hidden=(16,), time=lambda t: torch.cat([torch.sin(t), torch.cos(t)], -1))
@@ -142,9 +143,10 @@ class StateNetwork(nn.Module):
         """Return ``(..., out_size)`` at ``x (..., in_size)``.
 
         Args:
-            t: a number, or times that broadcast to ``x[..., :1]``.
-            x: the states.
-            context: ``(*batch, context)``, aligned with the batch axes of ``x`` from the right.
+            t: A number, or times that broadcast to ``x[..., :1]``.
+            x: The states.
+            context: The size of what a network sees beside time and state, ``(*batch, context)``, aligned with the
+                batch axes of ``x`` from the right.
         """
         parts = [x]
         if self.time is not False:

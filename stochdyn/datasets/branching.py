@@ -21,12 +21,13 @@ class CellSnapshots(NamedTuple):
     """Cells on a few days.
 
     Attributes:
-        times: ``(I,)`` days, float64.
-        samples: ``I`` tensors ``(n, d)``, coordinates of cells as principal components would give them.
+        times: The days ``(I,)``, float64.
+        samples: The snapshots as ``I`` tensors ``(n, d)``, coordinates of cells as principal components would give
+            them.
         fates: ``I`` tensors ``(n,)`` of integers: 0 while undecided, 1 and 2 for the branches; what an experiment
             can't see.
-        masses: ``(I,)`` size of the whole population relative to the first day.
-        diffusion: true strength of the noise, per root of day.
+        masses: The size ``(I,)`` of the whole population relative to the first day.
+        diffusion: The true strength of the noise, per root of day.
     """
 
     times: Tensor
@@ -58,19 +59,19 @@ def branching_cells(
     that no axis is special.
 
     Args:
-        num_cells: how many cells are seen on each day.
-        times: ``(I,)`` days, none negative; 0, 1, 2, 3, 4 if None.
-        dim: components of a cell, at least 2.
-        diffusion: :math:`\sigma`, per root of day.
-        growth: rate of division of an undecided cell, per day; zero for neither divisions nor deaths.
-        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        num_cells: The number of cells are seen on each day.
+        times: The days ``(I,)``, none negative; 0, 1, 2, 3, 4 if None.
+        dim: The number of components of a cell, at least 2.
+        diffusion: The noise strength :math:`\sigma`, per root of day.
+        growth: The rate of division of an undecided cell, per day; zero for neither divisions nor deaths.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         Snapshots in float64.
 
     Raises:
-        TimeGridError: if the times don't increase, or start before zero.
-        InvalidInputError: for sizes that aren't positive.
+        TimeGridError: If the times don't increase, or start before zero.
+        InvalidInputError: For sizes that aren't positive.
 
     Example:
         >>> cells = branching_cells(num_cells=100)

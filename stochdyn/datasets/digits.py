@@ -37,21 +37,21 @@ def moving_digits(
     *deterministic* version that component changes its sign. Where digits overlap, their intensities add up to at most 1.
 
     Args:
-        num_videos: how many videos, ``n``.
-        num_frames: frames per video.
-        size: height and width in pixels.
-        num_digits: digits in each video.
-        digit_size: height and width of a digit; ``7 size / 16`` if None (28 of 64 pixels).
-        max_speed: largest step per frame, in pixels; ``size / 16`` if None.
-        deterministic: bounce like balls.
-        split: which handwritten digits: ``"train"`` or ``"test"`` (the last 300 of the data set).
-        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        num_videos: The number of videos, ``n``.
+        num_frames: The number of frames per video.
+        size: The height and width in pixels.
+        num_digits: The number of digits in each video.
+        digit_size: The height and width of a digit; ``7 size / 16`` if None (28 of 64 pixels).
+        max_speed: The largest step per frame, in pixels; ``size / 16`` if None.
+        deterministic: Whether digits bounce like balls.
+        split: Which handwritten digits: ``"train"`` or ``"test"`` (the last 300 of the data set).
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         ``(n, num_frames, 1, size, size)`` uint8, 0 to 255.
 
     Raises:
-        InvalidInputError: for sizes that aren't positive integers, digits larger than the frame, or an
+        InvalidInputError: For sizes that aren't positive integers, digits larger than the frame, or an
             unknown split.
 
     Example:

@@ -21,10 +21,10 @@ class SimulatedSnapshots(NamedTuple):
     """Fresh particles at every time, and what they were made from.
 
     Attributes:
-        times: ``(I,)``, float64.
-        samples: ``I`` tensors ``(n, d)``.
-        parameters: the true parameters by name.
-        diffusion: the true strength of the noise, in units of state per root of time.
+        times: The times of data, ``(I,)``, float64.
+        samples: The snapshots as ``I`` tensors ``(n, d)``.
+        parameters: The true parameters by name.
+        diffusion: The true strength of the noise, in units of state per root of time.
     """
 
     times: Tensor
@@ -50,18 +50,18 @@ def lotka_volterra(
     :math:`Y_0` on :math:`[4,4.1]`. Each snapshot has particles of its own, so nobody is seen twice.
 
     Args:
-        num_particles: how many particles each snapshot has.
-        times: ``(I,)`` times of the snapshots; 0, 1, ..., 8 if None.
-        diffusion: :math:`\sigma`, in units of state per root of time.
-        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
-        dt: the largest time step of the Euler scheme.
+        num_particles: The number of particles each snapshot has.
+        times: The times ``(I,)`` of the snapshots; 0, 1, ..., 8 if None.
+        diffusion: The noise strength :math:`\sigma`, in units of state per root of time.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        dt: The largest time step of the Euler scheme.
 
     Returns:
         Snapshots in float64.
 
     Raises:
-        TimeGridError: if the times don't increase, or start before zero.
-        InvalidInputError: for sizes that aren't positive.
+        TimeGridError: If the times don't increase, or start before zero.
+        InvalidInputError: For sizes that aren't positive.
 
     Example:
         >>> data = lotka_volterra(num_particles=20)
@@ -101,11 +101,11 @@ def repressilator(
     0.75, ..., 7.5.
 
     Args:
-        num_particles: how many particles each snapshot has.
-        times: ``(I,)`` times of the snapshots; 0, 0.75, ..., 7.5 if None.
-        diffusion: :math:`\sigma`, in units of state per root of time.
-        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
-        dt: the largest time step of the Euler scheme.
+        num_particles: The number of particles each snapshot has.
+        times: The times ``(I,)`` of the snapshots; 0, 0.75, ..., 7.5 if None.
+        diffusion: The noise strength :math:`\sigma`, in units of state per root of time.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        dt: The largest time step of the Euler scheme.
 
     Example:
         >>> data = repressilator(num_particles=5)

@@ -21,15 +21,15 @@ class OpenSystem:
     """Exact means of observables of one system.
 
     Attributes:
-        system: ``"ising_ring"``, ``"xyz_ring"``, ``"xyz_torus"``, ``"dephasing_ring"``, ``"commuting_ring"`` or
-            ``"free_sites"``; :func:`stochdyn.povm.systems.build` makes the Lindbladian.
-        num_sites: how many sites there are, or None where the numbers hold for any (from four on).
-        parameters: the parameters of the system by name.
-        initial: product state at the first time, ``"up"``, ``"x+"``, ...; None for a steady state.
-        times: ``(T,)``; None for a steady state.
-        expect: means ``(T,)`` by name, or ``()`` for a steady state: ``X Y Z``, means over sites; ``XX YY ZZ``, means over
-            bonds; ``purity``; ``Sxx_k0``, the mean of XX over all pairs.
-        accuracy: how far the numbers may be off.
+        system: The name of the system: ``"ising_ring"``, ``"xyz_ring"``, ``"xyz_torus"``, ``"dephasing_ring"``,
+            ``"commuting_ring"`` or ``"free_sites"``; :func:`stochdyn.povm.systems.build` makes the Lindbladian.
+        num_sites: The number of sites there are, or None where the numbers hold for any (from four on).
+        parameters: The parameters of the system by name.
+        initial: The product state at the first time, ``"up"``, ``"x+"``, ...; None for a steady state.
+        times: The times of data, ``(T,)``; None for a steady state.
+        expect: Means ``(T,)`` by name, or ``()`` for a steady state: ``X Y Z``, means over sites; ``XX YY ZZ``, means
+            over bonds; ``purity``; ``Sxx_k0``, the mean of XX over all pairs.
+        accuracy: The amount by which the numbers may be off.
     """
 
     system: str
@@ -56,17 +56,17 @@ def open_systems(
     integration of the density matrix and of outcome probabilities.
 
     Args:
-        kind: ``"dynamics"`` or ``"steady"``.
-        system: only this one.
-        num_sites: only this size; systems that hold for any size are kept.
-        initial: only this initial state.
-        parameters: only these values, such as ``field=1.0``.
+        kind: The kind: ``"dynamics"`` or ``"steady"``.
+        system: The name of the only system that is kept.
+        num_sites: The only size that is kept; systems that hold for any size are kept.
+        initial: The only initial state that is kept.
+        parameters: The only values that are kept, such as ``field=1.0``.
 
     Returns:
         What is on file and fits, possibly nothing.
 
     Raises:
-        InvalidInputError: if ``kind`` is unknown.
+        InvalidInputError: If ``kind`` is unknown.
 
     Example:
         >>> from stochdyn.datasets import open_systems

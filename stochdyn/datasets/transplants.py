@@ -16,10 +16,10 @@ class HeartTransplants(NamedTuple):
     """One row per visit, as columns; a mapping of them is ``heart_transplants()._asdict()``.
 
     Attributes:
-        subject: ``(2846,)`` number of the patient.
-        years: ``(2846,)`` years since the transplant.
-        state: ``(2846,)`` 1 no, 2 mild and 3 severe disease of the graft's arteries, 4 death.
-        donor_age: ``(2846,)`` age of the donor in years.
+        subject: The number ``(2846,)`` of the patient.
+        years: The years ``(2846,)`` since the transplant.
+        state: The state ``(2846,)``: 1 no, 2 mild and 3 severe disease of the graft's arteries, 4 death.
+        donor_age: The age ``(2846,)`` of the donor in years.
     """
 
     subject: Tensor

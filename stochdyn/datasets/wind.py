@@ -58,14 +58,14 @@ def wind_on_sphere(num_points: int = 2000, month: int = 1) -> tuple[Tensor, Tens
     The grid's vectors are interpolated bilinearly in Cartesian components, so the poles are no exception, and made tangent.
 
     Args:
-        num_points: how many points of the Fibonacci lattice.
+        num_points: The number of points of the Fibonacci lattice.
         month: 1 (January) to 12.
 
     Returns:
         Points ``(n, 3)`` of length one, with the North Pole at (0, 0, 1), and winds ``(n, 3)`` in metres per second.
 
     Raises:
-        InvalidInputError: for a month that isn't one.
+        InvalidInputError: For a month that isn't one.
 
     Example:
         >>> from stochdyn.datasets import wind_on_sphere

@@ -34,12 +34,11 @@ class CoverageTable:
     """How often central posterior intervals contained the truth.
 
     Attributes:
-        nominal: ``(L,)`` exact probability of each interval: the level asked for, rounded to what ranks
-            resolve.
-        observed: ``(L,)`` fraction of simulations inside.
-        stderr: ``(L,)`` binomial standard error of that fraction if the nominal probability is right.
-        lower: ``(L,)`` lower end of the 95 % Wilson interval.
-        upper: ``(L,)`` its upper end.
+        nominal: The exact probability ``(L,)`` of each interval: the level asked for, rounded to what ranks resolve.
+        observed: The fraction ``(L,)`` of simulations inside.
+        stderr: The binomial standard error ``(L,)`` of that fraction if the nominal probability is right.
+        lower: The lower end ``(L,)`` of the 95 % Wilson interval.
+        upper: The upper end ``(L,)`` of that interval.
     """
 
     nominal: np.ndarray
@@ -54,10 +53,10 @@ class SBCResult:
     """Ranks of true values among posterior draws, one per simulation.
 
     Attributes:
-        ranks: for each scalar quantity by name, ``(num_simulations,)`` integers in ``0, ..., num_draws``; uniform if
+        ranks: For each scalar quantity by name, ``(num_simulations,)`` integers in ``0, ..., num_draws``; uniform if
             inference is exact.
-        num_draws: posterior draws that each rank counts.
-        seconds: wall-clock time.
+        num_draws: The number of posterior draws that each rank counts.
+        seconds: The wall-clock time.
     """
 
     ranks: dict[str, np.ndarray]
@@ -80,13 +79,13 @@ class SBCResult:
         """Return how often central intervals of the given levels contained the truth.
 
         Args:
-            levels: probabilities in (0, 1).
+            levels: The probabilities in (0, 1).
 
         Returns:
             One table per quantity.
 
         Raises:
-            InvalidInputError: if a level isn't inside (0, 1).
+            InvalidInputError: If a level isn't inside (0, 1).
         """
         if not all(0 < level < 1 for level in levels):
             raise InvalidInputError("levels must lie strictly between 0 and 1", got=tuple(levels))
@@ -131,32 +130,32 @@ def sbc(
 
     Args:
         model: Pyro model with proper priors.
-        infer: how posteriors are drawn: a callable ``(model, args, kwargs, num_draws)`` that returns draws of
-            all latent sites, ``(num_draws, *shape)``, such as :class:`MCMCSampler` or
-            :class:`VariationalSampler`; or an MCMC kernel (``NUTS``) or autoguide class, for those samplers'
-            defaults.
-        args: positional arguments of the model. Values of observed sites among them only give shapes.
-        kwargs: keyword arguments of the model.
-        num_simulations: how many times truth and data are simulated, each giving one rank per quantity.
-        num_draws: ``L``; one more than it divisible by the bins of a histogram is handy, as 99.
-        observed: names of the data sites; by default those that the model observes at ``args``.
-        parameters: names of the sites to rank; by default all latent sites and deterministic paths.
-        test_functions: further quantities by name: functions of the sites' values, each with a leading axis
-            of draws, that return ``(draws, ...)``.
-        log_joint: whether to rank the log joint density too, which sees errors that no single parameter
+        infer: The way in which posteriors are drawn: a callable ``(model, args, kwargs, num_draws)`` that returns draws
+            of all latent sites, ``(num_draws, *shape)``, such as :class:`MCMCSampler` or :class:`VariationalSampler`;
+            or an MCMC kernel (``NUTS``) or autoguide class, for those samplers' defaults.
+        args: Positional arguments of the model. Values of observed sites among them only give shapes.
+        kwargs: Keyword arguments of the model.
+        num_simulations: The number of times truth and data are simulated, each giving one rank per quantity.
+        num_draws: The number ``L`` of posterior draws; one more than it divisible by the bins of a histogram is handy,
+            as 99.
+        observed: Names of the data sites; by default those that the model observes at ``args``.
+        parameters: Names of the sites to rank; by default all latent sites and deterministic paths.
+        test_functions: Further quantities by name: functions of the sites' values, each with a leading axis of draws,
+            that return ``(draws, ...)``.
+        log_joint: Whether to rank the log joint density too, which sees errors that no single parameter
             shows.
-        data_args: returns the arguments that belong to simulated data, for guides that read the data from
-            their arguments; by default ``args`` for all.
-        seed: what all random numbers start from; the global random state is left alone. None draws from that instead.
-        progress: whether to show a bar, which appears after two seconds.
+        data_args: A function that returns the arguments that belong to simulated data, for guides that read the data
+            from their arguments; by default ``args`` for all.
+        seed: What all random numbers start from; the global random state is left alone. None draws from that instead.
+        progress: Whether to show a bar, which appears after two seconds.
 
     Returns:
         The ranks, with tests of uniformity and coverage.
 
     Raises:
-        UnknownSiteError: if there is no data site, or a named site doesn't exist.
-        ShapeError: if ``infer`` or a test function returns another number of draws.
-        NonFiniteError: if a draw is NaN.
+        UnknownSiteError: If there is no data site, or a named site doesn't exist.
+        ShapeError: If ``infer`` or a test function returns another number of draws.
+        NonFiniteError: If a draw is NaN.
 
     Example:
         >>> import pyro

@@ -32,16 +32,16 @@ def plot_rank_ecdf(
     posteriors too narrow, the reverse too wide, and one sign throughout bias.
 
     Args:
-        result: what :func:`stochdyn.diagnostics.sbc` returned.
-        names: quantities to draw; all if None.
-        level: probability that the ranks of exact inference stay in the band.
-        ax: where to draw; new axes if None.
+        result: What :func:`stochdyn.diagnostics.sbc` returned.
+        names: The quantities to draw; all if None.
+        level: The probability that the ranks of exact inference stay in the band.
+        ax: Where to draw; new axes if None.
 
     Returns:
         The axes.
 
     Raises:
-        InvalidInputError: if there is no such quantity.
+        InvalidInputError: If there is no such quantity.
 
     Example:
         >>> from stochdyn.diagnostics import SBCResult
@@ -88,16 +88,16 @@ def plot_coverage(
     """Draw how often central intervals contain the truth, against how often they should.
 
     Args:
-        result: what :func:`stochdyn.diagnostics.sbc` returned.
-        names: quantities to draw; all if None.
-        num_levels: how many interval probabilities, equally spaced inside (0, 1).
-        ax: where to draw; new axes if None.
+        result: What :func:`stochdyn.diagnostics.sbc` returned.
+        names: The quantities to draw; all if None.
+        num_levels: The number of interval probabilities, equally spaced inside (0, 1).
+        ax: Where to draw; new axes if None.
 
     Returns:
         The axes. The band is two binomial standard errors at either side, at each level alone.
 
     Raises:
-        InvalidInputError: if there is no such quantity.
+        InvalidInputError: If there is no such quantity.
 
     Example:
         >>> from stochdyn.diagnostics import SBCResult
@@ -135,15 +135,15 @@ def plot_khat(log_weights: Tensor | np.ndarray, *, ax: Axes | None = None) -> Ax
     """Draw importance weights on log axes beside the Pareto tail fitted to them, which k-hat describes.
 
     Args:
-        log_weights: ``(S,)``.
-        ax: where to draw; new axes if None.
+        log_weights: The logarithms of importance weights, ``(S,)``.
+        ax: Where to draw; new axes if None.
 
     Returns:
         The axes: the weight over the mean weight against the fraction of draws above it.
 
     Raises:
-        TooFewDrawsError, NonFiniteError: as :func:`stochdyn.diagnostics.pareto_smooth`.
-        ShapeError: if there is more than one axis.
+        TooFewDrawsError, NonFiniteError: As :func:`stochdyn.diagnostics.pareto_smooth`.
+        ShapeError: If there is more than one axis.
 
     Example:
         >>> plot_khat(torch.randn(1000)).get_ylabel()

@@ -23,7 +23,7 @@ def arviz_major() -> int:
     """Return the installed ArviZ's major version, which decides between InferenceData (0) and DataTree (1).
 
     Raises:
-        MissingDependencyError: if ArviZ isn't installed.
+        MissingDependencyError: If ArviZ isn't installed.
     """
     try:
         return int(importlib.metadata.version("arviz").split(".")[0])
@@ -46,26 +46,26 @@ def from_draws(
     """Put draws into the container that the installed ArviZ reads.
 
     Args:
-        posterior: arrays ``(chain, draw, *shape)`` by the name of the variable.
-        posterior_predictive: arrays ``(chain, draw, *shape)`` of replicated data.
-        log_likelihood: arrays ``(chain, draw, *shape)``, pointwise: one value per observation.
-        observed_data: arrays ``(*shape)``.
-        constant_data: arrays ``(*shape)``.
-        sample_stats: arrays ``(chain, draw, *shape)``.
-        coords: one value per index, by the name of the dimension.
-        dims: the names, by variable, of the axes behind ``(chain, draw)``. Axes that aren't named become
+        posterior: Arrays ``(chain, draw, *shape)`` by the name of the variable.
+        posterior_predictive: Arrays ``(chain, draw, *shape)`` of replicated data.
+        log_likelihood: Arrays ``(chain, draw, *shape)``, pointwise: one value per observation.
+        observed_data: Arrays ``(*shape)``.
+        constant_data: Arrays ``(*shape)``.
+        sample_stats: Arrays ``(chain, draw, *shape)``.
+        coords: One value per index, by the name of the dimension.
+        dims: The names, by variable, of the axes behind ``(chain, draw)``. Axes that aren't named become
             ``{variable}_dim_{i}``. Names beyond the axes of an array are ignored, so that one entry serves
             data with event axes and its log likelihood without them. A key ``"group/variable"`` is for one group.
-        attrs: attributes of the container and of each group.
+        attrs: The attributes of the container and of each group.
 
     Returns:
         ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with ArviZ 1.x; empty groups are left out.
 
     Raises:
-        EmptyDataError: if the posterior has no variables or no draws.
-        ShapeError: if chains and draws disagree, or a coordinate doesn't fit its axis.
-        InvalidInputError: if a dimension has the name of a variable that doesn't lie along it.
-        MissingDependencyError: if ArviZ isn't installed.
+        EmptyDataError: If the posterior has no variables or no draws.
+        ShapeError: If chains and draws disagree, or a coordinate doesn't fit its axis.
+        InvalidInputError: If a dimension has the name of a variable that doesn't lie along it.
+        MissingDependencyError: If ArviZ isn't installed.
 
     Example:
         >>> idata = from_draws({"rate": np.ones((1, 100)), "x": np.zeros((1, 100, 5))}, dims={"x": ["time"]})

@@ -31,16 +31,16 @@ class PosteriorDraws:
     All tensors lead with the draw axis.
 
     Attributes:
-        values: latent and deterministic sites, ``(S, *batch, *event)``.
-        predictive: observed sites drawn anew, ``(S, *batch, *event)``; empty unless asked for.
-        log_likelihood: observed sites' log densities, pointwise, ``(S, *batch)``: neither scaled by
-            subsampling nor by ``poutine.scale``, and zero where masked.
-        log_joint: ``(S,)`` log density of latent and observed sites, scaled as the model says.
-        log_guide: ``(S,)`` log density of the guide, scaled likewise; NaN where it has none (a point mass),
-            None for draws that no guide made.
-        sites: what each site of the model is, by name.
-        subsamples: the indices of every subsampled plate. All draws share them.
-        vectorised: whether the model ran on many draws at once.
+        values: The latent and deterministic sites, ``(S, *batch, *event)``.
+        predictive: The observed sites drawn anew, ``(S, *batch, *event)``; empty unless asked for.
+        log_likelihood: The observed sites' log densities, pointwise, ``(S, *batch)``: neither scaled by subsampling nor
+            by ``poutine.scale``, and zero where masked.
+        log_joint: The log density ``(S,)`` of latent and observed sites, scaled as the model says.
+        log_guide: The log density ``(S,)`` of the guide, scaled likewise; NaN where it has none (a point mass), None
+            for draws that no guide made.
+        sites: What each site of the model is, by name.
+        subsamples: The indices of every subsampled plate. All draws share them.
+        vectorised: Whether the model ran on many draws at once.
     """
 
     values: dict[str, Tensor]
@@ -87,20 +87,20 @@ def draw_posterior(
     Args:
         model: Pyro model.
         guide: Pyro guide with the model's latent sites.
-        args: positional arguments of both.
-        kwargs: keyword arguments of both.
-        num_draws: how many draws are made.
-        seed: what the draws start from; they leave the global random state untouched; None draws from it instead.
-        predictive: whether to draw observed sites anew too.
-        split_events: whether ``log_likelihood`` has one value for each element of an observed site that
+        args: Positional arguments of both.
+        kwargs: Keyword arguments of both.
+        num_draws: The number of draws are made.
+        seed: What the draws start from; they leave the global random state untouched; None draws from it instead.
+        predictive: Whether to draw observed sites anew too.
+        split_events: Whether ``log_likelihood`` has one value for each element of an observed site that
             ``to_event`` declares one event, rather than one for the event.
-        chunk_size: draws at a time; by default what bounds the traced values to some 64 MiB.
+        chunk_size: The number of draws at a time; by default what bounds the traced values to some 64 MiB.
 
     Returns:
         The draws.
 
     Raises:
-        UnknownSiteError: if model and guide don't have the same latent sites.
+        UnknownSiteError: If model and guide don't have the same latent sites.
 
     Example:
         >>> import pyro
@@ -139,20 +139,20 @@ def evaluate_draws(
 
     Args:
         model: Pyro model.
-        values: the draws ``(S, *batch, *event)`` of every latent site by its name.
-        args: positional arguments of the model.
-        kwargs: keyword arguments of the model.
-        seed: what replicated data start from, as in :func:`draw_posterior`.
-        predictive: whether to draw observed sites anew too.
-        split_events: whether events are split into elements, as in :func:`draw_posterior`.
-        chunk_size: draws at a time, as in :func:`draw_posterior`.
+        values: The draws ``(S, *batch, *event)`` of every latent site by its name.
+        args: Positional arguments of the model.
+        kwargs: Keyword arguments of the model.
+        seed: What replicated data start from, as in :func:`draw_posterior`.
+        predictive: Whether to draw observed sites anew too.
+        split_events: Whether events are split into elements, as in :func:`draw_posterior`.
+        chunk_size: The number of draws at a time, as in :func:`draw_posterior`.
 
     Returns:
         The draws; ``log_guide`` is None.
 
     Raises:
-        UnknownSiteError: if the model has other latent sites.
-        ShapeError: if a site's draws have another shape than the model gives it.
+        UnknownSiteError: If the model has other latent sites.
+        ShapeError: If a site's draws have another shape than the model gives it.
     """
     check_program(model, None, args, kwargs)
     check_type(values, Mapping, "values")

@@ -60,25 +60,25 @@ def to_inference_data(
     Args:
         model: Pyro model.
         guide: Pyro guide, already fitted, or a ``pyro.infer.MCMC`` that has run.
-        args: positional arguments of model and guide.
-        kwargs: keyword arguments of model and guide.
-        num_draws: how many draws of the guide; an MCMC run has its own.
-        coords: one value per index, by the name of the dimension; they replace those found here.
-        dims: names of the axes, by the name of the site; they replace those found here.
-        seed: what the draws start from; the global random state is left alone. None draws from that instead.
-        predictive: whether to draw observed sites anew.
-        split_events: whether ``log_likelihood`` has one value for each element of an observed site that
+        args: Positional arguments of model and guide.
+        kwargs: Keyword arguments of model and guide.
+        num_draws: The number of draws of the guide; an MCMC run has its own.
+        coords: One value per index, by the name of the dimension; they replace those found here.
+        dims: Names of the axes, by the name of the site; they replace those found here.
+        seed: What the draws start from; the global random state is left alone. None draws from that instead.
+        predictive: Whether to draw observed sites anew.
+        split_events: Whether ``log_likelihood`` has one value for each element of an observed site that
             ``to_event`` declares one event. ``az.loo`` leaves out one such value at a time: elements of a
             vector of independent records should be split, components of one record should not.
-        chunk_size: draws at a time; by default what bounds the memory of the traced values.
+        chunk_size: The number of draws at a time; by default what bounds the memory of the traced values.
 
     Returns:
         ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with ArviZ 1.x.
 
     Raises:
-        UnknownSiteError: if model and guide don't have the same latent sites.
-        ShapeError: if a coordinate doesn't fit its axis.
-        InvalidInputError: if the MCMC run has no draws yet, or ``num_draws`` isn't a positive integer.
+        UnknownSiteError: If model and guide don't have the same latent sites.
+        ShapeError: If a coordinate doesn't fit its axis.
+        InvalidInputError: If the MCMC run has no draws yet, or ``num_draws`` isn't a positive integer.
 
     Example:
         >>> import pyro

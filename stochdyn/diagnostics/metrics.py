@@ -53,20 +53,20 @@ def emd(
     with the Euclidean distance; in one dimension by sorting.
 
     Args:
-        x: ``(n, d)`` points, or ``(n,)`` for points on the line.
-        y: ``(m, d)`` or ``(m,)``.
-        p: order, at least 1.
-        weights_x: ``(n,)`` non-negative, made to sum to 1; equal if None.
-        weights_y: ``(m,)``.
+        x: The points ``(n, d)``, or ``(n,)`` for points on the line.
+        y: The points of the second sample, ``(m, d)`` or ``(m,)``.
+        p: The order, at least 1.
+        weights_x: The non-negative weights ``(n,)`` of the first sample, made to sum to 1; equal if None.
+        weights_y: The weights of the second sample, ``(m,)``.
 
     Returns:
         The distance, in the units of ``x``.
 
     Raises:
-        EmptyDataError: if a sample is empty.
-        NonFiniteError: if a point or a weight isn't finite.
-        ShapeError: if dimensions differ, or weights don't fit.
-        InvalidInputError: if ``p < 1`` or a weight is negative.
+        EmptyDataError: If a sample is empty.
+        NonFiniteError: If a point or a weight isn't finite.
+        ShapeError: If dimensions differ, or weights don't fit.
+        InvalidInputError: If ``p < 1`` or a weight is negative.
 
     Example:
         >>> emd(torch.zeros(5, 2), torch.ones(3, 2))  # doctest: +ELLIPSIS
@@ -113,14 +113,14 @@ def energy_distance(x: Values, y: Values) -> Tensor:
     over all pairs, a point with itself included, so that :math:`D^2\ge0`.
 
     Args:
-        x: ``(n, d)`` or ``(n,)``.
-        y: ``(m, d)`` or ``(m,)``.
+        x: The points of the first sample, ``(n, d)`` or ``(n,)``.
+        y: The points of the second sample, ``(m, d)`` or ``(m,)``.
 
     Returns:
         Scalar ``D``, in double precision.
 
     Raises:
-        EmptyDataError, NonFiniteError, ShapeError: as :func:`emd`.
+        EmptyDataError, NonFiniteError, ShapeError: As :func:`emd`.
 
     Example:
         >>> energy_distance(torch.zeros(4), torch.ones(4))
@@ -142,16 +142,16 @@ def mmd(x: Values, y: Values, bandwidth: float | None = None) -> Tensor:
     over all pairs, a point with itself included.
 
     Args:
-        x: ``(n, d)`` or ``(n,)``.
-        y: ``(m, d)`` or ``(m,)``.
-        bandwidth: ``h``; the median distance within the joined sample if None.
+        x: The points of the first sample, ``(n, d)`` or ``(n,)``.
+        y: The points of the second sample, ``(m, d)`` or ``(m,)``.
+        bandwidth: The bandwidth ``h``; the median distance within the joined sample if None.
 
     Returns:
         Scalar, in double precision.
 
     Raises:
-        EmptyDataError, NonFiniteError, ShapeError: as :func:`emd`.
-        InvalidInputError: if the bandwidth isn't positive.
+        EmptyDataError, NonFiniteError, ShapeError: As :func:`emd`.
+        InvalidInputError: If the bandwidth isn't positive.
 
     Example:
         >>> mmd(torch.zeros(1), torch.ones(1), bandwidth=1.0)
@@ -184,18 +184,18 @@ def crps(draws: Values, value: Values, *, fair: bool = True) -> Tensor:
     .. math:: \mathrm{CRPS}(F,y)=E|X-y|-\tfrac12E|X-X'|,\qquad X,X'\sim F.
 
     Args:
-        draws: ``(S, ...)`` from the predictive law.
-        value: ``(...)`` the observed value.
-        fair: whether to take the second mean over pairs of distinct draws, which makes the score unbiased for
+        draws: The draws ``(S, ...)`` from the predictive law.
+        value: The observed value ``(...)``.
+        fair: Whether to take the second mean over pairs of distinct draws, which makes the score unbiased for
             the law they come from; else it is the score of the draws' own empirical law.
 
     Returns:
         ``(...)``, in the units of ``value``.
 
     Raises:
-        TooFewDrawsError: with fewer than two draws.
-        ShapeError: if ``draws`` isn't ``(S, *value.shape)``.
-        NonFiniteError: if a draw or value isn't finite.
+        TooFewDrawsError: If there are fewer than two draws.
+        ShapeError: If ``draws`` isn't ``(S, *value.shape)``.
+        NonFiniteError: If a draw or value isn't finite.
 
     Example:
         >>> crps(torch.tensor([0.0, 2.0]), torch.tensor(1.0), fair=False)
@@ -218,19 +218,19 @@ def interval_coverage(draws: Values, value: Values, level: float = 0.9) -> Estim
     """Return how often central intervals of draws contain the observed value.
 
     Args:
-        draws: ``(S, ...)``.
-        value: ``(...)`` the observed value.
-        level: probability of the interval, in (0, 1).
+        draws: The draws ``(S, ...)``.
+        value: The observed value ``(...)``.
+        level: The probability of the interval, in (0, 1).
 
     Returns:
         The fraction of entries inside and its binomial standard error at the nominal level, which holds if
         entries are independent of each other.
 
     Raises:
-        TooFewDrawsError: with fewer draws than two per tail.
-        ShapeError: if ``draws`` isn't ``(S, *value.shape)``.
-        NonFiniteError: if a draw or value isn't finite.
-        InvalidInputError: if the level isn't inside (0, 1).
+        TooFewDrawsError: If there are fewer draws than two per tail.
+        ShapeError: If ``draws`` isn't ``(S, *value.shape)``.
+        NonFiniteError: If a draw or value isn't finite.
+        InvalidInputError: If the level isn't inside (0, 1).
 
     Example:
         >>> draws = torch.linspace(0, 1, 101)[:, None].expand(101, 4)
@@ -255,8 +255,8 @@ def negative_log_predictive_density(log_likelihood: Values, log_weights: Values 
     .. math:: -\log\sum_s\bar w_s\,p(y_i\mid z_s)
 
     Args:
-        log_likelihood: ``(S, ...)`` pointwise, of held-out data at each draw.
-        log_weights: ``(S,)`` importance weights of the draws; equal if None.
+        log_likelihood: The log likelihood ``(S, ...)``, pointwise, of held-out data at each draw.
+        log_weights: The importance weights ``(S,)`` of the draws; equal if None.
 
     Returns:
         ``(...)`` in nats.
@@ -295,15 +295,15 @@ def rmse(prediction: Values, target: Values, dim: int | tuple[int, ...] | None =
     """Return the root mean squared error.
 
     Args:
-        prediction: any shape.
-        target: values of the same shape, to which the prediction is compared.
-        dim: axes to average over; all if None.
+        prediction: The predicted values, of any shape.
+        target: Values of the same shape, to which the prediction is compared.
+        dim: The axes to average over; all if None.
 
     Returns:
         The error, in the units of ``target``.
 
     Raises:
-        EmptyDataError, ShapeError, NonFiniteError: for empty, unequal or non-finite input.
+        EmptyDataError, ShapeError, NonFiniteError: For empty, unequal or non-finite input.
 
     Example:
         >>> rmse(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
@@ -324,17 +324,17 @@ def psnr(
     .. math:: 20\log_{10}(\mathtt{data\_range}/\mathrm{rmse})
 
     Args:
-        prediction: any shape.
-        target: values of the same shape, to which the prediction is compared.
-        data_range: distance between the least and the largest value that is possible, 1 for images in [0, 1].
-        dim: axes to average the squared error over; all if None.
+        prediction: The predicted values, of any shape.
+        target: Values of the same shape, to which the prediction is compared.
+        data_range: The distance between the least and the largest value that is possible, 1 for images in [0, 1].
+        dim: The axes to average the squared error over; all if None.
 
     Returns:
         Decibels; infinite if there is no error.
 
     Raises:
-        EmptyDataError, ShapeError, NonFiniteError: as :func:`rmse`.
-        InvalidInputError: if ``data_range`` isn't positive.
+        EmptyDataError, ShapeError, NonFiniteError: As :func:`rmse`.
+        InvalidInputError: If ``data_range`` isn't positive.
 
     Example:
         >>> psnr(torch.full((4,), 0.1), torch.zeros(4), data_range=1.0)

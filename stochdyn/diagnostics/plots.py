@@ -68,29 +68,29 @@ def plot_paths(
     """Draw a law on paths as a fan: nested central intervals, the median, the data on top.
 
     Args:
-        ts: ``(T,)`` increasing times.
-        draws: any law on paths, of which ``num_samples`` paths are drawn; or paths that were drawn, as a law's ``sample``
-            returns them; or an array ``(S, T)`` or ``(S, T, d)``.
-        component: which component of the state is drawn.
-        observations: times and values of the data, ``(n,)`` each; NaN values are left out.
-        forecast_from: the time from which the background is shaded as forecast.
-        levels: probabilities of the intervals, in (0, 1).
-        num_lines: how many of the draws are drawn as lines besides.
-        num_samples: how many paths of a law are drawn.
-        generator: the source of randomness of the paths of a law.
-        label: name of the law in the legend.
+        ts: The increasing times ``(T,)``.
+        draws: Any law on paths, of which ``num_samples`` paths are drawn; or paths that were drawn, as a law's
+            ``sample`` returns them; or an array ``(S, T)`` or ``(S, T, d)``.
+        component: Which component of the state is drawn.
+        observations: The times and values of the data, ``(n,)`` each; NaN values are left out.
+        forecast_from: The time from which the background is shaded as forecast.
+        levels: The probabilities of the intervals, in (0, 1).
+        num_lines: The number of of the draws are drawn as lines besides.
+        num_samples: The number of paths of a law are drawn.
+        generator: The source of randomness of the paths of a law.
+        label: The name of the law in the legend.
         colour: Matplotlib colour.
-        ax: where to draw; new axes if None.
+        ax: Where to draw; new axes if None.
 
     Returns:
         The axes.
 
     Raises:
-        TimeGridError: if the times don't increase, or the forecast starts outside them.
-        ShapeError: if draws or observations don't fit their times.
-        TooFewDrawsError: with fewer than two draws.
-        NonFiniteError: if a draw isn't finite.
-        InvalidInputError: if a level isn't inside (0, 1), or there is no such component.
+        TimeGridError: If the times don't increase, or the forecast starts outside them.
+        ShapeError: If draws or observations don't fit their times.
+        TooFewDrawsError: If there are fewer than two draws.
+        NonFiniteError: If a draw isn't finite.
+        InvalidInputError: If a level isn't inside (0, 1), or there is no such component.
 
     Example:
         >>> ax = plot_paths(torch.linspace(0, 1, 5), torch.randn(100, 5), levels=(0.9,))
@@ -150,18 +150,18 @@ def plot_training(
     """Draw a training curve, the raw losses and their running mean.
 
     Args:
-        losses: ``(steps,)``, or what :func:`stochdyn.fit` returns.
-        bound: what the loss means, as in :class:`stochdyn.ObjectiveValue`; by default that of the result.
-        window: steps of the running mean, which lies at its window's end; a fiftieth of all by default.
-        ax: where to draw; new axes if None.
+        losses: The losses by step, ``(steps,)``, or what :func:`stochdyn.fit` returns.
+        bound: What the loss means, as in :class:`stochdyn.ObjectiveValue`; by default that of the result.
+        window: The number of steps of the running mean, which lies at its window's end; a fiftieth of all by default.
+        ax: Where to draw; new axes if None.
 
     Returns:
         The axes. They show all smoothed losses and the last 90 % of the raw ones.
 
     Raises:
-        EmptyDataError: if there are no losses.
-        ShapeError: if they have more than one axis.
-        InvalidInputError: if the bound is unknown.
+        EmptyDataError: If there are no losses.
+        ShapeError: If they have more than one axis.
+        InvalidInputError: If the bound is unknown.
 
     Example:
         >>> plot_training(torch.rand(100), bound="evidence_lower").get_ylabel()
@@ -208,21 +208,21 @@ def plot_density(
     """Draw the density of a scalar posterior, its central interval, and reference values as vertical lines.
 
     Args:
-        draws: ``(S,)``; further axes, such as chains, are joined.
-        references: values to mark, by name in the legend.
-        level: probability of the shaded interval.
-        label: name in the legend.
-        xlabel: name of the quantity.
+        draws: The draws ``(S,)``; further axes, such as chains, are joined.
+        references: Values to mark, by name in the legend.
+        level: The probability of the shaded interval.
+        label: The name in the legend.
+        xlabel: The name of the quantity.
         colour: Matplotlib colour.
-        ax: where to draw; new axes if None.
+        ax: Where to draw; new axes if None.
 
     Returns:
         The axes.
 
     Raises:
-        TooFewDrawsError: with fewer than ten draws.
-        NonFiniteError: if a draw isn't finite.
-        InvalidInputError: if the level isn't inside (0, 1), or all draws are equal.
+        TooFewDrawsError: If there are fewer than ten draws.
+        NonFiniteError: If a draw isn't finite.
+        InvalidInputError: If the level isn't inside (0, 1), or all draws are equal.
 
     Example:
         >>> ax = plot_density(torch.randn(500), references={"truth": 0.0}, xlabel="rate")

@@ -42,8 +42,8 @@ class SetValues(Messenger):
     """Give sites their values; unlike under ``condition`` they stay random.
 
     Args:
-        values: the values of sites, by name.
-        check_shapes: raise if a value hasn't the shape that the model gives it on one draw.
+        values: The values of sites, by name.
+        check_shapes: Whether to raise if a value hasn't the shape that the model gives it on one draw.
     """
 
     def __init__(self, values: Mapping[str, Any], check_shapes: bool = False) -> None:

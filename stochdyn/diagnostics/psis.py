@@ -37,8 +37,8 @@ class ParetoSmoothed(NamedTuple):
     """Smoothed log weights and the shape of their tail.
 
     Attributes:
-        log_weights: ``(..., S)`` on the scale of the input: not normalised.
-        khat: ``(...)`` shape of the generalised Pareto distribution fitted to the largest weights.
+        log_weights: The logarithms of importance weights, ``(..., S)`` on the scale of the input: not normalised.
+        khat: The shape ``(...)`` of the generalised Pareto distribution fitted to the largest weights.
     """
 
     log_weights: Tensor
@@ -50,10 +50,10 @@ class ImportanceEvidence:
     """What importance weights say about the evidence.
 
     Attributes:
-        log_evidence: log of the mean weight.
-        stderr: its standard error, of first order in the variance of the weights.
-        effective_sample_size: the effective sample size of the weights.
-        khat: above 0.7 the other numbers mean nothing.
+        log_evidence: The logarithm of the mean weight.
+        stderr: The standard error of the mean, of first order in the variance of the weights.
+        effective_sample_size: The effective sample size of the weights.
+        khat: The shape of the tail of the weights; above 0.7 the other numbers mean nothing.
     """
 
     log_evidence: Tensor
@@ -77,17 +77,17 @@ def pareto_smooth(
     enough in practice.
 
     Args:
-        log_weights: ``(..., S)``; minus infinity is a weight of zero.
-        relative_efficiency: effective over actual number of draws, ``r``; 1 for independent ones.
-        rounding: log weights within it of each other count as equal; by default 1000 units in the last place
-            of the largest of their row. If all are equal there is no tail: the weights stay and ``khat`` is 0.
+        log_weights: The logarithms of importance weights, ``(..., S)``; minus infinity is a weight of zero.
+        relative_efficiency: The effective over the actual number of draws, ``r``; 1 for independent ones.
+        rounding: The difference of log weights within which they count as equal; by default 1000 units in the last
+            place of the largest of their row. If all are equal there is no tail: the weights stay and ``khat`` is 0.
 
     Returns:
         Smoothed log weights and k-hat; the latter is infinite if fewer than five weights exceed the rest.
 
     Raises:
-        TooFewDrawsError: with fewer than 100 draws.
-        NonFiniteError: if a log weight is NaN or plus infinity, or all are minus infinity.
+        TooFewDrawsError: If there are fewer than 100 draws.
+        NonFiniteError: If a log weight is NaN or plus infinity, or all are minus infinity.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -184,19 +184,19 @@ def khat(
     Args:
         model: Pyro model.
         guide: Pyro guide.
-        args: positional arguments of both.
-        kwargs: keyword arguments of both.
-        num_draws: how many draws; k-hat is uncertain by about 0.1 with 1000.
-        seed: what the draws start from; the global random state is left alone. None draws from that instead.
-        chunk_size: draws at a time; by default what bounds the memory of the traced values.
+        args: Positional arguments of both.
+        kwargs: Keyword arguments of both.
+        num_draws: The number of draws; k-hat is uncertain by about 0.1 with 1000.
+        seed: What the draws start from; the global random state is left alone. None draws from that instead.
+        chunk_size: The number of draws at a time; by default what bounds the memory of the traced values.
 
     Returns:
         k-hat; 0 if all weights are equal, so that the guide is the posterior.
 
     Raises:
-        TooFewDrawsError: with fewer than 100 draws.
-        UnknownSiteError: if model and guide don't have the same latent sites.
-        InvalidInputError: if the guide has no density, being a point mass.
+        TooFewDrawsError: If there are fewer than 100 draws.
+        UnknownSiteError: If model and guide don't have the same latent sites.
+        InvalidInputError: If the guide has no density, being a point mass.
 
     Example:
         >>> import pyro
@@ -233,15 +233,15 @@ def importance_evidence(log_weights: Tensor | np.ndarray, *, smooth: bool = Fals
     .. math:: \log\hat Z=\log\frac1S\sum_s w_s,\qquad \mathrm{se}\approx\frac{\mathrm{sd}(w)}{\bar w\sqrt S}.
 
     Args:
-        log_weights: ``(S,)`` unnormalised.
-        smooth: whether to smooth them first: far less variance where the tail is heavy, and a little bias.
+        log_weights: The logarithms ``(S,)`` of unnormalised weights.
+        smooth: Whether to smooth them first: far less variance where the tail is heavy, and a little bias.
 
     Returns:
         Estimate, standard error, effective sample size and k-hat.
 
     Raises:
-        TooFewDrawsError: with fewer than 100 draws.
-        NonFiniteError: as :func:`pareto_smooth`.
+        TooFewDrawsError: If there are fewer than 100 draws.
+        NonFiniteError: As :func:`pareto_smooth`.
 
     Example:
         >>> importance_evidence(torch.full((100,), -2.0)).log_evidence
@@ -266,8 +266,8 @@ def importance_mean(values: Tensor, log_weights: Tensor | np.ndarray) -> Estimat
         \qquad \bar w_s = w_s/\textstyle\sum_r w_r.
 
     Args:
-        values: ``(S, ...)`` the function at each draw.
-        log_weights: ``(S,)``.
+        values: The values ``(S, ...)`` of the function at each draw.
+        log_weights: The logarithms of importance weights, ``(S,)``.
 
     Returns:
         Mean and standard error, each ``(...)``.
@@ -298,13 +298,13 @@ def effective_sample_size(log_weights: Tensor | np.ndarray) -> Tensor:
     r"""Return Kish's effective sample size :math:`(\sum w)^2/\sum w^2` of weights ``(..., S)``.
 
     Args:
-        log_weights: ``(..., S)``.
+        log_weights: The logarithms of importance weights, ``(..., S)``.
 
     Returns:
         ``(...)``, between 1 and S.
 
     Raises:
-        NonFiniteError: as :func:`pareto_smooth`.
+        NonFiniteError: As :func:`pareto_smooth`.
 
     Example:
         >>> effective_sample_size(torch.tensor([0.0, 0.0, -torch.inf]))

@@ -34,10 +34,10 @@ class MCMCSampler:
     """Draw by Markov chain Monte Carlo.
 
     Args:
-        kernel: makes a kernel of a model.
-        warmup: number of steps of adaptation.
-        thinning: how many draws of the chain there are for each that is kept; ranks need nearly independent ones.
-        options: keyword arguments of the kernel.
+        kernel: What makes a kernel of a model.
+        warmup: The number of steps of adaptation.
+        thinning: The number of draws of the chain there are for each that is kept; ranks need nearly independent ones.
+        options: Keyword arguments of the kernel.
 
     Example:
         >>> import pyro.distributions as dist, torch
@@ -76,10 +76,10 @@ class VariationalSampler:
     """Fit a guide by stochastic variational inference and draw from it; the parameter store is left alone.
 
     Args:
-        guide: makes a guide of a model.
-        steps: number of updates of the optimiser.
-        lr: learning rate of Adam, which falls to a hundredth of itself over the run.
-        num_particles: draws per step.
+        guide: What makes a guide of a model.
+        steps: The number of updates of the optimiser.
+        lr: The learning rate of Adam, which falls to a hundredth of itself over the run.
+        num_particles: The number of draws per step.
 
     Example:
         >>> import pyro.distributions as dist, torch

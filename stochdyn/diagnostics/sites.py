@@ -33,16 +33,15 @@ class Site:
     """One sample statement of a model.
 
     Attributes:
-        kind: ``"latent"``, ``"deterministic"``, ``"observed"`` or ``"factor"``.
-        shape: the shape of one draw's value, ``(*batch, *event)``.
-        batch_shape: the part of ``shape`` that counts independent values.
-        elements: ``batch_shape`` and the event axes that only declare independent values together
-            (``to_event``).
-        plates: the name of its plate for each batch axis, None where no plate declares it.
-        times: the time of each entry of a path along its second last axis, else None.
-        drives: the name of the deterministic path that this site's increments drive, else None.
-        value: the data of an observed site, else None.
-        seen: which of its ``elements`` a mask leaves in the likelihood; None where none is masked.
+        kind: The kind: ``"latent"``, ``"deterministic"``, ``"observed"`` or ``"factor"``.
+        shape: The shape of one draw's value, ``(*batch, *event)``.
+        batch_shape: The part of ``shape`` that counts independent values.
+        elements: The and the event axes ``batch_shape`` that only declare independent values together (``to_event``).
+        plates: The name of its plate for each batch axis, None where no plate declares it.
+        times: The time of each entry of a path along its second last axis, else None.
+        drives: The name of the deterministic path that this site's increments drive, else None.
+        value: The data of an observed site, else None.
+        seen: Which of its ``elements`` a mask leaves in the likelihood; None where none is masked.
     """
 
     kind: Kind

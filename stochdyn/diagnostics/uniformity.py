@@ -20,10 +20,10 @@ class EcdfBand:
     """A band that the empirical distribution function of uniform values leaves with a known probability.
 
     Attributes:
-        points: ``(K,)`` where the function is looked at, inside (0, 1).
-        lower: ``(K,)`` lower edge, inclusive.
-        upper: ``(K,)`` upper edge, inclusive.
-        level: probability that the function is inside at all points; at least what was asked for.
+        points: The points ``(K,)`` where the function is looked at, inside (0, 1).
+        lower: The lower edge ``(K,)``, inclusive.
+        upper: The upper edge ``(K,)``, inclusive.
+        level: The probability that the function is inside at all points; at least what was asked for.
     """
 
     points: np.ndarray
@@ -38,10 +38,10 @@ class UniformityTest:
 
     Attributes:
         chi2: Pearson's statistic over ``num_bins`` bins.
-        pvalue: the p-value of that statistic.
-        num_bins: how many bins, each expecting five ranks or more.
-        inside: whether the empirical distribution function stays in the band of the asked level.
-        excess: largest distance outside the band; 0 if inside.
+        pvalue: The p-value of that statistic.
+        num_bins: The number of bins, each expecting five ranks or more.
+        inside: Whether the empirical distribution function stays in the band of the asked level.
+        excess: The largest distance outside the band; 0 if inside.
     """
 
     chi2: float
@@ -63,15 +63,15 @@ def ecdf_band(num_values: int, points: np.ndarray | int = 50, level: float = 0.9
     the rest is binomial on the interval to :math:`z_{k+1}`.
 
     Args:
-        num_values: ``N``.
-        points: increasing points inside (0, 1), or how many equally spaced ones.
-        level: probability that uniform values stay in the whole band.
+        num_values: The number of values, ``N``.
+        points: Increasing points inside (0, 1), or how many equally spaced ones.
+        level: The probability that uniform values stay in the whole band.
 
     Returns:
         The band.
 
     Raises:
-        InvalidInputError: if the level or a point isn't inside (0, 1), or points don't increase.
+        InvalidInputError: If the level or a point isn't inside (0, 1), or points don't increase.
 
     Example:
         >>> band = ecdf_band(100, points=4)
@@ -136,17 +136,17 @@ def rank_uniformity(ranks: np.ndarray, num_ranks: int, level: float = 0.95) -> U
     """Test whether ranks are uniform on ``0, ..., num_ranks - 1``.
 
     Args:
-        ranks: ``(N,)`` integers.
-        num_ranks: how many values a rank can take: one more than the draws it counts.
-        level: probability that uniform ranks stay in the band.
+        ranks: The integers ``(N,)``.
+        num_ranks: The number of values a rank can take: one more than the draws it counts.
+        level: The probability that uniform ranks stay in the band.
 
     Returns:
         Both tests. The chi-square one sees any unevenness, the band is sharper for bias and wrong spread.
 
     Raises:
-        EmptyDataError: if there are no ranks.
-        TooFewDrawsError: with fewer than ten ranks, which fill no two bins.
-        InvalidInputError: if a rank is out of range.
+        EmptyDataError: If there are no ranks.
+        TooFewDrawsError: If there are fewer than ten ranks, which fill no two bins.
+        InvalidInputError: If a rank is out of range.
 
     Example:
         >>> rank_uniformity(np.arange(100) % 10, 10).pvalue

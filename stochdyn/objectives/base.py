@@ -22,10 +22,10 @@ class ObjectiveValue:
     r"""One evaluation of an objective.
 
     Args:
-        loss: scalar tensor to differentiate and minimise. Its *gradient* is what training follows.
-        terms: named scalar tensors to report; each is detached. By convention the parts of the loss,
-            and for ``bound="evidence_lower"`` the value of the bound itself under ``"elbo"``.
-        bound: what the number means: ``"evidence_lower"`` (minus the loss bounds the log evidence from
+        loss: The scalar tensor to differentiate and minimise. Its *gradient* is what training follows.
+        terms: Named scalar tensors to report; each is detached. By convention the parts of the loss, and for
+            ``bound="evidence_lower"`` the value of the bound itself under ``"elbo"``.
+        bound: What the number means: ``"evidence_lower"`` (minus the loss bounds the log evidence from
             below), ``"kl_upper"`` (the loss bounds a divergence from above), ``"residual"`` (zero exactly
             at a solution of an equation) or ``"surrogate"`` (a regression with the right minimiser).
     """
@@ -38,7 +38,7 @@ class ObjectiveValue:
         """Return the same numbers without their graph, as scalars of the loss's precision.
 
         Raises:
-            ShapeError: if a term isn't a scalar.
+            ShapeError: If a term isn't a scalar.
         """
         loss = self.loss.detach()
         terms = {}

@@ -49,21 +49,21 @@ class GaussianObservations(nn.Module):
     the precision of ``ts``. A value that is NaN wasn't observed and has no say in the likelihood.
 
     Args:
-        ts: ``(T,)`` grid on which paths are simulated.
-        times: ``(n,)`` observation times, each on or between grid points (linear interpolation in between).
-        values: ``(n, d)`` observed values, or ``(n,)`` for one-dimensional paths; NaN where one is missing.
-        obs_scale: standard deviation of the observations, in units of the values: a number, or a tensor that broadcasts with
-            ``(n, d)``. A Parameter is learnt.
+        ts: The grid ``(T,)`` on which paths are simulated.
+        times: The observation times ``(n,)``, each on or between grid points (linear interpolation in between).
+        values: The observed values ``(n, d)``, or ``(n,)`` for one-dimensional paths; NaN where one is missing.
+        obs_scale: The standard deviation of the observations, in units of the values: a number, or a tensor that
+            broadcasts with ``(n, d)``. A Parameter is learnt.
 
     Attributes:
-        seen: ``(n, d)`` which values were observed.
-        scale: the standard deviation, a buffer or the Parameter given.
+        seen: Which of the values ``(n, d)`` were observed.
+        scale: The standard deviation, a buffer or the Parameter given.
 
     Raises:
-        TimeGridError: if a time lies outside the grid.
-        NonFiniteError: if a time or a scale isn't finite, or a value is infinite.
-        EmptyDataError: if there are no observations, or all are missing.
-        ShapeError: if times, values and scale don't fit.
+        TimeGridError: If a time lies outside the grid.
+        NonFiniteError: If a time or a scale isn't finite, or a value is infinite.
+        EmptyDataError: If there are no observations, or all are missing.
+        ShapeError: If times, values and scale don't fit.
 
     Example:
         >>> ts = torch.linspace(0, 1, 5)
@@ -149,17 +149,19 @@ class PathELBO(Objective):
         prior: P, the law of the latent path.
         posterior: Q, a law with a density with respect to P: for diffusions usually ``prior.controlled(u, precision)``. How its
             paths are simulated, their integration method included, is a matter of the law.
-        likelihood: maps paths (and the batch) to log-likelihoods; if it has an attribute ``ts``, that is the grid.
-        num_particles: paths drawn per evaluation.
-        estimator: gradient of the divergence: ``"rate"``, ``"stl"``, ``"density"``, or ``"auto"``: ``"rate"`` while the log
-            weights of the particles spread by more than ``auto_threshold``, then ``"stl"``. The value reported is
-            always the true log weight.
-        ts: ``(T,)`` grid; needed if the likelihood has none.
-        importance_weighted: report and optimise the tighter bound :math:`\mathbb E\log\frac1S\sum_s w_s` (IWAE) instead.
-        auto_threshold: variance of the log weights, in squared nats, under which ``"auto"`` changes to ``"stl"``.
+        likelihood: A function that maps paths (and the batch) to log-likelihoods; if it has an attribute ``ts``, that
+            is the grid.
+        num_particles: The number of paths drawn per evaluation.
+        estimator: The gradient of the divergence: ``"rate"``, ``"stl"``, ``"density"``, or ``"auto"``: ``"rate"`` while
+            the log weights of the particles spread by more than ``auto_threshold``, then ``"stl"``. The value reported
+            is always the true log weight.
+        ts: The grid ``(T,)``; needed if the likelihood has none.
+        importance_weighted: Whether to report and optimise the tighter bound :math:`\mathbb E\log\frac1S\sum_s w_s`
+            (IWAE) instead.
+        auto_threshold: The variance of the log weights, in squared nats, under which ``"auto"`` changes to ``"stl"``.
 
     Raises:
-        InvalidInputError: for an unknown estimator, or if no grid is given.
+        InvalidInputError: For an unknown estimator, or if no grid is given.
 
     Reference:
         Li, Wong, Chen and Duvenaud, "Scalable gradients for stochastic differential equations", 2020, section 5;
@@ -279,8 +281,8 @@ class PathELBO(Objective):
         """Estimate the log evidence by importance sampling with the posterior.
 
         Args:
-            num_samples: number of paths drawn.
-            batch: what the likelihood is given besides the paths.
+            num_samples: The number of paths drawn.
+            batch: What the likelihood is given besides the paths.
 
         Returns:
             The estimate ``(*batch,)`` and the log weights ``(num_samples, *batch)``.

@@ -36,15 +36,15 @@ class UniformPoints(nn.Module):
     When to use it: for equations that must hold where there is little probability too; else :class:`FlowPoints`.
 
     Args:
-        low: ``(d,)`` lower corner of the box; its precision and device are those of the points.
-        high: ``(d,)`` upper corner of the box.
-        start_time: the first time.
-        horizon: the last time.
-        num_points: how many points are drawn per call.
+        low: The lower corner ``(d,)`` of the box; its precision and device are those of the points.
+        high: The upper corner ``(d,)`` of the box.
+        start_time: The first time.
+        horizon: The last time.
+        num_points: The number of points are drawn per call.
 
     Raises:
-        ShapeError: if the corners differ in shape.
-        InvalidInputError: if ``num_points`` isn't positive, or ``horizon`` isn't after ``start_time``.
+        ShapeError: If the corners differ in shape.
+        InvalidInputError: If ``num_points`` isn't positive, or ``horizon`` isn't after ``start_time``.
 
     Example:
         >>> t, x = UniformPoints(-torch.ones(2), torch.ones(2), 0.0, 1.0, 5)()
@@ -81,14 +81,14 @@ class FlowPoints(nn.Module):
     """Points drawn from a flow at uniform times, without gradients: where the probability is.
 
     Args:
-        flow: what to sample, the learned flow itself or a reference.
-        start_time: the first time.
-        horizon: the last time.
-        num_points: how many points are drawn per call.
-        like: a tensor whose precision and device the times take; torch's default if None.
+        flow: What to sample, the learned flow itself or a reference.
+        start_time: The first time.
+        horizon: The last time.
+        num_points: The number of points are drawn per call.
+        like: A tensor whose precision and device the times take; torch's default if None.
 
     Raises:
-        InvalidInputError: if ``num_points`` isn't positive, or ``horizon`` isn't after ``start_time``.
+        InvalidInputError: If ``num_points`` isn't positive, or ``horizon`` isn't after ``start_time``.
     """
 
     like: Tensor
@@ -131,19 +131,20 @@ class ForwardResidual(Objective):
     probes; single losses may then be negative.
 
     Args:
-        flow: the densities to be learned.
-        operator: the equation. Parameters inside it are trained as well; freeze those that shouldn't move.
-        sampler: gives ``(t, x)`` when the objective is called without a batch, such as :class:`UniformPoints`
-            and :class:`FlowPoints`.
-        weight: ``weight(t, x) -> (...)``, or None for 1. Near a singular start weigh by the squared variance.
-        form: ``"log"``, ``"score"`` or ``"density"``; see :meth:`stochdyn.FokkerPlanck.residual`. A master
-            equation knows the log form only.
-        method: ``"exact"``, or ``"hutchinson"`` where derivatives by every component cost too much;
+        flow: The densities to be learned.
+        operator: The equation. Parameters inside it are trained as well; freeze those that shouldn't move.
+        sampler: What gives ``(t, x)`` when the objective is called without a batch, such as :class:`UniformPoints` and
+            :class:`FlowPoints`.
+        weight: A function ``weight(t, x) -> (...)``, or None for 1. Near a singular start weigh by the squared
+            variance.
+        form: The form of the residual: ``"log"``, ``"score"`` or ``"density"``; see
+            :meth:`stochdyn.FokkerPlanck.residual`. A master equation knows the log form only.
+        method: The method: ``"exact"``, or ``"hutchinson"`` where derivatives by every component cost too much;
             :class:`~stochdyn.core.forward.divergences.Hutchinson` has its options, and needs two probes here.
-        stationary: leave out the time derivative.
+        stationary: Whether to leave out the time derivative.
 
     Raises:
-        InvalidInputError: if an option is unknown, or a square of fewer than two probes is asked for.
+        InvalidInputError: If an option is unknown, or a square of fewer than two probes is asked for.
 
     Example:
         >>> from stochdyn.core import GaussianFlow
@@ -194,7 +195,7 @@ class ForwardResidual(Objective):
         """Evaluate at the points of ``batch = (t, x)``, or at fresh ones of the sampler.
 
         Raises:
-            InvalidInputError: if there are neither points nor a sampler.
+            InvalidInputError: If there are neither points nor a sampler.
         """
         if batch is None:
             if self.sampler is None:

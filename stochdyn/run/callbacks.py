@@ -56,12 +56,12 @@ class Every(Callback):
     Random numbers that the function draws don't change those of the training.
 
     Args:
-        every: number of steps between calls.
-        function: called with the :class:`FitState`; a result other than None is kept.
+        every: The number of steps between calls.
+        function: A function that is called with the :class:`FitState`; a result other than None is kept.
 
     Attributes:
-        steps: the steps at which something was kept.
-        values: what was kept; floats, tensors or plain data, so that checkpoints can hold it.
+        steps: The steps at which something was kept.
+        values: What was kept; floats, tensors or plain data, so that checkpoints can hold it.
 
     Example:
         >>> from stochdyn.run import Every, fit
@@ -133,15 +133,15 @@ class EarlyStopping(_Monitor):
     """Stop when nothing improves any more.
 
     Args:
-        patience: number of looks in a row without improvement that stop the run.
-        every: number of steps between looks.
-        min_delta: improvement that counts, in the units of the loss.
-        metric: function of the objective to judge by, smaller is better such as a validation loss, run without
-            gradients; None judges by the mean training loss since the last look. For an evidence bound give a
-            metric with many particles: a noisy loss hides small improvements.
+        patience: The number of looks in a row without improvement that stop the run.
+        every: The number of steps between looks.
+        min_delta: The improvement that counts, in the units of the loss.
+        metric: The function of the objective to judge by, smaller is better such as a validation loss, run without
+            gradients; None judges by the mean training loss since the last look. For an evidence bound give a metric
+            with many particles: a noisy loss hides small improvements.
 
     Attributes:
-        best: smallest value seen; best_step: when.
+        best: The smallest value seen; best_step: when.
     """
 
     def __init__(
@@ -179,13 +179,13 @@ class KeepBest(_Monitor):
     """Keep the best parameters of the run and put them back at its end.
 
     Args:
-        every: number of steps between looks.
-        metric: function of the objective to judge by, as in :class:`EarlyStopping`.
-        restore: put the best parameters into the objective at the end. The checkpoint keeps the last ones,
+        every: The number of steps between looks.
+        metric: The function of the objective to judge by, as in :class:`EarlyStopping`.
+        restore: Whether to put the best parameters into the objective at the end. The checkpoint keeps the last ones,
             from which a resumed run continues.
 
     Attributes:
-        best: smallest value seen; best_step: when; parameters: parameters and buffers of then, by name.
+        best: The smallest value seen; best_step: when; parameters: parameters and buffers of then, by name.
     """
 
     def __init__(self, every: int = 100, metric: Metric | None = None, restore: bool = True) -> None:

@@ -66,8 +66,8 @@ def write_checkpoint(path: str | os.PathLike[str], content: Checkpoint) -> None:
     """Write a checkpoint into the directory ``path``, made if need be; atomic.
 
     Raises:
-        CheckpointWriteError: if the disk is full or refuses; the previous checkpoint is then still whole.
-        CheckpointError: if the state holds something that is neither a tensor nor plain data.
+        CheckpointWriteError: If the disk is full or refuses; the previous checkpoint is then still whole.
+        CheckpointError: If the state holds something that is neither a tensor nor plain data.
     """
     tensors: dict[str, Tensor] = {}
     state = encode(content.state, "state", tensors)
@@ -122,8 +122,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint | None:
     """Read the checkpoint in the directory ``path``; None if there is none.
 
     Raises:
-        DamagedCheckpointError: if the checkpoint was cut short or altered, or isn't one.
-        CheckpointError: if another version of the library wrote it, or the file system refuses to read it.
+        DamagedCheckpointError: If the checkpoint was cut short or altered, or isn't one.
+        CheckpointError: If another version of the library wrote it, or the file system refuses to read it.
     """
     folder = Path(path)
     before: bytes | None = None

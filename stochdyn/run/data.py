@@ -28,8 +28,8 @@ class Batches(ABC):
     """An endless sequence of batches whose place can be saved and found again.
 
     Attributes:
-        items: number of items in the data; None where it has none or can't be known.
-        source: what the batches are made of, for the identity of a run.
+        items: The number of items in the data; None where it has none or can't be known.
+        source: What the batches are made of, for the identity of a run.
     """
 
     items: int | None = None
@@ -219,15 +219,15 @@ def make_batches(data: Any, batch_size: int | None, seed: int, world: World, dev
 
     Args:
         data: None; a tensor or array, or a tuple, list, dict or dataclass of them; a Dataset; a DataLoader.
-        batch_size: items of a batch on each rank; None makes the whole data the batch (on every rank).
-        seed: decides the permutations.
-        world: the ranks that share the data.
-        device: where batches go. Tensors go there once, at the start.
+        batch_size: The number of items of a batch on each rank; None makes the whole data the batch (on every rank).
+        seed: What decides the permutations.
+        world: The ranks that share the data.
+        device: Where batches go. Tensors go there once, at the start.
 
     Raises:
-        EmptyDataError: if there is no item.
-        ShapeError: if a minibatch is asked of tensors that differ in their first axis.
-        InvalidInputError: if ``batch_size`` comes with ``data=None`` or with a DataLoader.
+        EmptyDataError: If there is no item.
+        ShapeError: If a minibatch is asked of tensors that differ in their first axis.
+        InvalidInputError: If ``batch_size`` comes with ``data=None`` or with a DataLoader.
     """
     data = _as_tensors(data)
     batches = _make_batches(data, batch_size, seed, world, device)

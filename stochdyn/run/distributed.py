@@ -23,9 +23,9 @@ class World:
     """The group of processes that train together; the defaults are one process alone.
 
     Attributes:
-        rank: this process, from 0.
-        size: number of processes.
-        options: keyword arguments of DistributedDataParallel.
+        rank: The number of this process, from 0.
+        size: The number of processes.
+        options: Keyword arguments of DistributedDataParallel.
     """
 
     rank: int = 0
@@ -90,10 +90,10 @@ def connect(distributed: bool | Mapping[str, Any] | None, device: torch.device) 
         distributed: None joins a group where there is one (already initialised, or announced by the
             environment variables of ``torchrun``), True demands one, False ignores it, and a mapping demands
             one and goes to DistributedDataParallel as keyword arguments.
-        device: decides between the backends ``nccl`` (CUDA) and ``gloo`` if the group isn't initialised yet.
+        device: What decides between the backends ``nccl`` (CUDA) and ``gloo`` if the group isn't initialised yet.
 
     Raises:
-        InvalidInputError: if a group is demanded and there is none.
+        InvalidInputError: If a group is demanded and there is none.
     """
     if distributed is False:
         return World()

@@ -23,7 +23,7 @@ class ParameterAverage:
     so that a short run isn't held back by its starting point. Buffers are not averaged.
 
     Args:
-        parameters: the tensors to follow, by name.
+        parameters: The tensors to follow, by name.
         decay: :math:`\beta` in ``(0, 1)``.
 
     Example:

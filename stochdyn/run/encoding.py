@@ -30,12 +30,12 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     and Counters, nested in any way.
 
     Args:
-        value: what is to be written.
-        name: where it stands, such as ``"optimizer"``; keys of tensors and errors start with it.
-        tensors: filled with detached, contiguous copies on the CPU.
+        value: What is to be written.
+        name: Where it stands, such as ``"optimizer"``; keys of tensors and errors start with it.
+        tensors: A list that is filled with detached, contiguous copies on the CPU.
 
     Raises:
-        CheckpointError: if a value of another type is met, such as a function.
+        CheckpointError: If a value of another type is met, such as a function.
 
     Example:
         >>> tensors = {}
@@ -89,7 +89,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Return what :func:`encode` was given.
 
     Raises:
-        DamagedCheckpointError: if a tensor is missing or a tag is unknown.
+        DamagedCheckpointError: If a tensor is missing or a tag is unknown.
     """
     if isinstance(value, list):
         return [decode(v, tensors) for v in value]

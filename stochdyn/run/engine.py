@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
-from stochdyn._checks import check_bool, check_callable, check_choice, check_positive_int
+from stochdyn._checks import check_bool, check_callable, check_choice, check_positive_int, check_type
 from stochdyn.errors import CheckpointError, CheckpointWriteError, DamagedCheckpointError, InvalidInputError
 from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from stochdyn.run.distributed import World
@@ -47,13 +47,13 @@ class Resumable(ABC, Generic[Result]):
     step, or from the global generators, which belong to the run while it runs and are kept in its checkpoint.
 
     Attributes:
-        total: where the bar ends: a number of steps, or whatever :attr:`position` counts; None if unknown.
-        unit: what the bar counts.
-        number: how many steps have been done, those before a resumption included; set by the engine.
-        seconds: wall-clock time of the run so far, earlier parts included; set by the engine.
-        interrupted: whether Ctrl-C ended the run; set by the engine before it asks for the report.
-        intact: whether the state may be saved; a run that learns late that an earlier step went wrong sets it to False.
-        world: the processes that run together, one by default.
+        total: Where the bar ends: a number of steps, or whatever :attr:`position` counts; None if unknown.
+        unit: What the bar counts.
+        number: The number of steps have been done, those before a resumption included; set by the engine.
+        seconds: The wall-clock time of the run so far, earlier parts included; set by the engine.
+        interrupted: Whether Ctrl-C ended the run; set by the engine before it asks for the report.
+        intact: Whether the state may be saved; a run that learns late that an earlier step went wrong sets it to False.
+        world: The processes that run together, one by default.
     """
 
     total: float | None = None
@@ -157,30 +157,32 @@ def run_to_end(
       they were. Runs in several threads take turns step by step and give the numbers that each gives alone.
 
     Args:
-        job: what to run.
-        what: its name, such as ``"evolve"``: at the bar's left, in messages, and as the kind of its checkpoints.
-        identity: by name, everything that the answer depends on: data, models, options, functions. What may change when a
-            run is continued, such as its length, stays out.
-        randomness: the seed of the run, or an :class:`OwnRandomness` that was used while the job was made.
-        device: where the job computes, if ``randomness`` is a seed.
-        progress: whether to show a bar.
-        checkpoint: directory for checkpoints, made if need be. One that is there already is replaced at the first save
-            unless ``resume`` is set.
-        resume: whether to continue the run in ``checkpoint``; a fresh run if there is none.
-        checkpoint_every: steps between saves.
-        stop: called with the job after every step; true ends the run there.
-        on_interrupt: ``"raise"`` raises :class:`Interrupted` after Ctrl-C, ``"return"`` returns the result so far.
+        job: What to run.
+        what: The name of the run, such as ``"evolve"``: at the bar's left, in messages, and as the kind of its
+            checkpoints.
+        identity: By name, everything that the answer depends on: data, models, options, functions. What may change when
+            a run is continued, such as its length, stays out.
+        randomness: The seed of the run, or an :class:`OwnRandomness` that was used while the job was made.
+        device: Where the job computes, if ``randomness`` is a seed.
+        progress: Whether to show a bar.
+        checkpoint: The directory for checkpoints, made if need be. One that is there already is replaced at the first
+            save unless ``resume`` is set.
+        resume: Whether to continue the run in ``checkpoint``; a fresh run if there is none.
+        checkpoint_every: The number of steps between saves.
+        stop: A function that is called with the job after every step; true ends the run there.
+        on_interrupt: What happens after Ctrl-C: ``"raise"`` raises :class:`Interrupted` after Ctrl-C, ``"return"``
+            returns the result so far.
 
     Returns:
         The job's report.
 
     Raises:
-        InvalidInputError: for arguments that can't work; before any step.
-        CheckpointInUseError: if another run has the directory.
-        CheckpointWriteError: if a checkpoint can't be written; the previous one is whole.
-        DamagedCheckpointError: if the checkpoint to resume was cut short or altered.
-        ForeignCheckpointError: if it belongs to another run; the message names what differs.
-        Interrupted: after Ctrl-C.
+        InvalidInputError: For arguments that can't work; before any step.
+        CheckpointInUseError: If another run has the directory.
+        CheckpointWriteError: If a checkpoint can't be written; the previous one is whole.
+        DamagedCheckpointError: If the checkpoint to resume was cut short or altered.
+        ForeignCheckpointError: If it belongs to another run; the message names what differs.
+        Interrupted: After Ctrl-C.
 
     Example:
         A power iteration, and its resumption. The public function checks its arguments, makes the job and runs it.
@@ -225,6 +227,10 @@ def run_to_end(
             ...
         stochdyn.errors.ForeignCheckpointError: the checkpoint ... belongs to another run; got matrix is ...
     """
+    check_type(job, Resumable, "job")
+    check_type(what, str, "what")
+    if identity is not None:
+        check_type(identity, Mapping, "identity")
     check_bool(progress, "progress")
     check_bool(resume, "resume")
     check_positive_int(checkpoint_every, "checkpoint_every")
@@ -262,7 +268,7 @@ def as_folder(checkpoint: object, resume: bool, name: str = "checkpoint") -> Pat
     """Return the directory of a run's checkpoints, or None.
 
     Raises:
-        InvalidInputError: if it isn't a path, or if there is none to resume from.
+        InvalidInputError: If it isn't a path, or if there is none to resume from.
     """
     if checkpoint is None and name == "checkpoint":
         if resume:

@@ -36,9 +36,9 @@ def read_file(path: Path) -> bytes:
     """Return the content of a regular file.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: if there is none.
-        DamagedCheckpointError: if it is a link, a pipe, a device or a directory.
-        CheckpointError: if the file system refuses.
+        FileNotFoundError, NotADirectoryError: If there is none.
+        DamagedCheckpointError: If it is a link, a pipe, a device or a directory.
+        CheckpointError: If the file system refuses.
     """
     try:
         # Without waiting: to open a pipe would otherwise block until somebody writes to it.
@@ -93,7 +93,7 @@ def prepare_folder(path: str | os.PathLike[str]) -> None:
     """Make the directory and see that it can be written to.
 
     Raises:
-        CheckpointWriteError: if not.
+        CheckpointWriteError: If not.
     """
     folder = Path(path)
     try:
@@ -110,8 +110,8 @@ def claimed(path: str | os.PathLike[str]) -> Iterator[None]:
     """Keep a directory, made if need be, for the block alone; a process that ends, however it does, gives it back.
 
     Raises:
-        CheckpointInUseError: if another process, or another run in this one, has it.
-        CheckpointWriteError: if it can't be written to.
+        CheckpointInUseError: If another process, or another run in this one, has it.
+        CheckpointWriteError: If it can't be written to.
     """
     folder = Path(path)
     prepare_folder(folder)

@@ -26,12 +26,12 @@ class FiniteGuard:
     the device (or skipped inside a fused optimiser), so the parameters still are those of the last good step.
 
     Args:
-        parameters: trainable parameters by name.
-        optimizer: the optimiser that changes them.
-        device: where flags live.
-        world: ranks that must agree.
-        step: steps done before.
-        immediate: look at every step; None decides by the device.
+        parameters: The trainable parameters by name.
+        optimizer: The optimiser that changes them.
+        device: Where flags live.
+        world: The ranks that must agree.
+        step: The number of steps done before.
+        immediate: Whether to look at every step; None decides by the device.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class FiniteGuard:
         """Check one step, after its backward pass and before its update.
 
         Raises:
-            NonFiniteLossError: in immediate mode.
+            NonFiniteLossError: If a loss isn't finite, in immediate mode.
         """
         grads = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
         if self.immediate and self._world.size == 1 and _surely_finite(value, list(grads.values())):
@@ -126,7 +126,8 @@ class FiniteGuard:
         """Wait for the device and raise if a step was bad.
 
         Raises:
-            NonFiniteLossError: naming the step and the terms or the parameters' gradients.
+            NonFiniteLossError: If a loss or a gradient isn't finite; the message names the step and the terms or the
+                parameters' gradients.
         """
         if not bool(self._bad):
             return

@@ -105,7 +105,7 @@ class Identity:
     """The identity of a run: what it depends on at its beginning, and what of that it changes itself.
 
     Args:
-        things: whatever the answer depends on, by name.
+        things: Whatever the answer depends on, by name.
     """
 
     def __init__(self, things: Mapping[str, object]) -> None:
@@ -136,10 +136,10 @@ def check_same_run(
     """Raise ForeignCheckpointError, with the names that differ, unless two descriptions agree.
 
     Args:
-        folder: the checkpoint's directory, for the message.
-        found: the description in the checkpoint.
-        expected: the description of what is to go on from it.
-        hint: what to try; by default to do everything as in that run.
+        folder: The checkpoint's directory, for the message.
+        found: The description in the checkpoint.
+        expected: The description of what is to go on from it.
+        hint: What to try; by default to do everything as in that run.
     """
     differences = []
     for name in dict.fromkeys([*expected, *found]):

@@ -17,7 +17,7 @@ class Interrupted(KeyboardInterrupt):
     ``result``. Every long run of the library raises it: :func:`stochdyn.fit`, ``refine``, ``evolve`` and the others.
 
     Attributes:
-        result: what the run would have returned, up to the last whole step.
+        result: What the run would have returned, up to the last whole step.
 
     Example:
         >>> from stochdyn.run import Interrupted

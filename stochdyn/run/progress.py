@@ -26,12 +26,12 @@ def progress_bar(
     Long runs get theirs from :func:`stochdyn.run.run_to_end`; this is for loops whose steps needn't be kept.
 
     Args:
-        items: what to iterate over, or the total of a bar that is moved by ``bar.update()``; None is a bar without a
+        items: What to iterate over, or the total of a bar that is moved by ``bar.update()``; None is a bar without a
             total.
-        what: the name of the work, at the bar's left.
-        progress: whether to show a bar at all.
-        initial: where a bar with a total begins.
-        unit: what is counted.
+        what: The name of the work, at the bar's left.
+        progress: Whether to show a bar at all.
+        initial: Where a bar with a total begins.
+        unit: What is counted.
 
     Raises:
         InvalidInputError: If ``progress`` isn't a bool, or ``items`` neither a number nor iterable.

@@ -150,8 +150,8 @@ class OwnRandomness:
     generators in other threads, outside any such block, isn't kept away.
 
     Args:
-        seed: what the generators start from; None draws a seed from torch's global generator at the first entrance.
-        device: the device whose generator belongs to the block, besides the CPU's.
+        seed: What the generators start from; None draws a seed from torch's global generator at the first entrance.
+        device: The device whose generator belongs to the block, besides the CPU's.
 
     Example:
         >>> own = OwnRandomness(0)

@@ -22,15 +22,15 @@ class FitResult:
     """The outcome of :func:`stochdyn.fit`.
 
     Attributes:
-        losses: ``(steps,)`` loss of every step, on the CPU; under data-parallel training the mean over ranks.
-        objective: the objective that was given, trained in place.
-        seconds: wall-clock time of training, summed over resumed runs.
-        terms: ``(steps,)`` tensors of the objective's reported terms, NaN where a step had no such term.
-        steps: how many steps were done, ``len(losses)``.
-        bound: what the loss means, as in :class:`stochdyn.ObjectiveValue`.
-        stopped_early: whether a callback asked to stop.
-        interrupted: whether Ctrl-C stopped the run.
-        ema: averaged parameters by name; None if ``ema`` wasn't asked for.
+        losses: The loss ``(steps,)`` of every step, on the CPU; under data-parallel training the mean over ranks.
+        objective: The objective that was given, trained in place.
+        seconds: The wall-clock time of training, summed over resumed runs.
+        terms: The tensors ``(steps,)`` of the objective's reported terms, NaN where a step had no such term.
+        steps: The number of steps were done, ``len(losses)``.
+        bound: What the loss means, as in :class:`stochdyn.ObjectiveValue`.
+        stopped_early: Whether a callback asked to stop.
+        interrupted: Whether Ctrl-C stopped the run.
+        ema: The averaged parameters by name; None if ``ema`` wasn't asked for.
     """
 
     losses: Tensor
@@ -48,7 +48,7 @@ class FitResult:
         """A copy of the objective that has the averaged parameters.
 
         Raises:
-            InvalidInputError: if the run kept no average.
+            InvalidInputError: If the run kept no average.
         """
         if self.ema is None:
             raise InvalidInputError(

@@ -150,8 +150,8 @@ def choose_device(objective: nn.Module, device: str | torch.device | None) -> to
     ``"cuda"`` without a number is the GPU that ``torchrun`` means for this process, else the current one.
 
     Raises:
-        InvalidInputError: if the device isn't one, or CUDA isn't there.
-        DeviceMismatchError: if the objective is spread over devices and none is given.
+        InvalidInputError: If the device isn't one, or CUDA isn't there.
+        DeviceMismatchError: If the objective is spread over devices and none is given.
     """
     if device is None:
         found = {t.device for t in (*objective.parameters(), *objective.buffers())}
@@ -197,7 +197,7 @@ class ParameterWatch:
     """Finds, at the first step, parameters that would silently stay untrained.
 
     Args:
-        objective: what is trained; made before anything evaluates it.
+        objective: What is trained; made before anything evaluates it.
     """
 
     def __init__(self, objective: nn.Module) -> None:

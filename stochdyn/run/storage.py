@@ -82,10 +82,10 @@ def storable(kind: Kind) -> Kind:
     the file's word.
 
     Args:
-        kind: a class, or a function that stands at the top of its module.
+        kind: A class, or a function that stands at the top of its module.
 
     Raises:
-        InvalidInputError: if it is neither.
+        InvalidInputError: If it is neither.
 
     Example:
         >>> import tempfile
@@ -116,13 +116,13 @@ def save(thing: object, path: str | os.PathLike[str]) -> None:
     a crash at any moment the old content is whole, or the new one.
 
     Args:
-        thing: the object. Tensors are written without their graph and come back on the CPU.
-        path: the directory, made if need be; what it holds already is replaced.
+        thing: The object. Tensors are written without their graph and come back on the CPU.
+        path: The directory, made if need be; what it holds already is replaced.
 
     Raises:
-        UnavailableError: if something inside can't be saved, such as a lambda; the message says where it stands.
-        CheckpointInUseError: if another process writes to the directory.
-        CheckpointWriteError: if the disk is full or refuses; what was there is then still whole.
+        UnavailableError: If something inside can't be saved, such as a lambda; the message says where it stands.
+        CheckpointInUseError: If another process writes to the directory.
+        CheckpointWriteError: If the disk is full or refuses; what was there is then still whole.
 
     Example:
         >>> import tempfile
@@ -147,14 +147,14 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
     """Read the object that :func:`save` wrote: it samples and predicts as before.
 
     Args:
-        path: the directory.
-        device: where its tensors go.
+        path: The directory.
+        device: Where its tensors go.
 
     Raises:
-        CheckpointError: if there is nothing at ``path``, or another version of the library wrote it.
-        DamagedCheckpointError: if the files were cut short or altered.
-        ForeignCheckpointError: if the directory holds something else, such as the checkpoint of a run.
-        UnavailableError: if it needs a class of yours that isn't registered by :func:`storable`.
+        CheckpointError: If there is nothing at ``path``, or another version of the library wrote it.
+        DamagedCheckpointError: If the files were cut short or altered.
+        ForeignCheckpointError: If the directory holds something else, such as the checkpoint of a run.
+        UnavailableError: If it needs a class of yours that isn't registered by :func:`storable`.
     """
     folder = as_folder(path, resume=True, name="path")
     assert folder is not None
@@ -230,7 +230,7 @@ class Lost:
     """Stands where a record of what has run held a function without a name.
 
     Args:
-        where: the place that it had.
+        where: The place that it had.
     """
 
     def __init__(self, where: str) -> None:

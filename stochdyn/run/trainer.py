@@ -65,56 +65,58 @@ def fit(
     ``train``/``eval`` mode is left as it is. The global random state of the caller is put back at the end.
 
     Args:
-        objective: an :class:`stochdyn.Objective`, Pyro's ``Trace_ELBO()(model, guide)``, or any module that
+        objective: An :class:`stochdyn.Objective`, Pyro's ``Trace_ELBO()(model, guide)``, or any module that
             returns a scalar loss. A plain module is called with the batch as its arguments (``*batch`` for a
             tuple or list, ``**batch`` for a dict). Only what ``objective.parameters()`` lists is trained, so
             bare ``pyro.param`` statements are not: use PyroModules.
         data: None; a tensor, an array or a list of numbers, or a tuple, list, dict or dataclass of them whose first
             axis counts items; a Dataset; a DataLoader. Whole numbers, such as labels, stay whole.
-        steps: total number of updates, those of a resumed run included.
-        lr: learning rate.
-        batch_size: items of a batch (on each rank); None makes the whole data the batch. Batches follow one
-            random permutation per epoch and all have this size: items left over wait for another epoch.
-        seed: what Python's, NumPy's and torch's generators, which are the run's own while it lasts, and the permutations
+        steps: The total number of updates, those of a resumed run included.
+        lr: The learning rate.
+        batch_size: The number of items of a batch (on each rank); None makes the whole data the batch. Batches follow
+            one random permutation per epoch and all have this size: items left over wait for another epoch.
+        seed: What Python's, NumPy's and torch's generators, which are the run's own while it lasts, and the permutations
             start from (rank r of data-parallel training has its own); None draws a seed from torch's generator.
-        device: where the run computes, such as ``"cuda"``; the objective and the data are moved there. None takes the objective's.
-        progress: whether to show a bar with the loss, which appears after two seconds.
-        checkpoint: directory for checkpoints, made if need be. One that is there already is replaced at the
-            first save unless ``resume`` is set.
-        resume: whether to continue the run in ``checkpoint`` to the same bits as if it had never stopped; a fresh run
+        device: Where the run computes, such as ``"cuda"``; the objective and the data are moved there. None takes the objective's.
+        progress: Whether to show a bar with the loss, which appears after two seconds.
+        checkpoint: The directory for checkpoints, made if need be. One that is there already is replaced at the first
+            save unless ``resume`` is set.
+        resume: Whether to continue the run in ``checkpoint`` to the same bits as if it had never stopped; a fresh run
             if there is none. Everything but ``steps`` and the callbacks must be as in that run
             (:mod:`stochdyn.run.identity` says what is compared): another optimiser option is refused, and so is a
             schedule with another end.
         callbacks: :class:`Callback` objects, or functions called with the :class:`FitState` after every step.
-        optimizer: called as ``optimizer(parameters, lr=lr)``; Adam if None.
-        scheduler: called as ``scheduler(optimizer)``; steps after every update.
-        clip_norm: bound on the 2-norm of all gradients together.
-        ema: decay of an exponential average of the parameters, which becomes ``result.ema``.
-        accumulate: number of batches whose mean gradient makes one update, which equals one batch of that many times the
+        optimizer: A function that is called as ``optimizer(parameters, lr=lr)``; Adam if None.
+        scheduler: A function that is called as ``scheduler(optimizer)``; steps after every update.
+        clip_norm: The bound on the 2-norm of all gradients together.
+        ema: The decay of an exponential average of the parameters, which becomes ``result.ema``.
+        accumulate: The number of batches whose mean gradient makes one update, which equals one batch of that many times the
             size in the memory of one.
-        precision: ``"bfloat16"`` evaluates the objective with matrix products in that precision (torch's autocast), with
-            parameters and updates in their own; None in the precision of the parameters.
-        checkpoint_every: steps between saves; the end of the run is saved always.
-        log_every: steps between looks at the losses (and, on a GPU, at the watch for NaN).
+        precision: The precision of products: ``"bfloat16"`` evaluates the objective with matrix products in that
+            precision (torch's autocast), with parameters and updates in their own; None in the precision of the
+            parameters.
+        checkpoint_every: The number of steps between saves; the end of the run is saved always.
+        log_every: The number of steps between looks at the losses (and, on a GPU, at the watch for NaN).
         distributed: None uses DistributedDataParallel under ``torchrun`` or in an initialised process group,
             True demands it, False forbids it; a mapping demands it and gives its keyword arguments. Without
             ``batch_size`` all ranks see the whole data and differ in their random numbers. Ranks must share
             the file system for ``resume``.
-        on_interrupt: after Ctrl-C the current step is finished and the checkpoint saved; then ``"raise"``
-            raises :class:`Interrupted` (a KeyboardInterrupt that holds the result), ``"return"`` returns
-            the result. A second Ctrl-C stops at once, with the result of the steps before.
+        on_interrupt: After Ctrl-C the current step is finished and the checkpoint saved; then ``"raise"`` raises
+            :class:`Interrupted` (a KeyboardInterrupt that holds the result), ``"return"`` returns the result. A second
+            Ctrl-C stops at once, with the result of the steps before.
 
     Returns:
         Losses and terms of all steps, the objective, the averaged parameters, and how the run ended.
 
     Raises:
-        InvalidInputError: for arguments that can't work; before any step.
-        NonFiniteLossError: naming the step and the term or parameter; its ``result`` holds the run before it.
-        CheckpointInUseError: if another run has the checkpoint's directory.
-        CheckpointWriteError: if a checkpoint can't be written; the previous one is whole.
-        DamagedCheckpointError: if the checkpoint to resume was cut short or altered.
-        ForeignCheckpointError: if it belongs to another run; the message names what differs.
-        Interrupted: after Ctrl-C.
+        InvalidInputError: For arguments that can't work; before any step.
+        NonFiniteLossError: If a loss or a gradient isn't finite; the message names the step and the term or parameter;
+            its ``result`` holds the run before it.
+        CheckpointInUseError: If another run has the checkpoint's directory.
+        CheckpointWriteError: If a checkpoint can't be written; the previous one is whole.
+        DamagedCheckpointError: If the checkpoint to resume was cut short or altered.
+        ForeignCheckpointError: If it belongs to another run; the message names what differs.
+        Interrupted: After Ctrl-C.
 
     An exception of the objective or of a callback goes through; the checkpoint then holds the last whole step, and the
     exception's ``result`` the run so far.

@@ -210,7 +210,7 @@ class Training(Resumable[FitResult]):
         """Bring pending losses to the host and look for a bad step.
 
         Raises:
-            NonFiniteLossError: if one of them was not finite.
+            NonFiniteLossError: If one of them was not finite.
         """
         if not self.log.pending:
             return

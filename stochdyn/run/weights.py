@@ -23,12 +23,12 @@ def save_weights(objective: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the parameters and buffers of a module into a directory: safetensors and JSON, atomically.
 
     Args:
-        objective: any module.
-        path: the directory, made if need be; weights that it holds already are replaced.
+        objective: Any module.
+        path: The directory, made if need be; weights that it holds already are replaced.
 
     Raises:
-        CheckpointInUseError: if a run writes to the directory.
-        CheckpointWriteError: if the disk is full or refuses; what was there is then still whole.
+        CheckpointInUseError: If a run writes to the directory.
+        CheckpointWriteError: If the disk is full or refuses; what was there is then still whole.
 
     Example:
         >>> import tempfile, torch
@@ -50,15 +50,15 @@ def load_weights(path: str | os.PathLike[str], objective: nn.Module, *, ema: boo
     """Load weights into a module, in place; from :func:`save_weights` or from a checkpoint of ``fit``.
 
     Args:
-        path: the directory.
-        objective: a module with the same names, shapes and dtypes. Its device is kept.
-        ema: take the averaged parameters of a training checkpoint instead of the last ones.
+        path: The directory.
+        objective: A module with the same names, shapes and dtypes. Its device is kept.
+        ema: Whether to take the averaged parameters of a training checkpoint instead of the last ones.
 
     Raises:
-        CheckpointError: if there is nothing at ``path``.
-        DamagedCheckpointError: if the files were cut short or altered.
-        ForeignCheckpointError: if they belong to another model; the message names what differs.
-        InvalidInputError: if ``ema=True`` and the checkpoint keeps no average.
+        CheckpointError: If there is nothing at ``path``.
+        DamagedCheckpointError: If the files were cut short or altered.
+        ForeignCheckpointError: If they belong to another model; the message names what differs.
+        InvalidInputError: If ``ema=True`` and the checkpoint keeps no average.
     """
     check_type(objective, nn.Module, "objective")
     check_bool(ema, "ema")

@@ -17,8 +17,8 @@ class CoefficientSuite(ABC):
     """Tests of a :class:`stochdyn.core.Coefficient`; subclasses implement :meth:`make`.
 
     Attributes:
-        dim: ``d``, components of the state.
-        batch: batch axes of the states used.
+        dim: The number ``d`` of components of the state.
+        batch: The batch axes of the states used.
     """
 
     dim: int = 3

@@ -21,10 +21,10 @@ class MarginalFlowSuite(ABC):
     runs.
 
     Attributes:
-        times: two times at which the flow has a density.
-        num_samples: how many points the Monte Carlo identities use.
-        dtype: precision of the times.
-        normalised: whether the density integrates to one.
+        times: The two times at which the flow has a density.
+        num_samples: The number of points the Monte Carlo identities use.
+        dtype: The precision of the times.
+        normalised: Whether the density integrates to one.
     """
 
     times: tuple[float, float] = (0.3, 0.8)

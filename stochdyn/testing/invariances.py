@@ -43,13 +43,13 @@ def check_units(
     """Check that an answer doesn't depend on the unit of what goes in.
 
     Args:
-        answer: ``answer(factor)`` writes the problem in units in which its lengths (or times) are ``factor`` times as large, and
-            returns the answer converted back.
-        factors: the factors that are compared with 1.
-        rtol: relative tolerance, with respect to the largest entry of each tensor.
+        answer: The writes the problem ``answer(factor)`` in units in which its lengths (or times) are ``factor`` times
+            as large, and returns the answer converted back.
+        factors: The factors that are compared with 1.
+        rtol: The relative tolerance, with respect to the largest entry of each tensor.
 
     Raises:
-        AssertionError: if an answer differs, with the factor.
+        AssertionError: If an answer differs, with the factor.
 
     Example:
         >>> variance = torch.tensor([1.0, 3.0], dtype=torch.float64)
@@ -71,14 +71,14 @@ def check_company(
     """Check that a member of a batch has the answer beside others that it has alone.
 
     Args:
-        answer: maps a batch, along the first axis, to answers along their axis ``axis``.
-        x: one member, without its batch axis.
-        factors: how much larger the other members are.
-        rtol: relative tolerance, with respect to the largest entry of each tensor of the member.
-        axis: the batch axis of the answers.
+        answer: A function that maps a batch, along the first axis, to answers along their axis ``axis``.
+        x: One member, without its batch axis.
+        factors: The factors by which the other members are larger.
+        rtol: The relative tolerance, with respect to the largest entry of each tensor of the member.
+        axis: The batch axis of the answers.
 
     Raises:
-        AssertionError: if the company matters, with the factor.
+        AssertionError: If the company matters, with the factor.
 
     Example:
         >>> check_company(lambda x: x / x.norm(dim=-1, keepdim=True), torch.tensor([3.0, 4.0]))
@@ -104,14 +104,14 @@ def check_order(
     """Check that the order of particles, sites, series or nodes doesn't matter.
 
     Args:
-        answer: maps data to an answer.
-        x: the data, to be permuted along ``axis``.
-        axis: the axis of the things whose order doesn't matter.
-        equivariant: whether the answer is permuted with the data, along its first axis, rather than unchanged.
-        rtol: relative tolerance, with respect to the largest entry of each tensor.
+        answer: A function that maps data to an answer.
+        x: The data, to be permuted along ``axis``.
+        axis: The axis of the things whose order doesn't matter.
+        equivariant: Whether the answer is permuted with the data, along its first axis, rather than unchanged.
+        rtol: The relative tolerance, with respect to the largest entry of each tensor.
 
     Raises:
-        AssertionError: if the order matters.
+        AssertionError: If the order matters.
 
     Example:
         >>> check_order(lambda x: x.mean(0), torch.arange(6.0).reshape(3, 2))
@@ -129,10 +129,10 @@ def check_repetition(answer: Callable[[], Answer]) -> None:
     """Check that the same call gives the same answer to the last bit, and leaves torch's global state as it was.
 
     Args:
-        answer: makes its objects, computes, and returns the answer; its randomness has a seed.
+        answer: A function that makes its objects, computes, and returns the answer; its randomness has a seed.
 
     Raises:
-        AssertionError: if the second answer differs, or a global of torch has changed.
+        AssertionError: If the second answer differs, or a global of torch has changed.
 
     Example:
         >>> check_repetition(lambda: torch.randn(3, generator=torch.Generator().manual_seed(0)))
@@ -151,13 +151,13 @@ def check_question(answer: Callable[[Tensor], Answer], ts: Tensor, rtol: float =
     """Check that an answer at a time doesn't depend on which other times were asked for.
 
     Args:
-        answer: maps times ``(T,)`` to answers at these times, along the axis ``axis``.
-        ts: increasing times, three or more.
-        rtol: relative tolerance, with respect to the largest entry of each tensor at that time.
-        axis: the axis of times in the answers.
+        answer: A function that maps times ``(T,)`` to answers at these times, along the axis ``axis``.
+        ts: Increasing times, three or more.
+        rtol: The relative tolerance, with respect to the largest entry of each tensor at that time.
+        axis: The axis of times in the answers.
 
     Raises:
-        AssertionError: if the other times matter.
+        AssertionError: If the other times matter.
 
     Example:
         >>> check_question(lambda ts: torch.exp(-ts), torch.linspace(0, 1, 5))
@@ -177,11 +177,11 @@ def check_precision(answer: Callable[[torch.dtype], Answer], rtol: float = 1e-4)
     """Check that single and double precision both work, keep their precision, and agree.
 
     Args:
-        answer: ``answer(dtype)`` makes its inputs in this precision and returns the answer.
-        rtol: relative tolerance, with respect to the largest entry of each tensor.
+        answer: The makes its inputs ``answer(dtype)`` in this precision and returns the answer.
+        rtol: The relative tolerance, with respect to the largest entry of each tensor.
 
     Raises:
-        AssertionError: if a floating answer has another precision than its inputs, or the values differ.
+        AssertionError: If a floating answer has another precision than its inputs, or the values differ.
 
     Example:
         >>> check_precision(lambda dtype: torch.ones(2, dtype=dtype).exp())
@@ -203,10 +203,10 @@ def check_device(module: nn.Module) -> None:
     Attributes that aren't registered count, whatever holds them: lists, dictionaries, distributions, data classes.
 
     Args:
-        module: any module of torch; it isn't changed.
+        module: Any module of torch; it isn't changed.
 
     Raises:
-        AssertionError: with the names of the tensors that stay behind.
+        AssertionError: If something stays behind, with the names of the tensors that stay behind.
 
     Example:
         >>> check_device(nn.Linear(2, 1))
@@ -226,12 +226,12 @@ def check_storage(module: nn.Module, answer: Callable[[Any], Answer], pickles: b
     """Check that a copy, a pickle and a loaded state give the answer of the original.
 
     Args:
-        module: any module of torch; it isn't changed.
-        answer: maps the module or a copy of it to an answer; its randomness has a seed.
-        pickles: whether the module can be pickled, which it can't with lambdas inside.
+        module: Any module of torch; it isn't changed.
+        answer: A function that maps the module or a copy of it to an answer; its randomness has a seed.
+        pickles: Whether the module can be pickled, which it can't with lambdas inside.
 
     Raises:
-        AssertionError: if one of them has another answer.
+        AssertionError: If one of them has another answer.
 
     Example:
         >>> check_storage(nn.Linear(2, 1), lambda net: net(torch.ones(2)))
@@ -258,12 +258,12 @@ def check_forms(answer: Callable[[Any], Answer], x: Tensor, rtol: float = 1e-6) 
     """Check that lists, NumPy, pandas, xarray and torch give the same answer.
 
     Args:
-        answer: maps data to an answer.
-        x: the data as a tensor, of any number of axes; pandas is tried for one and two.
-        rtol: relative tolerance, with respect to the largest entry of each tensor.
+        answer: A function that maps data to an answer.
+        x: The data as a tensor, of any number of axes; pandas is tried for one and two.
+        rtol: The relative tolerance, with respect to the largest entry of each tensor.
 
     Raises:
-        AssertionError: if a form gives another answer, or is refused.
+        AssertionError: If a form gives another answer, or is refused.
 
     Example:
         >>> check_forms(lambda data: torch.as_tensor(np.asarray(data, dtype=float)).sum(), torch.arange(3.0))
@@ -298,12 +298,12 @@ def check_gradients(function: Callable[..., Tensor], *inputs: Tensor, second: bo
     """Check derivatives by automatic differentiation against finite differences.
 
     Args:
-        function: maps the inputs to a tensor; its randomness has a seed.
-        inputs: tensors in float64.
-        second: whether second derivatives are checked too.
+        function: A function that maps the inputs to a tensor; its randomness has a seed.
+        inputs: Tensors in float64.
+        second: Whether second derivatives are checked too.
 
     Raises:
-        AssertionError: if a derivative is missing or differs.
+        AssertionError: If a derivative is missing or differs.
 
     Example:
         >>> check_gradients(torch.sin, torch.ones(2, dtype=torch.float64))

@@ -34,12 +34,13 @@ class PathMeasureSuite(ABC):
     errors wide.
 
     Attributes:
-        num_samples: the number of paths that Monte Carlo identities use.
-        bias: how far a moment of the samples may lie from that of the marginal beside the Monte Carlo error, in standard
-            deviations of the state: what a discretised law needs.
-        forward_error: how far the marginals may be from solving the forward equation, relative to its terms: zero but for
-            rounding and differences in an exact law, more where the law approximates a nonlinear one.
-        batch: batch shape of the law.
+        num_samples: The number of paths that Monte Carlo identities use.
+        bias: The distance by which a moment of the samples may lie from that of the marginal beside the Monte Carlo
+            error, in standard deviations of the state: what a discretised law needs.
+        forward_error: The amount by which the marginals may be away from solving the forward equation, relative to its
+            terms: zero but for rounding and differences in an exact law, more where the law approximates a nonlinear
+            one.
+        batch: The batch shape of the law.
 
     Example:
         >>> from stochdyn.core import DiffusionMeasure, SDE

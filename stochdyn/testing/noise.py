@@ -16,8 +16,8 @@ class NoiseProcessSuite(ABC):
     """Tests of a :class:`stochdyn.NoiseProcess` without batched parameters; implement :meth:`make`.
 
     Attributes:
-        grid: an irregular grid on which the process is used.
-        variance_tolerance: relative tolerance of :meth:`variance`, where that is known.
+        grid: An irregular grid on which the process is used.
+        variance_tolerance: The relative tolerance of :meth:`variance`, where that is known.
     """
 
     grid: tuple[float, ...] = (0.0, 0.1, 0.15, 0.4, 0.75, 1.0)

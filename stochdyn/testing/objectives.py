@@ -17,10 +17,10 @@ class ObjectiveSuite(ABC):
     """Tests of a :class:`stochdyn.Objective`; subclasses implement :meth:`make`.
 
     Attributes:
-        differentiates_its_loss: whether the gradient is that of the reported loss with the random numbers
+        differentiates_its_loss: Whether the gradient is that of the reported loss with the random numbers
             held fixed. False for estimators that report one number and differentiate another.
-        slope_tolerance: relative tolerance of the directional derivative.
-        unseen: names of trainable parameters that the loss rightly doesn't depend on.
+        slope_tolerance: The relative tolerance of the directional derivative.
+        unseen: Names of trainable parameters that the loss rightly doesn't depend on.
     """
 
     differentiates_its_loss: bool = True

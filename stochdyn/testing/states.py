@@ -20,7 +20,7 @@ class AnsatzSuite(ABC):
     """Tests of a :class:`stochdyn.povm.Ansatz`; subclasses implement :meth:`make`.
 
     Attributes:
-        draws: samples for the test of the sampler.
+        draws: The samples for the test of the sampler.
     """
 
     draws: int = 20000

@@ -53,11 +53,11 @@ class TransportOperator(ForwardOperator, ABC):
         """Return the velocity ``(..., d)`` of a density with the given score ``(..., d)``.
 
         Args:
-            t: times that broadcast to ``x[..., :1]``.
-            x: ``(..., d)`` points with ``requires_grad``.
-            score: ``(..., d)`` gradient of the log density.
-            probe: ``(..., d)`` vectors of unit covariance: where given, an unbiased estimate will do, made
-                with these and linear in nothing else that is random.
+            t: The times that broadcast to ``x[..., :1]``.
+            x: The points ``(..., d)`` with ``requires_grad``.
+            score: The gradient ``(..., d)`` of the log density.
+            probe: The vectors ``(..., d)`` of unit covariance: where given, an unbiased estimate will do, made with
+                these and linear in nothing else that is random.
         """
 
     @abstractmethod
@@ -78,12 +78,12 @@ class TransportOperator(ForwardOperator, ABC):
         .. math:: \frac{L^*\rho}{\rho}(x) = -\nabla\cdot v - v\cdot s
 
         Args:
-            score: ``score(t, x) -> (..., d)``.
-            t: time or times, broadcast to ``x[..., :1]``.
-            x: ``(..., d)`` points.
-            method: ``"exact"`` (``d`` reverse passes), or ``"hutchinson"`` (one per probe, unbiased), whose options
-                :class:`~stochdyn.core.forward.divergences.Hutchinson` has.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            score: A function ``score(t, x) -> (..., d)``.
+            t: The time or times, broadcast to ``x[..., :1]``.
+            x: The points ``(..., d)``.
+            method: The method: ``"exact"`` (``d`` reverse passes), or ``"hutchinson"`` (one per probe, unbiased), whose
+                options :class:`~stochdyn.core.forward.divergences.Hutchinson` has.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             ``(...)``.
@@ -136,9 +136,9 @@ class TransportOperator(ForwardOperator, ABC):
         with the probability current :math:`J=v\rho` written without a division by :math:`\rho`.
 
         Args:
-            density: ``density(t, x) -> (...)``.
-            t: time or times, broadcast to ``x[..., :1]``.
-            x: ``(..., d)`` points.
+            density: A function ``density(t, x) -> (...)``.
+            t: The time or times, broadcast to ``x[..., :1]``.
+            x: The points ``(..., d)``.
 
         Returns:
             ``(...)``.
@@ -170,22 +170,22 @@ class TransportOperator(ForwardOperator, ABC):
             R &= \partial_t\rho - L^*\rho &&\text{(density)}
 
         Args:
-            flow: the densities. The score form asks it for its score only, so it serves score networks.
-            t: time or times, broadcast to ``x[..., :1]``.
-            x: ``(..., d)`` points.
-            form: ``"log"``, ``"score"`` or ``"density"``.
-            method: ``"exact"``, or ``"hutchinson"`` (log and score form): unbiased, but its square isn't, see
-                :meth:`residual_probes`.
-            stationary: leave out the time derivative.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            flow: The densities. The score form asks it for its score only, so it serves score networks.
+            t: The time or times, broadcast to ``x[..., :1]``.
+            x: The points ``(..., d)``.
+            form: The form of the residual: ``"log"``, ``"score"`` or ``"density"``.
+            method: The method: ``"exact"``, or ``"hutchinson"`` (log and score form): unbiased, but its square isn't,
+                see :meth:`residual_probes`.
+            stationary: Whether to leave out the time derivative.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             ``(...)``, and ``(..., d)`` in score form; zero for a solution.
 
         Raises:
-            ShapeError: if ``t`` doesn't broadcast to ``x[..., :1]``.
-            InvalidInputError: if an option is unknown, or ``"hutchinson"`` is asked of the density form.
-            UnavailableError: if the log or density form is asked of a flow without a density.
+            ShapeError: If ``t`` doesn't broadcast to ``x[..., :1]``.
+            InvalidInputError: If an option is unknown, or ``"hutchinson"`` is asked of the density form.
+            UnavailableError: If the log or density form is asked of a flow without a density.
 
         Reference:
             Lai et al., "FP-Diffusion", ICML 2023 (score form).
@@ -244,7 +244,7 @@ class ContinuityEquation(TransportOperator):
     .. math:: \partial_t\rho = -\nabla\cdot(b\rho)
 
     Args:
-        field: ``b(t, x) -> (..., d)``, a callable or module.
+        field: A field ``b(t, x) -> (..., d)``, a callable or module.
 
     Example:
         >>> from stochdyn.core import GaussianFlow

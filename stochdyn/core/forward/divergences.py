@@ -49,7 +49,8 @@ class Hutchinson:
 
     Args:
         num_probes: The number of independent probes per point. A square without bias needs at least two.
-        distribution: ``"rademacher"`` (random signs, which have the least variance) or ``"gaussian"``.
+        distribution: The distribution of a probe: ``"rademacher"`` (random signs, which have the least variance) or
+            ``"gaussian"``.
 
     Example:
         >>> divergence(lambda x: 2 * x, torch.zeros(3), Hutchinson(num_probes=1))
@@ -126,9 +127,9 @@ def release(result: Tensor, keep: bool, *inputs: tuple[Tensor, Tensor]) -> Tenso
     of its steps in memory, though nothing in it is trained.
 
     Args:
-        result: a derivative that was computed with a graph.
-        keep: whether gradients were on outside; if not, the result is detached.
-        inputs: pairs of what the caller gave and what :func:`attach` made of it.
+        result: A derivative that was computed with a graph.
+        keep: Whether gradients were on outside; if not, the result is detached.
+        inputs: Pairs of what the caller gave and what :func:`attach` made of it.
     """
     if not keep:
         return result.detach()
@@ -154,8 +155,8 @@ def gradient(function: ScalarField, x: Tensor) -> Tensor:
     .. math:: g(x) = \nabla f(x)
 
     Args:
-        function: maps ``(..., d)`` to ``(...)``, every point by itself.
-        x: ``(..., d)`` points.
+        function: A function that maps ``(..., d)`` to ``(...)``, every point by itself.
+        x: The points ``(..., d)``.
 
     Returns:
         ``(..., d)``; differentiable in ``x`` and in the parameters of ``function`` that require gradients.
@@ -181,10 +182,10 @@ def sample_probes(
     """Draw independent probe vectors of zero mean and unit covariance, ``(num_probes, *x.shape)``.
 
     Args:
-        x: points whose shape, precision and device the probes take.
-        num_probes: how many probes.
-        distribution: ``"rademacher"`` (signs; the least variance) or ``"gaussian"``.
-        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        x: The points whose shape, precision and device the probes take.
+        num_probes: The number of probes.
+        distribution: The distribution of a probe: ``"rademacher"`` (signs; the least variance) or ``"gaussian"``.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Example:
         >>> sample_probes(torch.zeros(5, 3), 2).shape
@@ -209,13 +210,13 @@ def unbiased_square(estimates: Tensor) -> Tensor:
     .. math:: \frac{1}{K(K-1)}\sum_{i\ne j} r_i r_j
 
     Args:
-        estimates: ``(K, ...)`` independent estimates, ``K >= 2``.
+        estimates: The independent estimates ``(K, ...)``, ``K >= 2``.
 
     Returns:
         ``(...)``; single values may be negative.
 
     Raises:
-        ShapeError: if there are fewer than two estimates.
+        ShapeError: If there are fewer than two estimates.
 
     Example:
         >>> unbiased_square(torch.tensor([2.0, 3.0]))
@@ -254,10 +255,10 @@ def divergence_probes(field: Tensor, x: Tensor, probes: Tensor, create_graph: bo
     .. math:: \nabla\cdot v \approx \epsilon_k^\top\,(\partial v/\partial x)\,\epsilon_k
 
     Args:
-        field: ``(..., d)`` values of the field, computed from ``x``.
-        x: ``(..., d)`` points, with ``requires_grad``.
-        probes: ``(K, ..., d)`` from :func:`sample_probes`.
-        create_graph: whether the result is to be differentiated.
+        field: The values ``(..., d)`` of the field, computed from ``x``.
+        x: The points ``(..., d)``, with ``requires_grad``.
+        probes: The probes ``(K, ..., d)`` from :func:`sample_probes`.
+        create_graph: Whether the result is to be differentiated.
 
     Returns:
         ``(K, ...)`` unbiased estimates, independent given the field.
@@ -325,13 +326,13 @@ def divergence(
     .. math:: \nabla\cdot v(x) = \sum_i \partial_i v_i(x)
 
     Args:
-        field: maps ``(..., d)`` to ``(..., d)``, every point by itself (so no batch normalisation).
-        x: ``(..., d)`` points; any leading axes, time among them.
-        method: ``"exact"``: ``d`` reverse passes; works with every field and is the fastest on CPU.
-            ``"forward"``: one batched forward-mode pass of ``torch.func``, few and large kernels; the field
-            may not call ``torch.autograd.grad`` itself, and one without forward derivatives is taken in reverse mode.
+        field: A function that maps ``(..., d)`` to ``(..., d)``, every point by itself (so no batch normalisation).
+        x: The points ``(..., d)``; any leading axes, time among them.
+        method: The method: ``"exact"``: ``d`` reverse passes; works with every field and is the fastest on CPU.
+            ``"forward"``: one batched forward-mode pass of ``torch.func``, few and large kernels; the field may not
+            call ``torch.autograd.grad`` itself, and one without forward derivatives is taken in reverse mode.
             ``"hutchinson"``: one reverse pass per probe, unbiased; :class:`Hutchinson` has its options.
-        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         ``(...)``; differentiable unless gradients are off.
@@ -358,16 +359,17 @@ def laplacian(
     .. math:: \Delta f(x) = \sum_i \partial_i^2 f(x)
 
     Args:
-        function: maps ``(..., d)`` to ``(...)``, every point by itself.
-        x: ``(..., d)`` points.
-        method: ``"exact"``, ``"forward"`` (forward over reverse) or ``"hutchinson"``, see :func:`divergence`.
-        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        function: A function that maps ``(..., d)`` to ``(...)``, every point by itself.
+        x: The points ``(..., d)``.
+        method: The method: ``"exact"``, ``"forward"`` (forward over reverse) or ``"hutchinson"``, see
+            :func:`divergence`.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         ``(...)``; differentiable unless gradients are off.
 
     Raises:
-        InvalidInputError: as :func:`divergence`.
+        InvalidInputError: As :func:`divergence`.
 
     Example:
         >>> laplacian(lambda x: x.pow(3).sum(-1), torch.tensor([1.0, 2.0]))
@@ -393,10 +395,10 @@ def jacobian_contraction(values: Tensor, x: Tensor, directions: Tensor, create_g
     forward derivative. Unlike ``torch.func.jvp`` it works inside any graph and nests.
 
     Args:
-        values: ``(..., *k)`` array at every point, computed from ``x``.
-        x: ``(..., d)`` points, with ``requires_grad``.
-        directions: ``(n, ..., d)`` directions.
-        create_graph: whether the result is to be differentiated.
+        values: The array ``(..., *k)`` at every point, computed from ``x``.
+        x: The points ``(..., d)``, with ``requires_grad``.
+        directions: The directions ``(n, ..., d)``.
+        create_graph: Whether the result is to be differentiated.
 
     Returns:
         ``(n, ..., *k)``; zeros where ``values`` doesn't depend on ``x``.

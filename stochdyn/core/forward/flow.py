@@ -40,9 +40,9 @@ def as_time(t: Tensor | float, x: Tensor) -> Tensor:
     """Return ``t`` as a tensor beside ``x (..., d)``; numbers take the precision of ``x``.
 
     Raises:
-        ShapeError: if it doesn't broadcast to ``x[..., :1]``, or one of both is no tensor.
-        InvalidInputError: if one of both is complex or in half precision.
-        NonFiniteError: if one of both holds NaN or infinity.
+        ShapeError: If it doesn't broadcast to ``x[..., :1]``, or one of both is no tensor.
+        InvalidInputError: If one of both is complex or in half precision.
+        NonFiniteError: If one of both holds NaN or infinity.
 
     Example:
         >>> as_time(0.5, torch.zeros(3, 2))
@@ -72,8 +72,8 @@ class MarginalFlow(nn.Module, ABC):
         r"""Return :math:`\log\rho_t(x)`, ``(...)``, at ``x (..., d)``.
 
         Raises:
-            ShapeError: if ``t`` doesn't broadcast to ``x[..., :1]``.
-            UnavailableError: if the flow knows no density.
+            ShapeError: If ``t`` doesn't broadcast to ``x[..., :1]``.
+            UnavailableError: If the flow knows no density.
         """
 
     @abstractmethod
@@ -83,12 +83,12 @@ class MarginalFlow(nn.Module, ABC):
         r"""Draw independent points of every :math:`\rho_t`: ``(*t.shape, *sample, d)``.
 
         Args:
-            t: the times; a number stands for a tensor of torch's default precision.
-            sample_shape: the shape of independent draws at every time, an integer or a tuple.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            t: The times; a number stands for a tensor of torch's default precision.
+            sample_shape: The shape of independent draws at every time, an integer or a tuple.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Raises:
-            UnavailableError: if the flow can't be sampled.
+            UnavailableError: If the flow can't be sampled.
         """
 
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
@@ -132,9 +132,9 @@ class GaussianFlow(MarginalFlow):
     .. math:: \rho_t = N(m(t), C(t))
 
     Args:
-        mean: maps times ``(*s,)`` to ``(*s, d)``; differentiable where time derivatives are wanted. May be a
-            module.
-        covariance: maps times ``(*s,)`` to ``(*s, d, d)``.
+        mean: A function that maps times ``(*s,)`` to ``(*s, d)``; differentiable where time derivatives are wanted. May
+            be a module.
+        covariance: A function that maps times ``(*s,)`` to ``(*s, d, d)``.
 
     Example:
         >>> flow = GaussianFlow(lambda t: torch.zeros(*t.shape, 1), lambda t: (1 + t)[..., None, None])
@@ -154,7 +154,7 @@ class GaussianFlow(MarginalFlow):
         """Return the marginals of a :class:`stochdyn.LinearGaussianMeasure` without batch axes.
 
         Raises:
-            ShapeError: if the measure is a batch of laws.
+            ShapeError: If the measure is a batch of laws.
 
         Example:
             >>> from stochdyn.core import LinearGaussianMeasure
@@ -194,7 +194,7 @@ class GaussianFlow(MarginalFlow):
         """See :meth:`MarginalFlow.log_prob`.
 
         Raises:
-            SingularDiffusionError: if a covariance isn't positive definite (on accelerators the result is
+            SingularDiffusionError: If a covariance isn't positive definite (on accelerators the result is
                 NaN).
         """
         mean, factor = self._moments(t, x)
@@ -264,11 +264,11 @@ class MixtureFlow(MarginalFlow):
     Mixtures of solutions of one linear forward equation solve it too.
 
     Args:
-        components: flows on the same space.
-        weights: ``(K,)`` positive; they are normalised.
+        components: The flows on the same space.
+        weights: The positive weights ``(K,)``; they are normalised.
 
     Raises:
-        ShapeError: if there isn't one weight per component.
+        ShapeError: If there isn't one weight per component.
 
     Example:
         >>> wide = GaussianFlow(lambda t: torch.zeros(*t.shape, 1), lambda t: torch.ones(*t.shape, 1, 1))
@@ -322,18 +322,18 @@ class LearnedFlow(MarginalFlow):
     r"""A flow given by a network, or any function, of time and state.
 
     Args:
-        function: ``function(t, x)`` with ``t`` expanded to ``x[..., :1]`` in the precision of ``x``. Returns
+        function: A function ``function(t, x)`` with ``t`` expanded to ``x[..., :1]`` in the precision of ``x``. Returns
             the log density ``(...)`` or ``(..., 1)``, up to a constant, or the score ``(..., d)``.
-        predicts: ``"log_density"`` or ``"score"``: what the function returns.
-        reference: a flow whose log density or score is added, so that the function learns the difference
+        predicts: What the function returns: ``"log_density"`` or ``"score"``.
+        reference: A flow whose log density or score is added, so that the function learns the difference
             only.
-        sampler: ``sampler(t, n, generator) -> (*t.shape, n, d)``; or another flow, whose samples stand in.
+        sampler: A function ``sampler(t, n, generator) -> (*t.shape, n, d)``; or another flow, whose samples stand in.
 
     A residual of the forward equation doesn't see a constant in the log density, but does see how the
     normaliser changes in time.
 
     Raises:
-        InvalidInputError: if ``predicts`` is unknown.
+        InvalidInputError: If ``predicts`` is unknown.
 
     Example:
         >>> flow = LearnedFlow(lambda t, x: -0.5 * x.square().sum(-1))
@@ -364,7 +364,7 @@ class LearnedFlow(MarginalFlow):
         """Return the log density ``(...)`` up to a constant.
 
         Raises:
-            UnavailableError: if the function is a score.
+            UnavailableError: If the function is a score.
         """
         if self.predicts == "score":
             raise UnavailableError("a score gives no log density", hint="use the residual with form='score'")
@@ -385,7 +385,7 @@ class LearnedFlow(MarginalFlow):
         """Draw points with the ``sampler``.
 
         Raises:
-            UnavailableError: if none was given.
+            UnavailableError: If none was given.
         """
         if self.sampler is None:
             raise UnavailableError(

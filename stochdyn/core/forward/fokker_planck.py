@@ -24,11 +24,11 @@ class FokkerPlanck(TransportOperator):
     :math:`v = f - \tfrac12\nabla\cdot D - \tfrac12 D\,\nabla\log\rho`.
 
     Args:
-        sde: an equation driven by Brownian motion. A control's drift is part of ``f``; its precision plays no
+        sde: An equation driven by Brownian motion. A control's drift is part of ``f``; its precision plays no
             part, because it vanishes in continuous time.
 
     Raises:
-        InvalidInputError: if the noise has memory, since the state alone then has no forward equation.
+        InvalidInputError: If the noise has memory, since the state alone then has no forward equation.
 
     Example:
         >>> import torch

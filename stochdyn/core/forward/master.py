@@ -32,8 +32,8 @@ class MasterEquation(ForwardOperator, ABC):
     jump process. Vectors over all outcomes count strings with the first site slowest.
 
     Attributes:
-        num_sites: ``N``.
-        num_outcomes: ``q``.
+        num_sites: The number of sites of a lattice, ``N``.
+        num_outcomes: The number of outcomes per site, ``q``.
     """
 
     num_sites: int
@@ -45,8 +45,8 @@ class MasterEquation(ForwardOperator, ABC):
         Given a function in place of a tensor, this is ``nn.Module.apply``.
 
         Raises:
-            ShapeError: if the last axis isn't ``q**N``.
-            InvalidInputError: if the operator depends on time and ``t`` is None.
+            ShapeError: If the last axis isn't ``q**N``.
+            InvalidInputError: If the operator depends on time and ``t`` is None.
         """
         if not isinstance(p, Tensor):
             return super().apply(p)
@@ -65,8 +65,8 @@ class MasterEquation(ForwardOperator, ABC):
         """Return every outcome that can feed given ones, each once, with the entries of ``L``.
 
         Args:
-            a: ``(n, N)`` integer outcomes, the rows of ``L``.
-            t: time, or ``(n, 1)`` times, where ``L`` depends on it.
+            a: The integer outcomes ``(n, N)``, the rows of ``L``.
+            t: The time, or ``(n, 1)`` times, where ``L`` depends on it.
 
         Returns:
             Configurations ``(n, K, N)`` and rates ``(n, K)``, the entries of ``L`` in row ``a`` and column
@@ -86,7 +86,7 @@ class MasterEquation(ForwardOperator, ABC):
         """Raise unless every column of ``L`` sums to zero.
 
         Raises:
-            InvalidInputError: if a column sum is over ``tolerance`` times the largest rate.
+            InvalidInputError: If a column sum is over ``tolerance`` times the largest rate.
         """
         defect = float(self.mass_defect())
         if not defect <= tolerance:
@@ -106,7 +106,7 @@ class MasterEquation(ForwardOperator, ABC):
         """Return ``L`` as a coalesced sparse matrix ``(q**N, q**N)``, for small ``N``.
 
         Raises:
-            SystemSizeError: if there are over 2**24 outcomes.
+            SystemSizeError: If there are over 2**24 outcomes.
         """
         a = self.configurations()
         b, rates = self.connected(a, t)
@@ -140,11 +140,11 @@ class MasterEquation(ForwardOperator, ABC):
         Ratios are formed from differences of logarithms, so probabilities may be smaller than any float.
 
         Args:
-            log_prob: maps outcomes ``(n, N)`` to log probabilities ``(n,)``, up to a constant.
-            a: ``(n, N)`` integer outcomes.
-            t: time where the operator depends on it.
-            deduplicate: evaluate ``log_prob`` once for outcomes that several samples share.
-            chunk_size: evaluate at most so many outcomes at a time.
+            log_prob: A function that maps outcomes ``(n, N)`` to log probabilities ``(n,)``, up to a constant.
+            a: The integer outcomes ``(n, N)``.
+            t: The time where the operator depends on it.
+            deduplicate: Whether to evaluate ``log_prob`` once for outcomes that several samples share.
+            chunk_size: The largest number of outcomes that are evaluated at a time.
 
         Returns:
             ``(n,)``, differentiable in the parameters of ``log_prob``. Outcomes of zero rate aren't
@@ -184,18 +184,18 @@ class MasterEquation(ForwardOperator, ABC):
         .. math:: R(a) = \partial_t\log p_t(a) - \frac{(Lp_t)(a)}{p_t(a)}
 
         Args:
-            flow: with ``log_prob(t, a)`` on integer outcomes.
-            t: a time, or ``(..., 1)``, one per sample.
-            x: ``(..., N)`` integer outcomes.
-            stationary: leave out the time derivative.
-            options: none are known; unknown ones raise.
+            flow: A flow with ``log_prob(t, a)`` on integer outcomes.
+            t: A time, or ``(..., 1)``, one per sample.
+            x: The integer outcomes ``(..., N)``.
+            stationary: Whether to leave out the time derivative.
+            options: No options are known; unknown ones raise.
 
         Returns:
             ``(...)``, zero for a solution.
 
         Raises:
-            InvalidInputError: if an option is unknown or the outcomes aren't integers of the right range.
-            ShapeError: if ``t`` doesn't broadcast or the number of sites is wrong.
+            InvalidInputError: If an option is unknown or the outcomes aren't integers of the right range.
+            ShapeError: If ``t`` doesn't broadcast or the number of sites is wrong.
         """
         from stochdyn.core.forward.flow import MarginalFlow, as_time
 
@@ -236,11 +236,11 @@ class MasterEquation(ForwardOperator, ABC):
         .. math:: R = p_1 - p_0 - \tfrac{h}{2}\,(L p_1 + L p_0)
 
         Args:
-            p0: ``(*batch, q**N)`` probabilities before the step.
-            p1: the same after it.
-            dt: ``h``, the size of the step.
-            t0: time before the step, where ``L`` depends on it.
-            t1: time after it.
+            p0: The probabilities ``(*batch, q**N)`` before the step.
+            p1: The same after it.
+            dt: The size ``h`` of the step.
+            t0: The time before the step, where ``L`` depends on it.
+            t1: The time after the step.
 
         Returns:
             ``(*batch, q**N)``.
@@ -264,13 +264,13 @@ class MasterEquation(ForwardOperator, ABC):
             h2\ell_0(a)\Bigr)
 
         Args:
-            log_prob0: normalised log probability before the step, ``(n, N) -> (n,)``.
-            log_prob1: the same after it.
-            a: ``(n, N)`` integer outcomes.
-            dt: ``h``, the size of the step.
-            t0: time before the step, where ``L`` depends on it.
-            t1: time after it.
-            options: of :meth:`local_rate`.
+            log_prob0: The normalised log probability before the step, ``(n, N) -> (n,)``.
+            log_prob1: The same after it.
+            a: The integer outcomes ``(n, N)``.
+            dt: The size ``h`` of the step.
+            t0: The time before the step, where ``L`` depends on it.
+            t1: The time after the step.
+            options: The options of :meth:`local_rate`.
 
         Returns:
             ``(n,)``.

@@ -21,17 +21,17 @@ class SparseMasterEquation(MasterEquation):
     .. math:: L = \sum_S f_S(t)\,A^{(S)}\otimes 1
 
     Args:
-        num_sites: ``N``.
-        num_outcomes: ``q``.
-        terms: pairs of a tuple of sites and a matrix ``(q**k, q**k)`` on them, with ``matrix[a, b]`` the rate
-            from ``b`` into ``a`` and the first site slowest. Terms on the same sites are merged.
-        coefficients: factors ``(number of terms,)``, or a function that maps a time ``()`` to them, and times
-            ``(n, 1)`` to ``(n, number of terms)``; all ones if None. With it, terms aren't merged. Derivatives
-            in the factors are kept.
+        num_sites: The number of sites of a lattice, ``N``.
+        num_outcomes: The number of outcomes per site, ``q``.
+        terms: Pairs of a tuple of sites and a matrix ``(q**k, q**k)`` on them, with ``matrix[a, b]`` the rate from
+            ``b`` into ``a`` and the first site slowest. Terms on the same sites are merged.
+        coefficients: The factors ``(number of terms,)``, or a function that maps a time ``()`` to them, and times
+            ``(n, 1)`` to ``(n, number of terms)``; all ones if None. With it, terms aren't merged. Derivatives in the
+            factors are kept.
 
     Raises:
-        ShapeError: if a matrix doesn't fit its sites.
-        InvalidInputError: if sites repeat or lie outside, or a column doesn't sum to zero.
+        ShapeError: If a matrix doesn't fit its sites.
+        InvalidInputError: If sites repeat or lie outside, or a column doesn't sum to zero.
 
     Example:
         >>> flip = torch.tensor([[-1.0, 2.0], [1.0, -2.0]])
@@ -202,12 +202,12 @@ class MatrixMasterEquation(MasterEquation):
     r"""A master equation given by one matrix on ``S`` states: a single site with ``S`` outcomes.
 
     Args:
-        matrix: ``(S, S)``, dense or ``torch.sparse``, with ``matrix[a, b]`` the rate from ``b`` into ``a``; a
-            constant.
+        matrix: The matrix ``(S, S)``, dense or ``torch.sparse``, with ``matrix[a, b]`` the rate from ``b`` into ``a``;
+            a constant.
 
     Raises:
-        ShapeError: if the matrix isn't square.
-        InvalidInputError: if a column doesn't sum to zero.
+        ShapeError: If the matrix isn't square.
+        InvalidInputError: If a column doesn't sum to zero.
 
     Example:
         >>> MatrixMasterEquation(torch.tensor([[-1.0, 2.0], [1.0, -2.0]])).apply(torch.tensor([0.5, 0.5]))

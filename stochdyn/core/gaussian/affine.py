@@ -22,9 +22,9 @@ class LinearSteps:
     deviation.
 
     Attributes:
-        transition: ``A (N, *B, Z, Z)``.
+        transition: The matrices of the steps, ``A (N, *B, Z, Z)``.
         load: ``B (N, *B, Z, M)``.
-        offset: ``c (N, *B, Z)``.
+        offset: The constant parts of the steps, ``c (N, *B, Z)``.
     """
 
     transition: Tensor
@@ -38,11 +38,11 @@ def affine_steps(
     """Return the Euler steps of ``dX = (A X + a) dt + G dZ`` with the memory of Z.
 
     Args:
-        steps: the noise on the grid.
-        coefficient: constant G.
-        dt: ``(N,)``.
-        matrix: ``A (N or 1, *B, d, d)``.
-        offset: ``a (N or 1, *B, d)``.
+        steps: The noise on the grid.
+        coefficient: The constant G.
+        dt: The sizes ``(N,)`` of the steps.
+        matrix: The matrices ``A (N or 1, *B, d, d)``.
+        offset: The constant parts of the steps, ``a (N or 1, *B, d)``.
     """
     dim = matrix.shape[-1]
     channels = coefficient.noise_dim(dim)

@@ -43,9 +43,10 @@ class GaussianFilter:
     """Laws of the state given the observations so far.
 
     Attributes:
-        mean, cov: after the observation of the same index, ``(N+1, *B, z)`` and ``(N+1, *B, z, z)``.
-        predicted_mean, predicted_cov: before it, of the same shapes.
-        log_evidence: ``(*B,)`` log density of all observations.
+        mean, cov: Mean and covariance after the observation of the same index, ``(N+1, *B, z)`` and
+            ``(N+1, *B, z, z)``.
+        predicted_mean, predicted_cov: Mean and covariance before it, of the same shapes.
+        log_evidence: The log density ``(*B,)`` of all observations.
     """
 
     mean: Tensor
@@ -60,8 +61,8 @@ class GaussianSmoother:
     """Laws of the state given all observations.
 
     Attributes:
-        mean, cov: ``(N+1, *B, z)`` and ``(N+1, *B, z, z)``.
-        log_evidence: ``(*B,)`` log density of all observations.
+        mean, cov: Mean and covariance, ``(N+1, *B, z)`` and ``(N+1, *B, z, z)``.
+        log_evidence: The log density ``(*B,)`` of all observations.
     """
 
     mean: Tensor
@@ -79,16 +80,16 @@ class GaussianChain:
     nearly collinear states do no harm; float64 is recommended for long chains.
 
     Args:
-        initial_mean: ``(*B, z)``.
-        initial_cov: ``(*B, z, z)``.
-        transition: ``(N, *B, z, z)``.
-        offset: ``(N, *B, z)``.
-        noise_cov: ``(N, *B, z, z)``.
+        initial_mean: The mean of a Gaussian start, ``(*B, z)``.
+        initial_cov: The covariance of a Gaussian start, ``(*B, z, z)``.
+        transition: The matrices of the steps, ``(N, *B, z, z)``.
+        offset: The constant parts of the steps, ``(N, *B, z)``.
+        noise_cov: The covariance of the noise of a step, ``(N, *B, z, z)``.
 
     Batch axes broadcast, and may be left out of any argument.
 
     Raises:
-        ShapeError, DtypeMismatchError, DeviceMismatchError, NonFiniteError: on arguments that don't fit.
+        ShapeError, DtypeMismatchError, DeviceMismatchError, NonFiniteError: On arguments that don't fit.
 
     Example:
         >>> one = torch.ones(3, 1, 1, dtype=torch.float64)
@@ -155,7 +156,7 @@ class GaussianChain:
         """Return the chain at some of its times, which is a chain too.
 
         Args:
-            index: ``(M,)`` increasing positions, of which the first is 0.
+            index: The increasing positions ``(M,)``, of which the first is 0.
         """
         places = index.tolist()
         if places == list(range(self.num_steps + 1)):
@@ -197,7 +198,8 @@ class GaussianChain:
         """Return the covariance ``(*B, (N+1) d, (N+1) d)`` of the path, flattened with time leading.
 
         Args:
-            emission: ``(d, z)``, for the covariance of ``emission @ z`` alone; None for the whole state.
+            emission: The matrix that maps states to observations, ``(d, z)``, for the covariance of ``emission @ z``
+                alone; None for the whole state.
         """
         batch, flat = self.batch_shape, self._flat(self.batch_shape)
         a = flatten_batch(self.transition, 1, 2, batch, flat)
@@ -211,15 +213,15 @@ class GaussianChain:
         r"""Condition on the past: :math:`y_n=H_nz_n+\epsilon_n`, :math:`\epsilon_n\sim N(0,R_n)`.
 
         Args:
-            y: ``(N+1, *B, p)``, NaN where a value is missing; anything where the mask is False.
-            emission: ``(p, z)`` or ``(N+1, *B, p, z)``.
-            obs_cov: ``(p, p)`` or ``(N+1, *B, p, p)``.
+            y: The observed values ``(N+1, *B, p)``, NaN where a value is missing; anything where the mask is False.
+            emission: The matrix that maps states to observations, ``(p, z)`` or ``(N+1, *B, p, z)``.
+            obs_cov: The covariance of the observation noise, ``(p, p)`` or ``(N+1, *B, p, p)``.
             mask: True where observed: ``(N+1, *B)`` for whole vectors, or with as many axes as ``y`` for
                 single components. None: everything is that isn't NaN.
 
         Raises:
-            ShapeError, NonFiniteError, DtypeMismatchError: on arguments that don't fit.
-            SingularDiffusionError: if an observation has no density given those before it.
+            ShapeError, NonFiniteError, DtypeMismatchError: On arguments that don't fit.
+            SingularDiffusionError: If an observation has no density given those before it.
 
         Example:
             >>> eye = torch.eye(1, dtype=torch.float64)
@@ -284,11 +286,12 @@ class GaussianChain:
         with the predicted covariances P and the covariance N of the adjoint; no state covariance is inverted.
 
         Args:
-            y: as in :meth:`filter`.
-            emission: as in :meth:`filter`.
-            obs_cov: as in :meth:`filter`.
-            mask: as in :meth:`filter`.
-            read: ``(d, z)``, for the covariance of ``read @ z`` alone; None for the whole state.
+            y: As in :meth:`filter`.
+            emission: As in :meth:`filter`.
+            obs_cov: As in :meth:`filter`.
+            mask: As in :meth:`filter`.
+            read: The matrix by which states are read, ``(d, z)``, for the covariance of ``read @ z`` alone; None for
+                the whole state.
 
         Reference: de Jong & Mackinnon (1988), Covariances for smoothed estimates in state space models.
         """

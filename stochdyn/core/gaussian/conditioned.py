@@ -28,11 +28,11 @@ class ConditionedMeasure(GaussianPathMeasure):
     process) and singular noise do no harm.
 
     Args:
-        prior: the law before the observations.
-        seen: the observations.
+        prior: The law before the observations.
+        seen: The observations.
 
     Attributes:
-        log_evidence_of_data: ``(*B,)`` log density of the observations under the prior.
+        log_evidence_of_data: The log density ``(*B,)`` of the observations under the prior.
     """
 
     def __init__(self, prior: GaussianPathMeasure, seen: Observations) -> None:
@@ -125,7 +125,7 @@ class ConditionedMeasure(GaussianPathMeasure):
         r"""Return the drift :math:`b(t,x)+GG^\top\nabla\log p(y_{>t}\mid X_t=x)`, ``(..., d)`` at ``x (..., *B, d)``.
 
         Raises:
-            UnavailableError: if the prior isn't a diffusion in its state alone.
+            UnavailableError: If the prior isn't a diffusion in its state alone.
         """
         check_event_size(x, self.dim, "x")
         if self.times.ndim > 1:

@@ -43,7 +43,7 @@ class EndPotential:
     Attributes:
         residual: V, ``(*B, d, d)``.
         pull: C, ``(*B, d, d)``.
-        aim: a, ``(*B, d)``.
+        aim: The a, ``(*B, d)``.
     """
 
     residual: Tensor
@@ -79,9 +79,9 @@ class EndPotential:
             G=Q_0\Phi_{t,T}^\top(V+CN)^{-1}
 
         Args:
-            step: the reference's transition over the step.
-            onward: its matrix from the end of the step to the potential's time.
-            whole: its transition from the start of the step to the potential's time.
+            step: The reference's transition over the step.
+            onward: The matrix of the transition from the end of the step to the potential's time.
+            whole: The transition from the start of the step to the potential's time.
         """
         phi, shift, noise = step
         far, lead, spread = whole
@@ -109,14 +109,14 @@ class TiltedMeasure(GaussianPathMeasure):
     reference's own start plays no part.
 
     Args:
-        reference: the linear law.
-        horizon: time from the reference's start to the potential, T.
-        potential: the potential of the end.
-        initial_mean: mean of the start, ``(*B, d)``.
-        initial_cov: its covariance, ``(*B, d, d)``.
+        reference: The linear law.
+        horizon: The time from the reference's start to the potential, T.
+        potential: The potential of the end.
+        initial_mean: The mean of the start, ``(*B, d)``.
+        initial_cov: The covariance of the start, ``(*B, d, d)``.
 
     Raises:
-        SingularDiffusionError: if the reference's noise can't move some direction within the horizon.
+        SingularDiffusionError: If the reference's noise can't move some direction within the horizon.
 
     Example:
         >>> walk = LinearGaussianMeasure.brownian(initial_mean=torch.zeros(1))
@@ -192,7 +192,7 @@ class TiltedMeasure(GaussianPathMeasure):
         """Return times since the start, clamped to the span; subtracted in the precision of ``t``.
 
         Raises:
-            TimeGridError: for times outside ``[0, horizon]``.
+            TimeGridError: For times outside ``[0, horizon]``.
         """
         elapsed = t - self.reference.initial_time
         slack = 1e-6 * self.horizon
@@ -286,7 +286,7 @@ class PiecewiseMeasure(GaussianPathMeasure):
     Subclasses say what they are (:meth:`step`), and what the law is at the start of each interval (:meth:`start_of`).
 
     Attributes:
-        times: ``(I,)`` ends of the intervals, in increasing order; they keep their precision when the law moves.
+        times: The ends ``(I,)`` of the intervals, in increasing order; they keep their precision when the law moves.
     """
 
     times: Tensor
@@ -312,7 +312,7 @@ class PiecewiseMeasure(GaussianPathMeasure):
         """Return the interval of every time ``t (*s,)`` and the time since its start; ends count to the interval before, or after.
 
         Raises:
-            TimeGridError: for times outside.
+            TimeGridError: For times outside.
         """
         clock = t.to(torch.promote_types(t.dtype, self.times.dtype))
         low, high = self.times[0], self.times[-1]
@@ -411,7 +411,7 @@ def reachable(reference: LinearGaussianMeasure, horizon: float) -> Tensor:
     """Return the factor of the noise ``(*B, d, d)`` of a reference over the horizon.
 
     Raises:
-        SingularDiffusionError: if it doesn't reach every direction.
+        SingularDiffusionError: If it doesn't reach every direction.
     """
     ends = reference.like.new_tensor([0.0, horizon]) + reference.initial_time
     noise = reference.transition(ends[:1], ends[1:])[2][0]

@@ -49,10 +49,10 @@ class Conditionals:
     .. math:: X_n\mid X_{<n}\sim N(x_n-r_n,\;F_nF_n^\top)
 
     Attributes:
-        residual: r, ``(T, b, d, s)``: one column per path where ``b`` is 1.
+        residual: The residuals ``r (T, b, d, s)``: one column per path where ``b`` is 1.
         factor: F, ``(T, b, d, d)``.
         keep: ``(T, b)``, False where the point is certain and no part of the event.
-        batch: shape of paths and laws together.
+        batch: The shape of paths and laws together.
     """
 
     residual: Tensor
@@ -108,9 +108,9 @@ def chain_conditionals(
     """Return the conditional laws of paths ``x (*sample, *B, T, d)`` of a chain, or of what ``emission`` shows of it.
 
     Args:
-        chain: the chain.
-        x: the paths.
-        emission: ``(d, z)``, or None if the paths are the states.
+        chain: The chain.
+        x: The paths.
+        emission: The matrix that maps states to observations, ``(d, z)``, or None if the paths are the states.
         certain: ``(T, *B)``, True for points that are known beforehand; by default a fixed start.
     """
     if certain is None:
@@ -178,7 +178,7 @@ def check_common_events(one: Tensor, two: Tensor) -> None:
     """Raise if a point ``(T, ...)`` is certain under one law and random under the other.
 
     Raises:
-        DiffusionMismatchError: if so.
+        DiffusionMismatchError: If so.
     """
     lead = max(one.ndim, two.ndim)
     one, two = (x.reshape(x.shape[0], *(1,) * (lead - x.ndim), *x.shape[1:]) for x in (one, two))

@@ -34,10 +34,10 @@ class LinearFeedback:
     learn together.
 
     Attributes:
-        offset: ``k (N, *B, M)``.
+        offset: The constant parts of the steps, ``k (N, *B, M)``.
         gain: ``K (N, *B, M, Z)``.
-        factor: ``L (N, *B, M, M)``, lower triangular with a positive diagonal.
-        centre: :math:`\bar z`, ``(N, *B, Z)``; None for the mean of z under the law itself.
+        factor: The factor ``L (N, *B, M, M)``, lower triangular with a positive diagonal.
+        centre: The centre :math:`\bar z`, ``(N, *B, Z)``; None for the mean of z under the law itself.
     """
 
     offset: Tensor
@@ -58,9 +58,9 @@ class LinearFeedback:
         """Return the log density ``(*sample, *B)`` of standardised increments ``e (N, *sample, *B, M)`` given the states.
 
         Args:
-            e: increments.
-            z: ``(N, *sample, *B, Z)``.
-            extra: what is added to the conditional means, such as a network's answer, or None.
+            e: The increments.
+            z: The states ``(N, *sample, *B, Z)``.
+            extra: What is added to the conditional means, such as a network's answer, or None.
         """
         residual = e - self.mean(z) if extra is None else e - self.mean(z) - extra
         factor = _lead(self.factor, e.ndim + 1)
@@ -87,9 +87,9 @@ class LiftedStart:
     Attributes:
         origin: ``o (*B, Z)``.
         lift: ``J (Z, D)``; D may be 0.
-        mean: ``(*B, D)``.
-        factor: ``S (*B, D, D)``, lower triangular.
-        prior_mean: ``(*B, D)``.
+        mean: The mean ``(*B, D)``.
+        factor: The factor ``S (*B, D, D)``, lower triangular.
+        prior_mean: The mean of a prior, ``(*B, D)``.
         prior_precision: ``(*B, D, D)``.
     """
 
@@ -111,7 +111,7 @@ class LiftedStart:
 
         Args:
             precision: S, ``(*B, Z, Z)``.
-            linear: :math:`\eta`, ``(*B, Z)``.
+            linear: The linear part :math:`\eta`, ``(*B, Z)``.
         """
         total = self.prior_precision + self.lift.mT @ precision @ self.lift
         pull = times(self.prior_precision, self.prior_mean) + times(
@@ -148,11 +148,12 @@ def start_lift(like: Tensor, size: int, random: int, factor: Tensor | None, chan
     """Return the matrix ``J (size, D)`` from what is random at a start to the full state: path, then memory of its noise.
 
     Args:
-        like: a tensor of the precision and device.
+        like: A tensor of the precision and device.
         size: Z, of the full state.
-        random: how many components of the path are random: all or none.
-        factor: ``(Q, K)`` from the standard normals of a channel's past to its memory states; None without a past.
-        channels: the number of noise channels.
+        random: The number of components of the path are random: all or none.
+        factor: The factor ``(Q, K)`` from the standard normals of a channel's past to its memory states; None without a
+            past.
+        channels: The number of noise channels.
     """
     past = 0 if factor is None else channels * factor.shape[0]
     lift = like.new_zeros(size, random + past)
@@ -169,9 +170,9 @@ class FeedbackDraws:
     """Draws of a path, in columns.
 
     Attributes:
-        z: ``(N+1, *B, Z, S)`` full states.
-        deviation: the same less their means.
-        noise: ``(N, *B, M, S)`` the standard normals behind them.
+        z: The full states ``(N+1, *B, Z, S)``.
+        deviation: The same less their means.
+        noise: The standard normals ``(N, *B, M, S)`` behind them.
         start_noise: ``(*B, D, S)``.
     """
 
@@ -186,9 +187,9 @@ class FeedbackLaw:
     """Q: linear steps under linear feedback on the deviation from their own mean.
 
     Attributes:
-        steps: the recursion under P (or under the linear equation that stands for it).
-        feedback: the law of its increments, with no centre but the mean.
-        start: the law of its start.
+        steps: The recursion under P (or under the linear equation that stands for it).
+        feedback: The law of its increments, with no centre but the mean.
+        start: The law of its start.
     """
 
     steps: LinearSteps
@@ -267,9 +268,10 @@ def feedback_given(
     and likewise for :math:`\eta_n`: the backward information filter, or the linear-quadratic regulator, of the model.
 
     Args:
-        steps: the linear steps.
-        precision: ``H (N+1, *B, d, d)`` of the log-likelihood :math:`-\tfrac12xHx+hx` in the first d components at each time.
-        linear: ``h (N+1, *B, d)``.
+        steps: The linear steps.
+        precision: The precision ``H (N+1, *B, d, d)`` of the log-likelihood :math:`-\tfrac12xHx+hx` in the first d
+            components at each time.
+        linear: The linear part ``h (N+1, *B, d)``.
 
     Returns:
         The feedback law, with centre zero, and ``S_0 (*B, Z, Z)`` and ``eta_0 (*B, Z)``, the likelihood as a function of the
@@ -312,9 +314,9 @@ def _values(forth: Tensor, load: Tensor, local: Tensor) -> Tensor:
     """Return the quadratics ``S (N+1, *batch, W, W)`` of all data from every grid point on.
 
     Args:
-        forth: the maps of the homogeneous state, ``(N, *batch, W, W)``.
+        forth: The maps of the homogeneous state, ``(N, *batch, W, W)``.
         load: ``(N, *batch, W, M)``.
-        local: the quadratics of the data at each grid point, ``(N+1, *batch, W, W)``.
+        local: The quadratics of the data at each grid point, ``(N+1, *batch, W, W)``.
     """
     batch = forth.shape[1:-2]
     flat = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (forth, load, local))

@@ -23,9 +23,9 @@ class Gains:
     """Everything of a Kalman filter that doesn't depend on the data.
 
     Attributes:
-        predicted: ``(N+1, b, z, z)`` covariances before each observation.
+        predicted: The covariances ``(N+1, b, z, z)`` before each observation.
         gain: ``(N+1, b, z, p)`` Kalman gains.
-        factor: ``(N+1, b, p, p)`` lower Cholesky factors of the innovation covariances.
+        factor: The lower Cholesky factors ``(N+1, b, p, p)`` of the innovation covariances.
         weighted: ``(N+1, b, p, z)``, the emission divided from the left by ``factor``.
         closed: ``(N+1, b, z, z)``, identity minus gain times emission.
     """

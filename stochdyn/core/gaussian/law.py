@@ -52,11 +52,11 @@ class GaussianPathPosterior:
     """The law of a Gaussian path given observations, at the times asked for.
 
     Attributes:
-        ts: ``(T,)`` times of the answer.
-        mean: ``(*B, T, d)``.
-        covariance: ``(*B, T, d, d)``, of the marginals.
-        log_evidence: ``(*B,)`` log density of the observations.
-        law: the posterior as a law on paths, from which to draw and which answers at other times.
+        ts: The times ``(T,)`` of the answer.
+        mean: The mean ``(*B, T, d)``.
+        covariance: The covariances ``(*B, T, d, d)`` of the marginals.
+        log_evidence: The log density ``(*B,)`` of the observations.
+        law: The posterior as a law on paths, from which to draw and which answers at other times.
     """
 
     ts: Tensor
@@ -80,8 +80,8 @@ class GaussianPathMeasure(PathMeasure):
     how it is read (:meth:`read`). Moments, draws, densities, the evidence of observations and the posterior follow.
 
     Attributes:
-        dim: number of components d of a path.
-        batch_shape: shape ``*B`` of a batch of laws.
+        dim: The number of components d of a path.
+        batch_shape: The shape ``*B`` of a batch of laws.
     """
 
     dim: int
@@ -94,7 +94,7 @@ class GaussianPathMeasure(PathMeasure):
         """Return the chain of the law at times ``ts (T,)``.
 
         Raises:
-            TimeGridError: if the grid doesn't increase strictly, or leaves the span of the law.
+            TimeGridError: If the grid doesn't increase strictly, or leaves the span of the law.
         """
 
     @property
@@ -127,7 +127,7 @@ class GaussianPathMeasure(PathMeasure):
         """Return the law ``N(mean, covariance)`` of the state at one time.
 
         Raises:
-            TimeGridError: if the time lies outside the span of the law.
+            TimeGridError: If the time lies outside the span of the law.
         """
         t = as_tensor(t, "t", 0, "one time", like=self.like)
         mean, cov = self._moments(t[None])
@@ -147,7 +147,7 @@ class GaussianPathMeasure(PathMeasure):
         of the other points given these.
 
         Raises:
-            SingularDiffusionError: if a transition has no density.
+            SingularDiffusionError: If a transition has no density.
         """
         self._check_path(path)
         return self._density(path)[0]
@@ -162,8 +162,8 @@ class GaussianPathMeasure(PathMeasure):
         their Euler transitions, as between two :class:`~stochdyn.DiffusionMeasure` s.
 
         Raises:
-            DiffusionMismatchError: if the laws are mutually singular.
-            UnavailableError: if the densities of the other law aren't known.
+            DiffusionMismatchError: If the laws are mutually singular.
+            UnavailableError: If the densities of the other law aren't known.
         """
         check_choice(estimator, girsanov.ESTIMATORS, "estimator")
         check_type(other, PathMeasure, "other")
@@ -186,8 +186,8 @@ class GaussianPathMeasure(PathMeasure):
         """Raise unless the path laws can have a density with respect to each other: diffusions must share their noise.
 
         Raises:
-            ShapeError: if the states differ in size.
-            DiffusionMismatchError: if the laws are mutually singular.
+            ShapeError: If the states differ in size.
+            DiffusionMismatchError: If the laws are mutually singular.
         """
         if self.dim != other.dim:
             raise ShapeError("the laws have states of different size", got=f"{self.dim} and {other.dim}")
@@ -224,7 +224,7 @@ class GaussianPathMeasure(PathMeasure):
         r"""Return :math:`GG^\top (n, *B, d, d)` of a diffusion at times ``t (n,)``.
 
         Raises:
-            UnavailableError: if the law isn't a diffusion in its state alone.
+            UnavailableError: If the law isn't a diffusion in its state alone.
         """
         self._refuse("covariance_rate", "it isn't a diffusion in its state alone")
 
@@ -232,7 +232,7 @@ class GaussianPathMeasure(PathMeasure):
         """Return the equation of a diffusion, for simulation and control.
 
         Raises:
-            UnavailableError: if the law isn't a diffusion in its state alone.
+            UnavailableError: If the law isn't a diffusion in its state alone.
         """
         self._refuse("equation", "it isn't a diffusion in its state alone")
 
@@ -240,7 +240,7 @@ class GaussianPathMeasure(PathMeasure):
         """Return the Fokker-Planck operator of a diffusion.
 
         Raises:
-            UnavailableError: if the law isn't a diffusion in its state alone.
+            UnavailableError: If the law isn't a diffusion in its state alone.
         """
         return FokkerPlanck(self.to_sde())
 
@@ -248,7 +248,7 @@ class GaussianPathMeasure(PathMeasure):
         """Return the law as a :class:`~stochdyn.DiffusionMeasure`, which is simulated step by step.
 
         Raises:
-            UnavailableError: if it isn't a diffusion in its state alone.
+            UnavailableError: If it isn't a diffusion in its state alone.
         """
         self._refuse("equation", "it isn't a diffusion in its state alone")
 
@@ -265,18 +265,19 @@ class GaussianPathMeasure(PathMeasure):
         r"""Return the ``(*B,)`` log density of observations :math:`y_i=CX_{t_i}+\sigma_i\epsilon_i`.
 
         Args:
-            times: ``(T,)`` strictly increasing times of the observations, none before the law starts; ``(*B, T)`` where every
-                series has its own (of a linear law; fill short series up with later times and NaN).
-            y: ``(*B, T, p)``; NaN where a value is missing.
-            obs_scale: standard deviation of the noise: a number, ``(p,)``, ``(T, p)`` or ``(*B, T, p)``;
-                zero for exact observations.
-            emission: :math:`C`, ``(p, d)`` or ``(*B, T, p, d)``; None for the identity.
+            times: The strictly increasing times ``(T,)`` of the observations, none before the law starts; ``(*B, T)``
+                where every series has its own (of a linear law; fill short series up with later times and NaN).
+            y: The observed values ``(*B, T, p)``; NaN where a value is missing.
+            obs_scale: The standard deviation of the noise: a number, ``(p,)``, ``(T, p)`` or ``(*B, T, p)``; zero for
+                exact observations.
+            emission: The matrix that maps states to observations, :math:`C`, ``(p, d)`` or ``(*B, T, p, d)``; None for
+                the identity.
             mask: True where observed: ``(T,)``, ``(*B, T)`` or, with as many axes as ``y``, ``(*B, T, p)``; None if only
                 NaN is missing.
 
         Raises:
-            TimeGridError, ShapeError, NonFiniteError, InvalidInputError: on arguments that don't fit.
-            SingularDiffusionError: if the observations have no density.
+            TimeGridError, ShapeError, NonFiniteError, InvalidInputError: On arguments that don't fit.
+            SingularDiffusionError: If the observations have no density.
 
         Example:
             >>> from stochdyn import LinearGaussianMeasure
@@ -320,13 +321,13 @@ class GaussianPathMeasure(PathMeasure):
         """Return moments of the path given observations, and its law.
 
         Args:
-            times: times of the observations, as in :meth:`log_evidence`.
-            y: observations.
-            obs_scale: standard deviation of their noise.
-            ts: ``(T,)`` times at which the posterior is wanted, before, between or after the observations;
-                the times of the observations if None.
-            emission: how the state is observed.
-            mask: which values are observed.
+            times: The times of the observations, as in :meth:`log_evidence`.
+            y: The observations.
+            obs_scale: The standard deviation of the noise of the observations.
+            ts: The times ``(T,)`` at which the posterior is wanted, before, between or after the observations; the
+                times of the observations if None.
+            emission: The matrix by which the state is observed.
+            mask: Which values are observed.
         """
         law = self.conditioned(times, y, obs_scale, emission, mask)
         return law.summary(law.seen.times if ts is None else ts)

@@ -52,19 +52,22 @@ class LinearGaussianMeasure(GaussianPathMeasure):
     :class:`~stochdyn.DiffusionMeasure` takes any drift, by steps; :meth:`as_diffusion` turns this law into one.
 
     Args:
-        drift_matrix: :math:`A`, ``(*B, d, d)`` in 1/time, or a function of times ``(n,)`` that returns
-            ``(n, *B, d, d)``.
-        drift_offset: :math:`b`, ``(*B, d)``, or a function that returns ``(n, *B, d)``.
-        diffusion: :math:`G`: a positive number, ``(d,)``, ``(*B, d, m)``, a :class:`Coefficient`, or a
-            function that returns ``(n, *B, d, m)``.
-        initial_mean: :math:`m_0`, ``(*B, d)``. Its dtype and device are those of all answers.
-        initial_cov: :math:`P_0`, ``(*B, d, d)``; None or zero for a fixed start, of single members of a batch too.
-        initial_time: :math:`t_0`. Times may start there or later.
-        tolerance: relative accuracy of time-varying transitions (default 1e-10, in float32 1e-5), of every component of
-            every member of a batch in its own scale.
+        drift_matrix: The matrix of a linear drift, :math:`A`, ``(*B, d, d)`` in 1/time, or a function of times ``(n,)``
+            that returns ``(n, *B, d, d)``.
+        drift_offset: The constant part of a linear drift, :math:`b`, ``(*B, d)``, or a function that returns
+            ``(n, *B, d)``.
+        diffusion: The noise strength :math:`G`: a positive number, ``(d,)``, ``(*B, d, m)``, a :class:`Coefficient`, or
+            a function that returns ``(n, *B, d, m)``.
+        initial_mean: The mean of a Gaussian start, :math:`m_0`, ``(*B, d)``. Its dtype and device are those of all
+            answers.
+        initial_cov: The covariance of a Gaussian start, :math:`P_0`, ``(*B, d, d)``; None or zero for a fixed start, of
+            single members of a batch too.
+        initial_time: The time :math:`t_0` of the start. Times may start there or later.
+        tolerance: The relative accuracy of time-varying transitions (default 1e-10, in float32 1e-5), of every
+            component of every member of a batch in its own scale.
 
     Raises:
-        ShapeError, DtypeMismatchError, DeviceMismatchError, NonFiniteError, DiffusionError: on arguments that
+        ShapeError, DtypeMismatchError, DeviceMismatchError, NonFiniteError, DiffusionError: On arguments that
             don't fit.
 
     Example:
@@ -171,12 +174,12 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         r"""Return :math:`dX=\theta(\mu-X)dt+\sigma dW`, components independent.
 
         Args:
-            rate: :math:`\theta`, a number or ``(*B, d)``, in 1/time.
-            mean: :math:`\mu`, likewise, in units of the state.
-            diffusion: :math:`\sigma`, likewise, positive, in units of the state per root of time.
-            initial_mean: ``(*B, d)``, the mean of the start; None for the stationary law (of positive rate).
-            initial_cov: ``(*B, d, d)``; None for a fixed start.
-            initial_time: time of the start.
+            rate: The rate :math:`\theta`, a number or ``(*B, d)``, in 1/time.
+            mean: The mean :math:`\mu`, likewise, in units of the state.
+            diffusion: The noise strength :math:`\sigma`, likewise, positive, in units of the state per root of time.
+            initial_mean: The mean ``(*B, d)`` of the start; None for the stationary law (of positive rate).
+            initial_cov: The covariance of a Gaussian start, ``(*B, d, d)``; None for a fixed start.
+            initial_time: The time of the start.
 
         Example:
             >>> ou = LinearGaussianMeasure.ornstein_uhlenbeck(2.0, mean=1.0)
@@ -227,14 +230,14 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         r"""Return :math:`\Phi, c, Q` of :math:`X_{stop}\mid X_{start}\sim N(\Phi X_{start}+c, Q)`.
 
         Args:
-            start: ``(N,)``, or ``(N, *B)`` where every series has its own.
-            stop: likewise, none before its start.
+            start: The time before each step ``(N,)``, or ``(N, *B)`` where every series has its own.
+            stop: The last time of each interval, likewise, none before its start.
 
         Returns:
             ``(N, *B, d, d)``, ``(N, *B, d)``, ``(N, *B, d, d)``; batch axes of size one may be missing.
 
         Raises:
-            TimeGridError: if a transition ends before its start.
+            TimeGridError: If a transition ends before its start.
         """
         start, stop = torch.broadcast_tensors(start, stop)
         if bool((stop < start).any()):
@@ -305,8 +308,8 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         """Return the exact divergence ``(*B,)`` of the laws of the values at ``ts (T,)``.
 
         Raises:
-            SingularDiffusionError: if a transition of either law has no density.
-            DiffusionMismatchError: if the laws start from different fixed points.
+            SingularDiffusionError: If a transition of either law has no density.
+            DiffusionMismatchError: If the laws start from different fixed points.
         """
         check_type(
             other,
@@ -325,7 +328,7 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         by Gauss quadrature of exact moments, refined until it stops changing.
 
         Raises:
-            DiffusionMismatchError: if the diffusions differ, or the drifts differ where no noise acts.
+            DiffusionMismatchError: If the diffusions differ, or the drifts differ where no noise acts.
         """
         check_type(other, LinearGaussianMeasure, "other")
         return path_kl(self, other, ts)
@@ -339,7 +342,7 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         """Return this law as a :class:`~stochdyn.DiffusionMeasure`, which is simulated step by step from ``initial_time`` on.
 
         Raises:
-            SingularDiffusionError: if the start is neither fixed nor of full rank.
+            SingularDiffusionError: If the start is neither fixed nor of full rank.
         """
         mean, cov = self.initial_mean.expand(*self.batch_shape, self.dim), self.initial_cov
         if not bool((cov != 0).any()):

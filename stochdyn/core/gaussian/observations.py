@@ -109,11 +109,11 @@ class Observations:
     r"""Values :math:`y_i=HX_{t_i}+\epsilon_i`, :math:`\epsilon_i\sim N(0,R_i)`, time leading.
 
     Attributes:
-        times: ``(T,)``, or ``(*B, T)`` where every series has its own.
-        y: ``(T, *B, p)``, zero where nothing was observed.
-        emission: ``(p, z)`` or ``(T, *B, p, z)``.
-        obs_cov: ``(p, p)`` or ``(T, *B, p, p)``.
-        mask: ``(T, *B)`` or ``(T, *B, p)``, True where observed, or None if everything is.
+        times: The times of data, ``(T,)``, or ``(*B, T)`` where every series has its own.
+        y: The observed values ``(T, *B, p)``, zero where nothing was observed.
+        emission: The matrix that maps states to observations, ``(p, z)`` or ``(T, *B, p, z)``.
+        obs_cov: The covariance of the observation noise, ``(p, p)`` or ``(T, *B, p, p)``.
+        mask: The mask ``(T, *B)`` or ``(T, *B, p)``, True where observed, or None if everything is.
     """
 
     times: Tensor
@@ -126,8 +126,8 @@ class Observations:
         """Lay the values on a grid that holds their times; returns the arguments of a chain's filter.
 
         Args:
-            nodes: ``(M,)``, or ``(*B, M)`` where every series has its own.
-            where: where the times are among them, ``(T,)`` or ``(*B, T)``; found if None.
+            nodes: The weighted points that stand for a law, ``(M,)``, or ``(*B, M)`` where every series has its own.
+            where: Where the times are among them, ``(T,)`` or ``(*B, T)``; found if None.
         """
         if nodes.shape == self.times.shape:
             return {"y": self.y, "emission": self.emission, "obs_cov": self.obs_cov, "mask": self.mask}
@@ -235,7 +235,7 @@ def as_mask(mask: object) -> Tensor:
     """Turn data into a boolean tensor.
 
     Raises:
-        ShapeError: if they aren't booleans.
+        ShapeError: If they aren't booleans.
     """
     if not isinstance(mask, Tensor):
         array = np.asarray(mask)

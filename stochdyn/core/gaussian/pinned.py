@@ -48,9 +48,9 @@ def bridge_coefficients(rate: Tensor, elapsed: Tensor, remaining: Tensor) -> tup
     linear interpolation. The diffusion is one, and the bridge depends on :math:`|a|` only.
 
     Args:
-        rate: :math:`a`, in 1/time.
-        elapsed: :math:`u\ge0`, time since the start.
-        remaining: :math:`r\ge0`, time to the end.
+        rate: The rate :math:`a`, in 1/time.
+        elapsed: The time :math:`u\ge0` since the start.
+        remaining: The time :math:`r\ge0` to the end.
 
     Example:
         >>> zero, one = torch.tensor(0.0), torch.tensor(1.0)
@@ -69,10 +69,10 @@ def bridge_drift(rate: Tensor, remaining: Tensor, x: Tensor, end: Tensor) -> Ten
     r"""Return the drift :math:`a\,[x_T-x\cosh ar]/\sinh ar` of a bridge of an OU process around zero.
 
     Args:
-        rate: :math:`a`.
-        remaining: :math:`r>0`, time to the end.
-        x: present value.
-        end: value to be reached.
+        rate: The rate :math:`a`.
+        remaining: The time :math:`r>0` to the end.
+        x: The present value.
+        end: The value to be reached.
     """
     a = rate.abs()
     decay = torch.exp(-a * remaining)
@@ -94,16 +94,16 @@ class PinnedProcess(GaussianPathMeasure):
     :meth:`LinearGaussianMeasure.conditioned` on observations of scale zero.
 
     Args:
-        initial: :math:`x_0`, ``(*B, d)``.
-        final: :math:`x_T`, ``(*B, d)``.
-        rate: :math:`\theta`, a number or broadcastable to ``(*B, d)``, in 1/time.
-        mean: :math:`\mu`, likewise, in units of the state.
-        diffusion: :math:`\sigma`, likewise, positive, in units of the state per root of time.
-        start_time: :math:`t_0`.
-        end_time: :math:`T`.
+        initial: The first point :math:`x_0`, ``(*B, d)``.
+        final: The last point :math:`x_T`, ``(*B, d)``.
+        rate: The rate :math:`\theta`, a number or broadcastable to ``(*B, d)``, in 1/time.
+        mean: The mean :math:`\mu`, likewise, in units of the state.
+        diffusion: The noise strength :math:`\sigma`, likewise, positive, in units of the state per root of time.
+        start_time: The time :math:`t_0` of the start.
+        end_time: The time :math:`T` of the end.
 
     Raises:
-        ShapeError, DtypeMismatchError, NonFiniteError, InvalidInputError, TimeGridError: on arguments that
+        ShapeError, DtypeMismatchError, NonFiniteError, InvalidInputError, TimeGridError: On arguments that
             don't fit.
 
     Example:
@@ -244,9 +244,9 @@ class PinnedProcess(GaussianPathMeasure):
         """Return mean and variance ``(..., d)`` of the bridge at ``stop``, given ``x (..., *B, d)`` at ``t``.
 
         Args:
-            t: a number, or broadcastable to ``x[..., :1]``; before the end.
-            x: present values.
-            stop: likewise; from ``t`` to the end.
+            t: A number, or broadcastable to ``x[..., :1]``; before the end.
+            x: The present values.
+            stop: The end of the interval, likewise; from ``t`` to the end.
         """
         t, stop = _as_time(t, x), _as_time(stop, x)
         if bool(((t < self.start_time) | (t >= self.end_time) | (stop < t) | (stop > self.end_time)).any()):
@@ -265,11 +265,11 @@ class PinnedProcess(GaussianPathMeasure):
         r"""Return the drift ``(..., d)`` of the bridge's own equation, whose diffusion is :math:`\sigma`.
 
         Args:
-            t: a number, or broadcastable to ``x[..., :1]``; before the end.
-            x: ``(..., *B, d)``.
+            t: A number, or broadcastable to ``x[..., :1]``; before the end.
+            x: The points ``(..., *B, d)``.
 
         Raises:
-            TimeGridError: at or after the end, where the drift is singular.
+            TimeGridError: At or after the end, where the drift is singular.
         """
         t = _as_time(t, x)
         if bool((t >= self.end_time).any()):

@@ -46,9 +46,9 @@ def affine_states(transition: Tensor, offset: Tensor, start: Tensor) -> Tensor:
     r"""Return all states of :math:`z_{n+1}=A_nz_n+c_n`, in columns.
 
     Args:
-        transition: ``A (N, *B, z, z)``.
-        offset: ``c (N, *B, z, s)``, one column per path.
-        start: ``(*B, z, s)``.
+        transition: The matrices of the steps, ``A (N, *B, z, z)``.
+        offset: The constant parts of the steps, ``c (N, *B, z, s)``, one column per path.
+        start: The first states ``(*B, z, s)``.
 
     Returns:
         ``(N+1, *B, z, s)``, differentiable; batch axes broadcast.
@@ -80,11 +80,11 @@ def gaussian_moments(
     .. math:: m_{n+1}=A_nm_n+c_n,\qquad P_{n+1}=A_nP_nA_n^\top+Q_n .
 
     Args:
-        transition: ``(N, *B, z, z)``.
-        offset: ``(N, *B, z)``.
-        noise_cov: ``(N, *B, z, z)``.
-        mean: ``(*B, z)``.
-        cov: ``(*B, z, z)``.
+        transition: The matrices of the steps, ``(N, *B, z, z)``.
+        offset: The constant parts of the steps, ``(N, *B, z)``.
+        noise_cov: The covariance of the noise of a step, ``(N, *B, z, z)``.
+        mean: The mean ``(*B, z)``.
+        cov: The covariance ``(*B, z, z)``.
 
     Returns:
         ``(N+1, *B, z)`` and ``(N+1, *B, z, z)``; batch axes broadcast.
@@ -115,10 +115,10 @@ def joint_covariance(
     .. math:: \mathrm{Cov}(Hz_n,Hz_m)=H\,\Gamma_n\,A_{n-1}\cdots A_m\,P_m\,H^\top,\qquad n\ge m .
 
     Args:
-        covs: :math:`P`, ``(N+1, b, z, z)``.
-        transition: :math:`A`, ``(N, b, z, z)``.
-        emission: :math:`H`, ``(d, z)``; None for the identity.
-        left: :math:`\Gamma`, ``(N+1, b, z, z)``; None for the identity.
+        covs: The covariances of Gaussian snapshots, :math:`P`, ``(N+1, b, z, z)``.
+        transition: The matrices of the steps, :math:`A`, ``(N, b, z, z)``.
+        emission: The matrix that maps states to observations, :math:`H`, ``(d, z)``; None for the identity.
+        left: The matrix :math:`\Gamma` from the left, ``(N+1, b, z, z)``; None for the identity.
 
     Returns:
         ``(b, (N+1) d, (N+1) d)``, time leading in the flattened axes.

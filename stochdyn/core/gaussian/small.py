@@ -37,8 +37,8 @@ def psd_factor(matrix: Tensor, tolerance: float | None = None) -> Tensor:
     are zero. Differentiable; directions of zero variance pass no gradient.
 
     Args:
-        matrix: symmetric ``(..., n, n)``.
-        tolerance: pivots below ``tolerance`` (of a unit diagonal) count as zero. Default ``32 n`` machine epsilons.
+        matrix: The symmetric matrices ``(..., n, n)``.
+        tolerance: The size below which pivots (of a unit diagonal) count as zero. Default ``32 n`` machine epsilons.
 
     Returns:
         ``(..., n, n)`` with ``L @ L.mT`` equal to ``matrix`` up to rounding.
@@ -78,7 +78,7 @@ def definite_factor(cov: Tensor, name: str) -> Tensor:
     """Return the lower Cholesky factor of ``(..., n, n)``; correlations that are singular to rounding don't count as definite.
 
     Raises:
-        SingularDiffusionError: if a matrix is singular; ``name`` says of what it is the covariance.
+        SingularDiffusionError: If a matrix is singular; ``name`` says of what it is the covariance.
     """
     unit = standard_deviations(cov)
     factor, info = torch.linalg.cholesky_ex(cov / unit[..., :, None] / unit[..., None, :])

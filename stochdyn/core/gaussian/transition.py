@@ -48,11 +48,11 @@ class TimeValue(nn.Module):
     serves as the function.
 
     Args:
-        name: for errors.
-        event: sizes of the last axes, None where any will do.
-        parts: tensors of which the constant is made.
-        build: makes the constant of its parts; None if it is the only part.
-        function: the function of time, if there are no parts.
+        name: The argument's name, for errors.
+        event: The sizes of the last axes, None where any will do.
+        parts: The tensors of which the constant is made.
+        build: What makes the constant of its parts; None if it is the only part.
+        function: The function of time, if there are no parts.
     """
 
     def __init__(
@@ -171,11 +171,12 @@ def constant_transition(a: Tensor, b: Tensor, s: Tensor, dt: Tensor, dtype: torc
     (:math:`\|A\|h\gg 1`) keep full accuracy, where Van Loan's exponential with :math:`-A^\top` overflows.
 
     Args:
-        a: ``(*B, d, d)``.
-        b: ``(*B, d)``.
-        s: ``(*B, d, d)``.
-        dt: nonnegative steps, possibly more precise than ``dtype``; ``(N, *G)`` where every series has its own, aligned with ``*B``.
-        dtype: of the result.
+        a: A batch of matrices ``(*B, d, d)``.
+        b: A batch of vectors ``(*B, d)``.
+        s: A batch of symmetric matrices ``(*B, d, d)``.
+        dt: The nonnegative steps, possibly more precise than ``dtype``; ``(N, *G)`` where every series has its own,
+            aligned with ``*B``.
+        dtype: The precision of the result.
     """
     longest = float(dt.detach().max()) if dt.numel() else 0.0
     strength = float(a.detach().abs().sum(-2).max()) * longest
@@ -263,10 +264,10 @@ def varying_transition(
     member relative to its own scale.
 
     Args:
-        coefficients: maps times ``(n,)`` to ``(A, b, S)``, each ``(n, *B, ...)``.
-        start: ``(N,)``, in the dtype of the state.
-        dt: ``(N,)``, likewise.
-        tolerance: relative accuracy; by default 1e-10, and 1e-5 in float32.
+        coefficients: A function that maps times ``(n,)`` to ``(A, b, S)``, each ``(n, *B, ...)``.
+        start: The time before each step ``(N,)``, in the dtype of the state.
+        dt: The sizes ``(N,)`` of the steps, likewise.
+        tolerance: The relative accuracy; by default 1e-10, and 1e-5 in float32.
 
     Reference: Blanes, Casas, Oteo & Ros (2009), The Magnus expansion and some of its applications, eq. 257.
     """

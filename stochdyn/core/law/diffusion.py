@@ -56,18 +56,18 @@ class DiffusionMeasure(PathMeasure):
     the law doesn't depend on the grid, and a coarse grid hides no pulse of the drift.
 
     Args:
-        initial: a torch or Pyro distribution with event ``(d,)``, or a tensor ``(d,)`` (or ``(*batch, d)``) for a fixed start.
-        sde: the equation.
-        start_time: the time at which ``initial`` holds. Paths that are asked for from a later time on are simulated from here.
+        initial: A torch or Pyro distribution with event ``(d,)``, or a tensor ``(d,)`` (or ``(*batch, d)``) for a fixed start.
+        sde: The equation.
+        start_time: The time at which ``initial`` holds. Paths that are asked for from a later time on are simulated from here.
             None lets every grid start the law at its own first time; :meth:`marginal` then counts from time zero.
-        dt: the largest step of a simulation, in the unit of the times. None takes the grid as it is, and 200 steps where
+        dt: The largest step of a simulation, in the unit of the times. None takes the grid as it is, and 200 steps where
             the law has to reach a time by itself (in :meth:`marginal`, and from ``start_time`` to the first time of a grid).
-        method: the integration method: :class:`~stochdyn.core.Euler`, :class:`~stochdyn.core.Heun` or
+        method: The integration method: :class:`~stochdyn.core.Euler`, :class:`~stochdyn.core.Heun` or
             :class:`~stochdyn.core.Milstein`, or the name of one.
 
     Raises:
-        ShapeError: if the initial law's event isn't a vector, or drift or diffusion don't fit it.
-        InvalidInputError: if another argument has the wrong type, or ``dt`` isn't positive.
+        ShapeError: If the initial law's event isn't a vector, or drift or diffusion don't fit it.
+        InvalidInputError: If another argument has the wrong type, or ``dt`` isn't positive.
 
     Example:
         >>> P = DiffusionMeasure(torch.zeros(1), SDE(lambda t, x: -x, 1.0))
@@ -115,15 +115,16 @@ class DiffusionMeasure(PathMeasure):
         """Draw paths with the increments that drove them.
 
         Args:
-            ts: ``(T,)`` strictly increasing times, data of any kind, or ``(*batch, T)`` where every series has its own.
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
-            method: the integration method; None takes that of the law.
+            ts: The strictly increasing times ``(T,)``, data of any kind, or ``(*batch, T)`` where every series has its
+                own.
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            method: The integration method; None takes that of the law.
 
         Raises:
-            TimeGridError: if the grid isn't strictly increasing, or begins before the law does.
-            DeviceMismatchError: if grid and initial law live on different devices.
-            NonFiniteError: if a path explodes.
+            TimeGridError: If the grid isn't strictly increasing, or begins before the law does.
+            DeviceMismatchError: If grid and initial law live on different devices.
+            NonFiniteError: If a path explodes.
         """
         scheme = self.method if method is None else as_method(method)
         like = self.initial.like()
@@ -166,17 +167,17 @@ class DiffusionMeasure(PathMeasure):
         """Return the paths that given increments drive, one step per interval of the grid.
 
         Args:
-            ts: ``(T,)`` strictly increasing times, or ``(*batch, T)`` where every series has its own.
-            x0: ``(*batch, d)`` states at the first time.
-            dw: ``(T-1, *batch, m * R)`` increments under this law, control included, in the layout of
+            ts: The strictly increasing times ``(T,)``, or ``(*batch, T)`` where every series has its own.
+            x0: The states ``(*batch, d)`` at the first time.
+            dw: The increments under this law ``(T-1, *batch, m * R)``, control included, in the layout of
                 :class:`~stochdyn.core.NoiseProcess`; ``(T-1, *batch, m)`` for Brownian motion.
-            memory0: ``(*batch, m, K)`` memory states of the noise at the first time, zero if None.
-            method: the integration method; None takes that of the law.
+            memory0: The memory states ``(*batch, m, K)`` of the noise at the first time, zero if None.
+            method: The integration method; None takes that of the law.
 
         Raises:
-            TimeGridError: if the grid isn't strictly increasing.
-            ShapeError: if start or increments don't fit the equation and the grid.
-            NonFiniteError: if a path explodes.
+            TimeGridError: If the grid isn't strictly increasing.
+            ShapeError: If start or increments don't fit the equation and the grid.
+            NonFiniteError: If a path explodes.
         """
         scheme = self.method if method is None else as_method(method)
         ts = as_time_grid(ts, like=self.initial.like(), batch=True)
@@ -263,14 +264,16 @@ class DiffusionMeasure(PathMeasure):
         A control counts as part of the drift.
 
         Args:
-            score: ``score(t, x)`` of this law's marginals on the forward clock: a callable, or an object with a ``score`` method.
-            horizon: ``T``, the time that becomes 0.
-            initial: the law of :math:`X_T`; if None, this law is simulated up to there whenever a start is drawn.
-            parity: ``(d,)`` signs :math:`\epsilon`, -1 for components that change theirs with the direction of time, such as
-                velocities; all +1 if None. The noise must be the same in both directions, :math:`\epsilon GG^\top\epsilon=GG^\top`.
+            score: A function ``score(t, x)`` of this law's marginals on the forward clock: a callable, or an object
+                with a ``score`` method.
+            horizon: The time ``T`` that becomes 0.
+            initial: The law of :math:`X_T`; if None, this law is simulated up to there whenever a start is drawn.
+            parity: The signs :math:`\epsilon`, ``(d,)``, -1 for components that change theirs with the direction of
+                time, such as velocities; all +1 if None. The noise must be the same in both directions,
+                :math:`\epsilon GG^\top\epsilon=GG^\top`.
 
         Raises:
-            InvalidInputError: if the noise has memory, or the parity isn't one sign for each component.
+            InvalidInputError: If the noise has memory, or the parity isn't one sign for each component.
 
         Reference:
             Anderson, "Reverse-time diffusion equation models", 1982; with parities: Spinney and Ford, "Entropy production in
@@ -292,13 +295,13 @@ class DiffusionMeasure(PathMeasure):
         ``T`` is the divergence of its time reversal from it: ``P.reverse(score, T, rho, parity).kl(P.backward(T, rho, parity), ts)``.
 
         Args:
-            horizon: ``T``, the time that becomes 0.
-            initial: the law of :math:`X_T`, or a point.
-            parity: ``(d,)`` signs with which the start is reflected; see :meth:`reverse`. What of the protocol itself is odd, such as
-                a magnetic field, is the caller's to change.
+            horizon: The time ``T`` that becomes 0.
+            initial: The law of :math:`X_T`, or a point.
+            parity: The signs ``(d,)`` with which the start is reflected; see :meth:`reverse`. What of the protocol
+                itself is odd, such as a magnetic field, is the caller's to change.
 
         Raises:
-            InvalidInputError: if the noise has memory, or the parity isn't one sign for each component.
+            InvalidInputError: If the noise has memory, or the parity isn't one sign for each component.
         """
         check_real(horizon, "horizon")
         signs = None if parity is None else as_parity(parity, torch.empty(0, self.initial.dim))
@@ -315,7 +318,7 @@ class DiffusionMeasure(PathMeasure):
         At the start it is the initial law. Later it is known by simulation, in steps of ``dt`` or in 200 steps.
 
         Raises:
-            TimeGridError: if the time lies before the start.
+            TimeGridError: If the time lies before the start.
         """
         check_real(t, "t")
         time = t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
@@ -344,8 +347,8 @@ class DiffusionMeasure(PathMeasure):
         """Return the drift ``(..., d)`` at ``x (..., d)``, that of the control included: ``b(t, x) + G(t, x) u(t, x)``.
 
         Raises:
-            UnavailableError: if the noise has memory, so that the state alone doesn't decide it.
-            ShapeError: if the times or the states don't fit.
+            UnavailableError: If the noise has memory, so that the state alone doesn't decide it.
+            ShapeError: If the times or the states don't fit.
         """
         control = self.sde.control
         if self.sde.noise.num_states:
@@ -362,7 +365,7 @@ class DiffusionMeasure(PathMeasure):
         """Return the Fokker-Planck operator of the law.
 
         Raises:
-            UnavailableError: if the noise has memory, or the control acts on the increments of a grid.
+            UnavailableError: If the noise has memory, or the control acts on the increments of a grid.
         """
         from stochdyn.core.forward.fokker_planck import FokkerPlanck
 
@@ -379,7 +382,7 @@ class DiffusionMeasure(PathMeasure):
         """Return the Euler log density of paths, ``(*sample,)``, with that of a random start.
 
         Raises:
-            SingularDiffusionError: if the diffusion is singular or the noise has memory: no density exists in state space.
+            SingularDiffusionError: If the diffusion is singular or the noise has memory: no density exists in state space.
         """
         path = self._check_path(path)
         return euler_log_prob(self.sde, self.initial, path.ts, path.x)
@@ -390,21 +393,21 @@ class DiffusionMeasure(PathMeasure):
         r"""Return :math:`\log dQ/dP` on given paths, Q being this law and P ``other``.
 
         Args:
-            path: paths of either law (or of any third one that shares their equation).
+            path: The paths of either law (or of any third one that shares their equation).
             other: P, a DiffusionMeasure with the same diffusion.
-            estimator: ``"density"``, the true log weight; ``"rate"``, only its conditional mean under Q; ``"stl"``, the true log
-                weight with the low-noise gradient of :func:`stochdyn.core.law.girsanov.stl`. The last two mean something on
-                paths of Q alone.
-            recorded: take control and increments of the law that drew the paths as they were then (``path.aux``) rather than
-                evaluate them again. It saves most of the time where the control is a network, and is right as long as that
-                law hasn't changed since. Without it the ratio is that of the laws as they are now, and differentiable in all
-                their parameters, on paths drawn at any time.
+            estimator: The estimator: ``"density"``, the true log weight; ``"rate"``, only its conditional mean under Q;
+                ``"stl"``, the true log weight with the low-noise gradient of :func:`stochdyn.core.law.girsanov.stl`.
+                The last two mean something on paths of Q alone.
+            recorded: Whether to take control and increments of the law that drew the paths as they were then
+                (``path.aux``) rather than evaluate them again. It saves most of the time where the control is a
+                network, and is right as long as that law hasn't changed since. Without it the ratio is that of the laws
+                as they are now, and differentiable in all their parameters, on paths drawn at any time.
 
         Returns:
             ``(*sample,)``.
 
         Raises:
-            DiffusionMismatchError: if the laws are mutually singular.
+            DiffusionMismatchError: If the laws are mutually singular.
         """
         check_choice(estimator, girsanov.ESTIMATORS, "estimator")
         path = self._check_path(path)
@@ -428,14 +431,14 @@ class DiffusionMeasure(PathMeasure):
         """Return KL(this || other) on the grid by simulation.
 
         Args:
-            other: the second law.
-            ts: ``(T,)`` grid.
-            num_samples: the number of paths of this law that are drawn.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
-            estimator: which form of the log ratio is averaged; see :meth:`log_rn`. ``"rate"`` has the least noise.
+            other: The second law.
+            ts: The grid ``(T,)``.
+            num_samples: The number of paths of this law that are drawn.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            estimator: Which form of the log ratio is averaged; see :meth:`log_rn`. ``"rate"`` has the least noise.
 
         Raises:
-            DiffusionMismatchError: if the laws are mutually singular.
+            DiffusionMismatchError: If the laws are mutually singular.
         """
         check_positive_int(num_samples, "num_samples", 2)
         path = self.sample(ts, num_samples, generator)

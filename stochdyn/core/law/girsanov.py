@@ -27,8 +27,9 @@ class NoiseLaw:
     """The conditional law of the increments given the state at every step.
 
     Attributes:
-        drift: ``u (N, *batch, m)``, or None for 0.
-        precision: ``alpha (N, *batch, m)`` with variance factor ``1 / (1 + alpha dt)``, or None for 0.
+        drift: The drift ``u (N, *batch, m)``, or None for 0.
+        precision: The extra precision ``alpha (N, *batch, m)`` with variance factor ``1 / (1 + alpha dt)``, or None for
+            0.
     """
 
     drift: Tensor | None = None
@@ -76,9 +77,9 @@ def stl(q_log: Callable[[Tensor, Tensor], Tensor], e: Tensor, z: Tensor) -> Tens
     any callable will do.
 
     Args:
-        q_log: maps increments and states to a log density summed over the steps, ``(*batch,)``.
-        e: ``(N, *batch, m)`` increments on the graph.
-        z: ``(N, *batch, ...)`` states on the graph.
+        q_log: A function that maps increments and states to a log density summed over the steps, ``(*batch,)``.
+        e: The increments ``(N, *batch, m)`` on the graph.
+        z: The states ``(N, *batch, ...)`` on the graph.
 
     Reference:
         Roeder, Wu and Duvenaud, "Sticking the landing", 2017; for SDEs: Xu et al., "Infinitely deep Bayesian neural

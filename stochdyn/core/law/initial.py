@@ -138,7 +138,7 @@ class DistributionStart(InitialLaw):
     any learning; give a function that returns the distribution, or a module, to have it computed at every use.
 
     Args:
-        distribution: the distribution, or a function (a module, for one) without arguments that returns it.
+        distribution: The distribution, or a function (a module, for one) without arguments that returns it.
     """
 
     def __init__(self, distribution: Any) -> None:

@@ -43,7 +43,7 @@ class Marginal(ABC):
         """Return the log density ``(...)`` at ``x (..., d)``.
 
         Raises:
-            UnavailableError: if the density isn't known.
+            UnavailableError: If the density isn't known.
         """
         raise UnavailableError(f"the density of a {type(self).__name__} isn't known")
 
@@ -52,8 +52,8 @@ class GaussianMarginal(Marginal):
     """A Gaussian, singular ones included.
 
     Args:
-        mean: ``(*batch, d)``.
-        covariance: ``(*batch, d, d)``, positive semi-definite.
+        mean: The mean ``(*batch, d)``.
+        covariance: The covariance ``(*batch, d, d)``, positive semi-definite.
 
     Example:
         >>> marginal = GaussianMarginal(torch.zeros(1), 4 * torch.eye(1))
@@ -93,7 +93,7 @@ class GaussianMarginal(Marginal):
         """Return the log density ``(...)`` at ``x (..., d)``.
 
         Raises:
-            SingularDiffusionError: if the covariance is singular.
+            SingularDiffusionError: If the covariance is singular.
         """
         check_points(x)
         check_event_size(x, self._mean.shape[-1], "x")
@@ -109,8 +109,8 @@ class SampledMarginal(Marginal):
     """The marginal of a law that is known by its samples alone: moments come from ``num_samples`` draws.
 
     Args:
-        draw: ``draw(sample_shape, generator)`` returns ``(*sample, *batch, d)`` independent states.
-        num_samples: number of draws that the mean and the covariance are taken over, with a fixed seed, so that they
+        draw: A function ``draw(sample_shape, generator)`` that returns ``(*sample, *batch, d)`` independent states.
+        num_samples: The number of draws that the mean and the covariance are taken over, with a fixed seed, so that they
             are the same at every call.
     """
 

@@ -35,15 +35,15 @@ class PathMeasure(nn.Module, ABC):
         """Draw independent paths.
 
         Args:
-            ts: ``(T,)`` strictly increasing times at which the paths are wanted.
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            ts: The strictly increasing times ``(T,)`` at which the paths are wanted.
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             A path with ``ts`` and ``x (*sample, *batch, T, d)``.
 
         Raises:
-            TimeGridError: if the grid doesn't increase strictly, or leaves the span of the law.
+            TimeGridError: If the grid doesn't increase strictly, or leaves the span of the law.
         """
 
     @abstractmethod
@@ -51,7 +51,7 @@ class PathMeasure(nn.Module, ABC):
         """Return the law of the state at one time, the same law that :meth:`sample` has there.
 
         Raises:
-            TimeGridError: if the time lies outside the span of the law.
+            TimeGridError: If the time lies outside the span of the law.
         """
 
     def log_rn(
@@ -60,16 +60,16 @@ class PathMeasure(nn.Module, ABC):
         r"""Return :math:`\log dQ/dP` on given paths, ``(*sample, *batch)``, Q being this law as it is now and P ``other``.
 
         Args:
-            path: paths of either law.
+            path: The paths of either law.
             other: P.
-            estimator: ``"density"``, the true log weight; ``"rate"``, only its conditional mean under Q; ``"stl"``, the true
-                log weight with a gradient of less noise.
-            recorded: reuse what the law noted while it drew the paths. This saves time and is right as long as the law
-                hasn't changed since.
+            estimator: The estimator: ``"density"``, the true log weight; ``"rate"``, only its conditional mean under Q;
+                ``"stl"``, the true log weight with a gradient of less noise.
+            recorded: Whether to reuse what the law noted while it drew the paths. This saves time and is right as long
+                as the law hasn't changed since.
 
         Raises:
-            UnavailableError: if the density ratio isn't known.
-            DiffusionMismatchError: if the laws are mutually singular.
+            UnavailableError: If the density ratio isn't known.
+            DiffusionMismatchError: If the laws are mutually singular.
         """
         self._refuse("log_rn", "its density with respect to another law isn't known")
 
@@ -77,7 +77,7 @@ class PathMeasure(nn.Module, ABC):
         """Return the forward (Kolmogorov) operator of the law, for ``flow.residual(t, x, law.forward())``.
 
         Raises:
-            UnavailableError: if the marginals obey no forward equation in the state alone.
+            UnavailableError: If the marginals obey no forward equation in the state alone.
         """
         self._refuse("forward", "its marginals obey no known forward equation")
 
@@ -85,7 +85,7 @@ class PathMeasure(nn.Module, ABC):
         """Return the drift ``(..., d)`` of a diffusion at ``x (..., d)``, controls included.
 
         Raises:
-            UnavailableError: if the law isn't a diffusion in its state alone.
+            UnavailableError: If the law isn't a diffusion in its state alone.
         """
         self._refuse("drift", "it isn't a diffusion in its state alone")
 
@@ -93,7 +93,7 @@ class PathMeasure(nn.Module, ABC):
         """Return the jump rates ``(*batch, S, S)`` at a time, each row summing to zero.
 
         Raises:
-            UnavailableError: if the law isn't a jump process on finitely many states.
+            UnavailableError: If the law isn't a jump process on finitely many states.
         """
         self._refuse("rates", "it isn't a jump process on finitely many states")
 

@@ -65,14 +65,14 @@ class PathSample:
     """Paths on a grid, with what is needed to weigh them. Times and states may be data of any kind.
 
     Attributes:
-        ts: ``(T,)`` times, or ``(*batch, T)`` where every series has its own.
-        x: ``(*sample, *batch, T, d)`` states.
-        dw: ``(*sample, *batch, T-1, m)`` increments of the Brownian motion that drove the path under the law that generated it;
-            ``m`` is zero for a law that draws the states without them.
-        aux: further tensors: for noise with memory ``"memory" (*sample, *batch, T, m, K)`` and, where a step needs more
-            than one Gaussian number per channel, ``"residual" (*sample, *batch, T-1, m * (R-1))``; for a controlled law what its
-            control was, ``"control"`` and ``"precision" (*sample, *batch, T-1, m)``.
-        law: the law that generated the path, or None for a path of unknown origin.
+        ts: The times ``(T,)``, or ``(*batch, T)`` where every series has its own.
+        x: The states ``(*sample, *batch, T, d)``.
+        dw: The increments ``(*sample, *batch, T-1, m)`` of the Brownian motion that drove the path under the law that
+            generated it; ``m`` is zero for a law that draws the states without them.
+        aux: Further tensors: for noise with memory ``"memory" (*sample, *batch, T, m, K)`` and, where a step needs more
+            than one Gaussian number per channel, ``"residual" (*sample, *batch, T-1, m * (R-1))``; for a controlled law
+            what its control was, ``"control"`` and ``"precision" (*sample, *batch, T-1, m)``.
+        law: The law that generated the path, or None for a path of unknown origin.
     """
 
     ts: Tensor
@@ -135,8 +135,8 @@ class PathSample:
         What drove them backwards isn't known: the result has no law, and NaN for increments.
 
         Args:
-            parity: ``(d,)`` signs, -1 for components that change theirs with the direction of time, such as velocities; all
-                +1 if None.
+            parity: The signs ``(d,)``, -1 for components that change theirs with the direction of time, such as
+                velocities; all +1 if None.
         """
         x = self.x.flip(-2)
         if parity is not None:
@@ -148,7 +148,7 @@ class PathSample:
         """Return the paths at some of their times, with their increments summed; the whole ones are their :attr:`fine`.
 
         Args:
-            index: ``(n,)`` increasing positions on the grid, two or more.
+            index: The increasing positions ``(n,)`` on the grid, two or more.
         """
         # Sums of increments are differences of the driving process, added piece by piece lest large sums cancel.
         piece = torch.searchsorted(index, torch.arange(self.dw.shape[-2], device=index.device), right=True)
@@ -166,7 +166,7 @@ def as_parity(parity: object, like: Tensor) -> Tensor:
     """Return the signs ``(d,)`` of components under time reversal.
 
     Raises:
-        InvalidInputError: if they aren't one sign +1 or -1 for every component.
+        InvalidInputError: If they aren't one sign +1 or -1 for every component.
     """
     signs = as_tensor(parity, "parity", 1, "(d,)", like=like).to(like)
     check_event_size(signs, like.shape[-1], "parity")
@@ -180,8 +180,8 @@ class Estimate:
     """A Monte Carlo estimate.
 
     Attributes:
-        mean: the estimate.
-        stderr: its standard error.
+        mean: The estimate.
+        stderr: The standard error of the mean.
     """
 
     mean: Tensor

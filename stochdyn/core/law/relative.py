@@ -29,12 +29,12 @@ class Relation:
     """Two laws on the same increments.
 
     Attributes:
-        q: the first law; p: the second one.
-        path: the paths on which they are compared.
-        shared: whether the equations differ by control alone.
-        t: ``(N, 1, ..., 1)`` times before each step; dt: likewise the steps.
-        recorded: the law of the increments that generated the path, as noted while it was sampled, or None.
-        trusted: whether the law that drew the path hasn't changed since.
+        q: The first law; p: the second one.
+        path: The paths on which they are compared.
+        shared: Whether the equations differ by control alone.
+        t: The times ``(N, 1, ..., 1)`` before each step; dt: likewise the steps.
+        recorded: The law of the increments that generated the path, as noted while it was sampled, or None.
+        trusted: Whether the law that drew the path hasn't changed since.
     """
 
     q: DiffusionMeasure
@@ -172,13 +172,13 @@ def relate(q: DiffusionMeasure, p: Any, path: PathSample, recorded: bool = False
     """Bring two laws and a path on common ground.
 
     Args:
-        q: the first law.
-        p: the second law.
-        path: the paths.
-        recorded: the law that drew the paths hasn't changed since, so that what it noted then holds now.
+        q: The first law.
+        p: The second law.
+        path: The paths.
+        recorded: The law that drew the paths hasn't changed since, so that what it noted then holds now.
 
     Raises:
-        DiffusionMismatchError: if the laws are mutually singular.
+        DiffusionMismatchError: If the laws are mutually singular.
     """
     from stochdyn.core.law.diffusion import DiffusionMeasure
 

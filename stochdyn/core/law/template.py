@@ -21,7 +21,7 @@ class Template:
     """The structure of a distribution, without its tensors.
 
     Attributes:
-        tensors: the tensors that define the distribution, by names that tell where they stand in it. A parameter stands for
+        tensors: The tensors that define the distribution, by names that tell where they stand in it. A parameter stands for
             itself even where the distribution holds an expanded view of it.
     """
 

@@ -46,16 +46,16 @@ def euler_log_prob(sde: SDE, initial: InitialLaw, ts: Tensor, x: Tensor) -> Tens
     .. math:: \log p_0(x_0) + \sum_n \log N\big(x_{n+1};\ x_n + (b + G u)\Delta_n,\ s^2 G G^\top \Delta_n\big)
 
     Args:
-        sde: the equation, with its control.
-        initial: the law of the first point; a fixed start adds nothing.
-        ts: ``(T,)`` or ``(*batch, T)``.
-        x: ``(*batch, T, d)``.
+        sde: The equation, with its control.
+        initial: The law of the first point; a fixed start adds nothing.
+        ts: The grid of times of a path, ``(T,)`` or ``(*batch, T)``.
+        x: The states ``(*batch, T, d)``.
 
     Returns:
         ``(*batch,)``.
 
     Raises:
-        SingularDiffusionError: if there is no density.
+        SingularDiffusionError: If there is no density.
     """
     states = x.movedim(-2, 0)
     before, after = states[:-1], states[1:]

@@ -48,12 +48,12 @@ class Problem:
     """An equation on a grid. The running state is the full state ``z (*batch, d + m K)``.
 
     Args:
-        sde: the equation.
-        x0: ``(*batch, d)``.
-        ts: ``(T,)`` or ``(*batch, T)``.
-        dt: the steps of the grid: numbers, or tensors where the grid is differentiated or every series has its own.
-        dw: ``(N, *batch, m R)`` increments.
-        method: name of the scheme.
+        sde: The equation.
+        x0: The points from which paths start, ``(*batch, d)``.
+        ts: The grid of times of a path, ``(T,)`` or ``(*batch, T)``.
+        dt: The steps of the grid: numbers, or tensors where the grid is differentiated or every series has its own.
+        dw: The increments ``(N, *batch, m R)``.
+        method: The name of the scheme.
     """
 
     def __init__(
@@ -379,11 +379,11 @@ def remember(
     """Advance the memory states exactly, in step ``n`` or in all steps at once.
 
     Args:
-        steps: coefficients of the recursion.
-        n: the step; ``slice(None)`` takes all, with time leading in ``memory`` and ``e``.
-        memory: ``(*batch, m, K)``.
-        e: ``(*batch, m R)`` increments.
-        channels: ``m``.
+        steps: The coefficients of the recursion.
+        n: The step; ``slice(None)`` takes all, with time leading in ``memory`` and ``e``.
+        memory: The memory states ``(*batch, m, K)``.
+        e: The increments ``(*batch, m R)``.
+        channels: The number ``m`` of noise channels.
 
     Returns:
         The noise increment ``dz (*batch, m)`` and the next memory states.

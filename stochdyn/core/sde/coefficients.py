@@ -33,7 +33,7 @@ class Coefficient(ABC):
         """Return ``log |det G|`` (``...``) for a state of ``dim`` components.
 
         Raises:
-            SingularDiffusionError: if ``G`` isn't square.
+            SingularDiffusionError: If ``G`` isn't square.
         """
 
     @abstractmethod
@@ -241,7 +241,7 @@ def as_coefficient(value: Coefficient | Tensor | float, x: Tensor | None = None)
     :class:`Scalar`, one with as many axes a :class:`Diagonal`, and one with an axis more a :class:`Matrix`.
 
     Raises:
-        ShapeError: if the number of axes fits none of these.
+        ShapeError: If the number of axes fits none of these.
     """
     if isinstance(value, Coefficient):
         return value

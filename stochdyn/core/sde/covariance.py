@@ -20,12 +20,11 @@ def covariance_divergence(
     .. math:: (\nabla\cdot D)_i = \sum_j\partial_j D_{ij},\qquad D = GG^\top
 
     Args:
-        coefficient: the diffusion, computed from ``x``.
-        x: ``(..., d)`` points, with ``requires_grad``.
-        probe: ``(..., d)`` vectors of unit covariance; if given, the unbiased estimate
-            :math:`(\partial_\epsilon D)\,\epsilon` from one directional derivative takes the place of ``d``
-            of them.
-        create_graph: whether the result is to be differentiated.
+        coefficient: The diffusion, computed from ``x``.
+        x: The points ``(..., d)``, with ``requires_grad``.
+        probe: The vectors ``(..., d)`` of unit covariance; if given, the unbiased estimate
+            :math:`(\partial_\epsilon D)\,\epsilon` from one directional derivative takes the place of ``d`` of them.
+        create_graph: Whether the result is to be differentiated.
 
     Returns:
         ``(..., d)``; zero where the coefficient doesn't depend on ``x``.

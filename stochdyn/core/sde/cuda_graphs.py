@@ -45,11 +45,11 @@ def integrate_graphed(sde: SDE, x0: Tensor, ts: Tensor, dw: Tensor, method: str)
     replays the very tensors that it was captured with. They must not wait for the device.
 
     Args:
-        sde: an equation without memory.
-        x0: ``(*batch, d)``.
-        ts: ``(T,)``.
-        dw: ``(T-1, *batch, m)``.
-        method: see :func:`stochdyn.core.sde.solvers.integrate`.
+        sde: An equation without memory.
+        x0: The points from which paths start, ``(*batch, d)``.
+        ts: The grid of times of a path, ``(T,)``.
+        dw: The increments of the driving noise, ``(T-1, *batch, m)``.
+        method: As in :func:`stochdyn.core.sde.solvers.integrate`.
 
     Returns:
         States, ``(T, *batch, d)``.

@@ -30,10 +30,11 @@ class Control(nn.Module):
     r"""A change of law on the driving noise: :math:`dW = u\,dt + s\,dW'`.
 
     Args:
-        drift: ``u(t, z) -> (..., m)``, or None for no drift.
-        precision: :math:`\alpha(t, z)\ge 0` ``-> (..., m)``, or None. On a grid of step :math:`\Delta` the increments have the
-            variance :math:`s^2\Delta` with :math:`s^2=1/(1+\alpha\Delta)`, which tends to 1 with the step, so the two laws stay
-            equivalent in continuous time while the law on the grid can be matched exactly.
+        drift: The drift ``u(t, z) -> (..., m)``, or None for no drift.
+        precision: The extra precision of noise increments, :math:`\alpha(t, z)\ge 0` ``-> (..., m)``, or None. On a
+            grid of step :math:`\Delta` the increments have the variance :math:`s^2\Delta` with
+            :math:`s^2=1/(1+\alpha\Delta)`, which tends to 1 with the step, so the two laws stay equivalent in
+            continuous time while the law on the grid can be matched exactly.
 
     ``z`` is the full state: ``x``, followed by the memory states of the noise where it has any, ``(..., d + m K)``.
     """
@@ -56,7 +57,7 @@ class Control(nn.Module):
         control, and does the affine part of all steps beforehand.
 
         Args:
-            e: ``(N, *batch, m R)`` standard increments.
+            e: The standard increments ``(N, *batch, m R)``.
 
         Returns:
             shift ``(N, *batch, m R)``, gain ``(N, *batch, d + m K, m R)``, and the rest, None where there is none.
@@ -143,15 +144,15 @@ class SDE(nn.Module):
     .. math:: dX_t = b(t, X_t)\,dt + G(t, X_t)\,dZ_t
 
     Args:
-        drift: ``drift(t, x)`` returns a tensor like ``x``; a callable or an ``nn.Module``. It is called with
-            ``x (*batch, d)`` and ``t`` of no axes, or with time leading: ``x (time, *batch, d)`` and ``t`` broadcastable to
-            ``x[..., :1]``.
-        diffusion: a positive number, ``(d,)`` or ``(d, m)`` data of any kind, :class:`Scalar`, :class:`Diagonal`,
+        drift: A function ``drift(t, x)`` that returns a tensor like ``x``; a callable or an ``nn.Module``. It is called with
+            ``x (*batch, d)`` and ``t`` of no axes, or with time leading: ``x (time, *batch, d)`` and ``t``
+            broadcastable to ``x[..., :1]``.
+        diffusion: A positive number, ``(d,)`` or ``(d, m)`` data of any kind, :class:`Scalar`, :class:`Diagonal`,
             :class:`Matrix`, or a callable ``(t, x)`` that returns one of them.
-        noise: the driving process; Brownian motion if None.
+        noise: The driving process; Brownian motion if None.
 
     Raises:
-        DiffusionError: if a constant scalar or diagonal diffusion isn't positive.
+        DiffusionError: If a constant scalar or diagonal diffusion isn't positive.
 
     Example:
         >>> sde = SDE(lambda t, x: -x, 0.5)
@@ -225,10 +226,10 @@ class SDE(nn.Module):
         """Evaluate drift and diffusion once at ``x (*batch, d)`` and raise a typed error where they don't fit.
 
         Raises:
-            ShapeError: if the drift has another shape than the state, or the diffusion doesn't fit it.
-            DiffusionError: if a scalar or diagonal diffusion isn't positive there.
-            NonFiniteError: if the diffusion isn't finite.
-            DtypeMismatchError, DeviceMismatchError: if state, drift and diffusion differ in precision or device.
+            ShapeError: If the drift has another shape than the state, or the diffusion doesn't fit it.
+            DiffusionError: If a scalar or diagonal diffusion isn't positive there.
+            NonFiniteError: If the diffusion isn't finite.
+            DtypeMismatchError, DeviceMismatchError: If state, drift and diffusion differ in precision or device.
         """
         with torch.no_grad():
             b = _evaluate(self.drift, "drift", t, x)
@@ -307,12 +308,13 @@ class SDE(nn.Module):
         A control's drift :math:`u` is part of the drift; its precision plays no part, because it vanishes in continuous time.
 
         Args:
-            score: ``score(t, x)``, the gradient of the log density of the forward law, on the forward clock.
-            horizon: ``T``.
-            parity: ``(d,)`` signs :math:`\epsilon`, -1 for components that are odd under time reversal; all +1 if None.
+            score: A function ``score(t, x)``, the gradient of the log density of the forward law, on the forward clock.
+            horizon: The time ``T`` of the end.
+            parity: The signs :math:`\epsilon`, ``(d,)``, -1 for components that are odd under time reversal; all +1 if
+                None.
 
         Raises:
-            InvalidInputError: if the noise has memory (the reversal isn't Markov in ``x``), a control acts on the increments of a
+            InvalidInputError: If the noise has memory (the reversal isn't Markov in ``x``), a control acts on the increments of a
                 grid, or the noise isn't even under the parity.
 
         Reference:
@@ -336,7 +338,7 @@ class SDE(nn.Module):
         A control's drift is part of the drift.
 
         Raises:
-            InvalidInputError: if the noise has memory, or a control acts on the increments of a grid.
+            InvalidInputError: If the noise has memory, or a control acts on the increments of a grid.
         """
         self._check_markov("run backward")
         return SDE(_BackwardDrift(self, horizon), self._reverse_diffusion(horizon))

@@ -19,9 +19,9 @@ class Jet(NamedTuple):
     """What :func:`network_jet` returns.
 
     Attributes:
-        value: ``(n,)`` output.
-        slope: ``(n, in)`` gradient in the input.
-        curvature: ``(n,)`` sum of second derivatives along the directions, or ``(k, n)`` each; None without any.
+        value: The output ``(n,)``.
+        slope: The gradient ``(n, in)`` in the input.
+        curvature: The sum ``(n,)`` of second derivatives along the directions, or ``(k, n)`` each; None without any.
     """
 
     value: Tensor
@@ -41,16 +41,17 @@ def network_jet(network: MLP, u: Tensor, directions: Tensor | None = None, each:
     Hutchinson's estimate.
 
     Args:
-        network: its output has one component.
-        u: ``(n, in)`` inputs.
-        directions: ``(k, n, in)``, or ``(k, 1, in)`` if shared; None for no second derivatives.
-        each: return the second derivative along every direction in place of their sum.
+        network: A network whose output has one component.
+        u: The inputs ``(n, in)``.
+        directions: The vectors along which a derivative is taken, ``(k, n, in)``, or ``(k, 1, in)`` if shared; None for
+            no second derivatives.
+        each: Whether to return the second derivative along every direction in place of their sum.
 
     Returns:
         A :class:`Jet`, differentiable once in inputs, directions and parameters.
 
     Raises:
-        ShapeError: if the network has more than one output, or shapes don't fit.
+        ShapeError: If the network has more than one output, or shapes don't fit.
 
     Example:
         >>> net = MLP((2, 8, 1)).double()

@@ -16,9 +16,10 @@ class Method:
     """A fixed-grid scheme for an Itô equation, and how its time loop runs.
 
     Attributes:
-        checkpoint: how much of the loop is stored for back-propagation. False stores every step; a whole number ``k`` stores
-            every ``k``-th and recomputes the steps between; True takes the square root of the number of steps.
-        cuda_graph: capture the loop in a CUDA graph, so that all steps are one launch. It has no effect on a CPU.
+        checkpoint: The part of the loop that is stored for back-propagation. False stores every step; a whole number ``k``
+            stores every ``k``-th and recomputes the steps between; True takes the square root of the number of steps.
+        cuda_graph: Whether to capture the loop in a CUDA graph, so that all steps are one launch. It has no effect on a
+            CPU.
     """
 
     checkpoint: bool | int = False
@@ -84,7 +85,7 @@ def as_method(method: object, name: str = "method") -> Method:
     """Return a method, or the one that a string names with its defaults.
 
     Raises:
-        InvalidInputError: for an unknown name or another type.
+        InvalidInputError: For an unknown name or another type.
     """
     if isinstance(method, Method):
         return method

@@ -25,13 +25,13 @@ class NoiseSteps:
         Y_{n+1} = \mathtt{decay}_n\odot Y_n + \mathtt{load}_n^\top\epsilon_n .
 
     Attributes:
-        variance: ``(N, R)`` variances of the innovations; ``variance[:, 0]`` are the step sizes.
-        gain: ``(N, *hurst_batch, R)``; recall: ``(N, *hurst_batch, K)``; decay: ``(N, K)``; load: ``(N, R, K)``.
-            ``hurst_batch`` is empty unless the process carries a batch of parameters; it then aligns with the
-            batch axes of the state.
-        per_channel: whether gain and recall have an axis of channels too, ``(N, *hurst_batch, m, R)`` and
+        variance: The variances ``(N, R)`` of the innovations; ``variance[:, 0]`` are the step sizes.
+        gain: The gain ``(N, *hurst_batch, R)``; recall: ``(N, *hurst_batch, K)``; decay: ``(N, K)``; load:
+            ``(N, R, K)``. ``hurst_batch`` is empty unless the process carries a batch of parameters; it then aligns
+            with the batch axes of the state.
+        per_channel: Whether gain and recall have an axis of channels too, ``(N, *hurst_batch, m, R)`` and
             ``(N, *hurst_batch, m, K)``: channels with parameters of their own.
-        per_series: whether every series has a grid of its own: all coefficients then have its batch axes after the first one,
+        per_series: Whether every series has a grid of its own: all coefficients then have its batch axes after the first one,
             decay as ``(N, *batch, 1, K)`` and load as ``(N, *batch, R, K)``.
     """
 
@@ -63,7 +63,7 @@ class NoiseProcess(nn.Module, ABC):
     the remaining ``m * (R - 1)`` columns, channel-major, are the further innovations of exact memory steps.
 
     Attributes:
-        num_states: ``K``, memory states per channel; 0 for Brownian motion.
+        num_states: The number ``K`` of memory states per channel; 0 for Brownian motion.
     """
 
     num_states: int = 0

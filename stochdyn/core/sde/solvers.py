@@ -33,10 +33,10 @@ class Trajectory:
     """What the time loop returns, time leading.
 
     Attributes:
-        x: ``(T, *batch, d)`` states.
-        memory: ``(T, *batch, m, K)``, or None.
-        control: ``(N, *batch, m)`` drift that a plain control gave to the noise in every step, or None.
-        precision: likewise its precision.
+        x: The states ``(T, *batch, d)``.
+        memory: The memory states ``(T, *batch, m, K)``, or None.
+        control: The drift ``(N, *batch, m)`` that a plain control gave to the noise in every step, or None.
+        precision: The precision of the control, in the same layout.
     """
 
     x: Tensor
@@ -62,7 +62,7 @@ def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor, steps: NoiseSteps | None = 
     ``steps`` is the recursion of the noise, where it is known already.
 
     Raises:
-        ShapeError: if they don't.
+        ShapeError: If they don't.
     """
     with torch.no_grad():
         t = first_time(ts, x0)
@@ -120,20 +120,20 @@ def integrate(
     r"""Integrate an SDE, in the Itô sense, along given increments on a fixed grid.
 
     Args:
-        sde: the equation, with its control.
-        x0: ``(*batch, d)`` start.
-        ts: ``(T,)`` grid, or ``(*batch, T)`` where every series has its own. Results are differentiable in it.
-        dw: ``(T-1, *batch, m * R)`` increments under the controlled law, in the layout of :class:`NoiseProcess`.
-        memory0: ``(*batch, m, K)`` initial memory, zero if None.
+        sde: The equation, with its control.
+        x0: The start ``(*batch, d)``.
+        ts: The grid ``(T,)``, or ``(*batch, T)`` where every series has its own. Results are differentiable in it.
+        dw: The increments under the controlled law ``(T-1, *batch, m * R)``, in the layout of :class:`NoiseProcess`.
+        memory0: The initial memory ``(*batch, m, K)``, zero if None.
         method: :class:`~stochdyn.core.sde.Euler`, :class:`~stochdyn.core.sde.Heun` or
             :class:`~stochdyn.core.sde.Milstein`, or the name of one.
-        checkpoint: takes the place of the method's own ``checkpoint`` unless it is False.
+        checkpoint: A number of steps that takes the place of the method's own ``checkpoint`` unless it is False.
 
     Returns:
         The trajectory, time leading.
 
     Raises:
-        InvalidInputError: for ``"milstein"`` with noise that doesn't commute, or an unknown method.
+        InvalidInputError: For ``"milstein"`` with noise that doesn't commute, or an unknown method.
 
     Reference:
         Kloeden and Platen, "Numerical solution of stochastic differential equations", 1992, chapters 10 and 11.
@@ -202,10 +202,10 @@ def step_everywhere(sde: SDE, ts: Tensor, z: Tensor, e: Tensor) -> Tensor:
     """Take the uncontrolled Euler step from every grid point at once.
 
     Args:
-        sde: the equation; its control is ignored.
-        ts: ``(T,)`` or ``(*batch, T)``.
-        z: ``(T-1, *batch, d + m K)`` full states before each step.
-        e: ``(T-1, *batch, m R)`` increments.
+        sde: The equation; its control is ignored.
+        ts: The grid of times of a path, ``(T,)`` or ``(*batch, T)``.
+        z: The full states ``(T-1, *batch, d + m K)`` before each step.
+        e: The increments ``(T-1, *batch, m R)``.
 
     Returns:
         Full states after each step, ``(T-1, *batch, d + m K)``; differentiable, also forward.

@@ -22,9 +22,9 @@ class CostRows(ABC):
     """A matrix ``(*B, n, m)`` of which blocks of rows can be had.
 
     Attributes:
-        shape: ``(*B, n, m)``.
-        dtype: precision.
-        device: where it lives.
+        shape: The shape ``(*B, n, m)``.
+        dtype: The precision.
+        device: Where it lives.
     """
 
     shape: torch.Size

@@ -72,12 +72,13 @@ class Problem:
     """What is to be solved.
 
     Attributes:
-        cost: ``(*B, n, m)``.
-        a: ``(*B, n)`` weights that sum to one.
-        b: ``(*B, m)`` likewise.
-        relaxation: price of deviations from the marginals, in units of the cost; None where they are exact.
-        log_ratio: ``(*B, 1)`` log of the mass that the columns should have, relative to the rows'; only with a relaxation.
-        stored: whether the kernel is kept in memory.
+        cost: The costs ``(*B, n, m)``.
+        a: The weights ``(*B, n)`` that sum to one.
+        b: The weights ``(*B, m)`` of the second sample, likewise.
+        relaxation: The weight of deviations from the marginals, in units of the cost; None where they are exact.
+        log_ratio: The logarithm ``(*B, 1)`` of the mass that the columns should have, relative to the rows'; only with
+            a relaxation.
+        stored: Whether the kernel is kept in memory.
     """
 
     cost: CostRows

@@ -50,15 +50,16 @@ class TransportPlan:
     with weights :math:`a, b` normalised and :math:`M` their total mass before that.
 
     Attributes:
-        cost: :math:`C`, ``(*B, n, m)``, as rows that can be had one block at a time; all of it is :attr:`cost_matrix`.
-        weights_x: ``(*B, n)``, as given.
-        weights_y: ``(*B, m)``, as given.
-        reg: :math:`\varepsilon`, in units of the cost.
+        cost: The costs :math:`C`, ``(*B, n, m)``, as rows that can be had one block at a time; all of it is
+            :attr:`cost_matrix`.
+        weights_x: The weights of the first sample, ``(*B, n)``, as given.
+        weights_y: The weights of the second sample, ``(*B, m)``, as given.
+        reg: The entropic regularisation of transport, :math:`\varepsilon`, in units of the cost.
         marginal_error: ``(*B,)`` L1 distance of the plan's marginals from the weights, the larger of both, relative
             to the total mass; measured on the plan itself.
-        converged: whether the error is within the tolerance, for every problem of the batch.
-        num_iterations: iterations over all levels of the annealing.
-        relaxation: the cost of a deviation from the weights, or None where they are exact.
+        converged: Whether the error is within the tolerance, for every problem of the batch.
+        num_iterations: The number of iterations over all levels of the annealing.
+        relaxation: The cost of a deviation from the weights, or None where they are exact.
     """
 
     cost: CostRows
@@ -157,8 +158,8 @@ class TransportPlan:
         """Draw pairs from the coupling; returns the indices ``(*sample,)`` of both sides. Not for batches.
 
         Args:
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
         """
         shape, generator = as_sample_shape(sample_shape), as_generator(generator, self.cost.device)
         n = math.prod(shape)
@@ -212,22 +213,23 @@ def sinkhorn(
     of the plan that is returned.
 
     Args:
-        x: ``(*B, n, d)``; None if ``cost`` is a tensor.
-        y: ``(*B, m, d)``; None likewise.
-        reg: :math:`\varepsilon>0`, in units of the cost. (For squared distances and a Brownian
-            reference of scale :math:`\sigma` over time :math:`T`, :math:`2\sigma^2T`.)
-        weights_x: ``(*B, n)`` or ``(n,)``, nonnegative; equal if None.
-        weights_y: ``(*B, m)`` or ``(m,)``, of the same total.
-        cost: a function of ``x`` and ``y``, or the matrix ``(*B, n, m)`` itself; squared distance if None.
-        tolerance: largest marginal error, in L1 relative to the mass.
-        max_iterations: over all levels.
-        annealing: factor between levels of regularisation, in (0, 1]; 1 for none.
-        warm_start: an earlier plan, or its potentials, to start from; there is no annealing then.
-        relaxation: :math:`\rho`, in units of the cost: the marginals may deviate at the cost
-            :math:`\rho\,KL(P\mathbf 1\,\|\,a)+\rho\,KL(P^\top\mathbf 1\,\|\,b)`, and totals may differ, for populations that grow.
-            Exact marginals if None.
-        memory: bytes for matrices. A cost that is a function isn't kept where it and its kernel need more, and where the kernel
-            alone needs more, that isn't either: products then compute it anew, block by block.
+        x: The points of the first sample, ``(*B, n, d)``; None if ``cost`` is a tensor.
+        y: The points of the second sample, ``(*B, m, d)``; None likewise.
+        reg: The entropic regularisation of transport, :math:`\varepsilon>0`, in units of the cost. (For squared
+            distances and a Brownian reference of scale :math:`\sigma` over time :math:`T`, :math:`2\sigma^2T`.).
+        weights_x: The weights of the first sample, ``(*B, n)`` or ``(n,)``, nonnegative; equal if None.
+        weights_y: The weights of the second sample, ``(*B, m)`` or ``(m,)``, of the same total.
+        cost: A function of ``x`` and ``y``, or the matrix ``(*B, n, m)`` itself; squared distance if None.
+        tolerance: The largest marginal error, in L1 relative to the mass.
+        max_iterations: The largest number of iterations over all levels.
+        annealing: The factor between levels of regularisation, in (0, 1]; 1 for none.
+        warm_start: An earlier plan, or its potentials, to start from; there is no annealing then.
+        relaxation: The weight :math:`\rho` of deviations from the marginals, in units of the cost: the marginals may
+            deviate at the cost :math:`\rho\,KL(P\mathbf 1\,\|\,a)+\rho\,KL(P^\top\mathbf 1\,\|\,b)`, and totals may
+            differ, for populations that grow. Exact marginals if None.
+        memory: The number of bytes for matrices. A cost that is a function isn't kept where it and its kernel need
+            more, and where the kernel alone needs more, that isn't either: products then compute it anew, block by
+            block.
 
     Returns:
         the plan. If it isn't within the tolerance, ``converged`` is False and a ConvergenceWarning says so.
@@ -331,14 +333,14 @@ def sinkhorn_divergence(
     .. math:: S(x,y)=V(x,y)-\tfrac12V(x,x)-\tfrac12V(y,y)
 
     Args:
-        x: ``(*B, n, d)``.
-        y: ``(*B, m, d)``.
-        reg: as all others, see :func:`sinkhorn`.
-        weights_x: ``(*B, n)`` or ``(n,)``.
-        weights_y: ``(*B, m)`` or ``(m,)``.
-        cost: a symmetric function of two clouds.
-        tolerance: largest marginal error.
-        **options: further options of :func:`sinkhorn`.
+        x: The points of the first sample, ``(*B, n, d)``.
+        y: The points of the second sample, ``(*B, m, d)``.
+        reg: The regularisation, as all other arguments that of :func:`sinkhorn`.
+        weights_x: The weights of the first sample, ``(*B, n)`` or ``(n,)``.
+        weights_y: The weights of the second sample, ``(*B, m)`` or ``(m,)``.
+        cost: A symmetric function of two clouds.
+        tolerance: The largest marginal error.
+        **options: Further options of :func:`sinkhorn`.
 
     Example:
         >>> x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
