@@ -1,3 +1,5 @@
+from .data.panel import Panel as Panel
+from .data.panel_grid import PanelGrid as PanelGrid
 from .forward.continuity import ContinuityEquation as ContinuityEquation
 from .forward.continuity import TransportOperator as TransportOperator
 from .forward.divergences import Hutchinson as Hutchinson
