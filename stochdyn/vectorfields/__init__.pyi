@@ -18,9 +18,13 @@ from .regression.linear_form import LinearField as LinearField
 from .regression.linear_form import sample_field as sample_field
 from .regression.paths import cloud_of_paths as cloud_of_paths
 from .regression.rvgp import RVGP as RVGP
+from .regression.scalar import ScalarGP as ScalarGP
 from .singularities import Singularities as Singularities
 from .singularities import field_index as field_index
 from .singularities import find_singularities as find_singularities
 from .singularities import triangulate as triangulate
 from .geometry.triangulation import Triangulation as Triangulation
 from .geometry.triangulation import inspect_triangles as inspect_triangles
+from .tracking import Track as Track
+from .tracking import Tracks as Tracks
+from .tracking import track_singularities as track_singularities

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_ndim, check_positive, check_positive_int, check_type
+from stochdyn._checks import as_generator, check_ndim, check_positive, check_positive_int, check_type
 from stochdyn.core.law.marginals import Generator
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
@@ -22,7 +22,11 @@ from stochdyn.vectorfields.regression.rvgp import RVGP
 __all__ = ["Singularities", "field_index", "find_singularities", "triangulate"]
 
 
-def _require_surface(cloud: PointCloud) -> None:
+#: Triangles of fields whose indices are held at once.
+_BLOCK = 8_000_000
+
+
+def require_surface(cloud: PointCloud) -> None:
     if cloud.dim != 2 or not cloud.is_orientable:
         raise InvalidInputError(
             "the index of a zero is defined here on orientable surfaces",
@@ -42,7 +46,7 @@ def triangulate(cloud: PointCloud) -> np.ndarray:
     Warns:
         ApproximationWarning: if the triangles of a cloud have gaps, overlap, or leave nodes out.
     """
-    _require_surface(cloud)
+    require_surface(cloud)
     faces = triangles_of(cloud) if cloud.faces is None else cloud.faces.cpu().numpy()
     origin, frames = cloud.array[faces[:, :1]], cloud.node_frames[faces[:, 0]]
     flat = (cloud.array[faces[:, 1:]] - origin) @ frames
@@ -52,7 +56,7 @@ def triangulate(cloud: PointCloud) -> np.ndarray:
     return faces
 
 
-def _turns(cloud: PointCloud, components: Tensor, loops: np.ndarray) -> Tensor:
+def turns(cloud: PointCloud, components: Tensor, loops: np.ndarray) -> Tensor:
     """Return the index of fields ``(*batch, n, 2)`` around loops of nodes ``(F, r)``, ``(*batch, F)`` real numbers."""
     field = torch.complex(components[..., 0], components[..., 1])
     total = components.new_zeros(*components.shape[:-2], len(loops))
@@ -88,7 +92,7 @@ def field_index(cloud: PointCloud, vectors: Any, loop: Sequence[int]) -> Tensor:
         Hopf, "Vektorfelder in n-dimensionalen Mannigfaltigkeiten", 1927; Crane, de Goes, Desbrun and Schröder, "Digital geometry
         processing with discrete exterior calculus", 2013, section 8.
     """
-    _require_surface(cloud)
+    require_surface(cloud)
     nodes = as_index(loop, len(cloud), "loop").numpy()
     if len(nodes) < 3:
         raise InvalidInputError("a loop needs at least three nodes", got=len(nodes))
@@ -102,7 +106,7 @@ def field_index(cloud: PointCloud, vectors: Any, loop: Sequence[int]) -> Tensor:
     after = np.roll(flat, -1, axis=0)
     if (flat[:, 0] * after[:, 1] - flat[:, 1] * after[:, 0]).sum() < 0:
         nodes = nodes[::-1].copy()
-    return _turns(cloud, cloud.sites(slice(None)).to_tangent(v), nodes[None])[..., 0].round()
+    return turns(cloud, cloud.sites(slice(None)).to_tangent(v), nodes[None])[..., 0].round()
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Singularities:
         return self.mean_places, self.mean_index[self.mean_index != 0]
 
     def around(self, centre: Any, radius: float) -> tuple[Tensor, Tensor]:
-        """Return the total index near a place: of every draw ``(S,)``, and the places of the draws' zeros there ``(z, D)``.
+        """Return the total index near a place: of every draw ``(S, *batch)``, and the places of the draws' zeros there ``(z, D)``.
 
         Args:
             centre: The place ``(D,)`` around which zeros are counted.
@@ -150,27 +154,30 @@ class Singularities:
                 expected=f"({places.shape[1]},)",
             )
         near = (places - middle).norm(dim=-1) <= radius
-        draw, face = self.draw_index.nonzero()[near].unbind(1)
-        index = self.draw_index.new_zeros(len(self.draw_index))
-        return index.index_add(0, draw, self.draw_index[draw, face]), places[near]
+        field, face = self.draw_index.flatten(0, -2).nonzero()[near].unbind(1)
+        index = self.draw_index.new_zeros(self.draw_index.shape[:-1])
+        flat = index.flatten().index_add(0, field, self.draw_index.flatten(0, -2)[field, face])
+        return flat.reshape(index.shape), places[near]
 
 
 def find_singularities(
     gp: RVGP, num_draws: int = 200, generator: Generator = None, faces: Any = None
 ) -> Singularities:
-    """Find the zeros of a fitted field with their indices, and how the posterior spreads over both.
+    """Find the zeros of fitted fields with their indices, and how the posterior spreads over both.
+
+    To follow the zeros of fields at successive times see :func:`~stochdyn.vectorfields.track_singularities`.
 
     Args:
         gp: A Gaussian process that was fitted on an orientable surface.
-        num_draws: The number of fields drawn from the joint posterior.
+        num_draws: The number of fields drawn from the joint posterior; 0 for the zeros of the mean alone.
         generator: The source of randomness.
         faces: The triangles ``(F, 3)`` of nodes; by default those of :func:`triangulate`.
 
     Returns:
-        Indices by triangle, of the mean field and of every draw.
+        Indices by triangle, of the mean field and of every draw; of every field where many were fitted.
 
     Raises:
-        InvalidInputError: If the manifold isn't an orientable surface, or if many fields were fitted.
+        InvalidInputError: If the manifold isn't an orientable surface.
 
     Example:
         >>> from stochdyn.datasets import wind_on_sphere
@@ -182,26 +189,40 @@ def find_singularities(
         (2, [1.0, 1.0])
     """
     check_type(gp, RVGP, "gp")
-    check_positive_int(num_draws, "num_draws")
+    check_positive_int(num_draws, "num_draws", minimum=0)
     cloud = gp.cloud
-    _require_surface(cloud)
+    require_surface(cloud)
     everywhere = cloud.sites(slice(None))
     mean = gp.predict_mean(everywhere)
-    if mean.ndim != 2:
-        raise InvalidInputError("many fields were fitted at once", hint="fit one of them")
     triangles = triangulate(cloud) if faces is None else as_triangles(faces, cloud)
-    drawn = gp.sample(num_draws, everywhere, generator)
-    both = everywhere.to_tangent(torch.cat([mean[None], drawn]).double())
-    index = _turns(cloud, both, triangles).round()
+    source = as_generator(generator, cloud.device)
     corners = torch.as_tensor(triangles, device=cloud.device)
-    places = [
-        _places(cloud, part, corners, at.nonzero())
-        for part, at in ((both[:1], index[:1]), (both[1:], index[1:]))
+
+    def zeros(fields: Tensor) -> tuple[Tensor, Tensor]:
+        components = everywhere.to_tangent(fields.double()).flatten(0, -3)
+        index = turns(cloud, components, triangles).round()
+        places = places_of(cloud, components, corners, index.nonzero())
+        return index.reshape(*fields.shape[:-2], -1), places
+
+    mean_index, mean_places = zeros(mean[None])
+    # in blocks, since many draws of many fields would fill the memory
+    block = max(1, _BLOCK // (max(1, mean[..., 0, 0].numel()) * len(triangles)))
+    found = [
+        zeros(gp.sample(min(block, num_draws - start), everywhere, source))
+        for start in range(0, num_draws, block)
     ]
-    return Singularities(corners, index[0], index[1:], *places)
+    if not found:
+        found = [(mean_index[:0], mean_places[:0])]
+    return Singularities(
+        corners,
+        mean_index[0],
+        torch.cat([index for index, _ in found]),
+        mean_places,
+        torch.cat([places for _, places in found]),
+    )
 
 
-def _places(cloud: PointCloud, components: Tensor, faces: Tensor, at: Tensor) -> Tensor:
+def places_of(cloud: PointCloud, components: Tensor, faces: Tensor, at: Tensor) -> Tensor:
     """Return where fields ``(S, n, 2)`` vanish within triangles, ``(Z, D)``, for pairs ``at (Z, 2)`` of field and triangle.
 
     The field is taken as linear in the triangle, in the frame of its first corner.

@@ -56,10 +56,12 @@ def test_off_spheres_and_before_fitting() -> None:
 
 def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Ctrl-C leaves the best kernel so far, fitted; resumption gives the posterior of a search that never stopped."""
-    angle = torch.arange(30, dtype=torch.float64) * 2 * torch.pi / 30
-    cloud = PointCloud(torch.stack([angle.cos(), angle.sin()], -1), 4, dim=1)
-    turn = torch.stack([-angle.sin(), angle.cos()], -1) * (1 + 0.3 * (3 * angle).cos())[:, None]
-    data = (range(0, 30, 2), turn[::2])
+    cloud = PointCloud(fibonacci_sphere(60), 10, dim=2)
+    axis = torch.tensor([[0.2, 0.1, 1.0]], dtype=torch.float64)
+    turn = torch.linalg.cross(axis.expand_as(cloud.points), cloud.points)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(60, 2, generator=generator, dtype=torch.float64)
+    data = (range(0, 60, 2), (turn + 0.1 * cloud.sites(slice(None)).to_ambient(noise))[::2])
     whole = RVGP(cloud, "auto").fit(*data)
 
     asked = KernelSearch.step
@@ -81,9 +83,9 @@ def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [c.log_evidence for c in again.candidates] == [c.log_evidence for c in whole.candidates]
     assert torch.equal(again.predict(range(30))[0], whole.predict(range(30))[0])
     assert torch.equal(again.predict(range(30))[1], whole.predict(range(30))[1])
-    with pytest.raises(ForeignCheckpointError, match="observations"):
+    with pytest.raises(ForeignCheckpointError, match="data is"):
         RVGP(cloud, "auto").fit(data[0], 2 * data[1], checkpoint=tmp_path, resume=True)
-    with pytest.raises(InvalidInputError, match="checkpoint does nothing"):
+    with pytest.raises(InvalidInputError, match="for the trial of several kernels"):
         RVGP(cloud).fit(*data, checkpoint=tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -81,6 +82,9 @@ class PointCloud:
     """
 
     _derived_ = ("_spectra",)
+
+    #: Whether this is a cloud as :meth:`functions` returns it.
+    of_functions: bool = False
 
     def __init__(
         self,
@@ -202,6 +206,8 @@ class PointCloud:
         return self
 
     def __repr__(self) -> str:
+        if self.of_functions:
+            return f"functions on {len(self)} points in {self.ambient_dim} dimensions"
         kind = "orientable" if self.is_orientable else "not orientable"
         return (
             f"PointCloud({len(self)} points of dimension {self.dim} in {self.ambient_dim}, "
@@ -212,6 +218,28 @@ class PointCloud:
     def ambient_dim(self) -> int:
         """D, the number of coordinates of a point."""
         return self.array.shape[1]
+
+    @property
+    def value_dim(self) -> int:
+        """The number of coordinates of a value: D for vector fields, and 1 for functions."""
+        return self.node_frames.shape[1]
+
+    def functions(self) -> PointCloud:
+        """Return the same points with one number per point in place of a tangent vector.
+
+        Functions are the sections of the trivial line bundle, whose connection is one and whose connection Laplacian is the
+        graph Laplacian. So all kernels and backends of vector fields serve functions too; see
+        :class:`~stochdyn.vectorfields.ScalarGP`.
+        """
+        bundle = copy.copy(self)
+        for name in ("two_rings", "typical_doubt"):
+            bundle.__dict__.pop(name, None)
+        one, edge = np.ones((len(self), 1, 1)), np.ones((len(self._graph.tails), 1, 1))
+        bundle.node_frames, bundle._maps = one, edge
+        bundle.frames, bundle.connections = (self._tensor(a).to(self.dtype) for a in (one, edge))
+        bundle.dim, bundle.is_orientable, bundle.of_functions = 1, True, True
+        bundle._spectra = {}
+        return bundle
 
     @property
     def is_connected(self) -> bool:

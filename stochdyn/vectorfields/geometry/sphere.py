@@ -35,7 +35,9 @@ def sphere_of(points: Tensor, *, closed: bool = False) -> tuple[Tensor, float] |
     middle = x.mean(0)
     # |x - c|² = R² is linear in c and R² - |c|²: 2 x·c + (R² - |c|²) = |x|², by least squares about the middle.
     design = torch.cat([2 * (x - middle), torch.ones_like(x[:, :1])], -1)
-    solution = torch.linalg.lstsq(design, ((x - middle) ** 2).sum(-1, keepdim=True)).solution[:, 0]
+    square = ((x - middle) ** 2).sum(-1, keepdim=True)
+    # by singular values: the default driver's choice of pivots changes the last bits from call to call
+    solution = torch.linalg.lstsq(design, square, driver="gelsd").solution[:, 0]
     centre = middle + solution[:3]
     distance = (x - centre).norm(dim=-1)
     radius = float(distance.mean())
@@ -145,6 +147,10 @@ class HodgeMatern(SpectralKernel):
         check_choice(part, _PARTS, "part")
         check_choice(laplacian, ("hodge", "bochner"), "laplacian")
         self.max_degree = as_count(max_degree, "max_degree")
+        if cloud.of_functions:
+            raise InvalidInputError(
+                "the harmonics are those of vector fields, not of functions", hint="use ConnectionMatern"
+            )
         found = sphere_of(cloud.points)
         if found is None:
             raise InvalidInputError(

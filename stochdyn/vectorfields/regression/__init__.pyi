@@ -8,7 +8,6 @@ from .ambient import AmbientKernel as AmbientKernel
 from .ambient import ScalarFactor as ScalarFactor
 from .engines import DenseEngine as DenseEngine
 from .engines import Engine as Engine
-from .engines import Observations as Observations
 from .engines import SpectralEngine as SpectralEngine
 from .engines import feature_terms as feature_terms
 from .kernels import ConnectionMatern as ConnectionMatern
@@ -17,6 +16,15 @@ from .kernels import ProjectedMatern as ProjectedMatern
 from .kernels import SpectralKernel as SpectralKernel
 from .latent import BridgeControl as BridgeControl
 from .latent import TrajectoryELBO as TrajectoryELBO
+from .export import as_inference_data as as_inference_data
+from .groups import GroupedEngine as GroupedEngine
+from .hyper import hyper_parameters as hyper_parameters
+from .hyper import set_hyper_parameters as set_hyper_parameters
+from .kernels import NodalKernel as NodalKernel
+from .observations import Groups as Groups
+from .observations import Observations as Observations
+from .process import FieldProcess as FieldProcess
+from .scalar import ScalarGP as ScalarGP
 from .linear_form import LinearField as LinearField
 from .linear_form import sample_field as sample_field
 from .linear_model import Gram as Gram

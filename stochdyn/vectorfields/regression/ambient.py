@@ -58,7 +58,7 @@ class AmbientKernel(_OverPoints):
     def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Points and ambient directions of rows."""
         ambient = self.cloud.ambient_dim
-        if x.shape[-1] == 1 + 2 * ambient:
+        if x.shape[-1] > 1:
             return x[..., 1 : 1 + ambient], x[..., 1 + ambient :]
         sites, along = decode(self.cloud, x)
         return sites.points, torch.einsum("nda,na->nd", sites.frames, along)

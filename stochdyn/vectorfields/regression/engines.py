@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,11 +22,12 @@ from stochdyn.vectorfields.regression.linear_model import (
     log_evidence,
     weight_posterior,
 )
+from stochdyn.vectorfields.regression.observations import Observations
 from stochdyn.vectorfields.regression.optimise import log_prior, maximise
 from stochdyn.vectorfields.regression.rows import rows_of
 from stochdyn.vectorfields.regression.sites import Sites
 
-__all__ = ["DenseEngine", "Engine", "Observations", "SpectralEngine", "feature_terms"]
+__all__ = ["DenseEngine", "Engine", "SpectralEngine", "feature_terms"]
 
 #: Numbers of a block of features that are held at once.
 _CHUNK = 16_000_000
@@ -34,38 +35,16 @@ _CHUNK = 16_000_000
 MAX_DENSE_ROWS = 12_000
 
 
-class Observations:
-    """What was observed: sites, components in their frames, and relative noise variances.
-
-    Args:
-        sites: The ``q`` places where the fields were observed.
-        components: The observed components ``(B, q, m)`` of B fields, in the frames of the sites.
-        relative: The noise variances ``(q,)`` up to the common factor.
-    """
-
-    def __init__(self, sites: Sites, components: Tensor, relative: Tensor) -> None:
-        self.sites, self.components, self.relative = sites, components, relative
-
-    @property
-    def rows(self) -> int:
-        """Number of components observed of one field."""
-        return self.components.shape[1] * self.components.shape[2]
-
-    def columns(self, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Return values ``(N, B)`` and relative variances ``(N,)`` of the rows at some of the sites."""
-        y = self.components[:, part].flatten(1).mT
-        return y, self.relative[part].repeat_interleave(self.components.shape[2])
-
-
 class Engine(nn.Module, ABC):
     """A Gaussian process with an amplitude, a noise variance and a kernel, conditioned on observations."""
 
-    def __init__(self, data: Observations) -> None:
+    def __init__(self, parts: Sequence[Observations]) -> None:
         super().__init__()
-        self.data = data
-        scale = float((data.components**2).mean())
+        numbers = sum(part.components.numel() for part in parts)
+        scale = sum(float((part.components**2).sum()) for part in parts) / numbers
         scale = scale if scale > 0 else 1.0
-        typical = float(data.relative.median())
+        typical = float(torch.cat([part.relative for part in parts]).median())
+        # The search begins with the data's own variance, a twentieth of which is noise.
         self.log_amplitude = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float64))
         self.log_noise = nn.Parameter(torch.tensor(math.log(0.05 * scale / typical), dtype=torch.float64))
 
@@ -93,7 +72,7 @@ class Engine(nn.Module, ABC):
 
     @abstractmethod
     def covariance(self, sites: Sites) -> Tensor:
-        """Return posterior covariances at each site, ``(q, m, m)``; all fields share them."""
+        """Return posterior covariances at each site: ``(q, m, m)`` where all fields share them, else ``(B, q, m, m)``."""
 
     def mean_variance(self) -> Tensor:
         """Return the kernel's own variance of a component, averaged over the cloud: one unless it holds scales of its own."""
@@ -110,6 +89,40 @@ class Engine(nn.Module, ABC):
     @abstractmethod
     def optimise(self, steps: int, learn_noise: bool) -> None:
         """Maximise the evidence times the priors over amplitude, noise and the kernel's hyper-parameters."""
+
+    @property
+    @abstractmethod
+    def num_sites(self) -> int:
+        """Number of sites where some field was observed, counted once for each group of fields."""
+
+
+class PlainEngine(Engine):
+    """An engine of fields that were all observed at the same sites.
+
+    Args:
+        data: What was observed.
+    """
+
+    def __init__(self, data: Observations) -> None:
+        super().__init__([data])
+        self.data = data
+
+    @property
+    def num_sites(self) -> int:
+        """Number of sites where the fields were observed."""
+        return len(self.data.sites)
+
+    def optimise(self, steps: int, learn_noise: bool) -> None:
+        """Maximise the evidence times the priors over amplitude, noise and the kernel's hyper-parameters."""
+        self.search([self], steps, learn_noise)
+
+    @abstractmethod
+    def search(self, members: Sequence[PlainEngine], steps: int, learn_noise: bool) -> None:
+        """Maximise the summed evidence of engines of one kind that share their hyper-parameters with this one."""
+
+    @abstractmethod
+    def share(self, other: PlainEngine) -> None:
+        """Take the hyper-parameters of another engine of the same kind, as the same objects."""
 
 
 class _GaussianLogDensity(torch.autograd.Function):
@@ -134,7 +147,7 @@ class _GaussianLogDensity(torch.autograd.Function):
         return 0.5 * slope * (solved @ solved.mT - solved.shape[1] * inverse), -slope * solved
 
 
-class _TorchEngine(Engine):
+class _TorchEngine(PlainEngine):
     """An engine whose evidence torch differentiates."""
 
     def __init__(self, data: Observations, kernel: Kernel) -> None:
@@ -150,11 +163,20 @@ class _TorchEngine(Engine):
         with torch.no_grad():
             return self.amplitude * missing_variance(self.kernel, sites)
 
-    def optimise(self, steps: int, learn_noise: bool) -> None:
-        """Maximise the evidence and the priors by L-BFGS, with gradients from torch."""
+    def search(self, members: Sequence[PlainEngine], steps: int, learn_noise: bool) -> None:
+        """Maximise the summed evidence and the priors by L-BFGS, with gradients from torch."""
         own = {"amplitude": self.log_amplitude} | ({"noise": self.log_noise} if learn_noise else {})
-        scale = 1.0 / (self.data.rows * self.data.components.shape[0])
-        maximise(lambda: scale * (self.evidence().cpu() + log_prior(self.kernel)), [self.kernel], own, steps)
+        scale = 1.0 / sum(member.data.components.numel() for member in members)
+
+        def value() -> Tensor:
+            total = torch.stack([member.evidence() for member in members]).sum()
+            return scale * (total.cpu() + log_prior(self.kernel))
+
+        maximise(value, [self.kernel], own, steps)
+
+    def share(self, other: PlainEngine) -> None:
+        """Take amplitude and noise of another engine; the kernel is the same object already."""
+        self.log_amplitude, self.log_noise = other.log_amplitude, other.log_noise
 
 
 def feature_terms(kernel: Kernel) -> list[tuple[FeatureKernel, list[ScaleKernel]]] | None:

@@ -19,7 +19,7 @@ from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.operators import DenseCovariance, FeatureCovariance
 from stochdyn.vectorfields.regression._input import as_count
 from stochdyn.vectorfields.regression.rows import decode
-from stochdyn.vectorfields.regression.sites import Sites
+from stochdyn.vectorfields.regression.sites import Sites, lost_variance
 
 __all__ = ["ConnectionMatern", "FeatureKernel", "ProjectedMatern", "SpectralKernel"]
 
@@ -213,15 +213,15 @@ class NodalKernel(SpectralKernel):
         self.register_buffer("modes", modes, persistent=False)
 
     def missing_variance(self, sites: Sites) -> Tensor:
-        """Return what reading lost: the neighbours' prior variance less that of the features, or what no reading tells."""
+        """Return what reading the modes off the nodes lost at the sites, ``(q,)``.
+
+        The prior variance there shall be the neighbours', and one, its mean over the cloud, far from all nodes.
+        """
         if sites.are_nodes:
             return super().missing_variance(sites)
         weights = self.spectral_weights()
         at_nodes = self._variances(self.cloud.sites(slice(None)), weights)
-        share = sites.weights.abs()
-        around = (at_nodes[sites.nodes] * share).sum(-1) / share.sum(-1).clamp(min=1e-300)
-        lost = (around - self._variances(sites, weights)).clamp(min=0)
-        return torch.maximum(lost, around * sites.open)
+        return lost_variance(sites, at_nodes, self._variances(sites, weights))
 
     def _variances(self, sites: Sites, weights: Tensor) -> Tensor:
         """Return the variance of a component at the sites, averaged over components, ``(q,)``."""
@@ -324,4 +324,4 @@ class ProjectedMatern(NodalKernel):
         return torch.einsum("qda,qk->qadk", sites.frames, waves).flatten(2)
 
     def _repeat(self, weight: Tensor) -> Tensor:
-        return torch.cat([weight] * self.cloud.ambient_dim, -1)
+        return torch.cat([weight] * self.cloud.value_dim, -1)

@@ -13,12 +13,12 @@ from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.graph import farthest_points
 from stochdyn.vectorfields.regression._input import as_count
-from stochdyn.vectorfields.regression.engines import Observations
+from stochdyn.vectorfields.regression.observations import Observations
 
-__all__ = ["cloud_of_paths", "path_observations", "quadratic_variation"]
+__all__ = ["cloud_of_paths", "path_observations", "quadratic_variation", "trials_of"]
 
 
-def _trials(paths: Any) -> list[tuple[Tensor, Tensor]]:
+def trials_of(paths: Any) -> list[tuple[Tensor, Tensor]]:
     """Return grids ``(T,)`` and states ``(*sample, T, D)`` of one path, one pair of times and states, or a list of such."""
     if isinstance(paths, Path):
         return [_unpack(paths.ts, paths.x)]
@@ -27,7 +27,7 @@ def _trials(paths: Any) -> list[tuple[Tensor, Tensor]]:
             "paths must be a path, a pair of times and states, or a list of such", got=type(paths).__name__
         )
     if all(isinstance(p, Path) or (isinstance(p, tuple) and len(p) == 2) for p in paths):
-        return [trial for p in paths for trial in _trials(p)]
+        return [trial for p in paths for trial in trials_of(p)]
     if len(paths) == 2:
         return [_unpack(paths[0], paths[1])]
     raise InvalidInputError(
@@ -68,7 +68,7 @@ def path_observations(cloud: PointCloud, paths: Any, stride: int = 1) -> Observa
     """
     stride = as_count(stride, "stride")
     starts, rates, relative = [], [], []
-    for ts, x in _trials(paths):
+    for ts, x in trials_of(paths):
         check_event_size(x, cloud.ambient_dim, "x")
         ts, x = ts[::stride], x[..., ::stride, :]
         if len(ts) < 2:
@@ -108,7 +108,7 @@ def cloud_of_paths(paths: Any, spacing: float = 0.03, **options: Any) -> PointCl
         spacing: The spacing of the points, as a share of the diagonal of the bounding box.
         options: Further arguments of :class:`PointCloud`.
     """
-    visited = torch.cat([x.reshape(-1, x.shape[-1]) for _, x in _trials(paths)])
+    visited = torch.cat([x.reshape(-1, x.shape[-1]) for _, x in trials_of(paths)])
     visited = visited[~torch.isnan(visited).any(-1)].cpu()
     chosen = farthest_points(visited, spacing=spacing)
     return PointCloud(visited[torch.as_tensor(chosen)], **options)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,19 +16,22 @@ from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.laplacian import Pencil
 from stochdyn.vectorfields.geometry.spectrum import factorise
-from stochdyn.vectorfields.regression.engines import Engine, Observations
+from stochdyn.vectorfields.regression.engines import PlainEngine
 from stochdyn.vectorfields.regression.markov_field import MeanVariance, Normals, root_sample
-from stochdyn.vectorfields.regression.sites import Sites
+from stochdyn.vectorfields.regression.observations import Observations
+from stochdyn.vectorfields.regression.sites import Sites, lost_variance
 
 __all__ = ["PrecisionEngine"]
 
 #: Right-hand sides solved at once.
 _BLOCK = 256
+#: Up to this many places prior variances are exact; beyond, they come from so many draws.
+_EXACT_VARIANCES, _DRAWS = 4000, 400
 #: The least noise, relative to the amplitude, that the search goes to.
 _LEAST_LOG_RATIO = math.log(1e-7)
 
 
-class PrecisionEngine(Engine):
+class PrecisionEngine(PlainEngine):
     r"""The field with precision :math:`\tfrac1{\sigma^2c}\,M^{1/2}H^\nu M^{1/2}`, :math:`H=\tfrac{2\nu}{\kappa^2}I+M^{-1/2}LM^{-1/2}`, ν = 1, 2, 3...
 
     This is :class:`~stochdyn.vectorfields.regression.kernels.ConnectionMatern` with all its modes, in sparse algebra: c makes
@@ -39,6 +43,7 @@ class PrecisionEngine(Engine):
         nu: The smoothness ν, a whole number.
         lengthscale: The start of the search for κ; by default that of the spectral kernel.
         prior_scale: The width of the log-normal prior of κ around that start.
+        density: The mean variance of the prior on this cloud, where another engine has computed it; None to compute it.
 
     Raises:
         InvalidInputError: If ν isn't a positive whole number.
@@ -54,6 +59,7 @@ class PrecisionEngine(Engine):
         nu: float = 2,
         lengthscale: float | None = None,
         prior_scale: float = 1.5,
+        density: MeanVariance | None = None,
     ) -> None:
         super().__init__(data)
         if not float(nu).is_integer() or nu < 1:
@@ -76,7 +82,7 @@ class PrecisionEngine(Engine):
         )
         self.prior_scale = prior_scale
         self.log_lengthscale = torch.nn.Parameter(torch.tensor(math.log(self.start), dtype=torch.float64))
-        self._density = MeanVariance(cloud, self.pencil)
+        self.density = MeanVariance(cloud, self.pencil) if density is None else density
         self._sees = self._tie(data.sites)
         relative = data.relative.cpu().numpy()
         # in complex form a site is one row, and its two components share their noise
@@ -134,59 +140,60 @@ class PrecisionEngine(Engine):
         """Prior precision for amplitude 1, and its log-determinant in real unknowns."""
         base = (self._operator + (2.0 * self.nu / kappa**2) * self._identity).tocsc()
         # variances average to one: divide by what they are without a factor
-        factor = self._density(2.0 * self.nu / kappa**2, self.nu)
+        factor = self.density(2.0 * self.nu / kappa**2, self.nu)
         power = base
         for _ in range(self.nu - 1):
             power = power @ base
         log_det = self.nu * _log_det(factorise(base)) + self._operator.shape[0] * math.log(factor)
         return (power * factor).tocsc(), log_det * (2 if self.pencil.paired else 1)
 
-    def _profile(self, kappa: float, ratio: float) -> tuple[float, float]:
-        """Return the evidence at the best amplitude, for a noise of ``ratio`` times the amplitude, and that amplitude."""
-        misfit, log_det = self._misfit(kappa, ratio)
-        fields = self._y.shape[1]
-        if not misfit > 0:  # lost to rounding, where a parallel field has nearly no prior precision
-            return -math.inf, math.nan
-        amplitude = misfit / (self.data.rows * fields)
-        evidence = -0.5 * fields * (self.data.rows * (math.log(2 * math.pi * amplitude) + 1.0) + log_det)
-        return evidence, amplitude
-
-    def _misfit(self, kappa: float, ratio: float) -> tuple[float, float]:
-        """Return y' C⁻¹ y and log det C for the covariance C of the data at amplitude 1 and noise ``ratio``."""
+    def _misfit(self, ratio: float, prior: tuple[sp.csc_matrix, float]) -> tuple[float, float]:
+        """Return y' C⁻¹ y and log det C, summed over fields, for the covariance C of the data at amplitude 1 and noise ``ratio``."""
         # C = H Q⁻¹ H' + ρR by Woodbury: y'C⁻¹y and log|C| from the factors of Q and of Q + H'R⁻¹H / ρ.
-        prior, log_prior = self._prior(kappa)
-        factor = factorise((prior + self._gram / ratio).tocsc())
+        precision, log_prior = prior
+        factor = factorise((precision + self._gram / ratio).tocsc())
         solved = factor.solve(self._cross)
         gain = float((self._cross.conj() * solved).real.sum())
         misfit = self._square / ratio - gain / ratio**2
         log_post = _log_det(factor) * (2 if self.pencil.paired else 1)
-        rows = self.data.rows
-        return misfit, log_post - log_prior + rows * math.log(ratio) + self._log_relative
+        volume = log_post - log_prior + self.data.rows * math.log(ratio) + self._log_relative
+        return misfit, self._y.shape[1] * volume
+
+    def _summed(
+        self, members: Sequence[PrecisionEngine], kappa: float, ratio: float
+    ) -> tuple[float, float, int]:
+        """Return misfit, log-determinant and number of values, summed over engines."""
+        prior = self._prior(kappa)
+        parts = [member._misfit(ratio, prior) for member in members]
+        values = sum(member.data.components.numel() for member in members)
+        return sum(p[0] for p in parts), sum(p[1] for p in parts), values
 
     def evidence(self) -> Tensor:
         """Return the evidence from two sparse factorisations."""
         amplitude, noise = float(self.amplitude.detach()), float(self.noise.detach())
-        misfit, log_det = self._misfit(self.lengthscale, noise / amplitude)
-        fields, rows = self._y.shape[1], self.data.rows
-        value = -0.5 * (misfit / amplitude + fields * (rows * math.log(2 * math.pi * amplitude) + log_det))
+        misfit, log_det, values = self._summed([self], self.lengthscale, noise / amplitude)
+        value = -0.5 * (misfit / amplitude + values * math.log(2 * math.pi * amplitude) + log_det)
         return torch.tensor(value, dtype=torch.float64)
 
-    def optimise(self, steps: int, learn_noise: bool) -> None:
-        """Maximise the evidence and the prior by a simplex search, since derivatives would need inverses."""
+    def search(self, members: Sequence[PlainEngine], steps: int, learn_noise: bool) -> None:
+        """Maximise the summed evidence and the prior by a simplex search, since derivatives would need inverses."""
+        engines = cast("Sequence[PrecisionEngine]", members)
         noise, centre = float(self.noise.detach()), math.log(self.start)
+
+        def best_amplitude(misfit: float, values: int, ratio: float) -> float:
+            return misfit / values if learn_noise else noise / ratio
 
         def cost(x: np.ndarray) -> float:
             # without noise the misfit is a small difference of large numbers
             floor = max(x[1], _LEAST_LOG_RATIO)
             kappa, ratio = math.exp(x[0]), math.exp(floor)
             penalty = (floor - x[1]) ** 2 + 0.5 * ((x[0] - centre) / self.prior_scale) ** 2
-            if learn_noise:
-                return penalty - self._profile(kappa, ratio)[0]
-            misfit, log_det = self._misfit(kappa, ratio)
-            amplitude, fields, rows = noise / ratio, self._y.shape[1], self.data.rows
-            return penalty + 0.5 * (
-                misfit / amplitude + fields * (rows * math.log(2 * math.pi * amplitude) + log_det)
-            )
+            misfit, log_det, values = self._summed(engines, kappa, ratio)
+            if not misfit > 0:  # lost to rounding, where a parallel field has nearly no prior precision
+                return math.inf
+            # -log p(y) with the amplitude at its best, misfit / values, for this ratio of noise to amplitude
+            amplitude = best_amplitude(misfit, values, ratio)
+            return penalty + 0.5 * (misfit / amplitude + values * math.log(2 * math.pi * amplitude) + log_det)
 
         begin = np.array(
             [float(self.log_lengthscale.detach()), float((self.log_noise - self.log_amplitude).detach())]
@@ -196,11 +203,18 @@ class PrecisionEngine(Engine):
         best = minimize(cost, begin, method="Nelder-Mead", options=options).x
         best[1] = max(best[1], _LEAST_LOG_RATIO)
         kappa, ratio = math.exp(best[0]), math.exp(best[1])
-        amplitude = self._profile(kappa, ratio)[1] if learn_noise else noise / ratio
+        misfit, _, values = self._summed(engines, kappa, ratio)
+        amplitude = best_amplitude(misfit, values, ratio)
         with torch.no_grad():
             self.log_lengthscale.fill_(best[0])
             self.log_amplitude.fill_(math.log(amplitude))
             self.log_noise.fill_(math.log(amplitude * ratio))
+
+    def share(self, other: PlainEngine) -> None:
+        """Take amplitude, noise and length scale of another engine, as the same parameters."""
+        first = cast(PrecisionEngine, other)
+        self.log_amplitude, self.log_noise = first.log_amplitude, first.log_noise
+        self.log_lengthscale = first.log_lengthscale
 
     # ---------------------------------------------------------------------------------------- posterior
 
@@ -245,32 +259,51 @@ class PrecisionEngine(Engine):
         """Return the prior's mean variance less what the reading has of it at the sites, ``(q,)``."""
         if sites.are_nodes:
             return torch.zeros(len(sites), dtype=torch.float64, device=self.cloud.device)
-        prior = self._covariances(factorise(self._prior(self.lengthscale)[0]), sites)
-        # a complex unknown of unit variance has components of half
-        mean = prior.trace(axis1=1, axis2=2) / prior.shape[1]
-        lost = self._as_tensor(np.maximum(1.0 - mean, 0.0))
-        return float(self.amplitude.detach()) * torch.maximum(lost, sites.open)
+        factor = factorise(self._prior(self.lengthscale)[0])
+        nodes = sites.nodes.unique()
+        at_nodes = torch.ones(len(self.cloud), dtype=torch.float64)
+        if len(nodes) + len(sites) <= _EXACT_VARIANCES:
+            at_nodes[nodes] = self._component_variances(factor, self.cloud.sites(nodes))
+            read = self._component_variances(factor, sites)
+        else:
+            # one solve per draw in place of one per place; both variances from the same draws, so that errors cancel
+            draw = Normals(torch.Generator().manual_seed(0), self.pencil.paired)
+            unknowns = factor.solve(self._root_draws(draw, _DRAWS))
+            at_nodes, read = (
+                self._as_tensor(self._components(self._tie(where) @ unknowns)).square().mean((1, 2))
+                for where in (self.cloud.sites(slice(None)), sites)
+            )
+        lost = lost_variance(sites, at_nodes.to(self.cloud.device), read.to(self.cloud.device))
+        return float(self.amplitude.detach()) * lost
+
+    def _component_variances(self, factor: Any, sites: Sites) -> Tensor:
+        """Return variances of a component at sites under the precision that was factorised, ``(q,)``."""
+        found = self._covariances(factor, sites)
+        return torch.as_tensor(found.trace(axis1=1, axis2=2) / found.shape[1])
+
+    def _root_draws(self, draw: Normals, count: int) -> np.ndarray:
+        """Draw columns whose covariance is the prior precision at amplitude 1."""
+        shift = 2.0 * self.nu / self.lengthscale**2
+        # H^ν = H^((ν-1)/2) H H^((ν-1)/2), or for even ν the square of H^(ν/2)
+        if self.nu % 2 == 0:
+            columns = draw((self._operator.shape[0], count))
+        else:
+            columns = root_sample(self.cloud, self.pencil, shift, count, draw)
+        base = (self._operator + shift * self._identity).tocsc()
+        for _ in range(self.nu // 2):
+            columns = base @ columns
+        return np.asarray(columns * math.sqrt(self.density(shift, self.nu)))
 
     def sample(self, n: int, sites: Sites, generator: torch.Generator | None) -> Tensor:
         """Draw by perturbing prior and data, and one solve (Papandreou and Yuille, 2010), ``(n, B, q, m)``."""
         fields = self._y.shape[1]
         draw = Normals(generator, self.pencil.paired)
         noise, amplitude = float(self.noise.detach()), float(self.amplitude.detach())
-        kappa = self.lengthscale
-        shift = 2.0 * self.nu / kappa**2
         # A draw of N(0, posterior) solves (Q + H'R⁻¹H/τ²) z = Q^½ ε₁ + H'R^-½ ε₂ / τ.
-        factor = self._density(shift, self.nu)
-        kick = root_sample(self.cloud, self.pencil, shift, n * fields, draw)
-        base = (self._operator + shift * self._identity).tocsc()
-        # H^ν = H^((ν-1)/2) H H^((ν-1)/2), or for even ν the square of H^(ν/2)
-        if self.nu % 2 == 0:
-            kick = draw((self._operator.shape[0], n * fields))
-        for _ in range(self.nu // 2):
-            kick = base @ kick
-        kick = kick * math.sqrt(factor / amplitude)
+        total = self._root_draws(draw, n * fields) / math.sqrt(amplitude)
         scaled = sp.diags(1.0 / np.sqrt(self._relative * noise)) @ self._sees
-        kick = kick + scaled.conj().T @ draw((self._sees.shape[0], n * fields))
-        values = self._tie(sites) @ (self._factor.solve(kick) + np.tile(self._mean, (1, n)))
+        total = total + scaled.conj().T @ draw((self._sees.shape[0], n * fields))
+        values = self._tie(sites) @ (self._factor.solve(total) + np.tile(self._mean, (1, n)))
         return self._as_tensor(
             self._components(values).reshape(len(sites), -1, n, fields).transpose(2, 3, 0, 1)
         )

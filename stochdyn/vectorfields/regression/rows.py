@@ -17,11 +17,15 @@ __all__ = ["decode", "rows_of"]
 
 
 def rows_of(sites: Sites) -> Tensor:
-    """Return the rows ``(q m, 1 + 2 D)`` of all components at the sites: node (or -1), point, direction."""
-    q, ambient, m = sites.frames.shape
+    """Return the rows ``(q m, 1 + 2 D)`` of all components at the sites: node (or -1), point, direction.
+
+    Of functions, whose direction is the number one, ``(q, 2 + D)``.
+    """
+    q, value, m = sites.frames.shape
     node = sites.nodes[:, :1].to(sites.points) if sites.are_nodes else sites.points.new_full((q, 1), -1.0)
-    where = torch.cat([node, sites.points], -1)[:, None].expand(q, m, 1 + ambient)
-    return torch.cat([where, sites.frames.mT], -1).reshape(q * m, 1 + 2 * ambient)
+    place = torch.cat([node, sites.points], -1)
+    where = place[:, None].expand(q, m, place.shape[1])
+    return torch.cat([where, sites.frames.mT], -1).reshape(q * m, place.shape[1] + value)
 
 
 def decode(cloud: PointCloud, x: Tensor) -> tuple[Sites, Tensor]:
@@ -37,11 +41,12 @@ def decode(cloud: PointCloud, x: Tensor) -> tuple[Sites, Tensor]:
         InvalidInputError: If a component lies outside the cloud.
     """
     m, ambient = cloud.dim, cloud.ambient_dim
-    if x.ndim != 2 or x.shape[-1] not in (1, 1 + 2 * ambient):
+    width = 1 + ambient + cloud.value_dim
+    if x.ndim != 2 or x.shape[-1] not in (1, width):
         raise ShapeError(
             "rows don't fit the cloud",
             got=f"shape {tuple(x.shape)}",
-            expected=f"(N, {1 + 2 * ambient}), as cloud.rows(...) returns, or (N, 1)",
+            expected=f"(N, {width}), as cloud.rows(...) returns, or (N, 1)",
         )
     if x.shape[-1] == 1:
         component = x[:, 0].long()

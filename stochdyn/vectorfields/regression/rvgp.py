@@ -5,39 +5,30 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from stochdyn._checks import (
-    as_generator,
-    as_sample_shape,
-    check_bool,
-    check_choice,
-    check_finite,
-    check_nonempty,
-    check_positive,
-    check_positive_int,
-    check_real,
-)
+from stochdyn._checks import check_bool, check_choice, check_positive, check_positive_int
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, UnavailableError
-from stochdyn.run.engine import run_to_end
-from stochdyn.run.identity import digest
+from stochdyn.errors import ApproximationWarning, InvalidInputError, UnavailableError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.surface import TangentDiffusion, TangentDrift
-from stochdyn.vectorfields.regression._input import as_float_tensor, as_vectors
-from stochdyn.vectorfields.regression.ambient import AmbientKernel
-from stochdyn.vectorfields.regression.engines import Engine, Observations
-from stochdyn.vectorfields.regression.kernels import ConnectionMatern, ProjectedMatern
-from stochdyn.vectorfields.regression.paths import path_observations, quadratic_variation
-from stochdyn.vectorfields.regression.precision import PrecisionEngine
-from stochdyn.vectorfields.regression.selection import Best, Choice, KernelSearch, make_engine
-from stochdyn.vectorfields.regression.sites import Sites
+from stochdyn.vectorfields.regression._input import as_vectors
+from stochdyn.vectorfields.regression.export import as_inference_data
+from stochdyn.vectorfields.regression.observations import (
+    Groups,
+    as_labels,
+    by_condition,
+    by_pattern,
+)
+from stochdyn.vectorfields.regression.paths import path_observations, quadratic_variation, trials_of
+from stochdyn.vectorfields.regression.process import FieldProcess, as_variances
 
 __all__ = ["RVGP"]
 
@@ -46,7 +37,7 @@ _NAMES = ("connection", "projected", "ambient", "auto")
 _LOST = 0.05
 
 
-class RVGP:
+class RVGP(FieldProcess):
     r"""A Gaussian process over vector fields that are tangent to the manifold of a point cloud.
 
     .. math:: v(x_i)=T_i\big(f(x_i)+\varepsilon_i\big),\qquad f\sim GP(0,\sigma^2K),\quad\varepsilon_i\sim N(0,\tau^2r_iI_m)
@@ -69,6 +60,7 @@ class RVGP:
 
     Attributes:
         candidates: The evidence of every kernel tried by ``"auto"``, best first; ``chosen`` names the best.
+        labels: The conditions whose fields were fitted, in the order of the batch; None where no labels were given.
         lost_share: The share of the square of the data that was normal to the tangent spaces, and dropped.
 
     Raises:
@@ -96,72 +88,9 @@ class RVGP:
         num_eigenpairs: int | None = None,
         nu: float | None = None,
     ) -> None:
-        if not isinstance(cloud, PointCloud):
-            raise InvalidInputError("cloud must be a PointCloud", got=type(cloud).__name__)
-        check_choice(backend, ("spectral", "precision"), "backend")
-        if isinstance(kernel, str):
-            check_choice(kernel, _NAMES, "kernel")
-        elif not isinstance(kernel, Kernel):
-            raise InvalidInputError("kernel must be a name or a gpytorch kernel", got=type(kernel).__name__)
-        _check_options(kernel, backend, num_eigenpairs, nu)
-        self.cloud = cloud
-        self.backend = backend
-        self._kernel: Kernel | None = None
-        self.nu = nu
-        self._auto = isinstance(kernel, str) and kernel == "auto"
-        self.candidates: list[Choice] = []
-        self.chosen = kernel if isinstance(kernel, str) else type(kernel).__name__
-        if self._auto:
-            pass
-        elif backend == "precision":
-            self._check_precision(kernel, nu)
-        else:
-            smooth = 1.5 if nu is None else nu
-            made = _named(cloud, kernel, num_eigenpairs, smooth) if isinstance(kernel, str) else kernel
-            self._kernel = made.double().to(cloud.device)
-        self.engine: Engine | None = None
-        self.lost_share = 0.0
-        self._of_paths = False
-        self._batch: torch.Size = torch.Size()
-        self._dtype = torch.float64
-
-    @property
-    def kernel(self) -> Kernel:
-        """The kernel with its present hyper-parameters; of the precision backend the connection Matérn kernel that it has in full.
-
-        Raises:
-            UnavailableError: Before a fit of ``"auto"``, since no kernel is chosen yet.
-        """
-        if self.backend == "precision":
-            kernel = (
-                ConnectionMatern(self.cloud, float(self.nu or 2.0)) if self._kernel is None else self._kernel
-            )
-            if isinstance(self.engine, PrecisionEngine):
-                kernel.lengthscale = self.engine.lengthscale
-            self._kernel = kernel
-            return kernel
-        if self._kernel is None:
-            raise UnavailableError("there is no kernel yet", hint="kernel='auto' is chosen by fit(...)")
-        return self._kernel
-
-    def __repr__(self) -> str:
-        if self.engine is None:
-            return f"RVGP({self.chosen} on {self.cloud!r}, not fitted)"
-        sites = len(self.engine.data.sites)
-        scales = f"amplitude {self.amplitude**0.5:.3g}, noise {self.noise_variance**0.5:.3g}"
-        return f"RVGP({self.chosen} on {self.cloud!r}, fitted at {sites} sites: {scales})"
-
-    def _check_precision(self, kernel: str | Kernel, nu: float | None) -> None:
-        """Take a connection kernel for the sparse engine, which has it in full."""
-        if isinstance(kernel, ConnectionMatern) and not kernel.trainable_nu:
-            self._kernel = kernel
-            self.nu = kernel.nu if nu is None else nu
-        elif kernel != "connection":
-            raise InvalidInputError(
-                "the precision backend knows the connection Matérn kernel of fixed smoothness only",
-                got=kernel if isinstance(kernel, str) else type(kernel).__name__,
-            )
-        self.nu = 2.0 if self.nu is None else self.nu
+        super().__init__(cloud, _NAMES, kernel, backend, num_eigenpairs, nu)
+        if cloud.of_functions:
+            raise InvalidInputError("functions are no vector fields", hint="use ScalarGP(cloud)")
 
     # ------------------------------------------------------------------------------------------- fitting
 
@@ -171,6 +100,7 @@ class RVGP:
         vectors: Any,
         variances: Any = None,
         *,
+        labels: Sequence[object] | None = None,
         optimize: bool = True,
         learn_noise: bool = True,
         noise_variance: float | None = None,
@@ -188,53 +118,85 @@ class RVGP:
                 missing vector.
             variances: The noise variances ``(q,)`` of a component, exact if ``learn_noise`` is off and up to a common
                 factor otherwise; equal if None.
+            labels: The condition of every vector, ``q`` of them, for vectors ``(q, D)``. Each condition gets a field of its
+                own; the hyper-parameters are common. The fields come in the order in which the conditions first appear.
             optimize: Whether the hyper-parameters are learnt; otherwise they stay as they are.
             learn_noise: Whether the noise variance, or the common factor, is learnt.
             noise_variance: The start for the noise variance, or its value if it isn't learnt.
             steps: The largest number of updates of the optimiser.
             progress: Whether to show a bar while kernels are tried, where that takes more than two seconds.
-            checkpoint: The directory where the search of ``kernel="auto"`` is kept, a kernel at a time.
-            resume: Whether to continue the search that is kept there.
+            checkpoint: The directory of the checkpoints of ``kernel="auto"``, one per kernel tried.
+            resume: Whether to go on from the checkpoint, to the same bits as if the trial had never stopped.
 
         Returns:
             The same object.
 
         Raises:
-            InvalidInputError: If sites lie outside the cloud.
+            InvalidInputError: If sites lie outside the cloud, or if labels don't name the condition of every vector.
+            Interrupted: After Ctrl-C while kernels are tried; its ``result`` is this object with the best kernel so far.
             ShapeError, NonFiniteError: If the vectors don't fit.
         """
         for name, flag in (("optimize", optimize), ("learn_noise", learn_noise)):
             check_bool(flag, name)
         sites = self.cloud.sites(index)
-        v = as_vectors(vectors, len(sites), self.cloud.ambient_dim, missing=True)
-        relative = _variances(variances, len(sites))
+        v = as_vectors(vectors, len(sites), self.cloud.value_dim, missing=True)
+        relative = as_variances(variances, len(sites)).to(self.cloud.device)
+        dtype, batch = v.dtype, v.shape[:-2]
+        v = v.detach().to(self.cloud.device, torch.float64).reshape(-1, *v.shape[-2:])
         missing = torch.isnan(v).any(-1)
-        if bool(missing.any()):
-            sites, v, relative = _without_missing(sites, v, relative, missing)
-        self._dtype, self._batch = v.dtype, v.shape[:-2]
-        v = v.detach().to(self.cloud.device, torch.float64)
+        v = v.masked_fill(missing[..., None], 0.0)
         components = sites.to_tangent(v)
-        total = float((v**2).sum())
-        self.lost_share = max(0.0, 1.0 - float((components**2).sum()) / total) if total > 0 else 0.0
-        if self.lost_share > _LOST:
+        lost = self._warn_of_normal_parts(v, components)
+        names: list[object] | None = None
+        if labels is None:
+            groups = by_pattern(sites, components, relative, missing)
+        else:
+            names = as_labels(labels, len(sites), "vector")
+            if len(batch):
+                raise InvalidInputError(
+                    "labels are for one vector per row", got=f"vectors of shape {tuple(vectors.shape)}"
+                )
+            seen = ~missing[0]
+            kept = [name for name, there in zip(names, seen.tolist(), strict=True) if there]
+            groups, names = by_condition(sites.take(seen), components[:, seen], relative[seen], kept)
+            batch = torch.Size([len(names)])
+
+        def after() -> None:
+            self._dtype, self._batch, self.lost_share = dtype, batch, lost
+            self.labels, self._of_paths = names, False
+
+        self._condition(
+            groups,
+            after,
+            optimize=optimize,
+            learn_noise=learn_noise,
+            noise_variance=noise_variance,
+            steps=steps,
+            progress=progress,
+            checkpoint=checkpoint,
+            resume=resume,
+        )
+        return self
+
+    def _warn_of_normal_parts(self, vectors: Tensor, components: Tensor) -> float:
+        """Return the share of the square of the vectors that is normal to the tangent spaces; warn where it is large."""
+        total = float((vectors**2).sum())
+        lost = max(0.0, 1.0 - float((components**2).sum()) / total) if total > 0 else 0.0
+        if lost > _LOST:
             warnings.warn(
-                f"{self.lost_share:.0%} of the square of the vectors is normal to the tangent spaces and was dropped. "
+                f"{lost:.0%} of the square of the vectors is normal to the tangent spaces and was dropped. "
                 "Are they tangent vectors of this manifold, in these coordinates?",
                 ApproximationWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        data = Observations(
-            sites, components.reshape(-1, *components.shape[-2:]), relative.to(self.cloud.device)
-        )
-        self._condition(data, optimize, learn_noise, noise_variance, steps, progress, checkpoint, resume)
-        self._of_paths = False
-        return self
+        return lost
 
     def fit_paths(
         self,
         paths: Any,
         diffusion: float | None = None,
         *,
+        labels: Sequence[object] | None = None,
         stride: int = 1,
         optimize: bool = True,
         steps: int = 100,
@@ -245,28 +207,66 @@ class RVGP:
         r"""Condition the field, as the drift of an SDE, on trajectories; exact, see :func:`~.paths.path_observations`.
 
         Args:
-            paths: A :class:`~stochdyn.PathSample`, ``(ts, x)`` with ``ts (T,)`` and ``x (*sample, T, D)``, or a list of
-                such, each trial on a grid of its own; NaN is a missing state.
+            paths: A :class:`~stochdyn.PathSample`, ``(ts, x)`` with ``ts (T,)`` and ``x (*sample, T, D)``, or a list of such,
+                each trial on a grid of its own; NaN is a missing state.
             diffusion: The strength σ of the noise in the tangent spaces; learnt with the other hyper-parameters if None.
+            labels: The condition of every trial of the list. Each condition gets a field of its own; amplitude, length scale
+                and diffusion are common. The fields come in the order in which the conditions first appear.
             stride: The interval between the states that are used: every state whose number is a multiple of this one.
             optimize: Whether the hyper-parameters are learnt.
             steps: The largest number of updates of the optimiser.
             progress: Whether to show a bar while kernels are tried, where that takes more than two seconds.
-            checkpoint: The directory where the search of ``kernel="auto"`` is kept, a kernel at a time.
-            resume: Whether to continue the search that is kept there.
+            checkpoint: The directory of the checkpoints of ``kernel="auto"``, one per kernel tried.
+            resume: Whether to go on from the checkpoint.
 
         Returns:
             The same object; ``diffusion`` holds σ, given or learnt.
+
+        Raises:
+            InvalidInputError: If the paths aren't such, or if labels don't name the condition of every trial.
         """
-        data = path_observations(self.cloud, paths, stride)
+        trials = trials_of(paths)
         if diffusion is not None:
             check_positive(diffusion, "diffusion")
-        self._dtype, self._batch, self.lost_share = torch.float64, torch.Size(), 0.0
-        guess = quadratic_variation(data)[0] if diffusion is None else float(diffusion)
+        check_bool(optimize, "optimize")
         if diffusion is None and not optimize:
             raise InvalidInputError("with optimize off the diffusion must be given")
-        self._condition(data, optimize, diffusion is None, guess**2, steps, progress, checkpoint, resume)
-        self._of_paths = True
+        names: list[object] | None = None
+        if labels is None:
+            groups, batch = (
+                Groups([path_observations(self.cloud, trials, stride)], [torch.tensor([0])]),
+                torch.Size(),
+            )
+        else:
+            each = as_labels(labels, len(trials), "trial")
+            names = list(dict.fromkeys(each))
+            parts = [
+                path_observations(
+                    self.cloud, [t for t, own in zip(trials, each, strict=True) if own == name], stride
+                )
+                for name in names
+            ]
+            groups = Groups(parts, [torch.tensor([i]) for i in range(len(parts))])
+            batch = torch.Size([len(names)])
+        # The pooled quadratic variation starts the search for σ².
+        guess = sum(quadratic_variation(part)[0] ** 2 * part.rows for part in groups.parts)
+        guess = guess / sum(part.rows for part in groups.parts) if diffusion is None else diffusion**2
+
+        def after() -> None:
+            self._dtype, self._batch, self.lost_share = torch.float64, batch, 0.0
+            self.labels, self._of_paths = names, True
+
+        self._condition(
+            groups,
+            after,
+            optimize=optimize,
+            learn_noise=diffusion is None,
+            noise_variance=guess,
+            steps=steps,
+            progress=progress,
+            checkpoint=checkpoint,
+            resume=resume,
+        )
         return self
 
     @property
@@ -285,35 +285,75 @@ class RVGP:
         return math.sqrt(self.noise_variance)
 
     def as_drift(
-        self, dt: float | None = None, *, draw: bool = False, generator: Generator = None
+        self,
+        dt: float | None = None,
+        *,
+        field: object = None,
+        draw: bool = False,
+        generator: Generator = None,
     ) -> TangentDrift:
         """Return the posterior mean field, or a draw, as a drift ``(t, x)`` for :class:`stochdyn.SDE` in ambient coordinates.
 
         Args:
             dt: The step of the time grid; if given, every Euler step first projects the state back to the manifold.
+            field: Which field, where many were fitted: the label of a condition, or a number or tuple of numbers in the batch.
             draw: Whether a field is drawn from the posterior instead of taking the mean.
             generator: The source of randomness of the draw.
-        """
-        if self._batch != torch.Size():
-            raise InvalidInputError(
-                "many fields were fitted at once", hint="fit the one that should become a drift"
-            )
-        nodes = slice(None)
-        vectors = self.sample((), generator=generator) if draw else self.predict_mean(nodes)
-        return TangentDrift(self.cloud, vectors.double(), dt)
 
-    def as_sde(self, diffusion: float | None = None, dt: float | None = None) -> SDE:
+        Raises:
+            InvalidInputError: If many fields were fitted and none is named, or if there is no such field.
+        """
+        self._fitted()
+        at = self._number(field)
+        vectors = self.sample((), generator=generator) if draw else self.predict_mean(slice(None))
+        return TangentDrift(self.cloud, vectors[at].double(), dt)
+
+    def _number(self, field: object) -> tuple[int, ...]:
+        """Return the place of a field in the batch."""
+        if self._batch == torch.Size():
+            if field is not None:
+                raise InvalidInputError("one field was fitted, and field names one of many", got=repr(field))
+            return ()
+        if field is None:
+            raise InvalidInputError(
+                "many fields were fitted at once",
+                hint="name one by field=..."
+                + ("" if self.labels is None else f", one of {', '.join(map(repr, self.labels))}"),
+            )
+        if self.labels is not None:
+            if field not in self.labels:
+                raise InvalidInputError("there is no such condition", got=repr(field), expected=self.labels)
+            return (self.labels.index(field),)
+        at = field if isinstance(field, tuple) else (field,)
+        if len(at) != len(self._batch) or not all(
+            isinstance(i, int) and not isinstance(i, bool) and -n <= i < n
+            for i, n in zip(at, self._batch, strict=False)
+        ):
+            raise InvalidInputError(
+                "field must be the place of a field in the batch",
+                got=repr(field),
+                expected=f"whole numbers within {tuple(self._batch)}",
+            )
+        return at
+
+    def as_sde(self, diffusion: float | None = None, dt: float | None = None, *, field: object = None) -> SDE:
         """Return the SDE on the manifold with the posterior mean as drift and isotropic tangent noise.
 
         Args:
             diffusion: The strength σ of the noise; by default what :meth:`fit_paths` found.
             dt: The step of the time grid, as in :meth:`as_drift`.
+            field: Which field, where many were fitted, as in :meth:`as_drift`.
         """
         strength = self.diffusion if diffusion is None else diffusion
-        return SDE(self.as_drift(dt), TangentDiffusion(self.cloud, strength))
+        return SDE(self.as_drift(dt, field=field), TangentDiffusion(self.cloud, strength))
 
     def measure(
-        self, initial: Any, diffusion: float | None = None, dt: float | None = None
+        self,
+        initial: Any,
+        diffusion: float | None = None,
+        dt: float | None = None,
+        *,
+        field: object = None,
     ) -> DiffusionMeasure:
         """Return the law of paths on the manifold whose drift is the posterior mean field.
 
@@ -321,126 +361,52 @@ class RVGP:
             initial: Where paths start: a distribution with event ``(D,)``, or points ``(*batch, D)``.
             diffusion: The strength σ of the noise; by default what :meth:`fit_paths` found.
             dt: The step of the time grid, as in :meth:`as_drift`.
+            field: Which field, where many were fitted, as in :meth:`as_drift`.
         """
-        return DiffusionMeasure(initial, self.as_sde(diffusion, dt))
-
-    def _condition(
-        self,
-        data: Observations,
-        optimize: bool,
-        learn_noise: bool,
-        noise_variance: float | None,
-        steps: int,
-        progress: bool,
-        checkpoint: str | os.PathLike[str] | None,
-        resume: bool,
-    ) -> None:
-        searched = self._auto and optimize
-        if not searched and (checkpoint is not None or resume):
-            raise InvalidInputError(
-                f"{'checkpoint' if checkpoint is not None else 'resume'} does nothing unless kernels are tried",
-                hint="kernel='auto' with optimize=True tries them",
-            )
-        check_positive_int(steps, "steps")
-        if noise_variance is not None:
-            check_real(noise_variance, "noise_variance", above=0.0)
-
-        def prepare(engine: Engine) -> None:
-            if noise_variance is not None:
-                engine.log_noise.data.fill_(math.log(noise_variance))
-            elif not learn_noise:
-                engine.log_noise.data.fill_(0.0)
-            if optimize:
-                engine.optimise(steps, learn_noise)
-            elif self.engine is not None:
-                engine.log_amplitude.data.copy_(self.engine.log_amplitude.data)
-                if noise_variance is None and learn_noise:
-                    engine.log_noise.data.copy_(self.engine.log_noise.data)
-
-        if not searched:
-            engine = make_engine(self.cloud, data, self._kernel, self.backend, float(self.nu or 2.0))
-            prepare(engine)
-            self._take(engine)
-            return
-
-        def finish(best: Best | None, record: list[Choice]) -> RVGP:
-            self.candidates = record
-            if best is not None:
-                self._kernel, candidate = best.kernel, best.candidate
-                self.backend, self.nu, self.chosen = candidate.backend, candidate.nu, candidate.name
-                self._take(best.engine)
-            return self
-
-        identity = {
-            "cloud": digest(self.cloud), "observations": digest(data), "learn_noise": learn_noise,
-            "noise_variance": noise_variance, "steps": steps,
-        }  # fmt: skip
-        run_to_end(
-            KernelSearch(self.cloud, data, prepare, finish), "kernels", identity=identity, progress=progress,
-            checkpoint=checkpoint, resume=resume,
-        )  # fmt: skip
-
-    def _take(self, engine: Engine) -> None:
-        """Take an engine and compute its posterior."""
-        engine.condition()
-        self.engine = engine
-
-    def _fitted(self) -> Engine:
-        if self.engine is None:
-            raise UnavailableError("there is no posterior yet", hint="call fit(...) first")
-        return self.engine
+        return DiffusionMeasure(initial, self.as_sde(diffusion, dt, field=field))
 
     # ---------------------------------------------------------------------------------------- the answer
 
-    @property
-    def noise_variance(self) -> float:
-        """Variance τ² of the noise of a component."""
-        return float(self._fitted().noise.detach())
-
-    @property
-    def amplitude(self) -> float:
-        """Prior variance σ² of a component, averaged over the cloud; scales and sums within the kernel included."""
-        engine = self._fitted()
-        with torch.no_grad():
-            return float(engine.amplitude * engine.mean_variance())
-
-    def log_marginal_likelihood(self) -> Tensor:
-        """Return the log density of the tangent components of the data, summed over fields."""
-        with torch.no_grad():
-            return self._fitted().evidence()
-
     def predict(
-        self, where: Any, *, covariance: str = "tangent", with_noise: bool = False
+        self, where: Any, *, covariance: str = "tangent", with_noise: bool = False, variances: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the posterior field at nodes or, at new points.
+        """Return the posterior field at nodes or, read off them, at new points.
 
         Args:
             where: The nodes or points ``(q, D)`` where the field is wanted.
             covariance: The coordinates of covariances: ``"tangent"`` in the frames of :meth:`frames`, or ``"ambient"``.
-            with_noise: Whether the (common) noise variance of a new observation is added.
+            with_noise: Whether the noise variance of new observations is added.
+            variances: The noise variances ``(q,)`` of the new observations, up to the same factor as those given to
+                :meth:`fit`; equal if None.
 
         Returns:
             Means ``(*batch, q, D)`` in ambient coordinates, and covariances ``(q, m, m)`` or ``(q, D, D)``, the same for all
-            fields.
+            fields; ``(*batch, q, m, m)`` or ``(*batch, q, D, D)`` where fields were observed at different places.
         """
         check_choice(covariance, ("tangent", "ambient"), "covariance")
-        engine, sites = self._fitted(), self.cloud.sites(where)
-        mean = self.predict_mean(sites)
-        cov = engine.covariance(sites)
-        white = engine.missing_variance(sites) + (engine.noise.detach() if with_noise else 0.0)
-        cov = cov + white[:, None, None] * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+        self._fitted()
+        sites = self.cloud.sites(where)
+        mean, cov = self.predict_mean(sites), self._covariances(sites, with_noise, variances)
         if covariance == "ambient":
             cov = sites.frames @ cov @ sites.frames.mT
         return mean, cov.to(self._dtype)
 
     def predict_mean(self, where: Any) -> Tensor:
-        """Return posterior means ``(*batch, q, D)`` alone, which cost least."""
-        sites = self.cloud.sites(where)
-        mean = sites.to_ambient(self._fitted().mean(sites)).reshape(*self._batch, len(sites), -1)
+        """Return posterior means ``(*batch, q, D)`` alone, which cost least.
+
+        Args:
+            where: The nodes or points ``(q, D)`` where the field is wanted.
+        """
+        engine, sites = self._fitted(), self.cloud.sites(where)
+        mean = sites.to_ambient(engine.mean(sites)).reshape(*self._batch, len(sites), -1)
         return mean.to(self._dtype)
 
     def frames(self, where: Any) -> Tensor:
-        """Return the tangent frames ``(q, D, m)`` in which covariances at these nodes or points are given."""
+        """Return the tangent frames ``(q, D, m)`` in which covariances at these nodes or points are given.
+
+        Args:
+            where: The nodes or points ``(q, D)``.
+        """
         return self.cloud.sites(where).frames.to(self._dtype)
 
     def sample(
@@ -456,66 +422,32 @@ class RVGP:
         Returns:
             ``(*sample, *batch, q, D)`` in ambient coordinates.
         """
-        shape, source = as_sample_shape(sample_shape), as_generator(generator, self.cloud.device)
-        n = math.prod(shape)
+        self._fitted()
         sites = self.cloud.sites(slice(None) if where is None else where)
-        engine = self._fitted()
-        drawn = engine.sample(n, sites, source)
-        if not sites.are_nodes:  # what the nodes don't tell is independent from point to point
-            spread = engine.missing_variance(sites).sqrt()[:, None]
-            noise = torch.randn(drawn.shape, generator=source, dtype=drawn.dtype, device=drawn.device)
-            drawn = drawn + spread * noise
-        return sites.to_ambient(drawn).reshape(*shape, *self._batch, len(sites), -1).to(self._dtype)
+        return sites.to_ambient(self._draws(sample_shape, sites, generator)).to(self._dtype)
 
+    def to_inference_data(self, where: Any = None, num_draws: int = 500, seed: int = 0) -> Any:
+        """Return draws from the posterior in the container that ArviZ reads, as variable ``field`` ``(draw, *batch, site, coordinate)``.
 
-def _check_options(kernel: str | Kernel, backend: str, num_eigenpairs: int | None, nu: float | None) -> None:
-    """Refuse options that would be ignored."""
-    if kernel == "auto" and (backend != "spectral" or num_eigenpairs is not None or nu is not None):
-        raise InvalidInputError(
-            "kernel='auto' chooses backend, num_eigenpairs and nu itself",
-            hint="leave them out, or name a kernel",
-        )
-    if num_eigenpairs is not None and (backend == "precision" or kernel not in ("connection", "projected")):
-        raise InvalidInputError(
-            "num_eigenpairs is for the named kernels 'connection' and 'projected' of the spectral backend",
-            got=f"kernel={kernel if isinstance(kernel, str) else type(kernel).__name__}, backend={backend}",
-        )
-    if isinstance(kernel, Kernel) and backend == "spectral" and nu is not None:
-        raise InvalidInputError("nu is for named kernels", hint="give it to the kernel itself")
+        Args:
+            where: The nodes or points ``(q, D)``; all nodes if None.
+            num_draws: The number of draws.
+            seed: The seed of the draws.
 
+        Returns:
+            ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with ArviZ 1.x. Amplitude, noise and evidence are attributes.
 
-def _named(cloud: PointCloud, name: str, num_eigenpairs: int | None, nu: float) -> Kernel:
-    counts: dict[str, Any] = {} if num_eigenpairs is None else {"num_eigenpairs": num_eigenpairs}
-    if name == "ambient":
-        return AmbientKernel(cloud, nu)
-    return (ConnectionMatern if name == "connection" else ProjectedMatern)(cloud, nu, **counts)
+        Raises:
+            UnavailableError: Before a fit.
+            MissingDependencyError: If ArviZ isn't installed.
+        """
+        check_positive_int(num_draws, "num_draws")
+        drawn = self.sample(num_draws, where, seed)
+        return as_inference_data(self, drawn, ["site", "coordinate"])
 
+    def _extra_state(self) -> dict[str, Any]:
+        return {"of_paths": self._of_paths, "lost_share": self.lost_share}
 
-def _without_missing(
-    sites: Sites, vectors: Tensor, relative: Tensor, missing: Tensor
-) -> tuple[Sites, Tensor, Tensor]:
-    """Leave out the sites whose vectors are missing, in all fields alike."""
-    lacking = missing.reshape(-1, missing.shape[-1])
-    seen = ~lacking.all(0)
-    if bool(lacking[:, seen].any()):
-        raise InvalidInputError(
-            "fields that are fitted together must miss the same vectors",
-            hint="fit fields with other missing vectors one by one",
-        )
-    check_nonempty(seen.nonzero(), "the vectors that aren't missing")
-    return sites.take(seen.to(sites.points.device)), vectors[..., seen, :], relative[seen]
-
-
-def _variances(variances: Any, rows: int) -> Tensor:
-    if variances is None:
-        return torch.ones(rows, dtype=torch.float64)
-    tensor = as_float_tensor(variances, "variances").detach().double()
-    if tensor.shape != (rows,):
-        raise ShapeError(
-            "variances must hold one number per site",
-            got=f"shape {tuple(tensor.shape)}",
-            expected=f"({rows},)",
-        )
-    check_finite(tensor, "variances")
-    check_positive(tensor, "variances")
-    return tensor
+    def _load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self._of_paths = bool(state.get("of_paths", False))
+        self.lost_share = float(state.get("lost_share", 0.0))

@@ -18,16 +18,19 @@ from stochdyn.vectorfields.regression.ambient import AmbientKernel
 from stochdyn.vectorfields.regression.engines import (
     DenseEngine,
     Engine,
-    Observations,
+    PlainEngine,
     SpectralEngine,
     feature_terms,
 )
+from stochdyn.vectorfields.regression.groups import GroupedEngine
+from stochdyn.vectorfields.regression.hyper import hyper_parameters, set_hyper_parameters
 from stochdyn.vectorfields.regression.kernels import ConnectionMatern, ProjectedMatern
+from stochdyn.vectorfields.regression.observations import Groups, Observations
 from stochdyn.vectorfields.regression.precision import PrecisionEngine
 
 __all__ = ["Best", "Candidate", "Choice", "KernelSearch", "candidates", "make_engine"]
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 #: The most rows for which kernels without features are tried.
 MAX_DENSE_ROWS = 5000
@@ -53,6 +56,16 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The candidate of the highest evidence so far: its number, itself, its kernel (None for sparse ones) and its engine."""
+
+    number: int
+    candidate: Candidate
+    kernel: Kernel | None
+    engine: Engine
+
+
+@dataclass(frozen=True)
 class Choice:
     """What became of a candidate.
 
@@ -65,15 +78,6 @@ class Choice:
     name: str
     log_evidence: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best of the candidates: its kernel, if it has one in itself, and its optimised engine."""
-
-    candidate: Candidate
-    kernel: Kernel | None
-    engine: Engine
 
 
 def candidates(cloud: PointCloud, rows: int) -> list[Candidate]:
@@ -89,17 +93,16 @@ def candidates(cloud: PointCloud, rows: int) -> list[Candidate]:
         return ConnectionMatern(cloud, 1.5, total if whole else None, trainable_nu=True)
 
     along = "connection, all modes" if whole else "connection"
-    found = [
-        Candidate(along, connection),
-        Candidate("projected", lambda: ProjectedMatern(cloud, 1.5, trainable_nu=True)),
-    ]
+    found = [Candidate(along, connection)]
+    if not cloud.of_functions:  # the projected field of one component is the same as the connection's
+        found.append(Candidate("projected", lambda: ProjectedMatern(cloud, 1.5, trainable_nu=True)))
     if rows <= MAX_DENSE_ROWS:
         found += [
             Candidate("ambient Matérn 3/2", lambda: AmbientKernel(cloud, 1.5)),
             Candidate("ambient Matérn 5/2", lambda: AmbientKernel(cloud, 2.5)),
             Candidate("ambient squared exponential", lambda: AmbientKernel(cloud, math.inf)),
         ]
-    if sphere_of(cloud.points, closed=True) is not None:
+    if not cloud.of_functions and sphere_of(cloud.points, closed=True) is not None:
         found += [
             Candidate(
                 "divergence-free", lambda: HodgeMatern(cloud, 1.5, 20, "divergence_free", trainable_nu=True)
@@ -124,28 +127,36 @@ def _sum(*kernels: Kernel) -> Kernel:
     return AdditiveKernel(*(ScaleKernel(kernel) for kernel in kernels))
 
 
-def make_engine(
-    cloud: PointCloud, data: Observations, kernel: Kernel | None, backend: str, nu: float
-) -> Engine:
+def make_engine(cloud: PointCloud, groups: Groups, kernel: Kernel | None, backend: str, nu: float) -> Engine:
     """Return the engine for a kernel; without one, the sparse engine of smoothness ν."""
-    if backend == "precision":
-        scale = None if kernel is None else float(kernel.lengthscale.detach())
-        return PrecisionEngine(data, cloud, nu, scale)
-    if kernel is None:
-        raise InvalidInputError("there is no kernel yet", hint="kernel='auto' is chosen by fit")
-    if feature_terms(kernel) is not None:
-        return SpectralEngine(data, kernel).to(cloud.device)
-    return DenseEngine(data, kernel, cloud).to(cloud.device)
+    made: list[PrecisionEngine] = []
+
+    def make(data: Observations) -> PlainEngine:
+        if backend == "precision":
+            scale = None if kernel is None else float(kernel.lengthscale.detach())
+            density = made[0].density if made else None  # it depends on the cloud alone
+            made.append(PrecisionEngine(data, cloud, nu, scale, density=density))
+            return made[-1]
+        if kernel is None:
+            raise InvalidInputError("there is no kernel yet", hint="kernel='auto' is chosen by fit")
+        if feature_terms(kernel) is not None:
+            return SpectralEngine(data, kernel).to(cloud.device)
+        return DenseEngine(data, kernel, cloud).to(cloud.device)
+
+    return make(groups.parts[0]) if len(groups.parts) == 1 else GroupedEngine(groups, make)
 
 
-class KernelSearch(Resumable[Found]):
-    """The search among the candidates, a candidate per step, as the engine of long runs does it.
+class KernelSearch(Resumable[Result]):
+    """The trial of every candidate kernel as a long run: one step per candidate.
+
+    Its state is the record, and the hyper-parameters of the best so far, from which its engine is made again.
 
     Args:
-        cloud: The points.
-        data: The observations.
-        prepare: What sets the noise of an engine and optimises it, in place.
-        finish: What makes the result of the best candidate so far, None if there is none yet, and the record of all.
+        cloud: The points that sample the manifold.
+        groups: What was observed.
+        prepare: A function that sets the noise of an engine and optimises it.
+        take: A function that makes the result out of the best candidate so far, its kernel, its engine and the record;
+            the first three are None where no candidate has been fitted yet.
     """
 
     unit = "kernel"
@@ -153,76 +164,78 @@ class KernelSearch(Resumable[Found]):
     def __init__(
         self,
         cloud: PointCloud,
-        data: Observations,
+        groups: Groups,
         prepare: Callable[[Engine], None],
-        finish: Callable[[Best | None, list[Choice]], Found],
+        take: Callable[[Best | None, list[Choice]], Result],
     ) -> None:
-        self.cloud, self.data, self._prepare, self._finish = cloud, data, prepare, finish
-        self.candidates = candidates(cloud, data.rows)
+        self.cloud, self.groups, self.prepare, self.take = cloud, groups, prepare, take
+        self.candidates = candidates(cloud, groups.rows)
         self.total = len(self.candidates)
         self.record: list[Choice] = []
         self.best: Best | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether all candidates were looked at."""
+        """Whether all candidates have been tried or passed over."""
         return self.number >= len(self.candidates)
 
     def step(self) -> None:
-        """Fit the next candidate, unless what is akin to it is too far behind the best to hope for more."""
+        """Fit the next candidate, unless its like is hopelessly behind."""
         candidate = self.candidates[self.number]
-        evidence = {choice.name: choice.log_evidence for choice in self.record}
-        highest = max(evidence.values(), default=-math.inf)
-        near = max((evidence[name] for name in candidate.akin if name in evidence), default=highest)
-        if highest - near > _HOPELESS * self.data.rows:
+        found = {choice.name: choice.log_evidence for choice in self.record}
+        highest = max(found.values(), default=-math.inf)
+        near = max((found[name] for name in candidate.akin if name in found), default=highest)
+        values = sum(part.components.numel() for part in self.groups.parts)
+        if highest - near > _HOPELESS * values:
             return
-        began = time.process_time()
-        kernel, engine = self._make(candidate)
-        self._prepare(engine)
-        reached = float(engine.evidence().detach())
-        self.record.append(Choice(candidate.name, reached, time.process_time() - began))
-        if reached > highest:
-            self.best = Best(candidate, kernel, engine)
+        start = time.process_time()
+        engine, kernel = self._make(candidate)
+        self.prepare(engine)
+        evidence = float(engine.evidence().detach())
+        self.record.append(Choice(candidate.name, evidence, time.process_time() - start))
+        if evidence > highest:
+            self.best = Best(self.number, candidate, kernel, engine)
 
-    def _make(self, candidate: Candidate) -> tuple[Kernel | None, Engine]:
+    def _make(self, candidate: Candidate) -> tuple[Engine, Kernel | None]:
         kernel = candidate.make()
         if kernel is not None:
             kernel = kernel.double().to(self.cloud.device)
-        return kernel, make_engine(self.cloud, self.data, kernel, candidate.backend, candidate.nu)
+        return make_engine(self.cloud, self.groups, kernel, candidate.backend, candidate.nu), kernel
+
+    def describe(self) -> dict[str, str]:
+        """Return the best kernel so far, for the bar."""
+        return {} if self.best is None else {"best": self.best.candidate.name}
 
     def state(self) -> dict[str, Any]:
-        """Return the record, and which candidate is the best with its hyper-parameters."""
+        """Return the record, and the number and hyper-parameters of the best candidate."""
         best = self.best
         return {
-            "record": [[c.name, c.log_evidence, c.seconds] for c in self.record],
-            "best": None if best is None else [best.candidate.name, dict(best.engine.state_dict())],
+            "record": [(c.name, c.log_evidence, c.seconds) for c in self.record],
+            "best": -1 if best is None else best.number,
+            "parameters": {} if best is None else hyper_parameters(best.engine),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Make the best candidate again, with the hyper-parameters that it had."""
-        self.record, self.best = [Choice(*row) for row in state["record"]], None
-        if state["best"] is not None:
-            name, values = state["best"]
-            candidate = next(c for c in self.candidates if c.name == name)
-            kernel, engine = self._make(candidate)
-            engine.load_state_dict(values)
-            self.best = Best(candidate, kernel, engine)
+        """Make the best candidate's engine again, with the hyper-parameters that it had."""
+        self.record = [Choice(str(name), float(e), float(s)) for name, e, s in state["record"]]
+        number, self.best = int(state["best"]), None
+        if number >= 0:
+            candidate = self.candidates[number]
+            engine, kernel = self._make(candidate)
+            set_hyper_parameters(engine, state["parameters"])
+            self.best = Best(number, candidate, kernel, engine)
 
     def keep(self) -> tuple[list[Choice], Best | None]:
-        """Return the record and the best: a step makes new ones and changes none."""
+        """Return record and best: a step adds to the one and replaces the other."""
         return list(self.record), self.best
 
     def put_back(self, kept: tuple[list[Choice], Best | None]) -> bool:
-        """Take the record and the best of before the step."""
+        """Go back to what :meth:`keep` returned."""
         self.record, self.best = kept
         return True
 
-    def describe(self) -> dict[str, Any]:
-        """Return the name of the best so far."""
-        return {} if self.best is None else {"best": self.best.candidate.name}
-
-    def report(self) -> Found:
-        """Return what becomes of the best so far."""
-        if self.best is None and self.finished:
+    def report(self) -> Result:
+        """Return what the caller makes of the best candidate so far."""
+        if self.finished and self.best is None:
             raise InvalidInputError("no kernel could be fitted", got="evidence that isn't finite for any")
-        return self._finish(self.best, sorted(self.record, key=lambda choice: -choice.log_evidence))
+        return self.take(self.best, sorted(self.record, key=lambda choice: -choice.log_evidence))

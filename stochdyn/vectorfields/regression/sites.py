@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Sites"]
+__all__ = ["Sites", "lost_variance"]
 
 #: Numbers gathered at once when modes are extended.
 _CHUNK = 4_000_000
@@ -83,3 +83,18 @@ class Sites:
     def to_ambient(self, components: Tensor) -> Tensor:
         """Return ambient vectors ``(*batch, q, D)`` of components ``(*batch, q, m)``."""
         return torch.einsum("qda,...qa->...qd", self.frames, components)
+
+
+def lost_variance(sites: Sites, at_nodes: Tensor, read: Tensor) -> Tensor:
+    """Return the prior variance that reading a field off the nodes leaves out at new points, ``(q,)``.
+
+    Args:
+        sites: The new points.
+        at_nodes: The prior variance ``(n,)`` of a component at every node, one on average.
+        read: The prior variance ``(q,)`` that a component has as it is read at the points.
+    """
+    share = sites.weights.abs()
+    around = (at_nodes[sites.nodes] * share).sum(-1) / share.sum(-1).clamp(min=1e-300)
+    # from the neighbours' own variance between the nodes to the amplitude, one, far from all of them
+    whole = around + sites.open * (1.0 - around)
+    return torch.maximum(whole - read, sites.open * whole)
