@@ -83,7 +83,7 @@ def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [c.log_evidence for c in again.candidates] == [c.log_evidence for c in whole.candidates]
     assert torch.equal(again.predict(range(30))[0], whole.predict(range(30))[0])
     assert torch.equal(again.predict(range(30))[1], whole.predict(range(30))[1])
-    with pytest.raises(ForeignCheckpointError, match="data is"):
+    with pytest.raises(ForeignCheckpointError, match="observations"):
         RVGP(cloud, "auto").fit(data[0], 2 * data[1], checkpoint=tmp_path, resume=True)
     with pytest.raises(InvalidInputError, match="for the trial of several kernels"):
         RVGP(cloud).fit(*data, checkpoint=tmp_path)

@@ -189,7 +189,7 @@ class FieldProcess:
             return
         identity = {
             "cloud": self.cloud,
-            "data": [(part.sites, part.components, part.relative) for part in groups.parts],
+            "observations": [(part.sites, part.components, part.relative) for part in groups.parts],
             "fields": groups.fields,
             "options": (learn_noise, noise_variance, steps),
         }
