@@ -60,7 +60,7 @@ class MCMCSampler:
     def __call__(
         self, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], num_draws: int
     ) -> dict[str, Tensor]:
-        """See :class:`PosteriorSampler`."""
+        """Return draws of the posterior by latent site, ``(num_draws, *shape)``, nearly independent."""
         run = MCMC(
             self.kernel(model, **self.options),
             num_samples=num_draws * self.thinning,
@@ -103,7 +103,7 @@ class VariationalSampler:
     def __call__(
         self, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], num_draws: int
     ) -> dict[str, Tensor]:
-        """See :class:`PosteriorSampler`."""
+        """Return draws of the posterior by latent site, ``(num_draws, *shape)``, nearly independent."""
         with pyro.get_param_store().scope():
             guide = self.guide(model)
             optimiser = pyro.optim.ClippedAdam({"lr": self.lr, "lrd": 0.01 ** (1 / self.steps)})

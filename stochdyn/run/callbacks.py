@@ -82,7 +82,7 @@ class Every(Callback):
         self.values: list[Any] = []
 
     def on_step(self, state: FitState) -> None:
-        """See :meth:`Callback.on_step`."""
+        """After every step."""
         if state.step % self.every:
             return
         with _own_randomness(state):
@@ -92,11 +92,11 @@ class Every(Callback):
             self.values.append(value.detach().clone() if isinstance(value, Tensor) else value)
 
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`Callback.state_dict`."""
+        """What a checkpoint must keep of this callback: plain data and tensors."""
         return {"steps": list(self.steps), "values": list(self.values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Callback.load_state_dict`."""
+        """Continue from :meth:`state_dict`."""
         self.steps, self.values = list(state["steps"]), list(state["values"])
 
 
@@ -121,11 +121,11 @@ class _Monitor(Callback):
             return float(self.metric(state.objective))
 
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`Callback.state_dict`."""
+        """What a checkpoint must keep of this callback: plain data and tensors."""
         return {"best": self.best, "best_step": self.best_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Callback.load_state_dict`."""
+        """Continue from :meth:`state_dict`."""
         self.best, self.best_step = state["best"], state["best_step"]
 
 
@@ -154,7 +154,7 @@ class EarlyStopping(_Monitor):
         self.misses = 0
 
     def on_step(self, state: FitState) -> None:
-        """See :meth:`Callback.on_step`."""
+        """After every step."""
         value = self.measure(state)
         if value is None:
             return
@@ -166,11 +166,11 @@ class EarlyStopping(_Monitor):
             state.request_stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`Callback.state_dict`."""
+        """What a checkpoint must keep of this callback: plain data and tensors."""
         return {**super().state_dict(), "misses": self.misses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Callback.load_state_dict`."""
+        """Continue from :meth:`state_dict`."""
         super().load_state_dict(state)
         self.misses = state["misses"]
 
@@ -195,7 +195,7 @@ class KeepBest(_Monitor):
         self.parameters: dict[str, Tensor] = {}
 
     def on_step(self, state: FitState) -> None:
-        """See :meth:`Callback.on_step`."""
+        """After every step."""
         value = self.measure(state)
         if value is not None and value < self.best:
             self.best, self.best_step = value, state.step
@@ -206,16 +206,16 @@ class KeepBest(_Monitor):
             }
 
     def on_end(self, state: FitState) -> None:
-        """See :meth:`Callback.on_end`."""
+        """After the last step, also when it came early or by Ctrl-C; not after an error."""
         if self.restore and self.parameters:
             state.objective.load_state_dict(self.parameters, strict=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`Callback.state_dict`."""
+        """What a checkpoint must keep of this callback: plain data and tensors."""
         return {**super().state_dict(), "parameters": dict(self.parameters)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Callback.load_state_dict`."""
+        """Continue from :meth:`state_dict`."""
         super().load_state_dict(state)
         self.parameters = dict(state["parameters"])
 

@@ -107,6 +107,7 @@ class TransportOperator(ForwardOperator, ABC):
         """Return ``(K, ...)`` independent unbiased values of the log rate (``K = 1`` when exact)."""
         chosen = as_trace_method(method, _PROBING)
         if not isinstance(chosen, Hutchinson):
+            # (L* rho) / rho = -div v - v . s.
             v = self.velocity(t, y, score).expand_as(y)
             return (-exact_divergence(v, y, create_graph) - (v * score).sum(-1))[None]
         generator = as_generator(generator, y.device)
@@ -114,6 +115,7 @@ class TransportOperator(ForwardOperator, ABC):
             v = self.velocity(t, y, score).expand_as(y)
             return -divergence_probes(v, y, chosen.sample(y, generator), create_graph) - (v * score).sum(-1)
         rates = []
+        # A velocity that is estimated itself needs probes of its own, independent of those of the divergence.
         for outer in chosen.sample(y, generator):
             inner = sample_probes(y, 1, chosen.distribution, generator)[0]
             v = self.velocity(t, y, score, inner).expand_as(y)
@@ -220,6 +222,7 @@ class TransportOperator(ForwardOperator, ABC):
             if form == "density":
                 result = self._density_residual(flow, s, y, stationary)[None]
             else:
+                # R = d/dt log rho - (L* rho) / rho; in score form the gradient of both terms.
                 inside = create_graph or form == "score"
                 rates = self._rates(flow.score(time, y), time, y, method, generator, inside)
                 if form == "score":
@@ -262,9 +265,9 @@ class ContinuityEquation(TransportOperator):
         self.field = field
 
     def velocity(self, t: Tensor, x: Tensor, score: Tensor, probe: Tensor | None = None) -> Tensor:
-        """See :meth:`TransportOperator.velocity`."""
+        """Return the velocity ``(..., d)`` of a density with the given score ``(..., d)``."""
         return self.field(t, x)
 
     def flux(self, t: Tensor, x: Tensor, density: Tensor) -> Tensor:
-        """See :meth:`TransportOperator.flux`."""
+        """Return the probability current ``(..., d)`` of a density ``(...)`` computed from ``x``."""
         return self.field(t, x) * density.unsqueeze(-1)

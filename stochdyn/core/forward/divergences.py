@@ -229,11 +229,13 @@ def unbiased_square(estimates: Tensor) -> Tensor:
             got=f"shape {tuple(estimates.shape)}",
             hint="raise num_probes to 2",
         )
+    # sum_{i != j} r_i r_j = (sum r)^2 - sum r^2.
     k = estimates.shape[0]
     return (estimates.sum(0).square() - estimates.square().sum(0)) / (k * (k - 1))
 
 
 def _forward_diagonal(field: VectorField, x: Tensor) -> tuple[Tensor, Tensor]:
+    # One forward derivative per basis vector e_i, all at once: e_i . (dv/dx) e_i.
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     x = x.contiguous()  # forward mode refuses expanded tensors
     basis = eye.reshape(-1, *(1,) * (x.ndim - 1), x.shape[-1]).expand(-1, *x.shape)
@@ -419,6 +421,7 @@ def jacobian_contraction(values: Tensor, x: Tensor, directions: Tensor, create_g
             got=f"{directions.dtype} {tuple(directions.shape)}",
             expected=f"{x.dtype} (n, *{tuple(x.shape)})",
         )
+    # Double backward: the derivative of w -> w^T dh, which is linear in w, along u.
     weights = torch.zeros_like(values, requires_grad=True)
     if not values.requires_grad:
         return values.new_zeros(directions.shape[0], *values.shape)

@@ -191,19 +191,20 @@ class GaussianFlow(MarginalFlow):
         return mean, factor
 
     def log_prob(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`MarginalFlow.log_prob`.
+        r"""Return :math:`\log\rho_t(x)`, ``(...)``, at ``x (..., d)``.
 
         Raises:
             SingularDiffusionError: If a covariance isn't positive definite (on accelerators the result is
                 NaN).
         """
         mean, factor = self._moments(t, x)
+        # log N(x; m, L L^T), whitened by L.
         white = _solve_lower(factor, x - mean)
         log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -0.5 * white.square().sum(-1) - log_det - 0.5 * x.shape[-1] * math.log(2 * math.pi)
 
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`MarginalFlow.score`."""
+        r"""Return :math:`\nabla\log\rho_t(x)`, ``(..., d)``."""
         mean, factor = self._moments(t, x)
         precision = torch.cholesky_inverse(factor)
         return -((x - mean).unsqueeze(-2) @ precision).squeeze(-2)
@@ -211,7 +212,7 @@ class GaussianFlow(MarginalFlow):
     def sample(
         self, t: Tensor | float, sample_shape: SampleShape = (), generator: Generator = None
     ) -> Tensor:
-        """See :meth:`MarginalFlow.sample`. Singular covariances are allowed."""
+        r"""Draw independent points of every :math:`\rho_t`: ``(*t.shape, *sample, d)``. Singular covariances are allowed."""
         shape, time = as_sample_shape(sample_shape), _as_times(t)
         mean, covariance = self.mean(time), self.covariance(time)
         source = as_generator(generator, mean.device)
@@ -248,6 +249,7 @@ class _LinearMoments:
         return phi, c, q
 
     def mean(self, t: Tensor) -> Tensor:
+        # E x_t = Phi m_0 + c, Cov x_t = Phi P_0 Phi^T + Q.
         phi, c, _ = self._from_start(t)
         return (phi @ self.measure.initial_mean.unsqueeze(-1)).squeeze(-1) + c
 
@@ -295,19 +297,20 @@ class MixtureFlow(MarginalFlow):
         return torch.stack(parts, -1) + self.log_weights
 
     def log_prob(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`MarginalFlow.log_prob`."""
+        r"""Return :math:`\log\rho_t(x)`, ``(...)``, at ``x (..., d)``."""
         return self._joint(t, x).logsumexp(-1)
 
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`MarginalFlow.score`: scores averaged under the posterior of the component."""
-        share = self._joint(t, x).softmax(-1)
+        r"""Return :math:`\nabla\log\rho_t(x)`, ``(..., d)``; scores averaged under the posterior of the component."""
+        # grad log sum_k w_k rho_k = sum_k p(k | x) grad log rho_k.
+        posterior = self._joint(t, x).softmax(-1)
         scores: list[Tensor] = [c.score(t, x) for c in self.components]  # type: ignore[operator]
-        return (torch.stack(scores, -1) @ share.unsqueeze(-1)).squeeze(-1)
+        return (torch.stack(scores, -1) @ posterior.unsqueeze(-1)).squeeze(-1)
 
     def sample(
         self, t: Tensor | float, sample_shape: SampleShape = (), generator: Generator = None
     ) -> Tensor:
-        """See :meth:`MarginalFlow.sample`."""
+        r"""Draw independent points of every :math:`\rho_t`: ``(*t.shape, *sample, d)``."""
         shape = as_sample_shape(sample_shape)
         source = as_generator(generator, self.log_weights.device)
         draws: list[Tensor] = [c.sample(t, shape, source) for c in self.components]  # type: ignore[operator]
@@ -373,7 +376,7 @@ class LearnedFlow(MarginalFlow):
         return value if self.reference is None else value + self.reference.log_prob(time, x)
 
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`MarginalFlow.score`."""
+        r"""Return :math:`\nabla\log\rho_t(x)`, ``(..., d)``."""
         if self.predicts == "log_density":
             return super().score(t, x)
         time, value = self._call(t, x)

@@ -60,7 +60,7 @@ class FokkerPlanck(TransportOperator):
 
     @property
     def random_velocity(self) -> bool:
-        """See :meth:`TransportOperator.random_velocity`."""
+        """Whether :meth:`velocity` makes use of a probe."""
         return self.sde.state_dependent
 
     def _drift(self, t: Tensor, x: Tensor, coefficient: Coefficient) -> Tensor:
@@ -71,16 +71,18 @@ class FokkerPlanck(TransportOperator):
         return drift + coefficient.apply(control.drift(t, x))
 
     def velocity(self, t: Tensor, x: Tensor, score: Tensor, probe: Tensor | None = None) -> Tensor:
-        """See :meth:`TransportOperator.velocity`."""
+        """Return the velocity ``(..., d)`` of a density with the given score ``(..., d)``."""
         coefficient = self.sde.diffusion(t, x)
+        # v = f + G u - (G G^T s + div G G^T) / 2.
         spread = _apply_covariance(coefficient, score)
         if self.sde.state_dependent:
             spread = spread + covariance_divergence(coefficient, x, probe)
         return self._drift(t, x, coefficient) - 0.5 * spread
 
     def flux(self, t: Tensor, x: Tensor, density: Tensor) -> Tensor:
-        """See :meth:`TransportOperator.flux`."""
+        """Return the probability current ``(..., d)`` of a density ``(...)`` computed from ``x``."""
         coefficient = self.sde.diffusion(t, x)
+        # J = (f + G u) rho - (G G^T grad rho + rho div G G^T) / 2 = v rho.
         spread = _apply_covariance(coefficient, pull_back(density, x))
         if self.sde.state_dependent:
             spread = spread + covariance_divergence(coefficient, x) * density.unsqueeze(-1)

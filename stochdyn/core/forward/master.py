@@ -109,6 +109,7 @@ class MasterEquation(ForwardOperator, ABC):
             SystemSizeError: If there are over 2**24 outcomes.
         """
         a = self.configurations()
+        # (L p)_a / p_a = L_aa + sum_b L_ab p_b / p_a over the outcomes b that flow into a.
         b, rates = self.connected(a, t)
         row, place = rates.nonzero(as_tuple=True)
         column = encode(b[row, place], self.num_outcomes)
@@ -275,6 +276,7 @@ class MasterEquation(ForwardOperator, ABC):
         Returns:
             ``(n,)``.
         """
+        # (p1 - p0 - dt (L p1 + L p0) / 2) / p1 = 1 - dt/2 (L p1)/p1 - (p0 / p1) (1 + dt/2 (L p0)/p0).
         later = 0.5 * dt * self.local_rate(log_prob1, a, t1, **options)
         earlier = 0.5 * dt * self.local_rate(log_prob0, a, t0, **options)
         return 1 - later - (log_prob0(a) - log_prob1(a)).exp() * (1 + earlier)

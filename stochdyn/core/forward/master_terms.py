@@ -81,7 +81,7 @@ class SparseMasterEquation(MasterEquation):
         return self.get_buffer(f"matrix_{i}")
 
     def mass_defect(self) -> Tensor:
-        """See :meth:`MasterEquation.mass_defect`; term by term."""
+        """Return the largest absolute column sum relative to the largest rate, term by term; zero if mass is conserved."""
         return torch.stack([_defect(self.matrix(i)) for i in range(len(self.sites))]).max()
 
     def _factors(self, t: Tensor | float | None) -> Tensor | None:
@@ -98,7 +98,7 @@ class SparseMasterEquation(MasterEquation):
         return self.coefficients(time)
 
     def multiply(self, p: Tensor, t: Tensor | float | None = None) -> Tensor:
-        """See :meth:`MasterEquation.apply`; a term on ``k`` sites costs ``q**(N + k)`` operations."""
+        """Return ``L p`` for vectors ``p (*batch, q**N)``; a term on ``k`` sites costs ``q**(N + k)`` operations."""
         return self._contract(p, t, transpose=False)
 
     def apply_adjoint(self, f: Tensor, t: Tensor | float | None = None) -> Tensor:
@@ -112,6 +112,7 @@ class SparseMasterEquation(MasterEquation):
         tensor = p.reshape(*p.shape[:-1], *(q,) * n)
         total = torch.zeros_like(tensor)
         for i, sites in enumerate(self.sites):
+            # A term acts on its own axes of the tensor p (q, ..., q) and leaves the others alone.
             axes = [lead + s for s in sites]
             last = list(range(-len(sites), 0))
             moved = tensor.movedim(axes, last)
@@ -155,7 +156,10 @@ class SparseMasterEquation(MasterEquation):
         self.register_buffer("shifts", shifts.to(self.matrix(0).device), persistent=False)
 
     def connected(self, a: Tensor, t: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
-        """See :meth:`MasterEquation.connected`; ``K`` is 1 plus the number of distinct shifts terms make."""
+        """Return every outcome that can feed given ones, each once, with the entries of ``L``.
+
+        ``K`` is 1 plus the number of distinct shifts that the terms make.
+        """
         rates = self.rates(a, t)
         return (a[:, None] + self.shifts) % self.num_outcomes, rates
 
@@ -167,6 +171,7 @@ class SparseMasterEquation(MasterEquation):
         for g, members in enumerate(self._groups):
             tables, columns = self.get_buffer(f"table_{g}"), self.get_buffer(f"columns_{g}")
             index = encode(a[:, self.get_buffer(f"sites_{g}")], self.num_outcomes)
+            # Rates from b = a + shift into a: a row of the term's matrix, ordered by the shift.
             entries = tables[torch.arange(len(members), device=a.device), index]
             if factors is not None:
                 entries = entries * factors[..., members, None]
@@ -247,18 +252,18 @@ class MatrixMasterEquation(MasterEquation):
         self.register_buffer("table", table.index_put((row, place + 1), values))
 
     def multiply(self, p: Tensor, t: Tensor | float | None = None) -> Tensor:
-        """See :meth:`MasterEquation.apply`."""
+        """Return ``L p`` for vectors ``p (*batch, q**N)`` over all outcomes, without forming ``L``."""
         flat = p.reshape(-1, p.shape[-1])
         return torch.sparse.mm(self.get_buffer("operator").to(p.dtype), flat.mT).mT.reshape(p.shape)
 
     def connected(self, a: Tensor, t: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
-        """See :meth:`MasterEquation.connected`; short rows are filled with themselves at rate 0."""
+        """Return every outcome that can feed given ones, each once; short rows are filled with themselves at rate 0."""
         self._check_outcomes(a)
         state = a[:, 0]
         return self.neighbours[state][..., None], self.table[state]
 
     def mass_defect(self) -> Tensor:
-        """See :meth:`MasterEquation.mass_defect`."""
+        """Return the largest absolute column sum relative to the largest rate; it is zero where mass is conserved."""
         operator = self.get_buffer("operator")
         column = operator.values().new_zeros(self.num_outcomes)
         if not operator.values().numel():

@@ -55,24 +55,26 @@ def affine_steps(
         coefficient.apply(steps.load.new_zeros(channels)).shape[:-1],
     )
     lead = (1,) * len(batch)
+    # z = (x, y) with the memory states y: z_{n+1} = [[I + A dt, G R], [0, D]] z_n + (a dt, 0) + B e_n. The noise is linear in
+    # memory and innovations, so its columns are the images of the basis vectors.
     basis = torch.eye(size + width, dtype=steps.load.dtype, device=steps.load.device)
     basis = basis.reshape(1, -1, *lead, size + width).expand(dt.shape[0], *(-1,) * (2 + len(lead)))
     dz, memory = remember(
         steps, slice(None), basis[..., :size].unflatten(-1, (channels, states)), basis[..., size:], channels
     )
-    kick = coefficient.apply(dz)
-    shape = (*torch.broadcast_shapes(kick.shape[:-1], (*dz.shape[:2], *batch)),)
-    image = full_state(kick.expand(*shape, dim), memory.expand(*shape, channels, states)).movedim(1, -1)
+    g_dz = coefficient.apply(dz)
+    shape = (*torch.broadcast_shapes(g_dz.shape[:-1], (*dz.shape[:2], *batch)),)
+    image = full_state(g_dz.expand(*shape, dim), memory.expand(*shape, channels, states)).movedim(1, -1)
     lag = dt.reshape(-1, *lead, 1, 1)
     eye = torch.eye(dim, dtype=lag.dtype, device=lag.device)
     stay = (eye + matrix * lag).expand(*image.shape[:-2], dim, dim)
     left = torch.cat([stay, stay.new_zeros(*stay.shape[:-2], size, dim)], -2)
     scale = by_column(steps.variance.sqrt()[:, None, :].expand(-1, channels, -1))
-    push = (offset * lag[..., 0]).expand(*image.shape[:-2], dim)
+    shift = (offset * lag[..., 0]).expand(*image.shape[:-2], dim)
     return LinearSteps(
         torch.cat([left, image[..., :size]], -1),
         image[..., size:] * scale.reshape(-1, *lead, 1, width),
-        torch.nn.functional.pad(push, (0, size)),
+        torch.nn.functional.pad(shift, (0, size)),
     )
 
 

@@ -165,6 +165,7 @@ class GaussianChain:
         for first, last in itertools.pairwise(places):
             a, c, q = self.transition[first], self.offset[first], self.noise_cov[first]
             for n in range(first + 1, last):
+                # Composition: z_{n+1} = A_n (a z + c + e) + c_n + e_n has matrix A_n a, offset A_n c + c_n, noise A_n q A_n^T + Q_n.
                 step = self.transition[n]
                 c = (step @ c.unsqueeze(-1)).squeeze(-1) + self.offset[n]
                 q = symmetrise(step @ q @ step.mT) + self.noise_cov[n]
@@ -262,6 +263,7 @@ class GaussianChain:
         gains = self._gains(seen)
         _, filtered, white = self._forward(gains, seen)
         a = flatten_batch(self.transition, 1, 2, seen.batch, seen.flat)
+        # Bryson-Frazier: the filtered law corrected by the messages of later data, m + P mu and P - P Lambda P.
         cov = gains.filtered(seen.obs_cov)
         mean = filtered + cov @ kalman.backward_means(gains, a, white)
         cov = symmetrise(cov - cov @ kalman.backward_covariances(gains, a) @ cov)
@@ -347,6 +349,7 @@ class GaussianChain:
         n, source = math.prod(shape), as_generator(generator, self.transition.device)
         seen = self._observed(y, emission, obs_cov, mask)
         gains = self._gains(seen)
+        # A draw of the prior plus the smoothed mean of the data less what the draw would have shown (Durbin and Koopman).
         z = self._draw(n, seen.batch, seen.flat, source)
         noise = _correlated(seen.obs_cov, z.shape[-1], source)
         data = columns(seen.y, seen.batch, seen.flat, n)

@@ -66,15 +66,15 @@ class ConditionedMeasure(GaussianPathMeasure):
 
     @property
     def like(self) -> Tensor:
-        """See :meth:`GaussianPathMeasure.like`."""
+        """A tensor of the precision and on the device of the law."""
         return self.prior.like
 
     def read(self) -> tuple[Tensor | None, Tensor | None]:
-        """See :meth:`GaussianPathMeasure.read`."""
+        """Return :math:`H (d, z)` and :math:`h (*B, d)`, None for the identity and for zero."""
         return self.prior.read()
 
     def dtype_at(self, ts: Tensor) -> torch.dtype:
-        """See :meth:`GaussianPathMeasure.dtype_at`."""
+        """Return the precision of answers at times ``ts``."""
         return self.prior.dtype_at(ts)
 
     def chain(self, ts: Tensor) -> GaussianChain:
@@ -173,11 +173,11 @@ class ConditionedMeasure(GaussianPathMeasure):
         return (spread @ score.unsqueeze(-1)).squeeze(-1)
 
     def covariance_rate(self, t: Tensor) -> Tensor:
-        """See :meth:`GaussianPathMeasure.covariance_rate`."""
+        r"""Return :math:`GG^\top (n, *B, d, d)` of a diffusion at times ``t (n,)``."""
         return self.prior.covariance_rate(t)
 
     def to_sde(self) -> SDE:
-        """See :meth:`GaussianPathMeasure.to_sde`; exact observations make its drift infinite where they lie."""
+        """Return the equation of a diffusion, for simulation and control; exact observations make its drift infinite where they lie."""
         return SDE(self.drift, self.prior.to_sde().diffusion)
 
     def conditionals(self, path: Path, stop: bool = False) -> Conditionals:

@@ -185,7 +185,7 @@ class TiltedMeasure(GaussianPathMeasure):
 
     @property
     def like(self) -> Tensor:
-        """See :meth:`GaussianPathMeasure.like`."""
+        """A tensor of the precision and on the device of the law."""
         return self.reference.like
 
     def clock(self, t: Tensor) -> Tensor:
@@ -214,6 +214,7 @@ class TiltedMeasure(GaussianPathMeasure):
 
         See :meth:`LinearGaussianMeasure.transition` for the shapes.
         """
+        # The reference's transition over the step times the potential seen from its end: Doob's transform.
         origin, end = self.reference.initial_time, torch.full_like(stop, self.horizon)
         step = self._reference(start + origin, stop + origin)
         onward = self._reference(stop + origin, end + origin)[0]
@@ -255,6 +256,7 @@ class TiltedMeasure(GaussianPathMeasure):
         """Return the drift's matrix ``(*s, *B, d, d)`` and offset ``(*s, *B, d)`` at times ``t (*s,)``, before a pinned end."""
         clock = self.clock(t).reshape(-1)
         origin = self.reference.initial_time
+        # h_t(x) = exp(-x' P x / 2 + l' x) with P, l the potential seen from t: the drift gains S grad log h = S (l - P x).
         whole = self._reference(clock + origin, torch.full_like(clock, self.horizon) + origin)
         precision, linear = self.potential.before(whole)
         lead = len(self.batch_shape)
@@ -272,7 +274,7 @@ class TiltedMeasure(GaussianPathMeasure):
         return _times(slope, x) + offset
 
     def covariance_rate(self, t: Tensor) -> Tensor:
-        """See :meth:`GaussianPathMeasure.covariance_rate`."""
+        r"""Return :math:`GG^\top (n, *B, d, d)` of a diffusion at times ``t (n,)``."""
         return self.reference.covariance_rate(t)
 
     def to_sde(self) -> SDE:
@@ -369,7 +371,7 @@ class PiecewiseMeasure(GaussianPathMeasure):
         return _times(slope, x) + offset
 
     def covariance_rate(self, t: Tensor) -> Tensor:
-        """See :meth:`GaussianPathMeasure.covariance_rate`."""
+        r"""Return :math:`GG^\top (n, *B, d, d)` of a diffusion at times ``t (n,)``."""
         return self.driven.covariance_rate(t - self.times[0].to(t.dtype))
 
     def to_sde(self) -> SDE:

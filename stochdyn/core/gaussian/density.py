@@ -67,6 +67,7 @@ class Conditionals:
 
     def log_prob(self) -> Tensor:
         """Return the log density of the paths, ``batch``."""
+        # log N(r; 0, L L^T) = -|L^{-1} r|^2 / 2 - sum log L_ii - d log(2 pi) / 2, summed over the points that count.
         white = torch.linalg.solve_triangular(self.factor, self.residual, upper=False)
         squares = (white.square() * self.keep[..., None, None]).sum((0, 2), keepdim=True)
         squares = restore_columns(squares, self.batch, self.flat)[0, ..., 0]
@@ -79,6 +80,7 @@ class Conditionals:
 
     def divergence(self, other: Conditionals) -> Tensor:
         """Return the sum over the points of KL(this || other), on the paths, ``batch``."""
+        # KL(N(m, L L^T) || N(m', L' L'^T)) = (|L'^{-1} L|^2 + |L'^{-1} (m - m')|^2 - d) / 2 + log det L' / L.
         mine, theirs = self._spread(), other._spread()
         gap = theirs.residual - mine.residual
         ahead = torch.linalg.solve_triangular(theirs.factor, torch.cat((mine.factor, gap), -1), upper=False)
@@ -198,6 +200,7 @@ def same_covariance(one: Tensor, two: Tensor) -> Tensor:
 def _gaussian_kl(gap: Tensor, cov: Tensor, other: Tensor, name: str) -> Tensor:
     """Return the divergence of normals whose means differ by ``gap (..., d)``."""
     own, base = definite_factor(cov, name), definite_factor(other, name)
+    # The same formula as in Conditionals.divergence, for one pair of normals.
     spread = torch.linalg.solve_triangular(base, torch.cat((own, gap[..., None]), -1), upper=False)
     logs = base.diagonal(dim1=-2, dim2=-1).log().sum(-1) - own.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return 0.5 * (spread.square().sum((-2, -1)) - gap.shape[-1]) + logs
@@ -235,6 +238,7 @@ def grid_kl(p: LinearGaussianMeasure, q: LinearGaussianMeasure, ts: object) -> T
     mean, cov = (x[:-1] for x in one.moments())
     cov = align(cov, 1, 2, batch)
     own, base = (align(c.noise_cov, 1, 2, batch) for c in (one, two))
+    # Given x the two transitions have means that differ by (A - A') x + c - c'; the divergence is averaged over x.
     change = align(one.transition, 1, 2, batch) - align(two.transition, 1, 2, batch)
     shift = align(one.offset, 1, 1, batch) - align(two.offset, 1, 1, batch)
     gap = (change @ align(mean, 1, 1, batch)[..., None]).squeeze(-1) + shift
@@ -270,6 +274,8 @@ def path_kl(p: LinearGaussianMeasure, q: LinearGaussianMeasure, ts: object) -> T
 
 
 def _control_energy(p: LinearGaussianMeasure, q: LinearGaussianMeasure, ts: Tensor, panels: int) -> Tensor:
+    # 1/2 E_p int |G^+ (f_p - f_q)|^2 dt by Gauss' rule on panels of every interval: for linear drifts the mean over the state
+    # is the trace of S^{-1} times the second moment of (A - A') x + b - b'.
     nodes, weights = (
         torch.as_tensor(x, dtype=ts.dtype, device=ts.device)
         for x in np.polynomial.legendre.leggauss(_PANEL_NODES)

@@ -204,9 +204,9 @@ class FeedbackLaw:
     @cached_property
     def mean(self) -> Tensor:
         """Means ``(N+1, *B, Z)`` of the full state; the feedback has no part in them."""
-        push = self.steps.offset.unsqueeze(-1) + self.steps.load @ self.feedback.offset.unsqueeze(-1)
+        shift = self.steps.offset.unsqueeze(-1) + self.steps.load @ self.feedback.offset.unsqueeze(-1)
         start = self.start.moments()[0].unsqueeze(-1)
-        return affine_states(self.steps.transition, push, start).squeeze(-1)
+        return affine_states(self.steps.transition, shift, start).squeeze(-1)
 
     @cached_property
     def spread(self) -> Tensor:

@@ -58,6 +58,7 @@ def riccati(
     rows = zip(emission.unbind(0), obs_cov.unbind(0), strict=True)
     steps = [*zip(transition.unbind(0), noise_cov.unbind(0), strict=True), None]
     for (h, r), step in zip(rows, steps, strict=True):
+        # S = H P H^T + R and K = P H^T S^{-1}; with one observed component S is a number.
         cross = torch.bmm(h, cov)
         innovation = torch.baddbmm(r, cross, h.mT)
         if scalar:
@@ -72,6 +73,7 @@ def riccati(
         if step is None:
             break
         a, q = step
+        # P' = F P F^T + (A K) R (A K)^T + Q with F = A - (A K) H, symmetric by construction.
         ahead = torch.bmm(a, gain)
         closed = torch.baddbmm(a, ahead, h, alpha=-1.0)
         grown = torch.baddbmm(q, torch.bmm(ahead, r), ahead.mT)
@@ -98,9 +100,10 @@ def forward_means(
     """Filter the data ``y (N+1, b, p, s)``.
 
     Returns:
-        predicted means and filtered means ``(N+1, b, z, s)``, and innovations whitened by their covariance,
+        Predicted means and filtered means ``(N+1, b, z, s)``, and innovations whitened by their covariance,
         ``(N+1, b, p, s)``.
     """
+    # Predicted means obey m_{n+1} = A (I - K H) m_n + A K y_n + c; innovations are whitened by L L^T = S.
     entering = gains.gain @ y
     loop = transition @ gains.closed[:-1]
     predicted = affine_states(loop, transition @ entering[:-1] + offset, initial)
@@ -116,6 +119,7 @@ def backward_means(gains: Gains, transition: Tensor, white: Tensor) -> Tensor:
     Returns:
         ``(N+1, b, z, s)``: :math:`A_n^\top\lambda_{n+1}`, the message to the *filtered* state ``n``.
     """
+    # mu_n = A^T lambda_{n+1} obeys mu_n = A^T (H^T S^{-1} v)_{n+1} + A^T (I - K H)^T_{n+1} mu_{n+1}, backwards in time.
     entering = transition.mT @ (gains.weighted[1:].mT @ white[1:])
     loop = transition.mT @ gains.closed[1:].mT
     last = torch.zeros_like(gains.predicted[0, :, :, :1]).expand(-1, -1, white.shape[-1])
@@ -130,6 +134,7 @@ def backward_covariances(gains: Gains, transition: Tensor) -> Tensor:
     Returns:
         ``(N+1, b, z, z)``: :math:`A_n^\top\Lambda_{n+1}A_n`.
     """
+    # The same congruence for A^T Lambda A: noise covariance (L^{-1} H A)^T (L^{-1} H A), transition ((I - K H) A)^T.
     seen = gains.weighted[1:] @ transition
     loop = gains.closed[1:] @ transition
     return covariance_states(

@@ -119,7 +119,7 @@ class LinearGaussianMeasure(GaussianPathMeasure):
 
     @property
     def like(self) -> Tensor:
-        """See :meth:`GaussianPathMeasure.like`."""
+        """A tensor of the precision and on the device of the law."""
         return self.initial_mean
 
     @property

@@ -57,6 +57,8 @@ def bridge_coefficients(rate: Tensor, elapsed: Tensor, remaining: Tensor) -> tup
         >>> [round(float(c), 4) for c in bridge_coefficients(zero, one, 3 * one)]
         [0.75, 0.25, 0.75]
     """
+    # sinh(a r) / sinh(a T) and sinh(a u) / sinh(a T) weigh the ends, variance sinh(a u) sinh(a r) / (a sinh(a T)), written with
+    # exponentials that can't overflow and have the Brownian limit a -> 0.
     a, total = rate.abs(), elapsed + remaining
     whole = _saturation(a * total) * total
     before, after = _saturation(a * elapsed) * elapsed, _saturation(a * remaining) * remaining
@@ -74,6 +76,7 @@ def bridge_drift(rate: Tensor, remaining: Tensor, x: Tensor, end: Tensor) -> Ten
         x: The present value.
         end: The value to be reached.
     """
+    # a (x_T - x cosh a r) / sinh a r, times exp(-a r) above and below.
     a = rate.abs()
     decay = torch.exp(-a * remaining)
     return (decay * end - 0.5 * (1 + decay.square()) * x) / (remaining * _saturation(a * remaining))
@@ -149,7 +152,7 @@ class PinnedProcess(GaussianPathMeasure):
 
     @property
     def like(self) -> Tensor:
-        """See :meth:`GaussianPathMeasure.like`."""
+        """A tensor of the precision and on the device of the law."""
         return self.get_parameter_or_buffer("initial")
 
     def get_parameter_or_buffer(self, name: str) -> Tensor:
@@ -233,9 +236,11 @@ class PinnedProcess(GaussianPathMeasure):
         decay, _, variance = self._steps(ts)
         noise = torch.randn(*shape, *mean.shape, dtype=mean.dtype, device=mean.device, generator=source)
         # Components are independent: as many scalar recursions, one column per draw.
-        kicks = (safe_sqrt(variance) * noise).reshape(-1, *mean.shape).movedim(-2, 0).movedim(1, -1)
+        increments = (safe_sqrt(variance) * noise).reshape(-1, *mean.shape).movedim(-2, 0).movedim(1, -1)
         gap = affine_states(
-            decay.movedim(-2, 0)[1:, ..., None, None], kicks[1:].unsqueeze(-2), kicks[0].unsqueeze(-2)
+            decay.movedim(-2, 0)[1:, ..., None, None],
+            increments[1:].unsqueeze(-2),
+            increments[0].unsqueeze(-2),
         )
         gap = gap.squeeze(-2).movedim(-1, 0).movedim(1, -2)
         return PathSample.of_states(ts, mean + gap.reshape(*shape, *mean.shape), self)
@@ -281,7 +286,7 @@ class PinnedProcess(GaussianPathMeasure):
         return bridge_drift(rate, remaining, x - centre, self.final - centre)
 
     def covariance_rate(self, t: Tensor) -> Tensor:
-        """See :meth:`GaussianPathMeasure.covariance_rate`."""
+        r"""Return :math:`GG^\top (n, *B, d, d)` of a diffusion at times ``t (n,)``."""
         rate = torch.diag_embed(self._expand("diffusion").square())
         return rate.expand(t.shape[0], *rate.shape)
 

@@ -240,6 +240,8 @@ def _scan(transition: Tensor, offset: Tensor, start: Tensor) -> Tensor:
     num_steps = offset.shape[0]
     if num_steps <= _SHORT:
         return _walk(transition, offset, start)
+    # Pairs of steps compose, z_{n+2} = (A_{n+1} A_n) z_n + (A_{n+1} c_n + c_{n+1}): half as many steps, solved alike,
+    # give the even states, and one more step each the odd ones.
     even = num_steps - num_steps % 2
     first, early = transition[0:even:2], offset[0:even:2]
     second = transition[1:even:2]
@@ -254,6 +256,7 @@ def _scan_moments(wide: Tensor, columns: Tensor, start: Tensor) -> Tensor:
     num_steps = columns.shape[0]
     if num_steps <= _SHORT:
         return _walk_moments(wide, columns, start)
+    # The same halving for the pair [P, m].
     even = num_steps - num_steps % 2
     first, early = wide[0:even:2], columns[0:even:2]
     second = wide[1:even:2]

@@ -343,8 +343,8 @@ def _integrate(
     # Gauss quadrature of Phi b and Phi S Phi^T over each substep.
     weights = h[:, None, None] * torch.tensor(_WEIGHTS, dtype=dt.dtype, device=dt.device)
     phi, to_end = propagators[:, :, 0], propagators[:, :, 1:]
-    push = (to_end @ (b * weights.reshape(*weights.shape, *(1,) * (b.ndim - 3)))[..., None]).squeeze(-1)
-    c, size_c = push.sum(2), push.detach().abs().sum(2)
+    shifts = (to_end @ (b * weights.reshape(*weights.shape, *(1,) * (b.ndim - 3)))[..., None]).squeeze(-1)
+    c, size_c = shifts.sum(2), shifts.detach().abs().sum(2)
     q = (to_end @ (s * weights.reshape(*weights.shape, *(1,) * (s.ndim - 3))) @ to_end.mT).sum(2)
     # What each component of the state does to another, in absolute value: entries of A h, in units of both.
     rate = (a[:, :, 0].detach().abs().mean(2) * h.detach().reshape(n, *(1,) * (a.ndim - 3))).sum(1)

@@ -48,6 +48,7 @@ class NoiseLaw:
             if self.drift is None:
                 return torch.zeros_like(e)
             return self.drift * (e - 0.5 * self.drift * dt)
+        # With s^2 = 1 / (1 + alpha dt): -log s - (e - u dt)^2 / (2 s^2 dt) + e^2 / (2 dt).
         growth = torch.log1p(self.precision * dt)
         return 0.5 * growth - 0.5 * ((e - self._mean(dt)) ** 2 * torch.exp(growth) - e**2) / dt
 
@@ -62,6 +63,7 @@ def rate(q: NoiseLaw, p: NoiseLaw, dt: Tensor) -> Tensor:
 
     .. math:: \sum_n \tfrac12\left[\frac{|u^Q-u^P|^2\Delta}{s_P^2} + \frac{s_Q^2}{s_P^2} - 1 - \log\frac{s_Q^2}{s_P^2}\right]
     """
+    # Means differ by (u_Q - u_P) dt, and log s_Q^2 / s_P^2 = log(1 + alpha_P dt) - log(1 + alpha_Q dt).
     gap = q._mean(dt) - p._mean(dt)
     growth_p = p._log_growth(dt)
     log_ratio = torch.as_tensor(growth_p - q._log_growth(dt), dtype=dt.dtype, device=dt.device)

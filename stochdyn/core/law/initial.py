@@ -105,19 +105,19 @@ class FixedStart(InitialLaw):
 
     @property
     def batch_shape(self) -> torch.Size:
-        """See :attr:`InitialLaw.batch_shape`."""
+        """The batch axes of the starts, ``()`` for one law."""
         return self.point.shape[:-1]
 
     def marginal(self) -> Marginal:
-        """See :meth:`InitialLaw.marginal`."""
+        """Return the law of the start as a marginal."""
         return GaussianMarginal(self.point, self.point.new_zeros(*self.point.shape, self.dim))
 
     def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-        """See :meth:`InitialLaw.draw`."""
+        """Return starts ``(*sample, *batch, d)``, differentiable where the law is."""
         return self.point.expand(*sample_shape, *self.point.shape)
 
     def log_prob(self, x0: Tensor) -> Tensor:
-        """See :meth:`InitialLaw.log_prob`."""
+        """Return the log density at ``x0 (..., d)``; zero for a fixed start, which is no part of the event."""
         return x0.new_zeros(x0.shape[:-1])
 
     def _log_ratio(self, other: InitialLaw, x0: Tensor, estimator: str) -> Tensor:
@@ -180,15 +180,15 @@ class DistributionStart(InitialLaw):
 
     @property
     def batch_shape(self) -> torch.Size:
-        """See :attr:`InitialLaw.batch_shape`."""
+        """The batch axes of the starts, ``()`` for one law."""
         return self.distribution.batch_shape
 
     def like(self) -> Tensor:
-        """See :meth:`InitialLaw.like`."""
+        """Return a tensor of the precision and on the device of the starts."""
         return super().like() if self._template is not None else self.distribution.mean.detach()
 
     def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-        """See :meth:`InitialLaw.draw`."""
+        """Return starts ``(*sample, *batch, d)``, differentiable where the law is."""
         law = self.distribution
         sampler = law.rsample if law.has_rsample else law.sample
         if generator is None:
@@ -201,7 +201,7 @@ class DistributionStart(InitialLaw):
             return sampler(torch.Size(sample_shape))
 
     def log_prob(self, x0: Tensor) -> Tensor:
-        """See :meth:`InitialLaw.log_prob`."""
+        """Return the log density at ``x0 (..., d)``; zero for a fixed start, which is no part of the event."""
         return self.distribution.log_prob(x0)
 
     def _log_ratio(self, other: InitialLaw, x0: Tensor, estimator: str) -> Tensor:
@@ -233,15 +233,15 @@ class SimulatedMarginal(InitialLaw):
 
     @property
     def batch_shape(self) -> torch.Size:
-        """See :attr:`InitialLaw.batch_shape`."""
+        """The batch axes of the starts, ``()`` for one law."""
         return self.measure.initial.batch_shape
 
     def like(self) -> Tensor:
-        """See :meth:`InitialLaw.like`."""
+        """Return a tensor of the precision and on the device of the starts."""
         return self.measure.initial.like()
 
     def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-        """See :meth:`InitialLaw.draw`."""
+        """Return starts ``(*sample, *batch, d)``, differentiable where the law is."""
         return self.measure.marginal(self.horizon).sample(sample_shape, generator)
 
     def log_prob(self, x0: Tensor) -> Tensor:
@@ -267,20 +267,20 @@ class ReflectedStart(InitialLaw):
 
     @property
     def batch_shape(self) -> torch.Size:
-        """See :attr:`InitialLaw.batch_shape`."""
+        """The batch axes of the starts, ``()`` for one law."""
         return self.start.batch_shape
 
     def like(self) -> Tensor:
-        """See :meth:`InitialLaw.like`."""
+        """Return a tensor of the precision and on the device of the starts."""
         return self.start.like()
 
     def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-        """See :meth:`InitialLaw.draw`."""
+        """Return starts ``(*sample, *batch, d)``, differentiable where the law is."""
         x0 = self.start.draw(sample_shape, generator)
         return x0 * self.signs.to(x0)
 
     def log_prob(self, x0: Tensor) -> Tensor:
-        """See :meth:`InitialLaw.log_prob`."""
+        """Return the log density at ``x0 (..., d)``; zero for a fixed start, which is no part of the event."""
         return self.start.log_prob(x0 * self.signs.to(x0))
 
     def _log_ratio(self, other: InitialLaw, x0: Tensor, estimator: str) -> Tensor:

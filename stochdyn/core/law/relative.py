@@ -109,12 +109,13 @@ class Relation:
             return e
         dim = x.shape[-1]
         g = sde.diffusion(self.t, x[:-1])
+        # What the increments would have to be now: e + G^+ (x_{n+1} - x_n - f dt - G e).
         move, slope = x[1:] - x[:-1], sde.drift(self.t, x[:-1]) * self.dt
-        kick = g.apply(e)
-        gap = move - slope - kick
+        g_e = g.apply(e)
+        gap = move - slope - g_e
         eps = torch.finfo(x.dtype).eps
         size = x.detach().abs().amax(0) + slope.detach().abs().amax(0)
-        tolerance = eps**0.5 * kick.detach().abs().amax(0) + 64 * eps * size
+        tolerance = eps**0.5 * g_e.detach().abs().amax(0) + 64 * eps * size
         changed = gap.detach().abs() > tolerance
         if isinstance(g, Matrix) and g.noise_dim(dim) > dim:
             if bool(changed.any()):

@@ -13,7 +13,7 @@ from stochdyn.errors import InvalidInputError
 __all__ = ["check_commutative", "self_advection", "strength_along"]
 
 
-def _kick(sde: SDE, t: Tensor, x: Tensor, dz: Tensor) -> Tensor:
+def _noise(sde: SDE, t: Tensor, x: Tensor, dz: Tensor) -> Tensor:
     return sde.diffusion(t, x).apply(dz).expand_as(x)
 
 
@@ -23,7 +23,7 @@ def strength_along(sde: SDE, t: Tensor, x: Tensor, dz: Tensor, direction: Tensor
     with torch.enable_grad():
         # Two reverse passes: forward mode costs ten times as much for small steps.
         point = x if x.requires_grad else x.detach().requires_grad_()
-        return jacobian_contraction(_kick(sde, t, point, dz), point, direction.unsqueeze(0), keep)[0]
+        return jacobian_contraction(_noise(sde, t, point, dz), point, direction.unsqueeze(0), keep)[0]
 
 
 def self_advection(sde: SDE, t: Tensor, x: Tensor, channels: int) -> Tensor:
@@ -31,6 +31,7 @@ def self_advection(sde: SDE, t: Tensor, x: Tensor, channels: int) -> Tensor:
     g = sde.diffusion(t, x)
     if isinstance(g, Scalar | Diagonal):
         # Commuting diagonal noise has g_i depending on x_i alone: one derivative along g serves all channels.
+        # x-component i: g_i dg_i/dx_i.
         ones = torch.ones_like(x)
         return strength_along(sde, t, x, ones, g.apply(ones))
     total = torch.zeros_like(x)
@@ -42,10 +43,10 @@ def self_advection(sde: SDE, t: Tensor, x: Tensor, channels: int) -> Tensor:
 def check_commutative(sde: SDE, t: Tensor, x0: Tensor, channels: int, method: str, span: Tensor) -> None:
     """Raise unless (dG_k) G_l = (dG_l) G_k for all channels, at the start and where the noise of a time ``span`` takes it."""
     with torch.no_grad():
-        share = torch.linspace(0.1, 0.3, x0.shape[-1], dtype=x0.dtype, device=x0.device)
+        fraction = torch.linspace(0.1, 0.3, x0.shape[-1], dtype=x0.dtype, device=x0.device)
         ones = x0.new_ones(*x0.shape[:-1], channels)
-        shift = share * span.sqrt().to(x0.dtype) * sde.diffusion(t, x0).apply(ones)
-        for x in (x0, x0 + shift, x0 * (1 + share)):
+        shift = fraction * span.sqrt().to(x0.dtype) * sde.diffusion(t, x0).apply(ones)
+        for x in (x0, x0 + shift, x0 * (1 + fraction)):
             g = sde.diffusion(t, x)
             columns = _channels(x, channels)
             along = [g.apply(c).expand_as(x) for c in columns]

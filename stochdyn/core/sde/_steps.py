@@ -99,7 +99,8 @@ class Problem:
         if not _may_overwrite(start, self.dw, self.times[0]):
             return None
         number = self.sde.strength
-        kicks = self.increments if number is not None else self.coefficient.apply(self.dw).unbind(0)
+        g_dw = self.increments if number is not None else self.coefficient.apply(self.dw).unbind(0)
+        # x_{n+1} = x_n + f(t_n, x_n) dt_n + G dW_n, with G dW_n known for all steps.
         scale = 1.0 if number is None else number
         states = start.new_empty(self.num_steps + 1, *start.shape)
         states[0] = start
@@ -107,7 +108,7 @@ class Problem:
         drift, times, dt = self.drift, self.times, self.dt
         for n, ahead in enumerate(following):
             # The drift comes last: it may depend on x alone, and x isn't touched again.
-            torch.add(x, kicks[n], alpha=scale, out=ahead)
+            torch.add(x, g_dw[n], alpha=scale, out=ahead)
             ahead.add_(drift(times[n], x), alpha=dt[n])
             x = ahead
         return states
@@ -147,39 +148,43 @@ class Problem:
         if self.control is None and number is not None:
             increments = self.increments
             return lambda n, x: (plus(torch.add(x, increments[n], alpha=number), drift(times[n], x), dt[n]),)
-        kicks = self.coefficient.apply(self.dw).unbind(0)
+        g_dw = self.coefficient.apply(self.dw).unbind(0)
         if self.control is None:
-            return lambda n, x: (plus(x + kicks[n], drift(times[n], x), dt[n]),)
+            return lambda n, x: (plus(x + g_dw[n], drift(times[n], x), dt[n]),)
         u = self.control.drift
         assert u is not None
 
-        def steered(n: int, x: Tensor) -> Row:
+        # x_{n+1} = x_n + (f + G u) dt_n + G dW_n.
+        def controlled(n: int, x: Tensor) -> Row:
             control = u(times[n], x)
             slope = drift(times[n], x) + spread(control)
-            return plus(x + kicks[n], slope, dt[n]), control
+            return plus(x + g_dw[n], slope, dt[n]), control
 
-        return steered
+        return controlled
 
     def _additive_heun(self) -> Step:
         assert self.coefficient is not None
-        kicks = self.coefficient.apply(self.dw).unbind(0)
+        g_dw = self.coefficient.apply(self.dw).unbind(0)
         drift, times, dts = self.drift, self.times, self.dt
 
+        # Heun for additive noise: x* = x_n + f(t_n, x_n) dt + G dW, x_{n+1} = x_n + (f(t_n, x_n) + f(t_{n+1}, x*)) dt / 2 + G dW.
         def step(n: int, x: Tensor) -> Row:
-            kicked, slope = x + kicks[n], drift(times[n], x)
-            guess = plus(kicked, slope, dts[n])
-            return (plus(kicked, slope + drift(times[n + 1], guess), 0.5 * dts[n]),)
+            noisy, slope = x + g_dw[n], drift(times[n], x)
+            guess = plus(noisy, slope, dts[n])
+            return (plus(noisy, slope + drift(times[n + 1], guess), 0.5 * dts[n]),)
 
         return step
 
     def _closed_loop(self, shift: Tensor, gain: Tensor, rest: Rest | None) -> Step:
         """With increments affine in the state, all of a step but the drift is one affine map, known beforehand."""
+        # Increments e = k_n + K_n z (shift and gain) in z_{n+1} = z_n A_n + e B_n + f dt (row vectors) give the one affine map
+        # z_n (A_n + K_n B_n) + k_n B_n; keep and load are A_n and B_n.
         keep, load = (_lead(x, shift.ndim + 1) for x in self._batched_maps())
-        maps, kicks = keep + gain @ load, (shift.unsqueeze(-2) @ load).squeeze(-2)
+        maps, g_dw = keep + gain @ load, (shift.unsqueeze(-2) @ load).squeeze(-2)
         batched = maps.ndim > 3
         wide = load.shape[1:-2].numel() > 1
         load = load if wide else load.reshape(load.shape[0], *load.shape[-2:])
-        forth, ahead, loads = maps.unbind(0), kicks.unbind(0), load.unbind(0)
+        forth, ahead, loads = maps.unbind(0), g_dw.unbind(0), load.unbind(0)
         drift, times, dt, dim, memory = self.drift, self.times, self.dt, self.dim, keep.shape[-1] - self.dim
 
         def step(n: int, z: Tensor) -> Row:
@@ -202,49 +207,49 @@ class Problem:
         batch = torch.broadcast_shapes(
             self.steps.parameter_batch, self.coefficient.apply(self.dw.new_zeros(m)).shape[:-1]
         )
+        # A step is linear in memory and increments: its matrix is its image of the basis vectors.
         basis = torch.eye(size + width, dtype=like.dtype, device=like.device)
         # One row per unit of memory or increment, on an axis between time and batch.
         basis = basis.reshape(1, -1, *(1,) * len(batch), size + width)
         basis = basis.expand(self.num_steps, *basis.shape[1:])
         memory, e = basis[..., :size].unflatten(-1, (m, k)), basis[..., size:]
         dz, memory = remember(self.steps, slice(None), memory, e, m)
-        kick = self.coefficient.apply(dz)
-        rows = torch.broadcast_shapes(kick.shape[:-1], memory.shape[:-2])
-        image = full_state(kick.expand(*rows, self.dim), memory.expand(*rows, m, k)).movedim(1, -2)
+        g_dz = self.coefficient.apply(dz)
+        rows = torch.broadcast_shapes(g_dz.shape[:-1], memory.shape[:-2])
+        image = full_state(g_dz.expand(*rows, self.dim), memory.expand(*rows, m, k)).movedim(1, -2)
         still = torch.eye(self.dim, self.dim + size, dtype=like.dtype, device=like.device)
         still = still.expand(*image.shape[:-2], self.dim, self.dim + size)
         return torch.cat([still, image[..., :size, :]], -2), image[..., size:, :]
 
     def _linear_euler(self) -> Step:
         """With memory and a constant coefficient a step is linear in state, increments and drifts."""
-        carry_over, spread = self._linear_maps()
-        keep, load = carry_over.unbind(0), spread.unbind(0)
+        # z_{n+1} = z_n A_n + e_n B_n + (f(t_n, x_n) dt_n, 0), and a control adds u dt_n to the Brownian part of e_n.
+        keep_maps, spread = self._linear_maps()
+        keep, load = keep_maps.unbind(0), spread.unbind(0)
         steps = _as_column(self.dt, spread)
-        push = (
-            torch.eye(self.dim, carry_over.shape[-1], dtype=spread.dtype, device=spread.device) * steps
+        drift_load = (
+            torch.eye(self.dim, keep_maps.shape[-1], dtype=spread.dtype, device=spread.device) * steps
         ).unbind(0)
         drift, times, dim, control = self.drift, self.times, self.dim, self.control
 
         def drifted(n: int, z: Tensor, ahead: Tensor) -> Tensor:
             x = z[..., :dim]
-            return _affine(ahead, drift(times[n], x).expand_as(x), push[n])
+            return _affine(ahead, drift(times[n], x).expand_as(x), drift_load[n])
 
         if control is None or self._plain_drift:
             loads = spread.reshape(spread.shape[0], *(1,) * (len(self.batch) - 1), *spread.shape[1:])
-            kicks = (self.dw @ loads if self.batch else (self.dw.unsqueeze(-2) @ spread).squeeze(-2)).unbind(
-                0
-            )
+            g_dw = (self.dw @ loads if self.batch else (self.dw.unsqueeze(-2) @ spread).squeeze(-2)).unbind(0)
             if control is None:
-                return lambda n, z: (drifted(n, z, _affine(kicks[n], z, keep[n])),)
-            u, steer = control.drift, (spread[:, : self.channels] * steps).unbind(0)
+                return lambda n, z: (drifted(n, z, _affine(g_dw[n], z, keep[n])),)
+            u, control_load = control.drift, (spread[:, : self.channels] * steps).unbind(0)
             assert u is not None
 
-            def steered(n: int, z: Tensor) -> Row:
+            def controlled(n: int, z: Tensor) -> Row:
                 value = u(times[n], z)
-                ahead = _affine(_affine(kicks[n], z, keep[n]), value, steer[n])
+                ahead = _affine(_affine(g_dw[n], z, keep[n]), value, control_load[n])
                 return drifted(n, z, ahead), value
 
-            return steered
+            return controlled
 
         def shaped(n: int, z: Tensor) -> Row:
             e, *record = self._shape(n, z)
@@ -258,6 +263,7 @@ class Problem:
         m, k = self.channels, self.num_states
         like = self.steps.load
         size, width = m * k, self.dw.shape[-1]
+        # The images of the basis vectors of memory and increments under one exact step, stacked as rows.
         basis = torch.eye(size + width, dtype=like.dtype, device=like.device).expand(self.num_steps, -1, -1)
         memory, e = basis[..., :size].unflatten(-1, (m, k)), basis[..., size:]
         dz, memory = remember(self.steps, slice(None), memory, e, m)
@@ -289,13 +295,13 @@ class Problem:
             x, dz, memory = z, e, None
         slope = self.drift(t, x)
         g = self.coefficient or self.sde.diffusion(t, x)
-        kick = g.apply(dz)
+        g_dz = g.apply(dz)
         if self.heun:
-            ahead = self._heun(n, x, slope, kick, dz)
+            ahead = self._heun(n, x, slope, g_dz, dz)
         else:
-            ahead = plus(x + kick, slope, dt)
+            ahead = plus(x + g_dz, slope, dt)
             if self.milstein and self.coefficient is None:
-                ahead = ahead + self._milstein(n, x, kick, dz, g)
+                ahead = ahead + self._milstein(n, x, g_dz, dz, g)
         return full_state(ahead, memory), *record
 
     def _rows(self) -> list[MemoryRow]:
@@ -308,31 +314,33 @@ class Problem:
         s = self.steps
         return (s.gain[n] ** 2 * s.variance[n]).sum(-1, keepdim=not s.per_channel)
 
-    def _heun(self, n: int, x: Tensor, slope: Tensor, kick: Tensor, dz: Tensor) -> Tensor:
+    def _heun(self, n: int, x: Tensor, slope: Tensor, g_dz: Tensor, dz: Tensor) -> Tensor:
+        # Heun's scheme converges to Stratonovich's integral; c = (dG) G var(dz) / 2 turns it into Itô's:
+        # x* = x + (f dt + G dz - c), x_{n+1} = x + (f + f*) dt / 2 + (G + G*) dz / 2 - (c + c*) / 2.
         dt, t, following = self.dt[n], self.times[n], self.times[n + 1]
         variance = self._variance_rate(n)
         shift = self._correction(t, x, variance)
-        guess = plus(x + kick - shift, slope, dt)
+        guess = plus(x + g_dz - shift, slope, dt)
         drifted = plus(x, slope + self.drift(following, guess), 0.5 * dt)
         if self.coefficient is not None:
-            return drifted + kick
-        kick_next = self.sde.diffusion(following, guess).apply(dz)
+            return drifted + g_dz
+        g_dz_next = self.sde.diffusion(following, guess).apply(dz)
         shift_next = self._correction(following, guess, variance)
-        return drifted + 0.5 * (kick + kick_next) - 0.5 * (shift + shift_next)
+        return drifted + 0.5 * (g_dz + g_dz_next) - 0.5 * (shift + shift_next)
 
     def _correction(self, t: Tensor, x: Tensor, variance: Tensor) -> Tensor | float:
         if self.coefficient is not None:
             return 0.0
         return 0.5 * self_advection(self.sde, t, x, self.channels) * variance
 
-    def _milstein(self, n: int, x: Tensor, kick: Tensor, dz: Tensor, g: Coefficient) -> Tensor:
+    def _milstein(self, n: int, x: Tensor, g_dz: Tensor, dz: Tensor, g: Coefficient) -> Tensor:
         # For commutative noise the iterated integrals collapse to products:
         # 1/2 sum_kl (dG_k) G_l (dz_k dz_l - delta_kl dt).
         t = self.times[n]
         advection = self_advection(self.sde, t, x, self.channels)
         if not isinstance(g, Matrix):
             return 0.5 * advection * (dz**2 - self._variance_rate(n))
-        along = strength_along(self.sde, t, x, dz, kick.expand_as(x))
+        along = strength_along(self.sde, t, x, dz, g_dz.expand_as(x))
         return 0.5 * (along - advection * self._variance_rate(n))
 
 
@@ -422,6 +430,8 @@ def memory_rows(steps: NoiseSteps) -> list[MemoryRow]:
 
 
 def _advance(row: MemoryRow, memory: Tensor, e: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    # Memory states y of a channel and its noise increment, exact over the step:
+    # dz = recall . y + gain . e,  y' = decay y + load^T e, with e = (dW, residuals).
     gain, recall, decay, load = row
     dw = e[..., :channels]
     dz = (memory * recall).sum(-1) + dw * gain[..., 0]

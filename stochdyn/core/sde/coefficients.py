@@ -93,24 +93,24 @@ class Scalar(Coefficient):
         check_positive(self._value.detach(), "diffusion", DiffusionError)
 
     def apply(self, dz: Tensor) -> Tensor:
-        """See :meth:`Coefficient.apply`."""
+        """Return ``G dz`` with ``dz (..., m)`` and the result ``(..., d)``."""
         return self._strength() * dz
 
     def solve(self, v: Tensor) -> Tensor:
-        """See :meth:`Coefficient.solve`."""
+        """Return the shortest ``w (..., m)`` that brings ``G w`` as near to ``v (..., d)`` as possible."""
         return v / self._strength()
 
     def log_det(self, dim: int) -> Tensor:
-        """See :meth:`Coefficient.log_det`."""
+        """Return ``log |det G|`` (``...``) for a state of ``dim`` components."""
         return dim * self._value.abs().log()
 
     def matrix(self, dim: int) -> Tensor:
-        """See :meth:`Coefficient.matrix`."""
+        """Return the dense matrix ``(..., d, m)``."""
         eye = torch.eye(dim, dtype=self._value.dtype, device=self._value.device)
         return self._value[..., None, None] * eye
 
     def noise_dim(self, dim: int) -> int:
-        """See :meth:`Coefficient.noise_dim`."""
+        """Return ``m``, the number of noise channels, for a state of ``dim`` components."""
         return dim
 
 
@@ -137,7 +137,7 @@ class Diagonal(Coefficient):
         check_positive(self._value.detach(), "diffusion", DiffusionError)
 
     def check_dim(self, dim: int) -> None:
-        """See :meth:`Coefficient.check_dim`."""
+        """Raise ShapeError unless the coefficient fits a state of ``dim`` components."""
         if self._value.shape[-1] not in (1, dim):
             raise ShapeError(
                 "the diagonal diffusion doesn't fit the state",
@@ -147,24 +147,24 @@ class Diagonal(Coefficient):
             )
 
     def apply(self, dz: Tensor) -> Tensor:
-        """See :meth:`Coefficient.apply`."""
+        """Return ``G dz`` with ``dz (..., m)`` and the result ``(..., d)``."""
         return self._value * dz
 
     def solve(self, v: Tensor) -> Tensor:
-        """See :meth:`Coefficient.solve`; where no noise acts the shortest solution is zero."""
+        """Return ``v / g (..., d)``, zero where no noise acts: the shortest ``w`` with ``G w`` as near to ``v`` as possible."""
         still = self._value == 0
         return torch.where(still, 0.0, v / torch.where(still, 1.0, self._value))
 
     def log_det(self, dim: int) -> Tensor:
-        """See :meth:`Coefficient.log_det`."""
+        """Return ``log |det G|`` (``...``) for a state of ``dim`` components."""
         return self._value.abs().log().expand(*self._value.shape[:-1], dim).sum(-1)
 
     def matrix(self, dim: int) -> Tensor:
-        """See :meth:`Coefficient.matrix`."""
+        """Return the dense matrix ``(..., d, m)``."""
         return torch.diag_embed(self._value.expand(*self._value.shape[:-1], dim))
 
     def noise_dim(self, dim: int) -> int:
-        """See :meth:`Coefficient.noise_dim`."""
+        """Return ``m``, the number of noise channels, for a state of ``dim`` components."""
         return dim
 
 
@@ -191,7 +191,7 @@ class Matrix(Coefficient):
         check_finite(self._value.detach(), "diffusion")
 
     def check_dim(self, dim: int) -> None:
-        """See :meth:`Coefficient.check_dim`."""
+        """Raise ShapeError unless the coefficient fits a state of ``dim`` components."""
         if self._value.shape[-2] != dim:
             raise ShapeError(
                 "the diffusion matrix doesn't fit the state",
@@ -200,19 +200,19 @@ class Matrix(Coefficient):
             )
 
     def apply(self, dz: Tensor) -> Tensor:
-        """See :meth:`Coefficient.apply`."""
+        """Return ``G dz`` with ``dz (..., m)`` and the result ``(..., d)``."""
         if self._value.ndim == 2:
             return dz @ self._value.mT
         return (self._value @ dz.unsqueeze(-1)).squeeze(-1)
 
     def solve(self, v: Tensor) -> Tensor:
-        """See :meth:`Coefficient.solve`."""
+        """Return the shortest ``w (..., m)`` that brings ``G w`` as near to ``v (..., d)`` as possible."""
         d, m = self._value.shape[-2:]
         inverse = torch.linalg.inv(self._value) if d == m else torch.linalg.pinv(self._value)
         return (inverse @ v.unsqueeze(-1)).squeeze(-1)
 
     def log_det(self, dim: int) -> Tensor:
-        """See :meth:`Coefficient.log_det`."""
+        """Return ``log |det G|`` (``...``) for a state of ``dim`` components."""
         d, m = self._value.shape[-2:]
         if m < d:
             raise SingularDiffusionError(
@@ -225,11 +225,11 @@ class Matrix(Coefficient):
         return torch.linalg.slogdet(self._value).logabsdet
 
     def matrix(self, dim: int) -> Tensor:
-        """See :meth:`Coefficient.matrix`."""
+        """Return the dense matrix ``(..., d, m)``."""
         return self._value
 
     def noise_dim(self, dim: int) -> int:
-        """See :meth:`Coefficient.noise_dim`."""
+        """Return ``m``, the number of noise channels, for a state of ``dim`` components."""
         return self._value.shape[-1]
 
 

@@ -60,7 +60,7 @@ class Control(nn.Module):
             e: The standard increments ``(N, *batch, m R)``.
 
         Returns:
-            shift ``(N, *batch, m R)``, gain ``(N, *batch, d + m K, m R)``, and the rest, None where there is none.
+            Shift ``(N, *batch, m R)``, gain ``(N, *batch, d + m K, m R)``, and the rest, None where there is none.
         """
         return None
 

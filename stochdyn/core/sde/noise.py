@@ -87,7 +87,7 @@ class Brownian(NoiseProcess):
     num_states = 0
 
     def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
-        """See :meth:`NoiseProcess.steps`."""
+        """Return the coefficients of every step of the grid ``ts (T,)``, differentiable in the parameters."""
         dt = (ts[1:] - ts[:-1]).to(dtype)
         n = dt.shape[0]
         ones = dt.new_ones(n, 1)

@@ -77,24 +77,24 @@ class DenseCost(CostRows):
         self.shape, self.dtype, self.device = matrix.shape, matrix.dtype, matrix.device
 
     def rows(self, index: slice | Tensor) -> Tensor:
-        """See :meth:`CostRows.rows`."""
+        """Return rows ``(*B, k, m)``."""
         return self.matrix[..., index, :]
 
     def transposed(self) -> DenseCost:
-        """See :meth:`CostRows.transposed`."""
+        """Return the transpose."""
         return DenseCost(self.matrix.mT)
 
     def detach(self) -> DenseCost:
-        """See :meth:`CostRows.detach`."""
+        """Return the same cut off from the graph."""
         return DenseCost(self.matrix.detach())
 
     @property
     def requires_grad(self) -> bool:
-        """See :meth:`CostRows.requires_grad`."""
+        """Whether the cost has a gradient."""
         return self.matrix.requires_grad
 
     def dense(self) -> Tensor:
-        """See :meth:`CostRows.dense`."""
+        """Return the whole matrix."""
         return self.matrix
 
 
@@ -108,19 +108,19 @@ class PointCost(CostRows):
         self.dtype, self.device = x.dtype, x.device
 
     def rows(self, index: slice | Tensor) -> Tensor:
-        """See :meth:`CostRows.rows`."""
+        """Return rows ``(*B, k, m)``."""
         return self.function(self.x[..., index, :], self.y)
 
     def transposed(self) -> PointCost:
-        """See :meth:`CostRows.transposed`."""
+        """Return the transpose."""
         own = self.function
         return PointCost(self.y, self.x, lambda y, x: own(x, y).mT)
 
     def detach(self) -> PointCost:
-        """See :meth:`CostRows.detach`."""
+        """Return the same cut off from the graph."""
         return PointCost(self.x.detach(), self.y.detach(), self.function)
 
     @property
     def requires_grad(self) -> bool:
-        """See :meth:`CostRows.requires_grad`."""
+        """Whether the cost has a gradient."""
         return self.x.requires_grad or self.y.requires_grad

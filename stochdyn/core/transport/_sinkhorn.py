@@ -115,6 +115,7 @@ class _Stage:
 
     def sweep(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """One iteration in the log domain, which can't underflow."""
+        # g <- -d eps log sum_i a_i exp((f_i - C_ij) / eps), then f likewise; d = rho / (rho + eps), 1 for exact marginals.
         g = _soft_min(self.cost.transposed(), f, self.log_a, self.reg) + self.reg * self.log_ratio
         g = self.damping * g
         return self.damping * _soft_min(self.cost, g, self.log_b, self.reg), g
@@ -146,11 +147,13 @@ class _Stage:
         """Alternate ``count`` times; the columns are exact afterwards."""
         if self.relaxation is not None:
             for _ in range(count):
+                # u <- (K b v)^{-d} exp(-f / (rho + eps)) with the potentials f, g that K = exp((f + g - C) / eps) holds already.
                 self.u = self.rows(self.v).pow(-self.damping) * self.pull_f
                 self.v = self.columns(self.u).pow(-self.damping) * self.pull_g
                 self._shift()
             return
         for _ in range(count):
+            # u <- 1 / (K b v), v <- 1 / (K^T a u).
             self.u = self.rows(self.v).reciprocal()
             self.v = self.columns(self.u).reciprocal()
 
@@ -179,6 +182,7 @@ class _Stage:
         Reference: Brauer, Clason, Lorenz & Wirth (2017), A Sinkhorn-Newton method for entropic optimal
         transport.
         """
+        # With u eliminated the dual is concave in log v, its gradient b - m, its Hessian minus the matrix above the solver.
         u, v = self.rows(self.v).reciprocal(), self.v
         marginal = self.b * v * self.columns(u)
         accuracy = max(0.3 * tolerance / error, min(0.1, math.sqrt(error)))
@@ -198,6 +202,8 @@ class _Stage:
     def _conjugate_gradients(
         self, u: Tensor, v: Tensor, marginal: Tensor, accuracy: float, max_iterations: int
     ) -> tuple[Tensor, int]:
+        # Conjugate gradients on (diag(m) - P^T diag(1 / a) P) x = b - m, P the plan and m its column marginal, preconditioned by
+        # the diagonal.
         scale = torch.where(marginal > 0, 1 / marginal, torch.zeros_like(marginal))
         # Constants are in the null space of the system: rounding must not leave any in the right-hand side.
         residual = self.b - marginal

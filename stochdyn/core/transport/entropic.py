@@ -124,6 +124,7 @@ class TransportPlan:
 
         Differentiable in points, cost and weights by the envelope theorem: the plan's own change drops out.
         """
+        # Dual value <a, f> + <b, g> - eps (sum P - sum a), where relaxed marginals put -rho <a, exp(-f / rho) - 1> for <a, f>.
         a, b = self.weights_x, self.weights_y
         if self.relaxation is None:
             dual = (a * self._f).sum(-1) + (b * self._g).sum(-1)
@@ -216,7 +217,7 @@ def sinkhorn(
         x: The points of the first sample, ``(*B, n, d)``; None if ``cost`` is a tensor.
         y: The points of the second sample, ``(*B, m, d)``; None likewise.
         reg: The entropic regularisation of transport, :math:`\varepsilon>0`, in units of the cost. (For squared
-            distances and a Brownian reference of scale :math:`\sigma` over time :math:`T`, :math:`2\sigma^2T`.).
+            distances and a Brownian reference of scale :math:`\sigma` over time :math:`T`, :math:`2\sigma^2T`).
         weights_x: The weights of the first sample, ``(*B, n)`` or ``(n,)``, nonnegative; equal if None.
         weights_y: The weights of the second sample, ``(*B, m)`` or ``(m,)``, of the same total.
         cost: A function of ``x`` and ``y``, or the matrix ``(*B, n, m)`` itself; squared distance if None.
@@ -232,11 +233,11 @@ def sinkhorn(
             block.
 
     Returns:
-        the plan. If it isn't within the tolerance, ``converged`` is False and a ConvergenceWarning says so.
+        The plan. If it isn't within the tolerance, ``converged`` is False and a ConvergenceWarning says so.
 
     Raises:
         ShapeError, NonFiniteError, InvalidInputError, EmptyDataError, DtypeMismatchError,
-            DeviceMismatchError: on arguments that don't fit, and on weights of different totals.
+            DeviceMismatchError: On arguments that don't fit, and on weights of different totals.
 
     Example:
         >>> x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
