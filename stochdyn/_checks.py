@@ -6,9 +6,11 @@ argument. ``as_*`` functions return what the rest of the library works with.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -53,7 +55,17 @@ __all__ = [
     "check_type",
     "is_real",
     "values_are_checked",
+    "values_unchecked",
 ]
+
+
+class _Here(threading.local):
+    """Whether this thread has switched the checks of values off."""
+
+    off = False
+
+
+_here = _Here()
 
 
 def values_are_checked() -> bool:
@@ -62,7 +74,17 @@ def values_are_checked() -> bool:
     The switch is that of torch's and Pyro's distributions. Samplers turn it off, since their wildest proposals
     must count as improbable rather than end the run.
     """
-    return bool(torch.distributions.Distribution._validate_args)
+    return not _here.off and bool(torch.distributions.Distribution._validate_args)
+
+
+@contextlib.contextmanager
+def values_unchecked() -> Iterator[None]:
+    """Look at shapes and types alone inside the block: to look at a value on a GPU is to wait for it."""
+    before, _here.off = _here.off, True
+    try:
+        yield
+    finally:
+        _here.off = before
 
 
 def as_tensor(
@@ -106,7 +128,7 @@ def as_tensor(
         value = value.to(like.device)
     if ndim is not None:
         check_ndim(value, ndim, name, meaning or f"{ndim} axes")
-    if finite:
+    if finite and values_are_checked():
         seen = value.detach()
         check_finite(seen[~torch.isnan(seen)] if missing else seen, name)
     return value
@@ -302,6 +324,8 @@ def check_time_grid(ts: object, name: str = "ts", min_points: int = 2, *, batch:
         raise TimeGridError(f"{name} needs at least {min_points} times", got=ts.shape[-1])
     if not ts.is_floating_point():
         raise TimeGridError(f"{name} must be floating", got=ts.dtype, hint=f"use {name}.double()")
+    if _here.off:
+        return
     check_finite(ts, name)
     bad = (ts[..., 1:] <= ts[..., :-1]).nonzero()
     if bad.numel():

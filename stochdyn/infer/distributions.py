@@ -19,6 +19,7 @@ from stochdyn._checks import (
     check_ndim,
     check_same_device,
     check_type,
+    values_are_checked,
 )
 from stochdyn.core.law.initial import DistributionStart, FixedStart, InitialLaw, as_initial
 from stochdyn.core.law.transition import euler_log_prob
@@ -146,6 +147,8 @@ class DiffusionPath(LawDistribution):
                 expected=f"(..., {', '.join(map(str, (*self.batch_shape, *self.event_shape)))})",
             ) from error
         support = self.support
+        if not values_are_checked():
+            return
         if isinstance(support, PinnedPath) and not bool(support.check(value).all()):
             pair = torch.broadcast_tensors(value[..., 0, :], support.start)
             first, start = (p.reshape(-1, p.shape[-1]) for p in pair)

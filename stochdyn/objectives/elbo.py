@@ -23,6 +23,7 @@ from stochdyn._checks import (
     check_real,
     check_same_dtype,
     check_type,
+    values_are_checked,
 )
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import Path
@@ -255,7 +256,8 @@ class PathELBO(Objective):
         if self.estimator != "auto":
             return self.estimator
         # To look at a number on a GPU is to wait for it: there now and then is often enough.
-        if self._spread.device.type == "cpu" or self._evaluations % _LOOK == 0:
+        looks = self._spread.device.type == "cpu" and values_are_checked()
+        if looks or self._evaluations % _LOOK == 0:
             self._settled = bool(self._spread < self.auto_threshold)
         self._evaluations += 1
         return "stl" if self._settled else "rate"

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from stochdyn._checks import check_type
+from stochdyn._checks import check_type, values_unchecked
 from stochdyn.errors import InvalidInputError, NonFiniteLossError
 from stochdyn.objectives.base import ObjectiveValue
 from stochdyn.run.callbacks import Callback
@@ -96,6 +96,7 @@ class Training(Resumable[FitResult]):
         self._updating = False
         # Callbacks that are still to see the step done last, if the run ended between two of them.
         self._waiting = 0
+        self._seen = False
         self._buffers = _Buffers(objective)
 
     def identity(self) -> dict[str, object]:
@@ -175,12 +176,18 @@ class Training(Resumable[FitResult]):
         """Evaluate the objective on the batches of a step, and leave the gradient of the mean loss."""
         count, precision = self.options.accumulate, self.options.dtype
         values = []
+        # On a GPU the values of arguments are looked at in the first step of a call alone: to look is to wait.
+        quiet = self._seen and self.device.type != "cpu"
+        self._seen = True
         for i in range(count):
             batch = self.batches.next()
             call = self._call
-            # Ranks exchange gradients once per update, with the last batch.
-            apart = call.no_sync() if i + 1 < count and isinstance(call, DistributedDataParallel) else None
-            with apart or contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                if i + 1 < count and isinstance(call, DistributedDataParallel):
+                    # Ranks exchange gradients once per update, with the last batch.
+                    stack.enter_context(call.no_sync())
+                if quiet:
+                    stack.enter_context(values_unchecked())
                 # Autocast to nothing would cost a little in every step.
                 with (
                     torch.autocast(self.device.type, precision)

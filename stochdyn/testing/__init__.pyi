@@ -1,3 +1,4 @@
+from .asynchrony import check_asynchronous as check_asynchronous
 from .coefficients import CoefficientSuite as CoefficientSuite
 from .flows import MarginalFlowSuite as MarginalFlowSuite
 from .invariances import check_company as check_company

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 
 from stochdyn.objectives.base import Bound, Objective, ObjectiveValue
+from stochdyn.testing.asynchrony import check_asynchronous
 
 __all__ = ["ObjectiveSuite"]
 
@@ -21,11 +22,13 @@ class ObjectiveSuite(ABC):
             held fixed. False for estimators that report one number and differentiate another.
         slope_tolerance: The relative tolerance of the directional derivative.
         unseen: Names of trainable parameters that the loss rightly doesn't depend on.
+        on_host: A part of the path of files that compute on the host on purpose.
     """
 
     differentiates_its_loss: bool = True
     slope_tolerance: float = 1e-4
     unseen: tuple[str, ...] = ()
+    on_host: str = ""
 
     @abstractmethod
     def make(self) -> tuple[Objective, Any]:
@@ -55,6 +58,12 @@ class ObjectiveSuite(ABC):
         objective, batch = self.make()
         losses = [self._evaluate(objective, batch).loss.detach() for _ in range(2)]
         assert torch.equal(losses[0], losses[1])
+
+    def test_a_step_never_waits_for_the_device(self) -> None:
+        """After the first step nothing reads a number of a tensor: on a GPU that would cost the time that runs ahead."""
+        objective, batch = self.make()
+        torch.manual_seed(11)
+        check_asynchronous(lambda: objective(batch).loss.backward(), self.on_host)
 
     def test_gradients_reach_every_trainable_parameter(self) -> None:
         """After one backward pass every parameter has a finite gradient."""

@@ -184,6 +184,7 @@ def test_the_spectral_gap_by_dense_and_by_iterative_algebra() -> None:
 
 
 class TestStationaryResidual(ObjectiveSuite):
+    on_host = "povm/"
     """The objective keeps the contract; in the 1-norm its gradient is that of its loss."""
 
     unseen = ("net.positions",)

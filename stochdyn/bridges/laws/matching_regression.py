@@ -36,6 +36,7 @@ class MatchingRegression(Objective):
     mean: Tensor
     pairs: Tensor
     calls: Tensor
+    _derived_ = ("_known",)
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class MatchingRegression(Objective):
         empty = like.new_zeros(2, 2, self.num_intervals, num_pairs, self.dim)
         self.register_buffer("pairs", empty)  # direction trained, end, interval, pair, component
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self._known = self.calls, self.calls._version, 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MatchingRegression:
         super()._apply(fn, recurse)
@@ -74,15 +76,21 @@ class MatchingRegression(Objective):
 
     def forward(self, batch: Any = None) -> ObjectiveValue:
         """Evaluate the regression of both networks on a batch of the cache, which is renewed in turn."""
-        count = int(self.calls)
+        count = self._count()
         if count % self.refresh == 0:
             self.renew(first=count == 0)
         self.calls += 1
+        self._known = self.calls, self.calls._version, count + 1
         pick = torch.randint(self.num_pairs, (self.batch_size,), device=self.pairs.device)
         ahead = self._loss(0, pick)
         back = self._loss(1, pick)
         terms = {"forward": ahead.detach(), "backward": back.detach()}
         return ObjectiveValue(ahead + back, terms, "surrogate")
+
+    def _count(self) -> int:
+        """Return the number of calls; it is read off the device only if something else has changed it."""
+        tensor, version, count = self._known
+        return count if tensor is self.calls and version == tensor._version else int(self.calls)
 
     def _loss(self, direction: int, pick: Tensor) -> Tensor:
         s, x, target = self._bridges(direction, pick)

@@ -20,6 +20,7 @@ from stochdyn._checks import (
     check_positive,
     check_real,
     check_time_broadcast,
+    values_are_checked,
 )
 from stochdyn.core.forward.divergences import attach, gradient, jacobian_contraction, pull_back, release
 from stochdyn.core.gaussian.small import psd_factor
@@ -180,8 +181,8 @@ class GaussianFlow(MarginalFlow):
                 expected=f"(..., {mean.shape[-1]})",
             )
         factor, info = torch.linalg.cholesky_ex(covariance)
-        if factor.device.type != "cpu":
-            # no host synchronisation: a failed factor turns into NaN, which guards downstream report
+        if factor.device.type != "cpu" or not values_are_checked():
+            # Without waiting for the device a failed factor turns into NaN, which guards downstream report.
             return mean, torch.where((info == 0)[..., None, None], factor, torch.nan)
         if bool(info.any()):
             raise SingularDiffusionError(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochdyn._transforms import transforms_are_active
 from stochdyn.core.gaussian.small import symmetrise
 from stochdyn.errors import ShapeError
 
@@ -67,7 +68,8 @@ def affine_states(transition: Tensor, offset: Tensor, start: Tensor) -> Tensor:
     transition = _lead(transition, ndim)
     offset = _lead(offset, ndim).expand(offset.shape[0], *batch, *event)
     start = start.expand(*batch, *event)
-    if _transformed():
+    # Transforms of torch differentiate the steps themselves, not our adjoint.
+    if transforms_are_active():
         return _walk(transition, offset, start)
     return _States.apply(transition, offset, start)
 
@@ -156,15 +158,9 @@ def _moments(transition: Tensor, noise_cov: Tensor, cov: Tensor, offset: Tensor,
     )
     start = torch.cat([cov.expand(*batch, size, size), mean.expand(*batch, size, extra)], -1)
     transition = _lead(transition, ndim)
-    if _transformed():
+    if transforms_are_active():
         return _walk_moments(_widen(transition, extra), columns, start)
     return _Moments.apply(transition, columns, start)
-
-
-def _transformed() -> bool:
-    """Return whether torch.func or forward mode differentiates, for which the steps are written out."""
-    active = torch._C._are_functorch_transforms_active()
-    return bool(active) or torch.autograd.forward_ad._current_level >= 0
 
 
 def _scans(steps: int, batch: int, size: int, device: torch.device) -> bool:

@@ -35,7 +35,7 @@ from stochdyn.core.law.path import Drawn, Estimate, Path, PathSample, as_parity,
 from stochdyn.core.law.relative import relate
 from stochdyn.core.law.transition import euler_log_prob
 from stochdyn.core.sde.equation import SDE, Control, Field
-from stochdyn.core.sde.grids import first_time
+from stochdyn.core.sde.grids import first_time, remembered
 from stochdyn.core.sde.methods import Method, as_method
 from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, full_state, integrate
 from stochdyn.errors import NonFiniteError, ShapeError, TimeGridError
@@ -221,25 +221,40 @@ class DiffusionMeasure(PathMeasure):
                     hint="give the grids the start and the steps, and the law neither",
                 )
             return ts, None
-        knots, lead = ts, 0
-        if self.start_time is not None:
-            start = torch.as_tensor(self.start_time, device=ts.device).to(ts.dtype)
-            first = ts[0].detach()
-            slack = 4 * torch.finfo(ts.dtype).eps * torch.maximum(first.abs(), start.detach().abs())
-            if first < start - slack:
-                raise TimeGridError(
-                    "ts begins before the law does",
-                    got=f"ts[0]={float(first):g}",
-                    expected=f"at least {float(start.detach()):g}",
-                )
-            if first > start + slack:
-                knots, lead = torch.cat([start.reshape(1), ts]), 1
-        counts = self._step_counts(knots, lead)
-        if lead == 0 and all(n == 1 for n in counts):
-            return ts, None
+        # A start that may be learnt is looked at every time.
+        divided = (
+            self._divide(ts)
+            if isinstance(self.start_time, Tensor)
+            else remembered(ts, ("steps of a law", self.start_time, self.dt), lambda: self._divide(ts))
+        )
+        return (ts, None) if divided is None else divided
+
+    def _divide(self, ts: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the grid from the law's start on, with steps as small as they have to be; None if it is ``ts``."""
+        start = None if self.start_time is None else torch.as_tensor(self.start_time, device=ts.device).to(ts)
+        leads, counts = self._plan(ts, start)
+        if not leads and all(n == 1 for n in counts):
+            return None
+        knots = torch.cat([start.reshape(1), ts]) if leads and start is not None else ts
         grid = [_divided(a, b, n)[:-1] for a, b, n in zip(knots[:-1], knots[1:], counts, strict=True)]
-        index = torch.tensor([0, *counts], device=ts.device).cumsum(0)[lead:]
+        index = torch.tensor([0, *counts], device=ts.device).cumsum(0)[int(leads) :]
         return torch.cat([*grid, knots[-1:]]), index
+
+    def _plan(self, ts: Tensor, start: Tensor | None) -> tuple[bool, list[int]]:
+        """Return whether steps lead from the law's start to the first time, and the number of steps in every interval."""
+        if start is None:
+            return False, self._step_counts(ts, 0)
+        first = ts[0].detach()
+        slack = 4 * torch.finfo(ts.dtype).eps * torch.maximum(first.abs(), start.detach().abs())
+        if first < start - slack:
+            raise TimeGridError(
+                "ts begins before the law does",
+                got=f"ts[0]={float(first):g}",
+                expected=f"at least {float(start.detach()):g}",
+            )
+        if first > start + slack:
+            return True, self._step_counts(torch.cat([start.reshape(1), ts]), 1)
+        return False, self._step_counts(ts, 0)
 
     def _step_counts(self, knots: Tensor, lead: int) -> list[int]:
         """Return the number of steps in every interval; the first ``lead`` ones aren't the user's."""
@@ -459,7 +474,7 @@ class DiffusionMeasure(PathMeasure):
         check_event_size(path.x, self.initial.dim, "path.x")
         check_event_size(path.x, path.ts.shape[-1], "path.x", axis=-2)
         check_finite(path.x.detach(), "path.x")
-        if self.start_time is not None:
+        if self.start_time is not None and values_are_checked():
             first, start = path.ts[..., 0].detach(), float(torch.as_tensor(self.start_time).detach())
             if bool(((first - start).abs() > 1e-5 * (path.ts[..., -1] - first)).any()):
                 raise TimeGridError(

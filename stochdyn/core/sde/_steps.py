@@ -12,7 +12,7 @@ from stochdyn._transforms import transforms_are_active
 from stochdyn.core.sde._derivatives import check_commutative, self_advection, strength_along
 from stochdyn.core.sde.coefficients import Coefficient, Matrix, Scalar
 from stochdyn.core.sde.equation import SDE, Control, Rest, plus
-from stochdyn.core.sde.grids import first_time, noise_steps
+from stochdyn.core.sde.grids import first_steps, first_time, noise_steps
 from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.errors import InvalidInputError
 
@@ -37,7 +37,7 @@ def check_method(sde: SDE, x0: Tensor, ts: Tensor, method: str) -> None:
     check_commutative(
         sde, t, x0, start.noise_dim(x0.shape[-1]), method, span if ts.ndim == 1 else span.unsqueeze(-1)
     )
-    if isinstance(start, Matrix) and noise_steps(sde.noise, ts[..., :2], x0.dtype).per_channel:
+    if isinstance(start, Matrix) and first_steps(sde.noise, ts, x0.dtype).per_channel:
         raise InvalidInputError(
             f"{method} can't correct a matrix diffusion whose channels have noise of different kinds",
             hint="take a diagonal diffusion, or method='euler'",

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from stochdyn._transforms import transforms_are_active
 from stochdyn.core.sde.noise import Brownian, NoiseProcess, NoiseSteps
 
-__all__ = ["first_time", "noise_steps", "step_sizes", "steps_of", "time_column"]
+__all__ = ["first_steps", "first_time", "noise_steps", "remembered", "step_sizes", "steps_of", "time_column"]
+
+Answer = TypeVar("Answer")
+
+_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def remembered(ts: Tensor, question: Hashable, answer: Callable[[], Answer]) -> Answer:
+    """Return an answer about a grid, worked out once per question for as long as the grid stays as it is.
+
+    A training step asks the same of the same grid every time, and to ask a GPU for numbers is to wait for it. The answer
+    mustn't hold the grid itself or a view of it, which would keep it alive.
+    """
+    if (ts.requires_grad and torch.is_grad_enabled()) or transforms_are_active():
+        return answer()
+    version = -1 if ts.is_inference() else ts._version
+    known: dict[Hashable, tuple[int, Any]] = _KNOWN.setdefault(ts, {})
+    if question not in known or known[question][0] != version:
+        known[question] = version, answer()
+    return cast(Answer, known[question][1])
+
+
+def first_steps(noise: NoiseProcess, ts: Tensor, dtype: torch.dtype) -> NoiseSteps:
+    """Return the recursion of a noise on the first interval, which tells its layout."""
+    return noise_steps(noise, remembered(ts, "first interval", lambda: ts[..., :2].clone()), dtype)
 
 
 def time_column(ts: Tensor, like: Tensor) -> Tensor:
@@ -37,7 +65,7 @@ def step_sizes(ts: Tensor, dtype: torch.dtype) -> list[float] | list[Tensor]:
     """
     gaps = ts[..., 1:] - ts[..., :-1]
     if ts.ndim == 1 and not (ts.requires_grad and torch.is_grad_enabled()) and not transforms_are_active():
-        return gaps.tolist()
+        return remembered(ts, "steps", gaps.tolist)
     gaps = gaps.to(dtype)
     return list(gaps.unbind(0) if ts.ndim == 1 else gaps.movedim(-1, 0).unsqueeze(-1).unbind(0))
 

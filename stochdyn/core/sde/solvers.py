@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from stochdyn.core.sde._steps import Problem, Row, Step, check_method, full_state, remember
 from stochdyn.core.sde.equation import SDE, Control
-from stochdyn.core.sde.grids import first_time, noise_steps, step_sizes, steps_of, time_column
+from stochdyn.core.sde.grids import first_steps, first_time, noise_steps, step_sizes, steps_of, time_column
 from stochdyn.core.sde.methods import METHODS, Method, as_method
 from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.errors import ShapeError
@@ -72,7 +72,7 @@ def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor, steps: NoiseSteps | None = 
         shapes.append(sde.diffusion(t, x0).apply(still).shape[:-1])
         if sde.noise.num_states:
             # The noise may have a batch of parameters, such as one Hurst index per particle.
-            steps = noise_steps(sde.noise, ts[..., :2], x0.dtype) if steps is None else steps
+            steps = first_steps(sde.noise, ts, x0.dtype) if steps is None else steps
             shapes.append(steps.parameter_batch)
         if sde.control is not None and type(sde.control).shape_increment is Control.shape_increment:
             z = torch.cat([x0, x0.new_zeros(*x0.shape[:-1], channels * sde.noise.num_states)], -1)

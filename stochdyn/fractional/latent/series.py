@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_finite, check_ndim, check_nonempty, check_same_device, check_time_grid
+from stochdyn._checks import (
+    check_finite,
+    check_ndim,
+    check_nonempty,
+    check_same_device,
+    check_time_grid,
+    values_are_checked,
+)
 from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError, TimeGridError
 
 __all__ = ["Series"]
@@ -105,6 +112,8 @@ class Series:
         """
         if self.mask.dtype != torch.bool:
             raise InvalidInputError("mask must be boolean", got=self.mask.dtype)
+        if not values_are_checked():
+            return
         slack = 1e-6 * float(ts[-1] - ts[0])
         outside = self.mask.any(-1) & ((self.times < ts[0] - slack) | (self.times > ts[-1] + slack))
         if bool(outside.any()):

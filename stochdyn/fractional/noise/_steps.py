@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from stochdyn._checks import check_time_grid
+from stochdyn.core.sde.grids import remembered
 from stochdyn.errors import TimeGridError
 from stochdyn.fractional.noise._quadrature import graded_nodes, levels_for, relative_exponential_mean
 
@@ -56,14 +56,10 @@ def _decompose(speeds: tuple[float, ...], steps: bytes) -> StepFactors:
     return StepFactors(dt, load, torch.exp(exponent), torch.expm1(exponent))
 
 
-_FACTORS_OF: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def step_factors(speeds: tuple[float, ...], horizon: float, ts: Tensor) -> StepFactors:
     """Return the factors of a grid on its device; checked and computed once per tensor ``ts``."""
-    key = (speeds, horizon, -1 if ts.is_inference() else ts._version)
-    known: dict[tuple[object, ...], StepFactors] = _FACTORS_OF.setdefault(ts, {})
-    if key not in known:
+
+    def factors() -> StepFactors:
         check_time_grid(ts)
         span = (ts[-1] - ts[0]).item()
         if span > horizon * (1 + 1e-6):
@@ -75,9 +71,9 @@ def step_factors(speeds: tuple[float, ...], horizon: float, ts: Tensor) -> StepF
             )
         host = ts.detach().to("cpu", torch.float64)
         found = _decompose(speeds, (host[1:] - host[:-1]).numpy().tobytes())
-        known.clear()
-        known[key] = StepFactors(*(t.to(ts.device) for t in found))
-    return known[key]
+        return StepFactors(*(t.to(ts.device) for t in found))
+
+    return remembered(ts.detach() if ts.requires_grad else ts, ("noise", speeds, horizon), factors)
 
 
 @lru_cache(maxsize=32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -32,6 +33,12 @@ from stochdyn.objectives.base import Objective, ObjectiveValue
 __all__ = ["EncodedVideo", "VideoModel"]
 
 _SLACK = 1e-3  # of pixels beyond [0, 1], as resampling leaves
+
+
+@lru_cache(maxsize=64)
+def _grid(num_steps: int, dt: float, device: torch.device | None) -> Tensor:
+    """Return a solver's grid; the same tensor every time, so that what is known of it needn't be asked again."""
+    return torch.arange(num_steps + 1, device=device) * dt
 
 
 @dataclass(frozen=True)
@@ -176,8 +183,7 @@ class VideoModel(Objective):
 
     def grid(self, num_frames: int, device: torch.device | None = None) -> Tensor:
         """Return the solver's grid for so many frames, ``((num_frames - 1) * num_steps + 1,)``."""
-        steps = (num_frames - 1) * self.num_steps
-        return torch.arange(steps + 1, device=device) * (self.dt / self.num_steps)
+        return _grid((num_frames - 1) * self.num_steps, self.dt / self.num_steps, device)
 
     def encode(self, frames: Tensor) -> EncodedVideo:
         """Return content, law of the start and contexts of videos.

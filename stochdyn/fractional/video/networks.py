@@ -193,7 +193,7 @@ class JointControl(nn.Module):
             shape = (t.shape[0], *(1,) * (z.ndim - 3), *contexts.shape[1:])
             low, high = contexts[first.flatten()].reshape(shape), contexts[second.flatten()].reshape(shape)
         else:
-            low, high = contexts[first], contexts[second]
+            low, high = (contexts.index_select(0, i.reshape(1)).squeeze(0) for i in (first, second))
         context = torch.lerp(low, high, share).expand(*z.shape[:-1], -1)
         drift, precision = self.network(torch.cat([z, context], -1)).chunk(2, -1)
         return drift, F.softplus(precision + self._OFFSET)

@@ -133,7 +133,7 @@ def evidence_bound(
     process, generator = potential.process, as_generator(generator, x.device)
     n, like = x.shape[0], {"dtype": x.dtype, "device": x.device}
     ends = torch.tensor([process.horizon, process.start], dtype=torch.float64)
-    low, high = process.log_snr(ends).tolist()
+    low, high = process.log_snr(ends).to(x).unbind()
     strata = torch.arange(num_draws, **like)[:, None, None]  # type: ignore[call-overload]
     share = (strata + torch.rand(num_draws, n, 1, generator=generator, **like)) / num_draws  # type: ignore[call-overload]
     t = process.time_of_log_snr(low + (high - low) * share).clamp(process.start, process.horizon)

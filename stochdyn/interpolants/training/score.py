@@ -187,7 +187,7 @@ class ScoreMatching(Objective):
         if self.times == "uniform":
             return start + (horizon - start) * u
         ends = torch.tensor([horizon, start], dtype=torch.float64)
-        low, high = self.process.log_snr(ends).tolist()
+        low, high = self.process.log_snr(ends).to(like).unbind()
         return self.process.time_of_log_snr(low + (high - low) * u).clamp(start, horizon)
 
     def fokker_planck_residual(
