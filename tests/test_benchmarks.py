@@ -43,6 +43,23 @@ def test_the_table_is_what_the_measurements_say(table: ModuleType) -> None:
     assert table.TARGET.read_text(encoding="utf-8") == table.render(result)
 
 
+def test_the_gpu_table_is_what_was_measured(tmp_path: Path) -> None:
+    """Where there is no device nothing is measured, and the table says so; every case runs on the processor."""
+    gpu = FOLDER.parent / "gpu.py"
+    out = tmp_path / "gpu.json"
+    run = [sys.executable, str(gpu), "--smoke", "--out", str(out)]
+    subprocess.run(run, check=True, capture_output=True, timeout=120)
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 5
+    assert all(row["cpu"] > 0 for row in rows.values())
+    kept = (gpu.parent / "results" / "gpu.json").read_text(encoding="utf-8")
+    render = "import json, sys; sys.path.insert(0, sys.argv[1]); import gpu; print(gpu.render(json.load(sys.stdin)), end='')"
+    command = [sys.executable, "-c", render, str(gpu.parent)]
+    page = subprocess.run(command, input=kept, text=True, capture_output=True, check=True).stdout
+    table = FOLDER.parents[1] / "docs" / "generated" / "gpu_benchmarks.md"
+    assert page == table.read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_a_quick_run_measures_everything(table: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "smoke.json"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ from stochdyn.core.law.path import PathSample
 from stochdyn.core.sde.equation import SDE
 from stochdyn.diagnostics.metrics import emd, mmd
 from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError, TimeGridError
-from stochdyn.run.progress import progress_bar
+from stochdyn.run.engine import Resumable, run_to_end
 
 if TYPE_CHECKING:
     from stochdyn.bridges.refinement.refinement import Refinement
@@ -177,6 +178,9 @@ def leave_one_out(
     metric: str = "w2",
     num_samples: int = 1000,
     progress: bool = True,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> HeldOut:
     """Hold out one inner snapshot after the other, fit every method to the rest, and score it on what it didn't see.
@@ -190,11 +194,14 @@ def leave_one_out(
         metric: ``"w1"``, ``"w2"`` or ``"mmd"``: what ``best`` goes by.
         num_samples: the number of draws from each law.
         progress: whether to show a bar.
+        checkpoint: The directory that is saved to after every fit.
+        resume: Whether to continue the run in ``checkpoint``.
         options: arguments of :func:`stochdyn.bridges.refine`, such as ``diffusion``; those of the bridge count for None too.
 
     Raises:
-        InvalidInputError: if there is nothing to hold out, or the first or last snapshot should be.
-        EmptyDataError: if there are no methods.
+        InvalidInputError: If there is nothing to hold out, or the first or last snapshot should be.
+        EmptyDataError: If there are no methods.
+        Interrupted: After Ctrl-C; its ``result`` holds the scores so far.
 
     Example:
         >>> clouds = [torch.linspace(-1, 1, 9)[:, None] + i for i in range(4)]
@@ -212,17 +219,66 @@ def leave_one_out(
             got=chosen if chosen else f"{len(snapshots)} snapshots",
             hint="forecast scores the last one",
         )
-    scores: dict[str, list[Score]] = {name: [] for name in methods}
-    with progress_bar(len(chosen) * len(methods), "held out", progress) as bar:
-        for i in chosen:
-            train, (held,) = snapshots.hold_out(i)
-            for name, method in methods.items():
-                law = _fit(method, train, options)
-                scores[name].append(score(law, held, num_samples))
-                bar.update()
-    means = {name: sum(getattr(s, metric) for s in own) / len(own) for name, own in scores.items()}
-    best = min(means, key=lambda name: means[name])
-    return HeldOut(scores, [sampling_floor(snapshots[i]) for i in chosen], best, metric)
+    job = _HoldingOut(snapshots, methods, chosen, metric, num_samples, options)
+    identity = {
+        "snapshots": snapshots, "methods": dict(methods), "indices": chosen, "num_samples": num_samples, **options
+    }  # fmt: skip
+    return run_to_end(
+        job, "held out", identity=identity, randomness=options.get("seed", 0), device=snapshots.device,
+        progress=progress, checkpoint=checkpoint, resume=resume,
+    )  # fmt: skip
+
+
+class _HoldingOut(Resumable[HeldOut]):
+    """One method fitted without one snapshot, after the other."""
+
+    unit = "fit"
+
+    def __init__(
+        self,
+        snapshots: Snapshots,
+        methods: Mapping[str, Any],
+        chosen: list[int],
+        metric: str,
+        num_samples: int,
+        options: dict[str, Any],
+    ) -> None:
+        self.snapshots, self.methods, self.metric = snapshots, methods, metric
+        self.num_samples, self.options = num_samples, options
+        self.cases = [(i, name) for i in chosen for name in methods]
+        self.total = len(self.cases)
+        self.scores: dict[str, list[Score]] = {name: [] for name in methods}
+
+    @property
+    def finished(self) -> bool:
+        """Whether every method was fitted without every snapshot."""
+        return self.number >= len(self.cases)
+
+    def step(self) -> None:
+        """Hold a snapshot out, fit, and score."""
+        i, name = self.cases[self.number]
+        train, (held,) = self.snapshots.hold_out(i)
+        law = _fit(self.methods[name], train, self.options)
+        self.scores[name].append(score(law, held, self.num_samples))
+
+    def state(self) -> dict[str, Any]:
+        """Return the scores so far."""
+        return {"scores": {name: [list(astuple(s)) for s in own] for name, own in self.scores.items()}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from scores."""
+        self.scores = {name: [Score(*row) for row in own] for name, own in state["scores"].items()}
+
+    def report(self) -> HeldOut:
+        """Return the scores so far, and the best of the methods that have some."""
+        means = {
+            name: sum(getattr(s, self.metric) for s in own) / len(own)
+            for name, own in self.scores.items()
+            if own
+        }
+        best = min(means, key=lambda name: means[name], default="")
+        places = dict.fromkeys(i for i, _ in self.cases[: self.number])
+        return HeldOut(self.scores, [sampling_floor(self.snapshots[i]) for i in places], best, self.metric)
 
 
 def _fit(method: Any, train: Snapshots, options: dict[str, Any]) -> PathMeasure:

@@ -59,7 +59,7 @@ def branching_cells(
     that no axis is special.
 
     Args:
-        num_cells: The number of cells are seen on each day.
+        num_cells: The number of cells seen on each day.
         times: The days ``(I,)``, none negative; 0, 1, 2, 3, 4 if None.
         dim: The number of components of a cell, at least 2.
         diffusion: The noise strength :math:`\sigma`, per root of day.

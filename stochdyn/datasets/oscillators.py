@@ -50,7 +50,7 @@ def lotka_volterra(
     :math:`Y_0` on :math:`[4,4.1]`. Each snapshot has particles of its own, so nobody is seen twice.
 
     Args:
-        num_particles: The number of particles each snapshot has.
+        num_particles: The number of particles of each snapshot.
         times: The times ``(I,)`` of the snapshots; 0, 1, ..., 8 if None.
         diffusion: The noise strength :math:`\sigma`, in units of state per root of time.
         generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
@@ -101,7 +101,7 @@ def repressilator(
     0.75, ..., 7.5.
 
     Args:
-        num_particles: The number of particles each snapshot has.
+        num_particles: The number of particles of each snapshot.
         times: The times ``(I,)`` of the snapshots; 0, 0.75, ..., 7.5 if None.
         diffusion: The noise strength :math:`\sigma`, in units of state per root of time.
         generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.

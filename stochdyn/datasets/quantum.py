@@ -23,7 +23,7 @@ class OpenSystem:
     Attributes:
         system: The name of the system: ``"ising_ring"``, ``"xyz_ring"``, ``"xyz_torus"``, ``"dephasing_ring"``,
             ``"commuting_ring"`` or ``"free_sites"``; :func:`stochdyn.povm.systems.build` makes the Lindbladian.
-        num_sites: The number of sites there are, or None where the numbers hold for any (from four on).
+        num_sites: The number of sites, or None where the numbers hold for any (from four on).
         parameters: The parameters of the system by name.
         initial: The product state at the first time, ``"up"``, ``"x+"``, ...; None for a steady state.
         times: The times of data, ``(T,)``; None for a steady state.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +16,14 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from stochdyn._checks import check_bool, check_callable, check_positive_int, check_type
-from stochdyn.diagnostics.draws import evaluate_draws, seeded
+from stochdyn.diagnostics.draws import current_device, evaluate_draws
 from stochdyn.diagnostics.probe import check_program
 from stochdyn.diagnostics.samplers import PosteriorSampler, as_sampler
 from stochdyn.diagnostics.sites import Site, read_sites
 from stochdyn.diagnostics.uniformity import UniformityTest, binomial_interval, rank_uniformity
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, UnknownSiteError
-from stochdyn.run.progress import progress_bar
+from stochdyn.run.engine import Resumable, run_to_end
+from stochdyn.run.randomness import OwnRandomness
 
 __all__ = ["CoverageTable", "SBCResult", "sbc"]
 
@@ -116,6 +117,8 @@ def sbc(
     data_args: Callable[[Mapping[str, Tensor]], Sequence[Any]] | None = None,
     seed: int | None = 0,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> SBCResult:
     r"""Simulate truth and data from a model, infer, and rank the truth among the posterior draws.
 
@@ -135,7 +138,7 @@ def sbc(
             or an MCMC kernel (``NUTS``) or autoguide class, for those samplers' defaults.
         args: Positional arguments of the model. Values of observed sites among them only give shapes.
         kwargs: Keyword arguments of the model.
-        num_simulations: The number of times truth and data are simulated, each giving one rank per quantity.
+        num_simulations: The number of times that truth and data are simulated, each giving one rank per quantity.
         num_draws: The number ``L`` of posterior draws; one more than it divisible by the bins of a histogram is handy,
             as 99.
         observed: Names of the data sites; by default those that the model observes at ``args``.
@@ -148,6 +151,8 @@ def sbc(
             from their arguments; by default ``args`` for all.
         seed: What all random numbers start from; the global random state is left alone. None draws from that instead.
         progress: Whether to show a bar, which appears after two seconds.
+        checkpoint: The directory that is saved to after every simulation.
+        resume: Whether to continue the run in ``checkpoint``, with more simulations perhaps.
 
     Returns:
         The ranks, with tests of uniformity and coverage.
@@ -156,6 +161,7 @@ def sbc(
         UnknownSiteError: If there is no data site, or a named site doesn't exist.
         ShapeError: If ``infer`` or a test function returns another number of draws.
         NonFiniteError: If a draw is NaN.
+        Interrupted: After Ctrl-C; its ``result`` holds the ranks so far.
 
     Example:
         >>> import pyro
@@ -186,37 +192,94 @@ def sbc(
         check_callable(function, f"test_functions[{name!r}]")
     if data_args is not None:
         check_callable(data_args, "data_args", "a function of the simulated data")
-    sampler = as_sampler(infer)
-    kwargs = dict(kwargs or {})
-    collected: dict[str, list[int]] = {}
-    begin = time.perf_counter()
-    with seeded(seed):
+    own = OwnRandomness(seed, current_device())
+    with own:
+        job = _Simulations(
+            model, as_sampler(infer), args, dict(kwargs or {}), num_simulations, num_draws, observed, parameters,
+            test_functions or {}, log_joint, data_args,
+        )  # fmt: skip
+    identity = {
+        "model": model, "infer": infer, "args": args, "kwargs": kwargs, "num_draws": num_draws, "observed": observed,
+        "parameters": parameters, "test_functions": test_functions, "log_joint": log_joint, "data_args": data_args,
+        "seed": seed,
+    }  # fmt: skip
+    return run_to_end(
+        job, "sbc", identity=identity, randomness=own, progress=progress, checkpoint=checkpoint, resume=resume
+    )
+
+
+class _Simulations(Resumable[SBCResult]):
+    """Truth, data and posterior, one after the other; the ranks so far are the state."""
+
+    unit = "simulation"
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        sampler: PosteriorSampler,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        num_simulations: int,
+        num_draws: int,
+        observed: Sequence[str] | None,
+        parameters: Sequence[str] | None,
+        test_functions: Mapping[str, TestFunction],
+        log_joint: bool,
+        data_args: Callable[[Mapping[str, Tensor]], Sequence[Any]] | None,
+    ) -> None:
+        self.model, self.sampler, self.args, self.kwargs = model, sampler, args, kwargs
+        self.total = self.num_simulations = num_simulations
+        self.num_draws = num_draws
+        self.log_joint, self.data_args = log_joint, data_args
         with torch.no_grad():
-            sites = read_sites(poutine.trace(model).get_trace(*args, **kwargs))
-        data_names = _data_names(sites, observed)
-        quantities = _quantities(sites, data_names, parameters, test_functions or {})
-        for _ in progress_bar(range(num_simulations), "sbc", progress):
-            with torch.no_grad():
-                trace = poutine.trace(_Release(data_names)(model)).get_trace(*args, **kwargs)
-            nodes: dict[str, Any] = dict(trace.nodes)
-            truth = {name: nodes[name]["value"][None] for name in sites}
-            data = {name: truth[name][0] for name in data_names}
-            conditioned = _Observe(data)(model)
-            inputs = args if data_args is None else data_args(data)
-            draws = _checked_draws(sampler(conditioned, inputs, kwargs, num_draws), num_draws)
-            if log_joint or any(site.kind == "deterministic" for site in sites.values()):
-                draws = _evaluated(conditioned, draws, inputs, kwargs, log_joint)
-                if log_joint:
-                    latent = {
-                        name: truth[name] for name in draws if name in truth and sites[name].kind == "latent"
-                    }
-                    truth[_JOINT] = evaluate_draws(conditioned, latent, inputs, kwargs, seed=None).log_joint
-            functions = {**quantities, **({"log joint": lambda values: values[_JOINT]} if log_joint else {})}
-            for label, function in functions.items():
-                for name, rank in _ranks(label, function(truth), function(draws), num_draws).items():
-                    collected.setdefault(name, []).append(rank)
-    ranks = {name: np.array(values) for name, values in collected.items()}
-    return SBCResult(ranks, num_draws, time.perf_counter() - begin)
+            self.sites = read_sites(poutine.trace(model).get_trace(*args, **kwargs))
+        self.data_names = _data_names(self.sites, observed)
+        self.quantities = _quantities(self.sites, self.data_names, parameters, test_functions)
+        if log_joint:
+            self.quantities["log joint"] = lambda values: values[_JOINT]
+        self.ranks: dict[str, list[int]] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether all simulations are done."""
+        return self.number >= self.num_simulations
+
+    def step(self) -> None:
+        """Simulate truth and data, draw from the posterior, and rank."""
+        args, kwargs, sites = self.args, self.kwargs, self.sites
+        with torch.no_grad():
+            trace = poutine.trace(_Release(self.data_names)(self.model)).get_trace(*args, **kwargs)
+        nodes: dict[str, Any] = dict(trace.nodes)
+        truth = {name: nodes[name]["value"][None] for name in sites}
+        data = {name: truth[name][0] for name in self.data_names}
+        conditioned = _Observe(data)(self.model)
+        inputs = args if self.data_args is None else self.data_args(data)
+        draws = _checked_draws(self.sampler(conditioned, inputs, kwargs, self.num_draws), self.num_draws)
+        if self.log_joint or any(site.kind == "deterministic" for site in sites.values()):
+            draws = _evaluated(conditioned, draws, inputs, kwargs, self.log_joint)
+            if self.log_joint:
+                latent = {
+                    name: truth[name] for name in draws if name in truth and sites[name].kind == "latent"
+                }
+                truth[_JOINT] = evaluate_draws(conditioned, latent, inputs, kwargs, seed=None).log_joint
+        found: dict[str, int] = {}
+        for label, function in self.quantities.items():
+            found |= _ranks(label, function(truth), function(draws), self.num_draws)
+        for name, rank in found.items():
+            self.ranks.setdefault(name, []).append(rank)
+
+    def state(self) -> dict[str, Any]:
+        """Return the ranks so far."""
+        return {"ranks": {name: list(values) for name, values in self.ranks.items()}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ranks."""
+        self.ranks = {name: list(values) for name, values in state["ranks"].items()}
+
+    def report(self) -> SBCResult:
+        """Return the ranks so far as a result."""
+        ranks = {name: np.array(values) for name, values in self.ranks.items()}
+        return SBCResult(ranks, self.num_draws, self.seconds)
 
 
 _JOINT = "_log_joint"

@@ -89,7 +89,7 @@ def draw_posterior(
         guide: Pyro guide with the model's latent sites.
         args: Positional arguments of both.
         kwargs: Keyword arguments of both.
-        num_draws: The number of draws are made.
+        num_draws: The number of draws.
         seed: What the draws start from; they leave the global random state untouched; None draws from it instead.
         predictive: Whether to draw observed sites anew too.
         split_events: Whether ``log_likelihood`` has one value for each element of an observed site that
@@ -169,10 +169,14 @@ def evaluate_draws(
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Draw from ``seed`` on and give the global random state back in the end; None changes nothing."""
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    with fork_random_state(None if seed is None else as_seed(seed), device):
+    with fork_random_state(None if seed is None else as_seed(seed), current_device()):
         yield
+
+
+def current_device() -> torch.device:
+    """Return the device whose generator models may draw from, besides the CPU's: that of CUDA, if it is in use."""
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.device("cuda", torch.cuda.current_device()) if in_use else torch.device("cpu")
 
 
 def _collect(probe: Probe, num_draws: int, chunk_size: int | None) -> PosteriorDraws:

@@ -75,8 +75,8 @@ def plot_paths(
         observations: The times and values of the data, ``(n,)`` each; NaN values are left out.
         forecast_from: The time from which the background is shaded as forecast.
         levels: The probabilities of the intervals, in (0, 1).
-        num_lines: The number of of the draws are drawn as lines besides.
-        num_samples: The number of paths of a law are drawn.
+        num_lines: The number of draws that are shown as lines besides.
+        num_samples: The number of paths drawn from a law.
         generator: The source of randomness of the paths of a law.
         label: The name of the law in the legend.
         colour: Matplotlib colour.

@@ -36,7 +36,7 @@ class MCMCSampler:
     Args:
         kernel: What makes a kernel of a model.
         warmup: The number of steps of adaptation.
-        thinning: The number of draws of the chain there are for each that is kept; ranks need nearly independent ones.
+        thinning: The number of draws of the chain per draw that is kept; ranks need nearly independent ones.
         options: Keyword arguments of the kernel.
 
     Example:

@@ -40,7 +40,7 @@ class UniformPoints(nn.Module):
         high: The upper corner ``(d,)`` of the box.
         start_time: The first time.
         horizon: The last time.
-        num_points: The number of points are drawn per call.
+        num_points: The number of points drawn per call.
 
     Raises:
         ShapeError: If the corners differ in shape.
@@ -84,7 +84,7 @@ class FlowPoints(nn.Module):
         flow: What to sample, the learned flow itself or a reference.
         start_time: The first time.
         horizon: The last time.
-        num_points: The number of points are drawn per call.
+        num_points: The number of points drawn per call.
         like: A tensor whose precision and device the times take; torch's default if None.
 
     Raises:

@@ -26,7 +26,7 @@ class FitResult:
         objective: The objective that was given, trained in place.
         seconds: The wall-clock time of training, summed over resumed runs.
         terms: The tensors ``(steps,)`` of the objective's reported terms, NaN where a step had no such term.
-        steps: The number of steps were done, ``len(losses)``.
+        steps: The number of steps done, ``len(losses)``.
         bound: What the loss means, as in :class:`stochdyn.ObjectiveValue`.
         stopped_early: Whether a callback asked to stop.
         interrupted: Whether Ctrl-C stopped the run.

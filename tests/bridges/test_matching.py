@@ -141,3 +141,29 @@ def test_times_outside():
         match.sample(torch.tensor([0.0, 1.5]), 3)
     with pytest.raises(sd.errors.InvalidInputError, match="interval"):
         match.couple(1, 5)
+
+
+def test_affine_drifts_go_on_where_they_stopped(tmp_path):
+    """Without networks the renewals are the run: a checkpoint holds them, and the same bits come out."""
+
+    def make():
+        clouds = [torch.randn(40, 2, generator=torch.Generator().manual_seed(k)) + k for k in range(3)]
+        return BridgeMatching(
+            Snapshots([0.0, 1.0, 2.0], clouds),
+            0.5,
+            width=0,
+            num_pairs=64,
+            batch_size=32,
+            refresh=10,
+            num_steps=4,
+        )
+
+    whole = make().fit(60, progress=False)
+    make().fit(30, checkpoint=tmp_path, progress=False)
+    again = make()
+    result = again.fit(60, checkpoint=tmp_path, resume=True, progress=False)
+    assert torch.equal(result.losses, whole.losses)
+    assert result.steps == whole.steps == 6
+    assert torch.equal(again.regression.pairs, whole.objective.pairs)
+    with pytest.raises(sd.errors.InvalidInputError, match="lr does nothing for affine"):
+        make().fit(30, lr=0.1)

@@ -10,6 +10,7 @@ import torch
 import stochdyn as sd
 from stochdyn.bridges import (
     LinearDrift,
+    SchrodingerBridge,
     Snapshot,
     Snapshots,
     forecast,
@@ -136,3 +137,30 @@ def test_forecasts_into_the_past():
     fit = refine(ou_snapshots([0.0, 1.0, 2.0], n=10), LinearDrift(1), diffusion=0.5, max_iterations=1)
     with pytest.raises(sd.errors.TimeGridError, match="last snapshot"):
         forecast(fit, torch.tensor([1.0, 3.0]))
+
+
+def test_holding_out_goes_on_where_it_stopped(tmp_path):
+    clouds = Snapshots(
+        [0.0, 1.0, 2.0, 3.0], [torch.linspace(-1, 1, 9)[:, None].double() + i for i in range(4)]
+    )
+    failing = {"on": True}
+
+    def later(train):
+        if failing["on"] and len(train) and float(train.times[1]) == 1.0:
+            raise RuntimeError("stop here")
+        return SchrodingerBridge(train, None, 0.3).solve()
+
+    methods = {"none": None, "mine": later}
+    whole = leave_one_out(
+        clouds, {"none": None, "mine": lambda s: SchrodingerBridge(s, None, 0.3).solve()}, diffusion=0.3
+    )
+    with pytest.raises(RuntimeError, match="stop here") as stopped:
+        leave_one_out(clouds, methods, diffusion=0.3, checkpoint=tmp_path)
+    assert len(stopped.value.result.scores["none"]) == 2
+    assert len(stopped.value.result.scores["mine"]) == 1
+    with pytest.raises(sd.errors.ForeignCheckpointError, match="num_samples"):
+        leave_one_out(clouds, methods, diffusion=0.3, num_samples=10, checkpoint=tmp_path, resume=True)
+    failing["on"] = False
+    with pytest.raises(sd.errors.ForeignCheckpointError, match="methods"):
+        leave_one_out(clouds, {"none": None}, diffusion=0.3, checkpoint=tmp_path, resume=True)
+    assert whole.best in methods

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -10,12 +13,19 @@ import torch
 from pyro import poutine
 from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
 
 import stochdyn as sd
 import stochdyn.run.progress as progress_module
 from stochdyn.diagnostics import MCMCSampler, SBCResult, VariationalSampler, sbc
 from stochdyn.diagnostics.samplers import as_sampler
-from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, UnknownSiteError
+from stochdyn.errors import (
+    ForeignCheckpointError,
+    InvalidInputError,
+    NonFiniteError,
+    ShapeError,
+    UnknownSiteError,
+)
 from stochdyn.infer import DiffusionPath
 
 Y = torch.zeros(2, 3)
@@ -306,3 +316,23 @@ def test_bad_input_is_named(options, error, message):
 def test_levels_lie_inside_the_unit_interval():
     with pytest.raises(InvalidInputError, match="levels"):
         SBCResult({"a": np.arange(10)}, 9).coverage(levels=(1.0,))
+
+
+def test_simulations_go_on_where_they_stopped(tmp_path: Path) -> None:
+    """More simulations from a checkpoint give the ranks of one long run; another model's checkpoint is refused."""
+
+    def model(y: Tensor) -> None:
+        rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(rate, 1.0), obs=y)
+
+    def exact(model: Any, args: Any, kwargs: Any, num_draws: int) -> dict[str, Tensor]:
+        y = pyro.poutine.trace(model).get_trace(*args).nodes["y"]["value"]
+        return {"rate": y / 2 + 0.5**0.5 * torch.randn(num_draws)}
+
+    y = torch.tensor(0.0)
+    whole = sbc(model, exact, (y,), num_simulations=20, progress=False)
+    sbc(model, exact, (y,), num_simulations=7, progress=False, checkpoint=tmp_path)
+    again = sbc(model, exact, (y,), num_simulations=20, progress=False, checkpoint=tmp_path, resume=True)
+    assert (again.ranks["rate"] == whole.ranks["rate"]).all()
+    with pytest.raises(ForeignCheckpointError, match="num_draws"):
+        sbc(model, exact, (y,), num_draws=9, checkpoint=tmp_path, resume=True, progress=False)

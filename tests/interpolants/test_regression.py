@@ -32,6 +32,7 @@ class TestTwoFields(ObjectiveSuite):
 
 class TestScoreWithTransport(ObjectiveSuite):
     on_host = "couplings.py"
+
     def make(self) -> tuple[InterpolantRegression, Any]:
         g = torch.Generator().manual_seed(0)
         batch = torch.randn(16, 2, dtype=F64, generator=g), torch.randn(16, 2, dtype=F64, generator=g)

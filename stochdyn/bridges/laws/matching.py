@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from typing import Any
 
 import torch
@@ -26,13 +25,52 @@ from stochdyn.bridges.laws.learned import LearnedBridge
 from stochdyn.bridges.laws.matching_regression import MatchingRegression
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.errors import DiffusionError, InvalidInputError, UnavailableError
-from stochdyn.run.progress import progress_bar
-from stochdyn.run.randomness import fork_random_state, seed_everything
+from stochdyn.run.engine import Resumable, run_to_end
+from stochdyn.run.randomness import fork_random_state
 from stochdyn.run.result import FitResult
 
 __all__ = ["BridgeMatching"]
 
 _LAST_RENEWALS = 10
+# The first learning rate of the networks.
+_RATE = 2e-3
+
+
+class _Renewals(Resumable[FitResult]):
+    """Without networks there is nothing to train: only couplings and affine parts are renewed in turn."""
+
+    unit = "renewal"
+
+    def __init__(self, regression: MatchingRegression, steps: int) -> None:
+        self.regression = regression
+        self.total = self.num_renewals = -(-steps // regression.refresh)
+        self.losses: list[Tensor] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether all renewals are done."""
+        return self.number >= self.num_renewals
+
+    def step(self) -> None:
+        """Renew, and leave out the steps of an optimiser until the next renewal."""
+        self.losses.append(self.regression(None).loss.detach().cpu())
+        self.regression.calls += self.regression.refresh - 1
+
+    def state(self) -> dict[str, Any]:
+        """Return the pairs, the affine parts and the losses."""
+        return {"regression": dict(self.regression.state_dict()), "losses": self.losses}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from pairs and affine parts."""
+        self.regression.load_state_dict(state["regression"])
+        self.losses = list(state["losses"])
+
+    def report(self) -> FitResult:
+        """Return the losses so far."""
+        losses = torch.stack(self.losses) if self.losses else torch.empty(0)
+        return FitResult(
+            losses, self.regression, self.seconds, steps=self.number, interrupted=self.interrupted
+        )
 
 
 class BridgeMatching(LearnedBridge):
@@ -126,7 +164,7 @@ class BridgeMatching(LearnedBridge):
         return self.snapshots.dim
 
     def solve(
-        self, steps: int = 3000, lr: float = 2e-3, seed: int | None = 0, **options: Any
+        self, steps: int = 3000, lr: float | None = None, seed: int | None = 0, **options: Any
     ) -> BridgeMatching:
         """Train by :meth:`fit`, whose arguments it takes; returns this law."""
         self.fit(steps, lr, seed, **options)
@@ -135,7 +173,7 @@ class BridgeMatching(LearnedBridge):
     def fit(
         self,
         steps: int = 3000,
-        lr: float = 2e-3,
+        lr: float | None = None,
         seed: int | None = 0,
         progress: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -146,7 +184,7 @@ class BridgeMatching(LearnedBridge):
 
         Args:
             steps: the number of steps of the optimiser.
-            lr: the first learning rate.
+            lr: The first learning rate of networks; 0.002 if None.
             seed: the seed of the whole training.
             progress: whether to show a bar.
             checkpoint: the directory that is saved to; see :func:`stochdyn.fit`.
@@ -159,23 +197,28 @@ class BridgeMatching(LearnedBridge):
         from stochdyn.run.trainer import fit
 
         check_positive_int(steps, "steps")
-        check_positive(lr, "lr")
+        if lr is not None:
+            check_positive(lr, "lr")
 
         if not list(self.regression.parameters()):
-            unused = sorted(options) + [n for n, v in (("checkpoint", checkpoint), ("resume", resume)) if v]
+            unused = sorted(options) + (["lr"] if lr is not None else [])
             if unused:
                 raise InvalidInputError(
                     f"{unused[0]} does nothing for affine drifts, which are found without an optimiser",
                     hint="give a width for networks",
                 )
-            return self._fit_affine(steps, seed, progress)
+            identity = {"regression": self.regression, "seed": seed}
+            return run_to_end(
+                _Renewals(self.regression, steps), "fit", identity=identity, randomness=seed,
+                device=self.regression.pairs.device, progress=progress, checkpoint=checkpoint, resume=resume,
+            )  # fmt: skip
 
         def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
             return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
         defaults = {"scheduler": schedule, "ema": 0.99, "clip_norm": 10.0}
         result = fit(
-            self.regression, steps=steps, lr=lr, seed=seed, progress=progress, checkpoint=checkpoint, resume=resume,
+            self.regression, steps=steps, lr=_RATE if lr is None else lr, seed=seed, progress=progress, checkpoint=checkpoint, resume=resume,
             **{**defaults, **options},
         )  # fmt: skip
         if result.ema is not None:
@@ -188,19 +231,6 @@ class BridgeMatching(LearnedBridge):
                 for _ in range(_LAST_RENEWALS):
                     self.regression.renew()
         return result
-
-    def _fit_affine(self, steps: int, seed: int | None, progress: bool) -> FitResult:
-        """Without networks there is nothing to train: only couplings and affine parts are renewed in turn."""
-        began, losses = time.perf_counter(), []
-        with fork_random_state(seed, self.regression.pairs.device):
-            if seed is not None:
-                seed_everything(seed, self.regression.pairs.device)
-            for _ in progress_bar(range(-(-steps // self.regression.refresh)), "fit", progress):
-                losses.append(self.regression(None).loss)
-                self.regression.calls += self.regression.refresh - 1
-        return FitResult(
-            torch.stack(losses).cpu(), self.regression, time.perf_counter() - began, steps=len(losses)
-        )
 
     def _trained(self) -> MatchingRegression:
         if not int(self.regression.calls):

@@ -150,7 +150,7 @@ def start_lift(like: Tensor, size: int, random: int, factor: Tensor | None, chan
     Args:
         like: A tensor of the precision and device.
         size: Z, of the full state.
-        random: The number of components of the path are random: all or none.
+        random: The number of components of the path that are random: all or none.
         factor: The factor ``(Q, K)`` from the standard normals of a channel's past to its memory states; None without a
             past.
         channels: The number of noise channels.

@@ -448,7 +448,7 @@ class DiffusionMeasure(PathMeasure):
         Args:
             other: The second law.
             ts: The grid ``(T,)``.
-            num_samples: The number of paths of this law that are drawn.
+            num_samples: The number of paths drawn from this law.
             generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
             estimator: Which form of the log ratio is averaged; see :meth:`log_rn`. ``"rate"`` has the least noise.
 
