@@ -34,6 +34,8 @@ __all__ = ["GaussianObservations", "PathELBO", "PathLikelihood"]
 
 # Evaluations between looks at the spread of the log weights, where the numbers are on a GPU.
 _LOOK = 16
+# Under this variance of the log weights, in squared nats, the low-noise gradient is the better one.
+_THRESHOLD = 4.0
 
 
 class PathLikelihood(Protocol):
@@ -159,7 +161,8 @@ class PathELBO(Objective):
         ts: The grid ``(T,)``; needed if the likelihood has none.
         importance_weighted: Whether to report and optimise the tighter bound :math:`\mathbb E\log\frac1S\sum_s w_s`
             (IWAE) instead.
-        auto_threshold: The variance of the log weights, in squared nats, under which ``"auto"`` changes to ``"stl"``.
+        auto_threshold: The variance of the log weights, in squared nats, under which ``"auto"`` changes to ``"stl"``; 4
+            if None.
 
     Raises:
         InvalidInputError: For an unknown estimator, or if no grid is given.
@@ -191,7 +194,7 @@ class PathELBO(Objective):
         *,
         ts: Tensor | None = None,
         importance_weighted: bool = False,
-        auto_threshold: float = 4.0,
+        auto_threshold: float | None = None,
     ) -> None:
         super().__init__()
         check_type(prior, PathMeasure, "prior")
@@ -203,7 +206,13 @@ class PathELBO(Objective):
             raise InvalidInputError("no time grid", hint="give ts=..., or a likelihood with an attribute ts")
         grid = as_time_grid(grid)
         check_bool(importance_weighted, "importance_weighted")
-        check_real(auto_threshold, "auto_threshold", above=0.0)
+        if auto_threshold is not None:
+            check_real(auto_threshold, "auto_threshold", above=0.0)
+            if estimator != "auto":
+                raise InvalidInputError(
+                    "auto_threshold does nothing for an estimator that is fixed",
+                    got=f"estimator={estimator!r}",
+                )
         check_callable(likelihood, "likelihood", "a module or function of a path and a batch")
         self.prior = prior
         self.posterior = posterior
@@ -211,7 +220,7 @@ class PathELBO(Objective):
         self.num_particles = num_particles
         self.estimator = estimator
         self.importance_weighted = importance_weighted
-        self.auto_threshold = auto_threshold
+        self.auto_threshold = _THRESHOLD if auto_threshold is None else auto_threshold
         self.register_buffer("grid", grid)
         self._evaluations, self._settled = 0, False
         # Running variance of the log weights: saved with the parameters, so that a resumed run chooses the same estimator.

@@ -370,6 +370,11 @@ X, Y = _clouds(4, 5)
         ({"tolerance": -1.0}, InvalidInputError, "tolerance must be greater than 0"),
         ({"max_iterations": 0}, InvalidInputError, "max_iterations"),
         ({"annealing": 0.0}, InvalidInputError, "annealing"),
+        (
+            {"annealing": 0.5, "warm_start": (torch.zeros(4, dtype=F64), torch.zeros(5, dtype=F64))},
+            InvalidInputError,
+            "annealing does nothing beside warm_start",
+        ),
         ({"relaxation": 0.0}, InvalidInputError, "relaxation"),
         ({"memory": -1.0}, InvalidInputError, "memory"),
         ({"warm_start": (torch.zeros(5), torch.zeros(5))}, ShapeError, "warm_start"),

@@ -398,6 +398,8 @@ def test_bad_objectives() -> None:
     guide = chain.guide(True)
     with pytest.raises(InvalidInputError, match="estimator is unknown; got 'elbo'"):
         chain.elbo(guide, estimator="elbo")
+    with pytest.raises(InvalidInputError, match="auto_threshold does nothing"):
+        chain.elbo(guide, estimator="rate", auto_threshold=1.0)
     with pytest.raises(InvalidInputError, match="num_particles"):
         chain.elbo(guide, 0)
     with pytest.raises(InvalidInputError, match="no time grid"):

@@ -41,6 +41,10 @@ __all__ = ["TransportPlan", "sinkhorn", "sinkhorn_divergence"]
 Cost = Callable[[Tensor, Tensor], Tensor]
 
 
+# The factor between levels of regularisation.
+_ANNEALING = 0.25
+
+
 @dataclass(frozen=True, eq=False)
 class TransportPlan:
     r"""The solution of an entropic transport problem.
@@ -198,7 +202,7 @@ def sinkhorn(
     tolerance: float = 1e-6,
     *,
     max_iterations: int = 10_000,
-    annealing: float = 0.25,
+    annealing: float | None = None,
     warm_start: TransportPlan | tuple[Tensor, Tensor] | None = None,
     relaxation: float | None = None,
     memory: float = 4 * 2**30,
@@ -223,8 +227,8 @@ def sinkhorn(
         cost: A function of ``x`` and ``y``, or the matrix ``(*B, n, m)`` itself; squared distance if None.
         tolerance: The largest marginal error, in L1 relative to the mass.
         max_iterations: The largest number of iterations over all levels.
-        annealing: The factor between levels of regularisation, in (0, 1]; 1 for none.
-        warm_start: An earlier plan, or its potentials, to start from; there is no annealing then.
+        annealing: The factor between levels of regularisation, in (0, 1]; 1 for none, 0.25 if None.
+        warm_start: An earlier plan, or its potentials, to start from, without annealing.
         relaxation: The weight :math:`\rho` of deviations from the marginals, in units of the cost: the marginals may
             deviate at the cost :math:`\rho\,KL(P\mathbf 1\,\|\,a)+\rho\,KL(P^\top\mathbf 1\,\|\,b)`, and totals may
             differ, for populations that grow. Exact marginals if None.
@@ -252,7 +256,12 @@ def sinkhorn(
     check_real(reg, "reg", above=0.0)
     check_real(tolerance, "tolerance", above=0.0)
     check_positive_int(max_iterations, "max_iterations")
-    check_real(annealing, "annealing", above=0.0, maximum=1.0)
+    if annealing is not None:
+        check_real(annealing, "annealing", above=0.0, maximum=1.0)
+        if warm_start is not None:
+            raise InvalidInputError(
+                "annealing does nothing beside warm_start, which starts at the last level", got=annealing
+            )
     check_real(memory, "memory", above=0.0)
     if relaxation is not None:
         check_real(relaxation, "relaxation", above=0.0)
@@ -294,7 +303,14 @@ def sinkhorn(
         matrix.shape.numel() * _item_size(matrix) <= memory or isinstance(matrix, DenseCost),
     )
     start = _warm(warm_start, a, b)
-    solution = solve(problem, float(reg), float(tolerance), max_iterations, annealing, start)
+    solution = solve(
+        problem,
+        float(reg),
+        float(tolerance),
+        max_iterations,
+        _ANNEALING if annealing is None else annealing,
+        start,
+    )
     worst = float(solution.error.amax())
     converged = worst <= tolerance
     if not converged:
