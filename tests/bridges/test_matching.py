@@ -26,7 +26,7 @@ def gaussian_snapshots(dim, n=50000, seed=0, times=(0.0, 1.0)):
 
 def test_the_coupling_of_dsbm_s_benchmark():
     match = BridgeMatching(gaussian_snapshots(5), 1.0, width=0, num_pairs=2048, refresh=40, num_steps=15)
-    result = match.fit(800, lr=5e-3, progress=False)
+    result = match.fit(800, progress=False)
     assert result.bound == "surrogate"
     x, y = match.couple(0, 50000, torch.Generator().manual_seed(1))
     cross = ((x - x.mean(0)) * (y - y.mean(0))).mean().item()
@@ -38,7 +38,7 @@ def test_the_coupling_of_dsbm_s_benchmark():
 def test_an_ou_reference_and_unequal_intervals():
     snaps = gaussian_snapshots(1, times=(0.0, 0.5, 2.0))
     match = BridgeMatching(snaps, 0.8, rate=0.7, mean=0.3, width=0, num_pairs=2048, refresh=40, num_steps=15)
-    match.fit(800, lr=5e-3, progress=False)
+    match.fit(800, progress=False)
     one = torch.ones(1, 1, dtype=F64)
     for i, horizon in enumerate((0.5, 1.5)):
         sign = -0.1 if i == 0 else 0.1
@@ -57,7 +57,7 @@ def test_an_ou_reference_and_unequal_intervals():
 def test_trajectories_go_through_the_snapshots_in_order():
     snaps = Snapshots([0.0, 1.0, 2.0], [0.1 * torch.randn(500, 2) + k**2 for k in range(3)])
     match = BridgeMatching(snaps, 0.3, width=0, num_pairs=512, batch_size=128, refresh=20, num_steps=10)
-    match.fit(200, lr=2e-2, progress=False)
+    match.fit(200, progress=False)
     ts = torch.tensor([0.0, 0.5, 1.0, 1.7, 2.0])
     x = match.sample(ts, 400, torch.Generator().manual_seed(0)).x
     assert x.shape == (400, 5, 2)
@@ -81,7 +81,7 @@ def test_the_target_has_the_drift_of_the_pinned_process_for_its_mean():
     # with a single pair the mixture is one bridge, and its drift is known
     snaps = Snapshots([0.0, 1.0], [torch.zeros(1, 1), torch.ones(1, 1)])
     match = BridgeMatching(snaps, 1.0, width=0, num_pairs=64, batch_size=64, refresh=10**6)
-    match.fit(600, lr=2e-2, progress=False)
+    match.fit(600, progress=False)
     for s in (0.1, 0.4, 0.7):
         x = torch.tensor([[s - 0.3], [s + 0.3]])
         exact = bridge_drift(torch.tensor(0.0), torch.tensor(1 - s), x, torch.ones(1))
