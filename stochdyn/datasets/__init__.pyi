@@ -13,3 +13,9 @@ from .wind import wind_climatology as wind_climatology
 from .wind import wind_on_sphere as wind_on_sphere
 from .transplants import HeartTransplants as HeartTransplants
 from .transplants import heart_transplants as heart_transplants
+from .driven import DrivenSystem as DrivenSystem
+from .driven import bead_chain as bead_chain
+from .driven import brownian_gyrator as brownian_gyrator
+from .driven import driven_ring as driven_ring
+from .driven import swimmer_pair as swimmer_pair
+from .driven import trapped_swimmers as trapped_swimmers

@@ -1,33 +1,99 @@
-"""Steady currents of any diffusion from its score: velocity, local rates, and entropy production with its sum rule."""
+"""Steady currents of any diffusion from its score: velocity, local rates of entropy production and their parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_callable, check_type
-from stochdyn.core.forward.divergences import divergence
-from stochdyn.core.law.path import Estimate
+from stochdyn._checks import as_tensor, check_callable, check_nonempty, check_points, check_real, check_type
+from stochdyn.core.law.path import as_parity
 from stochdyn.core.sde.covariance import covariance_divergence
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import DiffusionMismatchError, InvalidInputError, ShapeError
-from stochdyn.nonequilibrium.linear import as_points, check_parity
+from stochdyn.nonequilibrium._noise import HalfCovariance
 
-__all__ = ["SteadyCurrent", "entropy_production_rate", "sum_rule"]
+__all__ = ["SteadyCurrent"]
+
+ScoreFunction = Callable[..., Tensor]
+Groups = Mapping[str, Sequence[int]]
+
+
+@runtime_checkable
+class HasScore(Protocol):
+    """An object with a method ``score``, such as a flow, a steady state in closed form or a trained network."""
+
+    score: ScoreFunction
+
+
+def as_score(score: HasScore | ScoreFunction, name: str = "score") -> Callable[[Tensor, Tensor], Tensor]:
+    """Return ``score(t, x)`` of a function of states or of time and states, or of an object with such a method ``score``.
+
+    Raises:
+        InvalidInputError: If it is neither.
+    """
+    function = score.score if isinstance(score, HasScore) else score
+    check_callable(function, name, "a function of x, or of t and x, or an object with a method score")
+    try:
+        kinds = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    except (TypeError, ValueError):  # functions written in C tell no signature
+        kinds = []
+    wanted = [p for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if isinstance(function, torch.nn.Module):
+        wanted = [
+            p for p in inspect.signature(function.forward).parameters.values() if p.default is p.empty
+        ]
+    if len(wanted) == 2:
+        return function
+    return lambda t, x: function(x)
+
+
+def as_points(x: object) -> Tensor:
+    """Return states ``x (..., d)`` as a tensor in single or double precision, whose values are numbers."""
+    points = as_tensor(x, "x", finite=False)
+    check_points(points)
+    if points.ndim == 0:
+        raise ShapeError("x must hold states", got="a number", expected="(..., d)")
+    check_nonempty(points, "x")
+    return points
+
+
+def group_parts(terms: Tensor, by: Groups) -> dict[str, Tensor]:
+    """Return the sums of ``terms (..., d)`` over named groups of components."""
+    check_type(by, Mapping, "by")
+    dim, parts = terms.shape[-1], {}
+    for name, members in by.items():
+        index = [int(i) for i in members]
+        if not index or min(index) < -dim or max(index) >= dim:
+            raise InvalidInputError(f"by[{name!r}] must name components of the state", got=index[:8], expected=f"0 to {dim - 1}")
+        parts[name] = terms[..., index].sum(-1)
+    return parts
 
 
 class SteadyCurrent:
     r"""The probability current of a steady state, from the equation and the score of its density.
 
-    .. math:: v=f_{irr}-D\nabla\log\rho,\qquad f=F-\nabla\cdot D,\qquad D=\tfrac12GG^\top
+    With :math:`dX=F\,dt+G\,dW` (Itô), :math:`D=\tfrac12GG^\top` and the drift of thermodynamics :math:`f=F-\nabla\cdot D`, the
+    current is :math:`J=\rho\,v` with the velocity
+
+    .. math:: v=f_{irr}-D\nabla\log\rho,\qquad f_{irr}(x)=\tfrac12\big[f(x)+\epsilon f(\epsilon x)\big],
+
+    where :math:`\epsilon` are the signs of the components under time reversal; with even components alone
+    :math:`f_{irr}=f`. Entropy is produced at the local rate :math:`v\cdot D^+v=v\cdot D^+f_{irr}-v\cdot\nabla\log\rho`, the sum of what
+    flows into the medium and of the change of the system's own.
 
     Args:
-        sde: the equation, a control included.
-        score: ``score(x)``, or ``score(t, x)`` with any t, of the steady density: ``(..., d)``; or an object with such a ``score``.
-        parity: ``(d,)`` the sign of each component under time reversal, -1 for momenta; all even if None.
+        sde: The equation, a control included. Where time enters, the rates are those at ``t``.
+        score: The gradient of the log density: a function of states ``(..., d)``, a function of time and states, or an object with
+            such a method ``score``.
+        parity: The sign of each component under time reversal, ``(d,)``, -1 for momenta; all are even if None.
+        t: The time at which the equation and the score are evaluated.
+
+    Raises:
+        InvalidInputError: If an argument has the wrong type.
 
     Example:
         >>> from stochdyn.core import SDE
@@ -35,158 +101,141 @@ class SteadyCurrent:
         >>> current = SteadyCurrent(SDE(lambda t, x: x @ turn.mT, 2.0**0.5), lambda x: -x)
         >>> current.local(torch.tensor([[1.0, 0.0]]).double())
         tensor([2.2500], dtype=torch.float64)
+
+    Reference:
+        U. Seifert, "Stochastic thermodynamics, fluctuation theorems and molecular machines", 2012; with parities: R. Spinney and
+        I. Ford, "Entropy production in full phase space for continuous stochastic dynamics", 2012.
     """
 
-    def __init__(self, sde: SDE, score: Any, parity: object = None) -> None:
+    def __init__(self, sde: SDE, score: HasScore | ScoreFunction, parity: object = None, t: float = 0.0) -> None:
         check_type(sde, SDE, "sde")
-        self.sde, self._parity = sde, parity
-        function = getattr(score, "score", score)
-        check_callable(function, "score", "a function, or an object with one")
-        self._score: Callable[..., Tensor] = function
+        check_real(t, "t")
+        self.sde, self._parity, self.t = sde, parity, t
+        self._score = as_score(score)
 
     def _at(self, x: object) -> Tensor:
         """Return states ``x (..., d)`` that the equation takes."""
         points = as_points(x)
-        self.sde.check(torch.zeros((), dtype=points.dtype, device=points.device), points)
+        self.sde.check(self.time(points), points)
+        self.signs(points)
         return points
+
+    def time(self, x: Tensor) -> Tensor:
+        """Return the time of the current in the precision of ``x``."""
+        return torch.as_tensor(self.t, dtype=x.dtype, device=x.device)
+
+    def signs(self, x: Tensor) -> Tensor | None:
+        """Return the signs ``(d,)`` of the components under time reversal, or None where all are even."""
+        if self._parity is None:
+            return None
+        signs = as_parity(self._parity, x)
+        return None if bool((signs > 0).all()) else signs
+
+    def noise(self, x: Tensor) -> HalfCovariance:
+        """Return half the covariance of the noise at ``x``."""
+        return HalfCovariance(self.sde.diffusion(self.time(x), x), x.shape[-1])
 
     def score(self, x: Tensor) -> Tensor:
         """Return the score ``(..., d)``."""
         return self._score_at(self._at(x))
 
     def _score_at(self, x: Tensor) -> Tensor:
-        try:
-            return self._score(x)
-        except TypeError:
-            return self._score(torch.zeros((), dtype=x.dtype, device=x.device), x)
+        value = self._score(self.time(x), x)
+        if not isinstance(value, Tensor) or value.shape[-1:] != x.shape[-1:]:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ShapeError("score must return a vector per state", got=got, expected=f"(..., {x.shape[-1]})")
+        return value
+
+    def force(self, x: Tensor) -> Tensor:
+        r"""Return :math:`f=F-\nabla\cdot D`, the drift that appears in thermodynamics, ``(..., d)``; a control's drift is part of F."""
+        return self._force(self._at(x))
 
     def _force(self, x: Tensor) -> Tensor:
-        """Return ``f = F - div D`` at points, with the control's drift."""
-        return thermodynamic_force(self.sde, x)
+        t = self.time(x)
+        drift = self.sde.slope(t, x).expand_as(x)
+        if not self.sde.state_dependent:
+            return drift
+        with torch.enable_grad():
+            y = x if x.requires_grad else x.detach().requires_grad_()
+            correction = covariance_divergence(self.sde.diffusion(t, y), y)
+        return drift - 0.5 * (correction if x.requires_grad else correction.detach())
 
     def irreversible(self, x: Tensor) -> Tensor:
-        """Return the part of the force that is even under time reversal, ``(..., d)``."""
-        return self._irreversible(self._at(x))
+        r"""Return the part :math:`\tfrac12[f(x)+\epsilon f(\epsilon x)]` of the force, which dissipates, ``(..., d)``."""
+        return self._split(self._at(x))[0]
 
-    def _irreversible(self, x: Tensor) -> Tensor:
-        signs = check_parity(self._parity, x.shape[-1], x)
-        if bool((signs > 0).all()):
-            return self._force(x)
-        return 0.5 * (self._force(x) + signs * self._force(signs * x))
+    def reversible(self, x: Tensor) -> Tensor:
+        r"""Return the part :math:`\tfrac12[f(x)-\epsilon f(\epsilon x)]` of the force, which doesn't dissipate, ``(..., d)``."""
+        return self._split(self._at(x))[1]
 
-    def _covariance(self, x: Tensor) -> Tensor:
-        zero = torch.zeros((), dtype=x.dtype, device=x.device)
-        full = self.sde.diffusion(zero, x).covariance(x.shape[-1])
-        return 0.5 * full.expand(*x.shape, x.shape[-1])
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the two parts of the force, and the size of the terms that they are made of."""
+        force, signs = self._force(x), self.signs(x)
+        if signs is None:
+            return force, torch.zeros_like(force), force.abs()
+        mirrored = signs * self._force(signs * x)
+        return 0.5 * (force + mirrored), 0.5 * (force - mirrored), force.abs() + mirrored.abs()
 
     def velocity(self, x: Tensor) -> Tensor:
         """Return the irreversible velocity of the current, ``(..., d)``.
 
         Raises:
-            DiffusionMismatchError: if an irreversible force acts where there is no noise, so that entropy production is infinite.
+            DiffusionMismatchError: If an irreversible force acts where there is no noise, so that entropy production is infinite.
         """
-        return self._velocity_and_force(self._at(x))[0]
+        return self.velocity_and_dual(self._at(x))[0]
 
-    def _velocity_and_force(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the velocity v = f_irr - D s of the current, and the thermodynamic force D⁺v."""
-        v = self._irreversible(x) - (self._covariance(x) @ self._score_at(x)[..., None])[..., 0]
-        return v, self._against(x, v)
+    def velocity_and_dual(self, x: Tensor, components: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        r"""Return the velocity :math:`v` and :math:`D^+v`, ``(..., d)`` each, at checked states.
 
-    def _against(self, x: Tensor, vector: Tensor) -> Tensor:
-        """Return ``D⁺`` times an irreversible vector, which must lie in the range of ``D``."""
-        d = self._covariance(x)
-        force = (torch.linalg.pinv(d, rtol=1e-10, hermitian=True) @ vector[..., None])[..., 0]
-        outside = (d @ force[..., None])[..., 0] - vector
-        if float(outside.detach().abs().amax()) > 1e-6 * float(vector.detach().abs().amax()):
-            raise DiffusionMismatchError(
-                "the entropy production rate is infinite: an irreversible force acts where there is no noise",
-                hint="momenta are odd under time reversal: give parity=..., -1 for each of them",
-            )
-        return force
+        Args:
+            x: The states, ``(..., d)``.
+            components: Those whose entropy production is asked for; all if None.
 
-    def local(self, x: Tensor, by: Mapping[str, list[int]] | None = None) -> Tensor | dict[str, Tensor]:
+        Raises:
+            DiffusionMismatchError: If an irreversible force acts on one of them without noise.
+        """
+        noise = self.noise(x)
+        irreversible, _, size = self._split(x)
+        pull = noise.times(self._score_at(x))
+        v = irreversible - pull
+        check_reached(noise, v, size + pull.abs(), components)
+        return v, noise.against(v)
+
+    def local(self, x: Tensor, by: Groups | None = None) -> Tensor | dict[str, Tensor]:
         r"""Return the local rate :math:`v\cdot D^+v` of entropy production, ``(...)``, in 1/time.
 
         Args:
-            x: ``(..., d)``.
-            by: groups of components by name; then a dict of the groups' parts, which add up to the whole. Each part's mean is
-                positive only if noise doesn't couple the groups.
+            x: The states, ``(..., d)``.
+            by: Named groups of components, whose parts :math:`\sum_iv_i(D^+v)_i` are then returned by name. They add up to the
+                whole if every component is in one group. The mean of a part is positive for certain only if noise doesn't couple the
+                groups. Groups that leave out components without noise are finite where the whole is infinite.
+
+        Raises:
+            DiffusionMismatchError: If the rate is infinite.
         """
         x = self._at(x)
-        v, force = self._velocity_and_force(x)
-        terms = v * force
-        if by is None:
-            return terms.sum(-1)
-        return {name: terms[..., list(index)].sum(-1) for name, index in by.items()}
+        wanted = None if by is None else sorted({int(i) for members in by.values() for i in members})
+        v, dual = self.velocity_and_dual(x, wanted)
+        return (v * dual).sum(-1) if by is None else group_parts(v * dual, by)
 
     def medium(self, x: Tensor) -> Tensor:
-        r"""Return the rate :math:`v\cdot D^+f` at which entropy flows into the medium, ``(...)``."""
+        r"""Return the rate :math:`v\cdot D^+f_{irr}` at which entropy flows into the medium, ``(...)``."""
         x = self._at(x)
-        # D⁺ is symmetric: v D⁺f = (D⁺v) f.
-        return (self._velocity_and_force(x)[1] * self._irreversible(x)).sum(-1)
+        return (self.velocity_and_dual(x)[1] * self._split(x)[0]).sum(-1)
 
     def system(self, x: Tensor) -> Tensor:
-        r"""Return the rate :math:`-v\cdot\nabla\log\rho` at which the system's entropy changes, ``(...)``; its mean is zero."""
+        r"""Return the rate :math:`-v\cdot\nabla\log\rho` at which the system's own entropy changes, ``(...)``; its mean is zero."""
         x = self._at(x)
-        return -(self._velocity_and_force(x)[0] * self._score_at(x)).sum(-1)
+        return -(self.velocity_and_dual(x)[0] * self._score_at(x)).sum(-1)
 
 
-def thermodynamic_force(sde: SDE, x: Tensor) -> Tensor:
-    """Return ``F - div D`` at ``x (..., d)``, with the drift of a control."""
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-
-    def drift(y: Tensor) -> Tensor:
-        out = sde.drift(zero, y)
-        control = sde.control
-        if control is not None and control.drift is not None:
-            out = out + sde.diffusion(zero, y).apply(control.drift(zero, y))
-        return out
-
-    if not sde.state_dependent:
-        return drift(x)
-    with torch.enable_grad():
-        y = x if x.requires_grad else x.detach().requires_grad_()
-        correction = covariance_divergence(sde.diffusion(zero, y), y)
-    return drift(x) - 0.5 * (correction if x.requires_grad else correction.detach())
-
-
-def entropy_production_rate(current: SteadyCurrent, x: Tensor) -> Estimate:
-    """Return the entropy production rate as the mean local rate over draws ``x (n, d)`` of the steady state.
-
-    With a learned score the estimate is too large by the mean square of the score's error; :func:`sum_rule` needs no score, and
-    the two agree within their errors where the score is right.
-    """
-    check_type(current, SteadyCurrent, "current")
-    return Estimate.of(current.local(_draws(x)).detach())  # type: ignore[union-attr]
-
-
-def sum_rule(sde: SDE, x: Tensor, parity: object = None) -> Estimate:
-    r"""Return the entropy production rate from the equation and draws of its steady state alone.
-
-    .. math:: \sigma=E\big[f_{irr}\cdot D^+f_{irr}+\nabla\cdot f_{irr}-\nabla\cdot f_{rev}\big]
-
-    Args:
-        sde: the equation.
-        x: ``(n, d)`` independent draws of the steady state.
-        parity: as in :class:`SteadyCurrent`; with odd components the noise must be constant.
-    """
-    check_type(sde, SDE, "sde")
-    points = _draws(x)
-    signs = check_parity(parity, points.shape[-1], points)
-    even = bool((signs > 0).all())
-    if not even and sde.state_dependent:
-        raise InvalidInputError("odd components need constant noise here")
-    current = SteadyCurrent(sde, torch.zeros_like, parity)
-    irreversible = current.irreversible(points)
-    square = (irreversible * current._against(points, irreversible)).sum(-1)
-    spread = divergence(current._irreversible, points)
-    if not even:
-        spread = 2 * spread - divergence(lambda y: thermodynamic_force(sde, y), points)
-    return Estimate.of((square + spread).detach())
-
-
-def _draws(x: object) -> Tensor:
-    points = as_tensor(x, "x", 2, "(n, d)")
-    if len(points) < 2:
-        raise ShapeError("x needs at least two draws", got=tuple(points.shape))
-    return points.detach()
+def check_reached(noise: HalfCovariance, v: Tensor, size: Tensor, components: Sequence[int] | None = None) -> None:
+    """Raise DiffusionMismatchError where a vector points out of the directions that noise reaches."""
+    outside = noise.outside(v, size)
+    if components is not None:
+        outside = outside[torch.as_tensor(list(components), device=outside.device)]
+    if bool(outside.any()):
+        raise DiffusionMismatchError(
+            "the entropy production rate is infinite: an irreversible force acts where there is no noise",
+            hint="momenta are odd under time reversal: give parity=..., -1 for each of them; local(x, by=...) gives the rates of the rest",
+        )

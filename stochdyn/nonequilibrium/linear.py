@@ -8,8 +8,13 @@ import torch
 from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_event_size, check_nonempty, check_points
-from stochdyn.errors import DiffusionMismatchError, InvalidInputError, ShapeError
+from stochdyn._checks import as_generator, as_sample_shape, as_tensor, check_event_size
+from stochdyn.core.law.path import as_parity
+from stochdyn.core.sde.coefficients import Matrix
+from stochdyn.core.sde.equation import SDE
+from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.nonequilibrium._noise import HalfCovariance
+from stochdyn.nonequilibrium.current import Groups, as_points, check_reached, group_parts
 
 __all__ = ["LinearSteadyState", "Split"]
 
@@ -19,34 +24,12 @@ class Split:
     """How a drift matrix behaves under time reversal.
 
     Attributes:
-        irreversible: ``(d, d)`` the part that dissipates.
-        reversible: ``(d, d)`` the part that doesn't.
+        irreversible: The part that dissipates, ``(d, d)``.
+        reversible: The part that doesn't, ``(d, d)``.
     """
 
     irreversible: Tensor
     reversible: Tensor
-
-
-def check_parity(parity: object, dim: int, like: Tensor) -> Tensor:
-    """Return the sign of each component under time reversal, ``(d,)`` of 1 and -1."""
-    if parity is None:
-        return torch.ones(dim, dtype=like.dtype, device=like.device)
-    signs = as_tensor(parity, "parity", 1, "(d,)", like=like).to(like)
-    if signs.shape != (dim,) or bool((signs.abs() != 1).any()):
-        raise InvalidInputError(
-            "parity must hold 1 or -1 per component", got=signs.tolist()[:8], expected=f"{dim} signs"
-        )
-    return signs
-
-
-def as_points(x: object) -> Tensor:
-    """Return states ``x (..., d)`` as a tensor in single or double precision, whose values are numbers."""
-    points = as_tensor(x, "x", finite=False)
-    check_points(points)
-    if points.ndim == 0:
-        raise ShapeError("x must hold states", got="a number", expected="(..., d)")
-    check_nonempty(points, "x")
-    return points
 
 
 class LinearSteadyState:
@@ -55,18 +38,19 @@ class LinearSteadyState:
     .. math:: AC+CA^\top+2D=0,\qquad v(x)=(A_{irr}+DC^{-1})x,\qquad \sigma=\mathrm{tr}(V^\top D^+VC)
 
     Args:
-        drift_matrix: A, ``(d, d)`` in 1/time; its eigenvalues must have negative real parts.
-        diffusion: G, ``(d, m)``.
-        parity: ``(d,)`` the sign of each component under time reversal, -1 for momenta; all even if None.
+        drift_matrix: The matrix A, ``(d, d)`` in 1/time; its eigenvalues must have negative real parts.
+        diffusion: The matrix G, ``(d, m)``.
+        parity: The sign of each component under time reversal, ``(d,)``, -1 for momenta; all are even if None.
 
     Attributes:
-        covariance: C, ``(d, d)``.
-        rate: σ, the entropy production rate in 1/time.
-        split: the irreversible and the reversible part of A.
+        covariance: The covariance C of the state, ``(d, d)``.
+        rate: The entropy production rate σ in 1/time.
+        component_rates: The part of each component in it, ``(d,)``.
+        split: The irreversible and the reversible part of A.
 
     Raises:
-        InvalidInputError: if there is no steady state.
-        DiffusionMismatchError: if the rate is infinite, because the irreversible drift acts where there is no noise.
+        InvalidInputError: If there is no steady state.
+        DiffusionMismatchError: If the rate is infinite, because the irreversible drift acts where there is no noise.
 
     Example:
         >>> gyrator = LinearSteadyState([[-2.0, -1.0], [-1.0, -2.0]], torch.tensor([[2.0, 0.0], [0.0, 6.0]]).sqrt())
@@ -83,46 +67,76 @@ class LinearSteadyState:
             )
         if float(torch.linalg.eigvals(a).real.max()) >= 0:
             raise InvalidInputError("there is no steady state: a mode of the drift doesn't decay")
-        dim = len(a)
-        signs = check_parity(parity, dim, a)
+        signs = torch.ones(len(a), dtype=a.dtype) if parity is None else as_parity(parity, a)
         self.drift_matrix, self.diffusion, self.parity = a, g, signs
         spread = g @ g.mT  # 2 D
+        unit = spread.diagonal().sqrt()
         flip = signs[:, None] * signs[None, :]
-        if not torch.allclose(flip * spread, spread, rtol=1e-9, atol=0):
+        if bool(((flip * spread - spread).abs() > 1e-9 * unit[:, None] * unit[None, :]).any()):
             raise InvalidInputError("noise must not couple components of different parity")
-        self.covariance = torch.as_tensor(solve_continuous_lyapunov(a.numpy(), -spread.numpy()))
-        reversed_a = flip * a
-        self.split = Split(0.5 * (a + reversed_a), 0.5 * (a - reversed_a))
-        d = 0.5 * spread
-        self._pinv = torch.linalg.pinv(d, rtol=1e-12, hermitian=True)
-        irreversible = self.split.irreversible
-        outside = irreversible - d @ self._pinv @ irreversible
-        if float(outside.abs().max()) > 1e-9 * float(a.abs().max()):
-            raise DiffusionMismatchError(
-                "the entropy production rate is infinite: an irreversible drift acts where there is no noise",
-                hint="momenta are odd under time reversal: give parity=..., -1 for each of them",
+        # The equation is solved twice: in units of each component's noise, or of one where there is none, and then in
+        # units of the standard deviations that this gives, so that components may be in any units.
+        unit = torch.where(unit > 0, unit, 1.0)
+        for _ in range(2):
+            scaled = torch.as_tensor(
+                solve_continuous_lyapunov(
+                    (a * unit / unit[:, None]).numpy(), -(spread / unit / unit[:, None]).numpy()
+                )
             )
-        self._velocity = irreversible + d @ torch.linalg.inv(self.covariance)
-        self.rate = float(torch.trace(self._velocity.mT @ self._pinv @ self._velocity @ self.covariance))
+            self.covariance = scaled * unit * unit[:, None]
+            unit = self.covariance.diagonal().sqrt()
+        correlation = self.covariance / unit / unit[:, None]
+        self._precision = torch.linalg.inv(correlation) / unit / unit[:, None]
+        self.split = Split(0.5 * (a + flip * a), 0.5 * (a - flip * a))
+        self._noise = HalfCovariance(Matrix(g), len(a))
+        irreversible = self.split.irreversible
+        check_reached(self._noise, irreversible.mT, a.abs().mT)
+        # V = A_irr + D C⁻¹; D acts on the rows of the symmetric C⁻¹.
+        self._velocity = irreversible + self._noise.times(self._precision).mT
+        self._dual = self._noise.against(self._velocity.mT).mT
+        self.component_rates = (self._velocity @ self.covariance * self._dual).sum(1)
+        self.rate = float(self.component_rates.sum())
+
+    @property
+    def sde(self) -> SDE:
+        """The equation of the state."""
+        a = self.drift_matrix
+        return SDE(lambda t, x: x @ a.to(x).mT, Matrix(self.diffusion))
+
+    def sample(
+        self, sample_shape: int | tuple[int, ...] = (), generator: torch.Generator | int | None = None
+    ) -> Tensor:
+        """Draw independent states, ``(*sample_shape, d)`` in double precision.
+
+        Args:
+            sample_shape: The shape of the draws, an integer or a tuple.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        """
+        unit = self.covariance.diagonal().sqrt()
+        root = unit[:, None] * torch.linalg.cholesky(self.covariance / unit / unit[:, None])
+        shape = (*as_sample_shape(sample_shape), len(root))
+        return torch.randn(shape, dtype=root.dtype, generator=as_generator(generator)) @ root.mT
 
     def velocity(self, x: Tensor) -> Tensor:
         """Return the irreversible velocity ``(..., d)`` of the current at ``x (..., d)``."""
-        return self._states(x) @ (self._on_noise() @ self._velocity).mT
+        return self._states(x) @ self._velocity.mT
 
     def _states(self, x: object) -> Tensor:
         points = as_points(x)
         check_event_size(points, len(self.drift_matrix), "x")
         return points.double()
 
-    def _on_noise(self) -> Tensor:
-        """Return the projection on the directions that noise reaches."""
-        return 0.5 * self.diffusion @ self.diffusion.mT @ self._pinv
+    def local(self, x: Tensor, by: Groups | None = None) -> Tensor | dict[str, Tensor]:
+        """Return the local rate ``(...)`` of entropy production at ``x (..., d)``; its mean is :attr:`rate`.
 
-    def local(self, x: Tensor) -> Tensor:
-        """Return the local rate ``(...)`` of entropy production at ``x (..., d)``; its mean is :attr:`rate`."""
-        v = self.velocity(x)
-        return (v * (v @ self._pinv)).sum(-1)
+        Args:
+            x: The states, ``(..., d)``.
+            by: Named groups of components, whose parts are then returned by name.
+        """
+        states = self._states(x)
+        terms = (states @ self._velocity.mT) * (states @ self._dual.mT)
+        return terms.sum(-1) if by is None else group_parts(terms, by)
 
     def score(self, x: Tensor) -> Tensor:
         """Return the gradient of the steady log density, ``(..., d)``."""
-        return -torch.linalg.solve(self.covariance, self._states(x)[..., None])[..., 0]
+        return -self._states(x) @ self._precision

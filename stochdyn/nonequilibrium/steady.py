@@ -1,0 +1,217 @@
+"""Learning the score of a steady state from draws of it and its known equation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stochdyn._checks import as_tensor, check_callable, check_choice, check_positive_int, check_real, check_type
+from stochdyn.core.forward.divergences import (
+    attach,
+    divergence_probes,
+    exact_divergence,
+    pull_back,
+    release,
+    sample_probes,
+    unbiased_square,
+)
+from stochdyn.core.forward.flow import LearnedFlow
+from stochdyn.core.forward.fokker_planck import FokkerPlanck
+from stochdyn.core.networks import MLP
+from stochdyn.core.sde.equation import SDE
+from stochdyn.errors import ShapeError
+from stochdyn.nonequilibrium._noise import HalfCovariance
+from stochdyn.objectives.base import Objective, ObjectiveValue
+
+__all__ = ["SteadyScore", "SteadyScoreMatching"]
+
+
+class SteadyScore(nn.Module):
+    r"""A network for the score of a steady state, on top of a score that is nearly right.
+
+    .. math:: s_\theta(x)=s_0(x)+U^{-1}\,n_\theta(\text{features of }U^{-1}(x-m))
+
+    with the mean :math:`m` and the standard deviations :math:`U` of draws. Without a ``base`` the start :math:`s_0` is the score of the
+    Gaussian with the draws' mean and covariance. Periodic components enter by their sine and cosine.
+
+    Args:
+        x: Draws of the steady state, ``(n, d)``.
+        hidden: The widths of the hidden layers.
+        base: A score :math:`s_0(x)` to start from, such as force over temperature.
+        periods: The period of each component, ``(d,)``; 0 or infinity where a component isn't periodic. None if none is.
+        potential: Whether the network is a potential of which the score is the gradient. A score is a gradient, so this
+            is the right restriction; it costs a second differentiation, and pays for up to some fifty components.
+        activation: The nonlinearity between the layers, smooth for a potential.
+
+    Raises:
+        ShapeError: If draws and periods don't fit each other.
+    """
+
+    mean: Tensor
+    unit: Tensor
+    precision: Tensor
+    periods: Tensor
+
+    def __init__(
+        self,
+        x: object,
+        hidden: Sequence[int] = (64, 64, 64),
+        base: Callable[[Tensor], Tensor] | None = None,
+        periods: object = None,
+        potential: bool = False,
+        activation: str = "silu",
+    ) -> None:
+        super().__init__()
+        points = as_tensor(x, "x", 2, "(n, d)").detach()
+        n, dim = points.shape
+        if n < 2:
+            raise ShapeError("x needs at least two draws", got=n)
+        if base is not None:
+            check_callable(base, "base")
+        period = points.new_zeros(dim) if periods is None else as_tensor(periods, "periods", 1, "(d,)", like=points, finite=False).to(points)
+        if period.shape != (dim,):
+            raise ShapeError("periods must have one entry per component", got=tuple(period.shape), expected=f"({dim},)")
+        period = torch.where(torch.isfinite(period), period, 0.0)
+        unit = points.std(0)
+        unit = torch.where(unit > 0, unit, 1.0)
+        self.register_buffer("mean", points.mean(0))
+        self.register_buffer("unit", unit)
+        self.register_buffer("periods", period)
+        # A Gaussian start for the components that aren't periodic, in their own units.
+        still = period > 0
+        z = torch.where(still, 0.0, (points - points.mean(0)) / unit)
+        covariance = (z.mT @ z / n).double()
+        inverse = torch.linalg.pinv(covariance, rtol=1e-10, hermitian=True).to(points)
+        self.register_buffer("precision", inverse)
+        self.base, self.potential = base, potential
+        inputs = dim + int(still.sum())
+        self.network = MLP(
+            (inputs, *hidden, 1 if potential else dim), zero_last=True, activation=activation
+        ).to(points)
+
+    def _features(self, z: Tensor, x: Tensor) -> Tensor:
+        around = self.periods > 0
+        if not bool(around.any()):
+            return z
+        angle = 2 * torch.pi * x[..., around] / self.periods[around]
+        return torch.cat([z[..., ~around], angle.sin(), angle.cos()], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the score ``(..., d)`` at ``x (..., d)``."""
+        z = (x - self.mean) / self.unit
+        start = -(z @ self.precision) / self.unit if self.base is None else self.base(x)
+        if not self.potential:
+            return start + self.network(self._features(z, x)) / self.unit
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            y = attach(x)
+            energy = self.network(self._features((y - self.mean) / self.unit, y)).squeeze(-1)
+            slope = pull_back(energy, y)
+        return start + release(slope, keep, (x, y))
+
+
+class _Timeless(nn.Module):
+    """A score of states as one of time and state."""
+
+    def __init__(self, score: nn.Module) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.score(x)
+
+
+class SteadyScoreMatching(Objective):
+    r"""Score matching for a steady state whose equation is known, with the stationary Fokker-Planck equation as a second term.
+
+    .. math::
+        \frac{E[s\cdot Ds+2\nabla\cdot(Ds)]+w\,E[(\nabla\cdot v+v\cdot s)^2]/\lambda}{\lambda},\qquad
+        v=f-Ds,\quad \lambda=E[s_0\cdot Ds_0]
+
+    The first part is, up to a constant, the mean square error of the score in the metric of the noise, so directions without noise,
+    which carry no entropy production either, are left alone. It is implicit: no noise is added to the draws, and the score isn't that of
+    a blurred law. The second is zero for the exact score. Both are divided by the rate :math:`\lambda` of the first batch, so that the weight
+    has no unit.
+
+    Args:
+        sde: The equation, a control included.
+        score: A module from states ``(..., d)`` to scores ``(..., d)``, such as a :class:`SteadyScore` or a :class:`ParticleScore`.
+        residual_weight: The weight :math:`w` of the stationary Fokker-Planck equation; 0 leaves it out. It makes current and score
+            consistent with each other at about twice the cost.
+        method: How divergences are computed: ``"exact"``, or ``"hutchinson"`` with random probes, for many components.
+        num_probes: The number of probes per state; the square of the residual needs at least two to be unbiased.
+
+    Raises:
+        InvalidInputError: If an option is unknown or out of range.
+
+    Example:
+        >>> import stochdyn as sd
+        >>> draws = torch.randn(500, 1, generator=torch.Generator().manual_seed(0)).double()
+        >>> objective = SteadyScoreMatching(sd.SDE(lambda t, x: -x, 2**0.5), SteadyScore(draws, hidden=(8,)))
+        >>> objective(draws).bound
+        'surrogate'
+
+    Reference:
+        A. Hyvärinen, "Estimation of non-normalized statistical models by score matching", 2005; N. M. Boffi and E. Vanden-Eijnden,
+        "Deep learning probability flows and entropy production rates in active matter", 2024.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        sde: SDE,
+        score: nn.Module,
+        residual_weight: float = 0.0,
+        method: str = "exact",
+        num_probes: int = 2,
+    ) -> None:
+        super().__init__()
+        check_type(sde, SDE, "sde")
+        check_type(score, nn.Module, "score")
+        check_real(residual_weight, "residual_weight", minimum=0.0)
+        check_choice(method, ("exact", "hutchinson"), "method")
+        check_positive_int(num_probes, "num_probes", 2 if residual_weight and method == "hutchinson" else 1)
+        self.sde, self.network = sde, score
+        self.residual_weight, self.method, self.num_probes = float(residual_weight), method, num_probes
+        self.operator = FokkerPlanck(sde)
+        self.flow = LearnedFlow(_Timeless(score), "score")
+        self.register_buffer("scale", torch.full((), torch.nan))
+
+    def score(self, x: Tensor) -> Tensor:
+        """Return the score ``(..., d)`` that has been learnt."""
+        return self.network(x)
+
+    def forward(self, batch: Tensor) -> ObjectiveValue:
+        """Evaluate on draws of the steady state ``(n, d)``."""
+        if not isinstance(batch, Tensor) or batch.ndim != 2:
+            got = f"shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise ShapeError("a batch must hold draws of the steady state", got=got, expected="(n, d)")
+        t = torch.zeros((), dtype=batch.dtype, device=batch.device)
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            y = attach(batch)
+            s = self.network(y)
+            pull = HalfCovariance(self.sde.diffusion(t, y), y.shape[-1]).times(s)
+            if self.method == "exact":
+                spread = exact_divergence(pull, y, keep)
+            else:
+                spread = divergence_probes(pull, y, sample_probes(y, self.num_probes), keep).mean(0)
+            square = (s * pull).sum(-1)
+        # The rate of the first batch stays for the whole run, so that the objective doesn't change on the way.
+        first = square.detach().mean().to(self.scale)
+        self.scale.copy_(torch.where(torch.isnan(self.scale) & (first > 0), first, self.scale))
+        scale = torch.where(torch.isnan(self.scale), 1.0, self.scale).to(square)
+        matching = (square + 2 * spread).mean() / scale
+        terms, loss = {"matching": matching}, matching
+        if self.residual_weight:
+            residuals = self.operator.residual_probes(
+                self.flow, t, batch, method=self.method, num_probes=self.num_probes, stationary=True
+            )  # type: ignore[arg-type]
+            squares = residuals[0].square() if self.method == "exact" else unbiased_square(residuals)
+            residual = squares.mean() / scale.square()
+            terms["residual"] = residual
+            loss = loss + self.residual_weight * residual
+        return ObjectiveValue(loss, terms)
