@@ -17,7 +17,14 @@ from stochdyn.core.sde.coefficients import Diagonal
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError
 
-__all__ = ["DrivenSystem", "bead_chain", "brownian_gyrator", "driven_ring", "swimmer_pair", "trapped_swimmers"]
+__all__ = [
+    "DrivenSystem",
+    "bead_chain",
+    "brownian_gyrator",
+    "driven_ring",
+    "swimmer_pair",
+    "trapped_swimmers",
+]
 
 # Propulsion, repulsion and friction of the swimmers, in the units of the published simulations.
 _RELAXATION = 0.1
@@ -173,10 +180,21 @@ def driven_ring(force: float = 1.0, barrier: float = 1.0, modulation: float = 0.
     norm = float(density[:-1].mean()) * 2 * math.pi
     current = -math.expm1(drop) / norm
 
+    rho = density / norm
+    # From D ρ' = f ρ - J the slope is known as well: between the points of the grid the density is a cubic of Hermite's.
+    slope = ((f0 + v0 * grid.sin()) * rho - current) / (1 + m * grid.cos())
+    width = float(grid[1])
+
     def score(x: Tensor) -> Tensor:
         # D ∇log ρ = f - J / ρ
-        rho = unnormalised(x) / norm
-        return ((f0 + v0 * x.sin() - (current / rho).to(x)) / (1 + m * x.cos())).to(x)
+        place = torch.remainder(x.double(), 2 * math.pi) / width
+        cell = place.detach().floor().long().clamp(0, len(grid) - 2)
+        u = place - cell
+        low, high = rho[cell], rho[cell + 1]
+        rise, fall = width * slope[cell], width * slope[cell + 1]
+        gap = high - low
+        cubic = low + u * (rise + u * (3 * gap - 2 * rise - fall + u * (rise + fall - 2 * gap)))
+        return ((f0 + v0 * x.sin() - (current / cubic).to(x)) / (1 + m * x.cos())).to(x)
 
     cumulative = torch.cat([grid.new_zeros(1), (0.5 * (density[1:] + density[:-1])).cumsum(0)])
     cumulative = cumulative / cumulative[-1]
@@ -295,7 +313,9 @@ def trapped_swimmers(num_particles: int = 16, speed: float = 0.2) -> DrivenSyste
         g = torch.randn(n, num_particles, 2, dtype=torch.float64, generator=source)
         return _settle(sde, torch.stack([r, g], -2).flatten(1), 100.0, 0.02, source)
 
-    return DrivenSystem(sde, None, None, base_score, draw, torch.zeros(4 * num_particles, dtype=torch.float64))
+    return DrivenSystem(
+        sde, None, None, base_score, draw, torch.zeros(4 * num_particles, dtype=torch.float64)
+    )
 
 
 def _settle(sde: SDE, x: Tensor, horizon: float, dt: float, source: torch.Generator) -> Tensor:

@@ -43,9 +43,7 @@ def as_score(score: HasScore | ScoreFunction, name: str = "score") -> Callable[[
         kinds = []
     wanted = [p for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if isinstance(function, torch.nn.Module):
-        wanted = [
-            p for p in inspect.signature(function.forward).parameters.values() if p.default is p.empty
-        ]
+        wanted = [p for p in inspect.signature(function.forward).parameters.values() if p.default is p.empty]
     if len(wanted) == 2:
         return function
     return lambda t, x: function(x)
@@ -63,14 +61,19 @@ def as_points(x: object) -> Tensor:
 
 def group_parts(terms: Tensor, by: Groups) -> dict[str, Tensor]:
     """Return the sums of ``terms (..., d)`` over named groups of components."""
+    return {name: terms[..., index].sum(-1) for name, index in as_groups(by, terms.shape[-1]).items()}
+
+
+def as_groups(by: Groups, dim: int) -> dict[str, list[int]]:
+    """Return named groups of components as lists of indices, checked."""
     check_type(by, Mapping, "by")
-    dim, parts = terms.shape[-1], {}
-    for name, members in by.items():
-        index = [int(i) for i in members]
-        if not index or min(index) < -dim or max(index) >= dim:
-            raise InvalidInputError(f"by[{name!r}] must name components of the state", got=index[:8], expected=f"0 to {dim - 1}")
-        parts[name] = terms[..., index].sum(-1)
-    return parts
+    groups = {name: [int(i) for i in members] for name, members in by.items()}
+    for name, index in groups.items():
+        if not index or min(index) < 0 or max(index) >= dim:
+            raise InvalidInputError(
+                f"by[{name!r}] must name components of the state", got=index[:8], expected=f"0 to {dim - 1}"
+            )
+    return groups
 
 
 class SteadyCurrent:
@@ -107,7 +110,9 @@ class SteadyCurrent:
         I. Ford, "Entropy production in full phase space for continuous stochastic dynamics", 2012.
     """
 
-    def __init__(self, sde: SDE, score: HasScore | ScoreFunction, parity: object = None, t: float = 0.0) -> None:
+    def __init__(
+        self, sde: SDE, score: HasScore | ScoreFunction, parity: object = None, t: float = 0.0
+    ) -> None:
         check_type(sde, SDE, "sde")
         check_real(t, "t")
         self.sde, self._parity, self.t = sde, parity, t
@@ -143,7 +148,9 @@ class SteadyCurrent:
         value = self._score(self.time(x), x)
         if not isinstance(value, Tensor) or value.shape[-1:] != x.shape[-1:]:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ShapeError("score must return a vector per state", got=got, expected=f"(..., {x.shape[-1]})")
+            raise ShapeError(
+                "score must return a vector per state", got=got, expected=f"(..., {x.shape[-1]})"
+            )
         return value
 
     def force(self, x: Tensor) -> Tensor:
@@ -214,7 +221,8 @@ class SteadyCurrent:
             DiffusionMismatchError: If the rate is infinite.
         """
         x = self._at(x)
-        wanted = None if by is None else sorted({int(i) for members in by.values() for i in members})
+        groups = {} if by is None else as_groups(by, x.shape[-1])
+        wanted = None if by is None else sorted({i for index in groups.values() for i in index})
         v, dual = self.velocity_and_dual(x, wanted)
         return (v * dual).sum(-1) if by is None else group_parts(v * dual, by)
 
@@ -229,7 +237,9 @@ class SteadyCurrent:
         return -(self.velocity_and_dual(x)[0] * self._score_at(x)).sum(-1)
 
 
-def check_reached(noise: HalfCovariance, v: Tensor, size: Tensor, components: Sequence[int] | None = None) -> None:
+def check_reached(
+    noise: HalfCovariance, v: Tensor, size: Tensor, components: Sequence[int] | None = None
+) -> None:
     """Raise DiffusionMismatchError where a vector points out of the directions that noise reaches."""
     outside = noise.outside(v, size)
     if components is not None:

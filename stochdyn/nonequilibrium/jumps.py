@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -136,7 +137,7 @@ def cycle_affinities(rates: SteadyRates) -> list[Cycle]:
                 # from j through the tree to i; the edge from i to j closes the cycle
                 states = (*back, *reversed(first[: first.index(common)]))
                 ring = [*states, states[0]]
-                affinity = sum(_log_ratio(q, a, b) for a, b in zip(ring[:-1], ring[1:], strict=True))
+                affinity = sum(_log_ratio(q, a, b) for a, b in itertools.pairwise(ring))
                 current = float(flow[i, j] - flow[j, i])
                 cycles.append(Cycle(states, affinity, current))
     return cycles
@@ -177,7 +178,9 @@ def scgf(rates: SteadyRates, counting_field: object) -> Tensor:
     """
     _flow(rates)
     q = rates.matrix.double()
-    field = counting_field if isinstance(counting_field, Tensor) else as_tensor(counting_field, "counting_field")
+    field = (
+        counting_field if isinstance(counting_field, Tensor) else as_tensor(counting_field, "counting_field")
+    )
     field = field.to(q)[..., None, None]
     linked = q > 0
     if bool((linked != linked.mT).any()):
@@ -203,7 +206,9 @@ class VisibleEntropy:
     affinity: float
 
 
-def visible_entropy_production(rates: SteadyRates, hidden: Sequence[int], num_nodes: int = 400) -> VisibleEntropy:
+def visible_entropy_production(
+    rates: SteadyRates, hidden: Sequence[int], num_nodes: int = 400
+) -> VisibleEntropy:
     r"""Return the entropy production rate of the visible trajectory when some states can't be told from each other.
 
     With the hidden states in H, an excursion from i through H to k has the density
@@ -287,7 +292,9 @@ def entropy_from_counts(record: CountedJumps) -> Estimate:
         ApproximationWarning: If a link was seen in one direction only: its part is then set by the half counts, not by the data.
     """
     if not isinstance(record, CountedJumps):
-        raise InvalidInputError("record must be a record of jumps, with counts and ts", got=type(record).__name__)
+        raise InvalidInputError(
+            "record must be a record of jumps, with counts and ts", got=type(record).__name__
+        )
     counts = as_tensor(record.counts, "record.counts").double()
     if counts.ndim < 2:
         raise ShapeError("counts must be (*shape, S, S)", got=tuple(counts.shape))

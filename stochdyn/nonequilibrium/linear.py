@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.linalg import solve_continuous_lyapunov
+from scipy.linalg import matrix_balance, solve_continuous_lyapunov
 from torch import Tensor
 
 from stochdyn._checks import as_generator, as_sample_shape, as_tensor, check_event_size
@@ -74,9 +74,9 @@ class LinearSteadyState:
         flip = signs[:, None] * signs[None, :]
         if bool(((flip * spread - spread).abs() > 1e-9 * unit[:, None] * unit[None, :]).any()):
             raise InvalidInputError("noise must not couple components of different parity")
-        # The equation is solved twice: in units of each component's noise, or of one where there is none, and then in
-        # units of the standard deviations that this gives, so that components may be in any units.
-        unit = torch.where(unit > 0, unit, 1.0)
+        # The equation is solved twice: in units that balance the drift, and then in units of the standard deviations that
+        # this gives, so that components may be in any units.
+        unit = torch.as_tensor(matrix_balance(a.numpy(), permute=False, separate=True)[1][0])
         for _ in range(2):
             scaled = torch.as_tensor(
                 solve_continuous_lyapunov(

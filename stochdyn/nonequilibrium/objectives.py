@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,9 @@ def neighbours(paths: object, lag: int = 1) -> Tensor:
     x = as_tensor(paths, "paths", (2, 3), "(T, d) or (n, T, d)")
     check_positive_int(lag, "lag")
     if x.shape[-2] <= lag:
-        raise ShapeError("paths are shorter than the lag", got=f"{x.shape[-2]} states", expected=f"more than {lag}")
+        raise ShapeError(
+            "paths are shorter than the lag", got=f"{x.shape[-2]} states", expected=f"more than {lag}"
+        )
     return torch.stack([x[..., :-lag, :], x[..., lag:, :]], -2).reshape(-1, 2, x.shape[-1])
 
 
@@ -57,7 +60,9 @@ class CurrentNetwork(nn.Module):
         self.linear = nn.Linear(dim, dim).to(points)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        self.network = MLP((dim, *hidden, dim), zero_last=True, activation=activation).to(points) if hidden else None
+        self.network = (
+            MLP((dim, *hidden, dim), zero_last=True, activation=activation).to(points) if hidden else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return coefficients ``(..., d)`` at ``x (..., d)``, in one over the unit of ``x``."""
@@ -77,7 +82,12 @@ class _PairObjective(Objective):
     def _pairs(self, batch: Tensor) -> Tensor:
         if not isinstance(batch, Tensor) or batch.ndim != 3 or batch.shape[1] != 2:
             got = f"shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-            raise ShapeError("a batch must hold pairs of states", got=got, expected="(n, 2, d)", hint="neighbours(paths) makes them")
+            raise ShapeError(
+                "a batch must hold pairs of states",
+                got=got,
+                expected="(n, 2, d)",
+                hint="neighbours(paths) makes them",
+            )
         return batch
 
 
@@ -128,11 +138,11 @@ class NEEP(_PairObjective):
         second = -s if a == -1 else torch.expm1(-(1 + a) * s) / (1 + a)
         return first - second
 
-    def forward(self, batch: Tensor) -> ObjectiveValue:
+    def forward(self, batch: Any = None) -> ObjectiveValue:
         """Evaluate minus the bound on pairs ``(n, 2, d)``."""
         s = self.production(batch)
         bound = self._gain(s).mean() / self.dt
-        return ObjectiveValue(-bound, {"bound": bound, "mean_rate": s.mean() / self.dt})
+        return ObjectiveValue(-bound, {"bound": bound.detach(), "mean_rate": s.detach().mean() / self.dt})
 
     @torch.no_grad()
     def bound(self, batch: Tensor) -> Estimate:
@@ -165,12 +175,14 @@ class ShortTimeTUR(_PairObjective):
         check_callable(function, "function")
         self.function = function
 
-    def forward(self, batch: Tensor) -> ObjectiveValue:
+    def forward(self, batch: Any = None) -> ObjectiveValue:
         """Evaluate minus the bound on pairs ``(n, 2, d)``; before training, where the current is zero, it is that of a small one."""
         before, after = self._pairs(batch).unbind(1)
         j = (self.function(0.5 * (before + after)) * (after - before)).sum(-1)
         variance = j.var()
         # At a current of zero the ratio is 0/0, and the gradient is that of the mean itself.
         if_zero = j.mean() / self.dt
-        bound = torch.where(variance > 0, 2 * j.mean().square() / torch.where(variance > 0, variance, 1.0) / self.dt, if_zero)
-        return ObjectiveValue(-bound, {"bound": bound})
+        bound = torch.where(
+            variance > 0, 2 * j.mean().square() / torch.where(variance > 0, variance, 1.0) / self.dt, if_zero
+        )
+        return ObjectiveValue(-bound, {"bound": bound.detach()})

@@ -75,12 +75,16 @@ class ParticleScore(nn.Module):
         size = self.dim + self.num_extra
         if x.shape[-1] % size:
             raise ShapeError(
-                "a state must hold whole particles", got=f"{x.shape[-1]} numbers", expected=f"a multiple of {size}"
+                "a state must hold whole particles",
+                got=f"{x.shape[-1]} numbers",
+                expected=f"a multiple of {size}",
             )
         particles = x.unflatten(-1, (-1, size))
         length, strength = self.scale
         r, g = particles[..., : self.dim] / length, particles[..., self.dim :] / strength
-        gap = r.unsqueeze(-3) - r.unsqueeze(-2)  # (..., N, N, dim): from particle i to j along the second axis
+        gap = r.unsqueeze(-3) - r.unsqueeze(
+            -2
+        )  # (..., N, N, dim): from particle i to j along the second axis
         if self.box is not None:
             side = self.box / length
             gap = gap - side * (gap / side).round()

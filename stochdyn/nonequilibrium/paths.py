@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from stochdyn._checks import as_tensor, as_time_grid, check_choice, check_type
@@ -99,13 +98,8 @@ def _trajectories(paths: Tensor | Path, ts: Tensor | None, current: SteadyCurren
     grid = as_time_grid(ts, like=x)
     if x.ndim < 2 or x.shape[-2] != len(grid):
         raise ShapeError("paths must be (*sample, T, d)", got=tuple(x.shape), expected=f"T = {len(grid)}")
-<<<<<<< HEAD
-    force = current._velocity_and_force(current._at(x))[1].detach()
-    return (0.5 * (force[..., 1:, :] + force[..., :-1, :]) * (x[..., 1:, :] - x[..., :-1, :])).sum((-2, -1))
-=======
     current._at(x[..., 0, :])
     return x, (grid[1:] - grid[:-1]).to(x).unsqueeze(-1)
->>>>>>> 7a3beb6 (Nonequilibrium: currents in any units, splits, large deviations, hidden states, learnt scores and currents, driven systems)
 
 
 def _integral(rate: Tensor, dt: Tensor) -> Tensor:

@@ -113,9 +113,13 @@ def short_time_entropy(
     weight = 1.0 if len(lags) == 1 else lags[1] / (lags[1] - lags[0])
     weights = [weight, 1 - weight][: len(lags)]
     blocks = torch.stack([w * fit.blocks for w, fit in zip(weights, fits, strict=True)]).sum(0)
-    parts = {} if by is None else {
-        name: float(sum(w * fit.parts[name] for w, fit in zip(weights, fits, strict=True))) for name in by
-    }
+    parts = (
+        {}
+        if by is None
+        else {
+            name: float(sum(w * fit.parts[name] for w, fit in zip(weights, fits, strict=True))) for name in by
+        }
+    )
     stderr = float(blocks.std() / len(blocks) ** 0.5)
     if len(lags) == 2:
         first, second = (fits[i].blocks for i in ((0, 1) if lags[0] < lags[1] else (1, 0)))
@@ -181,7 +185,11 @@ def _currents(
             terms = None if own is None else torch.diag_embed(own[..., 0]).flatten(-3, -2)
         else:
             fields = features(middle)
-            if not isinstance(fields, Tensor) or fields.ndim != middle.ndim + 1 or fields.shape[-1] != middle.shape[-1]:
+            if (
+                not isinstance(fields, Tensor)
+                or fields.ndim != middle.ndim + 1
+                or fields.shape[-1] != middle.shape[-1]
+            ):
                 got = f"shape {tuple(fields.shape)}" if isinstance(fields, Tensor) else type(fields).__name__
                 raise ShapeError("features must return coefficients (..., K, d)", got=got)
             terms = fields.detach().double() * step[..., None, :]

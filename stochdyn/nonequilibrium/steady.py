@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import as_tensor, check_callable, check_choice, check_positive_int, check_real, check_type
+from stochdyn._checks import as_tensor, check_callable, check_real, check_type
 from stochdyn.core.forward.divergences import (
+    Hutchinson,
+    as_trace_method,
     attach,
     divergence_probes,
     exact_divergence,
     pull_back,
     release,
-    sample_probes,
     unbiased_square,
 )
 from stochdyn.core.forward.flow import LearnedFlow
 from stochdyn.core.forward.fokker_planck import FokkerPlanck
 from stochdyn.core.networks import MLP
 from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import ShapeError
+from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.nonequilibrium._noise import HalfCovariance
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
@@ -70,9 +72,15 @@ class SteadyScore(nn.Module):
             raise ShapeError("x needs at least two draws", got=n)
         if base is not None:
             check_callable(base, "base")
-        period = points.new_zeros(dim) if periods is None else as_tensor(periods, "periods", 1, "(d,)", like=points, finite=False).to(points)
+        period = (
+            points.new_zeros(dim)
+            if periods is None
+            else as_tensor(periods, "periods", 1, "(d,)", like=points, finite=False).to(points)
+        )
         if period.shape != (dim,):
-            raise ShapeError("periods must have one entry per component", got=tuple(period.shape), expected=f"({dim},)")
+            raise ShapeError(
+                "periods must have one entry per component", got=tuple(period.shape), expected=f"({dim},)"
+            )
         period = torch.where(torch.isfinite(period), period, 0.0)
         unit = points.std(0)
         unit = torch.where(unit > 0, unit, 1.0)
@@ -140,8 +148,8 @@ class SteadyScoreMatching(Objective):
         score: A module from states ``(..., d)`` to scores ``(..., d)``, such as a :class:`SteadyScore` or a :class:`ParticleScore`.
         residual_weight: The weight :math:`w` of the stationary Fokker-Planck equation; 0 leaves it out. It makes current and score
             consistent with each other at about twice the cost.
-        method: How divergences are computed: ``"exact"``, or ``"hutchinson"`` with random probes, for many components.
-        num_probes: The number of probes per state; the square of the residual needs at least two to be unbiased.
+        method: How divergences are computed: ``"exact"``, with one derivative per component, or ``"hutchinson"``, with the random probes of
+            a :class:`~stochdyn.core.Hutchinson`, for many components. The square of the residual needs two probes or more.
 
     Raises:
         InvalidInputError: If an option is unknown or out of range.
@@ -165,17 +173,16 @@ class SteadyScoreMatching(Objective):
         sde: SDE,
         score: nn.Module,
         residual_weight: float = 0.0,
-        method: str = "exact",
-        num_probes: int = 2,
+        method: str | Hutchinson = "exact",
     ) -> None:
         super().__init__()
         check_type(sde, SDE, "sde")
         check_type(score, nn.Module, "score")
         check_real(residual_weight, "residual_weight", minimum=0.0)
-        check_choice(method, ("exact", "hutchinson"), "method")
-        check_positive_int(num_probes, "num_probes", 2 if residual_weight and method == "hutchinson" else 1)
-        self.sde, self.network = sde, score
-        self.residual_weight, self.method, self.num_probes = float(residual_weight), method, num_probes
+        self.method = as_trace_method(method, ("exact", "hutchinson"))
+        if residual_weight and isinstance(self.method, Hutchinson) and self.method.num_probes < 2:
+            raise InvalidInputError("the square of the residual needs two probes or more", got="num_probes=1")
+        self.sde, self.network, self.residual_weight = sde, score, float(residual_weight)
         self.operator = FokkerPlanck(sde)
         self.flow = LearnedFlow(_Timeless(score), "score")
         self.register_buffer("scale", torch.full((), torch.nan))
@@ -184,7 +191,7 @@ class SteadyScoreMatching(Objective):
         """Return the score ``(..., d)`` that has been learnt."""
         return self.network(x)
 
-    def forward(self, batch: Tensor) -> ObjectiveValue:
+    def forward(self, batch: Any = None) -> ObjectiveValue:
         """Evaluate on draws of the steady state ``(n, d)``."""
         if not isinstance(batch, Tensor) or batch.ndim != 2:
             got = f"shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
@@ -195,23 +202,28 @@ class SteadyScoreMatching(Objective):
             y = attach(batch)
             s = self.network(y)
             pull = HalfCovariance(self.sde.diffusion(t, y), y.shape[-1]).times(s)
-            if self.method == "exact":
-                spread = exact_divergence(pull, y, keep)
+            if isinstance(self.method, Hutchinson):
+                spread = divergence_probes(pull, y, self.method.sample(y), keep).mean(0)
             else:
-                spread = divergence_probes(pull, y, sample_probes(y, self.num_probes), keep).mean(0)
+                spread = exact_divergence(pull, y, keep)
             square = (s * pull).sum(-1)
         # The rate of the first batch stays for the whole run, so that the objective doesn't change on the way.
         first = square.detach().mean().to(self.scale)
         self.scale.copy_(torch.where(torch.isnan(self.scale) & (first > 0), first, self.scale))
         scale = torch.where(torch.isnan(self.scale), 1.0, self.scale).to(square)
         matching = (square + 2 * spread).mean() / scale
-        terms, loss = {"matching": matching}, matching
+        terms, loss = {"matching": matching.detach()}, matching
         if self.residual_weight:
             residuals = self.operator.residual_probes(
-                self.flow, t, batch, method=self.method, num_probes=self.num_probes, stationary=True
-            )  # type: ignore[arg-type]
-            squares = residuals[0].square() if self.method == "exact" else unbiased_square(residuals)
+                self.flow,
+                t,
+                batch,
+                method=self.method,
+                stationary=True,  # type: ignore[arg-type]
+            )
+            exact = not isinstance(self.method, Hutchinson)
+            squares = residuals[0].square() if exact else unbiased_square(residuals)
             residual = squares.mean() / scale.square()
-            terms["residual"] = residual
+            terms["residual"] = residual.detach()
             loss = loss + self.residual_weight * residual
         return ObjectiveValue(loss, terms)
