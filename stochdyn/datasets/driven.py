@@ -89,7 +89,7 @@ def _linear(a: Tensor, temperatures: Tensor) -> DrivenSystem:
     )  # fmt: skip
 
 
-def bead_chain(num_beads: int = 5, cold: float = 1.0, hot: float = 10.0) -> DrivenSystem:
+def bead_chain(num_beads: int = 5, temperatures: Sequence[float] = (1.0, 10.0)) -> DrivenSystem:
     r"""Return a chain of beads between two walls, whose temperatures rise linearly from one end to the other.
 
     .. math:: dX_i=(X_{i-1}-2X_i+X_{i+1})\,dt+\sqrt{2T_i}\,dW_i,\qquad X_0=X_{N+1}=0
@@ -98,15 +98,15 @@ def bead_chain(num_beads: int = 5, cold: float = 1.0, hot: float = 10.0) -> Driv
 
     Args:
         num_beads: The number of beads, two or more.
-        cold: The temperature of the first bead.
-        hot: The temperature of the last bead.
+        temperatures: The temperatures of the first and of the last bead.
 
     Raises:
         InvalidInputError: If a temperature isn't positive.
     """
     check_positive_int(num_beads, "num_beads", 2)
-    check_real(cold, "cold", above=0.0)
-    check_real(hot, "hot", above=0.0)
+    for value in temperatures:
+        check_real(value, "temperatures", above=0.0)
+    cold, hot = temperatures
     one = torch.ones(num_beads - 1, dtype=torch.float64)
     a = torch.diag(one, 1) + torch.diag(one, -1) - 2 * torch.eye(num_beads, dtype=torch.float64)
     return _linear(a, torch.linspace(float(cold), float(hot), num_beads, dtype=torch.float64))

@@ -310,10 +310,10 @@ def entropy_from_counts(record: CountedJumps) -> Estimate:
         )
     log_ratio = torch.log((there + 0.5) / (back + 0.5))
     rate = ((there - back) * log_ratio).sum(-1) / span
-    if counts.ndim > 2:
+    if rate.numel() > 1:
         return Estimate.of(rate.reshape(-1))
     # A number of jumps has the variance of its mean; a jump more changes the sum by the log-ratio and by 1 - n_ji / n_ij.
     slope_there = log_ratio + (there - back) / (there + 0.5)
     slope_back = -log_ratio - (there - back) / (back + 0.5)
     error = (there * slope_there**2 + back * slope_back**2).sum(-1).sqrt() / span
-    return Estimate(rate, error)
+    return Estimate(rate.reshape(()), error.reshape(()))

@@ -9,6 +9,7 @@ from scipy.linalg import matrix_balance, solve_continuous_lyapunov
 from torch import Tensor
 
 from stochdyn._checks import as_generator, as_sample_shape, as_tensor, check_event_size
+from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 from stochdyn.core.law.path import as_parity
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
@@ -102,6 +103,12 @@ class LinearSteadyState:
         """The equation of the state."""
         a = self.drift_matrix
         return SDE(lambda t, x: x @ a.to(x).mT, Matrix(self.diffusion))
+
+    @property
+    def law(self) -> LinearGaussianMeasure:
+        """The law of stationary paths, exact on any grid."""
+        zero = torch.zeros_like(self.covariance[0])
+        return LinearGaussianMeasure(self.drift_matrix, zero, self.diffusion, zero, self.covariance)
 
     def sample(
         self, sample_shape: int | tuple[int, ...] = (), generator: torch.Generator | int | None = None

@@ -14,6 +14,7 @@ from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError
 from stochdyn.nonequilibrium import (
     NEEP,
     CurrentNetwork,
+    LinearSteadyState,
     ParticleScore,
     ShortTimeTUR,
     SteadyCurrent,
@@ -37,17 +38,9 @@ D = torch.float64
 
 
 def bead_paths(seed: int, num_paths: int = 10, horizon: float = 100.0) -> torch.Tensor:
-    chain = bead_chain()
-    matrix = chain.sde.drift(torch.zeros((), dtype=D), torch.eye(5, dtype=D)).mT
-    noise = (2 * torch.linspace(1, 10, 5, dtype=D)).sqrt()
-    start = torch.distributions.MultivariateNormal(
-        torch.zeros(5, dtype=D),
-        torch.linalg.inv(-chain.score(torch.eye(5, dtype=D))),  # type: ignore[misc]
-    )
-    law = sd.LinearGaussianMeasure(
-        matrix, torch.zeros(5, dtype=D), torch.diag(noise), start.mean, start.covariance_matrix
-    )
-    return law.sample(torch.arange(0, horizon, 0.01, dtype=D), num_paths, seed).x
+    force = torch.diag(torch.ones(4), 1) + torch.diag(torch.ones(4), -1) - 2 * torch.eye(5)
+    chain = LinearSteadyState(force, torch.diag((2 * torch.linspace(1, 10, 5)).sqrt()))
+    return chain.law.sample(torch.arange(0, horizon, 0.01, dtype=D), num_paths, seed).x
 
 
 class TestScoreMatching(ObjectiveSuite):
