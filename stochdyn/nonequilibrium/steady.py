@@ -214,12 +214,13 @@ class SteadyScoreMatching(Objective):
         matching = (square + 2 * spread).mean() / scale
         terms, loss = {"matching": matching.detach()}, matching
         if self.residual_weight:
+            method: Any = self.method
             residuals = self.operator.residual_probes(
                 self.flow,
                 t,
                 batch,
                 method=self.method,
-                stationary=True,  # type: ignore[arg-type]
+                stationary=True,
             )
             exact = not isinstance(self.method, Hutchinson)
             squares = residuals[0].square() if exact else unbiased_square(residuals)
