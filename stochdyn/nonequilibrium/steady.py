@@ -219,7 +219,7 @@ class SteadyScoreMatching(Objective):
                 self.flow,
                 t,
                 batch,
-                method=self.method,
+                method=method,
                 stationary=True,
             )
             exact = not isinstance(self.method, Hutchinson)
