@@ -1,4 +1,4 @@
-"""The exception tree: every error says what was wrong, what came, what was expected and what to try."""
+"""The exception tree: every error says what was wrong, what was given, what was expected and what to try."""
 
 from __future__ import annotations
 

@@ -298,8 +298,8 @@ def sample_path(
 
     Example:
         >>> from stochdyn.core import SDE
-        >>> push = torch.tensor([[0.0], [1.0]])  # noise moves the velocity alone
-        >>> oscillator = SDE(lambda t, x: torch.stack([x[..., 1], -x[..., 0]], -1), push)
+        >>> strength = torch.tensor([[0.0], [1.0]])  # noise moves the velocity alone
+        >>> oscillator = SDE(lambda t, x: torch.stack([x[..., 1], -x[..., 0]], -1), strength)
         >>> ts = torch.linspace(0, 1, 11)
         >>> trace = pyro.poutine.trace(lambda: sample_path("x", oscillator, torch.zeros(2), ts)).get_trace()
         >>> trace.nodes["x_dw"]["value"].shape, trace.nodes["x"]["value"].shape

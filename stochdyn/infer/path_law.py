@@ -239,9 +239,11 @@ class DrawnPaths:
         union = torch.cat([grid, ts], -1).sort(-1).values
         t = _column(before, x)
         channels = self.sde.noise_dim(t[0], x[0])
-        kicks = torch.randn((union.shape[-1] - 1, *x.shape[1:-1], channels), dtype=x.dtype, device=x.device)
-        kicks = kicks * _column((union[..., 1:] - union[..., :-1]).sqrt(), x)
-        walk = torch.cat([torch.zeros_like(kicks[:1]), kicks.cumsum(0)])
+        increments = torch.randn(
+            (union.shape[-1] - 1, *x.shape[1:-1], channels), dtype=x.dtype, device=x.device
+        )
+        increments = increments * _column((union[..., 1:] - union[..., :-1]).sqrt(), x)
+        walk = torch.cat([torch.zeros_like(increments[:1]), increments.cumsum(0)])
         at = _pick(walk, torch.searchsorted(union, ts))
         ends = _pick(walk, torch.searchsorted(union, grid))
         bridge = at - torch.lerp(_pick(ends, left), _pick(ends, right), weight)

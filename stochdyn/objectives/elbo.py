@@ -49,7 +49,7 @@ class GaussianObservations(nn.Module):
     r"""Independent Gaussian observations :math:`y_i\sim N(X_{t_i}, \sigma^2)` of a path at grid times.
 
     All of ``ts``, ``times``, ``values`` and ``obs_scale`` may be tensors, arrays, tables or lists; what isn't a tensor takes
-    the precision of ``ts``. A value that is NaN wasn't observed and has no say in the likelihood.
+    the precision of ``ts``. A value that is NaN wasn't observed and doesn't count in the likelihood.
 
     Args:
         ts: The grid ``(T,)`` on which paths are simulated.

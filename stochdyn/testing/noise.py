@@ -104,7 +104,7 @@ def recursion_variance(noise: NoiseProcess, steps: NoiseSteps) -> Tensor:
     for n in range(like.shape[0]):
         move = torch.diag(torch.cat([like.new_ones(1), steps.decay[n]]))
         move[0, 1:] = steps.recall[n]
-        kick = torch.cat([steps.gain[n][:, None], steps.load[n]], 1)
-        cov = move @ cov @ move.mT + kick.mT @ (like[n][:, None] * kick)
+        entry = torch.cat([steps.gain[n][:, None], steps.load[n]], 1)
+        cov = move @ cov @ move.mT + entry.mT @ (like[n][:, None] * entry)
         out.append(cov[0, 0])
     return torch.stack(out)

@@ -140,8 +140,8 @@ class PinnedChain:
         """Draw one path per pair; returns states ``(K+1, d, P)`` and innovations ``(K, d, P)``."""
         shape = (self.matrix.shape[0], *x.shape)
         draws = torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
-        kicks = mv(cholesky(self.noise), draws)
+        noises = mv(cholesky(self.noise), draws)
         path = [x]
-        for matrix, shift, kick in zip(self.matrix, self.shift, kicks, strict=True):
-            path.append(mv(matrix, path[-1]) + shift + kick)
-        return torch.stack(path), kicks
+        for matrix, shift, noise in zip(self.matrix, self.shift, noises, strict=True):
+            path.append(mv(matrix, path[-1]) + shift + noise)
+        return torch.stack(path), noises

@@ -46,7 +46,7 @@ def weighted_paths(
     halves = [pinned.sample(x, generator) for _ in range(repeats // 2)]
     mean = pinned.mean(x)
     states = torch.stack([s for own, _ in halves for s in (own, 2 * mean - own)])
-    kicks = torch.stack([k for _, own in halves for k in (own, -own)])
+    increments = torch.stack([k for _, own in halves for k in (own, -own)])
     t = chain.ts[:-1].to(x)[:, None, None]
     h = chain.ts.diff().to(x)[:, None, None]
     now = states[:, :-1]
@@ -58,7 +58,7 @@ def weighted_paths(
         states[:, 1:] - mv(chain.matrix, now) - chain.shift
     )  # what the noise of the linear process brought
     terms = (weighed * (moved - 0.5 * h * gap)).sum((1, 2))
-    return states, kicks, terms
+    return states, increments, terms
 
 
 def log_correction(log_weights: Tensor) -> Tensor:

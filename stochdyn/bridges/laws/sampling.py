@@ -98,12 +98,12 @@ def _pinned_paths(
     repeats = part.corrections if isinstance(part, LinearisedTransition) else 0
     if not repeats:
         return chain.pin(y).sample(x, generator)
-    states, kicks, weights = weighted_paths(part.family, chain, x, y, repeats, generator)
+    states, increments, weights = weighted_paths(part.family, chain, x, y, repeats, generator)
     uniform = torch.rand(x.shape[-1], generator=generator, dtype=x.dtype, device=x.device)
     chosen = (torch.softmax(weights, 0).cumsum(0) < uniform).sum(0).clamp_max(len(weights) - 1)
     which = torch.arange(x.shape[-1], device=x.device)
     pick = (chosen, slice(None), slice(None), which)
-    return states[pick].permute(1, 2, 0), kicks[pick].permute(1, 2, 0)
+    return states[pick].permute(1, 2, 0), increments[pick].permute(1, 2, 0)
 
 
 def _merged(part: Transition, inside: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ recursion is the transposed recursion backwards in time, so it is solved in the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ __all__ = [
     "restore_columns",
     "samples_first",
 ]
+
+Advance = Callable[[Tensor, Tensor, Tensor], Tensor]
+Compose = Callable[[Tensor, Tensor], Tensor]
 
 # Below this many steps, a walk takes fewer operations than another level of halving.
 _SHORT = 3
@@ -70,7 +74,7 @@ def affine_states(transition: Tensor, offset: Tensor, start: Tensor) -> Tensor:
     start = start.expand(*batch, *event)
     # Transforms of torch differentiate the steps themselves, not our adjoint.
     if transforms_are_active():
-        return _walk(transition, offset, start)
+        return _walk(transition, offset, start, _affine)
     return _States.apply(transition, offset, start)
 
 
@@ -159,7 +163,7 @@ def _moments(transition: Tensor, noise_cov: Tensor, cov: Tensor, offset: Tensor,
     start = torch.cat([cov.expand(*batch, size, size), mean.expand(*batch, size, extra)], -1)
     transition = _lead(transition, ndim)
     if transforms_are_active():
-        return _walk_moments(_widen(transition, extra), columns, start)
+        return _walk(_widen(transition, extra), columns, start, _advance)
     return _Moments.apply(transition, columns, start)
 
 
@@ -178,7 +182,11 @@ class _States(torch.autograd.Function):
         # Columns cost as much as batch members where they outnumber the states.
         work *= max(1, offset.shape[-1] // offset.shape[-2])
         scan = _scans(steps, work, offset.shape[-2], offset.device)
-        states = (_scan if scan else _walk)(transition, offset, start)
+        states = (
+            _scan(transition, offset, start, _affine, _after)
+            if scan
+            else _walk(transition, offset, start, _affine)
+        )
         ctx.save_for_backward(transition, states)
         return states
 
@@ -199,7 +207,11 @@ class _Moments(torch.autograd.Function):
         size, steps = columns.shape[-2], columns.shape[0]
         wide = _widen(transition, columns.shape[-1] - size)
         scan = _scans(steps, columns.shape[1:-2].numel(), size, columns.device)
-        states = (_scan_moments if scan else _walk_moments)(wide, columns, start)
+        states = (
+            _scan(wide, columns, start, _advance, _after_wide)
+            if scan
+            else _walk(wide, columns, start, _advance)
+        )
         ctx.save_for_backward(transition, states)
         return states
 
@@ -215,55 +227,48 @@ class _Moments(torch.autograd.Function):
         return _sum_to(to_transition, transition.shape), later, adjoint[0]
 
 
-def _walk(transition: Tensor, offset: Tensor, start: Tensor) -> Tensor:
+def _walk(maps: Tensor, added: Tensor, start: Tensor, advance: Advance) -> Tensor:
     state, states = start, [start]
-    fast = start.ndim == 3 and transition.shape[1] == start.shape[0]
-    for a, c in zip(transition.unbind(0), offset.unbind(0), strict=True):
-        state = torch.baddbmm(c, a, state) if fast else a @ state + c
+    for a, c in zip(maps.unbind(0), added.unbind(0), strict=True):
+        state = advance(a, state, c)
         states.append(state)
     return torch.stack(states)
 
 
-def _walk_moments(wide: Tensor, columns: Tensor, start: Tensor) -> Tensor:
-    state, states = start, [start]
-    for a, c in zip(wide.unbind(0), columns.unbind(0), strict=True):
-        state = _advance(a, state, c)
-        states.append(state)
-    return torch.stack(states)
-
-
-def _scan(transition: Tensor, offset: Tensor, start: Tensor) -> Tensor:
-    num_steps = offset.shape[0]
+def _scan(maps: Tensor, added: Tensor, start: Tensor, advance: Advance, compose: Compose) -> Tensor:
+    num_steps = added.shape[0]
     if num_steps <= _SHORT:
-        return _walk(transition, offset, start)
+        return _walk(maps, added, start, advance)
     # Pairs of steps compose, z_{n+2} = (A_{n+1} A_n) z_n + (A_{n+1} c_n + c_{n+1}): half as many steps, solved alike,
     # give the even states, and one more step each the odd ones.
     even = num_steps - num_steps % 2
-    first, early = transition[0:even:2], offset[0:even:2]
-    second = transition[1:even:2]
-    evens = _scan(second @ first, second @ early + offset[1:even:2], start)
-    odds = first @ evens[:-1] + early
-    last = transition[-1] @ evens[-1] + offset[-1] if even < num_steps else None
+    first, early, second = maps[0:even:2], added[0:even:2], maps[1:even:2]
+    pairs = compose(second, first), advance(second, early, added[1:even:2])
+    evens = _scan(*pairs, start, advance, compose)
+    odds = advance(first, evens[:-1], early)
+    last = advance(maps[-1], evens[-1], added[-1]) if even < num_steps else None
     return _interleave(evens, odds, last)
 
 
-def _scan_moments(wide: Tensor, columns: Tensor, start: Tensor) -> Tensor:
-    """Solve with ``wide``, the block-diagonal matrix of ``A^T`` and the identity, which multiplies ``[P, m]`` from the right."""
-    num_steps = columns.shape[0]
-    if num_steps <= _SHORT:
-        return _walk_moments(wide, columns, start)
-    # The same halving for the pair [P, m].
-    even = num_steps - num_steps % 2
-    first, early = wide[0:even:2], columns[0:even:2]
-    second = wide[1:even:2]
-    evens = _scan_moments(first @ second, _advance(second, early, columns[1:even:2]), start)
-    odds = _advance(first, evens[:-1], early)
-    last = _advance(wide[-1], evens[-1], columns[-1]) if even < num_steps else None
-    return _interleave(evens, odds, last)
+def _affine(transition: Tensor, state: Tensor, offset: Tensor) -> Tensor:
+    """Return ``A z + c``."""
+    if state.ndim == 3 and transition.ndim == 3 and transition.shape[0] == state.shape[0]:
+        return torch.baddbmm(offset, transition, state)
+    return transition @ state + offset
+
+
+def _after(second: Tensor, first: Tensor) -> Tensor:
+    """Return the matrix of two steps ``A z``."""
+    return second @ first
+
+
+def _after_wide(second: Tensor, first: Tensor) -> Tensor:
+    """Return the matrix of two steps of :func:`_advance`, which multiplies from the right."""
+    return first @ second
 
 
 def _advance(wide: Tensor, moments: Tensor, added: Tensor) -> Tensor:
-    """Return ``[A P A^T + Q, A m + c]`` from ``[P, m]`` and ``[Q, c]``."""
+    """Return ``[A P A^T + Q, A m + c]`` from ``[P, m]`` and ``[Q, c]``; ``wide`` is block-diagonal, of ``A^T`` and one."""
     size = moments.shape[-2]
     ahead = wide[..., :size, :size].mT @ moments
     if ahead.ndim == 3 and wide.ndim == 3 and wide.shape[0] == ahead.shape[0]:

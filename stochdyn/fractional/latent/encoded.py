@@ -58,7 +58,7 @@ class AmortisedGaussianPosterior(EncodedPosterior):
         dt = (model.ts[1:] - model.ts[:-1]).to(context.dtype)
         lag = dt.reshape(-1, 1, 1, 1)
         raw = self.head(context[1:]).unflatten(-1, (d, sum(self.sizes)))
-        offset, gain, log_alpha, below, slope, push = raw.split(self.sizes, -1)
+        offset, gain, log_alpha, below, slope, shift = raw.split(self.sizes, -1)
         # Variances 1 / (1 + alpha dt) of the increments, in units of the prior, and correlations within a step of order sqrt(dt).
         factor = torch.diag_embed(torch.rsqrt(1 + torch.exp(3 * log_alpha - 3) * lag))
         if r > 1:
@@ -67,11 +67,11 @@ class AmortisedGaussianPosterior(EncodedPosterior):
             lower[..., rows, columns] = below * lag.sqrt()
             factor = factor + lower
         noise = replace(model.noise_steps(), per_channel=False)  # components are a batch here
-        steps = affine_steps(noise, Scalar(model.strength()), dt, slope.unsqueeze(-1), push)
+        steps = affine_steps(noise, Scalar(model.strength()), dt, slope.unsqueeze(-1), shift)
         width = torch.cat([model.width[:d, None], model.width[d:].reshape(d, k)], -1)
         feedback = gain.unflatten(-1, (r, 1 + k)) * lag.sqrt().unsqueeze(-1) / width.unsqueeze(-2)
         answer = LinearFeedback(offset * lag.sqrt(), feedback, factor)
-        return FeedbackLaw(steps, answer, self._start(model, context[0])), slope[..., 0], push[..., 0]
+        return FeedbackLaw(steps, answer, self._start(model, context[0])), slope[..., 0], shift[..., 0]
 
     def _start(self, model: LatentSDE, context: Tensor) -> LiftedStart:
         d = self.dim
@@ -101,12 +101,12 @@ class AmortisedGaussianPosterior(EncodedPosterior):
         self, model: LatentSDE, series: Series, n: int
     ) -> tuple[FeedbackLaw, FeedbackDraws, Tensor, Tensor]:
         """Return law, draws, and by what the innovations ``(N, B, d, R, S)`` and memories ``(N+1, B, d, K, S)`` of P differ."""
-        law, slope, push = self._law(model, self.encoder(series, model.ts))
+        law, slope, shift = self._law(model, self.encoder(series, model.ts))
         draws = law.draw(n)
         x = draws.z[:-1, ..., 0, :]  # (N, B, d, S)
         # The path solves the linear equation; the prior's own drift reaches the same path by increments that differ by
         # (linear - nonlinear drift) dt / sigma.
-        linear = slope.unsqueeze(-1) * x + push.unsqueeze(-1)
+        linear = slope.unsqueeze(-1) * x + shift.unsqueeze(-1)
         points = x.movedim(-1, 1)
         t, lag = time_column(model.ts[:-1], points), time_column(model.ts[1:] - model.ts[:-1], points)
         gap = (linear.movedim(-1, 1) - model.sde.drift(t, points)) * lag / model.strength()

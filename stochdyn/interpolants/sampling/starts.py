@@ -95,14 +95,14 @@ class Starts(FlexibleBuffers):
         self.given, self._gaussian = torch.full_like(self.given, 2), None
         most = max(1, min(_KEPT_ROWS, _KEPT_NUMBERS // x0.shape[-1]))
         rows = x0.detach()
-        room = most - (self.kept.shape[0] if self.kept.ndim == 2 else 0)
-        if room > 0:
+        free = most - (self.kept.shape[0] if self.kept.ndim == 2 else 0)
+        if free > 0:
             self.kept = (
-                rows[:room].clone()
+                rows[:free].clone()
                 if self.kept.ndim == 1
-                else torch.cat([self.kept, rows[:room].to(self.kept)])
+                else torch.cat([self.kept, rows[:free].to(self.kept)])
             )
-        self._done = room <= rows.shape[0]
+        self._done = free <= rows.shape[0]
 
     @property
     def dim(self) -> int | None:

@@ -57,8 +57,8 @@ def root_sample(cloud: PointCloud, pencil: Pencil, shift: float, count: int, dra
         second = sp.coo_matrix((blocks.ravel(), (rows.ravel(), columns.ravel())), (edges * m, n * m))
         ends = first.tocsr() - second.tocsr()
     incidence = ends.tocsr() @ sp.diags(1.0 / np.sqrt(pencil.row_mass()))
-    kicks = incidence.conj().T @ draw((incidence.shape[0], count))
-    return np.asarray(kicks + math.sqrt(shift) * draw((incidence.shape[1], count)))
+    edges = incidence.conj().T @ draw((incidence.shape[0], count))
+    return np.asarray(edges + math.sqrt(shift) * draw((incidence.shape[1], count)))
 
 
 class MeanVariance:
