@@ -146,8 +146,8 @@ class SchrodingerBridge(PathMeasure):
         self.dt = float(snapshots.durations.min()) / _POINTS if dt is None else float(dt)
         self.tolerance, self.max_iterations = float(tolerance), max_iterations
         value = torch.nan if relaxation is None else float(relaxation)
-        self.register_buffer("_relaxation", torch.tensor(value, dtype=torch.float64))
-        self._relaxation: Tensor
+        self.register_buffer("_penalty", torch.tensor(value, dtype=torch.float64))
+        self._penalty: Tensor
         self.corrections, self.memory = corrections + corrections % 2, float(memory)
         # what a solution consists of: potentials of every coupling, their errors and values
         for i, (n, m) in enumerate(itertools.pairwise(snapshots.sizes)):
@@ -185,7 +185,7 @@ class SchrodingerBridge(PathMeasure):
     @property
     def relaxation(self) -> float | None:
         """What a unit of relative entropy from the snapshots costs, in nats; None if they are kept to exactly."""
-        value = float(self._relaxation)
+        value = float(self._penalty)
         return None if math.isnan(value) else value
 
     # ------------------------------------------------------------------------------------------ solution
@@ -670,7 +670,7 @@ class SchrodingerBridge(PathMeasure):
         super()._apply(fn, recurse)
         self.snapshots = self.snapshots.to(self.spread.dtype, self.spread.device)
         for name, value in self.named_buffers(recurse=False):
-            if name not in ("spread", "_relaxation"):
+            if name not in ("spread", "_penalty"):
                 setattr(self, name, value.double())
         self._forget()
         return self
