@@ -110,7 +110,7 @@ class GrowingBridge(PathMeasure):
     def solve(self) -> GrowingBridge:
         """Find the couplings; returns this law."""
         if self.growth is None and self.bridge.relaxation is None:
-            self.bridge._price.fill_(self._cost())
+            self.bridge._penalty.fill_(self._cost())
         if self.growth:
             if self.trend is None:
                 self.trend = DensityTrend(self.snapshots)
