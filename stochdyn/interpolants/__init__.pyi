@@ -54,6 +54,7 @@ from .sampling.methods import Adaptive as Adaptive
 from .sampling.methods import Euler as Euler
 from .sampling.methods import Heun as Heun
 from .sampling.methods import Midpoint as Midpoint
+from .sampling.methods import Ralston as Ralston
 from .sampling.methods import RungeKutta4 as RungeKutta4
 from .sampling.methods import Strang as Strang
 from .sampling.noise_level import Epsilon as Epsilon

@@ -119,7 +119,7 @@ def test_splitting_and_schedules_of_noise_are_of_weak_order_two(path: str) -> No
     assert_order_two(model, start, epsilon=lambda t: 0.2 + 0.5 * t)
 
 
-@pytest.mark.parametrize(("path", "names"), [c for c in CASES if c[0] != "encoder-decoder"])
+@pytest.mark.parametrize(("path", "names"), CASES)
 def test_twenty_steps_are_within_a_hundredth(path: str, names: tuple[str, ...]) -> None:
     model, start, _ = exact(path, names)
     for epsilon in (0.0, 1.0):
@@ -133,9 +133,11 @@ def test_flow_and_its_density_are_of_full_order(path: str, names: tuple[str, ...
     model, start, end = exact(path, names)
     grid = torch.linspace(-2, 2, 5, dtype=F64)[:, None]
     x0, x1 = start.mean + start.stddev * grid, end.mean + end.stddev * grid
-    for method, order in (("euler", 1), ("heun", 2), ("rk4", 4)):
-        errors = [float((model.push(x0, n, method) - x1).abs().max()) for n in (20, 40)]
-        back = [float((model.push(x1, n, method, backward=True) - x0).abs().max()) for n in (20, 40)]
+    for method, order in (("euler", 1), ("heun", 2), ("ralston", 2), ("rk4", 4)):
+        # the small error of Ralston's method changes sign at few steps
+        steps = (40, 80) if method == "ralston" else (20, 40)
+        errors = [float((model.push(x0, n, method) - x1).abs().max()) for n in steps]
+        back = [float((model.push(x1, n, method, backward=True) - x0).abs().max()) for n in steps]
         for pair in (errors, back):
             assert pair[1] < 1e-6 or math.log2(pair[0] / pair[1]) > order - 0.6, (method, pair)
     error = (model.log_prob(x1, num_steps=40) - end.log_prob(x1)[:, 0]).abs().max()

@@ -27,6 +27,7 @@ from stochdyn.interpolants.sampling.methods import (
     FlowMethod,
     Heun,
     Midpoint,
+    Ralston,
     Strang,
     as_method,
 )
@@ -133,7 +134,7 @@ def integrate_ode(
         velocity: ``b(t, x) -> (..., d)``, called with a time of no axes.
         x: ``(..., d)`` state at ``ts[0]``.
         ts: ``(T,)`` times, strictly increasing or strictly decreasing.
-        method: ``"euler"``, ``"midpoint"``, ``"heun"`` (order 2), ``"rk4"`` with one step per interval, an adaptive method
+        method: ``"euler"``, ``"midpoint"``, ``"ralston"``, ``"heun"`` (order 2), ``"rk4"`` with one step per interval, an adaptive method
             such as ``"dopri5"``, or an object such as :class:`~stochdyn.interpolants.Adaptive` that carries options.
         trajectory: return the states at all times, ``(T, ..., d)``, instead of the last one.
         inside: whether the first and the last step must evaluate the velocity strictly inside, since it is known at their
@@ -260,6 +261,16 @@ def _plain_step(velocity: Field, times: tuple[Tensor, ...], dts: list[float], me
 
     if isinstance(method, Heun):
         return heun
+    if isinstance(method, Ralston):
+        late = [torch.lerp(a, b, 2 / 3) for a, b in itertools.pairwise(times)]
+
+        def ralston(n: int, x: Tensor) -> Tensor:
+            # weights 1/4 and 3/4 on the slopes at the start and at two thirds of the step
+            slope = velocity(times[n], x)
+            ahead = velocity(late[n], torch.add(x, slope, alpha=2 / 3 * dts[n]))
+            return torch.add(x, slope + 3 * ahead, alpha=0.25 * dts[n])
+
+        return ralston
     middles = [0.5 * (a + b) for a, b in itertools.pairwise(times)]
 
     def midpoint(n: int, x: Tensor) -> Tensor:
