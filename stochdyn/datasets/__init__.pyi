@@ -6,6 +6,12 @@ from .nile import nile_minima as nile_minima
 from .oscillators import SimulatedSnapshots as SimulatedSnapshots
 from .oscillators import lotka_volterra as lotka_volterra
 from .oscillators import repressilator as repressilator
+from .populations import DrugScreen as DrugScreen
+from .populations import GaussianDenoising as GaussianDenoising
+from .populations import LetterClouds as LetterClouds
+from .populations import MeanFieldOU as MeanFieldOU
+from .populations import drug_screen as drug_screen
+from .populations import letters as letters
 from .quantum import OpenSystem as OpenSystem
 from .quantum import open_systems as open_systems
 from .wind import WindClimatology as WindClimatology

@@ -37,9 +37,12 @@ from .paths.processes import MeanReverting as MeanReverting
 from .paths.schedules import CustomSchedule as CustomSchedule
 from .paths.schedules import Schedule as Schedule
 from .paths.student import StudentKernel as StudentKernel
+from .populations.baselines import population_baselines as population_baselines
 from .populations.compare import PopulationComparison as PopulationComparison
 from .populations.compare import compare_populations as compare_populations
 from .populations.data import Populations as Populations
+from .populations.encoder import GraphEncoder as GraphEncoder
+from .populations.encoder import SampleEncoder as SampleEncoder
 from .populations.encoder import SetEncoder as SetEncoder
 from .populations.generator import PopulationGenerator as PopulationGenerator
 from .populations.regression import PopulationRegression as PopulationRegression

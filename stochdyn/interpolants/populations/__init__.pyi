@@ -1,6 +1,9 @@
+from .baselines import population_baselines as population_baselines
 from .compare import PopulationComparison as PopulationComparison
 from .compare import compare_populations as compare_populations
 from .data import Populations as Populations
+from .encoder import GraphEncoder as GraphEncoder
+from .encoder import SampleEncoder as SampleEncoder
 from .encoder import SetEncoder as SetEncoder
 from .generator import PopulationGenerator as PopulationGenerator
 from .regression import PopulationRegression as PopulationRegression

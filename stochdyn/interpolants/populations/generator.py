@@ -35,11 +35,13 @@ class PopulationGenerator(nn.Module):
         check_event_size(value, self.field.dim, name)
         return value
 
-    def embed(self, x0: Any, treatment: Any = None) -> Tensor:
+    def embed(self, x0: Any, treatment: Any = None) -> Tensor | None:
         """Return the embedding ``(c,)`` of a population ``(n, d)``, with its treatment ``(t,)`` joined to it.
 
+        It is None for a model without encoder and treatments.
+
         Raises:
-            InvalidInputError: if a treatment is missing, or the model knows none.
+            InvalidInputError: If a treatment is missing, or the model knows none.
         """
         population = self._points(x0, "x0")
         if (treatment is None) != (self.treatment_dim == 0):
@@ -72,7 +74,7 @@ class PopulationGenerator(nn.Module):
         context = self.embed(population, treatment)
         time = torch.as_tensor(t, dtype=points.dtype, device=points.device).expand(len(points), 1)
         with evaluating(self):
-            return self.field(time, points, context.expand(len(points), -1))
+            return self.field(time, points, _repeated(context, len(points)))
 
     def sample(
         self,
@@ -104,10 +106,14 @@ class PopulationGenerator(nn.Module):
         chosen = as_method(method, FLOW_METHODS, "flows")
         x = self._points(x0, "x0")
         with torch.no_grad():
-            context = self.embed(x if population is None else population, treatment).expand(len(x), -1)
+            context = _repeated(self.embed(x if population is None else population, treatment), len(x))
 
             def velocity(t: Tensor, y: Tensor) -> Tensor:
                 return self.field(t.expand(len(y), 1), y, context)
 
             with evaluating(self):
                 return integrate_ode(velocity, x, time_grid(num_steps, like=x), chosen, trajectory=trajectory)
+
+
+def _repeated(context: Tensor | None, n: int) -> Tensor | None:
+    return None if context is None else context.expand(n, -1)

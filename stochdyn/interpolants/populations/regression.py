@@ -12,7 +12,7 @@ from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants.fields.networks import FieldNetwork
 from stochdyn.interpolants.paths.interpolant import Interpolant
 from stochdyn.interpolants.populations.data import Populations
-from stochdyn.interpolants.populations.encoder import SetEncoder
+from stochdyn.interpolants.populations.encoder import SampleEncoder
 from stochdyn.interpolants.training.couplings import ExactCoupling
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
@@ -26,16 +26,16 @@ class PopulationField(nn.Module):
     """A velocity that knows a population: the encoder, the network, and the units of the data.
 
     Args:
-        dim: the number of components of a point.
-        encoder: the network of samples.
-        network: the velocity, ``net(t, x, context)``.
+        dim: The number of components of a point.
+        encoder: The network of samples, or None for a field that is told nothing of them.
+        network: The velocity, ``net(t, x, context)``.
     """
 
     center: Tensor
     scale: Tensor
     ready: Tensor
 
-    def __init__(self, dim: int, encoder: nn.Module, network: nn.Module) -> None:
+    def __init__(self, dim: int, encoder: nn.Module | None, network: nn.Module) -> None:
         super().__init__()
         self.encoder, self.network, self.dim = encoder, network, dim
         self.register_buffer("center", torch.zeros(dim))
@@ -53,14 +53,18 @@ class PopulationField(nn.Module):
             self.ready.fill_(True)
         self._known = True
 
-    def embed(self, x0: Tensor, treatment: Tensor | None) -> Tensor:
-        """Return the context ``(..., c)`` of populations ``(..., n, d)``."""
+    def embed(self, x0: Tensor, treatment: Tensor | None) -> Tensor | None:
+        """Return the context ``(..., c)`` of populations ``(..., n, d)``; None for a field that is told nothing."""
+        if self.encoder is None:
+            return treatment
         context = self.encoder((x0 - self.center) / self.scale)
         return context if treatment is None else torch.cat([context, treatment], -1)
 
-    def forward(self, t: Tensor, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """Return the velocity ``(n, d)``."""
-        return self.scale * self.network(t, (x - self.center) / self.scale, context)
+        white = (x - self.center) / self.scale
+        value = self.network(t, white) if context is None else self.network(t, white, context)
+        return self.scale * value
 
 
 class PopulationRegression(Objective):
@@ -73,19 +77,21 @@ class PopulationRegression(Objective):
     the batch, and others for its embedding, in a number that varies, so that the embedding of small samples is learnt too.
 
     Args:
-        dim: the number of components of a point.
-        encoder: the network of samples, such as :class:`SetEncoder`.
-        coupling: ``"paired"`` takes starts and targets row by row, ``"independent"`` draws them apart, ``"ot"`` pairs them by optimal
-            transport within every population. The three have the same ends and different flows.
-        velocity: the network ``net(t, x, context)``; a :class:`FieldNetwork` if None.
-        treatment_dim: the number of components of treatments, which are joined to the embedding; 0 for none.
-        interpolant: the path; the straight line if None.
-        num_points: the number of points of a population in a step.
+        dim: The number of components of a point.
+        encoder: The network of samples, such as :class:`SetEncoder`. None for a flow that is blind to populations, the baseline
+            that an encoder has to beat; the ``velocity`` is called as ``net(t, x)`` then, or with the treatment alone.
+        coupling: ``"paired"`` takes starts and targets row by row, for noise that is to be removed, say; ``"independent"`` draws them
+            apart, and ``"ot"`` pairs them by optimal transport within every population, for cells that are destroyed when they are
+            measured. The three have the same ends and different flows; those of ``"ot"`` are straightest.
+        velocity: The network ``net(t, x, context)``; a :class:`FieldNetwork` if None.
+        treatment_dim: The number of components of treatments, which are joined to the embedding; 0 for none.
+        interpolant: The path; the straight line if None.
+        num_points: The number of points of a population in a step.
 
     Batches are those of :class:`Populations`.
 
     Raises:
-        InvalidInputError: for an unknown coupling, or networks that can't be called.
+        InvalidInputError: If the coupling is unknown, or a network can't be called.
 
     Example:
         >>> import stochdyn as sd
@@ -102,7 +108,7 @@ class PopulationRegression(Objective):
     def __init__(
         self,
         dim: int,
-        encoder: nn.Module,
+        encoder: nn.Module | None,
         coupling: str = "paired",
         *,
         velocity: nn.Module | None = None,
@@ -114,7 +120,8 @@ class PopulationRegression(Objective):
         check_positive_int(dim, "dim")
         check_positive_int(treatment_dim, "treatment_dim", 0)
         check_positive_int(num_points, "num_points")
-        check_callable(encoder, "encoder", "a network of samples, such as SetEncoder(dim)")
+        if encoder is not None:
+            check_callable(encoder, "encoder", "a network of samples, such as SetEncoder(dim)")
         check_choice(coupling, ("paired", "independent", "ot"), "coupling")
         if interpolant is not None:
             check_type(interpolant, Interpolant, "interpolant")
@@ -124,11 +131,16 @@ class PopulationRegression(Objective):
                     got=f"path {interpolant.path!r}",
                     expected="such as Interpolant('linear', 'zero')",
                 )
-        if isinstance(encoder, SetEncoder) and encoder.dim != dim:
+        if isinstance(encoder, SampleEncoder) and encoder.dim != dim:
             raise ShapeError("the encoder is of another dimension", got=encoder.dim, expected=dim)
         if velocity is None:
-            check_type(encoder, SetEncoder, "encoder", hint="give velocity=... for an encoder of your own")
-            velocity = FieldNetwork(dim, condition_dim=encoder.out + treatment_dim)  # type: ignore[operator, arg-type]
+            size = treatment_dim
+            if encoder is not None:
+                check_type(
+                    encoder, SampleEncoder, "encoder", hint="give velocity=... for an encoder of your own"
+                )
+                size += encoder.out  # type: ignore[operator, assignment]
+            velocity = FieldNetwork(dim, condition_dim=size)
         check_callable(velocity, "velocity", "a network, net(t, x, context)")
         self.interpolant = Interpolant("linear", "zero") if interpolant is None else interpolant
         self.field = PopulationField(dim, encoder, velocity)
@@ -173,7 +185,7 @@ class PopulationRegression(Objective):
         t = torch.rand(p * n, 1, dtype=x0.dtype, device=x0.device)
         a, b = start.reshape(-1, self.dim), end.reshape(-1, self.dim)
         x = self.interpolant.mean(t, a, b)
-        value = self.field(t, x, context.repeat_interleave(n, 0))
+        value = self.field(t, x, None if context is None else context.repeat_interleave(n, 0))
         error = (value - self.interpolant.mean_derivative(t, a, b)) / self.field.scale
         loss = 0.5 * error.square().sum(-1).mean()
         return ObjectiveValue(loss, {"velocity": loss.detach()}, "surrogate")
