@@ -23,17 +23,17 @@ def plot_densities(
     """Draw densities on the plane side by side, on one colour scale.
 
     Args:
-        laws: by title: samples ``(n, 2)``, of which a histogram is drawn, or a log density ``(n, 2) -> (n,)``.
-        extent: ``(left, right, bottom, top)``.
-        bins: cells a side.
-        axes: a sequence of matplotlib axes, one per law; made if None.
+        laws: What to draw, by title: samples ``(n, 2)``, of which a histogram is drawn, or a log density ``(n, 2) -> (n,)``.
+        extent: The corners of the picture, ``(left, right, bottom, top)``.
+        bins: The number of cells per side.
+        axes: A sequence of matplotlib axes, one per law; made if None.
 
     Returns:
         The axes.
 
     Raises:
-        InvalidInputError: if there are no laws.
-        ShapeError: if samples aren't on the plane.
+        InvalidInputError: If there are no laws.
+        ShapeError: If samples aren't on the plane.
 
     Example:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -93,15 +93,15 @@ def plot_trajectories(path: Tensor, ax: Any = None, num: int = 200) -> Any:
     """Draw the paths of samples on the plane, from their starts (dark) to their ends (bright).
 
     Args:
-        path: ``(T, n, 2)`` states, as ``push(..., trajectory=True)`` returns them.
-        ax: matplotlib axes; made if None.
-        num: how many of them.
+        path: The states ``(T, n, 2)``, as ``push(..., trajectory=True)`` returns them.
+        ax: The Matplotlib axes to draw on; new ones if None.
+        num: The number of paths that are drawn.
 
     Returns:
         The axes.
 
     Raises:
-        ShapeError: if the path has another shape.
+        ShapeError: If the path has another shape.
 
     Example:
         >>> import matplotlib; matplotlib.use("Agg")

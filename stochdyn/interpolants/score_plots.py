@@ -34,21 +34,21 @@ def plot_laws(
     """Draw data, ODE and SDE beside each other: in one dimension as three densities in one picture, in two as maps.
 
     Args:
-        rev: the generative model, in one or two dimensions.
-        data: ``(m, d)``.
-        num_samples: the number of points of each law.
-        num_steps: the number of steps of the integrators.
-        bins: of the histograms, a side.
-        bound: the picture reaches from ``-bound`` to ``bound``; 1.05 times the farthest datum if None.
-        generator: source of randomness.
-        axes: three axes for two dimensions, of which one dimension uses the first; new ones if None.
+        rev: The generative model, in one or two dimensions.
+        data: The points of the data, ``(m, d)``.
+        num_samples: The number of points of each law.
+        num_steps: The number of steps of the integrators.
+        bins: The number of cells of a histogram per side.
+        bound: The picture reaches from ``-bound`` to ``bound``; 1.05 times the farthest datum if None.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        axes: Three axes for two dimensions, of which one dimension uses the first; new ones if None.
 
     Returns:
         The axes used: one, or three.
 
     Raises:
-        ShapeError: if ``data`` isn't ``(m, d)`` with the dimension of the model, or that isn't 1 or 2.
-        EmptyDataError: if there are no data.
+        ShapeError: If ``data`` isn't ``(m, d)`` with the dimension of the model, or that isn't 1 or 2.
+        EmptyDataError: If there are no data.
     """
     check_ndim(data, 2, "data", "(m, d)")
     check_nonempty(data, "data")
@@ -100,18 +100,18 @@ def plot_residual_profile(
     from that of the reverse SDE.
 
     Args:
-        diff: the objective, with a potential.
-        data: ``(n, d)``.
-        num_levels: noise levels.
-        label: of the curve.
-        colour: Matplotlib colour.
-        ax: where to draw; new axes if None.
+        diff: The trained objective, with a potential.
+        data: The points of the data, ``(n, d)``.
+        num_levels: The number of noise levels at which the residual is averaged.
+        label: The name of the curve in a legend.
+        colour: The Matplotlib colour of the curve.
+        ax: The Matplotlib axes to draw on; new ones if None.
 
     Returns:
         The axes.
 
     Raises:
-        ShapeError, EmptyDataError: if ``data`` isn't ``(n, d)`` with points in it.
+        ShapeError, EmptyDataError: If ``data`` isn't ``(n, d)`` with points in it.
     """
     check_ndim(data, 2, "data", "(n, d)")
     check_nonempty(data, "data")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +15,15 @@ from torch import Tensor
 
 import stochdyn as sd
 from stochdyn import errors
-from stochdyn.interpolants import PopulationRegression, Populations, SetEncoder, compare_populations
+from stochdyn.datasets import GaussianDenoising
+from stochdyn.interpolants import (
+    GraphEncoder,
+    PopulationRegression,
+    Populations,
+    SetEncoder,
+    compare_populations,
+    population_baselines,
+)
 
 SIGMA = 0.5
 
@@ -100,15 +112,10 @@ def test_no_pair_crosses_populations(coupling: str) -> None:
         assert float((a - b).square().sum(-1).mean()) < float((a - b.roll(1, 1)).square().sum(-1).mean())
 
 
-def test_encoder_sees_the_sample_and_not_its_order_or_padding() -> None:
+def test_embedding_depends_on_the_empirical_law_alone() -> None:
     torch.manual_seed(0)
     encoder, x = SetEncoder(3, out=5), torch.randn(4, 20, 3)
-    code = encoder(x)
-    torch.testing.assert_close(encoder(x[:, torch.randperm(20)]), code, rtol=0, atol=1e-5)
-    padded = torch.cat([x, torch.full((4, 7, 3), float("nan"))], 1)
-    weights = torch.cat([torch.ones(4, 20), torch.zeros(4, 7)], 1)
-    torch.testing.assert_close(encoder(padded, weights), code, rtol=0, atol=1e-5)
-    torch.testing.assert_close(encoder(x.repeat(1, 3, 1)), code, rtol=0, atol=1e-5)
+    torch.testing.assert_close(encoder(x.repeat(1, 3, 1)), encoder(x), rtol=0, atol=1e-5)
     with pytest.raises(errors.InvalidInputError, match="a point with a weight"):
         encoder(x, torch.zeros(4, 20))
 
@@ -175,3 +182,129 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("make", [SetEncoder, GraphEncoder])
+def test_encoders_read_samples_of_any_size(make: Any) -> None:
+    """Padding, order and repetition of a call change nothing; one point has no neighbour and is a sample all the same."""
+    torch.manual_seed(0)
+    encoder, x = make(3, out=5), torch.randn(4, 20, 3)
+    code = encoder(x)
+    torch.testing.assert_close(encoder(x[:, torch.randperm(20)]), code, rtol=0, atol=1e-5)
+    padded = torch.cat([x, torch.full((4, 7, 3), float("nan"))], 1)
+    weights = torch.cat([torch.ones(4, 20), torch.zeros(4, 7)], 1)
+    torch.testing.assert_close(encoder(padded, weights), code, rtol=0, atol=1e-5)
+    assert encoder(x[:, :1]).shape == (4, 5)
+    assert not torch.allclose(encoder(2 * x), code, atol=1e-3)
+
+
+def test_graph_encoder_sees_what_lies_around_a_point() -> None:
+    """Two populations with the same moments: pairs of near points, and no pairs. Only neighbours tell them apart."""
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    encoder = GraphEncoder(2, out=4, num_neighbors=1)
+    apart = torch.randn(30, 200, 2, generator=g)
+    half = torch.randn(30, 100, 2, generator=g)
+    paired = torch.cat([half, half + 1e-3 * torch.randn(30, 100, 2, generator=g)], 1)
+    a, b = encoder(apart).detach(), encoder(paired).detach()
+    difference = (a.mean(0) - b.mean(0)).abs() / ((a.var(0) + b.var(0)) / 30).sqrt()
+    assert float(difference.max()) > 5
+
+
+def test_blind_flow_knows_no_population() -> None:
+    data, _ = family(4, 60, 0)
+    torch.manual_seed(0)
+    objective = PopulationRegression(2, None, num_points=20)
+    sd.fit(objective, data, steps=3, batch_size=2, progress=False)
+    model = objective.generator()
+    x0 = torch.randn(5, 2)
+    torch.testing.assert_close(model.sample(x0, 4), model.sample(x0, 4, population=x0 + 3.0), rtol=0, atol=0)
+    assert model.embed(x0) is None
+    treated = PopulationRegression(2, None, treatment_dim=2)
+    assert treated.generator().sample(x0, 2, treatment=[1.0, 0.0]).shape == (5, 2)
+
+
+def test_baselines_are_what_they_say() -> None:
+    g = torch.Generator().manual_seed(0)
+    starts = [torch.randn(200, 2, generator=g) * s + m for s, m in ((1.0, 0.0), (1.0, 5.0), (3.0, 5.0))]
+    treatments = torch.tensor([[0.0], [1.0], [1.0]])
+    data = Populations(starts, [x + d for x, d in zip(starts, (1.0, 2.0, 4.0), strict=True)], treatments)
+    x0 = torch.randn(50, 2, generator=g) * 3.0 + 5.0
+    found = population_baselines(data, x0, [1.0])
+    assert torch.equal(found["identity"], x0)
+    torch.testing.assert_close(found["mean shift"], x0 + 3.0, rtol=0, atol=1e-4)
+    assert torch.equal(found["nearest"], data.targets[2])
+    for call, error in (
+        (lambda: population_baselines(data, x0), errors.InvalidInputError),
+        (lambda: population_baselines(data, x0, [7.0]), errors.EmptyDataError),
+        (lambda: population_baselines(data, x0[:, :1], [1.0]), errors.ShapeError),
+        (lambda: population_baselines(Populations(starts, starts), x0, [1.0]), errors.InvalidInputError),
+    ):
+        with pytest.raises(error):
+            call()
+
+
+@pytest.mark.parametrize("metric", ["w1", "w2", "mmd"])
+def test_every_distance_has_its_floor(metric: str) -> None:
+    """A perfect prediction has no excess, and the discrepancy without bias is zero in the mean; a shift is found."""
+    g = torch.Generator().manual_seed(1)
+    target = [torch.randn(200, 2, generator=g) for _ in range(20)]
+    same = compare_populations([torch.randn(200, 2, generator=g) for _ in range(20)], target, metric)
+    assert abs(float(same.excess.mean)) < 4.5 * float(same.excess.stderr)
+    if metric == "mmd":
+        assert abs(float(same.distance.mean)) < 4.5 * float(same.distance.stderr)
+    off = compare_populations([x + 1.0 for x in target], target, metric)
+    assert float(off.excess.mean) > 10 * float(same.excess.stderr)
+    low, high = off.interval()
+    assert low < float(off.excess.mean) < high
+    width = (high - low) / (2 * 1.645 * float(off.excess.stderr))
+    assert 0.7 < width < 1.3
+    gain = same.minus(off)
+    assert float(gain.mean) < -10 * float(gain.stderr)
+    with pytest.raises(errors.ShapeError, match="same populations"):
+        same.minus(compare_populations(target[:3], target[:3], metric))
+
+
+def test_targets_are_not_asked_for(tmp_path: Path) -> None:
+    """A new population needs its starts alone; another process makes the same of them."""
+    data, _ = family(6, 80, 0)
+    torch.manual_seed(0)
+    objective = PopulationRegression(2, GraphEncoder(2, 8, 16), num_points=20)
+    sd.fit(objective, data, steps=5, batch_size=3, progress=False)
+    model = objective.generator()
+    x0 = torch.randn(30, 2, generator=torch.Generator().manual_seed(3))
+    sd.save(model, tmp_path / "model")
+    torch.save(x0, tmp_path / "x0.pt")
+    code = (
+        "import sys, torch, stochdyn as sd\n"
+        "model, x0 = sd.load(sys.argv[1] + '/model'), torch.load(sys.argv[1] + '/x0.pt')\n"
+        "torch.save(model.sample(x0, 5), sys.argv[1] + '/out.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=300)
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), model.sample(x0, 5), rtol=0, atol=1e-6)
+
+
+def test_turned_populations_are_carried_to_their_own_targets() -> None:
+    """The rotated family, for which the best blind field leaves a transport distance of 0.237."""
+    g = torch.Generator().manual_seed(0)
+
+    def law(angle: float) -> GaussianDenoising:
+        turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        return GaussianDenoising([0.0, 0.0], turn @ torch.diag(torch.tensor([1.0, 0.05])) @ turn.mT)
+
+    pairs = [law(math.pi * float(torch.rand((), generator=g))).sample(200, g) for _ in range(100)]
+    torch.manual_seed(0)
+    objective = PopulationRegression(2, SetEncoder(2), num_points=64)
+    data = Populations([a for a, _ in pairs], [b for _, b in pairs])
+    sd.fit(objective, data, steps=400, batch_size=16, lr=3e-3, progress=False,
+           scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 400))  # fmt: skip
+    model = objective.generator()
+    for angle in (0.0, 0.7, 1.9):
+        own = law(angle)
+        x = model.sample(own.sample(2000, g)[0], 20).double()
+        values, vectors = torch.linalg.eigh(own.cov)
+        root = vectors @ torch.diag(values.sqrt()) @ vectors.mT
+        cov = torch.cov(x.mT)
+        cross = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()
+        w2 = float((x.mean(0).square().sum() + cov.trace() + own.cov.trace() - 2 * cross).clamp(min=0).sqrt())
+        assert w2 < 0.06, (angle, w2)

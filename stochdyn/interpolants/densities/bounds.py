@@ -30,12 +30,12 @@ def kl_bound_from_losses(excess_velocity: float, excess_score: float, epsilon: f
     divergence exceeds the smaller number.) The bound is least at :math:`\varepsilon=\sqrt{\Delta L_b/\Delta L_s}`.
 
     Args:
-        excess_velocity: loss of the velocity minus its minimum.
-        excess_score: loss of the score minus its minimum.
-        epsilon: strength of the noise, positive.
+        excess_velocity: The loss of the velocity minus its minimum.
+        excess_score: The loss of the score minus its minimum.
+        epsilon: The strength of the noise, positive.
 
     Raises:
-        InvalidInputError: if epsilon isn't positive, or an excess is negative.
+        InvalidInputError: If epsilon isn't positive, or an excess is negative.
 
     Example:
         >>> kl_bound_from_losses(0.1, 0.4, 0.5)
@@ -102,14 +102,14 @@ def field_errors(
     r"""Errors of velocity and score of a model along the path.
 
     Args:
-        model: the generator.
-        x0: ``(n, d)`` starts, paired with
-        x1: ``(n, d)`` ends. They should not be those of the training.
-        truth: an object with ``velocity(t, x)`` and ``score(t, x)``, such as a
+        model: The generator.
+        x0: The starts, paired row by row with the ends, ``(n, d)``.
+        x1: The ends, ``(n, d)``; other ones than those of the training.
+        truth: An object with ``velocity(t, x)`` and ``score(t, x)``, such as a
             :class:`stochdyn.interpolants.GaussianMixtureInterpolant`. None takes the interpolant of the two samples.
-        num_times: number of times, in the middles of equal intervals.
-        margin: how near to 0 and 1 they may come.
-        generator: source of the latents.
+        num_times: The number of times, in the middles of equal intervals.
+        margin: The least distance of these times from 0 and 1; what lies nearer is left out.
+        generator: The source of the latents: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         Times ``(T,)``; :math:`\delta b` and :math:`\delta s`, ``(T, n, d)``.
@@ -156,21 +156,21 @@ def kl_bound(
     of a sampler that is exact there.
 
     Args:
-        model: the generator.
-        x0: ``(n, d)`` starts, paired as in training.
-        x1: ``(n, d)`` ends, not those of the training.
-        epsilon: a positive number, a function of time, or ``"optimal"``.
-        truth: see :func:`field_errors`.
-        num_times: quadrature points.
-        margin: how near to 0 and 1 they may come.
-        generator: source of the latents.
+        model: The generator.
+        x0: The starts, paired as in training, ``(n, d)``.
+        x1: The ends, ``(n, d)``; other ones than those of the training.
+        epsilon: A positive number, a function of time, or ``"optimal"``.
+        truth: An object with the true ``velocity(t, x)`` and ``score(t, x)``. None takes the fields between the two samples.
+        num_times: The number of times of the quadrature.
+        margin: The least distance of these times from 0 and 1; what lies nearer is left out.
+        generator: The source of the latents: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         The bound in nats, with the standard error of its Monte Carlo average.
 
     Raises:
-        InvalidInputError: if epsilon vanishes.
-        UnavailableError: if the networks give no score.
+        InvalidInputError: If epsilon vanishes.
+        UnavailableError: If the networks give no score.
     """
     if not model.fields.has_score:
         raise UnavailableError(
@@ -194,13 +194,13 @@ def optimal_epsilon(
     r"""Return the noise that minimises the path divergence of a model, :math:`\varepsilon^*(t)=\sqrt{E|\delta b|^2/E|\delta s|^2}`.
 
     Args:
-        model: the generator.
-        truth: the true fields, or better ones; see :func:`field_errors`.
-        x0: ``(n, d)`` starts.
-        x1: ``(n, d)`` ends.
-        num_times: number of times.
-        margin: how near to 0 and 1 they may come.
-        generator: source of the latents.
+        model: The generator.
+        truth: An object with the true ``velocity(t, x)`` and ``score(t, x)``, or better ones than the model's.
+        x0: The starts, ``(n, d)``.
+        x1: The ends, ``(n, d)``.
+        num_times: The number of times.
+        margin: The least distance of these times from 0 and 1; what lies nearer is left out.
+        generator: The source of the latents: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         A function of time that every sampler takes as ``epsilon``.

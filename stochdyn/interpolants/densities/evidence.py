@@ -50,18 +50,18 @@ def feynman_kac_log_density(
     small by about half the squared standard error.
 
     Args:
-        potential: the log density, up to a constant.
-        x: ``(n, d)`` points at the start time.
-        prior: law at the horizon.
-        num_steps: the number of steps of the paths, equal in the log signal-to-noise ratio.
-        num_particles: the number of paths per point.
-        generator: source of randomness.
+        potential: The log density, up to a constant.
+        x: The points at the start time, ``(n, d)``.
+        prior: The law at the horizon.
+        num_steps: The number of steps of the paths, equal in the log signal-to-noise ratio.
+        num_particles: The number of paths per point.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         Log densities and standard errors.
 
     Raises:
-        ShapeError, EmptyDataError: if ``x`` isn't ``(n, d)`` with points in it.
+        ShapeError, EmptyDataError: If ``x`` isn't ``(n, d)`` with points in it.
 
     Example:
         >>> from stochdyn.interpolants import PotentialNetwork
@@ -114,18 +114,18 @@ def evidence_bound(
     stratum per draw, and every point comes from the kernel of the process, so no path is simulated.
 
     Args:
-        potential: the log density, up to a constant.
-        x: ``(n, d)`` points at the start time.
-        prior: law at the horizon.
-        num_draws: the number of draws per point.
-        generator: source of randomness.
+        potential: The log density, up to a constant.
+        x: The points at the start time, ``(n, d)``.
+        prior: The law at the horizon.
+        num_draws: The number of draws per point.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         Unbiased estimates of the bound, differentiable, and standard errors (too large rather than too small, since they
         ignore the strata).
 
     Raises:
-        ShapeError, EmptyDataError: if ``x`` isn't ``(n, d)`` with points in it.
+        ShapeError, EmptyDataError: If ``x`` isn't ``(n, d)`` with points in it.
     """
     _check_model(potential, prior)
     _check(potential.process, x)
@@ -151,10 +151,10 @@ class Energy(NamedTuple):
     """Both sides of the energy identity that can be estimated, and their difference.
 
     Attributes:
-        residual: integral of the mean residual under the reverse SDE.
-        prior: divergence of the prior from the potential at the horizon, of a law from an unnormalised density.
-        start: the same at the start time, of the reverse SDE.
-        mismatch: ``residual + prior - start``: the energy of what separates SDE and ODE, zero where they agree.
+        residual: The integral of the mean residual under the reverse SDE.
+        prior: The divergence of the prior from the potential at the horizon, of a law from an unnormalised density.
+        start: The divergence of the reverse SDE's law at the start time from the potential there.
+        mismatch: The sum ``residual + prior - start``: the energy of what separates SDE and ODE, zero where they agree.
     """
 
     residual: Estimate
@@ -183,12 +183,12 @@ def energy_identity(
     the density of their ends.
 
     Args:
-        potential: the log density, up to a constant.
-        prior: law at the horizon, with ``sample`` and ``log_prob``.
-        num_samples: reverse paths.
-        num_steps: the number of their steps; also those of the forward paths that give the density of their ends.
-        num_particles: the number of forward paths per end.
-        generator: source of randomness; draws from the prior come from torch's global one.
+        potential: The log density, up to a constant.
+        prior: The law at the horizon, with ``sample`` and ``log_prob``.
+        num_samples: The number of reverse paths.
+        num_steps: The number of steps of the reverse paths, and of the forward paths that give the density of their ends.
+        num_particles: The number of forward paths per end.
+        generator: The source of randomness; draws from the prior come from torch's global one.
 
     Returns:
         The parts and the energy, with standard errors.

@@ -29,10 +29,10 @@ class Gap(NamedTuple):
     """A distance and its Monte Carlo floor.
 
     Attributes:
-        distance: between the samples of the two laws.
-        floor: between two independent samples of one law (the SDE's), of the same size: what a vanishing gap looks
+        distance: The distance between the samples of the two laws.
+        floor: Between two independent samples of one law (the SDE's), of the same size: what a vanishing gap looks
             like.
-        corrected: the square root of the excess of the squared distance over the mean squared floor of both laws,
+        corrected: The square root of the excess of the squared distance over the mean squared floor of both laws,
             at least 0.
     """
 
@@ -57,18 +57,18 @@ def ode_sde_gap(
     from ``num_samples`` points of each, by exact optimal transport (cubic in their number beyond one dimension, so a few thousand).
 
     Args:
-        rev: the generative model.
-        num_samples: the number of points of each law.
-        num_steps: the number of steps of the integrators.
-        details: also sample each law a second time, and return the floor.
-        generator: source of randomness.
-        sampling: further options of :meth:`ReverseDiffusion.sample`.
+        rev: The generative model.
+        num_samples: The number of points of each law.
+        num_steps: The number of steps of the integrators.
+        details: Whether to sample each law a second time, and return the floor too.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        sampling: Other options of :meth:`ReverseDiffusion.sample`.
 
     Returns:
         The distance, or a :class:`Gap`.
 
     Raises:
-        InvalidInputError: for counts that aren't positive.
+        InvalidInputError: If a number isn't positive.
 
     Example:
         >>> from stochdyn.interpolants import OU
@@ -102,17 +102,17 @@ def histogram_w2(x: Tensor, y: Tensor, bound: float = 3.5, bins: int = 64) -> fl
     the square don't count.
 
     Args:
-        x: ``(n, 2)``.
-        y: ``(m, 2)``.
-        bound: the square is ``[-bound, bound]^2``.
-        bins: a side.
+        x: The first sample, ``(n, 2)``.
+        y: The second sample, ``(m, 2)``.
+        bound: Half the side of the square ``[-bound, bound]^2`` that is binned.
+        bins: The number of bins per side of the square.
 
     Returns:
         The distance, in the units of ``x``.
 
     Raises:
-        ShapeError, EmptyDataError, NonFiniteError: for samples that aren't ``(n, 2)``, empty or not finite.
-        InvalidInputError: if no point lies in the square.
+        ShapeError, EmptyDataError, NonFiniteError: If a sample isn't ``(n, 2)``, is empty or isn't finite.
+        InvalidInputError: If no point lies in the square.
 
     Example:
         >>> round(histogram_w2(torch.zeros(5, 2), torch.ones(5, 2), bins=7), 3)

@@ -54,18 +54,18 @@ def conservativity(
     it: see :func:`gauge_residual` for what does matter.
 
     Args:
-        score: ``score(t, x) -> (..., d)``.
-        t: time or times, broadcast to ``x[..., :1]``.
-        x: ``(n, d)`` points.
-        num_probes: the number of pairs of probes per point.
-        generator: source of randomness.
+        score: The score as a function ``score(t, x) -> (..., d)``.
+        t: A time, or times that broadcast to ``x[..., :1]``.
+        x: The points, ``(n, d)``.
+        num_probes: The number of pairs of probes per point.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         Mean square of the antisymmetric part with its standard error over points, and its share of the mean square of
         the Jacobian, between 0 and 1.
 
     Raises:
-        ShapeError, EmptyDataError: if ``x`` isn't ``(n, d)`` with points in it.
+        ShapeError, EmptyDataError: If ``x`` isn't ``(n, d)`` with points in it.
 
     Example:
         >>> swirl = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
@@ -101,10 +101,10 @@ def gauge_residual(score: Field, truth: Field, t: Tensor | float, x: Tensor) -> 
     An error with a vanishing residual is a gauge: the probability-flow ODE keeps its marginals in spite of it.
 
     Args:
-        score: ``score(t, x) -> (..., d)``.
-        truth: the true score.
-        t: time or times, broadcast to ``x[..., :1]``.
-        x: ``(..., d)`` points.
+        score: The score as a function ``score(t, x) -> (..., d)``.
+        truth: The true score as a function of the same form.
+        t: A time, or times that broadcast to ``x[..., :1]``.
+        x: The points, ``(..., d)``.
 
     Returns:
         ``(...)``.
@@ -137,17 +137,17 @@ def intrinsic_dimension(score: Field, t: Tensor | float, x: Tensor, std: float, 
     field that isn't conservative its symmetric part is taken.
 
     Args:
-        score: ``score(t, x) -> (..., d)``.
-        t: a small time.
-        x: ``(n, d)`` noised points.
-        std: noise at that time, ``sigma``.
-        drop: eigenvalues of :math:`-\sigma^2J` above this count as normal.
+        score: The score as a function ``score(t, x) -> (..., d)``.
+        t: A small time.
+        x: The noised points, ``(n, d)``.
+        std: The standard deviation :math:`\sigma` of the noise at that time.
+        drop: The least eigenvalue of :math:`-\sigma^2J` of a direction that counts as normal to the data.
 
     Returns:
         ``(n,)`` integers.
 
     Raises:
-        ShapeError, EmptyDataError: if ``x`` isn't ``(n, d)`` with points in it.
+        ShapeError, EmptyDataError: If ``x`` isn't ``(n, d)`` with points in it.
 
     Example:
         >>> flat = lambda t, x: torch.stack([-x[:, 0], -x[:, 1] / 0.01], -1)  # a line in the plane

@@ -37,22 +37,22 @@ def flow_with_log_density(
     .. math:: \dot x=b(t,x),\qquad \frac{d}{dt}\log\rho_t(x_t)=-\nabla\cdot b(t,x_t)
 
     Args:
-        velocity: ``b(t, x) -> (n, d)``, called with a time of no axes.
-        x: ``(n, d)`` points at ``ts[0]``.
-        ts: ``(T,)`` times, either way.
-        method: see :func:`integrate_ode`.
-        exact: whether to take the exact divergence, by ``d`` reverse passes; else Hutchinson's estimate with probes that stay the
+        velocity: The velocity as a function ``b(t, x) -> (n, d)``, called with a time of no axes.
+        x: The points at ``ts[0]``, ``(n, d)``.
+        ts: The times, strictly increasing or strictly decreasing, ``(T,)``.
+        method: How to take a step: one of the methods of :func:`integrate_ode`.
+        exact: Whether to take the exact divergence, by ``d`` reverse passes; else Hutchinson's estimate with probes that stay the
             same along the path, which is unbiased for the log density.
-        num_probes: the number of probes per point.
-        inside: see :func:`integrate_ode`.
-        generator: the source of randomness of the probes.
+        num_probes: The number of probes per point.
+        inside: Whether the velocity is known at the first and at the last time as a limit only, as in :func:`integrate_ode`.
+        generator: The source of randomness of the probes: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         Points at ``ts[-1]`` and the change of the log density ``(n,)`` on the way; differentiable unless gradients are off.
 
     Raises:
-        TimeGridError: if the grid isn't strictly monotone.
-        InvalidInputError: if the method is unknown.
+        TimeGridError: If the grid isn't strictly monotone.
+        InvalidInputError: If the method is unknown.
 
     Example:
         >>> x, change = flow_with_log_density(lambda t, x: -x, torch.ones(1, 2), torch.linspace(0, 1, 11))
@@ -100,12 +100,12 @@ def flow_log_prob(
     .. math:: \log\hat\rho_1(x)=\log\rho_0(X_0)-\int_0^1\nabla\cdot b(t,X_t)\,dt,\qquad X_1=x
 
     Args:
-        velocity: ``b(t, x) -> (n, d)``.
-        log_start: log density of the law at ``ts[0]``, ``(n, d) -> (n,)``.
-        x: ``(n, d)`` points at ``ts[-1]``.
-        ts: ``(T,)`` times from start to end.
-        method: see :func:`flow_with_log_density`.
-        **options: see :func:`flow_with_log_density`.
+        velocity: The velocity as a function ``b(t, x) -> (n, d)``.
+        log_start: The log density of the law at ``ts[0]``, ``(n, d) -> (n,)``.
+        x: The points at ``ts[-1]``, ``(n, d)``.
+        ts: The times from start to end, ``(T,)``.
+        method: How to take a step: one of the methods of :func:`integrate_ode`.
+        **options: Other options of :func:`flow_with_log_density`.
 
     Returns:
         ``(n,)``.
@@ -123,7 +123,7 @@ class PathWeights:
     r"""Log weights of paths whose mean exponential is a density.
 
     Attributes:
-        log_weights: ``(K, n)``.
+        log_weights: The log weights of K paths of each of n points, ``(K, n)``.
     """
 
     log_weights: Tensor
@@ -175,24 +175,24 @@ def feynman_kac_log_prob(
     assumed: it is a proposal.
 
     Args:
-        forward_drift: ``f(t, x) -> (n, d)``.
-        noise: ``g``: a number, one per step, or a function of times.
-        log_start: log density at ``ts[0]``.
-        x: ``(n, d)`` points at ``ts[-1]``.
-        ts: ``(T,)`` increasing times.
-        score: ``s(t, x)``, the score of the marginals or an approximation.
-        num_particles: ``K``, the number of paths per point.
-        method: ``"feynman-kac"`` takes the integrals above along Euler steps, with an error of the order of the step;
+        forward_drift: The drift of the SDE as a function ``f(t, x) -> (n, d)``.
+        noise: The strength g of the noise: a number, one number per step, or a function of times.
+        log_start: The log density at ``ts[0]``, a function ``(n, d) -> (n,)``.
+        x: The points at ``ts[-1]``, ``(n, d)``.
+        ts: The increasing times, ``(T,)``.
+        score: The score of the marginals or an approximation, a function ``s(t, x) -> (n, d)``; the nearer, the less the weights vary.
+        num_particles: The number K of paths per point.
+        method: How paths are weighed: ``"feynman-kac"`` takes the integrals above along Euler steps, with an error of the order of the step;
             ``"transition"`` weighs with the ratio of the transition densities of Euler-Maruyama, which needs no divergence and is
             unbiased for the density of that scheme on this grid, at any step.
-        generator: source of randomness.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         Weights ``(K, n)``; ``.log_prob`` is the estimate.
 
     Raises:
-        TimeGridError: if the grid isn't strictly increasing.
-        InvalidInputError: if the noise vanishes in a step.
+        TimeGridError: If the grid isn't strictly increasing.
+        InvalidInputError: If the noise vanishes in a step.
 
     Example:
         >>> normal = torch.distributions.Normal(0.0, 1.0)

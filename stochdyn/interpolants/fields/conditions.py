@@ -18,8 +18,8 @@ def as_condition(condition: Any, like: Tensor) -> Tensor:
     """Turn labels or contexts of any kind into a tensor beside ``like``; contexts take its precision.
 
     Raises:
-        InvalidInputError: if they aren't numbers.
-        NonFiniteError: if a context isn't finite.
+        InvalidInputError: If they aren't numbers.
+        NonFiniteError: If a context isn't finite.
     """
     value = condition
     if not isinstance(value, Tensor):
@@ -40,7 +40,7 @@ def paired_condition(condition: Any, x1: Tensor) -> Tensor | None:
     """Return the conditions of points ``x1 (n, ...)``, one for each, or None.
 
     Raises:
-        ShapeError: if there is another number of them.
+        ShapeError: If there is another number of them.
     """
     if condition is None:
         return None
@@ -58,12 +58,12 @@ def rows_of_condition(condition: Any, count: int, lead: tuple[int, ...], like: T
     Args:
         condition: None; one label ``()`` or one context ``(c,)`` for all; or one for each point, with the leading axes
             ``lead`` or ``(count,)``.
-        count: the number of points.
-        lead: the shape of the points.
-        like: a tensor whose precision and device it takes.
+        count: The number of points.
+        lead: The shape of the points.
+        like: A tensor whose precision and device it takes.
 
     Raises:
-        ShapeError: if it has another number of rows.
+        ShapeError: If it has another number of rows.
     """
     if condition is None:
         return None

@@ -26,7 +26,7 @@ def check_known(interpolant: Interpolant, known: Sequence[str]) -> None:
     """Raise unless fields of these names belong to the path and don't repeat one another.
 
     Raises:
-        InvalidInputError: if there is none, or more than two; if two of them say the same; or if the path has no such
+        InvalidInputError: If there is none, or more than two; if two of them say the same; or if the path has no such
             field.
     """
     if not 1 <= len(known) <= 2:
@@ -118,16 +118,16 @@ def conversion(
     At an end of [0, 1] a coefficient may be infinite, although the field itself is finite there: see :func:`regular_at`.
 
     Args:
-        interpolant: the path.
-        known: names of one or two fields.
-        target: name of the field that is wanted.
-        t: times of any shape.
+        interpolant: The path.
+        known: The names of one or two fields.
+        target: The name of the field that is wanted.
+        t: The times of any shape.
 
     Returns:
         ``c_x`` and the list of ``c_k``, each of the shape of ``t``, or None for zero.
 
     Raises:
-        UnavailableError: if the known fields don't determine the target.
+        UnavailableError: If the known fields don't determine the target.
 
     Example:
         >>> it = Interpolant("one-sided-linear")
@@ -352,16 +352,16 @@ def convert(
     """Return a field ``(..., d)`` from the values of the known ones at a time.
 
     Args:
-        interpolant: the path.
-        known: one or two fields ``(..., d)`` by name.
-        target: name of the field that is wanted.
-        t: times that broadcast to ``x[..., :1]``. Times nearer than ``clip`` to an end are moved to that distance; the
+        interpolant: The path.
+        known: The values of one or two fields, ``(..., d)``, by name.
+        target: The name of the field that is wanted.
+        t: The times that broadcast to ``x[..., :1]``. Times nearer than ``clip`` to an end are moved to that distance; the
             known fields should then be those of the moved times.
-        x: ``(..., d)`` points.
-        clip: the distance, between 0 and one half.
+        x: The points, ``(..., d)``.
+        clip: The least distance of a time from 0 and 1, between 0 and one half.
 
     Raises:
-        UnavailableError: if the known fields don't determine the target.
+        UnavailableError: If the known fields don't determine the target.
 
     Example:
         >>> it = Interpolant("one-sided-linear")

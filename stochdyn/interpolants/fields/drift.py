@@ -17,10 +17,10 @@ class ForwardDrift(nn.Module):
     r"""The drift :math:`b+\varepsilon s`, each network evaluated once.
 
     Args:
-        fields: the networks.
-        epsilon: the strength of the noise, a number or a function of time.
-        condition: what is passed on to the networks.
-        guidance: the strength of classifier-free guidance.
+        fields: The networks.
+        epsilon: The strength of the noise, a number or a function of time.
+        condition: The labels or contexts that are passed on to the networks; None for none.
+        guidance: The strength of classifier-free guidance.
     """
 
     def __init__(

@@ -24,8 +24,8 @@ class LearnedScore(nn.Module):
     """A learned score or potential of a process.
 
     Args:
-        process: the noising process.
-        source: a :class:`Potential`, or a score ``score(t, x) -> (..., d)`` or ``score(t, x, condition)``.
+        process: The noising process.
+        source: A :class:`Potential`, or a score ``score(t, x) -> (..., d)`` or ``score(t, x, condition)``.
     """
 
     def __init__(self, process: AffineProcess, source: Potential | Field) -> None:
@@ -38,7 +38,7 @@ class LearnedScore(nn.Module):
         """The potential.
 
         Raises:
-            UnavailableError: if a score was given in its place.
+            UnavailableError: If a score was given in its place.
         """
         if not isinstance(self.source, Potential):
             raise UnavailableError("a score network knows no log density", hint="train a potential")
@@ -53,7 +53,7 @@ class LearnedScore(nn.Module):
         """Return the same score for one condition, and one mean of the process, per point.
 
         Raises:
-            InvalidInputError: if the source takes no condition.
+            InvalidInputError: If the source takes no condition.
         """
         if condition is None and mean is None:
             return self

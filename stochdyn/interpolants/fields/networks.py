@@ -47,14 +47,14 @@ class FieldNetwork(nn.Module):
     r"""A fully connected network for a field: ``net(t, x, condition)``.
 
     Args:
-        dim: dimension of the state.
-        width: of the hidden layers.
-        depth: number of hidden layers.
-        condition_dim: dimension of a context vector; 0 for none.
-        num_classes: number of labels, given as integers; 0 for none. One more embedding stands for "no label" (its index is
+        dim: The number of components of a point.
+        width: The width of the hidden layers.
+        depth: The number of hidden layers.
+        condition_dim: The dimension of a context vector; 0 for none.
+        num_classes: The number of labels, given as integers; 0 for none. One more embedding stands for "no label" (its index is
             ``num_classes``).
-        activation: see :class:`stochdyn.core.MLP`.
-        out_dim: of the output; that of the state if None.
+        activation: The name of the nonlinearity between layers, as in :class:`stochdyn.core.MLP`.
+        out_dim: The number of components of the output; that of a point if None.
 
     Example:
         >>> FieldNetwork(2)(torch.rand(5, 1), torch.zeros(5, 2)).shape
@@ -102,8 +102,8 @@ class FieldNetwork(nn.Module):
         """Return ``(..., dim)`` for ``t (..., 1)``, ``x (..., dim)`` and a context ``(..., c)`` or labels ``(...)``.
 
         Raises:
-            InvalidInputError: for a condition that the network has no input for, or labels that aren't whole numbers.
-            ShapeError: if the context has another size.
+            InvalidInputError: If the network has no input for a condition, or labels aren't whole numbers.
+            ShapeError: If the context has another size.
         """
         if not isinstance(x, Tensor) or not isinstance(t, Tensor) or x.shape[-1:] != (self.dim,):
             check_type(t, Tensor, "t")
@@ -162,14 +162,15 @@ class NetworkAdapter(nn.Module):
     network that expects something else, such as a U-Net called as ``net(x, timesteps, labels)``.
 
     Args:
-        network: a callable or a module.
-        time_first: whether the network is called as ``net(t, x)``; otherwise as ``net(x, t)``.
-        time: ``"column"`` passes times as ``(n, 1)``, ``"flat"`` as ``(n,)``, ``"event"`` as ``(n, 1, ..., 1)`` beside the event.
-        time_scale: a factor on the times, such as 1000 for networks made for a thousand integer steps.
-        condition: the name of the keyword that takes the condition; None passes it as the third argument.
+        network: A callable or a module.
+        time_first: Whether the network is called as ``net(t, x)``; otherwise as ``net(x, t)``.
+        time: The form of the times: ``"column"`` passes them as ``(n, 1)``, ``"flat"`` as ``(n,)``, ``"event"`` as ``(n, 1, ..., 1)``
+            beside the event.
+        time_scale: A factor on the times, such as 1000 for networks made for a thousand integer steps.
+        condition: The name of the keyword that takes the condition; None passes it as the third argument.
 
     Raises:
-        InvalidInputError: if the network isn't callable, or for an unknown form of time.
+        InvalidInputError: If the network isn't callable, or the form of the time is unknown.
 
     Example:
         >>> net = NetworkAdapter(lambda x, t: x * t[:, None], time_first=False, time="flat")
@@ -217,17 +218,17 @@ class Fields(FlexibleBuffers):
     Events of any shape are vectors to everything but the networks, which see them in their own shape.
 
     Args:
-        interpolant: the path.
-        networks: by name (``"velocity"``, ``"path_velocity"``, ``"score"``, ``"noise_prediction"``, ``"start_prediction"``,
+        interpolant: The path.
+        networks: The networks by name (``"velocity"``, ``"path_velocity"``, ``"score"``, ``"noise_prediction"``, ``"start_prediction"``,
             ``"data_prediction"``); called as ``net(t, x)`` with ``t (..., 1)``, or ``net(t, x, condition)`` where there is one.
-        clip: the distance from the ends of [0, 1] to which times are moved at which a converted field is known as a limit only.
-        null_condition: what stands for no condition, in classifier-free guidance.
-        independent: whether the two ends are independent. If they aren't, the noise of a one-sided path isn't either, and its
+        clip: The distance from the ends of [0, 1] to which times are moved at which a converted field is known as a limit only.
+        null_condition: What stands for no condition, in classifier-free guidance.
+        independent: Whether the two ends are independent. If they aren't, the noise of a one-sided path isn't either, and its
             mean gives no score.
-        anchored: whether predictions are held to what they must be at an end, see :meth:`call`.
+        anchored: Whether predictions are held to what they must be at an end, see :meth:`call`.
 
     Raises:
-        InvalidInputError: if there are no networks, or they don't belong to the path.
+        InvalidInputError: If there are no networks, or they don't belong to the path.
     """
 
     flexible = ("event_sizes", "null_condition")
@@ -277,7 +278,7 @@ class Fields(FlexibleBuffers):
         """Note the shape of events.
 
         Raises:
-            ShapeError: if events of another shape were seen before.
+            ShapeError: If events of another shape were seen before.
         """
         if self.event_shape is None:
             self.event_sizes = torch.tensor(event_shape, dtype=torch.long, device=self.event_sizes.device)
@@ -360,7 +361,7 @@ class Fields(FlexibleBuffers):
         """Return what stands for no condition, in the shape of ``condition``.
 
         Raises:
-            InvalidInputError: if the model has no null condition.
+            InvalidInputError: If the model has no null condition.
         """
         if self.null_condition is None:
             raise InvalidInputError(
@@ -380,11 +381,11 @@ class Fields(FlexibleBuffers):
         """Return a weighted sum of fields at once, each network evaluated a single time.
 
         Args:
-            targets: weights by name of field; numbers, or tensors that broadcast to ``x[..., :1]``.
-            t: times that broadcast to ``x[..., :1]``.
-            x: ``(..., d)``.
-            condition: passed on to the networks.
-            guidance: strength of classifier-free guidance: 1 for none, 0 for the unconditional model.
+            targets: The weights by name of field; numbers, or tensors that broadcast to ``x[..., :1]``.
+            t: The times that broadcast to ``x[..., :1]``.
+            x: The points, ``(..., d)``.
+            condition: The labels or contexts that are passed on to the networks; None for none.
+            guidance: The strength of classifier-free guidance: 1 for none, 0 for the unconditional model.
         """
         time = self._moved(targets, as_time(t, x).to(x.dtype))
         at_points: Tensor | None = None
@@ -416,7 +417,7 @@ class Fields(FlexibleBuffers):
         """Return the field ``name`` at ``x (..., d)``.
 
         Raises:
-            UnavailableError: if the networks don't determine it.
+            UnavailableError: If the networks don't determine it.
         """
         if name in self.names:
             time = as_time(t, x).to(x.dtype).expand(*x.shape[:-1], 1)

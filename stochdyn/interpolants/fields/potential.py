@@ -49,7 +49,7 @@ class Potential(nn.Module, ABC):
     r"""A learned log density :math:`\Phi(t,x)` of a process, up to a constant.
 
     Args:
-        process: the process whose marginals it is to be.
+        process: The process whose marginals it is to be.
     """
 
     def __init__(self, process: AffineProcess) -> None:
@@ -73,10 +73,10 @@ class Potential(nn.Module, ABC):
         .. math:: R=\partial_t\Phi+\nabla\cdot f+f\cdot\nabla\Phi-\tfrac12g^2(\Delta\Phi+|\nabla\Phi|^2)
 
         Args:
-            t: times that broadcast to ``x[..., :1]``.
-            x: ``(..., d)``.
-            method: ``"exact"``, ``"forward"`` or ``"hutchinson"``.
-            num_probes: residuals that ``"hutchinson"`` returns, independent given the point.
+            t: The times that broadcast to ``x[..., :1]``.
+            x: The points, ``(..., d)``.
+            method: How the Laplacian is computed: ``"exact"`` by reverse passes, ``"forward"`` in one pass, or ``"hutchinson"`` by random probes.
+            num_probes: The number of residuals that ``"hutchinson"`` returns, independent given the point.
         """
 
 
@@ -84,10 +84,10 @@ class FunctionPotential(Potential):
     r"""Any function of time and state as a potential, by automatic differentiation.
 
     Args:
-        process: the process.
-        function: ``function(t, x) -> (...)`` or ``(..., 1)``, twice differentiable; ``t`` comes expanded to
+        process: The noising process.
+        function: The log density, ``function(t, x) -> (...)`` or ``(..., 1)``, twice differentiable; ``t`` comes expanded to
             ``x[..., :1]``.
-        reference: a flow whose log density is added.
+        reference: A flow whose log density is added.
 
     Example:
         >>> from stochdyn.interpolants import OU
@@ -106,7 +106,7 @@ class FunctionPotential(Potential):
         self.function, self.reference = function, reference
 
     def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`Potential.forward`."""
+        """Return the log density up to a constant, ``(...)``."""
         time = as_time(t, x).to(x.dtype).expand(*x.shape[:-1], 1)
         value = self.function(time, x)
         value = value.squeeze(-1) if value.ndim == x.ndim else value
@@ -119,7 +119,7 @@ class FunctionPotential(Potential):
         return value if self.reference is None else value + self.reference.log_prob(time, x)
 
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`Potential.score`."""
+        """Return the gradient of the log density, ``(..., d)``."""
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
             y = attach(x)
@@ -129,7 +129,7 @@ class FunctionPotential(Potential):
     def score_and_residual(
         self, t: Tensor | float, x: Tensor, method: Trace = "exact", num_probes: int = 2
     ) -> ScoreAndResidual:
-        """See :meth:`Potential.score_and_residual`."""
+        """Return the score and residuals of the Fokker-Planck equation from one evaluation."""
         check_choice(method, ("exact", "forward", "hutchinson"), "method")
         keep = torch.is_grad_enabled()
         time = as_time(t, x).to(x.dtype).expand(*x.shape[:-1], 1)
@@ -170,16 +170,16 @@ class PotentialNetwork(Potential):
     free of the large terms that cancel between a Gaussian's own derivatives.
 
     Args:
-        process: the process.
-        dim: ``d``.
-        width: of the hidden layers.
-        depth: number of hidden layers.
-        mean: of the data, a number or ``(d,)``.
-        variance: of the data, a number or ``(d,)``.
-        zero_last: start as the Gaussian itself.
+        process: The noising process.
+        dim: The number d of components of a point.
+        width: The width of the hidden layers.
+        depth: The number of hidden layers.
+        mean: The mean of the data, a number or ``(d,)``.
+        variance: The variances of the data, a number or ``(d,)``.
+        zero_last: Whether the potential starts as that of the Gaussian with these moments.
 
     Raises:
-        InvalidInputError: for sizes or variances that aren't positive.
+        InvalidInputError: If a size or a variance isn't positive.
 
     Example:
         >>> from stochdyn.interpolants import OU
@@ -242,13 +242,13 @@ class PotentialNetwork(Potential):
         return torch.cat([y, snr], -1), variance, time
 
     def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`Potential.forward`."""
+        """Return the log density up to a constant, ``(...)``."""
         u, variance, _ = self._coordinates(t, x)
         gauss = -0.5 * (u[:, :-1].square() + variance.log()).sum(-1) - 0.5 * self.dim * math.log(2 * math.pi)
         return (gauss + self.network(u).squeeze(-1)).reshape(x.shape[:-1])
 
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`Potential.score`; differentiable once, in parameters and points."""
+        """Return the gradient of the log density, ``(..., d)``; differentiable once, in parameters and points."""
         u, variance, _ = self._coordinates(t, x)
         slope = network_jet(self.network, u).slope[:, :-1]
         return ((slope - u[:, :-1]) * variance.rsqrt()).reshape(x.shape)
@@ -256,7 +256,7 @@ class PotentialNetwork(Potential):
     def score_and_residual(
         self, t: Tensor | float, x: Tensor, method: Trace = "exact", num_probes: int = 2
     ) -> ScoreAndResidual:
-        """See :meth:`Potential.score_and_residual`; both exact methods are the same here."""
+        """Return the score and residuals from one evaluation; both exact methods are the same here."""
         check_choice(method, ("exact", "forward", "hutchinson"), "method")
         u, variance, time = self._coordinates(t, x)
         y = u[:, :-1]

@@ -45,26 +45,26 @@ class WhitenedField(nn.Module):
     outputs of the one network, since its two parts are of different size where :math:`\dot\gamma` is large.
 
     Args:
-        interpolant: the path.
-        name: which field: ``"velocity"``, ``"path_velocity"``, ``"score"``, ``"noise_prediction"``, ``"start_prediction"`` or
+        interpolant: The path.
+        name: The field that is learnt: ``"velocity"``, ``"path_velocity"``, ``"score"``, ``"noise_prediction"``, ``"start_prediction"`` or
             ``"data_prediction"``.
-        mean0: ``(d,)`` of the first end, in the basis; likewise the others.
-        variance0: ``(d,)``.
-        mean1: ``(d,)``.
-        variance1: ``(d,)``.
-        basis: ``(d, d)``, orthogonal, directions in columns; None for the coordinates themselves.
-        width: of the hidden layers.
-        depth: number of hidden layers.
-        condition_dim: see :class:`~stochdyn.interpolants.FieldNetwork`.
-        num_classes: likewise.
-        frequencies: number of random directions along which the network also sees sine and cosine of the whitened state.
+        mean0: The mean of the first end in the basis, ``(d,)``.
+        variance0: The variances of the first end along the basis, ``(d,)``.
+        mean1: The mean of the second end in the basis, ``(d,)``.
+        variance1: The variances of the second end along the basis, ``(d,)``.
+        basis: An orthogonal matrix ``(d, d)`` with the directions in its columns; None for the coordinates themselves.
+        width: The width of the hidden layers.
+        depth: The number of hidden layers.
+        condition_dim: The number of components of a context vector; 0 for none.
+        num_classes: The number of labels, given as integers; 0 for none.
+        frequencies: The number of random directions along which the network also sees sine and cosine of the whitened state.
             A plain network learns coarse features long before fine ones; in few dimensions, for laws with edges, 32
             to 64 of them save most of the training.
-        finest: largest angular frequency, in inverse standard deviations; they are spread evenly in logarithm from 1.
-        clip: distance from the ends of [0, 1] at which what grows without bound is held.
+        finest: The largest angular frequency, in inverse standard deviations; they are spread evenly in logarithm from 1.
+        clip: The distance from the ends of [0, 1] at which what grows without bound is held.
 
     Raises:
-        InvalidInputError: if the path has no such field, or clip or finest are out of range.
+        InvalidInputError: If the path has no such field, or clip or finest are out of range.
 
     Example:
         >>> it = Interpolant("linear")
@@ -160,23 +160,23 @@ class WhitenedField(nn.Module):
         """Return a field whose Gaussians have the moments of data.
 
         Args:
-            interpolant: the path.
-            name: which field.
-            x1: ``(n, d)`` points of the second end.
-            x0: ``(n, d)`` points of the first end; standard normal if None.
-            width: of the hidden layers.
-            depth: number of hidden layers.
-            rotate: use the principal directions of the pooled covariance; else the coordinates, where d is large.
-            condition_dim: see :class:`~stochdyn.interpolants.FieldNetwork`.
-            num_classes: likewise.
-            frequencies: see the class.
-            finest: see the class.
-            clip: see the class.
+            interpolant: The path.
+            name: The field that is learnt, such as ``"velocity"``.
+            x1: The points of the second end, ``(n, d)``.
+            x0: The points of the first end, ``(n, d)``; the standard normal if None.
+            width: The width of the hidden layers.
+            depth: The number of hidden layers.
+            rotate: Whether to use the principal directions of the pooled covariance; the coordinates serve where d is large.
+            condition_dim: The number of components of a context vector; 0 for none.
+            num_classes: The number of labels, given as integers; 0 for none.
+            frequencies: The number of random directions along which the network sees sines and cosines of the state.
+            finest: The largest angular frequency, in inverse standard deviations.
+            clip: The distance from the ends of [0, 1] at which what grows without bound is held.
 
         Raises:
-            ShapeError: unless the data are ``(n, d)`` of one d.
-            TooFewDrawsError: for fewer than two points.
-            NonFiniteError: for points that aren't finite.
+            ShapeError: If the data aren't ``(n, d)`` with one d.
+            TooFewDrawsError: If there are fewer than two points.
+            NonFiniteError: If a point isn't finite.
         """
         check_type(interpolant, Interpolant, "interpolant")
         check_choice(name, TARGETS, "name")
@@ -222,7 +222,7 @@ class WhitenedField(nn.Module):
         """Return ``(..., d)`` for ``t (..., 1)`` and ``x (..., d)``.
 
         Raises:
-            ShapeError: if ``x`` has another dimension than the data.
+            ShapeError: If ``x`` has another dimension than the data.
         """
         check_event_size(x, self.mean1.shape[-1], "x")
         it = self.interpolant

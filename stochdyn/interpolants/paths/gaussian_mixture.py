@@ -30,15 +30,15 @@ class GaussianMixture(MixtureSameFamily):
     .. math:: \rho(x)=\sum_kp_k\,N(x;m_k,C_k)
 
     Args:
-        weights: ``(K,)``, non-negative with sum one.
-        means: ``(K, d)``.
+        weights: The weights of the components, ``(K,)``, not negative, with sum one.
+        means: The means of the components, ``(K, d)``.
         covariances: ``(K, d, d)``; ``(d, d)`` for one that all share; a number or ``(K,)`` for multiples of the
             identity, or ``(K, d)`` for diagonals.
 
     Raises:
-        InvalidInputError: if the weights don't sum to one, or one is negative.
-        ShapeError: if shapes don't fit together.
-        SingularDiffusionError: if a covariance isn't symmetric and positive definite.
+        InvalidInputError: If the weights don't sum to one, or one is negative.
+        ShapeError: If shapes don't fit together.
+        SingularDiffusionError: If a covariance isn't symmetric and positive definite.
 
     Example:
         >>> law = GaussianMixture(torch.tensor([0.5, 0.5]), torch.tensor([[-2.0], [2.0]]), 0.1)
@@ -129,12 +129,12 @@ def mixture_parts(law: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return weights ``(K,)``, means ``(K, d)`` and covariances ``(K, d, d)`` of a Gaussian or a mixture of them.
 
     Args:
-        law: a :class:`GaussianMixture`; torch's ``MultivariateNormal``, ``Independent(Normal)``, or
+        law: A :class:`GaussianMixture`; torch's ``MultivariateNormal``, ``Independent(Normal)``, or
             ``MixtureSameFamily`` of these, without batch axes; or a triple of tensors.
-        name: of the argument, for the error.
+        name: The name of the argument, for the error.
 
     Raises:
-        InvalidInputError: if the law is none of these.
+        InvalidInputError: If the law is none of these.
     """
     if isinstance(law, GaussianMixture):
         return law.weights, law.means, law.covariances

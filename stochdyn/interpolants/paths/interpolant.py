@@ -75,18 +75,18 @@ class Interpolant(nn.Module):
     on *mirror* paths :math:`\rho_0=\rho_1` and :math:`x_0` isn't used.
 
     Args:
-        path: ``"linear"``, ``"trig"``, ``"encoder-decoder"``, ``"one-sided-linear"``, ``"one-sided-trig"``,
+        path: The name of a path: ``"linear"``, ``"trig"``, ``"encoder-decoder"``, ``"one-sided-linear"``, ``"one-sided-trig"``,
             ``"vp"``, ``"mirror"``; or a pair of schedules (or functions of time) for alpha and beta.
-        gamma: ``"brownian"`` :math:`\sigma\sqrt{t(1-t)}`, ``"sin2"`` :math:`\sigma\sin^2\pi t`, ``"parabolic"``
+        gamma: The size of the latent: ``"brownian"`` :math:`\sigma\sqrt{t(1-t)}`, ``"sin2"`` :math:`\sigma\sin^2\pi t`, ``"parabolic"``
             :math:`\sigma t(1-t)`, ``"sigmoid"``, ``"zero"``, a schedule or a function of time. None takes the
             path's own: ``"sin2"`` for the encoder-decoder, ``"zero"`` for one-sided paths, else ``"brownian"``.
-        scale: :math:`\sigma`, the factor on a named gamma.
-        correction: a function ``(t, x0, x1) -> (..., d)``, often a network, that bends the path between its ends:
+        scale: The factor :math:`\sigma` on a named gamma, in units of the data.
+        correction: A function ``(t, x0, x1) -> (..., d)``, often a network, that bends the path between its ends:
             :math:`t(1-t)\,c(t,x_0,x_1)` is added to :math:`x_t`.
-        one_sided: declare that a path of one's own without a latent starts in the standard normal.
+        one_sided: Whether a path of one's own without a latent starts in the standard normal.
 
     Raises:
-        InvalidInputError: if a name is unknown, alpha or beta don't take the values 1, 0 and 0, 1 at the ends, or
+        InvalidInputError: If a name is unknown, alpha or beta don't take the values 1, 0 and 0, 1 at the ends, or
             gamma doesn't vanish there, or isn't positive between.
 
     Example:
@@ -220,17 +220,17 @@ class Interpolant(nn.Module):
         r"""Return :math:`x_t`, ``(..., d)``.
 
         Args:
-            t: times in [0, 1]: a number, or a tensor that broadcasts to ``x1[..., :1]``.
-            x0: ``(..., d)`` points of the first law.
-            x1: ``(..., d)`` points of the second law, paired with them.
-            z: ``(..., d)`` standard normal latents; drawn if None. Not used where gamma is zero.
-            generator: source of randomness of drawn latents.
+            t: The times in [0, 1]: a number, or a tensor that broadcasts to ``x1[..., :1]``.
+            x0: The points of the first law, ``(..., d)``.
+            x1: The points of the second law, paired with them, ``(..., d)``.
+            z: The standard normal latents, ``(..., d)``; drawn if None, and not used where gamma is zero.
+            generator: The source of randomness of drawn latents.
 
         Raises:
-            TimeGridError: if a time is outside [0, 1].
-            ShapeError: if the points differ in shape, or the times don't fit.
-            EmptyDataError: if there are none.
-            DtypeMismatchError, DeviceMismatchError: if they differ in precision or device.
+            TimeGridError: If a time is outside [0, 1].
+            ShapeError: If the points differ in shape, or the times don't fit.
+            EmptyDataError: If there are none.
+            DtypeMismatchError, DeviceMismatchError: If they differ in precision or device.
         """
         check_pair(x0, x1, z)
         time = as_time(t, x1)
@@ -247,7 +247,7 @@ class Interpolant(nn.Module):
         ``"noise_prediction"``: z; ``"start_prediction"``: :math:`x_0`; ``"data_prediction"``: :math:`x_1`. On one-sided paths :math:`x_0` is z.
 
         Raises:
-            InvalidInputError: if the name is unknown, or the path has no such field.
+            InvalidInputError: If the name is unknown, or the path has no such field.
         """
         check_choice(name, TARGETS, "name")
         _check_ends_fit(x0, x1)
@@ -286,7 +286,7 @@ class Interpolant(nn.Module):
         For one-sided paths it grows without bound towards time 0.
 
         Raises:
-            InvalidInputError: for two-sided paths, where it depends on the errors.
+            InvalidInputError: If the path is two-sided, where it depends on the errors.
         """
         time = t if isinstance(t, Tensor) else torch.tensor(float(t))
         if self.kind == "mirror":

@@ -31,18 +31,18 @@ def explained_share(
     own share in that mean is left out, so that strong signals aren't taken for explained.
 
     Args:
-        data: ``(n, d)``.
-        ratios: ``(m,)`` values of ``s``, not negative.
-        num_noises: noisy points a ratio.
-        reference: data points that the conditional mean is taken over.
-        generator: source of randomness.
+        data: The points of the data, ``(n, d)``.
+        ratios: The ratios s of signal to noise, ``(m,)``, not negative.
+        num_noises: The number of noised points per ratio.
+        reference: The data points that the conditional mean is taken over.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         ``(m,)`` between 0 and 1, from :math:`1 - E|x_1-\hat x_1|^2/E|x_1|^2`.
 
     Raises:
-        ShapeError, EmptyDataError, NonFiniteError: for data that isn't ``(n, d)``, empty or not finite.
-        InvalidInputError: for a negative ratio, or fewer than two points.
+        ShapeError, EmptyDataError, NonFiniteError: If the data aren't ``(n, d)``, are empty or aren't finite.
+        InvalidInputError: If a ratio is negative, or there are fewer than two points.
 
     Example:
         >>> gauss = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
@@ -93,12 +93,12 @@ class KineticOptimal:
     ``alpha = 1 - t``, ``beta = t``. Data should be centred, with unit mean square.
 
     Args:
-        angles: ``(m,)`` increasing from 0 to ``pi / 2``.
-        shares: ``(m,)`` of :math:`\lambda(\tan\theta)` at the angles, see :func:`explained_share`.
+        angles: The angles, ``(m,)``, increasing from 0 to ``pi / 2``.
+        shares: The explained shares :math:`\lambda(\tan\theta)` at the angles, ``(m,)``, as :func:`explained_share` returns them.
 
     Raises:
-        ShapeError: if angles and shares differ in shape.
-        InvalidInputError: if the angles don't increase from 0 to ``pi / 2``, or a share is outside [0, 1].
+        ShapeError: If angles and shares differ in shape.
+        InvalidInputError: If the angles don't increase from 0 to ``pi / 2``, or a share is outside [0, 1].
 
     Example:
         >>> angles = torch.linspace(0, torch.pi / 2, 33)

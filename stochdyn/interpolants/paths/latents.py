@@ -29,7 +29,7 @@ class BrownianLatent(_Latent):
     Its derivative is infinite at the ends, :math:`\tfrac12(\gamma^2)\dot{}=\gamma\dot\gamma\to\pm\sigma^2/2` is not.
 
     Args:
-        scale: :math:`\sigma`, the diffusion of the Brownian motion.
+        scale: The diffusion :math:`\sigma` of the Brownian motion, in units of the data.
 
     Example:
         >>> BrownianLatent(2.0).square_derivative(torch.tensor([0.0, 1.0]))
@@ -37,19 +37,19 @@ class BrownianLatent(_Latent):
     """
 
     def value(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.value`."""
+        """Return the value at times of any shape."""
         return self.scale * (t * (1 - t)).sqrt()
 
     def derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.derivative`."""
+        """Return the derivative in time."""
         return 0.5 * self.scale * (1 - 2 * t) / (t * (1 - t)).sqrt()
 
     def square(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.square`."""
+        """Return the square of the value."""
         return self.scale**2 * t * (1 - t)
 
     def square_derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.square_derivative`."""
+        """Return the derivative of the square, which is finite where that of the value isn't."""
         return self.scale**2 * (1 - 2 * t)
 
 
@@ -57,15 +57,15 @@ class ParabolicLatent(_Latent):
     r""":math:`\gamma=\sigma\,t(1-t)`.
 
     Args:
-        scale: :math:`\sigma`.
+        scale: The factor :math:`\sigma`, in units of the data.
     """
 
     def value(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.value`."""
+        """Return the value at times of any shape."""
         return self.scale * t * (1 - t)
 
     def derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.derivative`."""
+        """Return the derivative in time."""
         return self.scale * (1 - 2 * t)
 
 
@@ -73,16 +73,16 @@ class SineSquaredLatent(_Latent):
     r""":math:`\gamma=\sigma\sin^2(\pi t)`.
 
     Args:
-        scale: :math:`\sigma`.
+        scale: The factor :math:`\sigma`, in units of the data.
     """
 
     def value(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.value`."""
+        """Return the value at times of any shape."""
         # the smaller of t and 1 - t keeps the zero at t = 1 exact
         return self.scale * torch.sin(math.pi * torch.minimum(t, 1 - t)).square()
 
     def derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.derivative`."""
+        """Return the derivative in time."""
         return self.scale * math.pi * torch.sin(2 * math.pi * t)
 
 
@@ -92,8 +92,8 @@ class SigmoidLatent(_Latent):
     .. math:: \gamma=\sigma\,[\varsigma(f(t-\tfrac12)+1)-\varsigma(f(t-\tfrac12)-1)-\varsigma(-\tfrac f2+1)+\varsigma(-\tfrac f2-1)]
 
     Args:
-        scale: :math:`\sigma`.
-        steepness: :math:`f`.
+        scale: The factor :math:`\sigma`, in units of the data.
+        steepness: The steepness f of the rise and fall.
     """
 
     def __init__(self, scale: float = 1.0, steepness: float = 10.0) -> None:
@@ -102,7 +102,7 @@ class SigmoidLatent(_Latent):
         self.steepness = float(steepness)
 
     def value(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.value`."""
+        """Return the value at times of any shape."""
         # symmetric about one half; the smaller of t and 1 - t makes both ends exact zeros
         u = self.steepness * (torch.minimum(t, 1 - t) - 0.5)
         edge = torch.full_like(t, -0.5 * self.steepness)
@@ -111,7 +111,7 @@ class SigmoidLatent(_Latent):
         return self.scale * (rise - (torch.sigmoid(u - 1) - torch.sigmoid(edge - 1)))
 
     def derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.derivative`."""
+        """Return the derivative in time."""
         u = self.steepness * (t - 0.5)
         p, q = torch.sigmoid(u + 1), torch.sigmoid(u - 1)
         return self.scale * self.steepness * (p * (1 - p) - q * (1 - q))
@@ -121,17 +121,17 @@ class HalfPower(_Latent):
     r""":math:`\gamma=\sigma(1-t)\sqrt t`: the latent of a process that leaves a point, :math:`\sigma(1-t)W_t`.
 
     Args:
-        scale: :math:`\sigma`.
+        scale: The factor :math:`\sigma`, in units of the data.
     """
 
     def value(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.value`."""
+        """Return the value at times of any shape."""
         return self.scale * (1 - t) * t.sqrt()
 
     def derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.derivative`."""
+        """Return the derivative in time."""
         return self.scale * (0.5 - 1.5 * t) / t.sqrt()
 
     def square_derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.square_derivative`."""
+        """Return the derivative of the square, which is finite where that of the value isn't."""
         return self.scale**2 * (1 - t) * (1 - 3 * t)

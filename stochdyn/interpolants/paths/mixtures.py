@@ -41,14 +41,14 @@ class GaussianMixtureInterpolant(MarginalFlow):
     :math:`O(Kd)`; others are factorised for every distinct time.
 
     Args:
-        interpolant: without a correction.
-        mixture0: the first law: :class:`GaussianMixture`, a Gaussian, or a triple of weights, means, covariances. None
+        interpolant: The path, without a correction.
+        mixture0: The first law: :class:`GaussianMixture`, a Gaussian, or a triple of weights, means, covariances. None
             for the standard normal. On mirror paths it is the second law whatever is given.
-        mixture1: the second law, likewise.
+        mixture1: The second law, likewise.
 
     Raises:
-        ShapeError: if the laws have different dimensions.
-        InvalidInputError: if a law isn't a mixture of Gaussians, or a one-sided path doesn't start in the standard
+        ShapeError: If the laws have different dimensions.
+        InvalidInputError: If a law isn't a mixture of Gaussians, or a one-sided path doesn't start in the standard
             normal.
 
     Example:
@@ -142,11 +142,11 @@ class GaussianMixtureInterpolant(MarginalFlow):
         return _Pairs(self, time.to(x.dtype), x)
 
     def log_prob(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`stochdyn.MarginalFlow.log_prob`."""
+        """Return the log density ``(...)`` of the law at a time, at points ``(..., d)``."""
         return self._solve(t, x).joint.logsumexp(-1)
 
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`stochdyn.MarginalFlow.score`."""
+        """Return the score ``(..., d)`` of the law at a time, at points ``(..., d)``."""
         return -self._solve(t, x).latent()
 
     def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class GaussianMixtureInterpolant(MarginalFlow):
         r"""Return :math:`\eta_z(t,x)=E[z\mid x_t=x]`, ``(..., d)``; on one-sided paths z is :math:`x_0`.
 
         Raises:
-            UnavailableError: if the path has no latent.
+            UnavailableError: If the path has no latent.
         """
         it = self.interpolant
         if it.kind != "one-sided" and not it.has_latent:
@@ -188,7 +188,7 @@ class GaussianMixtureInterpolant(MarginalFlow):
         return velocity + epsilon * score
 
     def time_derivative(self, t: Tensor | float, x: Tensor) -> Tensor:
-        r"""See :meth:`stochdyn.MarginalFlow.time_derivative`; by the transport equation, so exact at the ends too."""
+        r"""Return the rate of change of the log density, by the transport equation, so exact at the ends too."""
         from stochdyn.core.forward.divergences import value_and_divergence
 
         time = as_time(t, x)
@@ -198,7 +198,7 @@ class GaussianMixtureInterpolant(MarginalFlow):
     def sample(
         self, t: Tensor | float, sample_shape: SampleShape = (), generator: Generator = None
     ) -> Tensor:
-        """See :meth:`stochdyn.MarginalFlow.sample`."""
+        """Draw points from the law at a time."""
         own = as_sample_shape(sample_shape)
         if not isinstance(t, Tensor):
             check_real(t, "t")

@@ -35,16 +35,16 @@ class NoisedMixture(MarginalFlow):
     domain.
 
     Args:
-        process: the process.
-        weights: ``(K,)`` positive; they are normalised.
-        means: ``(K, d)``.
+        process: The noising process.
+        weights: The weights of the components, ``(K,)``, positive; they are normalised.
+        means: The means of the components, ``(K, d)``.
         covariances: ``(K, d, d)``, ``(K, d)`` variances, or ``(K,)`` of multiples of the identity. Singular ones are
             allowed (points have variance 0), and have a density from any positive time on.
 
     Raises:
-        ShapeError: if sizes don't fit.
-        InvalidInputError: if a weight isn't positive.
-        SingularDiffusionError: if a covariance has a negative eigenvalue.
+        ShapeError: If sizes don't fit.
+        InvalidInputError: If a weight isn't positive.
+        SingularDiffusionError: If a covariance has a negative eigenvalue.
 
     Example:
         >>> from stochdyn.interpolants import OU
@@ -107,11 +107,11 @@ class NoisedMixture(MarginalFlow):
         return along, variance, joint
 
     def log_prob(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`stochdyn.MarginalFlow.log_prob`."""
+        """Return the log density ``(...)`` of the law at a time, at points ``(..., d)``."""
         return self._components(t, x)[2].logsumexp(-1)
 
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """See :meth:`stochdyn.MarginalFlow.score`."""
+        """Return the score ``(..., d)`` of the law at a time, at points ``(..., d)``."""
         along, variance, joint = self._components(t, x)
         pull = self.eigenvectors.to(x.dtype) @ (along / variance).unsqueeze(-1)
         return -(pull.squeeze(-1) * joint.softmax(-1).unsqueeze(-1)).sum(-2)
@@ -119,7 +119,7 @@ class NoisedMixture(MarginalFlow):
     def sample(
         self, t: Tensor | float, sample_shape: SampleShape = (), generator: Generator = None
     ) -> Tensor:
-        """See :meth:`stochdyn.MarginalFlow.sample`."""
+        """Draw points from the law at a time."""
         own = as_sample_shape(sample_shape)
         if not isinstance(t, Tensor):
             check_real(t, "t")

@@ -36,12 +36,12 @@ class AffineProcess(nn.Module, ABC):
     :math:`\dot\lambda=-g^2/(2\sigma^2)`. Times are tensors of any shape.
 
     Args:
-        horizon: last time ``T``.
-        start: first time that is learned, and at which sampling stops, ``0 < start < horizon``.
-        mean: what the process reverts to, a number or ``(d,)``; or ``(n, d)`` with one mean for each of n items.
+        horizon: The last time T, at which nothing but noise is left.
+        start: The first time that is learned, and at which sampling stops, between 0 and the horizon.
+        mean: What the process reverts to, a number or ``(d,)``; or ``(n, d)`` with one mean for each of n items.
 
     Raises:
-        InvalidInputError: unless ``0 < start < horizon``.
+        InvalidInputError: If not ``0 < start < horizon``.
     """
 
     mean: Tensor
@@ -100,7 +100,7 @@ class AffineProcess(nn.Module, ABC):
         """Return the mean in the precision of ``like``; without axes it broadcasts to any dimension.
 
         Raises:
-            ShapeError: if there is one mean for each of a number of items, and ``like`` has another number of points.
+            ShapeError: If there is one mean for each of a number of items, and ``like`` has another number of points.
         """
         own = self.mean
         if own.ndim and (
@@ -174,10 +174,10 @@ class AffineProcess(nn.Module, ABC):
         """Times from ``horizon`` down to ``start``, ``(num_steps + 1,)``.
 
         Args:
-            num_steps: the number of steps.
-            spacing: ``"log-snr"`` (equal steps of the log signal-to-noise ratio), ``"uniform"``, or ``"quadratic"`` (finer
+            num_steps: The number of steps.
+            spacing: How the times are spaced: ``"log-snr"`` (equal steps of the log signal-to-noise ratio), ``"uniform"``, or ``"quadratic"`` (finer
                 towards the start).
-            dtype: precision.
+            dtype: The precision of the times.
         """
         check_positive_int(num_steps, "num_steps")
         t = torch.tensor([self.horizon, self.start], dtype=torch.float64)
@@ -226,23 +226,23 @@ class _Reverting(AffineProcess):
         return (self.rate_last - self.rate_first) / self.horizon
 
     def log_scale(self, t: Tensor) -> Tensor:
-        """See :meth:`AffineProcess.log_scale`."""
+        """Return the logarithm of the factor that is left of the data."""
         return -(self.rate_first + 0.5 * self._slope() * t) * t
 
     def rate(self, t: Tensor) -> Tensor:
-        """See :meth:`AffineProcess.rate`."""
+        """Return the rate of the linear drift, in 1/time."""
         return -(self.rate_first + self._slope() * t)
 
     def variance(self, t: Tensor) -> Tensor:
-        """See :meth:`AffineProcess.variance`."""
+        """Return the variance of the noise that was added up to a time."""
         return -(self.spread**2) * torch.expm1(2 * self.log_scale(t))
 
     def squared_diffusion(self, t: Tensor) -> Tensor:
-        """See :meth:`AffineProcess.squared_diffusion`."""
+        """Return the squared strength of the noise."""
         return -2 * self.spread**2 * self.rate(t)
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """See :meth:`AffineProcess.time_of_log_snr`."""
+        """Return the time at which the log signal-to-noise ratio has a value."""
         # a^2 = s^2 snr / (1 + s^2 snr), so -2 log a = log(1 + 1 / (s^2 snr)), and the integral of the rate is half of it.
         travelled = 0.5 * torch.nn.functional.softplus(-2 * (log_snr + math.log(self.spread)))
         slope = self._slope()
@@ -256,13 +256,13 @@ class OU(_Reverting):
     .. math:: dX = -\theta X\,dt + g\,dW,\qquad a_t=e^{-\theta t},\qquad \sigma_t^2=\tfrac{g^2}{2\theta}(1-e^{-2\theta t})
 
     Args:
-        rate: ``theta``.
-        diffusion: ``g``.
-        horizon: last time.
-        start: first time that is learned.
+        rate: The rate :math:`\theta` at which the data are forgotten, in 1/time.
+        diffusion: The strength g of the noise, in units of the data per root of time.
+        horizon: The last time, at which nothing but noise is left.
+        start: The first time that is learned, and at which sampling stops; positive.
 
     Raises:
-        InvalidInputError: for a rate or diffusion that isn't positive, or times out of order.
+        InvalidInputError: If a rate or the diffusion isn't positive, or times are out of order.
 
     Example:
         >>> OU().variance(torch.tensor(10.0))
@@ -283,12 +283,12 @@ class VP(_Reverting):
     .. math:: dX=-\tfrac12\beta(t)X\,dt+\sqrt{\beta(t)}\,dW,\qquad \beta(t)=\beta_0+(\beta_1-\beta_0)t,\qquad \sigma^2=1-a^2
 
     Args:
-        beta_first: ``beta`` at 0.
-        beta_last: ``beta`` at 1, the horizon.
-        start: first time that is learned.
+        beta_first: The rate :math:`\beta` of noising at time 0.
+        beta_last: The rate :math:`\beta` of noising at time 1, the horizon.
+        start: The first time that is learned, and at which sampling stops; positive.
 
     Raises:
-        InvalidInputError: for a ``beta`` that isn't positive, or a start outside (0, 1).
+        InvalidInputError: If a rate isn't positive, or the start lies outside (0, 1).
 
     Example:
         >>> VP().scale(torch.tensor(0.0))
@@ -310,16 +310,16 @@ class MeanReverting(_Reverting):
     .. math:: dX=\theta(t)(\mu-X)\,dt+s\sqrt{2\theta(t)}\,dW,\qquad \sigma^2=s^2(1-a^2)
 
     Args:
-        mean: ``mu``, a number or ``(d,)``; or ``(n, d)`` with one mean per item. In training every batch brings the means of its
-            own items: ``{"x1": clean, "mean": degraded}``.
-        spread: ``s``, standard deviation of the stationary law.
-        rate_first: ``theta`` at 0.
-        rate_last: ``theta`` at the horizon; between them it is linear.
-        horizon: last time.
-        start: first time that is learned.
+        mean: The level :math:`\mu` that the process reverts to, a number or ``(d,)``; or ``(n, d)`` with one mean per item. In training
+            every batch brings the means of its own items: ``{"x1": clean, "mean": degraded}``.
+        spread: The standard deviation s of the stationary law about the mean.
+        rate_first: The rate :math:`\theta` of reversion at time 0.
+        rate_last: The rate :math:`\theta` of reversion at the horizon; it is linear in between.
+        horizon: The last time, at which nothing but noise is left.
+        start: The first time that is learned, and at which sampling stops; positive.
 
     Raises:
-        InvalidInputError: for a rate or spread that isn't positive, or times out of order.
+        InvalidInputError: If a rate or the spread isn't positive, or times are out of order.
 
     Example:
         >>> MeanReverting(torch.tensor([3.0, 4.0])).location(torch.tensor(1.0), torch.zeros(2))
@@ -351,12 +351,12 @@ class VE(AffineProcess):
     so that the variance is exactly zero at time 0.
 
     Args:
-        sigma_min: level that sets the geometric growth.
-        sigma_max: level reached at time 1, the horizon.
-        start: first time that is learned.
+        sigma_min: The noise level from which the growth is geometric, in units of the data.
+        sigma_max: The noise level at time 1, the horizon; several times the spread of the data.
+        start: The first time that is learned, and at which sampling stops; positive.
 
     Raises:
-        InvalidInputError: unless ``0 < sigma_min < sigma_max`` and ``0 < start < 1``.
+        InvalidInputError: If not ``0 < sigma_min < sigma_max`` and ``0 < start < 1``.
 
     Example:
         >>> VE(0.01, 50.0).std(torch.tensor(1.0))
@@ -377,23 +377,23 @@ class VE(AffineProcess):
         self.sigma_min, self.log_growth = float(sigma_min), math.log(sigma_max / sigma_min)
 
     def log_scale(self, t: Tensor) -> Tensor:
-        """See :meth:`AffineProcess.log_scale`."""
+        """Return the logarithm of the factor that is left of the data."""
         return torch.zeros_like(t)
 
     def rate(self, t: Tensor) -> Tensor:
-        """See :meth:`AffineProcess.rate`."""
+        """Return the rate of the linear drift, in 1/time."""
         return torch.zeros_like(t)
 
     def variance(self, t: Tensor) -> Tensor:
-        """See :meth:`AffineProcess.variance`."""
+        """Return the variance of the noise that was added up to a time."""
         return self.sigma_min**2 * torch.expm1(2 * self.log_growth * t)
 
     def squared_diffusion(self, t: Tensor) -> Tensor:
-        """See :meth:`AffineProcess.squared_diffusion`."""
+        """Return the squared strength of the noise."""
         return 2 * self.log_growth * self.sigma_min**2 * (2 * self.log_growth * t).exp()
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """See :meth:`AffineProcess.time_of_log_snr`."""
+        """Return the time at which the log signal-to-noise ratio has a value."""
         return torch.log1p((-2 * log_snr).exp() / self.sigma_min**2) / (2 * self.log_growth)
 
 

@@ -59,7 +59,7 @@ class Schedule(nn.Module, ABC):
         return 2 * self.value(t) * self.derivative(t)
 
     def forward(self, t: Tensor | float) -> Tensor:
-        """See :meth:`value`; a number stands for a tensor of torch's default precision."""
+        """Return the value; a number stands for a tensor of torch's default precision."""
         return self.value(t if isinstance(t, Tensor) else torch.tensor(float(t)))
 
 
@@ -67,7 +67,7 @@ class Constant(Schedule):
     """The same number at all times.
 
     Args:
-        number: the value.
+        number: The value of the schedule at all times.
 
     Example:
         >>> Constant(0.0).value(torch.tensor([0.1, 0.9]))
@@ -80,11 +80,11 @@ class Constant(Schedule):
         self.is_zero = self.number == 0.0
 
     def value(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.value`."""
+        """Return the value at times of any shape."""
         return torch.full_like(t, self.number)
 
     def derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.derivative`."""
+        """Return the derivative in time."""
         return torch.zeros_like(t)
 
 
@@ -92,11 +92,11 @@ class Linear(Schedule):
     r""":math:`t`."""
 
     def value(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.value`."""
+        """Return the value at times of any shape."""
         return t
 
     def derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.derivative`."""
+        """Return the derivative in time."""
         return torch.ones_like(t)
 
 
@@ -104,11 +104,11 @@ class Remaining(Schedule):
     r""":math:`1-t`."""
 
     def value(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.value`."""
+        """Return the value at times of any shape."""
         return 1 - t
 
     def derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.derivative`."""
+        """Return the derivative in time."""
         return -torch.ones_like(t)
 
 
@@ -131,12 +131,12 @@ class _Trigonometric(Schedule, ABC):
         """Return the wave and its derivative."""
 
     def value(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.value`."""
+        """Return the value at times of any shape."""
         wave = self.wave(t)[0]
         return wave if self.gamma is None else wave * (1 - self.gamma.square(t)).sqrt()
 
     def derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.derivative`."""
+        """Return the derivative in time."""
         wave, slope = self.wave(t)
         if self.gamma is None:
             return slope
@@ -148,10 +148,10 @@ class Cosine(_Trigonometric):
     r""":math:`\sqrt{1-\gamma^2}\,\cos(\pi t/2)`.
 
     Args:
-        gamma: the latent's schedule; None for none.
+        gamma: The schedule of the latent, which leaves less to the two ends; None for none.
 
     Raises:
-        InvalidInputError: if gamma reaches 1.
+        InvalidInputError: If gamma reaches 1.
     """
 
     def wave(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,10 +165,10 @@ class Sine(_Trigonometric):
     r""":math:`\sqrt{1-\gamma^2}\,\sin(\pi t/2)`.
 
     Args:
-        gamma: the latent's schedule; None for none.
+        gamma: The schedule of the latent, which leaves less to the two ends; None for none.
 
     Raises:
-        InvalidInputError: if gamma reaches 1.
+        InvalidInputError: If gamma reaches 1.
     """
 
     def wave(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +181,7 @@ class CosineSquared(Schedule):
     r""":math:`\cos^2(\pi t)` on one half of [0, 1] and zero on the other.
 
     Args:
-        first_half: which half it lives on.
+        first_half: Whether the schedule belongs to the start, which is gone after the first half of the time; else to the data.
     """
 
     def __init__(self, first_half: bool) -> None:
@@ -192,11 +192,11 @@ class CosineSquared(Schedule):
         return t < 0.5 if self.first_half else t > 0.5
 
     def value(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.value`."""
+        """Return the value at times of any shape."""
         return torch.where(self._here(t), torch.cos(math.pi * t).square(), torch.zeros_like(t))
 
     def derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.derivative`."""
+        """Return the derivative in time."""
         slope = -math.pi * torch.sin(2 * math.pi * t)
         return torch.where(self._here(t), slope, torch.zeros_like(t))
 
@@ -205,19 +205,19 @@ class VariancePreserving(Schedule):
     r""":math:`\sqrt{1-t^2}`, beside :math:`t` the interpolant of an Ornstein-Uhlenbeck process on the clock :math:`t=e^{-\tau}`."""
 
     def value(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.value`."""
+        """Return the value at times of any shape."""
         return ((1 - t) * (1 + t)).sqrt()
 
     def derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.derivative`."""
+        """Return the derivative in time."""
         return -t / self.value(t)
 
     def square(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.square`."""
+        """Return the square of the value."""
         return (1 - t) * (1 + t)
 
     def square_derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.square_derivative`."""
+        """Return the derivative of the square, which is finite where that of the value isn't."""
         return -2 * t
 
 
@@ -225,11 +225,11 @@ class CustomSchedule(Schedule):
     """A user's function of time.
 
     Args:
-        function: maps times of any shape to values of the same shape; a callable or a module.
-        derivative: likewise; by automatic differentiation if None.
+        function: A callable or a module that maps times of any shape to values of the same shape.
+        derivative: The derivative in the same form; found by automatic differentiation if None.
 
     Raises:
-        InvalidInputError: if an argument isn't callable.
+        InvalidInputError: If an argument isn't callable.
 
     Example:
         >>> CustomSchedule(lambda t: t**2).derivative(torch.tensor([0.5]))
@@ -245,11 +245,11 @@ class CustomSchedule(Schedule):
         self.slope = derivative
 
     def value(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.value`."""
+        """Return the value at times of any shape."""
         return self.function(t)
 
     def derivative(self, t: Tensor) -> Tensor:
-        """See :meth:`Schedule.derivative`."""
+        """Return the derivative in time."""
         if self.slope is not None:
             return self.slope(t)
         keep = torch.is_grad_enabled()
@@ -263,7 +263,7 @@ def as_schedule(value: Schedule | TimeFunction | float, name: str) -> Schedule:
     """Turn a number or a function into a :class:`Schedule`.
 
     Raises:
-        InvalidInputError: if it is neither.
+        InvalidInputError: If it is neither.
     """
     if isinstance(value, Schedule):
         return value

@@ -23,10 +23,10 @@ class StudentKernel:
     Gaussian diffusion.
 
     Args:
-        degrees: ``D``, positive; ``math.inf`` for the Gaussian.
+        degrees: The degrees of freedom D, positive; ``math.inf`` for the Gaussian.
 
     Raises:
-        InvalidInputError: unless positive.
+        InvalidInputError: If the number isn't positive.
 
     Example:
         >>> StudentKernel(4.0).perturb(torch.zeros(3, 2), 0.5, torch.Generator().manual_seed(0)).shape

@@ -22,7 +22,7 @@ def population_baselines(data: Populations, x0: Any, treatment: Any = None) -> d
 
     Args:
         data: The populations of the training.
-        x0: ``(n, d)`` points of another population, before.
+        x0: The points of another population, before, ``(n, d)``.
         treatment: ``(c,)``: what is done to it. Only training populations with the same treatment count then.
 
     Returns:

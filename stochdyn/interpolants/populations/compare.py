@@ -29,9 +29,9 @@ class PopulationComparison:
     """Distances of predicted populations from their targets; standard errors are over populations.
 
     Attributes:
-        distances: ``(M,)`` distances of the predictions from samples of their targets of ``num_points`` points.
-        floors: ``(M,)`` distances of two samples of the target itself, of the same size.
-        num_points: ``(M,)`` sizes of the samples.
+        distances: The distances of the predictions from samples of their targets of ``num_points`` points, ``(M,)``.
+        floors: The distances of two samples of the target itself, of the same size, ``(M,)``.
+        num_points: The sizes of the samples, ``(M,)``.
     """
 
     distances: Tensor
@@ -115,7 +115,7 @@ def compare_populations(
             small samples; or ``"mmd"``, the squared maximum mean discrepancy without bias, which may be negative, under a
             Gaussian kernel as wide as the median distance in the target. Take W1 unless single far points matter (W2) or there
             are thousands of points (MMD).
-        generator: What decides the halves: a ``torch.Generator``, a seed, or None for torch's global one.
+        generator: The randomness of the halves: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
         Distances, floors and what is above them.

@@ -21,14 +21,14 @@ class Populations(Dataset[dict[str, Tensor]]):
     As data of :func:`stochdyn.fit` an item is a whole population, so ``batch_size`` counts populations.
 
     Args:
-        starts: a list of ``(n_i, d)``: the populations before.
-        targets: a list of ``(m_i, d)``: the populations after. Where points are paired, row by row, ``m_i = n_i``.
-        treatments: ``(M, c)`` or a list of ``(c,)``: what was done to each of the M populations, or None.
+        starts: A list of ``(n_i, d)``: the populations before.
+        targets: A list of ``(m_i, d)``: the populations after. Where points are paired, row by row, ``m_i = n_i``.
+        treatments: What was done to each of the M populations, ``(M, c)`` or a list of ``(c,)``; or None.
 
     Raises:
-        EmptyDataError: if there is no population, or one has no point.
-        ShapeError: if dimensions or numbers don't fit together.
-        NonFiniteError: if a value isn't finite.
+        EmptyDataError: If there is no population, or one has no point.
+        ShapeError: If dimensions or numbers don't fit together.
+        NonFiniteError: If a value isn't finite.
 
     Example:
         >>> data = Populations([torch.randn(30, 2), torch.randn(50, 2)], [torch.randn(40, 2), torch.randn(20, 2)])
@@ -85,8 +85,8 @@ class Populations(Dataset[dict[str, Tensor]]):
         """Return populations for training, and others that are held out; a population is never on both sides.
 
         Args:
-            share: the share that is held out, between 0 and 1.
-            seed: decides which.
+            share: The share that is held out, between 0 and 1.
+            seed: The seed that decides which.
         """
         check_real(share, "share", above=0.0, below=1.0)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(as_seed(seed))).tolist()

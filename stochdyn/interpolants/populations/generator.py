@@ -21,8 +21,8 @@ class PopulationGenerator(nn.Module):
     """Carries populations along the learnt flow.
 
     Args:
-        field: the velocity that knows a population.
-        treatment_dim: the number of components of a treatment, 0 for none.
+        field: The velocity that knows a population.
+        treatment_dim: The number of components of a treatment, 0 for none.
     """
 
     def __init__(self, field: PopulationField, treatment_dim: int = 0) -> None:
@@ -65,10 +65,10 @@ class PopulationGenerator(nn.Module):
         """Return the velocity ``(n, d)`` at points, for a population ``(m, d)``.
 
         Args:
-            t: a time in [0, 1], or ``(n, 1)``.
-            x: ``(n, d)`` points.
-            population: ``(m, d)``: the starts of the population.
-            treatment: ``(t,)``, what is done to it.
+            t: A time in [0, 1], or ``(n, 1)``.
+            x: The points, ``(n, d)``.
+            population: The starts of the population, ``(m, d)``.
+            treatment: What is done to it, ``(t,)``.
         """
         points = self._points(x, "x")
         context = self.embed(population, treatment)
@@ -89,18 +89,18 @@ class PopulationGenerator(nn.Module):
         """Carry a population to where it goes.
 
         Args:
-            x0: ``(n, d)`` starts, all of one population.
-            num_steps: the number of steps of the flow.
-            method: see :meth:`stochdyn.interpolants.InterpolantGenerator.push`.
-            population: ``(m, d)`` starts from which the population is known; those in ``x0`` if None.
-            treatment: ``(t,)``, what is done to it.
-            trajectory: return all states, ``(num_steps + 1, n, d)``.
+            x0: The starts, all of one population, ``(n, d)``.
+            num_steps: The number of steps of the flow.
+            method: How to take a step: one of the methods of :meth:`stochdyn.interpolants.InterpolantGenerator.push`.
+            population: The starts ``(m, d)`` from which the population is known; those in ``x0`` if None.
+            treatment: What is done to it, ``(t,)``.
+            trajectory: Whether to return all states, ``(num_steps + 1, n, d)``.
 
         Returns:
             ``(n, d)``, row by row what becomes of the starts.
 
         Raises:
-            ShapeError, EmptyDataError, NonFiniteError: if the points don't fit.
+            ShapeError, EmptyDataError, NonFiniteError: If the points don't fit.
         """
         check_bool(trajectory, "trajectory")
         chosen = as_method(method, FLOW_METHODS, "flows")

@@ -155,8 +155,8 @@ class PopulationRegression(Objective):
         """Evaluate on a batch of populations.
 
         Raises:
-            InvalidInputError: if the batch isn't one of :class:`Populations`, or lacks treatments.
-            ShapeError: if paired samples differ in size.
+            InvalidInputError: If the batch isn't one of :class:`Populations`, or lacks treatments.
+            ShapeError: If paired samples differ in size.
         """
         if isinstance(batch, Populations):
             batch = torch.utils.data.default_collate([batch[i] for i in range(len(batch))])

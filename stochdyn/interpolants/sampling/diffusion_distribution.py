@@ -21,12 +21,12 @@ class DiffusionDistribution(FlowDistribution):
     """The law of the probability-flow ODE of a learned score, at the start time of its process, with event ``(d,)``.
 
     Args:
-        model: the generative model.
-        num_steps: the number of steps of the grid, for draws and densities alike.
-        condition: one label ``()`` or one context vector ``(c,)``; with leading axes a batch of laws.
+        model: The generative model.
+        num_steps: The number of steps of the grid, for draws and densities alike.
+        condition: One label ``()`` or one context vector ``(c,)``; with leading axes a batch of laws.
 
     Raises:
-        InvalidInputError: if ``num_steps`` isn't a positive integer.
+        InvalidInputError: If ``num_steps`` isn't a positive integer.
 
     Reference:
         Song et al., "Score-based generative modeling through SDEs", 2021, section 4.3.

@@ -29,9 +29,9 @@ class FlowDistribution(LawDistribution):
     """The law that a probability flow carries noise to. Draws and densities are differentiable in the networks' parameters.
 
     Args:
-        event_shape: the shape of an event.
-        condition: a tensor whose leading axes, but for the last ``condition_axes``, are the batch; or None.
-        condition_axes: the number of axes of one condition.
+        event_shape: The shape of an event.
+        condition: A tensor whose leading axes, but for the last ``condition_axes``, are the batch; or None.
+        condition_axes: The number of axes of one condition.
     """
 
     has_rsample = True
@@ -106,7 +106,7 @@ class FlowDistribution(LawDistribution):
         to run NUTS with a trained prior. The random site is called ``name + "_noise"``.
 
         Args:
-            name: the name of the deterministic site.
+            name: The name of the deterministic site.
 
         Returns:
             ``(*batch, *event)`` points.
@@ -122,7 +122,7 @@ def _for_pyro(law: Distribution) -> Any:
     """Return a law of torch's as one of Pyro's.
 
     Raises:
-        UnavailableError: if it has no counterpart there.
+        UnavailableError: If it has no counterpart there.
     """
     if isinstance(law, TorchDistributionMixin):
         return law
@@ -141,14 +141,14 @@ class InterpolantDistribution(FlowDistribution):
     """The law of a generator's probability flow.
 
     Args:
-        model: the generator.
-        num_steps: the number of steps of the flow's grid.
-        method: the method of the flow; see :meth:`stochdyn.interpolants.InterpolantGenerator.push`.
-        condition: one label ``()`` or one context vector ``(c,)``; with leading axes a batch of laws.
-        guidance: the strength of classifier-free guidance.
+        model: The generator.
+        num_steps: The number of steps of the flow's grid.
+        method: How to take a step: one of the methods of :meth:`stochdyn.interpolants.InterpolantGenerator.push`.
+        condition: One label ``()`` or one context vector ``(c,)``; with leading axes a batch of laws.
+        guidance: The strength of classifier-free guidance.
 
     Raises:
-        UnavailableError: if the density of the starts isn't known.
+        UnavailableError: If the density of the starts isn't known.
     """
 
     _carried = ("model", "num_steps", "guidance", "method", "law", "condition_axes")

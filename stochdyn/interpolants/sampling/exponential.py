@@ -41,8 +41,8 @@ class ExponentialODE(_Exponential):
     """The probability-flow ODE by an exponential integrator: few steps, and the same noise gives the same sample.
 
     Args:
-        order: 1 or 2, at the same cost.
-        prediction: ``"data"`` or ``"noise"``: what is taken to vary slowly, see :func:`exponential_ode`.
+        order: The order of the method, 1 or 2, at the same cost.
+        prediction: The mean that is taken to vary slowly, ``"data"`` or ``"noise"``: what is taken to vary slowly, see :func:`exponential_ode`.
     """
 
 
@@ -50,8 +50,8 @@ class ExponentialSDE(_Exponential):
     """The reverse SDE by an exponential integrator: noise on the way corrects errors of the score.
 
     Args:
-        order: 1 or 2, at the same cost.
-        prediction: ``"data"`` or ``"noise"``: what is taken to vary slowly, see :func:`exponential_ode`.
+        order: The order of the method, 1 or 2, at the same cost.
+        prediction: The mean that is taken to vary slowly, ``"data"`` or ``"noise"``: what is taken to vary slowly, see :func:`exponential_ode`.
     """
 
 
@@ -76,19 +76,19 @@ def exponential_ode(
     (order 2 at one evaluation per step). A shift by ``mu`` is all that mean reversion adds.
 
     Args:
-        process: the process.
-        score: ``score(t, x) -> (..., d)``.
-        x: ``(..., d)`` at ``times[0]``.
-        times: ``(N + 1,)`` falling.
-        order: 1 or 2.
-        prediction: ``"data"`` or ``"noise"``: what is taken to vary slowly. The data is steadier at few steps.
+        process: The noising process.
+        score: The score as a function ``score(t, x) -> (..., d)``.
+        x: The points at ``times[0]``, ``(..., d)``.
+        times: The times of the steps, ``(N + 1,)``, strictly falling.
+        order: The order of the method, 1 or 2, at the same cost.
+        prediction: The mean that is taken to vary slowly, ``"data"`` or ``"noise"``: what is taken to vary slowly. The data is steadier at few steps.
 
     Returns:
         ``(..., d)`` at ``times[-1]``.
 
     Raises:
-        TimeGridError: if the times don't fall strictly.
-        InvalidInputError: for another order or prediction.
+        TimeGridError: If the times don't fall strictly.
+        InvalidInputError: If the order or the prediction is another.
 
     Example:
         >>> from stochdyn.interpolants import VP

@@ -61,8 +61,8 @@ class InterpolantGenerator(nn.Module):
     that laws offer, is :meth:`measure`. Networks are evaluated in evaluation mode.
 
     Args:
-        fields: the networks and their interpolant.
-        starts: the law of :math:`\rho_0`.
+        fields: The networks and their interpolant.
+        starts: The law of the starts, :math:`\rho_0`.
 
     Reference:
         Albergo, Boffi and Vanden-Eijnden, "Stochastic interpolants", 2023, section 2.3 and algorithms 4 and 5.
@@ -96,7 +96,7 @@ class InterpolantGenerator(nn.Module):
         """Return the score, of the shape of ``x (..., *event)``.
 
         Raises:
-            UnavailableError: if the networks don't determine it.
+            UnavailableError: If the networks don't determine it.
         """
         return self.field("score", t, x, condition, guidance)
 
@@ -121,15 +121,15 @@ class InterpolantGenerator(nn.Module):
         of a time a thousandth away.
 
         Args:
-            name: ``"velocity"``, ``"score"``, ``"noise_prediction"``, ``"data_prediction"``, ``"start_prediction"`` or
+            name: The name of the field: ``"velocity"``, ``"score"``, ``"noise_prediction"``, ``"data_prediction"``, ``"start_prediction"`` or
                 ``"path_velocity"``.
-            t: a time, or times ``(...)`` with one for each point; for vectors they may also be ``(..., 1)``.
-            x: points.
-            condition: labels or contexts, one per point or one for all.
-            guidance: the strength of classifier-free guidance.
+            t: A time, or times ``(...)`` with one for each point; for vectors they may also be ``(..., 1)``.
+            x: The points, ``(..., *event)``.
+            condition: The labels or contexts, one per point or one for all.
+            guidance: The strength of classifier-free guidance.
 
         Raises:
-            UnavailableError: if the networks don't determine the field.
+            UnavailableError: If the networks don't determine the field.
         """
         if name == "score":
             self._need_score()
@@ -234,23 +234,23 @@ class InterpolantGenerator(nn.Module):
         """Carry points along the probability flow from time 0 to 1.
 
         Args:
-            x0: ``(..., *event)`` points at time 0; with ``backward`` at time 1.
-            num_steps: the number of steps of a grid of equal ones; 100 if neither this nor ``ts`` is given. Adaptive methods
+            x0: The points at time 0, ``(..., *event)``; with ``backward`` at time 1.
+            num_steps: The number of steps of a grid of equal ones; 100 if neither this nor ``ts`` is given. Adaptive methods
                 choose their own.
             method: How to take a step: ``"euler"``, ``"midpoint"``, ``"ralston"``, ``"heun"``, ``"rk4"``, ``"dopri5"`` or torchdiffeq's
                 other adaptive methods; or an object such as ``Adaptive("dopri5", rtol=1e-8)``. None stands for ``"ralston"``, which has
                 the least error of the methods with two evaluations per step.
-            ts: ``(T,)`` times of the steps from 0 to 1, in place of ``num_steps``; see :func:`time_grid`.
-            backward: go from time 1 to 0.
-            condition: labels or contexts, one per point or one for all, which are passed on to the networks.
-            guidance: the strength of classifier-free guidance; 1 for none.
-            trajectory: return all states, ``(T, ..., *event)``.
+            ts: The times of the steps from 0 to 1, ``(T,)``, in place of ``num_steps``; :func:`time_grid` makes uneven ones.
+            backward: Whether to go from time 1 to 0.
+            condition: The labels or contexts, one per point or one for all, which are passed on to the networks.
+            guidance: The strength of classifier-free guidance; 1 for none.
+            trajectory: Whether to return all states, ``(T, ..., *event)``.
 
         Returns:
             ``(..., *event)``; differentiable in ``x0`` if that requires a gradient.
 
         Raises:
-            ShapeError, EmptyDataError, NonFiniteError: if the points don't fit.
+            ShapeError, EmptyDataError, NonFiniteError: If the points don't fit.
         """
         check_bool(backward, "backward")
         check_bool(trajectory, "trajectory")
@@ -288,26 +288,26 @@ class InterpolantGenerator(nn.Module):
         r"""Draw from the model.
 
         Args:
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            epsilon: the strength of the noise: a number, a function of time, or ``"optimal"`` (one-network models); 0 for the
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            epsilon: The strength of the noise: a number, a function of time, or ``"optimal"`` (one-network models); 0 for the
                 probability flow.
-            num_steps: the number of steps of a grid of equal ones; 100 if neither this nor ``ts`` is given.
+            num_steps: The number of steps of a grid of equal ones; 100 if neither this nor ``ts`` is given.
             method: How to take a step of the SDE: ``"heun"`` (weak order 2, two evaluations per step), ``"euler"``, or ``"strang"`` (weak
                 order 2 with a smaller constant, six evaluations); of the flow, the methods of :meth:`push`. Or an object that carries
                 options. None stands for ``"heun"`` and, for the flow, ``"ralston"``.
-            ts: ``(T,)`` times of the steps from 0 to 1, in place of ``num_steps``; see :func:`time_grid`.
-            x0: ``(*sample_shape, *event)`` starts; drawn from their law if None.
-            condition: labels or contexts: one per draw, ``(*sample_shape, ...)``, or one for all.
-            guidance: the strength of classifier-free guidance; 1 for none.
-            trajectory: return all states, ``(T, *sample_shape, *event)``.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            ts: The times of the steps from 0 to 1, ``(T,)``, in place of ``num_steps``; :func:`time_grid` makes uneven ones.
+            x0: The starts, ``(*sample_shape, *event)``; drawn from their law if None.
+            condition: The labels or contexts: one per draw, ``(*sample_shape, ...)``, or one for all.
+            guidance: The strength of classifier-free guidance; 1 for none.
+            trajectory: Whether to return all states, ``(T, *sample_shape, *event)``.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             ``(*sample_shape, *event)``.
 
         Raises:
-            UnavailableError: if epsilon isn't 0 and the networks give no score, or the starts aren't known.
-            InvalidInputError: for options that don't exist.
+            UnavailableError: If epsilon isn't 0 and the networks give no score, or the starts aren't known.
+            InvalidInputError: If an option doesn't exist.
 
         Example:
             >>> from stochdyn.interpolants import FieldNetwork
@@ -389,22 +389,22 @@ class InterpolantGenerator(nn.Module):
         :meth:`distribution`. Every evaluation takes one reverse pass per observation.
 
         Args:
-            y: ``(m,)`` observed values; NaN is missing.
-            operator: ``(m, d)``, A, on events as vectors; None for the identity.
-            obs_scale: :math:`s`, the standard deviation of the observations, a number or ``(m,)``.
-            sample_shape: the shape of independent draws.
-            epsilon: see :meth:`sample`.
-            num_steps: the number of steps; 100 if None.
-            method: see :meth:`sample`.
-            condition: one label or one context.
-            generator: the source of randomness.
+            y: The observed values, ``(m,)``; NaN is missing.
+            operator: The matrix A, ``(m, d)``, on events as vectors; None for the identity.
+            obs_scale: The standard deviation s of the observations, a number or ``(m,)``.
+            sample_shape: The shape of independent draws.
+            epsilon: The strength of the noise, as in :meth:`sample`; 0 for the flow.
+            num_steps: The number of steps; 100 if None.
+            method: How to take a step: one of the methods of :meth:`sample`.
+            condition: One label or one context for all draws.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             ``(*sample_shape, *event)``.
 
         Raises:
-            UnavailableError: if the model doesn't start in the standard normal, or its networks don't determine the data.
-            ShapeError: if the observations don't fit.
+            UnavailableError: If the model doesn't start in the standard normal, or its networks don't determine the data.
+            ShapeError: If the observations don't fit.
 
         Reference:
             Boys et al., "Tweedie moment projected diffusions for inverse problems", 2024, carried over to interpolants.
@@ -457,22 +457,22 @@ class InterpolantGenerator(nn.Module):
         r"""Return the log density of the probability flow; differentiable.
 
         Args:
-            x1: ``(..., *event)``.
-            exact: whether to take the exact divergence; else Hutchinson's unbiased estimate of the log density.
-            num_steps: the number of steps of a grid of equal ones; 50 if neither this nor ``ts`` is given.
-            method: see :meth:`push`.
-            ts: see :meth:`push`.
-            num_probes: the number of Hutchinson's probes per point.
-            condition: labels or contexts, one per point or one for all.
-            guidance: see :meth:`push`.
-            generator: the source of Hutchinson's probes.
+            x1: The ends, ``(..., *event)``.
+            exact: Whether to take the exact divergence; else Hutchinson's unbiased estimate of the log density.
+            num_steps: The number of steps of a grid of equal ones; 50 if neither this nor ``ts`` is given.
+            method: How to take a step: one of the methods of :meth:`push`.
+            ts: The times of the steps from 0 to 1, ``(T,)``, in place of ``num_steps``.
+            num_probes: The number of Hutchinson's probes per point.
+            condition: The labels or contexts, one per point or one for all.
+            guidance: The strength of classifier-free guidance; 1 for none.
+            generator: The source of Hutchinson's probes.
 
         Returns:
             ``(...)``, one number per event.
 
         Raises:
-            UnavailableError: if the density of the starts isn't known.
-            ShapeError, NonFiniteError: if the points don't fit.
+            UnavailableError: If the density of the starts isn't known.
+            ShapeError, NonFiniteError: If the points don't fit.
         """
         chosen = as_method(method, FLOW_METHODS, "flows")
         x, lead = self._flat(x1, "x1")
@@ -491,12 +491,12 @@ class InterpolantGenerator(nn.Module):
         .. math:: -\frac{\log\hat\rho_1(x)}{d\log2}-\log_2\Delta
 
         Args:
-            x1: ``(..., *event)``: data to which uniform noise of one bin was added (dequantisation).
-            bin_width: :math:`\Delta`, the width of a bin in the units of ``x1``: 1/256 for 8-bit images scaled to [0, 1], 2/256 for [-1, 1].
-            **options: those of :meth:`log_prob`.
+            x1: The data, ``(..., *event)``, to which uniform noise of one bin was added (dequantisation).
+            bin_width: The width :math:`\Delta` of a bin in the units of ``x1``: 1/256 for 8-bit images scaled to [0, 1], 2/256 for [-1, 1].
+            **options: The options of :meth:`log_prob`.
 
         Raises:
-            UnavailableError: if the density of the starts isn't known.
+            UnavailableError: If the density of the starts isn't known.
         """
         check_real(bin_width, "bin_width", above=0.0)
         value = self.log_prob(x1, **options)
@@ -550,19 +550,19 @@ class InterpolantGenerator(nn.Module):
         """Return weighted paths whose mean weight is the density of the SDE sampler at ``x1``; ``.log_prob`` is its log.
 
         Args:
-            x1: ``(n, *event)``.
-            epsilon: the strength of the noise, not zero in any step.
-            num_steps: the number of steps of a grid of equal ones; 100 if neither this nor ``ts`` is given.
-            ts: see :meth:`push`.
-            num_particles: the number of paths per point.
-            method: ``"feynman-kac"`` or ``"transition"``; see :func:`feynman_kac_log_prob`.
-            proposal: ``"score"`` runs back with the reversed drift, ``"drift"`` with the forward one, whose weights vary wildly.
-            condition: labels or contexts, one per point or one for all.
-            guidance: see :meth:`push`.
-            generator: the source of randomness.
+            x1: The ends, ``(n, *event)``.
+            epsilon: The strength of the noise, not zero in any step.
+            num_steps: The number of steps of a grid of equal ones; 100 if neither this nor ``ts`` is given.
+            ts: The times of the steps from 0 to 1, ``(T,)``, in place of ``num_steps``.
+            num_particles: The number of paths per point.
+            method: How paths are weighed, ``"feynman-kac"`` or ``"transition"``; see :func:`feynman_kac_log_prob`.
+            proposal: How paths run back: ``"score"`` runs back with the reversed drift, ``"drift"`` with the forward one, whose weights vary wildly.
+            condition: The labels or contexts, one per point or one for all.
+            guidance: The strength of classifier-free guidance; 1 for none.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Raises:
-            UnavailableError: if the networks give no score, or the density of the starts isn't known.
+            UnavailableError: If the networks give no score, or the density of the starts isn't known.
         """
         self._need_score()
         check_choice(proposal, ("score", "drift"), "proposal")
@@ -594,13 +594,13 @@ class InterpolantGenerator(nn.Module):
         starts are those of the data it has no density at time 0.
 
         Args:
-            epsilon: a positive number, a function of time, or ``"optimal"``.
-            condition: one label or one context for all paths.
-            guidance: see :meth:`push`.
+            epsilon: A positive number, a function of time, or ``"optimal"``.
+            condition: One label or one context for all paths.
+            guidance: The strength of classifier-free guidance; 1 for none.
 
         Raises:
-            UnavailableError: if the networks give no score, or the law of the starts isn't known.
-            InvalidInputError: if epsilon is zero.
+            UnavailableError: If the networks give no score, or the law of the starts isn't known.
+            InvalidInputError: If epsilon is zero.
         """
         from stochdyn.interpolants.sampling.starts import EmpiricalStart
 
@@ -624,14 +624,14 @@ class InterpolantGenerator(nn.Module):
         """Return the law of the probability flow as a Pyro distribution with the event shape of the data.
 
         Args:
-            num_steps: the number of steps of the grid.
-            method: see :meth:`push`.
-            condition: one label ``()`` or one context vector ``(c,)``; labels ``(*batch,)`` or contexts ``(*batch, c)`` make a batch of
+            num_steps: The number of steps of the grid.
+            method: How to take a step: one of the methods of :meth:`push`.
+            condition: One label ``()`` or one context vector ``(c,)``; labels ``(*batch,)`` or contexts ``(*batch, c)`` make a batch of
                 laws.
-            guidance: see :meth:`push`.
+            guidance: The strength of classifier-free guidance; 1 for none.
 
         Raises:
-            UnavailableError: if the density of the starts isn't known.
+            UnavailableError: If the density of the starts isn't known.
         """
         from stochdyn.interpolants.sampling.distribution import InterpolantDistribution
 

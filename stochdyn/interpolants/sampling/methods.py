@@ -42,7 +42,7 @@ class _Noisy(FlowMethod):
     r"""A method for SDEs as well.
 
     Args:
-        max_rate: in a step of length h, epsilon is held below ``max_rate`` times :math:`\gamma^2/h`. Where the data have
+        max_rate: The largest rate per step: in a step of length h, epsilon is held below ``max_rate`` times :math:`\gamma^2/h`. Where the data have
             features as sharp as the noise, a larger one would make explicit steps unstable; any epsilon leaves the marginals of
             an exact model as they are. The bound is active in few steps near the ends, and fewer the shorter they are;
             ``math.inf`` switches it off.
@@ -121,9 +121,9 @@ class Adaptive(FlowMethod):
     """An adaptive method of torchdiffeq for flows, which chooses its own steps.
 
     Args:
-        name: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"adaptive_heun"`` or ``"fehlberg2"``.
-        rtol: the relative tolerance of a step.
-        atol: the absolute tolerance of a step.
+        name: The name of the method: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"adaptive_heun"`` or ``"fehlberg2"``.
+        rtol: The relative tolerance of a step.
+        atol: The absolute tolerance of a step.
     """
 
     name: str = "dopri5"
@@ -158,7 +158,7 @@ def as_method(method: Any, choices: Mapping[str, FlowMethod], purpose: str) -> F
     """Return a method object from one or from its name.
 
     Raises:
-        InvalidInputError: if there is no such method, or it isn't one for this ``purpose``.
+        InvalidInputError: If there is no such method, or it isn't one for this ``purpose``.
     """
     if isinstance(method, Method):
         # a method of the core's equations, which has no options that would mean anything here

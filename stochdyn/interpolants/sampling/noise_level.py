@@ -24,12 +24,12 @@ class Epsilon(nn.Module):
     networks are corrected on the way, and what the steps of the integrator cost.
 
     Args:
-        value: a number, or a function of times of any shape.
-        interpolant: the path.
-        largest: the cap of a function, which may grow without bound towards an end.
+        value: A number, or a function of times of any shape.
+        interpolant: The path.
+        largest: The cap of a function, which may grow without bound towards an end.
 
     Raises:
-        InvalidInputError: if the value is a negative number.
+        InvalidInputError: If the value is a negative number.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Epsilon(nn.Module):
         r"""Return epsilon in every step of a grid, from its middle and held below ``max_rate`` times :math:`\gamma^2/h`.
 
         Raises:
-            InvalidInputError: if epsilon is negative or NaN somewhere.
+            InvalidInputError: If epsilon is negative or NaN somewhere.
         """
         grid = ts.detach().double().cpu()
         middles, h = 0.5 * (grid[1:] + grid[:-1]), grid.diff().abs()
@@ -81,12 +81,12 @@ class TabulatedEpsilon(nn.Module):
     """Epsilon given at some times and interpolated linearly between.
 
     Args:
-        times: ``(T,)`` strictly increasing in [0, 1].
-        values: ``(T,)`` non-negative.
+        times: The times, ``(T,)``, strictly increasing in [0, 1].
+        values: The values of epsilon at these times, ``(T,)``, not negative.
 
     Raises:
-        ShapeError: if the two don't fit together.
-        InvalidInputError: if a value is negative.
+        ShapeError: If the two don't fit together.
+        InvalidInputError: If a value is negative.
 
     Example:
         >>> TabulatedEpsilon([0.0, 1.0], [0.0, 2.0])(torch.tensor(0.25))
@@ -123,11 +123,11 @@ def as_epsilon(value: EpsilonLike, interpolant: Interpolant) -> Epsilon:
     """Turn a number, a function of time or ``"optimal"`` into an :class:`Epsilon`.
 
     Args:
-        value: what the user gave.
-        interpolant: the path.
+        value: What the user gave.
+        interpolant: The path.
 
     Raises:
-        InvalidInputError: if it is negative, another string, or ``"optimal"`` on a two-sided path.
+        InvalidInputError: If it is negative, another string, or ``"optimal"`` on a two-sided path.
     """
     if isinstance(value, Epsilon):
         return value

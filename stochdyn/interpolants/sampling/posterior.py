@@ -31,14 +31,14 @@ class LinearGuide:
     :math:`\sigma^2\dot\beta/\beta-\tfrac12(\sigma^2)\dot{}`, with :math:`\sigma^2=\alpha^2+\gamma^2`.
 
     Args:
-        model: the generator, which starts in the standard normal.
-        y: ``(m,)`` observed values; NaN is missing.
-        operator: ``(m, d)``, A; None for the identity.
-        obs_scale: the standard deviation of the observations, a number or ``(m,)``.
+        model: The generator, which starts in the standard normal.
+        y: The observed values, ``(m,)``; NaN is missing.
+        operator: The matrix A, ``(m, d)``; None for the identity.
+        obs_scale: The standard deviation of the observations, a number or ``(m,)``.
 
     Raises:
-        UnavailableError: if the model doesn't start in the standard normal, or gives no data prediction.
-        ShapeError: if the sizes don't fit.
+        UnavailableError: If the model doesn't start in the standard normal, or gives no data prediction.
+        ShapeError: If the sizes don't fit.
     """
 
     def __init__(

@@ -62,11 +62,11 @@ class ReverseDiffusion(nn.Module):
     call for end points; the law on paths is :meth:`measure`.
 
     Args:
-        process: the noising process.
-        source: a :class:`Potential`, or a score ``score(t, x) -> (..., d)``, also with a condition as third argument.
-        dim: ``d``.
-        like: a tensor whose precision and device samples take.
-        prior: the law at the horizon, a distribution with event ``(d,)``. None for the stationary Gaussian of the process,
+        process: The noising process.
+        source: A :class:`Potential`, or a score ``score(t, x) -> (..., d)``, also with a condition as third argument.
+        dim: The number d of components of a point.
+        like: A tensor whose precision and device samples take.
+        prior: The law at the horizon, a distribution with event ``(d,)``. None for the stationary Gaussian of the process,
             or, with a :class:`PotentialNetwork`, for the noised Gaussian of the moments of the data.
 
     Example:
@@ -126,7 +126,7 @@ class ReverseDiffusion(nn.Module):
         """The potential.
 
         Raises:
-            UnavailableError: if a score was given in its place.
+            UnavailableError: If a score was given in its place.
         """
         return self.learned.potential
 
@@ -192,22 +192,22 @@ class ReverseDiffusion(nn.Module):
         """Draw points by an exponential integrator.
 
         Args:
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            method: ``"sde"`` or ``"ode"``, or :class:`ExponentialSDE` or :class:`ExponentialODE` with options.
-            num_steps: the number of evaluations of the network per point.
-            spacing: how the times are spaced, see :meth:`AffineProcess.grid`.
-            denoise: end with the mean of the start given the point at the start time, which removes the last of the
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            method: What to integrate: ``"sde"``, ``"ode"``, or an :class:`ExponentialSDE` or :class:`ExponentialODE` with options.
+            num_steps: The number of evaluations of the network per point.
+            spacing: How the times are spaced, see :meth:`AffineProcess.grid`.
+            denoise: Whether to end with the mean of the start given the point at the start time, which removes the last of the
                 noise. Off, the points follow the law at ``process.start``, whose density :meth:`log_prob` gives.
-            condition: labels or contexts: one per draw, ``(*sample_shape, ...)``, or one for all.
-            mean: ``(*sample_shape, d)`` or ``(d,)``: what the process reverts to, where items have their own.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
-            batch_size: the number of points at a time, to bound the memory; all if None.
+            condition: The labels or contexts: one per draw, ``(*sample_shape, ...)``, or one for all.
+            mean: What the process reverts to, ``(*sample_shape, d)`` or ``(d,)``, where items have their own.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            batch_size: The number of points at a time, to bound the memory; all if None.
 
         Returns:
             ``(*sample_shape, d)``, without gradients.
 
         Raises:
-            InvalidInputError: for an unknown option, or counts that aren't positive.
+            InvalidInputError: If an option is unknown, or a number isn't positive.
         """
         lead = as_sample_shape(sample_shape)
         count = torch.Size(lead).numel()
@@ -288,22 +288,22 @@ class ReverseDiffusion(nn.Module):
         and of the SDE, by :func:`feynman_kac_log_density`, which needs a potential.
 
         Args:
-            x: ``(n, d)``.
-            method: ``"ode"`` or ``"sde"``.
-            num_steps: the number of steps of the ODE, or of the paths.
-            exact: whether to take the trace of the Jacobian exactly, or by random probes (unbiased).
-            num_probes: the number of probes per point if not exact.
-            num_particles: the number of paths per point for the SDE.
-            condition: labels or contexts, one per point or one for all.
-            mean: ``(n, d)`` or ``(d,)``: what the process reverts to, where items have their own.
-            generator: the source of randomness.
+            x: The points, ``(n, d)``.
+            method: The law that is meant: that of the ``"ode"`` or of the ``"sde"``.
+            num_steps: The number of steps of the ODE, or of the paths.
+            exact: Whether to take the trace of the Jacobian exactly, or by random probes (unbiased).
+            num_probes: The number of probes per point if not exact.
+            num_particles: The number of paths per point for the SDE.
+            condition: The labels or contexts, one per point or one for all.
+            mean: What the process reverts to, ``(n, d)`` or ``(d,)``, where items have their own.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             ``(n,)``, differentiable.
 
         Raises:
-            UnavailableError: for ``"sde"`` with a score in place of a potential.
-            ShapeError: if ``x`` isn't ``(n, d)``.
+            UnavailableError: If ``"sde"`` is asked of a score in place of a potential.
+            ShapeError: If ``x`` isn't ``(n, d)``.
         """
         check_choice(method, ("ode", "sde"), "method")
         check_positive_int(num_steps, "num_steps")
@@ -342,7 +342,7 @@ class ReverseDiffusion(nn.Module):
         :class:`stochdyn.DiffusionMeasure` it can be controlled, reversed and weighed.
 
         Args:
-            condition: one label or one context for all paths.
+            condition: One label or one context for all paths.
         """
 
         def score(t: Tensor, x: Tensor) -> Tensor:
@@ -356,8 +356,8 @@ class ReverseDiffusion(nn.Module):
         """Return the law of the ODE at the start time as a Pyro distribution with event ``(d,)``.
 
         Args:
-            num_steps: the number of steps of the grid, for draws and densities alike.
-            condition: one label ``()`` or one context vector ``(c,)``; with leading axes a batch of laws.
+            num_steps: The number of steps of the grid, for draws and densities alike.
+            condition: One label ``()`` or one context vector ``(c,)``; with leading axes a batch of laws.
         """
         from stochdyn.interpolants.sampling.diffusion_distribution import DiffusionDistribution
 

@@ -58,17 +58,17 @@ def time_grid(
     """Return ``num_steps + 1`` times from ``start`` to ``stop``, either of which may be the later one.
 
     Args:
-        num_steps: the number of steps.
-        start: the first time.
-        stop: the last time.
-        power: 1 for equal steps; above 1 the steps shrink towards ``stop`` like ``(1 - u)**power``.
-        shift: 1 for none; above 1 the steps shrink towards ``start``, as high-resolution models need it:
+        num_steps: The number of steps.
+        start: The first time.
+        stop: The last time.
+        power: The power of the spacing: 1 for equal steps; above 1 the steps shrink towards ``stop`` like ``(1 - u)**power``.
+        shift: The shift of the spacing: 1 for none; above 1 the steps shrink towards ``start``, as high-resolution models need it:
             ``u / (shift + (1 - shift) * u)``.
-        like: a tensor whose precision and device the grid takes.
+        like: A tensor whose precision and device the grid takes.
 
     Raises:
-        InvalidInputError: if ``num_steps`` isn't a positive integer, or ``power`` or ``shift`` isn't positive.
-        TimeGridError: if both times are the same.
+        InvalidInputError: If ``num_steps`` isn't a positive integer, or ``power`` or ``shift`` isn't positive.
+        TimeGridError: If both times are the same.
 
     Example:
         >>> time_grid(2, 1.0, 0.0)
@@ -131,21 +131,21 @@ def integrate_ode(
     r"""Integrate :math:`\dot x=b(t,x)` along a grid.
 
     Args:
-        velocity: ``b(t, x) -> (..., d)``, called with a time of no axes.
-        x: ``(..., d)`` state at ``ts[0]``.
-        ts: ``(T,)`` times, strictly increasing or strictly decreasing.
+        velocity: The velocity as a function ``b(t, x) -> (..., d)``, called with a time of no axes.
+        x: The state at ``ts[0]``, ``(..., d)``.
+        ts: The times, strictly increasing or strictly decreasing, ``(T,)``.
         method: ``"euler"``, ``"midpoint"``, ``"ralston"``, ``"heun"`` (order 2), ``"rk4"`` with one step per interval, an adaptive method
             such as ``"dopri5"``, or an object such as :class:`~stochdyn.interpolants.Adaptive` that carries options.
-        trajectory: return the states at all times, ``(T, ..., d)``, instead of the last one.
-        inside: whether the first and the last step must evaluate the velocity strictly inside, since it is known at their
+        trajectory: Whether to return the states at all times, ``(T, ..., d)``, instead of the last one.
+        inside: Whether the first and the last step must evaluate the velocity strictly inside, since it is known at their
             outer end only as a limit. The order of the method stays the same.
 
     Returns:
         ``(..., d)``; differentiable unless gradients are off.
 
     Raises:
-        TimeGridError: if the grid isn't strictly monotone.
-        InvalidInputError: if the method is unknown.
+        TimeGridError: If the grid isn't strictly monotone.
+        InvalidInputError: If the method is unknown.
 
     Example:
         >>> integrate_ode(lambda t, x: -x, torch.ones(1), time_grid(10), "rk4")
@@ -327,22 +327,22 @@ def integrate_sde(
     On a decreasing grid the step is negative and the noise is that of the backward equation.
 
     Args:
-        drift: ``f(t, x) -> (..., d)``, called with a time of no axes.
-        noise: ``g``: a number, one number per step ``(T-1,)``, or a function of times ``(T-1,)``.
-        x: ``(..., d)`` state at ``ts[0]``.
-        ts: ``(T,)`` times, strictly monotone.
-        method: ``"heun"`` or ``"euler"``.
-        generator: source of randomness; torch's global one if None.
-        trajectory: return the states at all times, ``(T, ..., d)``.
-        last_noise: False leaves out the noise of the last step, which is customary where the last time is that of clean
+        drift: The drift as a function ``f(t, x) -> (..., d)``, called with a time of no axes.
+        noise: The strength g of the noise: a number, one number per step ``(T-1,)``, or a function of times ``(T-1,)``.
+        x: The state at ``ts[0]``, ``(..., d)``.
+        ts: The times, strictly monotone, ``(T,)``.
+        method: How to take a step: ``"heun"``, of order 2, or ``"euler"``, of order 1.
+        generator: The source of randomness; torch's global one if None.
+        trajectory: Whether to return the states at all times, ``(T, ..., d)``.
+        last_noise: Whether the last step has noise; leaving it out is customary where the last time is that of clean
             data.
 
     Returns:
         ``(..., d)``.
 
     Raises:
-        TimeGridError: if the grid isn't strictly monotone.
-        InvalidInputError: if the method is unknown, or the noise is negative.
+        TimeGridError: If the grid isn't strictly monotone.
+        InvalidInputError: If the method is unknown, or the noise is negative.
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
@@ -409,20 +409,20 @@ def integrate_strang(
     the size of the step, so the law at every time stays the same.
 
     Args:
-        velocity: ``b(t, x) -> (..., d)``.
-        score: ``s(t, x) -> (..., d)``.
-        epsilon: a number, one number per step, or a function of times ``(T-1,)``.
-        x: ``(..., d)`` state at ``ts[0]``.
-        ts: ``(T,)`` times, strictly monotone.
-        generator: source of randomness; torch's global one if None.
-        trajectory: return the states at all times, ``(T, ..., d)``.
+        velocity: The velocity as a function ``b(t, x) -> (..., d)``.
+        score: The score as a function ``s(t, x) -> (..., d)``.
+        epsilon: A number, one number per step, or a function of times ``(T-1,)``.
+        x: The state at ``ts[0]``, ``(..., d)``.
+        ts: The times, strictly monotone, ``(T,)``.
+        generator: The source of randomness; torch's global one if None.
+        trajectory: Whether to return the states at all times, ``(T, ..., d)``.
 
     Returns:
         ``(..., d)``.
 
     Raises:
-        TimeGridError: if the grid isn't strictly monotone.
-        InvalidInputError: if epsilon is negative.
+        TimeGridError: If the grid isn't strictly monotone.
+        InvalidInputError: If epsilon is negative.
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
@@ -485,15 +485,15 @@ def integrate_marginals(
     flow and noise are split, so that nothing is evaluated there.
 
     Args:
-        fields: velocity, score, and the drift for a given epsilon, ``drift(epsilon)(t, x)``.
-        strengths: epsilon in every step.
-        x: ``(..., d)`` state at ``ts[0]``.
-        ts: ``(T,)`` times, strictly monotone.
-        method: the method.
-        inside: whether the velocity is known at the first and at the last time as a limit only.
-        noise_inside: whether the drift is.
-        generator: the source of randomness.
-        trajectory: return the states at all times, ``(T, ..., d)``.
+        fields: The velocity, the score, and the drift for a given epsilon, ``drift(epsilon)(t, x)``.
+        strengths: The strength epsilon of the noise in every step.
+        x: The state at ``ts[0]``, ``(..., d)``.
+        ts: The times, strictly monotone, ``(T,)``.
+        method: How to take a step.
+        inside: Whether the velocity is known at the first and at the last time as a limit only.
+        noise_inside: Whether the drift is known at the first and at the last time as a limit only.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        trajectory: Whether to return the states at all times, ``(T, ..., d)``.
     """
     velocity, score, drift = fields
     times, dts = _steps_of(ts, x)

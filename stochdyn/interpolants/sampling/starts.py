@@ -37,12 +37,12 @@ class Starts(FlexibleBuffers):
     :class:`~stochdyn.errors.ApproximationWarning` says so where their fourth moments show that it can't be theirs.
 
     Args:
-        base: a distribution with event ``(d,)``, or None.
-        normal: whether the path starts in the standard normal by definition.
+        base: A distribution with event ``(d,)``, or None.
+        normal: Whether the path starts in the standard normal by definition.
 
     Raises:
-        InvalidInputError: if ``base`` isn't a distribution.
-        ShapeError: if its event isn't a vector.
+        InvalidInputError: If ``base`` isn't a distribution.
+        ShapeError: If its event isn't a vector.
     """
 
     flexible = ("kept", "example", "given")
@@ -70,7 +70,7 @@ class Starts(FlexibleBuffers):
         self._gaussian: Distribution | None = None
 
     def buffers_changed(self) -> None:
-        """See :meth:`FlexibleBuffers.buffers_changed`."""
+        """Forget what was derived from the starts."""
         self._done, self._gaussian = False, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Starts:
@@ -125,7 +125,7 @@ class Starts(FlexibleBuffers):
         """Return the law, with a density.
 
         Raises:
-            UnavailableError: if it isn't known.
+            UnavailableError: If it isn't known.
         """
         if self.base is not None:
             return self.base
@@ -142,7 +142,7 @@ class Starts(FlexibleBuffers):
         """Return ``n`` starts ``(n, d)``.
 
         Raises:
-            UnavailableError: if nothing is known about them.
+            UnavailableError: If nothing is known about them.
         """
         if self.empirical:
             source = as_generator(generator, self.kept.device)
@@ -179,7 +179,7 @@ class EmpiricalStart(InitialLaw):
     """The law that gives each of some points the same weight; it has no density.
 
     Args:
-        points: ``(n, d)``.
+        points: The points, ``(n, d)``, each of which has the same weight.
     """
 
     points: Tensor
@@ -190,7 +190,7 @@ class EmpiricalStart(InitialLaw):
         self.dim = points.shape[-1]
 
     def draw(self, sample_shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-        """See :meth:`InitialLaw.draw`."""
+        """Draw points with replacement."""
         pick = torch.randint(len(self.points), sample_shape, generator=generator, device=self.points.device)
         return self.points[pick]
 
@@ -198,7 +198,7 @@ class EmpiricalStart(InitialLaw):
         """Raise: points have no density.
 
         Raises:
-            UnavailableError: always.
+            UnavailableError: If it is called at all.
         """
         raise UnavailableError(
             "the starts are those of the data, which have no density",

@@ -77,16 +77,16 @@ class AugmentedDiffusion(Objective):
     preconditioning of Karras et al.
 
     Args:
-        network: ``net(t, x) -> (n, d)``, with ``t (n, 1)`` a quarter of the logarithm of the level, and states of unit size.
-        dim: the number of components of a point.
-        degrees: ``D``, the number of extra dimensions.
-        sigma_min: the smallest level, in units of the data's own scale.
-        sigma_max: the largest.
+        network: The network ``net(t, x) -> (n, d)``, with ``t (n, 1)`` a quarter of the logarithm of the level, and states of unit size.
+        dim: The number of components of a point.
+        degrees: The number D of extra dimensions; fewer are more robust, and the Gaussian is the limit of many.
+        sigma_min: The smallest level, in units of the data's own scale.
+        sigma_max: The largest noise level, in units of the data.
 
     Batches are ``x1 (n, d)``.
 
     Raises:
-        InvalidInputError: for a network that can't be called, or levels out of order.
+        InvalidInputError: If a network can't be called, or levels are out of order.
 
     Example:
         >>> from stochdyn.interpolants import FieldNetwork
@@ -120,7 +120,7 @@ class AugmentedDiffusion(Objective):
         """Evaluate on data ``(n, d)``.
 
         Raises:
-            ShapeError, EmptyDataError: if they don't fit.
+            ShapeError, EmptyDataError: If they don't fit.
         """
         if isinstance(batch, tuple | list) and len(batch) == 1:
             batch = batch[0]
@@ -149,11 +149,11 @@ class AugmentedGenerator(nn.Module):
     .. math:: \frac{dx}{d\sigma}=\frac{x-D(x,\sigma)}{\sigma}
 
     Args:
-        data_prediction: :math:`D`, ``f(sigma, x)`` with levels ``(n, 1)``.
-        kernel: the noise.
-        dim: the number of components of a point.
-        sigma_min: the level at which sampling ends with a step to the mean of the data.
-        sigma_max: the level from which it starts.
+        data_prediction: The trained data prediction, ``f(sigma, x)`` with levels ``(n, 1)``.
+        kernel: The kernel of the noise.
+        dim: The number of components of a point.
+        sigma_min: The level at which sampling ends with a step to the mean of the data.
+        sigma_max: The level from which it starts.
     """
 
     def __init__(
@@ -179,16 +179,16 @@ class AugmentedGenerator(nn.Module):
         """Draw points.
 
         Args:
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            num_steps: the number of steps, shorter towards the data.
-            method: ``"heun"`` or ``"euler"``.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            num_steps: The number of steps, shorter towards the data.
+            method: How to take a step: ``"heun"``, of order 2, or ``"euler"``, of order 1.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             ``(*sample_shape, d)``.
 
         Raises:
-            InvalidInputError: for options that don't exist.
+            InvalidInputError: If an option doesn't exist.
         """
         shape = as_sample_shape(sample_shape)
         check_positive_int(num_steps, "num_steps")

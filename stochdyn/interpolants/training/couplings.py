@@ -42,10 +42,10 @@ class Coupling(nn.Module, ABC):
         """Return the partner in ``x1`` of every point of ``x0``, ``(n,)`` indices.
 
         Args:
-            x0: ``(n, d)``.
-            x1: ``(n, d)``.
-            condition: labels ``(n,)`` or context ``(n, c)`` of ``x1``, or None.
-            generator: source of randomness.
+            x0: The starts, ``(n, d)``.
+            x1: The ends, ``(n, d)``.
+            condition: The labels ``(n,)`` or context ``(n, c)`` of ``x1``, or None.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
         """
 
 
@@ -60,7 +60,7 @@ class IndependentCoupling(Coupling):
     def pair(
         self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """See :meth:`Coupling.pair`."""
+        """Return the index of the end that goes with each start, ``(n,)``."""
         check_ndim(x0, (1, 2), "x0", "(n, d)")
         return torch.arange(x0.shape[0], device=x0.device)
 
@@ -74,14 +74,14 @@ class ExactCoupling(Coupling):
     out more than a third of the points and add noise for nothing.
 
     Args:
-        condition_weight: :math:`w`. A point of the first law must not know the condition of its partner, or else sampling with
-            a given condition starts from the wrong law. So every :math:`x_0` is given the condition that it came
-            with, and the cost asks the partner to have the same: ``inf`` keeps labels apart exactly, numbers trade
-            the two off (for contexts :math:`w|c_i-c_j|^2`), 0 ignores conditions. None, the default, keeps labels apart exactly, and
-            for contexts takes a hundred times the ratio of the mean squared distances of points and of contexts.
+        condition_weight: The weight w of the distance between conditions. A point of the first law must not know the condition of its
+            partner, or else sampling with a given condition starts from the wrong law. So every :math:`x_0` is given the condition that it
+            came with, and the cost asks the partner to have the same: ``inf`` keeps labels apart exactly, numbers trade the two off (for
+            contexts :math:`w|c_i-c_j|^2`), 0 ignores conditions. None, the default, keeps labels apart exactly, and for contexts takes a
+            hundred times the ratio of the mean squared distances of points and of contexts.
 
     Raises:
-        InvalidInputError: if the weight is negative.
+        InvalidInputError: If the weight is negative.
 
     Example:
         >>> ExactCoupling().pair(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.1], [0.1]]))
@@ -99,10 +99,10 @@ class ExactCoupling(Coupling):
     def pair(
         self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """See :meth:`Coupling.pair`.
+        """Return the index of the end that goes with each start, ``(n,)``.
 
         Raises:
-            NonFiniteError: if a point isn't finite.
+            NonFiniteError: If a point isn't finite.
         """
         _check_samples(x0, x1)
         if x0.shape[-1] == 1 and (self.condition_weight == 0.0 or condition is None):
@@ -151,16 +151,16 @@ class EntropicCoupling(Coupling):
     Schrödinger bridge between the batches, and :math:`b+\tfrac{\sigma^2}2s` is its drift.
 
     Args:
-        reg: :math:`\lambda`, in units of the squared distance; None takes :math:`2\sigma^2` from the interpolant.
-        tolerance: largest marginal error of a plan, in L1 as a share of the mass.
-        max_iterations: of Sinkhorn's method.
-        warm_start: begin with the potentials of the batch before, carried over to the new points.
-        condition_weight: see :class:`ExactCoupling`.
+        reg: The strength :math:`\lambda` of the regularisation, in units of the squared distance; None takes :math:`2\sigma^2` from the interpolant.
+        tolerance: The largest error of a plan's marginals, in L1, as a share of the mass.
+        max_iterations: The bound on the number of iterations of Sinkhorn's method.
+        warm_start: Whether to begin with the potentials of the batch before, carried over to the new points.
+        condition_weight: The weight of the distance between conditions, as in :class:`ExactCoupling`.
 
     A plan that doesn't reach the tolerance isn't used: the exact permutation takes its place, with a ConvergenceWarning.
 
     Raises:
-        InvalidInputError: if ``reg`` isn't positive, or the weight negative.
+        InvalidInputError: If ``reg`` isn't positive, or the weight negative.
 
     Example:
         >>> x = torch.tensor([[0.0], [4.0]])
@@ -229,7 +229,7 @@ class EntropicCoupling(Coupling):
     def pair(
         self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """See :meth:`Coupling.pair`."""
+        """Return the index of the end that goes with each start, ``(n,)``."""
         _check_samples(x0, x1)
         plan = self.plan(x0, x1, condition)
         if not plan.converged:
@@ -276,14 +276,14 @@ def coupling_cost(
     """Return squared distances ``(n, m)``, with what different conditions cost on top.
 
     Args:
-        x0: ``(n, d)``.
-        x1: ``(m, d)``.
-        condition: labels ``(m,)`` or context ``(m, c)``; the same are given to ``x0``.
-        condition_weight: see :class:`ExactCoupling`.
+        x0: The starts, ``(n, d)``.
+        x1: The ends, ``(m, d)``.
+        condition: The labels ``(m,)`` or contexts ``(m, c)`` of the ends; the same are given to the starts.
+        condition_weight: The weight of the distance between conditions, as in :class:`ExactCoupling`.
 
     Raises:
-        ShapeError: if the conditions don't fit the points.
-        InvalidInputError: if contexts are to be kept apart exactly.
+        ShapeError: If the conditions don't fit the points.
+        InvalidInputError: If contexts are to be kept apart exactly.
     """
     a, b = x0.detach(), x1.detach()
     cost = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square_()
@@ -317,7 +317,7 @@ def as_coupling(coupling: str | Coupling, scale: float) -> Coupling:
     """Turn a name into a :class:`Coupling`; the entropic one takes ``reg = 2 * scale**2``.
 
     Raises:
-        InvalidInputError: if the name is unknown.
+        InvalidInputError: If the name is unknown.
     """
     if isinstance(coupling, EntropicCoupling) and coupling.reg is None:
         coupling.reg = 2.0 * scale**2

@@ -25,12 +25,12 @@ class DiffusionEvidence(Objective):
     of the process first if they lie on a surface.
 
     Args:
-        potential: the log density, up to a constant.
-        prior: law at the horizon, with event ``(d,)``; such as ``diff.generator().prior``.
-        num_draws: the number of draws of time and point per datum and step.
+        potential: The log density, up to a constant.
+        prior: The law at the horizon, with event ``(d,)``; such as ``diff.generator().prior``.
+        num_draws: The number of draws of time and point per datum and step.
 
     Raises:
-        InvalidInputError: if ``potential`` isn't a :class:`Potential`, or ``num_draws`` isn't at least 2.
+        InvalidInputError: If ``potential`` isn't a :class:`Potential`, or ``num_draws`` isn't at least 2.
 
     Example:
         >>> import torch
@@ -56,7 +56,7 @@ class DiffusionEvidence(Objective):
         """Evaluate on data ``batch (n, d)``.
 
         Raises:
-            InvalidInputError: if the batch isn't a tensor of the right shape.
+            InvalidInputError: If the batch isn't a tensor of the right shape.
         """
         if not isinstance(batch, Tensor):
             raise InvalidInputError(

@@ -44,16 +44,16 @@ class MaxMinBridge(Objective):
     ``sd.fit(game, pairs, optimizer=lambda _, lr: torch.optim.Adam(game.parameter_groups(lr)))``.
 
     Args:
-        drift: network for u, ``net(t, x)`` with ``t (n, 1)``.
-        correction: network ``(t, x0, x1) -> (n, d)`` that bends the path, see :class:`Interpolant`; such as
+        drift: The network for u, ``net(t, x)`` with ``t (n, 1)``.
+        correction: The network ``(t, x0, x1) -> (n, d)`` that bends the path, see :class:`Interpolant`; such as
             ``StateNetwork(d, context=d, zero_last=True)`` of :mod:`stochdyn.core`, which starts without a bend.
-        epsilon: :math:`\varepsilon`, half the squared diffusion of the reference.
-        rate: learning rate of the interpolant relative to that of the drift, in :meth:`parameter_groups`. Small rates keep
+        epsilon: Half the squared diffusion of the reference, :math:`\varepsilon`.
+        rate: The learning rate of the interpolant relative to that of the drift, in :meth:`parameter_groups`. Small rates keep
             the drift near its optimum.
-        gamma: scale of the Brownian latent; :math:`\sqrt{2\varepsilon}`, that of the bridges of the reference, if None.
+        gamma: The scale of the Brownian latent; :math:`\sqrt{2\varepsilon}`, that of the bridges of the reference, if None.
 
     Raises:
-        InvalidInputError: if epsilon or the rate isn't positive, or a network isn't callable.
+        InvalidInputError: If epsilon or the rate isn't positive, or a network isn't callable.
 
     Reference:
         Albergo, Boffi and Vanden-Eijnden, "Stochastic interpolants", 2023, theorem 3.5.
@@ -90,7 +90,7 @@ class MaxMinBridge(Objective):
         A factor on the gradient would not do, since Adam and its like are blind to it.
 
         Raises:
-            InvalidInputError: if the learning rate isn't positive.
+            InvalidInputError: If the learning rate isn't positive.
         """
         check_positive(lr, "lr")
         parts = ((self.drift, lr), (self.correction, self.rate * lr))
@@ -100,7 +100,7 @@ class MaxMinBridge(Objective):
         """Evaluate on ``(x0, x1)``; the gradient ascends in the correction and descends in the drift.
 
         Raises:
-            InvalidInputError: if the batch has another form.
+            InvalidInputError: If the batch has another form.
         """
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise InvalidInputError("a batch is (x0, x1)", got=type(batch).__name__)

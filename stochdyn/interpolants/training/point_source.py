@@ -41,11 +41,11 @@ class PointSource(nn.Module):
     :math:`x_0` at the end. Its drift is regular on the whole of [0, 1].
 
     Args:
-        scale: :math:`\sigma`, of the order of the spread of :math:`x_1` given :math:`x_0`.
-        power: :math:`p`, 1 or 2. With 2 the noise that minimises the divergence on paths is regular as well.
+        scale: The strength :math:`\sigma` of the noise, of the order of the spread of :math:`x_1` given :math:`x_0`.
+        power: The power p, 1 or 2. With 2 the noise that minimises the divergence on paths is regular as well.
 
     Raises:
-        InvalidInputError: if the scale isn't positive, or the power is another.
+        InvalidInputError: If the scale isn't positive, or the power is another.
 
     Example:
         >>> PointSource(1.0).sample(1.0, torch.zeros(1, 2), torch.ones(1, 2))
@@ -76,8 +76,8 @@ class PointSource(nn.Module):
         """Return ``x_t (..., d)``; latents ``z`` are drawn if None.
 
         Raises:
-            TimeGridError: if a time is outside [0, 1].
-            ShapeError: if the points don't fit together.
+            TimeGridError: If a time is outside [0, 1].
+            ShapeError: If the points don't fit together.
         """
         check_pair(x0, x1, z)
         time = as_time(t, x1)
@@ -122,8 +122,8 @@ class ForecastRegression(Objective):
     .. math:: \ell=\int_0^1E\left[\tfrac12|\hat b(t,x_t,x_0)|^2-\dot x_t\cdot\hat b(t,x_t,x_0)\right]dt
 
     Args:
-        source: the interpolant.
-        drift: network, called as ``net(t, x, context)`` with ``t (n, 1)`` and the start, joined with further context where there
+        source: The interpolant.
+        drift: The network, called as ``net(t, x, context)`` with ``t (n, 1)`` and the start, joined with further context where there
             is any, as context.
 
     Batches are ``(x0, x1)``, ``(x0, x1, condition)`` or a dict of these names: states ``(n, d)``, their successors, and ``(n, c)``.
@@ -145,8 +145,8 @@ class ForecastRegression(Objective):
         """Evaluate on a batch.
 
         Raises:
-            InvalidInputError: if the batch has another form.
-            ShapeError: if its parts don't fit together.
+            InvalidInputError: If the batch has another form.
+            ShapeError: If its parts don't fit together.
         """
         if isinstance(batch, Mapping) and {"x0", "x1"} <= set(batch) <= {"x0", "x1", "condition"}:
             batch = [batch[k] for k in ("x0", "x1", "condition") if k in batch]
@@ -174,8 +174,8 @@ class Forecaster(nn.Module):
     """Draws successors of given states.
 
     Args:
-        source: the interpolant.
-        drift: the trained network.
+        source: The interpolant.
+        drift: The trained network.
     """
 
     def __init__(self, source: PointSource, drift: Network) -> None:
@@ -198,19 +198,20 @@ class Forecaster(nn.Module):
         r"""Draw successors of every state.
 
         Args:
-            x0: ``(m, d)`` states.
-            sample_shape: the shape of independent draws for every state, an integer or a tuple.
-            num_steps: the number of steps of the integrator.
-            method: ``"heun"`` or ``"euler"``.
-            condition: ``(m, c)``, joined to the state as in training.
-            noise: ``"interpolant"`` :math:`\sigma(1-t)`, or ``"optimal"``, Föllmer's.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            x0: The states, ``(m, d)``.
+            sample_shape: The shape of independent draws for every state, an integer or a tuple.
+            num_steps: The number of steps of the integrator.
+            method: How to take a step: ``"heun"``, of order 2, or ``"euler"``, of order 1.
+            condition: The contexts ``(m, c)`` that are joined to the states as in training.
+            noise: The strength of the noise in time: ``"interpolant"`` for :math:`\sigma(1-t)`, or ``"optimal"`` for Föllmer's, which
+                minimises the divergence on paths.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             ``(*sample_shape, m, d)``.
 
         Raises:
-            InvalidInputError: for options that don't exist.
+            InvalidInputError: If an option doesn't exist.
         """
         shape = as_sample_shape(sample_shape)
         x0 = as_tensor(x0, "x0", 2, "(m, d)")

@@ -33,21 +33,21 @@ class CoupledBatches(IterableDataset[Batch]):
     objective, that would be wrong, so give those their coupling in the objective.
 
     Args:
-        x0: ``(n0, d)`` starts.
-        x1: ``(n1, d)`` ends.
-        coupling: ``"ot"``, ``"entropic"`` or a :class:`Coupling`.
-        batch_size: pairs of a batch.
-        condition: labels ``(n1,)`` or context ``(n1, c)`` of the ends, or None.
-        scale: of the interpolant, for ``"entropic"``.
-        slices: batches that one plan is cut into.
-        ahead: plans under way at a time.
-        workers: threads.
-        seed: decides the batches.
+        x0: The starts, ``(n0, d)``.
+        x1: The ends, ``(n1, d)``.
+        coupling: How points are paired: ``"ot"``, ``"entropic"`` or a :class:`Coupling`.
+        batch_size: The number of pairs per batch.
+        condition: The labels ``(n1,)`` or contexts ``(n1, c)`` of the ends, or None.
+        scale: The scale of the interpolant, for ``"entropic"``.
+        slices: The number of batches that one plan is cut into.
+        ahead: The number of plans under way at a time.
+        workers: The number of threads that make plans.
+        seed: The seed of the batches.
 
     Raises:
-        ShapeError: if the samples don't fit together.
-        EmptyDataError: if there is none.
-        InvalidInputError: for options that don't exist.
+        ShapeError: If the samples don't fit together.
+        EmptyDataError: If there is none.
+        InvalidInputError: If an option doesn't exist.
 
     Example:
         >>> batches = CoupledBatches(torch.randn(100, 2), torch.randn(80, 2), "ot", batch_size=16, slices=2)

@@ -58,40 +58,41 @@ class InterpolantRegression(Objective):
     "denoiser" is the first of them in the interpolants paper and the second elsewhere, so it is no name here.
 
     Args:
-        interpolant: the path.
-        velocity: the network for :math:`b=E[\dot x_t\mid x_t]`, called as ``net(t, x)`` with ``t (n, 1)``, or
+        interpolant: The path.
+        velocity: The network for :math:`b=E[\dot x_t\mid x_t]`, called as ``net(t, x)`` with ``t (n, 1)``, or
             ``net(t, x, condition)``. For networks with other arguments see :class:`NetworkAdapter`.
-        score: the network for :math:`\nabla\log\rho_t`.
-        noise_prediction: the network for :math:`\eta_z=E[z\mid x_t]`; on one-sided paths for :math:`E[x_0\mid x_t]`.
-        data_prediction: the network for :math:`\eta_1=E[x_1\mid x_t]`.
-        start_prediction: the network for :math:`\eta_0=E[x_0\mid x_t]`.
-        path_velocity: the network for :math:`E[\partial_tI\mid x_t]`, the velocity without the part of the latent.
-        coupling: ``"independent"``, ``"ot"`` (a permutation), ``"entropic"`` (of strength :math:`2\sigma^2` with the scale of
-            the interpolant, which gives the Schrödinger bridge), or a :class:`Coupling`. Couplings respect conditions by default.
-        reuse: the number of steps that a coupled batch serves, each with fresh times and latents.
-        base: the law of the starts, a distribution with event ``(d,)``. If None, it is the standard normal where the path starts
+        score: The network for :math:`\nabla\log\rho_t`.
+        noise_prediction: The network for :math:`\eta_z=E[z\mid x_t]`; on one-sided paths for :math:`E[x_0\mid x_t]`.
+        data_prediction: The network for :math:`\eta_1=E[x_1\mid x_t]`.
+        start_prediction: The network for :math:`\eta_0=E[x_0\mid x_t]`.
+        path_velocity: The network for :math:`E[\partial_tI\mid x_t]`, the velocity without the part of the latent.
+        coupling: How starts and ends are paired: ``"independent"``, ``"ot"`` (a permutation), ``"entropic"`` (of strength :math:`2\sigma^2`
+            with the scale of the interpolant, which gives the Schrödinger bridge), or a :class:`Coupling`. Couplings respect conditions by
+            default.
+        reuse: The number of steps that a coupled batch serves, each with fresh times and latents.
+        base: The law of the starts, a distribution with event ``(d,)``. If None, it is the standard normal where the path starts
             there or batches come without starts; else it is the law of the starts in the data, whose density is taken to be that of the
             Gaussian with their moments.
-        antithetic: whether to evaluate at both signs of the latent, which removes the singularities of targets at the ends. None
+        antithetic: Whether to evaluate at both signs of the latent, which removes the singularities of targets at the ends. None
             does so where it pays: for a score, and for a velocity with the Brownian latent.
-        times: how the times of a batch are drawn: ``"stratified"`` spreads them evenly, ``"uniform"`` draws them independently; or a
+        times: How the times of a batch are drawn: ``"stratified"`` spreads them evenly, ``"uniform"`` draws them independently; or a
             function ``times(n) -> (n,)`` with values in [0, 1].
-        weights: functions of time that weigh the losses, by name of field. On the ``"vp"`` path velocities are weighed with
+        weights: The functions of time that weigh the losses, by name of field. On the ``"vp"`` path velocities are weighed with
             :math:`\alpha^2` unless something else is given, since their targets are singular at time 1. Predictions that the
             velocity divides by the distance from an end are weighed with its inverse square, up to 10 000, which makes their
             loss that of a velocity.
-        condition_dropout: the share of a batch whose condition is replaced by ``null_condition`` (for classifier-free guidance).
-        null_condition: a label or a context vector that stands for no condition.
-        anchored: whether a prediction that the velocity divides by the distance from an end is held to what it must be there: the
+        condition_dropout: The share of a batch whose condition is replaced by ``null_condition`` (for classifier-free guidance).
+        null_condition: A label or a context vector that stands for no condition.
+        anchored: Whether a prediction that the velocity divides by the distance from an end is held to what it must be there: the
             data prediction at time 1, say, to the point itself. Predictions are then as good as velocities. Switch it off for
             fields that were not trained here and whose data lie on points or surfaces, off which a point isn't its own prediction.
-        denoiser: refused with an explanation, since the word has two meanings.
+        denoiser: A word with two meanings, which is refused with an explanation.
 
     Batches are ``x1 (n, *event)``; pairs ``(x0, x1)``; ``(x0, x1, condition)``; or a dict of these names. On paths that start in the
     standard normal they have no ``x0``. Conditions are labels ``(n,)`` or contexts ``(n, c)``.
 
     Raises:
-        InvalidInputError: if no field, or more than two are given, or they don't belong to the path; and for options that
+        InvalidInputError: If no field, or more than two are given, or they don't belong to the path; and for options that
             don't exist.
 
     Example:
@@ -209,8 +210,8 @@ class InterpolantRegression(Objective):
         """Evaluate on a batch.
 
         Raises:
-            InvalidInputError: if there is no batch, or it has another form.
-            ShapeError, EmptyDataError, DtypeMismatchError, DeviceMismatchError: if its parts don't fit together.
+            InvalidInputError: If there is no batch, or it has another form.
+            ShapeError, EmptyDataError, DtypeMismatchError, DeviceMismatchError: If its parts don't fit together.
         """
         x0, x1, condition = self.pairs(batch)
         n = x1.shape[0]

@@ -55,29 +55,29 @@ class ScoreMatching(Objective):
     vanishes.
 
     Args:
-        process: the noising process.
-        potential: the log density as a :class:`Potential`, or any ``potential(t, x) -> (...)`` or ``(..., 1)``; with conditions
+        process: The noising process.
+        potential: The log density as a :class:`Potential`, or any ``potential(t, x) -> (...)`` or ``(..., 1)``; with conditions
             ``potential(t, x, condition)``.
-        score: in its place, ``score(t, x) -> (..., d)``, with conditions ``score(t, x, condition)``. The residual is then that of
+        score: The score in its place, ``score(t, x) -> (..., d)``, with conditions ``score(t, x, condition)``. The residual is then that of
             the score form.
-        fp_weight: ``omega``, a number, or a function of the number of training steps so far (a tensor), such as
+        fp_weight: The weight :math:`\omega` of the residual: a number, or a function of the number of training steps so far (a tensor), such as
             :class:`WeightRamp`.
-        residual: ``"exact"``, ``"forward"`` (forward-mode Laplacian of a function potential) or
+        residual: How the residual is computed: ``"exact"``, ``"forward"`` (forward-mode Laplacian of a function potential) or
             ``"hutchinson"``: two probes or more, whose products estimate the square without bias.
-        num_probes: the number of probes per point for ``"hutchinson"``.
-        times: how times are drawn: ``"log-snr"`` (uniform in the log signal-to-noise ratio), ``"uniform"``, both with one
+        num_probes: The number of probes per point for ``"hutchinson"``.
+        times: How times are drawn: ``"log-snr"`` (uniform in the log signal-to-noise ratio), ``"uniform"``, both with one
             time in each of ``n`` equal strata, or a function ``times(n) -> (n,)``.
-        weight: ``w``: ``"variance"`` (sigma squared), ``"likelihood"`` (half of g squared), ``"none"``, or a function of
-            time.
-        residual_weight: ``rho``: ``"log-snr"`` (squared residual per unit of log signal-to-noise ratio, hence finite at
-            small times), ``"variance"`` (sigma to the fourth power), ``"none"``, or a function of time.
-        collocation: where the residual is evaluated: None on the noised data themselves, or a sampler of ``(t, x)``
+        weight: The weight w of the squared error of the score: ``"variance"`` (sigma squared), ``"likelihood"`` (half of g squared),
+            ``"none"``, or a function of time.
+        residual_weight: The weight :math:`\rho` of the squared residual: ``"log-snr"`` (squared residual per unit of log signal-to-noise
+            ratio, hence finite at small times), ``"variance"`` (sigma to the fourth power), ``"none"``, or a function of time.
+        collocation: Where the residual is evaluated: None on the noised data themselves, or a sampler of ``(t, x)``
             such as :class:`stochdyn.objectives.residual.UniformPoints`.
-        averaged_targets: replace the noise of each point by its mean given the point and the batch as the set of
+        averaged_targets: Whether to replace the noise of each point by its mean given the point and the batch as the set of
             possible starts; far less variance in few dimensions, and a bias that falls with the size of the batch.
 
     Raises:
-        InvalidInputError: unless exactly one of ``potential`` and ``score`` is given, or an option is unknown or doesn't
+        InvalidInputError: If not exactly one of ``potential`` and ``score`` is given, or an option is unknown or doesn't
             fit.
 
     Example:
@@ -196,17 +196,17 @@ class ScoreMatching(Objective):
         r"""How far the learned marginals are from solving the forward equation.
 
         Args:
-            t: a number, or times that broadcast to ``x[..., :1]``.
-            x: ``(..., d)``.
-            form: ``"log"`` (a potential only) or ``"score"``, its gradient in space; None for the one that is trained.
-            options: as :meth:`stochdyn.FokkerPlanck.residual`.
+            t: A number, or times that broadcast to ``x[..., :1]``.
+            x: The points, ``(..., d)``.
+            form: The form of the residual: ``"log"`` (a potential only) or ``"score"``, its gradient in space; None for the one that is trained.
+            options: The options of :meth:`stochdyn.FokkerPlanck.residual`.
 
         Returns:
             ``(...)`` in log form, ``(..., d)`` in score form.
 
         Raises:
-            ShapeError: if ``t`` doesn't broadcast to ``x[..., :1]``.
-            UnavailableError: if the log form is asked of a score network.
+            ShapeError: If ``t`` doesn't broadcast to ``x[..., :1]``.
+            UnavailableError: If the log form is asked of a score network.
         """
         if self.potential is not None and form != "score" and not options:
             return self.potential.score_and_residual(t, x).residuals[0]
@@ -220,8 +220,8 @@ class ScoreMatching(Objective):
         The mean ``(n, d)`` is what the process reverts to, item by item.
 
         Raises:
-            ShapeError, EmptyDataError: if the data aren't ``(n, d)`` with points in them.
-            InvalidInputError: if they aren't floating, or the batch has another form.
+            ShapeError, EmptyDataError: If the data aren't ``(n, d)`` with points in them.
+            InvalidInputError: If they aren't floating, or the batch has another form.
         """
         x0, condition, mean = _parts(batch)
         self.dim = x0.shape[-1]
@@ -262,10 +262,10 @@ class ScoreMatching(Objective):
         """Return the generative model: the reverse SDE, the probability-flow ODE, and their densities.
 
         Args:
-            dim: ``d``; known from the potential, or once a batch was seen.
+            dim: The number of components of a point; known from the potential, or once a batch was seen.
 
         Raises:
-            InvalidInputError: if the dimension is unknown.
+            InvalidInputError: If the dimension is unknown.
         """
         from stochdyn.interpolants.sampling.reverse import ReverseDiffusion
 
@@ -331,13 +331,13 @@ class WeightRamp:
     """A weight that moves geometrically between two values over a span of training steps.
 
     Args:
-        first: weight up to step ``begin``; 0 starts the ramp at a thousandth of ``last``, after nothing before.
-        last: weight from step ``end`` on.
-        begin: step at which it starts to move.
-        end: step at which it has arrived.
+        first: The weight up to step ``begin``; 0 starts the ramp at a thousandth of ``last``, after nothing before.
+        last: The weight from step ``end`` on.
+        begin: The number of the step at which the weight starts to move.
+        end: The number of the step at which it has arrived.
 
     Raises:
-        InvalidInputError: for a negative weight, or an end not after the begin.
+        InvalidInputError: If a weight is negative, or the end isn't after the begin.
 
     Example:
         >>> WeightRamp(0.0, 0.1, 100, 200)(torch.tensor([50, 200]))
