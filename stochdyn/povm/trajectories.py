@@ -364,7 +364,8 @@ class _Trajectories:
                 if not len(rows):
                     break
                 when, states = self._crossing(terms, left / h, self.bar[rows])
-                self._jump(rows, states, start + i * h + float(when.mean()) * h)
+                # the time of each jump: what it had left of this part, less what it has left after it
+                self._jump(rows, states, start + i * h + h - left + when * h)
                 left = left - when * h
 
     def _crossing(self, terms: Tensor, end: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -382,14 +383,15 @@ class _Trajectories:
         powers = high[:, None] ** exponents
         return high, torch.einsum("kmd,mk->md", terms, powers.to(terms.dtype))
 
-    def _jump(self, rows: Tensor, psi: Tensor, t: float) -> None:
-        """Let trajectories jump, each by one of the operators, and draw the norms at which they jump next."""
+    def _jump(self, rows: Tensor, psi: Tensor, times: Tensor) -> None:
+        """Let trajectories jump at times of their own, each by one of the operators, and draw the norms of the next jumps."""
         moved = []
         for coupling, c, sites in self.jumps:
-            rate = coefficient_value(coupling, t)
-            if coupling.uses_time:
+            at = times.tolist() if coupling.uses_time else [0.0]
+            rates = [coefficient_value(coupling, t) for t in at]
+            for rate, t in zip(rates, at, strict=True):
                 check_rate(rate, t, sites)
-            moved.append(rate**0.5 * (c @ psi.mT).mT)
+            moved.append(torch.tensor(rates, dtype=torch.float64)[:, None].sqrt() * (c @ psi.mT).mT)
         options = torch.stack(moved, 1)
         weights = options.abs().square().sum(-1)
         choice = torch.multinomial(weights / weights.sum(1, keepdim=True), 1, generator=self.source)[:, 0]
@@ -432,19 +434,29 @@ def _draw_start(state: Any, n: int, dim: int, count: int, generator: torch.Gener
     vector = _whole_vector(state, dim**n)
     if vector is not None and n > 1:
         return vector.expand(count, -1).clone()
+    if n > 1 and not isinstance(state, str) and not is_listing(state):
+        rho = as_state(state, dim)
+        if rho.shape[0] == dim**n:
+            return _draw_vectors(rho, count, generator)
     psi = torch.ones(count, 1, dtype=C128)
     for s in site_states(state, n):
         rho = as_state(s, dim)
         if rho.shape[0] != dim:
             raise InvalidInputError(
-                "trajectories start from a product of single sites, or from a state vector of all",
+                "trajectories start from a product of single sites, or from a state of all of them",
                 got=f"a density matrix of {rho.shape[0]} levels",
             )
-        # a mixed state is the mean over its eigenvectors, drawn with their weights
-        weights, vectors = torch.linalg.eigh(rho)
-        pick = torch.multinomial(weights.clamp(min=0), count, True, generator=generator)
-        psi = (psi[:, :, None] * vectors.T[pick][:, None]).flatten(1)
+        vectors = _draw_vectors(rho, count, generator)
+        psi = (psi[:, :, None] * vectors[:, None]).flatten(1)
     return psi
+
+
+def _draw_vectors(rho: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Draw state vectors ``(count, D)`` whose average is a density matrix."""
+    # a mixed state is the mean over its eigenvectors, drawn with their weights
+    weights, vectors = torch.linalg.eigh(rho)
+    pick = torch.multinomial(weights.clamp(min=0), count, True, generator=generator)
+    return vectors.T[pick]
 
 
 def _whole_vector(state: Any, size: int) -> Tensor | None:
@@ -452,7 +464,8 @@ def _whole_vector(state: Any, size: int) -> Tensor | None:
     if isinstance(state, str) or is_listing(state):
         return None
     full = getattr(state, "full", None)
-    value = torch.as_tensor(np.asarray(full() if callable(full) else state))
+    given = full() if callable(full) else state
+    value = given if isinstance(given, Tensor) else torch.as_tensor(np.array(given))
     if value.ndim == 2 and value.shape[1] == 1:
         value = value[:, 0]
     if value.shape != (size,):

@@ -14,6 +14,7 @@ from stochdyn.errors import LindbladianError
 from stochdyn.povm import Lindbladian, Tetrahedral, all_to_all, exact, mean_field, named_operator
 from stochdyn.povm.frames import full_operator, probabilities_of
 from stochdyn.povm.lindblad import coefficient_value, read_coefficient, to_qutip
+from stochdyn.povm.master import DensityGenerator, make_schedule
 
 C128 = torch.complex128
 VALUES = {"g": 0.7, "gamma": 2.0, "n": 0.25, "w": 3.0}
@@ -109,7 +110,6 @@ def test_correlated_rates_are_the_double_sum(name) -> None:
     frames = [Tetrahedral()] * n
     change = model.master_operator(Tetrahedral()).apply(probabilities_of(rho, frames))
     torch.testing.assert_close(change, probabilities_of(expected, frames), atol=1e-12, rtol=0)
-    from stochdyn.povm.master import DensityGenerator
 
     torch.testing.assert_close(
         torch.from_numpy(DensityGenerator(model)(0.0, rho.numpy())), expected, atol=1e-12, rtol=0
@@ -215,3 +215,38 @@ def test_mean_field_follows_correlated_decay() -> None:
     run = mean_field.evolve(collective(2), "up", [0.0, 1.0], ["Z"])
     alone = mean_field.evolve(Lindbladian(1, [], [(1.0, "sigma-", 0)]), "up", [0.0, 1.0], ["Z"])
     torch.testing.assert_close(run.expect["Z"], alone.expect["Z"], atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        (lambda t: math.cos(t) + (0.3 < t < 0.4), math.cos(0.35) + 1),
+        (lambda t: torch.tensor(0.5) * t**2, 0.5 * 0.35**2),
+        (lambda t: torch.exp(-t), math.exp(-0.35)),
+        (lambda t: (t > 0.3) * 1.1, 1.1),
+    ],
+)
+def test_functions_of_time_keep_double_precision(function, value) -> None:
+    """Rounding to seven digits would be noise that a method of order eight follows with steps of no length."""
+    assert coefficient_value(read_coefficient(function, "a term"), 0.35) == pytest.approx(value, rel=1e-14)
+
+
+def test_a_pulse_beside_a_drive_is_integrated_in_few_steps() -> None:
+    model = Lindbladian(1, [(lambda t: math.cos(2 * t) + (0.3 < t < 0.4), "X", 0)], [(0.5, "sigma-", 0)])
+    generator, calls = DensityGenerator(model), 0
+    plain = DensityGenerator.__call__
+
+    def counted(self, t, rho):
+        nonlocal calls
+        calls += 1
+        return plain(self, t, rho)
+
+    schedule = make_schedule(model, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    DensityGenerator.__call__ = counted
+    try:
+        generator.integrate(
+            torch.diag(torch.tensor([1.0, 0.0], dtype=torch.complex128)), schedule, lambda i, r: None
+        )
+    finally:
+        DensityGenerator.__call__ = plain
+    assert calls < 3000

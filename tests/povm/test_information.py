@@ -17,12 +17,14 @@ from stochdyn.povm import (
     exact,
     fidelity,
     mutual_information,
+    named_operator,
     negativity,
     reduced_density,
     renyi_entropy,
     systems,
     von_neumann_entropy,
 )
+from stochdyn.povm.frames import partial_trace
 
 C128 = torch.complex128
 
@@ -95,3 +97,63 @@ def test_what_isn_t_a_state_is_refused_or_said() -> None:
         negativity(torch.eye(4) / 4, [2])
     with pytest.raises(ShapeError, match="differ in size"):
         ergotropy(torch.eye(4) / 4, Lindbladian(1, [(1.0, "Z", 0)]))
+
+
+def swapping(kappa: float, g: float) -> Lindbladian:
+    """A charger, site 0, that hands one quantum to a battery, site 1, and leaks."""
+    return Lindbladian(
+        2, [(g / 2, "XX", (0, 1)), (g / 2, "YY", (0, 1))], [(kappa, "sigma-", 0)] if kappa else []
+    )
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.5, 6.0])
+def test_a_battery_of_two_spins(kappa: float) -> None:
+    """In the sector of one quantum the amplitudes are those of a damped pendulum, also overdamped."""
+    g, omega = 1.0, 2.0
+    ts = torch.linspace(0, 3, 13, dtype=torch.float64)
+    model = swapping(kappa, g)
+    run = exact.evolve(model, ["up", "down"], ts, {"Z": ("Z", 1)}, backend="matrix", keep_states=True)
+    rate = torch.sqrt(torch.tensor(g**2 - kappa**2 / 16, dtype=C128))
+    share = (g / rate * torch.sin(rate * ts) * torch.exp(-kappa * ts / 4)).abs().square()
+    torch.testing.assert_close(omega * (run.expect["Z"] + 1) / 2, omega * share, atol=1e-9, rtol=0)
+    battery = torch.stack([partial_trace(rho, [1], 2, 2) for rho in run.states])
+    own = omega / 2 * named_operator("Z")
+    work, spread = omega * (2 * share - 1).clamp(min=0), omega * (2 * share - 1).abs()
+    torch.testing.assert_close(ergotropy(battery, own), work, atol=1e-9, rtol=0)
+    torch.testing.assert_close(capacity(battery, own), spread, atol=1e-9, rtol=0)
+    # the same from outcome probabilities of the reduced state
+    p = exact.propagate(model, Tetrahedral(), ["up", "down"], ts)
+    seen = torch.stack([reduced_density(Tetrahedral(), q, [1]) for q in p])
+    torch.testing.assert_close(ergotropy(seen, own), work, atol=1e-9, rtol=0)
+    if not kappa:  # a pure state of one quantum with amplitudes cos and sin
+        torch.testing.assert_close(
+            negativity(run.states, [0]), (share * (1 - share)).sqrt(), atol=1e-7, rtol=0
+        )
+
+
+def test_the_capacity_of_two_spins_in_terms_of_eigenvalues() -> None:
+    """Levels a+b, a-b, b-a, -a-b with weights in order: 2 (a+b)(p1 - p4) + 2 (a-b)(p2 - p3)."""
+    a, b = 1.3, 0.4
+    h = a * named_operator("ZI") + b * named_operator("IZ")
+    rho = state(4)
+    p = torch.linalg.eigvalsh(rho).flip(-1)
+    expected = 2 * (a + b) * (p[0] - p[3]) + 2 * (a - b) * (p[1] - p[2])
+    assert float(capacity(rho, h)) == pytest.approx(float(expected))
+    # work and what is left to charge add up to it
+    anti = -ergotropy(rho, -h)
+    assert float(ergotropy(rho, h) - anti) == pytest.approx(float(expected))
+
+
+def test_matrices_that_are_no_states_are_refused() -> None:
+    for function in (
+        von_neumann_entropy,
+        lambda rho: ergotropy(rho, torch.eye(2)),
+        lambda rho: fidelity(rho, rho),
+    ):
+        with pytest.raises(InvalidInputError, match="trace one"):
+            function(torch.eye(2))
+    drive = Lindbladian(1, [(math.cos, "X", 0)])
+    with pytest.raises(InvalidInputError, match="depends on time"):
+        ergotropy(torch.eye(2) / 2, drive)
+    with pytest.warns(ConvergenceWarning, match="isn't positive"):
+        negativity(torch.diag(torch.tensor([0.6, 0.5, -0.1, 0.0])), [0])

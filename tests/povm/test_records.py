@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -35,12 +37,14 @@ from stochdyn.povm import (
     SiteFrames,
     Tetrahedral,
     Unmeasured,
+    chain,
     exact,
     infer_parameters,
     ring,
     simulate_records,
     systems,
 )
+from stochdyn.povm.records.goodness import warn_of_chains
 
 F64 = torch.float64
 TIMES = [0.4, 0.8, 1.2, 1.6, 2.0]
@@ -352,3 +356,67 @@ def test_eight_qubits_have_a_likelihood_and_its_gradient() -> None:
         step = 1e-4
         change = (law(g=0.7 + step)[0, 0].log() - law(g=0.7 - step)[0, 0].log()) / (2 * step)
     assert float(slope) == pytest.approx(float(change), rel=1e-4)
+
+
+def test_readout_errors_may_differ_from_site_to_site() -> None:
+    model = Lindbladian(2, [("g", "X", "all")], [(0.3, "sigma-", "all")])
+    errors = [ReadoutError("first"), ReadoutError("up", "down")]
+    priors = {"g": dist.LogNormal(0.0, 1.0), **{n: dist.Beta(1.0, 9.0) for n in ("first", "up", "down")}}
+    program = RecordModel(model, Pauli6(), "up", [0.4, 0.9], priors, errors)
+    values = {"g": torch.tensor([0.7, 1.1], dtype=F64), "first": 0.1, "up": 0.05, "down": 0.2}
+    known = SiteFrames([Pauli6(0.1), Pauli6((0.05, 0.2))])
+    for i, g in enumerate(values["g"]):
+        right = Propagator(model, known, "up", [0.4, 0.9])(g=g)
+        torch.testing.assert_close(program.probabilities(values)[i], right, atol=1e-12, rtol=0)
+    partly = RecordModel(
+        model,
+        Pauli6(),
+        "up",
+        [0.4],
+        {"g": priors["g"], "first": priors["first"]},
+        [ReadoutError("first"), None],
+    )
+    assert partly.probabilities({"g": 1.0, "first": 0.1}).shape == (1, 36)
+    with pytest.raises(ShapeError, match="one entry for each site"):
+        RecordModel(model, Pauli6(), "up", [0.4], priors, [ReadoutError("first")])
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("svi", {"warmup": 10}), ("svi", {"num_chains": 2}), ("nuts", {"steps": 5})]
+)
+def test_options_of_another_method_are_refused(method, options) -> None:
+    with pytest.raises(InvalidInputError, match="isn't an option of method"):
+        infer_parameters(GOOD, two_sites(), Tetrahedral(), "up", PRIORS, method=method, **options)
+
+
+def test_chains_that_haven_t_mixed_are_said() -> None:
+    apart = torch.randn(2, 100) + torch.tensor([[0.0], [3.0]])
+    with pytest.warns(ConvergenceWarning, match="R-hat of g"):
+        warn_of_chains({"g": apart, "k": torch.randn(2, 100)})
+    warn_of_chains({"g": torch.randn(2, 400)})
+
+
+def test_pulses_of_records_may_be_said_where_they_are() -> None:
+    """A pulse of a hundred-thousandth of the span turns a qubit over, where its place is given."""
+    model = Lindbladian(1, [(lambda t, area: area / 1e-5 if 0.33 < t < 0.33 + 1e-5 else 0.0, "X", 0)])
+    edges = [0.33, 0.33 + 1e-5]
+    p = Propagator(model, Basis("Z"), "down", [1.0], breaks=edges)(area=math.pi / 2)
+    assert float(p[0, 0]) == pytest.approx(1, abs=1e-6)
+    records = simulate_records(model.bind(area=math.pi / 2), Basis("Z"), "down", [1.0], 10, breaks=edges)
+    assert records.outcomes.sum() == 0
+
+
+@pytest.mark.slow
+def test_eight_qubits() -> None:
+    """A field and a decay rate of a chain of eight from 300 shots, each qubit measured in a basis drawn at random."""
+    model = Lindbladian(8, [("field", "X", "all"), (0.5, "ZZ", chain(8))], [("decay", "sigma-", "all")])
+    truth = {"field": 0.8, "decay": 0.4}
+    records = simulate_records(model.bind(**truth), Tetrahedral(), "up", [0.5], 300, generator=0)
+    priors = {name: dist.LogNormal(torch.tensor(0.0, dtype=F64), 0.5) for name in truth}
+    idata = infer_parameters(
+        records, model, Tetrahedral(), "up", priors, steps=5, num_draws=100, predictive=False, progress=False
+    )
+    for name, value in truth.items():
+        draws = torch.tensor(idata.posterior[name].values)
+        assert abs(float(draws.mean()) - value) < 4 * float(draws.std())
+        assert float(draws.std()) < 0.1

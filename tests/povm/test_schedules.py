@@ -152,3 +152,30 @@ def test_trajectories_and_the_propagator_have_no_unit_of_time() -> None:
 
     for unit in (1e-12, 1e12):
         torch.testing.assert_close(answers_in(unit), answers_in(1.0), atol=1e-9, rtol=0)
+
+
+def test_a_jump_doesn_t_shorten_the_steps_beside_it() -> None:
+    model = Lindbladian(1, [(lambda t: math.cos(2 * t) + (0.3 < t < 0.4), "X", 0)])
+    schedule = make_schedule(model, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    longest = [schedule.longest(segment.start) for segment in schedule.segments]
+    assert min(longest) > 0.02
+
+
+def test_a_rate_is_met_where_it_is_evaluated() -> None:
+    """A dip too narrow for the looks at coefficients is refused by whatever integrator comes upon it."""
+    model = Lindbladian(1, [(0.3, "X", 0)], [(lambda t: -1.0 if t == 0.4567 else 1.0, "sigma-", 0)])
+    operator = model.master_operator(POVM)
+    p = torch.full((4,), 0.25, dtype=torch.float64)
+    operator.apply(p, 0.4)
+    with pytest.raises(LindbladianError, match=r"becomes negative at time 0\.4567"):
+        operator.apply(p, 0.4567)
+
+
+def test_negative_rates_of_parameters_are_refused() -> None:
+    still = Propagator(Lindbladian(1, [], [("2*gamma", "sigma-", 0)]), POVM, "up", [1.0])
+    moving = Propagator(Lindbladian(1, [], [("gamma*cos(w*t)", "sigma-", 0)]), POVM, "up", [1.0])
+    with pytest.raises(LindbladianError, match="negative"):
+        still(gamma=torch.tensor([0.5, -0.1], dtype=torch.float64))
+    assert moving(gamma=1.0, w=1.0).shape == (1, 4)
+    with pytest.raises(LindbladianError, match="becomes negative at time"):
+        moving(gamma=1.0, w=torch.tensor([1.0, 2.0], dtype=torch.float64))

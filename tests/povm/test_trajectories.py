@@ -125,3 +125,32 @@ BAD = {
 def test_bad_input(row) -> None:
     with pytest.raises(row[1], match=row[2]):
         row[0]()
+
+
+def test_every_jump_is_drawn_with_the_rates_of_its_own_time() -> None:
+    """Decay and a flip take turns; which of them a trajectory jumps by depends on when it does."""
+    switched = Lindbladian(
+        1,
+        [(0.2, "X", 0)],
+        [
+            (lambda t: 3.0 * (1 + math.cos(20 * t)), "sigma-", 0),
+            (lambda t: 3.0 * (1 - math.cos(20 * t)), "X", 0),
+        ],
+    )
+    times = [0.0, 0.1, 0.25, 0.6]
+    mine = trajectories.evolve(
+        switched, "up", times, ["Z"], num_trajectories=2000, generator=0, progress=False
+    )
+    right = exact.evolve(switched, "up", times, ["Z"], backend="matrix").expect["Z"]
+    assert bool(((mine.expect["Z"] - right).abs() <= 4.5 * mine.stderr["Z"] + 1e-9).all())
+
+
+def test_mixed_states_of_the_whole_lattice_are_drawn() -> None:
+    bell = torch.zeros(4, 4, dtype=C128)
+    bell[0, 0] = bell[0, 3] = bell[3, 0] = bell[3, 3] = 0.5
+    werner = 0.7 * bell + 0.3 * torch.eye(4) / 4
+    run = trajectories.evolve(
+        systems.ising(2), werner, [0.0], ["ZZ", "XX"], num_trajectories=4000, generator=0, progress=False
+    )
+    for name in ("ZZ", "XX"):
+        assert abs(float(run.expect[name][0]) - 0.7) < 4.5 * float(run.stderr[name][0])

@@ -279,4 +279,5 @@ class AutoregressiveAnsatz(Ansatz):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._read_references = None
+        self.strings = self.strings.mapped(fn)
         return super()._apply(fn, recurse)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -92,6 +93,13 @@ class Strings:
         """Whether strings composed are strings, so that the mixture has their symmetry exactly."""
         keys = set(self._keys())
         return all(_compose(a, b) in keys for a, b in itertools.product(keys, keys))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Strings:
+        """Return the same strings with their tensors passed through a function, such as a move to another device."""
+        moved = copy.copy(self)
+        moved.orders = function(self.orders)
+        moved.relabellings = None if self.relabellings is None else function(self.relabellings)
+        return moved
 
     def relative(self) -> Strings:
         """Return the strings as they differ from the first: the symmetries that a mixture of them supposes."""
@@ -263,7 +271,7 @@ def _check_permutations(rows: Tensor, name: str) -> None:
 def _as_rows(value: object, name: str) -> Tensor:
     """Return integers of any form as a tensor."""
     try:
-        rows = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        rows = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(f"{name} must be integers", got=repr(value)[:60]) from error
     if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:

@@ -17,6 +17,7 @@ __all__ = ["look_at_state", "warn_of_state", "warn_of_steps"]
 
 _MOST_PLACES = 64
 _NEGATIVE, _ERRORS = -0.02, 5.0
+_CLIPPED = 0.01
 _POSITIVITY_SEED = 0x9051
 
 
@@ -61,13 +62,29 @@ def warn_of_state(found: Positivity | None, stacklevel: int = 3) -> None:
 
 
 def warn_of_steps(run: Evolution, stacklevel: int = 3) -> None:
-    """Warn if an evolution's last steps didn't follow the change that was asked of them.
+    """Warn if steps of an evolution weren't what was asked of them.
 
     Warns:
-        ConvergenceWarning: If the mean residual of the steps before the last time is one or more.
+        ConvergenceWarning: If the mean residual of the steps before the last time is one or more, if a step missed its
+            tolerance however short it was, or if targets of a fit had negative probabilities that weigh.
     """
     if len(run.times) < 2 or "residual" not in run.steps:
         return
+    missed = int((run.steps.get("missed", torch.zeros(1)) > 0).sum())
+    if missed:
+        warnings.warn(
+            f"{missed} steps missed their tolerance, however short they were tried; take more samples, a larger rcond, "
+            "or a larger tolerance",
+            ConvergenceWarning,
+            stacklevel=stacklevel,
+        )
+    clipped = float(run.steps.get("clipped", torch.zeros(1)).max())
+    if clipped > _CLIPPED:
+        warnings.warn(
+            f"outcomes that weigh {clipped:.2g} had negative probabilities in a target, which count as zero; take a shorter dt",
+            ConvergenceWarning,
+            stacklevel=stacklevel,
+        )
     values = run.steps.get("left_out", run.steps["residual"])
     late = values[run.steps["t"] > run.times[-2]]
     if len(late) and float(late.mean()) >= 1:

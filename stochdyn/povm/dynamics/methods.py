@@ -325,6 +325,7 @@ class TDVPStepper(Stepper):
             "rank": start.rank,
             "left_out": start.left_out,
             "error": math.nan if done.error is None else done.error,
+            "missed": float(done.error is not None and done.error > self.tolerance),
         }
         return Step(done.taken, start.residual, report)
 

@@ -399,7 +399,7 @@ def _checked_effects(effects: Any) -> Tensor:
     try:
         if isinstance(effects, list | tuple):
             effects = np.stack([np.asarray(getattr(e, "full", lambda e=e: e)()) for e in effects])
-        m = effects.detach() if isinstance(effects, Tensor) else torch.as_tensor(np.asarray(effects))
+        m = effects.detach() if isinstance(effects, Tensor) else torch.as_tensor(np.array(effects))
         m = m.to(C128)
     except (TypeError, ValueError, RuntimeError) as error:
         raise FrameError("effects must be matrices (K, d, d)", got=repr(effects)[:60]) from error

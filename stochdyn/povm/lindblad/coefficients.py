@@ -7,7 +7,6 @@ import contextlib
 import inspect
 import math
 import re
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -247,7 +246,7 @@ def _at_times(function: Callable[..., Any], t: Tensor, arguments: Sequence[Tenso
 
 
 def _at_time(function: Callable[..., Any], t: Tensor, arguments: Sequence[Tensor]) -> Any:
-    """Call a function with the time as a tensor, or as a float if it is one that wants floats (NumPy's, say)."""
+    """Call a function with the time as a float, or as a tensor if it is one that wants tensors (torch's, say)."""
     wants_float = _wants_float(function, t, arguments)
     value = function(float(t) if wants_float else t, *arguments)
     if not isinstance(value, Tensor):
@@ -259,25 +258,34 @@ def _at_time(function: Callable[..., Any], t: Tensor, arguments: Sequence[Tensor
 
 
 def _wants_float(function: Callable[..., Any], t: Tensor, arguments: Sequence[Tensor]) -> bool:
-    """Find out once for each function what it is to be called with."""
+    """Find out once for each function what it is to be called with.
+
+    A float, unless the function refuses it, or answers in single precision where a tensor of the time in double
+    precision would lead to double: rounding to seven digits is noise that solvers of high order would follow.
+    """
     if isinstance(function, SampledCoefficient | _Expression):
         return isinstance(function, SampledCoefficient)
     try:
         return _WANTS_FLOAT[function]
     except (KeyError, TypeError):
         pass
-    found = False
+    found = True
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)
-            torch.as_tensor(function(t, *arguments))
+        value = function(float(t), *arguments)
+        if isinstance(value, Tensor) and torch.finfo(t.dtype).eps < _resolution(value):
+            found = _resolution(function(t, *arguments)) >= _resolution(value)
     except LindbladianError:
         raise
     except Exception:
-        found = True
+        found = False
     with contextlib.suppress(TypeError):  # not everything can be referred to weakly
         _WANTS_FLOAT[function] = found
     return found
+
+
+def _resolution(value: Any) -> float:
+    """Return the relative spacing of the numbers of a tensor's type; zero for exact types and plain numbers."""
+    return torch.finfo(value.dtype).eps if isinstance(value, Tensor) and value.is_floating_point() else 0.0
 
 
 def _real(value: Any) -> Any:

@@ -280,7 +280,7 @@ class Lindbladian:
         couplings = [coupling for coupling, _ in groups]
         factors: Any = None
         if any(not coupling.is_constant for coupling in couplings):
-            factors = TermFactors(couplings, place, flat[0][1])
+            factors = TermFactors(couplings, place, flat[0][1], self.jumps)
             if not self.is_time_dependent:
                 factors = factors(flat[0][1].new_zeros(()))
         return SparseMasterEquation(self.num_sites, povm.num_outcomes, flat, factors)
@@ -302,16 +302,31 @@ class Lindbladian:
 
 
 class TermFactors:
-    """Coefficients of all terms at a time: what differs from a constant, spread over the terms that share it."""
+    """Coefficients of all terms at a time: what differs from a constant, spread over the terms that share it.
 
-    def __init__(self, couplings: list[Coefficient], place: list[int], like: Tensor) -> None:
+    Rates that depend on time are looked at whenever they are evaluated, so whatever integrates meets a negative one.
+    """
+
+    def __init__(
+        self,
+        couplings: list[Coefficient],
+        place: list[int],
+        like: Tensor,
+        jumps: Sequence[Term | CollectiveJump] = (),
+    ) -> None:
         self.couplings, self.like = couplings, like
         self.place = torch.tensor(place, device=like.device)
+        keys = [coupling.key for coupling in couplings]
+        moving = [jump for jump in jumps if jump.coupling.uses_time]
+        self.rates = [(keys.index(j.coupling.key), j.coupling.factor, j.sites) for j in moving]
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return ``(terms,)`` for a time ``()``, and ``(n, terms)`` for times ``(n, 1)``."""
         time = t.detach().cpu().double()
         columns = [coupling.relative(time) for coupling in self.couplings]
+        for index, factor, sites in self.rates:
+            lowest, at = (factor * columns[index].detach()).reshape(-1).min(0)
+            check_rate(float(lowest), float(time.reshape(-1)[at]), sites)
         joined = torch.stack(columns, -1) if time.ndim == 0 else torch.cat(columns, -1)
         return joined.to(self.like)[..., self.place]
 

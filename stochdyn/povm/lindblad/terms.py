@@ -152,7 +152,7 @@ def _correlated(
 ) -> list[Term | CollectiveJump]:
     """Diagonalise a matrix of rates: its eigenvectors are the weights of collective jumps."""
     try:
-        gamma = torch.as_tensor(np.asarray(rates)).to(torch.complex128)
+        gamma = torch.as_tensor(rates if isinstance(rates, Tensor) else np.array(rates)).to(torch.complex128)
     except (TypeError, ValueError, RuntimeError) as error:
         raise LindbladianError(f"the rates of {name} must be numbers", got=repr(rates)[:60]) from error
     n = len(places)

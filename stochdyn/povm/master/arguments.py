@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_time_grid, check_type
+from stochdyn._checks import as_tensor, as_time_grid, check_type
 from stochdyn.errors import FrameError
 from stochdyn.povm.frames.frame import Frame, Measurement
 from stochdyn.povm.frames.lattice_observables import Observable, observables
 from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.lindblad.lindbladian import Lindbladian
 
-__all__ = ["as_times", "check_frame", "check_measurement", "check_model", "read_observables"]
+__all__ = ["as_breaks", "as_times", "check_frame", "check_measurement", "check_model", "read_observables"]
 
 
 def check_model(model: object) -> None:
@@ -38,6 +38,11 @@ def check_measurement(povm: object) -> None:
 def read_observables(model: Lindbladian, specs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Observable]:
     """Return observables by name, those on two sites averaged over the bonds of the model."""
     return observables(specs, model.num_sites, dim=model.dim, bonds=model.bonds)
+
+
+def as_breaks(breaks: object) -> list[float]:
+    """Return times where coefficients aren't smooth as numbers."""
+    return as_tensor(breaks, "breaks", 1, "(n,)", like=torch.empty(0, dtype=torch.float64)).tolist()
 
 
 def as_times(ts: object, name: str = "ts", min_points: int = 1) -> Tensor:

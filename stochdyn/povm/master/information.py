@@ -47,7 +47,7 @@ def von_neumann_entropy(rho: Any) -> Tensor:
         >>> float(von_neumann_entropy(torch.eye(2) / 2).exp())
         2.0
     """
-    p = _spectrum(_matrices(rho, "rho"))
+    p = _spectrum(_states(rho, "rho"))
     return -torch.where(p > 0, p * p.clamp(min=torch.finfo(p.dtype).tiny).log(), torch.zeros_like(p)).sum(-1)
 
 
@@ -71,7 +71,7 @@ def renyi_entropy(rho: Any, order: float = 2.0) -> Tensor:
     check_real(order, "order", above=0.0)
     if abs(order - 1) < 1e-12:
         return von_neumann_entropy(rho)
-    p = _spectrum(_matrices(rho, "rho"))
+    p = _spectrum(_states(rho, "rho"))
     return torch.where(p > 0, p**order, torch.zeros_like(p)).sum(-1).log() / (1 - order)
 
 
@@ -154,7 +154,7 @@ def fidelity(rho: Any, sigma: Any) -> Tensor:
     Reference:
         Jozsa, J. Mod. Opt. 41, 2315 (1994).
     """
-    a, b = _matrices(rho, "rho"), _matrices(sigma, "sigma")
+    a, b = _states(rho, "rho"), _states(sigma, "sigma")
     if a.shape[-1] != b.shape[-1]:
         raise ShapeError("the states are of different size", got=b.shape[-1], expected=a.shape[-1])
     values, vectors = torch.linalg.eigh(a)
@@ -234,16 +234,29 @@ def _matrices(value: Any, name: str) -> Tensor:
     return (matrices + matrices.mH) / 2
 
 
-def _spectrum(rho: Tensor) -> Tensor:
-    values = torch.linalg.eigvalsh(rho)
-    missing = float(-values.clamp(max=0).sum(-1).min())
+def _states(value: Any, name: str) -> Tensor:
+    """Return density matrices ``(*batch, D, D)`` as complex128, and say so if one isn't positive.
+
+    Raises:
+        InvalidInputError: If a trace isn't one.
+    """
+    rho = _matrices(value, name)
+    off = float((rho.diagonal(dim1=-2, dim2=-1).sum(-1).real - 1).abs().max())
+    if not off <= 1e-4:
+        raise InvalidInputError(f"{name} must have trace one", got=f"a trace off by {off:.3g}")
+    missing = float(-torch.linalg.eigvalsh(rho).clamp(max=0).sum(-1).min())
     if missing > _NEGATIVE:
         warnings.warn(
-            f"the density matrix isn't positive: eigenvalues below zero weigh {missing:.2g} and count as zero",
+            f"the density matrix isn't positive: eigenvalues below zero weigh {missing:.2g}",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    positive = values.clamp(min=0)
+    return rho
+
+
+def _spectrum(rho: Tensor) -> Tensor:
+    """Return eigenvalues of density matrices as probabilities: those below zero count as zero."""
+    positive = torch.linalg.eigvalsh(rho).clamp(min=0)
     return positive / positive.sum(-1, keepdim=True)
 
 
@@ -251,7 +264,7 @@ def _bipartition(rho: Any, sites: Sequence[int], dim: int) -> tuple[Tensor, int,
     from stochdyn.povm.frames.lattice_observables import check_sites
 
     check_positive_int(dim, "dim", 2)
-    matrices = _matrices(rho, "rho")
+    matrices = _states(rho, "rho")
     n = sites_of(matrices[(0,) * (matrices.ndim - 2)], dim) if matrices.shape[-1] > 1 else 0
     if n == 0 or dim**n != matrices.shape[-1]:
         raise ShapeError(f"the size of rho must be a power of {dim}", got=matrices.shape[-1])
@@ -260,10 +273,15 @@ def _bipartition(rho: Any, sites: Sequence[int], dim: int) -> tuple[Tensor, int,
 
 
 def _with_hamiltonian(rho: Any, hamiltonian: Any) -> tuple[Tensor, Tensor]:
-    matrices = _matrices(rho, "rho")
+    matrices = _states(rho, "rho")
     if isinstance(hamiltonian, Lindbladian):
         from stochdyn.povm.lindblad.coefficients import coefficient_value
 
+        if any(term.coupling.uses_time for term in hamiltonian.hamiltonian):
+            raise InvalidInputError(
+                "hamiltonian depends on time",
+                hint="pass the matrix of the energy, or a model without the drive",
+            )
         n, d = hamiltonian.num_sites, hamiltonian.dim
         h = torch.zeros(d**n, d**n, dtype=torch.complex128)
         for term in hamiltonian.hamiltonian:

@@ -15,8 +15,6 @@ from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
 from stochdyn.povm.frames.frame import Frame
 from stochdyn.povm.frames.products import probabilities_of
 from stochdyn.povm.frames.site_frames import SiteFrames
-from stochdyn.povm.lindblad.coefficients import coefficient_value
-from stochdyn.povm.lindblad.lindbladian import check_rate
 from stochdyn.povm.master.arguments import as_times, check_frame, check_model
 from stochdyn.povm.master.density import check_bound, initial_density
 from stochdyn.povm.master.integration import integrate
@@ -140,7 +138,7 @@ def propagate(
         p = initial_probabilities(povm, state, model.num_sites)
     operator = model.master_operator(povm)
     if model.is_time_dependent:
-        return _integrate(model, operator, p, schedule, rtol, atol)
+        return _integrate(operator, p, schedule, rtol, atol)
     from scipy.sparse.linalg import expm_multiply
 
     matrix = sparse_generator(operator) if operator.num_states <= _MAX_MATRIX else _matrix_free(operator)
@@ -199,18 +197,13 @@ def check_length(model: Lindbladian, span: float) -> None:
 
 
 def _integrate(
-    model: Lindbladian,
     operator: SparseMasterEquation,
     p: Tensor,
     schedule: Schedule,
     rtol: float,
     atol: float,
 ) -> Tensor:
-    jumps = [jump for jump in model.jumps if jump.coupling.uses_time]
-
     def change(t: float, y: np.ndarray) -> np.ndarray:
-        for jump in jumps:
-            check_rate(coefficient_value(jump.coupling, t), t, jump.sites)
         return operator.apply(torch.from_numpy(y), t).detach().numpy()
 
     values: list[Tensor] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
@@ -11,12 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stochdyn._transforms import maps_are_active
 from stochdyn.core.forward.master_terms import SparseMasterEquation
-from stochdyn.errors import InvalidInputError, SystemSizeError, TimeGridError, UnknownSiteError
+from stochdyn.errors import (
+    ConvergenceWarning,
+    InvalidInputError,
+    SystemSizeError,
+    TimeGridError,
+    UnavailableError,
+    UnknownSiteError,
+)
 from stochdyn.povm.frames.frame import Frame, Measurement, QutritSIC, Tetrahedral
 from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.lindblad.coefficients import Coefficient
-from stochdyn.povm.master.arguments import as_times, check_measurement, check_model
+from stochdyn.povm.master.arguments import as_breaks, as_times, check_measurement, check_model
 from stochdyn.povm.master.propagation import initial_probabilities
 from stochdyn.povm.master.schedule import Schedule, Segment, make_schedule
 
@@ -32,7 +41,7 @@ _DEGREE, _REACH = 30, 3.0
 _A, _B = 0.25 + 3**0.5 / 6, 0.25 - 3**0.5 / 6
 _GAUSS = (0.5 - 3**0.5 / 6, 0.5 + 3**0.5 / 6)
 _STEP_TOLERANCE = 1e-8
-_MAX_HALVINGS = 8
+_MAX_HALVINGS, _TOO_LARGE = 8, 1e-5
 
 
 class Propagator(nn.Module):
@@ -55,6 +64,8 @@ class Propagator(nn.Module):
             C.to(torch.complex128), frame.effects)``.
         state: The state at time 0, as for :func:`~stochdyn.povm.exact.evolve`.
         ts: The times of the measurements, increasing, from zero on.
+        max_step: The longest step, for pulses shorter than 1/4096 of the span.
+        breaks: The times where coefficients aren't smooth; jumps are found without.
 
     Attributes:
         names: The names of the parameters.
@@ -84,6 +95,9 @@ class Propagator(nn.Module):
         povm: Measurement | SiteFrames,
         state: Any,
         ts: Tensor | Sequence[float],
+        *,
+        max_step: float | None = None,
+        breaks: Sequence[float] = (),
     ) -> None:
         super().__init__()
         check_model(model)
@@ -120,7 +134,10 @@ class Propagator(nn.Module):
             effects = povm.at(site).effects
             matrix = torch.einsum("aij,bji->ab", effects, inner.dual).real.contiguous()
             self.register_buffer(f"readout_{site}", matrix)
-        self._plan: list[tuple[Segment, int]] | None = None
+        self._max_step, self._breaks = max_step, tuple(as_breaks(breaks))
+        self._last: tuple[Any, list[tuple[Segment, int]]] | None = None
+        if not self.names:
+            self._plan({})  # so that what is wrong with times or coefficients is said before any work
 
     def forward(self, **parameters: Tensor | float) -> Tensor:
         """Return probabilities ``(*batch, T, K**N)``.
@@ -142,16 +159,9 @@ class Propagator(nn.Module):
         }
         shape = torch.broadcast_shapes(*(value.shape for value in values.values()))
         p = self.start.expand(*shape, -1)
-        grid = self.times.tolist()
-        if grid[0] > 0:
-            grid = [0.0, *grid]
         out = [p] if self.times[0] == 0 else []
-        if self._plan is None:
-            # breaks and steps are found once, at the parameters that come first
-            schedule = self._schedule(grid, values)
-            self._plan = list(zip(schedule.segments, self._step_counts(schedule, values), strict=True))
         cache: dict[tuple[float, int], Tensor] = {}
-        for segment, count in self._plan:
+        for segment, count in self._plan(values):
             p = self._cross(p, (segment.start, segment.end), count, values, cache)
             if segment.output is not None:
                 out.append(p)
@@ -183,34 +193,57 @@ class Propagator(nn.Module):
 
     # ---------------------------------------------------------------- steps
 
-    def _schedule(self, grid: list[float], values: Mapping[str, Tensor]) -> Schedule:
-        times = torch.tensor(grid, dtype=torch.float64)
-        if not self.model.is_time_dependent:
-            return make_schedule(_still(self.model), times)
-        first = {name: float(value.detach().reshape(-1)[0]) for name, value in values.items()}
-        return make_schedule(self.model.bind(**first), times)
+    def _plan(self, values: Mapping[str, Tensor]) -> list[tuple[Segment, int]]:
+        """Return the segments to cross and the number of Magnus steps for each, for these values of the parameters.
+
+        Raises:
+            LindbladianError: If a rate is negative.
+        """
+        if maps_are_active():  # values can't be looked at inside vmap
+            if self._last is None:
+                raise UnavailableError("the first values of parameters can't be given under torch.func.vmap")
+            return self._last[1]
+        shape = torch.broadcast_shapes(*(value.shape for value in values.values()))
+        flat = {name: value.detach().expand(shape).reshape(-1) for name, value in values.items()}
+        key = tuple((name, tuple(value.tolist())) for name, value in flat.items())
+        if self._last is None or self._last[0] != key:
+            grid = self.times.tolist()
+            times = torch.tensor(grid if grid[0] == 0 else [0.0, *grid], dtype=torch.float64)
+            schedule = make_schedule(
+                self.model, times, max_step=self._max_step, breaks=self._breaks, values=flat
+            )
+            counts = self._step_counts(schedule, flat)
+            self._last = (key, list(zip(schedule.segments, counts, strict=True)))
+        return self._last[1]
 
     def _step_counts(self, schedule: Schedule, values: Mapping[str, Tensor]) -> list[int]:
         """Return how many Magnus steps each segment takes: as many as it takes for halving to change nothing."""
         if not self.model.is_time_dependent:
             return [1] * len(schedule.segments)
-        first = {name: value.detach().reshape(-1)[:1] for name, value in values.items()}
-        # halve the steps until the probabilities change by less than the tolerance
-        counts = []
-        p = self.start.expand(1, -1) if values else self.start
+        size = max((len(value) for value in values.values()), default=1)
+        counts, worst = [], 0.0
+        p = self.start.expand(size, -1) if values else self.start
         with torch.no_grad():
             for segment in schedule.segments:
                 span = (segment.start, segment.end)
                 count = max(1, math.ceil((span[1] - span[0]) / schedule.longest(span[0])))
-                found = self._cross(p, span, count, first, {})
+                found = self._cross(p, span, count, values, {})
                 for _ in range(_MAX_HALVINGS):
-                    finer = self._cross(p, span, 2 * count, first, {})
-                    close = float((finer - found).abs().max()) <= _STEP_TOLERANCE
+                    finer = self._cross(p, span, 2 * count, values, {})
+                    change = float((finer - found).abs().max())
                     found, count = finer, 2 * count
-                    if close:
+                    if change <= _STEP_TOLERANCE:
                         break
+                worst = max(worst, change)
                 p = found
+                # halve the steps until the probabilities change by less than the tolerance
                 counts.append(count)
+        if worst > _TOO_LARGE:
+            warnings.warn(
+                f"the steps are too long: halving them changes probabilities by {worst:.2g}; pass breaks or max_step",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
         return counts
 
     def _cross(
@@ -320,13 +353,6 @@ def _inner_frame(dim: int, povm: Measurement | SiteFrames) -> Frame:
     raise InvalidInputError(
         "there is no standard frame for these sites", got=f"{dim} levels", hint="pass a Frame"
     )
-
-
-def _still(model: Lindbladian) -> Lindbladian:
-    """Return a model without terms on the same lattice, since constant terms don't influence a schedule."""
-    from stochdyn.povm.lindblad.lindbladian import Lindbladian
-
-    return Lindbladian(model.num_sites, dim=model.dim)
 
 
 def _norm(operator: SparseMasterEquation) -> float:

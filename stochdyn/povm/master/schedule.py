@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from stochdyn._checks import as_tensor, check_real
+from stochdyn._checks import check_real
 from stochdyn.errors import InvalidInputError, LindbladianError
-from stochdyn.povm.lindblad.coefficients import coefficient_value
 from stochdyn.povm.lindblad.lindbladian import check_rate
+from stochdyn.povm.master.arguments import as_breaks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from stochdyn.povm.lindblad.coefficients import Coefficient
     from stochdyn.povm.lindblad.lindbladian import Lindbladian
+    from stochdyn.povm.lindblad.terms import CollectiveJump, Term
 
 __all__ = ["Schedule", "Segment", "make_schedule"]
 
@@ -98,6 +100,7 @@ def make_schedule(
     *,
     max_step: float | None = None,
     breaks: Any = (),
+    values: Mapping[str, Tensor] | None = None,
 ) -> Schedule:
     """Return the schedule of an evolution, with every coefficient looked at.
 
@@ -106,6 +109,7 @@ def make_schedule(
         ts: The output times ``(T,)``.
         max_step: The longest step allowed; coefficients are looked at twice as often.
         breaks: The times where coefficients aren't smooth.
+        values: The values ``(n,)`` of parameters that aren't bound, by name; the schedule then serves all ``n`` draws.
 
     Raises:
         LindbladianError: If a coefficient isn't finite, or a rate is negative.
@@ -119,39 +123,88 @@ def make_schedule(
         longest = float(max_step)
         if span / longest > 1e7:
             raise InvalidInputError("max_step is too short", got=f"{max_step:g} for a span of {span:g}")
-    like = torch.empty(0, dtype=torch.float64)
-    given = as_tensor(breaks, "breaks", 1, "(n,)", like=like).tolist()
+    given = as_breaks(breaks)
     moving = {term.coupling.key: term.coupling for term in model.terms if term.coupling.uses_time}
-    if len(grid) == 1:
-        model.check_rates(grid)
-        return Schedule(grid, [])
-    if not moving:
-        return Schedule(grid, _segments(grid, [_around(b) for b in given]), max_step=longest)
+    known = (
+        {} if values is None else {name: v.detach().double().cpu().reshape(-1) for name, v in values.items()}
+    )
+    for jump in model.jumps:
+        if jump.coupling.free and not jump.coupling.uses_time:
+            _check_rates(jump, _table(jump.coupling, grid[:1], known), grid[:1])
+    if len(grid) == 1 or not moving:
+        for jump in model.jumps:
+            if jump.coupling.uses_time:
+                _check_rates(jump, _table(jump.coupling, grid, known), grid)
+        cuts = [_around(b) for b in given]
+        return Schedule(grid, _segments(grid, cuts) if len(grid) > 1 else [], max_step=longest)
     looks = _looks(grid, longest)
     jumps: list[tuple[float, float]] = [_around(b) for b in given]
     soft: list[float] = []
     total = np.zeros(len(looks) - 1)
     for key, coupling in moving.items():
         relative = replace(coupling, factor=1.0)
-        value = partial(coefficient_value, relative)
-        values = np.array([value(t) for t in looks])
-        for jump in model.jumps:
-            if jump.coupling.key == key:
-                worst = int((values * jump.coupling.factor).argmin())
-                check_rate(float(values[worst] * jump.coupling.factor), float(looks[worst]), jump.sites)
-        reach = float(values.max() - values.min())
-        if reach <= 1e-13 * float(np.abs(values).max()):
-            continue
-        change = np.abs(np.diff(values)) / reach
-        total = np.maximum(total, change)
+        owned = [jump for jump in model.jumps if jump.coupling.key == key]
         jumps += [_around(b) for b in coupling.breaks]
-        jumps += _find_jumps(value, looks, change)
-        active = change > 1e-9
-        edges = np.nonzero(active[1:] != active[:-1])[0] + 1
-        soft += looks[edges].tolist()
-    model.check_rates([t for pair in jumps for t in pair if grid[0] <= t <= grid[-1]])
+        for draw, row in enumerate(_table(relative, looks.tolist(), known)):
+            for jump in owned:
+                _check_rates(jump, jump.coupling.factor * row[None], looks)
+            reach = float(row.max() - row.min())
+            if reach <= 1e-13 * float(np.abs(row).max()):
+                continue
+            change = np.abs(np.diff(row)) / reach
+            found = _find_jumps(partial(_value, relative, known, draw), looks, change)
+            # no step crosses a jump, so its height says nothing about the steps beside it
+            smooth = change.copy()
+            smooth[[int(np.searchsorted(looks, low, side="right")) - 1 for low, _ in found]] = 0.0
+            total = np.maximum(total, smooth)
+            for jump in owned:
+                sides = [t for pair in found for t in pair if grid[0] <= t <= grid[-1]]
+                at = np.array([[_value(relative, known, draw, t) for t in sides]])
+                _check_rates(jump, jump.coupling.factor * at, sides)
+            jumps += found
+            active = change > 1e-9
+            edges = np.nonzero(active[1:] != active[:-1])[0] + 1
+            soft += looks[edges].tolist()
     segments = _segments(grid, jumps, soft)
     return Schedule(grid, segments, looks.tolist(), [0.0, *np.cumsum(total).tolist()], longest)
+
+
+def _table(coupling: Coefficient, times: Sequence[float], known: Mapping[str, Tensor]) -> np.ndarray:
+    """Return the values ``(n, T)`` of a coefficient for all draws of its parameters; one row if it has none."""
+    own = {name: known[name] for name in coupling.free if name in known}
+    size = max((len(v) for v in own.values()), default=1)
+    grid = torch.tensor(times, dtype=torch.float64)
+    with torch.no_grad():
+        if not own or not coupling.uses_time:
+            numbers = {name: v.expand(size) for name, v in own.items()}
+            columns = [coupling.relative(t, numbers).expand(size) for t in grid]
+            table = torch.stack(columns, 1)
+        elif coupling.takes_many_times:
+            table = coupling.relative(grid, {name: v[:, None] for name, v in own.items()}).expand(
+                size, len(grid)
+            )
+        else:
+            table = torch.stack([coupling.relative(t, own).expand(size) for t in grid], 1)
+    table = coupling.factor * table
+    bad = (~torch.isfinite(table)).any(0).nonzero()
+    if len(bad):
+        raise LindbladianError("a coefficient isn't finite", got=f"at time {float(grid[bad[0, 0]]):g}")
+    return table.numpy()
+
+
+def _value(coupling: Coefficient, known: Mapping[str, Tensor], draw: int, t: float) -> float:
+    """Return the value of a coefficient at a time for one draw of the parameters."""
+    own = {name: known[name][min(draw, len(known[name]) - 1)] for name in coupling.free if name in known}
+    with torch.no_grad():
+        return coupling.factor * float(coupling.relative(torch.tensor(t, dtype=torch.float64), own))
+
+
+def _check_rates(jump: Term | CollectiveJump, rates: np.ndarray, times: Sequence[float] | np.ndarray) -> None:
+    """Raise if one of the rates ``(n, T)`` of a jump is negative."""
+    if rates.size:
+        lowest = rates.min(0)
+        worst = int(lowest.argmin())
+        check_rate(float(lowest[worst]), float(times[worst]), jump.sites)
 
 
 def _looks(grid: Sequence[float], longest: float) -> np.ndarray:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor
 
 from stochdyn._checks import as_generator, check_finite, check_nonempty, check_type
@@ -17,7 +19,7 @@ from stochdyn.povm.records.measurement import MeasurementRecords
 __all__ = ["GoodnessOfFit", "goodness_of_fit"]
 
 _MAX_CELLS = 4096
-_SUSPICIOUS = 1e-3
+_SUSPICIOUS, _LARGEST_RHAT = 1e-3, 1.1
 _POSSIBLE = 1e-12
 
 
@@ -126,6 +128,29 @@ def warn_of_fit(fit: GoodnessOfFit, stacklevel: int = 3) -> None:
         warnings.warn(
             f"the records don't look as the fitted model says (p-value {fit.p_value:.2g}, most so at time "
             f"{fit.worst[0]} for outcome {fit.worst[2]} on sites {fit.worst[1]}); check frame, model and initial state",
+            ConvergenceWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def warn_of_chains(series: Mapping[str, Tensor], stacklevel: int = 3) -> None:
+    """Warn if chains haven't mixed: by R-hat of their halves, and of each other where there are several.
+
+    Args:
+        series: The draws ``(chains, n)`` of every quantity by name.
+        stacklevel: The number of calls above this one that the warning is attributed to.
+
+    Warns:
+        ConvergenceWarning: If an R-hat exceeds 1.1.
+
+    Reference:
+        Gelman et al., Bayesian Data Analysis, third edition (2013), section 11.4.
+    """
+    found = {name: float(split_gelman_rubin(draws)) for name, draws in series.items() if draws.shape[1] >= 4}
+    worst = max(found, key=lambda name: found[name], default=None)
+    if worst is not None and not found[worst] <= _LARGEST_RHAT:
+        warnings.warn(
+            f"the chains haven't mixed: R-hat of {worst} is {found[worst]:.3g}; take a longer warmup and more draws",
             ConvergenceWarning,
             stacklevel=stacklevel,
         )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyro
 import torch
@@ -26,8 +26,14 @@ from stochdyn.povm.frames.frame import Measurement
 from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.master.arguments import check_measurement, check_model
 from stochdyn.povm.master.propagator import Propagator
-from stochdyn.povm.records.goodness import goodness_of_fit, warn_of_fit
-from stochdyn.povm.records.measurement import MeasurementRecords, Preparations, RecordLaw, check_priors
+from stochdyn.povm.records.goodness import goodness_of_fit, warn_of_chains, warn_of_fit
+from stochdyn.povm.records.measurement import (
+    MeasurementRecords,
+    Preparations,
+    RecordLaw,
+    check_priors,
+    check_unused,
+)
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad.lindbladian import Lindbladian
@@ -93,7 +99,10 @@ class RecordModel(PyroModule):
         state: The state at time 0, as for :func:`~stochdyn.povm.exact.evolve`, or :class:`~stochdyn.povm.Preparations`.
         times: The times of the measurements.
         priors: The Pyro distributions of the parameters by name, such as ``{"g": LogNormal(0.0, 1.0)}``.
-        readout: The unknown readout errors, the same on all sites; None for none beyond those of ``povm``.
+        readout: The unknown readout errors: one :class:`ReadoutError`, the same on all sites, or a list with one for each
+            site, None where there is none; None for none beyond those of ``povm``.
+        max_step: The longest step, for pulses shorter than 1/4096 of the span.
+        breaks: The times where coefficients aren't smooth; jumps are found without.
 
     Raises:
         InvalidInputError: If priors and parameters don't match, or readout errors don't suit the measurement.
@@ -116,34 +125,39 @@ class RecordModel(PyroModule):
         state: Any,
         times: Any,
         priors: Mapping[str, Any],
-        readout: ReadoutError | None = None,
+        readout: ReadoutError | Sequence[ReadoutError | None] | None = None,
+        *,
+        max_step: float | None = None,
+        breaks: Sequence[float] = (),
     ) -> None:
         super().__init__()
         check_model(model)
         check_measurement(povm)
-        if readout is not None:
-            check_type(readout, ReadoutError, "readout")
-            if povm.num_outcomes % 2:
-                raise InvalidInputError(
-                    "readout errors of bits need outcomes in pairs", got=f"{povm.num_outcomes} outcomes"
-                )
-        names = (*model.parameters, *(() if readout is None else readout.names))
+        self.readout = _each_site(readout, model.num_sites)
+        if any(self.readout) and povm.num_outcomes % 2:
+            raise InvalidInputError(
+                "readout errors of bits need outcomes in pairs", got=f"{povm.num_outcomes} outcomes"
+            )
+        unknown = [name for one in self.readout if one is not None for name in one.names]
+        names = tuple(dict.fromkeys([*model.parameters, *unknown]))
         check_priors(names, priors)
         states = state.states if isinstance(state, Preparations) else [state]
-        self.propagators = [Propagator(model, povm, one, times) for one in states]
-        self.propagator, self.readout = self.propagators[0], readout
+        self.propagators = torch.nn.ModuleList(
+            Propagator(model, povm, one, times, max_step=max_step, breaks=breaks) for one in states
+        )
+        self.propagator = cast(Propagator, self.propagators[0])
         self.priors = {name: priors[name] for name in names}
 
     def probabilities(self, values: Mapping[str, Any]) -> Tensor:
         """Return the probabilities ``(*batch, P * T, K**N)`` of all outcomes, preparations slowest."""
-        confusion = None
-        if self.readout is not None:
-            one = self.readout.confusion(values, self.propagator.num_outcomes)
-            n = self.propagator.num_sites
-            confusion = one[..., None, None, :, :].expand(*one.shape[:-2], 1, n, *one.shape[-2:])
+        confusion, k = None, self.propagator.num_outcomes
+        if any(self.readout):
+            perfect = torch.eye(k, dtype=torch.float64)
+            sites = [perfect if one is None else one.confusion(values, k) for one in self.readout]
+            confusion = torch.stack(torch.broadcast_tensors(*sites), -3)[..., None, :, :, :]
         inner = {name: values[name] for name in self.propagator.names}
         parts = []
-        for law in self.propagators:
+        for law in cast("Iterable[Propagator]", self.propagators):
             q = law.inner(**inner)
             if confusion is not None and q.ndim - 2 < confusion.ndim - 4:
                 q = q.expand(*confusion.shape[:-4], *q.shape[-2:])
@@ -172,12 +186,14 @@ def infer_parameters(
     priors: Mapping[str, Any],
     *,
     method: str = "svi",
-    readout: ReadoutError | None = None,
-    steps: int = 600,
+    readout: ReadoutError | Sequence[ReadoutError | None] | None = None,
+    steps: int | None = None,
     num_draws: int = 1000,
-    warmup: int = 300,
-    num_chains: int = 4,
+    warmup: int | None = None,
+    num_chains: int | None = None,
     guide: AutoGuide | None = None,
+    max_step: float | None = None,
+    breaks: Sequence[float] = (),
     seed: int | None = 0,
     predictive: bool = True,
     progress: bool = True,
@@ -192,14 +208,17 @@ def infer_parameters(
         priors: The Pyro distributions of the parameters by name; rates need positive ones, readout errors such below
             one half.
         method: The method: ``"svi"``, with a correlated and skewed guide on the unconstrained scale, or ``"nuts"``.
-        readout: The unknown readout errors, as parameters of their own.
-        steps: The number of updates of the guide, with ``"svi"``.
+        readout: The unknown readout errors, as parameters of their own: the same on all sites, or a list with one for
+            each site.
+        steps: The number of updates of the guide, with ``"svi"``; 600 if None.
         num_draws: The number of draws from the posterior; with ``"nuts"``, from each chain.
-        warmup: The number of steps before the draws of each chain, with ``"nuts"``.
-        num_chains: The number of chains, with ``"nuts"``; Pyro runs them in processes of their own where there are
-            cores.
+        warmup: The number of steps before the draws of each chain, with ``"nuts"``; 300 if None.
+        num_chains: The number of chains, with ``"nuts"``, 4 if None; Pyro runs them in processes of their own where there
+            are cores.
         guide: A guide of a :class:`RecordModel`, with ``"svi"``, in place of
             :class:`stochdyn.infer.skewed.AutoSkewedNormal`.
+        max_step: The longest step, for pulses shorter than 1/4096 of the span.
+        breaks: The times where coefficients aren't smooth; jumps are found without.
         seed: The seed of fit and draws; the global random state is left alone. None draws from that instead.
         predictive: Whether to draw replicated records too.
         progress: Whether to show a progress bar.
@@ -210,13 +229,13 @@ def infer_parameters(
         with ``"svi"`` ``khat`` says how far the approximation can be trusted.
 
     Raises:
-        InvalidInputError: If priors and parameters don't match.
+        InvalidInputError: If priors and parameters don't match, or an option doesn't belong to the method.
         ShapeError: If the records are of another lattice, frame, or number of preparations.
         SystemSizeError: If there are over 65536 outcomes of a minimal frame (eight qubits).
 
     Warns:
-        ConvergenceWarning: If k-hat exceeds 0.7, if records are impossible under the model (probability zero), or if
-            they don't look as the fitted model says.
+        ConvergenceWarning: If k-hat exceeds 0.7, if chains haven't mixed (R-hat over 1.1), if records are impossible
+            under the model (probability zero), or if they don't look as the fitted model says.
 
     Example:
         >>> import pyro.distributions as dist
@@ -231,6 +250,10 @@ def infer_parameters(
     """
     check_type(records, MeasurementRecords, "records")
     check_choice(method, ("svi", "nuts"), "method")
+    of_chains, of_guides = {"warmup": warmup, "num_chains": num_chains}, {"steps": steps, "guide": guide}
+    check_unused(method, of_chains if method == "svi" else of_guides)
+    steps, warmup = 600 if steps is None else steps, 300 if warmup is None else warmup
+    num_chains = 4 if num_chains is None else num_chains
     for value, name in (
         (steps, "steps"),
         (num_draws, "num_draws"),
@@ -257,7 +280,9 @@ def infer_parameters(
             expected=prepared,
             hint="state=Preparations([...])",
         )
-    program = RecordModel(model, povm, state, records.times, priors, readout)
+    program = RecordModel(
+        model, povm, state, records.times, priors, readout, max_step=max_step, breaks=breaks
+    )
     with seeded(seed), pyro.get_param_store().scope():
         if method == "nuts":
             chains = MCMC(
@@ -286,6 +311,7 @@ def infer_parameters(
     idata.attrs["fit_p_value"], idata.attrs["impossible_records"] = fit.p_value, fit.impossible
     warn_of_fit(fit)
     if method == "nuts":
+        warn_of_chains({name: torch.as_tensor(idata.posterior[name].values) for name in program.priors})
         return idata
     weights = torch.as_tensor(idata.sample_stats["log_weight"].values).flatten()
     khat = float(pareto_smooth(weights).khat) if num_draws >= _MIN_DRAWS_FOR_KHAT else math.nan
@@ -298,6 +324,26 @@ def infer_parameters(
             stacklevel=2,
         )
     return idata
+
+
+def _each_site(readout: object, num_sites: int) -> list[ReadoutError | None]:
+    """Return the readout errors of each site, None for none.
+
+    Raises:
+        ShapeError: If a list has another length.
+    """
+    if isinstance(readout, list | tuple):
+        if len(readout) != num_sites:
+            raise ShapeError(
+                "readout must have one entry for each site", got=len(readout), expected=num_sites
+            )
+        each = list(readout)
+    else:
+        each = [readout] * num_sites
+    for one in each:
+        if one is not None:
+            check_type(one, ReadoutError, "readout")
+    return each
 
 
 def _padded(records: MeasurementRecords, prepared: int) -> MeasurementRecords:

@@ -205,7 +205,7 @@ class MeasurementRecords:
 def _integers(value: Any, name: str) -> Tensor:
     """Return whole numbers as integers."""
     try:
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"{name} must be integers", got=type(value).__name__) from error
     if (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool) and tensor.numel():
@@ -334,6 +334,8 @@ def simulate_records(
     times: Tensor | Sequence[float],
     num_records: int,
     *,
+    max_step: float | None = None,
+    breaks: Sequence[float] = (),
     generator: torch.Generator | int | None = None,
 ) -> MeasurementRecords:
     """Return simulated records, each from a fresh run of the system up to its time.
@@ -344,6 +346,8 @@ def simulate_records(
         state: The state at time 0, as for :func:`~stochdyn.povm.exact.evolve`, or :class:`~stochdyn.povm.Preparations`.
         times: The times of the measurements, increasing, from zero on.
         num_records: The number of records at each time, from each preparation.
+        max_step: The longest step, for pulses shorter than 1/4096 of the span.
+        breaks: The times where coefficients aren't smooth; jumps are found without.
         generator: The source of randomness of the outcomes.
 
     Raises:
@@ -365,7 +369,7 @@ def simulate_records(
     states = state.states if isinstance(state, Preparations) else [state]
     with torch.no_grad():
         for one in states:
-            p = Propagator(model, povm, one, grid)().clamp(min=0.0)
+            p = Propagator(model, povm, one, grid, max_step=max_step, breaks=breaks)().clamp(min=0.0)
             drawn = torch.multinomial(p, num_records, True, generator=source)
             for place, codes in enumerate(drawn):
                 outcomes[place].append(decode(codes, model.num_sites, povm.num_outcomes))
@@ -396,6 +400,17 @@ class Preparations:
 
     def __repr__(self) -> str:
         return f"Preparations({len(self.states)})"
+
+
+def check_unused(method: str, options: Mapping[str, Any]) -> None:
+    """Raise if options that a method doesn't use were given.
+
+    Raises:
+        InvalidInputError: Naming one of them.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise InvalidInputError(f"{given[0]} isn't an option of method={method!r}", hint="leave it out")
 
 
 def check_priors(names: Sequence[str], priors: Mapping[str, Any]) -> None:

@@ -21,8 +21,8 @@ from stochdyn.povm.frames.frame import Measurement
 from stochdyn.povm.frames.products import probabilities_of
 from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.master.arguments import check_measurement
-from stochdyn.povm.records.goodness import GoodnessOfFit, goodness_of_fit, warn_of_fit
-from stochdyn.povm.records.measurement import MeasurementRecords
+from stochdyn.povm.records.goodness import GoodnessOfFit, goodness_of_fit, warn_of_chains, warn_of_fit
+from stochdyn.povm.records.measurement import MeasurementRecords, check_unused
 
 __all__ = ["Tomography", "tomography"]
 
@@ -69,9 +69,9 @@ def tomography(
     povm: Measurement | SiteFrames,
     *,
     method: str = "likelihood",
-    tolerance: float = 1e-2,
-    num_draws: int = 500,
-    warmup: int = 300,
+    tolerance: float | None = None,
+    num_draws: int | None = None,
+    warmup: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Tomography:
@@ -93,9 +93,9 @@ def tomography(
         povm: The measurement of all sites, or one for each site. It need not be complete, but then many states are as
             likely.
         method: The method, ``"likelihood"`` or ``"posterior"``.
-        tolerance: The largest gap of the log likelihood, with ``"likelihood"``.
-        num_draws: The number of draws, with ``"posterior"``.
-        warmup: The number of steps before them, with ``"posterior"``.
+        tolerance: The largest gap of the log likelihood, with ``"likelihood"``; 0.01 if None.
+        num_draws: The number of draws, with ``"posterior"``; 500 if None.
+        warmup: The number of steps before them, with ``"posterior"``; 300 if None.
         seed: The seed of the draws and of the test of fit.
         progress: Whether to show a progress bar.
 
@@ -104,10 +104,11 @@ def tomography(
 
     Raises:
         SystemSizeError: If there are over 64 levels (six qubits), or over 65536 outcomes.
-        InvalidInputError: If records are of several times or preparations.
+        InvalidInputError: If records are of several times or preparations, or an option doesn't belong to the method.
 
     Warns:
-        ConvergenceWarning: If the gap stays above the tolerance, or the records don't look as any state says.
+        ConvergenceWarning: If the gap stays above the tolerance, the chain hasn't mixed (R-hat), or the records don't
+            look as any state says.
 
     Example:
         >>> from stochdyn.povm import Lindbladian, Pauli6, simulate_records
@@ -121,6 +122,10 @@ def tomography(
     """
     check_measurement(povm)
     check_choice(method, ("likelihood", "posterior"), "method")
+    sampled = {"num_draws": num_draws, "warmup": warmup}
+    check_unused(method, {"tolerance": tolerance} if method == "posterior" else sampled)
+    tolerance = 1e-2 if tolerance is None else tolerance
+    num_draws, warmup = 500 if num_draws is None else num_draws, 300 if warmup is None else warmup
     check_real(tolerance, "tolerance", above=0.0)
     check_positive_int(num_draws, "num_draws", 2)
     check_positive_int(warmup, "warmup")
@@ -151,9 +156,11 @@ def tomography(
     else:
         draws = _posterior(counts, frames, povm.dim**n, num_draws, warmup, seed, progress)
         state = draws.mean(0)
+        drawn = torch.stack([_log_likelihood(counts, probabilities_of(rho, frames)) for rho in draws])
+        warn_of_chains({"the log likelihood": drawn[None]})
     p = probabilities_of(state, frames)
     fit = goodness_of_fit(single, p[None], generator=seed)
-    likelihood = float((counts * p.clamp(min=1e-300).log())[counts > 0].sum())
+    likelihood = float(_log_likelihood(counts, p))
     warn_of_fit(fit)
     if gap > tolerance:
         warnings.warn(
@@ -162,6 +169,12 @@ def tomography(
             stacklevel=2,
         )
     return Tomography(state, likelihood, gap, fit, draws)
+
+
+def _log_likelihood(counts: Tensor, p: Tensor) -> Tensor:
+    """Return the log likelihood of counts, of which outcomes that never came are no part."""
+    seen = counts > 0
+    return (counts[seen] * p[seen].clamp(min=1e-300).log()).sum()
 
 
 def _state_of(a: Tensor) -> Tensor:
@@ -179,11 +192,10 @@ def _most_likely(
     a = torch.zeros(2, size, size, dtype=torch.float64)
     a[0] = torch.eye(size, dtype=torch.float64)
     a.requires_grad_(True)
-    seen, total = counts > 0, float(counts.sum())
+    total = float(counts.sum())
 
     def loss() -> Tensor:
-        p = probabilities_of(_state_of(a), frames)[seen]
-        return -(counts[seen] * p.clamp(min=1e-300).log()).sum() / total
+        return -_log_likelihood(counts, probabilities_of(_state_of(a), frames)) / total
 
     def closure() -> Tensor:
         a.grad = None
@@ -211,10 +223,8 @@ def _most_likely(
 
 def _gap(rho: Tensor, counts: Tensor, frames: list[Measurement]) -> float:
     r"""Return :math:`\lambda_{\max}(R)-n`, by which no state is more likely."""
-    seen = counts > 0
     variable = rho.clone().requires_grad_(True)
-    p = probabilities_of(variable, frames)[seen]
-    (gradient,) = torch.autograd.grad((counts[seen] * p.clamp(min=1e-300).log()).sum(), variable)
+    (gradient,) = torch.autograd.grad(_log_likelihood(counts, probabilities_of(variable, frames)), variable)
     # the log likelihood is concave, so log L(sigma) - log L(rho) <= Tr R (sigma - rho) <= lambda_max(R) - n
     r = (gradient + gradient.mH) / 2
     return float(torch.linalg.eigvalsh(r)[-1] - counts.sum())
@@ -229,12 +239,10 @@ def _posterior(
     seed: int,
     progress: bool,
 ) -> Tensor:
-    seen = counts > 0
-
     def program() -> None:
         normal = dist.Normal(torch.zeros(2, size, size, dtype=torch.float64), 1.0).to_event(3)
-        p = probabilities_of(_state_of(pyro.sample("root", normal)), frames)[seen]
-        pyro.factor("records", (counts[seen] * p.clamp(min=1e-300).log()).sum())
+        p = probabilities_of(_state_of(pyro.sample("root", normal)), frames)
+        pyro.factor("records", _log_likelihood(counts, p))
 
     with seeded(seed), pyro.get_param_store().scope():
         chain = MCMC(
