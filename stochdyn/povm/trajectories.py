@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,15 +17,14 @@ from stochdyn.core.law.path import Estimate
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, SystemSizeError, UnavailableError
-from stochdyn.povm.frames.embedding import full_operator
-from stochdyn.povm.frames.lattice_observables import Observable
 from stochdyn.povm.frames.operators import as_state
 from stochdyn.povm.frames.products import is_listing, site_states
 from stochdyn.povm.frames.sizes import check_size
 from stochdyn.povm.lindblad.coefficients import Coefficient, coefficient_value
 from stochdyn.povm.lindblad.lindbladian import check_rate
 from stochdyn.povm.master.arguments import as_times, check_model, read_observables
-from stochdyn.povm.master.density import check_bound, whole_operator
+from stochdyn.povm.master.density import check_bound, flow_parts
+from stochdyn.povm.master.magnus import GAUSS, magnus_weights
 from stochdyn.povm.master.propagation import check_length
 from stochdyn.povm.master.schedule import Schedule, Segment, make_schedule
 from stochdyn.run.progress import progress_bar
@@ -103,17 +102,11 @@ class _TrajectoryDrift(torch.nn.Module):
         self.levels, self.num_jumps = d**n, len(model.jumps)
         from scipy import sparse
 
-        flow = sparse.csr_matrix((self.levels, self.levels), dtype=np.complex128)
-        for term in model.hamiltonian:
-            h = coefficient_value(term.coupling, 0.0) * full_operator(term.matrix, term.sites, n, d)
-            flow = flow - 1j * h
-        jumps = []
-        for jump in model.jumps:
-            c = coefficient_value(jump.coupling, 0.0) ** 0.5 * whole_operator(jump, n, d)
-            # -iH - sum_k c_k^dagger c_k / 2, rates being part of c_k
-            flow = flow - 0.5 * (c.conj().T @ c)
-            jumps.append(c)
-        self.flow, self.jumps = as_torch(flow), as_torch(sparse.vstack(jumps))
+        # -iH - sum_k c_k^dagger c_k / 2, rates being part of c_k
+        parts, jumps = flow_parts(model)
+        flow = sum(coefficient_value(coupling, 0.0) * matrix for coupling, matrix in parts)
+        roots = [coefficient_value(coupling, 0.0) ** 0.5 * matrix for coupling, matrix, _ in jumps]
+        self.flow, self.jumps = as_torch(flow), as_torch(sparse.vstack(roots))
 
     def _act(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the states ``(M, D)``, jumps on them ``(M, J, D)`` and their means ``(M, J)``."""
@@ -203,7 +196,7 @@ def evolve(
         check_length(model, schedule.span)
     psi = _draw_start(state, model.num_sites, model.dim, num_trajectories, source)
     walk = _Trajectories(model, schedule, psi, source)
-    matrices = {name: (as_torch(_matrix(o)), o.is_hermitian) for name, o in parsed.items()}
+    matrices = {name: (as_torch(o.sparse()), o.is_hermitian) for name, o in parsed.items()}
     values: dict[str, list[Tensor]] = {name: [] for name in parsed}
 
     def look() -> None:
@@ -237,8 +230,6 @@ def evolve(
 
 _DEGREE, _REACH = 24, 1.5
 _MAX_HALVINGS, _STEP_TOLERANCE = 8, 1e-6
-_A, _B = 0.25 + 3**0.5 / 6, 0.25 - 3**0.5 / 6
-_GAUSS = (0.5 - 3**0.5 / 6, 0.5 + 3**0.5 / 6)
 
 
 class _Trajectories:
@@ -247,26 +238,13 @@ class _Trajectories:
     def __init__(
         self, model: Lindbladian, schedule: Schedule, psi: Tensor, generator: torch.Generator | None
     ) -> None:
-        n, d = model.num_sites, model.dim
         self.schedule, self.psi, self.source = schedule, psi, generator
         self.num_jumps, self.step_error = 0, 0.0
         self.bar = self._uniform(len(psi))
-        # the flow is a sum of constant matrices times coefficients: one for each distinct function of time
-        groups: dict[Any, tuple[Coefficient, Any]] = {}
-
-        def add(coupling: Coefficient, matrix: Any) -> None:
-            old = groups.get(coupling.key)
-            groups[coupling.key] = (replace(coupling, factor=1.0), matrix if old is None else old[1] + matrix)
-
-        for term in model.hamiltonian:
-            add(term.coupling, -1j * term.coupling.factor * full_operator(term.matrix, term.sites, n, d))
-        self.jumps: list[tuple[Coefficient, Tensor, tuple[int, ...]]] = []
-        for jump in model.jumps:
-            c = whole_operator(jump, n, d)
-            add(jump.coupling, -0.5 * jump.coupling.factor * (c.conj().T @ c))
-            self.jumps.append((jump.coupling, as_torch(c), jump.sites))
-        self.groups = [(coupling, as_torch(matrix)) for coupling, matrix in groups.values()]
-        self.norms = [float(abs(matrix).sum(0).max()) for _, matrix in groups.values()]
+        flow, jumps = flow_parts(model)
+        self.groups = [(coupling, as_torch(matrix)) for coupling, matrix in flow]
+        self.norms = [float(abs(matrix).sum(0).max()) for _, matrix in flow]
+        self.jumps = [(coupling, as_torch(matrix), sites) for coupling, matrix, sites in jumps]
         self.moving = model.is_time_dependent
         self.reference = psi[:1].clone()
 
@@ -297,11 +275,10 @@ class _Trajectories:
             if not self.moving:
                 yield start, h, [1.0] * len(self.groups)
                 continue
-            # Blanes and Moan (2006): two exponentials for each step, of A f + B s and of B f + A s, f and s
-            # at the Gauss points
-            first, second = ([self._value(c, segment, start + x * h) for c, _ in self.groups] for x in _GAUSS)
-            yield start, h / 2, [2 * (_A * f + _B * s) for f, s in zip(first, second, strict=True)]
-            yield start + h / 2, h / 2, [2 * (_B * f + _A * s) for f, s in zip(first, second, strict=True)]
+            first, second = ([self._value(c, segment, start + x * h) for c, _ in self.groups] for x in GAUSS)
+            early, late = zip(*map(magnus_weights, first, second), strict=True)
+            yield start, h / 2, list(early)
+            yield start + h / 2, h / 2, list(late)
 
     @staticmethod
     def _value(coupling: Coefficient, segment: Segment, t: float) -> float:
@@ -407,16 +384,6 @@ def as_torch(matrix: Any) -> Tensor:
     places = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
     values = torch.from_numpy(coo.data.astype(np.complex128))
     return torch.sparse_coo_tensor(places, values, coo.shape, check_invariants=False).coalesce()
-
-
-def _matrix(observable: Observable) -> Any:
-    total: Any = None
-    for term in observable.terms:
-        operator = term.matrix()
-        for place, weight in zip(term.places, term.weights, strict=True):
-            part = weight * full_operator(operator, place, observable.num_sites, observable.dim)
-            total = part if total is None else total + part
-    return total
 
 
 def _check_levels(num_sites: int, dim: int) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from stochdyn.povm.frames.operators import as_operator, named_operator, split_na
 from stochdyn.povm.frames.products import coefficients_of
 from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.frames.sizes import check_size
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 __all__ = [
     "Estimator",
@@ -160,17 +163,21 @@ class Observable:
             )
         return p.to(values.dtype) @ values
 
-    @cached_property
-    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, columns and values of the operator of the whole lattice."""
+    def sparse(self) -> sparse.csr_matrix:
+        """Return the operator of the whole lattice as a sparse matrix ``(d**N, d**N)``."""
         total: Any = None
         for term in self.terms:
             matrix = term.matrix()
             for place, weight in zip(term.places, term.weights, strict=True):
                 part = weight * full_operator(matrix, place, self.num_sites, self.dim)
                 total = part if total is None else total + part
+        return total.tocsr()
+
+    @cached_property
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, columns and values of the operator of the whole lattice."""
         # Tr rho O = sum_rc O_rc rho_cr over the nonzero entries of O alone
-        coo = total.tocoo()
+        coo = self.sparse().tocoo()
         return (
             torch.from_numpy(coo.row.astype("int64")),
             torch.from_numpy(coo.col.astype("int64")),

@@ -30,12 +30,15 @@ __all__ = [
     "DensityGenerator",
     "check_bound",
     "check_density_size",
+    "flow_parts",
     "full_operator",
     "initial_density",
     "whole_operator",
 ]
 
 _MAX_ELEMENTS = 1 << 26
+FlowPart = tuple[Coefficient, Any]
+JumpPart = tuple[Coefficient, Any, tuple[int, ...]]
 
 
 def check_density_size(num_sites: int, dim: int) -> None:
@@ -81,6 +84,35 @@ def initial_density(state: Any, num_sites: int, dim: int = 2) -> Tensor:
     return rho
 
 
+def flow_parts(model: Lindbladian) -> tuple[list[FlowPart], list[JumpPart]]:
+    r"""Return the operators by which state vectors flow between jumps, and those of the jumps.
+
+    .. math:: K = -iH - \tfrac12\sum_k\gamma_k\,c_k^\dagger c_k = \sum_gf_g(t)\,K_g
+
+    Args:
+        model: The Lindbladian, its parameters bound.
+
+    Returns:
+        Pairs of a function of time and a sparse matrix :math:`K_g`, one for each distinct function; and rate, sparse
+        matrix and sites of each jump.
+    """
+    n, d = model.num_sites, model.dim
+    flow: dict[Any, FlowPart] = {}
+
+    def add(coupling: Coefficient, operator: Any) -> None:
+        total = flow[coupling.key][1] + operator if coupling.key in flow else operator
+        flow[coupling.key] = (replace(coupling, factor=1.0), total)
+
+    for term in model.hamiltonian:
+        add(term.coupling, -1j * term.coupling.factor * full_operator(term.matrix, term.sites, n, d))
+    jumps: list[JumpPart] = []
+    for jump in model.jumps:
+        c = whole_operator(jump, n, d)
+        add(jump.coupling, -0.5 * jump.coupling.factor * (c.conj().T @ c))
+        jumps.append((jump.coupling, c, jump.sites))
+    return [(coupling, operator.tocsr()) for coupling, operator in flow.values()], jumps
+
+
 class DensityGenerator:
     r"""The right-hand side of the Lindblad equation in matrix form, with sparse operators.
 
@@ -100,22 +132,7 @@ class DensityGenerator:
         check_density_size(model.num_sites, model.dim)
         check_bound(model)
         self.size = model.dim**model.num_sites
-        self._drifts: list[tuple[Coefficient, Any]] = []
-        self._jumps: list[tuple[Coefficient, Any, tuple[int, ...]]] = []
-        drifts: dict[Any, tuple[Coefficient, Any]] = {}
-
-        def add(coupling: Coefficient, operator: Any) -> None:
-            total = drifts[coupling.key][1] + operator if coupling.key in drifts else operator
-            drifts[coupling.key] = (replace(coupling, factor=1.0), total)
-
-        for term in model.hamiltonian:
-            h = full_operator(term.matrix, term.sites, model.num_sites, model.dim)
-            add(term.coupling, -1j * term.coupling.factor * h)
-        for jump in model.jumps:
-            c = whole_operator(jump, model.num_sites, model.dim)
-            add(jump.coupling, -0.5 * jump.coupling.factor * (c.conj().T @ c))
-            self._jumps.append((jump.coupling, c, jump.sites))
-        self._drifts = [(coupling, operator.tocsr()) for coupling, operator in drifts.values()]
+        self._drifts, self._jumps = flow_parts(model)
 
     def __call__(self, t: float, rho: np.ndarray) -> np.ndarray:
         """Return the rate of change of a Hermitian matrix.

@@ -26,6 +26,7 @@ from stochdyn.povm.frames.frame import Frame, Measurement, QutritSIC, Tetrahedra
 from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.lindblad.coefficients import Coefficient
 from stochdyn.povm.master.arguments import as_breaks, as_times, check_measurement, check_model
+from stochdyn.povm.master.magnus import GAUSS, magnus_weights
 from stochdyn.povm.master.propagation import initial_probabilities
 from stochdyn.povm.master.schedule import Schedule, Segment, make_schedule
 
@@ -38,8 +39,6 @@ _MAX_INSIDE = 1 << 16
 _MAX_OUTCOMES = 1 << 21
 _MAX_EXPONENTIAL = 64
 _DEGREE, _REACH = 30, 3.0
-_A, _B = 0.25 + 3**0.5 / 6, 0.25 - 3**0.5 / 6
-_GAUSS = (0.5 - 3**0.5 / 6, 0.5 + 3**0.5 / 6)
 _STEP_TOLERANCE = 1e-8
 _MAX_HALVINGS, _TOO_LARGE = 8, 1e-5
 
@@ -281,9 +280,8 @@ class Propagator(nn.Module):
         if not self.model.is_time_dependent:
             return h, self._weights(self.start.new_tensor([span[0]]), values)
         begin = span[0] + h * torch.arange(count, dtype=self.start.dtype, device=self.start.device)
-        first, second = (self._weights((begin + x * h).clamp(max=span[1]), values) for x in _GAUSS)
-        # two exponentials for each step: first (A f + B s), then (B f + A s)
-        pairs = torch.stack([2 * (_A * first + _B * second), 2 * (_B * first + _A * second)], 1)
+        first, second = (self._weights((begin + x * h).clamp(max=span[1]), values) for x in GAUSS)
+        pairs = torch.stack(magnus_weights(first, second), 1)
         return h / 2, pairs.flatten(0, 1)
 
     def _weights(self, t: Tensor, values: Mapping[str, Tensor]) -> Tensor:
