@@ -33,6 +33,8 @@ class PosteriorSampler(Protocol):
 class MCMCSampler:
     """Draw by Markov chain Monte Carlo.
 
+    Use it to calibrate MCMC itself, or a model whose posterior is small enough for it.
+
     Args:
         kernel: What makes a kernel of a model.
         warmup: The number of steps of adaptation.
@@ -74,6 +76,8 @@ class MCMCSampler:
 @dataclass(frozen=True)
 class VariationalSampler:
     """Fit a guide by stochastic variational inference and draw from it; the parameter store is left alone.
+
+    Use it to find out whether a guide is wide enough for a model.
 
     Args:
         guide: What makes a guide of a model.

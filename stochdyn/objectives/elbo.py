@@ -51,6 +51,8 @@ class GaussianObservations(nn.Module):
     All of ``ts``, ``times``, ``values`` and ``obs_scale`` may be tensors, arrays, tables or lists; what isn't a tensor takes
     the precision of ``ts``. A value that is NaN wasn't observed and doesn't count in the likelihood.
 
+    Use it for real-valued data with noise of known or learnt size; for others hand over a function of the path.
+
     Args:
         ts: The grid ``(T,)`` on which paths are simulated.
         times: The observation times ``(n,)``, each on or between grid points (linear interpolation in between).
@@ -147,6 +149,9 @@ class PathELBO(Objective):
 
     .. math::
         \mathrm{ELBO}=\mathbb E_Q\big[\log p(y\mid x)\big]-\mathrm{KL}(Q\,\|\,P)\ \le\ \log p(y)
+
+    Use it outside Pyro, for one latent path under laws of your own; in a Pyro model
+    :class:`~stochdyn.infer.AutoPathGuide` does the same.
 
     Args:
         prior: P, the law of the latent path.

@@ -80,6 +80,9 @@ class UniformPoints(nn.Module):
 class FlowPoints(nn.Module):
     """Points drawn from a flow at uniform times, without gradients: where the probability is.
 
+    Use it where the equation must hold where the probability is; :class:`UniformPoints` also looks where there is
+    little.
+
     Args:
         flow: What to sample, the learned flow itself or a reference.
         start_time: The first time.
@@ -129,6 +132,8 @@ class ForwardResidual(Objective):
 
     With ``method="hutchinson"`` the square is estimated without bias, by products of residuals of independent
     probes; single losses may then be negative.
+
+    Use it to learn densities from an equation alone, or to hold a learnt flow to its equation.
 
     Args:
         flow: The densities to be learned.

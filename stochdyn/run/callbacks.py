@@ -55,6 +55,8 @@ class Every(Callback):
 
     Random numbers that the function draws don't change those of the training.
 
+    Use it to watch a quantity, to plot, or to evaluate on held-out data now and then.
+
     Args:
         every: The number of steps between calls.
         function: A function that is called with the :class:`FitState`; a result other than None is kept.
@@ -132,6 +134,8 @@ class _Monitor(Callback):
 class EarlyStopping(_Monitor):
     """Stop when nothing improves any more.
 
+    Use it where a run may be longer than it has to be.
+
     Args:
         patience: The number of looks in a row without improvement that stop the run.
         every: The number of steps between looks.
@@ -177,6 +181,8 @@ class EarlyStopping(_Monitor):
 
 class KeepBest(_Monitor):
     """Keep the best parameters of the run and put them back at its end.
+
+    Use it where the last parameters needn't be the best, as with held-out data.
 
     Args:
         every: The number of steps between looks.

@@ -246,6 +246,8 @@ class ContinuityEquation(TransportOperator):
 
     .. math:: \partial_t\rho = -\nabla\cdot(b\rho)
 
+    Use it where a velocity is at hand, as that of a probability flow; a diffusion has :class:`~stochdyn.FokkerPlanck`.
+
     Args:
         field: A field ``b(t, x) -> (..., d)``, a callable or module.
 

@@ -132,6 +132,8 @@ class GaussianFlow(MarginalFlow):
 
     .. math:: \rho_t = N(m(t), C(t))
 
+    Use it for linear equations, whose marginals it has exactly, and as a reference that a learnt flow corrects.
+
     Args:
         mean: A function that maps times ``(*s,)`` to ``(*s, d)``; differentiable where time derivatives are wanted. May
             be a module.
@@ -266,6 +268,8 @@ class MixtureFlow(MarginalFlow):
 
     Mixtures of solutions of one linear forward equation solve it too.
 
+    Use it for laws with several modes that are each simple, such as a linear equation started from a mixture.
+
     Args:
         components: The flows on the same space.
         weights: The positive weights ``(K,)``; they are normalised.
@@ -324,6 +328,8 @@ class MixtureFlow(MarginalFlow):
 
 class LearnedFlow(MarginalFlow):
     r"""A flow given by a network, or any function, of time and state.
+
+    Use it where the densities are to be learnt, from a residual or by regression.
 
     Args:
         function: A function ``function(t, x)`` with ``t`` expanded to ``x[..., :1]`` in the precision of ``x``. Returns

@@ -20,6 +20,8 @@ class SparseMasterEquation(MasterEquation):
 
     .. math:: L = \sum_S f_S(t)\,A^{(S)}\otimes 1
 
+    Use it for many sites with local terms, whose matrix over all outcomes would be too large.
+
     Args:
         num_sites: The number of sites of a lattice, ``N``.
         num_outcomes: The number of outcomes per site, ``q``.
@@ -205,6 +207,8 @@ def _sorted_term(
 
 class MatrixMasterEquation(MasterEquation):
     r"""A master equation given by one matrix on ``S`` states: a single site with ``S`` outcomes.
+
+    Use it for one system of few states, whose matrix is at hand.
 
     Args:
         matrix: The matrix ``(S, S)``, dense or ``torch.sparse``, with ``matrix[a, b]`` the rate from ``b`` into ``a``;

@@ -79,6 +79,9 @@ class GaussianChain:
     exact and differentiable in every tensor. Nothing is inverted but the covariance of an observation, so
     nearly collinear states do no harm; float64 is recommended for long chains.
 
+    Use it where time is discrete to begin with; in continuous time :class:`~stochdyn.LinearGaussianMeasure` makes the
+    chain.
+
     Args:
         initial_mean: The mean of a Gaussian start, ``(*B, z)``.
         initial_cov: The covariance of a Gaussian start, ``(*B, z, z)``.

@@ -27,6 +27,9 @@ class ConditionedMeasure(GaussianPathMeasure):
     the state, and draws are prior paths corrected by their smoothed residual, so that exact observations (a pinned
     process) and singular noise do no harm.
 
+    Use it as the posterior of a linear law: it can be sampled, asked for moments at any time, and compared with other
+    laws.
+
     Args:
         prior: The law before the observations.
         seen: The observations.

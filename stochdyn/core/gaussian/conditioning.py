@@ -108,6 +108,8 @@ class TiltedMeasure(GaussianPathMeasure):
     Bridges between Gaussians and processes pinned at an end are of this kind. The law starts from a given Gaussian, so the
     reference's own start plays no part.
 
+    Use it to pin a linear law at its end, or to weigh that end by a likelihood.
+
     Args:
         reference: The linear law.
         horizon: The time from the reference's start to the potential, T.

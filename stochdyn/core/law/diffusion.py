@@ -55,6 +55,9 @@ class DiffusionMeasure(PathMeasure):
     Paths are drawn on the grid that is asked for, one step per interval, or in steps of at most ``dt`` where that is given: then
     the law doesn't depend on the grid, and a coarse grid hides no pulse of the drift.
 
+    Use it for every diffusion that isn't linear; a linear one with Gaussian start has exact answers as
+    :class:`~stochdyn.LinearGaussianMeasure`.
+
     Args:
         initial: A torch or Pyro distribution with event ``(d,)``, or a tensor ``(d,)`` (or ``(*batch, d)``) for a fixed start.
         sde: The equation.

@@ -83,7 +83,10 @@ class _StartMarginal(SampledMarginal):
 
 
 class FixedStart(InitialLaw):
-    """A known start ``(*batch, d)``."""
+    """A known start ``(*batch, d)``.
+
+    Use it where the start was seen or chosen.
+    """
 
     fixed = True
     point: Tensor
@@ -136,6 +139,8 @@ class DistributionStart(InitialLaw):
     The tensors that define the distribution become part of this module: parameters are learnt, the others move with it and
     are saved with it. What a distribution is given as the *result* of a computation (``log_scale.exp()``) is computed once, before
     any learning; give a function that returns the distribution, or a module, to have it computed at every use.
+
+    Use it where the start is uncertain; parameters of the distribution are learnt with the rest.
 
     Args:
         distribution: The distribution, or a function (a module, for one) without arguments that returns it.
@@ -223,7 +228,10 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 class SimulatedMarginal(InitialLaw):
-    """The law of a diffusion at a later time, drawn by simulating up to there; its density isn't known."""
+    """The law of a diffusion at a later time, drawn by simulating up to there; its density isn't known.
+
+    Use it as the start of a time-reversed law, whose end is where the forward law began.
+    """
 
     def __init__(self, measure: DiffusionMeasure, horizon: Tensor | float) -> None:
         super().__init__()

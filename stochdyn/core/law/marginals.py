@@ -51,6 +51,8 @@ class Marginal(ABC):
 class GaussianMarginal(Marginal):
     """A Gaussian, singular ones included.
 
+    Use it for Gaussian laws: moments and density are exact.
+
     Args:
         mean: The mean ``(*batch, d)``.
         covariance: The covariance ``(*batch, d, d)``, positive semi-definite.
@@ -107,6 +109,8 @@ class GaussianMarginal(Marginal):
 
 class SampledMarginal(Marginal):
     """The marginal of a law that is known by its samples alone: moments come from ``num_samples`` draws.
+
+    Use it for laws that can be drawn from and no more.
 
     Args:
         draw: A function ``draw(sample_shape, generator)`` that returns ``(*sample, *batch, d)`` independent states.

@@ -65,6 +65,8 @@ class Coefficient(ABC):
 class Scalar(Coefficient):
     r""":math:`G=\sigma I`: every component has its own channel with the common strength ``value (*batch,)``.
 
+    Use it for noise of one strength in all components, or of one strength per series.
+
     Example:
         >>> Scalar(2.0).apply(torch.ones(3))
         tensor([2., 2., 2.])
@@ -116,6 +118,8 @@ class Scalar(Coefficient):
 
 class Diagonal(Coefficient):
     r""":math:`G=\mathrm{diag}(g)`: one channel per component, with strengths ``values (*batch, d)``.
+
+    Use it where components have noise of their own strengths.
 
     Example:
         >>> Diagonal(torch.tensor([1.0, 2.0])).solve(torch.tensor([1.0, 1.0]))
@@ -170,6 +174,8 @@ class Diagonal(Coefficient):
 
 class Matrix(Coefficient):
     """A full coefficient ``matrix (*batch, d, m)``; with ``m < d`` noise reaches only some directions.
+
+    Use it for noise that is correlated between components, or that reaches only some of them.
 
     Example:
         >>> Matrix(torch.tensor([[1.0], [0.0]])).apply(torch.tensor([3.0]))

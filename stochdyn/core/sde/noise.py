@@ -82,7 +82,10 @@ class NoiseProcess(nn.Module, ABC):
 
 
 class Brownian(NoiseProcess):
-    """Standard Brownian motion: no memory, one innovation per step."""
+    """Standard Brownian motion: no memory, one innovation per step.
+
+    Use it unless increments remember each other; :class:`~stochdyn.fractional.MarkovNoise` is for those that do.
+    """
 
     num_states = 0
 

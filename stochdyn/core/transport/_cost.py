@@ -70,7 +70,10 @@ def row_chunk(cost: CostRows) -> int:
 
 
 class DenseCost(CostRows):
-    """A matrix in memory."""
+    """A matrix in memory.
+
+    Use it while the matrix fits into memory: every product with it is one kernel.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -99,7 +102,10 @@ class DenseCost(CostRows):
 
 
 class PointCost(CostRows):
-    """A function of two clouds ``(*B, n, d)`` and ``(*B, m, d)``, evaluated block by block."""
+    """A function of two clouds ``(*B, n, d)`` and ``(*B, m, d)``, evaluated block by block.
+
+    Use it for clouds whose matrix is too large, at the price of computing it anew for every product.
+    """
 
     def __init__(self, x: Tensor, y: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.x, self.y, self.function = x, y, function
