@@ -81,6 +81,7 @@ def emd(
     import ot
 
     if x.shape[1] == 1:
+        # On the line the optimal plan is that of the sorted points; in units of the largest distance nothing overflows.
         origin = torch.cat([x, y]).mean()
         line_x, line_y = x[:, 0] - origin, y[:, 0] - origin
         unit = float(torch.cat([line_x, line_y]).abs().max())
@@ -209,8 +210,9 @@ def crps(draws: Values, value: Values, *, fair: bool = True) -> Tensor:
     draws, value = _draws(draws, value, minimum=2)
     size = draws.shape[0]
     ordered = draws.sort(0).values
+    # E|X - y| - E|X - X'| / 2, the second mean by order statistics: sum_i (2i - n - 1) x_(i) over n (n - 1) pairs, or n^2.
     rank = torch.arange(1, size + 1, dtype=draws.dtype, device=draws.device).reshape(-1, *(1,) * value.ndim)
-    spread = ((2 * rank - size - 1) * ordered).sum(0) / (size * (size - 1 if fair else size))  # ½ E|X - X'|
+    spread = ((2 * rank - size - 1) * ordered).sum(0) / (size * (size - 1 if fair else size))
     return (draws - value).abs().mean(0) - spread
 
 
@@ -239,9 +241,8 @@ def interval_coverage(draws: Values, value: Values, level: float = 0.9) -> Estim
     """
     check_real(level, "level", above=0.0, below=1.0)
     draws, value = _draws(draws, value, minimum=math.ceil(4 / (1 - level) - 1e-9))
-    draws = draws.to(
-        torch.promote_types(draws.dtype, torch.float32)
-    )  # quantiles aren't made for half precision
+    # Torch's quantiles aren't made for half precision.
+    draws = draws.to(torch.promote_types(draws.dtype, torch.float32))
     edges = draws.new_tensor([(1 - level) / 2, (1 + level) / 2])
     low, high = torch.quantile(draws, edges, dim=0)
     inside = ((value >= low) & (value <= high)).to(draws.dtype)
@@ -287,6 +288,7 @@ def negative_log_predictive_density(log_likelihood: Values, log_weights: Values 
         raise ShapeError(
             "log_weights need one entry per draw", got=f"shape {tuple(log_weights.shape)}", expected=(size,)
         )
+    # log sum_s w_s p(y | z_s) with weights that sum to one.
     normalised = torch.log_softmax(log_weights.to(log_likelihood.dtype), 0)
     return -(log_likelihood + normalised.reshape(-1, *(1,) * (log_likelihood.ndim - 1))).logsumexp(0)
 

@@ -111,6 +111,7 @@ def pareto_smooth(
     unit = 1e3 * torch.finfo(given.dtype).eps
     close = (unit * largest).tolist() if rounding is None else [rounding] * largest.numel()
     size = lw.shape[-1]
+    # The tail that is smoothed: min(S / 5, 3 sqrt(S / r)) draws.
     tail = math.ceil(min(size / 5, 3 * math.sqrt(size / relative_efficiency)))
     rows = (lw - top).reshape(-1, size)
     pairs = [_smooth_row(row, tail, near) for row, near in zip(rows, close, strict=True)]
@@ -133,6 +134,7 @@ def _smooth_row(log_weights: Tensor, tail: int, rounding: float) -> tuple[Tensor
     k, sigma = fit_generalized_pareto(excess)
     if not (math.isfinite(k) and math.isfinite(sigma)):
         return log_weights, k
+    # Quantiles of the fitted Pareto distribution, F^{-1}(p) = sigma ((1 - p)^{-k} - 1) / k, in place of the tail.
     levels = (torch.arange(above, dtype=torch.float64, device=log_weights.device) + 0.5) / above
     quantiles = (
         sigma * torch.expm1(-k * torch.log1p(-levels)) / k if k != 0 else -sigma * torch.log1p(-levels)
@@ -152,6 +154,8 @@ def fit_generalized_pareto(excess: Tensor) -> tuple[float, float]:
     count = excess.shape[0]
     grid = 30 + int(math.sqrt(count))
     quartile = excess[int(count / 4 + 0.5) - 1]
+    # Zhang and Stephens (2009): the profile likelihood of theta = -k / sigma on a grid of their own, averaged as a posterior;
+    # given theta the shape is mean log(1 - theta x). Ten pseudo-draws at k = 1/2 steady small tails.
     j = torch.arange(1, grid + 1, dtype=excess.dtype, device=excess.device)
     theta = 1 / excess[-1] + (1 - (grid / (j - 0.5)).sqrt()) / (3 * quartile)
     k = torch.log1p(-theta[:, None] * excess).mean(-1)
@@ -254,6 +258,7 @@ def importance_evidence(log_weights: Tensor | np.ndarray, *, smooth: bool = Fals
     size = used.shape[0]
     top = used.max()
     weights = (used - top).exp()
+    # log mean w, with the delta method for its error: sd(w) / (mean(w) sqrt(S)).
     mean = weights.mean()
     stderr = weights.std() / mean / math.sqrt(size)
     return ImportanceEvidence(top + mean.log(), stderr, effective_sample_size(used), shape)

@@ -96,6 +96,7 @@ def ecdf_band(num_values: int, points: np.ndarray | int = 50, level: float = 0.9
 
 @functools.lru_cache(maxsize=64)
 def _band(num_values: int, points: tuple[float, ...], level: float) -> EcdfBand:
+    # The simultaneous level by bisection in the pointwise one.
     z = np.array(points)
     low, high = 0.0, 1 - level  # no simultaneous band is narrower than the pointwise one
     for _ in range(18):
@@ -121,6 +122,8 @@ def _edges(num_values: int, z: np.ndarray, gamma: float) -> tuple[np.ndarray, np
 
 
 def _inside_probability(num_values: int, z: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> float:
+    # The counts below increasing points are a Markov chain: given c of n below z_{k-1}, the rise to z_k is binomial with n - c
+    # trials of probability (z_k - z_{k-1}) / (1 - z_{k-1}). What leaves the band is cut off at every point.
     counts = np.arange(lower[0], upper[0] + 1)
     mass = stats.binom.pmf(counts, num_values, z[0])
     for k in range(1, z.size):
@@ -171,6 +174,7 @@ def rank_uniformity(ranks: np.ndarray, num_ranks: int, level: float = 0.95) -> U
     first = np.ceil(np.arange(bins + 1) * num_ranks / bins).astype(int)  # unequal bins expect unequal counts
     expected = values.size * np.diff(first) / num_ranks
     observed = np.histogram(values, bins=first - 0.5)[0]
+    # Pearson's sum (O - E)^2 / E.
     chi2 = float(((observed - expected) ** 2 / expected).sum())
     points = rank_points(num_ranks)
     band = ecdf_band(values.size, points, level)
@@ -200,6 +204,7 @@ def binomial_interval(successes: float, trials: int, level: float = 0.95) -> tup
     """
     z = stats.norm.isf((1 - level) / 2)
     fraction = successes / trials
+    # Wilson: (p + z^2 / 2n ± z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
     centre = (fraction + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * math.sqrt(fraction * (1 - fraction) / trials + z**2 / (4 * trials**2))
     return max(0.0, centre - half), min(1.0, centre + half)
