@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_positive_int, check_real, check_type
+from stochdyn._checks import as_tensor, check_positive_int, check_type
 from stochdyn.diagnostics.calibration import SBCResult
 from stochdyn.diagnostics.plots import as_axes
 from stochdyn.diagnostics.psis import pareto_smooth
@@ -53,7 +53,6 @@ def plot_rank_ecdf(
         goodness-of-fit evaluation and multiple sample comparison", 2022.
     """
     chosen = _chosen(result, names)
-    check_real(level, "level", above=0.0, below=1.0)
     points = rank_points(result.num_draws + 1)
     band = ecdf_band(len(result.ranks[chosen[0]]), points, level)
     ax = as_axes(ax)

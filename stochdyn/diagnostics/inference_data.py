@@ -12,7 +12,7 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
-from stochdyn._checks import check_bool, check_positive_int, check_type
+from stochdyn._checks import check_bool, check_type
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.diagnostics.draws import PosteriorDraws, draw_posterior, evaluate_draws
 from stochdyn.diagnostics.probe import check_program
@@ -110,7 +110,6 @@ def to_inference_data(
     if isinstance(guide, MCMC):
         draws, chains, extra = _mcmc_draws(model, guide, args, kwargs, options)
     else:
-        check_positive_int(num_draws, "num_draws")
         draws = draw_posterior(model, guide, args, kwargs, num_draws=num_draws, **options)
         assert draws.log_guide is not None
         chains, extra = 1, {"log_q": draws.log_guide, "log_weight": draws.log_weights}
