@@ -57,7 +57,7 @@ class MarginalFlowSuite(ABC):
         assert torch.equal(draws[0], draws[1])
         assert torch.equal(before, torch.get_rng_state())
 
-    def test_times_may_be_shared_leading_or_one_a_point(self) -> None:
+    def test_times_may_be_shared_leading_or_one_per_point(self) -> None:
         """The three ways to give times agree in density and score."""
         flow = self.make()
         t, x = self._draw(flow, 6)
