@@ -43,6 +43,7 @@ def marginal_drift(sde: SDE, marginal: Marginal, t: Tensor, noise: Tensor) -> tu
     """
     check_type(sde, SDE, "sde")
     check_callable(marginal, "marginal", "a function of times")
+    check_type(t, Tensor, "t")
     check_nonempty(t, "t")
     check_type(noise, Tensor, "noise")
     if not (t.is_floating_point() and noise.is_floating_point()):
