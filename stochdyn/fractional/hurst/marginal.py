@@ -39,20 +39,58 @@ class Fit:
     log_variance: np.ndarray
 
 
-def fits_of(block: Block, law: Law, hurst: np.ndarray, other: np.ndarray, differences: bool) -> Fit:
-    """Evaluate a block at M parameters: by prediction errors on a complete grid, by factorisation elsewhere."""
+def fits_of(
+    blocks: list[Block], law: Law, hurst: np.ndarray, other: np.ndarray, differences: bool
+) -> list[Fit]:
+    """Evaluate blocks of one law at M parameters: by prediction errors on complete grids, by factorisation elsewhere."""
+    complete = [b for b in blocks if b.complete]
+    whitened = dict(zip(map(id, complete), _predicted(complete, law, hurst, other), strict=True))
+    return [
+        _fit(b, *(whitened[id(b)] if b.complete else _solved(b, law, hurst, other, differences)))
+        for b in blocks
+    ]
+
+
+def _predicted(
+    blocks: list[Block], law: Law, hurst: np.ndarray, other: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Whitened data and columns ``(M, 1 + p, n)`` and log variances ``(M, n)`` of each block.
+
+    The best linear predictor depends on the law alone, so that of the longest serves all: shorter series are filled up with zeros,
+    whose errors nobody reads.
+    """
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    longest = max((len(b.values) for b in blocks), default=0)
+    together = max(1, int(_ELEMENTS / max(1, len(hurst) * longest * 4)))
+    for start in range(0, len(blocks), together):
+        part = blocks[start : start + together]
+        n = max(len(b.values) for b in part)
+        rows = [np.concatenate([b.values[None], b.design.T]) for b in part]
+        columns = np.concatenate([np.pad(r, ((0, 0), (0, n - r.shape[1]))) for r in rows])
+        errors, log_variance = prediction_errors(columns, law.correlations(n, hurst, other))
+        first = 0
+        for row in rows:
+            own = errors[:, first : first + len(row), : row.shape[1]]
+            found.append((own, log_variance[:, : row.shape[1]]))
+            first += len(row)
+    return found
+
+
+def _solved(
+    block: Block, law: Law, hurst: np.ndarray, other: np.ndarray, differences: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same of one block at times of any kind, in pieces that fit the memory."""
     columns = np.concatenate([block.values[None], block.design.T])
-    n = columns.shape[1]
-    if block.complete:
-        whitened, log_variance = prediction_errors(columns, law.correlations(n, hurst, other))
-    else:
-        size = max(1, int(_ELEMENTS / (n + 1) ** 2))
-        parts = [
-            _factorised(columns, law.covariances(block.times, h, o, differences))
-            for h, o in zip(_chunks(hurst, size), _chunks(other, size), strict=True)
-        ]
-        whitened = np.concatenate([p[0] for p in parts])
-        log_variance = np.concatenate([p[1] for p in parts])
+    size = max(1, int(_ELEMENTS / (columns.shape[1] + 1) ** 2))
+    parts = [
+        _factorised(columns, law.covariances(block.times, h, o, differences))
+        for h, o in zip(_chunks(hurst, size), _chunks(other, size), strict=True)
+    ]
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+def _fit(block: Block, whitened: np.ndarray, log_variance: np.ndarray) -> Fit:
+    """Generalised least squares of one block: with V^(-1/2) y and V^(-1/2) Z, the coefficients, q and log det V + log det G."""
     y, z = whitened[:, 0], whitened[:, 1:]
     gram = z @ z.swapaxes(1, 2)
     moment = np.einsum("mpn,mn->mp", z, y)
@@ -61,7 +99,8 @@ def fits_of(block: Block, law: Law, hurst: np.ndarray, other: np.ndarray, differ
     coefficients = np.einsum("mpq,mrq,mr->mp", root, root, moment)
     rest = y - np.einsum("mp,mpn->mn", coefficients, z)
     log_det = log_variance.sum(-1) + 2 * np.log(np.diagonal(lower, axis1=1, axis2=2)).sum(-1)
-    return Fit(n - z.shape[1], log_det, (rest**2).sum(-1), coefficients, root, whitened, log_variance)
+    free = whitened.shape[-1] - z.shape[1]
+    return Fit(free, log_det, (rest**2).sum(-1), coefficients, root, whitened, log_variance)
 
 
 def _chunks(x: np.ndarray, size: int) -> list[np.ndarray]:

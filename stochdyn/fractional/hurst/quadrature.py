@@ -18,7 +18,7 @@ __all__ = [
     "Table",
     "draw_hierarchy",
     "draw_points",
-    "find_grid",
+    "find_grids",
     "interpolate",
     "interpolated_table",
     "log_uniform",
@@ -26,9 +26,11 @@ __all__ = [
 ]
 
 LOGIT_LIMIT = float(logit(HURST_LIMITS[1]))
-_DROP = 22.0  # log density below its peak at which the grid ends
+_DROP = 14.0  # log density below its peak at which the grid ends
 _COARSE, _FINE, _FINE_PLANE = (21, 15), (61, 1), (41, 21)
-_ROUNDS = 4
+_ROUNDS, _REFINEMENTS, _MOST = 8, 4, 164
+_STEP = 4.0  # nats between neighbours at the peak that still show where the mass is
+_AGREE = 0.05  # nats by which sums over every other node may differ; those over all nodes are then far closer
 
 
 @dataclass
@@ -73,29 +75,108 @@ def log_uniform(x: np.ndarray) -> np.ndarray:
     return np.asarray(-np.logaddexp(0, -x) - np.logaddexp(0, x))
 
 
-def find_grid(density: Callable[[Grid], np.ndarray], limits: tuple[float, float] | None) -> Grid:
-    """Return a grid that covers what is within exp(-22) of the peak of a density on ``(I, J)``."""
-    inner = [(-LOGIT_LIMIT, LOGIT_LIMIT), limits or (0.0, 0.0)]
-    box = list(inner)
-    counts = (_COARSE[0], _COARSE[1] if limits else 1)
+def find_grids(
+    density: Callable[[list[Grid]], list[np.ndarray]], count: int, limits: tuple[float, float] | None
+) -> list[Grid]:
+    """Return grids, one per group, that hold all but about exp(-14) of a posterior and are fine enough to sum it.
+
+    The groups share the Hurst index, whose nodes are common, and each has a further parameter of its own. The box of nodes shrinks around
+    the mass. What decides is an upper bound of the density around each node, since a ridge may run between nodes. Then nodes are added until
+    every other one gives the same marginal density, so that all of them give it to far less than a hundredth of a nat.
+
+    Args:
+        density: A function from one grid per group to the log densities ``(I, J)`` of each group's data and further parameter
+            given the Hurst index.
+        count: The number of groups.
+        limits: The range of the further parameter; None where there is none.
+    """
+    inner = (-LOGIT_LIMIT, LOGIT_LIMIT)
+    box, boxes = inner, [limits or (0.0, 0.0)] * count
+    nodes, others = _COARSE[0], [_COARSE[1] if limits else 1] * count
     for _ in range(_ROUNDS):
-        grid = _grid(box, counts)
-        values = density(grid)
-        near = values > values.max() - _DROP
-        smaller = []
-        for axis, nodes in enumerate((grid.x, grid.a)):
-            if len(nodes) == 1:
-                smaller.append(box[axis])
-                continue
-            inside = np.flatnonzero(near.any(axis=1 - axis))
-            gap = nodes[1] - nodes[0]
-            low, high = inner[axis]
-            smaller.append((max(nodes[inside[0]] - gap, low), min(nodes[inside[-1]] + gap, high)))
-        shrunk = max((b - a) / (d - c) for (a, b), (c, d) in zip(smaller, box, strict=True) if d > c)
-        box = smaller
-        if shrunk > 0.7:
+        grids = [_grid([box, own], (nodes, m)) for own, m in zip(boxes, others, strict=True)]
+        values = density(grids)
+        smaller, boxes_smaller = _shrunk(grids, values, inner, limits)
+        shares = [(smaller[1] - smaller[0]) / (box[1] - box[0])]
+        if limits:
+            shares += [(d - c) / (b - a) for (c, d), (a, b) in zip(boxes_smaller, boxes, strict=True)]
+        box, boxes = smaller, boxes_smaller
+        if min(shares) < 0.8:
+            continue
+        if max(float(_half_steps(v).ravel()[v.argmax()]) for v in values) < _STEP:
             break
-    return _grid(box, _FINE_PLANE if limits else _FINE)
+        # The nodes stand too far apart to tell where the mass is.
+        nodes, others = 2 * nodes, [2 * m for m in others] if limits else others
+    nodes, others = (_FINE_PLANE[0] if limits else _FINE[0]), [_FINE_PLANE[1] if limits else 1] * count
+    for _ in range(_REFINEMENTS):
+        grids = [_grid([box, own], (nodes, m)) for own, m in zip(boxes, others, strict=True)]
+        values = density(grids)
+        rough_x, rough = _unresolved(grids[0].x, values)
+        if not rough_x and not any(rough):
+            break
+        nodes = min(2 * nodes, _MOST) if rough_x else nodes
+        others = [min(2 * m, _MOST) if r else m for m, r in zip(others, rough, strict=True)]
+    return grids
+
+
+def _shrunk(
+    grids: list[Grid],
+    values: list[np.ndarray],
+    inner: tuple[float, float],
+    limits: tuple[float, float] | None,
+) -> tuple[tuple[float, float], list[tuple[float, float]]]:
+    """Return the box that can hold mass, of the Hurst index and of each group's further parameter."""
+    x = grids[0].x
+    bounds = [v + _half_steps(v) for v in values]
+    # Of the whole posterior at each index: at least the largest value at a node, at most the largest bound.
+    least = np.sum([v.max(1) for v in values], axis=0) + log_uniform(x)
+    most = [b.max(1) for b in bounds]
+    floor = least.max() - _DROP
+    total = np.sum(most, axis=0) + log_uniform(x)
+    box = _around(x, total > floor, inner)
+    own = []
+    for grid, bound, top in zip(grids, bounds, most, strict=True):
+        if limits is None:
+            own.append((0.0, 0.0))
+            continue
+        rest = total - top
+        own.append(_around(grid.a, (bound + rest[:, None] > floor).any(0), limits))
+    return box, own
+
+
+def _half_steps(values: np.ndarray) -> np.ndarray:
+    """How far a log density may rise between a node and its neighbours: half the largest difference to them."""
+    found = np.zeros_like(values)
+    for axis in (0, 1):
+        if values.shape[axis] == 1:
+            continue
+        step = 0.5 * np.abs(np.diff(values, axis=axis))
+        ends = [(0, 0), (0, 0)]
+        for side in ((0, 1), (1, 0)):
+            ends[axis] = side
+            found = np.maximum(found, np.pad(step, ends))
+    return found
+
+
+def _around(nodes: np.ndarray, near: np.ndarray, limits: tuple[float, float]) -> tuple[float, float]:
+    inside = np.flatnonzero(near)
+    gap = nodes[1] - nodes[0]
+    return max(nodes[inside[0]] - gap, limits[0]), min(nodes[inside[-1]] + gap, limits[1])
+
+
+def _unresolved(x: np.ndarray, values: list[np.ndarray]) -> tuple[bool, list[bool]]:
+    """Whether every other node would give another answer: in the Hurst index, and in each further parameter."""
+    profiles = [logsumexp(v, axis=1) for v in values]
+    total = np.sum(profiles, axis=0) + log_uniform(x)
+    weight = np.exp(total - logsumexp(total))
+    rough = []
+    for v, profile in zip(values, profiles, strict=True):
+        # The mean over the posterior of what half of the nodes lose; what all of them lose falls faster than any power of that.
+        halves = [v[:, k::2] for k in range(min(2, v.shape[1]))]
+        lost = [np.abs(logsumexp(h, axis=1) + np.log(v.shape[1] / h.shape[1]) - profile) for h in halves]
+        rough.append(bool(max(weight @ np.minimum(gap, 1.0) for gap in lost) > _AGREE))
+    halves_x = [logsumexp(total[k::2]) + np.log(len(x) / len(total[k::2])) for k in (0, 1)]
+    return bool(max(abs(h - logsumexp(total)) for h in halves_x) > _AGREE), rough
 
 
 def _grid(box: list[tuple[float, float]], counts: tuple[int, int]) -> Grid:

@@ -13,12 +13,11 @@ from stochdyn.fractional.hurst.data import Block
 from stochdyn.fractional.hurst.laws import Law
 from stochdyn.fractional.hurst.marginal import Fit, fits_of, whittle_fit
 from stochdyn.fractional.hurst.quadrature import (
-    LOGIT_LIMIT,
     Grid,
     Table,
     draw_hierarchy,
     draw_points,
-    find_grid,
+    find_grids,
     interpolate,
     interpolated_table,
     log_uniform,
@@ -32,7 +31,7 @@ WHITTLE_FROM = 30_000  # values of a series from which the Whittle likelihood ta
 _LONG = 1500  # values from which few nodes around the peak serve
 _NODES = 11
 _WIDTH = 6.5  # half width of the range of these nodes, in standard deviations
-_CELLS = 41
+_MOST_NODES = 400  # of a hierarchy
 
 
 @dataclass
@@ -146,40 +145,45 @@ def _tables(problem: Problem) -> list[Table]:
     if longest > _LONG and len(blocks) == 1 and limits is None and blocks[0].complete:
         return [_long_table(problem, blocks[0])]
 
-    def tabulate(grid: Grid) -> list[Table]:
-        hurst, a = grid.points
+    def tabulate(groups: list[int], grids: list[Grid]) -> list[Table]:
         found = []
-        for group, eta in zip(problem.groups, problem.known, strict=True):
+        if limits is None:  # all groups have one law on one set of nodes
+            hurst, a = grids[0].points
+            every = [b for g in groups for b in problem.groups[g]]
+            together = iter(fits_of(every, law, hurst, law.value(a, None), problem.differences))
+        for g, grid in zip(groups, grids, strict=True):
+            if limits is None:
+                found.append(table_on(grid, [next(together) for _ in problem.groups[g]], None))
+                continue
+            hurst, a = grid.points
+            eta = problem.known[g]
             value = law.value(a, eta)
-            fits = [fits_of(b, law, hurst, value, problem.differences) for b in group]
+            fits = fits_of(problem.groups[g], law, hurst, value, problem.differences)
             found.append(table_on(grid, fits, None if eta is None else eta * np.sqrt(2 / value)))
         return found
 
     rounds = progress_bar(None, problem.name, problem.progress, unit="grid")
 
-    def density(grid: Grid) -> np.ndarray:
-        tables = tabulate(grid)
-        rounds.update()
-        priors = [law.log_prior(grid.a, eta) for eta in problem.known]
-        if len(tables) == 1:
-            return np.asarray(tables[0].log_marginal + priors[0] + log_uniform(grid.x)[:, None])
-        # groups have further parameters of their own: only the index is found here
-        profile = np.sum(
-            [logsumexp(t.log_marginal + p, axis=1) for t, p in zip(tables, priors, strict=True)], axis=0
-        )
-        return np.asarray(np.repeat((profile + log_uniform(grid.x))[:, None], len(grid.a), axis=1))
+    def find(groups: list[int]) -> list[Grid]:
+        def density(grids: list[Grid]) -> list[np.ndarray]:
+            rounds.update()
+            return [
+                np.asarray(table.log_marginal + law.log_prior(table.grid.a, problem.known[g]))
+                for g, table in zip(groups, tabulate(groups, grids), strict=True)
+            ]
 
+        return find_grids(density, len(groups), limits)
+
+    everyone = list(range(len(problem.groups)))
     try:
-        if problem.hierarchy:
-            cells = (np.arange(_CELLS * 2) + 0.5) / (_CELLS * 2)
-            grid = Grid(LOGIT_LIMIT * (2 * cells - 1) * 0.75, np.zeros(1))
-            if limits is not None:
-                grid.a = limits[0] + (limits[1] - limits[0]) * (np.arange(_CELLS) + 0.5) / _CELLS
-        else:
-            grid = find_grid(density, limits)
-            if len(problem.groups) > 1 and limits is not None:
-                grid.a = limits[0] + (limits[1] - limits[0]) * (np.arange(_CELLS) + 0.5) / _CELLS
-        return tabulate(grid)
+        if not problem.hierarchy:
+            return tabulate(everyone, find(everyone))
+        alone = [find([g])[0] for g in everyone]
+        # One set of nodes for all indices: over the mass of each, and as fine as the sharpest of them needs.
+        low, high = min(g.x[0] for g in alone), max(g.x[-1] for g in alone)
+        gap = min(g.x[1] - g.x[0] for g in alone)
+        nodes = np.linspace(low, high, min(_MOST_NODES, 1 + math.ceil((high - low) / gap)))
+        return tabulate(everyone, [Grid(nodes, g.a) for g in alone])
     finally:
         rounds.close()
 
@@ -190,14 +194,12 @@ def _long_table(problem: Problem, block: Block) -> Table:
     # regressors are subtracted already, which is good enough to find the peak
     plain = Block(block.values, block.times, np.full((n, 1), n**-0.5), 0, 0, 0, block.length)
 
-    def whittle(grid: Grid) -> np.ndarray:
-        hurst, _ = grid.points
-        return np.asarray(
-            table_on(grid, [whittle_fit(plain, law, hurst)], None).log_marginal + log_uniform(grid.x)[:, None]
-        )
+    def whittle(grids: list[Grid]) -> list[np.ndarray]:
+        hurst, _ = grids[0].points
+        return [table_on(grids[0], [whittle_fit(plain, law, hurst)], None).log_marginal]
 
-    grid = find_grid(whittle, None)
-    weight = whittle(grid)[:, 0]
+    (grid,) = find_grids(whittle, 1, None)
+    weight = whittle([grid])[0][:, 0] + log_uniform(grid.x)
     weight = np.exp(weight - weight.max())
     weight = weight / weight.sum()
     center = float((weight * grid.x).sum())
@@ -209,7 +211,7 @@ def _long_table(problem: Problem, block: Block) -> Table:
             return [whittle_fit(block, law, hurst)]
         parts = []
         for h in hurst:
-            parts.append(fits_of(block, law, np.array([h]), np.zeros(1), problem.differences))
+            parts += fits_of([block], law, np.array([h]), np.zeros(1), problem.differences)
             bar.update()
         joined = {
             name: np.concatenate([getattr(p, name) for p in parts])
