@@ -54,6 +54,7 @@ from stochdyn.interpolants import (
     integrate_sde,
     time_grid,
 )
+from stochdyn.nonequilibrium import NEEP, CurrentNetwork, ShortTimeTUR, SteadyScore, SteadyScoreMatching
 from stochdyn.objectives import ForwardResidual, GaussianObservations, Objective, PathELBO
 from stochdyn.testing import check_asynchronous
 from tests.core.laws import F64, ExactMemory
@@ -188,7 +189,15 @@ def populations() -> tuple[Objective, Any]:
     )
 
 
+def steady_score(method: str) -> tuple[Objective, Any]:
+    score = SteadyScore(PLANE, hidden=(8,))
+    return SteadyScoreMatching(
+        sd.SDE(lambda t, x: -x, 2**0.5), score, residual_weight=0.1, method=method
+    ), PLANE
+
+
 PLANE = torch.randn(8, 2)
+PAIRS = torch.randn(8, 2, 2)
 
 OBJECTIVES: dict[str, Callable[[], tuple[Objective, Any]]] = {
     "PathELBO": lambda: (path_elbo(), None),
@@ -233,6 +242,10 @@ OBJECTIVES: dict[str, Callable[[], tuple[Objective, Any]]] = {
     ),
     "PopulationRegression": populations,
     "MatchingRegression": lambda: matching("independent"),
+    "NEEP": lambda: (NEEP(CurrentNetwork(PLANE, (8,)), 0.01), PAIRS),
+    "ShortTimeTUR": lambda: (ShortTimeTUR(CurrentNetwork(PLANE, (8,)), 0.01), PAIRS),
+    "SteadyScoreMatching": lambda: steady_score("exact"),
+    "SteadyScoreMatching by probes": lambda: steady_score("hutchinson"),
     "DriftMatching": lambda: (
         DriftMatching(LinearDrift(2), torch.eye(2), 1.0, 8.0),
         (torch.rand(8, 1), PLANE, PLANE.flip(0), torch.full((8,), 0.125)),

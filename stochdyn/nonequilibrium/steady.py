@@ -55,6 +55,8 @@ class SteadyScore(nn.Module):
     unit: Tensor
     precision: Tensor
     periods: Tensor
+    around: Tensor
+    along: Tensor
 
     def __init__(
         self,
@@ -89,6 +91,9 @@ class SteadyScore(nn.Module):
         self.register_buffer("periods", period)
         # A Gaussian start for the components that aren't periodic, in their own units.
         still = period > 0
+        # Which components are periodic is asked once, not in every step.
+        self.register_buffer("around", still.nonzero()[:, 0], persistent=False)
+        self.register_buffer("along", (~still).nonzero()[:, 0], persistent=False)
         z = torch.where(still, 0.0, (points - points.mean(0)) / unit)
         covariance = (z.mT @ z / n).double()
         inverse = torch.linalg.pinv(covariance, rtol=1e-10, hermitian=True).to(points)
@@ -100,11 +105,10 @@ class SteadyScore(nn.Module):
         ).to(points)
 
     def _features(self, z: Tensor, x: Tensor) -> Tensor:
-        around = self.periods > 0
-        if not bool(around.any()):
+        if not self.around.numel():
             return z
-        angle = 2 * torch.pi * x[..., around] / self.periods[around]
-        return torch.cat([z[..., ~around], angle.sin(), angle.cos()], -1)
+        angle = 2 * torch.pi * x[..., self.around] / self.periods[self.around]
+        return torch.cat([z[..., self.along], angle.sin(), angle.cos()], -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the score ``(..., d)`` at ``x (..., d)``."""
