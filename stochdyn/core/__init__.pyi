@@ -74,7 +74,6 @@ from .sde.coefficients import Matrix as Matrix
 from .sde.coefficients import Scalar as Scalar
 from .sde.coefficients import as_coefficient as as_coefficient
 from .sde.covariance import covariance_divergence as covariance_divergence
-from .sde.cuda_graphs import integrate_graphed as integrate_graphed
 from .sde.equation import SDE as SDE
 from .sde.equation import Control as Control
 from .sde.equation import spatial_divergence as spatial_divergence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionErro
 
 if TYPE_CHECKING:
     from stochdyn.core.forward.operator import ForwardOperator
-    from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 
 __all__ = ["GaussianFlow", "LearnedFlow", "MarginalFlow", "MixtureFlow", "as_time"]
 
@@ -127,6 +126,18 @@ def time_derivative(function: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: 
     return release(result, create_graph, (t, s))
 
 
+class LinearLaw(Protocol):
+    """A linear-Gaussian law, as far as its marginals go; :class:`stochdyn.LinearGaussianMeasure` is one."""
+
+    batch_shape: torch.Size
+    initial_time: float
+    initial_mean: Tensor
+    initial_cov: Tensor
+
+    def transition(self, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return matrix, offset and covariance of the state at ``stop (N,)`` given that at ``start (N,)``."""
+
+
 class GaussianFlow(MarginalFlow):
     r"""Gaussian marginals with given mean and covariance.
 
@@ -153,7 +164,7 @@ class GaussianFlow(MarginalFlow):
         self.covariance = covariance
 
     @classmethod
-    def from_measure(cls, measure: LinearGaussianMeasure) -> GaussianFlow:
+    def from_measure(cls, measure: LinearLaw) -> GaussianFlow:
         """Return the marginals of a :class:`stochdyn.LinearGaussianMeasure` without batch axes.
 
         Raises:
@@ -242,7 +253,7 @@ def _solve_lower(factor: Tensor, v: Tensor) -> Tensor:
 class _LinearMoments:
     """Moments of a linear-Gaussian law at times of any shape and order, by its transition from the start."""
 
-    def __init__(self, measure: LinearGaussianMeasure) -> None:
+    def __init__(self, measure: LinearLaw) -> None:
         self.measure = measure
 
     def _from_start(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,7 +38,7 @@ from stochdyn.core.sde.equation import SDE, Control, Field
 from stochdyn.core.sde.grids import first_time, remembered
 from stochdyn.core.sde.methods import Method, as_method
 from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, full_state, integrate
-from stochdyn.errors import NonFiniteError, ShapeError, TimeGridError
+from stochdyn.errors import DiffusionMismatchError, NonFiniteError, ShapeError, TimeGridError
 
 if TYPE_CHECKING:
     from stochdyn.core.forward.fokker_planck import FokkerPlanck
@@ -428,6 +428,8 @@ class DiffusionMeasure(PathMeasure):
             DiffusionMismatchError: If the laws are mutually singular.
         """
         check_choice(estimator, girsanov.ESTIMATORS, "estimator")
+        if not isinstance(other, DiffusionMeasure):
+            raise DiffusionMismatchError("log_rn compares two DiffusionMeasures", got=type(other).__name__)
         path = self._check_path(path)
         relation = relate(self, other, path, recorded)
         start = self.initial.log_ratio(relation.p.initial, path.x[..., 0, :], estimator)

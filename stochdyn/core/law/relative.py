@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -169,7 +169,7 @@ class Relation:
         return dw if law.drift is None else dw + law.drift * self.dt
 
 
-def relate(q: DiffusionMeasure, p: Any, path: PathSample, recorded: bool = False) -> Relation:
+def relate(q: DiffusionMeasure, p: DiffusionMeasure, path: PathSample, recorded: bool = False) -> Relation:
     """Bring two laws and a path on common ground.
 
     Args:
@@ -181,10 +181,6 @@ def relate(q: DiffusionMeasure, p: Any, path: PathSample, recorded: bool = False
     Raises:
         DiffusionMismatchError: If the laws are mutually singular.
     """
-    from stochdyn.core.law.diffusion import DiffusionMeasure
-
-    if not isinstance(p, DiffusionMeasure):
-        raise DiffusionMismatchError("log_rn compares two DiffusionMeasures", got=type(p).__name__)
     x = path.leading()[:-1]
     t, dt = time_column(path.ts[..., :-1], x), steps_of(path.ts, x)
     shared = q.sde.shares_base(p.sde)

@@ -12,7 +12,6 @@ from .coefficients import Matrix as Matrix
 from .coefficients import Scalar as Scalar
 from .coefficients import as_coefficient as as_coefficient
 from .covariance import covariance_divergence as covariance_divergence
-from .cuda_graphs import integrate_graphed as integrate_graphed
 from .equation import SDE as SDE
 from .equation import Control as Control
 from .equation import Field as Field

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from stochdyn.core.sde.equation import SDE
 
-__all__ = ["integrate_graphed"]
+__all__ = ["replayed"]
 
 
 class _Captures(dict[tuple[Any, ...], Any]):
@@ -22,53 +23,27 @@ class _Captures(dict[tuple[Any, ...], Any]):
         return _Captures, ()
 
 
-class _Loop(nn.Module):
-    """The time loop as a module, so that capture sees the parameters of drift, diffusion and control."""
-
-    def __init__(self, sde: SDE, ts: Tensor, method: str) -> None:
-        super().__init__()
-        self.sde = sde
-        self.ts = ts
-        self.dt = (ts[1:] - ts[:-1]).tolist()
-        self.method = method
-
-    def forward(self, x0: Tensor, dw: Tensor) -> Tensor:
-        from stochdyn.core.sde.solvers import run_loop
-
-        return run_loop(self.sde, x0, self.ts, self.dt, dw, None, self.method, False).x
-
-
-def integrate_graphed(sde: SDE, x0: Tensor, ts: Tensor, dw: Tensor, method: str) -> Tensor:
-    """Integrate on CUDA by replaying a captured graph; capture happens on the first call of each kind.
+def replayed(sde: SDE, x0: Tensor, dw: Tensor, key: tuple[Any, ...], loop: Callable[[], nn.Module]) -> Tensor:
+    """Run a time loop on CUDA by replaying a captured graph; capture happens on the first call of each kind.
 
     Drift, diffusion and control must be modules (or close over nothing that is replaced between calls): a graph
     replays the very tensors that it was captured with. They must not wait for the device.
 
     Args:
-        sde: An equation without memory.
+        sde: The equation, which keeps its captured loops.
         x0: The points from which paths start, ``(*batch, d)``.
-        ts: The grid of times of a path, ``(T,)``.
         dw: The increments of the driving noise, ``(T-1, *batch, m)``.
-        method: As in :func:`stochdyn.core.sde.solvers.integrate`.
+        key: What tells loops apart besides the layout of their tensors: the method and the times.
+        loop: What makes the loop as a module, so that capture sees the parameters of drift, diffusion and control.
 
     Returns:
         States, ``(T, *batch, d)``.
     """
     grad = torch.is_grad_enabled()
-    key = (
-        method,
-        tuple(ts.tolist()),
-        x0.shape,
-        dw.shape,
-        x0.dtype,
-        x0.device,
-        x0.requires_grad,
-        dw.requires_grad,
-        grad,
-    )
+    kind = (*key, x0.shape, dw.shape, x0.dtype, x0.device, x0.requires_grad, dw.requires_grad, grad)
     loops = sde.__dict__.setdefault("_captures", _Captures())
-    if key not in loops:
+    if kind not in loops:
         x0_sample = torch.zeros_like(x0).requires_grad_(x0.requires_grad)
         dw_sample = torch.zeros_like(dw).requires_grad_(dw.requires_grad)
-        loops[key] = torch.cuda.make_graphed_callables(_Loop(sde, ts, method), (x0_sample, dw_sample))
-    return loops[key](x0, dw)
+        loops[kind] = torch.cuda.make_graphed_callables(loop(), (x0_sample, dw_sample))
+    return loops[kind](x0, dw)

@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from stochdyn.core.sde._steps import Problem, Row, Step, check_method, full_state, remember
+from stochdyn.core.sde.cuda_graphs import replayed
 from stochdyn.core.sde.equation import SDE, Control
-from stochdyn.core.sde.grids import first_steps, first_time, noise_steps, step_sizes, steps_of, time_column
+from stochdyn.core.sde.grids import (
+    first_steps,
+    first_time,
+    noise_steps,
+    remembered,
+    step_sizes,
+    steps_of,
+    time_column,
+)
 from stochdyn.core.sde.methods import METHODS, Method, as_method
 from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.errors import ShapeError
@@ -143,10 +152,23 @@ def integrate(
     dt = step_sizes(ts, x0.dtype)
     numbers = not any(isinstance(h, Tensor) for h in dt[:1])
     if scheme.cuda_graph and x0.is_cuda and sde.noise.num_states == 0 and numbers:
-        from stochdyn.core.sde.cuda_graphs import integrate_graphed
-
-        return Trajectory(integrate_graphed(sde, x0, ts, dw, scheme.name), None)
+        times = remembered(ts, "times", lambda: tuple(ts.tolist()))
+        return Trajectory(
+            replayed(sde, x0, dw, (scheme.name, times), lambda: _Loop(sde, ts, scheme.name)), None
+        )
     return run_loop(sde, x0, ts, dt, dw, memory0, scheme.name, checkpoint or scheme.checkpoint)
+
+
+class _Loop(nn.Module):
+    """The time loop of an equation without memory, as a module."""
+
+    def __init__(self, sde: SDE, ts: Tensor, method: str) -> None:
+        super().__init__()
+        self.sde, self.ts, self.method = sde, ts, method
+        self.dt = (ts[1:] - ts[:-1]).tolist()
+
+    def forward(self, x0: Tensor, dw: Tensor) -> Tensor:
+        return run_loop(self.sde, x0, self.ts, self.dt, dw, None, self.method, False).x
 
 
 def run_loop(
