@@ -42,16 +42,16 @@ def to_anndata(
     that took no part get NaN, and stay where they are.
 
     Args:
-        result: what :func:`refine` returned, or a solved bridge with couplings.
-        adata: the object to write into; a new one with the snapshots' particles if None.
-        key: the first part of the names of all entries.
-        labels: the class of each cell of the last snapshot, for fates.
-        share: the share of each row of a transition matrix that is kept; the smallest entries are left out.
+        result: The result to write: what :func:`refine` returned, or a solved bridge with couplings.
+        adata: The object that is written into; a new one with the snapshots' particles if None.
+        key: The first part of the names of all entries.
+        labels: The class of each cell of the last snapshot, by which fates are told apart; None for no fates.
+        share: The share of each row of a transition matrix that is kept; the smallest entries are left out.
 
     Raises:
-        InvalidInputError: if a cell isn't in the object, or the snapshots have no names.
-        UnavailableError: if the bridge has no couplings.
-        MissingDependencyError: if a new object is wanted and AnnData isn't installed.
+        InvalidInputError: If a cell isn't in the object, or the snapshots have no names.
+        UnavailableError: If the bridge has no couplings.
+        MissingDependencyError: If a new object is wanted and AnnData isn't installed.
 
     Example:
         >>> from stochdyn.bridges import Snapshots

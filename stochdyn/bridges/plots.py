@@ -24,15 +24,15 @@ def plot_history(history: History, truth: Mapping[str, float] | None = None, axe
     """Draw how far the objective is from its last value after every half step, and the parameters per iteration.
 
     Args:
-        history: of a refinement.
-        truth: known values, drawn as dashed lines.
-        axes: two matplotlib axes; new ones if None.
+        history: The history of a refinement.
+        truth: The known values of parameters by name, drawn as dashed lines.
+        axes: The two matplotlib axes; new ones if None.
 
     Returns:
         The two axes.
 
     Raises:
-        EmptyDataError: if there was no iteration.
+        EmptyDataError: If there was no iteration.
     """
     if not len(history):
         raise EmptyDataError("the history has no iterations")
@@ -75,20 +75,20 @@ def plot_trajectories(
     """Draw trajectories of a law and the snapshots they pass through.
 
     Args:
-        law: any law on paths over the span of the snapshots.
-        snapshots: what was seen, of the first components of the state.
-        sample_shape: the number of trajectories.
-        components: the two components to draw against one another; against time, the first one, if the snapshots have only one.
-        num_times: the number of points of a curve.
-        held_out: snapshots that weren't trained on, drawn as crosses.
-        seed: the seed of the draws.
-        axis: the matplotlib axis; a new one if None.
+        law: The law on paths to draw from, over the span of the snapshots.
+        snapshots: The snapshots that are drawn, of the first components of the state.
+        sample_shape: The number of trajectories.
+        components: The two components to draw against one another; against time, the first one, if the snapshots have only one.
+        num_times: The number of points of a curve.
+        held_out: The snapshots that weren't trained on, drawn as crosses.
+        seed: The seed of the draws.
+        axis: The matplotlib axis; a new one if None.
 
     Returns:
         The axis.
 
     Raises:
-        ShapeError: if a component doesn't exist.
+        ShapeError: If a component doesn't exist.
     """
     check_type(law, PathMeasure, "law")
     check_type(snapshots, Snapshots, "snapshots")

@@ -23,6 +23,7 @@ from stochdyn._checks import (
     check_type,
 )
 from stochdyn.bridges.data.snapshots import Snapshot, Snapshots
+from stochdyn.bridges.laws.marginal import draw_index
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.law.measure import PathMeasure
@@ -43,11 +44,11 @@ class Score:
     """Distances of a law from one snapshot.
 
     Attributes:
-        time: the time of the snapshot.
-        w1: the Wasserstein distance of first order, Euclidean cost, in units of the state.
-        w2: that of second order, the root of the mean *squared* distance. Papers call either of them "EMD".
-        mmd: the maximum mean discrepancy, Gaussian kernel with the median distance for bandwidth.
-        size: the number of particles of the snapshot.
+        time: The time of the snapshot.
+        w1: The Wasserstein distance of first order, Euclidean cost, in units of the state.
+        w2: The Wasserstein distance of second order, the root of the mean *squared* distance. Papers call either of them "EMD".
+        mmd: The maximum mean discrepancy, Gaussian kernel with the median distance for bandwidth.
+        size: The number of particles of the snapshot.
     """
 
     time: float
@@ -62,10 +63,11 @@ class HeldOut:
     """Scores of several methods on snapshots that they didn't see.
 
     Attributes:
-        scores: by method, one score per held-out snapshot.
-        floor: what fresh samples of the truth would score, estimated from halves of the snapshots; see :func:`sampling_floor`.
-        best: the method with the least mean W2, or W1 if asked for.
-        metric: by which.
+        scores: The scores by method, one score per held-out snapshot.
+        floor: The scores that fresh samples of the truth would have, estimated from halves of the snapshots; see
+            :func:`sampling_floor`.
+        best: The method with the least mean W2, or W1 if asked for.
+        metric: The distance that ``best`` goes by.
     """
 
     scores: dict[str, list[Score]]
@@ -104,11 +106,11 @@ def score(
     .. math:: W_p=\Big(\min_\pi\sum\pi_{ij}|x_i-y_j|^p\Big)^{1/p},\qquad p=1,2
 
     Args:
-        law: any law on paths, or particles ``(n, d)``. Where its states have more components than the snapshot, the first ones
+        law: The law on paths, or particles ``(n, d)``. Where its states have more components than the snapshot, the first ones
             are compared.
-        snapshot: what was seen; its weights count.
-        num_samples: the number of draws from the law's marginal.
-        generator: the source of randomness: a seed, so that scores can be compared, a ``torch.Generator``, or None for torch's
+        snapshot: The snapshot to compare with; its weights count.
+        num_samples: The number of draws from the law's marginal.
+        generator: The source of randomness: a seed, so that scores can be compared, a ``torch.Generator``, or None for torch's
             global one.
 
     Example:
@@ -131,6 +133,7 @@ def score(
         )
     x = x[..., : snapshot.sample.shape[-1]].to(snapshot.sample.dtype)
     x, y, w = x.detach().cpu(), snapshot.sample.cpu(), snapshot.weights.cpu()
+    # exact transport of equally weighted draws to weighted particles
     w1, w2 = (emd(x, y, p=p, weights_y=w) for p in (1, 2))
     equal = bool((w - w[0]).abs().max() < 1e-6 * w[0])
     seen = y
@@ -147,12 +150,12 @@ def sampling_floor(snapshot: Snapshot, num_samples: int = 5, seed: int = 0) -> S
     the error falls as the root of the size.
 
     Args:
-        snapshot: what was seen, at least two particles.
-        num_samples: the number of random splits to average over.
-        seed: the seed of the splits.
+        snapshot: The snapshot that is split, at least two particles.
+        num_samples: The number of random splits to average over.
+        seed: The seed of the splits.
 
     Raises:
-        EmptyDataError: if there are fewer than two particles.
+        EmptyDataError: If there are fewer than two particles.
     """
     check_type(snapshot, Snapshot, "snapshot", "snapshots[i] is one")
     check_positive_int(num_samples, "num_samples")
@@ -186,17 +189,19 @@ def leave_one_out(
     """Hold out one inner snapshot after the other, fit every method to the rest, and score it on what it didn't see.
 
     Args:
-        snapshots: what was seen.
-        methods: by name: a family (a :class:`DriftFamily`, module, or Pyro model) that is refined with ``options``; None for the
-            Brownian bridge; or a function of the training snapshots that returns a law on paths (:class:`stochdyn.PathMeasure`) or a
-            :class:`Refinement`. A function of one argument is told from a Pyro model, which has none.
-        indices: which snapshots to hold out; all but the first and the last if None.
-        metric: ``"w1"``, ``"w2"`` or ``"mmd"``: what ``best`` goes by.
-        num_samples: the number of draws from each law.
-        progress: whether to show a bar.
+        snapshots: The snapshots to hold out from.
+        methods: The methods by name: a family (a :class:`DriftFamily`, module, or Pyro model) that is refined with ``options``;
+            None for the Brownian bridge; or a function of the training snapshots that returns a law on paths
+            (:class:`stochdyn.PathMeasure`) or a :class:`Refinement`. A function of one argument is told from a Pyro model,
+            which has none.
+        indices: The indices of the snapshots that are held out; all but the first and the last if None.
+        metric: The distance that ``best`` goes by: ``"w1"``, ``"w2"`` or ``"mmd"``.
+        num_samples: The number of draws from each law.
+        progress: Whether to show a progress bar, after two seconds.
         checkpoint: The directory that is saved to after every fit.
         resume: Whether to continue the run in ``checkpoint``.
-        options: arguments of :func:`stochdyn.bridges.refine`, such as ``diffusion``; those of the bridge count for None too.
+        options: The arguments of :func:`stochdyn.bridges.refine`, such as ``diffusion``; those of the bridge count for None
+            too.
 
     Raises:
         InvalidInputError: If there is nothing to hold out, or the first or last snapshot should be.
@@ -316,20 +321,20 @@ def forecast(
     """Run the refined reference on from the last snapshot, for times that no snapshot has seen.
 
     Args:
-        fit: what :func:`stochdyn.bridges.refine` returned.
-        ts: ``(T,)`` times, the first not before the last snapshot.
-        sample_shape: the shape of independent draws, an integer or a tuple.
-        generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
-        posterior: a container from ``fit.posterior``: each trajectory then has parameters of its own, drawn from it, so that the
-            forecast carries their uncertainty.
-        dt: the largest step of the simulation; that of the fit if None.
+        fit: The refinement, as :func:`stochdyn.bridges.refine` returned it.
+        ts: The times of the paths, ``(T,)``, the first not before the last snapshot.
+        sample_shape: The shape of independent draws, an integer or a tuple.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+        posterior: A container from ``fit.posterior``: each trajectory then has parameters of its own, drawn from it, so that
+            the forecast carries their uncertainty.
+        dt: The largest step of the simulation; that of the fit if None.
 
     Returns:
         Paths ``(*sample, T, d)``, with the increments since each time before (those of the first time, if it is past the last
         snapshot, aren't kept).
 
     Raises:
-        TimeGridError: if a time lies before the last snapshot.
+        TimeGridError: If a time lies before the last snapshot.
     """
     times = fit.snapshots.times
     wanted = as_time_grid(ts, min_points=1, like=times).to(times)
@@ -343,7 +348,8 @@ def forecast(
     dt = fit.dt if dt is None else dt
     check_positive(dt, "dt")
     grid, places = _refined(last.time, wanted, float(dt), slack)
-    start, diffusion = last.draw((n,), source), fit.reference.sde.diffusion
+    law = fit.states_at(-1)
+    start, diffusion = law.particles[draw_index(law.weights, n, source)], fit.reference.sde.diffusion
     if posterior is None:
         families: list[Any] = [fit.family]
     else:
@@ -352,8 +358,8 @@ def forecast(
         families = families_of(fit, posterior, min(n, 200), source)
     parts = []
     for own, family in zip(start.tensor_split(len(families)), families, strict=True):
-        law = DiffusionMeasure(own, SDE(family, diffusion))
-        parts.append(_thin(law.sample(grid, (), source), places, wanted))
+        process = DiffusionMeasure(own, SDE(family, diffusion))
+        parts.append(_thin(process.sample(grid, (), source), places, wanted))
     x, dw = torch.cat([p.x for p in parts]), torch.cat([p.dw for p in parts])
     return PathSample(
         wanted, x.reshape(*shape, *x.shape[1:]), dw.reshape(*shape, *dw.shape[1:]), {}, fit.reference

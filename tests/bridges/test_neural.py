@@ -6,7 +6,15 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.bridges import LambOseen, LinearDrift, NeuralDrift, PotentialDrift, Snapshots, SumDrift
+from stochdyn.bridges import (
+    DriftFamily,
+    LambOseen,
+    LinearDrift,
+    NeuralDrift,
+    PotentialDrift,
+    Snapshots,
+    SumDrift,
+)
 
 F64 = torch.float64
 
@@ -41,6 +49,17 @@ def test_the_jacobian_of_a_gradient_is_symmetric():
     _, jacobian = family.linearise(torch.zeros((), dtype=F64), 2 + torch.randn(5, 3, dtype=F64))
     assert torch.allclose(jacobian, jacobian.mT, atol=1e-9)
     assert jacobian.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("time", [False, True])
+def test_the_jacobian_of_a_network_is_that_of_its_derivatives(time):
+    family = wild(NeuralDrift.for_snapshots(snapshots(), width=8, time=time))
+    with torch.no_grad():
+        family.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
+    t, x = torch.linspace(1, 5, 12, dtype=F64).reshape(3, 4, 1), 2 + torch.randn(3, 4, 3, dtype=F64)
+    for own, other in zip(family.linearise(t, x), DriftFamily.linearise(family, t, x), strict=True):
+        assert own.abs().max() > 0.1
+        assert torch.allclose(own, other, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [NeuralDrift, PotentialDrift])

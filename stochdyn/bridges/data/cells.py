@@ -34,24 +34,25 @@ def from_anndata(
     """Return one snapshot for every value of a column of cells' times.
 
     Args:
-        adata: an ``anndata.AnnData``, or the path of an ``.h5ad`` file.
-        time_key: column of ``adata.obs`` with the time of each cell: numbers, or categories.
-        representation: key of ``adata.obsm``; None for ``adata.X``, densified.
-        num_components: only the first so many columns.
-        weights_key: column of ``adata.obs`` with the weight of each cell, a growth rate or an inverse sampling probability, say.
-        times: the time of each category, where the column isn't of numbers: ``{"day 0": 0.0, ...}``. Cells whose category
-            isn't listed are left out.
-        dtype: precision of the snapshots.
+        adata: The cells, an ``anndata.AnnData``, or the path of an ``.h5ad`` file.
+        time_key: The column of ``adata.obs`` with the time of each cell: numbers, or categories.
+        representation: The key of ``adata.obsm`` that holds the coordinates; None for ``adata.X``, densified.
+        num_components: The number of leading columns that are kept; all if None.
+        weights_key: The column of ``adata.obs`` with the weight of each cell, a growth rate or an inverse sampling probability,
+            say.
+        times: The time of each category, where the column isn't of numbers: ``{"day 0": 0.0, ...}``. Cells whose category isn't
+            listed are left out.
+        dtype: The precision of the snapshots.
 
     Returns:
         Snapshots in order of time, whose ``names`` are the cells' ``obs_names`` (their positions where there are none), so that
         :func:`~stochdyn.bridges.to_anndata` finds them again.
 
     Raises:
-        MissingDependencyError: for a path, if AnnData isn't installed.
-        InvalidInputError: if a key doesn't exist, or the times are no numbers.
-        NonFiniteError: if a time or a cell is NaN.
-        TimeGridError: if there are fewer than two times.
+        MissingDependencyError: If a path is given and AnnData isn't installed.
+        InvalidInputError: If a key doesn't exist, or the times are no numbers.
+        NonFiniteError: If a time or a cell is NaN.
+        TimeGridError: If there are fewer than two times.
 
     Example:
         >>> class Cells:  # anything with obs and obsm
@@ -98,17 +99,17 @@ def from_npz(
     ``(I, n, d)``; or one array ``(n_i, d)`` a snapshot, in the order of their names (``t0``, ``t1``, ...).
 
     Args:
-        path: the file. Pickled arrays are refused.
-        values: key of the cells; None for a file of one array per snapshot, or of one array ``(I, n, d)``.
-        labels: key of the cells' times.
-        num_components: only the first so many columns.
-        times: one number per snapshot; for labels, those of the sorted labels. 0, 1, ... or the labels themselves if None.
-        dtype: precision of the snapshots.
+        path: The path of the file. Pickled arrays are refused.
+        values: The key of the array of cells; None for a file of one array per snapshot, or of one array ``(I, n, d)``.
+        labels: The key of the array of the cells' times.
+        num_components: The number of leading columns that are kept; all if None.
+        times: The time of each snapshot, or of each of the sorted labels; if None, the labels themselves or 0, 1, and so on.
+        dtype: The precision of the snapshots.
 
     Raises:
-        InvalidInputError: if a key doesn't exist.
-        ShapeError: if the arrays don't fit.
-        NonFiniteError: if a cell is NaN.
+        InvalidInputError: If a key doesn't exist.
+        ShapeError: If the arrays don't fit.
+        NonFiniteError: If a cell is NaN.
 
     Example:
         >>> import tempfile
@@ -148,12 +149,12 @@ def pca(snapshots: Snapshots, num_components: int, whiten: bool = False) -> Snap
     """Return the snapshots in the principal components of all of their particles together, each snapshot counting alike.
 
     Args:
-        snapshots: what to project.
-        num_components: how many, at most ``d``.
-        whiten: whether every component gets the variance one.
+        snapshots: The snapshots to project.
+        num_components: The number of principal components, at most ``d``.
+        whiten: Whether every component gets the variance one.
 
     Raises:
-        InvalidInputError: if there are too few components.
+        InvalidInputError: If there are too few components.
 
     Example:
         >>> x = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
@@ -165,6 +166,7 @@ def pca(snapshots: Snapshots, num_components: int, whiten: bool = False) -> Snap
         raise InvalidInputError(
             "there are fewer components", got=num_components, expected=f"at most {snapshots.dim}"
         )
+    # eigenvectors of the covariance of all particles, in which every snapshot has the same weight
     weights = torch.cat(list(snapshots.weights)) / len(snapshots)
     everything = torch.cat(snapshots.samples)
     mean = weights @ everything
@@ -193,7 +195,7 @@ def _dense(values: Any, name: str) -> np.ndarray:
     """Return cells as an array; sparse ones and tables are turned into one.
 
     Raises:
-        ShapeError: if they aren't a table of numbers.
+        ShapeError: If they aren't a table of numbers.
     """
     dense = values.toarray() if hasattr(values, "toarray") else np.asarray(values)
     if dense.ndim != 2 or dense.dtype.kind not in "fiub":

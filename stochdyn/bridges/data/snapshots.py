@@ -33,9 +33,9 @@ class Snapshot:
     """One cloud of particles at one time.
 
     Attributes:
-        time: when it was taken.
-        sample: ``(n, d)`` particles.
-        weights: ``(n,)`` nonnegative weights that sum to one.
+        time: The time at which it was taken.
+        sample: The particles, ``(n, d)``.
+        weights: The weights of the particles, ``(n,)``, nonnegative and of sum one.
     """
 
     time: float
@@ -73,19 +73,20 @@ class Snapshots:
     Numbers of particles, weights and spacing of times may all differ.
 
     Args:
-        times: ``(I,)`` strictly increasing, at least two; a tensor, or a sequence of numbers.
-        samples: one ``(n_i, d)`` array per time, or a tensor ``(I, n, d)``. NumPy arrays are taken as they are.
-        weights: one ``(n_i,)`` array per time, nonnegative and not all zero; equal if None. They are normalised, and their
-            totals kept as :attr:`masses`.
-        names: one sequence of ``n_i`` names of particles per time, such as the barcodes of cells, which stay with them; None for none.
+        times: The times of the snapshots, ``(I,)``, strictly increasing, at least two; a tensor, or a sequence of numbers.
+        samples: The particles: one ``(n_i, d)`` array per time, or a tensor ``(I, n, d)``. NumPy arrays are taken as they are.
+        weights: The weights of the particles: one ``(n_i,)`` array per time, nonnegative and not all zero; equal if None. They
+            are normalised, and their totals kept as :attr:`masses`.
+        names: The names of the particles, one sequence of ``n_i`` per time, such as the barcodes of cells, which stay with
+            them; None for none.
 
     Raises:
-        TimeGridError: if the times are fewer than two, repeated or unsorted.
-        EmptyDataError: if a snapshot has no particles.
-        ShapeError: if the numbers of times, samples and weights differ, or the dimensions of the particles do.
-        NonFiniteError: if a particle or weight is NaN or infinite.
-        InvalidInputError: if weights are negative or all zero.
-        DtypeMismatchError, DeviceMismatchError: if snapshots differ in precision or device.
+        TimeGridError: If the times are fewer than two, repeated or unsorted.
+        EmptyDataError: If a snapshot has no particles.
+        ShapeError: If the numbers of times, samples and weights differ, or the dimensions of the particles do.
+        NonFiniteError: If a particle or weight is NaN or infinite.
+        InvalidInputError: If weights are negative or all zero.
+        DtypeMismatchError, DeviceMismatchError: If snapshots differ in precision or device.
 
     Example:
         >>> snaps = Snapshots([0.0, 1.0, 3.0], [torch.zeros(4, 2), torch.ones(5, 2), torch.ones(3, 2)])
@@ -164,7 +165,7 @@ class Snapshots:
         """Split off snapshots for scoring; returns the rest and the held-out ones.
 
         Raises:
-            InvalidInputError: if an index doesn't exist, or fewer than two snapshots are left.
+            InvalidInputError: If an index doesn't exist, or fewer than two snapshots are left.
         """
         size = len(self)
         if any(not -size <= i < size for i in indices):
@@ -178,7 +179,7 @@ class Snapshots:
         """Return only the snapshots of these indices, in order of time.
 
         Raises:
-            TimeGridError: if fewer than two are left.
+            TimeGridError: If fewer than two are left.
         """
         order = sorted(indices)
         return Snapshots(

@@ -29,7 +29,7 @@ class DriftFamily(nn.Module, ABC):
     them where a family knows more.
 
     Args:
-        dim: ``d``, components of the state.
+        dim: The number ``d`` of components of the state.
     """
 
     def __init__(self, dim: int) -> None:
@@ -71,14 +71,14 @@ class DriftFamily(nn.Module, ABC):
 
 
 class ZeroDrift(DriftFamily):
-    """No drift: Brownian motion, a family without parameters."""
+    """No drift: Brownian motion, a family without parameters. Use it where nothing is known of the motion."""
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         return torch.zeros_like(x)
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """See :meth:`DriftFamily.affine`; in the default precision."""
+        """Return a zero matrix ``(d, d)`` and a zero shift ``(d,)``, in the default precision."""
         return torch.zeros(self.dim, self.dim), torch.zeros(self.dim)
 
 
@@ -88,11 +88,11 @@ class LinearFamily(DriftFamily):
     .. math:: b_\theta(t,x)=b_0(t,x)+\sum_k\theta_k\,\phi_k(t,x)
 
     Args:
-        dim: ``d``.
-        names: names of the parameters; ``K`` is their number.
+        dim: The number ``d`` of components of the state.
+        names: The names of the parameters; ``K`` is their number.
 
     Attributes:
-        theta: ``(K,)`` parameters, zero at first.
+        theta: The parameters, ``(K,)``, zero at first.
     """
 
     def __init__(self, dim: int, names: Sequence[str]) -> None:
@@ -109,7 +109,7 @@ class LinearFamily(DriftFamily):
         return torch.zeros_like(x)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         return self.offset(t, x) + self.features(t, x) @ self.theta
 
     def named_values(self) -> dict[str, Tensor]:
@@ -121,11 +121,11 @@ class SharedFeatures(DriftFamily):
     r"""A linear family whose components all see the same functions: :math:`b_\theta(t,x)=b_0(t,x)+W\psi(t,x)`.
 
     Args:
-        dim: ``d``.
-        num_features: ``K``, size of :math:`\psi`.
+        dim: The number ``d`` of components of the state.
+        num_features: The number ``K`` of functions in :math:`\psi`.
 
     Attributes:
-        weight: ``(d, K)`` parameters, zero at first.
+        weight: The parameters :math:`W`, ``(d, K)``, zero at first.
     """
 
     def __init__(self, dim: int, num_features: int) -> None:
@@ -141,7 +141,7 @@ class SharedFeatures(DriftFamily):
         return torch.zeros_like(x)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         return self.offset(t, x) + self.regressors(t, x) @ self.weight.mT
 
 
@@ -150,9 +150,11 @@ class LinearDrift(SharedFeatures):
 
     .. math:: b(x)=Ax+c
 
+    Use it first: its transitions are exact, its projection is in closed form, and relaxation towards a mean is often all that snapshots show.
+
     Args:
-        dim: ``d``.
-        shift: whether there is a :math:`c`.
+        dim: The number ``d`` of components of the state.
+        shift: Whether the drift has a constant part :math:`c`.
 
     Example:
         >>> family = LinearDrift(2)
@@ -169,12 +171,12 @@ class LinearDrift(SharedFeatures):
         return torch.cat((x, torch.ones_like(x[..., :1])), -1) if self.has_shift else x
 
     def linearise(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`DriftFamily.linearise`."""
+        """Return the drift ``(*batch, d)`` and its Jacobian ``(*batch, d, d)``, written out."""
         matrix, shift = self.affine()
         return x @ matrix.mT + shift, matrix.expand(*x.shape, self.dim)
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """See :meth:`DriftFamily.affine`."""
+        """Return the matrix ``(d, d)`` and the shift ``(d,)`` of the drift."""
         shift = self.weight[:, self.dim] if self.has_shift else self.weight.new_zeros(self.dim)
         return self.weight[:, : self.dim], shift
 
@@ -189,7 +191,7 @@ class LotkaVolterra(LinearFamily):
 
     .. math:: \dot x=\alpha x-\beta xy,\qquad \dot y=\delta xy-\gamma y
 
-    with parameters ``alpha``, ``beta``, ``gamma``, ``delta``, in that order.
+    with parameters ``alpha``, ``beta``, ``gamma``, ``delta``, in that order. Use it for two species of which one feeds on the other.
 
     Example:
         >>> LotkaVolterra().named_values()["alpha"]
@@ -200,7 +202,7 @@ class LotkaVolterra(LinearFamily):
         super().__init__(2, ("alpha", "beta", "gamma", "delta"))
 
     def features(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`LinearFamily.features`."""
+        """Return the functions ``(*batch, d, K)`` that the parameters multiply."""
         self._check(x)
         prey, predators = x.unbind(-1)
         product, zero = prey * predators, torch.zeros_like(prey)
@@ -213,14 +215,14 @@ class LotkaVolterra(LinearFamily):
         )
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         self._check(x)
         alpha, beta, gamma, delta = self.theta.unbind()
         prey, predators = x.unbind(-1)
         return torch.stack((prey * (alpha - beta * predators), predators * (delta * prey - gamma)), -1)
 
     def linearise(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`DriftFamily.linearise`."""
+        """Return the drift ``(*batch, d)`` and its Jacobian ``(*batch, d, d)``, written out."""
         alpha, beta, gamma, delta = self.theta.unbind()
         prey, predators = x.unbind(-1)
         rows = (

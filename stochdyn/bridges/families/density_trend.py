@@ -26,15 +26,15 @@ class DensityTrend:
     Between snapshots it interpolates in the light of *all* of them, not of two neighbours only.
 
     Args:
-        snapshots: the data.
-        degree: ``K``, of the polynomials; at most one less than the number of snapshots.
-        length: of the kernel, in units of the state; the median distance between particles if None.
-        ridge: inverse variance of the prior of each function's values, in nats; larger is smoother.
-        num_features: random frequencies that stand for the kernel.
-        seed: of the frequencies.
+        snapshots: The snapshots whose densities are compared.
+        degree: The degree ``K`` of the polynomials; at most one less than the number of snapshots.
+        length: The length scale of the kernel, in units of the state; the median distance between particles if None.
+        ridge: The inverse variance of the prior of each function's values, in nats; larger is smoother.
+        num_features: The number of random frequencies that stand for the kernel.
+        seed: The seed of the frequencies.
 
     Raises:
-        InvalidInputError: if the degree isn't below the number of snapshots, or a number isn't positive.
+        InvalidInputError: If the degree isn't below the number of snapshots, or a number isn't positive.
 
     Example:
         >>> clouds = [torch.linspace(-2, 2, 41)[:, None] + m for m in (0.0, 0.5, 1.0)]
@@ -74,6 +74,7 @@ class DensityTrend:
         generator = torch.Generator().manual_seed(seed)
         draws = torch.randn(snapshots.dim, num_features, generator=generator, dtype=torch.float64)
         self._frequencies = draws.to(snapshots.device) / self.length
+        # QR of the powers of the times: orthonormal polynomials over the snapshots, of which the first is constant
         powers = self._powers(snapshots.times)
         self._basis, self._triangle = torch.linalg.qr(powers)
         self.weight: Tensor | None = None
@@ -83,7 +84,7 @@ class DensityTrend:
         """Maximise the penalised likelihood of the particles' times; returns this object.
 
         Args:
-            max_iterations: of L-BFGS.
+            max_iterations: The largest number of iterations of L-BFGS.
         """
         import warnings
 
@@ -100,6 +101,7 @@ class DensityTrend:
         )
 
         def loss() -> Tensor:
+            # multinomial logistic regression: log p(snapshot | x) = sum_k c_k(t) f_k(x) + const, with a Gaussian prior on the weights
             logits = features @ weight @ self._basis[:, 1:].mT + intercept
             fit = torch.nn.functional.cross_entropy(logits, label, reduction="none")
             return (count * fit).sum() + 0.5 * self.ridge * weight.square().sum()
@@ -128,15 +130,15 @@ class DensityTrend:
         """Return the log of the density at ``t`` over that at ``s``, up to a constant.
 
         Args:
-            x: ``(*batch, d)`` states.
-            t: a time within the span of the snapshots.
-            s: another.
+            x: The states at which densities are compared, ``(*batch, d)``.
+            t: The time of the numerator, within the span of the snapshots.
+            s: The time of the denominator, within the span of the snapshots.
 
         Returns:
             ``(*batch,)`` in nats.
 
         Raises:
-            TimeGridError: if a time lies outside the span, where polynomials can't be trusted.
+            TimeGridError: If a time lies outside the span, where polynomials can't be trusted.
         """
         check_event_size(x, self.snapshots.dim, "x")
         gap = self._coefficients(t) - self._coefficients(s)
@@ -175,6 +177,7 @@ class DensityTrend:
         return torch.linalg.solve_triangular(self._triangle, powers, upper=True, left=False)[0, 1:]
 
     def _features(self, x: Tensor) -> Tensor:
+        # random Fourier features of the Gaussian kernel (Rahimi & Recht 2007)
         phase = x.double() @ self._frequencies
         return torch.cat((phase.cos(), phase.sin()), -1) / math.sqrt(self._frequencies.shape[1])
 

@@ -57,12 +57,16 @@ class FeatureDrift(SharedFeatures):
 
     .. math:: b(t,x)=W\,\phi(t,x)
 
+    Use it for polynomials and other bases that every component may combine as it likes; where parameters are shared by components
+    there is :class:`ComponentFeatures`.
+
     Args:
-        phi: ``phi(x)`` or ``phi(t, x)``, returns ``(*batch, K)`` for ``x (*batch, d)``. A constant is a feature of its own.
-        dim: ``d``.
+        phi: The functions: ``phi(x)`` or ``phi(t, x)`` returns ``(*batch, K)`` for ``x (*batch, d)``. A constant is a feature
+            of its own.
+        dim: The number ``d`` of components of the state.
 
     Raises:
-        ShapeError: if the features have another shape.
+        ShapeError: If the features have another shape.
 
     Example:
         >>> family = FeatureDrift(lambda x: torch.cat((x, x**3), -1), 1)
@@ -78,7 +82,7 @@ class FeatureDrift(SharedFeatures):
         self._call = call
 
     def regressors(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`SharedFeatures.regressors`."""
+        """Return the functions ``(*batch, K)`` that all components see."""
         return self._call(t, x)
 
 
@@ -87,13 +91,15 @@ class ComponentFeatures(LinearFamily):
 
     .. math:: b(t,x)=\sum_k\theta_k\,\phi_k(t,x),\qquad \phi_k\in\mathbb R^d
 
+    Use it for mechanisms that are linear in their parameters, such as mass-action kinetics with unknown rates.
+
     Args:
-        phi: ``phi(x)`` or ``phi(t, x)``, returns ``(*batch, d, K)``.
-        dim: ``d``.
-        names: of the parameters; ``theta_0`` and so on if None.
+        phi: The functions: ``phi(x)`` or ``phi(t, x)`` returns ``(*batch, d, K)`` for ``x (*batch, d)``.
+        dim: The number ``d`` of components of the state.
+        names: The names of the parameters; ``theta_0`` and so on if None.
 
     Raises:
-        ShapeError: if the features have another shape, or the names another number.
+        ShapeError: If the features have another shape, or the names another number.
 
     Example:
         >>> turn = ComponentFeatures(lambda x: torch.stack((x[..., 1], -x[..., 0]), -1)[..., None], 2, ["speed"])
@@ -114,7 +120,7 @@ class ComponentFeatures(LinearFamily):
         self._call = call
 
     def features(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`LinearFamily.features`."""
+        """Return the functions ``(*batch, d, K)`` that the parameters multiply."""
         return self._call(t, x)
 
 
@@ -124,14 +130,14 @@ class Repressilator(DriftFamily):
     .. math:: b_i(x)=\frac{\beta}{1+(x_{i-1}/k)^n}-\gamma x_i,\qquad x_0:=x_d
 
     with positive ``beta``, ``n``, ``k``, ``gamma``, kept as logarithms. Concentrations below zero, which additive noise can
-    make, repress as zero does.
+    make, repress as zero does. Use it for oscillating gene circuits of this kind.
 
     Args:
-        dim: number of genes, at least 2.
-        beta: first value of the maximal rate.
-        n: of the Hill exponent.
-        k: of the concentration that halves the rate.
-        gamma: of the decay.
+        dim: The number of genes, at least 2.
+        beta: The value that the maximal rate starts at, in units of concentration per time.
+        n: The value that the Hill exponent starts at.
+        k: The value that the concentration which halves the rate starts at.
+        gamma: The value that the decay rate starts at, in 1/time.
 
     Example:
         >>> {name: round(value.item(), 3) for name, value in Repressilator().named_values().items()}
@@ -154,19 +160,21 @@ class Repressilator(DriftFamily):
     def _ratio(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The repressor ``(*batch, d)``, kept positive, and the share ``1 / (1 + (x / k)^n)`` that it leaves."""
         repressor = x.roll(1, -1).clamp_min(1e-6)
+        # 1 / (1 + (x / k)^n) as a logistic function of n (log x - log k), which neither overflows nor divides by zero
         exponent = self.log_theta[1].exp() * (repressor.log() - self.log_theta[2])
         return repressor, torch.sigmoid(-exponent)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         self._check(x)
         return self.log_theta[0].exp() * self._ratio(x)[1] - self.log_theta[3].exp() * x
 
     def linearise(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`DriftFamily.linearise`."""
+        """Return the drift ``(*batch, d)`` and its Jacobian ``(*batch, d, d)``, written out."""
         self._check(x)
         beta, hill, _, gamma = self.log_theta.exp().unbind()
         repressor, share = self._ratio(x)
+        # d/dx of beta s(x) with s = 1 / (1 + (x / k)^n): -beta n s (1 - s) / x, zero where x is cut off
         slope = -beta * hill * share * (1 - share) / repressor * (x.roll(1, -1) > 1e-6)
         index = torch.arange(self.dim, device=x.device)
         jacobian = torch.zeros(*x.shape, self.dim, dtype=x.dtype, device=x.device)
@@ -197,7 +205,7 @@ class EllipticVortex(LinearFamily):
 
     .. math:: b(x)=\big(a\,x_2+p,\;-c\,x_1+q\big)
 
-    ``centre`` is :math:`(q/c,-p/a)`; equal ``a`` and ``c`` are a rigid rotation.
+    ``centre`` is :math:`(q/c,-p/a)`; equal ``a`` and ``c`` are a rigid rotation. Use it for one eddy, seen within its core.
 
     Example:
         >>> list(EllipticVortex().named_values())
@@ -208,7 +216,7 @@ class EllipticVortex(LinearFamily):
         super().__init__(2, ("a", "p", "c", "q"))
 
     def features(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`LinearFamily.features`."""
+        """Return the functions ``(*batch, d, K)`` that the parameters multiply."""
         _check_plane(x)
         one, zero = torch.ones_like(x[..., 0]), torch.zeros_like(x[..., 0])
         rows = (
@@ -224,7 +232,7 @@ class EllipticVortex(LinearFamily):
         return torch.stack((q / c, -p / a))
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """See :meth:`DriftFamily.affine`."""
+        """Return the matrix ``(d, d)`` and the shift ``(d,)`` of the drift."""
         a, p, c, q = self.theta.unbind()
         zero = torch.zeros_like(a)
         return torch.stack((torch.stack((zero, a)), torch.stack((-c, zero)))), torch.stack((p, q))
@@ -237,16 +245,17 @@ class LambOseen(DriftFamily):
         b(x)=u+\sum_j\frac{\Gamma_j}{2\pi r_j^2}\Big(1-e^{-r_j^2/\rho_j^2}\Big)\,J(x-c_j),\qquad
         r_j=|x-c_j|,\quad J(x_1,x_2)=(-x_2,x_1)
 
-    Inside the core :math:`\rho_j` the fluid turns as a solid body, outside the speed falls as :math:`1/r`.
+    Inside the core :math:`\rho_j` the fluid turns as a solid body, outside the speed falls as :math:`1/r`. Use it for eddies that are
+    seen beyond their cores.
 
     Args:
-        num_vortices: 1, or 2 for a twin.
-        centres: first centres, ``(num_vortices, 2)``; spread on the first axis around zero if None.
-        core: first radius of the cores, in units of the state.
-        current: whether there is a :math:`u`.
+        num_vortices: The number of vortices: 1, or 2 for a twin.
+        centres: The centres to start from, ``(num_vortices, 2)``; spread on the first axis around zero if None.
+        core: The radius of the cores to start from, in units of the state.
+        current: Whether there is a uniform current :math:`u`.
 
     Raises:
-        ShapeError: if the centres don't fit.
+        ShapeError: If the centres don't fit.
 
     Example:
         >>> twin = LambOseen(2)
@@ -278,7 +287,7 @@ class LambOseen(DriftFamily):
         self.current = nn.Parameter(centres.new_zeros(2)) if current else None
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         _check_plane(x)
         away = x.unsqueeze(-2) - self.centres
         squared = away.square().sum(-1)

@@ -89,16 +89,17 @@ class NeuralDrift(_Scaled):
 
     It starts as zero. Its units are those of the data: :meth:`for_snapshots` takes them from snapshots.
     Identifiability ends here: many drifts carry the same marginals, and the refinement finds the one nearest
-    to where it started.
+    to where it started. Use it to interpolate and to forecast where no mechanism is known; to read a field off, use
+    :class:`PotentialDrift`.
 
     Args:
-        dim: the number of components of the state, ``d``.
-        width: the width of the two hidden layers.
-        time: whether the drift may change with time.
-        centre: :math:`m`, the middle of the data, ``(d,)``; zero if None.
-        scale: :math:`\varsigma`, a number or ``(d,)``: the size of the data.
-        horizon: :math:`T`, the time over which particles move by about their scale.
-        start_time: the time that counts as zero.
+        dim: The number ``d`` of components of the state.
+        width: The width of the two hidden layers.
+        time: Whether the drift may change with time.
+        centre: The middle :math:`m` of the data, ``(d,)``; zero if None.
+        scale: The size :math:`\varsigma` of the data, a number or ``(d,)``.
+        horizon: The time :math:`T` over which particles move by about their scale.
+        start_time: The time that counts as zero.
 
     Example:
         >>> NeuralDrift(2, width=16)(torch.zeros(()), torch.ones(3, 2)).abs().max().item()
@@ -112,9 +113,23 @@ class NeuralDrift(_Scaled):
         self.net = MLP((dim + time, width, width, dim), zero_last=True).to(self.centre)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         inputs = self._inputs(t, x)
         return (self.linear(inputs) + self.net(inputs)) * (self.scale / self.horizon)
+
+    def linearise(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the drift ``(*batch, d)`` and its Jacobian ``(*batch, d, d)``, written out."""
+        inputs = self._inputs(t, x)
+        hidden, layers = [inputs], [layer for layer in self.net.layers if isinstance(layer, nn.Linear)]
+        for layer in layers[:-1]:
+            hidden.append(torch.tanh(layer(hidden[-1])))
+        # chain rule from the last layer back: W_L diag(1 - h^2) W_{L-1} ... W_1, for all outputs at once
+        slope = layers[-1].weight.expand(*x.shape, -1)
+        for layer, own in zip(reversed(layers[:-1]), reversed(hidden[1:]), strict=True):
+            slope = F.linear(slope * (1 - own.square()).unsqueeze(-2), layer.weight.mT)
+        value = (self.linear(inputs) + layers[-1](hidden[-1])) * (self.scale / self.horizon)
+        jacobian = (slope + self.linear.weight)[..., : self.dim]
+        return value, jacobian * (self.scale[:, None] / (self.scale * self.horizon))
 
 
 class PotentialDrift(_Scaled):
@@ -126,16 +141,16 @@ class PotentialDrift(_Scaled):
 
     The gradient is written out, so it is smooth (a ReLU potential would have a
     piecewise constant drift) and costs two passes. Among drifts with the same marginals a gradient is the one without
-    circulation, so this family is identifiable where free networks aren't.
+    circulation, so this family is identifiable where free networks aren't. Use it for cells that go down a landscape; it can't oscillate.
 
     Args:
-        dim: the number of components of the state, ``d``.
-        width: the width of the two hidden layers.
-        time: whether the landscape may change with time.
-        centre: as in :class:`NeuralDrift`.
-        scale: as in :class:`NeuralDrift`.
-        horizon: as in :class:`NeuralDrift`.
-        start_time: as in :class:`NeuralDrift`.
+        dim: The number ``d`` of components of the state.
+        width: The width of the two hidden layers.
+        time: Whether the landscape may change with time.
+        centre: The middle :math:`m` of the data, ``(d,)``; zero if None.
+        scale: The size :math:`\varsigma` of the data, a number or ``(d,)``.
+        horizon: The time :math:`T` over which particles move by about their scale.
+        start_time: The time that counts as zero.
 
     Example:
         >>> landscape = PotentialDrift(2, width=16)
@@ -165,11 +180,12 @@ class PotentialDrift(_Scaled):
         return self.scale.square().mean() / self.horizon
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         inputs = self._inputs(t, x)
         state = inputs[..., : self.dim]
         below = torch.tanh(self.first(inputs))
         above = torch.tanh(self.second(below))
+        # chain rule through both layers: grad V = W1^T [tanh'(.) * W2^T (tanh'(.) * w)] + kappa x + h, in the units of the data
         inner = F.linear((1 - above.square()) * self.last, self.second.weight.mT)
         gradient = F.linear((1 - below.square()) * inner, self.first.weight[:, : self.dim].mT)
         return -(gradient + self.curvature * state + self.slope) * (self._unit() / self.scale)
@@ -180,11 +196,13 @@ class SumDrift(DriftFamily):
 
     .. math:: b(t,x)=\sum_j b_j(t,x)
 
+    Use it where a mechanism is known but for a part.
+
     Args:
-        families: at least one, of the same dimension.
+        families: The families that are added, at least one, of the same dimension.
 
     Raises:
-        EmptyDataError, ShapeError: on families that don't fit.
+        EmptyDataError, ShapeError: If there is no family, or they differ in dimension.
 
     Example:
         >>> from stochdyn.bridges import LambOseen
@@ -206,16 +224,16 @@ class SumDrift(DriftFamily):
         return list(self.families)  # type: ignore[arg-type]
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         return torch.stack([family(t, x) for family in self._members()]).sum(0)
 
     def linearise(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`DriftFamily.linearise`."""
+        """Return the drift ``(*batch, d)`` and its Jacobian ``(*batch, d, d)``, written out."""
         values, slopes = zip(*(family.linearise(t, x) for family in self._members()), strict=True)
         return torch.stack(values).sum(0), torch.stack(slopes).sum(0)
 
     def affine(self) -> tuple[Tensor, Tensor] | None:
-        """See :meth:`DriftFamily.affine`."""
+        """Return matrix ``(d, d)`` and shift ``(d,)`` of the sum if all members are affine now, else None."""
         parts = [family.affine() for family in self._members()]
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
@@ -231,7 +249,7 @@ class SumDrift(DriftFamily):
         }
 
     def log_prior(self) -> Tensor | None:
-        """See :meth:`DriftFamily.log_prior`."""
+        """Return the sum of the members' log prior densities, or None if none has any."""
         known = [p for p in (family.log_prior() for family in self._members()) if p is not None]
         return torch.stack(known).sum() if known else None
 

@@ -22,12 +22,14 @@ Drift = Callable[[Tensor, Tensor], Tensor]
 class ModuleDrift(DriftFamily):
     """An ``nn.Module`` drift(t, x) as a family; its parameters are those of the family.
 
+    Use it for a network or mechanism that is there as a module already.
+
     Args:
-        module: the drift.
-        dim: ``d``.
+        module: The drift, called as ``module(t, x)``.
+        dim: The number ``d`` of components of the state.
 
     Raises:
-        ShapeError: if the drift of a point ``(1, d)`` has another shape.
+        ShapeError: If the drift of a point ``(1, d)`` has another shape.
 
     Example:
         >>> class Decay(nn.Module):
@@ -47,7 +49,7 @@ class ModuleDrift(DriftFamily):
         _check_drift(module, parameter.new_zeros(1, dim))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         return self.module(t, x)
 
     def named_values(self) -> dict[str, Tensor]:
@@ -61,13 +63,13 @@ class FunctionDrift(DriftFamily):
     Use it for a mechanism that is written down as a formula.
 
     Args:
-        function: ``drift(t, x, rate=1.0, ...)``; every further argument is a number.
-        dim: ``d``.
-        positive: the names of parameters that stay positive, kept as logarithms; none if empty.
+        function: The drift, ``drift(t, x, rate=1.0, ...)``; every further argument is a number.
+        dim: The number ``d`` of components of the state.
+        positive: The names of parameters that stay positive, kept as logarithms; none if empty.
 
     Raises:
-        InvalidInputError: if there are no parameters, a default isn't a number, or a positive one isn't.
-        ShapeError: if the drift of a point ``(1, d)`` has another shape.
+        InvalidInputError: If there are no parameters, a default isn't a number, or a positive one isn't.
+        ShapeError: If the drift of a point ``(1, d)`` has another shape.
 
     Example:
         >>> def decay(t, x, rate=0.5, level=1.0):
@@ -101,7 +103,7 @@ class FunctionDrift(DriftFamily):
         return {name: value.exp() if name in self.positive else value for name, value in raw.items()}
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         return self.function(t, x, **self.values())
 
     def named_values(self) -> dict[str, Tensor]:
@@ -117,17 +119,18 @@ class PyroDrift(DriftFamily):
     .. math:: -\mathrm{KL}(Q\,\|\,R_\theta)\cdot N+\log p(\theta)
 
     so priors act as penalties (the density is that of the constrained values, without the Jacobian of the coordinates, so the
-    optimum doesn't depend on them).
+    optimum doesn't depend on them). Use it where something is known of the parameters beforehand.
 
     Args:
-        model: ``model()`` returns ``drift(t, x)``; sites must not depend on chance other than their own, and plates are allowed.
-        dim: ``d``.
-        init: first values of sites by name, constrained; the others start at the median of prior draws.
+        model: The model: ``model()`` returns ``drift(t, x)``; sites must not depend on chance other than their own, and plates
+            are allowed.
+        dim: The number ``d`` of components of the state.
+        init: The values that sites start from, by name, constrained; the others start at the median of prior draws.
 
     Raises:
-        InvalidInputError: if the model samples nothing or returns no function.
-        UnknownSiteError: if ``init`` names a site that doesn't exist.
-        ShapeError: if the drift of a point ``(1, d)`` has another shape.
+        InvalidInputError: If the model samples nothing or returns no function.
+        UnknownSiteError: If ``init`` names a site that doesn't exist.
+        ShapeError: If the drift of a point ``(1, d)`` has another shape.
 
     Example:
         >>> import pyro
@@ -183,11 +186,11 @@ class PyroDrift(DriftFamily):
             return self.model()
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         return self.drift()(t, x)
 
     def log_prior(self) -> Tensor:
-        """See :meth:`DriftFamily.log_prior`."""
+        """Return the log prior density of the parameters, a scalar with a gradient."""
         return self.log_prior_of(self.values())
 
     def log_prior_of(self, values: dict[str, Tensor]) -> Tensor:
@@ -218,12 +221,12 @@ def as_family(drift: Any, dim: int) -> DriftFamily:
     """Return a family for whatever a user gives: a family, a module ``drift(t, x)``, or a Pyro model ``model()``.
 
     Args:
-        drift: the object.
-        dim: ``d``.
+        drift: The object to make a family of.
+        dim: The number ``d`` of components of the state.
 
     Raises:
-        ShapeError: if it is for another dimension, or returns another shape.
-        InvalidInputError: if it is none of these.
+        ShapeError: If it is for another dimension, or returns another shape.
+        InvalidInputError: If it is none of these.
 
     Example:
         >>> from stochdyn.bridges import LotkaVolterra

@@ -45,16 +45,16 @@ class Chain:
     """A linear-Gaussian process on the grid ``ts (K+1,)``, for ``P`` pairs of ends or one for all.
 
     Attributes:
-        ts: times, in double precision.
-        matrix: ``A (K, d, d, P)``.
-        shift: ``c (K, d, P)``.
-        noise: ``Q (K, d, d, P)``.
-        to_end: ``Psi (K+1, d, d, P)``.
-        end_shift: ``D (K+1, d, P)``.
-        end_noise: ``R (K+1, d, d, P)``, zero at the end.
-        slope: ``J (K+1, d, d, P)``; the drift is ``J z + h``.
-        level: ``h (K+1, d, P)``.
-        spread: ``(d, d)`` covariance rate of the noise.
+        ts: The times of the grid, ``(K+1,)``, in double precision.
+        matrix: The matrices ``A`` of the steps, ``(K, d, d, P)``.
+        shift: The shifts ``c`` of the steps, ``(K, d, P)``.
+        noise: The covariances ``Q`` of the steps, ``(K, d, d, P)``.
+        to_end: The matrices ``Psi`` that lead from each time to the end, ``(K+1, d, d, P)``.
+        end_shift: The shifts ``D`` from each time to the end, ``(K+1, d, P)``.
+        end_noise: The covariances ``R`` of the end given the state at each time, ``(K+1, d, d, P)``, zero at the end.
+        slope: The Jacobians ``J`` of the drift ``J z + h``, ``(K+1, d, d, P)``.
+        level: The levels ``h`` of the drift, ``(K+1, d, P)``.
+        spread: The covariance rate of the noise, ``(d, d)``.
     """
 
     ts: Tensor
@@ -70,6 +70,7 @@ class Chain:
 
     def log_density(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log p(y | x) (P,)`` for ends ``x, y (d, P)``."""
+        # log N(y; Psi_0 x + D_0, R_0)
         gap = y - mv(self.to_end[0], x) - self.end_shift[0]
         precision = inverse(self.end_noise[0])
         constant = log_det(self.end_noise[0]) + self.spread.shape[0] * math.log(2 * math.pi)
@@ -83,6 +84,8 @@ class Chain:
 
     def pin(self, y: Tensor) -> PinnedChain:
         """Condition on the end ``y (d, P)``."""
+        # X_{k+1} given X_k and the end: with K = Q Psi^T R_k^{-1} its mean is (I - K Psi)(A x + c) + K (y - D), and Joseph's form of
+        # its covariance stays positive; the drift gains GG^T grad log p(y | x) = GG^T Psi^T R^{-1} (y - Psi x - D)
         last = mt(self.to_end[1:])
         gain = mm(mm(self.noise, last), inverse(self.end_noise[:-1]))
         keep = identity(gain) - mm(gain, self.to_end[1:])
@@ -101,12 +104,12 @@ class PinnedChain:
     """A chain whose end is known.
 
     Attributes:
-        ts: ``(K+1,)``.
-        matrix: ``(K, d, d, P)`` of the mean of the next state.
-        shift: ``(K, d, P)``.
-        noise: ``(K, d, d, P)`` covariance of the next state.
-        slope: ``(K, d, d, P)``; the drift is ``slope z + level`` at the first ``K`` times.
-        level: ``(K, d, P)``.
+        ts: The times of the grid, ``(K+1,)``.
+        matrix: The matrices of the mean of the next state, ``(K, d, d, P)``.
+        shift: The shifts of the mean of the next state, ``(K, d, P)``.
+        noise: The covariances of the next state, ``(K, d, d, P)``.
+        slope: The Jacobians of the drift, ``(K, d, d, P)``; the drift is ``slope z + level`` at the first ``K`` times.
+        level: The levels of the drift, ``(K, d, P)``.
     """
 
     ts: Tensor

@@ -33,21 +33,25 @@ class GaussianBridge(TiltedMeasure):
 
     which inverts no covariance, so that ends may be degenerate.
 
+    Use it for two ends that are known by their first two moments, and as the exact answer that other bridges are held against;
+    for more than two there is :class:`GaussianChainBridge`.
+
     Args:
-        mean0: :math:`m_0`, ``(d,)``. Its precision and device are those of all answers.
-        cov0: :math:`S_0`, ``(d, d)``, positive semi-definite; zero for a fixed start.
-        mean1: :math:`m_1`, ``(d,)``.
-        cov1: :math:`S_1`, ``(d, d)``.
-        diffusion: :math:`G`: a positive number, ``(d,)``, ``(d, m)`` or a :class:`~stochdyn.core.sde.coefficients.Coefficient`, in
-            units of state per root of time. With ``m < d`` the noise must reach every component through the
-            drift.
-        horizon: :math:`T`, positive.
-        drift_matrix: :math:`A`, ``(d, d)`` in 1/time; None for zero (a Brownian reference).
-        drift_offset: :math:`b`, ``(d,)``; None for zero.
+        mean0: The mean :math:`m_0` of the first end, ``(d,)``. Its precision and device are those of all answers.
+        cov0: The covariance :math:`S_0` of the first end, ``(d, d)``, positive semi-definite; zero for a fixed start.
+        mean1: The mean :math:`m_1` of the last end, ``(d,)``.
+        cov1: The covariance :math:`S_1` of the last end, ``(d, d)``.
+        diffusion: The noise :math:`G` of the reference: a positive number, ``(d,)``, ``(d, m)`` or a
+            :class:`~stochdyn.core.sde.coefficients.Coefficient`, in units of state per root of time. With ``m < d`` the noise
+            must reach every component through the drift.
+        horizon: The time :math:`T` between the ends, positive.
+        drift_matrix: The matrix :math:`A` of the reference's drift, ``(d, d)`` in 1/time; None for zero (a Brownian reference).
+        drift_offset: The offset :math:`b` of the reference's drift, ``(d,)``; None for zero.
 
     Raises:
-        ShapeError, DtypeMismatchError, NonFiniteError, InvalidInputError: on arguments that don't fit.
-        SingularDiffusionError: if the reference can't move some direction within the horizon.
+        ShapeError, DtypeMismatchError, NonFiniteError, InvalidInputError: If arguments don't fit one another, or a covariance
+            isn't one.
+        SingularDiffusionError: If the reference can't move some direction within the horizon.
 
     Example:
         >>> one = torch.ones(1, 1, dtype=torch.float64)
@@ -109,7 +113,7 @@ class GaussianBridge(TiltedMeasure):
         """The law of :math:`(X_0,X_T)`, event ``(2d,)``.
 
         Raises:
-            SingularDiffusionError: if an end is degenerate, so that there is no density.
+            SingularDiffusionError: If an end is degenerate, so that there is no density.
         """
         cov = torch.cat((torch.cat((self.cov0, self._cross), -1), torch.cat((self._cross.mT, self.cov1), -1)))
         return _normal(torch.cat((self.mean0, self.mean1)), cov)
@@ -155,9 +159,9 @@ class GaussianBridge(TiltedMeasure):
         .. math:: b_Q(t,x)=Ax+b+GG^\top\nabla\log h_t(x)
 
         Args:
-            t: a number, or broadcastable to ``x[..., :1]``, of ``[0, horizon]``; before the end if that is
+            t: The times, a number or broadcastable to ``x[..., :1]``, of ``[0, horizon]``; before the end if that is
                 degenerate.
-            x: points.
+            x: The states, ``(..., d)``.
         """
         check_event_size(x, self.dim, "x")
         check_same_dtype(x=x, mean0=self.mean0)
@@ -171,7 +175,7 @@ class GaussianBridge(TiltedMeasure):
         """Return the bridge as a :class:`~stochdyn.core.law.diffusion.DiffusionMeasure`, for control and Girsanov weights.
 
         Raises:
-            SingularDiffusionError: if the first end is degenerate.
+            SingularDiffusionError: If the first end is degenerate.
         """
         return DiffusionMeasure(_normal(self.mean0, self.cov0), self.to_sde(), start_time=0.0)
 
@@ -188,6 +192,7 @@ def _couple(
 ) -> tuple[EndPotential, Tensor]:
     """Return the end's potential and the covariance of both ends."""
     phi, shift, factor = _whole(reference, horizon)
+    # both ends in coordinates u, v where the reference adds standard noise between them; there the coupling is in closed form
     white = torch.linalg.solve_triangular(factor, phi, upper=False)
     start = symmetrise(white @ cov0 @ white.mT)
     end = torch.linalg.solve_triangular(factor, cov1, upper=False)
@@ -208,6 +213,7 @@ def _conditional(a: Tensor, b: Tensor) -> Tensor:
     The other end has variance ``b``, and the reference unit noise between them.
     """
     factor = psd_factor(a)
+    # g(M) = 2 (I + (I + 4 M)^{1/2})^{-1} by eigenvalues of M = L^T b L
     values, vectors = torch.linalg.eigh(symmetrise(factor.mT @ b @ factor))
     basis = factor @ vectors
     return symmetrise((basis * (2 / (1 + (1 + 4 * values.clamp_min(0)).sqrt()))) @ basis.mT)

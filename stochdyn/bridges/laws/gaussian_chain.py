@@ -29,15 +29,15 @@ class GaussianChainBridge(PiecewiseMeasure):
     Use it where snapshots are known by their first two moments; for two of them there is :class:`GaussianBridge`.
 
     Args:
-        times: the times of the snapshots, ``(I,)``.
-        means: their means, ``(I, d)``.
-        covs: their covariances, ``(I, d, d)``.
-        diffusion: the noise of the reference, as in :class:`~stochdyn.bridges.GaussianBridge`.
-        drift_matrix: the matrix of the reference's drift, ``(d, d)`` in 1/time; None for zero.
-        drift_offset: the offset of its drift, ``(d,)``; None for zero.
+        times: The times of the snapshots, ``(I,)``.
+        means: The means of the snapshots, ``(I, d)``.
+        covs: The covariances of the snapshots, ``(I, d, d)``.
+        diffusion: The noise of the reference, as in :class:`~stochdyn.bridges.GaussianBridge`.
+        drift_matrix: The matrix of the reference's drift, ``(d, d)`` in 1/time; None for zero.
+        drift_offset: The offset of the reference's drift, ``(d,)``; None for zero.
 
     Raises:
-        TimeGridError, ShapeError, InvalidInputError: on arguments that don't fit.
+        TimeGridError, ShapeError, InvalidInputError: If arguments don't fit one another.
 
     Example:
         >>> times = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
@@ -82,7 +82,7 @@ class GaussianChainBridge(PiecewiseMeasure):
 
     @property
     def like(self) -> Tensor:
-        """See :meth:`stochdyn.core.GaussianPathMeasure.like`."""
+        """A tensor of the precision and on the device of all answers."""
         return self.bridges[0].mean0
 
     @property
@@ -91,16 +91,16 @@ class GaussianChainBridge(PiecewiseMeasure):
         return list(self._links)  # type: ignore[arg-type]
 
     def step(self, index: int, start: Tensor, stop: Tensor) -> Transition:
-        """See :meth:`stochdyn.core.gaussian.PiecewiseMeasure.step`."""
+        """Return the transition between two times after snapshot ``index``, within its interval."""
         dtype = self.like.dtype
         return self.bridges[index].transition(start.to(dtype), stop.to(dtype))
 
     def start_of(self, index: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`stochdyn.core.gaussian.PiecewiseMeasure.start_of`."""
+        """Return mean ``(d,)`` and covariance ``(d, d)`` of the state at snapshot ``index``."""
         return self.bridges[index].mean0, self.bridges[index].cov0
 
     def affine_drift_in(self, index: int, elapsed: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`stochdyn.core.gaussian.PiecewiseMeasure.affine_drift_in`."""
+        """Return matrix and offset of the drift at times after snapshot ``index``, within its interval."""
         return self.bridges[index].affine_drift(elapsed.to(self.like.dtype))
 
     @property

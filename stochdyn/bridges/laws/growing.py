@@ -52,15 +52,15 @@ class GrowingBridge(PathMeasure):
     Use it for cells that divide and die; for the balanced law use :class:`SchrodingerBridge`.
 
     Args:
-        snapshots: what was seen.
-        growth: None, or the share :math:`\kappa`, from 0 to 1.
-        trend: a fitted :class:`DensityTrend` for a share; one with its defaults if None.
-        reference: the drift of the bridges; Brownian if None. See :class:`SchrodingerBridge`.
-        diffusion: their noise.
-        options: others of :class:`SchrodingerBridge`, such as ``dt``, ``tolerance`` or ``relaxation``.
+        snapshots: The snapshots to pass through.
+        growth: The share :math:`\kappa` of growth, from 0 to 1, or None for growth that motion can't explain.
+        trend: The fitted :class:`DensityTrend` that a share is taken of; one with its defaults if None.
+        reference: The drift of the reference; Brownian motion if None. See :class:`SchrodingerBridge`.
+        diffusion: The noise of the reference, in units of state per root of time.
+        options: Further arguments of :class:`SchrodingerBridge`, such as ``dt``, ``tolerance`` or ``relaxation``.
 
     Raises:
-        InvalidInputError: if the share isn't between 0 and 1, or a relaxation is given beside it.
+        InvalidInputError: If the share isn't between 0 and 1, or a relaxation is given beside it.
 
     Example:
         >>> branches = torch.cat((torch.linspace(-3, -2, 10), torch.linspace(2, 3, 10)))[:, None]
@@ -155,6 +155,7 @@ class GrowingBridge(PathMeasure):
 
     def _cost(self) -> float:
         """Ten times the median of what pairs of the balanced coupling move, in nats."""
+        # |z|^2 / 2 with z how far a partner is from where it is expected, in units of the noise: what motion costs a pair
         balanced = self.bridge.like().solve()
         values, weights = [], []
         for i, (plan, part) in enumerate(zip(balanced.plans, balanced._transitions, strict=True)):

@@ -49,9 +49,9 @@ class TiltedCoupling:
     r"""The weights :math:`P_{ab}\sum_j e^{\alpha_{ja}+\beta_{jb}}` of pairs.
 
     Attributes:
-        base: :math:`P`.
-        rows: ``(J, n)``.
-        columns: ``(J, m)``.
+        base: The coupling :math:`P` that is tilted.
+        rows: The log factors :math:`\alpha` of the rows, ``(J, n)``.
+        columns: The log factors :math:`\beta` of the columns, ``(J, m)``.
     """
 
     base: TransportPlan
@@ -84,10 +84,10 @@ class Births:
     """Paths that go on as those of other pairs, after a death and a birth.
 
     Attributes:
-        path: ``(k,)`` which paths.
-        share: ``(k,)`` when, as a share of the interval.
-        first: ``(k,)`` the new first particle.
-        second: ``(k,)`` the new second one.
+        path: The indices of the paths, ``(k,)``.
+        share: The times of death and birth, ``(k,)``, as shares of the interval.
+        first: The first particles of the new pairs, ``(k,)``.
+        second: The second particles of the new pairs, ``(k,)``.
     """
 
     path: Tensor
@@ -100,16 +100,17 @@ class Growth:
     r"""How the weights of the pairs of one coupling change over its interval.
 
     Args:
-        plan: the coupling :math:`P`.
-        rows: :math:`\alpha`, ``(K+1, n)`` at ``K + 1`` equally spaced times.
-        columns: :math:`\beta`, ``(K+1, m)``.
-        log_mass: the log of the factor by which the whole population grows.
+        plan: The coupling :math:`P`.
+        rows: The log factors :math:`\alpha` of the rows, ``(K+1, n)`` at ``K + 1`` equally spaced times.
+        columns: The log factors :math:`\beta` of the columns, ``(K+1, m)``.
+        log_mass: The log of the factor by which the whole population grows.
     """
 
     def __init__(self, plan: TransportPlan, rows: Tensor, columns: Tensor, log_mass: float = 0.0) -> None:
         self.plan, self.log_mass = plan, log_mass
         rows = rows.double() - rows.double().amax(1, keepdim=True)
         columns = columns.double() - columns.double().amax(1, keepdim=True)
+        # normalising constants sum_ab P_ab exp(alpha_a + beta_b) at every node, by blocks of rows
         total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         self.row_sums = torch.zeros_like(rows)
         for own, block in plan.blocks():
@@ -136,6 +137,7 @@ class Growth:
         rows, columns = self.rows[k : k + 2], self.columns[k : k + 2]
         if not rest:
             return TiltedCoupling(self.plan, rows[:1], columns[:1])
+        # between nodes weights are linear: the mixture of the two tilted couplings
         parts = torch.tensor([[1 - rest], [rest]], dtype=rows.dtype, device=rows.device).log()
         return TiltedCoupling(self.plan, rows + parts, columns)
 
@@ -174,6 +176,7 @@ class Growth:
         a, b = first.clone(), self.partners(first, 0, generator)
         start, births = b.clone(), []
         for k in range(len(self.rows) - 1):
+            # log q_{k+1} / q_k of each path's pair; it dies with probability 1 - q_{k+1} / q_k where the pair loses weight
             change = (self.rows[k + 1] - self.rows[k])[a] + (self.columns[k + 1] - self.columns[k])[b]
             uniform = torch.rand(len(a), generator=generator, dtype=torch.float64, device=a.device)
             dead = (uniform > change.exp()).nonzero()[:, 0]

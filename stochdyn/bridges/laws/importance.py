@@ -32,12 +32,12 @@ def weighted_paths(
     """Draw pinned paths in opposite pairs, and what they weigh under the nonlinear drift.
 
     Args:
-        family: the drift.
-        chain: its linearisation for the pairs.
-        x: ``(d, P)`` first ends.
-        y: ``(d, P)`` second ends.
-        repeats: paths per pair, even.
-        generator: source of randomness.
+        family: The nonlinear drift.
+        chain: The linearisation of the drift about the paths of the pairs.
+        x: The first ends of the pairs, ``(d, P)``.
+        y: The second ends of the pairs, ``(d, P)``.
+        repeats: The number of paths per pair, an even number.
+        generator: The source of randomness: a ``torch.Generator``, or None for torch's global one.
 
     Returns:
         States ``(R, K+1, d, P)``, innovations ``(R, K, d, P)``, log weights ``(R, P)``.
@@ -57,6 +57,7 @@ def weighted_paths(
     moved = (
         states[:, 1:] - mv(chain.matrix, now) - chain.shift
     )  # what the noise of the linear process brought
+    # Z = sum (b - b~)^T a^{-1} (dX - b~ dt) - h/2 |b - b~|^2, by Euler's rule, with the exact innovation for dX - b~ dt
     terms = (weighed * (moved - 0.5 * h * gap)).sum((1, 2))
     return states, increments, terms
 

@@ -54,9 +54,10 @@ class GaussianProcessDrift(DriftRegression):
     States and times are measured in standard deviations of those that it is fitted to, so that the answer doesn't depend on units.
 
     Args:
-        lengthscale: :math:`\ell`, in these standard deviations.
-        variance: :math:`s^2`, in squared units of the drift; the mean square of the rates that it is fitted to if None.
-        mean: the prior mean, such as the reference's drift; zero if None.
+        lengthscale: The length scale :math:`\ell` of the kernel, in these standard deviations.
+        variance: The prior variance :math:`s^2`, in squared units of the drift; the mean square of the rates that it is fitted
+            to if None.
+        mean: The prior mean, a function of times and states such as the reference's drift; zero if None.
 
     Reference: Vargas, Thodoroff, Lamacraft & Lawrence (2021), Solving Schrödinger bridges via maximum likelihood.
     """
@@ -84,12 +85,13 @@ class GaussianProcessDrift(DriftRegression):
         return (torch.cat((x, t), -1) - self.centre) / self.scale
 
     def fit(self, t: Tensor, x: Tensor, rate: Tensor, noise: float) -> None:
-        """See :meth:`DriftRegression.fit`."""
+        """Learn the drift from rates ``(N, d)`` at times ``(N, 1)`` and states ``(N, d)``."""
         _register_units(self, t, x)
         target = rate if self.mean is None else rate - self.mean(t, x)
         strength = target.square().mean() if self.variance is None else target.new_tensor(self.variance)
         self.register_buffer("strength", strength.clamp_min(torch.finfo(x.dtype).tiny))
         self.register_buffer("inputs", self._standard(t, x))
+        # the mean of the Gaussian process: k(x, X) (K + noise I)^{-1} (rates - prior mean)
         kernel = self._kernel(self.inputs, self.inputs)
         kernel.diagonal().add_(noise + 1e-6 * self.strength)
         self.register_buffer("weights", torch.cholesky_solve(target, torch.linalg.cholesky(kernel)))
@@ -105,11 +107,11 @@ class NetworkDrift(DriftRegression):
     """A network fitted by Adam on all increments, in standard deviations of its inputs and targets.
 
     Args:
-        dim: the number of components of the state.
-        width: the width of the two hidden layers.
-        steps: the number of steps of Adam.
-        lr: its learning rate.
-        mean: what is added to the network; zero if None.
+        dim: The number of components of the state.
+        width: The width of the two hidden layers.
+        steps: The number of steps of Adam.
+        lr: The learning rate of Adam.
+        mean: The function of times and states that is added to the network; zero if None.
     """
 
     centre: Tensor
@@ -126,7 +128,7 @@ class NetworkDrift(DriftRegression):
         self.steps, self.lr, self.mean = steps, lr, mean
 
     def fit(self, t: Tensor, x: Tensor, rate: Tensor, noise: float) -> None:
-        """See :meth:`DriftRegression.fit`."""
+        """Learn the drift from rates ``(N, d)`` at times ``(N, 1)`` and states ``(N, d)``."""
         self.net.to(x)
         _register_units(self, t, x)
         inputs = (torch.cat((x, t), -1) - self.centre) / self.scale
@@ -169,14 +171,15 @@ class IPFBridge(LearnedBridge):
     Use it for comparison with published results.
 
     Args:
-        snapshots: what was seen.
-        reference: the drift; as for :class:`~stochdyn.bridges.SchrodingerBridge`.
-        diffusion: the noise, one number for all components.
-        dt: the step of Euler's scheme; a twenty-fifth of the shortest interval if None.
-        max_iterations: the number of pairs of half steps.
-        learner: how drifts are regressed: ``"gp"``, ``"neural"``, or a function that makes a :class:`DriftRegression`.
-        prior_mean: whether drifts are regressed as deviations from the reference's (not as published).
-        seed: the seed of the simulations and of the networks.
+        snapshots: The snapshots to pass through.
+        reference: The drift of the reference, as for :class:`~stochdyn.bridges.SchrodingerBridge`.
+        diffusion: The noise of the reference, one number for all components.
+        dt: The step of Euler's scheme; a twenty-fifth of the shortest interval if None.
+        max_iterations: The number of pairs of half steps.
+        learner: The way in which drifts are regressed: ``"gp"``, ``"neural"``, or a function that makes a
+            :class:`DriftRegression`.
+        prior_mean: Whether drifts are regressed as deviations from the reference's (not as published).
+        seed: The seed of the simulations and of the networks.
 
     Reference: Vargas et al. (2021), algorithm 2; Shen, Berlinghieri & Broderick (2025), section 4.
     """
@@ -248,6 +251,7 @@ class IPFBridge(LearnedBridge):
 
     def _regress(self, path: Tensor, ts: Tensor) -> DriftRegression:
         """Learn the drift of the reversed path; ``ts`` are the times of ``path``."""
+        # the reversed path's increments over their durations have the backward drift for mean, and variance sigma^2 / h
         states, clock = path.flip(0), ts.flip(0)
         size = ts.diff().abs().to(path)[:, None, None].flip(0)
         rate = states.diff(dim=0) / size
@@ -370,6 +374,7 @@ class IPFBridge(LearnedBridge):
             start = self.snapshots[i].draw(min(num_samples, len(self.snapshots[i])), generator)
             path = self._run(drift, start, ts, generator)
             for t, dt, x in zip(ts[:-1], ts.diff(), path[:-1], strict=True):
+                # Girsanov's divergence of one step: h |b_q - b|^2 / (2 sigma^2)
                 gap = drift(t.to(x), x) - self.family(t.to(x), x)
                 total += 0.5 * float(dt) / self.sigma**2 * gap.square().sum(-1).double().mean()
         return total

@@ -67,6 +67,7 @@ class Side:
         second = self.y.expand(n, -1, -1).reshape(-1, d)
         chain = part.chain(first, second, grid)
         density = chain.log_density(first.mT, second.mT).reshape(n, m)
+        # grad_x log N(y; Psi x + D, R) = Psi^T R^{-1} (y - Psi x - D)
         gap = second.mT - mv(chain.to_end[0], first.mT) - chain.end_shift[0]
         slopes = mv(mm(mt(chain.to_end[0]), inverse(chain.end_noise[0])), gap)
         return torch.softmax(self.logs(time)[1].to(x) + density, -1), slopes.reshape(d, n, m)
@@ -81,6 +82,7 @@ class Side:
         second = x[:, None].expand(-1, k, -1).reshape(-1, d)
         chain = part.chain(first, second, grid)
         density = chain.log_density(first.mT, second.mT).reshape(n, k)
+        # minus grad_x log N(x; Psi x_a + D, R) = R^{-1} (x - Psi x_a - D)
         gap = second.mT - mv(chain.to_end[0], first.mT) - chain.end_shift[0]
         slopes = mv(inverse(chain.end_noise[0]), gap)
         return torch.softmax(self.logs(time)[0].to(x) + density, -1), slopes.reshape(d, n, k)
@@ -140,11 +142,13 @@ def mean_velocity(
     r"""Return :math:`\tfrac12(b_++b_-)`, of which there is only one part at the first and at the last snapshot.
 
     Args:
-        snapshots: what the bridge passes through.
-        t: times that broadcast to ``x[..., :1]``.
-        x: the states, ``(*batch, d)``.
-        forward: the drift of an interval at one time and states ``(n, d)``; at a snapshot that of the interval after it counts.
-        backward: that of the process run backward, in the direction of time; at a snapshot that of the interval before it.
+        snapshots: The snapshots that the bridge passes through.
+        t: The times, which broadcast to ``x[..., :1]``.
+        x: The states, ``(*batch, d)``.
+        forward: A function that returns the drift of an interval at one time and states ``(n, d)``; at a snapshot the interval
+            after it counts.
+        backward: A function that returns the drift of the process run backward, in the direction of time; at a snapshot the
+            interval before it counts.
     """
     times = snapshots.times
     first, last = float(times[0]), float(times[-1])

@@ -47,9 +47,9 @@ class LearnedBridge(PathMeasure):
         """Draw trajectories by the forward drifts from the first snapshot.
 
         Args:
-            ts: ``(T,)`` times within the span of the snapshots.
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            ts: The times of the paths, ``(T,)``, within the span of the snapshots.
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             Paths with ``x (*sample, T, d)`` and ``dw (*sample, T-1, d)``, the increments of the noise that drove them.

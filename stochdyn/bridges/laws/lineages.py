@@ -29,7 +29,7 @@ def check_span(first: object, last: object, count: int) -> tuple[int, int]:
     """Return indices of two snapshots, the first before the last; negative ones count from the end.
 
     Raises:
-        InvalidInputError: if they aren't.
+        InvalidInputError: If they aren't.
     """
     found = []
     for name, value in (("first", first), ("last", last)):
@@ -91,7 +91,7 @@ def one_hot(labels: Sequence[Any], size: int) -> tuple[list[Any], Tensor]:
     """Return the classes in order, and the membership ``(m, k)`` of every particle.
 
     Raises:
-        ShapeError: if there isn't one label per particle.
+        ShapeError: If there isn't one label per particle.
     """
     own = np.asarray(labels)
     if own.shape != (size,):
@@ -108,8 +108,8 @@ def weights_of(members: Any, size: int, device: torch.device) -> Tensor:
     """Return weights ``(size,)`` that sum to one, from weights, a mask, or indices of particles.
 
     Raises:
-        ShapeError: if they don't fit.
-        InvalidInputError: if an index doesn't exist, or weights are negative or all zero.
+        ShapeError: If they don't fit.
+        InvalidInputError: If an index doesn't exist, or weights are negative or all zero.
     """
     own = torch.as_tensor(members) if not isinstance(members, Tensor) else members
     if not own.is_floating_point() and own.dtype != torch.bool:

@@ -34,11 +34,11 @@ class Transition(ABC):
     """The reference process between the times ``start`` and ``end``.
 
     Args:
-        family: the drift.
-        spread: ``(d, d)`` covariance rate of the noise.
-        start: time of the first snapshot.
-        end: time of the second one.
-        dt: largest spacing of the inner time grid.
+        family: The drift of the reference.
+        spread: The covariance rate of the noise, ``(d, d)``.
+        start: The time of the first snapshot.
+        end: The time of the second snapshot.
+        dt: The largest spacing of the inner time grid.
     """
 
     def __init__(self, family: DriftFamily, spread: Tensor, start: float, end: float, dt: float) -> None:
@@ -84,7 +84,7 @@ class AffineTransition(Transition):
         return -0.5 * torch.logdet(2 * torch.pi * self.noise)
 
     def log_kernel(self, x: Tensor, y: Tensor) -> Tensor:
-        """See :meth:`Transition.log_kernel`."""
+        """Return the exact ``log p(y_b | x_a)``, ``(n, m)``."""
         before, after = self.whitened(x, y)
         distance = torch.cdist(before, after, compute_mode="donot_use_mm_for_euclid_dist")
         return -0.5 * distance.square() + self.log_constant()
@@ -112,16 +112,17 @@ class LinearisedTransition(Transition):
     """A nonlinear drift, linearised about a path of its own for every pair.
 
     Args:
-        family: the drift.
-        spread: ``(d, d)``.
-        start: time of the first snapshot.
-        end: time of the second one.
-        dt: largest spacing of the inner time grid.
-        passes: how often nominal paths are improved before the density is taken.
-        corrections: paths per pair for importance weights of the density, an even number; see :mod:`stochdyn.bridges.laws.importance`.
+        family: The drift of the reference.
+        spread: The covariance rate of the noise, ``(d, d)``.
+        start: The time of the first snapshot.
+        end: The time of the second snapshot.
+        dt: The largest spacing of the inner time grid.
+        passes: The number of times that nominal paths are improved before the density is taken.
+        corrections: The number of paths per pair for importance weights of the density, an even number; see
+            :mod:`stochdyn.bridges.laws.importance`.
 
     Attributes:
-        stiffness: largest product of the step and the norm of the drift's Jacobian that was met last; the expansion means
+        stiffness: The largest product of the step and the norm of the drift's Jacobian that was met last; the expansion means
             nothing far above one.
     """
 
@@ -141,6 +142,7 @@ class LinearisedTransition(Transition):
 
     def _chain(self, x: Tensor, y: Tensor, grid: Tensor) -> Chain:
         x, y = x.mT.contiguous(), y.mT.contiguous()
+        # from the straight line on, each pass takes the pinned mean for the next nominal path, and its drift for the velocity
         lam = ((grid - grid[0]) / (grid[-1] - grid[0])).to(x)[:, None, None]
         velocity = ((y - x) / float(grid[-1] - grid[0])).expand(len(grid), -1, -1)
         chain = self._linearise(x + lam * (y - x), velocity, grid)
@@ -153,7 +155,7 @@ class LinearisedTransition(Transition):
         return chain
 
     def log_kernel(self, x: Tensor, y: Tensor) -> Tensor:
-        """See :meth:`Transition.log_kernel`; of many pairs by :meth:`log_kernel_by_rows`."""
+        """Return ``log p(y_b | x_a)``, ``(n, m)``, linearised for each pair; of many pairs by :meth:`log_kernel_by_rows`."""
         n, m, d = x.shape[0], y.shape[0], x.shape[1]
         if n * m > _MAX_PAIRS and not self.corrections:
             return self.log_kernel_by_rows(x, y)
@@ -175,12 +177,16 @@ class LinearisedTransition(Transition):
 
         It costs one linearisation per row. What it leaves out is of second order in the distance of partners from where they are expected.
         """
-        path = x
-        for start, end in itertools.pairwise(self.ts.tolist()):
-            h, early, late = end - start, torch.as_tensor(start).to(x), torch.as_tensor(end).to(x)
-            first = self.family(early, path)
-            path = path + 0.5 * h * (first + self.family(late, path + h * first))
-        chain = self.chain(x, path)
+        path, velocity, clock = [x], [], self.ts.to(x)
+        for early, late in itertools.pairwise(clock):
+            # Heun's rule for the path without noise, which is the pinned path of its own end: no passes are needed
+            velocity.append(self.family(early, path[-1]))
+            ahead = self.family(late, path[-1] + (late - early) * velocity[-1])
+            path.append(path[-1] + 0.5 * (late - early) * (velocity[-1] + ahead))
+        velocity.append(self.family(clock[-1], path[-1]))
+        chain = self._linearise(
+            torch.stack(path).mT.contiguous(), torch.stack(velocity).mT.contiguous(), self.ts
+        )
         mean = (mv(chain.to_end[0], x.mT) + chain.end_shift[0]).mT
         factor = cholesky(chain.end_noise[0]).movedim(-1, 0)
         constant = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * x.shape[1] * math.log(2 * math.pi)
@@ -245,6 +251,7 @@ def _conjugate(a: Tensor, spread: Tensor) -> Tensor:
 
 def _to_end(matrix: Tensor, shift: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return matrix, shift and covariance of the end given each state, by the backward recursion."""
+    # backward from the end: Psi_k = Psi_{k+1} A_k, D_k = D_{k+1} + Psi_{k+1} c_k, R_k = R_{k+1} + Psi_{k+1} Q_k Psi_{k+1}^T
     psi = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)[..., None].expand_as(matrix[0])
     d, r = torch.zeros_like(shift[0]), torch.zeros_like(noise[0])
     maps, shifts, covariances = [psi], [d], [r]

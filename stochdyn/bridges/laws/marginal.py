@@ -22,10 +22,11 @@ class BridgeMarginal(Marginal):
     .. math:: q_t=\sum_sw_s\,N(m_s,\,V_s)
 
     Attributes:
-        time: the time.
-        means: ``(S, d)`` means of the components.
-        factors: ``(S, d, d)`` or ``(1, d, d)`` lower factors of their covariances, or None for points.
-        weights: ``(S,)`` weights of the components, which sum to one.
+        time: The time at which the law is taken.
+        means: The means of the components, ``(S, d)``.
+        factors: The lower Cholesky factors of the components' covariances, ``(S, d, d)``, or ``(1, d, d)`` for one that all
+            share; None for points.
+        weights: The weights of the components, ``(S,)``, which sum to one.
     """
 
     def __init__(self, time: float, means: Tensor, factors: Tensor | None, weights: Tensor) -> None:
@@ -50,6 +51,7 @@ class BridgeMarginal(Marginal):
     @property
     def covariance(self) -> Tensor:
         """The covariance, ``(d, d)``."""
+        # law of total variance: that of the components' means, and the mean of their covariances
         centred = self.means - self.mean
         between = centred.mT @ (self.weights[:, None] * centred)
         if self.factors is None:
@@ -61,7 +63,7 @@ class BridgeMarginal(Marginal):
         """Return the log density ``(...)`` at ``x (..., d)``.
 
         Raises:
-            UnavailableError: at the time of a snapshot, where the law has no density.
+            UnavailableError: If this is the law at a snapshot, which is a set of points and has no density.
         """
         if self.factors is None:
             raise UnavailableError(
@@ -71,6 +73,7 @@ class BridgeMarginal(Marginal):
             )
         check_event_size(x, self.means.shape[1], "x")
         flat = x.reshape(-1, x.shape[-1])
+        # log sum_s w_s N(x; m_s, L_s L_s^T), in blocks of points
         constant = self.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         offset = self.weights.log() - constant - 0.5 * x.shape[-1] * math.log(2 * math.pi)
         rows = max(1, _CHUNK_NUMBERS // self.means.numel())

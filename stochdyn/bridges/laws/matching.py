@@ -92,20 +92,20 @@ class BridgeMatching(LearnedBridge):
     :class:`~stochdyn.bridges.SchrodingerBridge` would need more noise or more memory. The law is ready after :meth:`solve`.
 
     Args:
-        snapshots: what the bridge passes through.
-        diffusion: :math:`\sigma` of the reference, in units of state per root of time.
-        rate: the mean reversion of the reference, in 1/time; zero for Brownian motion.
-        mean: the mean of the reference, a number or ``(d,)``.
-        width: the width of the networks' hidden layers; zero for drifts that are affine in the state, enough for Gaussians.
-        num_pairs: the size of the cache for each interval and direction.
-        batch_size: the number of pairs of each interval and direction per step.
-        refresh: the number of steps between renewals of the cache.
-        num_steps: the number of time steps of the simulation of an interval (Heun's method).
-        coupling: the first coupling: ``"independent"``, or ``"sinkhorn"`` of random minibatches of 512.
+        snapshots: The snapshots that the bridge passes through.
+        diffusion: The noise :math:`\sigma` of the reference, in units of state per root of time.
+        rate: The mean reversion of the reference, in 1/time; zero for Brownian motion.
+        mean: The mean of the reference, a number or ``(d,)``.
+        width: The width of the networks' hidden layers; zero for drifts that are affine in the state, enough for Gaussians.
+        num_pairs: The size of the cache for each interval and direction.
+        batch_size: The number of pairs of each interval and direction per step.
+        refresh: The number of steps between renewals of the cache.
+        num_steps: The number of time steps of the simulation of an interval (Heun's method).
+        coupling: The first coupling: ``"independent"``, or ``"sinkhorn"`` of random minibatches of 512.
 
     Raises:
-        DiffusionError: if the diffusion isn't positive.
-        InvalidInputError: for sizes that aren't positive, or an unknown coupling.
+        DiffusionError: If the diffusion isn't positive.
+        InvalidInputError: If a size isn't positive, or the coupling is unknown.
 
     Example:
         >>> snaps = Snapshots([0.0, 1.0], [torch.randn(200, 2), 1 + torch.randn(200, 2)])
@@ -183,13 +183,13 @@ class BridgeMatching(LearnedBridge):
         """Train by :func:`stochdyn.fit` with a learning rate that falls to nothing, and keep the average weights.
 
         Args:
-            steps: the number of steps of the optimiser.
+            steps: The number of steps of the optimiser.
             lr: The first learning rate of networks; 0.002 if None.
-            seed: the seed of the whole training.
-            progress: whether to show a bar.
-            checkpoint: the directory that is saved to; see :func:`stochdyn.fit`.
-            resume: whether to continue the run that is there.
-            options: further arguments of :func:`stochdyn.fit`.
+            seed: The seed of the whole training.
+            progress: Whether to show a progress bar, after two seconds.
+            checkpoint: The directory that the run is saved to; see :func:`stochdyn.fit`.
+            resume: Whether to continue the run that is saved in ``checkpoint``.
+            options: Further arguments of :func:`stochdyn.fit`.
 
         Returns:
             The :class:`~stochdyn.run.result.FitResult`.
@@ -252,9 +252,9 @@ class BridgeMatching(LearnedBridge):
         """Draw pairs ``(*sample, d)``, ``(*sample, d)`` of neighbouring snapshots' states, by the forward network.
 
         Args:
-            interval: which interval, from 0.
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            generator: the source of randomness.
+            interval: The index of the interval, from 0.
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
         """
         check_positive_int(interval, "interval", 0)
         if interval >= len(self.snapshots) - 1:

@@ -111,6 +111,7 @@ class MatchingRegression(Objective):
         elapsed, remaining = s * self.duration, (1 - s) * self.duration
         rate = s.new_tensor(self.rate)
         first, last, variance = bridge_coefficients(rate, elapsed, remaining)
+        # X_t of the pinned reference is Gaussian: a mean that is linear in both ends, and a variance common to all components
         x = self.mean + first * (begin - self.mean) + last * (goal - self.mean)
         x = x + self.diffusion * variance.sqrt() * torch.randn_like(begin)
         pull = bridge_drift(rate, remaining, x - self.mean, goal - self.mean)
@@ -219,10 +220,10 @@ class IntervalDrift(nn.Module):
     starts as zero, is trained.
 
     Args:
-        num_intervals: ``I``.
-        centre: :math:`m`, ``(d,)``.
-        scale: :math:`\varsigma`, ``(d,)``.
-        width: the width of the two hidden layers; zero for the affine part alone.
+        num_intervals: The number ``I`` of intervals.
+        centre: The middle :math:`m` of the data, ``(d,)``.
+        scale: The size :math:`\varsigma` of the data, ``(d,)``.
+        width: The width of the two hidden layers; zero for the affine part alone.
     """
 
     centre: Tensor
@@ -283,6 +284,7 @@ class IntervalDrift(nn.Module):
     @torch.no_grad()
     def refit(self) -> None:
         """Set the affine part to the least-squares fit of what has been observed, given the network."""
+        # normal equations of the affine part, with a ridge of a millionth of their mean diagonal
         gram = self.gram.double()
         ridge = 1e-6 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
         gram = gram + ridge[:, None, None] * torch.eye(gram.shape[-1]).to(gram)

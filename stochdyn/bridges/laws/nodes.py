@@ -27,10 +27,10 @@ class DriftNodes:
     .. math:: \mathbb E\int g(t,X_t,u_t)\,dt\approx\sum_jw_j\,g(t_j,x_j,u_j)
 
     Attributes:
-        t: ``(N, 1)`` times.
-        x: ``(N, d)`` states.
-        u: ``(N, d)`` drifts; their conditional mean given time and state is the drift of the law.
-        weight: ``(N,)``, in units of time; they add up to the length of the time span.
+        t: The times of the nodes, ``(N, 1)``.
+        x: The states of the nodes, ``(N, d)``.
+        u: The drifts at the nodes, ``(N, d)``; their conditional mean given time and state is the drift of the law.
+        weight: The weights of the nodes, ``(N,)``, in units of time; they add up to the length of the time span.
     """
 
     t: Tensor
@@ -73,6 +73,7 @@ def choose_pairs(
         if len(kept) <= num_pairs:
             kept = kept.sort().values
             return kept // m, kept % m, mass[kept] / mass[kept].sum()
+    # systematic sampling: equally spaced points on the line of cumulated mass, from one uniform offset
     total = coupling.mass.double()
     offset = torch.rand((), generator=generator, dtype=torch.float64, device=total.device)
     grid = torch.arange(num_pairs, dtype=torch.float64, device=total.device)
@@ -105,6 +106,7 @@ def bridge_nodes(
     opposite random ones. With ``times_per_pair`` each pair sees only that many times, spread evenly, and neighbouring pairs
     see others.
     """
+    # mean and covariance of every pinned process at the quadrature's times, and its drift there, which is affine in the state
     pinned = part.chain(x, y).pin(y.mT.contiguous())
     size, dim = x.shape
     mean = pinned.mean(x.mT.contiguous())[1:-1]
@@ -127,6 +129,7 @@ def bridge_nodes(
         quadrature = pick(quadrature) * (count / times_per_pair)
     factor = cholesky(covariance)
     if dim <= _MAX_CUBATURE:
+        # third-degree cubature: E f(X) = 1/(2d) sum_i f(m +- sqrt(d) L_i)
         columns = math.sqrt(dim) * factor.transpose(0, 2)  # (d columns, d rows, K-1, P)
         offsets = torch.cat((columns, -columns)).transpose(1, 2)
     else:

@@ -8,15 +8,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from stochdyn._checks import (
-    as_seed,
-    as_tensor,
-    check_positive,
-    check_positive_int,
-    check_real,
-)
+from stochdyn._checks import as_tensor, check_positive, check_positive_int, check_real
 from stochdyn.bridges.data.snapshots import Snapshots
-from stochdyn.bridges.laws.hidden_chain import HiddenChain, log_normal, log_standard
+from stochdyn.bridges.laws.hidden_chain import HiddenChain, log_normal
 from stochdyn.bridges.laws.partial_gaussian import PartialGaussianBridge
 from stochdyn.core.gaussian.conditioning import EndPotential, TiltedMeasure, reachable
 from stochdyn.core.sde.coefficients import Coefficient
@@ -31,9 +25,9 @@ def momentum(dim: int, friction: float = 0.0, diffusion: float = 1.0) -> tuple[T
     .. math:: dx=v\,dt,\qquad dv=-\gamma v\,dt+\sigma\,dW
 
     Args:
-        dim: the number of components of a position.
-        friction: :math:`\gamma`, in 1/time.
-        diffusion: :math:`\sigma`, in units of velocity per root of time.
+        dim: The number of components of a position.
+        friction: The friction :math:`\gamma`, in 1/time.
+        diffusion: The noise :math:`\sigma` of the velocity, in units of velocity per root of time.
 
     Returns:
         ``(2 dim, 2 dim)`` and ``(2 dim, dim)``, in double precision.
@@ -66,30 +60,32 @@ class PartialBridge(HiddenChain):
     snapshots; scores against a snapshot compare these.
 
     Args:
-        snapshots: what was seen of the first ``p`` components.
-        drift_matrix: the matrix of the reference's drift, ``(d, d)`` with ``d > p``, in 1/time.
-        diffusion: its noise, a number, ``(d,)`` or ``(d, m)``, which must reach every component through the drift.
-        initial_mean: the mean of the reference at the first snapshot, ``(d,)``.
-        initial_cov: its covariance there, ``(d, d)``. The law depends on it through what is hidden. Where they are None, they are those
-            of :func:`~stochdyn.bridges.laws.unit_information`: what is hidden gets the size that the displacements between snapshots have.
-        num_hidden: the number of draws of the hidden components for each particle.
-        num_rounds: how often they are drawn; 1 keeps the first.
-        tolerance: the largest marginal error, in L1.
-        max_iterations: the largest number of sweeps over the snapshots in each round; forth and back count as two.
-        seed: the seed of the draws.
+        snapshots: The snapshots of the first ``p`` components.
+        drift_matrix: The matrix of the reference's drift, ``(d, d)`` with ``d > p``, in 1/time.
+        diffusion: The noise of the reference, a number, ``(d,)`` or ``(d, m)``, which must reach every component through the
+            drift.
+        initial_mean: The mean of the reference at the first snapshot, ``(d,)``.
+        initial_cov: The covariance of the reference at the first snapshot, ``(d, d)``. The law depends on it through what is
+            hidden. Where they are None, they are those of :func:`~stochdyn.bridges.laws.unit_information`: what is hidden gets
+            the size that the displacements between snapshots have.
+        num_hidden: The number of draws of the hidden components per particle.
+        num_rounds: The number of times that the hidden components are drawn; 1 keeps the first draws.
+        tolerance: The largest L1 error of a snapshot's marginal.
+        max_iterations: The largest number of sweeps over the snapshots in each round; forth and back count as two.
+        seed: The seed of the draws.
 
     Attributes:
-        marginal_errors: the L1 errors of the snapshots' marginals, ``(I,)``, of the law as it is.
-        sweeps: the number of sweeps in the last round.
+        marginal_errors: The L1 errors of the snapshots' marginals, ``(I,)``, of the law as it is.
+        sweeps: The number of sweeps in the last round.
 
     Raises:
-        ShapeError: if the drift doesn't fit.
-        InvalidInputError: if the first law is left out and snapshots say nothing about some hidden component.
-        SingularDiffusionError: if noise doesn't reach every component.
+        ShapeError: If the drift doesn't fit.
+        InvalidInputError: If the first law is left out and snapshots say nothing about some hidden component.
+        SingularDiffusionError: If noise doesn't reach every component.
 
     Warns:
-        ConvergenceWarning: if ``max_iterations`` didn't suffice.
-        ApproximationWarning: if a snapshot rests on few draws.
+        ConvergenceWarning: If ``max_iterations`` didn't suffice.
+        ApproximationWarning: If a snapshot rests on few draws.
 
     Example:
         >>> clouds = [torch.randn(30, 1).double() + 2 * k for k in range(3)]
@@ -115,15 +111,14 @@ class PartialBridge(HiddenChain):
         max_iterations: int = 500,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self._check_options(snapshots, num_hidden, num_rounds, tolerance, max_iterations)
+        super().__init__(snapshots, num_hidden, num_rounds, tolerance, max_iterations, seed)
         drift_matrix = as_tensor(drift_matrix, "drift_matrix", 2, "(d, d)", like=snapshots.samples[0])
         seen, dim = snapshots.dim, drift_matrix.shape[-1]
         if drift_matrix.shape != (dim, dim) or dim <= seen:
             raise ShapeError(
                 "drift_matrix doesn't fit", got=tuple(drift_matrix.shape), expected=f"(d, d) with d > {seen}"
             )
-        self.snapshots, self.seen, self.dim = snapshots, seen, dim
+        self.dim = dim
         like = snapshots.samples[0]
         observe = torch.eye(seen, dim).to(like)
         means = torch.stack([snap.mean for snap in snapshots])
@@ -139,31 +134,24 @@ class PartialBridge(HiddenChain):
                 drift_matrix.to(like), diffusion, initial_mean, initial_cov, tolerance=1e-6,
             )  # fmt: skip
         self.reference = gauss.reference
-        self.register_load_state_dict_post_hook(_refresh)
-        generator = torch.Generator(like.device).manual_seed(as_seed(seed))
-        hidden, log_q = self._first_draws(gauss, num_hidden, generator)
-        self._solve(hidden, log_q, num_rounds, tolerance, max_iterations, generator)
+        generator = torch.Generator(like.device).manual_seed(self.seed)
+        self._solve(*self._draw_around(*self._first_laws(gauss), generator), generator)
 
-    def _first_draws(
-        self, gauss: PartialGaussianBridge, count: int, generator: torch.Generator
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _first_laws(self, gauss: PartialGaussianBridge) -> tuple[list[Tensor], list[Tensor]]:
         """Hidden components given what is seen, under the Gaussian bridge made half as wide again."""
-        hidden, log_q = [], []
+        centres, factors = [], []
         for x, mean, cov in zip(self.snapshots.samples, *gauss.states(), strict=True):
             s = self.seen
+            # hidden given seen under a Gaussian: mean m_h + C_hs C_ss^{-1} (s - m_s), covariance C_hh - C_hs C_ss^{-1} C_sh
             gain = torch.linalg.solve(cov[:s, :s], cov[:s, s:]).mT
-            factor = 1.5 * torch.linalg.cholesky(cov[s:, s:] - gain @ cov[:s, s:])
-            centre = mean[s:] + (x - mean[:s]) @ gain.mT
-            white = torch.randn(
-                len(x), count, self.dim - s, dtype=x.dtype, device=x.device, generator=generator
-            )
-            hidden.append(centre[:, None] + white @ factor.mT)
-            log_q.append(log_standard(white) - factor.diagonal().log().sum())
-        return hidden, log_q
+            factors.append(1.5 * torch.linalg.cholesky(cov[s:, s:] - gain @ cov[:s, s:]))
+            centres.append(mean[s:] + (x - mean[:s]) @ gain.mT)
+        return centres, factors
 
     def _log_kernel(self, k: int, a: Tensor, b: Tensor) -> Tensor:
         span = self.snapshots.durations[k : k + 1].to(self.reference.like.dtype)
         phi, shift = (part[0] for part in self.reference.transition(torch.zeros_like(span), span)[:2])
+        # log N(b; Phi a + c, Q) by distances in coordinates where Q is the identity
         factor = reachable(self.reference, float(span))
         expected = torch.linalg.solve_triangular(factor, (a @ phi.mT + shift).mT, upper=False).mT
         reached = torch.linalg.solve_triangular(factor, b.mT, upper=False).mT
@@ -183,7 +171,3 @@ class PartialBridge(HiddenChain):
         still = torch.zeros(self.dim, self.dim, dtype=a.dtype, device=a.device)
         pinned = TiltedMeasure(self.reference, span, EndPotential.pinned(b), a, still)
         return pinned.sample(clock.to(a.dtype).clamp(0.0, span), (), generator).x
-
-
-def _refresh(bridge: PartialBridge, keys: object) -> None:
-    bridge._refresh()

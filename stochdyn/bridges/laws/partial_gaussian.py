@@ -39,27 +39,31 @@ class PartialGaussianBridge(PiecewiseMeasure):
     by iterative proportional fitting in information form, one snapshot after the other, forth and back, with
     messages, so that a sweep costs :math:`O(I d^3)`.
 
+    Use it where what is seen is known by two moments only; for particles there is :class:`PartialBridge`.
+
     Args:
-        times: ``(I,)``.
-        means: :math:`m_k`, ``(I, p)``.
-        covs: :math:`S_k`, ``(I, p, p)``, positive definite.
-        observe: :math:`H`, ``(p, d)``; ``torch.eye(p, 2 * p)`` sees positions of a state (position, velocity).
-        drift_matrix: of the reference, ``(d, d)``.
-        diffusion: of the reference, a number, ``(d,)``, ``(d, m)`` or a coefficient. The noise must reach
-            every component through the drift.
-        initial_mean: the mean of the reference at the first snapshot, ``(d,)``.
-        initial_cov: its covariance, positive definite. The law depends on it where the state isn't seen. If both are None, they are
-            those of :func:`unit_information`, which come from the snapshots and so have their units.
-        drift_offset: ``(d,)``; None for zero.
-        tolerance: the largest change of a snapshot's moments from their targets in a sweep, relative to their spread.
-        max_iterations: the largest number of sweeps; forth and back count as two.
+        times: The times of the snapshots, ``(I,)``.
+        means: The means :math:`m_k` of what is seen, ``(I, p)``.
+        covs: The covariances :math:`S_k` of what is seen, ``(I, p, p)``, positive definite.
+        observe: The matrix :math:`H` that says what is seen, ``(p, d)``; ``torch.eye(p, 2 * p)`` sees positions of a state
+            (position, velocity).
+        drift_matrix: The matrix of the reference's drift, ``(d, d)``, in 1/time.
+        diffusion: The noise of the reference, a number, ``(d,)``, ``(d, m)`` or a coefficient. The noise must reach every
+            component through the drift.
+        initial_mean: The mean of the reference at the first snapshot, ``(d,)``.
+        initial_cov: The covariance of the reference at the first snapshot, ``(d, d)``, positive definite. The law depends on it
+            where the state isn't seen. If both are None, they are those of :func:`unit_information`, which come from the
+            snapshots and so have their units.
+        drift_offset: The offset of the reference's drift, ``(d,)``; None for zero.
+        tolerance: The largest change of a snapshot's moments from their targets in a sweep, relative to their spread.
+        max_iterations: The largest number of sweeps; forth and back count as two.
 
     Raises:
-        TimeGridError, ShapeError, DtypeMismatchError, InvalidInputError: on arguments that don't fit.
-        SingularDiffusionError: if the reference can't move some direction between snapshots.
+        TimeGridError, ShapeError, DtypeMismatchError, InvalidInputError: If arguments don't fit one another.
+        SingularDiffusionError: If the reference can't move some direction between snapshots.
 
     Warns:
-        ConvergenceWarning: if ``max_iterations`` didn't suffice.
+        ConvergenceWarning: If ``max_iterations`` didn't suffice.
 
     Example:
         >>> times = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
@@ -154,7 +158,7 @@ class PartialGaussianBridge(PiecewiseMeasure):
 
     @property
     def like(self) -> Tensor:
-        """See :meth:`stochdyn.core.GaussianPathMeasure.like`."""
+        """A tensor of the precision and on the device of all answers."""
         return self.means
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialGaussianBridge:
@@ -182,6 +186,7 @@ class PartialGaussianBridge(PiecewiseMeasure):
         """Change the potential of snapshot ``k`` so that its marginal is right; returns how wrong it was, without units."""
         mean, cov = self._state(k)
         seen_mean, seen_cov = self.observe @ mean, symmetrise(self.observe @ cov @ self.observe.mT)
+        # multiply by target over present density of H x: precisions and linear parts of the potential add the difference
         present = torch.linalg.inv(seen_cov)
         precision, target = self._targets[k]
         self._precision[k] += precision - present
@@ -221,7 +226,7 @@ class PartialGaussianBridge(PiecewiseMeasure):
         return torch.stack([m for m, _ in moments]), torch.stack([c for _, c in moments])
 
     def step(self, index: int, start: Tensor, stop: Tensor) -> Transition:
-        """See :meth:`stochdyn.core.gaussian.PiecewiseMeasure.step`."""
+        """Return the transition between two times after snapshot ``index``, within its interval."""
         start, stop = start.to(self.means.dtype), stop.to(self.means.dtype)
         end = torch.full_like(stop, float(self.times[index + 1] - self.times[index]))
         reference = self.reference.transition
@@ -229,13 +234,14 @@ class PartialGaussianBridge(PiecewiseMeasure):
         return potential.tilt(reference(start, stop), reference(stop, end)[0], reference(start, end))
 
     def start_of(self, index: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`stochdyn.core.gaussian.PiecewiseMeasure.start_of`."""
+        """Return mean ``(d,)`` and covariance ``(d, d)`` of the state at snapshot ``index``."""
         return self._state(index)
 
     def joint_precision(self) -> Tensor:
         """Return the precision ``(I d, I d)`` of the states at all snapshots; it is block tridiagonal."""
         dim, count = self.dim, self.times.shape[0]
         joint = self.means.new_zeros(count, dim, count, dim)
+        # minus the Hessian of log p(x_1) + sum phi_k(x_k) + sum log N(x_{k+1}; Phi x_k + c, Q)
         joint[0, :, 0] = torch.linalg.inv(self.reference.initial_cov)
         for k in range(count):
             joint[k, :, k] += self._potential(k)[0]
@@ -281,7 +287,7 @@ def unit_information(
     intervals have, in the units of the data.
 
     Raises:
-        InvalidInputError: if snapshots say nothing about some hidden direction.
+        InvalidInputError: If snapshots say nothing about some hidden direction.
 
     Reference: Kass & Wasserman (1995), A reference Bayesian test for nested hypotheses (unit information priors).
     """
@@ -289,6 +295,7 @@ def unit_information(
     # the offset as a last, constant component, in units in which exponents are of order one
     whole = torch.zeros(dim + 1, dim + 1, dtype=torch.float64, device=means.device)
     whole[:dim, :dim], whole[:dim, dim] = drift_matrix, drift_offset
+    # generalised least squares of the first state on all means, each seen through the reference without noise
     information, moment = whole.new_zeros(dim, dim), whole.new_zeros(dim)
     base, target = observe.double(), means.double()
     for k, elapsed in enumerate((times - times[0]).double().tolist()):

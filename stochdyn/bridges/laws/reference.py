@@ -29,7 +29,7 @@ class FixedDrift(DriftFamily):
         self.function = function
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """See :meth:`DriftFamily.forward`."""
+        """Return the drift ``(*batch, d)`` at times ``t`` and states ``x (*batch, d)``."""
         return self.function(t, x)
 
 
@@ -37,9 +37,9 @@ def fitted_family(drift: Any, snapshots: Snapshots, dim: int | None = None) -> D
     """Return a copy of ``drift`` as a family in the precision and on the device of the snapshots, checked on its particles.
 
     Raises:
-        ShapeError: if its value isn't like the state.
-        InvalidInputError: if it is no drift.
-        NonFiniteError: if it isn't finite where the particles are.
+        ShapeError: If its value isn't like the state.
+        InvalidInputError: If it is no drift.
+        NonFiniteError: If it isn't finite where the particles are.
     """
     dim = snapshots.dim if dim is None else dim
     plain = callable(drift) and not isinstance(drift, nn.Module) and required_arguments(drift) == 2
@@ -79,8 +79,9 @@ def default_diffusion(snapshots: Snapshots) -> Tensor:
     .. math:: \sigma^2=\frac1I\sum_i\frac{|m_{i+1}-m_i|^2+\mathrm{tr}\,S_i+\mathrm{tr}\,S_{i+1}}{d\,(t_{i+1}-t_i)}
 
     Raises:
-        DiffusionError: if all particles coincide.
+        DiffusionError: If all particles coincide.
     """
+    # E |x - y|^2 of independent partners, per component and unit of time
     means = torch.stack([snap.mean for snap in snapshots])
     traces = torch.stack([snap.covariance.diagonal().sum() for snap in snapshots])
     squares = means.diff(dim=0).square().sum(-1) + traces[1:] + traces[:-1]
@@ -90,11 +91,17 @@ def default_diffusion(snapshots: Snapshots) -> Tensor:
     return sigma
 
 
-def spread_of(diffusion: Any, snapshots: Snapshots, dim: int | None = None) -> Tensor:
+def spread_of(diffusion: Any, snapshots: Snapshots, dim: int | None = None, reach: bool = False) -> Tensor:
     """Return the covariance rate ``G G^T (d, d)`` of a constant diffusion, in the precision of the snapshots.
 
+    Args:
+        diffusion: The noise, a number, ``(d,)``, a matrix or a coefficient.
+        snapshots: The snapshots whose precision and device count.
+        dim: The number of components of the state; that of the snapshots if None.
+        reach: Whether the noise may reach some components through the drift only, as that of a velocity reaches positions.
+
     Raises:
-        DiffusionError: if it isn't positive, or singular.
+        DiffusionError: If it isn't positive, or singular where it mustn't be.
     """
     if callable(diffusion) and not isinstance(diffusion, Coefficient):
         raise UnavailableError("a reference needs constant noise", got="a diffusion that is a function")
@@ -109,6 +116,8 @@ def spread_of(diffusion: Any, snapshots: Snapshots, dim: int | None = None) -> T
     if coefficient.value.ndim > 2 or (isinstance(coefficient, Scalar) and coefficient.value.ndim):
         raise ShapeError("the diffusion must be one for all", got=tuple(coefficient.value.shape))
     spread = coefficient.covariance(dim).detach().to(snapshots.samples[0])
+    if reach and float(spread.diagonal().max()) > 0:
+        return spread
     smallest = float(torch.linalg.eigvalsh(spread.double())[0])
     if not smallest > 1e-12 * float(spread.diagonal().max()):
         raise DiffusionError(
@@ -123,8 +132,8 @@ class EmpiricalLaw(torch.distributions.Distribution):
     """Weighted particles as a distribution with event ``(d,)``; it has samples and no density.
 
     Args:
-        sample: ``(n, d)``.
-        weights: ``(n,)``.
+        sample: The particles, ``(n, d)``.
+        weights: The weights of the particles, ``(n,)``.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012, torch's own convention

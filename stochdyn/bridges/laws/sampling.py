@@ -29,6 +29,7 @@ def draw_partners(plan: TransportPlan, first: Tensor, generator: torch.Generator
     """Return the partners ``(n,)`` of particles ``first (n,)`` of the earlier snapshot."""
     parts = []
     for own in first.split(max(1, _CHUNK // plan.shape[-1])):
+        # the inverse of each row's distribution function at a uniform number
         rows = plan.rows(own)
         reach = rows.double().cumsum(-1)
         point = torch.rand(len(own), 1, generator=generator, dtype=torch.float64, device=rows.device)
@@ -84,6 +85,7 @@ def draw_paths(
         total, visited = sums[-1], last
     if any(growth is not None for growth in growths):
         return x.permute(2, 0, 1), x.new_empty(n, len(ts) - 1, 0)
+    # innovations in units of the noise: dw = G^{-1} (sum of innovations at the end of a step less that at its start)
     factor = torch.linalg.cholesky(parts[0].spread)
     white = torch.linalg.solve_triangular(factor, reached.diff(dim=0), upper=False)
     return x.permute(2, 0, 1), white.permute(2, 0, 1)
@@ -99,6 +101,7 @@ def _pinned_paths(
     if not repeats:
         return chain.pin(y).sample(x, generator)
     states, increments, weights = weighted_paths(part.family, chain, x, y, repeats, generator)
+    # one path per pair, by its share of the pair's importance weights
     uniform = torch.rand(x.shape[-1], generator=generator, dtype=x.dtype, device=x.device)
     chosen = (torch.softmax(weights, 0).cumsum(0) < uniform).sum(0).clamp_max(len(weights) - 1)
     which = torch.arange(x.shape[-1], device=x.device)
@@ -141,7 +144,7 @@ def finite_pairs(
     A path that runs through a place where the drift turns much faster than the grid can follow has no linear process.
 
     Raises:
-        NonFiniteError: if they are more than a twentieth of the law.
+        NonFiniteError: If they are more than a twentieth of the law.
     """
     fine = torch.isfinite(means).all(-1)
     shared = len(factors) == 1 and len(means) > 1

@@ -77,26 +77,25 @@ class SchrodingerBridge(PathMeasure):
     individual until it dies, and goes on as that of one which is born elsewhere.
 
     Args:
-        snapshots: what was seen.
-        reference: a drift (:class:`DriftFamily`, ``nn.Module`` or callable ``(t, x)``), an :class:`SDE` or a
+        snapshots: The snapshots to pass through.
+        reference: The reference: a drift (:class:`DriftFamily`, ``nn.Module`` or callable ``(t, x)``), an :class:`SDE` or a
             :class:`DiffusionMeasure`; Brownian motion if None.
-        diffusion: the noise of the reference, in units of state per root of time: a number, ``(d,)``, or an invertible
-            ``(d, d)`` matrix; if None, that of the reference, or for a drift alone and Brownian motion the noise by which particles
-            diffuse as far as they are apart at random (:func:`~stochdyn.bridges.laws.default_diffusion`).
-        dt: the spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
-        tolerance: the largest marginal error of a coupling, in L1.
-        max_iterations: the largest number of iterations of each coupling.
-        relaxation: what a deviation of a coupling from the snapshots' weights and masses costs, in nats per unit of relative
-            entropy; infinite if None, and masses don't count then. For populations that grow: see
-            :func:`stochdyn.sinkhorn`.
-        corrections: the number of paths per pair for importance weights of what linearisation leaves out of a nonlinear drift,
+        diffusion: The noise of the reference, in units of state per root of time: a number, ``(d,)``, or an invertible
+            ``(d, d)`` matrix; if None, that of the reference, or for a drift alone and Brownian motion the noise by which
+            particles diffuse as far as they are apart at random (:func:`~stochdyn.bridges.laws.default_diffusion`).
+        dt: The spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
+        tolerance: The largest L1 error of a coupling's marginals.
+        max_iterations: The largest number of iterations of each coupling.
+        relaxation: The cost of a deviation of a coupling from the snapshots' weights and masses, in nats per unit of relative
+            entropy; infinite if None, and masses don't count then. For populations that grow: see :func:`stochdyn.sinkhorn`.
+        corrections: The number of paths per pair for importance weights of what linearisation leaves out of a nonlinear drift,
             in couplings and trajectories; none if zero, which is right where the noise is small. See
             :mod:`stochdyn.bridges.laws.importance`.
-        memory: the number of bytes that matrices of a coupling may take; where they need more, they are computed in blocks.
+        memory: The number of bytes that matrices of a coupling may take; where they need more, they are computed in blocks.
 
     Raises:
-        DiffusionError: if the diffusion is singular, or so small that no path reaches the next snapshot.
-        ShapeError: if the drift doesn't fit the particles.
+        DiffusionError: If the diffusion is singular, or so small that no path reaches the next snapshot.
+        ShapeError: If the drift doesn't fit the particles.
 
     Example:
         >>> snaps = Snapshots([0.0, 1.0], [torch.zeros(5, 1), torch.ones(5, 1)])
@@ -167,8 +166,8 @@ class SchrodingerBridge(PathMeasure):
         """Return an unsolved bridge with the same options through other snapshots, or on another drift.
 
         Args:
-            snapshots: those to pass through; the same ones if None.
-            reference: the drift; the same one if None.
+            snapshots: The snapshots to pass through; the same ones if None.
+            reference: The drift; the same one if None.
         """
         return SchrodingerBridge(
             self.snapshots if snapshots is None else snapshots,
@@ -194,7 +193,7 @@ class SchrodingerBridge(PathMeasure):
         """Couple all neighbouring snapshots; returns this bridge.
 
         Args:
-            warm_start: a solved bridge through the same snapshots, whose potentials are started from.
+            warm_start: A solved bridge through the same snapshots, whose potentials are started from.
         """
         self._forget()
         parts = self._transitions
@@ -266,6 +265,8 @@ class SchrodingerBridge(PathMeasure):
         """Points, regularisation and cost of the transport problem of an interval."""
         x, y = self.snapshots.samples[i : i + 2]
         a, b = self.snapshots.weights[i : i + 2]
+        # Sinkhorn's kernel is p(y | x), so the cost is -log p; affine drifts make it a squared distance in whitened coordinates,
+        # where |x - y|^2 with regularisation 2 needs no matrix
         if isinstance(part, AffineTransition) and self.relaxation is not None:
             return None, None, 1.0, self._log_unit(part) - part.log_kernel(x, y)
         if isinstance(part, AffineTransition):
@@ -279,6 +280,7 @@ class SchrodingerBridge(PathMeasure):
                 got=f"dt times Jacobian up to {getattr(part, 'stiffness', 0.0):.2g}",
                 hint="give a smaller dt, or a smoother drift",
             )
+        # a Mahalanobis distance again: log p differs from its largest value by -distance^2 / 2
         seen = kernel[a > 0][:, b > 0]
         self._check_reach(i, (-2 * (seen - seen.max())).amin(-2).clamp_min(0).sqrt())
         return None, None, 1.0, (self._log_unit(part) if self.relaxation is not None else 0.0) - kernel
@@ -301,6 +303,7 @@ class SchrodingerBridge(PathMeasure):
             )  # fmt: skip
         if relaxation is not None:
             return plan, plan.value - self._log_unit(part)
+        # KL(plan | mu x nu p), once the constant of the kernel is put back that whitened coordinates leave out
         if not isinstance(part, AffineTransition):
             return plan, plan.value
         return plan, plan.value / reg - part.log_constant()
@@ -331,7 +334,7 @@ class SchrodingerBridge(PathMeasure):
         """The couplings of neighbouring snapshots; ``plans[i].plan()`` is the matrix ``(n_i, n_{i+1})``.
 
         Raises:
-            UnavailableError: if the bridge isn't solved.
+            UnavailableError: If the bridge isn't solved.
         """
         if bool(self._report[1].isnan().any()):
             raise UnavailableError("the bridge isn't solved yet", hint="call solve() first")
@@ -409,6 +412,7 @@ class SchrodingerBridge(PathMeasure):
         copies = 2 * self.snapshots.dim if self.snapshots.dim <= 8 else 2
         with torch.no_grad():
             for i, (plan, part) in enumerate(zip(self.plans, self._transitions, strict=True)):
+                # all pairs that carry the coupling come before all times: a pair at few times costs less accuracy than a pair left out
                 times = len(part.quadrature)
                 budget = max(num_nodes // (len(self.plans) * copies), 64)  # pairs times times
                 wanted = int(min(4 * effective_pairs(plan), plan.shape.numel()))
@@ -434,6 +438,7 @@ class SchrodingerBridge(PathMeasure):
                 plan, num_pairs, torch.Generator(self.spread.device).manual_seed(0)
             )
             x, y = self.snapshots.samples[i][first], self.snapshots.samples[i + 1][second]
+            # z = R^{-1/2} (y - Psi x - D), a standard normal where the noise has the right strength
             white = own.chain(x, y).whitened(x.mT, y.mT)
             values.append((weight * white) @ white.mT)
         return torch.stack(values).mean(0)
@@ -447,17 +452,17 @@ class SchrodingerBridge(PathMeasure):
         discretisation error where the drift is affine.
 
         Args:
-            ts: ``(T,)`` times within the span of the snapshots.
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            generator: the source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            ts: The times of the paths, ``(T,)``, within the span of the snapshots.
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             Paths whose ``dw (*sample, T-1, d)`` are the innovations, what each step adds to its mean given the state and the
             particle that is reached next, in units of the noise; where the population grows there are none, ``(*sample, T-1, 0)``.
 
         Raises:
-            TimeGridError: if the grid isn't increasing or leaves the span.
-            NonFiniteError: if the inner time grid is too coarse for the drift on a path.
+            TimeGridError: If the grid isn't increasing or leaves the span.
+            NonFiniteError: If the inner time grid is too coarse for the drift on a path.
         """
         grid = as_time_grid(ts, min_points=1, like=self.snapshots.times)
         check_inside(grid, self.snapshots.times, "ts", "the snapshots")
@@ -484,11 +489,11 @@ class SchrodingerBridge(PathMeasure):
         """Return the law at time ``t``, a mixture over the pairs of the coupling, without simulation.
 
         Args:
-            t: a time within the span of the snapshots.
-            max_pairs: larger couplings are replaced by a systematic sample of this many pairs.
+            t: The time, within the span of the snapshots.
+            max_pairs: The largest number of pairs; larger couplings are replaced by a systematic sample of so many.
 
         Raises:
-            TimeGridError: if ``t`` lies outside.
+            TimeGridError: If ``t`` lies outside.
         """
         check_real(t, "t")
         time = float(t)
@@ -521,7 +526,7 @@ class SchrodingerBridge(PathMeasure):
         that of the process run backward, the velocity with which paths arrive. For velocities of cells see :meth:`velocity`.
 
         Raises:
-            UnavailableError: if the population grows: births and deaths aren't a drift. The motion has a :meth:`velocity`.
+            UnavailableError: If the population grows: births and deaths aren't a drift. The motion has a :meth:`velocity`.
         """
         self._refuse_growth("drift")
 
@@ -566,7 +571,7 @@ class SchrodingerBridge(PathMeasure):
         """Return the same law as an SDE with this drift, started from the first snapshot's particles.
 
         Raises:
-            UnavailableError: if the population grows.
+            UnavailableError: If the population grows.
         """
         self._refuse_growth("as_diffusion")
         return DiffusionMeasure(EmpiricalLaw.of(self.snapshots[0]), SDE(_BridgeDrift(self), self.diffusion))
@@ -575,7 +580,7 @@ class SchrodingerBridge(PathMeasure):
         """Return the forward operator of the bridge as a diffusion.
 
         Raises:
-            UnavailableError: if the population grows.
+            UnavailableError: If the population grows.
         """
         self._refuse_growth("forward")
         return self.as_diffusion().forward()
@@ -607,8 +612,8 @@ class SchrodingerBridge(PathMeasure):
         """Return the joint weights ``(n, m)`` of the particles of two snapshots, over those between them; they sum to one.
 
         Args:
-            first: the index of the earlier snapshot.
-            last: that of the later one; negative ones count from the end.
+            first: The index of the earlier snapshot.
+            last: The index of the later snapshot; negative ones count from the end.
         """
         first, last = lineages.check_span(first, last, len(self.snapshots))
         return lineages.joint(self.plans[first:last])
@@ -618,8 +623,8 @@ class SchrodingerBridge(PathMeasure):
         """Return the probabilities ``(n, m)`` with which each particle of a snapshot goes to those of a later one; rows sum to one.
 
         Args:
-            first: the index of the earlier snapshot.
-            last: that of the later one; negative ones count from the end.
+            first: The index of the earlier snapshot.
+            last: The index of the later snapshot; negative ones count from the end.
         """
         first, last = lineages.check_span(first, last, len(self.snapshots))
         eye = torch.eye(self.snapshots.sizes[first], dtype=torch.float64, device=self.spread.device)
@@ -630,9 +635,9 @@ class SchrodingerBridge(PathMeasure):
         """Return the distribution ``(m,)`` at a later snapshot of what comes from particles of an earlier one.
 
         Args:
-            members: the particles: weights ``(n,)``, a mask, or indices.
-            first: the index of their snapshot.
-            last: that of the later one; negative ones count from the end.
+            members: The particles that are followed: weights ``(n,)``, a mask, or indices.
+            first: The index of the snapshot of ``members``.
+            last: The index of the later snapshot; negative ones count from the end.
         """
         first, last = lineages.check_span(first, last, len(self.snapshots))
         start = lineages.weights_of(members, self.snapshots.sizes[first], self.spread.device)
@@ -643,9 +648,9 @@ class SchrodingerBridge(PathMeasure):
         """Return the distribution ``(n,)`` at an earlier snapshot of what particles of a later one come from.
 
         Args:
-            members: the particles: weights ``(m,)``, a mask, or indices.
-            first: the index of the earlier snapshot.
-            last: that of theirs; negative ones count from the end.
+            members: The particles that are followed: weights ``(m,)``, a mask, or indices.
+            first: The index of the earlier snapshot.
+            last: The index of the snapshot of ``members``; negative ones count from the end.
         """
         first, last = lineages.check_span(first, last, len(self.snapshots))
         end = lineages.weights_of(members, self.snapshots.sizes[last], self.spread.device)
@@ -656,9 +661,9 @@ class SchrodingerBridge(PathMeasure):
         """Return the classes of a later snapshot, and the probabilities ``(n, k)`` with which particles of an earlier one end in them.
 
         Args:
-            labels: the class of each particle of the later snapshot, such as its cell type.
-            first: the index of the earlier snapshot.
-            last: that of the later one; negative ones count from the end.
+            labels: The class of each particle of the later snapshot, such as its cell type.
+            first: The index of the earlier snapshot.
+            last: The index of the later snapshot; negative ones count from the end.
         """
         first, last = lineages.check_span(first, last, len(self.snapshots))
         classes, members = lineages.one_hot(labels, self.snapshots.sizes[last])

@@ -30,7 +30,7 @@ class Anderson:
     .. math:: \theta=\sum_jc_jM(\theta_j),\qquad c=\arg\min_{\sum c_j=1}\Big|\sum_jc_j\big(M(\theta_j)-\theta_j\big)\Big|
 
     Args:
-        memory: number of differences kept.
+        memory: The number of differences that are kept.
 
     Example:
         >>> anderson, theta = Anderson(2), torch.tensor([4.0, -2.0], dtype=torch.float64)
@@ -58,6 +58,7 @@ class Anderson:
         # parameters of very different size count alike
         scale = theta.abs().maximum(image.abs())[:, None]
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        # the mixture of past steps that is nearest to zero, by least squares on their differences
         inverse = torch.linalg.pinv(changes / scale, rtol=_RANK)
         mix = inverse @ (steps[:, -1:] / scale)
         return image - (images.diff(dim=-1) @ mix).squeeze(-1)

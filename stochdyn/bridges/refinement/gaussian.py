@@ -21,11 +21,10 @@ class GaussianRefinement:
     """What :func:`refine_gaussian` found.
 
     Attributes:
-        drift_matrix: ``(K + 1, d, d)``, the start first.
-        drift_offset: ``(K + 1, d)``.
-        kl: ``(K,)``, the divergence of each iteration's bridge from the reference that it was built on; it never
-            increases.
-        bridge: the bridge on the last reference but one.
+        drift_matrix: The matrices of the drift after each iteration, ``(K + 1, d, d)``, the start first.
+        drift_offset: The offsets of the drift after each iteration, ``(K + 1, d)``, the start first.
+        kl: The divergence of each iteration's bridge from the reference that it was built on; it never increases.
+        bridge: The bridge on the last reference but one.
     """
 
     drift_matrix: Tensor
@@ -56,17 +55,17 @@ def refine_gaussian(
     estimator of its own where snapshots are known by their first two moments.
 
     Args:
-        times: the times of the snapshots, ``(I,)``.
-        means: their means, ``(I, d)``.
-        covs: their covariances, ``(I, d, d)``, positive definite.
-        diffusion: the noise of the reference, of full rank.
-        max_iterations: the number of iterations, ``K``.
-        drift_matrix: the matrix to start from, ``(d, d)``; None for zero.
-        drift_offset: the offset to start from, ``(d,)``; None for zero.
-        num_nodes: the number of nodes of the quadrature in each interval.
+        times: The times of the snapshots, ``(I,)``.
+        means: The means of the snapshots, ``(I, d)``.
+        covs: The covariances of the snapshots, ``(I, d, d)``, positive definite.
+        diffusion: The noise of the reference, of full rank.
+        max_iterations: The number of iterations, ``K``.
+        drift_matrix: The matrix to start from, ``(d, d)``; None for zero.
+        drift_offset: The offset to start from, ``(d,)``; None for zero.
+        num_nodes: The number of nodes of the quadrature in each interval.
 
     Raises:
-        InvalidInputError: if the snapshots don't determine the drift.
+        InvalidInputError: If the snapshots don't determine the drift.
 
     Example:
         >>> times = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
@@ -98,6 +97,7 @@ def refine_gaussian(
             gram = gram + torch.einsum("n,nij->ij", share, second)
             drift = torch.cat((slope, shift.unsqueeze(-1)), -1)
             cross = cross + torch.einsum("n,nij,njk->ik", share, drift, second)
+        # least squares of the bridge's drift on (x, 1): (A, b) E[z z^T] = E[u z^T]
         scale = gram.diagonal().rsqrt()
         scaled = scale[:, None] * gram * scale
         smallest = float(torch.linalg.eigvalsh(scaled)[0])

@@ -17,13 +17,13 @@ class Iteration:
     r"""One iteration: the bridge for the present reference, then the reference for this bridge.
 
     Attributes:
-        objective: :math:`F(q^k,\theta^{k-1})`, divergence of the bridge from the reference it was built on, less what the
-            snapshots alone determine (:attr:`SchrodingerBridge.objective`).
-        projected: :math:`F(q^k,\theta^k)`, the same from the reference chosen next.
-        marginal_error: largest L1 error of a coupling's marginals.
-        parameters: :math:`\theta^k` by name.
-        diffusion: overall strength of the noise, the root of the mean diagonal of its covariance rate.
-        seconds: processor time of the iteration.
+        objective: The divergence :math:`F(q^k,\theta^{k-1})` of the bridge from the reference that it was built on, less what
+            the snapshots alone determine (:attr:`SchrodingerBridge.objective`).
+        projected: The divergence :math:`F(q^k,\theta^k)` of the same bridge from the reference that was chosen next.
+        marginal_error: The largest L1 error of a coupling's marginals.
+        parameters: The parameters :math:`\theta^k` by name.
+        diffusion: The overall strength of the noise, the root of the mean diagonal of its covariance rate.
+        seconds: The processor time of the iteration.
     """
 
     objective: float
@@ -39,9 +39,9 @@ class History:
     """The iterations of a refinement, in order.
 
     Attributes:
-        iterations: one record each.
-        final_objective: divergence from the last reference, when the last bridge was built.
-        stopped: why the loop ended.
+        iterations: The records of the iterations, in order.
+        final_objective: The divergence of the last bridge from the last reference.
+        stopped: The reason why the loop ended; empty while it runs.
     """
 
     iterations: list[Iteration] = field(default_factory=list)

@@ -31,11 +31,12 @@ class RotationCheck:
     r"""How well a rotation :math:`e^{\phi A}` about a fixed centre leaves all snapshots unchanged.
 
     Attributes:
-        generator: ``(d, d)`` skew-symmetric :math:`A` of norm :math:`\sqrt2`, the most harmless one.
-        centre: ``(d,)`` fixed point.
-        distance: largest energy distance between a snapshot and its rotated copy, over snapshots and some angles.
-        threshold: what chance makes of it, from the distances of random halves of the snapshots.
-        invariant: whether the distance is within the threshold in every snapshot.
+        generator: The skew-symmetric matrix :math:`A` of norm :math:`\sqrt2` whose rotation changes the snapshots least,
+            ``(d, d)``.
+        centre: The fixed point of the rotation, ``(d,)``.
+        distance: The largest energy distance between a snapshot and its rotated copy, over snapshots and some angles.
+        threshold: The distance that chance alone makes, estimated from the distances of random halves of the snapshots.
+        invariant: Whether the distance is within the threshold in every snapshot.
     """
 
     generator: Tensor
@@ -53,9 +54,9 @@ def rotation_invariance(snapshots: Snapshots, num_samples: int = 20, seed: int =
     snapshots are invariant under it, is then tested on the particles.
 
     Args:
-        snapshots: what was seen.
-        num_samples: the number of random halves for the threshold.
-        seed: the seed of the halves.
+        snapshots: The snapshots to look at.
+        num_samples: The number of random halves for the threshold.
+        seed: The seed of the halves.
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
@@ -105,13 +106,32 @@ def check_information(response: LinearResponse, stacklevel: int = 3) -> None:
     """Warn if the snapshots hold hardly any of the information on some combination of parameters that paths would."""
     kept = response.information_kept
     if float(kept[0]) < _LITTLE:
+        share, direction, spread = response.weakest()
+        parts = [
+            f"{value:+.2g} {name}"
+            for name, value in zip(coordinate_names(response.family), direction.tolist(), strict=True)
+            if abs(value) > 0.05
+        ]
         warnings.warn(
             f"On {int((kept < _LITTLE).sum())} combination(s) of parameters the snapshots hold less than {100 * _LITTLE:g} % of the "
-            f"information that paths would (least {100 * float(kept[0]):.2g} %): they are hardly identifiable from marginals. "
+            f"information that paths would (least {100 * share:.2g} %): they are hardly identifiable from marginals. The least known is "
+            f"({' '.join(parts[:6])}) times a number with standard deviation {spread:.2g}. "
             "More snapshots, an uneven start, or a prior would determine them",
             ApproximationWarning,
             stacklevel=stacklevel,
         )
+
+
+def coordinate_names(family: DriftFamily) -> list[str]:
+    """Return a name for each raw parameter, with its index where a tensor has several."""
+    names = []
+    for name, value in family.named_parameters():
+        if value.numel() == 1:
+            names.append(name)
+        else:
+            indices = torch.cartesian_prod(*(torch.arange(n) for n in value.shape)).reshape(value.numel(), -1)
+            names += [f"{name}[{', '.join(map(str, index))}]" for index in indices.tolist()]
+    return names
 
 
 def check_counts(snapshots: Snapshots, family: DriftFamily, stacklevel: int = 3) -> None:
@@ -153,6 +173,7 @@ def _most_harmless(clouds: list[Tensor]) -> tuple[Tensor, Tensor]:
     share = torch.tensor([1.0 / s for s in scales], dtype=means.dtype)
     centre = (share @ means) / share.sum()
     design = []
+    # rows of a least-squares problem in the coefficients of A: the commutators with the covariances, and the motion of the means
     for mean, cov, scale in zip(means, covs, scales, strict=True):
         design.append(((basis @ cov - cov @ basis) * (dim / scale)).reshape(count, -1))
         design.append(basis @ (mean - centre) / scale**0.5)

@@ -6,23 +6,20 @@ import copy
 import math
 import time
 import warnings
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
-from stochdyn.bridges.laws.hidden import HiddenStateBridge
 from stochdyn.bridges.laws.ipf import IPFBridge
 from stochdyn.bridges.laws.nodes import DriftNodes
 from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
 from stochdyn.bridges.refinement.acceleration import Anderson, get_vector, set_vector
 from stochdyn.bridges.refinement.history import History, Iteration
-from stochdyn.bridges.refinement.methods import IPF, Messages, Sinkhorn
+from stochdyn.bridges.refinement.methods import IPF, Sinkhorn
 from stochdyn.bridges.refinement.projection import (
     Adam,
     as_projection,
@@ -35,12 +32,11 @@ from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.errors import ApproximationWarning, ConvergenceWarning, DiffusionError, NonFiniteError
 from stochdyn.run.engine import Resumable
 
-__all__ = ["Attempt", "IPFLoop", "MessagesLoop", "SinkhornLoop", "Task"]
-
-Bridge = TypeVar("Bridge", IPFBridge, HiddenStateBridge)
+__all__ = ["AlternatingLoop", "Attempt", "IPFLoop", "SinkhornLoop", "Task"]
 
 _SMALL = 60
-_LIMIT = "the largest number of iterations"
+LIMIT = "the largest number of iterations"
+STILL = "the parameters stand still"
 # A rate of convergence is taken from two moves of the parameters, and for at most this.
 _SLOWEST = 0.98
 
@@ -50,14 +46,14 @@ class Task:
     """What a refinement is asked for.
 
     Attributes:
-        snapshots: the data.
-        family: the drift as it was given, in the data's precision; copies of it are refined.
-        diffusion: the noise, or a first guess of it.
-        max_iterations: the largest number of iterations.
-        dt: the spacing of the inner time grid, or None.
-        seed: the seed of all randomness.
-        learn_diffusion: what of the noise is learnt: False, True (its strength), ``"components"`` or ``"matrix"``.
-        tolerance: how far, in standard errors, parameters may still be from where they go.
+        snapshots: The snapshots to pass through.
+        family: The drift as it was given, in the data's precision; copies of it are refined.
+        diffusion: The noise of the reference, or a first guess of it.
+        max_iterations: The largest number of iterations.
+        dt: The spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
+        seed: The seed of all randomness.
+        learn_diffusion: The part of the noise that is learnt: False, True (its strength), ``"components"`` or ``"matrix"``.
+        tolerance: The distance, in standard errors, that parameters may still have from where they go.
     """
 
     snapshots: Snapshots
@@ -79,15 +75,15 @@ class Attempt:
     """One attempt at a refinement with exact couplings, between iterations.
 
     Args:
-        task: what is asked for.
-        method: how.
-        family: the drift, which is changed.
-        from_family: whether the first bridge is that of the family.
+        task: The task: data, family and options.
+        method: The method by which bridges are built.
+        family: The drift that is refined, in place.
+        from_family: Whether the first bridge is that of the family.
 
     Attributes:
-        bridge: the bridge of the present reference.
-        family: the present reference's drift.
-        history: of all iterations so far.
+        bridge: The bridge of the present reference.
+        family: The present reference's drift.
+        history: The records of all iterations so far.
     """
 
     def __init__(self, task: Task, method: Sinkhorn, family: DriftFamily, from_family: bool) -> None:
@@ -137,7 +133,9 @@ class Attempt:
             following = self._build(family, bridge)
         else:
             family = copy.deepcopy(following.family)
-        objective, moved = float(bridge.objective), self._distance(bridge, following, nodes)
+            after = drift_at(family, nodes)
+        shift = drift_shift(before, after, nodes, bridge.spread)
+        objective, moved = float(bridge.objective), self._distance(bridge, following, shift)
         rise = (float(following.objective) - objective) * self.population
         if len(self.history) and rise > 0 and self._is_worse(rise, family, kept, nodes, bridge):
             # the projection no longer sees what the objective does: the last reference was better
@@ -158,12 +156,12 @@ class Attempt:
             projection=self.method.projection, seed=seed,
         )  # fmt: skip
 
-    def _distance(self, old: SchrodingerBridge, new: SchrodingerBridge, nodes: DriftNodes) -> float:
+    def _distance(self, old: SchrodingerBridge, new: SchrodingerBridge, shift: float) -> float:
         """How far the reference moved: the root mean square over parameters, in standard errors were paths seen."""
-        shift = drift_shift(drift_at(old.family, nodes), drift_at(new.family, nodes), nodes, old.spread)
         count, total = self.size, self.population * shift
         if self.task.learn_diffusion:
             factor = torch.linalg.cholesky(old.spread.double())
+            # Fisher information of a covariance: half the squared norm of its relative change, once per coupling
             change = torch.cholesky_solve(new.spread.double(), factor) - torch.eye(len(factor)).to(factor)
             total += 0.5 * self.population * len(old.plans) * float(change.square().sum())
             count += 1
@@ -199,11 +197,12 @@ class Attempt:
         """Stop where the parameters stand still: where what lies ahead, at the present rate, is within the tolerance."""
         last, self.moved = self.moved, moved
         if moved == 0:
-            self.history.stopped = "the parameters stand still"
+            self.history.stopped = STILL
         elif last is not None and len(self.history) > 2:
+            # of a geometric series of moves with this ratio, moved * rate / (1 - rate) is still to come
             rate = min(moved / last, _SLOWEST) if last > 0 else _SLOWEST
             if moved * rate / (1 - rate) < self.task.tolerance:
-                self.history.stopped = "the parameters stand still"
+                self.history.stopped = STILL
 
     def check(self) -> None:
         """Warn if the nodes were too few: where other random numbers would move the answer by more than half a standard error."""
@@ -284,9 +283,9 @@ class SinkhornLoop(Resumable[Any]):
     """All attempts at a refinement with exact couplings, one iteration per step.
 
     Args:
-        task: what is asked for.
-        method: how.
-        result: makes the result from the best attempt.
+        task: The task: data, family and options.
+        method: The method by which bridges are built.
+        result: A function that makes the result from the best attempt.
     """
 
     unit = "iteration"
@@ -326,12 +325,12 @@ class SinkhornLoop(Resumable[Any]):
         return {"objective": f"{float(self.now.bridge.objective):.5g}"}
 
     def state(self) -> dict[str, Any]:
-        """See :meth:`Resumable.state`."""
+        """Return all that the rest of the run depends on, as plain data and tensors."""
         best = None if self.best is None else self.best.state()
         return {"attempt": self.index, "now": self.now.state(), "best": best}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """See :meth:`Resumable.load_state`."""
+        """Go on from what :meth:`state` returned."""
         self.index = state["attempt"]
         self.now, self.best = self._attempt(self.index), None
         self.now.load_state(state["now"])
@@ -348,81 +347,87 @@ class SinkhornLoop(Resumable[Any]):
         best = self._better()
         best.history.final_objective = float(best.bridge.objective)
         if not best.history.stopped and len(best.history) >= self.task.max_iterations:
-            best.history.stopped = _LIMIT
+            best.history.stopped = LIMIT
         return self.result(best)
 
 
-class _BridgeLoop(Resumable[Any], Generic[Bridge]):
-    """A loop in which a bridge follows from the parameters of a family, and the family from the bridge.
+class AlternatingLoop(Resumable[Any]):
+    """A refinement whose bridge follows from the present reference: its state is the reference and the history.
 
     Args:
-        task: What is asked for.
-        method: How.
-        result: What makes the result from family, bridge and history.
+        task: The task: data, family and options.
+        population: The number of particles that the divergence counts for; the mean size of a snapshot if None.
     """
 
     unit = "iteration"
 
-    def __init__(
-        self, task: Task, method: IPF | Messages, result: Callable[[DriftFamily, Bridge, History], Any]
-    ) -> None:
-        self.task = task
-        self.result: Callable[[DriftFamily, Bridge, History], Any] = result
+    def __init__(self, task: Task, population: float | None) -> None:
+        self.task, self.total = task, task.max_iterations
         self.family = copy.deepcopy(task.family)
-        self.population = task.size if method.population is None else float(method.population)
-        self.history, self.total = History(), task.max_iterations
-        self._bridge: Bridge | None = None
-
-    @abstractmethod
-    def _build(self, family: DriftFamily) -> Bridge:
-        """Return the bridge of a reference."""
-
-    @abstractmethod
-    def _objective(self) -> float:
-        """Return the divergence of the present bridge from its reference."""
-
-    @property
-    def bridge(self) -> Bridge:
-        """The bridge of the present reference."""
-        if self._bridge is None:
-            self._bridge = self._build(self.family)
-        return self._bridge
+        self.population = task.size if population is None else float(population)
+        self.history = History()
 
     @property
     def finished(self) -> bool:
-        """Whether the parameters stand still, or all iterations are done."""
+        """Whether there is nothing more to do."""
         return bool(self.history.stopped) or len(self.history) >= self.task.max_iterations
 
-    def report(self) -> Any:
-        """Return the result so far."""
-        self.history.final_objective = self._objective()
+    def _record(
+        self, objective: float, gain: float, marginal_error: float, family: DriftFamily, diffusion: float, clock: float
+    ) -> None:  # fmt: skip
+        self.history.iterations.append(
+            Iteration(
+                objective, objective - gain, marginal_error, family.named_values(), diffusion, time.process_time() - clock,
+            )
+        )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the rest of the run depends on, as plain data and tensors."""
+        return {
+            "family": dict(self.family.state_dict()), "iterations": self.history.records(),
+            "stopped": self.history.stopped,
+        }  # fmt: skip
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` returned."""
+        self.family.load_state_dict(state["family"])
+        self.history = History.of_records(state["iterations"], state["stopped"])
+
+    def _end(self, objective: float) -> None:
+        """Note the last objective, and why the run ended if it did."""
+        self.history.final_objective = objective
         if not self.history.stopped and self.finished:
-            self.history.stopped = _LIMIT
-        return self.result(self.family, self.bridge, self.history)
+            self.history.stopped = LIMIT
 
 
-class IPFLoop(_BridgeLoop[IPFBridge]):
-    """The published loop: a fixed number of iterations, since the objective of simulated bridges isn't monotone."""
+class IPFLoop(AlternatingLoop):
+    """The published loop: a fixed number of iterations, since the objective of simulated bridges isn't monotone.
+
+    Args:
+        task: The task: data, family and options.
+        method: The method by which bridges are built.
+        result: A function that makes the result from family, bridge and history.
+    """
 
     def __init__(
         self, task: Task, method: IPF, result: Callable[[DriftFamily, IPFBridge, History], Any]
     ) -> None:
-        super().__init__(task, method, result)
-        self.method = method
+        super().__init__(task, method.population)
+        self.method, self.result = method, result
+        self._bridge: IPFBridge | None = None
 
-    def _build(self, family: DriftFamily) -> IPFBridge:
-        """Return the bridge of a reference, which depends on the number of the iteration too."""
-        count = len(self.history)
-        plain = not count and not self.method.from_family
-        own = ZeroDrift(self.task.snapshots.dim) if plain else copy.deepcopy(family)
-        made = self.method.bridge(
-            self.task.snapshots, own, self.task.diffusion, self.task.dt, self.task.seed + count
-        )
-        return made.solve()
-
-    def _objective(self) -> float:
-        generator = torch.Generator(self.task.snapshots.device).manual_seed(self.task.seed)
-        return float(self.bridge.divergence(generator))
+    @property
+    def bridge(self) -> IPFBridge:
+        """The bridge of the present reference, which follows from its parameters and the number of the iteration."""
+        if self._bridge is None:
+            count = len(self.history)
+            plain = not count and not self.method.from_family
+            own = ZeroDrift(self.task.snapshots.dim) if plain else copy.deepcopy(self.family)
+            made = self.method.bridge(
+                self.task.snapshots, own, self.task.diffusion, self.task.dt, self.task.seed + count
+            )
+            self._bridge = made.solve()
+        return self._bridge
 
     def step(self) -> None:
         """Project on the family; the next bridge follows."""
@@ -437,127 +442,19 @@ class IPFLoop(_BridgeLoop[IPFBridge]):
         )  # fmt: skip
         objective = float(bridge.divergence(generator))
         gain = path_gain(drift_at(bridge.family, nodes), drift_at(self.family, nodes), nodes, bridge.spread)
-        self.history.iterations.append(
-            Iteration(
-                objective, objective - float(gain), float("nan"), self.family.named_values(),
-                bridge.sigma, time.process_time() - clock,
-            )
-        )  # fmt: skip
+        self._record(objective, float(gain), float("nan"), self.family, bridge.sigma, clock)
         self._bridge = None
-
-    def state(self) -> dict[str, Any]:
-        """See :meth:`Resumable.state`."""
-        return {"family": dict(self.family.state_dict()), "iterations": self.history.records()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """See :meth:`Resumable.load_state`."""
-        self.family.load_state_dict(state["family"])
-        self.history = History.of_records(state["iterations"])
+        """Go on from what :meth:`state` returned."""
+        super().load_state(state)
         self._bridge = None
 
-
-class MessagesLoop(_BridgeLoop[HiddenStateBridge]):
-    """Refinement of a mechanism that is seen in part: bridge with hidden components, and projection, in turn."""
-
-    def __init__(
-        self, task: Task, method: Messages, result: Callable[[DriftFamily, HiddenStateBridge, History], Any]
-    ) -> None:
-        super().__init__(task, method, result)
-        self.method = method
-        like = task.snapshots.samples[0]
-        self.initial = tuple(torch.as_tensor(v).to(like) for v in (method.initial_mean, method.initial_cov))
-        self.size = sum(p.numel() for p in self.family.parameters())
-        self.moved = math.nan
-        self.anderson = Anderson(3) if self.size <= _SMALL else None
-
-    def _build(self, family: DriftFamily) -> HiddenStateBridge:
-        task = self.task
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the last one speaks for itself
-            warnings.simplefilter("ignore", ApproximationWarning)
-            return self.method.bridge(
-                task.snapshots, family, task.diffusion, task.dt, (self.initial[0], self.initial[1]), task.seed
-            )
-
-    def _objective(self) -> float:
-        return float(self.bridge.objective)
-
-    def step(self) -> None:
-        """Project on the family, and on the first law; the next bridge follows."""
-        clock, bridge, task = time.process_time(), self.bridge, self.task
-        nodes = bridge.nodes(
-            self.method.num_nodes, torch.Generator(task.snapshots.device).manual_seed(task.seed)
-        )
-        family, theta = copy.deepcopy(self.family), get_vector(self.family)
-        project_drift(
-            family,
-            nodes,
-            bridge.spread,
-            population=self.population,
-            projection=self.method.projection,
-            seed=task.seed,
-        )
-        before, after = drift_at(self.family, nodes), drift_at(family, nodes)
-        objective = self._objective()
-        gain = float(path_gain(before, after, nodes, bridge.spread))
-        moved = math.sqrt(self.population * drift_shift(before, after, nodes, bridge.spread) / self.size)
-        if self.method.learn_initial:
-            mean, cov = bridge.moments(0)
-            self.initial = (mean, cov + 1e-6 * torch.diag(cov.diagonal()))
-        self.history.iterations.append(
-            Iteration(
-                objective, objective - gain, float(bridge.marginal_errors.max()), family.named_values(),
-                float(bridge.spread.diagonal().mean().sqrt()), time.process_time() - clock,
-            )
-        )  # fmt: skip
-        self.family, self._bridge = family, None
-        self._leap(theta, objective - gain)
-        rate = min(moved / self.moved, _SLOWEST) if self.moved > 0 else _SLOWEST
-        if len(self.history) > 2 and moved * rate / (1 - rate) < task.tolerance:
-            self.history.stopped = "the parameters stand still"
-        self.moved = moved
-
-    def _leap(self, theta: Tensor, bound: float) -> None:
-        """Go on to extrapolated parameters, where their bridge is better than the projection promises: hidden components make steps short."""
-        if self.anderson is None:
-            return
-        image = get_vector(self.family)
-        proposal = self.anderson.propose(theta, image)
-        if torch.equal(proposal, image) or not bool(torch.isfinite(proposal).all()):
-            return
-        bold = copy.deepcopy(self.family)
-        set_vector(bold, proposal)
-        try:
-            attempt = self._build(bold)
-        except (NonFiniteError, ValueError):
-            self.anderson.forget()
-            return
-        if attempt.converged and float(attempt.objective) <= bound:
-            self.family, self._bridge = bold, attempt
-        else:
-            self.anderson.forget()
-
-    def describe(self) -> dict[str, Any]:
-        """Return how far the parameters moved last, in standard errors."""
-        return {"moved": f"{self.moved:.2g}"}
-
-    def state(self) -> dict[str, Any]:
-        """See :meth:`Resumable.state`."""
-        return {
-            "family": dict(self.family.state_dict()), "initial": list(self.initial), "moved": self.moved,
-            "iterations": self.history.records(), "stopped": self.history.stopped,
-            "anderson": None if self.anderson is None else [list(pair) for pair in self.anderson.pairs],
-        }  # fmt: skip
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """See :meth:`Resumable.load_state`."""
-        self.family.load_state_dict(state["family"])
-        self.initial = tuple(v.to(self.task.snapshots.device) for v in state["initial"])
-        self.moved = state["moved"]
-        if self.anderson is not None:
-            self.anderson.pairs = [(old, new) for old, new in state["anderson"]]
-        self.history = History.of_records(state["iterations"], state["stopped"])
-        self._bridge = None
+    def report(self) -> Any:
+        """Return the result so far."""
+        generator = torch.Generator(self.task.snapshots.device).manual_seed(self.task.seed)
+        self._end(float(self.bridge.divergence(generator)))
+        return self.result(self.family, self.bridge, self.history)
 
 
 @torch.no_grad()
@@ -570,6 +467,7 @@ def learnt_diffusion(bridge: SchrodingerBridge, family: DriftFamily, what: bool 
     moment, spread = bridge.innovations(family).to(bridge.spread), bridge.spread
     if what is True:
         return Matrix(torch.linalg.cholesky(spread * (moment.trace() / len(moment))))
+    # the maximum of sum log N(z; 0, M): the mean square of innovations, in the units of the state
     factor = torch.linalg.cholesky(spread)
     whole = factor @ moment @ factor.mT
     if what == "components":

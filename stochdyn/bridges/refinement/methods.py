@@ -28,20 +28,22 @@ class Sinkhorn:
     It is what to use, unless the transition density of the family can't be had: then there is :class:`IPF`.
 
     Args:
-        projection: how the family is fitted to a bridge: ``"auto"``, or one of :class:`LeastSquares`, :class:`GaussNewton` and
-            :class:`Adam`. ``"auto"`` takes the first of them that can.
-        accelerate: whether to extrapolate from the last iterations where that makes the objective fall more; for families of at
+        projection: The way in which the family is fitted to a bridge: ``"auto"``, or one of :class:`LeastSquares`,
+            :class:`GaussNewton` and :class:`Adam`. ``"auto"`` takes the first of them that can.
+        accelerate: Whether to extrapolate from the last iterations where that makes the objective fall more; for families of at
             most sixty parameters. Worth it where parameters are strongly correlated.
-        from_family: whether the first bridge is built on the family's own parameters; else its reference has no drift.
-        restarts: the number of further attempts, from parameters drawn by the family's ``reset``; the best one is returned.
-        num_nodes: the number of states that a projection sees.
-        population: ``N``, the number of particles that the divergence counts for beside a prior and in the stopping rule, since
-            seeing these snapshots has the probability :math:`e^{-N\min_q\mathrm{KL}}` (Sanov); the mean size of a snapshot if None.
-        relaxation: what deviations from the snapshots' weights and masses cost; see :class:`~stochdyn.bridges.SchrodingerBridge`.
-        corrections: the number of paths per pair for importance weights of what linearisation leaves out; see
+        from_family: Whether the first bridge is built on the family's own parameters; else its reference has no drift.
+        restarts: The number of further attempts, from parameters drawn by the family's ``reset``; the best one is returned.
+        num_nodes: The number of states that a projection sees.
+        population: The number ``N`` of particles that the divergence counts for beside a prior and in the stopping rule, since
+            number of particles that the divergence counts for beside a prior and in the stopping rule, since seeing these
+            snapshots has the probability :math:`e^{-N\min_q\mathrm{KL}}` (Sanov); the mean size of a snapshot if None.
+        relaxation: The cost of deviations from the snapshots' weights and masses; see
             :class:`~stochdyn.bridges.SchrodingerBridge`.
-        tolerance: the largest marginal error of the couplings, in L1.
-        max_iterations: the largest number of iterations of each coupling.
+        corrections: The number of paths per pair for importance weights of what linearisation leaves out; see
+            :class:`~stochdyn.bridges.SchrodingerBridge`.
+        tolerance: The largest L1 error of a coupling's marginals.
+        max_iterations: The largest number of iterations of each coupling.
 
     Example:
         >>> Sinkhorn(accelerate=True, restarts=2).restarts
@@ -90,13 +92,13 @@ class IPF:
     nor a learned diffusion.
 
     Args:
-        learner: how drifts are regressed: ``"gp"``, ``"neural"``, or a function that makes a
+        learner: The way in which drifts are regressed: ``"gp"``, ``"neural"``, or a function that makes a
             :class:`~stochdyn.bridges.laws.DriftRegression`.
-        projection: how the family is fitted to a bridge; see :class:`Sinkhorn`.
-        from_family: whether the first bridge is built on the family's own parameters; else its reference has no drift.
-        num_nodes: the number of states that a projection sees.
-        population: the number of particles that the divergence counts for beside a prior; the mean size of a snapshot if None.
-        max_iterations: the number of pairs of half-bridges.
+        projection: The way in which the family is fitted to a bridge; see :class:`Sinkhorn`.
+        from_family: Whether the first bridge is built on the family's own parameters; else its reference has no drift.
+        num_nodes: The number of states that a projection sees.
+        population: The number of particles that the divergence counts for beside a prior; the mean size of a snapshot if None.
+        max_iterations: The number of pairs of half-bridges.
 
     Reference: Vargas et al. (2021), Solving Schrödinger bridges via maximum likelihood; Shen, Berlinghieri & Broderick (2025).
     """
@@ -142,25 +144,30 @@ class IPF:
 class Messages:
     """Refinement of a mechanism of which only the first components are seen.
 
-    Its bridges are :class:`~stochdyn.bridges.HiddenStateBridge`, built on the family's own parameters, so these must start where the mechanism comes
-    near to the data. There is no posterior, and the diffusion isn't learnt.
+    Its bridges are :class:`~stochdyn.bridges.HiddenStateBridge`, built on the family's own parameters, so these must start where the mechanism
+    comes near to the data. The diffusion isn't learnt.
 
-    It is tested for one unknown parameter. Estimates of several may be biased: parameters that can make up for each other, such as the decay
-    of a species that is seen and that of the hidden one which makes it, are held by snapshots of some tens of particles so weakly that values
-    far from the truth can have the lower objective. Refine subsets of the particles, or resampled ones, to see how far estimates scatter; fix
-    what is known; and give more particles.
+    Use it for species that aren't measured, or for positions without velocities: then the noise drives velocities only, ``diffusion`` is a
+    matrix ``(2p, p)`` as that of :func:`~stochdyn.bridges.momentum`, and a function returns ``(v, friction and forces)``.
+
+    Near the end steps are those of Newton's method on the draws of the hidden components, for up to twenty parameters without prior. Parameters
+    that can make up for each other, such as the decay of a species that is seen and that of the hidden one which makes it, are held by few
+    snapshots so weakly that estimates are far from the truth: :meth:`Refinement.posterior` says how far, and warns of the direction.
 
     Args:
-        initial_mean: the mean of the whole state at the first snapshot to start from, ``(d,)``: the components that are seen first.
-        initial_cov: its covariance, ``(d, d)``; for what is hidden as wide as is known.
-        learn_initial: whether to refine this law too, from where it is: snapshots often don't determine it.
-        projection: how the family is fitted to a bridge; see :class:`Sinkhorn`.
-        num_hidden: the number of draws of the hidden components for each particle.
-        num_rounds: how often they are drawn for each bridge.
-        num_nodes: the number of states that a projection sees.
-        population: the number of particles that the divergence counts for beside a prior; the mean size of a snapshot if None.
-        tolerance: the largest marginal error of the bridges, in L1.
-        max_iterations: the largest number of sweeps of each bridge.
+        initial_mean: The mean of the whole state at the first snapshot to start from, ``(d,)``: the components that are seen
+            first.
+        initial_cov: The covariance of the whole state at the first snapshot, ``(d, d)``; for what is hidden as wide as is
+            known.
+        learn_initial: Whether the law at the first snapshot is refined too, from where it is: snapshots often don't determine
+            it.
+        projection: The way in which the family is fitted to a bridge; see :class:`Sinkhorn`.
+        num_hidden: The number of draws of the hidden components per particle.
+        num_rounds: The number of times that the hidden components are drawn for each bridge.
+        num_nodes: The number of states that a projection sees.
+        population: The number of particles that the divergence counts for beside a prior; the mean size of a snapshot if None.
+        tolerance: The largest L1 error of a bridge's marginals.
+        max_iterations: The largest number of sweeps of each bridge.
     """
 
     initial_mean: Any
@@ -217,7 +224,7 @@ def as_method(method: object) -> Method:
     """Return a method for its name, ``"sinkhorn"`` or ``"ipf"``, with its defaults, or itself.
 
     Raises:
-        InvalidInputError: for anything else.
+        InvalidInputError: If it is anything else.
     """
     if isinstance(method, str):
         check_choice(method, ("sinkhorn", "ipf"), "method")

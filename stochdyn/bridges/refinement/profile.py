@@ -47,11 +47,11 @@ class BridgeProfile:
     .. math:: \nabla F=-E_{q_\theta}\int(\partial_\theta b_\theta)^\top(GG^\top)^{-1}(u-b_\theta)\,dt .
 
     Args:
-        fit: what :func:`stochdyn.bridges.refine` returned.
-        temper: :math:`\eta`, positive.
-        population: :math:`N`; the mean size of a snapshot if None.
-        width: the standard deviations ``(P,)`` of the normal prior about the fit that stands for a flat one where the family has no prior
-            of its own.
+        fit: The refinement, as :func:`stochdyn.bridges.refine` returned it.
+        temper: The power :math:`\eta` of the likelihood, positive.
+        population: The number :math:`N` of particles that the divergence counts for; the mean size of a snapshot if None.
+        width: The standard deviations ``(P,)`` of the normal prior about the fit that stands for a flat one where the family
+            has no prior of its own.
     """
 
     # A bridge per value of the parameters is remembered, and says nothing that the rest doesn't.
@@ -92,6 +92,7 @@ class BridgeProfile:
             gradient = torch.zeros_like(self.centre)
             for i, (part, plan) in enumerate(zip(bridge._transitions, bridge.plans, strict=True)):
                 first, second, _, moments = pair_moments(bridge, i, part, plan, moved, self._white)
+                # envelope theorem: the gradient at a fixed bridge, summed over pairs
                 gradient -= (plan.plan() / plan.mass)[first, second].double() @ moments
             self._memo[key] = bridge.objective.double() - self.floor, gradient
         return self._memo[key]
@@ -149,10 +150,10 @@ class ProfileFit:
     """A fitted guide of a :class:`BridgeProfile`.
 
     Attributes:
-        model: the model.
-        guide: an ``AutoMultivariateNormal`` over the coordinates.
-        losses: minus the evidence lower bound of every step, up to a constant.
-        temper: the power of the likelihood.
+        model: The model that the guide is of.
+        guide: The guide, an ``AutoMultivariateNormal`` over the coordinates.
+        losses: The negative evidence lower bound of every step, up to a constant.
+        temper: The power of the likelihood.
     """
 
     def __init__(self, model: BridgeProfile, guide: Any, losses: list[float]) -> None:
@@ -191,19 +192,19 @@ def fit_profile(
     in the metric of its own information.
 
     Args:
-        fit: what :func:`stochdyn.bridges.refine` returned, of a family with at most sixty parameters.
-        steps: the number of steps of SVI; each costs ``num_particles`` bridges.
-        lr: the learning rate of Adam, in standard deviations of the guide.
-        num_particles: the number of draws per step.
-        seed: the seed of everything.
-        temper: :math:`\eta`; calibrated if None, 1 for one cohort that was seen at all snapshots.
-        population: :math:`N`; the mean size of a snapshot if None.
-        progress: whether to show a bar, after two seconds.
+        fit: The refinement, as :func:`stochdyn.bridges.refine` returned it, of a family with at most sixty parameters.
+        steps: The number of steps of SVI; each costs ``num_particles`` bridges.
+        lr: The learning rate of Adam, in standard deviations of the guide.
+        num_particles: The number of draws per step.
+        seed: The seed of all randomness.
+        temper: The power :math:`\eta` of the likelihood; calibrated if None, 1 for one cohort that was seen at all snapshots.
+        population: The number :math:`N` of particles that the divergence counts for; the mean size of a snapshot if None.
+        progress: Whether to show a progress bar, after two seconds.
         checkpoint: The directory that is saved to after every step.
         resume: Whether to continue the run in ``checkpoint``.
 
     Raises:
-        InvalidInputError: for more parameters.
+        InvalidInputError: If there are more parameters.
         Interrupted: After Ctrl-C; its ``result`` is the guide so far.
 
     Reference: Lyddon, Holmes & Walker (2019), General Bayesian updating and the loss-likelihood bootstrap, Biometrika 106.
@@ -226,6 +227,7 @@ def fit_profile(
     if temper is None:
         generator = torch.Generator(fit.snapshots.device).manual_seed(seed)
         draws = response(redrawn_weights(fit.snapshots, 100, generator))
+        # eta = P / tr(N F'' Sigma): as wide as estimates scatter, on average over directions
         temper = min(1.0, len(draws.mT) / float((information @ torch.cov(draws.mT)).diagonal().sum()))
     has_prior = fit.family.log_prior() is not None
     width = _WIDE * torch.linalg.inv(temper * information).diagonal().sqrt()

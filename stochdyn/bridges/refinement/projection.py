@@ -27,6 +27,7 @@ __all__ = [
     "drift_shift",
     "path_gain",
     "project_drift",
+    "whitening",
 ]
 
 _CHUNK = 2**18
@@ -45,15 +46,15 @@ class Projection(ABC):
     def fit(
         self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int
     ) -> None:
-        """Change the parameters; ``white (d, d)`` is the inverse of the diffusion matrix."""
+        """Change the parameters; ``white (r, d)`` is the inverse of the diffusion matrix, see :func:`whitening`."""
 
 
 @dataclass(frozen=True)
 class LeastSquares(Projection):
-    """The exact projection on a family that is linear in its parameters; it has no options."""
+    """The exact projection on a family that is linear in its parameters; it has no options. Use it wherever the family allows."""
 
     def check(self, family: DriftFamily) -> None:
-        """See :meth:`Projection.check`."""
+        """Raise InvalidInputError unless the family is linear in its parameters."""
         if not isinstance(family, LinearFamily | SharedFeatures):
             raise InvalidInputError(
                 "least squares needs a family that is linear in its parameters",
@@ -64,7 +65,7 @@ class LeastSquares(Projection):
     def fit(
         self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int
     ) -> None:
-        """See :meth:`Projection.fit`."""
+        """Set the parameters of the family to those whose drift is nearest to the nodes."""
         _least_squares(family, nodes, white)
 
 
@@ -72,8 +73,10 @@ class LeastSquares(Projection):
 class GaussNewton(Projection):
     """Levenberg-Marquardt steps, for families of up to a few hundred parameters.
 
+    Use it for mechanisms: it costs one forward derivative per parameter and converges in a few steps.
+
     Args:
-        max_iterations: the largest number of steps.
+        max_iterations: The largest number of steps.
     """
 
     max_iterations: int = 50
@@ -82,12 +85,12 @@ class GaussNewton(Projection):
         check_positive_int(self.max_iterations, "max_iterations")
 
     def check(self, family: DriftFamily) -> None:
-        """See :meth:`Projection.check`."""
+        """Accept any family: this projection needs nothing but a drift."""
 
     def fit(
         self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int
     ) -> None:
-        """See :meth:`Projection.fit`."""
+        """Set the parameters of the family to those whose drift is nearest to the nodes."""
         _gauss_newton(family, nodes, white, population, self.max_iterations)
 
 
@@ -95,10 +98,12 @@ class GaussNewton(Projection):
 class Adam(Projection):
     """Stochastic gradient steps, for networks.
 
+    Use it where there are too many parameters for a matrix of curvatures.
+
     Args:
-        steps: the number of steps per projection.
-        lr: the learning rate, which falls to a twentieth.
-        batch_size: the number of nodes per step.
+        steps: The number of steps per projection.
+        lr: The first learning rate, which falls to a twentieth.
+        batch_size: The number of nodes per step.
     """
 
     steps: int = 300
@@ -111,12 +116,12 @@ class Adam(Projection):
         check_positive_int(self.batch_size, "batch_size")
 
     def check(self, family: DriftFamily) -> None:
-        """See :meth:`Projection.check`."""
+        """Accept any family: this projection needs nothing but a drift."""
 
     def fit(
         self, family: DriftFamily, nodes: DriftNodes, white: Tensor, population: float, seed: int
     ) -> None:
-        """See :meth:`Projection.fit`."""
+        """Set the parameters of the family to those whose drift is nearest to the nodes."""
         _adam(family, nodes, white, population, self, seed)
 
 
@@ -126,7 +131,7 @@ def as_projection(projection: object, family: DriftFamily | None = None) -> Proj
     Without a family only the kind is checked, and ``"auto"`` is None.
 
     Raises:
-        InvalidInputError: for anything else, or if the family can't be fitted like this.
+        InvalidInputError: If it is anything else, or if the family can't be fitted like this.
     """
     if not isinstance(projection, Projection):
         if not isinstance(projection, str) or projection != "auto":
@@ -161,20 +166,20 @@ def project_drift(
         \;-\;\tfrac1N\log p(\theta)
 
     Args:
-        family: the family, which is changed in place.
-        nodes: what stands for the bridge; see :meth:`SchrodingerBridge.nodes`.
-        spread: the covariance rate of the noise, ``(d, d)``.
-        population: ``N``, the number of particles that the divergence counts for beside the prior.
-        projection: how; in closed form where the drift is linear in its parameters, by Gauss-Newton steps for up to sixty
-            parameters, by Adam for more, if ``"auto"``.
-        seed: the seed of Adam's batches.
+        family: The family, which is changed in place.
+        nodes: The nodes that stand for the bridge; see :meth:`SchrodingerBridge.nodes`.
+        spread: The covariance rate of the noise, ``(d, d)``.
+        population: The number ``N`` of particles that the divergence counts for beside the prior.
+        projection: The way in which the family is fitted; in closed form where the drift is linear in its parameters, by
+            Gauss-Newton steps for up to sixty parameters, by Adam for more, if ``"auto"``.
+        seed: The seed of Adam's batches.
 
     Raises:
-        NonFiniteError: if the drift isn't finite on the bridge.
+        NonFiniteError: If the drift isn't finite on the bridge.
     """
     chosen = as_projection(projection, family)
     assert chosen is not None
-    white = torch.linalg.inv(torch.linalg.cholesky(spread))  # |white v|^2 is the norm above
+    white = whitening(spread)  # |white v|^2 is the norm above
     chosen.fit(family, nodes, white, population, seed)
     for name, value in family.named_parameters():
         if not bool(torch.isfinite(value).all()):
@@ -192,13 +197,30 @@ def drift_at(drift: Any, nodes: DriftNodes) -> Tensor:
     return torch.cat([drift(t, x) for t, x, _, _ in _chunks(nodes)])
 
 
+def whitening(spread: Tensor) -> Tensor:
+    r"""Return a matrix ``(r, d)`` with :math:`|Wv|^2=v^\top(GG^\top)^+v`, for noise of rank ``r``.
+
+    Where noise doesn't reach a component directly, drifts of one law of paths can't differ there, and only the others count.
+    """
+    factor, info = torch.linalg.cholesky_ex(spread)
+    if not bool(info):
+        return torch.linalg.inv(factor)
+    # eigenvectors in coordinates where driven components have noise one, so that units don't decide what is driven
+    size = spread.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(size > 0, 1 / size, torch.zeros_like(size))
+    values, vectors = torch.linalg.eigh(inverse[:, None] * spread * inverse)
+    kept = values > 1e-10 * values[-1]
+    return (vectors[:, kept] / values[kept].sqrt()).mT * inverse
+
+
 def path_gain(before: Tensor, after: Tensor, nodes: DriftNodes, spread: Tensor) -> Tensor:
     r"""Return by how much the divergence falls when the reference's drift changes, both ``(N, d)`` at the nodes.
 
     .. math:: \tfrac12\,\mathbb E_q\int\big(|b_{old}-u|^2-|b_{new}-u|^2\big)dt
         =\tfrac12\,\mathbb E_q\int(b_{old}-b_{new})\cdot(b_{old}+b_{new}-2u)\,dt
     """
-    inner = ((before - after) @ torch.linalg.inv(spread) * (before + after - 2 * nodes.u)).sum(-1)
+    white = whitening(spread)
+    inner = ((before - after) @ white.mT * ((before + after - 2 * nodes.u) @ white.mT)).sum(-1)
     return 0.5 * (nodes.weight * inner).double().sum()
 
 
@@ -208,8 +230,8 @@ def drift_shift(before: Tensor, after: Tensor, nodes: DriftNodes, spread: Tensor
     Times the number of particles it is the squared distance of the parameters in units of their standard errors, summed over directions,
     were paths seen.
     """
-    gap = after - before
-    return float((nodes.weight * (gap @ torch.linalg.inv(spread) * gap).sum(-1)).double().sum())
+    gap = (after - before) @ whitening(spread).mT
+    return float((nodes.weight * gap.square().sum(-1)).double().sum())
 
 
 @torch.no_grad()
@@ -218,6 +240,7 @@ def _least_squares(family: DriftFamily, nodes: DriftNodes, white: Tensor) -> Non
     gram, moment = gram.to(white.device), moment.to(white.device)
     if isinstance(family, SharedFeatures):
         for t, x, u, w in _chunks(nodes):
+            # normal equations E[psi psi^T] W^T = E[psi (u - b_0)^T]: the metric of the noise drops out, since all components share psi
             psi = family.regressors(t, x)
             weighted = psi * w[:, None]
             gram = gram + (weighted.mT @ psi).double()
@@ -226,6 +249,7 @@ def _least_squares(family: DriftFamily, nodes: DriftNodes, white: Tensor) -> Non
         return
     assert isinstance(family, LinearFamily)
     for t, x, u, w in _chunks(nodes):
+        # normal equations E[phi^T a^{-1} phi] theta = E[phi^T a^{-1} (u - b_0)], with a^{-1} = white^T white
         phi = white @ family.features(t, x)  # (N, d, K)
         target = (u - family.offset(t, x)) @ white.mT
         flat = (phi * w[:, None, None]).flatten(0, 1)
@@ -236,6 +260,7 @@ def _least_squares(family: DriftFamily, nodes: DriftNodes, white: Tensor) -> Non
 
 def _solve(gram: Tensor, moment: Tensor) -> Tensor:
     """Solve scaled normal equations; directions that the bridge doesn't see stay at zero, with a warning."""
+    # in coordinates where every regressor has size one, so that what counts as unseen doesn't depend on units
     size = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
     scaled = size[:, None] * gram * size
     values, vectors = torch.linalg.eigh(scaled)
@@ -290,6 +315,7 @@ def _gauss_newton(
         scale = torch.where(gram.diagonal() > 0, gram.diagonal(), torch.ones_like(theta))
         improved = False
         for _ in range(8):
+            # Levenberg-Marquardt: (J^T J + damping diag) step = -gradient
             step = torch.linalg.solve(gram + damping * torch.diag(scale), -slope)
             # No parameter moves by more than half its size, or some of its standard errors from one path, at once: beyond
             # that the expansion means little.
@@ -351,6 +377,7 @@ def _expand(
             columns = [torch.func.jvp(lambda v: flat.call(v, t, x), (own,), (e,))[1] for e in units]  # noqa: B023
             gap = (flat.call(own, t, x) - u) @ white.mT
             root = w.sqrt()[:, None]
+            # residuals r = sqrt(w) G^{-1} (b - u) and their Jacobian, one forward derivative per parameter
             jacobian = torch.stack([(c @ white.mT * root).reshape(-1) for c in columns], -1)
             residual = (gap * root).reshape(-1)
             gram += (jacobian.mT @ jacobian).double()
@@ -360,6 +387,7 @@ def _expand(
         point = own.clone().requires_grad_()
         prior = _prior(flat, point)
         if prior is not None:
+            # minus the prior's Hessian where it is positive, so that steps stay descents
             (first,) = torch.autograd.grad(prior, point, create_graph=True)
             rows = [torch.autograd.grad(f, point, retain_graph=True, allow_unused=True)[0] for f in first]
             hessian = torch.stack([torch.zeros_like(own) if r is None else r for r in rows]).double()
@@ -376,10 +404,10 @@ class DriftMatching(Objective):
     Called with a batch ``(t, x, u, weight)`` of :class:`DriftNodes`, whose weights are those of the sample.
 
     Args:
-        family: the drift.
-        white: the inverse of the diffusion matrix, ``(d, d)``.
-        total: the length of the time span.
-        population: the number of particles that the divergence counts for beside the prior.
+        family: The drift.
+        white: The inverse of the diffusion matrix, ``(r, d)``; see :func:`whitening`.
+        total: The length of the time span.
+        population: The number of particles that the divergence counts for beside the prior.
     """
 
     def __init__(self, family: DriftFamily, white: Tensor, total: float, population: float) -> None:

@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stochdyn._checks import (
@@ -27,9 +26,11 @@ from stochdyn.bridges.laws.reference import EmpiricalLaw, fitted_family, spread_
 from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
 from stochdyn.bridges.refinement.history import History
 from stochdyn.bridges.refinement.identifiability import check_counts
-from stochdyn.bridges.refinement.loop import Attempt, IPFLoop, MessagesLoop, SinkhornLoop, Task
+from stochdyn.bridges.refinement.loop import Attempt, IPFLoop, SinkhornLoop, Task
+from stochdyn.bridges.refinement.messages_loop import MessagesLoop
 from stochdyn.bridges.refinement.methods import IPF, Messages, Method, Sinkhorn, as_method
 from stochdyn.bridges.refinement.projection import Adam, as_projection
+from stochdyn.core.gaussian.small import psd_factor
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.sde.coefficients import Matrix
@@ -47,14 +48,15 @@ class Refinement:
     """A refined reference and the bridge built on it.
 
     Attributes:
-        family: the chosen drift.
-        measure: the bridge, a law on paths: ``.sample(ts, sample_shape)``, ``.marginal(t)``, ``.drift(t, x)``.
-        history: what happened in every iteration.
-        snapshots: the data.
-        diffusion: the covariance rate of the noise, ``(d, d)``.
-        dt: the spacing of the inner time grid.
-        method: how bridges were built, with its options.
-        options: the other arguments of :func:`refine` by name, for repeating it on other data.
+        family: The chosen drift.
+        measure: The bridge on the refined reference, a law on paths: ``.sample(ts, sample_shape)``, ``.marginal(t)``,
+            ``.drift(t, x)``.
+        history: The record of what happened in every iteration.
+        snapshots: The snapshots that the bridge passes through.
+        diffusion: The covariance rate of the noise, ``(d, d)``.
+        dt: The spacing of the inner time grid.
+        method: The method by which bridges were built, with its options.
+        options: The other arguments of :func:`refine` by name, for repeating it on other data.
     """
 
     family: DriftFamily
@@ -78,16 +80,29 @@ class Refinement:
 
     @property
     def reference(self) -> DiffusionMeasure:
-        """The refined reference process, started from the first snapshot's particles."""
-        noise = Matrix(torch.linalg.cholesky(self.diffusion))
-        return DiffusionMeasure(EmpiricalLaw.of(self.snapshots[0]), SDE(self.family, noise))
+        """The refined reference process, started from the first snapshot's particles, hidden components included."""
+        noise = Matrix(psd_factor(self.diffusion))
+        return DiffusionMeasure(self.states_at(0), SDE(self.family, noise))
+
+    def states_at(self, index: int) -> EmpiricalLaw:
+        """Return the law of the whole state at a snapshot: its particles, or weighted draws where components are hidden.
+
+        Args:
+            index: The index of the snapshot; negative ones count from the end.
+        """
+        size = len(self.snapshots)
+        if not -size <= index < size:
+            raise InvalidInputError("there is no such snapshot", got=index, expected=f"{-size} to {size - 1}")
+        if isinstance(self.measure, HiddenStateBridge):
+            return self.measure.states_at(index % size)
+        return EmpiricalLaw.of(self.snapshots[index % size])
 
     @property
     def bridge(self) -> SchrodingerBridge:
         """The bridge with its couplings.
 
         Raises:
-            UnavailableError: if the method builds bridges without couplings.
+            UnavailableError: If the method builds bridges without couplings.
         """
         if not isinstance(self.measure, SchrodingerBridge):
             raise UnavailableError(
@@ -100,7 +115,7 @@ class Refinement:
         """Return an ArviZ posterior over the parameters; see :func:`stochdyn.bridges.posterior`.
 
         Raises:
-            UnavailableError: if the method was :class:`IPF`.
+            UnavailableError: If the method was :class:`IPF`.
         """
         from stochdyn.bridges.refinement.uncertainty import posterior
 
@@ -130,39 +145,42 @@ def refine(
     that of :math:`q^k`. The divergence falls with every half step. It stops where the parameters stand still.
 
     Args:
-        snapshots: what was seen.
-        family: a :class:`DriftFamily`, any ``nn.Module`` with ``forward(t, x)``, a function ``drift(t, x, rate=1.0, ...)`` whose further
-            arguments are the parameters and their defaults where they start, or a Pyro model without arguments that returns
-            a drift, whose priors then act. A copy is refined; the original is left alone.
-        diffusion: the noise, known or, with ``learn_diffusion``, a first guess: a number, ``(d,)`` or ``(d, d)``, in units of state per root
-            of time.
-        max_iterations: the largest number of iterations.
-        method: ``"sinkhorn"``, with exact couplings, or ``"ipf"``, as published, for comparison; or :class:`Sinkhorn` or
-            :class:`IPF` with options; or :class:`Messages`, for mechanisms of which only some components are seen.
-        dt: the spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
-        seed: the seed of all randomness.
-        learn_diffusion: whether to estimate the noise from the couplings: True for its overall strength, ``"components"`` for that of every
-            component, ``"matrix"`` for all of it.
-        tolerance: how far parameters may still be from where they go, in their standard errors (the root mean square over
-            parameters, were paths seen), estimated from the rate at which they move; 0.1 if None.
-        progress: whether to show a bar, after two seconds.
-        checkpoint: the directory that is saved to after every iteration, made if need be.
-        resume: whether to continue the run in ``checkpoint`` to the same bits as if it had never stopped; a fresh run if there is
-            none. ``max_iterations`` may be larger than it was.
+        snapshots: The snapshots to pass through.
+        family: The family of drifts: a :class:`DriftFamily`, any ``nn.Module`` with ``forward(t, x)``, a function
+            ``drift(t, x, rate=1.0, ...)`` whose further arguments are the parameters and their defaults where they start, or a
+            Pyro model without arguments that returns a drift, whose priors then act. A copy is refined; the original is left
+            alone.
+        diffusion: The noise of the reference, known or, with ``learn_diffusion``, a first guess: a number, ``(d,)`` or
+            ``(d, d)``, in units of state per root of time.
+        max_iterations: The largest number of iterations.
+        method: The method by which bridges are built: ``"sinkhorn"``, with exact couplings, or ``"ipf"``, as published, for
+            comparison; or :class:`Sinkhorn` or :class:`IPF` with options; or :class:`Messages`, for mechanisms of which only
+            some components are seen.
+        dt: The spacing of the inner time grid; a twenty-fifth of the shortest interval if None.
+        seed: The seed of all randomness.
+        learn_diffusion: Whether to estimate the noise from the couplings: True for its overall strength, ``"components"`` for
+            that of every component, ``"matrix"`` for all of it.
+        tolerance: The distance that parameters may still have from where they go, in their standard errors (the root mean
+            square over parameters, were paths seen), estimated from the rate at which they move; 0.1 if None.
+        progress: Whether to show a progress bar, after two seconds.
+        checkpoint: The directory that the run is saved to after every iteration, made if need be.
+        resume: Whether to continue the run in ``checkpoint`` to the same bits as if it had never stopped; a fresh run if there
+            is none. ``max_iterations`` may be larger than it was.
 
     Returns:
         Parameters, the bridge, the refined reference, and the history.
 
     Raises:
-        InvalidInputError: for a family without parameters, options that can't work or that the method doesn't use; before any work.
-        ShapeError: if the drift doesn't fit the particles.
-        DiffusionError: if the noise is so weak that no path reaches the next snapshot.
-        ForeignCheckpointError: if the checkpoint belongs to another run: other data, options or family.
-        Interrupted: after Ctrl-C, at the end of the iteration, with the result so far.
+        InvalidInputError: If the family has no parameters, or an option can't work or isn't used by the method; before any
+            work.
+        ShapeError: If the drift doesn't fit the particles.
+        DiffusionError: If the noise is so weak that no path reaches the next snapshot.
+        ForeignCheckpointError: If the checkpoint belongs to another run: other data, options or family.
+        Interrupted: If Ctrl-C was pressed; raised at the end of the iteration, with the result so far.
 
     Warns:
-        ApproximationWarning: if the snapshots hold no more numbers than there are parameters, if directions of the parameters can't be told
-            from them, or if the Monte Carlo error of the projection is large.
+        ApproximationWarning: If the snapshots hold no more numbers than there are parameters, if directions of the parameters
+            can't be told from them, or if the Monte Carlo error of the projection is large.
 
     Example:
         >>> from stochdyn.bridges import LinearDrift, Snapshots
@@ -208,7 +226,7 @@ def refine(
     if not any(p.requires_grad for p in original.parameters()):
         raise InvalidInputError("the family has no parameters to refine", got=type(family).__name__)
     as_projection(chosen.projection, original)
-    spread_of(diffusion, snapshots, dim)
+    spread_of(diffusion, snapshots, dim, reach=isinstance(chosen, Messages))
     options = {
         "diffusion": diffusion, "max_iterations": max_iterations, "dt": dt, "seed": as_seed(seed),
         "learn_diffusion": learn_diffusion, "tolerance": tolerance,
@@ -248,7 +266,7 @@ def refine(
         job, "refine", identity={"snapshots": snapshots, "family": original, "method": chosen, **kept},
         randomness=task.seed, device=snapshots.device, progress=progress, checkpoint=checkpoint, resume=resume,
     )  # fmt: skip
-    if isinstance(job, SinkhornLoop):
+    if isinstance(job, SinkhornLoop | MessagesLoop):
         job.check()
     if not isinstance(as_projection(chosen.projection, original), Adam):
         check_counts(snapshots, original, stacklevel=3)

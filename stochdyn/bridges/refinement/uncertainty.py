@@ -13,13 +13,14 @@ from torch import Tensor
 from stochdyn._checks import as_generator, as_seed, check_bool, check_choice, check_positive_int
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
+from stochdyn.bridges.laws.hidden import HiddenStateBridge
 from stochdyn.bridges.refinement.identifiability import (
     check_information,
     rotation_invariance,
     warn_if_invariant,
 )
 from stochdyn.bridges.refinement.linear_response import LinearResponse, flatten, with_coordinates
-from stochdyn.bridges.refinement.methods import Sinkhorn
+from stochdyn.bridges.refinement.methods import Messages, Method, Sinkhorn
 from stochdyn.errors import (
     ApproximationWarning,
     InvalidInputError,
@@ -59,23 +60,23 @@ def posterior(
     Paths are latent in both. A regression on the bridge's paths as if they had been seen would be overconfident.
 
     Args:
-        fit: what :func:`stochdyn.bridges.refine` returned.
-        num_draws: the number of draws.
-        method: ``"bootstrap"`` or ``"svi"``.
-        seed: the seed of the draws.
-        progress: whether to show a bar, after two seconds.
-        options: further arguments of :func:`bootstrap` or of :func:`stochdyn.bridges.refinement.profile.fit_profile`.
+        fit: The refinement, as :func:`stochdyn.bridges.refine` returned it.
+        num_draws: The number of draws.
+        method: The estimator, ``"bootstrap"`` or ``"svi"``.
+        seed: The seed of the draws.
+        progress: Whether to show a progress bar, after two seconds.
+        options: Further arguments of :func:`bootstrap` or of :func:`stochdyn.bridges.refinement.profile.fit_profile`.
 
     Returns:
         ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with ArviZ 1.x. ``posterior`` holds the parameters by name and, as
         ``coordinates``, the raw values that :func:`families_of` reads.
 
     Raises:
-        InvalidInputError: for an unknown method, or more parameters than the method can take.
-        UnavailableError: if the refinement has no couplings, as that by :class:`IPF`.
+        InvalidInputError: If the method is unknown, or can't take so many parameters.
+        UnavailableError: If the refinement has no couplings, as that by :class:`IPF`.
 
     Warns:
-        ApproximationWarning: if the marginals leave a rotation undetermined, or hold hardly any information on a combination of
+        ApproximationWarning: If the marginals leave a rotation undetermined, or hold hardly any information on a combination of
             parameters.
 
     Example:
@@ -88,8 +89,9 @@ def posterior(
     """
     check_positive_int(num_draws, "num_draws")
     check_choice(method, ("bootstrap", "svi"), "method")
-    fit.bridge  # noqa: B018, raises where there is none
-    warn_if_invariant(rotation_invariance(fit.snapshots), stacklevel=4)
+    _check_response(fit)
+    if not isinstance(fit.measure, HiddenStateBridge):
+        warn_if_invariant(rotation_invariance(fit.snapshots), stacklevel=4)
     if method == "svi":
         from stochdyn.bridges.refinement.profile import fit_profile
 
@@ -113,27 +115,29 @@ def bootstrap(
     r"""Redraw the particles of every snapshot with replacement and follow the refinement.
 
     Args:
-        fit: what :func:`stochdyn.bridges.refine` returned.
-        num_draws: the number of redrawn data sets.
-        seed: the seed of the redrawing.
-        progress: whether to show a bar, after two seconds.
-        refit: how the refinement follows. ``"full"``: it is repeated from the fit, at a few bridges per draw. ``"linear"``: by its
-            linear response to the weights (:class:`~stochdyn.bridges.refinement.linear_response.LinearResponse`), at a few bridges per
-            *parameter* and milliseconds per draw, for families without prior. ``"auto"``: linear where it can be, up to thirty parameters and
+        fit: The refinement, as :func:`stochdyn.bridges.refine` returned it.
+        num_draws: The number of redrawn data sets.
+        seed: The seed of the redrawing.
+        progress: Whether to show a progress bar, after two seconds.
+        refit: The way in which the refinement follows. ``"full"``: it is repeated from the fit, at a few bridges per draw.
+            ``"linear"``: by its linear response to the weights
+            (:class:`~stochdyn.bridges.refinement.linear_response.LinearResponse`), at a few bridges per *parameter* and
+            milliseconds per draw, for families without prior. ``"auto"``: linear where it can be, up to thirty parameters and
             with known diffusion.
-        max_iterations: the largest number of iterations for each data set (``"full"``).
-        num_nodes: the number of states that a projection sees (``"full"``); that of the fit if None.
-        checkpoint: the directory that is saved to after every data set (``"full"``).
-        resume: whether to continue the run in ``checkpoint``.
-        centre: whether to correct for the bias that noise causes: redrawing adds it once more, so draws are moved by twice their mean
-            deviation from the fit.
+        max_iterations: The largest number of iterations for each data set (``"full"``).
+        num_nodes: The number of states that a projection sees (``"full"``); that of the fit if None.
+        checkpoint: The directory that the run is saved to after every data set (``"full"``).
+        resume: Whether to continue the run in ``checkpoint``.
+        centre: Whether to correct for the bias that noise causes: redrawing adds it once more, so draws are moved by twice
+            their mean deviation from the fit.
 
     Returns:
-        The container that :func:`posterior` describes. ``sample_stats`` holds ``objective`` for full refits; attributes are ``refit``
-        and ``failed``, the number of data sets that no bridge could be built on.
+        The container that :func:`posterior` describes. Where the noise was learnt, so does its strength as ``diffusion``, one for all or
+        one per component, or the whole matrix :math:`GG^\top` as ``covariance_rate``. ``sample_stats`` holds ``objective`` for full
+        refits; attributes are ``refit`` and ``failed``, the number of data sets that no bridge could be built on.
 
     Raises:
-        InvalidInputError: if more than half of the data sets fail, or a linear response isn't to be had.
+        InvalidInputError: If more than half of the data sets fail, or a linear response isn't to be had.
 
     Reference: Efron & Tibshirani (1993), An Introduction to the Bootstrap, chapters 6 and 10.
     """
@@ -144,7 +148,7 @@ def bootstrap(
         check_positive_int(num_nodes, "num_nodes")
     check_bool(centre, "centre")
     seed = as_seed(seed)
-    fit.bridge  # noqa: B018, raises where there is none
+    _check_response(fit)
     generator = torch.Generator(fit.snapshots.device).manual_seed(seed)
     size = flatten(fit.family).numel()
     simple = size <= _MAX_LINEAR and fit.family.log_prior() is None and not fit.options["learn_diffusion"]
@@ -173,6 +177,12 @@ def bootstrap(
     return _container(fit, draws, extra, stats, {"seed": seed, "failed": failed, "refit": how})
 
 
+def _check_response(fit: Refinement) -> None:
+    """Raise UnavailableError where the law has neither couplings nor draws that respond to weights."""
+    if not isinstance(fit.measure, HiddenStateBridge):
+        fit.bridge  # noqa: B018, raises where there is none
+
+
 def redrawn_weights(snapshots: Snapshots, num: int, generator: torch.Generator | None = None) -> list[Tensor]:
     """Return multiplicities ``(num, n_i)`` of a bootstrap as normalised weights, one tensor per snapshot."""
     everything = []
@@ -194,11 +204,18 @@ class _Refits(Resumable[tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]
         self, fit: Refinement, num_draws: int, seed: int, max_iterations: int, num_nodes: int | None
     ) -> None:
         self.fit, self.total, self.seed, self.failed = fit, num_draws, seed, 0
-        assert isinstance(fit.method, Sinkhorn)  # only its bridges have the couplings that a posterior needs
+        assert isinstance(fit.method, Sinkhorn | Messages)  # only their bridges respond to weights
         nodes = fit.method.num_nodes if num_nodes is None else min(num_nodes, fit.method.num_nodes)
-        method = replace(fit.method, from_family=True, restarts=0, num_nodes=nodes)
+        method: Method = replace(fit.method, num_nodes=nodes)
+        diffusion = fit.options["diffusion"]
+        if isinstance(fit.measure, HiddenStateBridge) and isinstance(method, Messages):
+            method = replace(
+                method, initial_mean=fit.measure.initial_mean, initial_cov=fit.measure.initial_cov
+            )
+        elif isinstance(method, Sinkhorn):
+            method, diffusion = replace(method, from_family=True, restarts=0), fit.bridge.diffusion
         self.options = {
-            **fit.options, "max_iterations": max_iterations, "method": method, "diffusion": fit.bridge.diffusion,
+            **fit.options, "max_iterations": max_iterations, "method": method, "diffusion": diffusion,
             "dt": fit.dt, "progress": False,
         }  # fmt: skip
         self.draws: list[list[Any]] = []
@@ -231,23 +248,31 @@ class _Refits(Resumable[tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]
                     got=f"{self.failed} of {self.failed + len(self.draws)}",
                 ) from error
             return
-        noise = found.diffusion.diagonal().mean().sqrt().double()
-        self.draws.append([flatten(found.family), noise, found.objective])
+        self.draws.append([flatten(found.family), self._noise(found.diffusion.double()), found.objective])
+
+    def _noise(self, spread: Tensor) -> Tensor:
+        """What is learnt of the noise: its strength, that of every component, or the whole covariance rate."""
+        learnt = self.fit.options["learn_diffusion"]
+        if learnt == "matrix":
+            return spread
+        own = spread.diagonal().sqrt()
+        return own if learnt == "components" else own.square().mean().sqrt()
 
     def state(self) -> dict[str, Any]:
-        """See :meth:`Resumable.state`."""
+        """Return all that the rest of the run depends on, as plain data and tensors."""
         return {"draws": self.draws, "failed": self.failed}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """See :meth:`Resumable.load_state`."""
+        """Go on from what :meth:`state` returned."""
         self.draws, self.failed = [list(row) for row in state["draws"]], state["failed"]
 
     def report(self) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]:
         """Return coordinates, learned diffusion, objectives and failures so far."""
         size = flatten(self.fit.family).numel()
         rows = torch.stack([row[0] for row in self.draws]) if self.draws else torch.empty(0, size)
-        noise = torch.tensor([float(row[1]) for row in self.draws])
-        extra = {"diffusion": noise} if self.fit.options["learn_diffusion"] else {}
+        learnt = self.fit.options["learn_diffusion"]
+        name = "covariance_rate" if learnt == "matrix" else "diffusion"
+        extra = {name: torch.stack([row[1] for row in self.draws])} if learnt and self.draws else {}
         return rows, extra, {"objective": torch.tensor([row[2] for row in self.draws])}, self.failed
 
 
@@ -286,14 +311,14 @@ def families_of(
     """Return families with parameters drawn from a posterior of :func:`posterior`.
 
     Args:
-        fit: what the posterior belongs to.
-        idata: the container.
-        num_draws: how many, drawn with replacement; every draw once if None.
-        generator: the source of randomness.
+        fit: The refinement that the posterior belongs to.
+        idata: The container that holds the posterior.
+        num_draws: The number of families, drawn with replacement; every draw once if None.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Raises:
-        UnknownSiteError: if the container has no coordinates.
-        InvalidInputError: if they are of another family.
+        UnknownSiteError: If the container has no coordinates.
+        InvalidInputError: If they are of another family.
     """
     if COORDINATES not in idata.posterior:
         raise UnknownSiteError(f"the posterior has no variable {COORDINATES!r}: take one of fit.posterior()")
