@@ -58,7 +58,7 @@ def hurst(report: dict[str, Any]) -> list[str]:
         "Cramér–Rao bound",
         "ratio",
         "coverage of 90 % intervals",
-        "processor seconds a fit",
+        "processor seconds per fit",
     ]
     note = (
         "The bound knows no prior; the fits have log-normal ones of width 1 for rate and scale, half a width off the true "

@@ -114,7 +114,7 @@ def measure_speed(smoke: bool, seeds: int, steps: int) -> dict[str, Any]:
                     best[who] = min(best[who], (time.process_time() - start) / block)
             row = {
                 "batch": size, "coupling": coupling, "reuse": reuse, "target": target if size == 256 else None,
-                "steps a second": {k: 1 / v for k, v in best.items()}, "ratio": best["TorchCFM"] / best["stochdyn"],
+                "steps per second": {k: 1 / v for k, v in best.items()}, "ratio": best["TorchCFM"] / best["stochdyn"],
             }  # fmt: skip
             rows.append(row)
             print(row, flush=True)

@@ -29,10 +29,10 @@ def _mean(values: list[float]) -> str:
 
 
 def speed(report: dict[str, Any]) -> list[str]:
-    """Training steps a second."""
+    """Training steps per second."""
     rows = []
     for r in report["rows"]:
-        ours, theirs = r["steps a second"]["stochdyn"], r["steps a second"]["TorchCFM"]
+        ours, theirs = r["steps per second"]["stochdyn"], r["steps per second"]["TorchCFM"]
         target = "" if r["target"] is None else f"{r['target']:g}"
         rows.append(
             [r["coupling"], str(r["reuse"]), f"{ours:.0f}", f"{theirs:.0f}", f"{r['ratio']:.2f}", target]
@@ -47,8 +47,8 @@ def speed(report: dict[str, Any]) -> list[str]:
         if r["target"] is None or r["ratio"] >= r["target"]:
             continue
         note = f"The target of the {r['coupling']} coupling is missed."
-        if "network alone" in r["steps a second"]:
-            limit = r["steps a second"]["network alone"] / r["steps a second"]["TorchCFM"]
+        if "network alone" in r["steps per second"]:
+            limit = r["steps per second"]["network alone"] / r["steps per second"]["TorchCFM"]
             note += (
                 " A step of the network with its optimiser alone, on points and targets that cost nothing, is "
                 f"{limit:.2f} times as fast as TorchCFM's: no more is to be had with this network run in this way."

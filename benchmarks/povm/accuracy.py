@@ -1,4 +1,4 @@
-"""Largest errors of variational evolutions and steady states against exact answers, one JSON a case.
+"""Largest errors of variational evolutions and steady states against exact answers, one JSON per case.
 
     OMP_NUM_THREADS=1 python benchmarks/povm/accuracy.py ring4-tdvp ring6-tdvp-sampled ...
 

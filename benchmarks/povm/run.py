@@ -1,4 +1,4 @@
-"""Speed of the parts, and exact methods beside QuTiP, one JSON a section.
+"""Speed of the parts, and exact methods beside QuTiP, one JSON per section.
 
     OMP_NUM_THREADS=1 python benchmarks/povm/run.py sampling local window exact trajectories
 

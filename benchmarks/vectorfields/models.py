@@ -83,7 +83,7 @@ WIND: dict[str, Callable[[PointCloud], RVGP]] = {
 
 
 def evaluate(task: Task, make: Callable[[PointCloud], RVGP]) -> dict[str, Any]:
-    """Fit and score: relative L2 error of held-out vectors, log density and coverage a tangent component."""
+    """Fit and score: relative L2 error of held-out vectors, log density and coverage per tangent component."""
     start = time.process_time()
     gp = make(task.cloud).fit(task.train, task.field[task.train])
     fitted = time.process_time() - start
