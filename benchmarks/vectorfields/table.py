@@ -120,7 +120,7 @@ def render(folder: Path) -> str:
     titles = {
         "bunny": (
             "Bunny",
-            "Relative error of held-out vectors / negative log density / coverage of 95 % intervals, the last two a "
+            "Relative error of held-out vectors / negative log density / coverage of 95 % intervals, the last two per "
             "tangent component. Least error in bold. The *diffused* field is the RVGP paper's own: random vectors diffused by the same "
             "Laplacian that the connection kernels are made of, then made unit vectors. *Shadow* is a smooth field of space, "
             "projected to the surface. Percentages: share of nodes observed. Holes: all nodes observed but those within 0.015 units "
