@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -164,3 +167,31 @@ def test_noise_that_does_not_commute_is_found_in_any_unit(scale: float) -> None:
     far = torch.tensor([[1.0, 1.0], [1e12, 1.0]], dtype=F64) * scale
     with pytest.raises(InvalidInputError, match="commut"):
         sd.DiffusionMeasure(far, law.sde).sample([0.0, 0.5, 1.0], 2, method="milstein")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_grid_that_changes_is_asked_again(shared: bool) -> None:
+    """What is known of a grid is forgotten when it changes: by torch, or through the NumPy array whose memory it shares."""
+    array = np.array([0.0, 0.5, 1.0])
+    ts = torch.from_numpy(array) if shared else torch.tensor(array)
+    law = sd.DiffusionMeasure(
+        torch.zeros(1, dtype=F64), sd.SDE(lambda t, x: torch.ones_like(x), 1e-9), dt=0.25
+    )
+    assert law.sample(ts, (), 0).x[-1].item() == pytest.approx(1.0, abs=1e-6)
+    if shared:
+        array *= 3
+    else:
+        ts.mul_(3)
+    assert law.sample(ts, (), 0).x[-1].item() == pytest.approx(3.0, abs=1e-6)
+
+
+def test_what_is_known_of_a_grid_does_not_keep_it() -> None:
+    law = sd.DiffusionMeasure(
+        torch.zeros(1, dtype=F64), sd.SDE(lambda t, x: -x, 0.5), start_time=-1.0, dt=0.25
+    )
+    ts = torch.linspace(0, 1, 5, dtype=F64)
+    law.sample(ts, 2, 0)
+    gone = weakref.ref(ts)
+    del ts
+    gc.collect()
+    assert gone() is None

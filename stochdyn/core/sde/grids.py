@@ -27,6 +27,9 @@ def remembered(ts: Tensor, question: Hashable, answer: Callable[[], Answer]) -> 
     """
     if (ts.requires_grad and torch.is_grad_enabled()) or transforms_are_active():
         return answer()
+    if not ts.untyped_storage().resizable():
+        # The memory is another one's, of a NumPy array, say, who may change it without a trace.
+        return answer()
     version = -1 if ts.is_inference() else ts._version
     known: dict[Hashable, tuple[int, Any]] = _KNOWN.setdefault(ts, {})
     if question not in known or known[question][0] != version:
