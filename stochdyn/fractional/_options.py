@@ -13,7 +13,7 @@ def check_unused(options: Mapping[str, object], choice: str) -> None:
     """Raise if any of the options was given (isn't None), for they do nothing beside ``choice``.
 
     Raises:
-        InvalidInputError: naming the options.
+        InvalidInputError: If one of the options was given; the message names them.
     """
     given = [name for name, value in options.items() if value is not None]
     if given:

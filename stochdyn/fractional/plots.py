@@ -31,20 +31,20 @@ def plot_hurst_curve(
     """Draw a Hurst index against time: one curve, or the median and central interval of many.
 
     Args:
-        ts: ``(T,)`` times.
-        curve: a function such as :class:`~stochdyn.fractional.HurstCurve`, or its values ``(T,)`` or draws ``(T, S)``.
-        truth: another function, drawn dashed.
-        level: probability of the interval.
-        label: of the curve in the legend.
-        colour: of the curve.
-        ax: axes to draw on; new ones if None.
+        ts: The times ``(T,)``.
+        curve: A function such as :class:`~stochdyn.fractional.HurstCurve`, or its values ``(T,)`` or draws ``(T, S)``.
+        truth: Another function, drawn dashed.
+        level: The probability of the interval.
+        label: The name of the curve in the legend.
+        colour: The colour of the curve.
+        ax: The axes to draw on; new ones if None.
 
     Returns:
         The axes.
 
     Raises:
-        ShapeError: if there isn't one index per time.
-        MissingDependencyError: without matplotlib.
+        ShapeError: If there isn't one index per time.
+        MissingDependencyError: Without matplotlib.
 
     Example:
         >>> from stochdyn.fractional import HurstCurve

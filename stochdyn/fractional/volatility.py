@@ -29,10 +29,10 @@ class RoughVolatility(NamedTuple):
     """What :func:`rough_volatility` returns.
 
     Attributes:
-        realised: ``(*sample_shape, days)`` realised variances, the sums of the squared returns of each day.
-        integrated: ``(*sample_shape, days)`` the integrals over each day of the variance, which they estimate.
-        spot: ``(*sample_shape, days)`` the variance at the end of each day.
-        log_price: ``(*sample_shape, days * M + 1)`` the logarithm of the price, 0 at the start, after each return.
+        realised: The realised variances ``(*sample_shape, days)``, the sums of the squared returns of each day.
+        integrated: The integrals over each day of the variance ``(*sample_shape, days)``, which they estimate.
+        spot: The variance at the end of each day ``(*sample_shape, days)``.
+        log_price: The logarithm of the price after each return ``(*sample_shape, days * M + 1)``, 0 at the start.
     """
 
     realised: Tensor
@@ -72,20 +72,20 @@ def rough_volatility(
     The unit of time is a day, but nothing depends on that: with times in years, ``days=1`` is one year.
 
     Args:
-        days: length of the series.
+        days: The length of the series.
         hurst: Hurst index H.
-        volatility_of_volatility: :math:`\nu`, standard deviation of log variance after one day (in rough Bergomi,
+        volatility_of_volatility: The standard deviation :math:`\nu` of log variance after one day (in rough Bergomi,
             :math:`\eta`).
-        mean_log_variance: m, by default -9.5; without ``forward_variance`` only.
-        forward_variance: the curve :math:`\xi_0`: a number, a function of times in days, or its values at the starts of the
+        mean_log_variance: The mean m of the log variance, by default -9.5; without ``forward_variance`` only.
+        forward_variance: The curve :math:`\xi_0`: a number, a function of times in days, or its values at the starts of the
             ``days * returns_per_day`` steps.
-        leverage: correlation :math:`\rho` of price and volatility, from -1 to 1; with ``forward_variance`` only.
-        returns_per_day: number M of returns per day; 78 are the five-minute returns of a trading day.
-        sample_shape: shape of independent series, an int or a tuple.
-        generator: source of randomness, or its seed.
+        leverage: The correlation :math:`\rho` of price and volatility, from -1 to 1; with ``forward_variance`` only.
+        returns_per_day: The number M of returns per day; 78 are the five-minute returns of a trading day.
+        sample_shape: The shape of independent series, an int or a tuple.
+        generator: The source of randomness, or its seed.
 
     Raises:
-        HurstRangeError, InvalidInputError: for an index outside (0, 1), sizes or variances that aren't positive, a leverage outside
+        HurstRangeError, InvalidInputError: For an index outside (0, 1), sizes or variances that aren't positive, a leverage outside
             [-1, 1], or options that have no effect.
 
     Example:
@@ -127,6 +127,7 @@ def rough_volatility(
         curve = _curve(forward_variance, steps, dt)
         level, dw = _volterra(float(hurst), steps, dt, shape, generator)
         t = dt * torch.arange(steps + 1, dtype=torch.float64)
+        # V = xi_0 exp(eta B - eta^2 t^(2H) / 2), whose expectation is xi_0.
         exponent = volatility_of_volatility * level - 0.5 * volatility_of_volatility**2 * t ** (2 * hurst)
         path = torch.cat([curve, curve[-1:]]) * exponent.exp()
         # the variance at the start of each step, which keeps the price a martingale
@@ -171,6 +172,7 @@ def _volterra(
     # over a step k before it, the mean of the kernel
     k = torch.arange(1, steps, dtype=torch.float64)
     kernel = dt**a * ((k + 1) ** (a + 1) - k ** (a + 1)) / (a + 1)
+    # A causal convolution of the kernel with the increments, padded so that nothing wraps round.
     size = 2 * steps
     spectrum = torch.fft.rfft(torch.nn.functional.pad(kernel, (1, 0)), n=size) * torch.fft.rfft(dw, n=size)
     before = torch.fft.irfft(spectrum, n=size)[..., :steps]

@@ -47,17 +47,17 @@ def fbm_covariance(ts: Tensor, hurst: Tensor | float, kind: Kind = "I") -> Tenso
     Both have variance :math:`t^{2H}`.
 
     Args:
-        ts: ``(T,)`` times, not negative, increasing.
+        ts: The times ``(T,)``, not negative and increasing.
         hurst: Hurst index in (0, 1), ``(*batch)``; differentiable for type I only.
-        kind: ``"I"`` (Mandelbrot-Van Ness, stationary increments) or ``"II"`` (Riemann-Liouville).
+        kind: The type of the motion: ``"I"`` (Mandelbrot-Van Ness, stationary increments) or ``"II"`` (Riemann-Liouville).
 
     Returns:
         ``(*batch, T, T)`` in the dtype of ``ts``, computed in float64.
 
     Raises:
-        HurstRangeError: if ``hurst`` lies outside (0, 1).
-        TimeGridError: if the times don't increase.
-        InvalidInputError: if a time is negative.
+        HurstRangeError: If ``hurst`` lies outside (0, 1).
+        TimeGridError: If the times don't increase.
+        InvalidInputError: If a time is negative.
 
     Example:
         >>> fbm_covariance(torch.tensor([0.5, 1.0]), 0.5).tolist()
@@ -95,15 +95,15 @@ def fgn_autocovariance(num_lags: int, hurst: Tensor | float, dt: float = 1.0) ->
     .. math:: r(k)=\tfrac12\Delta^{2H}\left(|k+1|^{2H}-2|k|^{2H}+|k-1|^{2H}\right).
 
     Args:
-        num_lags: number of lags, from 0 on.
+        num_lags: The number of lags, from 0 on.
         hurst: Hurst index in (0, 1), ``(*batch)``; differentiable.
-        dt: time between the ends of an increment.
+        dt: The time between the ends of an increment.
 
     Returns:
         float64 ``(*batch, n)``.
 
     Raises:
-        HurstRangeError: if ``hurst`` lies outside (0, 1).
+        HurstRangeError: If ``hurst`` lies outside (0, 1).
 
     Example:
         >>> fgn_autocovariance(3, 0.5).tolist()
@@ -138,17 +138,17 @@ def sample_fgn(
 
     Args:
         hurst: Hurst index in (0, 1), ``(*batch)``.
-        num_steps: number of increments.
-        dt: time between the ends of an increment; its variance is ``dt ** (2 * hurst)``.
-        sample_shape: shape of independent draws, an int or a tuple.
-        generator: source of randomness, on the device of ``hurst``, or its seed.
-        dtype: precision of the result; computed in float64.
+        num_steps: The number of increments.
+        dt: The time between the ends of an increment; its variance is ``dt ** (2 * hurst)``.
+        sample_shape: The shape of independent draws, an int or a tuple.
+        generator: The source of randomness, on the device of ``hurst``, or its seed.
+        dtype: The precision of the result; computed in float64.
 
     Returns:
         ``(*sample_shape, *batch, num_steps)``.
 
     Raises:
-        HurstRangeError: if ``hurst`` lies outside (0, 1).
+        HurstRangeError: If ``hurst`` lies outside (0, 1).
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
@@ -189,17 +189,17 @@ def sample_fbm(
 
     Args:
         hurst: Hurst index in (0, 1), ``(*batch)``.
-        num_steps: number of steps.
-        horizon: last time; :math:`\operatorname{Var}B(t)=t^{2H}`.
-        sample_shape: shape of independent draws, an int or a tuple.
-        generator: source of randomness, on the device of ``hurst``, or its seed.
-        dtype: precision of the result; computed in float64.
+        num_steps: The number of steps.
+        horizon: The last time; :math:`\operatorname{Var}B(t)=t^{2H}`.
+        sample_shape: The shape of independent draws, an int or a tuple.
+        generator: The source of randomness, on the device of ``hurst``, or its seed.
+        dtype: The precision of the result; computed in float64.
 
     Returns:
         ``(*sample_shape, *batch, num_steps + 1)``, the first column 0.
 
     Raises:
-        HurstRangeError: if ``hurst`` lies outside (0, 1).
+        HurstRangeError: If ``hurst`` lies outside (0, 1).
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
@@ -225,16 +225,16 @@ def fou_autocovariance(lags: Tensor, rate: float, hurst: float, scale: float = 1
     :math:`M(z)=\frac1{\Gamma(2H)}\int_0^zu^{2H-1}e^u\,du`.
 
     Args:
-        lags: times, any shape; their absolute values count.
-        rate: mean reversion :math:`\theta`, 1 / time.
+        lags: The times, any shape; their absolute values count.
+        rate: The mean reversion :math:`\theta`, 1 / time.
         hurst: Hurst index in (0, 1).
-        scale: :math:`\sigma`.
+        scale: The strength :math:`\sigma` of the noise, in units of the process per unit time to the power H.
 
     Returns:
         float64, the shape of ``lags``. Not differentiable.
 
     Raises:
-        HurstRangeError: if ``hurst`` lies outside (0, 1).
+        HurstRangeError: If ``hurst`` lies outside (0, 1).
 
     Example:
         >>> [round(v, 6) for v in fou_autocovariance(torch.tensor([0.0, 1.0]), 1.0, 0.7).tolist()]

@@ -30,16 +30,16 @@ class FractionalGaussianNoise(LawDistribution):
 
     Args:
         hurst: Hurst index in (0, 1), ``(*batch)``.
-        mean: of one increment, ``(*batch)``.
-        scale: standard deviation of an increment over unit time, ``(*batch)``.
-        num_steps: number n of increments; the event shape is ``(n,)``.
-        dt: time between the ends of an increment.
-        likelihood: table of the observed series. The density of any other value is computed as usual.
-        validate_args: as in torch.
+        mean: The expectation ``(*batch)`` of one increment.
+        scale: The standard deviation of an increment over unit time, ``(*batch)``.
+        num_steps: The number n of increments; the event shape is ``(n,)``.
+        dt: The time between the ends of an increment.
+        likelihood: The table of the observed series. The density of any other value is computed as usual.
+        validate_args: Whether arguments are checked; None takes torch's setting.
 
     Raises:
-        HurstRangeError: if ``hurst`` lies outside (0, 1).
-        InvalidInputError: if ``scale`` isn't positive, or ``likelihood`` has another length or dt.
+        HurstRangeError: If ``hurst`` lies outside (0, 1).
+        InvalidInputError: If ``scale`` isn't positive, or ``likelihood`` has another length or dt.
 
     Example:
         >>> noise = FractionalGaussianNoise(0.8, 0.0, 1.0, num_steps=50)

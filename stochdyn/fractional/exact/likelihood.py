@@ -52,20 +52,20 @@ class HurstLikelihood:
     :func:`~stochdyn.fractional.infer_hurst` needs no such table.
 
     Args:
-        series: ``(n,)`` finite, not constant, of at least 8 values: stationary increments.
-        dt: time between the ends of an increment.
-        limits: the Hurst indices between which the table holds; a narrow range takes few nodes.
+        series: The stationary increments ``(n,)``: finite, not constant, at least 8 values.
+        dt: The time between the ends of an increment.
+        limits: The Hurst indices between which the table holds; a narrow range takes few nodes.
 
     Attributes:
-        series: the data in float64.
-        dt, limits: as given.
-        num_nodes: number of Chebyshev nodes used.
-        error: largest deviation found of the interpolated profile log likelihood, in those units.
+        series: The data in float64.
+        dt, limits: The time step and the range of indices, as given.
+        num_nodes: The number of Chebyshev nodes used.
+        error: The largest deviation found of the interpolated profile log likelihood, in those units.
 
     Raises:
-        EmptyDataError, TooFewDrawsError, NonFiniteError, ShapeError: for a series that is empty, short, not
+        EmptyDataError, TooFewDrawsError, NonFiniteError, ShapeError: For a series that is empty, short, not
             finite or has more than one axis.
-        InvalidInputError: for a constant series.
+        InvalidInputError: For a constant series.
 
     Example:
         >>> from stochdyn.datasets import nile_minima
@@ -137,8 +137,8 @@ class HurstLikelihood:
 
         Args:
             hurst: Hurst index, ``(*batch)``, within :attr:`limits`.
-            mean: expectation of one increment, ``(*batch)``.
-            scale: standard deviation of an increment over unit time; over ``dt``, times ``dt ** hurst``.
+            mean: The expectation of one increment, ``(*batch)``.
+            scale: The standard deviation of an increment over unit time; over ``dt``, times ``dt ** hurst``.
         """
         check_hurst(hurst)
         h, m, s = (torch.as_tensor(v, dtype=torch.float64) for v in (hurst, mean, scale))
@@ -186,6 +186,7 @@ class HurstLikelihood:
 def _summaries(innovations: np.ndarray) -> np.ndarray:
     """``(M, 4)``: log det, log p, mu-hat, log q."""
     data, one, log_variance = innovations
+    # With whitened data and ones: p = 1'R^-1 1, mu = 1'R^-1 y / p, q = (y - mu)'R^-1 (y - mu).
     precision = np.exp(-log_variance)
     p = (one**2 * precision).sum(-1)
     mu = (one * data * precision).sum(-1) / p
@@ -215,9 +216,11 @@ class FGNFit:
     """Exact maximum-likelihood fit of fractional Gaussian noise.
 
     Attributes:
-        hurst: estimate; stderr: its standard error, by the curvature of the profile log likelihood.
-        mean: of one increment; scale: standard deviation over unit time.
-        log_likelihood: at the maximum.
+        hurst: The estimate of the Hurst index.
+        stderr: The standard error of the index, by the curvature of the profile log likelihood.
+        mean: The expectation of one increment.
+        scale: The standard deviation of an increment over unit time.
+        log_likelihood: The log likelihood at the maximum.
     """
 
     hurst: float
@@ -231,16 +234,16 @@ def hurst_log_likelihood(hurst: Tensor | float, series: Any, dt: float = 1.0) ->
     """Return the exact profile log likelihood of the Hurst index: maximised over mean and scale.
 
     Args:
-        hurst: ``(*batch)``, in (0, 1); not differentiable, for which :class:`HurstLikelihood` is there.
-        series: ``(n,)`` stationary increments.
-        dt: time between the ends of an increment.
+        hurst: The Hurst indices ``(*batch)``, in (0, 1); not differentiable, for which :class:`HurstLikelihood` is there.
+        series: The stationary increments ``(n,)``.
+        dt: The time between the ends of an increment.
 
     Returns:
         ``(*batch)`` in float64, at :math:`O(n^2)` for each index.
 
     Raises:
-        HurstRangeError: for an index outside (0, 1).
-        InvalidInputError: see :class:`HurstLikelihood`.
+        HurstRangeError: For an index outside (0, 1).
+        InvalidInputError: If the series is constant or too short, as for :class:`HurstLikelihood`.
 
     Example:
         >>> from stochdyn.datasets import nile_minima
@@ -264,17 +267,17 @@ def fit_fgn(series: Any, dt: float = 1.0) -> FGNFit:
     Take it for a point estimate; :func:`~stochdyn.fractional.infer_hurst` gives the posterior and tests the fit.
 
     Args:
-        series: ``(n,)`` stationary increments.
-        dt: time between the ends of an increment.
+        series: The stationary increments ``(n,)``.
+        dt: The time between the ends of an increment.
 
     Returns:
         The fit, with the standard error of the Hurst index.
 
     Raises:
-        InvalidInputError: see :class:`HurstLikelihood`.
+        InvalidInputError: If the series is constant or too short, as for :class:`HurstLikelihood`.
 
     Warns:
-        ConvergenceWarning: if the likelihood still rises at the end of the range, so that there is no standard error.
+        ConvergenceWarning: If the likelihood still rises at the end of the range, so that there is no standard error.
 
     Example:
         >>> from stochdyn.datasets import nile_minima

@@ -17,8 +17,8 @@ def prediction_errors(columns: np.ndarray, autocovariance: np.ndarray) -> tuple[
     :math:`\log\det R=\sum\log v_k` and :math:`a^\top R^{-1}b=\sum_ke_k(a)e_k(b)/v_k`.
 
     Args:
-        columns: ``(c, n)`` data, and what its mean is made of.
-        autocovariance: ``(M, n)`` one row per law.
+        columns: The data and the columns that its mean is made of, ``(c, n)``.
+        autocovariance: The autocovariances ``(M, n)``, one row per law.
 
     Returns:
         ``(M, c, n)`` errors over their standard deviations, and ``(M, n)`` the logarithms of the variances.

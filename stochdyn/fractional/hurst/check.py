@@ -29,9 +29,9 @@ class Checks(NamedTuple):
     """P-values of a fit: small where data of the model would hardly look like these.
 
     Attributes:
-        memory: of the autocorrelations of prediction errors: short memory beside or in place of long.
-        season: of the largest ordinate of their periodogram: a cycle.
-        outlier: of the largest error.
+        memory: The p-value of the autocorrelations of prediction errors: short memory beside or in place of long.
+        season: The p-value of the largest ordinate of their periodogram: a cycle.
+        outlier: The p-value of the largest error.
     """
 
     memory: float
@@ -55,6 +55,7 @@ def _check_one(e: np.ndarray) -> tuple[float, float, float]:
     n = len(e)
     c = e - e.mean()
     lags = min(_LAGS, n // 4)
+    # Autocorrelations of the errors, which vanish up to 1 / sqrt(n) if the model is right.
     rho = np.array([c[k:] @ c[:-k] for k in range(1, lags + 1)]) / (c @ c)
     # Ljung and Box, with a degree of freedom less for the Hurst index
     statistic = n * (n + 2) * (rho**2 / (n - np.arange(1, lags + 1))).sum()

@@ -23,13 +23,15 @@ class Block:
     """One component of one series, where it was observed.
 
     Attributes:
-        values: ``(n,)``, less its least-squares fit, over ``unit``.
-        times: ``(n,)`` in units of dt, or their index.
-        design: ``(n, p)`` columns of the mean, each over its norm.
-        fit, unit, norms: what was taken away, and what was divided by.
-        place: where on the regular grid the values were observed; gaps: how many columns stand for missing values.
-        series, axis: where the block comes from; group: which blocks share a scale.
-        length: steps of the regular grid that the observed values lie on; None if they lie on none.
+        values: The values ``(n,)`` less their least-squares fit, over ``unit``.
+        times: The times ``(n,)`` in units of dt, or their index.
+        design: The columns ``(n, p)`` of the mean, each over its norm.
+        fit, unit, norms: The least-squares coefficients that were taken away, and the spread and the norms that were divided by.
+        place: The places on the regular grid where values were observed.
+        gaps: The number of columns that stand for missing values.
+        series, axis: The series and the component that the block comes from.
+        group: The number of the group of blocks with a common scale.
+        length: The number of steps of the regular grid that the observed values lie on; None if they lie on none.
     """
 
     values: np.ndarray
@@ -110,7 +112,7 @@ def read_series(data: object, name: str, shortest: int) -> list[np.ndarray]:
     One series is anything with one axis (time) or two (time, component); several come as a list or tuple of such.
 
     Raises:
-        EmptyDataError, InvalidInputError, NonFiniteError, ShapeError, TooFewDrawsError: for data that aren't such.
+        EmptyDataError, InvalidInputError, NonFiniteError, ShapeError, TooFewDrawsError: For data that aren't such.
     """
     several = isinstance(data, list | tuple) and len(data) > 0 and not np.isscalar(data[0])
     if several and isinstance(data[0], torch.Tensor | np.ndarray) and np.ndim(data[0]) == 0:  # type: ignore[index]

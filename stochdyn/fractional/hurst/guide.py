@@ -31,7 +31,7 @@ def hurst_model(likelihood: HurstLikelihood) -> None:
     :math:`\tau=1+\tfrac12|\log\Delta|`: weak priors, relative to the data.
 
     Args:
-        likelihood: the tabulated series.
+        likelihood: The tabulated likelihood of the series.
 
     Example:
         >>> from pyro import poutine
@@ -72,8 +72,8 @@ class HurstGuide(PyroModule):
         M. C. Jones and A. Pewsey, Sinh-arcsinh distributions, Biometrika 96, 2009.
 
     Args:
-        likelihood: the tabulated series.
-        start: its maximum-likelihood fit; the guide begins there, as wide as the Laplace approximation.
+        likelihood: The tabulated likelihood of the series.
+        start: The maximum-likelihood fit, where the guide begins, as wide as the Laplace approximation.
     """
 
     def __init__(self, likelihood: HurstLikelihood, start: FGNFit) -> None:

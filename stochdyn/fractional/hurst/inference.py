@@ -54,20 +54,20 @@ def infer_hurst(
     errors of observation. The one-step prediction errors are tested each time, and a warning names what doesn't fit.
 
     Args:
-        series: ``(n,)`` stationary increments, or ``(n, d)`` components with one Hurst index; or a list of such, of lengths
+        series: The stationary increments ``(n,)``, or ``(n, d)`` components with one Hurst index; or a list of such, of lengths
             from 5 on, that share it. NaN marks missing values.
-        dt: time between the ends of an increment; ``scale`` is per unit time, ``mean`` per increment.
-        num_draws: number of draws from the posterior.
-        seed: seed of the draws; None takes a fresh one.
-        times: ``(n,)`` ends of the increments, if they aren't regular (each still lasts ``dt``); a list for several series.
-        regressors: ``(n, k)`` covariates of the mean; a list for several series. A constant is always there.
-        trend: whether the mean has a slope in time.
-        season: one or several periods, in units of time, of cycles in the mean.
-        short_memory: what there is beside long memory: ``"white"`` noise, or ``"ar1"``, the noise passed through
+        dt: The time between the ends of an increment; ``scale`` is per unit time, ``mean`` per increment.
+        num_draws: The number of draws from the posterior.
+        seed: The seed of the draws; None takes a fresh one.
+        times: The ends ``(n,)`` of the increments, if they aren't regular (each still lasts ``dt``); a list for several series.
+        regressors: The covariates ``(n, k)`` of the mean; a list for several series. A constant is always there.
+        trend: Whether the mean has a slope in time.
+        season: One or several periods, in units of time, of cycles in the mean.
+        short_memory: What there is beside long memory: ``"white"`` noise, or ``"ar1"``, the noise passed through
             :math:`y_k=\phi y_{k-1}+x_k`.
-        hierarchy: whether each series has a Hurst index of its own, :math:`\operatorname{logit}H_i\sim N(m,\tau^2)`.
-        predictive: whether to draw replicated series too (of regular series, up to 20 million numbers).
-        progress: whether to show a bar where it takes more than two seconds.
+        hierarchy: Whether each series has a Hurst index of its own, :math:`\operatorname{logit}H_i\sim N(m,\tau^2)`.
+        predictive: Whether to draw replicated series too (of regular series, up to 20 million numbers).
+        progress: Whether to show a bar where it takes more than two seconds.
 
     Returns:
         ArviZ container: ``posterior`` (``hurst``, ``mean``, ``scale``, and by option ``coefficients``, ``phi``,
@@ -78,11 +78,11 @@ def infer_hurst(
         Several series have the axes ``series`` and ``component``.
 
     Raises:
-        EmptyDataError, TooFewDrawsError, NonFiniteError, ShapeError, InvalidInputError: for series that are empty, too short,
+        EmptyDataError, TooFewDrawsError, NonFiniteError, ShapeError, InvalidInputError: For series that are empty, too short,
             infinite, constant or of unequal components, and for options that don't fit.
 
     Warns:
-        StochdynWarning: if the prediction errors show short memory, a cycle or an outlier, or if the posterior piles up at
+        StochdynWarning: If the prediction errors show short memory, a cycle or an outlier, or if the posterior piles up at
             a bound, as it does for a path taken for increments.
 
     Example:

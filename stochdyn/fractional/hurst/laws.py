@@ -24,10 +24,10 @@ class Law:
     r"""Correlations of a stationary series, by lags, and of what is seen of it at any times; step 1, variance 1.
 
     Attributes:
-        beside: ``"none"``; ``"white"``, a share f of the variance is white noise; ``"ar1"``, fractional noise passed
-            through :math:`y_k=\phi y_{k-1}+x_k`; ``"errors"``, increments of a path, a share f of whose variance comes from
-            independent errors of its positions.
-        window: length of the window, in steps, over which a position is averaged.
+        beside: What stands beside the fractional part: ``"none"``; ``"white"``, a share f of the variance is white noise;
+            ``"ar1"``, fractional noise passed through :math:`y_k=\phi y_{k-1}+x_k`; ``"errors"``, increments of a path, a share f
+            of whose variance comes from independent errors of its positions.
+        window: The length of the window, in steps, over which a position is averaged.
     """
 
     beside: Beside = "none"

@@ -25,9 +25,13 @@ class Fit:
     :math:`q=(y-Z\hat\beta)^\top V^{-1}(y-Z\hat\beta)`.
 
     Attributes:
-        free: n - p. log_det: ``(M,)`` log det V + log det G. quadratic: ``(M,)`` q. coefficients: ``(M, p)``.
-        root: ``(M, p, p)`` with root root' the inverse of G. errors: ``(M, 1 + p, n)`` whitened data and columns;
-        log_variance: ``(M, n)``: one-step prediction variances. Empty where no prediction errors are kept.
+        free: The degrees of freedom n - p.
+        log_det: The sums log det V + log det G, ``(M,)``.
+        quadratic: The quadratic forms q, ``(M,)``.
+        coefficients: The least-squares coefficients ``(M, p)``.
+        root: The factors ``(M, p, p)`` with root root' the inverse of G.
+        errors: The whitened data and columns ``(M, 1 + p, n)``;.
+        log_variance: The logarithms ``(M, n)`` of the one-step prediction variances. Empty where no prediction errors are kept.
     """
 
     free: int

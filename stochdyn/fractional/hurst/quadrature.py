@@ -52,8 +52,10 @@ class Table:
     """One group of blocks on a grid.
 
     Attributes:
-        log_marginal: ``(I, J)`` the marginal likelihood.
-        quadratic: ``(I, J)``; free: degrees of freedom; fits: per block, with arrays ``(I J, ...)``.
+        log_marginal: The logarithms ``(I, J)`` of the marginal likelihood.
+        quadratic: The quadratic forms ``(I, J)``.
+        free: The degrees of freedom.
+        fits: The fit of each block, with arrays ``(I J, ...)``.
     """
 
     grid: Grid
@@ -256,14 +258,15 @@ def draw_hierarchy(
     index for m, and a half-normal of width 1 for tau.
 
     Args:
-        log_likelihoods: ``(N, I)`` marginal likelihoods of each series.
-        x: ``(I,)`` logits at which these are given, equally spaced.
-        count: number S of draws.
-        rng: source of randomness.
+        log_likelihoods: The log marginal likelihoods ``(N, I)`` of each series.
+        x: The logits ``(I,)`` at which these are given, equally spaced.
+        count: The number S of draws.
+        rng: The source of randomness.
 
     Returns:
         Logits of the indices ``(S, N)``, and m and tau, ``(S,)`` each.
     """
+    # p(m, tau | y) is the product over series of the sum over nodes of N(x; m, tau^2) L_i(x); then each index given m and tau.
     gap = x[1] - x[0]
     m_nodes = np.linspace(-5, 5, 81)
     tau_nodes = np.exp(np.linspace(np.log(0.02), np.log(3.0), 41))

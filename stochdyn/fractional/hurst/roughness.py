@@ -36,9 +36,9 @@ def averaged_autocovariance(num_lags: int, hurst: Tensor | float, dt: float = 1.
     triangle, whose second derivative is a second difference.
 
     Args:
-        num_lags: number of lags, from 0 on.
+        num_lags: The number of lags, from 0 on.
         hurst: Hurst index, ``(*batch)``.
-        dt: time between observations, and the length of each average.
+        dt: The time between observations, and the length of each average.
 
     Returns:
         ``(*batch, num_lags)``, float64, differentiable in the Hurst index.
@@ -84,20 +84,20 @@ def infer_roughness(
     and exact, whatever the drift. Tracks share their Hurst index, and for each axis the scale and the error.
 
     Args:
-        path: ``(n,)`` the observed levels, not their differences, or ``(n, d)`` a track in d dimensions; or a list of such, of
+        path: The observed levels ``(n,)``, not their differences, or a track ``(n, d)`` in d dimensions; or a list of such, of
             lengths from 5 on. NaN marks missing values.
-        dt: time between observations.
-        obs_scale: standard deviation of the errors if it is known, one or one per axis; None learns it, 0 assumes there are none.
-        averaged: whether each observation is the average of the path over the step that ends there, as a realised variance is;
+        dt: The time between observations.
+        obs_scale: The standard deviation of the errors if it is known, one or one per axis; None learns it, 0 assumes there are none.
+        averaged: Whether each observation is the average of the path over the step that ends there, as a realised variance is;
             or the part of the step that is averaged over, as for an exposure time.
-        num_draws: number of draws from the posterior.
-        seed: seed of the draws; None takes a fresh one.
-        times: times of the observations if they aren't regular; a list for several paths.
-        drift: whether paths may have a drift, each its own.
-        hierarchy: whether each path has a Hurst index of its own, :math:`\operatorname{logit}H_i\sim N(m,\tau^2)`; scales and errors
+        num_draws: The number of draws from the posterior.
+        seed: The seed of the draws; None takes a fresh one.
+        times: The times of the observations if they aren't regular; a list for several paths.
+        drift: Whether paths may have a drift, each its own.
+        hierarchy: Whether each path has a Hurst index of its own, :math:`\operatorname{logit}H_i\sim N(m,\tau^2)`; scales and errors
             are then its own too.
-        shared_scale: whether all paths have the scale and the error in common, for each axis.
-        progress: whether to show a bar where it takes more than two seconds.
+        shared_scale: Whether all paths have the scale and the error in common, for each axis.
+        progress: Whether to show a bar where it takes more than two seconds.
 
     Returns:
         ArviZ container: ``posterior`` (``hurst``, ``scale`` :math:`\sigma` per unit time, ``deviation`` of an increment without its
@@ -106,11 +106,11 @@ def infer_roughness(
         what isn't shared, then ``axis``.
 
     Raises:
-        EmptyDataError, TooFewDrawsError, NonFiniteError, ShapeError, InvalidInputError: for paths that are empty, too short,
+        EmptyDataError, TooFewDrawsError, NonFiniteError, ShapeError, InvalidInputError: For paths that are empty, too short,
             infinite, straight, or of unequal dimensions, or a negative or infinite ``obs_scale``.
 
     Warns:
-        StochdynWarning: if the prediction errors show what fractional noise has not, or the posterior piles up at a bound.
+        StochdynWarning: If the prediction errors show what fractional noise has not, or the posterior piles up at a bound.
 
     Example:
         >>> from stochdyn.fractional import sample_fbm

@@ -39,10 +39,11 @@ class Problem:
     """Blocks with their law.
 
     Attributes:
-        groups: blocks that share a scale and a further parameter.
-        differences: whether the blocks are differences of positions. known: by group, the standard deviation of errors of
+        groups: The blocks that share a scale and a further parameter.
+        differences: Whether the blocks are differences of positions.
+        known: For each group the standard deviation of errors of
             observation in the units of its blocks, or None.
-        hierarchy: whether each series has a Hurst index of its own, from a common normal law of logits.
+        hierarchy: Whether each series has a Hurst index of its own, from a common normal law of logits.
     """
 
     groups: list[list[Block]]
@@ -59,8 +60,12 @@ class Draws:
     """Draws, by group: Hurst index, scale of the whole and further parameter; by group and block the coefficients.
 
     Attributes:
-        hurst: ``(S, G)``. total: ``(S, G)`` standard deviation of a value over one step. other: ``(S, G)``.
-        coefficients: per group and block, ``(S, p)``. checks: of the prediction errors. peak: the Hurst index of the largest marginal
+        hurst: The Hurst indices ``(S, G)``.
+        total: The standard deviations ``(S, G)`` of a value over one step.
+        other: The further parameters ``(S, G)``.
+        coefficients: The coefficients ``(S, p)`` of each group and block.
+        checks: The tests of the prediction errors.
+        peak: The Hurst index of the largest marginal
             density. log_likelihood: per group and block ``(S, n)`` or None. population: mean and width of logits, ``(S,)`` each, or None.
     """
 

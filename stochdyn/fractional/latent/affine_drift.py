@@ -13,12 +13,12 @@ class AffineDrift(nn.Module):
     r"""The drift :math:`b(x)=Ax+a`, which the Gaussian posterior treats in closed form.
 
     Args:
-        matrix: ``A (d, d)`` in 1 / time, or a number for that multiple of the identity.
-        offset: ``a (d,)``, zero if None.
-        learn: make both parameters.
+        matrix: The matrix ``A (d, d)``, in 1 / time.
+        offset: The offset ``a (d,)``, zero if None.
+        learn: Whether both are parameters.
 
     Raises:
-        ShapeError: if the shapes don't fit.
+        ShapeError: If the shapes don't fit.
 
     Example:
         >>> import torch

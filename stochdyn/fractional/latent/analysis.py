@@ -37,10 +37,10 @@ class SeriesEvidence:
     r"""Importance-sampling estimates of the log evidence of each series.
 
     Attributes:
-        log_evidence: ``(B,)`` the importance-weighted bound, :math:`\log\frac1n\sum_iw_i`.
-        elbo: ``(B,)`` the mean log weight.
-        khat: ``(B,)`` Pareto shape of the weights: up to 0.7 the estimate can be trusted; NaN for fewer than 100 draws.
-        stderr: ``(B,)`` standard error of ``log_evidence``, meaningful where k-hat is small.
+        log_evidence: The importance-weighted bound :math:`\log\frac1n\sum_iw_i` of each series, ``(B,)``.
+        elbo: The mean log weight of each series, ``(B,)``.
+        khat: The Pareto shape of the weights of each series, ``(B,)``: up to 0.7 the estimate can be trusted; NaN for fewer than 100 draws.
+        stderr: The standard error of ``log_evidence``, ``(B,)``, meaningful where k-hat is small.
     """
 
     log_evidence: Tensor
@@ -54,11 +54,11 @@ class Comparison:
     """Models ranked by what they give to series they weren't trained on.
 
     Attributes:
-        names: best first.
-        total: log predictive density of all held-out series under each.
-        difference: that of each less the best.
-        stderr: standard error of the difference, from the spread over series; 0 for the best.
-        pointwise: ``(B,)`` for each name.
+        names: The names of the models, the best first.
+        total: The log predictive density of all held-out series under each.
+        difference: The total of each model less that of the best.
+        stderr: The standard error of the difference, from the spread over series; 0 for the best.
+        pointwise: The log predictive densities ``(B,)`` of each series, by name.
     """
 
     names: tuple[str, ...]
@@ -73,10 +73,10 @@ def posterior_paths(model: LatentSDE, series: Series, num_draws: int = 100, seed
     """Draw latent paths of each series from the fitted posterior, with their exact log weights.
 
     Args:
-        model: a fitted model.
-        series: of B series.
-        num_draws: S.
-        seed: seed of the draws; the global random state is left as it was. None draws from that instead.
+        model: The fitted model.
+        series: The B series.
+        num_draws: The number S of draws per series.
+        seed: The seed of the draws; the global random state is left as it was. None draws from that instead.
 
     Returns:
         Paths of shape ``(S, B)`` and weights ``(S, B)``.
@@ -98,10 +98,10 @@ def evidence(model: LatentSDE, series: Series, num_draws: int = 1000, seed: int 
     in expectation a lower bound that is tighter than the ELBO and tends to the evidence.
 
     Args:
-        model: a fitted model.
-        series: of B series.
-        num_draws: S.
-        seed: of the draws.
+        model: The fitted model.
+        series: The B series.
+        num_draws: The number S of draws per series.
+        seed: The seed of the draws; None draws from the global random state.
 
     Example:
         >>> ts = torch.linspace(0, 1, 11)
@@ -138,17 +138,17 @@ def predict(
     """Draw replicated observations from the posterior predictive law.
 
     Args:
-        model: a fitted model.
-        series: what is known.
-        times: ``(n,)`` times on the grid of the model; each series' own times if None.
-        num_draws: S.
-        seed: of the draws.
+        model: The fitted model.
+        series: The observed series.
+        times: The times ``(n,)`` on the grid of the model; each series' own times if None.
+        num_draws: The number S of draws per series.
+        seed: The seed of the draws; None draws from the global random state.
 
     Returns:
         ``(S, B, n, p)``.
 
     Raises:
-        TimeGridError: for times off the grid (see :func:`forecast` for later ones).
+        TimeGridError: For times off the grid (see :func:`forecast` for later ones).
     """
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
@@ -178,19 +178,19 @@ def forecast(
     """Draw observations at times after the end of the grid: the equation continued, memory of the noise included.
 
     Args:
-        model: a fitted model.
-        series: what is known.
-        times: ``(n,)`` increasing, after the last grid point. The equation is simulated on the model's grid continued (with its
+        model: The fitted model.
+        series: The observed series.
+        times: The increasing times ``(n,)`` after the last grid point. The equation is simulated on the model's grid continued (with its
             median step), whatever the times, and paths are interpolated between its points.
-        num_draws: S.
-        seed: of the draws.
-        noise: whether to add observation noise; without it the decoder's means are returned.
+        num_draws: The number S of draws per series.
+        seed: The seed of the draws; None draws from the global random state.
+        noise: Whether to add observation noise; without it the decoder's means are returned.
 
     Returns:
         ``(S, B, n, p)``.
 
     Raises:
-        TimeGridError: if a time isn't after the grid, or the times span more than the horizon of the noise.
+        TimeGridError: If a time isn't after the grid, or the times span more than the horizon of the noise.
     """
     check_type(model, LatentSDE, "model")
     check_bool(noise, "noise")
@@ -242,15 +242,15 @@ def compare_models(
     With as many folds as series this leaves out one series at a time.
 
     Args:
-        build: a function for each name that returns a fresh model: Hurst index fixed at 1/2 against a free one, say.
-        series: the data.
-        folds: number of parts; each is left out once.
-        num_draws: posterior paths for the log evidence of a held-out series.
-        seed: of the folds, the training and the draws.
-        options: passed on to :func:`stochdyn.fit`: ``steps``, ``lr``, ``batch_size``.
+        build: A function for each name that returns a fresh model: Hurst index fixed at 1/2 against a free one, say.
+        series: The series, which are split into parts.
+        folds: The number of parts; each is left out once.
+        num_draws: The posterior paths for the log evidence of a held-out series.
+        seed: The seed of the folds, the training and the draws.
+        options: The options of :func:`stochdyn.fit`: ``steps``, ``lr``, ``batch_size``.
 
     Raises:
-        InvalidInputError: for fewer series than folds.
+        InvalidInputError: For fewer series than folds.
 
     Reference:
         A. Vehtari, A. Gelman and J. Gabry, Practical Bayesian model evaluation using leave-one-out cross-validation,

@@ -29,9 +29,9 @@ class GaussianELBO(Objective):
     loop over time.
 
     Args:
-        posterior: Q, with its prior.
-        likelihood: maps paths (and the batch) to log-likelihoods, one for each path.
-        num_particles: draws for what isn't in closed form.
+        posterior: The posterior Q, with its prior.
+        likelihood: The function from paths (and the batch) to log-likelihoods, one for each path.
+        num_particles: The draws for what isn't in closed form.
 
     Example:
         >>> from stochdyn import SDE, DiffusionMeasure
@@ -87,6 +87,7 @@ class GaussianELBO(Objective):
 
 def expected_log_likelihood(law: FeedbackLaw, data: GaussianObservations, dim: int) -> Tensor:
     """Return the mean under a Gaussian law of the log-likelihood of Gaussian observations, ``(*B)``."""
+    # E log N(y; x, s^2) = log N(y; E x, s^2) - Var(x) / 2 s^2, with x linear between its neighbours on the grid, whose covariance enters.
     mean, cov = law.moments
     right, weight = data.right, data.weight
     left = right - 1

@@ -34,9 +34,9 @@ class Prepared:
     """What a posterior needs of its prior on the grid.
 
     Attributes:
-        noise: steps of the noise.
-        start: law of the start under P.
-        steps: linear steps of the path, None where the drift isn't affine.
+        noise: The steps of the noise.
+        start: The law of the start under P.
+        steps: The linear steps of the path; None where the drift isn't affine.
     """
 
     noise: NoiseSteps
@@ -70,15 +70,15 @@ class GaussianPosterior(nn.Module):
     driven by one noise, so its divergence would be infinite.
 
     Attributes:
-        width: ``(Z,)`` scale of the states in the gains, from the prior.
+        width: The scale ``(Z,)`` of the states in the gains, from the prior.
 
     Args:
-        prior: the law of the path: constant diffusion, a fixed or Gaussian start.
-        ts: ``(T,)`` grid.
-        batch_shape: one independent posterior for each element.
+        prior: The law of the path: constant diffusion, a fixed or Gaussian start.
+        ts: The grid ``(T,)``.
+        batch_shape: The shape of independent posteriors.
 
     Raises:
-        InvalidInputError: if the diffusion depends on the state (a nonlinear map of the state to one with
+        InvalidInputError: If the diffusion depends on the state (a nonlinear map of the state to one with
             constant noise, where there is one, helps), is singular for a nonlinear drift, or the start isn't
             fixed or Gaussian.
 
@@ -271,11 +271,11 @@ class GaussianPosterior(nn.Module):
         For an affine drift and Gaussian observations this is the exact posterior.
 
         Args:
-            likelihood: maps a :class:`PathSample` (and ``batch``) to log-likelihoods, one for each path.
-            batch: passed on.
+            likelihood: The function from a :class:`PathSample` (and ``batch``) to log-likelihoods, one for each path.
+            batch: The data that are handed to the likelihood.
 
         Raises:
-            NonFiniteError: if the path without noise has no finite likelihood.
+            NonFiniteError: If the path without noise has no finite likelihood.
         """
         from stochdyn.fractional.latent.gaussian_start import set_linearised
 

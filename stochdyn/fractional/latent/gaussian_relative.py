@@ -36,8 +36,8 @@ class Shift:
     """The difference between the increments of P and of Q on given paths.
 
     Attributes:
-        increments: ``(N, *B, M, S)`` in units of their standard deviation.
-        memory: ``(N+1, *B, m K, S)``, that of P less that of Q.
+        increments: The differences of the increments ``(N, *B, M, S)``, in units of their standard deviation.
+        memory: The memory ``(N+1, *B, m K, S)`` of P less that of Q.
     """
 
     increments: Tensor
@@ -50,13 +50,13 @@ def shift_of(
     """Return by how much the increments of the true equation differ from those of the linear one.
 
     Args:
-        sde: the true equation, of constant and invertible diffusion.
-        ts: ``(N+1,)``.
-        steps: its noise.
-        z: ``(N+1, *B, Z, S)`` full states under Q.
-        matrix: ``(N or 1, *B, d, d)`` of the linear drift.
-        offset: ``(N or 1, *B, d)`` of the linear drift.
-        dim: ``d``.
+        sde: The true equation, of constant and invertible diffusion.
+        ts: The grid ``(N+1,)``.
+        steps: The steps of its noise.
+        z: The full states ``(N+1, *B, Z, S)`` under Q.
+        matrix: The matrix ``(N or 1, *B, d, d)`` of the linear drift.
+        offset: The offset ``(N or 1, *B, d)`` of the linear drift.
+        dim: The number d of components of the state.
     """
     columns = z[:-1, ..., :dim, :]
     linear = matrix @ columns + offset.unsqueeze(-1)
@@ -73,8 +73,8 @@ def shift_by_channel(steps: NoiseSteps, gap: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return the difference of the innovations ``(N, *B, m, R, S)`` and of the memory states ``(N+1, *B, m, K, S)``.
 
     Args:
-        steps: the noise.
-        gap: ``(N, *B, m, S)``, :math:`(\tilde b-b)\Delta/\sigma` in every channel.
+        steps: The steps of the noise.
+        gap: The differences :math:`(\tilde b-b)\Delta/\sigma` of the drifts in every channel, ``(N, *B, m, S)``.
     """
     states = steps.load.shape[-1]
     lead = (1,) * (gap.ndim - 3)
@@ -83,12 +83,14 @@ def shift_by_channel(steps: NoiseSteps, gap: Tensor) -> tuple[Tensor, Tensor]:
     if not steps.per_channel:
         gain, recall = gain.unsqueeze(-2), recall.unsqueeze(-2)
     gain, recall = (_lead(p, gap.ndim) for p in (gain, recall))  # (N, *b, 1 or m, R or K)
+    # Only the component of the innovations along the response g of X may differ: |g| s = (b~ - b) dt / sigma - r . delta.
     size = gain.square().sum(-1, keepdim=True).sqrt()
     direction = gain / size
     forced = gap / size
     if not states:
         none = gap.new_zeros(gap.shape[0] + 1, *gap.shape[1:-1], 0, gap.shape[-1])
         return forced.unsqueeze(-2) * direction.unsqueeze(-1), none
+    # The memory differs by delta' = (decay - l r' / |g|) delta + l (b~ - b) dt / (sigma |g|), l being the response to that component.
     load = (steps.load * root.unsqueeze(-1)).reshape(root.shape[0], *lead, *steps.load.shape[1:])
     answer = direction @ load  # (N, *b, 1 or m, K)
     pull = recall / size

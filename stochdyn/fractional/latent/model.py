@@ -54,7 +54,7 @@ class LatentSDE(Objective):
             ``"brownian"``; a :class:`FractionalNoise` with options of its own; or any noise process, such as
             :class:`MultifractionalNoise`.
         drift: The hidden widths of the drift network, or a function ``(t, x)``.
-        diffusion: ``"constant"`` or ``"state"`` (each component sees its own state), both learnt; or anything that
+        diffusion: The strength of the noise: ``"constant"`` or ``"state"`` (each component sees its own state), both learnt; or anything that
             :class:`~stochdyn.SDE` takes.
         decoder: The hidden widths of the network f (empty for a linear map), a function from ``(..., d)`` to ``(..., p)``, or a
             :class:`GaussianDecoder` with an observation noise of its own.

@@ -28,8 +28,8 @@ class ConstantDiffusion(nn.Module):
     r"""A learnt diagonal diffusion that is the same everywhere, :math:`\sigma_i=\mathrm{softplus}(s_i)`.
 
     Args:
-        dim: ``d``.
-        strength: where it starts.
+        dim: The number d of components of the state.
+        strength: The strength at the start of training.
     """
 
     def __init__(self, dim: int, strength: float = 0.5) -> None:
@@ -48,9 +48,9 @@ class StateDiffusion(nn.Module):
     :math:`(\sum_kw_k)^2dt` their Itô correction is :math:`\tfrac12\sigma_i\sigma_i'(\sum_kw_k)^2`.
 
     Args:
-        dim: ``d``.
-        width: the number of hidden units per component.
-        strength: where it starts, at all states.
+        dim: The number d of components of the state.
+        width: The number of hidden units per component.
+        strength: The strength at the start of training, at all states.
     """
 
     def __init__(self, dim: int, width: int = 16, strength: float = 0.5) -> None:
@@ -72,9 +72,9 @@ class ContextHead(nn.Module):
     Close to an observation most coefficients are nearly linear in what the encoder tells of the time that is left.
 
     Args:
-        context: size of the context.
-        size: number of coefficients.
-        width: hidden units.
+        context: The size of the context.
+        size: The number of coefficients.
+        width: The number of hidden units.
     """
 
     def __init__(self, context: int, size: int, width: int = 64) -> None:

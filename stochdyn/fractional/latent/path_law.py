@@ -30,8 +30,8 @@ class LatentPathLaw(PathMeasure):
     :func:`posterior_paths` has those of its draws.
 
     Args:
-        model: a fitted model, which the law refers to: it changes as the model is trained.
-        series: the B series on which the paths are conditioned.
+        model: A fitted model, which the law refers to: it changes as the model is trained.
+        series: The B series on which the paths are conditioned.
 
     Example:
         >>> from stochdyn.fractional import LatentSDE, Series
@@ -53,12 +53,12 @@ class LatentPathLaw(PathMeasure):
         """Draw paths ``(*sample, B, T, d)``; see :meth:`stochdyn.PathMeasure.sample`.
 
         Args:
-            ts: ``(T,)`` strictly increasing times on the grid of the model or between its points.
-            sample_shape: the shape of independent draws.
-            generator: the source of randomness; inside, it seeds torch's global one, which posteriors draw from.
+            ts: The strictly increasing times ``(T,)`` on the grid of the model or between its points.
+            sample_shape: The shape of independent draws.
+            generator: The source of randomness; inside, it seeds torch's global one, which posteriors draw from.
 
         Raises:
-            TimeGridError: if a time lies outside the grid of the model; see :func:`forecast` for later ones.
+            TimeGridError: If a time lies outside the grid of the model; see :func:`forecast` for later ones.
         """
         shape, model = as_sample_shape(sample_shape), self.model
         ts = as_time_grid(ts, min_points=1, like=model.ts)
@@ -78,7 +78,7 @@ class LatentPathLaw(PathMeasure):
         """Return the law ``(B, d)`` of the states at one time.
 
         Raises:
-            TimeGridError: if the time lies outside the grid of the model.
+            TimeGridError: If the time lies outside the grid of the model.
         """
         check_real(t, "t")
         time = torch.as_tensor(t, dtype=self.model.ts.dtype, device=self.model.ts.device).reshape(1)

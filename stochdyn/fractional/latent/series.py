@@ -29,9 +29,9 @@ class Series:
     ``mask`` and holds zeros; shorter series are padded at their end, with their last time repeated.
 
     Attributes:
-        times: ``(B, n)``, not decreasing along each series.
-        values: ``(B, n, p)``.
-        mask: ``(B, n, p)`` boolean, True where observed.
+        times: The times ``(B, n)``, not decreasing along each series.
+        values: The observed values ``(B, n, p)``.
+        mask: The booleans ``(B, n, p)`` that are True where a value was observed.
 
     Example:
         >>> nan = float("nan")
@@ -49,10 +49,10 @@ class Series:
         """Gather series ``(times (n_i,), values (n_i, p) or (n_i,))``; NaN marks what is missing.
 
         Raises:
-            EmptyDataError: if there is no series, or one without any value.
-            TimeGridError: if times don't increase strictly.
-            NonFiniteError: for infinite values.
-            ShapeError: if sizes differ.
+            EmptyDataError: If there is no series, or one without any value.
+            TimeGridError: If times don't increase strictly.
+            NonFiniteError: For infinite values.
+            ShapeError: If sizes differ.
         """
         if len(data) == 0:
             raise EmptyDataError("there are no series")
@@ -107,8 +107,8 @@ class Series:
         """Raise unless all observed times lie on the grid ``ts (T,)``.
 
         Raises:
-            TimeGridError: naming the first that doesn't.
-            InvalidInputError: if the mask isn't boolean.
+            TimeGridError: If a series leaves the grid; the message names the first that does.
+            InvalidInputError: If the mask isn't boolean.
         """
         if self.mask.dtype != torch.bool:
             raise InvalidInputError("mask must be boolean", got=self.mask.dtype)

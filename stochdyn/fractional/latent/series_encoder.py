@@ -24,9 +24,9 @@ class SeriesEncoder(nn.Module):
     grows with the observations, not with the grid. Missing components enter as zeros with their mask.
 
     Args:
-        obs_dim: ``p``.
-        width: size of the summary.
-        span: length of the grid, which scales time.
+        obs_dim: The number p of components of an observation.
+        width: The size of the summary.
+        span: The length of the grid, which scales time.
     """
 
     def __init__(self, obs_dim: int, width: int = 64, span: float = 1.0) -> None:
@@ -50,6 +50,7 @@ class SeriesEncoder(nn.Module):
     def lookup(self, series: Series, ts: Tensor) -> Contexts:
         """Return the contexts at the times ``ts (T,)``, to be had all at once or one by one."""
         grid = ts.to(series.times).expand(len(series), -1).contiguous()
+        # The next observation at or after each time, and how long until it comes.
         following = torch.searchsorted(series.times.contiguous(), grid - 1e-6 * self.span).T  # (T, B)
         last = series.times.shape[1] - 1
         ahead = series.times.T.gather(0, following.clamp_max(last)) - grid.T
@@ -69,9 +70,9 @@ class Contexts:
     """What the encoder says at every time of a grid; long grids of it are large, so it can be had one by one.
 
     Attributes:
-        summaries: ``(n+1, B, width)`` see :meth:`SeriesEncoder.summaries`.
-        following: ``(T, B)`` which of them holds at each time.
-        nearness: ``(T, B, c)`` how near the next observation is.
+        summaries: The summaries ``(n+1, B, width)`` of what each observation and all later ones say; the last row is that of none.
+        following: The index ``(T, B)`` of the summary that holds at each time.
+        nearness: The nearness ``(T, B, c)`` of the next observation.
     """
 
     summaries: Tensor

@@ -26,7 +26,7 @@ class FractionalNoise:
     Attributes:
         hurst: The Hurst index at the start, between 0 and 1: a number, or one per latent component where the model takes several.
         learn_hurst: Whether the index is a parameter of the model.
-        kind: ``"II"`` for noise that starts with the grid, ``"I"`` for stationary increments with an infinite past.
+        kind: The type of the noise: ``"II"`` for noise that starts with the grid, ``"I"`` for stationary increments with an infinite past.
         num_states: The number of memory states per noise channel; None for as many as :class:`MarkovNoise` takes, with which a
             learnt index isn't biased.
 

@@ -49,10 +49,12 @@ def _half_variogram(lag: Tensor, w: Tensor, g: Tensor) -> Tensor:
         total = gs[:, None] + gs[None, :]
         volatility = ws.sum(-1)
         shared = gs[:, None] * gs[None, :] / torch.where(total == 0, torch.ones_like(total), total)
+        # Var = V^2 t + 2 V Cov(W, phi) + Var(phi) with V the sum of the weights, each in terms of t^2 (e^-gt - 1 + gt) / (gt)^2.
         coefficient = ws * (ws @ shared) - volatility[..., None] * ws * gs
         memory = lag[:, None] ** 2 * entire_1(gs * lag[:, None])
         out = 0.5 * (volatility**2)[..., None] * lag + coefficient @ memory.T
     if len(gf):
+        # Fast states hold no huge weights: the sum over pairs as it stands.
         left = -torch.expm1(-gf * lag[:, None])
         among = wf * (wf @ (1 / (gf[:, None] + gf[None, :])))
         out = out + among @ left.T

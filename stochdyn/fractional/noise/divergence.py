@@ -33,9 +33,9 @@ class Divergence(float):
     can do to any inference from such data.
 
     Attributes:
-        per_path: nats per path on the grid.
-        per_step: nats per step of the grid.
-        num_steps: number of steps of the grid.
+        per_path: The nats per path on the grid.
+        per_step: The nats per step of the grid.
+        num_steps: The number of steps of the grid.
     """
 
     num_steps: int

@@ -46,27 +46,27 @@ class MarkovNoise(MemoryStates):
     Args:
         hurst: Hurst index in (0, 1): a float, or a tensor (a Pyro sample, say), possibly a batch ``(*batch)``
             that aligns with the batch axes of the state; gradients flow into it.
-        num_states: number K of memory states; by default, for up to 1000 steps, 8 for type II and 10 for type I, and one more for
+        num_states: The number K of memory states; by default, for up to 1000 steps, 8 for type II and 10 for type I, and one more for
             each factor of 7.
-        horizon: length of time T that the noise covers, at least the length of every grid that it will be used on.
-        dt: typical time step, the smallest that matters; with ``horizon`` it sets the speeds
+        horizon: The length of time T that the noise covers, at least the length of every grid that it will be used on.
+        dt: The typical time step, the smallest that matters; with ``horizon`` it sets the speeds
             (:func:`~stochdyn.fractional.default_speeds`). By default ``horizon / 100``.
-        kind: ``"II"`` (Riemann-Liouville, starts afresh) or ``"I"`` (Mandelbrot-Van Ness, infinite past).
-        learn_hurst: whether the Hurst index becomes a parameter, ``hurst_logit``, that starts at ``hurst``.
-        speeds: ``(K,)`` increasing speeds instead of the default ones; 0 stands for Brownian motion itself,
+        kind: The type of the noise: ``"II"`` (Riemann-Liouville, starts afresh) or ``"I"`` (Mandelbrot-Van Ness, infinite past).
+        learn_hurst: Whether the Hurst index becomes a parameter, ``hurst_logit``, that starts at ``hurst``.
+        speeds: The increasing speeds ``(K,)`` instead of the default ones; 0 stands for Brownian motion itself,
             so ``MarkovNoise(0.5, speeds=[0.0])`` is exact.
-        per_channel: whether the last axis of ``hurst (*batch, m)`` counts noise channels (one Hurst index for each
+        per_channel: Whether the last axis of ``hurst (*batch, m)`` counts noise channels (one Hurst index for each
             component of the state) instead of series.
 
     Attributes:
-        kind, horizon, dt, num_states, per_channel: as given.
+        kind, horizon, dt, num_states, per_channel: The options, as given.
 
     Raises:
-        HurstRangeError: if ``hurst`` lies outside (0, 1).
-        InvalidInputError: for speeds, sizes or a kind that make no sense.
+        HurstRangeError: If ``hurst`` lies outside (0, 1).
+        InvalidInputError: For speeds, sizes or a kind that make no sense.
 
     Warns:
-        ApproximationWarning: if the divergence exceeds 1e-3 nats per step on some scale between ``dt`` and ``horizon``
+        ApproximationWarning: If the divergence exceeds 1e-3 nats per step on some scale between ``dt`` and ``horizon``
             (not checked for tensors that require a gradient; ask :meth:`divergence`).
 
     Example:
@@ -147,14 +147,14 @@ class MarkovNoise(MemoryStates):
         .. math:: \mathrm{KL}\left(\mathrm{law}\,(B_{t_1}-B_{t_0},\dots)\,\|\,\mathrm{law}\,(\hat B_{t_1}-\hat B_{t_0},\dots)\right).
 
         Args:
-            ts: ``(T,)`` grid; noise starts at ``ts[0]``. The cost grows with the cube of its length.
+            ts: The grid ``(T,)``; noise starts at ``ts[0]``. The cost grows with the cube of its length.
 
         Returns:
             A number, the nats per path (the worst of a batch of Hurst indices), with the attributes ``per_path``,
             ``per_step`` and ``num_steps``.
 
         Raises:
-            TimeGridError: if the times don't increase, or span more than the horizon.
+            TimeGridError: If the times don't increase, or span more than the horizon.
 
         Example:
             >>> found = MarkovNoise(0.1, horizon=1.0, dt=0.01).divergence(torch.linspace(0, 1, 101))
@@ -170,7 +170,7 @@ class MarkovNoise(MemoryStates):
         return Divergence(float(found.max()), len(times))
 
     def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
-        """See :meth:`NoiseProcess.steps`; ``ts`` may be irregular but not longer than the horizon."""
+        """Return the exact steps of the memory states; ``ts`` may be irregular but not longer than the horizon."""
         grid = step_factors(self._speeds, self.horizon, ts)
         w = self.weights.to(ts.device)
         # float64 until here: large weights of slow states cancel in the gain
@@ -183,7 +183,7 @@ class MarkovNoise(MemoryStates):
         r"""Return the covariance :math:`E[\hat B(s)\hat B(t)]`, in closed form.
 
         Args:
-            ts: ``(T,)`` times since the start of the noise, not negative, increasing.
+            ts: The times ``(T,)`` since the start of the noise, not negative and increasing.
 
         Returns:
             ``(*batch, T, T)`` in float64, differentiable in the Hurst index.

@@ -37,17 +37,17 @@ def default_speeds(
     first two are a million times slower than the others: together they carry the remote past.
 
     Args:
-        num_states: number K of memory states; by default as many as the range from step to horizon asks for: for up to
+        num_states: The number K of memory states; by default as many as the range from step to horizon asks for: for up to
             1000 steps 8 for type II and 10 for type I, and one more for each factor of 7.
-        horizon: length T of the time interval.
-        dt: typical time step, the smallest that matters; ``horizon / 100`` by default.
-        kind: ``"I"`` (stationary increments) or ``"II"`` (a fresh start).
+        horizon: The length T of the time interval.
+        dt: The typical time step, the smallest that matters; ``horizon / 100`` by default.
+        kind: The type of the noise: ``"I"`` (stationary increments) or ``"II"`` (a fresh start).
 
     Returns:
         float64 ``(K,)``, increasing.
 
     Raises:
-        InvalidInputError: for a number of states, a horizon or a step that isn't positive, or an unknown kind.
+        InvalidInputError: For a number of states, a horizon or a step that isn't positive, or an unknown kind.
 
     Example:
         >>> [f"{s:.3g}" for s in default_speeds(5, 1.0, 0.01).tolist()]
@@ -74,14 +74,14 @@ class MemoryStates(NoiseProcess):
     """Noise carried by Ornstein-Uhlenbeck states of one Brownian motion per channel; subclasses say how they are weighted.
 
     Args:
-        num_states: number K of states, unless ``speeds`` are given.
-        horizon: length of the longest grid.
-        dt: typical time step; ``horizon / 100`` if None.
-        kind: ``"I"`` (stationary states at the start) or ``"II"`` (states that start at 0).
-        speeds: ``(K,)`` increasing speeds instead of :func:`default_speeds`.
+        num_states: The number K of states, unless ``speeds`` are given.
+        horizon: The length of the longest grid.
+        dt: The typical time step; ``horizon / 100`` if None.
+        kind: The type of the noise: ``"I"`` (stationary states at the start) or ``"II"`` (states that start at 0).
+        speeds: The increasing speeds ``(K,)`` instead of :func:`default_speeds`.
 
     Raises:
-        InvalidInputError: for speeds, sizes or a kind that make no sense, or a number of states that isn't that of the
+        InvalidInputError: For speeds, sizes or a kind that make no sense, or a number of states that isn't that of the
             speeds.
     """
 

@@ -31,13 +31,13 @@ def variance_constant(hurst: Tensor | float, kind: Kind = "II") -> Tensor:
 
     Args:
         hurst: Hurst index in (0, 1), any shape.
-        kind: ``"I"`` (Mandelbrot-Van Ness) or ``"II"`` (Riemann-Liouville).
+        kind: The type of the noise: ``"I"`` (Mandelbrot-Van Ness) or ``"II"`` (Riemann-Liouville).
 
     Returns:
         float64 tensor of the shape of ``hurst``, differentiable.
 
     Raises:
-        HurstRangeError: if ``hurst`` lies outside (0, 1).
+        HurstRangeError: If ``hurst`` lies outside (0, 1).
 
     Example:
         >>> round(float(variance_constant(0.7, "I")), 4), round(float(variance_constant(0.7, "II")), 4)
@@ -89,9 +89,9 @@ def gram_matrix(speeds: Tensor, horizon: float = 1.0, kind: Kind = "II") -> Tens
             {\gamma_i+\gamma_j}.
 
     Args:
-        speeds: ``(K,)`` mean-reversion speeds, 1 / time; 0 stands for Brownian motion itself.
+        speeds: The mean-reversion speeds ``(K,)``, in 1 / time; 0 stands for Brownian motion itself.
         horizon: T.
-        kind: ``"I"`` (stationary start) or ``"II"`` (start at 0).
+        kind: The type of the noise: ``"I"`` (stationary start) or ``"II"`` (start at 0).
 
     Returns:
         float64 ``(K, K)``.
@@ -105,6 +105,7 @@ def gram_matrix(speeds: Tensor, horizon: float = 1.0, kind: Kind = "II") -> Tens
         noise, ICLR 2024.
     """
     check_choice(kind, ("I", "II"), "kind")
+    # In units of the horizon, A scales as T^2.
     x = speeds.to(torch.float64) * horizon
     total = x[:, None] + x[None, :]
     if kind == "II":
@@ -130,6 +131,7 @@ def _cross_type2(x: Tensor, a: Tensor) -> Tensor:
     large = x > _SERIES_LIMIT
     low = _series(torch.where(large, torch.ones_like(x), x), a, 0, power=False)
     xl = torch.where(large, x, torch.ones_like(x))
+    # For large x the incomplete gamma functions are one to rounding: x^-a - a x^(-a-1).
     return torch.where(large, torch.exp(-a * torch.log(xl)) * (1 - a / xl), low)
 
 
@@ -150,6 +152,7 @@ def _cross_type1(x: Tensor, a: Tensor, minus_zero: bool) -> Tensor:
     """Type I moment at T = 1, for x > 0; less its value 1/Gamma(a+2) at x = 0 where ``minus_zero``."""
     large = x > _CANCELLATION_LIMIT
     xs = torch.where(large, torch.ones_like(x), x)
+    # Both forms come from b^I with T = 1; e^x Q(a, x) cancels against the rest for small x, so a series is summed there.
     # sum_n x^n/Gamma(a+n+2) - 2 x^(-a-1) (sinh x - x), free of cancellation as x -> 0
     low = _series(xs, a, 1 if minus_zero else 0, power=True)
     low = low - 2 * torch.exp((2 - a) * torch.log(xs)) * _taylor(xs**2, 3, 2, 14)
@@ -193,17 +196,17 @@ def cross_moments(
     derivative hold to about 1e-12 for every :math:`\gamma T`.
 
     Args:
-        speeds: ``(K,)``, 1 / time.
+        speeds: The mean-reversion speeds ``(K,)``, in 1 / time.
         hurst: Hurst index in (0, 1), shape ``(*batch)``.
         horizon: T.
-        kind: ``"I"`` or ``"II"``.
-        unit: for fractional Brownian motion of unit variance at time 1 (else with kernel 1/Gamma(a)).
+        kind: The type of the noise: ``"I"`` (stationary increments) or ``"II"`` (a fresh start).
+        unit: Whether the target is fractional Brownian motion of unit variance at time 1 (else its kernel has the factor 1/Gamma(a)).
 
     Returns:
         float64 ``(*batch, K)``.
 
     Raises:
-        HurstRangeError: if ``hurst`` lies outside (0, 1).
+        HurstRangeError: If ``hurst`` lies outside (0, 1).
 
     Example:
         >>> b = cross_moments(torch.tensor([0.05, 20.0]), 0.3, unit=False)

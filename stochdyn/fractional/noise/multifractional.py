@@ -36,14 +36,14 @@ class HurstCurve(nn.Module):
     with :math:`\Lambda_j` the hat functions of equally spaced knots.
 
     Args:
-        knots: their number, or the logits ``(*batch, J)`` themselves (a Pyro sample, say), left of t in the result.
-        horizon: the last knot; the first is at ``start``.
-        hurst: where the parameters begin if ``knots`` is a number.
-        start: time of the first knot.
+        knots: The number of knots, or the logits ``(*batch, J)`` at them (a Pyro sample, say); their batch stands left of t in the result.
+        horizon: The last knot; the first is at ``start``.
+        hurst: The index at which the parameters begin if ``knots`` is a number.
+        start: The time of the first knot.
 
     Raises:
-        HurstRangeError: for a Hurst index outside (0, 1).
-        InvalidInputError: for fewer than two knots.
+        HurstRangeError: For a Hurst index outside (0, 1).
+        InvalidInputError: For fewer than two knots.
 
     Example:
         >>> curve = HurstCurve(torch.tensor([-1.0, 1.0]), horizon=2.0)
@@ -95,23 +95,23 @@ class MultifractionalNoise(MemoryStates):
     Steps are exact given H at the grid points (for ``"increments"``, H is that at the start of each step).
 
     Args:
-        hurst: a function from times ``(T,)`` to indices ``(T, *batch)`` in (0, 1): a callable or a module, such as
+        hurst: A function from times ``(T,)`` to indices ``(T, *batch)`` in (0, 1): a callable or a module, such as
             :class:`HurstCurve`. Gradients flow into it.
-        num_states: number K of memory states; by default, for up to 1000 steps, 8 for type II and 10 for type I, and one more for
+        num_states: The number K of memory states; by default, for up to 1000 steps, 8 for type II and 10 for type I, and one more for
             each factor of 7.
-        horizon: length of time covered, at least that of every grid; grids begin at the start of the noise.
-        dt: typical time step, by default ``horizon / 100``.
-        definition: which of the two definitions above is meant.
-        kind: ``"II"``, or ``"I"`` for ``"increments"``.
-        speeds: ``(K,)`` speeds instead of the default ones.
-        per_channel: whether the last axis of H counts noise channels instead of series.
+        horizon: The length of time covered, at least that of every grid; grids begin at the start of the noise.
+        dt: The typical time step, by default ``horizon / 100``.
+        definition: Which of the two definitions above is meant.
+        kind: The type of the noise: ``"II"``, or, for ``definition="increments"``, ``"I"`` too.
+        speeds: The speeds ``(K,)`` instead of the default ones.
+        per_channel: Whether the last axis of H counts noise channels instead of series.
 
     Raises:
-        HurstRangeError: if H leaves (0, 1).
-        InvalidInputError: for ``"process"`` with type I, whose value at the start would have to be remembered.
+        HurstRangeError: If H leaves (0, 1).
+        InvalidInputError: For ``"process"`` with type I, whose value at the start would have to be remembered.
 
     Warns:
-        ApproximationWarning: if the divergence for the smallest or largest H(t), held constant, exceeds 1e-3 nats per
+        ApproximationWarning: If the divergence for the smallest or largest H(t), held constant, exceeds 1e-3 nats per
             step.
 
     Example:
@@ -178,7 +178,7 @@ class MultifractionalNoise(MemoryStates):
         return self._solver()(self._checked(t))[0]
 
     def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
-        """See :meth:`NoiseProcess.steps`."""
+        """Return the exact steps of the memory states with the weights of each time; see :meth:`NoiseProcess.steps`."""
         grid = step_factors(self._speeds, self.horizon, ts)
         w = self.weights((ts - ts[0]).to(torch.float64)).to(ts.device)
         before, after = w[:-1], w[1:]
@@ -203,15 +203,15 @@ def multifractional_covariance(ts: Tensor, hurst: Tensor) -> Tensor:
     :math:`s\le t`, :math:`a=H_s+\tfrac12`, :math:`\beta=H_t-\tfrac12`.
 
     Args:
-        ts: ``(T,)`` positive times.
-        hurst: ``(T,)`` the index at these times; a constant gives fractional Brownian motion of type II.
+        ts: The positive times ``(T,)``.
+        hurst: The index ``(T,)`` at these times; a constant gives fractional Brownian motion of type II.
 
     Returns:
         float64 ``(T, T)``.
 
     Raises:
-        HurstRangeError: for an index outside (0, 1).
-        TimeGridError: for times that don't increase.
+        HurstRangeError: For an index outside (0, 1).
+        TimeGridError: For times that don't increase.
 
     Example:
         >>> multifractional_covariance(torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.5])).tolist()
@@ -225,6 +225,7 @@ def multifractional_covariance(ts: Tensor, hurst: Tensor) -> Tensor:
     first = torch.where(earlier, h[:, None], h[None, :]) + 0.5
     beta = torch.where(earlier, h[None, :], h[:, None]) - 0.5
     ratio = (low / high).fill_diagonal_(0.0)
+    # Int_0^s (s-u)^(H_s - 1/2) (t-u)^(H_t - 1/2) du by Euler's integral of 2F1, for each pair with s the earlier time.
     series = torch.from_numpy(hyp2f1(-beta.numpy(), 1.0, (first + 1).numpy(), ratio.numpy()))
     cov = 2 * (h[:, None] * h[None, :]).sqrt() / first * low**first * high**beta * series
     return cov.diagonal_scatter(t ** (2 * h))

@@ -110,9 +110,9 @@ class SpectralSolver:
     two states much slower than the horizon carries the variance of that.
 
     Args:
-        plan: speeds at horizon 1, and what they are for.
+        plan: The speeds at horizon 1, and what they are for.
         horizon: T.
-        kind: ``"I"`` or ``"II"``.
+        kind: The type of the noise: ``"I"`` (stationary increments) or ``"II"`` (a fresh start).
     """
 
     def __init__(self, plan: SpeedPlan, horizon: float, kind: Kind) -> None:
@@ -169,6 +169,7 @@ class SpectralSolver:
             matrix = torch.cat([matrix, share[..., None, None] * self.level_rows.to(device)], -2)
             moments = self.level.moments(hurst) @ self.level.half.to(device)
             target = torch.cat([target, share[..., None] * moments], -1)
+        # Columns of norm one, so that the ridge means the same for every state.
         scale = matrix.square().sum(-2).rsqrt()
         count = scale.shape[-1]
         ridge = math.sqrt(_RIDGE) * torch.eye(count, dtype=torch.float64, device=device)
@@ -181,6 +182,7 @@ class SpectralSolver:
     def _within_step(self, hurst: Tensor, w: Tensor) -> Tensor:
         """Variance of the level above the fitted band, positive, ``(*batch)``."""
         high, g = self.plan.high, self.middle.to(hurst.device)
+        # The integral of |sum_k w_k / (g_k + i omega)|^2 from omega_1 on: pairs give (atan(g_i/omega_1) + atan(g_j/omega_1)) / (g_i + g_j).
         angle = torch.atan(g / high)
         total = (angle[:, None] + angle) / (g[:, None] + g)
         found = ((w @ total) * w).sum(-1)
@@ -190,6 +192,7 @@ class SpectralSolver:
     def _remote_past(self, hurst: Tensor, w: Tensor) -> Tensor:
         """Variance of the slope below the fitted band, positive, ``(*batch)``."""
         low, g = self.plan.low, self.middle.to(hurst.device)
+        # The same of omega^2 |.|^2 below omega_0, since a slope has omega^2 times the spectrum of a level.
         part = g * (low - g * torch.atan(low / g))
         total = (part[:, None] + part) / (g[:, None] + g)
         found = ((w @ total) * w).sum(-1)

@@ -40,9 +40,9 @@ def geometric_speeds(num_states: int, slowest: float, fastest: float) -> Tensor:
     """Return speeds spaced evenly on a log scale (their geometric mean for one).
 
     Args:
-        num_states: how many.
-        slowest: smallest speed, 1 / time.
-        fastest: largest speed, 1 / time.
+        num_states: The number of speeds.
+        slowest: The smallest speed, 1 / time.
+        fastest: The largest speed, 1 / time.
 
     Returns:
         float64 tensor ``(num_states,)``, increasing.
@@ -69,7 +69,7 @@ class WeightSolver:
     Args:
         speeds: K mean-reversion speeds, increasing, 1 / time.
         horizon: T.
-        kind: ``"I"`` or ``"II"``.
+        kind: The type of the noise: ``"I"`` (stationary increments) or ``"II"`` (a fresh start).
     """
 
     def __init__(self, speeds: tuple[float, ...], horizon: float, kind: Kind) -> None:
@@ -100,6 +100,7 @@ class WeightSolver:
     @staticmethod
     def _difference_gram(x: Tensor) -> Tensor:
         """Gram matrix, type I, of Y_1 and Y_k - Y_1 through phi_k = Y_k - Y_k(0) - W, T = 1."""
+        # E[phi_i phi_j] and E[phi_i W] integrated over [0, 1], by the entire function (x^2/2 - x + 1 - e^-x) / x^3.
         chi = entire_2(x)
         total = x[:, None] + x[None, :]
         phi = x[:, None] * x[None, :] / torch.where(total == 0, torch.ones_like(total), total)
@@ -116,6 +117,7 @@ class WeightSolver:
         device = hurst.device
         half, gram, basis = (t.to(device) for t in (self.half, self.gram, self.basis))
         b = self.moments(hurst)
+        # A v = b through the factor of the inverse.
         v = (b @ half) @ half.T
         with torch.no_grad():
             error = _relative_error(v, b, gram, hurst)
@@ -179,16 +181,16 @@ def optimal_weights(
 
     Args:
         hurst: Hurst index in (0, 1), shape ``(*batch)``; gradients flow to the weights.
-        speeds: ``(K,)`` speeds, increasing, 1 / time.
-        horizon: T, the length of time on which the path error is minimised.
-        kind: ``"I"`` or ``"II"``.
+        speeds: The increasing speeds ``(K,)``, in 1 / time.
+        horizon: The length T of the time on which the path error is minimised.
+        kind: The type of the noise: ``"I"`` (stationary increments) or ``"II"`` (a fresh start).
 
     Returns:
         ``weights (*batch, K)`` and ``relative_error (*batch)``, the relative L2 path error; both float64.
 
     Raises:
-        HurstRangeError: if ``hurst`` lies outside (0, 1).
-        InvalidInputError: if the speeds are not increasing and non-negative.
+        HurstRangeError: If ``hurst`` lies outside (0, 1).
+        InvalidInputError: If the speeds are not increasing and non-negative.
 
     Example:
         >>> w, error = optimal_weights(0.7, geometric_speeds(5, 0.05, 20.0), 1.0)

@@ -66,10 +66,10 @@ class Whitened:
     """Differences of a series as independent unit normals under unit noise, for ``D`` sets of parameters.
 
     Attributes:
-        white: ``(D, n-1)``.
-        log_scale: ``(D, n-1)`` logs of the standard deviations that they were divided by.
-        level: ``(D,)`` best estimate of the level.
-        level_variance: ``(D,)`` its variance for unit scale, less that of the stationary law.
+        white: The whitened differences ``(D, n-1)``.
+        log_scale: The logarithms ``(D, n-1)`` of the standard deviations that they were divided by.
+        level: The best estimate ``(D,)`` of the level.
+        level_variance: The variance ``(D,)`` of that estimate for unit scale, less that of the stationary law.
     """
 
     white: Tensor
@@ -105,6 +105,7 @@ class Contrasts:
         h = hurst.numpy()[:, None]
         shape = variogram_shape(lags * rate.numpy()[:, None], h)
         g = torch.from_numpy(0.5 * lags ** (2 * h) * shape)
+        # With g the variogram, Cov(y_i+1 - y_i, y_j+1 - y_j) = g(k+1) + g(k-1) - 2 g(k), k = |i - j|; errors add 2 s^2 at lag 0 and -s^2 at 1.
         # Cov of neighbouring differences, and of differences with the first value, in the variogram's sense.
         ahead = torch.cat((g[:, 1:2], g[:, :-1]), -1)
         cov = (torch.cat((g[:, 1:], g[:, -1:]), -1) + ahead - 2 * g)[:, :-1]
@@ -121,6 +122,7 @@ class Contrasts:
         t = self.times.numpy()
         gaps = np.abs(t[:, None] - t)
         g = torch.from_numpy(0.5 * gaps ** (2 * hurst) * self._interpolated(gaps * rate, hurst))
+        # Differences from the first value: Cov(y_i - y_0, y_j - y_0) = g(i) + g(j) - g(i - j), with the error of y_0 in all of them.
         cov = g[1:, :1] + g[:1, 1:] - g[1:, 1:] + ratio
         cov.diagonal().add_(ratio)
         first = -g[1:, 0] - ratio
@@ -144,6 +146,7 @@ class Contrasts:
 
     def _finish(self, white: Tensor, log_scale: Tensor, ratio: Tensor) -> Whitened:
         """Estimate the level: the first value, corrected by what the differences say of it."""
+        # E[level | differences] = y_0 - Cov(y_0, d) Cov(d)^-1 d, and its variance is that of y_0 less |Cov(d)^(-1/2) Cov(d, y_0)|^2.
         data, first = white.unbind(-1)
         level = self.y[0] - (first * data).sum(-1)
         return Whitened(data, log_scale, level, ratio - first.square().sum(-1))

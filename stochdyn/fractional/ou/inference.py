@@ -62,12 +62,12 @@ def infer_fou(
     series of stationary increments take :func:`infer_hurst`, for a path without a level :func:`infer_roughness`.
 
     Args:
-        times: ``(n,)`` increasing times, regular or not; data of any kind.
-        y: ``(n,)`` values, NaN where one is missing. At least eight must be there.
-        obs_scale: s where it is known, zero for none; None to infer it.
-        num_draws: draws of the posterior, at least 100.
-        seed: of the draws; the global random state is left alone. None draws a seed from that.
-        progress: show a progress bar, after two seconds.
+        times: The increasing times ``(n,)``, regular or not; data of any kind.
+        y: The values ``(n,)``, NaN where one is missing. At least eight must be there.
+        obs_scale: The standard deviation s of the errors where it is known, zero for none; None to infer it.
+        num_draws: The number of posterior draws, at least 100.
+        seed: The seed of the draws; the global random state is left alone. None draws a seed from that.
+        progress: Whether to show a bar where it takes more than two seconds.
 
     Returns:
         ArviZ container (``InferenceData`` or ``DataTree``): ``posterior`` (``rate`` in 1/time, ``mean``, ``scale`` in units of y
@@ -76,12 +76,12 @@ def infer_fou(
         ``effective_draws``, ``seed``. Where the rate is nearly zero, ``mean`` is hardly determined.
 
     Raises:
-        TimeGridError, ShapeError, InvalidInputError, NonFiniteError: for data that don't fit.
-        EmptyDataError: with fewer than eight values.
-        TooFewDrawsError: with fewer than 100 draws.
+        TimeGridError, ShapeError, InvalidInputError, NonFiniteError: For data that don't fit.
+        EmptyDataError: With fewer than eight values.
+        TooFewDrawsError: With fewer than 100 draws.
 
     Warns:
-        ConvergenceWarning: if k-hat exceeds 0.7, so that the draws can't be trusted.
+        ConvergenceWarning: If k-hat exceeds 0.7, so that the draws can't be trusted.
 
     Example:
         >>> from stochdyn.fractional import FractionalOU

@@ -61,22 +61,22 @@ class FractionalOU(GaussianPathMeasure):
     Observed series are ``y (*B, T)``, one value per time. A path has one component, ``x (*sample, *B, T, 1)``.
 
     Args:
-        rate: mean reversion :math:`\theta\ge0`, in 1/time; zero is fractional Brownian motion.
-        mean: level :math:`\mu`, in units of X.
-        scale: :math:`\sigma>0`, in units of X per unit time to the power H.
+        rate: The mean reversion :math:`\theta\ge0`, in 1/time; zero is fractional Brownian motion.
+        mean: The level :math:`\mu`, in units of X.
+        scale: The strength :math:`\sigma>0` of the noise, in units of X per unit time to the power H.
         hurst: Hurst index in (0, 1). Parameters are numbers or tensors that broadcast to ``(*B)``.
-        noise: the :class:`MarkovNoise` to use; its Hurst index must be ``hurst``. By default type I, built for
+        noise: The :class:`MarkovNoise` to use; its Hurst index must be ``hurst``. By default type I, built for
             the span and the shortest step of the times asked for, rounded to powers of ten.
         initial: X at ``start_time``: a number or tensor, a ``Normal`` law, ``"stationary"`` (jointly with the
             memory states; type I and a positive rate only), or by default the mean.
-        start_time: when process and noise start; no time may lie before it. By default the first time asked
+        start_time: The time at which process and noise start; no time may lie before it. By default the first time asked
             for if the start is stationary, otherwise 0.
-        method: ``"exact"``, or ``"euler"`` for the law of the Euler scheme on the grid given (what
+        method: How the process steps: ``"exact"``, or ``"euler"`` for the law of the Euler scheme on the grid given (what
             :class:`~stochdyn.SDE` simulates there): the oracle for inference on such a grid.
 
     Raises:
-        HurstRangeError: if ``hurst`` lies outside (0, 1).
-        InvalidInputError: for a negative rate, a scale that isn't positive, or noise that doesn't fit.
+        HurstRangeError: If ``hurst`` lies outside (0, 1).
+        InvalidInputError: For a negative rate, a scale that isn't positive, or noise that doesn't fit.
 
     Example:
         >>> ou = FractionalOU(rate=1.0, mean=0.0, scale=1.0, hurst=0.7)
@@ -195,7 +195,7 @@ class FractionalOU(GaussianPathMeasure):
 
     @property
     def like(self) -> Tensor:
-        """See :meth:`GaussianPathMeasure.like`."""
+        """The rate, whose device the law lives on."""
         return self._rate
 
     def dtype_at(self, ts: Tensor) -> torch.dtype:
@@ -272,6 +272,7 @@ class FractionalOU(GaussianPathMeasure):
         """
         hurst = self._hurst.detach()
         low, high = (round(float(x), 1) for x in (hurst.min(), hurst.max()))
+        # Decades that leave 10^-2.5 of the variance, at either end.
         fast, slow = min(_MOST, 2.5 / max(low, 0.05)), min(_MOST, 2.5 / max(1 - high, 0.05))
         return slow, fast, math.ceil((slow + fast + _USUAL) / _SPACING) + 1
 
@@ -311,6 +312,7 @@ class FractionalOU(GaussianPathMeasure):
         mean = gamma.new_zeros(*self.batch_shape, k + 1)
         if self.stationary:
             return mean, stationary_covariance(theta, scale, gamma, w)
+        # A given start is independent of the memory, which is zero (II) or stationary (I), and 1 / (g_i + g_j) is the covariance then.
         cov = gamma.new_zeros(k + 1, k + 1)
         if noise.kind == "I":
             cov[1:, 1:] = prior_state_covariance(gamma)
@@ -350,7 +352,7 @@ class FractionalOU(GaussianPathMeasure):
         return torch.zeros((), dtype=torch.float64, device=self.like.device)
 
     def check_comparable(self, other: GaussianPathMeasure, ts: Tensor) -> None:
-        """See :meth:`GaussianPathMeasure.check_comparable`: the noises must agree."""
+        """Raise unless the noises of both laws agree; see :meth:`GaussianPathMeasure.check_comparable`."""
         super().check_comparable(other, ts)
         if not isinstance(other, FractionalOU):
             raise UnavailableError("the density of a fractional process is known against another one alone")
