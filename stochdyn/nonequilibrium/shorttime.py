@@ -86,7 +86,9 @@ def short_time_entropy(
 
     Example:
         >>> turn = torch.tensor([[-1.0, 1.5], [-1.5, -1.0]]).double()
-        >>> law = __import__("stochdyn").LinearGaussianMeasure(turn, None, 2**0.5 * torch.eye(2), torch.zeros(2), torch.eye(2))
+        >>> from stochdyn import LinearGaussianMeasure
+        >>> zero, eye = torch.zeros(2).double(), torch.eye(2).double()
+        >>> law = LinearGaussianMeasure(turn, zero, 2**0.5 * eye, zero, eye)
         >>> x = law.sample(0.01 * torch.arange(50_000.0).double(), generator=0).x
         >>> found = short_time_entropy(x, dt=0.01)
         >>> abs(found.rate - 4.5) < 3 * found.stderr

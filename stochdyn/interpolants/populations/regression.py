@@ -96,6 +96,7 @@ class PopulationRegression(Objective):
     Example:
         >>> import stochdyn as sd
         >>> data = Populations([torch.randn(30, 2) for _ in range(4)], [torch.randn(30, 2) for _ in range(4)])
+        >>> from stochdyn.interpolants import SetEncoder
         >>> objective = PopulationRegression(2, SetEncoder(2), "independent")
         >>> result = sd.fit(objective, data, steps=2, batch_size=2, progress=False)
         >>> objective.generator().sample(torch.randn(7, 2), num_steps=2).shape

@@ -55,7 +55,7 @@ class ScalarGP(FieldProcess):
         >>> circle = PointCloud(torch.stack([angle.cos(), angle.sin()], -1), num_neighbors=4, dim=1)
         >>> wave = (2 * angle).sin()
         >>> mean, variance = ScalarGP(circle).fit(range(0, 40, 2), wave[::2]).predict(range(1, 40, 2))
-        >>> bool((mean - wave[1::2]).abs().max() < 0.01), tuple(variance.shape)
+        >>> bool((mean - wave[1::2]).abs().max() < 0.05), tuple(variance.shape)
         (True, (20,))
 
     Reference:
