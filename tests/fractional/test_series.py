@@ -82,3 +82,16 @@ def test_bad_series() -> None:
         Series(t[None], v[None, :, None], torch.ones(1, 2, 1)).check_within(torch.linspace(0, 1, 4))
     with pytest.raises(ShapeError):
         Series.regular(t, torch.zeros(2, 3, 1))
+
+
+def test_series_take_lists_and_numpy_and_refuse_what_is_not_a_pair() -> None:
+    import numpy as np
+
+    times, values = [0.1, 0.5], [[1.0, float("nan")], [2.0, 3.0]]
+    here = Series.of([(torch.tensor(times), torch.tensor(values))])
+    for there in (Series.of([(times, values)]), Series.of([(np.array(times), np.array(values))])):
+        assert torch.equal(here.mask, there.mask)
+        assert torch.equal(here.values.double(), there.values.double())
+    for wrong in (None, 3, "x", [1.0, 2.0]):
+        with pytest.raises(InvalidInputError):
+            Series.of(wrong)  # type: ignore[arg-type]

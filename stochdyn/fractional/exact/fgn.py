@@ -8,7 +8,15 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_hurst, check_positive, check_positive_int
+from stochdyn._checks import (
+    as_tensor,
+    check_event_size,
+    check_finite,
+    check_hurst,
+    check_positive,
+    check_positive_int,
+    values_are_checked,
+)
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional.exact.fbm import fgn_autocovariance, sample_fgn
 from stochdyn.fractional.exact.likelihood import HurstLikelihood
@@ -80,6 +88,8 @@ class FractionalGaussianNoise(LawDistribution):
                 got=f"num_steps={likelihood.series.shape[0]}, dt={likelihood.dt:g}",
                 expected=f"num_steps={num_steps}, dt={dt:g}",
             )
+        if values_are_checked():
+            check_finite(mean if isinstance(mean, Tensor) else as_tensor(mean, "mean"), "mean")
         given = [v for v in (mean, scale, hurst) if isinstance(v, Tensor) and v.is_floating_point()]
         dtype = given[0].dtype if given else torch.get_default_dtype()
         device = given[0].device if given else None
@@ -118,6 +128,8 @@ class FractionalGaussianNoise(LawDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of ``value (..., n)``."""
         check_event_size(value, self.num_steps, "value")
+        if self._validate_args:
+            check_finite(value, "value")
         table = self.likelihood
         if table is not None and value.ndim == 1 and torch.equal(value.detach().cpu().double(), table.series):
             return table(self.hurst, self.mean_value, self.scale).to(value.dtype)

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_seed, check_bool, check_positive, check_positive_int, check_real
+from stochdyn._checks import (
+    as_seed,
+    as_tensor,
+    check_bool,
+    check_hurst,
+    check_positive,
+    check_positive_int,
+    check_real,
+)
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.fractional.hurst.check import warn_of
@@ -47,6 +55,9 @@ def averaged_autocovariance(num_lags: int, hurst: Tensor | float, dt: float = 1.
         >>> averaged_autocovariance(2, 0.5)  # Brownian motion: 2/3 and 1/6
         tensor([0.6667, 0.1667], dtype=torch.float64)
     """
+    check_positive_int(num_lags, "num_lags")
+    check_positive(dt, "dt")
+    check_hurst(hurst)
     h = torch.as_tensor(hurst, dtype=torch.float64)[..., None]
     lags = torch.arange(-2, num_lags + 2, dtype=torch.float64, device=h.device).abs()
     # The second derivative of 0^p in p is NaN in torch: leave the base 0 out.
@@ -212,7 +223,7 @@ def _errors(obs_scale: object, axes: int) -> list[float] | None:
     if isinstance(obs_scale, int | float):
         given: list[Any] = [obs_scale] * axes
     else:
-        given = list(obs_scale)  # type: ignore[call-overload]
+        given = as_tensor(obs_scale, "obs_scale", 1, "(axes,)", finite=False).tolist()
     if len(given) != axes:
         raise ShapeError("obs_scale must be one number, or one per axis", got=len(given), expected=axes)
     for value in given:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from stochdyn._checks import as_tensor, check_bool
 from stochdyn.errors import ShapeError
 
 __all__ = ["AffineDrift"]
@@ -28,10 +29,13 @@ class AffineDrift(nn.Module):
 
     def __init__(self, matrix: Tensor, offset: Tensor | None = None, learn: bool = False) -> None:
         super().__init__()
-        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        matrix = as_tensor(matrix, "matrix", 2, "(d, d)")
+        check_bool(learn, "learn")
+        if matrix.shape[0] != matrix.shape[1]:
             raise ShapeError("matrix must be square", got=tuple(matrix.shape), expected="(d, d)")
         if offset is None:
             offset = matrix.new_zeros(matrix.shape[0])
+        offset = as_tensor(offset, "offset", 1, "(d,)", like=matrix)
         if offset.shape != matrix.shape[:1]:
             raise ShapeError("offset must fit matrix", got=tuple(offset.shape), expected=matrix.shape[:1])
         if learn:

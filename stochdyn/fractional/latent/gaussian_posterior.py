@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive_int, check_time_grid
+from stochdyn._checks import check_callable, check_positive_int, check_time_grid, check_type
 from stochdyn.core.gaussian.affine import LinearSteps, affine_steps, by_column
 from stochdyn.core.gaussian.feedback import (
     FeedbackDraws,
@@ -104,6 +104,7 @@ class GaussianPosterior(nn.Module):
     def __init__(self, prior: DiffusionMeasure, ts: Tensor, batch_shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         check_time_grid(ts)
+        check_type(prior, DiffusionMeasure, "prior")
         self.prior = prior
         self.register_buffer("ts", ts)
         self._check_prior()
@@ -279,6 +280,7 @@ class GaussianPosterior(nn.Module):
         """
         from stochdyn.fractional.latent.gaussian_start import set_linearised
 
+        check_callable(likelihood, "likelihood", "a function of a path and a batch")
         set_linearised(self, likelihood, batch)
 
     # -------------------------------------------------------------------------------------------- the start

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stochdyn._checks import check_bool, check_callable, check_positive, check_positive_int
+from stochdyn._checks import (
+    as_tensor,
+    check_bool,
+    check_callable,
+    check_positive,
+    check_positive_int,
+    check_same_dtype,
+)
 from stochdyn.core.networks import MLP
 from stochdyn.core.sde.coefficients import Diagonal
 from stochdyn.fractional.latent.series import Series
@@ -131,6 +138,8 @@ class GaussianDecoder(nn.Module):
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw observations ``(..., p)`` of states ``(..., d)``."""
+        x = as_tensor(x, "x", like=self.log_scale)
+        check_same_dtype(x=x, decoder=self.log_scale)
         mean = self.mean(x)
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         return mean + self.log_scale.exp() * noise

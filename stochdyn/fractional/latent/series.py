@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stochdyn._checks import (
-    check_finite,
-    check_ndim,
+    as_tensor,
+    as_time_grid,
     check_nonempty,
     check_same_device,
-    check_time_grid,
     values_are_checked,
 )
 from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError, TimeGridError
@@ -45,22 +45,30 @@ class Series:
     mask: Tensor
 
     @staticmethod
-    def of(data: Sequence[tuple[Tensor, Tensor]]) -> Series:
-        """Gather series ``(times (n_i,), values (n_i, p) or (n_i,))``; NaN marks what is missing.
+    def of(data: Sequence[tuple[Any, Any]]) -> Series:
+        """Gather series ``(times (n_i,), values (n_i, p) or (n_i,))`` of any kind of data; NaN marks what is missing.
+
+        Args:
+            data: The pairs of times and values, one per series.
 
         Raises:
+            InvalidInputError: If the data aren't such pairs.
             EmptyDataError: If there is no series, or one without any value.
             TimeGridError: If times don't increase strictly.
             NonFiniteError: For infinite values.
             ShapeError: If sizes differ.
         """
+        if not isinstance(data, Sequence) or isinstance(data, str):
+            raise InvalidInputError("data must be a list of pairs (times, values)", got=type(data).__name__)
         if len(data) == 0:
             raise EmptyDataError("there are no series")
         rows = []
-        for index, (times, values) in enumerate(data):
-            check_time_grid(times, f"times of series {index}", min_points=1)
+        for index, pair in enumerate(data):
+            if not isinstance(pair, Sequence) or len(pair) != 2:
+                raise InvalidInputError(f"series {index} must be a pair (times, values)", got=repr(pair)[:60])
+            values = as_tensor(pair[1], f"values of series {index}", (1, 2), "(n,) or (n, p)", missing=True)
+            times = as_time_grid(pair[0], f"times of series {index}", min_points=1, like=values)
             values = values[:, None] if values.ndim == 1 else values
-            check_ndim(values, 2, f"values of series {index}", "(n, p)")
             check_nonempty(values, f"values of series {index}")
             if values.shape[0] != times.shape[0]:
                 raise ShapeError(
@@ -68,7 +76,6 @@ class Series:
                     got=f"{times.shape[0]} and {values.shape[0]}",
                 )
             seen = ~torch.isnan(values)
-            check_finite(torch.where(seen, values, torch.zeros_like(values)), f"values of series {index}")
             if not bool(seen.any()):
                 raise EmptyDataError(f"series {index} has no observed value")
             rows.append((times.to(values), torch.where(seen, values, torch.zeros_like(values)), seen))
@@ -84,10 +91,20 @@ class Series:
         return Series(times, values, mask)
 
     @staticmethod
-    def regular(times: Tensor, values: Tensor) -> Series:
-        """Gather series that share their times ``(n,)``, with values ``(B, n, p)``; NaN marks what is missing."""
-        check_time_grid(times, min_points=1)
-        check_ndim(values, 3, "values", "(B, n, p)")
+    def regular(times: Any, values: Any) -> Series:
+        """Gather series that share their times, of any kind of data.
+
+        Args:
+            times: The times ``(n,)`` of all series.
+            values: The values ``(B, n, p)``; NaN marks what is missing.
+
+        Raises:
+            TimeGridError: If the times don't increase strictly.
+            ShapeError: If sizes differ.
+            NonFiniteError: For infinite values.
+        """
+        values = as_tensor(values, "values", 3, "(B, n, p)", missing=True)
+        times = as_time_grid(times, "times", min_points=1, like=values)
         check_nonempty(values, "values")
         if values.shape[1] != times.shape[0]:
             raise ShapeError(
@@ -97,7 +114,6 @@ class Series:
             )
         seen = ~torch.isnan(values)
         values = torch.where(seen, values, torch.zeros_like(values))
-        check_finite(values, "values")
         return Series(times.to(values).expand(values.shape[0], -1), values, seen)
 
     def __len__(self) -> int:

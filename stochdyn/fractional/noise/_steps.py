@@ -73,6 +73,8 @@ def step_factors(speeds: tuple[float, ...], horizon: float, ts: Tensor) -> StepF
         found = _decompose(speeds, (host[1:] - host[:-1]).numpy().tobytes())
         return StepFactors(*(t.to(ts.device) for t in found))
 
+    if not isinstance(ts, Tensor):
+        check_time_grid(ts)  # says what it should be
     return remembered(ts.detach() if ts.requires_grad else ts, ("noise", speeds, horizon), factors)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import as_time_grid, check_bool, check_hurst, check_time_grid
+from stochdyn._checks import as_time_grid, check_bool, check_hurst, check_time_grid, check_type
 from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional.noise._steps import step_factors
@@ -171,6 +171,7 @@ class MarkovNoise(MemoryStates):
 
     def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
         """Return the exact steps of the memory states; ``ts`` may be irregular but not longer than the horizon."""
+        check_type(dtype, torch.dtype, "dtype")
         grid = step_factors(self._speeds, self.horizon, ts)
         w = self.weights.to(ts.device)
         # float64 until here: large weights of slow states cancel in the gain

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_hurst, check_positive
+from stochdyn._checks import as_tensor, check_choice, check_hurst, check_positive
 
 __all__ = ["Kind", "cross_moments", "entire_1", "entire_2", "gram_matrix", "unit_cross", "variance_constant"]
 
@@ -105,6 +105,8 @@ def gram_matrix(speeds: Tensor, horizon: float = 1.0, kind: Kind = "II") -> Tens
         noise, ICLR 2024.
     """
     check_choice(kind, ("I", "II"), "kind")
+    check_positive(horizon, "horizon")
+    speeds = as_tensor(speeds, "speeds", 1, "(K,)")
     # In units of the horizon, A scales as T^2.
     x = speeds.to(torch.float64) * horizon
     total = x[:, None] + x[None, :]
@@ -216,6 +218,7 @@ def cross_moments(
     check_choice(kind, ("I", "II"), "kind")
     check_hurst(hurst)
     check_positive(horizon, "horizon")
+    speeds = as_tensor(speeds, "speeds", 1, "(K,)")
     x = speeds.to(torch.float64) * horizon
     h = torch.as_tensor(hurst, dtype=torch.float64, device=x.device)
     b = unit_cross(x, h, kind) * torch.exp((h + 1.5) * math.log(horizon))[..., None]

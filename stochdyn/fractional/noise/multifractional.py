@@ -10,11 +10,13 @@ from scipy.special import hyp2f1
 from torch import Tensor, nn
 
 from stochdyn._checks import (
+    as_tensor,
     check_choice,
     check_hurst,
-    check_positive,
     check_positive_int,
+    check_real,
     check_time_grid,
+    check_type,
 )
 from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.errors import InvalidInputError, ShapeError
@@ -53,7 +55,8 @@ class HurstCurve(nn.Module):
 
     def __init__(self, knots: int | Tensor, horizon: float, hurst: float = 0.5, start: float = 0.0) -> None:
         super().__init__()
-        check_positive(horizon - start, "horizon - start")
+        check_real(start, "start")
+        check_real(horizon, "horizon", above=float(start))
         self.start, self.horizon = float(start), float(horizon)
         if isinstance(knots, Tensor):
             if knots.ndim == 0 or knots.shape[-1] < 2:
@@ -179,6 +182,7 @@ class MultifractionalNoise(MemoryStates):
 
     def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
         """Return the exact steps of the memory states with the weights of each time; see :meth:`NoiseProcess.steps`."""
+        check_type(dtype, torch.dtype, "dtype")
         grid = step_factors(self._speeds, self.horizon, ts)
         w = self.weights((ts - ts[0]).to(torch.float64)).to(ts.device)
         before, after = w[:-1], w[1:]
@@ -219,7 +223,10 @@ def multifractional_covariance(ts: Tensor, hurst: Tensor) -> Tensor:
     """
     check_time_grid(ts, min_points=1)
     check_hurst(hurst)
-    t, h = ts.to(torch.float64), hurst.to(torch.float64).expand(ts.shape)
+    h = as_tensor(hurst, "hurst", (0, 1), "(T,)", like=ts).to(torch.float64)
+    if h.ndim and h.shape != ts.shape:
+        raise ShapeError("hurst must have a value per time", got=tuple(h.shape), expected=tuple(ts.shape))
+    t, h = ts.to(torch.float64), h.expand(ts.shape)
     low, high = torch.minimum(t[:, None], t[None, :]), torch.maximum(t[:, None], t[None, :])
     earlier = t[:, None] <= t[None, :]
     first = torch.where(earlier, h[:, None], h[None, :]) + 0.5

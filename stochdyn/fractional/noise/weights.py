@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_hurst, check_positive
+from stochdyn._checks import (
+    as_tensor,
+    check_choice,
+    check_hurst,
+    check_positive,
+    check_positive_int,
+    check_real,
+)
 from stochdyn.errors import ApproximationWarning, InvalidInputError
 from stochdyn.fractional.noise.moments import (
     Kind,
@@ -47,10 +54,16 @@ def geometric_speeds(num_states: int, slowest: float, fastest: float) -> Tensor:
     Returns:
         float64 tensor ``(num_states,)``, increasing.
 
+    Raises:
+        InvalidInputError: If a speed or their number isn't positive.
+
     Example:
         >>> [round(s, 6) for s in geometric_speeds(3, 0.1, 10.0).tolist()]
         [0.1, 1.0, 10.0]
     """
+    check_positive_int(num_states, "num_states")
+    check_real(slowest, "slowest", above=0.0)
+    check_real(fastest, "fastest", above=0.0)
     if num_states == 1:
         return torch.tensor([math.sqrt(slowest * fastest)], dtype=torch.float64)
     ratio = np.log(fastest / slowest) / (num_states - 1)
@@ -201,5 +214,7 @@ def optimal_weights(
         R. Daems, M. Opper, G. Crevecoeur and T. Birdal, ICLR 2024, section 3.
     """
     check_hurst(hurst)
+    check_positive(horizon, "horizon")
+    speeds = as_tensor(speeds, "speeds", 1, "(K,)")
     h = torch.as_tensor(hurst, dtype=torch.float64)
     return weight_solver(tuple(speeds.detach().to(torch.float64).tolist()), float(horizon), kind)(h)
