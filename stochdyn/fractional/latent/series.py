@@ -58,7 +58,7 @@ class Series:
             NonFiniteError: For infinite values.
             ShapeError: If sizes differ.
         """
-        if not isinstance(data, Sequence) or isinstance(data, str):
+        if not isinstance(data, list | tuple):
             raise InvalidInputError("data must be a list of pairs (times, values)", got=type(data).__name__)
         if len(data) == 0:
             raise EmptyDataError("there are no series")

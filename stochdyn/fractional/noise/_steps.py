@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_time_grid
+from stochdyn._checks import check_time_grid, check_type
 from stochdyn.core.sde.grids import remembered
 from stochdyn.errors import TimeGridError
 from stochdyn.fractional.noise._quadrature import graded_nodes, levels_for, relative_exponential_mean
@@ -73,8 +73,7 @@ def step_factors(speeds: tuple[float, ...], horizon: float, ts: Tensor) -> StepF
         found = _decompose(speeds, (host[1:] - host[:-1]).numpy().tobytes())
         return StepFactors(*(t.to(ts.device) for t in found))
 
-    if not isinstance(ts, Tensor):
-        check_time_grid(ts)  # says what it should be
+    check_type(ts, Tensor, "ts")
     return remembered(ts.detach() if ts.requires_grad else ts, ("noise", speeds, horizon), factors)
 
 
