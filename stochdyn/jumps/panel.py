@@ -45,6 +45,7 @@ class PanelData:
         state: the column of states. Their sorted values are the states 0, 1, 2, ... of all answers, see ``labels``.
         exact_entry: labels of states whose time of entry is seen exactly, such as death.
         covariates: columns that rates may depend on; values at the visit before a gap count.
+        labels: The labels of all states in order, also of those that never occur; those that occur, sorted, if None.
 
     Attributes:
         labels: the S labels of the states in order.
@@ -69,20 +70,26 @@ class PanelData:
         state: str,
         exact_entry: Sequence[Any] = (),
         covariates: Sequence[str] = (),
+        labels: Sequence[Any] | None = None,
     ) -> None:
         who = _column(frame, subject, "subject")
         at = as_tensor(_column(frame, time, "time"), "time", 1, "one value per row").double().numpy()
-        labels = _column(frame, state, "state")
+        seen = _column(frame, state, "state")
         if not len(who):
             raise EmptyDataError("the panel has no rows")
-        if any(label is None or label != label for label in labels.tolist()):
+        if any(label is None or label != label for label in seen.tolist()):
             raise InvalidInputError(
                 "state must not be missing", hint="leave out visits at which nothing was seen"
             )
-        self.labels: list[Any] = sorted(set(labels.tolist()))
+        self.labels: list[Any] = sorted(set(seen.tolist())) if labels is None else list(labels)
+        if len(set(self.labels)) < len(self.labels):
+            raise InvalidInputError("labels must differ", got=self.labels)
         if len(self.labels) < 2:
             raise InvalidInputError("the panel knows a single state only", got=self.labels)
         code = {label: k for k, label in enumerate(self.labels)}
+        strangers = sorted(set(seen.tolist()) - set(self.labels))
+        if strangers:
+            raise InvalidInputError("state holds values that labels don't name", got=strangers, expected=self.labels)
         unknown = [label for label in exact_entry if label not in code]
         if unknown:
             raise InvalidInputError(
@@ -95,7 +102,7 @@ class PanelData:
             for c in covariates
         ]
         x = np.stack(values, -1) if values else np.zeros((len(at), 0))
-        states = np.array([code[label] for label in labels.tolist()])
+        states = np.array([code[label] for label in seen.tolist()])
         first: dict[Any, int] = {}
         index = np.array([first.setdefault(name, len(first)) for name in who.tolist()])
         self.num_subjects = len(first)

@@ -14,19 +14,18 @@ from torch import Tensor
 
 from stochdyn._checks import as_seed, check_bool, check_positive_int, check_real, check_type
 from stochdyn.diagnostics.container import from_draws
-from stochdyn.diagnostics.psis import pareto_smooth
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, ZeroProbabilityError
+from stochdyn.jumps.likelihood import PanelLikelihood
 from stochdyn.jumps.panel import PanelData
+from stochdyn.jumps.proposal import draw_posterior
 from stochdyn.jumps.uniformisation import _transition
 
 __all__ = ["RatePosterior", "fit_rates"]
 
-#: Draws of weights with a worse k-hat are moved by Metropolis steps, so many of them; past the second bound that won't do.
-_BAD, _MOVES, _HOPELESS = 0.7, 5, 1.0
-#: Numbers of transition matrices that are held at once.
-_CHUNK = 4_000_000
-#: Degrees of freedom of the proposal.
-_TAILS = 7.0
+#: Past this k-hat Metropolis steps don't help either.
+_HOPELESS = 1.0
+#: Weighted draws behind the posterior, at least.
+_FEWEST = 2000
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,10 @@ def fit_rates(
     best = problem.maximise(problem.start(), with_prior=False)
     likelihood = float(problem.log_likelihood(best[None])[0])
     mode = problem.maximise(best, with_prior=True)
-    draws, khat, effective, moved = problem.posterior(mode, num_draws, source)
+    draws, khat, effective, _, moved = draw_posterior(
+        problem.log_density, mode, problem.curvature(mode), max(num_draws, _FEWEST), source
+    )
+    draws = draws[:num_draws]  # resampled in random order
     if khat > _HOPELESS:
         warnings.warn(
             f"The importance weights of the rates are poor (k-hat {khat:.2f}): intervals may be wrong. Give a prior, "
@@ -218,18 +220,7 @@ class _Problem:
             check_real(prior[1], "prior[1]", above=0.0)
             self.centre, self.width = float(prior[0]), float(prior[1])
         self._crude = crude[self.links[:, 0], self.links[:, 1]].clamp(min=0.1 * overall).log()
-        # equal gaps under equal covariates share a matrix, and equal transitions a logarithm
-        g = panel.gaps
-        keys = torch.cat([g.dt[:, None], g.covariates], -1)
-        unique, place = keys.unique(dim=0, return_inverse=True)
-        self.dt, self.x = unique[:, 0], unique[:, 1:]
-        cell = ((place * size + g.before) * size + g.after) * 2 + g.entered.long()
-        cells, count = cell.unique(return_counts=True)
-        self.entered = (cells % 2).bool()
-        rest = cells // 2
-        self.after, rest = rest % size, rest // size
-        self.before, self.gap = rest % size, rest // size
-        self.count = count.double()
+        self.likelihood = PanelLikelihood(panel.gaps, size)
 
     def start(self) -> Tensor:
         """Return where the search begins: the crude rates."""
@@ -264,33 +255,15 @@ class _Problem:
 
     def log_likelihood(self, theta: Tensor) -> Tensor:
         """Return log-likelihoods ``(B,)`` of parameters ``(B, p)``."""
-        size = self.panel.num_states
-        step = max(1, _CHUNK // (len(self.dt) * size**2))
-        return torch.cat([self._chunk(part) for part in theta.split(step)])
-
-    def _chunk(self, theta: Tensor) -> Tensor:
-        base = self.log_rates(theta)
+        base = self.log_rates(theta)[None]
         if self.num_covariates:
             effect = theta[:, self.num_base :].reshape(-1, self.num_covariates, len(self.links))
-            # equal covariates share their generators
-            values, place = self.x.unique(dim=0, return_inverse=True)
-            q = self._generator(base[None] + torch.einsum("gc,bcr->gbr", values, effect))
-            p = q.new_empty(len(self.dt), *q.shape[1:])
-            parts = [(place == k).nonzero()[:, 0] for k in range(len(values))]
-            made = torch.cat([_transition(a, self.dt[part]) for a, part in zip(q, parts, strict=True)])
-            p = made[torch.cat(parts).argsort()]
-            q = q[place]
-        else:
-            q = self._generator(base)[None]
-            p = _transition(q[0], self.dt)
-        prob = p[self.gap, :, self.before, self.after]
-        if bool(self.entered.any()):
-            off = q - torch.diag_embed(q.diagonal(dim1=-2, dim2=-1))
-            gap, after = self.gap[self.entered], self.after[self.entered]
-            into = p[gap, :, self.before[self.entered]]
-            rate = off[gap if len(off) > 1 else torch.zeros_like(gap), :, :, after]
-            prob = prob.index_put((self.entered.nonzero()[:, 0],), (into * rate).sum(-1))
-        return self.count @ prob.log()
+            base = base + torch.einsum("gc,bcr->gbr", self.likelihood.covariates, effect)
+        return self.likelihood(self._generator(base))
+
+    def log_density(self, theta: Tensor) -> Tensor:
+        """Return the log posterior ``(B,)`` up to a constant."""
+        return self.log_likelihood(theta) + self.log_prior(theta)
 
     def log_prior(self, theta: Tensor) -> Tensor:
         """Return the log prior ``(B,)`` up to a constant."""
@@ -299,7 +272,7 @@ class _Problem:
 
     def maximise(self, start: Tensor, with_prior: bool) -> Tensor:
         """Return the maximum by L-BFGS, from a start."""
-        total = float(self.count.sum())
+        total = float(self.likelihood.total)
 
         def cost(flat: np.ndarray) -> tuple[float, np.ndarray]:
             theta = torch.tensor(flat).requires_grad_()
@@ -313,14 +286,13 @@ class _Problem:
             return -float(value.detach()) / total, -slope.numpy() / total
 
         if not bool(torch.isfinite(self.log_likelihood(start[None])).all()):
-            with torch.no_grad():
-                reach = _transition(self.matrices(start[None])[0], self.dt[:1])[0]
-            bad = (reach[self.before, self.after] <= 0) & ~self.entered
-            k = int(bad.nonzero()[0, 0]) if bool(bad.any()) else 0
-            labels = self.panel.labels
+            gaps, labels = self.panel.gaps, self.panel.labels
+            reach = _transition(self.matrices(start[None])[0], gaps.dt.median()[None])[0]
+            bad = ((reach[gaps.before, gaps.after] <= 0) & ~gaps.entered).nonzero()[:, 0]
+            k = int(bad[0]) if len(bad) else 0
             raise ZeroProbabilityError(
                 "a transition was seen that the mask makes impossible",
-                got=f"from {labels[int(self.before[k])]!r} to {labels[int(self.after[k])]!r}",
+                got=f"from {labels[int(gaps.before[k])]!r} to {labels[int(gaps.after[k])]!r}",
             )
         bounds = [(v - 12.0, v + 12.0) for v in start.tolist()]
         found = minimize(
@@ -333,80 +305,11 @@ class _Problem:
         )
         return torch.as_tensor(found.x)
 
-    def _curvature(self, mode: Tensor) -> Tensor:
-        """Return minus the Hessian of the log posterior, by central differences of gradients."""
-        step, rows = 1e-4, []
-        for k in range(len(mode)):
-            slopes = []
-            for sign in (1.0, -1.0):
-                theta = mode.clone()
-                theta[k] += sign * step
-                theta.requires_grad_()
-                value = (self.log_likelihood(theta[None]) + self.log_prior(theta[None]))[0]
-                slopes.append(torch.autograd.grad(value, theta)[0])
-            rows.append(-(slopes[0] - slopes[1]) / (2 * step))
-        hessian = torch.stack(rows)
+    def curvature(self, mode: Tensor) -> Tensor:
+        """Return minus the Hessian of the log posterior, by central differences of its gradient, all in one call."""
+        step = 1e-4
+        moves = step * torch.eye(len(mode), dtype=torch.float64)
+        theta = torch.cat([mode + moves, mode - moves]).requires_grad_()
+        slopes = torch.autograd.grad(self.log_density(theta).sum(), theta)[0]
+        hessian = -(slopes[: len(mode)] - slopes[len(mode) :]) / (2 * step)
         return 0.5 * (hessian + hessian.mT)
-
-    def _skew(self, mode: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scales ``(p,)`` below and above the mode along the axes of the curvature, so that no side is too narrow.
-
-        Reference:
-            Geweke, "Bayesian inference in econometric models using Monte Carlo integration", 1989, section 5.
-        """
-        steps = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-        peak = (self.log_likelihood(mode[None]) + self.log_prior(mode[None]))[0]
-        sides = []
-        for sign in (-1.0, 1.0):
-            theta = mode + sign * steps[:, None, None] * spread.mT
-            value = self.log_likelihood(theta.reshape(-1, len(mode))) + self.log_prior(
-                theta.reshape(-1, len(mode))
-            )
-            drop = (peak - value).reshape(len(steps), -1).clamp(min=1e-3)
-            sides.append((steps[:, None] / (2.0 * drop).sqrt()).amax(0).clamp(1.0, 5.0))
-        return sides[0], sides[1]
-
-    def posterior(
-        self, mode: Tensor, num_draws: int, source: torch.Generator
-    ) -> tuple[Tensor, float, float, bool]:
-        """Return draws, the k-hat of their weights, their effective number, and whether they had to be moved."""
-        values, vectors = torch.linalg.eigh(self._curvature(mode))
-        spread = vectors / values.clamp(min=1.0 / (4 * self.width) ** 2).sqrt()
-        p = len(mode)
-        many = 2 * num_draws
-        normal = torch.randn(many, p, dtype=torch.float64, generator=source)
-        gamma = torch.distributions.Gamma(_TAILS / 2, _TAILS / 2)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=source)))
-            scale = gamma.sample((many,)).double()
-        z = normal / scale.sqrt()[:, None]
-        with torch.no_grad():
-            below, above = self._skew(mode, spread)
-            stretched = torch.where(z < 0, z * below, z * above)
-            theta = mode + stretched @ spread.mT
-            width = torch.where(z < 0, below, above)
-            log_proposal = -0.5 * (_TAILS + p) * torch.log1p(z.square().sum(-1) / _TAILS) - width.log().sum(
-                -1
-            )
-            log_target = self.log_likelihood(theta) + self.log_prior(theta)
-        smoothed = pareto_smooth(log_target - log_proposal)
-        weights = (smoothed.log_weights - smoothed.log_weights.logsumexp(0)).exp()
-        chosen = torch.multinomial(weights, num_draws, replacement=True, generator=source)
-        khat, effective = float(smoothed.khat), float(1.0 / weights.square().sum())
-        moved = khat > _BAD
-        draws = theta[chosen]
-        if moved:  # the weights miss a tail: let the draws walk a little under the exact density
-            draws = self._walk(draws, log_target[chosen], spread, source)
-        return draws, khat, effective, moved
-
-    def _walk(self, theta: Tensor, value: Tensor, spread: Tensor, source: torch.Generator) -> Tensor:
-        """Move draws by Metropolis steps along the axes of the curvature."""
-        scale = 2.38 / math.sqrt(theta.shape[1])
-        for _ in range(_MOVES):
-            step = torch.randn(theta.shape, dtype=torch.float64, generator=source) @ spread.mT
-            proposed = theta + scale * step
-            with torch.no_grad():
-                other = self.log_likelihood(proposed) + self.log_prior(proposed)
-            accept = torch.rand(len(theta), dtype=torch.float64, generator=source).log() < other - value
-            theta, value = torch.where(accept[:, None], proposed, theta), torch.where(accept, other, value)
-        return theta

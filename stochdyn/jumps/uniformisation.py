@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["propagate", "transition"]
 
-#: Series up to this many expected candidate jumps; longer times are halved first, and the result squared.
-_LONGEST = 4.0
+#: Series up to this many expected candidate jumps; longer times are halved first, and the result squared. Where there are many
+#: times the second bound holds: further terms are shared by all of them, and squares are not.
+_LONGEST, _LONGEST_OF_MANY, _MANY = 4.0, 16.0, 256
 
 
 def transition(rates: object, dt: object) -> Tensor:
@@ -23,7 +25,7 @@ def transition(rates: object, dt: object) -> Tensor:
         \lambda=\max_i|Q_{ii}|
 
     All terms are positive, so every entry keeps its relative accuracy, also for degenerate, defective, stiff, reducible and
-    absorbing generators. Where :math:`\lambda\Delta>4` the time is halved, and the result squared with its rows
+    absorbing generators. Long times are halved, and the result squared with its rows
     scaled to sum to one.
 
     Args:
@@ -66,16 +68,20 @@ def _transition(q: Tensor, dt: Tensor) -> Tensor:
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     b = eye + q / largest[..., None, None]
     most = float(largest.max())
-    longest = min(_LONGEST, most * float(dt.detach().max())) if len(dt) else 0.0
+    limit = _LONGEST if len(dt) < _MANY else _LONGEST_OF_MANY
+    longest = min(limit, most * float(dt.detach().max())) if len(dt) else 0.0
     # Poisson terms that are left out are below 1e-17; entries that need several jumps keep their own accuracy
     terms = math.ceil(longest + 8.0 * math.sqrt(longest) + 12.0) + size
     powers = [eye.expand_as(b)]
     for _ in range(terms):
         powers.append(powers[-1] @ b)
     stack = torch.stack(powers)
-    halvings = torch.log2((dt.detach() * most / _LONGEST).clamp(min=1e-300)).ceil().clamp(min=0).long()
+    halvings = torch.log2((dt.detach() * most / limit).clamp(min=1e-300)).ceil().clamp(min=0).long()
     out, places = [], []
-    for count in halvings.unique().tolist():
+    counts = halvings.unique().tolist()
+    if counts == [0]:
+        return _series(stack, largest, dt)
+    for count in counts:
         chosen = (halvings == count).nonzero()[:, 0]
         part = _series(stack, largest, dt[chosen] / 2.0**count)
         for _ in range(count):
@@ -89,14 +95,59 @@ def _transition(q: Tensor, dt: Tensor) -> Tensor:
 
 def _series(stack: Tensor, rate: Tensor, dt: Tensor) -> Tensor:
     """Return the Poisson mixture of powers ``stack (K + 1, *batch, S, S)`` at times ``dt (n,)``."""
-    x = dt.reshape(-1, *(1,) * rate.ndim) * rate
-    weights = [torch.exp(-x)]
-    for k in range(1, len(stack)):
-        weights.append(weights[-1] * x / k)
-    weight = torch.stack(weights, -1)
     if rate.ndim == 0:  # one product of matrices for all times
-        return (weight @ stack.flatten(1)).reshape(-1, *stack.shape[1:])
-    return torch.einsum("n...k,k...ij->n...ij", weight, stack)
+        return mixture(dt * rate, stack.flatten(1)).reshape(-1, *stack.shape[1:])
+    weight = poisson_weights(dt.reshape(-1, *(1,) * rate.ndim) * rate, len(stack))
+    return torch.einsum("kn...,k...ij->n...ij", weight, stack)
+
+
+def poisson_weights(x: Tensor, count: int) -> Tensor:
+    """Return the probabilities of 0, 1, ..., ``count - 1`` under Poisson laws of means ``x (...)``, ``(count, ...)``."""
+    if x.requires_grad and torch.is_grad_enabled():
+        weights = [torch.exp(-x)]
+        for k in range(1, count):
+            weights.append(weights[-1] * (x / k))
+        return torch.stack(weights)
+    out = x.new_empty(count, *x.shape)
+    torch.exp(-x, out=out[0])
+    for k in range(1, count):
+        torch.mul(out[k - 1], x, out=out[k])
+        out[k] /= k
+    return out
+
+
+def mixture(x: Tensor, stack: Tensor) -> Tensor:
+    """Return the mixtures ``(n, M)`` of rows ``stack (K + 1, M)`` with Poisson weights of means ``x (n,)``.
+
+    Differentiable in both any number of times; the derivatives cost a product of matrices each, where a tape through the
+    weights would keep an array for each term.
+    """
+    out: Tensor = _Mixture.apply(x, stack)
+    return out
+
+
+class _Mixture(torch.autograd.Function):
+    """Poisson mixtures of rows, with their derivatives in closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stack: Tensor) -> Tensor:
+        ctx.save_for_backward(x, stack)
+        ctx.weight = poisson_weights(x, len(stack))
+        return ctx.weight.mT @ stack
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, stack = ctx.saved_tensors
+        again = torch.is_grad_enabled() and x.requires_grad
+        weight = poisson_weights(x, len(stack)) if again else ctx.weight
+        in_x, in_stack = None, None
+        if ctx.needs_input_grad[0]:
+            # d w_k / dx = w_{k-1} - w_k
+            before = torch.cat([torch.zeros_like(weight[:1]), weight[:-1]])
+            in_x = ((before - weight) * (stack @ slope.mT)).sum(0)
+        if ctx.needs_input_grad[1]:
+            in_stack = weight @ slope
+        return in_x, in_stack
 
 
 def propagate(p: object, rates: object, dt: object) -> Tensor:

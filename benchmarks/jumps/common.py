@@ -1,0 +1,39 @@
+"""What the benchmarks of jump processes share: data as panels, a clock, and the exact answers they are held against."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from stochdyn.jumps import PanelData
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _common import machine, write_table
+
+__all__ = ["least", "machine", "panel_of", "write_table"]
+
+
+def panel_of(states: np.ndarray, dt: float, num_states: int) -> PanelData:
+    """Return a panel of series ``(K, L)`` of states seen at intervals of ``dt``."""
+    series, length = states.shape
+    frame = {
+        "series": np.repeat(np.arange(series), length),
+        "time": np.tile(np.arange(length) * dt, series),
+        "state": states.reshape(-1),
+    }
+    return PanelData(frame, "series", "time", "state", labels=range(num_states))
+
+
+def least(job: Callable[[], object], repeats: int = 5) -> float:
+    """Return the least processor time of a job in seconds, after one run that isn't counted."""
+    job()
+    spent = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        job()
+        spent.append(time.process_time() - begin)
+    return min(spent)
