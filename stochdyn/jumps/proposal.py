@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,12 +18,10 @@ __all__ = ["Weighted", "draw_posterior"]
 
 #: Draws of weights with a worse k-hat are improved: by a second round of weights, then by Metropolis steps, so many of them.
 _BAD, _MOVES = 0.7, 8
-#: Degrees of freedom of the proposal.
-_TAILS = 7.0
+#: Degrees of freedom of the proposal, and of that of the second round, whose covariance needs no safety.
+_TAILS, _TAILS_AGAIN = 7, 15
 #: How far along each parameter the density is read, in standard deviations, and how finely.
 _REACH, _SPACING = 6.0, 0.5
-#: Kernels of the second round.
-_KERNELS = 400
 
 Density = Callable[[Tensor], Tensor]
 
@@ -59,9 +58,9 @@ def draw_posterior(
 
     The first proposal is a Student-t in coordinates in which the density along each parameter is Gaussian: the signed root
     :math:`\pm\sqrt{2(\ell(\hat\theta)-\ell(\theta))}` of the log density on the line of conditional means. Log rates with few
-    jumps behind them are skewed, and this removes their skewness. Where k-hat is above 0.7 a second round proposes from
-    kernels around the draws of the first; where that doesn't help, resampled draws are moved by Metropolis steps, which leave
-    the exact posterior unchanged.
+    jumps behind them are skewed, and this removes their skewness. Where k-hat is above 0.7, resampled draws are moved by
+    Metropolis steps, which leave the exact posterior unchanged, and a second round proposes with their mean and
+    covariance in the same coordinates; where that doesn't help, the moved draws are the answer.
 
     Args:
         density: The log density of parameters ``(n, p)``, up to a constant, ``(n,)``.
@@ -71,18 +70,19 @@ def draw_posterior(
         source: The source of randomness.
 
     Reference:
-        Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto smoothed importance sampling", 2024; for the second round West,
-        "Approximating posterior distributions by mixtures", 1993.
+        Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto smoothed importance sampling", 2024.
     """
-    best = _SignedRoot(density, mode, curvature).round(num_draws, source)
+    shape = _SignedRoot(density, mode, curvature)
+    best = shape.round(num_draws, source)
     if best.khat > _BAD:
-        second = _kernel_round(density, best, num_draws, source)
+        second = shape.refitted(_resampled(density, best, num_draws, source)).round(num_draws, source)
         best = second if second.khat < best.khat else best
     weights = (best.log_weights - best.log_weights.logsumexp(0)).exp()
-    chosen = torch.multinomial(weights, num_draws, replacement=True, generator=source)
-    draws, moved = best.theta[chosen], best.khat > _BAD
+    moved = best.khat > _BAD
     if moved:
-        draws = _walk(density, draws, best.value[chosen], weights, best.theta, source)
+        draws = _resampled(density, best, num_draws, source)
+    else:
+        draws = best.theta[torch.multinomial(weights, num_draws, replacement=True, generator=source)]
     evidence = float(best.log_weights.logsumexp(0)) - math.log(len(weights))
     return Weighted(draws, best.khat, float(1.0 / weights.square().sum()), evidence, moved)
 
@@ -97,6 +97,7 @@ class _SignedRoot:
         cov = (vectors / values.clamp(min=1e-6 * float(values.max()))) @ vectors.mT
         self.scale = cov.diagonal().sqrt()
         self.root = torch.linalg.cholesky(cov / self.scale[:, None] / self.scale)
+        self.centre, self.tails = torch.zeros_like(mode), _TAILS
         num = int(_REACH / _SPACING)
         steps = torch.arange(-num, num + 1, dtype=torch.float64) * _SPACING
         # along E[theta | theta_j], one standard deviation of theta_j per unit
@@ -110,14 +111,26 @@ class _SignedRoot:
             signed[k] = np.maximum(signed[k], signed[k - 1] + 0.1 * _SPACING)
             signed[-1 - k] = np.minimum(signed[-1 - k], signed[len(steps) - k] - 0.1 * _SPACING)
         signed = np.where(np.isfinite(signed), signed, np.sign(steps.numpy())[:, None] * 1e3)
-        self.ends = torch.as_tensor(signed[[0, -1]])
+        self.ends, self.knots, self.steps = torch.as_tensor(signed[[0, -1]]), signed, steps.numpy()
         self.maps = [PchipInterpolator(signed[:, j], steps.numpy()) for j in range(len(mode))]
         self.slopes = [m.derivative() for m in self.maps]
 
+    def refitted(self, theta: Tensor) -> _SignedRoot:
+        """Return the same with the mean and covariance that draws ``(n, p)`` of the posterior have in these coordinates."""
+        move = ((theta - self.mode) / self.scale).numpy().T
+        z = np.stack(
+            [np.interp(m, self.steps, self.knots[:, j]) for j, m in enumerate(move)]
+        )
+        other = copy.copy(self)
+        other.centre, other.tails = torch.as_tensor(z.mean(1)), _TAILS_AGAIN
+        cov = torch.as_tensor(np.atleast_2d(np.cov(z)))
+        other.root = torch.linalg.cholesky(cov + 1e-6 * torch.diag(cov.diagonal()))
+        return other
+
     def round(self, num_draws: int, source: torch.Generator) -> _Round:
         """Draw, and weigh the draws."""
-        t, log_t = _student(num_draws, len(self.mode), source)
-        z = t @ self.root.mT
+        t, log_t = _student(num_draws, len(self.mode), source, self.tails)
+        z = self.centre + t @ self.root.mT
         inside = z.clamp(self.ends[0], self.ends[1])
         columns = inside.numpy().T
         slope = torch.as_tensor(np.stack([f(c) for f, c in zip(self.slopes, columns, strict=True)], -1))
@@ -130,16 +143,16 @@ class _SignedRoot:
         return _weigh(theta, value, log_proposal)
 
 
-def _student(n: int, p: int, source: torch.Generator, tails: float = _TAILS) -> tuple[Tensor, Tensor]:
+def _student(n: int, p: int, source: torch.Generator, tails: int) -> tuple[Tensor, Tensor]:
     """Return draws ``(n, p)`` of a multivariate Student-t and their log densities."""
     normal = torch.randn(n, p, dtype=torch.float64, generator=source)
     # a chi-square law as a sum of squares of normals, which takes a source of randomness
-    chi = torch.randn(n, int(tails), dtype=torch.float64, generator=source).square().sum(-1, keepdim=True)
+    chi = torch.randn(n, tails, dtype=torch.float64, generator=source).square().sum(-1, keepdim=True)
     t = normal / (chi / tails).sqrt()
     return t, _log_student(t.square().sum(-1), p, tails)
 
 
-def _log_student(square: Tensor, p: int, tails: float) -> Tensor:
+def _log_student(square: Tensor, p: int, tails: int) -> Tensor:
     constant = math.lgamma((tails + p) / 2) - math.lgamma(tails / 2) - 0.5 * p * math.log(tails * math.pi)
     return constant - 0.5 * (tails + p) * torch.log1p(square / tails)
 
@@ -149,46 +162,14 @@ def _weigh(theta: Tensor, value: Tensor, log_proposal: Tensor) -> _Round:
     return _Round(theta, value, smoothed.log_weights, float(smoothed.khat))
 
 
-def _weighted_cov(theta: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    mean = weights @ theta
-    gap = theta - mean
-    return mean, (weights[:, None] * gap).mT @ gap
-
-
-def _kernel_round(density: Density, first: _Round, num_draws: int, source: torch.Generator) -> _Round:
-    """Propose from Student kernels around resampled draws, shrunk towards their mean so that the mixture keeps their covariance."""
-    p = first.theta.shape[1]
-    weights = (first.log_weights - first.log_weights.logsumexp(0)).exp()
-    mean, cov = _weighted_cov(first.theta, weights)
-    root = torch.linalg.cholesky(cov + 1e-10 * torch.diag(cov.diagonal()))
-    # Silverman's bandwidth for the effective number of draws
-    effective = float(1.0 / weights.square().sum())
-    width = min(1.0, (4.0 / ((p + 2.0) * effective)) ** (1.0 / (p + 4.0)))
-    chosen = torch.multinomial(weights, _KERNELS, replacement=True, generator=source)
-    centres = mean + math.sqrt(max(0.0, 1 - width**2)) * (first.theta[chosen] - mean)
-    which = torch.randint(_KERNELS, (num_draws,), generator=source)
-    t, _ = _student(num_draws, p, source)
-    theta = centres[which] + width * t @ root.mT
-    with torch.no_grad():
-        value = density(theta)
-    a = torch.linalg.solve_triangular(root, theta.mT, upper=False).mT
-    b = torch.linalg.solve_triangular(root, centres.mT, upper=False).mT
-    square = torch.cdist(a, b).square() / width**2
-    log_proposal = (
-        _log_student(square, p, _TAILS).logsumexp(-1)
-        - math.log(_KERNELS)
-        - root.diagonal().log().sum()
-        - p * math.log(width)
-    )
-    return _weigh(theta, value, log_proposal)
-
-
-def _walk(
-    density: Density, theta: Tensor, value: Tensor, weights: Tensor, all_draws: Tensor, source: torch.Generator
-) -> Tensor:
-    """Move draws by Metropolis steps in the metric of their weighted covariance."""
-    _, cov = _weighted_cov(all_draws, weights)
-    root = torch.linalg.cholesky(cov + 1e-10 * torch.diag(cov.diagonal()))
+def _resampled(density: Density, known: _Round, num_draws: int, source: torch.Generator) -> Tensor:
+    """Return draws of equal weight, moved by Metropolis steps in the metric of their weighted covariance."""
+    weights = (known.log_weights - known.log_weights.logsumexp(0)).exp()
+    chosen = torch.multinomial(weights, num_draws, replacement=True, generator=source)
+    theta, value = known.theta[chosen], known.value[chosen]
+    gap = known.theta - weights @ known.theta
+    cov = (weights[:, None] * gap).mT @ gap
+    root = torch.linalg.cholesky(cov + 1e-9 * torch.diag(cov.diagonal()))
     scale = 2.38 / math.sqrt(theta.shape[1])
     for _ in range(_MOVES):
         proposed = theta + scale * torch.randn(theta.shape, dtype=torch.float64, generator=source) @ root.mT

@@ -132,9 +132,10 @@ def fit_rates(
     check_positive_int(num_draws, "num_draws", 2)
     source = torch.Generator().manual_seed(as_seed(seed))
     problem = _Problem(panel, mask, prior, reversible)
-    best = problem.maximise(problem.start(), with_prior=False)
+    mode = problem.maximise(problem.start(), with_prior=True)
+    # from the mode: where a rate's likelihood has no maximum, the search from there ends at a bound and doesn't wander
+    best = problem.maximise(mode, with_prior=False)
     likelihood = float(problem.log_likelihood(best[None])[0])
-    mode = problem.maximise(best, with_prior=True)
     draws, khat, effective, _, moved = draw_posterior(
         problem.log_density, mode, problem.curvature(mode), max(num_draws, _FEWEST), source
     )
@@ -301,7 +302,7 @@ class _Problem:
             jac=True,
             method="L-BFGS-B",
             bounds=bounds,
-            options={"maxiter": 500, "ftol": 1e-15, "gtol": 1e-9},
+            options={"maxiter": 500, "ftol": 1e-13, "gtol": 1e-9},
         )
         return torch.as_tensor(found.x)
 
