@@ -209,7 +209,9 @@ class AmortisedRates(Objective):
         found, prior = [], self.prior
         series = int(seen.num_series[0])
         if not prior.num_series[0] <= series <= prior.num_series[1]:
-            found.append(f"{series} series, where training had {prior.num_series[0]} to {prior.num_series[1]}")
+            found.append(
+                f"{series} series, where training had {prior.num_series[0]} to {prior.num_series[1]}"
+            )
         length = float(seen.counts[0, 0].sum()) / max(series, 1) + 1
         if not 0.8 * prior.length[0] <= length <= 1.25 * prior.length[1]:
             found.append(
@@ -217,7 +219,9 @@ class AmortisedRates(Objective):
             )
         error = float(seen.label_error[0])
         if error > prior.label_error:
-            found.append(f"labels wrong with probability {error:g}, where training had at most {prior.label_error:g}")
+            found.append(
+                f"labels wrong with probability {error:g}, where training had at most {prior.label_error:g}"
+            )
         share = seen.counts[0, 0]
         never = int((share.sum(-1) == 0).sum())
         if never:
@@ -238,7 +242,8 @@ def summarise(panel: PanelData, label_error: float | None) -> LagCounts:
     """Return what the network sees of a panel."""
     states, times = panel.rows()
     sets = torch.zeros(len(states), dtype=torch.long)
-    gap, variation = [], []
+    gap: list[Tensor] = []
+    variation: list[Tensor] = []
     for lag in LAGS:
         span = times[:, lag:] - times[:, :-lag]
         span = span[states[:, lag:] >= 0]

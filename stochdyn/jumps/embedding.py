@@ -22,11 +22,11 @@ def transition_generator(matrix: object, dt: float) -> Tensor:
     r"""Return the generator :math:`\log P/\Delta` of a transition matrix, if it is one.
 
     Args:
-        matrix: ``(S, S)`` transition probabilities over ``dt``.
-        dt: Δ.
+        matrix: The transition probabilities over ``dt``, ``(S, S)``.
+        dt: The time Δ between two observations.
 
     Raises:
-        InvalidInputError: if no jump process has these transitions (P isn't embeddable), or none on the principal branch.
+        InvalidInputError: If no jump process has these transitions (P isn't embeddable), or none on the principal branch.
 
     Example:
         >>> transition_generator([[0.9, 0.1], [0.2, 0.8]], 1.0).round(decimals=3)

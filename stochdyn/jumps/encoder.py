@@ -132,7 +132,9 @@ class _Round(nn.Module):
 def log_density(encoded: Encoded, log_rates: Tensor, links: Tensor) -> Tensor:
     """Return the log density ``(B,)`` of true links and rates under the posterior."""
     off = ~torch.eye(links.shape[-1], dtype=torch.bool, device=links.device)
-    link = -F.binary_cross_entropy_with_logits(encoded.link_logit, links.to(log_rates.dtype), reduction="none")
+    link = -F.binary_cross_entropy_with_logits(
+        encoded.link_logit, links.to(log_rates.dtype), reduction="none"
+    )
     z = (log_rates - encoded.mean) * torch.exp(-encoded.log_std)
     rate = -0.5 * z**2 - encoded.log_std - 0.5 * math.log(2 * math.pi)
     return (torch.where(links, rate, torch.zeros_like(rate)) + link).mul(off).sum((-2, -1))

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from stochdyn._checks import as_tensor, check_type
 from stochdyn.errors import ShapeError, TimeGridError, ZeroProbabilityError
 from stochdyn.jumps.observations import Observation
-from stochdyn.jumps.uniformisation import _transition
+from stochdyn.jumps.uniformisation import _transition, paired_transition
 
 __all__ = ["Filtered", "prepare", "run_filter", "viterbi"]
 
@@ -24,9 +24,9 @@ class Filtered(NamedTuple):
     """What the filter knows.
 
     Attributes:
-        log_evidence: ``(B,)``.
-        alpha: ``(T, B, S)`` filtered probabilities after each observation.
-        beta: ``(T, B, S)`` likelihoods of all later observations, scaled so that ``alpha * beta`` sums to one.
+        log_evidence: The log densities of the series, ``(B,)``.
+        alpha: The filtered probabilities after each observation, ``(T, B, S)``.
+        beta: The likelihoods of all later observations, ``(T, B, S)``, scaled so that ``alpha * beta`` sums to one.
     """
 
     log_evidence: Tensor
@@ -38,10 +38,10 @@ class Prepared(NamedTuple):
     """Data laid out for the filter.
 
     Attributes:
-        times: ``(B or 1, T)``.
-        log_b: ``(T, B, S)`` log-likelihoods of the observations.
-        entries: ``(T, B)`` states entered exactly, or -1.
-        shape: the shape of the series.
+        times: The times of the observations, ``(B or 1, T)``.
+        log_b: The log-likelihoods of the observations, ``(T, B, S)``.
+        entries: The states that are entered exactly, or -1, ``(T, B)``.
+        shape: The shape of the series.
     """
 
     times: Tensor
@@ -54,11 +54,11 @@ def prepare(times: object, y: object, observation: Observation, start_time: floa
     """Check observations and lay them out with time leading.
 
     Args:
-        times: ``(T,)`` or ``(*series, T)`` times, not decreasing, none before the start; ties are allowed. Series that are
+        times: The times ``(T,)`` or ``(*series, T)``, not decreasing, none before the start; ties are allowed. Series that are
             shorter than others are padded with missing values at any later time, such as the last one.
-        y: ``(*series, T)``, NaN where missing.
-        observation: how the state is observed.
-        start_time: when the law starts.
+        y: The observations ``(*series, T)``, NaN where missing.
+        observation: The law of an observation given the state.
+        start_time: The time at which the law starts.
     """
     check_type(observation, Observation, "observation")
     value = as_tensor(y, "y", missing=True, like=_DOUBLE)
@@ -93,8 +93,11 @@ def transitions(q: Tensor, times: Tensor, start_time: float, entries: Tensor) ->
     """
     start = torch.full_like(times[:, :1], start_time)
     gaps = torch.cat([start, times], 1).diff(dim=1).mT
-    unique, place = gaps.reshape(-1).unique(return_inverse=True)
-    matrices = _transition(q, unique)[place].reshape(*gaps.shape, *q.shape)
+    if q.ndim == 3:
+        matrices = paired_transition(q, gaps.expand(-1, len(q)))
+    else:
+        unique, place = gaps.reshape(-1).unique(return_inverse=True)
+        matrices = _transition(q, unique)[place].reshape(*gaps.shape, *q.shape)
     if bool((entries >= 0).any()):
         off = q - torch.diag_embed(q.diagonal())
         into = torch.nn.functional.one_hot(entries.clamp(min=0), q.shape[-1]).to(q)
@@ -158,11 +161,11 @@ def run_filter(
     """Run filter and smoother.
 
     Args:
-        start: ``(S,)`` or ``(B, S)`` law at the start.
-        q: ``(S, S)`` generator.
-        data: observations.
-        start_time: when the law starts.
-        named: raise on impossible data, naming series and time, rather than return minus infinity.
+        start: The law at the start, ``(S,)`` or ``(B, S)``.
+        q: The generator ``(S, S)``, or one per series ``(B, S, S)``.
+        data: The observations.
+        start_time: The time at which the law starts.
+        named: Whether impossible data raise, naming series and time, rather than have a log density of minus infinity.
     """
     matrices = transitions(q.double(), data.times, start_time, data.entries)
     total, alpha, beta = _LogEvidence.apply(start.double(), matrices, data.log_b)

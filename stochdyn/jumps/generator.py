@@ -25,15 +25,15 @@ class RateMatrix(nn.Module):
     transpose, whose columns do.)
 
     Args:
-        rates: ``(*batch, S, S)`` in 1/time; the diagonal is ignored, unless it contradicts the rest. May require gradients.
-        mask: ``(S, S)`` True where a jump is possible; other rates must be zero. All jumps are possible if None.
+        rates: The rates ``(*batch, S, S)`` in 1/time; the diagonal is ignored, unless it contradicts the rest. May require gradients.
+        mask: True where a jump is possible, ``(S, S)``; other rates must be zero. All jumps are possible if None.
 
     Attributes:
-        matrix: ``(*batch, S, S)`` with its diagonal.
+        matrix: The generator ``(*batch, S, S)`` with its diagonal.
 
     Raises:
-        InvalidInputError: for negative rates, rows of a full matrix that don't sum to zero, or rates outside the mask.
-        ShapeError: for matrices that aren't square, or of fewer than two states.
+        InvalidInputError: If a rate is negative, rows of a full matrix don't sum to zero, or there are rates outside the mask.
+        ShapeError: If the matrix isn't square, or has fewer than two states.
 
     Example:
         >>> Q = RateMatrix([[0.0, 0.7], [1.9, 0.0]])
@@ -102,8 +102,8 @@ class RateMatrix(nn.Module):
         r"""Return the generator :math:`Q_{ij}=S_{ij}\sqrt{\pi_j/\pi_i}`, which is in detailed balance with π.
 
         Args:
-            symmetric: ``(*batch, S, S)`` symmetric rates S, not negative; the diagonal is ignored.
-            stationary: ``(*batch, S)`` positive weights π; they are normalised.
+            symmetric: The symmetric rates S, not negative, ``(*batch, S, S)``; the diagonal is ignored.
+            stationary: The positive weights π, ``(*batch, S)``; they are normalised.
         """
         s = as_tensor(symmetric, "symmetric")
         pi = as_tensor(stationary, "stationary", like=s)
@@ -119,14 +119,14 @@ class RateMatrix(nn.Module):
         """Return the generator of how many of ``count`` like and independent units are in each state.
 
         Args:
-            count: the number of units, such as channels in a patch of membrane.
+            count: The number of units, such as channels in a patch of membrane.
 
         Returns:
             The generator over occupations, and these occupations ``(C, S)``, C the number of ways to put the units into the
             states.
 
         Raises:
-            SystemSizeError: for more than 20 000 occupations.
+            SystemSizeError: If there are more than 20 000 occupations.
         """
         check_positive_int(count, "count")
         states = self.num_states
@@ -153,7 +153,7 @@ class RateMatrix(nn.Module):
         """Return the stationary law ``(*batch, S)``, differentiable.
 
         Raises:
-            InvalidInputError: if there are several, because more than one set of states is never left again.
+            InvalidInputError: If there are several, because more than one set of states is never left again.
         """
         for k, matrix in enumerate(self.matrix.detach().reshape(-1, self.num_states, self.num_states)):
             classes = closed_classes(matrix)
@@ -254,9 +254,9 @@ class RateMatrix(nn.Module):
         r"""Return the stationary autocovariance :math:`\mathrm{cov}(f(X_0),g(X_t))` of functions of the state.
 
         Args:
-            f: ``(S,)``.
-            dt: times ``()`` or ``(n,)``.
-            g: ``(S,)``; f if None.
+            f: The function of the state at the earlier time, ``(S,)``.
+            dt: The times between the two, ``()`` or ``(n,)``.
+            g: The function of the state at the later time, ``(S,)``; f if None.
         """
         from stochdyn.jumps.uniformisation import transition
 
@@ -349,8 +349,8 @@ class JumpGenerator(MasterEquation):
     Strings of outcomes have one site, whose outcome is the state.
 
     Args:
-        rates: a :class:`RateMatrix` without a batch, or a function ``rates(t)`` that returns its matrix ``(S, S)``.
-        num_states: S, for a function.
+        rates: A :class:`RateMatrix` without a batch, or a function ``rates(t)`` that returns its matrix ``(S, S)``.
+        num_states: The number of states S, for a function.
     """
 
     def __init__(self, rates: Any, num_states: int | None = None) -> None:

@@ -141,9 +141,7 @@ class _Part:
         off = q - torch.diag_embed(q.diagonal(dim1=-2, dim2=-1))
         total = q.new_zeros(len(q))
         for before, after, entered, cells in self.kinds:
-            seen = (
-                (stack[:, :, before] * off[:, :, after]).sum(-1) if entered else stack[:, :, before, after]
-            )
+            seen = (stack[:, :, before] * off[:, :, after]).sum(-1) if entered else stack[:, :, before, after]
             total += self.count[cells] @ mixture(self.dt[self.gap[cells]] * rate, seen).log()
         return total
 

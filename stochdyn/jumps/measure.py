@@ -42,7 +42,7 @@ class JumpMarginal(Marginal):
     """The law of the state at one time.
 
     Attributes:
-        probs: ``(S,)`` probabilities of the states, or ``(*batch, S)``.
+        probs: The probabilities of the states, ``(*batch, S)``.
     """
 
     def __init__(self, probs: Tensor) -> None:
@@ -85,6 +85,7 @@ class JumpLaw(PathMeasure):
 
     num_states: int
     start_time: float
+    batch_shape = torch.Size()
 
     def sample_record(
         self, horizon: float, sample_shape: SampleShape = (), generator: Generator = None
@@ -92,9 +93,9 @@ class JumpLaw(PathMeasure):
         """Draw whole paths from the start of the law to ``horizon``, exactly.
 
         Args:
-            horizon: the time at which the records end.
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            generator: the source of randomness.
+            horizon: The time at which the records end.
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            generator: The source of randomness.
         """
         check_real(horizon, "horizon")
         if not float(horizon) > self.start_time:
@@ -115,6 +116,7 @@ class JumpLaw(PathMeasure):
         return self._read(grid, shape, source)
 
     def _read(self, ts: Tensor, shape: tuple[int, ...], source: torch.Generator | None) -> JumpRecord:
+        shape = (*shape, *self.batch_shape)
         times, states, count = self._records(float(ts[-1]), math.prod(shape), source)
         return JumpRecord(
             times.reshape(*shape, -1),
@@ -166,15 +168,16 @@ class JumpMeasure(JumpLaw):
     r"""The law of a Markov jump process.
 
     Args:
-        initial: ``(S,)`` probabilities of the states at the start.
-        rates: a :class:`RateMatrix` or its matrix ``(S, S)``, rows summing to zero, in 1/time; or for rates that change a function
-            of times ``(n,)`` that returns ``(n, S, S)``.
-        start_time: when the law starts.
-        bound: for rates that change, a number above every exit rate at all times, which exact simulation by thinning needs.
+        initial: The probabilities of the states at the start, ``(*batch, S)``.
+        rates: A :class:`RateMatrix` or its matrix ``(*batch, S, S)``, rows summing to zero, in 1/time; or for rates that change
+            a function of times ``(n,)`` that returns ``(n, S, S)``. A batch of laws can be sampled, has marginals, and is what
+            :class:`HiddenJumps` and :func:`log_evidence` take for series with rates of their own; all else is one law's.
+        start_time: The time at which the law starts.
+        bound: For rates that change, a number above every exit rate at all times, which exact simulation by thinning needs.
 
     Raises:
-        InvalidInputError: for probabilities that don't sum to one, or rates that aren't a generator.
-        ShapeError: if the two don't fit.
+        InvalidInputError: If probabilities don't sum to one, or rates aren't a generator.
+        ShapeError: If the two don't fit.
 
     Example:
         >>> law = JumpMeasure([1.0, 0.0], [[0.0, 0.7], [1.9, 0.0]])
@@ -192,32 +195,40 @@ class JumpMeasure(JumpLaw):
         self.start_time = float(start_time)
         self.generator: RateMatrix | None = None
         self._function: Callable[[Tensor], Tensor] | None = None
-        start = as_tensor(initial, "initial", 1, "(S,)")
+        start = as_tensor(initial, "initial")
+        if not start.ndim or (start.ndim > 1 and callable(rates) and not isinstance(rates, RateMatrix)):
+            raise ShapeError("initial must be probabilities (S,)", got=tuple(start.shape))
+        self.batch_shape = torch.Size()
         if callable(rates) and not isinstance(rates, RateMatrix):
             check_callable(rates, "rates")
             check_real(bound, "bound", above=0.0)
             self._function, self.bound = rates, float(cast(float, bound))
         else:
             self.generator = rates if isinstance(rates, RateMatrix) else RateMatrix(rates)
-            if self.generator.batch_shape:
+            if self.generator.num_states != start.shape[-1]:
                 raise ShapeError(
-                    "one law at a time", got=f"rates of batch {tuple(self.generator.batch_shape)}"
+                    "initial and rates have other states",
+                    got=f"{start.shape[-1]} and {self.generator.num_states}",
                 )
-            if self.generator.num_states != len(start):
-                raise ShapeError(
-                    "initial and rates have other states", got=f"{len(start)} and {self.generator.num_states}"
-                )
-        self.num_states = len(start)
-        if bool((start.detach() < 0).any()) or abs(float(start.detach().sum()) - 1) > 1e-5:
+            self.batch_shape = torch.broadcast_shapes(self.generator.batch_shape, start.shape[:-1])
+            start = start.expand(*self.batch_shape, -1)
+        self.num_states = start.shape[-1]
+        if bool((start.detach() < 0).any()) or float((start.detach().sum(-1) - 1).abs().max()) > 1e-5:
             raise InvalidInputError(
                 "initial must be probabilities that sum to one", got=start.detach().tolist()[:8]
             )
-        self.register_buffer("initial", start / start.sum())
+        self.register_buffer("initial", start / start.sum(-1, keepdim=True))
 
     def _matrix(self) -> Tensor:
+        """Return the generator of a law that has a constant one and no batch."""
+        if self.batch_shape:
+            raise ShapeError("this takes one law at a time", got=f"a batch {tuple(self.batch_shape)}")
+        return self._matrices()
+
+    def _matrices(self) -> Tensor:
         if self.generator is None:
             raise UnavailableError("this needs constant rates")
-        return self.generator.matrix
+        return self.generator.matrix.expand(*self.batch_shape, -1, -1)
 
     def rates(self, t: Tensor | float) -> Tensor:
         """Return the generator ``(S, S)`` at a time."""
@@ -246,11 +257,12 @@ class JumpMeasure(JumpLaw):
         dtype = self.initial.dtype
         span = time - self.start_time
         if self._function is None:
-            p = self.initial.double() @ _transition(self._matrix().double(), span.reshape(1))[0]
+            p = self.initial.double()
+            p = (p.unsqueeze(-2) @ _transition(self._matrices().double(), span.reshape(1))[0]).squeeze(-2)
         else:
             p = self._evolve(span)
         p = p.clamp(min=0)
-        return JumpMarginal((p / p.sum()).to(dtype))
+        return JumpMarginal((p / p.sum(-1, keepdim=True)).to(dtype))
 
     def _evolve(self, span: Tensor) -> Tensor:
         """Return the marginal after a span of changing rates: midpoint steps, of second order, short beside any stay."""
@@ -285,9 +297,15 @@ class JumpMeasure(JumpLaw):
     def _records(
         self, end: float, lanes: int, source: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        first = torch.multinomial(self.initial.detach().double(), lanes, replacement=True, generator=source)
+        start = self.initial.detach().double().reshape(-1, self.num_states)
+        count = lanes // len(start)
+        if not count:
+            first = torch.zeros(0, dtype=torch.long)
+        else:
+            first = torch.multinomial(start, count, replacement=True, generator=source).mT.reshape(-1)
         if self._function is None:
-            return direct_records(self._matrix().detach().double(), first, self.start_time, end, source)
+            q = self._matrices().detach().double().reshape(-1, self.num_states, self.num_states)
+            return direct_records(q, first, self.start_time, end, source)
         return thinned_records(self._at, self.bound, first, self.start_time, end, source)
 
     def log_prob(self, record: JumpRecord) -> Tensor:
@@ -354,8 +372,8 @@ class JumpMeasure(JumpLaw):
         with the marginals m of this law; infinite where the other law forbids what this one allows.
 
         Args:
-            other: P, of constant rates as this law.
-            horizon: end of the paths.
+            other: The law P, of constant rates as this one.
+            horizon: The time at which the paths end.
         """
         check_type(other, JumpMeasure, "other")
         check_real(horizon, "horizon", above=self.start_time)
@@ -370,12 +388,12 @@ class JumpMeasure(JumpLaw):
         """Return the law given observations: again a jump law, with tilted rates.
 
         Args:
-            times: ``(T,)`` times of the observations, not decreasing.
-            y: ``(T,)`` observations, NaN where missing.
-            observation: how the state is observed.
+            times: The times of the observations, ``(T,)``, not decreasing.
+            y: The observations ``(T,)``, NaN where missing.
+            observation: The law of an observation given the state.
 
         Raises:
-            ZeroProbabilityError: if the observations are impossible.
+            ZeroProbabilityError: If the observations are impossible.
         """
         return ConditionedJumps(self, times, y, observation)
 
@@ -387,18 +405,20 @@ class ConditionedJumps(JumpLaw):
     exactly, states at the observations first and then bridges between them.
 
     Args:
-        law: the prior, with constant rates.
-        times: see :meth:`JumpMeasure.conditioned`.
-        y: see there.
-        observation: see there.
+        law: The law before the observations, with constant rates.
+        times: The times of the observations, ``(T,)``, not decreasing.
+        y: The observations ``(T,)``, NaN where missing.
+        observation: The law of an observation given the state.
 
     Attributes:
-        log_evidence: the log density of the observations.
+        log_evidence: The log density of the observations.
     """
 
     def __init__(self, law: JumpMeasure, times: object, y: object, observation: Observation) -> None:
         super().__init__()
         check_type(law, JumpMeasure, "law")
+        if law.batch_shape:
+            raise ShapeError("this takes one law at a time", got=f"a batch {tuple(law.batch_shape)}")
         self.prior, self.observation = law, observation
         self.num_states, self.start_time = law.num_states, law.start_time
         data = prepare(times, y, observation, law.start_time)
@@ -473,7 +493,7 @@ class ConditionedJumps(JumpLaw):
         By Fisher's identity: derivatives of the evidence in the generator's entries, taken as independent.
 
         Args:
-            horizon: up to when; the last observation if None.
+            horizon: The time up to which time and jumps are counted; that of the last observation if None.
         """
         return expected_statistics(self.prior, self.data, self._y, self.observation, horizon)
 
@@ -511,16 +531,17 @@ def log_evidence(law: JumpMeasure, times: object, y: object, observation: Observ
     """Return the log density of observations under a jump law, exactly.
 
     Args:
-        law: the law, of constant rates.
-        times: ``(T,)``, or ``(*series, T)`` where each series has its own; not decreasing.
-        y: ``(*series, T)`` observations, NaN where missing.
-        observation: how the state is observed.
+        law: The law, of constant rates, or a batch of laws that broadcasts against the series.
+        times: The times of the observations, ``(T,)``, or ``(*series, T)`` where each series has its own; not decreasing.
+        y: The observations ``(*series, T)``, NaN where missing.
+        observation: The law of an observation given the state.
 
     Returns:
-        ``(*series,)``, differentiable in rates, initial law and observation; one forward and one backward pass.
+        The log densities ``(*series,)``, differentiable in rates, initial law and observation, by one forward and one
+        backward pass.
 
     Raises:
-        ZeroProbabilityError: if the observations of a series are impossible; names series and time.
+        ZeroProbabilityError: If the observations of a series are impossible; it names series and time.
 
     Example:
         >>> law = JumpMeasure([0.5, 0.5], [[0.0, 0.7], [1.9, 0.0]])
@@ -534,8 +555,18 @@ def log_evidence(law: JumpMeasure, times: object, y: object, observation: Observ
         raise ShapeError(
             "the observation has other states", got=observation.num_states, expected=law.num_states
         )
-    total = run_filter(law.initial, law._matrix(), data, law.start_time).log_evidence
-    return total.reshape(data.shape).to(law.initial.dtype)
+    if not law.batch_shape:
+        total = run_filter(law.initial, law._matrix(), data, law.start_time).log_evidence
+        return total.reshape(data.shape).to(law.initial.dtype)
+    # one law per series: series and laws broadcast against each other
+    shape = torch.broadcast_shapes(data.shape, law.batch_shape)
+    count, size = shape.numel(), law.num_states
+    index = torch.arange(data.shape.numel()).reshape(data.shape).expand(shape).reshape(-1)
+    times = data.times[index] if len(data.times) > 1 else data.times
+    spread = Prepared(times, data.log_b[:, index], data.entries[:, index], shape)
+    start = law.initial.expand(*shape, size).reshape(count, size)
+    q = law._matrices().expand(*shape, size, size).reshape(count, size, size)
+    return run_filter(start, q, spread, law.start_time).log_evidence.reshape(shape).to(law.initial.dtype)
 
 
 def expected_statistics(

@@ -24,7 +24,12 @@ __all__ = [
 
 
 class Observation(nn.Module, ABC):
-    """The law of an observation given the state. NaN is a missing observation."""
+    """The law of an observation given the state. NaN is a missing observation.
+
+    Use :class:`Exact` where the state itself is seen, :class:`Misclassified` where its label may be wrong, :class:`GaussianLevels` for
+    currents and other noisy levels, :class:`PoissonLevels` for photons and other counts, :class:`StateSets` where several states look
+    alike or some are censored, and :class:`ExactEntry` around one of these where the moment of entry is known, as of deaths.
+    """
 
     num_states: int
 
@@ -51,7 +56,7 @@ class Exact(Observation):
     """The state itself.
 
     Args:
-        num_states: S.
+        num_states: The number of states S.
     """
 
     def __init__(self, num_states: int) -> None:
@@ -60,7 +65,7 @@ class Exact(Observation):
         self.num_states = int(num_states)
 
     def log_likelihood(self, y: Tensor) -> Tensor:
-        """See :meth:`Observation.log_likelihood`."""
+        """Return zero for the observed state and minus infinity for others, ``(*y.shape, S)``."""
         label, missing = _labels(y, self.num_states, "states")
         seen = torch.nn.functional.one_hot(label, self.num_states).to(y.dtype).log()
         return torch.where(missing[..., None], torch.zeros_like(seen), seen)
@@ -70,7 +75,7 @@ class Misclassified(Observation):
     """Labels that may be wrong.
 
     Args:
-        matrix: ``(S, L)`` the probability of each label given each state; rows sum to one.
+        matrix: The probability of each label given each state, ``(S, L)``; rows sum to one.
     """
 
     matrix: Tensor
@@ -84,7 +89,7 @@ class Misclassified(Observation):
         _keep(self, "matrix", value)
 
     def log_likelihood(self, y: Tensor) -> Tensor:
-        """See :meth:`Observation.log_likelihood`."""
+        """Return the log probability of the label in every state, ``(*y.shape, S)``."""
         label, missing = _labels(y, self.matrix.shape[1], "labels")
         seen = self.matrix.to(y.dtype).log().mT[label]
         return torch.where(missing[..., None], torch.zeros_like(seen), seen)
@@ -94,8 +99,8 @@ class GaussianLevels(Observation):
     """A level for each state, with Gaussian noise.
 
     Args:
-        levels: ``(S,)``.
-        scale: standard deviation: a number, or one per state ``(S,)``.
+        levels: The level of each state, ``(S,)``.
+        scale: The standard deviation of the noise: a number, or one per state ``(S,)``.
     """
 
     levels: Tensor
@@ -115,7 +120,7 @@ class GaussianLevels(Observation):
         _keep(self, "scale", width)
 
     def log_likelihood(self, y: Tensor) -> Tensor:
-        """See :meth:`Observation.log_likelihood`."""
+        """Return the Gaussian log density of the value in every state, ``(*y.shape, S)``."""
         missing = torch.isnan(y)
         at = torch.where(missing, torch.zeros_like(y), y)[..., None]
         scale = self.scale.to(y.dtype)
@@ -129,7 +134,7 @@ class PoissonLevels(Observation):
     """Counts whose mean depends on the state, such as photons per frame.
 
     Args:
-        means: ``(S,)`` positive.
+        means: The positive mean of the count in each state, ``(S,)``.
     """
 
     means: Tensor
@@ -142,7 +147,7 @@ class PoissonLevels(Observation):
         _keep(self, "means", value)
 
     def log_likelihood(self, y: Tensor) -> Tensor:
-        """See :meth:`Observation.log_likelihood`."""
+        """Return the Poisson log probability of the count in every state, ``(*y.shape, S)``."""
         missing = torch.isnan(y)
         at = torch.where(missing, torch.zeros_like(y), y)[..., None]
         if bool((at < 0).any()) or bool((at != at.round()).any()):
@@ -156,8 +161,8 @@ class StateSets(Observation):
     """Labels of sets of states: censored states, or classes such as open and shut.
 
     Args:
-        sets: the states behind each label.
-        num_states: S.
+        sets: The states behind each label.
+        num_states: The number of states S.
     """
 
     member: Tensor
@@ -174,7 +179,7 @@ class StateSets(Observation):
         self.register_buffer("member", member)
 
     def log_likelihood(self, y: Tensor) -> Tensor:
-        """See :meth:`Observation.log_likelihood`."""
+        """Return zero for the states of the label and minus infinity for others, ``(*y.shape, S)``."""
         label, missing = _labels(y, len(self.member), "labels of sets")
         seen = self.member[label].to(y.dtype).log()
         return torch.where(missing[..., None], torch.zeros_like(seen), seen)
@@ -186,8 +191,8 @@ class ExactEntry(Observation):
     The factor is then :math:`\sum_kP_{ik}(\Delta)Q_{kd}`, a density in time, and not the probability to be found dead.
 
     Args:
-        states: the states whose entry is seen exactly.
-        observation: how other states are observed; these states must be observed as their own label.
+        states: The states whose entry is seen exactly.
+        observation: The law of the observation of all other states; these states must be observed as their own label.
     """
 
     def __init__(self, states: Sequence[int], observation: Observation) -> None:
@@ -201,7 +206,7 @@ class ExactEntry(Observation):
             )
 
     def log_likelihood(self, y: Tensor) -> Tensor:
-        """See :meth:`Observation.log_likelihood`: an entered state isn't misclassified."""
+        """Return ``log p(y | state)``: an entered state isn't misclassified."""
         at = self.entries(y)
         entered = at >= 0
         inner = self.observation.log_likelihood(torch.where(entered, torch.full_like(y, math.nan), y))
@@ -209,7 +214,7 @@ class ExactEntry(Observation):
         return torch.where(entered[..., None], exact, inner)
 
     def entries(self, y: Tensor) -> Tensor:
-        """See :meth:`Observation.entries`."""
+        """Return the states that are entered at the moment of the observation, ``(*y.shape,)``, or -1."""
         out = torch.full(y.shape, -1, dtype=torch.long, device=y.device)
         for state in self.states:
             out = torch.where(y == state, torch.full_like(out, state), out)

@@ -1,4 +1,4 @@
-"""Panels of states: subjects seen at their own irregular times, from a data frame or from lists."""
+"""Panels of states: subjects seen at their own irregular times, as transitions between consecutive visits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor
-from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError, TimeGridError
+from stochdyn.core.data import Panel
+from stochdyn.core.data.frames import as_frame, is_missing, read_column
+from stochdyn.errors import EmptyDataError, InvalidInputError, TimeGridError
 
-__all__ = ["PanelData"]
+__all__ = ["Gaps", "PanelData"]
+
+#: The column of codes of states.
+_STATE = "state code"
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,11 @@ class Gaps:
     """All transitions between consecutive visits.
 
     Attributes:
-        before: ``(n,)`` states before.
-        after: ``(n,)`` states after.
-        dt: ``(n,)`` times between.
-        entered: ``(n,)`` whether the state after was entered at the very time of the visit.
-        covariates: ``(n, c)`` values at the visit before.
+        before: The states before, ``(n,)``.
+        after: The states after, ``(n,)``.
+        dt: The times between, ``(n,)``.
+        entered: Whether the state after was entered at the very time of the visit, ``(n,)``.
+        covariates: The values at the visit before, ``(n, c)``.
     """
 
     before: Tensor
@@ -36,24 +40,27 @@ class Gaps:
 
 
 class PanelData:
-    """Subjects whose state is seen at visits.
+    """Subjects whose state is seen at visits: a :class:`stochdyn.Panel` of states.
 
     Args:
-        frame: a data frame (pandas, polars, or a mapping of columns) with one row per visit.
-        subject: the column that names subjects.
-        time: the column of times, which increase within each subject.
-        state: the column of states. Their sorted values are the states 0, 1, 2, ... of all answers, see ``labels``.
-        exact_entry: labels of states whose time of entry is seen exactly, such as death.
-        covariates: columns that rates may depend on; values at the visit before a gap count.
+        frame: A data frame (pandas, polars, xarray, or a mapping of columns) with one row per visit.
+        subject: The column that names subjects.
+        time: The column of times, numbers or dates, which increase within each subject.
+        state: The column of states. Their sorted values are the states 0, 1, 2, ... of all answers, see ``labels``.
+        exact_entry: The labels of states whose time of entry is seen exactly, such as death.
+        covariates: The columns that rates may depend on; values at the visit before a gap count.
         labels: The labels of all states in order, also of those that never occur; those that occur, sorted, if None.
+        unit: The unit in which dates count, as in :class:`stochdyn.Panel`; numbers are taken as they are.
 
     Attributes:
-        labels: the S labels of the states in order.
-        num_subjects: the number of subjects.
+        panel: The visits as a panel, with codes of states as values.
+        labels: The S labels of the states in order.
+        num_subjects: The number of subjects.
+        gaps: All transitions between consecutive visits.
 
     Raises:
-        InvalidInputError: for missing columns or states.
-        TimeGridError: for times that don't increase within a subject, who is named.
+        InvalidInputError: If a column or a state is missing, or a state of exact entry was left again.
+        TimeGridError: If times don't increase within a subject, who is named.
 
     Example:
         >>> data = {"id": [1, 1, 1, 2, 2], "t": [0.0, 1.0, 2.5, 0.0, 2.0], "s": ["well", "ill", "ill", "well", "well"]}
@@ -71,73 +78,78 @@ class PanelData:
         exact_entry: Sequence[Any] = (),
         covariates: Sequence[str] = (),
         labels: Sequence[Any] | None = None,
+        *,
+        unit: str = "day",
     ) -> None:
-        who = _column(frame, subject, "subject")
-        at = as_tensor(_column(frame, time, "time"), "time", 1, "one value per row").double().numpy()
-        seen = _column(frame, state, "state")
-        if not len(who):
+        frame = as_frame(frame)
+        seen = read_column(frame, state, "state").tolist()
+        if not seen:
             raise EmptyDataError("the panel has no rows")
-        if any(label is None or label != label for label in seen.tolist()):
+        if any(is_missing(label) for label in seen):
             raise InvalidInputError(
                 "state must not be missing", hint="leave out visits at which nothing was seen"
             )
-        self.labels: list[Any] = sorted(set(seen.tolist())) if labels is None else list(labels)
+        self.labels: list[Any] = sorted(set(seen)) if labels is None else list(labels)
         if len(set(self.labels)) < len(self.labels):
             raise InvalidInputError("labels must differ", got=self.labels)
         if len(self.labels) < 2:
             raise InvalidInputError("the panel knows a single state only", got=self.labels)
         code = {label: k for k, label in enumerate(self.labels)}
-        strangers = sorted(set(seen.tolist()) - set(self.labels))
+        strangers = sorted(set(seen) - set(self.labels))
         if strangers:
-            raise InvalidInputError("state holds values that labels don't name", got=strangers, expected=self.labels)
+            raise InvalidInputError(
+                "state holds values that labels don't name", got=strangers, expected=self.labels
+            )
         unknown = [label for label in exact_entry if label not in code]
         if unknown:
             raise InvalidInputError(
                 "exact_entry names states that never occur", got=unknown, expected=self.labels
             )
         self.exact_entry = [code[label] for label in exact_entry]
-        self.covariate_names = list(covariates)
-        values = [
-            as_tensor(_column(frame, c, "covariates"), c, 1, "one value per row").double().numpy()
-            for c in covariates
-        ]
-        x = np.stack(values, -1) if values else np.zeros((len(at), 0))
-        states = np.array([code[label] for label in seen.tolist()])
-        first: dict[Any, int] = {}
-        index = np.array([first.setdefault(name, len(first)) for name in who.tolist()])
-        self.num_subjects = len(first)
-        order = np.argsort(index, kind="stable")
-        index, at, states, x = index[order], at[order], states[order], x[order]
-        same = index[1:] == index[:-1]
-        bad = same & (np.diff(at) <= 0)
-        if bad.any():
-            k = int(np.flatnonzero(bad)[0])
-            name = list(first)[index[k]]
-            raise TimeGridError(
-                f"times must increase within subject {name!r}",
-                got=f"{at[k + 1]:g} after {at[k]:g}",
-                hint="sort the rows by subject and time, and merge repeated visits",
-            )
-        entered = np.isin(states[1:], self.exact_entry)
-        before, after = states[:-1][same], states[1:][same]
-        stuck = same & np.isin(states[:-1], self.exact_entry) & (states[1:] != states[:-1])
-        if stuck.any():
-            k = int(np.flatnonzero(stuck)[0])
+        _check_order(read_column(frame, subject, "subject"), read_column(frame, time, "time"))
+        columns = {name: read_column(frame, name, "covariates") for name in covariates}
+        coded = {
+            subject: read_column(frame, subject, "subject"),
+            time: read_column(frame, time, "time"),
+            **columns,
+            _STATE: np.array([code[label] for label in seen], dtype=float),
+        }
+        self.panel = Panel(coded, subject, time, _STATE, list(columns), unit=unit, dtype=torch.float64)
+        self.covariate_names, self.num_subjects = list(columns), len(self.panel)
+        self.gaps = self._gaps()
+
+    def _gaps(self) -> Gaps:
+        """Read the transitions off the panel."""
+        states, times = self.rows()
+        x = self.panel.covariates
+        if bool(torch.isnan(x[states >= 0]).any()):
+            bad = int(torch.isnan(x[states >= 0]).any(0).nonzero()[0, 0])
+            raise InvalidInputError(f"the covariate {self.covariate_names[bad]!r} must not be missing")
+        final = torch.zeros(self.num_states, dtype=torch.bool)
+        final[self.exact_entry] = True
+        before, after = states[:, :-1], states[:, 1:]
+        real = after >= 0
+        stuck = (real & final[before] & (after != before)).nonzero()
+        if len(stuck):
+            row, k = stuck[0].tolist()
             raise InvalidInputError(
                 "a state of exact entry was left again",
-                got=f"subject {list(first)[index[k]]!r} from {self.labels[states[k]]!r} to {self.labels[states[k + 1]]!r}",
+                got=f"subject {self.panel.series[row]!r} from {self.labels[int(before[row, k])]!r} "
+                f"to {self.labels[int(after[row, k])]!r}",
             )
-        stay = np.isin(before, self.exact_entry)
-        keep = ~stay  # nothing is learnt from staying where one can't leave
-        self.gaps = Gaps(
-            torch.as_tensor(before[keep]),
-            torch.as_tensor(after[keep]),
-            torch.as_tensor(np.diff(at)[same][keep]),
-            torch.as_tensor(entered[same][keep] & (before != after)[keep]),
-            torch.as_tensor(x[:-1][same][keep]),
-        )
-        if not len(self.gaps.before):
+        # nothing is learnt from staying where one can't leave
+        keep = real & ~final[before]
+        if not bool(keep.any()):
             raise EmptyDataError("no subject was seen twice")
+        dt = times[:, 1:] - times[:, :-1]
+        entered = final[after.clamp(min=0)] & (before != after)
+        return Gaps(before[keep], after[keep], dt[keep], entered[keep], x[:, :-1][keep])
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return the states ``(N, T)`` of all subjects as codes, -1 past their last visit, and the times ``(N, T)``."""
+        codes = self.panel.values[..., 0]
+        states = torch.where(torch.isnan(codes), torch.full_like(codes, -1.0), codes).long()
+        return states, self.panel.times
 
     @property
     def num_states(self) -> int:
@@ -159,17 +171,19 @@ class PanelData:
         return counts / time.clamp(min=1e-300)[:, None]
 
 
-def _column(frame: Any, name: str, argument: str) -> np.ndarray:
-    """Return a column of a data frame of any kind."""
-    if not isinstance(name, str):
-        raise InvalidInputError(f"{argument} must name a column", got=repr(name)[:60])
-    try:
-        column = frame[name]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise InvalidInputError(f"{argument} isn't a column of the frame", got=repr(name)) from error
-    except Exception as error:  # polars has errors of its own
-        raise InvalidInputError(f"{argument} isn't a column of the frame", got=repr(name)) from error
-    array = np.asarray(column)
-    if array.ndim != 1:
-        raise ShapeError(f"the column {name!r} must have one value per row", got=array.shape)
-    return array
+def _check_order(who: np.ndarray, at: np.ndarray) -> None:
+    """Refuse times that don't increase within a subject."""
+    if len(who) != len(at):
+        return  # the panel says so
+    first: dict[Any, int] = {}
+    index = np.array([first.setdefault(name, len(first)) for name in who.tolist()], dtype=int)
+    order = np.argsort(index, kind="stable")
+    index, at = index[order], at[order]
+    bad = np.flatnonzero((index[1:] == index[:-1]) & (at[1:] <= at[:-1]))
+    if len(bad):
+        k = int(bad[0])
+        raise TimeGridError(
+            f"times must increase within subject {list(first)[index[k]]!r}",
+            got=f"{at[k + 1]} after {at[k]}",
+            hint="sort the rows by subject and time, and merge repeated visits",
+        )

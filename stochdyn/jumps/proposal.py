@@ -118,9 +118,7 @@ class _SignedRoot:
     def refitted(self, theta: Tensor) -> _SignedRoot:
         """Return the same with the mean and covariance that draws ``(n, p)`` of the posterior have in these coordinates."""
         move = ((theta - self.mode) / self.scale).numpy().T
-        z = np.stack(
-            [np.interp(m, self.steps, self.knots[:, j]) for j, m in enumerate(move)]
-        )
+        z = np.stack([np.interp(m, self.steps, self.knots[:, j]) for j, m in enumerate(move)])
         other = copy.copy(self)
         other.centre, other.tails = torch.as_tensor(z.mean(1)), _TAILS_AGAIN
         cov = torch.as_tensor(np.atleast_2d(np.cov(z)))

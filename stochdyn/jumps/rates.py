@@ -33,17 +33,17 @@ class RatePosterior:
     """What a panel says of its rates.
 
     Attributes:
-        rates: ``(S, S)`` the maximum of the likelihood, as a generator with its diagonal.
-        log_likelihood: the log-likelihood there.
-        labels: the labels of the states.
-        links: ``(r, 2)`` the pairs (from, to) whose rates are free, in the order of the draws.
-        draws: ``(num_draws, r + covariates)`` posterior draws: log rates, then log hazard ratios of the covariates.
-        khat: the Pareto k of the importance weights behind the draws: they are good below 0.7.
-        effective: the effective number of draws behind the resampling.
-        moved: whether the weights were bad, so that the draws were moved by Metropolis steps on the exact density.
-        idata: the same draws in ArviZ's container.
-        observed_gaps: how often each link was seen directly between two visits.
-        expected_jumps: the largest expected number of jumps in a typical gap.
+        rates: The maximum of the likelihood, as a generator ``(S, S)`` with its diagonal.
+        log_likelihood: The log-likelihood there.
+        labels: The labels of the states.
+        links: The pairs (from, to) whose rates are free, in the order of the draws, ``(r, 2)``.
+        draws: Posterior draws ``(num_draws, r + covariates)``: log rates, then log hazard ratios of the covariates.
+        khat: The Pareto k of the importance weights behind the draws: they are good below 0.7.
+        effective: The effective number of draws behind the resampling.
+        moved: Whether the weights were bad, so that the draws were moved by Metropolis steps on the exact density.
+        idata: The same draws in ArviZ's container.
+        observed_gaps: How often each link was seen directly between two visits.
+        expected_jumps: The largest expected number of jumps in a typical gap.
     """
 
     rates: Tensor
@@ -103,19 +103,19 @@ def fit_rates(
     resampled.
 
     Args:
-        panel: the visits.
-        mask: ``(S, S)`` True where a jump is possible; all jumps if None, but out of states of exact entry.
-        prior: mean and standard deviation of the log rates (and of log hazard ratios around zero); if None a wide one around the
+        panel: The visits.
+        mask: True where a jump is possible, ``(S, S)``; all jumps if None, but out of states of exact entry.
+        prior: The mean and the standard deviation of the log rates (and of log hazard ratios around zero); if None a wide one around the
             crude overall rate, with a standard deviation of 3.
-        reversible: keep to detailed balance; needs a symmetric mask.
-        num_draws: the number of posterior draws.
-        seed: of all randomness.
+        reversible: Whether detailed balance holds; it needs a symmetric mask.
+        num_draws: The number of posterior draws.
+        seed: The seed of all randomness.
 
     Raises:
-        ZeroProbabilityError: if a transition was seen that the mask makes impossible.
+        ZeroProbabilityError: If a transition was seen that the mask makes impossible.
 
     Warns:
-        ApproximationWarning: if the importance weights are hopeless (k-hat above 1); between 0.7 and 1 the draws are moved by
+        ApproximationWarning: If the importance weights are hopeless (k-hat above 1); between 0.7 and 1 the draws are moved by
             Metropolis steps on the exact density, and the result says so.
 
     Example:

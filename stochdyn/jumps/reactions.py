@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
 from stochdyn._checks import (
     as_generator,
     as_sample_shape,
-    as_tensor,
     as_time_grid,
     check_nonempty,
     check_positive_int,
@@ -27,10 +25,14 @@ from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, SystemSizeError, TimeGridError
-from stochdyn.jumps.uniformisation import poisson_terms
+from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, TimeGridError
+from stochdyn.jumps.reaction_paths import Lanes, SimulationMethod, as_simulation
 
-__all__ = ["CountMarginal", "ReactionNetwork", "TruncatedNetwork"]
+if TYPE_CHECKING:
+    from stochdyn.jumps.moment_closure import Moments
+    from stochdyn.jumps.truncation import TruncatedNetwork
+
+__all__ = ["ReactionNetwork"]
 
 Propensity = Callable[[Tensor], Tensor]
 _TERM = re.compile(r"^\s*(\d+)?\s*\*?\s*([A-Za-z_]\w*)\s*$")
@@ -44,17 +46,17 @@ class ReactionNetwork(PathMeasure):
     scale by a volume: convert c.)
 
     Args:
-        reactions: such as ``"0 -> A"``, ``"2 A -> B"``, ``"A + B -> C + 2 D"``.
-        rates: one rate constant per reaction, in 1/time, or a function of counts ``(..., M)`` that returns propensities ``(...)``.
-        initial: the number of molecules of each species at the start; zero for species that aren't named.
-        start_time: when the law starts.
+        reactions: The reactions as text, such as ``"0 -> A"``, ``"2 A -> B"``, ``"A + B -> C + 2 D"``.
+        rates: One rate constant per reaction, in 1/time, or a function of counts ``(..., M)`` that returns propensities ``(...)``.
+        initial: The number of molecules of each species at the start; zero for species that aren't named.
+        start_time: The time at which the law starts.
 
     Attributes:
-        species: names in the order of the components of paths.
-        change: ``(R, M)`` what each reaction adds.
+        species: The names in the order of the components of paths.
+        change: What each reaction adds to the counts, ``(R, M)``.
 
     Raises:
-        InvalidInputError: for reactions that can't be read or change nothing, negative rates, or unknown species in ``initial``.
+        InvalidInputError: If a reaction can't be read or changes nothing, a rate is negative, or ``initial`` has unknown species.
 
     Example:
         >>> network = ReactionNetwork(["0 -> A", "A -> 0"], rates=[3.0, 0.5], initial={"A": 7})
@@ -113,6 +115,7 @@ class ReactionNetwork(PathMeasure):
         self.reactions, self.start_time = list(reactions), float(start_time)
         self.register_buffer("taken", torch.as_tensor(taken))
         self.register_buffer("change", torch.as_tensor(made - taken))
+        self._taken = [[(m, k) for m, k in enumerate(row) if k] for row in taken.tolist()]
         constants, self._own = [], {}
         for r, rate in enumerate(rates):
             if callable(rate) and not isinstance(rate, Tensor):
@@ -132,33 +135,83 @@ class ReactionNetwork(PathMeasure):
 
     def propensities(self, x: Tensor) -> Tensor:
         """Return the propensities ``(..., R)`` in 1/time at counts ``(..., M)``, zero where molecules are lacking."""
-        return self._propensities(x, falling=True)
+        return self.constants.to(x.device) * self.unit_propensities(x)
 
-    def _propensities(self, x: Tensor, *, falling: bool) -> Tensor:
-        """Combinatorial propensities, or with powers in place of falling factorials for continuous concentrations."""
-        columns = []
-        for r in range(len(self.reactions)):
-            value = self.constants[r].to(x.device)
-            if r in self._own:
-                columns.append(value * self._own[r](x))
-                continue
-            term = torch.ones(x.shape[:-1], dtype=x.dtype, device=x.device)
-            for m, k in enumerate(self.taken[r].tolist()):
-                for j in range(k):
-                    factor = x[..., m] - j if falling else x[..., m]
-                    term = term * factor / (j + 1)
-                if k and falling:
-                    term = torch.where(x[..., m] >= k, term, torch.zeros_like(term))
-            columns.append(value * term)
-        return torch.stack(columns, -1)
-
-    def sample(self, ts: object, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
-        """Draw exact paths by Gillespie's direct method, all at once; counts at a time are those after a reaction at it.
+    def unit_propensities(self, x: Tensor, whole: bool = True) -> Tensor:
+        """Return the propensities ``(..., R)`` for rate constants of one.
 
         Args:
-            ts: ``(T,)`` times, none before the start.
-            sample_shape: the shape of independent draws, an integer or a tuple.
-            generator: the source of randomness.
+            x: The counts ``(..., M)``.
+            whole: Whether counts are whole numbers, so that a reaction that lacks molecules doesn't happen; if not, the same
+                polynomials without that rule, for means and concentrations.
+        """
+        columns = []
+        for r, taken in enumerate(self._taken):
+            if r in self._own:
+                columns.append(self._own[r](x))
+                continue
+            # the binomials of mass action: x (x - 1) ... (x - k + 1) / k!
+            term = torch.ones(x.shape[:-1], dtype=x.dtype, device=x.device)
+            for m, k in taken:
+                for j in range(k):
+                    term = term * (x[..., m] - j if j else x[..., m])
+                if k > 1:
+                    term = term / math.factorial(k)
+                    if whole:
+                        term = torch.where(x[..., m] >= k, term, torch.zeros_like(term))
+            columns.append(term)
+        return torch.stack(columns, -1)
+
+    def unit_slopes(self, x: Tensor) -> Tensor:
+        """Return the derivatives ``(..., R, M)`` of the propensities at rate constants of one, for means and concentrations.
+
+        Args:
+            x: The means ``(..., M)``.
+        """
+        rows = []
+        for r, taken in enumerate(self._taken):
+            if r in self._own:
+                units = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+                slopes = [
+                    torch.func.jvp(self._own[r], (x,), (u.expand_as(x).contiguous(),))[1] for u in units
+                ]
+                rows.append(torch.stack(slopes, -1))
+                continue
+            # d/dx of x (x - 1) ... (x - k + 1) / k! is the sum over left-out factors
+            row = torch.zeros_like(x)
+            for m, k in taken:
+                term = torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
+                for left_out in range(k):
+                    part = torch.ones_like(term)
+                    for j in range(k):
+                        part = part if j == left_out else part * (x[..., m] - j)
+                    term = term + part / math.factorial(k)
+                for other, count in taken:
+                    for j in range(count if other != m else 0):
+                        term = term * (x[..., other] - j) / (j + 1)
+                row = torch.cat([row[..., :m], term[..., None], row[..., m + 1 :]], -1)
+            rows.append(row)
+        return torch.stack(rows, -2)
+
+    def continuous(self, x: Tensor) -> Tensor:
+        """Return the propensities ``(..., R)`` at means or concentrations ``(..., M)``."""
+        return self.constants.to(x.device) * self.unit_propensities(x, whole=False)
+
+    def sample(
+        self,
+        ts: object,
+        sample_shape: SampleShape = (),
+        generator: Generator = None,
+        method: SimulationMethod | str = "direct",
+    ) -> PathSample:
+        """Draw paths, all at once; counts at a time are those after a reaction at it.
+
+        Args:
+            ts: The times ``(T,)``, none before the start.
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            generator: The source of randomness.
+            method: The way to simulate: ``"direct"`` (exact, the default), ``"next_reaction"`` (exact, one random number per reaction), or an object
+                such as :class:`TauLeaping`, which is approximate and pays where counts are large.
 
         Returns:
             A path with ``x (*sample, T, M)``.
@@ -169,38 +222,22 @@ class ReactionNetwork(PathMeasure):
             raise TimeGridError(
                 "ts starts before the law", got=float(grid[0]), expected=f">= {self.start_time:g}"
             )
-        lanes = math.prod(shape)
-        state = self.start.expand(lanes, -1).clone()
-        now = torch.full((lanes,), self.start_time, dtype=torch.float64)
-        out = torch.empty(lanes, len(grid), len(self.species), dtype=torch.float64)
-        place = torch.zeros(lanes, dtype=torch.long)  # how many times of the grid are written
-        change = self.change.double()
-        active = torch.arange(lanes)
-        padded = torch.cat([grid, grid.new_tensor([math.inf])])
+        start = self.start.expand(math.prod(shape), -1).clone()
         with torch.no_grad():
-            while len(active):
-                x = state[active]
-                cumulative = self.propensities(x).cumsum(-1)
-                total = cumulative[:, -1]
-                wait = -torch.log1p(-torch.rand(len(active), dtype=torch.float64, generator=source)) / total
-                later = torch.where(total > 0, now[active] + wait, torch.full_like(wait, math.inf))
-                # times of the grid before the next reaction see the state as it is
-                while True:
-                    due = padded[place[active]] < later
-                    if not bool(due.any()):
-                        break
-                    who = active[due]
-                    out[who, place[who]] = state[who]
-                    place[who] += 1
-                pick = torch.rand(len(active), dtype=torch.float64, generator=source) * total
-                done = place[active] >= len(grid)
-                reaction = torch.searchsorted(cumulative, pick[:, None], right=True)[:, 0].clamp(
-                    max=len(change) - 1
-                )
-                state[active] = torch.where(done[:, None], x, x + change[reaction])
-                now[active] = later
-                active = active[~done]
+            out = as_simulation(method).paths(self.lanes(), start, self.start_time, grid, source)
         return PathSample.of_states(grid, out.reshape(*shape, len(grid), -1), self)
+
+    def lanes(self, constants: Tensor | None = None) -> Lanes:
+        """Return what a simulation needs of the network.
+
+        Args:
+            constants: Rate constants per lane ``(L, R)``; the network's own if None.
+        """
+        return Lanes(
+            self.unit_propensities,
+            self.change.double(),
+            self.constants.detach() if constants is None else constants,
+        )
 
     def marginal(self, t: Tensor | float) -> Marginal:
         """Return the law of the counts at a time by simulation; :meth:`truncate` gives it exactly."""
@@ -217,13 +254,46 @@ class ReactionNetwork(PathMeasure):
         """Return the network on finitely many counts (finite state projection): exact, with a certificate of what is lost.
 
         Args:
-            bounds: the largest number of molecules of each species.
+            bounds: The largest number of molecules of each species.
         """
+        from stochdyn.jumps.truncation import TruncatedNetwork
+
         return TruncatedNetwork(self, bounds)
+
+    def moments(self, ts: object) -> Moments:
+        """Return mean and covariance of the counts by Gaussian moment closure.
+
+        Exact where all propensities are linear; otherwise third cumulants are left out, which is wrong near extinction and
+        between several stable states. Against :meth:`linear_noise`, the mean knows of the fluctuations.
+
+        Args:
+            ts: The times ``(T,)``, none before the start.
+        """
+        from stochdyn.jumps.moment_closure import closed_moments
+
+        return closed_moments(self, ts)
+
+    @classmethod
+    def from_sbml(cls, source: str) -> ReactionNetwork:
+        """Read a network from SBML, with libsbml (the extra ``stochdyn[sbml]``).
+
+        Amounts must be numbers of molecules, and kinetic laws mass action ``k * A * B`` or expressions of amounts and parameters;
+        expressions are taken as they are, so ``k * A * A`` is not divided by two.
+
+        Args:
+            source: The path of a file, or SBML as text.
+
+        Raises:
+            InvalidInputError: If the model has errors, or parts that a network can't hold (events, rules, several
+                compartments of different volume).
+        """
+        from stochdyn.jumps.sbml import read_sbml
+
+        return read_sbml(source)
 
     def mean_field(self, x: Tensor) -> Tensor:
         """Return the deterministic rate of change ``(..., M)`` at counts ``(..., M)``."""
-        return self._propensities(x, falling=True) @ self.change.to(x)
+        return self.continuous(x) @ self.change.to(x)
 
     def langevin(self) -> SDE:
         r"""Return the chemical Langevin equation :math:`dX=\nu^\top a\,dt+\sum_r\nu_r\sqrt{a_r}\,dW_r`, for many molecules.
@@ -234,10 +304,10 @@ class ReactionNetwork(PathMeasure):
         change = self.change.double()
 
         def diffusion(t: Tensor, x: Tensor) -> Matrix:
-            a = self._propensities(x, falling=True).clamp(min=0.0)
+            a = self.continuous(x).clamp(min=0.0)
             return Matrix(change.mT.to(x) * a.sqrt().unsqueeze(-2))
 
-        return SDE(lambda t, x: self._propensities(x, falling=True).clamp(min=0.0) @ change.to(x), diffusion)
+        return SDE(lambda t, x: self.continuous(x).clamp(min=0.0) @ change.to(x), diffusion)
 
     def linear_noise(self, horizon: float, steps_per_stay: int = 50) -> LinearGaussianMeasure:
         r"""Return the linear noise approximation up to ``horizon``: Gaussian around the deterministic path.
@@ -247,8 +317,8 @@ class ReactionNetwork(PathMeasure):
         Exact in mean and covariance where all propensities are linear. Wrong near extinction and between several stable states.
 
         Args:
-            horizon: the last time of interest.
-            steps_per_stay: how finely the deterministic path is computed, per shortest time scale on it.
+            horizon: The last time of interest.
+            steps_per_stay: The number of integration steps of the deterministic path per shortest time scale on it.
         """
         check_real(horizon, "horizon", above=self.start_time)
         path = _MeanPath(self, float(horizon), steps_per_stay)
@@ -260,7 +330,7 @@ class ReactionNetwork(PathMeasure):
             return rate - (slope @ m.unsqueeze(-1)).squeeze(-1)
 
         def diffusion(t: Tensor) -> Tensor:
-            a = self._propensities(path(t), falling=True).clamp(min=0.0)
+            a = self.continuous(path(t)).clamp(min=0.0)
             return change.mT * a.sqrt().unsqueeze(-2)
 
         return LinearGaussianMeasure(
@@ -292,12 +362,8 @@ class _MeanPath:
 
     def slope(self, m: Tensor) -> Tensor:
         """Return the Jacobian of the mean field ``(..., M, M)``."""
-        columns = []
-        for unit in torch.eye(m.shape[-1], dtype=m.dtype):
-            columns.append(
-                torch.func.jvp(self.network.mean_field, (m,), (unit.expand_as(m).contiguous(),))[1]
-            )
-        return torch.stack(columns, -1)
+        constants = self.network.constants.to(m)
+        return self.network.change.to(m).mT @ (constants[:, None] * self.network.unit_slopes(m))
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return the path at times ``(n,)``, ``(n, M)``, by Hermite interpolation."""
@@ -310,169 +376,6 @@ class _MeanPath:
             + (-2 * s**3 + 3 * s**2) * x1
             + (s**3 - s**2) * v1
         )
-
-
-class CountMarginal(Marginal):
-    """The law of the counts at one time on a truncated space.
-
-    Attributes:
-        probs: ``(*bounds,)`` probabilities of the counts, one axis per species.
-        lost_mass: the probability that has left the truncated space: no probability is wrong by more, in total.
-    """
-
-    def __init__(self, probs: Tensor, lost_mass: float, grid: Tensor) -> None:
-        self.probs, self.lost_mass, self._grid = probs, lost_mass, grid
-
-    def sample(self, sample_shape: SampleShape = (), generator: Generator = None) -> Tensor:
-        """Draw counts ``(*sample, M)``."""
-        shape = as_sample_shape(sample_shape)
-        flat = torch.multinomial(
-            self.probs.reshape(-1), math.prod(shape), replacement=True, generator=as_generator(generator)
-        )
-        return self._grid[flat].reshape(*shape, -1)
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean counts ``(M,)``, of the mass that is left."""
-        p = self.probs.reshape(-1)
-        return (p[:, None] * self._grid).sum(0) / p.sum()
-
-    @property
-    def covariance(self) -> Tensor:
-        """The covariance of the counts ``(M, M)``, of the mass that is left."""
-        p = self.probs.reshape(-1) / self.probs.sum()
-        gap = self._grid - self.mean
-        return (p[:, None] * gap).mT @ gap
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Return the log probability of counts ``(..., M)``; minus infinity off the truncated space."""
-        shape = torch.tensor(self.probs.shape)
-        inside = ((x >= 0) & (x < shape) & (x == x.round())).all(-1)
-        index = tuple(torch.where(inside[..., None], x, torch.zeros_like(x)).long().unbind(-1))
-        return torch.where(inside, self.probs[index].log(), torch.full_like(self.probs[index], -math.inf))
-
-
-class TruncatedNetwork:
-    """A reaction network on counts up to given bounds, whose outflow is collected: finite state projection.
-
-    Args:
-        network: the network.
-        bounds: the largest count of each species.
-
-    Attributes:
-        generator: sparse ``(S, S)`` rates between counts, rows summing to minus the outflow.
-
-    Raises:
-        SystemSizeError: for more than two million counts.
-
-    Reference:
-        Munsky and Khammash, "The finite state projection algorithm for the solution of the chemical master equation", 2006.
-    """
-
-    def __init__(self, network: ReactionNetwork, bounds: Mapping[str, int]) -> None:
-        self.network = network
-        if not isinstance(bounds, Mapping) or set(bounds) != set(network.species):
-            raise InvalidInputError(
-                "bounds must name every species", got=repr(bounds)[:60], expected=network.species
-            )
-        for name, bound in bounds.items():
-            check_positive_int(bound, f"bounds[{name!r}]", 1)
-        self.shape = tuple(int(bounds[name]) + 1 for name in network.species)
-        if math.prod(self.shape) > 2_000_000:
-            raise SystemSizeError(
-                "there are too many counts", got=math.prod(self.shape), expected="at most 2 000 000"
-            )
-        if any(float(c) >= s for c, s in zip(network.start, self.shape, strict=True)):
-            raise InvalidInputError(
-                "the start lies outside the bounds", got=network.start.tolist(), expected=self.shape
-            )
-        axes = [torch.arange(s, dtype=torch.float64) for s in self.shape]
-        self.grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(self.shape))
-        self.generator = self._assemble()
-
-    def _assemble(self) -> sp.csr_matrix:
-        with torch.no_grad():
-            rates = self.network.propensities(self.grid).numpy()
-        if (rates < 0).any():
-            raise InvalidInputError("a propensity is negative", got=float(rates.min()))
-        x, size = self.grid.numpy(), len(self.grid)
-        stride = np.array([math.prod(self.shape[m + 1 :]) for m in range(len(self.shape))])
-        rows, columns, values = [np.arange(size)], [np.arange(size)], [-rates.sum(1)]
-        for r, change in enumerate(self.network.change.numpy()):
-            there = x + change
-            inside = ((there >= 0) & (there < np.array(self.shape))).all(1) & (rates[:, r] > 0)
-            here = np.flatnonzero(inside)
-            rows.append(here)
-            columns.append(here + int(change @ stride))
-            values.append(rates[here, r])
-        parts = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
-        return sp.coo_matrix(parts, shape=(size, size)).tocsr()
-
-    def marginal(self, t: float) -> CountMarginal:
-        """Return the law at a time, by uniformisation with sparse products."""
-        check_real(t, "t", minimum=self.network.start_time)
-        stride = [math.prod(self.shape[m + 1 :]) for m in range(len(self.shape))]
-        p = np.zeros(len(self.grid))
-        p[int(sum(int(c) * s for c, s in zip(self.network.start.tolist(), stride, strict=True)))] = 1.0
-        p = self.propagate(p, float(t) - self.network.start_time)
-        lost = max(0.0, 1.0 - float(p.sum()))
-        return CountMarginal(torch.as_tensor(p).reshape(self.shape), lost, self.grid)
-
-    def propagate(self, p: np.ndarray, dt: float) -> np.ndarray:
-        """Return the law ``(S,)`` after a time."""
-        rate = float(-self.generator.diagonal().min())
-        if rate == 0 or dt == 0:
-            return p
-        step = (sp.identity(len(p), format="csr") + self.generator / rate).T.tocsr()
-        pieces = max(1, math.ceil(rate * dt / 500.0))
-        mean = rate * dt / pieces
-        terms = poisson_terms(mean)
-        for _ in range(pieces):
-            log_weight = -mean
-            total = math.exp(log_weight) * p
-            now = p
-            for k in range(1, terms + 1):
-                now = step @ now
-                log_weight += math.log(mean / k)
-                total = total + math.exp(log_weight) * now
-            p = total
-        return p
-
-    def log_likelihood(self, times: object, counts: Mapping[str, object]) -> Tensor:
-        """Return the exact log-likelihood of counts of some species, seen without error at times.
-
-        Args:
-            times: ``(T,)`` increasing times, none before the start.
-            counts: the counts ``(T,)`` of each observed species; NaN where missing.
-        """
-        at = as_time_grid(times, "times", 1, like=self.network.start).double()
-        seen = {
-            name: as_tensor(value, f"counts[{name!r}]", 1, "(T,)", missing=True)
-            for name, value in counts.items()
-        }
-        for name, value in seen.items():
-            if name not in self.network.species:
-                raise InvalidInputError(
-                    "counts name an unknown species", got=name, expected=self.network.species
-                )
-            if len(value) != len(at):
-                raise ShapeError(
-                    f"counts[{name!r}] must have one value per time", got=len(value), expected=len(at)
-                )
-        p = np.zeros(len(self.grid))
-        start = self.marginal(self.network.start_time).probs.reshape(-1).numpy()
-        p, before, total = start, self.network.start_time, 0.0
-        x = self.grid.numpy()
-        for k, t in enumerate(at.tolist()):
-            p = self.propagate(p, t - before)
-            for name, value in seen.items():
-                if not math.isnan(float(value[k])):
-                    p = p * (x[:, self.network.species.index(name)] == float(value[k]))
-            mass = float(p.sum())
-            if mass <= 0:
-                return torch.tensor(-math.inf, dtype=torch.float64)
-            total, p, before = total + math.log(mass), p / mass, t
-        return torch.tensor(total, dtype=torch.float64)
 
 
 def _read(reaction: str) -> tuple[dict[str, int], dict[str, int]]:

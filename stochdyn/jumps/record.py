@@ -22,12 +22,12 @@ class JumpRecord:
     """Paths of a jump process, in full: a kind of :class:`stochdyn.core.Path` without increments.
 
     Attributes:
-        times: ``(*shape, N)`` times of the jumps in order, padded with infinity.
-        states: ``(*shape, N + 1)`` the states before the first jump and after each, padded with the last.
-        num_jumps: ``(*shape,)`` how many jumps each path has.
-        ts: ``(T,)`` the grid that the path was asked for; its ends are those of the record.
-        num_states: S.
-        law: the law that drew the path, or None for an observed one.
+        times: The times of the jumps in order, padded with infinity, ``(*shape, N)``.
+        states: The states before the first jump and after each, padded with the last, ``(*shape, N + 1)``.
+        num_jumps: The number of jumps of each path, ``(*shape,)``.
+        ts: The grid that the path was asked for, ``(T,)``; its ends are those of the record.
+        num_states: The number of states S.
+        law: The law that drew the path, or None for an observed one.
 
     Example:
         >>> record = JumpRecord.of([0.4, 1.1, 1.7], [0, 1, 2, 0], horizon=2.0, num_states=3)
@@ -49,15 +49,15 @@ class JumpRecord:
         """Return one observed path.
 
         Args:
-            times: ``(N,)`` increasing times of its jumps, within the record.
-            states: ``(N + 1,)`` the state before the first jump and after each.
-            horizon: end of the record.
-            num_states: S.
-            start_time: start of the record.
+            times: The increasing times of its jumps, within the record, ``(N,)``.
+            states: The state before the first jump and after each, ``(N + 1,)``.
+            horizon: The time at which the record ends.
+            num_states: The number of states S.
+            start_time: The time at which the record starts.
 
         Raises:
-            InvalidInputError: for states out of range or jumps that go nowhere.
-            TimeGridError: for times that don't increase or lie outside the record.
+            InvalidInputError: If states are out of range, or a jump goes nowhere.
+            TimeGridError: If times don't increase, or lie outside the record.
         """
         check_positive_int(num_states, "num_states", 2)
         double = torch.empty((), dtype=torch.float64)
@@ -94,7 +94,7 @@ class JumpRecord:
         """Return the states at times, right-continuous: after a jump at that time, ``(*shape, T)``.
 
         Raises:
-            TimeGridError: for times outside the record.
+            TimeGridError: If a time lies outside the record.
         """
         grid = as_tensor(ts, "ts", (0, 1), "(T,)", like=self.times).double()
         flat = grid.reshape(-1)

@@ -34,26 +34,35 @@ def direct_records(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw paths by the direct method, all lanes at once: an exponential stay, then a jump in proportion to the rates.
 
+    Args:
+        q: The generator ``(S, S)``, or several ``(B, S, S)``, of which lane l has number ``l % B``.
+        first: The states of the lanes at the start, ``(L,)``.
+        start: When the paths start.
+        end: When they end.
+        source: The source of randomness.
+
     Returns:
         Times ``(L, N)`` padded with infinity, states ``(L, N + 1)``, numbers of jumps ``(L,)``.
     """
-    exits = q.diagonal().abs()  # not minus, whose zero has a sign
-    jump = q.clone()
-    jump.fill_diagonal_(0.0)
+    # rows of all generators one below the other: a lane reads those of its own
+    size = q.shape[-1]
+    shift = (torch.arange(len(first)) % (q.numel() // size**2)) * size
+    exits = q.diagonal(dim1=-2, dim2=-1).reshape(-1).abs()  # not minus, whose zero has a sign
+    jump = (q - torch.diag_embed(q.diagonal(dim1=-2, dim2=-1))).reshape(-1, size)
     total = jump.sum(-1, keepdim=True)
     cumulative = torch.where(
         total > 0, jump / torch.where(total > 0, total, 1.0), torch.zeros_like(jump)
     ).cumsum(-1)
     # rounding must not leave the last possible jump short of one, nor reach an impossible one
     last = (jump > 0).to(torch.int8).flip(-1).argmax(-1)
-    cumulative.scatter_(-1, (q.shape[-1] - 1 - last)[:, None], 1.0)
+    cumulative.scatter_(-1, (size - 1 - last)[:, None], 1.0)
     state = first.clone()
     now = torch.full((len(first),), start, dtype=torch.float64)
     count = torch.zeros(len(first), dtype=torch.long)
     columns_t, columns_s = [], [state.clone()]
     active = torch.arange(len(first))
     while len(active):
-        here = state[active]
+        here = state[active] + shift[active]
         stay = -torch.log1p(-_uniform(len(active), source)) / exits[here]
         later = now[active] + stay
         jumps = later <= end
@@ -82,7 +91,7 @@ def thinned_records(
     """Draw paths of changing rates by thinning candidates of rate ``bound``.
 
     Raises:
-        InvalidInputError: if an exit rate exceeds the bound, since the paths would then be wrong.
+        InvalidInputError: If an exit rate exceeds the bound, since the paths would then be wrong.
     """
     state = first.clone()
     now = torch.full((len(first),), start, dtype=torch.float64)

@@ -29,15 +29,15 @@ def transition(rates: object, dt: object) -> Tensor:
     scaled to sum to one.
 
     Args:
-        rates: a :class:`~stochdyn.jumps.RateMatrix` or its matrix ``(*batch, S, S)`` in 1/time, rows summing to zero.
-        dt: times ``()`` or ``(n,)``, not negative, infinity not included.
+        rates: A :class:`~stochdyn.jumps.RateMatrix` or its matrix ``(*batch, S, S)`` in 1/time, rows summing to zero.
+        dt: The times ``()`` or ``(n,)``, not negative and finite.
 
     Returns:
         ``(S, S)``, ``(n, S, S)``, or with a batch of generators ``(*n, *batch, S, S)``. Differentiable in rates and times; the
         derivative in the matrix's entries takes them as independent.
 
     Raises:
-        InvalidInputError: for a matrix that isn't a generator, or a negative time.
+        InvalidInputError: If the matrix isn't a generator, or a time is negative.
 
     Example:
         >>> transition(torch.tensor([[-0.7, 0.7], [1.9, -1.9]]), 0.8)
@@ -91,6 +91,27 @@ def _transition(q: Tensor, dt: Tensor) -> Tensor:
         out.append(part)
         places.append(chosen)
     return torch.cat(out)[torch.cat(places).argsort()]
+
+
+def paired_transition(q: Tensor, dt: Tensor) -> Tensor:
+    """Return ``(T, B, S, S)``: generators ``q (B, S, S)`` each over its own times ``dt (T, B)``, in double precision."""
+    size = q.shape[-1]
+    rate = -q.detach().diagonal(dim1=-2, dim2=-1)
+    rate = rate.amax(-1)
+    rate = torch.where(rate > 0, rate, torch.ones_like(rate))
+    mean = float((rate * dt.detach()).max())
+    halvings = max(0, math.ceil(math.log2(max(mean / _LONGEST_OF_MANY, 1e-300))))
+    mean /= 2.0**halvings
+    chain = torch.eye(size, dtype=q.dtype, device=q.device) + q / rate[:, None, None]
+    stack = [torch.eye(size, dtype=q.dtype, device=q.device).expand_as(chain)]
+    for _ in range(math.ceil(mean + 8.0 * math.sqrt(mean) + 12.0) + size):
+        stack.append(stack[-1] @ chain)
+    weight = poisson_weights(rate * dt / 2.0**halvings, len(stack))
+    p = torch.einsum("ktb,kbij->tbij", weight, torch.stack(stack))
+    for _ in range(halvings):
+        p = p @ p
+        p = p / p.detach().sum(-1, keepdim=True)
+    return p
 
 
 def _series(stack: Tensor, rate: Tensor, dt: Tensor) -> Tensor:
@@ -154,9 +175,9 @@ def propagate(p: object, rates: object, dt: object) -> Tensor:
     r"""Return the law :math:`pe^{Q\Delta}` after a time.
 
     Args:
-        p: probabilities ``(*batch, S)``.
-        rates: as in :func:`transition`.
-        dt: times ``()`` or ``(n,)``.
+        p: The law before, ``(*batch, S)``.
+        rates: A :class:`~stochdyn.jumps.RateMatrix` or its matrix ``(*batch, S, S)`` in 1/time.
+        dt: The times ``()`` or ``(n,)``, not negative.
 
     Returns:
         ``(*n, *batch, S)``.

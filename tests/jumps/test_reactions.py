@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import binom, poisson
 
 import stochdyn as sd
 from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
-from stochdyn.jumps import ReactionNetwork
+from stochdyn.jumps import (
+    LinearNoise,
+    ParticleFilter,
+    ReactionNetwork,
+    StateProjection,
+    TauLeaping,
+    fit_reactions,
+)
 
 LAM, MU, START, T = 3.0, 0.5, 7, 1.3
 
@@ -129,3 +137,147 @@ def test_bad_input() -> None:
         gene().truncate({"Off": 1000, "On": 1000, "P": 1000})
     with pytest.raises(InvalidInputError, match="outside the bounds"):
         immigration().truncate({"A": 3})
+
+
+def test_next_reactions_have_the_exact_moments() -> None:
+    x = immigration().sample([0.3, 1.3], 10_000, 0, method="next_reaction").x[..., 0]
+    for k, t in enumerate((0.3, 1.3)):
+        mean, variance = exact_moments(t)
+        assert abs(float(x[:, k].mean()) - mean) < 4.5 * (variance / 10_000) ** 0.5
+        assert abs(float(x[:, k].var()) - variance) < 0.07 * variance
+
+
+def test_tau_leaping_converges_at_first_order() -> None:
+    """The mean of immigration and death under leaps is that of Euler's method: the bias halves with the step."""
+    network = ReactionNetwork(["0 -> A", "A -> 0"], [150.0, 0.5], {"A": 900})
+    exact = 900 * math.exp(-0.65) + 300 * (1 - math.exp(-0.65))
+    for dt in (0.65, 0.325):
+        x = network.sample([1.3], 4000, 0, method=TauLeaping(dt=dt)).x[:, 0, 0]
+        steps = round(1.3 / dt)
+        euler = 300 + 600 * (1 - 0.5 * dt) ** steps
+        error = float(x.std()) / 4000**0.5
+        assert abs(float(x.mean()) - euler) < 4.5 * error
+        assert abs(euler - exact) > 6 * error
+    x = network.sample([1.3], 4000, 0, method="tau").x[:, 0, 0]
+    assert float(x.mean()) == pytest.approx(exact, rel=0.02)
+
+
+def test_leaps_never_make_counts_negative() -> None:
+    network = ReactionNetwork(["2 A -> B", "A -> 0"], [0.5, 1.0], {"A": 40})
+    x = network.sample([0.1, 0.5, 3.0], 500, 0, method=TauLeaping(dt=0.5)).x
+    assert (x >= 0).all()
+    assert (x[..., 0] + 2 * x[..., 1] <= 40).all()
+
+
+def test_moment_closure_is_exact_for_linear_propensities() -> None:
+    moments = immigration().moments([0.5, T])
+    mean, variance = exact_moments(T)
+    assert float(moments.mean[1]) == pytest.approx(mean, abs=1e-7)
+    assert float(moments.covariance[1]) == pytest.approx(variance, abs=1e-7)
+    last = gene().moments([30.0])
+    assert float(last.mean[0, 2]) == pytest.approx(3.6, rel=1e-6)
+    assert float(last.covariance[0, 2, 2]) == pytest.approx(13.68, rel=1e-6)
+
+
+def test_moment_closure_knows_of_the_fluctuations() -> None:
+    """After take-off of an epidemic it is closer to the exact mean than linear noise: 24.341 at t = 20."""
+    network = ReactionNetwork(["S + I -> 2 I", "I -> R"], [0.3 / 100, 0.1], {"S": 80, "I": 20})
+    closed = float(network.moments([20.0]).mean[0, 1])
+    linear = float(network.linear_noise(20.0).mean([20.0])[0, 1])
+    assert linear == pytest.approx(24.557, abs=0.01)
+    assert abs(closed - 24.341) < 0.2 * abs(linear - 24.341)
+
+
+def test_slopes_are_derivatives() -> None:
+    network = ReactionNetwork(
+        ["3 A + B -> C", "2 B -> A", "0 -> C", lambda_reaction()],
+        [1.0, 2.0, 3.0, lambda x: x[..., 0] ** 2],
+        {"A": 3},
+    )
+    x = torch.tensor([[1.7, 2.4, 0.3], [0.2, 5.0, 1.0]]).double()
+    exact = torch.stack(
+        [torch.func.jacfwd(lambda m: network.unit_propensities(m, whole=False))(row) for row in x]
+    )
+    torch.testing.assert_close(network.unit_slopes(x), exact)
+
+
+def lambda_reaction() -> str:
+    """A reaction whose propensity is a function."""
+    return "A -> 0"
+
+
+def test_means_of_dimers_are_continuous() -> None:
+    network = ReactionNetwork(["2 A -> B"], [2.0], {"A": 5})
+    at = torch.tensor([[1.5, 0.0]]).double()
+    torch.testing.assert_close(network.mean_field(at), torch.tensor([[-1.5, 0.75]]).double())
+
+
+def test_rates_are_learnt_from_counts() -> None:
+    network = immigration()
+    ts = torch.arange(1, 13).double() * 0.7
+    y = network.sample(ts, (), 1).x[:, 0]
+    exact = fit_reactions(network, ts, {"A": y}, StateProjection({"A": 30}), prior=(0.5, 0.7), num_draws=400)
+    truth = torch.tensor([LAM, MU]).double().log()
+    assert ((exact.draws.mean(0) - truth).abs() < 3.5 * exact.draws.std(0)).all()
+    assert exact.khat < 0.7
+    assert "leaves out nothing but the mass" in exact.report()
+    # the density at the mean agrees with the public log-likelihood
+    again = ReactionNetwork(["0 -> A", "A -> 0"], exact.draws.mean(0).exp().tolist(), {"A": START})
+    direct = again.truncate({"A": 30}).log_likelihood(ts, {"A": y})
+    batch = StateProjection({"A": 30}).log_likelihood(
+        network, ts, {"A": y}, exact.draws.mean(0, keepdim=True).exp(), torch.Generator()
+    )
+    assert float(batch) == pytest.approx(float(direct), rel=1e-10)
+    linear = fit_reactions(network, ts, {"A": y}, LinearNoise(), prior=(0.5, 0.7), num_draws=400)
+    assert ((linear.draws.mean(0) - exact.draws.mean(0)).abs() < 0.5 * exact.draws.std(0)).all()
+    assert "whole" in linear.leaves_out
+
+
+def test_a_particle_filter_is_unbiased_for_the_exact_likelihood() -> None:
+    network, ts = immigration(), torch.tensor([0.5, 1.0, 1.5]).double()
+    counts = {"A": torch.tensor([6.0, 8.0, 7.0]).double()}
+    constants = torch.tensor([[LAM, MU]]).double()
+    exact = StateProjection({"A": 50}, obs_scale=1.0).log_likelihood(
+        network, ts, counts, constants, torch.Generator()
+    )
+    filters = ParticleFilter(1.0, num_particles=200)
+    values = filters.log_likelihood(
+        network, ts, counts, constants.expand(300, -1), torch.Generator().manual_seed(0)
+    )
+    ratio = (values - exact).exp()
+    assert abs(float(ratio.mean()) - 1) < 4.5 * float(ratio.std()) / 300**0.5
+
+
+def test_a_leaking_projection_warns_and_impossible_counts_raise() -> None:
+    network, ts = immigration(), torch.tensor([1.0, 2.0]).double()
+    with pytest.warns(UserWarning, match="truncation leaks"):
+        fit_reactions(network, ts, {"A": [7, 8]}, StateProjection({"A": 8}), num_draws=20)
+    pure_death = ReactionNetwork(["A -> 0"], [0.5], {"A": 4})
+    with pytest.raises(sd.errors.ZeroProbabilityError, match="impossible"):
+        fit_reactions(pure_death, ts, {"A": [3, 4]}, StateProjection({"A": 5}))
+    with pytest.raises(InvalidInputError, match="unknown species"):
+        fit_reactions(network, ts, {"B": [3, 4]}, StateProjection({"A": 5}))
+    with pytest.raises(InvalidInputError, match="make a count negative"):
+        ReactionNetwork(["A -> 0"], [lambda x: torch.ones_like(x[..., 0])], {"A": 2}).truncate({"A": 5})
+
+
+def test_a_network_is_read_from_sbml() -> None:
+    pytest.importorskip("libsbml")
+    text = """<?xml version="1.0" encoding="UTF-8"?>
+<sbml xmlns="http://www.sbml.org/sbml/level3/version1/core" level="3" version="1"><model id="m">
+<listOfCompartments><compartment id="c" size="1" constant="true"/></listOfCompartments>
+<listOfSpecies><species id="A" compartment="c" initialAmount="7" hasOnlySubstanceUnits="true"
+ boundaryCondition="false" constant="false"/></listOfSpecies>
+<listOfParameters><parameter id="lam" value="3" constant="true"/><parameter id="mu" value="0.5" constant="true"/></listOfParameters>
+<listOfReactions>
+<reaction id="birth" reversible="false" fast="false"><listOfProducts>
+<speciesReference species="A" stoichiometry="1" constant="true"/></listOfProducts>
+<kineticLaw><math xmlns="http://www.w3.org/1998/Math/MathML"><ci> lam </ci></math></kineticLaw></reaction>
+<reaction id="death" reversible="false" fast="false"><listOfReactants>
+<speciesReference species="A" stoichiometry="1" constant="true"/></listOfReactants>
+<kineticLaw><math xmlns="http://www.w3.org/1998/Math/MathML"><apply><times/><ci> mu </ci><ci> A </ci></apply></math></kineticLaw></reaction>
+</listOfReactions></model></sbml>"""
+    network = ReactionNetwork.from_sbml(text)
+    ours = immigration().truncate({"A": 60}).marginal(T).probs
+    torch.testing.assert_close(network.truncate({"A": 60}).marginal(T).probs, ours, rtol=1e-12, atol=1e-15)
+    assert np.isfinite(network.sample([0.5], 3, 0).x.numpy()).all()
