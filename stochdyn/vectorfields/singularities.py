@@ -44,7 +44,7 @@ def triangulate(cloud: PointCloud) -> np.ndarray:
         cloud: The points on an orientable surface.
 
     Warns:
-        ApproximationWarning: if the triangles of a cloud have gaps, overlap, or leave nodes out.
+        ApproximationWarning: If the triangles of a cloud have gaps, overlap, or leave nodes out.
     """
     require_surface(cloud)
     faces = triangles_of(cloud) if cloud.faces is None else cloud.faces.cpu().numpy()

@@ -49,7 +49,7 @@ def tie(cloud: PointCloud, points: np.ndarray) -> Ties:
     :meth:`~stochdyn.vectorfields.regression.engines.Engine.missing_variance`.
 
     Warns:
-        ApproximationWarning: if points lie farther from all nodes than these from one another.
+        ApproximationWarning: If points lie farther from all nodes than these from one another.
     """
     count = min(max(cloud.num_neighbors, cloud.frame_neighbors), len(cloud))
     distances, nodes = cloud.search.query(points, count)

@@ -70,7 +70,7 @@ def estimate_dimension(points: np.ndarray, distances: np.ndarray, nodes: np.ndar
         At least 1 and at most D.
 
     Warns:
-        ApproximationWarning: if the growth lies between two whole numbers, or the local variances say otherwise.
+        ApproximationWarning: If the growth lies between two whole numbers, or the local variances say otherwise.
 
     Reference:
         Farahmand, Szepesvári and Audibert, "Manifold-adaptive dimension estimation", 2007, equation 2.

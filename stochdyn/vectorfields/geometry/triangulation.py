@@ -74,7 +74,7 @@ def triangles_of(cloud: PointCloud) -> np.ndarray:
     triangle and no two triangles at a node overlap; small holes that are left are closed.
 
     Warns:
-        ApproximationWarning: if gaps, overlaps or nodes in no triangle remain.
+        ApproximationWarning: If gaps, overlaps or nodes in no triangle remain.
 
     Reference:
         Boissonnat and Ghosh, "Manifold reconstruction using tangential Delaunay complexes", 2014, where the proposals are from.

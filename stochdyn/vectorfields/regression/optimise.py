@@ -49,7 +49,7 @@ def maximise(
         tolerance: The relative change of the value at which to stop.
 
     Warns:
-        ConvergenceWarning: if the steps run out, or a parameter ends at the bound of the search.
+        ConvergenceWarning: If the steps run out, or a parameter ends at the bound of the search.
     """
     coordinates = [_Coordinate(name, p, None) for name, p in parameters.items()]
     for module in modules:
