@@ -311,7 +311,7 @@ def trapped_swimmers(num_particles: int = 16, speed: float = 0.2) -> DrivenSyste
         width = math.sqrt(3.0 + 0.6 * num_particles)
         r = width * torch.randn(n, num_particles, 2, dtype=torch.float64, generator=source)
         g = torch.randn(n, num_particles, 2, dtype=torch.float64, generator=source)
-        return _settle(sde, torch.stack([r, g], -2).flatten(1), 100.0, 0.02, source)
+        return _settle(sde, torch.stack([r, g], -2).flatten(1), 100.0, 0.05, source)
 
     return DrivenSystem(
         sde, None, None, base_score, draw, torch.zeros(4 * num_particles, dtype=torch.float64)
