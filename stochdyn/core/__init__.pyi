@@ -39,6 +39,7 @@ from .gaussian.law import GaussianPathMeasure as GaussianPathMeasure
 from .gaussian.law import GaussianPathPosterior as GaussianPathPosterior
 from .gaussian.measure import LinearGaussianMeasure as LinearGaussianMeasure
 from .gaussian.pinned import PinnedProcess as PinnedProcess
+from .gaussian.spectral import SpectralDrift as SpectralDrift
 from .gaussian.pinned import bridge_coefficients as bridge_coefficients
 from .gaussian.pinned import bridge_drift as bridge_drift
 from .gaussian.recursion import affine_states as affine_states

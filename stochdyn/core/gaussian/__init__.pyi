@@ -23,6 +23,7 @@ from .small import definite_factor as definite_factor
 from .small import psd_factor as psd_factor
 from .small import psd_inverse as psd_inverse
 from .small import symmetrise as symmetrise
+from .spectral import SpectralDrift as SpectralDrift
 from .transition import Transition as Transition
 from .transition import constant_transition as constant_transition
 from .transition import grid_transition as grid_transition
