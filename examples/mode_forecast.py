@@ -82,7 +82,7 @@ def main() -> None:
     """Simulate, fit, forecast, score and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--readings", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", type=Path, default=Path("outputs/mode_forecast.png"))
     arguments = parser.parse_args()
 
@@ -91,7 +91,7 @@ def main() -> None:
     fits = {}
     for name, count in (("modes", 3), ("relaxation alone", 0)):
         objective = Modes(times[seen], y[seen], peaks(times[seen], y[seen], count))
-        sd.fit(objective, steps=arguments.steps, lr=0.03, seed=0)
+        sd.fit(objective, steps=arguments.steps, lr=0.05, seed=0)
         fits[name] = objective
         print(f"{name}: log evidence {-float(objective().loss):.1f}")
     print("frequencies", [round(v, 3) for v in fits["modes"].drift.log_frequencies.exp().tolist()])

@@ -67,7 +67,8 @@ class FiniteGuard:
         Raises:
             NonFiniteLossError: If a loss isn't finite, in immediate mode.
         """
-        grads = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        # A parameter without entries has nothing that could go wrong, and no largest entry either.
+        grads = {n: p.grad for n, p in self._parameters.items() if p.grad is not None and p.grad.numel()}
         if self.immediate and self._world.size == 1 and _surely_finite(value, list(grads.values())):
             self._start += 1
             return

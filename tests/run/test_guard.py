@@ -191,3 +191,17 @@ def test_many_bad_parameters_are_counted() -> None:
 
     with pytest.raises(NonFiniteLossError, match=r"'p\.0', .*'p\.4' and 3 more"):
         fit(Wide(), steps=1, progress=False)
+
+
+def test_a_parameter_without_entries_is_no_obstacle() -> None:
+    class WithNothing(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nothing = nn.Parameter(torch.zeros(0))
+
+        def forward(self, batch: Any = None) -> ObjectiveValue:
+            value = super().forward(batch)
+            return ObjectiveValue(value.loss + self.nothing.sum(), value.terms, value.bound)
+
+    result = fit(WithNothing(), regression_data(), steps=3, progress=False, ema=0.9, clip_norm=1.0)
+    assert torch.isfinite(result.losses).all()
