@@ -93,8 +93,8 @@ def main() -> None:
         objective = Modes(times[seen], y[seen], peaks(times[seen], y[seen], count))
         sd.fit(objective, steps=arguments.steps, lr=0.05, seed=0)
         fits[name] = objective
-        print(f"{name}: log evidence {-float(objective().loss):.1f}")
-    print("frequencies", [round(v, 3) for v in fits["modes"].drift.log_frequencies.exp().tolist()])
+        print(f"{name}: log evidence {-float(objective().loss.detach()):.1f}")
+    print("frequencies", [round(v, 3) for v in fits["modes"].drift.log_angular_frequencies.exp().tolist()])
     later, truth = times[~seen], y[~seen]
     near = later < 107
     for name, objective in fits.items():

@@ -16,7 +16,10 @@ D = torch.float64
 
 def modes(learn: bool = False) -> SpectralDrift:
     return SpectralDrift(
-        rates=torch.tensor([0.5], dtype=D), damping=[0.1, 0.3], frequencies=[2.0, 5.0], learn=learn
+        decay_rates=torch.tensor([0.5], dtype=D),
+        damping=[0.1, 0.3],
+        angular_frequencies=[2.0, 5.0],
+        learn=learn,
     )
 
 
@@ -65,9 +68,9 @@ def test_units_of_time_and_derivatives() -> None:
 
     def answer(unit: float) -> torch.Tensor:
         drift = SpectralDrift(
-            rates=torch.tensor([0.5 / unit], dtype=D),
+            decay_rates=torch.tensor([0.5 / unit], dtype=D),
             damping=[0.1 / unit, 0.3 / unit],
-            frequencies=[2.0 / unit, 5.0 / unit],
+            angular_frequencies=[2.0 / unit, 5.0 / unit],
             learn=True,
         )
         evidence = drift.law().log_evidence(unit * times, y, 0.2, emission)
@@ -76,13 +79,13 @@ def test_units_of_time_and_derivatives() -> None:
     check_units(answer, rtol=1e-6)
     drift = modes(learn=True)
 
-    def evidence(log_frequencies: torch.Tensor) -> torch.Tensor:
-        state = {**dict(drift.named_parameters()), "log_frequencies": log_frequencies}
+    def evidence(log_angular_frequencies: torch.Tensor) -> torch.Tensor:
+        state = {**dict(drift.named_parameters()), "log_angular_frequencies": log_angular_frequencies}
         return torch.func.functional_call(
             _Evidence(drift, times, y, emission), {f"drift.{k}": v for k, v in state.items()}, ()
         )
 
-    check_gradients(evidence, drift.log_frequencies.detach(), second=False)
+    check_gradients(evidence, drift.log_angular_frequencies.detach(), second=False)
 
 
 class _Evidence(torch.nn.Module):
@@ -109,7 +112,7 @@ def test_it_is_stored_and_moved_and_drives_an_equation() -> None:
     ("rates", "damping", "frequencies", "word"),
     [
         (None, None, None, "mode"),
-        ([0.0], None, None, "rates"),
+        ([0.0], None, None, "decay_rates"),
         ([1.0], [1.0], None, "damping"),
         (None, [1.0], [-1.0], "frequencies"),
         ([[1.0]], None, None, "rates"),

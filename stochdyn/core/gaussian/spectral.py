@@ -29,9 +29,9 @@ class SpectralDrift(nn.Module):
     :class:`~stochdyn.LinearGaussianMeasure` with a matrix of your own where growth or a known mechanism is meant.
 
     Args:
-        rates: The rates :math:`r` of the modes that decay, ``(m,)`` in 1/time; none if empty or None.
+        decay_rates: The rates :math:`r` of the modes that decay, ``(m,)`` in 1/time; none if empty or None.
         damping: The rates :math:`s` at which oscillations decay, ``(k,)`` in 1/time.
-        frequencies: The angular frequencies :math:`\omega` of the oscillations, ``(k,)`` in 1/time, positive.
+        angular_frequencies: The angular frequencies :math:`\omega` of the oscillations, ``(k,)`` in 1/time, positive.
         learn: Whether rates and frequencies are parameters.
 
     Raises:
@@ -39,7 +39,7 @@ class SpectralDrift(nn.Module):
         ShapeError: If damping and frequencies differ in length.
 
     Example:
-        >>> drift = SpectralDrift(rates=[0.5], damping=[0.1], frequencies=[2.0])
+        >>> drift = SpectralDrift(decay_rates=[0.5], damping=[0.1], angular_frequencies=[2.0])
         >>> drift.eigenvalues()
         tensor([-0.5000+0.j, -0.1000+2.j, -0.1000-2.j])
         >>> times, y = torch.tensor([0.0, 0.4, 1.7]), torch.tensor([[0.1], [0.9], [-0.4]])
@@ -47,31 +47,40 @@ class SpectralDrift(nn.Module):
         torch.Size([])
     """
 
-    log_rates: Tensor
+    log_decay_rates: Tensor
     log_damping: Tensor
-    log_frequencies: Tensor
+    log_angular_frequencies: Tensor
 
     def __init__(
-        self, rates: object = None, damping: object = None, frequencies: object = None, learn: bool = False
+        self,
+        decay_rates: object = None,
+        damping: object = None,
+        angular_frequencies: object = None,
+        learn: bool = False,
     ) -> None:
         super().__init__()
         check_bool(learn, "learn")
         given: dict[str, Tensor] = {}
-        like = next((x for x in (rates, damping, frequencies) if isinstance(x, Tensor)), None)
-        for name, value in (("rates", rates), ("damping", damping), ("frequencies", frequencies)):
+        like = next((x for x in (decay_rates, damping, angular_frequencies) if isinstance(x, Tensor)), None)
+        for name, value in (
+            ("decay_rates", decay_rates),
+            ("damping", damping),
+            ("angular_frequencies", angular_frequencies),
+        ):
             empty = torch.zeros(0) if like is None else like.new_zeros(0)
             given[name] = empty if value is None else as_tensor(value, name, 1, "(k,)", like=like)
             if given[name].numel():
                 check_positive(given[name], name)
-        if given["damping"].shape != given["frequencies"].shape:
+        if given["damping"].shape != given["angular_frequencies"].shape:
             raise ShapeError(
-                "damping and frequencies must have one entry per oscillation each",
+                "damping and angular_frequencies must have one entry per oscillation each",
                 got=f"{len(given['damping'])} and {len(given['frequencies'])}",
             )
-        if not (given["rates"].numel() or given["damping"].numel()):
+        if not (given["decay_rates"].numel() or given["damping"].numel()):
             raise InvalidInputError("a drift needs at least one mode", got="no rates and no frequencies")
         dtype = torch.promote_types(
-            torch.promote_types(given["rates"].dtype, given["damping"].dtype), given["frequencies"].dtype
+            torch.promote_types(given["decay_rates"].dtype, given["damping"].dtype),
+            given["angular_frequencies"].dtype,
         )
         for name, value in given.items():
             log = value.detach().to(dtype).log()
@@ -83,19 +92,19 @@ class SpectralDrift(nn.Module):
     @property
     def dim(self) -> int:
         """The number of components of the state."""
-        return self.log_rates.numel() + 2 * self.log_damping.numel()
+        return self.log_decay_rates.numel() + 2 * self.log_damping.numel()
 
     def matrix(self) -> Tensor:
         r"""Return :math:`\Lambda` in 1/time, ``(d, d)``."""
-        s, w = self.log_damping.exp(), self.log_frequencies.exp()
+        s, w = self.log_damping.exp(), self.log_angular_frequencies.exp()
         pair = torch.stack([torch.stack([-s, w], -1), torch.stack([-w, -s], -1)], -2)
-        return torch.block_diag(*(-self.log_rates.exp()).reshape(-1, 1, 1), *pair)
+        return torch.block_diag(*(-self.log_decay_rates.exp()).reshape(-1, 1, 1), *pair)
 
     def eigenvalues(self) -> Tensor:
         """Return the eigenvalues, complex, ``(d,)``: decays first, then the pairs of the oscillations."""
-        s, w = self.log_damping.exp(), self.log_frequencies.exp()
+        s, w = self.log_damping.exp(), self.log_angular_frequencies.exp()
         pairs = torch.stack([torch.complex(-s, w), torch.complex(-s, -w)], -1).flatten()
-        r = self.log_rates.exp()
+        r = self.log_decay_rates.exp()
         return torch.cat([torch.complex(-r, torch.zeros_like(r)), pairs])
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
@@ -110,7 +119,7 @@ class SpectralDrift(nn.Module):
         Args:
             initial_time: The time at which the law starts.
         """
-        strength = (2 * torch.cat([self.log_rates, self.log_damping.repeat_interleave(2)]).exp()).sqrt()
+        strength = (2 * torch.cat([self.log_decay_rates, self.log_damping.repeat_interleave(2)]).exp()).sqrt()
         zero = torch.zeros_like(strength)
         eye = torch.eye(self.dim, dtype=zero.dtype, device=zero.device)
         return LinearGaussianMeasure(self.matrix(), zero, strength, zero, eye, initial_time=initial_time)
