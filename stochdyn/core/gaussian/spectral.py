@@ -74,7 +74,7 @@ class SpectralDrift(nn.Module):
         if given["damping"].shape != given["angular_frequencies"].shape:
             raise ShapeError(
                 "damping and angular_frequencies must have one entry per oscillation each",
-                got=f"{len(given['damping'])} and {len(given['frequencies'])}",
+                got=f"{len(given["damping"])} and {len(given['angular_frequencies'])}",
             )
         if not (given["decay_rates"].numel() or given["damping"].numel()):
             raise InvalidInputError("a drift needs at least one mode", got="no rates and no frequencies")
