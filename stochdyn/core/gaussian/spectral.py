@@ -71,10 +71,11 @@ class SpectralDrift(nn.Module):
             given[name] = empty if value is None else as_tensor(value, name, 1, "(k,)", like=like)
             if given[name].numel():
                 check_positive(given[name], name)
-        if given["damping"].shape != given["angular_frequencies"].shape:
+        counts = [len(given[name]) for name in ("damping", "angular_frequencies")]
+        if counts[0] != counts[1]:
             raise ShapeError(
                 "damping and angular_frequencies must have one entry per oscillation each",
-                got=f"{len(given["damping"])} and {len(given['angular_frequencies'])}",
+                got=f"{counts[0]} and {counts[1]}",
             )
         if not (given["decay_rates"].numel() or given["damping"].numel()):
             raise InvalidInputError("a drift needs at least one mode", got="no rates and no frequencies")
