@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stochdyn._checks import check_bool, check_choice, check_positive, check_real
 from stochdyn.errors import ConvergenceWarning, InvalidInputError
-from stochdyn.povm.frames.frame import Tetrahedral
+from stochdyn.povm.frames.frame import QutritSIC, Tetrahedral
 from stochdyn.povm.master.arguments import as_times, check_model, read_observables
 from stochdyn.povm.master.density import DensityGenerator, check_bound, initial_density
 from stochdyn.povm.master.propagation import check_length, propagate, stationary_probabilities
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ExactEvolution", "ExactSteadyState", "evolve", "propagate", "steady_state"]
 
-_MAX_DIRECT = 4096
+_MAX_DIRECT, _APART = 4096, 1e-3
 
 
 @dataclass(frozen=True)
@@ -153,16 +153,17 @@ def steady_state(
 ) -> ExactSteadyState:
     """Return the steady state of a small lattice.
 
-    Up to 4096 outcomes (six qubits) by a linear solve of the master equation, beyond by evolution from the maximally
-    mixed state until the state stands still. Where there are several steady states, the first fails and the second
-    gives that of the mixed state.
+    Up to 4096 outcomes (six qubits, three qutrits) by a linear solve of the master equation, beyond by evolution from the
+    maximally mixed state until the state stands still, and from a state without symmetries beside it: where these end in
+    different states, the steady state isn't unique.
 
     Args:
         model: The Lindbladian, constant in time.
         observables: The observables, each as :func:`~stochdyn.povm.frames.lattice_observables.observable` takes it.
         tolerance: The largest element of the rate of change at which the state counts as steady, relative to the
             fastest rate of the model.
-        horizon: The length of the evolution; 200 over the least jump rate at a site if None.
+        horizon: The length of the evolution, which then takes the place of a solve at any size; if None a solve, or 200
+            over the least jump rate at a site.
 
     Raises:
         SystemSizeError: If the density matrix would be too large.
@@ -170,7 +171,8 @@ def steady_state(
         LindbladianError: If parameters aren't bound.
 
     Warns:
-        ConvergenceWarning: If the residual is larger than the tolerance at ``horizon``.
+        ConvergenceWarning: If the residual is larger than the tolerance at ``horizon``, or the state still depends on
+            where the evolution began.
 
     Example:
         >>> from stochdyn.povm import Lindbladian
@@ -190,12 +192,12 @@ def steady_state(
     if scale == 0 or not model.jumps:
         raise InvalidInputError("the steady state isn't unique", hint="add jumps")
     outcomes = model.dim ** (2 * model.num_sites)
-    if outcomes <= _MAX_DIRECT and model.dim == 2:
-        frame = Tetrahedral()
+    if outcomes <= _MAX_DIRECT and model.dim in (2, 3) and horizon is None:
+        frame = Tetrahedral() if model.dim == 2 else QutritSIC()
         rho = frame.reconstruct(stationary_probabilities(model.master_operator(frame)))
     else:
         rho = _evolve_to_rest(generator, model, tolerance * scale, horizon)
-    residual = float(abs(generator(0.0, rho.resolve_conj().numpy())).max())
+    residual = _speed(generator, rho)
     if residual > tolerance * scale:
         warnings.warn(
             f"the steady state isn't reached: its largest rate of change is {residual / scale:.2g} of the fastest "
@@ -209,18 +211,53 @@ def steady_state(
 def _evolve_to_rest(
     generator: DensityGenerator, model: Lindbladian, tolerance: float, horizon: float | None
 ) -> Tensor:
-    state = initial_density("mixed", model.num_sites, model.dim)
+    """Evolve two states until they stand still, and see that they have become one.
+
+    Raises:
+        InvalidInputError: If they stand still apart.
+    """
     end = horizon if horizon is not None else 200 / model.relaxation_rate()
     check_length(model, end)
     grid = torch.linspace(0, end, 41, dtype=torch.float64).tolist()
-
-    def keep(index: int, rho: Tensor) -> None:
-        nonlocal state
-        state = rho if index else state
-
+    n, d = model.num_sites, model.dim
+    rest, still = initial_density("mixed", n, d), max(tolerance, 1e-6 * model.rate_scale())
+    # no two sites alike, no two levels alike, and phases between them
+    turn = torch.arange(n * d, dtype=torch.float64).reshape(n, d)
+    vectors = (1 + 0.5 * torch.sin(1.7 * turn)) * torch.exp(1j * (0.9 * turn + 0.3 * turn**2))
+    other = initial_density(list(vectors), n, d)
     for span in itertools.pairwise(grid):
-        schedule = Schedule(span, [Segment(*span, 1)])
-        generator.integrate(state, schedule, keep, rtol=1e-9, atol=1e-12)
-        if float(abs(generator(0.0, state.resolve_conj().numpy())).max()) <= tolerance:
+        rest = _moved(generator, rest, span, 1e-9)
+        other = _moved(generator, other, span, 1e-7)
+        joined = float((rest - other).abs().max()) < 1e-2 * _APART
+        if _speed(generator, rest) <= tolerance and (joined or _speed(generator, other) <= still):
             break
-    return state
+    apart = float(torch.linalg.eigvalsh(rest - other).abs().sum()) / 2
+    if apart > _APART:
+        if _speed(generator, other) <= still:
+            raise InvalidInputError(
+                "the steady state isn't unique",
+                got=f"two at a trace distance of {apart:.2g}",
+                hint="add a jump that mixes what the Hamiltonian keeps apart",
+            )
+        if _speed(generator, rest) > tolerance:
+            return rest  # which the residual says
+        warnings.warn(
+            f"another initial state is still at a trace distance of {apart:.2g}: pass a smaller tolerance or a longer horizon",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+    return rest
+
+
+def _moved(generator: DensityGenerator, rho: Tensor, span: tuple[float, float], rtol: float) -> Tensor:
+    """Return a state after a span of time."""
+    seen = [rho]
+    generator.integrate(
+        rho, Schedule(span, [Segment(*span, 1)]), lambda _, now: seen.append(now), rtol, 1e-3 * rtol
+    )
+    return seen[-1]
+
+
+def _speed(generator: DensityGenerator, rho: Tensor) -> float:
+    """Return the largest element of the rate of change of a state."""
+    return float(abs(generator(0.0, rho.resolve_conj().numpy())).max())

@@ -268,3 +268,27 @@ def test_every_system_on_file_can_be_built() -> None:
         for run in open_systems(kind):
             model = systems.build(run.system, run.num_sites or 4, **run.parameters)
             assert model.num_sites == (run.num_sites or 4)
+
+
+@pytest.mark.slow
+def test_the_steady_state_of_seven_free_qubits_is_that_of_one() -> None:
+    def solve(n: int) -> dict[str, torch.Tensor]:
+        model = Lindbladian(n, [(0.5, "X", "all")], [(1.0, "sigma-", "all")])
+        return exact.steady_state(model, ["X", "Y", "Z"]).expect
+
+    for seven, one in zip(solve(7).values(), solve(1).values(), strict=True):
+        assert abs(float(seven - one)) < 1e-8
+
+
+def test_several_steady_states_of_seven_qubits_are_noticed() -> None:
+    """Dephasing alone keeps every population."""
+    with pytest.raises(InvalidInputError, match="isn't unique"):
+        exact.steady_state(Lindbladian(7, [(1.0, "ZZ", ring(7))], [(1.0, "Z", "all")]))
+
+
+def test_steady_states_of_qutrits_are_solved_for() -> None:
+    """A driven ladder of three levels, against a long evolution."""
+    model = Lindbladian(2, [(1.0, "Sx", "all"), (0.4, "Sz Sz", (0, 1))], [(1.0, "S-", "all")], dim=3)
+    steady = exact.steady_state(model, ["Sz"])
+    late = exact.evolve(model, "mixed", [0.0, 60.0], ["Sz"], backend="matrix").expect["Sz"][-1]
+    assert abs(float(steady.expect["Sz"] - late)) < 1e-8

@@ -73,6 +73,8 @@ def goodness_of_fit(
     check_type(records, MeasurementRecords, "records")
     check_type(probabilities, Tensor, "probabilities")
     check_nonempty(records.outcomes, "records")
+    if not probabilities.is_floating_point():
+        raise InvalidInputError("probabilities must be floating", got=probabilities.dtype)
     if probabilities.numel() and float(probabilities.detach().min()) < -1e-6:
         raise InvalidInputError(
             "the probabilities must not be negative", got=float(probabilities.detach().min())
