@@ -33,14 +33,22 @@ from stochdyn.povm import (
     Tetrahedral,
     Trapezoid,
     capacity,
+    classical_fidelity,
     ergotropy,
     evolve,
     exact,
     infer_parameters,
     mean_field,
+    observable,
+    positivity,
+    purity,
+    reduced_density,
     simulate_records,
     steady_state,
+    total_variation,
+    trace_distance,
     trajectories,
+    von_neumann_entropy,
 )
 
 POVM = Tetrahedral()
@@ -310,3 +318,35 @@ def test_derivatives_are_those_of_finite_differences() -> None:
         return RecordLaw(law(g=theta[0], w=theta[1], k=theta[2]), times, 1).log_prob(outcomes).sum()
 
     testing.check_gradients(likelihood, torch.tensor([0.8, 1.5, 0.4], dtype=F64))
+
+
+def test_states_and_samples_may_come_in_any_form() -> None:
+    p = exact.propagate(still(), POVM, "up", [0.0, 0.5])[-1]
+    a = torch.multinomial(p, 200, True)
+    a = torch.stack([a // 4, a % 4], 1)
+    rho = torch.diag(torch.tensor([0.7, 0.3], dtype=F64))
+    for function in (
+        lambda x: reduced_density(POVM, x, [0]),
+        lambda x: purity(POVM, x).mean,
+        lambda x: positivity(POVM, x, [(0,)], generator=0).lowest,
+    ):
+        testing.check_forms(function, a)
+        testing.check_forms(function, p)
+    for function in (
+        lambda x: POVM.reconstruct(x).real,
+        lambda x: total_variation(x, p),
+        lambda x: classical_fidelity(p, x),
+        lambda x: observable("ZZ", 2, bonds=[(0, 1)]).mean(POVM, x),
+    ):
+        testing.check_forms(function, p)
+    for function in (
+        von_neumann_entropy,
+        lambda x: ergotropy(x, x),
+        lambda x: trace_distance(x, rho),
+        lambda x: observable("Z", 1).expectation(x),
+        lambda x: Tetrahedral().probabilities(x),
+        lambda x: Tetrahedral().coefficients(x),
+    ):
+        testing.check_forms(function, rho)
+    testing.check_forms(von_neumann_entropy, torch.stack([rho, rho]))
+    testing.check_forms(lambda x: observable("ZZ", 2, bonds=[(0, 1)]).estimate(POVM, x).mean, a)

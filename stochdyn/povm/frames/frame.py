@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_choice, check_positive_int, check_real, check_type
+from stochdyn._checks import as_tensor, check_choice, check_positive_int, check_real
 from stochdyn.errors import FrameError, InvalidInputError, ShapeError, ZeroProbabilityError
-from stochdyn.povm.frames.operators import as_operator, as_state
+from stochdyn.povm.frames.operators import as_array, as_operator, as_state
 from stochdyn.povm.frames.products import coefficients_of, density_of, probabilities_of, sites_of
 
 __all__ = [
@@ -220,7 +220,7 @@ class Frame(Measurement):
 
     def reconstruct(self, p: Tensor) -> Tensor:
         r"""Return :math:`\rho=\sum_ap(a)N_a` ``(d**k, d**k)`` from probabilities ``(K**k,)``."""
-        check_type(p, Tensor, "p")
+        p = as_array(p, "p")
         sites = max(1, round(math.log(max(p.shape[-1], 1), self.num_outcomes))) if p.ndim == 1 else 0
         if sites == 0 or self.num_outcomes**sites != p.shape[-1]:
             raise ShapeError(

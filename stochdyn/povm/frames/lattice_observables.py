@@ -18,7 +18,7 @@ from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError, LindbladianError, ShapeError, TooFewDrawsError
 from stochdyn.povm.frames.embedding import full_operator
 from stochdyn.povm.frames.frame import Frame
-from stochdyn.povm.frames.operators import as_operator, named_operator, split_name
+from stochdyn.povm.frames.operators import as_array, as_operator, named_operator, split_name
 from stochdyn.povm.frames.products import coefficients_of
 from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.frames.sizes import check_size
@@ -148,13 +148,14 @@ class Observable:
         Raises:
             TooFewDrawsError: If there are fewer than two samples.
         """
-        check_type(a, Tensor, "a")
+        a = as_array(a, "a")
         if a.ndim < 1 or a.shape[0] < 2:
             raise TooFewDrawsError("a standard error needs at least two samples", got=len(a) if a.ndim else 0)
         return Estimate.of(self.estimator(povm, device=a.device)(a))
 
     def mean(self, povm: Povm, p: Tensor) -> Tensor:
         """Return the exact mean ``(*batch)`` for probabilities ``(*batch, K**N)`` of all outcomes."""
+        p = as_array(p, "p")
         table = self.estimator(povm, dtype=p.dtype, device=p.device)
         values = table(all_configurations(self.num_sites, povm.num_outcomes, p.device))
         if p.shape[-1] != values.shape[0]:
@@ -187,7 +188,7 @@ class Observable:
     def expectation(self, rho: Tensor) -> Tensor:
         r"""Return :math:`\operatorname{Tr}\rho O` ``(*batch)`` for density matrices ``(*batch, d**N, d**N)``."""
         size = self.dim**self.num_sites
-        check_type(rho, Tensor, "rho")
+        rho = as_array(rho, "rho")
         if rho.ndim < 2 or rho.shape[-1] != size or rho.shape[-2] != size:
             raise ShapeError("the density matrix has the wrong size", got=tuple(rho.shape), expected=size)
         rows, columns, values = (x.to(rho.device) for x in self._entries)

@@ -149,6 +149,25 @@ def named_operator(name: str, dim: int = 2) -> Tensor:
     return reduce(torch.kron, matrices)
 
 
+def as_array(value: Any, name: str) -> Tensor:
+    """Return numbers of any form as a tensor: torch, NumPy, pandas, xarray, nested lists, a ``Qobj`` or a list of these.
+
+    Raises:
+        InvalidInputError: If it can't be made a tensor.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, list | tuple) and any(hasattr(one, "full") for one in value):
+        value = [one.full() if hasattr(one, "full") else one for one in value]
+    full = getattr(value, "full", None)
+    try:
+        return torch.as_tensor(np.array(full() if callable(full) else value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"{name} must be numbers", got=type(value).__name__, expected="a tensor, an array or a Qobj"
+        ) from error
+
+
 def as_matrix(value: Any, name: str) -> Tensor:
     """Return a square complex128 matrix from a tensor, an array, nested lists or a QuTiP ``Qobj``.
 
@@ -157,16 +176,7 @@ def as_matrix(value: Any, name: str) -> Tensor:
         NonFiniteError: If it holds NaN or infinity.
         InvalidInputError: If it can't be made a matrix.
     """
-    full = getattr(value, "full", None)
-    if callable(full):
-        value = full()
-    try:
-        matrix = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
-        matrix = matrix.to(C128)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInputError(
-            f"{name} isn't a matrix", got=type(value).__name__, expected="a name, a matrix or a Qobj"
-        ) from error
+    matrix = as_array(value, name).detach().to(C128)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ShapeError(f"{name} must be a square matrix", got=f"shape {tuple(matrix.shape)}")
     check_finite(torch.view_as_real(matrix.resolve_conj()), name)
@@ -225,17 +235,7 @@ def as_state(state: Any, dim: int, name: str = "state") -> Tensor:
     """
     if isinstance(state, str):
         return _named_state(state, dim, name)
-    full = getattr(state, "full", None)
-    value = full() if callable(full) else state
-    try:
-        value = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
-        value = value.to(C128)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInputError(
-            f"{name} isn't a state",
-            got=type(state).__name__,
-            expected="a name, a vector, a density matrix or a Qobj",
-        ) from error
+    value = as_array(state, name).detach().to(C128)
     if value.ndim == 2 and value.shape[1] == 1 and value.shape[0] > 1:
         value = value[:, 0]
     if value.ndim == 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 from stochdyn._checks import check_positive_int, check_real
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
 from stochdyn.povm.frames.embedding import full_operator, partial_trace
-from stochdyn.povm.frames.operators import as_matrix
+from stochdyn.povm.frames.operators import as_array
 from stochdyn.povm.frames.products import sites_of
 from stochdyn.povm.lindblad.lindbladian import Lindbladian
 
@@ -222,12 +222,9 @@ def capacity(rho: Any, hamiltonian: Any) -> Tensor:
 
 def _matrices(value: Any, name: str) -> Tensor:
     """Return Hermitian matrices ``(*batch, D, D)`` as complex128."""
-    if isinstance(value, Tensor) and value.ndim > 2:
-        matrices = value.to(torch.complex128)
-        if matrices.shape[-1] != matrices.shape[-2]:
-            raise ShapeError(f"{name} must be square matrices", got=f"shape {tuple(matrices.shape)}")
-    else:
-        matrices = as_matrix(value, name)
+    matrices = as_array(value, name).to(torch.complex128)
+    if matrices.ndim < 2 or matrices.shape[-1] != matrices.shape[-2] or 0 in matrices.shape:
+        raise ShapeError(f"{name} must be square matrices", got=f"shape {tuple(matrices.shape)}")
     deviation = float((matrices - matrices.mH).abs().max())
     if not deviation <= 1e-6 * float(matrices.abs().max()):
         raise InvalidInputError(f"{name} must be Hermitian and finite", got=f"a deviation of {deviation:.3g}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, TooFewDrawsError
 from stochdyn.povm.frames.frame import Frame
 from stochdyn.povm.frames.lattice_observables import check_sites
+from stochdyn.povm.frames.operators import as_array
 from stochdyn.povm.frames.products import density_of
 from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.frames.sizes import check_size
@@ -123,7 +125,7 @@ def positivity(
         LindbladianError: If a site doesn't exist or comes twice.
         TooFewDrawsError: If there are fewer than two samples.
     """
-    _check_outcomes(povm, outcomes)
+    outcomes = _as_outcomes(povm, outcomes)
     check_nonempty(places, "places")
     check_size(bootstrap, "bootstrap", 1 << 16, 2)
     source = as_generator(generator, outcomes.device)
@@ -166,7 +168,7 @@ def purity(povm: Povm, outcomes: Tensor, *, generator: torch.Generator | int | N
     Raises:
         TooFewDrawsError: If there are fewer than four samples.
     """
-    _check_outcomes(povm, outcomes)
+    outcomes = _as_outcomes(povm, outcomes)
     k = povm.num_outcomes
     if outcomes.is_floating_point():
         n = _num_sites(outcomes.shape[-1], k)
@@ -195,38 +197,38 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
 
     It bounds differences of outcome frequencies, not the trace distance of the states.
     """
-    _check_pair(p, q)
+    p, q = _pair(p, q)
     return 0.5 * (p - q).abs().sum(-1)
 
 
 def classical_fidelity(p: Tensor, q: Tensor) -> Tensor:
     r"""Return :math:`\sum_a\sqrt{p(a)q(a)}` over the last axis; negative entries count as zero."""
-    _check_pair(p, q)
+    p, q = _pair(p, q)
     return (p.clamp(min=0) * q.clamp(min=0)).sqrt().sum(-1)
 
 
 def trace_distance(rho: Tensor, sigma: Tensor) -> Tensor:
     r"""Return :math:`\tfrac12\operatorname{Tr}|\rho-\sigma|` of Hermitian matrices ``(*batch, D, D)``."""
-    _check_pair(rho, sigma, "rho", "sigma")
+    rho, sigma = _pair(rho, sigma, "rho", "sigma")
     if rho.ndim < 2 or rho.shape[-1] != rho.shape[-2]:
         raise ShapeError("rho must be square matrices", got=tuple(rho.shape))
     return 0.5 * torch.linalg.eigvalsh(rho - sigma).abs().sum(-1)
 
 
-def _check_pair(p: object, q: object, first: str = "p", second: str = "q") -> None:
-    """Raise unless two things to compare are finite tensors with the same last axis."""
+def _pair(p: Any, q: Any, first: str = "p", second: str = "q") -> tuple[Tensor, Tensor]:
+    """Return two things to compare as finite tensors with the same last axis."""
+    p, q = as_array(p, first), as_array(q, second)
     for value, name in ((p, first), (q, second)):
-        check_type(value, Tensor, name)
-        assert isinstance(value, Tensor)
-        check_finite(torch.view_as_real(value.resolve_conj()) if value.is_complex() else value, name)
-    assert isinstance(p, Tensor)
-    assert isinstance(q, Tensor)
+        if value.dtype == torch.bool:
+            raise InvalidInputError(f"{name} must be numbers", got=value.dtype)
+        check_finite(torch.view_as_real(value.resolve_conj()) if value.is_complex() else value.double(), name)
     if p.ndim == 0 or q.ndim == 0 or p.shape[-1] != q.shape[-1]:
         raise ShapeError(f"{first} and {second} differ in size", got=f"{tuple(p.shape)} and {tuple(q.shape)}")
+    return p, q
 
 
 def _local_probabilities(povm: Povm, outcomes: Tensor, sites: object) -> Tensor:
-    _check_outcomes(povm, outcomes)
+    outcomes = _as_outcomes(povm, outcomes)
     if not isinstance(sites, list | tuple | range | Tensor):
         raise InvalidInputError("sites must be a list of integers", got=repr(sites)[:60])
     chosen: Sequence[int] = [int(s) for s in sites] if isinstance(sites, Tensor) else sites
@@ -251,12 +253,11 @@ def _num_sites(size: int, num_outcomes: int) -> int:
     return n
 
 
-def _check_outcomes(povm: object, outcomes: object) -> None:
-    """Raise unless there are a frame and outcomes, samples or probabilities."""
+def _as_outcomes(povm: object, outcomes: Any) -> Tensor:
+    """Return outcomes, samples or probabilities, if they fit a frame."""
     check_type(povm, (Frame, SiteFrames), "povm", hint="such as stochdyn.povm.Tetrahedral()")
-    check_type(outcomes, Tensor, "outcomes")
     assert isinstance(povm, Frame | SiteFrames)
-    assert isinstance(outcomes, Tensor)
+    outcomes = as_array(outcomes, "outcomes")
     if outcomes.is_complex() or outcomes.dtype == torch.bool:
         raise InvalidInputError("outcomes must be integers, or probabilities", got=outcomes.dtype)
     if outcomes.ndim != (1 if outcomes.is_floating_point() else 2):
@@ -271,3 +272,4 @@ def _check_outcomes(povm: object, outcomes: object) -> None:
             )
     if outcomes.is_floating_point() and not bool(torch.isfinite(outcomes).all()):
         raise NonFiniteError("outcomes must be finite probabilities")
+    return outcomes

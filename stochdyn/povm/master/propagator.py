@@ -51,10 +51,10 @@ class Propagator(nn.Module):
 
     The state is kept as the probabilities ``q`` of a minimal frame (four outcomes for each qubit) and read out at the
     times, so a measurement with many outcomes, or one that doesn't determine the state, costs no more. Coefficients may
-    be any functions of parameters and time; where they jump is looked for once, at the first values of the parameters,
-    and may depend on the time alone. Up to 64 inner outcomes steps are matrix exponentials, beyond Taylor series;
-    where coefficients move with time, a Magnus method of order four takes steps that are halved until the result stands.
-    Derivatives in the parameters are exact.
+    be any functions of parameters and time. Up to 64 inner outcomes steps are matrix exponentials, beyond Taylor series;
+    where coefficients move with time, a Magnus method of order four takes steps that are halved until the result stands,
+    anew for all values of the parameters, since these may move a pulse (an expression in ``t`` is looked at faster than a
+    function). Derivatives in the parameters are exact, but for the place of a jump, which has none.
 
     Args:
         model: The Lindbladian with its named parameters.

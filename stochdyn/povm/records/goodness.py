@@ -13,6 +13,7 @@ from torch import Tensor
 from stochdyn._checks import as_generator, check_finite, check_nonempty, check_type
 from stochdyn.core.forward.outcomes import encode
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
+from stochdyn.povm.frames.operators import as_array
 from stochdyn.povm.frames.sizes import check_size
 from stochdyn.povm.records.measurement import MeasurementRecords
 
@@ -71,7 +72,7 @@ def goodness_of_fit(
         True
     """
     check_type(records, MeasurementRecords, "records")
-    check_type(probabilities, Tensor, "probabilities")
+    probabilities = as_array(probabilities, "probabilities")
     check_nonempty(records.outcomes, "records")
     if not probabilities.is_floating_point():
         raise InvalidInputError("probabilities must be floating", got=probabilities.dtype)
