@@ -37,7 +37,6 @@ from stochdyn.povm import (
     SiteFrames,
     Tetrahedral,
     Unmeasured,
-    chain,
     exact,
     infer_parameters,
     ring,
@@ -404,19 +403,3 @@ def test_pulses_of_records_may_be_said_where_they_are() -> None:
     assert float(p[0, 0]) == pytest.approx(1, abs=1e-6)
     records = simulate_records(model.bind(area=math.pi / 2), Basis("Z"), "down", [1.0], 10, breaks=edges)
     assert records.outcomes.sum() == 0
-
-
-@pytest.mark.slow
-def test_eight_qubits() -> None:
-    """A field and a decay rate of a chain of eight from 300 shots, each qubit measured in a basis drawn at random."""
-    model = Lindbladian(8, [("field", "X", "all"), (0.5, "ZZ", chain(8))], [("decay", "sigma-", "all")])
-    truth = {"field": 0.8, "decay": 0.4}
-    records = simulate_records(model.bind(**truth), Tetrahedral(), "up", [0.5], 300, generator=0)
-    priors = {name: dist.LogNormal(torch.tensor(0.0, dtype=F64), 0.5) for name in truth}
-    idata = infer_parameters(
-        records, model, Tetrahedral(), "up", priors, steps=5, num_draws=100, predictive=False, progress=False
-    )
-    for name, value in truth.items():
-        draws = torch.tensor(idata.posterior[name].values)
-        assert abs(float(draws.mean()) - value) < 4 * float(draws.std())
-        assert float(draws.std()) < 0.1

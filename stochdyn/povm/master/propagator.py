@@ -38,7 +38,7 @@ __all__ = ["Propagator"]
 _MAX_INSIDE = 1 << 16
 _MAX_OUTCOMES = 1 << 21
 _MAX_EXPONENTIAL = 64
-_DEGREE, _REACH = 30, 3.0
+_DEGREE, _REACH, _ROUNDING = 44, 6.0, 1e-17
 _STEP_TOLERANCE = 1e-8
 _MAX_HALVINGS, _TOO_LARGE = 8, 1e-5
 
@@ -324,9 +324,13 @@ class Propagator(nn.Module):
                 weights[..., g, None] * cast(SparseMasterEquation, op).apply(term)
                 for g, op in enumerate(self.operators)
             ]
-            # exp(hL) p = sum_k (hL)^k p / k!
+            # exp(hL) p = sum_k (hL)^k p / k!, ended where terms, which fall from k = h |L| on, are below rounding
             term = reduce(torch.add, applied) * (step / k)
             total = total + term
+            if k > _REACH and not maps_are_active():
+                last, whole = term.detach().abs().max(), total.detach().abs().max()
+                if float(last) <= _ROUNDING * float(whole):
+                    break
         return total
 
     def _check_names(self, parameters: dict[str, Tensor | float]) -> None:
