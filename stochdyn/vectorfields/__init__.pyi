@@ -1,4 +1,7 @@
 from .geometry.cloud import PointCloud as PointCloud
+from .geometry.globe import EARTH as EARTH
+from .geometry.globe import WGS84 as WGS84
+from .geometry.globe import Globe as Globe
 from .geometry.graph import farthest_points as farthest_points
 from .geometry.sphere import HodgeMatern as HodgeMatern
 from .geometry.sphere import hodge_compositional as hodge_compositional

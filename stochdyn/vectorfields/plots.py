@@ -138,7 +138,10 @@ def plot_globe(
     x = as_points(points, dim=3)
     found = sphere_of(x)
     if found is None:
-        raise InvalidInputError("the points don't lie on a sphere in three dimensions")
+        raise InvalidInputError(
+            "the points don't lie on a sphere in three dimensions",
+            hint="of WGS 84 points take those of vectorfields.EARTH at the same coordinates",
+        )
     v = as_vectors(vectors, x.shape[0], 3)
     every = as_count(every, "every")
     at = _array(torch.nn.functional.normalize(x.double() - found[0], dim=-1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError
 from stochdyn.vectorfields import PointCloud, Surface, TangentDiffusion, TangentDrift
 from tests.vectorfields.shapes import clifford_torus, fibonacci_sphere, random_sphere
 
@@ -94,3 +94,14 @@ def test_bad_input() -> None:
         TangentDiffusion(cloud, -1.0)
     with pytest.raises(ShapeError, match="x has the wrong size"):
         TangentDrift(cloud, torch.zeros(100, 3))(torch.tensor(0.0), torch.zeros(4, 2))
+
+
+def test_leaving_the_cloud_is_told_once() -> None:
+    rng = np.random.default_rng(0)
+    sheet = PointCloud(rng.uniform(-1, 1, (200, 2)), 10, dim=2)
+    drift = TangentDrift(sheet, torch.ones(200, 2, dtype=torch.float64))
+    inside = sd.DiffusionMeasure(torch.zeros(3, 2, dtype=torch.float64), sd.SDE(drift, 0.05))
+    inside.sample(torch.linspace(0, 0.5, 11, dtype=torch.float64), generator=0)  # warnings are errors here
+    with pytest.warns(ApproximationWarning, match="off the cloud") as told:
+        inside.sample(torch.linspace(0, 3, 61, dtype=torch.float64), generator=0)
+    assert len({str(w.message) for w in told}) == 1

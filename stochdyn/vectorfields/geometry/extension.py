@@ -15,10 +15,10 @@ from stochdyn.vectorfields.geometry.connection import polar_factor
 if TYPE_CHECKING:
     from stochdyn.vectorfields.geometry.cloud import PointCloud
 
-__all__ = ["Ties", "tie", "typical_doubt"]
+__all__ = ["FAR", "Ties", "tie", "typical_doubt"]
 
 #: Farther than this many local radii from any node, the cloud says nothing of the manifold.
-_FAR = 1.0
+FAR = 1.0
 #: Correlation length of the reader, in local radii, and what keeps its small systems solvable.
 _REACH, _NUGGET = 3.0, 1e-9
 #: Points whose small systems are solved at once.
@@ -55,9 +55,9 @@ def tie(cloud: PointCloud, points: np.ndarray) -> Ties:
     distances, nodes = cloud.search.query(points, count)
     radius = cloud.graph.radius[nodes[:, 0]]
     distance = distances[:, 0] / radius
-    if (distance > _FAR).any():
+    if (distance > FAR).any():
         warnings.warn(
-            f"{int((distance > _FAR).sum())} of {len(points)} points lie off the cloud: their nearest node is up to "
+            f"{int((distance > FAR).sum())} of {len(points)} points lie off the cloud: their nearest node is up to "
             f"{distance.max():.1f} neighbourhoods away, and the field falls back to its prior there.",
             ApproximationWarning,
             stacklevel=5,

@@ -155,7 +155,7 @@ class HodgeMatern(SpectralKernel):
         if found is None:
             raise InvalidInputError(
                 "the points don't lie on a sphere in three dimensions",
-                hint="use ConnectionMatern, which needs no name",
+                hint="use ConnectionMatern, which needs no sphere; for WGS 84 take the points of vectorfields.EARTH",
             )
         degree = np.repeat(np.arange(1, max_degree + 1), 2 * np.arange(1, max_degree + 1) + 1)
         values = (degree * (degree + 1) - (1.0 if laplacian == "bochner" else 0.0)) / found[1] ** 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from stochdyn._checks import check_event_size, check_positive
+from stochdyn.errors import ApproximationWarning
 from stochdyn.vectorfields.geometry.cloud import PointCloud
+from stochdyn.vectorfields.geometry.extension import FAR
 
 __all__ = ["Surface", "TangentDiffusion", "TangentDrift"]
 
@@ -34,6 +37,7 @@ class Surface(nn.Module):
 
     points: Tensor
     node_frames: Tensor
+    radius: Tensor
 
     def __init__(self, cloud: PointCloud) -> None:
         super().__init__()
@@ -44,6 +48,9 @@ class Surface(nn.Module):
         self.register_buffer("points", torch.as_tensor(cloud.array, device=cloud.device), persistent=False)
         self.register_buffer(
             "node_frames", torch.as_tensor(cloud.node_frames, device=cloud.device), persistent=False
+        )
+        self.register_buffer(
+            "radius", torch.as_tensor(cloud.graph.radius, device=cloud.device), persistent=False
         )
         self._tree: Any = cKDTree(cloud.array)
         self._pairs = torch.triu_indices(m, m)
@@ -62,6 +69,19 @@ class Surface(nn.Module):
         ways = self.points[nodes] - x.unsqueeze(-2)
         squared = ways.square().sum(-1)
         return ways, (1.0 - squared / (squared[..., -1:] * (1 + 1e-6) + 1e-300)).clamp(min=0).square()
+
+    def warn_off(self, ways: Tensor, nodes: Tensor) -> None:
+        """Warn if a point is farther from its nearest node than the nodes there are from their neighbours."""
+        with torch.no_grad():
+            off = ways[:, 0].norm(dim=-1) > FAR * self.radius[nodes[:, 0]]
+            if bool(off.any()):
+                # the same words every time, so that a simulation says it once
+                warnings.warn(
+                    "States lie off the cloud, more than a neighbourhood away from all nodes: the drift is extrapolated there. "
+                    "Trust paths up to where they leave, or take a cloud that covers where they go.",
+                    ApproximationWarning,
+                    stacklevel=3,
+                )
 
     def frames(self, nodes: Tensor, weights: Tensor) -> Tensor:
         """Return tangent frames ``(q, D, m)``: the nearest node's, turned into the blend of the neighbours' planes."""
@@ -117,7 +137,8 @@ class TangentDrift(nn.Module):
 
     .. math:: b(x)=v(\pi(x))+\frac{\pi(x)-x}{\Delta},
 
-    so that every Euler step of length Δ starts by projecting, whatever solver runs it.
+    so that every Euler step of length Δ starts by projecting, whatever solver runs it. States that leave an open cloud
+    go on by extrapolation, with a warning.
 
     Args:
         cloud: The points that sample the manifold.
@@ -149,6 +170,7 @@ class TangentDrift(nn.Module):
         surface = self.surface
         nodes = surface.neighbours(flat)
         ways, weights = surface.weights(flat, nodes)
+        surface.warn_off(ways, nodes)
         frames = surface.frames(nodes, weights)
         # components in this plane are smooth functions of the place, and right at its foot: no transport is needed
         values = self.vectors[nodes] @ frames
