@@ -59,7 +59,7 @@ def test_posterior_equals_dense_algebra(cloud: PointCloud, options: dict) -> Non
     kernel = gp.kernel
     if "backend" in options:  # all modes of the spectral kernel, normalised by masses
         lengthscale = float(kernel.lengthscale.detach())
-        kernel = ConnectionMatern(bundle, 2.0, 300)
+        kernel = ConnectionMatern(bundle, 3.0, 300)
         kernel.lengthscale = lengthscale
         weighted = (
             kernel.spectral_weights()

@@ -232,7 +232,7 @@ class PointCloud:
         :class:`~stochdyn.vectorfields.ScalarGP`.
         """
         bundle = copy.copy(self)
-        for name in ("two_rings", "typical_doubt"):
+        for name in ("two_rings", "typical_doubt", "left_out"):
             bundle.__dict__.pop(name, None)
         one, edge = np.ones((len(self), 1, 1)), np.ones((len(self._graph.tails), 1, 1))
         bundle.node_frames, bundle._maps = one, edge
@@ -335,16 +335,25 @@ class PointCloud:
         index = index.to(self.device)
         one = torch.ones(len(index), 1, dtype=torch.float64, device=self.device)
         points, frames = self._tensor(self.array)[index], self._tensor(self.node_frames)[index]
-        return Sites(points, frames, index[:, None], one, None, torch.zeros_like(one[:, 0]))
+        none = torch.zeros_like(one[:, 0])
+        return Sites(points, frames, index[:, None], one, None, none, none)
 
     def _point_sites(self, points: Tensor) -> Sites:
         array = points.detach().cpu().double().numpy()
-        ties = extension.tie(self, array)
+        return self._tied(array, extension.tie(self, array))
+
+    def _tied(self, array: np.ndarray, ties: extension.Ties) -> Sites:
         nodes = torch.as_tensor(ties.nodes, device=self.device)
-        frames, weights, maps, beyond = (
-            self._tensor(part) for part in (ties.frames, ties.weights, ties.maps, ties.open)
+        frames, weights, maps, beyond, doubt = (
+            self._tensor(part) for part in (ties.frames, ties.weights, ties.maps, ties.open, ties.doubt)
         )
-        return Sites(self._tensor(array), frames, nodes, weights, maps, beyond)
+        return Sites(self._tensor(array), frames, nodes, weights, maps, beyond, doubt)
+
+    @functools.cached_property
+    def left_out(self) -> tuple[Sites, Sites]:
+        """Some nodes, and the same places as they are read from the other nodes, in the same frames."""
+        chosen, ties = extension.left_out(self)
+        return self._node_sites(torch.as_tensor(chosen)), self._tied(self.array[chosen], ties)
 
     def transport(self, vectors: Any, path: Sequence[int]) -> Tensor:
         """Carry an ambient vector ``(D,)`` at ``path[0]`` along neighbouring nodes to ``path[-1]``."""

@@ -15,12 +15,14 @@ from stochdyn.vectorfields.geometry.connection import polar_factor
 if TYPE_CHECKING:
     from stochdyn.vectorfields.geometry.cloud import PointCloud
 
-__all__ = ["FAR", "Ties", "tie", "typical_doubt"]
+__all__ = ["FAR", "Ties", "left_out", "tie", "typical_doubt"]
 
 #: Farther than this many local radii from any node, the cloud says nothing of the manifold.
 FAR = 1.0
 #: Correlation length of the reader, in local radii, and what keeps its small systems solvable.
 _REACH, _NUGGET = 3.0, 1e-9
+#: The most nodes that are read from the others to see how rough the fields of a prior are.
+_LEFT_OUT = 300
 #: Points whose small systems are solved at once.
 _BLOCK = 20_000
 
@@ -34,6 +36,7 @@ class Ties:
     weights: np.ndarray
     maps: np.ndarray
     open: np.ndarray
+    doubt: np.ndarray
 
 
 def tie(cloud: PointCloud, points: np.ndarray) -> Ties:
@@ -68,9 +71,30 @@ def tie(cloud: PointCloud, points: np.ndarray) -> Ties:
     on_node = distance <= 1e-12
     weights[on_node], doubt[on_node] = np.eye(1, nodes.shape[1]), 0.0
     frames = _frames(cloud.node_frames[nodes], weights)
+    return _ties(cloud, nodes, frames, weights, doubt)
+
+
+def _ties(
+    cloud: PointCloud, nodes: np.ndarray, frames: np.ndarray, weights: np.ndarray, doubt: np.ndarray
+) -> Ties:
     maps = polar_factor(np.einsum("qda,qjdb->qjab", frames, cloud.node_frames[nodes]))
     beyond = np.maximum(doubt - cloud.typical_doubt, 0.0) / (1.0 - cloud.typical_doubt)
-    return Ties(nodes, frames, weights, maps, beyond)
+    return Ties(nodes, frames, weights, maps, beyond, doubt)
+
+
+def left_out(cloud: PointCloud) -> tuple[np.ndarray, Ties]:
+    """Return some nodes, spread over the cloud, and how each of them is read from the others, in its own frame.
+
+    What a prior's fields differ there from what is read tells how rough they are.
+    """
+    chosen = np.unique(np.linspace(0, len(cloud) - 1, min(len(cloud), _LEFT_OUT)).astype(int))
+    count = min(max(cloud.num_neighbors, cloud.frame_neighbors) + 1, len(cloud))
+    distances, nodes = cloud.search.query(cloud.array[chosen], count)
+    if cloud.faces is not None:
+        distances, nodes = _along_the_mesh(cloud, cloud.array[chosen], nodes[:, 0], count)
+    distances, nodes = distances[:, 1:], nodes[:, 1:]
+    weights, doubt = _weights(cloud.array, distances, nodes, cloud.graph.radius[chosen])
+    return chosen, _ties(cloud, nodes, cloud.node_frames[chosen], weights, doubt)
 
 
 def typical_doubt(cloud: PointCloud) -> float:

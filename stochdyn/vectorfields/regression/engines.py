@@ -31,6 +31,8 @@ __all__ = ["DenseEngine", "Engine", "SpectralEngine", "feature_terms"]
 
 #: Numbers of a block of features that are held at once.
 _CHUNK = 16_000_000
+#: Width of the prior of the noise, in logarithms.
+_NOISE_WIDTH = 2.5
 #: The most rows for which a dense covariance is factorised.
 MAX_DENSE_ROWS = 12_000
 
@@ -45,8 +47,18 @@ class Engine(nn.Module, ABC):
         scale = scale if scale > 0 else 1.0
         typical = float(torch.cat([part.relative for part in parts]).median())
         # The search begins with the data's own variance, a twentieth of which is noise.
+        self.usual_noise = math.log(0.05 * scale / typical)
         self.log_amplitude = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float64))
-        self.log_noise = nn.Parameter(torch.tensor(math.log(0.05 * scale / typical), dtype=torch.float64))
+        self.log_noise = nn.Parameter(torch.tensor(self.usual_noise, dtype=torch.float64))
+
+    def noise_prior(self, log_noise: Tensor) -> Tensor:
+        """Return the log prior of the noise: flat above a twentieth of the data's variance, log-normal below.
+
+        Where fields are as rough as the graph, noise and field can't be told apart, the evidence is flat, and its maximum
+        may lie at no noise at all, which makes bands at the data far too narrow. Data without noise outweigh the prior.
+        """
+        below = (log_noise - self.usual_noise).clamp(max=0.0) / _NOISE_WIDTH
+        return -0.5 * below**2
 
     @property
     def amplitude(self) -> Tensor:
@@ -170,7 +182,8 @@ class _TorchEngine(PlainEngine):
 
         def value() -> Tensor:
             total = torch.stack([member.evidence() for member in members]).sum()
-            return scale * (total.cpu() + log_prior(self.kernel))
+            prior = log_prior(self.kernel) + (self.noise_prior(self.log_noise).cpu() if learn_noise else 0.0)
+            return scale * (total.cpu() + prior)
 
         maximise(value, [self.kernel], own, steps)
 

@@ -30,6 +30,7 @@ class GroupedEngine(Engine):
         self.members = nn.ModuleList([make(part) for part in groups.parts])
         first = self._parts[0]
         first.log_amplitude, first.log_noise = self.log_amplitude, self.log_noise
+        first.usual_noise = self.usual_noise
         for other in self._parts[1:]:
             other.share(first)
         self.counts = [len(fields) for fields in groups.fields]

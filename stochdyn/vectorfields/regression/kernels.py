@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -24,6 +25,8 @@ from stochdyn.vectorfields.regression.sites import Sites, lost_variance
 __all__ = ["ConnectionMatern", "FeatureKernel", "ProjectedMatern", "SpectralKernel"]
 
 
+#: Modes by default. With fewer modes than the data resolve, what is cut off is taken for noise, and bands are too narrow.
+_CONNECTION_MODES, _SCALAR_MODES = 600, 300
 #: Numbers of a block of features that are held at once.
 _CHUNK = 16_000_000
 
@@ -221,7 +224,15 @@ class NodalKernel(SpectralKernel):
             return super().missing_variance(sites)
         weights = self.spectral_weights()
         at_nodes = self._variances(self.cloud.sites(slice(None)), weights)
-        return lost_variance(sites, at_nodes, self._variances(sites, weights))
+        # s: the error of reading fields of this prior at nodes from the others, in units of the reader's own doubt
+        scale = (self.residuals @ weights) / self.cloud.left_out[1].doubt.mean()
+        return lost_variance(sites, at_nodes, scale)
+
+    @functools.cached_property
+    def residuals(self) -> Tensor:
+        """The mean square of every feature less what is read of it from the other nodes, ``(k,)``."""
+        itself, read = self.cloud.left_out
+        return (self.features(itself) - self.features(read)).square().mean((0, 1))
 
     def _variances(self, sites: Sites, weights: Tensor) -> Tensor:
         """Return the variance of a component at the sites, averaged over components, ``(q,)``."""
@@ -242,7 +253,7 @@ class ConnectionMatern(NodalKernel):
     Args:
         cloud: The points that sample the manifold.
         nu: The smoothness ν, such as 0.5, 1.5, 2.5 or ``math.inf`` (squared exponential).
-        num_eigenpairs: The number of modes; by default 300, or all if there are fewer. Truncation costs accuracy long
+        num_eigenpairs: The number of modes; by default 600, or all if there are fewer. Truncation costs accuracy long
             before it saves time: take hundreds.
         trainable_nu: Whether ν is learnt too.
         lengthscale_prior: The prior of the length scale κ. The likelihood is flat in κ above the size of the manifold, so
@@ -274,7 +285,11 @@ class ConnectionMatern(NodalKernel):
         **kwargs: Any,
     ) -> None:
         most = cloud.dim * len(cloud)
-        count = min(300, most) if num_eigenpairs is None else as_count(num_eigenpairs, "num_eigenpairs")
+        count = (
+            min(_CONNECTION_MODES, most)
+            if num_eigenpairs is None
+            else as_count(num_eigenpairs, "num_eigenpairs")
+        )
         values, modes = cloud.modes(count)
         super().__init__(cloud, values, modes, nu, trainable_nu, lengthscale_prior, **kwargs)
 
@@ -294,7 +309,7 @@ class ProjectedMatern(NodalKernel):
     Args:
         cloud: The points that sample the manifold.
         nu: The smoothness ν as in :class:`ConnectionMatern`.
-        num_eigenpairs: The number of modes of functions, by default 100, or all if there are fewer; there are D features
+        num_eigenpairs: The number of modes of functions, by default 300, or all if there are fewer; there are D features
             for each.
         trainable_nu: Whether ν is learnt too.
         lengthscale_prior: The prior of the length scale, as in :class:`ConnectionMatern`.
@@ -313,7 +328,11 @@ class ProjectedMatern(NodalKernel):
         lengthscale_prior: Any = "default",
         **kwargs: Any,
     ) -> None:
-        count = min(100, len(cloud)) if num_eigenpairs is None else as_count(num_eigenpairs, "num_eigenpairs")
+        count = (
+            min(_SCALAR_MODES, len(cloud))
+            if num_eigenpairs is None
+            else as_count(num_eigenpairs, "num_eigenpairs")
+        )
         values, modes = cloud.modes(count, "scalar")
         # a frame holds m of the D unit vectors, so that each component sees each mode with total strength one
         super().__init__(cloud, values, modes, nu, trainable_nu, lengthscale_prior, **kwargs)

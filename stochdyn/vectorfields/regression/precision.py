@@ -26,7 +26,7 @@ __all__ = ["PrecisionEngine"]
 #: Right-hand sides solved at once.
 _BLOCK = 256
 #: Up to this many places prior variances are exact; beyond, they come from so many draws.
-_EXACT_VARIANCES, _DRAWS = 4000, 400
+_EXACT_VARIANCES, _DRAWS = 2000, 400
 #: The least noise, relative to the amplitude, that the search goes to.
 _LEAST_LOG_RATIO = math.log(1e-7)
 
@@ -56,7 +56,7 @@ class PrecisionEngine(PlainEngine):
         self,
         data: Observations,
         cloud: PointCloud,
-        nu: float = 2,
+        nu: float = 3,
         lengthscale: float | None = None,
         prior_scale: float = 1.5,
         density: MeanVariance | None = None,
@@ -67,7 +67,7 @@ class PrecisionEngine(PlainEngine):
                 "the precision backend needs a whole nu",
                 got=nu,
                 expected="1, 2, 3, ...",
-                hint="2 is a good choice",
+                hint="3 is a good choice",
             )
         self.cloud, self.nu = cloud, int(nu)
         self.pencil: Pencil = cloud.pencil()
@@ -75,11 +75,9 @@ class PrecisionEngine(PlainEngine):
         self._identity = sp.identity(self._operator.shape[0], dtype=self._operator.dtype, format="csc")
         self._half_mass = np.sqrt(self.pencil.row_mass())
         low = cloud.modes(min(12, cloud.dim * len(cloud)))[0]
-        self.start = (
-            math.sqrt(2.0 * self.nu / max(float(low[-1]), 1e-9 * cloud.spacing**-2))
-            if lengthscale is None
-            else lengthscale
-        )
+        # A length that the graph resolves well: the start of the search for κ, and the median of its prior.
+        resolved = max(float(low[-1]), 1e-9 * cloud.spacing**-2)
+        self.start = math.sqrt(2.0 * self.nu / resolved) if lengthscale is None else lengthscale
         self.prior_scale = prior_scale
         self.log_lengthscale = torch.nn.Parameter(torch.tensor(math.log(self.start), dtype=torch.float64))
         self.density = MeanVariance(cloud, self.pencil) if density is None else density
@@ -176,39 +174,37 @@ class PrecisionEngine(PlainEngine):
         return torch.tensor(value, dtype=torch.float64)
 
     def search(self, members: Sequence[PlainEngine], steps: int, learn_noise: bool) -> None:
-        """Maximise the summed evidence and the prior by a simplex search, since derivatives would need inverses."""
+        """Maximise the summed evidence and the priors by a simplex search, since derivatives would need inverses."""
         engines = cast("Sequence[PrecisionEngine]", members)
-        noise, centre = float(self.noise.detach()), math.log(self.start)
-
-        def best_amplitude(misfit: float, values: int, ratio: float) -> float:
-            return misfit / values if learn_noise else noise / ratio
+        noise = float(self.noise.detach())
+        centre = math.log(self.start)
 
         def cost(x: np.ndarray) -> float:
             # without noise the misfit is a small difference of large numbers
             floor = max(x[1], _LEAST_LOG_RATIO)
             kappa, ratio = math.exp(x[0]), math.exp(floor)
-            penalty = (floor - x[1]) ** 2 + 0.5 * ((x[0] - centre) / self.prior_scale) ** 2
             misfit, log_det, values = self._summed(engines, kappa, ratio)
             if not misfit > 0:  # lost to rounding, where a parallel field has nearly no prior precision
                 return math.inf
             # -log p(y) with the amplitude at its best, misfit / values, for this ratio of noise to amplitude
-            amplitude = best_amplitude(misfit, values, ratio)
+            amplitude = misfit / values if learn_noise else noise / ratio
+            penalty = (floor - x[1]) ** 2 + 0.5 * ((x[0] - centre) / self.prior_scale) ** 2
+            if learn_noise:
+                level = torch.tensor(math.log(amplitude * ratio), dtype=torch.float64)
+                penalty -= float(self.noise_prior(level))
             return penalty + 0.5 * (misfit / amplitude + values * math.log(2 * math.pi * amplitude) + log_det)
 
-        begin = np.array(
-            [float(self.log_lengthscale.detach()), float((self.log_noise - self.log_amplitude).detach())]
-        )
+        begin = np.array([centre, float((self.log_noise - self.log_amplitude).detach())])
         simplex = begin + np.array([[0.0, 0.0], [0.7, 0.0], [0.0, -1.5]])
         options = {"maxfev": max(steps, 60), "xatol": 0.05, "fatol": 0.05, "initial_simplex": simplex}
-        best = minimize(cost, begin, method="Nelder-Mead", options=options).x
-        best[1] = max(best[1], _LEAST_LOG_RATIO)
-        kappa, ratio = math.exp(best[0]), math.exp(best[1])
-        misfit, _, values = self._summed(engines, kappa, ratio)
-        amplitude = best_amplitude(misfit, values, ratio)
+        log_kappa, log_ratio = minimize(cost, begin, method="Nelder-Mead", options=options).x
+        log_ratio = max(log_ratio, _LEAST_LOG_RATIO)
+        misfit, _, values = self._summed(engines, math.exp(log_kappa), math.exp(log_ratio))
+        amplitude = misfit / values if learn_noise else noise / math.exp(log_ratio)
         with torch.no_grad():
-            self.log_lengthscale.fill_(best[0])
+            self.log_lengthscale.fill_(log_kappa)
             self.log_amplitude.fill_(math.log(amplitude))
-            self.log_noise.fill_(math.log(amplitude * ratio))
+            self.log_noise.fill_(math.log(amplitude) + log_ratio)
 
     def share(self, other: PlainEngine) -> None:
         """Take amplitude, noise and length scale of another engine, as the same parameters."""
@@ -240,12 +236,18 @@ class PrecisionEngine(PlainEngine):
 
     def _covariances(self, factor: Any, sites: Sites) -> np.ndarray:
         """Return the covariances ``(q, m, m)`` at sites under the precision that was factorised."""
-        sees, m = self._tie(sites), self.pencil.fibre
+        return self._covariances_of(factor, self._tie(sites))
+
+    def _covariances_of(self, factor: Any, sees: sp.csr_matrix) -> np.ndarray:
+        """Return the covariances ``(q, m, m)`` of linear forms of the unknowns, m rows each."""
+        m = self.pencil.fibre
         per = 1 if self.pencil.paired else m
-        out = np.empty((len(sites), m, m))
+        total = sees.shape[0] // per
+        out = np.empty((total, m, m))
         step = max(1, _BLOCK // per)
-        for start in range(0, len(sites), step):
+        for start in range(0, total, step):
             part = sees[start * per : (start + step) * per]
+            # H Q⁻¹ H' of a block of rows, of which the blocks on the diagonal are kept
             half = factor.solve(np.ascontiguousarray(part.conj().T.toarray()))
             block = part @ half
             if self.pencil.paired:
@@ -256,29 +258,29 @@ class PrecisionEngine(PlainEngine):
         return out
 
     def missing_variance(self, sites: Sites) -> Tensor:
-        """Return the prior's mean variance less what the reading has of it at the sites, ``(q,)``."""
+        """Return what reading the nodes leaves out of the prior at the sites, ``(q,)``."""
         if sites.are_nodes:
             return torch.zeros(len(sites), dtype=torch.float64, device=self.cloud.device)
         factor = factorise(self._prior(self.lengthscale)[0])
-        nodes = sites.nodes.unique()
+        nodes = sites.nodes.unique().cpu()
         at_nodes = torch.ones(len(self.cloud), dtype=torch.float64)
-        if len(nodes) + len(sites) <= _EXACT_VARIANCES:
-            at_nodes[nodes] = self._component_variances(factor, self.cloud.sites(nodes))
-            read = self._component_variances(factor, sites)
+        if len(nodes) <= _EXACT_VARIANCES:
+            at_nodes[nodes] = self._component_variances(factor, self._tie(self.cloud.sites(nodes)))
         else:
-            # one solve per draw in place of one per place; both variances from the same draws, so that errors cancel
+            # one solve per draw in place of one per node
             draw = Normals(torch.Generator().manual_seed(0), self.pencil.paired)
-            unknowns = factor.solve(self._root_draws(draw, _DRAWS))
-            at_nodes, read = (
-                self._as_tensor(self._components(self._tie(where) @ unknowns)).square().mean((1, 2))
-                for where in (self.cloud.sites(slice(None)), sites)
-            )
-        lost = lost_variance(sites, at_nodes.to(self.cloud.device), read.to(self.cloud.device))
+            fields = self._components(factor.solve(self._root_draws(draw, _DRAWS)) / self._half_mass[:, None])
+            at_nodes = torch.as_tensor((fields**2).mean((1, 2)))
+        # s: the error of reading fields of this prior at nodes from the others, in units of the reader's own doubt
+        itself, read = self.cloud.left_out
+        residual = self._component_variances(factor, (self._tie(itself) - self._tie(read)).tocsr())
+        scale = float(residual.mean()) / float(read.doubt.mean())
+        lost = lost_variance(sites, at_nodes.to(self.cloud.device), scale)
         return float(self.amplitude.detach()) * lost
 
-    def _component_variances(self, factor: Any, sites: Sites) -> Tensor:
-        """Return variances of a component at sites under the precision that was factorised, ``(q,)``."""
-        found = self._covariances(factor, sites)
+    def _component_variances(self, factor: Any, sees: sp.csr_matrix) -> Tensor:
+        """Return variances of a component of linear forms of the unknowns, averaged over components, ``(q,)``."""
+        found = self._covariances_of(factor, sees)
         return torch.as_tensor(found.trace(axis1=1, axis2=2) / found.shape[1])
 
     def _root_draws(self, draw: Normals, count: int) -> np.ndarray:

@@ -37,6 +37,10 @@ from stochdyn.vectorfields.regression.sites import Sites
 
 __all__ = ["FieldProcess"]
 
+#: The smoothness by default, and of the precision backend. Rougher priors take noise for signal; smoother ones trust the
+#: graph's own eigenfields more than its points allow.
+_NU, _WHOLE_NU = 2.5, 3.0
+
 
 class FieldProcess:
     """A Gaussian process on a cloud with hyper-parameters at the maximum of the marginal likelihood times their priors.
@@ -78,8 +82,7 @@ class FieldProcess:
         if backend == "precision":
             self._check_precision(kernel, nu)
         elif not self._auto:
-            smooth = 1.5 if nu is None else nu
-            made = _named(cloud, kernel, num_eigenpairs, smooth) if isinstance(kernel, str) else kernel
+            made = _named(cloud, kernel, num_eigenpairs, nu) if isinstance(kernel, str) else kernel
             self._kernel = made.double().to(cloud.device)
 
     def _start(self, cloud: PointCloud, backend: str, nu: float | None) -> None:
@@ -102,14 +105,13 @@ class FieldProcess:
             UnavailableError: Before a fit of ``"auto"``, since no kernel is chosen yet.
         """
         if self.backend == "precision":
-            kernel = (
-                ConnectionMatern(self.cloud, float(self.nu or 2.0)) if self._kernel is None else self._kernel
-            )
-            parameters = dict(self.engine.named_parameters()) if self.engine is not None else {}
-            for name, value in parameters.items():
-                if name.endswith("log_lengthscale"):
-                    kernel.lengthscale = float(value.detach().exp())
-            self._kernel = kernel
+            found = {} if self.engine is None else hyper_parameters(self.engine)
+            values = {name.rpartition(".")[2]: float(value) for name, value in found.items()}
+            kernel = self._kernel
+            if kernel is None:
+                kernel = self._kernel = ConnectionMatern(self.cloud, float(self.nu or _WHOLE_NU))
+            if "log_lengthscale" in values:
+                kernel.lengthscale = math.exp(values["log_lengthscale"])
             return kernel
         if self._kernel is None:
             raise UnavailableError("there is no kernel yet", hint="kernel='auto' is chosen by fit(...)")
@@ -132,7 +134,6 @@ class FieldProcess:
                 "the precision backend knows the connection Matérn kernel of fixed smoothness only",
                 got=kernel if isinstance(kernel, str) else type(kernel).__name__,
             )
-        self.nu = 2.0 if self.nu is None else self.nu
 
     # ------------------------------------------------------------------------------------------- fitting
 
@@ -183,7 +184,7 @@ class FieldProcess:
             return self
 
         if not trial:
-            engine = make_engine(self.cloud, groups, self._kernel, self.backend, float(self.nu or 2.0))
+            engine = make_engine(self.cloud, groups, self._kernel, self.backend, float(self.nu or _WHOLE_NU))
             prepare(engine)
             self._finish(engine, groups, after)
             return
@@ -306,7 +307,7 @@ class FieldProcess:
                 "state isn't what state_dict() of such a process returns",
                 got=f"{type(error).__name__}: {error}",
             ) from error
-        engine = make_engine(self.cloud, groups, kernel, backend, float(nu or 2.0))
+        engine = make_engine(self.cloud, groups, kernel, backend, float(nu or _WHOLE_NU))
         prefix = "parameters."
         set_hyper_parameters(
             engine, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -386,11 +387,12 @@ def _check_options(kernel: str | Kernel, backend: str, num_eigenpairs: int | Non
         raise InvalidInputError("nu is for named kernels", hint="give it to the kernel itself")
 
 
-def _named(cloud: PointCloud, name: str, num_eigenpairs: int | None, nu: float) -> Kernel:
-    counts: dict[str, Any] = {} if num_eigenpairs is None else {"num_eigenpairs": num_eigenpairs}
+def _named(cloud: PointCloud, name: str, num_eigenpairs: int | None, nu: float | None) -> Kernel:
     if name == "ambient":
-        return AmbientKernel(cloud, nu)
-    return (ProjectedMatern if name == "projected" else ConnectionMatern)(cloud, nu, **counts)
+        return AmbientKernel(cloud, 1.5 if nu is None else nu)
+    counts: dict[str, Any] = {} if num_eigenpairs is None else {"num_eigenpairs": num_eigenpairs}
+    kind = ProjectedMatern if name == "projected" else ConnectionMatern
+    return kind(cloud, _NU if nu is None else nu, **counts)
 
 
 def as_variances(variances: Any, rows: int) -> Tensor:

@@ -56,7 +56,8 @@ class RVGP(FieldProcess):
             without features get a dense covariance) and for many evaluations on one cloud; ``"precision"``, the connection Matérn
             kernel with all its modes by sparse algebra, for rough fields and for clouds of tens of thousands of points.
         num_eigenpairs: The number of modes of the named kernels.
-        nu: The smoothness of the named kernels; by default 3/2, and 2 for the precision backend, where it must be whole.
+        nu: The smoothness of the named kernels; by default 5/2, of the ambient kernel 3/2, and of the precision backend,
+            where it must be whole, 3. A kernel object with ``trainable_nu=True`` learns it.
 
     Attributes:
         candidates: The evidence of every kernel tried by ``"auto"``, best first; ``chosen`` names the best.

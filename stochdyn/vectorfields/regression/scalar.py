@@ -40,8 +40,8 @@ class ScalarGP(FieldProcess):
             ``"auto"``: of these the one with the highest evidence.
         backend: Which representation computes the answer: ``"spectral"``, in feature space, or ``"precision"``, all modes by
             sparse algebra, for rough functions and for tens of thousands of points.
-        num_eigenpairs: The number of modes of ``"graph"``; by default 300, or all if there are fewer.
-        nu: The smoothness; by default 3/2, and 2 for the precision backend, where it must be whole.
+        num_eigenpairs: The number of modes of ``"graph"``; by default 600, or all if there are fewer.
+        nu: The smoothness; by default 5/2, of the ambient kernel 3/2, and of the precision backend, where it must be whole, 3.
 
     Attributes:
         candidates: The evidence of every kernel tried by ``"auto"``, best first; ``chosen`` names the best.

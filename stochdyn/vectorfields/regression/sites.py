@@ -30,6 +30,7 @@ class Sites:
         maps: The connections ``(q, K, m, m)`` from the neighbours, None where every site is a node.
         open: The share ``(q,)`` of a field's variance that no reading can tell: from 0 between the nodes to 1 far from all
             of them.
+        doubt: The share ``(q,)`` of the variance that the reader itself leaves out, 0 at nodes.
     """
 
     points: Tensor
@@ -38,6 +39,7 @@ class Sites:
     weights: Tensor
     maps: Tensor | None
     open: Tensor
+    doubt: Tensor
 
     def __len__(self) -> int:
         return self.points.shape[0]
@@ -52,7 +54,7 @@ class Sites:
         maps = None if self.maps is None else self.maps[chosen]
         parts = (self.points, self.frames, self.nodes, self.weights)
         points, frames, nodes, weights = (p[chosen] for p in parts)
-        return Sites(points, frames, nodes, weights, maps, self.open[chosen])
+        return Sites(points, frames, nodes, weights, maps, self.open[chosen], self.doubt[chosen])
 
     def extend(self, fields: Tensor, *, tangent: bool = True) -> Tensor:
         """Read fields on the nodes at the sites.
@@ -85,16 +87,22 @@ class Sites:
         return torch.einsum("qda,...qa->...qd", self.frames, components)
 
 
-def lost_variance(sites: Sites, at_nodes: Tensor, read: Tensor) -> Tensor:
-    """Return the prior variance that reading a field off the nodes leaves out at new points, ``(q,)``.
+def lost_variance(sites: Sites, at_nodes: Tensor, scale: Tensor | float) -> Tensor:
+    r"""Return the prior variance that reading a field off the nodes leaves out at new points, ``(q,)``.
+
+    .. math:: (1-o)\,s\,d(x)+o\,w,\qquad w=a+o\,(1-a)
+
+    Between the nodes it is the reader's own doubt d times a factor s, which says how much rougher or smoother than the
+    reader's the fields of the prior are: nodes that are read from the others tell it. Away from all nodes, as o goes to
+    one, it is all of the variance: from the neighbours' own, a, to the amplitude, one.
 
     Args:
         sites: The new points.
         at_nodes: The prior variance ``(n,)`` of a component at every node, one on average.
-        read: The prior variance ``(q,)`` that a component has as it is read at the points.
+        scale: The factor s.
     """
     share = sites.weights.abs()
     around = (at_nodes[sites.nodes] * share).sum(-1) / share.sum(-1).clamp(min=1e-300)
-    # from the neighbours' own variance between the nodes to the amplitude, one, far from all of them
     whole = around + sites.open * (1.0 - around)
-    return torch.maximum(whole - read, sites.open * whole)
+    inside = torch.minimum(scale * sites.doubt, whole)
+    return inside + sites.open * (whole - inside)
