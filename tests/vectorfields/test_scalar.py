@@ -47,7 +47,9 @@ def test_the_laplacian_is_that_of_functions(cloud: PointCloud) -> None:
     torch.testing.assert_close(bundle.spectrum(9)[0], exact, rtol=0.06, atol=1e-8)
 
 
-@pytest.mark.parametrize("options", [{"num_eigenpairs": 80}, {"backend": "precision", "nu": 2}, {"kernel": "ambient"}])
+@pytest.mark.parametrize(
+    "options", [{"num_eigenpairs": 80}, {"backend": "precision", "nu": 2}, {"kernel": "ambient"}]
+)
 def test_posterior_equals_dense_algebra(cloud: PointCloud, options: dict) -> None:
     train, test = np.arange(0, 300, 3), np.arange(1, 300, 3)
     y = (
