@@ -42,7 +42,7 @@ KNOWN = {
     "vectorfields": 25,
     "bridges": 59,
     "fractional": 4,
-    "interpolants": 239,
+    "interpolants": 92,
     "povm": 25,
 }
 

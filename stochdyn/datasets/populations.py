@@ -13,6 +13,7 @@ from torch import Tensor
 from stochdyn._checks import (
     as_generator,
     as_tensor,
+    check_event_size,
     check_nonempty,
     check_positive_int,
     check_real,
@@ -108,6 +109,12 @@ def _glyph(name: str) -> Tensor:
     return (x - 0.5 * (low + high)) * (6.0 / float((high - low).max()))
 
 
+def _points(x: object, dim: int) -> Tensor:
+    points = as_tensor(x, "x", like=_F64)
+    check_event_size(points, dim, "x")
+    return points
+
+
 class GaussianDenoising:
     r"""Gaussian populations with noise, to be carried to those without; everything about the straight path is exact.
 
@@ -137,13 +144,15 @@ class GaussianDenoising:
 
     def velocity(self, t: float, x: Tensor) -> Tensor:
         """Return the velocity of the straight path between paired points, ``(..., d)``."""
-        left = (1 - t) * self.obs_scale
+        x = _points(x, len(self.mean))
+        left = (1 - as_tensor(t, "t", like=x)) * self.obs_scale
         spread = self.cov + left**2 * torch.eye(len(self.mean), dtype=torch.float64)
         away = (x - self.mean).unsqueeze(-1)
         return -left * self.obs_scale * torch.linalg.solve(spread, away).squeeze(-1)
 
     def flow(self, x: Tensor) -> Tensor:
         r"""Return where the flow carries points: :math:`m+S^{1/2}(S+\sigma^2)^{-1/2}(x_0-m)`, which is the optimal map too."""
+        x = _points(x, len(self.mean))
         values, vectors = torch.linalg.eigh(self.cov)
         ratio = (values.clamp(min=0) / (values + self.obs_scale**2)).sqrt()
         return self.mean + (x - self.mean) @ (vectors @ torch.diag(ratio) @ vectors.mT)
@@ -208,6 +217,7 @@ class MeanFieldOU:
 
     def moments(self, t: float) -> tuple[Tensor, Tensor]:
         r"""Return mean and covariance: :math:`e^{ctJ}m_0` and :math:`e^{-2at}S_0+\tfrac Da(1-e^{-2at})`."""
+        check_real(t, "t")
         angle, decay = self.frequency * t, math.exp(-2 * self.rate * t)
         turn = torch.tensor(
             [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64
@@ -218,6 +228,7 @@ class MeanFieldOU:
 
     def velocity(self, t: float, x: Tensor) -> Tensor:
         r"""Return the velocity of the probability flow, :math:`-a(x-m)+cJm+D\,S^{-1}(x-m)`, at ``(..., 2)``."""
+        x = _points(x, 2)
         mean, cov = self.moments(t)
         turned = torch.stack([-mean[1], mean[0]])
         away = (x - mean).unsqueeze(-1)
@@ -238,6 +249,8 @@ class MeanFieldOU:
             x: The points.
             coupling: ``"ot"`` or ``"independent"``.
         """
+        check_real(t, "t")
+        x = _points(x, 2)
         (m0, s0), (m1, s1) = self.moments(0.0), self.moments(1.0)
         away = (x - torch.lerp(m0, m1, t)).unsqueeze(-1)
         if coupling == "ot":

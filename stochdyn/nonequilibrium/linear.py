@@ -13,7 +13,7 @@ from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 from stochdyn.core.law.path import as_parity
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError
 from stochdyn.nonequilibrium._noise import HalfCovariance
 from stochdyn.nonequilibrium.current import Groups, as_points, check_reached, group_parts
 
@@ -66,6 +66,8 @@ class LinearSteadyState:
             raise ShapeError(
                 "drift_matrix and diffusion don't fit", got=f"{tuple(a.shape)} and {tuple(g.shape)}"
             )
+        if not bool((g != 0).any()):
+            raise SingularDiffusionError("without noise the steady state is a point")
         if float(torch.linalg.eigvals(a).real.max()) >= 0:
             raise InvalidInputError("there is no steady state: a mode of the drift doesn't decay")
         signs = torch.ones(len(a), dtype=a.dtype) if parity is None else as_parity(parity, a)

@@ -69,6 +69,7 @@ class SteadyScore(nn.Module):
     ) -> None:
         super().__init__()
         points = as_tensor(x, "x", 2, "(n, d)").detach()
+        check_type(hidden, (tuple, list), "hidden")
         n, dim = points.shape
         if n < 2:
             raise ShapeError("x needs at least two draws", got=n)
