@@ -14,6 +14,7 @@ from .populations import drug_screen as drug_screen
 from .populations import letters as letters
 from .quantum import OpenSystem as OpenSystem
 from .quantum import open_systems as open_systems
+from .simulators import TwoMoons as TwoMoons
 from .wind import WindClimatology as WindClimatology
 from .wind import wind_climatology as wind_climatology
 from .wind import wind_on_sphere as wind_on_sphere

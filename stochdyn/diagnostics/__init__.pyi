@@ -29,6 +29,7 @@ from .psis import pareto_smooth as pareto_smooth
 from .samplers import MCMCSampler as MCMCSampler
 from .samplers import PosteriorSampler as PosteriorSampler
 from .samplers import VariationalSampler as VariationalSampler
+from .two_sample import c2st as c2st
 from .uniformity import EcdfBand as EcdfBand
 from .uniformity import UniformityTest as UniformityTest
 from .uniformity import ecdf_band as ecdf_band

@@ -84,6 +84,7 @@ class _EmpiricalTruth:
             means = it.mean(t, self.x0, self.x1)
             slopes = it.mean_derivative(t, self.x0, self.x1)
             rate = it.gamma.square_derivative(inner) / (2 * it.gamma.square(inner))
+        # the law between two samples is a mixture of Gaussians at the means of the pairs, weighed by their likelihood
         share = (-0.5 * (torch.cdist(x, means) / scale).square()).softmax(-1)
         offset = x - share @ means
         return share @ slopes + rate * offset, -offset / scale.square()
@@ -118,6 +119,7 @@ def field_errors(
     check_positive_int(num_times, "num_times")
     it, clip = model.interpolant, model.fields.clip
     source = as_generator(generator, x1.device)
+    # the midpoint rule on [margin, 1 - margin]
     u = (torch.arange(num_times, dtype=x1.dtype, device=x1.device) + 0.5) / num_times
     times = margin + (1 - 2 * margin) * u
     exact: Any = _EmpiricalTruth(it, x0, x1, clip) if truth is None else truth

@@ -82,6 +82,7 @@ def feynman_kac_log_density(
     y = (x - center).expand(num_particles, *x.shape)
     total = x.new_zeros(num_particles, x.shape[0])
     before = potential.score_and_residual(start, x).residuals[0].expand_as(total)
+    # q(x) / p_theta(x) = E exp(int R(X_u, u) du) (q_T / p_theta,T)(X_T) along the noising process from x, by the trapezoid rule
     for s, t in itertools.pairwise(times):
         ratio, variance = (v.to(x.dtype) for v in process.kernel(s, t))
         noise = torch.randn(y.shape, dtype=x.dtype, device=x.device, generator=generator)
@@ -91,6 +92,7 @@ def feynman_kac_log_density(
         before = now
     end = y + center
     total = total + prior.log_prob(end) - potential(times[-1].to(x.dtype), end)
+    # log of the mean weight, with its standard error by the delta method
     weights = (total - total.amax(0)).exp()
     mean = weights.mean(0)
     stderr = weights.std(0) / (num_particles**0.5 * mean)
@@ -143,6 +145,7 @@ def evidence_bound(
     residual = potential.score_and_residual(t, _carry(process, x, start, t, generator)).residuals[0]
     horizon = torch.full((), process.horizon, **like)  # type: ignore[call-overload]
     end = _carry(process, x.expand(num_draws, *x.shape), start, horizon, generator)
+    # Jensen: log q(x) >= Phi(x) + E int R dt + E log(q_T / p_theta,T)(X_T), the integral with one time per stratum
     values = measure.squeeze(-1) * residual + prior.log_prob(end) - potential(horizon, end)
     return LogDensity(potential(start, x) + values.mean(0), values.std(0) / num_draws**0.5)
 
@@ -198,6 +201,7 @@ def energy_identity(
     _check_model(potential, prior)
     process, generator = potential.process, as_generator(generator)
     with torch.no_grad():
+        # the energy identity 1/2 int g^2 E_q |grad e|^2 dt = int E_q R dt + KL_T - KL_0, with e = log(q / p_theta)
         x = prior.sample((num_samples,))
         at_prior = prior.log_prob(x) - potential(process.horizon, x)
         times = process.grid(num_steps).to(x.device)
@@ -232,6 +236,7 @@ def _reverse_step(
     start = process.denoised(t.to(x.dtype), x, score) - center
     shrink = -torch.expm1(-2 * h).to(x.dtype)
     noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    # y_i = (s_i / s_{i-1}) e^{-h} y + a_i (1 - e^{-2h}) E[x0 | x] + s_i sqrt(1 - e^{-2h}) xi, as in exponential_sde
     moved = std / before * decay * (x - center) + process.scale(s).to(x.dtype) * shrink * start
     return center + moved + std * shrink.sqrt() * noise
 

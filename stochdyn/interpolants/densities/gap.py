@@ -91,6 +91,7 @@ def ode_sde_gap(
     if not details:
         return distance
     floor, other = emd(sde, draw("sde")), emd(ode, draw("ode"))
+    # two samples of one law are apart as well, by a squared distance that adds to that of the laws
     excess = distance**2 - 0.5 * (floor**2 + other**2)
     return Gap(distance, floor, math.sqrt(max(excess, 0.0)))
 

@@ -83,6 +83,7 @@ def conservativity(
     with torch.enable_grad():
         y = attach(x.detach())
         value = score(time, y)
+        # for Gaussian probes u and v, E (v.J^T u - u.J^T v)^2 = |J - J^T|^2, and E |J^T u|^2 = |J|^2
         squares, sizes = [], []
         for e in sample_probes(x, 2 * num_probes, "gaussian", generator).split(2):
             rows = [pull_back(value, y, probe, create_graph=False) for probe in e]  # J^T e
@@ -125,6 +126,7 @@ def gauge_residual(score: Field, truth: Field, t: Tensor | float, x: Tensor) -> 
     def error(y: Tensor) -> Tensor:
         return score(time, y) - truth(time, y)
 
+    # div(p r) / p = div r + r . grad log p: where it vanishes, the error moves no density
     return divergence(error, x) + (error(x) * truth(time, x)).sum(-1)
 
 
@@ -169,6 +171,7 @@ def intrinsic_dimension(score: Field, t: Tensor | float, x: Tensor, std: float, 
         value = score(time, y)
         rows = [pull_back(value[:, i], y, create_graph=False) for i in range(d)]
     jacobian = torch.stack(rows, -2).detach()
+    # -sigma^2 J tends to the projector on the normal space: eigenvalues near 0 are tangent directions
     spectrum = torch.linalg.eigvalsh(-(std**2) * 0.5 * (jacobian + jacobian.mT))
     return (spectrum < drop).sum(-1)
 

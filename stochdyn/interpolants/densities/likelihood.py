@@ -68,6 +68,7 @@ def flow_with_log_density(
     probes = None if exact else sample_probes(x, num_probes, generator=as_generator(generator, x.device))
 
     def joint(t: Tensor, state: Tensor) -> Tensor:
+        # d log p / dt = -div b along a solution: the state and the log density are one equation
         value, divergence = _with_divergence(velocity, t, state[..., :-1], probes)
         return torch.cat([value, -divergence.unsqueeze(-1)], -1)
 
@@ -265,5 +266,6 @@ def _transition_step(
     if score is not None:
         back = torch.add(back, score(after, y), alpha=spread**2)
     back = torch.add(back, xi, alpha=spread)
+    # log N(y | back + h f, g^2 h) - log N(back | proposal, g^2 h): the normalisers are the same
     ahead = torch.add(y - back, drift(before, back), alpha=-h) / spread
     return back, 0.5 * (xi.square() - ahead.square()).sum(-1)

@@ -63,6 +63,7 @@ class _Path:
     def __init__(self, it: Interpolant, t: Tensor) -> None:
         zero, one = torch.zeros_like(t), torch.ones_like(t)
         mirror, self.one_sided = it.kind == "mirror", it.kind == "one-sided"
+        # x_t = alpha x0 + beta x1 + gamma z: its rows and those of its derivatives, as factors of the three means
         a, da = (zero, zero) if mirror else (it.alpha.value(t), it.alpha.derivative(t))
         b, db = it.beta.value(t), it.beta.derivative(t)
         g, dg = (it.gamma.value(t), it.gamma.derivative(t)) if it.has_latent else (zero, zero)
@@ -212,6 +213,7 @@ def _solve_two(
     r"""Solve :math:`c_1(A,B)+c_2(C,D)=(P,Q)`; where one mean is in none of the three, for the other one alone."""
     (a, b), (c, d) = ([row[i] for i in places] for row in equations)
     p, q = (wanted[i] for i in places)
+    # Cramer's rule, or the least-squares solution in one unknown where the other mean has no factor at all
     determinant = a * d - b * c
     without_first, without_second = (a == 0) & (c == 0) & (p == 0), (b == 0) & (d == 0) & (q == 0)
     alone = without_first | without_second

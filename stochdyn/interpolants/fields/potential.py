@@ -244,6 +244,7 @@ class PotentialNetwork(Potential):
     def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the log density up to a constant, ``(...)``."""
         u, variance, _ = self._coordinates(t, x)
+        # log N(x; m_t, V_t) + network: the Gaussian of the moments of the data, noised, and a correction
         gauss = -0.5 * (u[:, :-1].square() + variance.log()).sum(-1) - 0.5 * self.dim * math.log(2 * math.pi)
         return (gauss + self.network(u).squeeze(-1)).reshape(x.shape[:-1])
 
@@ -261,6 +262,8 @@ class PotentialNetwork(Potential):
         u, variance, time = self._coordinates(t, x)
         y = u[:, :-1]
         g2 = self.process.squared_diffusion(time)
+        # R = d_t Phi + div f + f . grad Phi - g^2 / 2 (Delta Phi + |grad Phi|^2). The Gaussian solves the equation, so of Phi = log N + N_theta
+        # only terms with N_theta stay: its time derivative, g^2 / 2V (y - grad_y N).grad_y N, and -g^2 / 2V Delta_y N
         root = (0.5 * g2 / variance).sqrt()
         probing = method == "hutchinson"
         if probing:

@@ -229,6 +229,7 @@ class WhitenedField(nn.Module):
         time = as_time(t, x).to(x.dtype)
         inner = time.clamp(self.clip, 1 - self.clip)
         b, db = it.beta.value(time), it.beta.derivative(inner)
+        # m_t = a m0 + b m1 and V_t = a^2 v0 + b^2 v1 + gamma^2 in the basis, with their rates m_t' and V_t' / 2
         centre, variance = b * self.mean1, b.square() * self.variance1
         drift, spread = db * self.mean1, b * db * self.variance1
         a = da = torch.zeros_like(time)
@@ -264,17 +265,20 @@ class WhitenedField(nn.Module):
     ) -> Tensor:
         """Return the Gaussian's field plus the network's, in the basis."""
         it, (a, b, da, db), (drift, spread, smooth) = self.interpolant, path, rates
+        # E[x1 | x_t] = m1 + b v1 V_t^{-1/2} y for the Gaussian, and likewise for the start
         if self.name == "data_prediction":
             return self.mean1 + b * self.variance1 * scale * y + self.variance1.sqrt() * net
         if self.name == "start_prediction" or (self.name == "noise_prediction" and it.kind == "one-sided"):
             return self.mean0 + a * self.variance0 * scale * y + self.variance0.sqrt() * net
         if self.name in ("velocity", "path_velocity"):
+            # b = m_t' + V_t' / 2 V_t^{-1/2} y; the correction has the size of the rates of the two ends
             pace = (da.square() * self.variance0 + db.square() * self.variance1).sqrt()
             plain = drift + (spread if self.name == "velocity" else smooth) * scale * y
             if not self.two_parts:
                 return plain + pace * net
             even, blurred = net.chunk(2, -1)
             return plain + pace * even + it.gamma.derivative(t) * blurred
+        # E[z | x_t] = gamma V_t^{-1/2} y, and the score is -1 / gamma times it
         noise = it.noise.value(t)
         if self.name == "noise_prediction":
             return noise * scale * y + net

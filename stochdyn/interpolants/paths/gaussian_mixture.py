@@ -68,6 +68,7 @@ class GaussianMixture(MixtureSameFamily):
             device=self.means.device,
             generator=source,
         )
+        # the covariances share one Cholesky factor per component, drawn from by index
         factor = self.component_distribution.scale_tril  # type: ignore[attr-defined]
         return self.means[pick] + (factor[pick] @ noise).squeeze(-1)
 

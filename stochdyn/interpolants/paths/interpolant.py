@@ -74,6 +74,12 @@ class Interpolant(nn.Module):
     :math:`\rho_0` is the standard normal and :math:`x_0` plays the part of z, so :math:`s=-E[x_0\mid x_t]/\alpha`;
     on *mirror* paths :math:`\rho_0=\rho_1` and :math:`x_0` isn't used.
 
+    Which path? From noise to data, ``"one-sided-linear"``: one network gives flow, score and densities; ``"one-sided-trig"`` where data
+    are standardised, since it keeps their variance; ``"vp"`` to meet models of variance-preserving diffusion. Between two samples,
+    ``"linear"``: with ``gamma="zero"`` for a flow alone, with the Brownian latent for an SDE or a Schrödinger bridge. ``"trig"`` keeps the
+    variance of standardised ends there. ``"encoder-decoder"`` goes through the standard normal at time 1/2, so that two laws can be joined
+    that were learnt apart. ``"mirror"`` makes new draws of a law out of its own.
+
     Args:
         path: The name of a path: ``"linear"``, ``"trig"``, ``"encoder-decoder"``, ``"one-sided-linear"``, ``"one-sided-trig"``,
             ``"vp"``, ``"mirror"``; or a pair of schedules (or functions of time) for alpha and beta.

@@ -71,6 +71,7 @@ def explained_share(
     shares = []
     for s in ratios.tolist():
         noisy = s * start + z
+        # lambda(s) = 1 - E |x - E[x | s x + z]|^2, the conditional mean over the other points so that it is honest
         logits = s * noisy @ known.t() - 0.5 * s * s * size
         logits[torch.arange(num_noises), pick] = -torch.inf
         error = start - logits.softmax(-1) @ known
@@ -127,6 +128,8 @@ class KineticOptimal:
         gamma = 1 - (1 - share) / fine.cos().square().clamp(min=1e-12)
         gamma = gamma.clamp(1e-6, 1.0)
         root = gamma.sqrt()
+        # G = int sqrt(gamma) d theta, b = 4 sin^2(G / 2), and time from the integral of theta-dot:
+        # t = 1/2 + tan(g(theta) - G / 2) / (2 tan(G / 2))
         travelled = torch.cat([root.new_zeros(1), (0.5 * (root[1:] + root[:-1]) * fine.diff()).cumsum(0)])
         total = travelled[-1]
         self.curvature = float(4 * (0.5 * total).sin().square())
@@ -150,6 +153,7 @@ class KineticOptimal:
         """Return radius, its derivative, angle and its derivative."""
         at = t.double().clamp(0, 1)
         b = self.curvature
+        # r^2 = 1 - b t + b t^2 and theta-dot = sqrt((b - b^2 / 4) / gamma) / r^2
         squared = 1 - b * at + b * at.square()
         r = squared.sqrt()
         angle = _interpolate(at, self._time, self._angle)

@@ -26,6 +26,7 @@ class _Latent(Schedule, ABC):
 class BrownianLatent(_Latent):
     r""":math:`\gamma=\sigma\sqrt{t(1-t)}`, the standard deviation of a Brownian bridge.
 
+    The latent to begin with: the only one under which entropic couplings give the Schrödinger bridge, and the paper's best for flows.
     Its derivative is infinite at the ends, :math:`\tfrac12(\gamma^2)\dot{}=\gamma\dot\gamma\to\pm\sigma^2/2` is not.
 
     Args:
@@ -56,6 +57,8 @@ class BrownianLatent(_Latent):
 class ParabolicLatent(_Latent):
     r""":math:`\gamma=\sigma\,t(1-t)`.
 
+    Its derivative is finite, so a velocity learns without both signs of the latent; take it where that is too dear.
+
     Args:
         scale: The factor :math:`\sigma`, in units of the data.
     """
@@ -72,6 +75,8 @@ class ParabolicLatent(_Latent):
 class SineSquaredLatent(_Latent):
     r""":math:`\gamma=\sigma\sin^2(\pi t)`.
 
+    It starts and ends with no slope, and is the whole of an encoder-decoder path at time 1/2.
+
     Args:
         scale: The factor :math:`\sigma`, in units of the data.
     """
@@ -87,7 +92,7 @@ class SineSquaredLatent(_Latent):
 
 
 class SigmoidLatent(_Latent):
-    r"""A plateau between two sigmoid flanks.
+    r"""A plateau between two sigmoid flanks: the same smoothing for most of the time.
 
     .. math:: \gamma=\sigma\,[\varsigma(f(t-\tfrac12)+1)-\varsigma(f(t-\tfrac12)-1)-\varsigma(-\tfrac f2+1)+\varsigma(-\tfrac f2-1)]
 

@@ -98,6 +98,7 @@ class NoisedMixture(MarginalFlow):
         time = as_time(t, x).to(x.dtype)
         leading = time.unsqueeze(-1) if time.ndim else time
         means, vectors = self.means.to(x.dtype), self.eigenvectors.to(x.dtype)
+        # component k at time t is N(mu + a (m_k - mu), V_k diag(a^2 l_k + sigma^2) V_k^T): in its own axes all is diagonal
         shift = x.unsqueeze(-2) - self.process.location(leading, means)
         along = (shift.unsqueeze(-2) @ vectors).squeeze(-2)
         variance = self.process.scale(leading).square() * self.eigenvalues.to(x.dtype)
@@ -113,6 +114,7 @@ class NoisedMixture(MarginalFlow):
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the score ``(..., d)`` of the law at a time, at points ``(..., d)``."""
         along, variance, joint = self._components(t, x)
+        # s = -sum_k p(k | x) C_k^{-1} (x - m_k)
         pull = self.eigenvectors.to(x.dtype) @ (along / variance).unsqueeze(-1)
         return -(pull.squeeze(-1) * joint.softmax(-1).unsqueeze(-1)).sum(-2)
 

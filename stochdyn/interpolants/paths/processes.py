@@ -35,6 +35,10 @@ class AffineProcess(nn.Module, ABC):
     signal-to-noise ratio :math:`\lambda=\log(a/\sigma)`, which always falls with time:
     :math:`\dot\lambda=-g^2/(2\sigma^2)`. Times are tensors of any shape.
 
+    Which process? :class:`VP` for standardised data, where nothing else speaks for another; :class:`VE` for data of a scale that must not
+    shrink on the way, such as residuals or fields with physical units; :class:`OU` for exact comparisons, its coefficients being constant;
+    :class:`MeanReverting` for restoration, where the process ends at the degraded item rather than at pure noise.
+
     Args:
         horizon: The last time T, at which nothing but noise is left.
         start: The first time that is learned, and at which sampling stops, between 0 and the horizon.

@@ -89,7 +89,7 @@ class Constant(Schedule):
 
 
 class Linear(Schedule):
-    r""":math:`t`."""
+    r"""The share of the data on straight paths, :math:`t`."""
 
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
@@ -101,7 +101,7 @@ class Linear(Schedule):
 
 
 class Remaining(Schedule):
-    r""":math:`1-t`."""
+    r"""What is left of the start on straight paths, :math:`1-t`."""
 
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
@@ -145,7 +145,9 @@ class _Trigonometric(Schedule, ABC):
 
 
 class Cosine(_Trigonometric):
-    r""":math:`\sqrt{1-\gamma^2}\,\cos(\pi t/2)`.
+    r"""What is left of the start on a quarter circle, :math:`\sqrt{1-\gamma^2}\,\cos(\pi t/2)`.
+
+    With :class:`Sine` it keeps the variance of standardised, independent ends, so that a network sees one scale at all times.
 
     Args:
         gamma: The schedule of the latent, which leaves less to the two ends; None for none.
@@ -162,7 +164,7 @@ class Cosine(_Trigonometric):
 
 
 class Sine(_Trigonometric):
-    r""":math:`\sqrt{1-\gamma^2}\,\sin(\pi t/2)`.
+    r"""The share of the data on a quarter circle, :math:`\sqrt{1-\gamma^2}\,\sin(\pi t/2)`, beside :class:`Cosine`.
 
     Args:
         gamma: The schedule of the latent, which leaves less to the two ends; None for none.
@@ -178,7 +180,7 @@ class Sine(_Trigonometric):
 
 
 class CosineSquared(Schedule):
-    r""":math:`\cos^2(\pi t)` on one half of [0, 1] and zero on the other.
+    r""":math:`\cos^2(\pi t)` on one half of [0, 1] and zero on the other: for paths that pass through pure noise half-way.
 
     Args:
         first_half: Whether the schedule belongs to the start, which is gone after the first half of the time; else to the data.
@@ -222,7 +224,7 @@ class VariancePreserving(Schedule):
 
 
 class CustomSchedule(Schedule):
-    """A user's function of time.
+    """A user's function of time, for what no ready-made schedule does.
 
     Args:
         function: A callable or a module that maps times of any shape to values of the same shape.

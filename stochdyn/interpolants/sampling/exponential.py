@@ -40,18 +40,22 @@ class _Exponential:
 class ExponentialODE(_Exponential):
     """The probability-flow ODE by an exponential integrator: few steps, and the same noise gives the same sample.
 
+    Take it for ten to thirty steps, for densities, and where draws are to depend smoothly on their noise.
+
     Args:
         order: The order of the method, 1 or 2, at the same cost.
-        prediction: The mean that is taken to vary slowly, ``"data"`` or ``"noise"``: what is taken to vary slowly, see :func:`exponential_ode`.
+        prediction: The mean that is taken to vary slowly, ``"data"`` or ``"noise"``; see :func:`exponential_ode`.
     """
 
 
 class ExponentialSDE(_Exponential):
     """The reverse SDE by an exponential integrator: noise on the way corrects errors of the score.
 
+    Take it from fifty steps on, where the score is learnt and its errors are larger than those of the steps.
+
     Args:
         order: The order of the method, 1 or 2, at the same cost.
-        prediction: The mean that is taken to vary slowly, ``"data"`` or ``"noise"``: what is taken to vary slowly, see :func:`exponential_ode`.
+        prediction: The mean that is taken to vary slowly, ``"data"`` or ``"noise"``; see :func:`exponential_ode`.
     """
 
 
@@ -81,7 +85,7 @@ def exponential_ode(
         x: The points at ``times[0]``, ``(..., d)``.
         times: The times of the steps, ``(N + 1,)``, strictly falling.
         order: The order of the method, 1 or 2, at the same cost.
-        prediction: The mean that is taken to vary slowly, ``"data"`` or ``"noise"``: what is taken to vary slowly. The data is steadier at few steps.
+        prediction: The mean that is taken to vary slowly, ``"data"`` or ``"noise"``. The data are steadier at few steps.
 
     Returns:
         ``(..., d)`` at ``times[-1]``.
@@ -155,6 +159,7 @@ def _integrate(
     at = times.to(x.dtype)
     scales, stds = scale.tolist(), std.tolist()
     for i, (keep, first, second, noise_std) in enumerate(coefficients):
+        # E[x_0 | x] = (y + sigma^2 s) / a and E[z | x] = -sigma s, about the mean of the process
         s = score(at[i], y + center)
         guess = (y + stds[i] ** 2 * s) / scales[i] if prediction == "data" else -stds[i] * s
         y = keep * y + first * guess
@@ -177,6 +182,7 @@ def _coefficients(
     a, a0, s, s0 = scale[1:], scale[:-1], std[1:], std[:-1]
     spread = torch.zeros_like(h)
     if prediction == "data":
+        # phi_1 = 1 - e^{-h} and phi_2 = 1 - phi_1 / h for the ODE, with 2h in place of h for the SDE
         twice = 2 * h if stochastic else h
         phi = -torch.expm1(-twice)
         keep = s / s0 * (-h).exp() if stochastic else s / s0
@@ -184,6 +190,7 @@ def _coefficients(
         if stochastic:
             spread = s * phi.sqrt()
     else:
+        # noise prediction: a_i / a_{i-1} of the state, and -sigma_i (e^h - 1) of the noise, twice that for the SDE
         keep = a / a0
         grow = torch.expm1(h)
         factor = 2.0 if stochastic else 1.0

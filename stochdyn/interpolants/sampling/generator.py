@@ -501,6 +501,7 @@ class InterpolantGenerator(nn.Module):
         check_real(bin_width, "bin_width", above=0.0)
         value = self.log_prob(x1, **options)
         event = self.event_shape or (as_tensor(x1, "x1").shape[-1],)
+        # -log p(x) Delta^d per dimension, in bits: the mass of a bin is at least its density times its volume, in the mean
         bits = torch.log(torch.tensor(2.0, dtype=value.dtype, device=value.device))
         return -value / (torch.Size(event).numel() * bits) - torch.log2(value.new_tensor(bin_width))
 

@@ -29,7 +29,12 @@ ADAPTIVE_NAMES = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
 
 @dataclass(frozen=True)
 class FlowMethod:
-    """A method for the probability flow."""
+    """A method for the probability flow.
+
+    :class:`Ralston` (the default of flows) or :class:`Midpoint` for samples in ten to fifty steps; :class:`RungeKutta4` for densities;
+    :class:`Adaptive` where an error is to be held below a bound, at a number of evaluations that isn't known before;
+    :class:`Euler` for comparisons. SDEs take :class:`Heun`, or :class:`Strang` where steps are few or the noise is strong.
+    """
 
     @property
     def order(self) -> int:

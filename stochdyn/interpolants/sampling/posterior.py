@@ -85,6 +85,7 @@ class LinearGuide:
             rows = [
                 torch.autograd.grad(seen[:, k].sum(), at, retain_graph=True)[0] for k in range(len(self.y))
             ]
+        # (A J)(s^2 + sigma_t^2 / beta_t A J A^T)^{-1}(y - A x1_hat), with J the Jacobian of the data prediction
         jacobian = torch.stack(rows, 1)
         ratio = (it.alpha.square(t) + it.gamma.square(t)) / it.beta.value(t)
         spread = ratio * (jacobian @ self.matrix.mT)
@@ -95,6 +96,7 @@ class LinearGuide:
     def rate(self, t: Tensor) -> Tensor:
         """Return the factor of the gradient in the velocity."""
         it = self.model.interpolant
+        # the factor of the score in b = (beta' / beta) x + (sigma^2 beta' / beta - sigma sigma') s, see ``LinearGuide``
         square = it.alpha.square(t) + it.gamma.square(t)
         falling = 0.5 * (it.alpha.square_derivative(t) + it.gamma.square_derivative(t))
         return square * it.beta.derivative(t) / it.beta.value(t) - falling

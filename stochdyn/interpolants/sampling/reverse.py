@@ -138,6 +138,7 @@ class ReverseDiffusion(nn.Module):
         if not isinstance(self.source, PotentialNetwork):
             return self.process.prior(self.example)
         t = torch.tensor(self.process.horizon, dtype=self.example.dtype, device=self.example.device)
+        # the Gaussian of the moments of the data, noised up to the horizon: nearer to the truth than the stationary law
         mean = self.process.location(t, self.source.data_mean)
         variance = self.process.scale(t).square() * self.source.data_variance + self.process.variance(t)
         normal = torch.distributions.Normal(mean, variance.sqrt(), validate_args=False)
@@ -378,6 +379,7 @@ def _carry(
     total = x.new_zeros(x.shape[0])
     for t, s in itertools.pairwise(times):
         h, middle = (s - t).to(x.dtype), 0.5 * (t + s)
+        # Runge-Kutta of order 4 for the state and for the integral of the divergence together
         k1, d1 = slope(t, x)
         k2, d2 = slope(middle, x + 0.5 * h * k1)
         k3, d3 = slope(middle, x + 0.5 * h * k2)

@@ -33,7 +33,12 @@ __all__ = [
 
 
 class Coupling(nn.Module, ABC):
-    """A rule that pairs two samples of one size."""
+    """A rule that pairs two samples of one size.
+
+    :class:`IndependentCoupling` costs nothing, keeps given pairs and lets one-sided paths have a score. :class:`ExactCoupling` makes flows
+    nearly straight, so that few steps suffice, at the price of a linear assignment per batch (see ``reuse`` and
+    :class:`CoupledBatches`). :class:`EntropicCoupling` is for Schrödinger bridges, whose noise it knows.
+    """
 
     @abstractmethod
     def pair(

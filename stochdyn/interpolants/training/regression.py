@@ -54,7 +54,12 @@ class InterpolantRegression(Objective):
     path has no latent, :math:`\tfrac12|\hat f-y_f|^2` takes the place of the bracket, which differs by a constant.)
 
     One field determines all others on one-sided and mirror paths, two do on others; with a velocity alone the model has a
-    probability flow, but no score. The words *noise prediction* and *data prediction* are those of most diffusion libraries;
+    probability flow, but no score. Which one to learn? A velocity with a noise prediction on two-sided paths (both are bounded, and give SDEs
+    and densities); a velocity alone for a flow. On one-sided paths a velocity or a data prediction: the first has one scale at all
+    times, the second is what guidance by observations differentiates, and the better one where data lie near a surface. Noise
+    predictions are for networks that come from diffusion models, scores for comparisons.
+
+    The words *noise prediction* and *data prediction* are those of most diffusion libraries;
     "denoiser" is the first of them in the interpolants paper and the second elsewhere, so it is no name here.
 
     Args:
@@ -248,6 +253,7 @@ class InterpolantRegression(Objective):
             if self._bounded and name not in self.weights:
                 losses[name] = F.mse_loss(value, target) * (0.5 * value.shape[-1])
                 continue
+            # |f|^2 / 2 - y.f has the same minimiser as |f - y|^2 / 2, and a finite mean where |y|^2 has none
             if self._bounded:
                 loss = 0.5 * (value - target).square().sum(-1, keepdim=True)
             else:

@@ -244,6 +244,7 @@ class ScoreMatching(Objective):
         else:
             score = learned(t, x)
         std = process.std(t)
+        # sigma^2 |s + z / sigma|^2: the error of the noise, bounded at small times
         error = (std * score + z).square().sum(-1)
         loss = fit = (error * self._weight(t, std)).mean()
         terms = {"score": fit.detach()}
@@ -321,6 +322,7 @@ class ScoreMatching(Objective):
         with torch.no_grad():
             center = self.process.center(x0)
             scale, std = self.process.scale(t), self.process.std(t)
+            # softmax over the batch of log p(x | x0_j) = snr y.x0_j - snr^2 |x0_j|^2 / 2, up to what all share
             y, start = (x - center) / std, x0 - center
             snr = scale / std
             logits = snr * (y @ start.t()) - 0.5 * snr.square() * start.square().sum(-1)
