@@ -38,6 +38,8 @@ from .paths.schedules import CustomSchedule as CustomSchedule
 from .paths.schedules import Schedule as Schedule
 from .paths.student import StudentKernel as StudentKernel
 from .populations.baselines import population_baselines as population_baselines
+from .populations.cells import CellPopulations as CellPopulations
+from .populations.cells import populations_from_anndata as populations_from_anndata
 from .populations.compare import PopulationComparison as PopulationComparison
 from .populations.compare import compare_populations as compare_populations
 from .populations.data import Populations as Populations

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from stochdyn.interpolants import (
     SetEncoder,
     compare_populations,
     population_baselines,
+    populations_from_anndata,
 )
 
 SIGMA = 0.5
@@ -320,3 +323,39 @@ def test_turned_populations_are_carried_to_their_own_targets() -> None:
         cross = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()
         w2 = float((x.mean(0).square().sum() + cov.trace() + own.cov.trace() - 2 * cross).clamp(min=0).sqrt())
         assert w2 < 0.06, (angle, w2)
+
+
+def test_cells_of_samples_and_treatments() -> None:
+    """Every sample's untreated cells go with its own treated ones; a sample that lacks either is left out."""
+
+    class Cells:
+        obs = {  # noqa: RUF012
+            "sample": np.array(["b"] * 6 + ["a"] * 6 + ["c"] * 2),
+            "treatment": np.array(["none", "x", "y", "none", "x", "y"] * 2 + ["x", "y"]),
+        }
+        obsm = {"X_pca": np.arange(28.0).reshape(14, 2)}  # noqa: RUF012
+
+    found = populations_from_anndata(Cells(), "none")
+    assert found.samples == ["a", "a", "b", "b"]
+    assert found.treatments == ["x", "y", "x", "y"]
+    assert found.data.starts[0][:, 0].tolist() == [12.0, 18.0]
+    assert found.data.targets[1][:, 0].tolist() == [16.0, 22.0]
+    assert torch.equal(found.data.treatments[1], found.codes["y"])
+    assert populations_from_anndata(Cells(), "none", num_components=1).data.dim == 1
+    frame = pd.DataFrame(Cells.obs, index=[f"cell {i}" for i in range(14)])
+    anndata = pytest.importorskip("anndata")
+    same = populations_from_anndata(anndata.AnnData(obs=frame, obsm=Cells.obsm), "none")
+    assert all(torch.equal(a, b) for a, b in zip(same.data.starts, found.data.starts, strict=True))
+    for call, message in (
+        (lambda: populations_from_anndata(Cells(), "nothing"), "untreated"),
+        (lambda: populations_from_anndata(Cells(), "none", "patient"), "sample_key"),
+        (lambda: populations_from_anndata(Cells(), "none", representation="X"), "representation"),
+        (lambda: populations_from_anndata(3, "none"), "sample_key"),
+    ):
+        with pytest.raises(errors.InvalidInputError, match=message):
+            call()
+    lonely = type(
+        "Lonely", (), {"obs": {k: v[-2:] for k, v in Cells.obs.items()}, "obsm": {"X_pca": np.ones((2, 2))}}
+    )
+    with pytest.raises(errors.EmptyDataError, match="no sample"):
+        populations_from_anndata(lonely(), "x", treatment_key="treatment", sample_key="treatment")

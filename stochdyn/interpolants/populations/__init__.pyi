@@ -1,4 +1,6 @@
 from .baselines import population_baselines as population_baselines
+from .cells import CellPopulations as CellPopulations
+from .cells import populations_from_anndata as populations_from_anndata
 from .compare import PopulationComparison as PopulationComparison
 from .compare import compare_populations as compare_populations
 from .data import Populations as Populations
