@@ -254,6 +254,7 @@ OBJECTIVES: dict[str, Callable[[], tuple[Objective, Any]]] = {
 
 #: Objectives whose work is done on the host on purpose.
 ON_HOST = {
+    "AmortisedRates": "panels are simulated jump by jump until the last jump, whose number isn't known beforehand",
     "StationaryResidual": "strings of outcomes are told apart on the host, and their number decides shapes",
     "TrajectoryELBO": "the place of every point among the nodes of a cloud is searched on the host",
 }
