@@ -123,7 +123,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in ("combined", "tdvp") else []) for name in WAYS],
+)
 @pytest.mark.filterwarnings("ignore::stochdyn.errors.ConvergenceWarning")
 def test_steady_states_have_no_unit_of_time(name: str) -> None:
     def answer(unit: float) -> dict[str, Any]:

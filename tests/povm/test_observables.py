@@ -14,11 +14,13 @@ from stochdyn.povm import (
     SiteFrames,
     Tetrahedral,
     correlations,
+    exact,
     named_operator,
     observable,
     observables,
     ring,
     structure_factor,
+    systems,
 )
 from stochdyn.povm.frames import partial_trace, probabilities_of
 
@@ -178,3 +180,18 @@ BAD = {
 def test_bad_input(row) -> None:
     with pytest.raises(row[1], match=row[2]):
         row[0]()
+
+
+def test_correlations_of_operators_are_those_of_their_names() -> None:
+    model = systems.ising(3)
+    named = exact.evolve(
+        model, "up", [0.0, 0.7], correlations("sigma+", "sigma-", 3), backend="matrix"
+    ).expect
+    given = correlations(named_operator("sigma+"), named_operator("sigma-"), 3)
+    assert list(given) == ["A0 B1", "A0 B2", "A1 B0", "A1 B2", "A2 B0", "A2 B1"]
+    found = exact.evolve(model, "up", [0.0, 0.7], given, backend="matrix").expect
+    for a, b in zip(named.values(), found.values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    z = named_operator("Z")
+    assert list(correlations(z, z, 3)) == ["A0 A1", "A0 A2", "A1 A2"]
+    assert list(correlations("Z", z, 2)) == ["Z0 B1", "Z1 B0"]

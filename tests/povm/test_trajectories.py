@@ -139,7 +139,7 @@ def test_every_jump_is_drawn_with_the_rates_of_its_own_time() -> None:
     )
     times = [0.0, 0.1, 0.25, 0.6]
     mine = trajectories.evolve(
-        switched, "up", times, ["Z"], num_trajectories=2000, generator=0, progress=False
+        switched, "up", times, ["Z"], num_trajectories=600, generator=0, progress=False
     )
     right = exact.evolve(switched, "up", times, ["Z"], backend="matrix").expect["Z"]
     assert bool(((mine.expect["Z"] - right).abs() <= 4.5 * mine.stderr["Z"] + 1e-9).all())

@@ -18,7 +18,7 @@ from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError, LindbladianError, ShapeError, TooFewDrawsError
 from stochdyn.povm.frames.embedding import full_operator
 from stochdyn.povm.frames.frame import Frame
-from stochdyn.povm.frames.operators import as_array, as_operator, named_operator, split_name
+from stochdyn.povm.frames.operators import as_array, as_matrix, as_operator, named_operator, split_name
 from stochdyn.povm.frames.products import coefficients_of
 from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.frames.sizes import check_size
@@ -405,26 +405,31 @@ def correlations(first: Any, second: Any, num_sites: int) -> dict[str, Any]:
     r"""Return all pair correlations :math:`\langle A_iB_j\rangle` as observables by name, ``"Z0 Z1"`` and so on.
 
     Args:
-        first: The operator ``A`` of a site, by name.
-        second: The operator ``B`` of a site, by name.
+        first: The operator ``A`` of a site: a name, a matrix or a ``Qobj``.
+        second: The operator ``B`` of a site, in the same form.
         num_sites: The number ``N`` of sites.
 
     Returns:
-        What ``observables=`` of the solvers takes; pairs of a site with itself are left out, and of two equal
-        operators each pair comes once.
+        What ``observables=`` of the solvers takes, ``"A0 B1"`` and so on where operators have no names; pairs of a site
+        with itself are left out, and of two equal operators each pair comes once.
 
     Example:
         >>> list(correlations("Z", "Z", 3))
         ['Z0 Z1', 'Z0 Z2', 'Z1 Z2']
     """
-    check_type(first, str, "first")
-    check_type(second, str, "second")
     check_positive_int(num_sites, "num_sites", 2)
+    a = first if isinstance(first, str) else as_matrix(first, "first")
+    b = second if isinstance(second, str) else as_matrix(second, "second")
+    if isinstance(a, str) and isinstance(b, str):
+        same, names = a == b, (a, b)
+    else:
+        same = isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+        names = (a if isinstance(a, str) else "A", b if isinstance(b, str) else "A" if same else "B")
     return {
-        f"{first}{i} {second}{j}": (f"{first} {second}", (i, j))
+        f"{names[0]}{i} {names[1]}{j}": ([a, b], (i, j))
         for i in range(num_sites)
         for j in range(num_sites)
-        if i < j or (i > j and first != second)
+        if i < j or (i > j and not same)
     }
 
 
