@@ -55,6 +55,7 @@ from .refinement.projection import GaussNewton as GaussNewton
 from .refinement.projection import LeastSquares as LeastSquares
 from .refinement.refinement import Refinement as Refinement
 from .refinement.refinement import refine as refine
+from .refinement.uncertainty import FullRefit as FullRefit
 from .refinement.uncertainty import bootstrap as bootstrap
 from .refinement.uncertainty import families_of as families_of
 from .refinement.uncertainty import posterior as posterior

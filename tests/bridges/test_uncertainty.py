@@ -13,6 +13,7 @@ import stochdyn as sd
 from stochdyn.bridges import (
     Adam,
     BridgeProfile,
+    FullRefit,
     LinearDrift,
     LinearResponse,
     LotkaVolterra,
@@ -123,7 +124,7 @@ def test_the_bootstrap_is_as_wide_as_estimates_scatter(fit):
 
 @pytest.mark.slow
 def test_full_refits_agree_with_the_response(fit):
-    full = bootstrap(fit, 10, seed=2, refit="full", max_iterations=6, num_nodes=5000)
+    full = bootstrap(fit, 10, seed=2, refit=FullRefit(6, 5000))
     linear = bootstrap(fit, 200, seed=2)
     a, b = (torch.as_tensor(i.posterior["shift"].values.copy()).flatten() for i in (full, linear))
     assert abs(a.mean() - b.mean()) < 5 * b.std() / 10**0.5
@@ -281,7 +282,7 @@ def test_posteriors_warn_of_rotations():
         Snapshots([0.0, 1.0, 2.0], still), LinearDrift(2, shift=False), diffusion=1.0, max_iterations=3
     )
     with pytest.warns(sd.errors.ApproximationWarning, match="rotation"):
-        posterior(fit, 3, refit="full", max_iterations=1)
+        posterior(fit, 3, refit=FullRefit(1))
 
 
 def test_too_many_parameters():
@@ -297,7 +298,7 @@ def test_too_many_parameters():
         )
     with pytest.raises(sd.errors.InvalidInputError, match="too many"):
         LinearResponse(fit)
-    idata = bootstrap(fit, 2, max_iterations=1)
+    idata = bootstrap(fit, 2, refit=FullRefit(1))
     assert idata.attrs["refit"] == "full"
     with pytest.raises(sd.errors.InvalidInputError, match="method"):
         posterior(fit, 2, "mcmc")

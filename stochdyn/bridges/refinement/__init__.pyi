@@ -49,6 +49,7 @@ from .projection import project_drift as project_drift
 from .projection import whitening as whitening
 from .refinement import Refinement as Refinement
 from .refinement import refine as refine
+from .uncertainty import FullRefit as FullRefit
 from .uncertainty import bootstrap as bootstrap
 from .uncertainty import families_of as families_of
 from .uncertainty import posterior as posterior
