@@ -121,6 +121,8 @@ def test_density_is_differentiable() -> None:
             weight[0, 0] += step
             values.append(rev.log_prob(x, num_steps=20).sum())
     probed = rev.log_prob(x, num_steps=20, exact=False)  # one dimension: signs as probes are exact
+    with pytest.raises(InvalidInputError, match="num_probes does nothing"):
+        rev.log_prob(x, num_steps=20, num_probes=2)
     again = torch.autograd.grad(probed.sum(), weight)[0][0, 0]
     assert again.item() == pytest.approx(slope.item(), rel=1e-4)
     assert slope.item() == pytest.approx(((values[0] - values[1]) / 2e-5).item(), rel=1e-5)

@@ -28,7 +28,7 @@ def flow_with_log_density(
     method: str | FlowMethod = "rk4",
     *,
     exact: bool = True,
-    num_probes: int = 1,
+    num_probes: int | None = None,
     inside: tuple[bool, bool] = (False, False),
     generator: torch.Generator | int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def flow_with_log_density(
         method: How to take a step: one of the methods of :func:`integrate_ode`.
         exact: Whether to take the exact divergence, by ``d`` reverse passes; else Hutchinson's estimate with probes that stay the
             same along the path, which is unbiased for the log density.
-        num_probes: The number of probes per point.
+        num_probes: The number of probes per point where the divergence isn't exact; one if None.
         inside: Whether the velocity is known at the first and at the last time as a limit only, as in :func:`integrate_ode`.
         generator: The source of randomness of the probes: a ``torch.Generator``, a seed, or None for torch's global one.
 
@@ -64,8 +64,11 @@ def flow_with_log_density(
         al., "FFJORD", 2019.
     """
     check_bool(exact, "exact")
-    check_positive_int(num_probes, "num_probes")
-    probes = None if exact else sample_probes(x, num_probes, generator=as_generator(generator, x.device))
+    if num_probes is not None:
+        check_positive_int(num_probes, "num_probes")
+        if exact:
+            raise InvalidInputError("num_probes does nothing with exact=True", got=num_probes)
+    probes = None if exact else sample_probes(x, num_probes or 1, generator=as_generator(generator, x.device))
 
     def joint(t: Tensor, state: Tensor) -> Tensor:
         # d log p / dt = -div b along a solution: the state and the log density are one equation

@@ -449,7 +449,7 @@ class InterpolantGenerator(nn.Module):
         method: Method = "rk4",
         *,
         ts: Any = None,
-        num_probes: int = 1,
+        num_probes: int | None = None,
         condition: Any = None,
         guidance: float = 1.0,
         generator: Generator = None,
@@ -462,7 +462,7 @@ class InterpolantGenerator(nn.Module):
             num_steps: The number of steps of a grid of equal ones; 50 if neither this nor ``ts`` is given.
             method: How to take a step: one of the methods of :meth:`push`.
             ts: The times of the steps from 0 to 1, ``(T,)``, in place of ``num_steps``.
-            num_probes: The number of Hutchinson's probes per point.
+            num_probes: The number of Hutchinson's probes per point where the divergence isn't exact; one if None.
             condition: The labels or contexts, one per point or one for all.
             guidance: The strength of classifier-free guidance; 1 for none.
             generator: The source of Hutchinson's probes.
@@ -513,7 +513,7 @@ class InterpolantGenerator(nn.Module):
         *,
         ts: Any = None,
         exact: bool = True,
-        num_probes: int = 1,
+        num_probes: int | None = None,
         condition: Any = None,
         guidance: float = 1.0,
         generator: Generator = None,

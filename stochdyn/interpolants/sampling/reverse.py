@@ -24,7 +24,7 @@ from stochdyn._checks import (
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.initial import as_initial
 from stochdyn.core.law.marginals import Generator, SampleShape
-from stochdyn.errors import ShapeError
+from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants.densities.evidence import feynman_kac_log_density
 from stochdyn.interpolants.densities.likelihood import flow_log_prob
 from stochdyn.interpolants.fields.conditions import rows_of_condition
@@ -274,7 +274,7 @@ class ReverseDiffusion(nn.Module):
         *,
         num_steps: int = 100,
         exact: bool = True,
-        num_probes: int = 1,
+        num_probes: int | None = None,
         num_particles: int = 64,
         condition: Any = None,
         mean: Any = None,
@@ -293,7 +293,7 @@ class ReverseDiffusion(nn.Module):
             method: The law that is meant: that of the ``"ode"`` or of the ``"sde"``.
             num_steps: The number of steps of the ODE, or of the paths.
             exact: Whether to take the trace of the Jacobian exactly, or by random probes (unbiased).
-            num_probes: The number of probes per point if not exact.
+            num_probes: The number of probes per point if not exact; one if None.
             num_particles: The number of paths per point for the SDE.
             condition: The labels or contexts, one per point or one for all.
             mean: What the process reverts to, ``(n, d)`` or ``(d,)``, where items have their own.
@@ -327,14 +327,16 @@ class ReverseDiffusion(nn.Module):
                     num_particles=num_particles,
                     generator=generator,
                 ).value
+            if exact and num_probes is not None:
+                raise InvalidInputError("num_probes does nothing with exact=True", got=num_probes)
             times = self.process.grid(num_steps).to(x.device)
             if exact and isinstance(own.source, PotentialNetwork):
                 y, total = _carry(self.process, own.source, x, times.flip(0))
                 return prior.log_prob(y) + total
-            probing: dict[str, Any] = {} if exact else {"num_probes": num_probes, "generator": generator}
             return flow_log_prob(
-                own.smooth().velocity, prior.log_prob, x, times, "rk4", exact=exact, **probing
-            )
+                own.smooth().velocity, prior.log_prob, x, times, "rk4", exact=exact, num_probes=num_probes,
+                generator=generator,
+            )  # fmt: skip
 
     def measure(self, condition: Any = None) -> DiffusionMeasure:
         """Return the law of the reverse SDE on paths, on the clock ``horizon - t``.
