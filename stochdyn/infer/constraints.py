@@ -42,7 +42,7 @@ class PinStart(Transform):
         return PinnedPath(self.start)
 
     def with_cache(self, cache_size: int = 1) -> PinStart:
-        """See torch."""
+        """Return the transform that remembers the last ``cache_size`` values."""
         return self if self._cache_size == cache_size else PinStart(self.start, cache_size)
 
     def _call(self, x: Tensor) -> Tensor:

@@ -73,8 +73,8 @@ class CouplingPlan:
     """Which elements of which sites couple times, and how they share sums.
 
     Attributes:
-        sites: names of the sites.
-        slots: for each sum, the elements that it serves: ``(site, index)``.
+        sites: The names of the sites.
+        slots: For each sum, the elements that it serves: ``(site, index)``.
         segment: ``(T, R)`` the element of each time, -1 for none.
     """
 
@@ -86,9 +86,9 @@ class CouplingPlan:
         """Return the sums and the ends of the observations, ``(T, *batch, R)``: one where an observation is complete.
 
         Args:
-            elements: log densities ``(K, *batch)`` of the elements of each site.
-            leaf: the path ``(T, *batch, d)``.
-            keep_graph: whether gradients reach what the likelihood depends on.
+            elements: The log densities ``(K, *batch)`` of the elements of each site.
+            leaf: The path ``(T, *batch, d)``.
+            keep_graph: Whether gradients reach what the likelihood depends on.
         """
         generator = torch.Generator(leaf.device).manual_seed(0)
         rows = []
@@ -175,9 +175,9 @@ def find_coupling(sites: Iterable[Any], leaf: Tensor, scale: Tensor | float) -> 
     """Find the observations that couple times, or return None.
 
     Args:
-        sites: sites of the likelihood, run at the path.
-        leaf: the path ``(T, *batch, d)``, on the graph.
-        scale: of the path's own site.
+        sites: The sites of the likelihood, run at the path.
+        leaf: The path ``(T, *batch, d)``, on the graph.
+        scale: The scale of the path's own site.
     """
     found: list[tuple[str, int, int, int]] = []
     names = []

@@ -48,22 +48,22 @@ class DiffusionPath(LawDistribution):
     A fixed start has no density; it is pinned, so samplers that move in unconstrained space leave it alone.
 
     Args:
-        sde: the equation. Its coefficients may carry batch axes (parameters drawn in a Pyro model): write
+        sde: The equation. Its coefficients may carry batch axes (parameters drawn in a Pyro model): write
             them so that they broadcast with ``x (*batch, d)``, such as ``rate[..., None] * x``, and give a
             batched strength as ``Scalar``.
-        initial: a distribution with event ``(d,)``, or a tensor ``(d,)`` or ``(*batch, d)``.
+        initial: A distribution with event ``(d,)``, or a tensor ``(d,)`` or ``(*batch, d)``.
         ts: ``(T,)`` strictly increasing times.
-        method: solver that draws paths; the density is always Euler's.
+        method: The integration method that draws paths; the density is always Euler's.
 
     Raises:
-        TimeGridError: if the grid isn't strictly increasing.
-        ShapeError: if drift, diffusion and start don't fit together, or a path given to ``log_prob``
+        TimeGridError: If the grid isn't strictly increasing.
+        ShapeError: If drift, diffusion and start don't fit together, or a path given to ``log_prob``
             doesn't fit.
-        DiffusionError: if the diffusion isn't positive at the start.
-        DeviceMismatchError: if grid, start and equation live on different devices.
-        DtypeMismatchError: if drift or diffusion would change the precision of the state.
-        NonFiniteError: by ``log_prob``, for a path with NaN or infinity, if validation is on.
-        SingularDiffusionError: by ``log_prob``, if there is no density in state space (use
+        DiffusionError: If the diffusion isn't positive at the start.
+        DeviceMismatchError: If grid, start and equation live on different devices.
+        DtypeMismatchError: If drift or diffusion would change the precision of the state.
+        NonFiniteError: By ``log_prob``, for a path with NaN or infinity, if validation is on.
+        SingularDiffusionError: By ``log_prob``, if there is no density in state space (use
             :func:`sample_path`).
 
     Example:
@@ -168,12 +168,12 @@ class PathIncrements(LawDistribution):
     along, so that a guide can see what the increments drive.
 
     Args:
-        sde: the equation they will drive.
+        sde: The equation that the increments drive.
         x0: ``(*batch, d)`` start.
         ts: ``(T,)`` times.
         memory0: ``(*batch, m, K)`` initial memory states, or None.
-        method: solver that turns them into a path.
-        steps: the recursion of the noise on the grid, where it is known already.
+        method: The integration method that turns the increments into a path.
+        steps: The recursion of the noise on the grid, where it is known already.
 
     Example:
         >>> from stochdyn.core import SDE
@@ -282,19 +282,19 @@ def sample_path(
     and never on the values of its parameters; a singular square matrix needs ``noise_space=True``.
 
     Args:
-        name: site name.
-        sde: the equation.
-        initial: a distribution with event ``(d,)``, or a tensor for a fixed start.
+        name: The name of the site.
+        sde: The equation.
+        initial: A distribution with event ``(d,)``, or a tensor for a fixed start.
         ts: ``(T,)`` times.
-        method: solver.
+        method: The integration method of the path.
         noise_space: True for the noise form, False for the path itself; None chooses by the form of the equation.
 
     Returns:
         The path, ``(*batch, T, d)``.
 
     Raises:
-        TimeGridError: if the grid isn't strictly increasing; and the other errors of :class:`DiffusionPath`.
-        SingularDiffusionError: if ``noise_space=False`` and there is no density in state space.
+        TimeGridError: If the grid isn't strictly increasing; and the other errors of :class:`DiffusionPath`.
+        SingularDiffusionError: If ``noise_space=False`` and there is no density in state space.
 
     Example:
         >>> from stochdyn.core import SDE

@@ -20,7 +20,7 @@ class LikelihoodEncoder(nn.Module):
 
     Args:
         dim: ``d``, components of the path.
-        width: size of the summary.
+        width: The size of the summary.
     """
 
     def __init__(self, dim: int, width: int = 32) -> None:

@@ -27,13 +27,13 @@ class Feedback(Control):
     linear-Gaussian model at any step size. ``z`` is the full state, followed by the sums of a coupling where there is one.
 
     Args:
-        law: the linear part.
+        law: The linear part.
         scale: ``(N, M)`` or ``(N, *batch, M)`` prior standard deviations of the increments.
-        network: the nonlinear part ``(t, (z - c) / w, context) -> (..., M)``, or None.
+        network: The nonlinear part ``(t, (z - c) / w, context) -> (..., M)``, or None.
         width: ``w (*batch, Z)`` units of the network's input; None for ones.
         context: ``(N, *batch, C)`` what the network is told at each step, or None.
-        coupling: what the feedback remembers of the path for observations that couple times, or None.
-        own: the control of the equation itself, which acts on the increments after the feedback.
+        coupling: The part of the path that the feedback remembers for observations that couple times, or None.
+        own: The control of the equation itself, which acts on the increments after the feedback.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Feedback(Control):
     def shape_increment(
         self, n: int, t: Tensor, dt: Tensor | float, z: Tensor, e: Tensor, channels: int
     ) -> Tensor:
-        """See :meth:`stochdyn.core.sde.equation.Control.shape_increment`."""
+        """Turn standard increments of step ``n`` into those of the feedback law, and then of the equation's own control."""
         offset, gain, factor, centre, scale = (rows[n] for rows in self._rows)
         state = z
         if self.coupling is not None:
@@ -79,7 +79,7 @@ class Feedback(Control):
         return shaped if self.own is None else self.own.shape_increment(n, t, dt, z, shaped, channels)
 
     def affine(self, e: Tensor) -> tuple[Tensor, Tensor, Rest | None] | None:
-        """See :meth:`stochdyn.core.sde.equation.Control.affine`."""
+        """Return the increments as an affine function of the state and the network's part; None where more is remembered."""
         if self.own is not None or self.coupling is not None:
             return None
         law, ndim, scale = self.law, e.ndim, _lead(self.scale, e.ndim)

@@ -60,24 +60,24 @@ class AutoPathGuide(AutoGuide):
     Args:
         model: Pyro model with sites made by :func:`sample_path`, :class:`DiffusionPath` or
             :class:`NoiseReparam`.
-        rest: guide for the other latent sites, a callable from a model to an AutoGuide.
-        hidden: widths of the control network's hidden layers; empty for linear feedback alone.
+        rest: The guide for the other latent sites, a callable from a model to an AutoGuide.
+        hidden: The widths of the control network's hidden layers; empty for linear feedback alone.
         feedback: ``"fitted"``, or ``"recomputed"`` for each draw of the other sites, around the most probable
             path at their medians. Use it with a dependent law of the other sites
             (``rest=AutoMultivariateNormal``) where their uncertainty matters.
-        amortised: read the feedback from an encoder (True) or fit it freely (False); by default True if a
+        amortised: Read the feedback from an encoder (True) or fit it freely (False); by default True if a
             plate of the path is subsampled.
-        context: size of the encoder's summary.
+        context: The size of the encoder's summary.
         start: ``"linearised"`` or ``"prior"``, where free feedback starts.
-        estimator: gradient of the divergence: ``"stl"``, ``"rate"`` or ``"density"``; by default the first, and
+        estimator: The gradient of the divergence: ``"stl"``, ``"rate"`` or ``"density"``; by default the first, and
             the last if the feedback is recomputed. The value reported is always exact.
-        create_plates: as for Pyro's AutoGuides, for subsampling.
+        create_plates: The function that makes the plates of a model that subsamples, as for Pyro's AutoGuides.
 
     Raises:
-        UnknownSiteError: on the first call, if the model has no path site.
-        InvalidInputError: on the first call, if a path in a subsampled plate is to be fitted freely, or if a
+        UnknownSiteError: On the first call, if the model has no path site.
+        InvalidInputError: On the first call, if a path in a subsampled plate is to be fitted freely, or if a
             path in state space has a random start of constrained support.
-        NonFiniteError: on the first call, if the model can't be linearised.
+        NonFiniteError: On the first call, if the model can't be linearised.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -521,9 +521,9 @@ class AutoPathGuide(AutoGuide):
         """Return the posterior law of a path, a :class:`~stochdyn.infer.PosteriorPath`.
 
         Args:
-            name: the path's site.
-            args: arguments of the model.
-            kwargs: keyword arguments of the model.
+            name: The path's site.
+            args: The arguments of the model.
+            kwargs: The keyword arguments of the model.
         """
         from stochdyn.infer.path_law import PosteriorPath
 
@@ -533,8 +533,8 @@ class AutoPathGuide(AutoGuide):
         """Return posterior and prior of a path as distributions over its states on the fitted grid.
 
         Raises:
-            UnavailableError: if there are further latent sites, or no density in state space.
-            UnknownSiteError: if the guide has no such path.
+            UnavailableError: If there are further latent sites, or no density in state space.
+            UnknownSiteError: If the guide has no such path.
         """
         with poutine.block():
             if self.prototype_trace is None:

@@ -53,7 +53,7 @@ class Quadratic:
         precision: ``H (T, *batch, d, d)``, positive semidefinite.
         linear: ``h (T, *batch, d)``.
         value: ``(*batch,)`` the log-likelihood at the reference path, or None.
-        coupling: the sums that observations of several times depend on, or None. A complete sum ``a`` adds
+        coupling: The sums that observations of several times depend on, or None. A complete sum ``a`` adds
             ``-1/2 a^2 + pull a``.
         ends: ``(T, R)`` one where a sum is complete.
         pull: ``(T, *batch, R)``, zero elsewhere.
@@ -71,7 +71,7 @@ def expand_likelihood(log_likelihood: Callable[[Tensor], Tensor], path: Tensor) 
     """Return the second-order expansion of a log-likelihood around a path.
 
     Args:
-        log_likelihood: maps paths ``(T, *batch, d)`` to ``(*batch,)``, each path's own.
+        log_likelihood: The function that maps paths ``(T, *batch, d)`` to each path's own log likelihood, ``(*batch,)``.
         path: ``(T, *batch, d)``.
     """
     with torch.enable_grad():
@@ -93,11 +93,11 @@ def second_order(
     are folded into the block of each time; those of ``coupled`` are kept whole.
 
     Args:
-        total: a scalar that is a sum of the log-likelihoods of all series.
-        leaf: the paths, a leaf of the graph.
+        total: A scalar that is a sum of the log-likelihoods of all series.
+        leaf: The paths, a leaf of the graph.
         value: ``(*batch,)`` the log-likelihoods themselves.
-        keep_graph: let gradients of the result reach what else the likelihood depends on.
-        coupled: the log-likelihood of observations that couple times, their sums, and where these are complete.
+        keep_graph: Let gradients of the result reach what else the likelihood depends on.
+        coupled: The log-likelihood of observations that couple times, their sums, and where these are complete.
     """
     slope = torch.autograd.grad(total, leaf, create_graph=True)[0]
     rows = []
@@ -143,14 +143,14 @@ def linear_steps(
     """Return the steps linearised around states ``z`` and increments ``e``.
 
     Args:
-        sde: the equation; its own control is part of the step.
+        sde: The equation; its own control is part of the step.
         ts: ``(T,)``.
         z: ``(N, *batch, Z)`` full states before each step.
         e: ``(N, *batch, M)`` increments.
         scale: ``(N, M)`` units of the increments that ``B`` refers to.
-        method: the solver whose steps are linearised.
-        keep_graph: whether gradients reach the parameters of the equation.
-        noise: the recursion of the noise on the grid, where it is known already.
+        method: The solver whose steps are linearised.
+        keep_graph: Whether gradients reach the parameters of the equation.
+        noise: The recursion of the noise on the grid, where it is known already.
     """
     z, e = z.detach().contiguous(), e.detach().contiguous()
     if not sde.state_dependent and sde.control is None and method.name == "euler" and ts.ndim == 1:
@@ -225,9 +225,9 @@ class LinearPosterior:
     """The posterior of a linearised model in feedback form.
 
     Attributes:
-        law: the feedback on the state, followed by the sums of the coupling; its centre is zero.
+        law: The feedback on the state, followed by the sums of the coupling; its centre is zero.
         start_precision: ``(*batch, Z, Z)`` and start_linear ``(*batch, Z)``: the likelihood as a function of the start.
-        coupling: the sums, or None.
+        coupling: The sums, or None.
     """
 
     law: LinearFeedback

@@ -24,7 +24,7 @@ class LinearStart:
     """A linearised posterior and the path that it was taken around.
 
     Attributes:
-        posterior: gains in absolute coordinates.
+        posterior: The posterior with its gains in absolute coordinates.
         states: ``(T, *batch, Z)`` its mean path.
         increments: ``(N, *batch, M)`` that drive it.
         start_mean: ``(*batch, D)`` posterior mean of a random start, or None.
@@ -63,13 +63,13 @@ def fit_linearised(
     Steps are halved, for each series by itself, until the path is no less probable than before.
 
     Args:
-        view: the site.
-        quadratic: expansion of the log-likelihood around a path ``(T, *batch, d)``.
-        iterations: at most so many.
-        tolerance: relative change of the path at which to stop.
+        view: The site as the model presents it.
+        quadratic: The expansion of the log-likelihood around a path ``(T, *batch, d)``.
+        iterations: The largest number of iterations.
+        tolerance: The relative change of the path at which to stop.
 
     Raises:
-        NonFiniteError: if the path without noise, or its likelihood, isn't finite.
+        NonFiniteError: If the path without noise, or its likelihood, isn't finite.
 
     Reference:
         Bell, "The iterated Kalman smoother as a Gauss-Newton method", 1994; Li and Todorov, "Iterative linear

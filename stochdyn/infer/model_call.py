@@ -27,8 +27,8 @@ class ModelRun:
     """The sample sites that one run of a model met, in order, as messages of Pyro.
 
     Attributes:
-        sites: by name.
-        given: the values that were handed to sites, by name.
+        sites: The sites that the model met, by name.
+        given: The values that were handed to sites, by name.
     """
 
     sites: dict[str, Any] = field(default_factory=dict)
@@ -49,10 +49,10 @@ class ModelRun:
 
         Args:
             leaf: ``(T, *batch, d)`` the path, on the graph.
-            site_name: the random site behind the path.
-            prior: the sites whose density belongs to the prior of the path.
-            keep_graph: whether gradients reach the other sites.
-            plan: the observations that couple times, or None.
+            site_name: The random site behind the path.
+            prior: The sites whose density belongs to the prior of the path.
+            keep_graph: Whether gradients reach the other sites.
+            plan: The observations that couple times, or None.
         """
         scale = self.sites[site_name]["scale"]
         value, total = leaf.detach().sum(-1).sum(0) * 0.0, leaf.sum() * 0.0
@@ -87,8 +87,8 @@ class ModelCall:
 
     Args:
         model: Pyro model.
-        args: its arguments.
-        kwargs: its keyword arguments.
+        args: The positional arguments of the model.
+        kwargs: The keyword arguments of the model.
     """
 
     def __init__(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -104,12 +104,12 @@ class ModelCall:
         """Run the model, unseen by handlers outside.
 
         Args:
-            values: what sites are given, by name; other sites are drawn.
-            paths: paths ``(*batch, T, d)`` that stand in for driven ones, which then aren't integrated.
-            until: a site at which to stop.
+            values: The values that sites are given, by name; other sites are drawn.
+            paths: The paths ``(*batch, T, d)`` that stand in for driven ones, which then aren't integrated.
+            until: A site at which to stop.
 
         Raises:
-            UnknownSiteError: if the model never meets the site at which to stop.
+            UnknownSiteError: If the model never meets the site at which to stop.
         """
         follow = _Follow(values, paths or {}, until)
         with poutine.block(), follow:
@@ -126,7 +126,7 @@ class ModelCall:
         """Return the message of site ``name`` when the sites before it take ``values``.
 
         Raises:
-            UnknownSiteError: if the model never meets the site.
+            UnknownSiteError: If the model never meets the site.
         """
         last = self._last
         if name in last.sites:
@@ -147,12 +147,12 @@ class ModelCall:
         """Return the expansion of the log-likelihood around ``path (T, *batch, d)``, cut off from the graph.
 
         Args:
-            site_name: the random site behind the path.
-            path_name: the site that holds the path itself.
-            prior: the sites whose density belongs to the prior of the path.
-            values: values of the other sites.
-            path: the path.
-            plan: the observations that couple times, or None.
+            site_name: The random site behind the path.
+            path_name: The site that holds the path itself.
+            prior: The sites whose density belongs to the prior of the path.
+            values: The values of the other sites.
+            path: The path.
+            plan: The observations that couple times, or None.
         """
         with torch.enable_grad(), pyro.validation_enabled(False):
             run, leaf = self._at(site_name, path_name, values, path)

@@ -55,13 +55,13 @@ class PosteriorPath(PathMeasure):
 
     Args:
         model: Pyro model; it must broadcast over a leading batch of draws (as ``Predictive(parallel=True)`` needs).
-        source: its fitted guide, a ``pyro.infer.MCMC`` that has run, or a dictionary of its draws by site.
-        name: the path's site.
-        args: arguments of model and guide.
-        kwargs: keyword arguments of model and guide.
+        source: The fitted guide of the model, a ``pyro.infer.MCMC`` that has run, or a dictionary of its draws by site.
+        name: The path's site.
+        args: The arguments of model and guide.
+        kwargs: The keyword arguments of model and guide.
 
     Raises:
-        UnknownSiteError: by its verbs, if the model has no path of that name.
+        UnknownSiteError: By its verbs, if the model has no path of that name.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -113,12 +113,12 @@ class PosteriorPath(PathMeasure):
         Args:
             ts: ``(T,)`` strictly increasing times, or ``(*batch, T)`` where every series has its own, none before the fitted
                 grid.
-            sample_shape: the shape of independent draws. A sampler's own draws are thinned evenly, or drawn again if there are
+            sample_shape: The shape of independent draws. A sampler's own draws are thinned evenly, or drawn again if there are
                 too few.
-            generator: the source of randomness; inside, it seeds torch's global one, which guides draw from.
+            generator: The source of randomness; inside, it seeds torch's global one, which guides draw from.
 
         Raises:
-            TimeGridError: if a time lies before the fitted grid, or beyond the horizon that the noise was made for.
+            TimeGridError: If a time lies before the fitted grid, or beyond the horizon that the noise was made for.
         """
         shape = as_sample_shape(sample_shape)
         fitted = self.fitted_times()
@@ -151,7 +151,7 @@ class PosteriorPath(PathMeasure):
         It is known for a guide without other latent sites, of a path that has a density in state space.
 
         Raises:
-            UnavailableError: otherwise, for paths on other grids, and for other estimators than ``"density"``.
+            UnavailableError: Otherwise, for paths on other grids, and for other estimators than ``"density"``.
         """
         check_choice(estimator, ESTIMATORS, "estimator")
         if not isinstance(path, Path):
@@ -184,9 +184,9 @@ class DrawnPaths:
         ts: ``(T,)`` or ``(*batch, T)``.
         x: ``(T, S, *batch, d)`` states.
         z: ``(T, S, *batch, Z)`` full states.
-        sde: the equation, its parameters those of every draw.
-        method: the solver of the site.
-        num_batch: the number of batch axes that the path has in the model.
+        sde: The equation, its parameters those of every draw.
+        method: The solver of the site.
+        num_batch: The number of batch axes that the path has in the model.
     """
 
     ts: Tensor
@@ -272,7 +272,7 @@ def draw_paths(
     """Draw a path on the fitted grid, all draws at once.
 
     Raises:
-        UnknownSiteError: if the model has no path of that name.
+        UnknownSiteError: If the model has no path of that name.
     """
     samples = _samples_of(source, num_draws)
     if samples is None:

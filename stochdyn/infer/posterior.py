@@ -74,8 +74,8 @@ class IncrementPosterior(_FeedbackLaw):
     """Posterior of the increments of a path, event ``(T-1, m R)``: guides a :class:`PathIncrements` site.
 
     Args:
-        prior: the site's distribution in the model.
-        feedback: the law of the increments given the state.
+        prior: The site's distribution in the model.
+        feedback: The law of the increments given the state.
         estimator: ``"stl"``, ``"rate"`` or ``"density"``, the gradient of the divergence.
     """
 
@@ -136,10 +136,10 @@ class PathPosterior(_FeedbackLaw):
     """Posterior of a path in state space, event ``(T, d)``: the guide of a :class:`DiffusionPath` site.
 
     Args:
-        prior: the site's distribution in the model.
-        feedback: the law of the increments given the state.
-        estimator: as in :class:`IncrementPosterior`.
-        start: posterior of a random start; None for a fixed one.
+        prior: The site's distribution in the model.
+        feedback: The law of the increments given the state.
+        estimator: The gradient of the divergence, as in :class:`IncrementPosterior`.
+        start: The posterior of a random start; None for a fixed one.
     """
 
     _carried = ("sde", "prior", "ts", "feedback", "estimator", "start")

@@ -22,7 +22,7 @@ class PathDraws:
     Attributes:
         ts: ``(T,)`` times, or ``(*batch, T)`` with a grid per series.
         x: ``(num_draws, *batch, T, d)`` states.
-        num_fitted: how many of the times lie on or before the end of the fitted grid, the fewest over series; the others
+        num_fitted: How many of the times lie on or before the end of the fitted grid, the fewest over series; the others
             are forecasts.
     """
 
@@ -62,22 +62,22 @@ def predict_path(
 
     Args:
         model: Pyro model; it must broadcast over a leading batch of draws (as ``Predictive(parallel=True)`` needs).
-        guide: its fitted guide, a ``pyro.infer.MCMC`` that has run, or a dictionary of its draws by site.
-        name: the path's site.
+        guide: The fitted guide of the model, a ``pyro.infer.MCMC`` that has run, or a dictionary of its draws by site.
+        name: The path's site.
         ts: ``(T,)`` strictly increasing times, or ``(*batch, T)`` where every series has its own, none before the fitted grid;
             the fitted grid if None.
-        args: arguments of model and guide.
-        kwargs: keyword arguments of model and guide.
-        num_draws: number of draws.
-        seed: seed of the draws; the global random state is left as it was. None draws from the global state.
+        args: The arguments of model and guide.
+        kwargs: The keyword arguments of model and guide.
+        num_draws: The number of draws.
+        seed: The seed of the draws; the global random state is left as it was. None draws from the global state.
 
     Returns:
         The draws.
 
     Raises:
-        UnknownSiteError: if the model has no path of that name.
-        TimeGridError: if a time lies before the fitted grid, or beyond the horizon that the noise was made for.
-        InvalidInputError: for a sampler that hasn't run.
+        UnknownSiteError: If the model has no path of that name.
+        TimeGridError: If a time lies before the fitted grid, or beyond the horizon that the noise was made for.
+        InvalidInputError: For a sampler that hasn't run.
 
     Example:
         >>> import pyro, pyro.distributions as dist

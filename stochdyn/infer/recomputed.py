@@ -23,8 +23,8 @@ class RecomputedSite(PyroModule):
     parameters; gradients in :math:`\theta` pass through the recursion.
 
     Args:
-        view: the site.
-        start: posterior linearised around the most probable path, at the centre of the other sites.
+        view: The site as the model presents it.
+        start: The posterior linearised around the most probable path, at the centre of the other sites.
     """
 
     #: Whether the law is read off the likelihood at every call.
@@ -46,10 +46,10 @@ class RecomputedSite(PyroModule):
         """Return the law of the increments, and that of a random start, for the present values of the other sites.
 
         Args:
-            view: the site as the model presents it with these values.
-            reference: the states at which it was expanded.
-            data: expansion of the log-likelihood.
-            keep_graph: whether gradients reach the other sites.
+            view: The site as the model presents it with these values.
+            reference: The states at which the log likelihood was expanded.
+            data: The expansion of the log-likelihood.
+            keep_graph: Whether gradients reach the other sites.
         """
         increments = _spread(self.increments, view.batch())
         posterior = linear_posterior(view.linear_steps(reference, increments, keep_graph), data)

@@ -21,7 +21,7 @@ class NoiseReparam(Reparam):
     the data are weak.
 
     Raises:
-        InvalidInputError: if the site isn't a :class:`DiffusionPath`, or is observed.
+        InvalidInputError: If the site isn't a :class:`DiffusionPath`, or is observed.
 
     Example:
         >>> import pyro, torch
@@ -39,7 +39,7 @@ class NoiseReparam(Reparam):
     """
 
     def apply(self, msg: Any) -> Any:
-        """See Pyro."""
+        """Replace the path site by a site of independent increments, and make the path deterministic."""
         name, fn = msg["name"], msg["fn"]
         if not isinstance(fn, DiffusionPath):
             raise InvalidInputError(

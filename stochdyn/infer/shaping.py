@@ -29,7 +29,7 @@ def shape_increments(sde: SDE, ts: Tensor, z: Tensor, e: Tensor) -> Tensor:
     r"""Return the increments :math:`s\,e+u\,\Delta` under the equation's own control.
 
     Args:
-        sde: the equation.
+        sde: The equation.
         ts: ``(T,)``.
         z: ``(T-1, *batch, Z)`` full states before each step.
         e: ``(T-1, *batch, m R)`` increments without the control.

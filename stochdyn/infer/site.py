@@ -37,11 +37,11 @@ class PathSite(PyroModule):
     """Parameters of the posterior of one path site: free for each step, or read off the data by an encoder.
 
     Args:
-        view: the site.
-        start: linearised posterior to start from; None starts at the prior.
-        amortised: whether an encoder sets the feedback.
-        hidden: widths of the control network; empty for none.
-        context: size of the encoder's summary.
+        view: The site as the model presents it.
+        start: The linearised posterior to start from; None starts at the prior.
+        amortised: Whether an encoder sets the feedback.
+        hidden: The widths of the control network's hidden layers; empty for none.
+        context: The size of the encoder's summary.
     """
 
     def __init__(

@@ -78,8 +78,8 @@ class AutoSkewedNormal(AutoContinuous):
 
     Args:
         model: Pyro model.
-        init_loc_fn: where the guide starts, site by site.
-        init_scale: width at the start, on the unconstrained scale.
+        init_loc_fn: The function that says where the guide starts, site by site.
+        init_scale: The width at the start, on the unconstrained scale.
 
     Example:
         >>> import pyro
@@ -123,10 +123,10 @@ class AutoSkewedNormal(AutoContinuous):
         """Put the guide at the mode of the posterior, as wide as the Laplace approximation there.
 
         Args:
-            args: of the model.
-            steps: of Adam towards the mode.
-            lr: its step size, which falls to a hundredth.
-            kwargs: of the model.
+            args: The positional arguments of the model.
+            steps: The number of Adam's updates towards the mode.
+            lr: The step size of Adam, which falls to a hundredth of itself.
+            kwargs: The keyword arguments of the model.
 
         Returns:
             The guide itself. If the curvature at the mode isn't that of a maximum, only its place is taken.

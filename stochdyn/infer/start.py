@@ -83,11 +83,11 @@ class StartPrior:
         """Build the prior, or None if nothing is random.
 
         Args:
-            law: law of the state; None if it is fixed at ``x0``.
+            law: The law of the state at the start; None if it is fixed at ``x0``.
             x0: ``(*batch, d)``.
             factor: ``(Q, K)`` from the normals of the past to memory states; None without a past.
             channels: ``m``.
-            batch: batch shape of the path.
+            batch: The batch shape of the path.
         """
         means, precisions = [], []
         if law is not None:

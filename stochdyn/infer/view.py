@@ -30,14 +30,14 @@ class SiteView:
     """A path site as the model presents it on one run.
 
     Attributes:
-        fn: the site's distribution.
-        path_name: the site that holds the path itself.
+        fn: The site's distribution.
+        path_name: The site that holds the path itself.
         x0: ``(*batch, d)`` start, the prior mean where it is random.
         memory0: ``(*batch, m, K)`` initial memory, or None.
         scale: ``(N, M)`` prior standard deviations of the increments.
-        shape: batch shape of a path, the axes of the other sites' draws included.
-        start: what is random at the start and belongs to this site, or None.
-        start_law: the law of the state there, or None if it isn't random.
+        shape: The batch shape of a path, the axes of the other sites' draws included.
+        start: The part of the start that is random and belongs to this site, or None.
+        start_law: The law of the state there, or None if it isn't random.
     """
 
     fn: DiffusionPath | PathIncrements
@@ -136,11 +136,11 @@ def view_site(
     """Gather what a guide needs from a site's distribution.
 
     Args:
-        fn: the site's distribution.
-        path_name: the site that holds the path.
-        start_law: law of a random start that the guide treats with an increments site.
-        past: whether it treats the past of the noise too.
-        draws: batch axes of the draws of other sites, which the likelihood may depend on.
+        fn: The site's distribution.
+        path_name: The site that holds the path.
+        start_law: The law of a random start that the guide treats with an increments site.
+        past: Whether the guide treats the past of the noise too.
+        draws: The batch axes of the draws of other sites, which the likelihood may depend on.
     """
     check_control(fn.sde)
     if isinstance(fn, PathIncrements):
