@@ -20,6 +20,7 @@ from .dynamics.steady_methods import Descent as Descent
 from .dynamics.steady_methods import Newton as Newton
 from .dynamics.steady_methods import Relaxation as Relaxation
 from .dynamics.time_evolution import evolve as evolve
+from .frames.embedding import partial_trace as partial_trace
 from .frames.frame import Basis as Basis
 from .frames.frame import FourPauli as FourPauli
 from .frames.frame import Frame as Frame
@@ -42,6 +43,7 @@ from .lindblad.graphs import chain as chain
 from .lindblad.graphs import ring as ring
 from .lindblad.graphs import square_lattice as square_lattice
 from .lindblad.lindbladian import Lindbladian as Lindbladian
+from .lindblad.qutip_operators import to_qutip as to_qutip
 from .master.information import capacity as capacity
 from .master.information import ergotropy as ergotropy
 from .master.information import fidelity as fidelity

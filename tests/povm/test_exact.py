@@ -206,7 +206,7 @@ def test_three_levels_and_frames_by_site() -> None:
 
 def test_initial_states() -> None:
     rho = initial_density(["up", torch.tensor([1.0, 1.0]), "mixed"], 3)
-    torch.testing.assert_close(partial_trace(rho, (1,), 3, 2).real, torch.full((2, 2), 0.5, dtype=F64))
+    torch.testing.assert_close(partial_trace(rho, (1,)).real, torch.full((2, 2), 0.5, dtype=F64))
     bell = torch.tensor([1.0, 0, 0, 1.0])
     torch.testing.assert_close(initial_density(bell, 2).real[0], torch.tensor([0.5, 0, 0, 0.5], dtype=F64))
     p = torch.full((16,), 1 / 16, dtype=F64)

@@ -118,8 +118,12 @@ def test_site_averages_count_correlations() -> None:
 
 def test_partial_traces() -> None:
     rho = torch.kron(torch.kron(a := random_state(2), b := random_state(2)), c := random_state(2))
-    torch.testing.assert_close(partial_trace(rho, (2, 0), 3, 2), torch.kron(c, a))
-    torch.testing.assert_close(partial_trace(torch.stack([rho, rho]), (1,), 3, 2)[1], b)
+    torch.testing.assert_close(partial_trace(rho, (2, 0)), torch.kron(c, a))
+    torch.testing.assert_close(partial_trace(torch.stack([rho, rho]), (1,))[1], b)
+    with pytest.raises(ShapeError, match="power of 2"):
+        partial_trace(torch.eye(3), [0])
+    with pytest.raises(LindbladianError, match="doesn't exist"):
+        partial_trace(torch.eye(4), [2])
 
 
 def test_three_levels() -> None:

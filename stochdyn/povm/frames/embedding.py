@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from stochdyn._checks import check_positive_int
+from stochdyn.errors import ShapeError
+from stochdyn.povm.frames.operators import as_array
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -41,20 +46,43 @@ def full_operator(matrix: Tensor, sites: Sequence[int], num_sites: int, dim: int
     return sparse.csr_matrix(data, shape=shape)
 
 
-def partial_trace(rho: Tensor, sites: Sequence[int], num_sites: int, dim: int) -> Tensor:
-    """Return the reduced density matrices ``(*batch, d**k, d**k)`` on some sites, in their order.
+def partial_trace(rho: Any, sites: Sequence[int], dim: int = 2) -> Tensor:
+    r"""Return the reduced density matrices on some sites, in their order.
+
+    .. math:: \rho_A=\operatorname{Tr}_{\bar A}\rho
 
     Args:
         rho: The density matrices ``(*batch, d**N, d**N)`` of the lattice.
         sites: The ``k`` sites that are kept.
-        num_sites: The number ``N`` of sites.
         dim: The number ``d`` of levels of a site.
+
+    Returns:
+        ``(*batch, d**k, d**k)``.
+
+    Raises:
+        ShapeError: If the size of the matrices isn't a power of ``d``.
+        LindbladianError: If a site doesn't exist, or comes twice.
+
+    Example:
+        >>> bell = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]]) / 2
+        >>> partial_trace(bell, [1])
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
     """
-    batch, n = rho.shape[:-2], num_sites
-    rest = [i for i in range(n) if i not in sites]
+    from stochdyn.povm.frames.lattice_observables import check_sites
+
+    check_positive_int(dim, "dim", 2)
+    rho = as_array(rho, "rho")
+    size = rho.shape[-1] if rho.ndim >= 2 and rho.shape[-1] == rho.shape[-2] else 0
+    n = round(math.log(size, dim)) if size > 1 else 0
+    if n == 0 or dim**n != size:
+        raise ShapeError(f"rho must be square, its size a power of {dim}", got=tuple(rho.shape))
+    check_sites(sites, n)
+    kept_sites = [int(s) for s in sites]
+    rest = [i for i in range(n) if i not in kept_sites]
     # Tr_rest rho: rows and columns of the kept sites first, then the diagonal of the rest is summed
     tensor = rho.reshape(-1, *(dim,) * (2 * n))
-    rows, columns = [1 + i for i in (*sites, *rest)], [1 + n + i for i in (*sites, *rest)]
-    kept, gone = dim ** len(sites), dim ** len(rest)
+    rows, columns = [1 + i for i in (*kept_sites, *rest)], [1 + n + i for i in (*kept_sites, *rest)]
+    kept, gone = dim ** len(kept_sites), dim ** len(rest)
     tensor = tensor.permute(0, *rows, *columns).reshape(-1, kept, gone, kept, gone)
-    return torch.einsum("nigjg->nij", tensor).reshape(*batch, kept, kept)
+    return torch.einsum("nigjg->nij", tensor).reshape(*rho.shape[:-2], kept, kept)

@@ -231,7 +231,18 @@ def to_qutip(model: Lindbladian) -> tuple[Any, list[Any]]:
     Raises:
         SystemSizeError: If the operators would be too large.
         MissingDependencyError: If QuTiP isn't installed.
+
+    Example:
+        >>> import pytest
+        >>> qutip = pytest.importorskip("qutip")
+        >>> from stochdyn.povm import systems
+        >>> h, c_ops = to_qutip(systems.ising(2))
+        >>> h.shape, len(c_ops)
+        ((4, 4), 2)
     """
+    from stochdyn.povm.master.arguments import check_model
+
+    check_model(model)
     return _operators(model, 1.0, lambda t: t)
 
 

@@ -96,7 +96,7 @@ def mutual_information(rho: Any, sites: Sequence[int], *, dim: int = 2) -> Tenso
     """
     matrices, n, inside = _bipartition(rho, sites, dim)
     outside = [i for i in range(n) if i not in inside]
-    parts = [partial_trace(matrices, part, n, dim) for part in (inside, outside) if part]
+    parts = [partial_trace(matrices, part, dim) for part in (inside, outside) if part]
     return sum((von_neumann_entropy(part) for part in parts), -von_neumann_entropy(matrices))
 
 
