@@ -43,7 +43,6 @@ KNOWN = {
     "bridges": 59,
     "fractional": 4,
     "interpolants": 92,
-    "povm": 25,
 }
 
 #: Calls, or calls with one changed argument, that are left alone, with the reason.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import check_finite, check_positive_int
 from stochdyn.errors import ShapeError
 from stochdyn.povm.frames.operators import as_array
 
@@ -61,6 +61,7 @@ def partial_trace(rho: Any, sites: Sequence[int], dim: int = 2) -> Tensor:
 
     Raises:
         ShapeError: If the size of the matrices isn't a power of ``d``.
+        NonFiniteError: If they hold NaN or infinity.
         LindbladianError: If a site doesn't exist, or comes twice.
 
     Example:
@@ -77,6 +78,7 @@ def partial_trace(rho: Any, sites: Sequence[int], dim: int = 2) -> Tensor:
     n = round(math.log(size, dim)) if size > 1 else 0
     if n == 0 or dim**n != size:
         raise ShapeError(f"rho must be square, its size a power of {dim}", got=tuple(rho.shape))
+    check_finite(torch.view_as_real(rho.resolve_conj()) if rho.is_complex() else rho, "rho")
     check_sites(sites, n)
     kept_sites = [int(s) for s in sites]
     rest = [i for i in range(n) if i not in kept_sites]
