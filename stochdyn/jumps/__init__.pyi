@@ -37,3 +37,11 @@ from .reaction_rates import ParticleFilter as ParticleFilter
 from .reaction_rates import ReactionPosterior as ReactionPosterior
 from .reaction_rates import StateProjection as StateProjection
 from .reaction_rates import fit_reactions as fit_reactions
+from .markov_state import ChapmanKolmogorov as ChapmanKolmogorov
+from .markov_state import TimeScales as TimeScales
+from .markov_state import chapman_kolmogorov as chapman_kolmogorov
+from .markov_state import implied_time_scales as implied_time_scales
+from .plots import plot_chapman_kolmogorov as plot_chapman_kolmogorov
+from .plots import plot_state_posterior as plot_state_posterior
+from .plots import plot_states as plot_states
+from .plots import plot_time_scales as plot_time_scales

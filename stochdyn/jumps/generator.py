@@ -266,6 +266,59 @@ class RateMatrix(nn.Module):
         later = (transition(self, dt) @ b[:, None])[..., 0]
         return (pi * a * later).sum(-1) - (pi * a).sum(-1) * (pi * b).sum(-1)
 
+    def dwell_density(self, states: int | list[int], dt: object) -> Tensor:
+        r"""Return the probability density of the time spent in a class of states per visit, in the steady state.
+
+        .. math:: f(t)=\varphi\,e^{Q_{AA}t}Q_{AB}1,\qquad\varphi\propto\pi_BQ_{BA}
+
+        Args:
+            states: The states A of the class, such as the open states of a channel.
+            dt: The times ``()`` or ``(n,)``.
+
+        Returns:
+            The density, of the shape of ``dt``, in 1/time.
+        """
+        inside = self._states(states, "states")
+        outside = [i for i in range(self.num_states) if i not in inside]
+        if not outside:
+            raise InvalidInputError("states must leave out at least one state", got=inside)
+        entry = (self.stationary()[outside, None] * self.matrix[outside][:, inside]).sum(0)
+        if float(entry.sum()) == 0:
+            raise InvalidInputError("the class is never entered in the steady state", got=inside)
+        left, leaving = self._until_left(inside, dt)
+        return ((entry / entry.sum()) * (left @ leaving)).sum(-1)
+
+    def first_passage_density(self, target: int | list[int], dt: object) -> Tensor:
+        """Return the probability density of the time at which a state of the target is first entered, from every state.
+
+        Args:
+            target: The states of the target.
+            dt: The times ``()`` or ``(n,)``.
+
+        Returns:
+            The density ``(*n, S)``, in 1/time; zero in the target. It integrates to the probability that the target is reached.
+        """
+        goal = self._states(target, "target")
+        rest = [i for i in range(self.num_states) if i not in goal]
+        left, leaving = self._until_left(rest, dt)
+        out = left.new_zeros(*left.shape[:-2], self.num_states)
+        out[..., rest] = left @ leaving
+        return out
+
+    def _until_left(self, inside: list[int], dt: object) -> tuple[Tensor, Tensor]:
+        """Return ``e^{Q_AA t}`` at times and the rates at which A is left from each of its states."""
+        from stochdyn.jumps.uniformisation import transition
+
+        if self.batch_shape:
+            raise ShapeError("one matrix at a time", got=f"batch {tuple(self.batch_shape)}")
+        inner = self.matrix[inside][:, inside]
+        leaving = -inner.sum(-1).clamp(max=0.0)
+        # with a sink for what has left, A is a generator of its own
+        size = len(inside)
+        closed = self.matrix.new_zeros(size + 1, size + 1)
+        closed[:size, :size], closed[:size, size] = inner, leaving
+        return transition(closed, dt)[..., :size, :size], leaving
+
     def embedding_report(self, dt: float) -> dict[str, Any]:
         """Say what observations every ``dt`` can't tell: other generators with the same transitions, and information lost.
 

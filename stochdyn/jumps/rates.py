@@ -15,6 +15,8 @@ from torch import Tensor
 from stochdyn._checks import as_seed, check_bool, check_positive_int, check_real, check_type
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, ZeroProbabilityError
+from stochdyn.jumps.amortised import AmortisedRates
+from stochdyn.jumps.embedding import other_generators
 from stochdyn.jumps.likelihood import PanelLikelihood
 from stochdyn.jumps.panel import PanelData
 from stochdyn.jumps.proposal import draw_posterior
@@ -44,6 +46,7 @@ class RatePosterior:
         idata: The same draws in ArviZ's container.
         observed_gaps: How often each link was seen directly between two visits.
         expected_jumps: The largest expected number of jumps in a typical gap.
+        notes: What the data can't tell, in sentences.
     """
 
     rates: Tensor
@@ -57,6 +60,7 @@ class RatePosterior:
     idata: Any
     observed_gaps: Tensor
     expected_jumps: float
+    notes: list[str]
 
     @property
     def rate_draws(self) -> Tensor:
@@ -81,11 +85,7 @@ class RatePosterior:
         lines.append(
             f"log-likelihood {self.log_likelihood:.4f}, k-hat {self.khat:.2f}, {self.effective:.0f} effective draws{moved}"
         )
-        if self.expected_jumps > 1:
-            lines.append(
-                f"A typical gap holds up to {self.expected_jumps:.1f} jumps: fast rates are known by their ratios only."
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def fit_rates(
@@ -95,6 +95,7 @@ def fit_rates(
     reversible: bool = False,
     num_draws: int = 1000,
     seed: int = 0,
+    start: AmortisedRates | None = None,
 ) -> RatePosterior:
     r"""Estimate the rates of a jump process from a panel of visits.
 
@@ -110,6 +111,8 @@ def fit_rates(
         reversible: Whether detailed balance holds; it needs a symmetric mask.
         num_draws: The number of posterior draws.
         seed: The seed of all randomness.
+        start: A network whose rates are where the search begins; observed jumps over observed time if None. It helps where
+            many jumps fall into a gap.
 
     Raises:
         ZeroProbabilityError: If a transition was seen that the mask makes impossible.
@@ -130,9 +133,11 @@ def fit_rates(
     check_type(panel, PanelData, "panel")
     check_bool(reversible, "reversible")
     check_positive_int(num_draws, "num_draws", 2)
+    if start is not None:
+        check_type(start, AmortisedRates, "start")
     source = torch.Generator().manual_seed(as_seed(seed))
     problem = _Problem(panel, mask, prior, reversible)
-    mode = problem.maximise(problem.start(), with_prior=True)
+    mode = problem.maximise(problem.start(start), with_prior=True)
     # from the mode: where a rate's likelihood has no maximum, the search from there ends at a bound and doesn't wander
     best = problem.maximise(mode, with_prior=False)
     likelihood = float(problem.log_likelihood(best[None])[0])
@@ -168,8 +173,56 @@ def fit_rates(
     seen = panel.counts()[problem.links[:, 0], problem.links[:, 1]]
     typical = float(panel.gaps.dt.median()) * float((-off.diagonal()).max())
     return RatePosterior(
-        off, likelihood, panel.labels, problem.links, named, khat, effective, moved, idata, seen, typical
+        off,
+        likelihood,
+        panel.labels,
+        problem.links,
+        named,
+        khat,
+        effective,
+        moved,
+        idata,
+        seen,
+        typical,
+        _not_known(panel, off, typical),
     )
+
+
+def _not_known(panel: PanelData, rates: Tensor, expected_jumps: float) -> list[str]:
+    """Say what the panel can't tell of rates."""
+    notes = []
+    if expected_jumps > 1:
+        # information on a rate of two alike states, relative to whole paths: 4 x / (e^{4 x} - 1)
+        kept = 4 * expected_jumps / math.expm1(min(4 * expected_jumps, 700.0))
+        notes.append(
+            f"A typical gap holds up to {expected_jumps:.1f} jumps, so some {100 * kept:.2g} % of the information of whole paths is "
+            "left: fast rates are known by their ratios only."
+        )
+    dt = panel.gaps.dt
+    if float(dt.max() - dt.min()) <= 1e-9 * float(dt.max()):
+        interval = float(dt.median())
+        others = other_generators(rates, interval)
+        if others:
+            notes.append(
+                f"All gaps are {interval:g}, and {len(others)} other generators have the same transition probabilities: the data "
+                "can't tell them apart. Visits at a second interval would."
+            )
+        counts = panel.counts()
+        if bool((counts.sum(-1) > 0).all()):
+            share = counts / counts.sum(-1, keepdim=True)
+            if float(torch.linalg.det(share)) <= 0:
+                notes.append(
+                    "The shares of transitions have a determinant that isn't positive, which no jump process has: the rates are a "
+                    "best fit, and a jump process may be the wrong model or the interval too long."
+                )
+    absent = [
+        panel.labels[k]
+        for k in range(panel.num_states)
+        if not bool(((panel.gaps.before == k) | (panel.gaps.after == k)).any())
+    ]
+    if absent:
+        notes.append(f"States without data: {absent}. Their rates are those of the prior.")
+    return notes
 
 
 class _Problem:
@@ -223,13 +276,16 @@ class _Problem:
         self._crude = crude[self.links[:, 0], self.links[:, 1]].clamp(min=0.1 * overall).log()
         self.likelihood = PanelLikelihood(panel.gaps, size)
 
-    def start(self) -> Tensor:
-        """Return where the search begins: the crude rates."""
+    def start(self, network: AmortisedRates | None) -> Tensor:
+        """Return where the search begins: the crude rates, or those of a network."""
+        crude = self._crude
+        if network is not None:
+            crude = network.posterior(self.panel).log_mean[self.links[:, 0], self.links[:, 1]]
         if not self.reversible:
-            return torch.cat([self._crude, torch.zeros(self.num_parameters - self.num_base).double()])
+            return torch.cat([crude, torch.zeros(self.num_parameters - self.num_base).double()])
         return torch.cat(
             [
-                self._crude.mean().expand(len(self.pairs)),
+                crude.mean().expand(len(self.pairs)),
                 torch.zeros(self.num_parameters - len(self.pairs)).double(),
             ]
         )
