@@ -72,6 +72,35 @@ def hurst(report: dict[str, Any]) -> list[str]:
     return [title, "", *_table(head, rows), note, ""]
 
 
+def calibration(report: dict[str, Any]) -> list[str]:
+    """Table of coverage over data sets whose parameters are drawn from the prior."""
+    said = {
+        "series_100": "`infer_hurst`, n = 100",
+        "series_1000": "`infer_hurst`, n = 1000",
+        "gaps": "`infer_hurst`, n = 100, a tenth missing",
+        "several": "`infer_hurst`, ten series of 12",
+        "tracks": "`infer_roughness`, 30 tracks of 20 to 60 points in the plane, errors unknown",
+        "roughness": "`infer_roughness`, 200 points, errors unknown",
+        "fou": "`infer_fou`, 60 values, errors unknown",
+        "latent": "`fit_posterior` of a latent equation, 40 values",
+    }
+    rows = []
+    for kind, name in said.items():
+        for parameter, found in report.get(kind, {}).get("summary", {}).items():
+            cells = [
+                f"{100 * found[level]:.0f} % ({found[level + ' off']:+.1f})"
+                for level in ("50%", "80%", "95%")
+            ]
+            rows.append([name, parameter, found["data_sets"], *cells, f"{found['p_uniform']:.2f}"])
+    head = ["inference", "parameter", "data sets", "50 % intervals", "80 %", "95 %", "p of uniform ranks"]
+    return [
+        "**Calibration**: how many intervals cover the truth, over data sets whose parameters are drawn from the prior, and by how many "
+        "binomial errors that is off (`calibration.py`).",
+        "",
+        *_table(head, rows),
+    ]
+
+
 def double_well(report: dict[str, Any]) -> list[str]:
     """Table of the double well."""
     rows = []
@@ -247,7 +276,7 @@ def _race(trial: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Write the page."""
     parts: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-        "bridge": bridge, "hurst_recovery": hurst, "double_well": double_well, "speed": speed, "video": video,
+        "bridge": bridge, "calibration": calibration, "hurst_recovery": hurst, "double_well": double_well, "speed": speed, "video": video,
     }  # fmt: skip
     lines, known = [], None
     for name, render in parts.items():

@@ -161,5 +161,9 @@ class LinearObservations(LawDistribution):
                 got=f"shape {tuple(value.shape)}",
                 expected=f"(..., {self.event_shape[0]}, {self.event_shape[1]})",
             )
-        evidence = self.law.log_evidence(self.times, value, self.obs_scale, self.emission)
+        emission = self.emission
+        if emission is None:
+            # Said, since scalar laws take series without an axis of components where nothing is said.
+            emission = torch.eye(self.event_shape[-1], dtype=value.dtype, device=value.device)
+        evidence = self.law.log_evidence(self.times, value, self.obs_scale, emission)
         return evidence.expand(torch.broadcast_shapes(evidence.shape, self.batch_shape))

@@ -29,6 +29,7 @@ from stochdyn.fractional import (
     variance_constant,
 )
 from stochdyn.fractional.noise import divided_exponential, exact_step, impulse_response
+from stochdyn.infer import LinearObservations
 
 F64 = torch.float64
 FIVE = torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0], dtype=F64)
@@ -396,3 +397,13 @@ def test_precision_forms_of_data_and_storage() -> None:
     testing.check_forms(lambda y: law.log_evidence(FIVE, y, 0.1), DATA)
     testing.check_forms(lambda ts: law.log_evidence(ts, DATA, 0.1), FIVE)
     testing.check_storage(law, lambda law: law.sample(FIVE, 2, 0).x)
+
+
+def test_a_fractional_process_observed_at_a_site_has_its_kalman_evidence() -> None:
+    times = torch.arange(1.0, 6.0, dtype=torch.float64)
+    y = torch.tensor([0.3, -0.1, 0.4, 0.8, 0.5], dtype=torch.float64)
+    law = FractionalOU(0.7, 0.2, 1.1, 0.7, initial=0.0)
+    site = LinearObservations(law, times, 0.3)
+    assert site.event_shape == (5, 1)
+    torch.testing.assert_close(site.log_prob(y[:, None]), law.log_evidence(times, y, 0.3))
+    assert site.sample((4,)).shape == (4, 5, 1)
