@@ -9,6 +9,7 @@ from .fitted import Posterior as Posterior
 from .fitted import fit_posterior as fit_posterior
 from .fitting import fit_guide as fit_guide
 from .guides import AutoPathGuide as AutoPathGuide
+from .hierarchical import AutoHierarchicalNormal as AutoHierarchicalNormal
 from .laplace import start_at_mode as start_at_mode
 from .law_distribution import LawDistribution as LawDistribution
 from .observations import LinearObservations as LinearObservations

@@ -14,14 +14,55 @@ from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor, nn
 
 from stochdyn._checks import check_callable, check_positive, check_positive_int, check_type
+from stochdyn.run.callbacks import Callback
 from stochdyn.run.randomness import fork_random_state
 from stochdyn.run.result import FitResult
+from stochdyn.run.state import FitState
 from stochdyn.run.trainer import fit
 
 __all__ = ["fit_guide"]
 
 #: The learning rate of the last update over that of the first, so that the noise of the gradient averages out.
 _DECAY = 0.01
+_MOST_STEPS = 5000
+
+
+#: The number of updates between two looks at the bound, and how often the learning rate falls before the end.
+_LOOK = 25
+_FALLS = 3
+_FALL = 0.3
+#: A gain of the bound in nats between two looks that nobody needs.
+_NEGLIGIBLE = 0.02
+
+
+class _UntilSettled(Callback):
+    """Let the learning rate fall where the bound gains no more than its own noise, and stop after a few falls.
+
+    The mean bound of the updates since the last look is compared with that before it, by their standard errors.
+    """
+
+    def __init__(self) -> None:
+        self.falls = 0
+        self.since = 0
+
+    def on_step(self, state: FitState) -> None:
+        if state.step % _LOOK or state.step - self.since < 2 * _LOOK:
+            return
+        before, now = state.losses[-2 * _LOOK : -_LOOK].double(), state.losses[-_LOOK:].double()
+        noise = float(((before.var() + now.var()) / _LOOK).sqrt())
+        if float(before.mean() - now.mean()) > max(noise, _NEGLIGIBLE):
+            return
+        self.falls, self.since = self.falls + 1, state.step - _LOOK
+        if self.falls > _FALLS:
+            state.request_stop()
+        for group in state.optimizer.param_groups:
+            group["lr"] *= _FALL
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"falls": self.falls, "since": self.since}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.falls, self.since = state["falls"], state["since"]
 
 
 class _Bound(nn.Module):
@@ -45,7 +86,7 @@ def fit_guide(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    steps: int = 1000,
+    steps: int | None = None,
     lr: float = 0.01,
     num_particles: int = 8,
     seed: int | None = 0,
@@ -59,15 +100,15 @@ def fit_guide(
 
     .. math:: E_{q}\big[\log p(y, z) - \log q(z)\big]
 
-    over the parameters of the guide by Adam with clipped gradients, whose learning rate falls to a hundredth over the
-    run. Use it where the defaults of stochastic variational inference will do; Pyro's ``SVI`` serves every other need.
+    over the parameters of the guide by Adam with clipped gradients. The learning rate falls to a hundredth over a given number
+    of steps. Without one it falls whenever the bound gains less than its own noise, and the run ends after a few falls. Use it where the defaults of stochastic variational inference will do; Pyro's ``SVI`` serves every other need.
 
     Args:
         model: a Pyro model that can be run on many draws at once.
         guide: its guide, a module.
         args: positional arguments of model and guide.
         kwargs: keyword arguments of model and guide.
-        steps: number of updates of the parameters.
+        steps: The number of updates of the parameters; None trains until the bound has settled, and at most 5000.
         lr: learning rate of the first update.
         num_particles: number of draws in each estimate of the bound.
         seed: seed of the run; the global random state is left as it was. None draws from the global state.
@@ -95,7 +136,8 @@ def fit_guide(
     """
     check_callable(model, "model", "a Pyro model")
     check_type(guide, nn.Module, "guide")
-    check_positive_int(steps, "steps")
+    if steps is not None:
+        check_positive_int(steps, "steps")
     check_positive_int(num_particles, "num_particles")
     check_positive(lr, "lr")
     args, kwargs = tuple(args), dict(kwargs or {})
@@ -109,13 +151,14 @@ def fit_guide(
     elbo: Any = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=depth)
     return fit(
         _Bound(elbo(model, guide), guide, args, kwargs),
-        steps=steps,
+        steps=_MOST_STEPS if steps is None else steps,
         lr=lr,
         seed=seed,
         progress=progress,
         checkpoint=checkpoint,
         resume=resume,
-        optimizer=partial(ClippedAdam, lrd=_DECAY ** (1 / steps)),
+        optimizer=ClippedAdam if steps is None else partial(ClippedAdam, lrd=_DECAY ** (1 / steps)),
+        callbacks=[_UntilSettled()] if steps is None else [],
     )
 
 

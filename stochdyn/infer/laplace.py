@@ -15,6 +15,7 @@ from torch.distributions import biject_to
 from stochdyn._checks import check_positive_int
 from stochdyn.errors import InvalidInputError, NonFiniteError
 from stochdyn.infer.guides import AutoPathGuide
+from stochdyn.infer.hierarchical import AutoHierarchicalNormal
 from stochdyn.infer.skewed import AutoSkewedNormal
 
 __all__ = ["start_at_mode"]
@@ -39,7 +40,8 @@ def start_at_mode(
     remain.
 
     Args:
-        guide: with ``feedback="recomputed"`` and ``rest=AutoMultivariateNormal`` or ``rest=AutoSkewedNormal``.
+        guide: with ``feedback="recomputed"`` and ``rest=AutoMultivariateNormal``, ``rest=AutoSkewedNormal`` or
+            ``rest=AutoHierarchicalNormal``.
         args: arguments of the model.
         max_iterations: bound of the iterations of L-BFGS.
         num_starts: number of draws of the prior whose bounds are compared, since the posterior may have several modes. Short
@@ -71,11 +73,11 @@ def start_at_mode(
         raise InvalidInputError("a Laplace start needs an AutoPathGuide with feedback='recomputed'")
     guide(*args, **kwargs)
     rest: Any = guide.rest
-    if not isinstance(rest, AutoMultivariateNormal | AutoSkewedNormal):
+    if not isinstance(rest, AutoMultivariateNormal | AutoSkewedNormal | AutoHierarchicalNormal):
         raise InvalidInputError(
             "a Laplace start needs other sites with a normal law",
             got=type(rest).__name__,
-            expected="rest=AutoMultivariateNormal or AutoSkewedNormal",
+            expected="rest=AutoMultivariateNormal, AutoSkewedNormal or AutoHierarchicalNormal",
         )
     site = _LATENT.format(rest._pyro_name)
     seed = int(torch.randint(2**31, ()))
@@ -106,6 +108,9 @@ def start_at_mode(
     curvature = _curvature(slope, mode)
     with torch.no_grad():
         covariance = torch.linalg.inv(curvature)
+        if isinstance(rest, AutoHierarchicalNormal):
+            rest.start_at(mode, covariance)
+            return mode
         factor = torch.linalg.cholesky(covariance)
         scale = factor.diagonal()
         rest.loc.copy_(mode)

@@ -294,10 +294,15 @@ def feedback_given(
     values = _values(forth, load, curve - slope * last - (slope * last).mT)
     ahead = load.mT @ values[1:]
     eye = torch.eye(channels, dtype=b.dtype, device=b.device)
-    # Q = I + B'SB is at least 1, so its factor needs no check, which would wait for the device.
-    chol = torch.linalg.cholesky_ex(eye + ahead @ load)[0]
-    law = -torch.cholesky_solve(ahead @ forth, chol)
-    factor = torch.linalg.cholesky_ex(torch.cholesky_inverse(chol))[0] if channels > 1 else 1.0 / chol
+    needed = eye + ahead @ load
+    if channels == 1:
+        # Numbers: a factorisation of 1 x 1 matrices costs ten times as much.
+        law, factor = -(ahead @ forth) / needed, torch.rsqrt(needed)
+    else:
+        # Q = I + B'SB is at least 1, so its factor needs no check, which would wait for the device.
+        chol = torch.linalg.cholesky_ex(needed)[0]
+        law = -torch.cholesky_solve(ahead @ forth, chol)
+        factor = torch.linalg.cholesky_ex(torch.cholesky_inverse(chol))[0]
     gain, first = law[..., :-1], values[0]
     centre = gain.new_zeros(*gain.shape[:-2], size)
     feedback = LinearFeedback(law[..., -1], gain, factor, centre)
@@ -365,7 +370,10 @@ class _Values(torch.autograd.Function):
         after = values[1:]
         eye = torch.eye(channels, dtype=load.dtype, device=load.device)
         ahead = load.mT @ after
-        law = -torch.linalg.solve_ex(eye + ahead @ load, ahead @ forth)[0]
+        needed = eye + ahead @ load
+        law = (
+            -(ahead @ forth) / needed if channels == 1 else -torch.linalg.solve_ex(needed, ahead @ forth)[0]
+        )
         closed = forth + load @ law
         # Lambda_{n+1} = slope_{n+1} + F Lambda_n F^T
         adjoint = covariance_states(closed, slope[1:], slope[0])
