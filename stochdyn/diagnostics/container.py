@@ -35,6 +35,8 @@ def from_draws(
     posterior: Arrays,
     *,
     posterior_predictive: Arrays | None = None,
+    prior: Arrays | None = None,
+    prior_predictive: Arrays | None = None,
     log_likelihood: Arrays | None = None,
     observed_data: Arrays | None = None,
     constant_data: Arrays | None = None,
@@ -48,6 +50,8 @@ def from_draws(
     Args:
         posterior: Arrays ``(chain, draw, *shape)`` by the name of the variable.
         posterior_predictive: Arrays ``(chain, draw, *shape)`` of replicated data.
+        prior: Arrays ``(chain, draw, *shape)`` drawn from the prior, as many as there are.
+        prior_predictive: Arrays ``(chain, draw, *shape)`` of data drawn from the prior.
         log_likelihood: Arrays ``(chain, draw, *shape)``, pointwise: one value per observation.
         observed_data: Arrays ``(*shape)``.
         constant_data: Arrays ``(*shape)``.
@@ -76,7 +80,8 @@ def from_draws(
         The InferenceData schema, https://python.arviz.org.
     """
     _check_mappings(
-        posterior=posterior, posterior_predictive=posterior_predictive, log_likelihood=log_likelihood,
+        posterior=posterior, posterior_predictive=posterior_predictive, prior=prior,
+        prior_predictive=prior_predictive, log_likelihood=log_likelihood,
         observed_data=observed_data, constant_data=constant_data, sample_stats=sample_stats, coords=coords,
         dims=dims, attrs=attrs,
     )  # fmt: skip
@@ -95,6 +100,15 @@ def from_draws(
     for group, arrays in sampled.items():
         if arrays:
             _check_sample_shape(group, arrays, sample_shape)
+            groups[group] = _dataset(
+                arrays, ("chain", "draw"), coords or {}, _of(group, dims or {}), attributes
+            )
+    before = {"prior": prior, "prior_predictive": prior_predictive}
+    first = next((arrays for arrays in before.values() if arrays), None)
+    for group, arrays in before.items():
+        if arrays and first is not None:
+            # The prior has draws of its own, and their number.
+            _check_sample_shape(group, arrays, _sample_shape(first))
             groups[group] = _dataset(
                 arrays, ("chain", "draw"), coords or {}, _of(group, dims or {}), attributes
             )

@@ -15,6 +15,7 @@ from torch import Tensor
 from stochdyn._checks import check_bool, check_type
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.diagnostics.draws import PosteriorDraws, draw_posterior, evaluate_draws
+from stochdyn.diagnostics.prior import draw_prior
 from stochdyn.diagnostics.probe import check_program
 from stochdyn.diagnostics.sites import Site
 from stochdyn.errors import InvalidInputError
@@ -24,7 +25,7 @@ __all__ = ["to_inference_data"]
 
 def to_inference_data(
     model: Callable[..., Any],
-    guide: Callable[..., Any] | MCMC,
+    guide: Callable[..., Any] | MCMC | Mapping[str, Tensor],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     num_draws: int = 1000,
@@ -35,6 +36,7 @@ def to_inference_data(
     predictive: bool = True,
     split_events: bool = False,
     chunk_size: int | None = None,
+    num_prior_draws: int = 0,
 ) -> Any:
     r"""Draw from a guide, or take an MCMC run's draws, and put all that ArviZ asks for into its container.
 
@@ -59,7 +61,7 @@ def to_inference_data(
 
     Args:
         model: Pyro model.
-        guide: Pyro guide, already fitted, or a ``pyro.infer.MCMC`` that has run.
+        guide: Pyro guide, already fitted, a ``pyro.infer.MCMC`` that has run, or draws ``(S, *shape)`` by latent site.
         args: Positional arguments of model and guide.
         kwargs: Keyword arguments of model and guide.
         num_draws: The number of draws of the guide; an MCMC run has its own.
@@ -71,6 +73,7 @@ def to_inference_data(
             ``to_event`` declares one event. ``az.loo`` leaves out one such value at a time: elements of a
             vector of independent records should be split, components of one record should not.
         chunk_size: The number of draws at a time; by default what bounds the memory of the traced values.
+        num_prior_draws: The number of draws for the groups ``prior`` and ``prior_predictive``; 0 leaves them out.
 
     Returns:
         ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with ArviZ 1.x.
@@ -96,7 +99,8 @@ def to_inference_data(
     Reference:
         The InferenceData schema, https://python.arviz.org.
     """
-    check_program(model, None if isinstance(guide, MCMC) else guide, args, kwargs)
+    check_program(model, None if isinstance(guide, MCMC | Mapping) else guide, args, kwargs)
+    check_positive_int(num_prior_draws, "num_prior_draws", 0)
     check_type(coords, (Mapping, type(None)), "coords")
     check_type(dims, (Mapping, type(None)), "dims")
     check_bool(predictive, "predictive")
@@ -109,6 +113,8 @@ def to_inference_data(
     }
     if isinstance(guide, MCMC):
         draws, chains, extra = _mcmc_draws(model, guide, args, kwargs, options)
+    elif isinstance(guide, Mapping):
+        draws, chains, extra = evaluate_draws(model, guide, args, kwargs, **options), 1, {}
     else:
         draws = draw_posterior(model, guide, args, kwargs, num_draws=num_draws, **options)
         assert draws.log_guide is not None
@@ -136,8 +142,18 @@ def to_inference_data(
     def by_chain(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         return {n: _array(t.reshape(chains, t.shape[0] // chains, *t.shape[1:])) for n, t in tensors.items()}
 
+    before: dict[str, Any] = {}
+    if num_prior_draws:
+        prior = draw_prior(model, args, kwargs, num_draws=num_prior_draws, seed=seed)
+        latent = {n: v for n, v in prior.items() if n in draws.values}
+        replicated = {n: v for n, v in prior.items() if n in observed}
+        before = {
+            "prior": {n: _array(v)[None] for n, v in latent.items()},
+            "prior_predictive": {n: _array(v)[None] for n, v in replicated.items()},
+        }
     return from_draws(
         by_chain(draws.values),
+        **before,
         posterior_predictive=by_chain(draws.predictive),
         log_likelihood=by_chain(likelihood),
         observed_data={n: _array(value) for n, value in observed.items()},
@@ -252,6 +268,8 @@ def _same(value: Any, observed: Tensor) -> bool:
 def _estimator(guide: Any) -> str:
     if isinstance(guide, MCMC):
         return type(guide.kernel).__name__
+    if isinstance(guide, Mapping):
+        return "draws"
     return getattr(guide, "__name__", type(guide).__name__)
 
 

@@ -17,13 +17,16 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 
 from stochdyn._checks import check_callable, check_choice, check_positive, check_positive_int, check_type
+from stochdyn.core.data.panel import Panel
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, UnknownSiteError
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
 from stochdyn.infer.fitting import fit_guide
 from stochdyn.infer.guides import AutoPathGuide
+from stochdyn.infer.hierarchical import AutoHierarchicalNormal
 from stochdyn.infer.laplace import start_at_mode
 from stochdyn.infer.path_law import PosteriorPath
 from stochdyn.infer.predictive import PathDraws, predict_path
+from stochdyn.infer.reweighting import draw_weighted, learn_from_weights
 from stochdyn.infer.skewed import AutoSkewedNormal
 from stochdyn.run.randomness import fork_random_state
 from stochdyn.run.storage import save
@@ -31,6 +34,11 @@ from stochdyn.run.storage import save
 __all__ = ["GuideMethod", "LaplaceMethod", "NUTSMethod", "Posterior", "fit_posterior"]
 
 _MIN_DRAWS_FOR_KHAT = 100
+_PRIOR_DRAWS = 200
+# The share of the draws that look beyond what the guide was trained to.
+_WIDE_SHARE = 0.1
+# Iterations of the search for the mode before training, which goes on from wherever it ends.
+_SEARCH = 15
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,9 @@ class LaplaceMethod:
     Use it for a first look: it takes seconds.
 
     Attributes:
-        num_starts: number of draws of the prior whose bounds are compared first; more than 0 where there may be several modes.
-        max_iterations: bound of the iterations of the search for the mode.
+        num_starts: The number of draws of the prior whose bounds are compared first; more than 0 where there may be several
+            modes.
+        max_iterations: The largest number of iterations of the search for the mode.
     """
 
     num_starts: int = 0
@@ -58,20 +67,31 @@ class GuideMethod:
 
     Use it when in doubt.
 
+    Draws are taken by their importance weights, with which the law of the parameters has been mended where its tails were cut
+    off, so their mean and spread are those of the posterior as long as k-hat is below 0.7.
+
     Attributes:
-        steps: number of updates of the guide.
-        lr: learning rate of the first update.
-        num_particles: number of draws in each estimate of the bound.
-        num_starts: see :class:`LaplaceMethod`.
+        steps: The number of updates of the guide; None trains until the bound gains no more than its own noise.
+        lr: The learning rate of the first update.
+        num_particles: The number of draws in each estimate of the bound.
+        num_starts: The number of draws of the prior whose bounds are compared first; more than 0 where there may be several
+            modes.
+        rounds: The largest number of times that the law of the parameters learns from its weights; 0 leaves it as trained.
+        proposals: The number of draws of the guide for each draw that is taken by its weight.
     """
 
-    steps: int = 150
+    steps: int | None = None
     lr: float = 0.03
-    num_particles: int = 8
+    num_particles: int = 4
     num_starts: int = 0
+    rounds: int = 3
+    proposals: int = 2
 
     def __post_init__(self) -> None:
-        check_positive_int(self.steps, "steps")
+        if self.steps is not None:
+            check_positive_int(self.steps, "steps")
+        check_positive_int(self.rounds, "rounds", 0)
+        check_positive_int(self.proposals, "proposals")
         check_positive(self.lr, "lr")
         check_positive_int(self.num_particles, "num_particles")
         check_positive_int(self.num_starts, "num_starts", 0)
@@ -84,8 +104,8 @@ class NUTSMethod:
     Use it to check the other two on a small model: long paths make it slow.
 
     Attributes:
-        warmup: number of steps of each chain that adapt the sampler and are thrown away.
-        num_chains: number of chains.
+        warmup: The number of steps of each chain that adapt the sampler and are thrown away.
+        num_chains: The number of chains.
     """
 
     warmup: int = 300
@@ -104,13 +124,21 @@ class Posterior:
     """A fitted posterior.
 
     Attributes:
-        model: the Pyro model.
-        source: the fitted guide, or the sampler that has run.
-        args: arguments of the model.
-        idata: draws, densities, replicated and observed data, an ArviZ container.
-        khat: k-hat of the importance weights: below 0.7 the draws may be trusted or weighted; NaN for a sampler.
-        paths: the names of the path sites.
-        seed: seed of the fit and of predictions.
+        model: The Pyro model.
+        source: The fitted guide, or the sampler that has run.
+        args: The positional arguments of the model.
+        idata: An ArviZ container: posterior, prior, prior and posterior predictive draws, log-likelihood, observed and constant
+            data.
+        khat: The shape of the tail of the importance weights: below 0.7 the draws may be trusted; NaN for a sampler.
+        paths: The names of the path sites.
+        seed: The seed of the fit and of predictions.
+        kwargs: The keyword arguments of the model.
+        draws: The draws of the posterior ``(S, *shape)`` by latent site, which predictions come from; None where they come from
+            ``source``.
+        ess: The number of independent draws that the draws are worth: by their weights for a guide, the smallest of all sites
+            for a sampler; NaN where it isn't known.
+        rhat: The largest R-hat of all parameters, for a sampler: above 1.01 the chains haven't mixed; NaN for a guide.
+        log_evidence: The logarithm of the evidence, for comparing models; NaN for a sampler.
     """
 
     model: Callable[..., Any]
@@ -121,19 +149,32 @@ class Posterior:
     paths: tuple[str, ...]
     seed: int
     kwargs: dict[str, Any] = field(default_factory=dict)
+    draws: dict[str, Tensor] | None = None
+    ess: float = math.nan
+    rhat: float = math.nan
+    log_evidence: float = math.nan
 
     def __repr__(self) -> str:
-        return f"Posterior({type(self.source).__name__}, paths={list(self.paths)}, khat={self.khat:.2f})"
+        named = {"khat": self.khat, "rhat": self.rhat, "ess": self.ess}
+        judged = ", ".join(
+            f"{n}={v:.0f}" if n == "ess" else f"{n}={v:.2f}" for n, v in named.items() if v == v
+        )
+        return f"Posterior({type(self.source).__name__}, paths={list(self.paths)}, {judged})"
+
+    @property
+    def _drawn(self) -> Any:
+        """What predictions are drawn from."""
+        return self.source if self.draws is None else self.draws
 
     def law(self, name: str | None = None) -> PosteriorPath:
         """Return the posterior law of a path; ``name`` may be left out where there is one path."""
-        return PosteriorPath(self.model, self.source, self._name(name), self.args, self.kwargs)
+        return PosteriorPath(self.model, self._drawn, self._name(name), self.args, self.kwargs)
 
     def predict(self, ts: Tensor | None = None, name: str | None = None, num_draws: int = 1000) -> PathDraws:
         """Return draws of a path at times of your choice, or on the fitted grid; see :func:`predict_path`."""
         return predict_path(
             self.model,
-            self.source,
+            self._drawn,
             self._name(name),
             ts,
             args=self.args,
@@ -146,7 +187,7 @@ class Posterior:
         """Return draws of a path at times after the end of the fitted grid.
 
         Raises:
-            InvalidInputError: if a time isn't after it.
+            InvalidInputError: If a time isn't after it.
         """
         draws = self.predict(ts, name, num_draws)
         if draws.num_fitted:
@@ -163,10 +204,10 @@ class Posterior:
         """Draw the median of a path and its central 50 % and 90 % intervals; see :func:`~stochdyn.diagnostics.plot_paths`.
 
         Args:
-            ts: ``(T,)`` times, forecasts included; the fitted grid if None.
-            name: the path's site, where there are several.
-            ax: axes of Matplotlib; new ones if None.
-            component: the component of the state.
+            ts: The times ``(T,)``, forecasts included; the fitted grid if None.
+            name: The path's site, where there are several.
+            ax: The Matplotlib axes; new ones if None.
+            component: The component of the state.
 
         Returns:
             The axes.
@@ -189,11 +230,11 @@ class Posterior:
         The model must be a function at the top of a module, marked by :func:`stochdyn.run.storable`.
 
         Args:
-            path: the directory, made if need be; what it holds already is replaced.
+            path: The directory, made if need be; what it holds already is replaced.
 
         Raises:
-            UnavailableError: if something inside can't be saved, such as a model inside another function.
-            CheckpointWriteError: if the disk is full or refuses; what was there is then still whole.
+            UnavailableError: If something inside can't be saved, such as a model inside another function.
+            CheckpointWriteError: If the disk is full or refuses; what was there is then still whole.
         """
         save(self, path)
 
@@ -223,28 +264,28 @@ def fit_posterior(
 ) -> Posterior:
     """Fit the posterior of a Pyro model with paths, parameters or both, by a default that a careful user would choose.
 
-    Paths follow every draw of the parameters (``AutoPathGuide(feedback="recomputed")`` with a joint, skewed law of the
-    parameters, from the Laplace approximation on), so the posterior of the parameters comes out neither too narrow nor too
-    wide on account of the paths. Paths in subsampled plates are read off the data by an encoder. A model without paths gets
-    a skewed normal guide.
+    Paths follow every draw of the parameters (``AutoPathGuide(feedback="recomputed")``), and members of a plate the parameters
+    that they share (:class:`AutoHierarchicalNormal`), from the Laplace approximation on. Draws are taken by their importance
+    weights, so they have the posterior's means and spreads as long as k-hat is below 0.7. Paths in subsampled plates are read
+    off the data by an encoder.
 
     Args:
-        model: Pyro model.
-        args: arguments of the model.
+        model: A Pyro model.
+        args: The positional arguments of the model. A :class:`stochdyn.Panel` among them names the axes of ``idata``.
         method: ``"guide"``, ``"laplace"``, ``"nuts"``, or one of the methods as an object with its options.
-        num_draws: number of posterior draws; of each chain for a sampler.
-        seed: seed of the fit and of the draws; the global random state is left as it was.
-        progress: whether to show a bar.
-        kwargs: keyword arguments of the model.
+        num_draws: The number of posterior draws; of each chain for a sampler.
+        seed: The seed of the fit and of the draws; the global random state is left as it was.
+        progress: Whether to show a bar.
+        kwargs: The keyword arguments of the model.
 
     Returns:
         The posterior.
 
     Raises:
-        InvalidInputError: for arguments that can't work, before any work.
+        InvalidInputError: For arguments that can't work, before any work.
 
     Warns:
-        ConvergenceWarning: if k-hat exceeds 0.7, with what to do about it.
+        ConvergenceWarning: If k-hat exceeds 0.7, or R-hat 1.01, with what to do about it.
 
     Example:
         >>> import pyro.distributions as dist
@@ -277,6 +318,7 @@ def fit_posterior(
             for n, s in latent.items()
             if isinstance(s["fn"], DiffusionPath | PathIncrements)
         }
+        judged: dict[str, Any] = {}
         if isinstance(method, NUTSMethod):
             source: Any = MCMC(
                 NUTS(model, init_strategy=init_to_median(num_samples=20)),
@@ -289,20 +331,78 @@ def fit_posterior(
         else:
             assert not isinstance(method, str)
             source = _fit(model, method, latent, paths, args, kwargs, progress)
-    idata = to_inference_data(model, source, args, kwargs, num_draws=num_draws, seed=seed)
-    khat = math.nan
-    if not isinstance(method, NUTSMethod) and num_draws >= _MIN_DRAWS_FOR_KHAT:
-        weights = torch.as_tensor(idata.sample_stats["log_weight"].values).flatten()
-        khat = float(pareto_smooth(weights).khat)
-        idata.attrs["khat"] = khat
-        if khat > 0.7:
+            if isinstance(method, GuideMethod) and not _is_subsampled(latent):
+                count = max(method.proposals * num_draws, _MIN_DRAWS_FOR_KHAT)
+                taken = draw_weighted(model, source, args, kwargs, num_draws, count)
+                judged = {
+                    "draws": taken.values,
+                    "khat": taken.khat,
+                    "ess": taken.ess,
+                    "log_evidence": taken.log_evidence,
+                }
+    coords = {n: v for a in (*args, *kwargs.values()) if isinstance(a, Panel) for n, v in a.coords.items()}
+    idata = to_inference_data(
+        model,
+        judged.get("draws", source),
+        args,
+        kwargs,
+        num_draws=num_draws,
+        coords=coords,
+        seed=seed,
+        num_prior_draws=_PRIOR_DRAWS,
+    )
+    if isinstance(method, NUTSMethod):
+        judged = _mixing(idata)
+        if judged["rhat"] > 1.01:
             warnings.warn(
-                f"the approximation of the posterior is poor (k-hat {khat:.2f}): weight the draws by "
-                "sample_stats.log_weight, take GuideMethod with more steps, or method='nuts'",
+                f"the chains haven't mixed (R-hat {judged['rhat']:.3f}, {judged['ess']:.0f} independent draws): take "
+                "NUTSMethod with more warmup and num_chains=4, or put paths into noise space (NoiseReparam)",
                 ConvergenceWarning,
                 stacklevel=2,
             )
-    return Posterior(model, source, args, idata, khat, tuple(dict.fromkeys(paths.values())), seed, kwargs)
+    elif not judged and num_draws >= _MIN_DRAWS_FOR_KHAT:
+        weights = torch.as_tensor(idata.sample_stats["log_weight"].values).flatten()
+        judged = {"khat": float(pareto_smooth(weights).khat)}
+    khat = judged.setdefault("khat", math.nan)
+    for name in ("khat", "ess", "rhat", "log_evidence"):
+        if math.isfinite(judged.get(name, math.nan)):
+            idata.attrs[name] = judged[name]
+    if khat > 0.7:
+        warnings.warn(
+            f"the approximation of the posterior is poor (k-hat {khat:.2f}): look at parameters that the data say little "
+            "about, take GuideMethod(num_starts=20) where there may be several modes, more rounds, or method='nuts'",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return Posterior(
+        model,
+        source,
+        args,
+        idata,
+        paths=tuple(dict.fromkeys(paths.values())),
+        seed=seed,
+        kwargs=kwargs,
+        **judged,
+    )
+
+
+def _is_subsampled(latent: dict[str, Any]) -> bool:
+    frames = [f for site in latent.values() for f in site["cond_indep_stack"]]
+    return any(f.full_size is not None and f.full_size != f.size for f in frames)
+
+
+def _mixing(idata: Any) -> dict[str, float]:
+    """Return the largest R-hat and the smallest effective sample size of the posterior, by ArviZ."""
+    import arviz
+
+    posterior = idata.posterior
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # A value that never moves, such as a path's fixed start, has no R-hat.
+        rhat = [float(v.max(skipna=True)) for v in arviz.rhat(posterior).data_vars.values()]
+        ess = [float(v.min(skipna=True)) for v in arviz.ess(posterior).data_vars.values()]
+    finite = [r for r in rhat if math.isfinite(r)]
+    return {"rhat": max(finite, default=math.nan), "ess": min([e for e in ess if e == e], default=math.nan)}
 
 
 def _fit(
@@ -315,23 +415,23 @@ def _fit(
     progress: bool,
 ) -> Any:
     """Return the fitted guide."""
-    subsampled = any(
-        f.full_size is not None and f.full_size != f.size
-        for n in paths
-        for f in latent[n]["cond_indep_stack"]
-    )
     guide: Any
-    if not paths:
-        guide = AutoSkewedNormal(model, init_to_median(num_samples=50)).start_at_mode(*args, **kwargs)
-    elif subsampled:
+    law: AutoHierarchicalNormal | None = None
+    subsampled = _is_subsampled(latent)
+    if subsampled and paths:
         guide = AutoPathGuide(model)
+    elif subsampled:
+        guide = AutoSkewedNormal(model, init_to_median(num_samples=50))
+    elif not paths:
+        guide = law = AutoHierarchicalNormal(model, init_to_median(num_samples=50))
     else:
-        guide = AutoPathGuide(model, hidden=(), feedback="recomputed", rest=AutoSkewedNormal)
+        guide = AutoPathGuide(model, hidden=(), feedback="recomputed", rest=AutoHierarchicalNormal)
         with poutine.block():
             guide(*args, **kwargs)
-        if guide.rest is not None:
-            iterations = method.max_iterations if isinstance(method, LaplaceMethod) else 30
-            start_at_mode(guide, *args, max_iterations=iterations, num_starts=method.num_starts, **kwargs)
+        law = guide.rest
+    if law is not None:
+        iterations = method.max_iterations if isinstance(method, LaplaceMethod) else _SEARCH
+        start_at_mode(guide, *args, max_iterations=iterations, num_starts=method.num_starts, **kwargs)
     trainable = any(True for _ in guide.parameters()) if not isinstance(method, LaplaceMethod) else False
     if trainable and isinstance(method, GuideMethod):
         fit_guide(
@@ -345,4 +445,7 @@ def _fit(
             seed=None,
             progress=progress,
         )
+        if law is not None:
+            law.wide_share = _WIDE_SHARE
+            learn_from_weights(model, guide, law, args, kwargs, rounds=method.rounds)
     return guide

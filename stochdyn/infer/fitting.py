@@ -27,10 +27,10 @@ _DECAY = 0.01
 _MOST_STEPS = 5000
 
 
-#: The number of updates between two looks at the bound, and how often the learning rate falls before the end.
-_LOOK = 25
-_FALLS = 3
-_FALL = 0.3
+#: The number of updates between two looks at the bound, how often the learning rate falls before the end, and by what.
+_LOOK = 20
+_FALLS = 1
+_FALL = 0.2
 #: A gain of the bound in nats between two looks that nobody needs.
 _NEGLIGIBLE = 0.02
 
@@ -101,27 +101,28 @@ def fit_guide(
     .. math:: E_{q}\big[\log p(y, z) - \log q(z)\big]
 
     over the parameters of the guide by Adam with clipped gradients. The learning rate falls to a hundredth over a given number
-    of steps. Without one it falls whenever the bound gains less than its own noise, and the run ends after a few falls. Use it where the defaults of stochastic variational inference will do; Pyro's ``SVI`` serves every other need.
+    of steps. Without one it falls when the bound gains no more than its own noise, and the run ends when that happens again.
+    Use it where the defaults of stochastic variational inference will do; Pyro's ``SVI`` serves every other need.
 
     Args:
-        model: a Pyro model that can be run on many draws at once.
-        guide: its guide, a module.
-        args: positional arguments of model and guide.
-        kwargs: keyword arguments of model and guide.
+        model: A Pyro model that can be run on many draws at once.
+        guide: Its guide, a module.
+        args: The positional arguments of model and guide.
+        kwargs: The keyword arguments of model and guide.
         steps: The number of updates of the parameters; None trains until the bound has settled, and at most 5000.
-        lr: learning rate of the first update.
-        num_particles: number of draws in each estimate of the bound.
-        seed: seed of the run; the global random state is left as it was. None draws from the global state.
-        progress: whether to show a bar.
-        checkpoint: directory for checkpoints.
-        resume: whether to continue the run in ``checkpoint``.
+        lr: The learning rate of the first update.
+        num_particles: The number of draws in each estimate of the bound.
+        seed: The seed of the run; the global random state is left as it was. None draws from the global state.
+        progress: Whether to show a bar.
+        checkpoint: The directory for checkpoints.
+        resume: Whether to continue the run in ``checkpoint``.
 
     Returns:
         The result of :func:`stochdyn.fit`: ``losses`` are negative bounds.
 
     Raises:
-        InvalidInputError: for arguments that can't work, before any step.
-        NonFiniteLossError: if a bound isn't finite.
+        InvalidInputError: For arguments that can't work, before any step.
+        NonFiniteLossError: If a bound isn't finite.
 
     Example:
         >>> import pyro, pyro.distributions as dist

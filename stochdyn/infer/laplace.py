@@ -26,7 +26,11 @@ _CLIMBS = 3
 
 
 def start_at_mode(
-    guide: AutoPathGuide, *args: Any, max_iterations: int = 30, num_starts: int = 0, **kwargs: Any
+    guide: AutoPathGuide | AutoHierarchicalNormal,
+    *args: Any,
+    max_iterations: int = 30,
+    num_starts: int = 0,
+    **kwargs: Any,
 ) -> Tensor:
     r"""Put the law of the sites beside a path to the Laplace approximation of their posterior.
 
@@ -40,7 +44,8 @@ def start_at_mode(
     remain.
 
     Args:
-        guide: with ``feedback="recomputed"`` and ``rest=AutoMultivariateNormal``, ``rest=AutoSkewedNormal`` or
+        guide: An :class:`AutoHierarchicalNormal` of a model without paths, or an :class:`AutoPathGuide` with
+            ``feedback="recomputed"`` and ``rest=AutoMultivariateNormal``, ``rest=AutoSkewedNormal`` or
             ``rest=AutoHierarchicalNormal``.
         args: arguments of the model.
         max_iterations: bound of the iterations of L-BFGS.
@@ -69,10 +74,16 @@ def start_at_mode(
     """
     check_positive_int(max_iterations, "max_iterations")
     check_positive_int(num_starts, "num_starts", 0)
-    if not isinstance(guide, AutoPathGuide) or not guide.recomputed:
-        raise InvalidInputError("a Laplace start needs an AutoPathGuide with feedback='recomputed'")
-    guide(*args, **kwargs)
-    rest: Any = guide.rest
+    whole = isinstance(guide, AutoHierarchicalNormal)
+    if not whole and (not isinstance(guide, AutoPathGuide) or not guide.recomputed):
+        raise InvalidInputError(
+            "a Laplace start needs an AutoPathGuide with feedback='recomputed', or an AutoHierarchicalNormal"
+        )
+    with poutine.block():
+        guide(*args, **kwargs)
+    rest: Any = guide if whole else guide.rest
+    if rest is None:
+        return torch.zeros(0)
     if not isinstance(rest, AutoMultivariateNormal | AutoSkewedNormal | AutoHierarchicalNormal):
         raise InvalidInputError(
             "a Laplace start needs other sites with a normal law",
@@ -98,7 +109,7 @@ def start_at_mode(
     start = rest.loc.detach().clone()
     if num_starts:
         with pyro.validation_enabled(False):
-            draws = [_prior_draw(guide, rest, args, kwargs) for _ in range(num_starts)]
+            draws = [_prior_draw(guide.model, rest, args, kwargs) for _ in range(num_starts)]
             climbed = [
                 _maximise(bound, u, max(1, max_iterations // 3))
                 for u in [start, *_highest(bound, draws, _CLIMBS)]
@@ -119,10 +130,10 @@ def start_at_mode(
     return mode
 
 
-def _prior_draw(guide: AutoPathGuide, rest: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _prior_draw(model: Any, rest: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Draw the sites beside the path from the prior, unconstrained and joined as in their guide."""
     with torch.no_grad(), poutine.block():
-        nodes = poutine.trace(guide.model).get_trace(*args, **kwargs).nodes
+        nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
     parts = []
     for name, _ in rest.prototype_trace.iter_stochastic_nodes():
         site: Any = nodes[name]
@@ -159,8 +170,10 @@ def _maximise(bound: Any, start: Tensor, iterations: int) -> Tensor:
 def _curvature(slope: Any, mode: Tensor, step: float = 1e-3) -> Tensor:
     """Return minus the second derivative at the mode, made positive definite where the mode isn't quite one."""
     rows = []
+    # One-sided differences: at the mode the slope itself is small, and the error of order step is far below the width.
+    here = slope(mode)
     for direction in step * torch.eye(mode.shape[0], dtype=mode.dtype, device=mode.device):
-        rows.append((slope(mode - direction) - slope(mode + direction)) / (2 * step))
+        rows.append((here - slope(mode + direction)) / step)
     curvature = torch.stack(rows)
     if not bool(torch.isfinite(curvature).all()):
         raise NonFiniteError("the bound has no finite second derivative at its mode", got=mode.tolist())

@@ -67,9 +67,8 @@ def latent_groups(trace: Any, shapes: dict[str, torch.Size]) -> list[LatentGroup
                 seen = torch.zeros_like(member)
                 for axis, (plate, size) in enumerate(key):
                     if (plate, size) in other:
-                        shape = [1] * len(key)
-                        shape[axis] = size
-                        seen = seen * size + torch.arange(size).reshape(shape)
+                        lone = [size if a == axis else 1 for a in range(len(key))]
+                        seen = seen * size + torch.arange(size).reshape(lone)
                 parents.append((numbers[other], seen.expand(member.shape).reshape(-1)))
         index = torch.cat(found[key], -1)
         numbers[key] = len(groups)

@@ -24,10 +24,10 @@ def observe(name: str, distribution: Any, values: Any, mask: Any = None) -> Tens
     A missing value leaves the likelihood as it is, counts nowhere, and stays NaN in ``to_inference_data``.
 
     Args:
-        name: the site's name.
-        distribution: the law of the data, as ``pyro.sample`` takes it: elements of one event are declared by ``to_event``.
-        values: the data, of any form, NaN where missing.
-        mask: True where observed; None if only NaN is missing.
+        name: The site's name.
+        distribution: The law of the data, as ``pyro.sample`` takes it: elements of one event are declared by ``to_event``.
+        values: The data, of any form, NaN where missing.
+        mask: The mask of what was observed, True where it was; None if only NaN is missing.
 
     Returns:
         The values, with something in the support of the law where they are missing.
@@ -105,10 +105,10 @@ class LinearObservations(LawDistribution):
     NaN where they are missing.
 
     Args:
-        law: the law of the path; its batch axes are those of the distribution.
-        times: ``(T,)`` strictly increasing times of the data.
-        obs_scale: standard deviation of the noise: a number, ``(p,)``, ``(T, p)`` or ``(*batch, T, p)``.
-        emission: :math:`C`, ``(p, d)``; None for the identity.
+        law: The law of the path; its batch axes are those of the distribution.
+        times: The strictly increasing times of the data, ``(T,)``, or ``(*batch, T)`` where every series has its own.
+        obs_scale: The standard deviation of the noise: a number, ``(p,)``, ``(T, p)`` or ``(*batch, T, p)``.
+        emission: The matrix :math:`C`, ``(p, d)``; None for the identity.
 
     Raises:
         TimeGridError: if the times don't increase strictly.
@@ -137,13 +137,13 @@ class LinearObservations(LawDistribution):
         check_type(law, GaussianPathMeasure, "law")
         check_positive(obs_scale, "obs_scale")
         self.law, self.obs_scale, self.emission = law, obs_scale, emission
-        self.times = as_time_grid(times, "times", min_points=1)
+        self.times = as_time_grid(times, "times", min_points=1, batch=True)
         mean = law.mean(self.times)
         size = mean.shape[-1] if emission is None else emission.shape[-2]
-        batch = mean.shape[:-2]
+        batch = torch.broadcast_shapes(mean.shape[:-2], self.times.shape[:-1])
         if isinstance(obs_scale, Tensor) and obs_scale.ndim > 2:
             batch = torch.broadcast_shapes(batch, obs_scale.shape[:-2])
-        super().__init__(batch, torch.Size((self.times.shape[0], size)), validate_args=validate_args)
+        super().__init__(batch, torch.Size((self.times.shape[-1], size)), validate_args=validate_args)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw ``(*sample, *batch, T, p)``."""

@@ -96,8 +96,9 @@ def test_a_path_alone_needs_no_parameters():
         pyro.sample("y", dist.Normal(x[..., 2::2, 0], 0.15).to_event(1), obs=y)
 
     post = fit_posterior(alone, Y, num_draws=100, progress=False)
-    weights = torch.as_tensor(post.idata.sample_stats["log_weight"].values)
-    assert float(weights.std()) < 1e-6
+    # The path is linear and Gaussian, so all weights are the evidence.
+    assert post.ess > 199.9
+    assert post.khat == 0.0
 
 
 @pytest.mark.parametrize(

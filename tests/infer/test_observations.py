@@ -166,3 +166,21 @@ class TestLinearObservations:
             LinearObservations(law, TIMES.flip(0), 0.1)
         with pytest.raises(ShapeError, match="data"):
             LinearObservations(law, TIMES, 0.1).log_prob(torch.zeros(2, 1, dtype=F64))
+
+
+def test_series_with_times_of_their_own_have_the_evidence_that_they_have_alone():
+    times = torch.tensor([[0.1, 0.5, 2.0], [0.3, 0.4, 0.9]], dtype=F64)
+    y = torch.tensor([[[0.3], [NAN], [0.1]], [[0.2], [0.5], [-0.4]]], dtype=F64)
+    # Four draws of the parameters for each of the two series.
+    rate = torch.linspace(0.5, 2.0, 8, dtype=F64).reshape(4, 2)
+
+    def law(rate):
+        one = torch.ones(1, 1, dtype=F64)
+        return LinearGaussianMeasure(-rate[..., None, None], rate[..., None], one, torch.ones(1, dtype=F64))
+
+    whole = LinearObservations(law(rate), times, 0.2)
+    assert whole.batch_shape == (4, 2)
+    for k in range(2):
+        alone = LinearObservations(law(rate[:, k]), times[k], 0.2).log_prob(y[k])
+        torch.testing.assert_close(whole.log_prob(y)[:, k], alone)
+    assert whole.rsample().shape == (4, 2, 3, 1)

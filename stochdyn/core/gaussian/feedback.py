@@ -371,9 +371,7 @@ class _Values(torch.autograd.Function):
         eye = torch.eye(channels, dtype=load.dtype, device=load.device)
         ahead = load.mT @ after
         needed = eye + ahead @ load
-        law = (
-            -(ahead @ forth) / needed if channels == 1 else -torch.linalg.solve_ex(needed, ahead @ forth)[0]
-        )
+        law = -(ahead @ forth) / needed if channels == 1 else -torch.linalg.solve_ex(needed, ahead @ forth)[0]
         closed = forth + load @ law
         # Lambda_{n+1} = slope_{n+1} + F Lambda_n F^T
         adjoint = covariance_states(closed, slope[1:], slope[0])

@@ -213,8 +213,13 @@ def _series(powers: list[Tensor], terms: list[Tensor], event: int) -> Tensor:
     """Return the sums over k of ``powers (N, *G)`` times ``terms (*B, *event)``, ``(N, *B, *event)`` with G and B aligned."""
     if powers[0].ndim == 1:
         return torch.tensordot(torch.stack(powers, -1), torch.stack(terms), 1)
+    # Batch axes of the law to the left of those of the grids, such as one for draws of parameters, see the same grids.
+    lead = (1,) * max(0, terms[0].ndim - event - (powers[0].ndim - 1))
     return torch.stack(
-        [p.reshape(*p.shape, *(1,) * event) * t for p, t in zip(powers, terms, strict=True)]
+        [
+            p.reshape(p.shape[0], *lead, *p.shape[1:], *(1,) * event) * t
+            for p, t in zip(powers, terms, strict=True)
+        ]
     ).sum(0)
 
 
