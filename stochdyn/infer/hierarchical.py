@@ -322,11 +322,11 @@ class AutoHierarchicalNormal(AutoContinuous):
         laws = self._laws()
         return _placed([g.index.flatten() for g in self.groups], [law.loc.flatten() for law in laws])
 
-    def start_at(self, loc: Tensor, covariance: Tensor) -> None:
+    def start_at(self, mean: Tensor, covariance: Tensor) -> None:
         """Put the guide to a normal law.
 
         Args:
-            loc: The mean of the latent vector, ``(D,)``.
+            mean: The mean of the latent vector, ``(D,)``.
             covariance: Its covariance ``(D, D)``. What members of a plate have in common beyond the parameters that they share
                 is left out.
         """
@@ -335,7 +335,7 @@ class AutoHierarchicalNormal(AutoContinuous):
         with torch.no_grad():
             for group, law in zip(self.groups, self._laws(), strict=True):
                 own = covariance[group.index.unsqueeze(-1), group.index.unsqueeze(-2)]
-                law.loc.copy_(loc[group.index])
+                law.loc.copy_(mean[group.index])
                 jacobian = None
                 if group.parents:
                     # Gaussian regression on the parents: slope C_ab C_bb^-1, remainder C_aa - C_ab C_bb^-1 C_ba.
