@@ -12,7 +12,7 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
-from stochdyn._checks import check_bool, check_type
+from stochdyn._checks import check_bool, check_positive_int, check_type
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.diagnostics.draws import PosteriorDraws, draw_posterior, evaluate_draws
 from stochdyn.diagnostics.prior import draw_prior

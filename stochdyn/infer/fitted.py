@@ -82,7 +82,7 @@ class GuideMethod:
 
     steps: int | None = None
     lr: float = 0.03
-    num_particles: int = 4
+    num_particles: int = 8
     num_starts: int = 0
     rounds: int = 3
     proposals: int = 2

@@ -29,7 +29,7 @@ _MOST_STEPS = 5000
 
 #: The number of updates between two looks at the bound, how often the learning rate falls before the end, and by what.
 _LOOK = 20
-_FALLS = 1
+_FALLS = 2
 _FALL = 0.2
 #: A gain of the bound in nats between two looks that nobody needs.
 _NEGLIGIBLE = 0.02
@@ -101,7 +101,7 @@ def fit_guide(
     .. math:: E_{q}\big[\log p(y, z) - \log q(z)\big]
 
     over the parameters of the guide by Adam with clipped gradients. The learning rate falls to a hundredth over a given number
-    of steps. Without one it falls when the bound gains no more than its own noise, and the run ends when that happens again.
+    of steps. Without one it falls when the bound gains no more than its own noise, and the run ends when that happens a third time.
     Use it where the defaults of stochastic variational inference will do; Pyro's ``SVI`` serves every other need.
 
     Args:
