@@ -4,7 +4,8 @@ Run it with one thread:
 
     OMP_NUM_THREADS=1 python benchmarks/interpolants/run.py PART
 
-where PART is ``speed``, ``coupling``, ``transport``, ``sampling``, ``mixture``, ``mixture_long`` or ``checkerboard``; each writes
+where PART is ``speed``, ``coupling``, ``transport``, ``sampling``, ``mixture``, ``mixture_long``, ``checkerboard``, ``populations``, ``two_moons`` or
+``jobs``; each writes
 ``benchmarks/interpolants/results/PART.json``, and ``benchmarks/interpolants/table.py`` makes the tables of the
 documentation out of those files. ``--smoke`` runs on tiny sizes and writes nothing unless told to.
 """
@@ -30,6 +31,9 @@ PARTS = {
     "mixture": ("mixture", 1, 6000),
     "mixture_long": ("mixture", 1, 15_000),
     "checkerboard": ("checkerboard", 1, 4000),
+    "populations": ("populations", 1, 1500),
+    "two_moons": ("two_moons", 1, 4000),
+    "jobs": ("jobs", 1, 1500),
 }
 
 

@@ -1,0 +1,64 @@
+"""Letters as populations: noise is removed from point clouds by a flow that reads the whole cloud, also of letters it never saw.
+
+    python examples/letters.py [--steps 1200] [--out outputs]
+
+Writes ``letters.png`` and prints the transport distances of an unseen letter. A minute or two on a laptop; ``--steps 20`` shows that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+
+import stochdyn as sd
+from stochdyn.datasets import letters
+from stochdyn.interpolants import FieldNetwork, PopulationRegression, Populations, SetEncoder
+
+mpl.use("Agg")
+
+
+def main() -> None:
+    """Train, carry three letters, and draw them."""
+    import matplotlib.pyplot as plt
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--out", type=Path, default=Path("outputs"))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+
+    seen = letters("ABCDEFGHIJKLMNOPQRSTUVWZ", count=20, generator=0)  # all but X and Y
+    encoder = SetEncoder(2)
+    network = FieldNetwork(2, width=128, depth=3, condition_dim=encoder.out)
+    objective = PopulationRegression(2, encoder, "paired", velocity=network, num_points=256)
+    sd.fit(
+        objective, Populations(seen.starts, seen.targets), steps=options.steps, batch_size=8, lr=2e-3,
+        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, options.steps),
+    )  # fmt: skip
+    model = objective.generator()
+
+    shown = letters("KYX", count=1, size=800, generator=5)
+    figure, axes = plt.subplots(3, 3, figsize=(7.5, 7.5), sharex=True, sharey=True)
+    for row, name, noised, clean in zip(axes, shown.names, shown.starts, shown.targets, strict=True):
+        carried = model.sample(noised, 20)
+        unseen = " (never seen)" if name in "XY" else ""
+        for axis, points, title in (
+            (row[0], noised, f"{name}{unseen}, noised"), (row[1], carried, "carried"), (row[2], clean, "clean"),
+        ):  # fmt: skip
+            axis.scatter(*points.T, s=1.5, color="tab:blue", linewidths=0)
+            axis.set_title(title, fontsize=9)
+            axis.set_aspect("equal")
+        before, after = (sd.diagnostics.emd(x[:400], clean[:400], 1) for x in (noised, carried))
+        print(f"{name}: W1 to the clean letter {before:.3f} before, {after:.3f} after")
+    options.out.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(options.out / "letters.png", dpi=110)
+    plt.close(figure)
+    print(f"wrote {options.out / 'letters.png'}")
+
+
+if __name__ == "__main__":
+    main()
