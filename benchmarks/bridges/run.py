@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import scale
 import solvers
 import systems
 import torch
@@ -24,7 +25,18 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from _common import machine
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("sinkhorn", "scaling", "memory", "lotka_volterra", "repressilator", "gulf", "stem_cells")
+PARTS = (
+    "sinkhorn",
+    "scaling",
+    "memory",
+    "atlas",
+    "blocks",
+    "network",
+    "lotka_volterra",
+    "repressilator",
+    "gulf",
+    "stem_cells",
+)
 
 
 def main() -> None:
@@ -60,6 +72,8 @@ def main() -> None:
                 {"log_iterations": args.log_iterations, "repeats": args.repeats} if part == "sinkhorn" else {}
             )
             result = getattr(solvers, part)(args.smoke, **extra)
+        elif hasattr(scale, part):
+            result = getattr(scale, part)(args.smoke)
         else:
             options: dict[str, Any] = {}
             if part == "gulf" and args.families:

@@ -84,6 +84,37 @@ def memory(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def atlas(record: dict[str, Any]) -> list[str]:
+    """Many cells in many components, with outliers."""
+    row = record["result"]
+    count = round(row["outliers"] * row["n"])
+    return [
+        f"**An atlas**: {row['days']} days of {row['n']} cells in {row['dim']} components, {100 * row['outliers']:g} % of them outliers: "
+        f"all couplings in {row['seconds']:.0f} s, peak {row['peak_gib']:.2f} GiB, marginal error {row['marginal_error']:.0e}; "
+        f"at least {row['outliers_named']} of {count} outliers per day are named.",
+    ]
+
+
+def blocks(record: dict[str, Any]) -> list[str]:
+    """Couplings in blocks."""
+    row = record["result"]
+    return [
+        f"**In blocks**: {row['days']} days of {row['n']} cells in {row['dim']} components, {row['dtype']}, with `memory` of 1 GiB: "
+        f"{row['seconds']:.0f} s, peak {row['peak_gib']:.2f} GiB, marginal error {row['marginal_error']:.0e}.",
+    ]
+
+
+def network(record: dict[str, Any]) -> list[str]:
+    """Refinement of a network."""
+    row = record["result"]
+    first, least = row["objective"][0], min(row["objective"])
+    return [
+        f"**A network as reference**: three days of {row['n']} cells in {row['dim']} components, a drift of width 64, "
+        f"{row['iterations']} iterations at `dt=0.05`: {row['seconds']:.0f} s, peak {row['peak_gib']:.2f} GiB; "
+        f"the objective falls from {first:.2f} to {least:.2f}.",
+    ]
+
+
 def scaling(record: dict[str, Any]) -> list[str]:
     """Cost against the number of particles."""
     lines = [
@@ -170,7 +201,7 @@ def stem_cells(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-PARTS = (sinkhorn, scaling, memory, lotka_volterra, repressilator, gulf, stem_cells)
+PARTS = (sinkhorn, scaling, memory, atlas, blocks, network, lotka_volterra, repressilator, gulf, stem_cells)
 
 
 def main() -> None:

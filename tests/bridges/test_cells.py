@@ -188,6 +188,26 @@ def test_results_go_back_to_the_cells_they_belong_to(shuffled, tmp_path, growing
         sd.bridges.to_anndata(result, type(shuffled)(np.zeros((3, 2))))
 
 
+def test_cellrank_reads_the_transitions_and_finds_the_same_fates(shuffled):
+    cellrank = pytest.importorskip("cellrank")
+    pandas = pytest.importorskip("pandas")
+    snaps = sd.bridges.from_anndata(shuffled, "day")
+    law = sd.bridges.SchrodingerBridge(snaps, diffusion=0.7).solve()
+    out = sd.bridges.to_anndata(law, shuffled, labels=list(shuffled[snaps.names[2]].obs["type"]))
+    kernel = cellrank.kernels.PrecomputedKernel(out.obsp["stochdyn_transitions"], adata=out)
+    assert abs(kernel.transition_matrix - out.obsp["stochdyn_transitions"]).max() < 1e-12
+    last = out.obs["day"] == 2.0
+    out.obs["ends"] = pandas.Categorical(
+        [t if d else None for t, d in zip(out.obs["type"], last, strict=True)]
+    )
+    estimator = cellrank.estimators.GPCCA(kernel)
+    estimator.set_terminal_states(out.obs["ends"])
+    estimator.compute_fate_probabilities()
+    theirs = np.asarray(estimator.fate_probabilities["right"]).ravel()
+    # rows keep all but a thousandth of their weight
+    assert np.abs(theirs - out.obs["stochdyn_fate_right"].to_numpy())[~last].max() < 3e-3
+
+
 def test_lineages_over_several_days():
     g = torch.Generator().manual_seed(0)
     clouds = [torch.randn(n, 2, generator=g, dtype=torch.float64) + 0.5 * k for k, n in enumerate((6, 9, 7))]
@@ -204,7 +224,14 @@ def test_lineages_over_several_days():
     classes, chances = law.fates(["a", "b", "a", "a", "b", "b", "a"])
     assert classes == ["a", "b"]
     torch.testing.assert_close(chances[:, 0], matrix[:, [0, 2, 3, 6]].sum(1))
+    first, second = ["x", "y", "x", "y", "y", "x"], ["a", "b", "a", "a", "b", "b", "a"]
+    before, after, table = law.transition_table((first, second))
+    assert (before, after) == (["x", "y"], ["a", "b"])
+    torch.testing.assert_close(table[0], chances[[0, 2, 5]].mean(0))
+    torch.testing.assert_close(table.sum(1), torch.ones(2, dtype=torch.float64))
     for bad in (
+        lambda: law.transition_table(first),
+        lambda: law.transition_table((first, first)),
         lambda: law.coupling(1, 0),
         lambda: law.coupling(0, 5),
         lambda: law.fates(["a"]),

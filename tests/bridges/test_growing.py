@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from stochdyn.bridges import DensityTrend, GrowingBridge, SchrodingerBridge, Snapshots, leave_one_out
-from stochdyn.errors import ApproximationWarning, InvalidInputError, TimeGridError
+from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, TimeGridError
 
 F64 = torch.float64
 
@@ -101,3 +103,70 @@ def test_bad_input():
         GrowingBridge([torch.zeros(2, 1)])
     with pytest.raises(TimeGridError):
         GrowingBridge(snaps, diffusion=0.5).solve().marginal(1.5)
+
+
+def still(counts):
+    """Two branches at rest, with so many cells on the left and on the right."""
+    g = torch.Generator().manual_seed(0)
+    clouds = [
+        torch.cat(
+            (torch.randn(a, 1, generator=g, dtype=F64) - 20, torch.randn(b, 1, generator=g, dtype=F64) + 20)
+        )
+        * 0.2
+        for a, b in counts
+    ]
+    return Snapshots([0.0, 2.0], clouds)
+
+
+def test_rates_per_cell_are_taken_as_they_are():
+    # the right branch triples against the left one within two units of time, and both stand still
+    snaps = still([(60, 60), (30, 90)])
+    rates = torch.cat((torch.zeros(60), torch.full((60,), 0.5 * math.log(3.0)))).double()
+    law = GrowingBridge(snaps, [rates], diffusion=0.5).solve()
+    ends = torch.tensor([[-4.0], [4.0]], dtype=F64)
+    for t in (0.2, 1.0, 1.8):
+        found = law.growth_rate(t, ends)
+        assert float(found[1] - found[0]) == pytest.approx(0.5 * math.log(3.0), abs=1e-3)
+        assert law.velocity(t, ends).abs().max() < 1.0  # nobody crosses the eight units between the branches
+        weight = law.marginal(t)
+        right = float(weight.weights @ (weight.means[:, 0] > 0).double())
+        odds = 3.0 ** (t / 2)
+        assert right == pytest.approx(odds / (1 + odds), abs=2e-3)
+    plan = law.bridge.plans[0].plan()
+    assert float(plan[:60, 30:].sum()) < 1e-3
+    drawn = (law.sample([0.0, 1.0, 2.0], 4000, 0).x[..., 0] > 0).double().mean(0)
+    wanted = torch.tensor([0.5, math.sqrt(3) / (1 + math.sqrt(3)), 0.75], dtype=F64)
+    assert bool(((drawn - wanted).abs() < 5 * 0.5 / 4000**0.5).all())
+
+
+def test_rates_are_a_prior_where_marginals_are_relaxed():
+    snaps = still([(60, 60), (30, 90)])
+    half = torch.cat((torch.zeros(60), torch.full((60,), 0.25 * math.log(3.0)))).double()
+    ends = torch.tensor([[-4.0], [4.0]], dtype=F64)
+    gaps = []
+    for rates in (torch.zeros(60 * 2, dtype=F64), half):
+        law = GrowingBridge(snaps, [rates], diffusion=0.5, relaxation=20.0).solve()
+        found = law.growth_rate(1.0, ends)
+        gaps.append(float(found[1] - found[0]))
+        assert law.marginal(2.0).mean[0] == pytest.approx(float(snaps[1].mean[0]))
+    # nobody can move that far, so the coupling corrects a prior that says too little
+    assert gaps == pytest.approx([0.5 * math.log(3.0)] * 2, abs=0.03)
+
+
+def test_counts_are_growth_of_the_whole():
+    snaps = still([(30, 30), (30, 30)])
+    counted = Snapshots(snaps.times, snaps.samples, [torch.full((60,), c / 60) for c in (100.0, 800.0)])
+    law = GrowingBridge(counted, [torch.zeros(60)], diffusion=0.5).solve()
+    assert law.growth_rate(1.0, snaps.samples[0]).mean() == pytest.approx(math.log(8) / 2, abs=1e-6)
+
+
+def test_bad_rates():
+    snaps = still([(3, 3), (3, 3)])
+    with pytest.raises(ShapeError, match="one rate per cell"):
+        GrowingBridge(snaps, [torch.zeros(4)])
+    with pytest.raises(ShapeError, match="one array of rates per snapshot"):
+        GrowingBridge(snaps, [torch.zeros(6)] * 3)
+    with pytest.raises(InvalidInputError, match="growth"):
+        GrowingBridge(snaps, "much")
+    with pytest.raises(InvalidInputError, match="trend"):
+        GrowingBridge(snaps, [torch.zeros(6)], DensityTrend(snaps))

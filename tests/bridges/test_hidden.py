@@ -131,7 +131,7 @@ def cascade() -> sd.bridges.Refinement:
 def test_rates_of_hidden_components_are_found_in_a_few_steps(cascade) -> None:
     """Iterations alone shrink their slowest error by one less the share of its information that is kept, from 1.5 to 1."""
     response = LinearResponse(cascade)
-    assert cascade.history.stopped == "the parameters stand still"
+    assert cascade.history.stopped.startswith("the parameters")
     assert 0.05 < float(response.information_kept[0]) < 0.5
     assert len(cascade.history) < math.log(0.02) / math.log(1 - float(response.information_kept[0]))
     spread = torch.linalg.inv(30 * response.observed).diagonal().sqrt()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_real, check_type
+from stochdyn._checks import as_tensor, check_real, check_type, is_real
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.density_trend import DensityTrend
 from stochdyn.bridges.laws.marginal import BridgeMarginal
@@ -19,7 +20,7 @@ from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
-from stochdyn.errors import ApproximationWarning
+from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError
 
 __all__ = ["GrowingBridge"]
 
@@ -49,11 +50,20 @@ class GrowingBridge(PathMeasure):
       :math:`\kappa=1` both sides are estimates of the same law, and nothing but their difference moves. The rate is an
       assumption then; choose the share by :func:`leave_one_out`.
 
+    - ``growth`` per cell: one rate of births less deaths ``(n_i,)`` per snapshot, in 1/time, from scores of proliferation and death, say.
+      The earlier cells then count :math:`e^{g\Delta t}` times in the coupling. With a ``relaxation`` they are a prior: couplings may deviate,
+      and :meth:`growth_rate` is what they make of it.
+
+    The cost of growth without a share is a heuristic: it makes births of what would have to move several times as far as most cells do, in
+    units of the noise, and of nothing else. Where growth and motion are of like size no choice of it can tell them apart; give a
+    ``relaxation`` of your own then and see by :func:`leave_one_out` whether it predicts, or rates per cell.
+
     Use it for cells that divide and die; for the balanced law use :class:`SchrodingerBridge`.
 
     Args:
         snapshots: The snapshots to pass through.
-        growth: The share :math:`\kappa` of growth, from 0 to 1, or None for growth that motion can't explain.
+        growth: The share :math:`\kappa` of growth, from 0 to 1; or one ``(n_i,)`` array of rates per snapshot, of which the last doesn't
+            count; or None for growth that motion can't explain.
         trend: The fitted :class:`DensityTrend` that a share is taken of; one with its defaults if None.
         reference: The drift of the reference; Brownian motion if None. See :class:`SchrodingerBridge`.
         diffusion: The noise of the reference, in units of state per root of time.
@@ -61,6 +71,7 @@ class GrowingBridge(PathMeasure):
 
     Raises:
         InvalidInputError: If the share isn't between 0 and 1, or a relaxation is given beside it.
+        ShapeError: If there isn't one rate per cell.
 
     Example:
         >>> branches = torch.cat((torch.linspace(-3, -2, 10), torch.linspace(2, 3, 10)))[:, None]
@@ -78,13 +89,18 @@ class GrowingBridge(PathMeasure):
     def __init__(
         self,
         snapshots: Snapshots,
-        growth: float | None = None,
+        growth: float | Sequence[Any] | None = None,
         trend: DensityTrend | None = None,
         reference: Any = None,
         diffusion: Any = None,
         **options: Any,
     ) -> None:
         super().__init__()
+        self.rates: list[Tensor] | None = None
+        if growth is not None and not is_real(growth):
+            self.rates, growth = _as_rates(growth, snapshots), None
+            if trend is not None:
+                raise InvalidInputError("a trend does nothing where rates are given")
         if growth is not None:
             check_real(growth, "growth", minimum=0.0, maximum=1.0)
             if options.get("relaxation") is not None:
@@ -99,7 +115,7 @@ class GrowingBridge(PathMeasure):
         self.growth, self.trend = None if growth is None else float(growth), trend
         # checks everything that a bridge does, before any work
         self.bridge = SchrodingerBridge(snapshots, reference, diffusion, **options)
-        if self.growth:
+        if self.growth or self.rates is not None:
             self.bridge._add_tilts(_NODES)
 
     @property
@@ -109,7 +125,9 @@ class GrowingBridge(PathMeasure):
 
     def solve(self) -> GrowingBridge:
         """Find the couplings; returns this law."""
-        if self.growth is None and self.bridge.relaxation is None:
+        if self.rates is not None:
+            self._tilt_by_rates(self.rates)
+        elif self.growth is None and self.bridge.relaxation is None:
             self.bridge._penalty.fill_(self._cost())
         if self.growth:
             if self.trend is None:
@@ -141,6 +159,14 @@ class GrowingBridge(PathMeasure):
                 tilt = parts[:, None] * (change - 0.5 * change[-1])
                 setattr(self.bridge, f"{name}{i}", tilt)
                 self._check_weights(j, -tilt[0 if name == "rows" else -1])
+
+    def _tilt_by_rates(self, rates: list[Tensor]) -> None:
+        r"""Let the earlier particles count :math:`e^{g\Delta t}` times in a coupling, and so much less before: :math:`\alpha=-(1-s)\,g\Delta t`."""
+        for i, duration in enumerate(self.snapshots.durations.tolist()):
+            change = rates[i].double() * duration
+            share = torch.linspace(0, 1, _NODES, dtype=torch.float64, device=change.device)[:, None]
+            setattr(self.bridge, f"rows{i}", -(1 - share) * change)
+            self._check_weights(i, change)
 
     def _check_weights(self, j: int, tilt: Tensor) -> None:
         weight = torch.softmax(self.snapshots.weights[j].double().log() + tilt, 0)
@@ -190,6 +216,26 @@ class GrowingBridge(PathMeasure):
         """Return the rate of births less deaths at times ``t`` and states ``x (*batch, d)``, ``(*batch,)`` per unit of time.
 
         Its mean over the population is the growth of the whole: the logarithm of the ratio of the snapshots' masses per time, zero where
-        snapshots were given without.
+        snapshots were given without. Give total counts as weights, therefore: ``weights=[torch.full((n,), count / n), ...]``.
         """
         return self.bridge.growth_rate(t, x)
+
+
+def _as_rates(growth: Any, snapshots: Snapshots) -> list[Tensor]:
+    """Return rates ``(n_i,)`` for all snapshots but the last."""
+    check_type(snapshots, Snapshots, "snapshots")
+    check_type(growth, (Sequence, Tensor), "growth", "a share, or one array of rates per snapshot")
+    count = len(snapshots)
+    if len(growth) not in (count - 1, count):
+        raise ShapeError("growth must have one array of rates per snapshot", got=len(growth), expected=count)
+    rates = []
+    for i in range(count - 1):
+        own = as_tensor(growth[i], f"growth[{i}]", 1, "(n,)", like=snapshots.samples[i])
+        if own.shape != snapshots.weights[i].shape:
+            raise ShapeError(
+                f"growth[{i}] must have one rate per cell",
+                got=tuple(own.shape),
+                expected=(snapshots.sizes[i],),
+            )
+        rates.append(own)
+    return rates

@@ -96,7 +96,7 @@ def one_hot(labels: Sequence[Any], size: int) -> tuple[list[Any], Tensor]:
     own = np.asarray(labels)
     if own.shape != (size,):
         raise ShapeError(
-            "labels must have one label per particle of the last snapshot", got=own.shape, expected=(size,)
+            "labels must have one label per particle of their snapshot", got=own.shape, expected=(size,)
         )
     classes, place = np.unique(own.astype(str) if own.dtype == object else own, return_inverse=True)
     return classes.tolist(), torch.nn.functional.one_hot(

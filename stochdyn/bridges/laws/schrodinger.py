@@ -42,6 +42,7 @@ from stochdyn.errors import (
     ConvergenceWarning,
     DiffusionError,
     NonFiniteError,
+    ShapeError,
     UnavailableError,
 )
 
@@ -254,7 +255,7 @@ class SchrodingerBridge(PathMeasure):
     def _weights(self, i: int) -> tuple[Tensor, Tensor]:
         """Weights of both ends of a coupling, their totals as 1 to the factor of growth where that counts."""
         a, b = self.snapshots.weights[i : i + 2]
-        if self.relaxation is not None:
+        if self.relaxation is not None and not self._tilted:
             b = b * (self.snapshots.masses[i + 1] / self.snapshots.masses[i])
         if self._tilted:
             rows, columns = getattr(self, f"rows{i}"), getattr(self, f"columns{i}")
@@ -350,7 +351,7 @@ class SchrodingerBridge(PathMeasure):
             weights, masses = self.snapshots.weights, self.snapshots.masses.double().log().diff().tolist()
             growths: list[Growth | None] = [None] * len(plans)
             for i, plan in enumerate(plans):
-                if self._tilted:
+                if self._tilted and self.relaxation is None:
                     growths[i] = Growth(
                         plan, getattr(self, f"rows{i}"), getattr(self, f"columns{i}"), masses[i]
                     )
@@ -668,6 +669,30 @@ class SchrodingerBridge(PathMeasure):
         first, last = lineages.check_span(first, last, len(self.snapshots))
         classes, members = lineages.one_hot(labels, self.snapshots.sizes[last])
         return classes, lineages.fate_probabilities(self.plans[first:last], members.to(self.spread.device))
+
+    @torch.no_grad()
+    def transition_table(
+        self, labels: tuple[Sequence[Any], Sequence[Any]], first: int = 0, last: int = -1
+    ) -> tuple[list[Any], list[Any], Tensor]:
+        """Return the classes of two snapshots, and the probabilities ``(k, l)`` with which members of the first go to each of the last.
+
+        Particles count by their weights within their class, and rows sum to one.
+
+        Args:
+            labels: The classes of the particles of the earlier snapshot, and those of the later one.
+            first: The index of the earlier snapshot.
+            last: The index of the later snapshot; negative ones count from the end.
+        """
+        first, last = lineages.check_span(first, last, len(self.snapshots))
+        if not isinstance(labels, tuple | list) or len(labels) != 2:
+            raise ShapeError(
+                "labels must be two sequences, of the earlier and of the later snapshot",
+                got=type(labels).__name__,
+            )
+        before, rows = lineages.one_hot(labels[0], self.snapshots.sizes[first])
+        after, chances = self.fates(labels[1], first, last)
+        weighed = rows.to(chances).mT * self.snapshots.weights[first].to(chances)
+        return before, after, (weighed / weighed.sum(1, keepdim=True)) @ chances
 
     # ------------------------------------------------------------------------------------------ storage
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SchrodingerBridge:

@@ -34,6 +34,9 @@ __all__ = ["MessagesLoop"]
 _MAX_PARAMETERS, _NEAR = 20, 5.0
 # No direction counts as holding less than this share of the information that paths would have: no step is longer than its inverse.
 _LEAST = 0.005
+# Newton's steps shrink faster than this; where they don't, they are the Monte Carlo error of the draws.
+_JITTER = 0.5
+NOISE = "the parameters move by no more than other draws of the hidden components move them"
 # Steps on one set of draws, and halvings of a step that makes the objective rise.
 _STEPS, _HALVINGS = 3, 4
 
@@ -43,7 +46,8 @@ class MessagesLoop(AlternatingLoop):
 
     Iterations alone are slow in directions that hidden components leave open: what is missing there is as much as what was found. Near the
     end the step is that of Newton's method therefore, :math:`(I-J)^{-1}(T(\theta)-\theta)` for an iteration :math:`T` of Jacobian :math:`J` on the
-    draws as they are, and the run stops where that step is small in units of the parameters' own posterior.
+    draws as they are, and the run stops where that step is small in units of the parameters' own posterior, or no longer shrinks: then it is
+    what other draws do, and the answer is the mean of the last two.
 
     Args:
         task: The task: data, family and options.
@@ -58,7 +62,7 @@ class MessagesLoop(AlternatingLoop):
         self.method, self.result = method, result
         like = task.snapshots.samples[0]
         self.initial = tuple(torch.as_tensor(v).to(like) for v in (method.initial_mean, method.initial_cov))
-        self.size, self.moved = flatten(self.family).numel(), math.nan
+        self.size, self.moved, self.near = flatten(self.family).numel(), math.nan, False
         self._bridge: HiddenStateBridge | None = None
         self._check_driven()
 
@@ -122,7 +126,11 @@ class MessagesLoop(AlternatingLoop):
         self._record(float(bridge.objective), gain, error, family, noise, clock)
         if moved < task.tolerance and (newton or moved == 0):
             self.history.stopped = STILL
-        self.family, self._bridge, self.moved = family, None, moved
+        elif newton and self.near and _JITTER * self.moved < moved < 1:
+            # the step doesn't shrink any more as Newton's does: each set of draws has a fixed point of its own
+            self.history.stopped = NOISE
+            family = with_coordinates(family, 0.5 * (flatten(family) + flatten(self.family)))
+        self.family, self._bridge, self.moved, self.near = family, None, moved, newton
 
     def _newton(self, bridge: HiddenStateBridge, image: DriftFamily) -> tuple[DriftFamily, float]:
         """Return the fixed point of iterations on the draws of a bridge, and how far it is in standard deviations of the posterior.
@@ -209,13 +217,13 @@ class MessagesLoop(AlternatingLoop):
 
     def state(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on, as plain data and tensors."""
-        return {**super().state(), "initial": list(self.initial), "moved": self.moved}
+        return {**super().state(), "initial": list(self.initial), "moved": self.moved, "near": self.near}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` returned."""
         super().load_state(state)
         self.initial = tuple(v.to(self.task.snapshots.device) for v in state["initial"])
-        self.moved, self._bridge = state["moved"], None
+        self.moved, self.near, self._bridge = state["moved"], state["near"], None
 
     def report(self) -> Any:
         """Return the result so far."""
