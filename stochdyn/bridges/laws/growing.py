@@ -96,13 +96,15 @@ class GrowingBridge(PathMeasure):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.rates: list[Tensor] | None = None
+        self._cell_rates: list[Tensor] | None = None
+        self.growth: float | None = None
         if growth is not None and not is_real(growth):
-            self.rates, growth = _as_rates(growth, snapshots), None
+            self._cell_rates = _as_rates(growth, snapshots)
             if trend is not None:
                 raise InvalidInputError("a trend does nothing where rates are given")
-        if growth is not None:
+        elif growth is not None:
             check_real(growth, "growth", minimum=0.0, maximum=1.0)
+            self.growth = float(growth)  # type: ignore[arg-type]
             if options.get("relaxation") is not None:
                 check_type(
                     options["relaxation"],
@@ -112,10 +114,10 @@ class GrowingBridge(PathMeasure):
                 )
         if trend is not None:
             check_type(trend, DensityTrend, "trend")
-        self.growth, self.trend = None if growth is None else float(growth), trend
+        self.trend = trend
         # checks everything that a bridge does, before any work
         self.bridge = SchrodingerBridge(snapshots, reference, diffusion, **options)
-        if self.growth or self.rates is not None:
+        if self.growth or self._cell_rates is not None:
             self.bridge._add_tilts(_NODES)
 
     @property
@@ -125,8 +127,8 @@ class GrowingBridge(PathMeasure):
 
     def solve(self) -> GrowingBridge:
         """Find the couplings; returns this law."""
-        if self.rates is not None:
-            self._tilt_by_rates(self.rates)
+        if self._cell_rates is not None:
+            self._tilt_by_rates(self._cell_rates)
         elif self.growth is None and self.bridge.relaxation is None:
             self.bridge._penalty.fill_(self._cost())
         if self.growth:
