@@ -34,7 +34,7 @@ def _races(race: dict[str, Any]) -> list[str]:
     lines = ["| job | stochdyn | peer | its time | ratio | asked for |", "|---|--:|---|--:|--:|--:|"]
     for row in race["races"]:
         lines.append(
-            f"| {row['job']} | {_time(row['seconds'])} | {row['peer']} | {_time(row['peer_seconds'])} | {row['ratio']:.1f} "
+            f"| {row['job']} | {_time(row['seconds'])} | {row['peer']} | {_time(row['peer_seconds'])} | {row['ratio']:.3g} "
             f"| {row['bar']:.2g} |"
         )
     for row in race["alone"]:
