@@ -113,6 +113,27 @@ def speed(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def coverage(report: dict[str, Any]) -> list[str]:
+    """Coverage of 95 % bands, places across."""
+    rows = report["rows"]
+    table = [["cloud", "kernel", "field", "nodes left out", "inside", "in a hole", "past the border"]]
+    cells: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["geometry"], row["model"], row["field"]), {})[row["places"]] = row
+    for about, places in cells.items():
+        shown = [
+            f"{places[p]['coverage']:.1%} ({places[p]['rms z']:.2f})" if p in places else "–"
+            for p in ("nodes", "inside", "hole", "border")
+        ]
+        table.append([*about, *shown])
+    text = (
+        "Share of the components that 95 % bands hold, with the root mean square of the errors in units of their standard deviation; "
+        f"{report['points']} points, half of them observed with a tenth of noise, {report['seeds']} draws of clouds and fields. Rough fields are drawn from a Matérn 3/2 "
+        "process of the surrounding space, smooth ones from a squared exponential, so that only the ambient kernel has the prior of the rough ones."
+    )
+    return ["### Coverage between the nodes", "", text, "", *_table(table)]
+
+
 def render(folder: Path) -> str:
     """Return the Markdown of all parts that were measured."""
     lines: list[str] = []
@@ -135,13 +156,16 @@ def render(folder: Path) -> str:
             "means over both months and five splits each.",
         ),
     }
-    for part in ("bunny", "wind", "speed"):
+    for part in ("coverage", "bunny", "wind", "speed"):
         path = folder / f"{part}.json"
         if not path.exists():
             continue
         report = json.loads(path.read_text(encoding="utf-8"))
         machine = report["machine"]
-        lines += speed(report) if part == "speed" else accuracy(report, *titles[part])
+        if part == "coverage":
+            lines += coverage(report)
+        else:
+            lines += speed(report) if part == "speed" else accuracy(report, *titles[part])
     if machine is not None:
         lines.append(
             f"Measured on {machine['cores']} cores ({machine['processor']}), {machine['threads']} thread, other work running, torch "

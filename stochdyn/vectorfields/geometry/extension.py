@@ -23,6 +23,8 @@ FAR = 1.0
 _REACH, _NUGGET = 3.0, 1e-9
 #: The most nodes that are read from the others to see how rough the fields of a prior are.
 _LEFT_OUT = 300
+#: The sum of squares above which a reader's weights are damped, and how fast.
+_LARGEST, _DAMPING = 2.0, 0.01
 #: Points whose small systems are solved at once.
 _BLOCK = 20_000
 
@@ -134,8 +136,17 @@ def _weights(
         apart = ((near[:, :, None] - near[:, None]) ** 2).sum(-1)
         gram = _correlation(np.sqrt(apart)) + nugget
         cross = _correlation(distances[part] / radius[part, None])
-        out[part] = np.linalg.solve(gram, cross[..., None])[..., 0]
-        doubt[part] = 1.0 - (out[part] * cross).sum(1)
+        c = np.linalg.solve(gram, cross[..., None])[..., 0]
+        # Where the weights would extrapolate, and so enlarge whatever is rough, a noise in the reader's own model that grows
+        # continuously with their excess keeps them small: c = (K + ρI)⁻¹ k(x).
+        excess = np.maximum((c**2).sum(1) - _LARGEST, 0.0)
+        wild = excess > 0.0
+        if wild.any():
+            rho = _DAMPING * excess[wild, None, None] * np.eye(nodes.shape[1])
+            c[wild] = np.linalg.solve(gram[wild] + rho, cross[wild][..., None])[..., 0]
+        out[part] = c
+        # 1 - 2 c'k + c'Kc, which is 1 - c'k without that noise
+        doubt[part] = 1.0 - 2.0 * (c * cross).sum(1) + np.einsum("qi,qij,qj->q", c, gram, c)
     return out, doubt
 
 
