@@ -128,7 +128,8 @@ def coverage(report: dict[str, Any]) -> list[str]:
         table.append([*about, *shown])
     text = (
         "Share of the components that 95 % bands hold, with the root mean square of the errors in units of their standard deviation; "
-        f"{report['points']} points, half of them observed with a tenth of noise, {report['seeds']} draws of clouds and fields. Rough fields are drawn from a Matérn 3/2 "
+        f"{report['points']} points, half of them observed with a tenth of noise, {report['seeds']} draws of clouds and fields. "
+        "Rough fields are drawn from a Matérn 3/2 "
         "process of the surrounding space, smooth ones from a squared exponential, so that only the ambient kernel has the prior of the rough ones."
     )
     return ["### Coverage between the nodes", "", text, "", *_table(table)]
