@@ -24,7 +24,7 @@ _REACH, _NUGGET = 3.0, 1e-9
 #: The most nodes that are read from the others to see how rough the fields of a prior are.
 _LEFT_OUT = 300
 #: The sum of squares above which a reader's weights are damped, and how fast.
-_LARGEST, _DAMPING = 2.0, 0.01
+_LARGEST, _DAMPING = 2.0, 0.001
 #: Points whose small systems are solved at once.
 _BLOCK = 20_000
 
