@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ def train(noise: str, arguments: argparse.Namespace) -> tuple[VideoModel, dict[s
     )
     folder = None if arguments.checkpoint is None else Path(arguments.checkpoint) / noise
     start, clock = time.process_time(), time.perf_counter()
+    reached = 0
+
+    def watch(state: sd.run.FitState) -> None:
+        nonlocal reached
+        reached = state.step
+        if arguments.hours is not None and time.perf_counter() - clock > 3600 * arguments.hours:
+            signal.raise_signal(signal.SIGINT)  # the step is finished and saved, and the next call goes on
+
     result = sd.fit(
         model,
         train_videos,
@@ -87,10 +96,12 @@ def train(noise: str, arguments: argparse.Namespace) -> tuple[VideoModel, dict[s
         checkpoint=folder,
         resume=folder is not None,
         progress=not arguments.quiet,
+        callbacks=[watch],
+        on_interrupt="return",
     )
     row: dict[str, Any] = {
         "noise": noise,
-        "steps": arguments.steps,
+        "steps": reached,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     row["processor minutes"] = (time.process_time() - start) / 60
@@ -143,6 +154,12 @@ def main() -> None:
     parser.add_argument("--test-videos", type=int, default=256)
     parser.add_argument("--samples", type=int, default=20, help="predictions a video")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--hours",
+        type=float,
+        default=None,
+        help="stop each model after so long; with --checkpoint the next call goes on",
+    )
     parser.add_argument("--device", default=None)
     parser.add_argument("--checkpoint", default=None, help="folder to save to and to resume from")
     parser.add_argument("--noise", nargs="+", default=["brownian", "fractional"])
