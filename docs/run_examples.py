@@ -30,6 +30,9 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 def run(page: Path) -> bool:
     """Run a page in a folder of its own; returns whether all went well."""
     names: dict[str, object] = {"__name__": "__main__"}
+    pyro = sys.modules.get("pyro")
+    if pyro is not None:  # a reader starts every page in a process of its own
+        pyro.clear_param_store()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
