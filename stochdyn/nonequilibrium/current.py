@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -74,6 +74,24 @@ def as_groups(by: Groups, dim: int) -> dict[str, list[int]]:
                 f"by[{name!r}] must name components of the state", got=index[:8], expected=f"0 to {dim - 1}"
             )
     return groups
+
+
+class CurrentAt(NamedTuple):
+    """A steady current at states, ``(..., d)`` each.
+
+    Attributes:
+        velocity: The irreversible velocity :math:`v`.
+        dual: The velocity in units of the noise, :math:`D^+v`.
+        irreversible: The part of the force that dissipates.
+        reversible: The part of the force that doesn't.
+        score: The gradient of the log density.
+    """
+
+    velocity: Tensor
+    dual: Tensor
+    irreversible: Tensor
+    reversible: Tensor
+    score: Tensor
 
 
 class SteadyCurrent:
@@ -189,10 +207,10 @@ class SteadyCurrent:
         Raises:
             DiffusionMismatchError: If an irreversible force acts where there is no noise, so that entropy production is infinite.
         """
-        return self.velocity_and_dual(self._at(x))[0]
+        return self.evaluate(self._at(x)).velocity
 
-    def velocity_and_dual(self, x: Tensor, components: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        r"""Return the velocity :math:`v` and :math:`D^+v`, ``(..., d)`` each, at checked states.
+    def evaluate(self, x: Tensor, components: Sequence[int] | None = None) -> CurrentAt:
+        r"""Return the velocity :math:`v`, :math:`D^+v`, and what they are made of, at checked states.
 
         Args:
             x: The states, ``(..., d)``.
@@ -202,11 +220,12 @@ class SteadyCurrent:
             DiffusionMismatchError: If an irreversible force acts on one of them without noise.
         """
         noise = self.noise(x)
-        irreversible, _, size = self._split(x)
-        pull = noise.times(self._score_at(x))
+        irreversible, reversible, size = self._split(x)
+        score = self._score_at(x)
+        pull = noise.times(score)
         v = irreversible - pull
         check_reached(noise, v, size + pull.abs(), components)
-        return v, noise.against(v)
+        return CurrentAt(v, noise.against(v), irreversible, reversible, score)
 
     def local(self, x: Tensor, by: Groups | None = None) -> Tensor | dict[str, Tensor]:
         r"""Return the local rate :math:`v\cdot D^+v` of entropy production, ``(...)``, in 1/time.
@@ -223,18 +242,19 @@ class SteadyCurrent:
         x = self._at(x)
         groups = {} if by is None else as_groups(by, x.shape[-1])
         wanted = None if by is None else sorted({i for index in groups.values() for i in index})
-        v, dual = self.velocity_and_dual(x, wanted)
-        return (v * dual).sum(-1) if by is None else group_parts(v * dual, by)
+        at = self.evaluate(x, wanted)
+        terms = at.velocity * at.dual
+        return terms.sum(-1) if by is None else group_parts(terms, by)
 
     def medium(self, x: Tensor) -> Tensor:
         r"""Return the rate :math:`v\cdot D^+f_{irr}` at which entropy flows into the medium, ``(...)``."""
-        x = self._at(x)
-        return (self.velocity_and_dual(x)[1] * self._split(x)[0]).sum(-1)
+        at = self.evaluate(self._at(x))
+        return (at.dual * at.irreversible).sum(-1)
 
     def system(self, x: Tensor) -> Tensor:
         r"""Return the rate :math:`-v\cdot\nabla\log\rho` at which the system's own entropy changes, ``(...)``; its mean is zero."""
-        x = self._at(x)
-        return -(self.velocity_and_dual(x)[0] * self._score_at(x)).sum(-1)
+        at = self.evaluate(self._at(x))
+        return -(at.velocity * at.score).sum(-1)
 
 
 def check_reached(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -150,8 +149,7 @@ class NEEP(_PairObjective):
 
         On the pairs that it was trained on the bound is too large.
         """
-        gain = self._gain(self.production(batch)) / self.dt
-        return Estimate(gain.mean(), gain.std() / math.sqrt(len(gain)))
+        return Estimate.of(self._gain(self.production(batch)) / self.dt)
 
 
 class ShortTimeTUR(_PairObjective):

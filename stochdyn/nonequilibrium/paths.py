@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from stochdyn._checks import as_tensor, as_time_grid, check_choice, check_type
-from stochdyn.core.forward.divergences import divergence
+from stochdyn.core.forward.divergences import divergence, value_and_divergence
 from stochdyn.core.law.path import Path
 from stochdyn.errors import ShapeError, UnavailableError
 from stochdyn.nonequilibrium.current import SteadyCurrent
@@ -49,19 +49,20 @@ def dissipation(
                 "the second form is for components that are even under time reversal",
                 hint="P.reverse(score, T, rho, parity).log_rn(path.reversed(parity), P.backward(T, rho, parity)) is the same with momenta",
             )
-        v, dual = (u[..., :-1, :].detach() for u in current.velocity_and_dual(x))
         start = x[..., :-1, :]
+        before = current.evaluate(start)
         drift = current.sde.slope(current.time(start), start).detach()
         step = x[..., 1:, :] - start - drift * dt
-        return (dual * (step + v * dt)).sum((-2, -1))
-    dual = current.velocity_and_dual(x)[1].detach()
+        return (before.dual.detach() * (step + before.velocity.detach() * dt)).sum((-2, -1))
+    at = current.evaluate(x)
+    dual = at.dual.detach()
     middle = 0.5 * (dual[..., 1:, :] + dual[..., :-1, :])
     step = x[..., 1:, :] - x[..., :-1, :]
     if not odd:
         return (middle * step).sum((-2, -1))
-    reversible = current._split(x)[1].detach()
+    reversible = at.reversible.detach()
     step = step - 0.5 * (reversible[..., 1:, :] + reversible[..., :-1, :]) * dt
-    rate = divergence(lambda y: current._split(y)[1], x) + (reversible * current._score_at(x)).sum(-1)
+    rate = divergence(lambda y: current._split(y)[1], x) + (reversible * at.score).sum(-1)
     return (middle * step).sum((-2, -1)) - _integral(rate.detach(), dt)
 
 
@@ -83,9 +84,8 @@ def mismatch(paths: Tensor | Path, ts: Tensor | None, current: SteadyCurrent) ->
     x, dt = _trajectories(paths, ts, current)
     if current.signs(x) is not None:
         raise UnavailableError("the mismatch is defined for components that are even under time reversal")
-    v = current.velocity_and_dual(x)[0]
-    rate = divergence(lambda y: current.velocity_and_dual(y)[0], x) + (v * current._score_at(x)).sum(-1)
-    return _integral(rate.detach(), dt)
+    v, spread = value_and_divergence(lambda y: current.evaluate(y).velocity, x)
+    return _integral((spread + (v * current._score_at(x)).sum(-1)).detach(), dt)
 
 
 def _trajectories(paths: Tensor | Path, ts: Tensor | None, current: SteadyCurrent) -> tuple[Tensor, Tensor]:

@@ -61,16 +61,18 @@ def sum_rule(sde: SDE, x: Tensor, parity: object = None) -> Estimate:
     check_type(sde, SDE, "sde")
     current = SteadyCurrent(sde, torch.zeros_like, parity)
     points = _draws(x)
-    even = current.signs(points) is None
-    if not even and sde.state_dependent:
+    if current.signs(points) is not None and sde.state_dependent:
         raise InvalidInputError("odd components need constant noise here")
-    irreversible, size = current.irreversible(points), current._split(points)[2]
+    irreversible, _, size = current._split(current._at(points))
     noise = current.noise(points)
     check_reached(noise, irreversible, size)
     square = (irreversible * noise.against(irreversible)).sum(-1)
-    spread = divergence(lambda y: current._split(y)[0], points)
-    if not even:
-        spread = spread - divergence(lambda y: current._split(y)[1], points)
+
+    def difference(y: Tensor) -> Tensor:
+        first, second, _ = current._split(y)
+        return first - second
+
+    spread = divergence(difference, points)
     return Estimate.of((square + spread).detach())
 
 
@@ -128,13 +130,16 @@ def hatano_sasa(
         )
     steady = SteadyCurrent(sde, steady_score, None, t)
     now._at(points)
-    noise = now.noise(points)
-    v, v_steady = (law.velocity_and_dual(points)[0] for law in (now, steady))
+    here, there = now.evaluate(points), steady.evaluate(points)
 
-    def size(u: Tensor) -> Estimate:
-        return Estimate.of((u * noise.against(u)).sum(-1).detach())
+    def size(v: Tensor, dual: Tensor) -> Estimate:
+        return Estimate.of((v * dual).sum(-1).detach())
 
-    return HatanoSasa(size(v), size(v_steady), size(v - v_steady))
+    return HatanoSasa(
+        size(here.velocity, here.dual),
+        size(there.velocity, there.dual),
+        size(here.velocity - there.velocity, here.dual - there.dual),
+    )
 
 
 def _draws(x: object) -> Tensor:

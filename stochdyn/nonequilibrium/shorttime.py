@@ -110,7 +110,14 @@ def short_time_entropy(
     for lag in lags:
         check_positive_int(lag, "lags")
     segments = _segments(x, num_blocks, max(lags))
-    fits = [_cross_fit(*_currents(segments, lag, features, by), lag * float(dt), folds) for lag in lags]
+    states = torch.cat([piece.flatten(0, 1) for piece in segments])
+    centre, spread = states.mean(0), states.std(0)
+    if bool((spread == 0).any()):
+        raise InvalidInputError("a component of paths doesn't move", got=f"component {int(spread.argmin())}")
+    fits = [
+        _cross_fit(*_currents(segments, lag, features, by, centre, spread), lag * float(dt), folds)
+        for lag in lags
+    ]
     # Blocks are the same pieces of the trajectories at every lag, so the extrapolation is done in each of them.
     weight = 1.0 if len(lags) == 1 else lags[1] / (lags[1] - lags[0])
     weights = [weight, 1 - weight][: len(lags)]
@@ -164,16 +171,17 @@ class _Fit:
 
 
 def _currents(
-    segments: list[Tensor], lag: int, features: str | Features, by: Groups | None
+    segments: list[Tensor],
+    lag: int,
+    features: str | Features,
+    by: Groups | None,
+    centre: Tensor,
+    spread: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Return by block the sums of currents ``(B, K)``, of their products ``(B, K, K)``, and numbers of steps ``(B,)``.
 
     Steps overlap where the lag is more than one. The last entry has the sums of the currents' parts by group, ``(B, K)`` each.
     """
-    centre = torch.cat([s.flatten(0, 1) for s in segments]).mean(0)
-    spread = torch.cat([s.flatten(0, 1) for s in segments]).std(0)
-    if bool((spread == 0).any()):
-        raise InvalidInputError("a component of paths doesn't move", got=f"component {int(spread.argmin())}")
     sums, products, counts = [], [], []
     parts: dict[str, list[Tensor]] = {name: [] for name in by or ()}
     for piece in segments:

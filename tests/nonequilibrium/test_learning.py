@@ -186,7 +186,7 @@ def test_neep_and_the_uncertainty_bound_in_exact_cases() -> None:
     v_dual = SteadyCurrent(chain.sde, chain.score)  # type: ignore[arg-type]
 
     def exact(x: torch.Tensor) -> torch.Tensor:
-        return v_dual.velocity_and_dual(x)[1]
+        return v_dual.evaluate(x).dual
 
     values = [float(NEEP(exact, 0.01, a)(pairs).terms["bound"]) for a in (0.0, -0.5, -1.0, 0.3)]
     tur = float(ShortTimeTUR(exact, 0.01)(pairs).terms["bound"])
