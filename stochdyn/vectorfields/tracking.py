@@ -246,7 +246,10 @@ class _Tracker:
         """Move one unit of index over an edge: a zero goes over, or a pair is born or vanishes there."""
         one, other = int(self.along[edge]), int(self.against[edge])
         winner, loser = (one, other) if gain > 0 else (other, one)
-        place = self._place(t, edge)
+        self._exchange(winner, loser, t, self._place(t, edge))
+
+    def _exchange(self, winner: int, loser: int, t: float, place: np.ndarray) -> None:
+        """Give one unit of index to a face at the cost of another: a way goes over, or two meet, or two begin."""
         source = next((w for w in self.inside[loser] if w.index > 0), None) if loser != _OUTSIDE else None
         hole = next((w for w in self.inside[winner] if w.index < 0), None) if winner != _OUTSIDE else None
         if source is not None and hole is not None:
@@ -292,19 +295,7 @@ class _Tracker:
             far = np.linalg.norm(middle[more][:, None] - middle[less][None], axis=-1)
             i, j = np.unravel_index(int(far.argmin()), far.shape)
             winner, loser = more[i], less[j]
-            source = next((w for w in self.inside[loser] if w.index > 0), None)
-            hole = next((w for w in self.inside[winner] if w.index < 0), None)
-            place = 0.5 * (middle[winner] + middle[loser])
-            if source is not None and hole is not None:
-                self._end(source, loser, "pair", t, place)
-                self._end(hole, winner, "pair", t, place)
-            elif source is not None:
-                self._move(source, loser, winner, t, place)
-            elif hole is not None:
-                self._move(hole, winner, loser, t, place)
-            else:
-                self._begin(winner, 1, "pair").put(t, place)
-                self._begin(loser, -1, "pair").put(t, place)
+            self._exchange(winner, loser, t, 0.5 * (middle[winner] + middle[loser]))
             gap[winner] -= 1
             gap[loser] += 1
             more, less = [f for f in gap if gap[f] > 0], [f for f in gap if gap[f] < 0]

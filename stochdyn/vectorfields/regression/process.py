@@ -31,7 +31,13 @@ from stochdyn.vectorfields.regression.ambient import AmbientKernel
 from stochdyn.vectorfields.regression.engines import Engine
 from stochdyn.vectorfields.regression.hyper import hyper_parameters, set_hyper_parameters
 from stochdyn.vectorfields.regression.kernels import ConnectionMatern, ProjectedMatern
-from stochdyn.vectorfields.regression.observations import Groups, Observations
+from stochdyn.vectorfields.regression.observations import (
+    Groups,
+    Observations,
+    as_labels,
+    by_condition,
+    by_pattern,
+)
 from stochdyn.vectorfields.regression.selection import Best, Choice, KernelSearch, candidates, make_engine
 from stochdyn.vectorfields.regression.sites import Sites
 
@@ -137,9 +143,50 @@ class FieldProcess:
 
     # ------------------------------------------------------------------------------------------- fitting
 
+    def _condition_on(
+        self,
+        sites: Sites,
+        components: Tensor,
+        relative: Tensor,
+        missing: Tensor,
+        batch: torch.Size,
+        after: Callable[[], None],
+        *,
+        thing: str,
+        labels: Sequence[object] | None,
+        **options: Any,
+    ) -> None:
+        """Condition on what was measured at sites, all of it one field or, where it is labelled, one field per condition.
+
+        Args:
+            sites: The ``q`` sites.
+            components: The components of the data in the frames of the sites, ``(n, q, m)``.
+            relative: The relative noise variances ``(q,)``.
+            missing: Where there is none, ``(n, q)``.
+            batch: The batch shape of the data.
+            after: A function that says what else has become true after the fit.
+            thing: The word for what is measured at a site.
+            labels: The condition of everything measured, or None.
+            options: Those of :meth:`_condition`.
+        """
+        if labels is None:
+            self._condition(by_pattern(sites, components, relative, missing), batch, None, after, **options)
+            return
+        each = as_labels(labels, len(sites), thing)
+        if len(batch):
+            raise InvalidInputError(
+                f"labels are for one {thing} per row", got=f"{thing}s of batch shape {tuple(batch)}"
+            )
+        seen = ~missing[0]
+        kept = [name for name, there in zip(each, seen.tolist(), strict=True) if there]
+        groups, names = by_condition(sites.take(seen), components[:, seen], relative[seen], kept)
+        self._condition(groups, torch.Size([len(names)]), names, after, **options)
+
     def _condition(
         self,
         groups: Groups,
+        batch: torch.Size,
+        labels: list[object] | None,
         after: Callable[[], None],
         *,
         optimize: bool,
@@ -150,7 +197,7 @@ class FieldProcess:
         checkpoint: str | os.PathLike[str] | None,
         resume: bool,
     ) -> None:
-        """Learn the hyper-parameters and compute the posterior; ``after`` says what else has then become true."""
+        """Learn the hyper-parameters and compute the posterior of fields of a batch, with labels or not; ``after`` says what else is then true."""
         check_positive_int(steps, "steps")
         if noise_variance is not None:
             check_real(noise_variance, "noise_variance", above=0.0)
@@ -162,6 +209,10 @@ class FieldProcess:
                 hint="kernel='auto'; other fits take seconds",
             )
         before = self.engine
+
+        def done() -> None:
+            self._batch, self.labels = batch, labels
+            after()
 
         def prepare(engine: Engine) -> None:
             if noise_variance is not None:
@@ -180,13 +231,13 @@ class FieldProcess:
                 self.backend, self.nu = best.candidate.backend, best.candidate.nu
                 self._kernel, self.chosen = best.kernel, best.candidate.name
                 self.candidates = record
-                self._finish(best.engine, groups, after)
+                self._finish(best.engine, groups, done)
             return self
 
         if not trial:
             engine = make_engine(self.cloud, groups, self._kernel, self.backend, float(self.nu or _WHOLE_NU))
             prepare(engine)
-            self._finish(engine, groups, after)
+            self._finish(engine, groups, done)
             return
         identity = {
             "cloud": self.cloud,

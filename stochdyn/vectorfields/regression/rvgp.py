@@ -24,8 +24,6 @@ from stochdyn.vectorfields.regression.export import as_inference_data
 from stochdyn.vectorfields.regression.observations import (
     Groups,
     as_labels,
-    by_condition,
-    by_pattern,
 )
 from stochdyn.vectorfields.regression.paths import path_observations, quadratic_variation, trials_of
 from stochdyn.vectorfields.regression.process import FieldProcess, as_variances
@@ -142,33 +140,25 @@ class RVGP(FieldProcess):
         sites = self.cloud.sites(index)
         v = as_vectors(vectors, len(sites), self.cloud.value_dim, missing=True)
         relative = as_variances(variances, len(sites)).to(self.cloud.device)
-        dtype, batch = v.dtype, v.shape[:-2]
+        shape, dtype = v.shape, v.dtype
         v = v.detach().to(self.cloud.device, torch.float64).reshape(-1, *v.shape[-2:])
         missing = torch.isnan(v).any(-1)
         v = v.masked_fill(missing[..., None], 0.0)
         components = sites.to_tangent(v)
         lost = self._warn_of_normal_parts(v, components)
-        names: list[object] | None = None
-        if labels is None:
-            groups = by_pattern(sites, components, relative, missing)
-        else:
-            names = as_labels(labels, len(sites), "vector")
-            if len(batch):
-                raise InvalidInputError(
-                    "labels are for one vector per row", got=f"vectors of shape {tuple(vectors.shape)}"
-                )
-            seen = ~missing[0]
-            kept = [name for name, there in zip(names, seen.tolist(), strict=True) if there]
-            groups, names = by_condition(sites.take(seen), components[:, seen], relative[seen], kept)
-            batch = torch.Size([len(names)])
 
         def after() -> None:
-            self._dtype, self._batch, self.lost_share = dtype, batch, lost
-            self.labels, self._of_paths = names, False
+            self._dtype, self.lost_share, self._of_paths = dtype, lost, False
 
-        self._condition(
-            groups,
+        self._condition_on(
+            sites,
+            components,
+            relative,
+            missing,
+            shape[:-2],
             after,
+            thing="vector",
+            labels=labels,
             optimize=optimize,
             learn_noise=learn_noise,
             noise_variance=noise_variance,
@@ -254,11 +244,12 @@ class RVGP(FieldProcess):
         guess = guess / sum(part.rows for part in groups.parts) if diffusion is None else diffusion**2
 
         def after() -> None:
-            self._dtype, self._batch, self.lost_share = torch.float64, batch, 0.0
-            self.labels, self._of_paths = names, True
+            self._dtype, self.lost_share, self._of_paths = torch.float64, 0.0, True
 
         self._condition(
             groups,
+            batch,
+            names,
             after,
             optimize=optimize,
             learn_noise=diffusion is None,

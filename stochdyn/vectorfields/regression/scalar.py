@@ -16,7 +16,6 @@ from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.regression._input import as_float_tensor
 from stochdyn.vectorfields.regression.export import as_inference_data
-from stochdyn.vectorfields.regression.observations import as_labels, by_condition, by_pattern
 from stochdyn.vectorfields.regression.process import FieldProcess, as_variances
 
 __all__ = ["ScalarGP"]
@@ -123,31 +122,24 @@ class ScalarGP(FieldProcess):
         check_ndim(y, tuple(range(1, 12)), "values", "(*batch, number of sites)")
         check_event_size(y, len(sites), "values")
         relative = as_variances(variances, len(sites)).to(self.cloud.device)
-        dtype, batch = y.dtype, y.shape[:-1]
+        shape, dtype = y.shape, y.dtype
         y = y.detach().to(self.cloud.device, torch.float64).reshape(-1, len(sites))
         missing = torch.isnan(y)
         check_finite(y[~missing], "values")
         components = sites.to_tangent(y.masked_fill(missing, 0.0)[..., None])
-        names: list[object] | None = None
-        if labels is None:
-            groups = by_pattern(sites, components, relative, missing)
-        else:
-            if len(batch):
-                raise InvalidInputError(
-                    "labels are for one value per row", got=f"values of {len(batch) + 1} axes"
-                )
-            seen = ~missing[0]
-            each = as_labels(labels, len(sites), "value")
-            kept = [name for name, there in zip(each, seen.tolist(), strict=True) if there]
-            groups, names = by_condition(sites.take(seen), components[:, seen], relative[seen], kept)
-            batch = torch.Size([len(names)])
 
         def after() -> None:
-            self._dtype, self._batch, self.labels = dtype, batch, names
+            self._dtype = dtype
 
-        self._condition(
-            groups,
+        self._condition_on(
+            sites,
+            components,
+            relative,
+            missing,
+            shape[:-1],
             after,
+            thing="value",
+            labels=labels,
             optimize=optimize,
             learn_noise=learn_noise,
             noise_variance=noise_variance,
