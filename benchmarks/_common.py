@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["machine", "write_table"]
+__all__ = ["best_time", "machine", "markdown_table", "write_table"]
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -43,6 +44,24 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def best_time(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Return the least processor seconds of several runs, after one to warm up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def markdown_table(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return the lines of a table whose first row is its head, and an empty line."""
+    lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return [*lines, ""]
 
 
 def write_table(render: Callable[[Path], str], results: Path, table: Path, description: str | None) -> None:

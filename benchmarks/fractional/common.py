@@ -9,20 +9,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from _common import machine
+from _common import best_time, machine
 
 __all__ = ["best_time", "machine", "race"]
-
-
-def best_time(run: Callable[[], Any], repeats: int) -> float:
-    """Return the least processor seconds of several runs, after one to warm up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return min(times)
 
 
 def race(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import markdown_table
+
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 TABLE = ROOT / "docs" / "generated" / "fractional_benchmarks.md"
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows] + [""]
 
 
 def bridge(report: dict[str, Any]) -> list[str]:
@@ -37,7 +36,7 @@ def bridge(report: dict[str, Any]) -> list[str]:
             f"{one['elbo less evidence']:+.3f}", f"{100 * one['published setting ' + error]:.0f} %",
             f"{one['published setting elbo'] - one['exact evidence']:+.2f}",
         ])  # fmt: skip
-    return lines + _table(["θ", "H", "type II", "", "type I", "", "published setting", ""], rows)
+    return lines + markdown_table([["θ", "H", "type II", "", "type I", "", "published setting", ""], *rows])
 
 
 def hurst(report: dict[str, Any]) -> list[str]:
@@ -69,7 +68,7 @@ def hurst(report: dict[str, Any]) -> list[str]:
         "**Hurst index** of noisy fractional Ornstein–Uhlenbeck series, rate and scale unknown, by inference of the path "
         "(`hurst_recovery.py`)."
     )
-    return [title, "", *_table(head, rows), note, ""]
+    return [title, "", *markdown_table([head, *rows]), note, ""]
 
 
 def calibration(report: dict[str, Any]) -> list[str]:
@@ -97,7 +96,7 @@ def calibration(report: dict[str, Any]) -> list[str]:
         "**Calibration**: how many intervals cover the truth, over data sets whose parameters are drawn from the prior, and by how many "
         "binomial errors that is off (`calibration.py`).",
         "",
-        *_table(head, rows),
+        *markdown_table([head, *rows]),
     ]
 
 
@@ -134,7 +133,7 @@ def double_well(report: dict[str, Any]) -> list[str]:
     return [
         "**Double well** with fractional noise against a particle smoother (`double_well.py`).",
         "",
-        *_table(head, rows),
+        *markdown_table([head, *rows]),
         "",
         "Errors are against all runs of the smoother, pooled by their evidence; the rows of the smoother compare its two halves. "
         + _single_runs(report),
@@ -172,7 +171,7 @@ def video(report: dict[str, Any]) -> list[str]:
         f"**Moving digits**, 32 x 32 pixels and 16 frames, {setting['test_videos']} held-out videos of digits not trained on; predictions "
         f"see five frames, {setting['samples']} samples each (`video.py`). One seed.",
         "",
-        *_table(head, rows),
+        *markdown_table([head, *rows]),
     ]
 
 
@@ -186,7 +185,7 @@ def speed(report: dict[str, Any]) -> list[str]:
             for r in report["tightness"]
         ]  # fmt: skip
         lines += ["**Gap to the Kalman evidence** of a linear model at 100 steps, nats (`tightness.py`).", ""]
-        lines += _table(["H", *(name.removeprefix("gap of ") for name in names)], rows)
+        lines += markdown_table([["H", *(name.removeprefix("gap of ") for name in names)], *rows])
         lines += [
             "(b) and (c) start at the exact posterior of a linear model. The others are trained by Adam from the prior: those "
             "of `LatentSDE` are networks that read the series, and must learn the approach to each observation.",
@@ -204,7 +203,7 @@ def speed(report: dict[str, Any]) -> list[str]:
             "published bridge has a control network of width 1000-1000.",
             "",
         ]
-        lines += _table(["model", "against", "(c), ms", "other, ms", "ratio"], rows)
+        lines += markdown_table([["model", "against", "(c), ms", "other, ms", "ratio"], *rows])
     if "lorenz" in report:
         found = report["lorenz"]
         rows = [
@@ -228,7 +227,7 @@ def speed(report: dict[str, Any]) -> list[str]:
             f"**Stochastic Lorenz latent model**, the sizes of torchsde's example, batch {found['batch']}: one iteration.",
             "",
         ]
-        lines += _table(["posterior", "ms", "times faster than torchsde"], rows)
+        lines += markdown_table([["posterior", "ms", "times faster than torchsde"], *rows])
         if "race" in found:
             lines += _race(found["race"])
     if "memory" in report:
@@ -242,7 +241,7 @@ def speed(report: dict[str, Any]) -> list[str]:
             f"batch {found['batch']}: growth of the peak resident size.",
             "",
         ]
-        lines += _table(["posterior", "MiB", "share of torchsde"], rows)
+        lines += markdown_table([["posterior", "MiB", "share of torchsde"], *rows])
     return lines
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +10,9 @@ import numpy as np
 from stochdyn.jumps import PanelData
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _common import machine, write_table
+from _common import best_time, machine, write_table
 
-__all__ = ["least", "machine", "panel_of", "write_table"]
+__all__ = ["best_time", "machine", "panel_of", "write_table"]
 
 
 def panel_of(states: np.ndarray, dt: float, num_states: int) -> PanelData:
@@ -26,14 +24,3 @@ def panel_of(states: np.ndarray, dt: float, num_states: int) -> PanelData:
         "state": states.reshape(-1),
     }
     return PanelData(frame, "series", "time", "state", labels=range(num_states))
-
-
-def least(job: Callable[[], object], repeats: int = 5) -> float:
-    """Return the least processor time of a job in seconds, after one run that isn't counted."""
-    job()
-    spent = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        job()
-        spent.append(time.process_time() - begin)
-    return min(spent)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyro.distributions as dist
 import torch
-from common import least, machine
+from common import best_time, machine
 from scipy.sparse.linalg import expm_multiply
 
 import stochdyn as sd
@@ -58,8 +58,8 @@ def gaps(repeats: int) -> list[dict[str, Any]]:
     q, source = generator(6), torch.Generator().manual_seed(1)
     dt = torch.rand(30_000, dtype=D, generator=source) * 2
     weight = torch.rand(30_000, 6, 6, dtype=D, generator=source)
-    ours = least(with_gradient(lambda a: (transition(a, dt) * weight).sum(), q), repeats)
-    theirs = least(
+    ours = best_time(with_gradient(lambda a: (transition(a, dt) * weight).sum(), q), repeats)
+    theirs = best_time(
         with_gradient(lambda a: (torch.matrix_exp(a * dt[:, None, None]) * weight).sum(), q), repeats
     )
     return [row("30 000 gaps, 6 states, value and gradient", ours, "torch.matrix_exp", theirs, 30)]
@@ -89,8 +89,8 @@ def hidden(repeats: int) -> list[dict[str, Any]]:
 
     rows = []
     for name, times, bar in (("equal gaps", regular, 3.0), ("gaps of their own", own, 1.5)):
-        mine = least(with_gradient(ours(times), q), repeats)
-        other = least(with_gradient(pyros(times), q), repeats)
+        mine = best_time(with_gradient(ours(times), q), repeats)
+        other = best_time(with_gradient(pyros(times), q), repeats)
         rows.append(
             row(f"hidden evidence and gradient, 300 x 100, {name}", mine, "Pyro DiscreteHMM", other, bar)
         )
@@ -102,8 +102,8 @@ def hidden(repeats: int) -> list[dict[str, Any]]:
     model.startprob_, model.transmat_ = start.numpy(), transition(q, 0.2).numpy()
     model.means_, model.covars_ = np.arange(6.0)[:, None], np.full(6, 0.49)
     flat, lengths = y.reshape(-1, 1).numpy(), [100] * 300
-    other = least(lambda: model.score(flat, lengths), repeats)
-    mine = least(with_gradient(ours(regular), q), repeats)
+    other = best_time(lambda: model.score(flat, lengths), repeats)
+    mine = best_time(with_gradient(ours(regular), q), repeats)
     rows.append(
         row("the same, equal gaps, against a value without gradient", mine, "hmmlearn score", other, 1 / 1.3)
     )
@@ -115,7 +115,7 @@ def simulation(repeats: int) -> list[dict[str, Any]]:
     network = ReactionNetwork(
         ["Off -> On", "On -> Off", "On -> On + P", "P -> 0"], [0.6, 1.4, 12.0, 1.0], {"Off": 1}
     )
-    ours = least(lambda: network.sample([20.0], 1000, 0), repeats)
+    ours = best_time(lambda: network.sample([20.0], 1000, 0), repeats)
     rows = []
     try:
         import rebop
@@ -125,7 +125,7 @@ def simulation(repeats: int) -> list[dict[str, Any]]:
         other.add_reaction(1.4, ["On"], ["Off"])
         other.add_reaction(12.0, ["On"], ["On", "P"])
         other.add_reaction(1.0, ["P"], [])
-        theirs = least(
+        theirs = best_time(
             lambda: [other.run({"Off": 1}, tmax=20, nb_steps=1, rng=k) for k in range(1000)], repeats
         )
         rows.append(row("1000 exact paths of a gene, T = 20", ours, "rebop, path by path", theirs, 1.0))
@@ -174,8 +174,8 @@ def projection(repeats: int) -> list[dict[str, Any]]:
     p = np.zeros(len(truncated.grid))
     p[98 * 101 + 2] = 1.0
     turned = truncated.generator.T.tocsr()
-    ours = least(lambda: truncated.propagate(p, 20.0), repeats)
-    theirs = least(lambda: expm_multiply(turned * 20.0, p), repeats)
+    ours = best_time(lambda: truncated.propagate(p, 20.0), repeats)
+    theirs = best_time(lambda: expm_multiply(turned * 20.0, p), repeats)
     return [row("law of an epidemic at t = 20, 9999 counts", ours, "scipy expm_multiply", theirs, 1.0)]
 
 
@@ -186,11 +186,11 @@ def posteriors() -> list[dict[str, Any]]:
     for i, j in ((0, 1), (0, 3), (1, 0), (1, 2), (1, 3), (2, 1), (2, 3)):
         mask[i, j] = True
     fits: list[Any] = []
-    spent = least(lambda: fits.append(fit_rates(panel, mask, prior=(-1.0, 1.5), seed=len(fits))), 5)
+    spent = best_time(lambda: fits.append(fit_rates(panel, mask, prior=(-1.0, 1.5), seed=len(fits))), 5)
     law = JumpMeasure([0.5, 0.3, 0.2], [[0.0, 1.0, 0.3], [0.4, 0.0, 2.0], [0.8, 0.5, 0.0]])
     times, y = [0.2, 0.5, 1.3, 2.0, 3.1], [0.1, -0.3, 1.2, 1.9, 0.4]
     post = law.conditioned(times, y, GaussianLevels([0.0, 1.0, 2.0], 0.5))
-    paths = least(lambda: post.sample_record(3.5, 20_000, 0), 3)
+    paths = best_time(lambda: post.sample_record(3.5, 20_000, 0), 3)
     return [
         {
             "job": "heart transplants: maximum and posterior of 7 rates",

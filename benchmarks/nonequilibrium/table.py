@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from _common import write_table
+from _common import markdown_table, write_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 TABLE = ROOT / "docs" / "generated" / "nonequilibrium_benchmarks.md"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + " --- |" * len(rows[0]))
-    return [*lines, ""]
 
 
 def render(results: Path) -> str:
@@ -55,7 +49,7 @@ def render(results: Path) -> str:
                 [f"{r['horizon']:g}", str(r["repeats"]), f"{r['exact']:.4f}", f"{r['mean']:.4f}", f"{r['sd']:.3f}",
                  f"{r['bound']:.3f}", f"{r['in_sample']:.3f}", f"{r['coverage']:.0%}", f"{r['seconds']:.2f}"]
             )  # fmt: skip
-        lines += _table(table)
+        lines += markdown_table(table)
         lines += [
             "No method can scatter much less than the sixth column, which is the error of maximum likelihood in the linear model.",
             "",
@@ -70,7 +64,7 @@ def render(results: Path) -> str:
             [r["name"], f"{r['bound']:.3f} ± {r['stderr']:.3f}", f"{r['seconds']:.0f}"]
             for r in found["neep"]["rows"]
         ]
-        lines += _table(table)
+        lines += markdown_table(table)
     if "ring" in found:
         lines += [
             "**A ring whose noise depends on the place**, 2000 Euler paths of length 10 in steps of .01.",
@@ -86,7 +80,7 @@ def render(results: Path) -> str:
                     f"{r['euler_ratio']:.4f}",
                 ]
             )
-        lines += _table(table)
+        lines += markdown_table(table)
     if "pair" in found:
         lines += [
             "**A pair of swimmers on a ring**, from 20 000 snapshots. Exact: .3969, of it .3645 by the distance, .0324 by the propulsion.",
@@ -108,7 +102,7 @@ def render(results: Path) -> str:
                 [f"{r['weight']:g}", f"{r['total']:.4f}", f"{r['x']:.4f}", f"{r['g']:.4f}",
                  f"{r['rule']:.4f} ± {r['rule_stderr']:.4f}", f"{r['residual']:.4f}", f"{r['seconds']:.0f}"]
             )  # fmt: skip
-        lines += _table(table)
+        lines += markdown_table(table)
     if "swimmers" in found:
         lines += ["**Swimmers in a trap**, a local score from 1500 snapshots, per particle.", ""]
         table = [["swimmers", "from the score", "sum rule, same snapshots", "seconds"]]
@@ -121,7 +115,7 @@ def render(results: Path) -> str:
                     f"{r['seconds']:.0f}",
                 ]
             )
-        lines += _table(table)
+        lines += markdown_table(table)
     if "counts" in found:
         lines += ["**A cycle of three states, from counted jumps.**", ""]
         table = [["length", "records", "exact", "mean", "scatter", "95 % intervals cover"]]
@@ -136,7 +130,7 @@ def render(results: Path) -> str:
                     f"{r['coverage']:.0%}",
                 ]
             )
-        lines += _table(table)
+        lines += markdown_table(table)
     return "\n".join(lines)
 
 

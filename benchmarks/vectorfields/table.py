@@ -9,17 +9,11 @@ from statistics import mean
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from _common import write_table
+from _common import markdown_table, write_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 TABLE = ROOT / "docs" / "generated" / "vectorfields_benchmarks.md"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + " --- |" * len(rows[0]))
-    return [*lines, ""]
 
 
 def accuracy(report: dict[str, Any], title: str, text: str) -> list[str]:
@@ -63,7 +57,14 @@ def accuracy(report: dict[str, Any], title: str, text: str) -> list[str]:
         names = "; ".join(sorted({r["chosen"] for r in auto}))
         spread = f"{mean(errors):.4f} ({min(errors):.4f} to {max(errors):.4f})"
         chosen.append([task, str(len(auto)), names, spread, ratio])
-    return [f"### {title}", "", text, "", *_table(table), *(_table(chosen) if len(chosen) > 1 else [])]
+    return [
+        f"### {title}",
+        "",
+        text,
+        "",
+        *markdown_table(table),
+        *(markdown_table(chosen) if len(chosen) > 1 else []),
+    ]
 
 
 def speed(report: dict[str, Any]) -> list[str]:
@@ -109,7 +110,7 @@ def speed(report: dict[str, Any]) -> list[str]:
             table.append(
                 [str(row["n"]), *seconds, f"{1000 * row['total'] / row['n']:.3f}", f"{row['megabytes']:.0f}"]
             )
-        lines += ["Cost against size on random points of a sphere:", "", *_table(table)]
+        lines += ["Cost against size on random points of a sphere:", "", *markdown_table(table)]
     return lines
 
 
@@ -132,7 +133,7 @@ def coverage(report: dict[str, Any]) -> list[str]:
         "Rough fields are drawn from a Matérn 3/2 "
         "process of the surrounding space, smooth ones from a squared exponential, so that only the ambient kernel has the prior of the rough ones."
     )
-    return ["### Coverage between the nodes", "", text, "", *_table(table)]
+    return ["### Coverage between the nodes", "", text, "", *markdown_table(table)]
 
 
 def render(folder: Path) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from stochdyn._checks import as_seed, check_positive_int, check_real, check_type
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ZeroProbabilityError
+from stochdyn.jumps._runge_kutta import runge_kutta
 from stochdyn.jumps.proposal import draw_posterior
 from stochdyn.jumps.reaction_paths import Direct
 from stochdyn.jumps.reactions import ReactionNetwork
@@ -193,12 +194,7 @@ def _linear_noise(
     steps = min(5000, max(8, math.ceil(6.0 * speed * span)))
     h = span / steps
     for _ in range(steps):
-        k1 = flow(mean, cov)
-        k2 = flow(mean + 0.5 * h * k1[0], cov + 0.5 * h * k1[1])
-        k3 = flow(mean + 0.5 * h * k2[0], cov + 0.5 * h * k2[1])
-        k4 = flow(mean + h * k3[0], cov + h * k3[1])
-        mean = mean + h / 6 * (k1[0] + 2 * k2[0] + 2 * k3[0] + k4[0])
-        cov = cov + h / 6 * (k1[1] + 2 * k2[1] + 2 * k3[1] + k4[1])
+        mean, cov = runge_kutta(flow, (mean, cov), h)
     return mean, cov
 
 

@@ -26,6 +26,7 @@ from stochdyn.core.law.path import PathSample
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, TimeGridError
+from stochdyn.jumps._runge_kutta import runge_kutta
 from stochdyn.jumps.reaction_paths import Lanes, SimulationMethod, as_simulation
 
 if TYPE_CHECKING:
@@ -350,11 +351,7 @@ class _MeanPath:
         f, h = network.mean_field, span / steps
         x, out = network.start, [network.start]
         for _ in range(steps):
-            k1 = f(x)
-            k2 = f(x + 0.5 * h * k1)
-            k3 = f(x + 0.5 * h * k2)
-            k4 = f(x + h * k3)
-            x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+            (x,) = runge_kutta(lambda m: (f(m),), (x,), h)
             out.append(x)
         self.x = torch.stack(out)
         self.v = f(self.x)
