@@ -16,7 +16,6 @@ from .kernels import ProjectedMatern as ProjectedMatern
 from .kernels import SpectralKernel as SpectralKernel
 from .latent import BridgeControl as BridgeControl
 from .latent import TrajectoryELBO as TrajectoryELBO
-from .export import as_inference_data as as_inference_data
 from .groups import GroupedEngine as GroupedEngine
 from .hyper import hyper_parameters as hyper_parameters
 from .hyper import set_hyper_parameters as set_hyper_parameters

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
@@ -23,6 +25,7 @@ from stochdyn._checks import (
     check_real,
 )
 from stochdyn.core.law.marginals import Generator, SampleShape
+from stochdyn.diagnostics.container import from_draws
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, UnavailableError
 from stochdyn.run.engine import run_to_end
 from stochdyn.vectorfields.geometry.cloud import PointCloud
@@ -48,7 +51,7 @@ __all__ = ["FieldProcess"]
 _NU, _WHOLE_NU = 2.5, 3.0
 
 
-class FieldProcess:
+class FieldProcess(ABC):
     """A Gaussian process on a cloud with hyper-parameters at the maximum of the marginal likelihood times their priors.
 
     The common part of :class:`~stochdyn.vectorfields.RVGP` and :class:`~stochdyn.vectorfields.ScalarGP`, which say what they
@@ -64,6 +67,8 @@ class FieldProcess:
     """
 
     _kernel: Kernel | None
+    #: The names of the axes of an answer, after those of draws and of the batch.
+    _axes: tuple[str, ...]
 
     def __init__(
         self,
@@ -298,6 +303,53 @@ class FieldProcess:
             white = white + engine.noise.detach() * as_variances(variances, len(sites)).to(white.device)
         cov = cov + white[:, None, None] * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
         return cov.reshape(*self._batch, *cov.shape[1:]) if cov.ndim == 4 else cov
+
+    @abstractmethod
+    def sample(
+        self, sample_shape: SampleShape = (), where: Any = None, generator: Generator = None
+    ) -> Tensor:
+        """Draw from the joint posterior, ``(*sample, *batch, q, ...)``.
+
+        Args:
+            sample_shape: The shape of independent draws, an integer or a tuple.
+            where: The nodes or points ``(q, D)``; all nodes if None.
+            generator: A ``torch.Generator``, a seed, or None for torch's global source of randomness.
+        """
+
+    def to_inference_data(self, where: Any = None, num_draws: int = 500, seed: int = 0) -> Any:
+        """Return draws from the posterior in the container that ArviZ reads.
+
+        They are the variable ``field``: ``(draw, *batch, site)`` of functions, ``(draw, *batch, site, coordinate)`` of vectors.
+
+        Args:
+            where: The nodes or points ``(q, D)``; all nodes if None.
+            num_draws: The number of draws.
+            seed: The seed of the draws.
+
+        Returns:
+            ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with ArviZ 1.x. Amplitude, noise and evidence are attributes.
+
+        Raises:
+            UnavailableError: Before a fit.
+            MissingDependencyError: If ArviZ isn't installed.
+        """
+        check_positive_int(num_draws, "num_draws")
+        drawn = self.sample(num_draws, where, seed)
+        batch = [f"field_{i}" for i in range(len(self._batch))]
+        coords: dict[str, Any] = {}
+        if self.labels is not None:
+            batch, coords = ["condition"], {"condition": np.asarray(self.labels)}
+        return from_draws(
+            {"field": drawn.detach().cpu().numpy()[None]},
+            coords=coords,
+            dims={"field": [*batch, *self._axes]},
+            attrs={
+                "kernel": self.chosen,
+                "amplitude": self.amplitude,
+                "noise_variance": self.noise_variance,
+                "log_marginal_likelihood": float(self.log_marginal_likelihood()),
+            },
+        )
 
     def _draws(self, sample_shape: SampleShape, sites: Sites, generator: Generator) -> Tensor:
         """Draw components from the joint posterior, ``(*sample, *batch, q, m)``."""

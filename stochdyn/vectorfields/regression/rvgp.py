@@ -12,7 +12,7 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from stochdyn._checks import check_bool, check_choice, check_positive, check_positive_int
+from stochdyn._checks import check_bool, check_choice, check_positive
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.sde.equation import SDE
@@ -20,7 +20,6 @@ from stochdyn.errors import ApproximationWarning, InvalidInputError, Unavailable
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.surface import TangentDiffusion, TangentDrift
 from stochdyn.vectorfields.regression._input import as_vectors
-from stochdyn.vectorfields.regression.export import as_inference_data
 from stochdyn.vectorfields.regression.observations import (
     Groups,
     as_labels,
@@ -77,6 +76,8 @@ class RVGP(FieldProcess):
     Reference:
         Peach et al., "Implicit Gaussian process representation of vector fields over arbitrary latent manifolds", 2024.
     """
+
+    _axes = ("site", "coordinate")
 
     def __init__(
         self,
@@ -417,25 +418,6 @@ class RVGP(FieldProcess):
         self._fitted()
         sites = self.cloud.sites(slice(None) if where is None else where)
         return sites.to_ambient(self._draws(sample_shape, sites, generator)).to(self._dtype)
-
-    def to_inference_data(self, where: Any = None, num_draws: int = 500, seed: int = 0) -> Any:
-        """Return draws from the posterior in the container that ArviZ reads, as variable ``field`` ``(draw, *batch, site, coordinate)``.
-
-        Args:
-            where: The nodes or points ``(q, D)``; all nodes if None.
-            num_draws: The number of draws.
-            seed: The seed of the draws.
-
-        Returns:
-            ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with ArviZ 1.x. Amplitude, noise and evidence are attributes.
-
-        Raises:
-            UnavailableError: Before a fit.
-            MissingDependencyError: If ArviZ isn't installed.
-        """
-        check_positive_int(num_draws, "num_draws")
-        drawn = self.sample(num_draws, where, seed)
-        return as_inference_data(self, drawn, ["site", "coordinate"])
 
     def _extra_state(self) -> dict[str, Any]:
         return {"of_paths": self._of_paths, "lost_share": self.lost_share}

@@ -10,12 +10,11 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from stochdyn._checks import check_bool, check_event_size, check_finite, check_ndim, check_positive_int
+from stochdyn._checks import check_bool, check_event_size, check_finite, check_ndim
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.regression._input import as_float_tensor
-from stochdyn.vectorfields.regression.export import as_inference_data
 from stochdyn.vectorfields.regression.process import FieldProcess, as_variances
 
 __all__ = ["ScalarGP"]
@@ -60,6 +59,8 @@ class ScalarGP(FieldProcess):
     Reference:
         Borovitskiy, Azangulov, Terenin, Mostowsky, Deisenroth and Durrande, "Matérn Gaussian processes on graphs", 2021.
     """
+
+    _axes = ("site",)
 
     def __init__(
         self,
@@ -197,21 +198,3 @@ class ScalarGP(FieldProcess):
         self._fitted()
         sites = self.cloud.sites(slice(None) if where is None else where)
         return sites.to_ambient(self._draws(sample_shape, sites, generator))[..., 0].to(self._dtype)
-
-    def to_inference_data(self, where: Any = None, num_draws: int = 500, seed: int = 0) -> Any:
-        """Return draws from the posterior in the container that ArviZ reads, as variable ``field`` ``(draw, *batch, site)``.
-
-        Args:
-            where: The nodes or points ``(q, D)``; all nodes if None.
-            num_draws: The number of draws.
-            seed: The seed of the draws.
-
-        Returns:
-            ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with ArviZ 1.x. Amplitude, noise and evidence are attributes.
-
-        Raises:
-            UnavailableError: Before a fit.
-            MissingDependencyError: If ArviZ isn't installed.
-        """
-        check_positive_int(num_draws, "num_draws")
-        return as_inference_data(self, self.sample(num_draws, where, seed), ["site"])
