@@ -65,6 +65,7 @@ from .law.path import Estimate as Estimate
 from .law.path import PathSample as PathSample
 from .law.relative import Relation as Relation
 from .law.relative import relate as relate
+from .law.transformed import TransformedMeasure as TransformedMeasure
 from .law.transition import check_has_density as check_has_density
 from .law.transition import euler_log_prob as euler_log_prob
 from .networks import MLP as MLP

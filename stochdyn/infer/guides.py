@@ -199,7 +199,8 @@ class AutoPathGuide(AutoGuide):
         self.rest = None
         if len(latent) > len(hidden):
             self.rest = self._make_rest(poutine.block(self.model, hide=hidden))
-        with poutine.block(), torch.no_grad():
+        # The guide of the other sites runs the model once, and a path of the prior may run where the likelihood isn't defined.
+        with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
             self._create_plates(*call.args, **call.kwargs)
             values = self._centre(self._draw_others(call), call)
         self.sites = PyroModule("sites")

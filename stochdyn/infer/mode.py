@@ -93,11 +93,7 @@ def fit_linearised(
         still = view.run(view.zero_increments(), start)
         point = judge(view.zero_increments(), still, start, torch.zeros_like(still))
         if not bool(torch.isfinite(point.score).all()):
-            raise NonFiniteError(
-                "the model can't be linearised: its path without noise has no finite likelihood",
-                got=f"log-likelihood {point.score.flatten().tolist()}",
-                hint="use start='prior'",
-            )
+            point = _held_still(view, judge, point, start)
         for _ in range(iterations):
             posterior = _linearised(view, point)
             mean = factor = None
@@ -110,6 +106,31 @@ def fit_linearised(
     held = _held(view, point, posterior)
     posterior = replace(posterior, law=replace(posterior.law, offset=held))
     return LinearStart(posterior, point.states, point.increments, point.start, factor)
+
+
+def _held_still(
+    view: SiteView,
+    judge: Callable[[Tensor, Tensor, Tensor | None, Tensor], _Point],
+    point: _Point,
+    start: Tensor | None,
+) -> _Point:
+    """Return a point from which to search where the path without noise explodes or makes the data impossible.
+
+    Series that are in order stay as they are; the others are held at their starts by noise.
+    """
+    held = view.held_still(start)
+    if held is not None:
+        e, z = held
+        lost = ~torch.isfinite(point.score).unsqueeze(-1)
+        e, z = (torch.where(lost, new, old) for new, old in ((e, point.increments), (z, point.states)))
+        point = judge(e, z, start, z)
+    if not bool(torch.isfinite(point.score).all()):
+        raise NonFiniteError(
+            "the model can't be linearised: neither its path without noise nor one held at its start has a finite likelihood",
+            got=f"log-likelihood {point.score.flatten().tolist()}",
+            hint="take a finer grid, or coordinates in which the state can't leave its range (sde.transformed('log'))",
+        )
+    return point
 
 
 def _stands_still(before: _Point, after: _Point, tolerance: float) -> bool:

@@ -9,6 +9,7 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 from torch.distributions import constraints
 
+from stochdyn.core.law.diffusion import check_explosion
 from stochdyn.core.law.girsanov import explicit_stop
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import steps_of, time_column
@@ -49,6 +50,7 @@ class _FeedbackLaw(LawDistribution):
         noise = standard * _lead(scale, standard.ndim)
         controlled = self.sde.with_control(self.feedback.before(self.sde.control))
         run = integrate(controlled, x0, self.ts, noise, memory0, method=self.method)
+        check_explosion(self.ts, run.x)
         z = full_state(run.x, run.memory)
         before = z[:-1]
         t = time_column(self.ts[..., :-1], before)

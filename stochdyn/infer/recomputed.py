@@ -9,6 +9,7 @@ from torch import Tensor
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.linearise import Quadratic, linear_posterior
 from stochdyn.infer.mode import LinearStart, linear_feedback
+from stochdyn.infer.spread import spread_of_paths
 from stochdyn.infer.start import StartPosterior
 from stochdyn.infer.view import SiteView
 
@@ -33,6 +34,8 @@ class RecomputedSite(PyroModule):
     def __init__(self, view: SiteView, start: LinearStart) -> None:
         super().__init__()
         self.random_start = view.start is not None
+        feedback = linear_feedback(view, start.posterior, start.states)
+        spread_of_paths(view, feedback, feedback.remembered(start.states[:-1]))
         self.register_buffer("states", start.states.detach().clone())
         self.register_buffer("increments", start.increments.detach().clone())
 

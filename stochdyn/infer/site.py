@@ -15,6 +15,7 @@ from stochdyn.infer.encoders import LikelihoodEncoder
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.linearise import Quadratic
 from stochdyn.infer.mode import LinearStart, linear_feedback
+from stochdyn.infer.spread import spread_of_paths
 from stochdyn.infer.start import StartPosterior, StartPrior
 from stochdyn.infer.view import SiteView
 
@@ -64,7 +65,7 @@ class PathSite(PyroModule):
             feedback = linear_feedback(view, start.posterior, start.states)
             centre = feedback.remembered(start.states[:-1])
             size = centre.shape[-1]
-        width = self._measure_width(view, start, centre)
+        width = spread_of_paths(view, None if start is None else feedback, centre)
         self._set_coupling(None if start is None else start.posterior.coupling, like)
         self.register_buffer("width", width)
         lower = torch.tril_indices(count, count, -1)
@@ -127,25 +128,6 @@ class PathSite(PyroModule):
             return None
         tril = torch.tril(self.start_lower, -1) + torch.diag_embed(self.start_log_diagonal.exp())
         return StartPosterior(self.start_mean, tril)
-
-    @staticmethod
-    def _measure_width(view: SiteView, start: LinearStart | None, centre: Tensor) -> Tensor:
-        """Return the spread of the full state around the centre, over time and a few simulated paths."""
-        generator = torch.Generator(centre.device).manual_seed(0)
-        with torch.no_grad():
-            feedback = None if start is None else linear_feedback(view, start.posterior, start.states)
-            squares = []
-            for _ in range(8):
-                zero = view.zero_increments()
-                e = torch.randn(zero.shape, generator=generator, dtype=zero.dtype, device=zero.device)
-                states = view.run(e * view.units(e.ndim), feedback=feedback)
-                seen = states[1:] if feedback is None else feedback.remembered(states)[1:]
-                squares.append(((seen - centre) ** 2).flatten(0, -2).mean(0))
-            width = torch.stack(squares).mean(0).sqrt()
-        # What never moves but for rounding has the size of its values as its unit.
-        size = centre.abs().flatten(0, -2).amax(0)
-        good = torch.isfinite(width) & (width > 16 * torch.finfo(width.dtype).eps * size)
-        return torch.where(good, width, torch.where(size > 0, size, torch.ones_like(size)))
 
     def _set_coupling(self, coupling: Coupling | None, like: Tensor) -> None:
         self.couples = coupling is not None

@@ -12,7 +12,7 @@ from stochdyn.core.gaussian.affine import LinearSteps
 from stochdyn.core.law.initial import DistributionStart
 from stochdyn.core.sde.coefficients import Coefficient, Matrix
 from stochdyn.core.sde.equation import SDE
-from stochdyn.core.sde.grids import first_time, time_column
+from stochdyn.core.sde.grids import first_time, steps_of, time_column
 from stochdyn.core.sde.methods import Euler, Method
 from stochdyn.core.sde.solvers import full_state, increment_scale, integrate
 from stochdyn.errors import InvalidInputError
@@ -89,6 +89,25 @@ class SiteView:
         """Return the path without noise, cut off from the graph."""
         with torch.no_grad():
             return self.run(self.zero_increments())
+
+    def held_still(self, start: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """Return the increments ``(N, *batch, M)`` that hold a path at its start, and that path ``(T, *batch, Z)``.
+
+        It is where a search begins whose path without noise explodes. None where noise can't do it, or by another way than
+        Euler steps of a Brownian motion.
+        """
+        sde, ts = self.fn.sde, self.fn.ts
+        if sde.noise.num_states or sde.control is not None or self.method.name != "euler":
+            return None
+        x0 = self.x0 if start is None or self.start is None else self.start.states(start)[0]
+        z = x0.expand(ts.shape[-1], *self.batch(), self.dim)
+        t, dt = time_column(ts[..., :-1], z), steps_of(ts, z)
+        # 0 = f dt + G e.
+        pull, g = sde.drift(t, z[:-1]) * dt, sde.diffusion(t, z[:-1])
+        e = g.solve(-pull).expand(*z[:-1].shape[:-1], self.scale.shape[-1])
+        left = (pull + g.apply(e)).abs()
+        exact = left <= 1e3 * torch.finfo(z.dtype).eps * pull.abs().amax()
+        return (e, z) if bool(exact.all()) else None
 
     def value(self) -> Tensor:
         """Return the path without noise (or its increments) in the layout of the site."""

@@ -308,10 +308,11 @@ class JumpMeasure(JumpLaw):
             return direct_records(q, first, self.start_time, end, source)
         return thinned_records(self._at, self.bound, first, self.start_time, end, source)
 
-    def log_prob(self, record: JumpRecord) -> Tensor:
+    def log_prob(self, path: Path) -> Tensor:
         r"""Return :math:`\log\pi_0(s_0)+\sum_k\log Q_{s_{k-1}s_k}-\int q_{X_t}dt` of records from the law's start on, ``(*shape,)``."""
-        check_type(record, JumpRecord, "record")
-        return self._log_density(record)
+        check_type(path, JumpRecord, "path")
+        assert isinstance(path, JumpRecord)
+        return self._log_density(path)
 
     def _log_density(self, record: JumpRecord) -> Tensor:
         start = self.initial.double().log()[record.states[..., 0]]

@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from stochdyn.core import SDE, Scalar
 from stochdyn.errors import InvalidInputError, UnknownSiteError
 from stochdyn.infer import AutoPathGuide, DiffusionPath, sample_path
-from stochdyn.infer.site import PathSite
+from stochdyn.infer.spread import spread_of_paths
 from stochdyn.infer.view import view_site
 from tests.infer.exact import F64, TwoStates, linear_path
 from tests.infer.test_guides_exact import bounds
@@ -428,10 +428,10 @@ class TestUse:
         path = DiffusionPath(SDE(lambda t, x: x - x**3, 0.5), ONE, TS)
         view = view_site(path, "x")
         state = torch.get_rng_state()
-        first = PathSite._measure_width(view, None, view.reference()[:-1])
+        first = spread_of_paths(view, None, view.reference()[:-1])
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(1)
-        assert torch.equal(PathSite._measure_width(view, None, view.reference()[:-1]), first)
+        assert torch.equal(spread_of_paths(view, None, view.reference()[:-1]), first)
         spread = float(path.sample((4000,)).std(0).max())
         assert 0.3 * spread < float(first) < 2 * spread
 

@@ -220,6 +220,10 @@ class GaussianPathMeasure(PathMeasure):
         out[0] = fixed
         return out
 
+    def random_points(self, ts: Tensor) -> Tensor:
+        """Return ``(T, *B)``, True for the points of a grid that :meth:`log_prob` is a density of: none that is certain."""
+        return ~self.certain(self.chain(ts), ts)
+
     def covariance_rate(self, t: Tensor) -> Tensor:
         r"""Return :math:`GG^\top (n, *B, d, d)` of a diffusion at times ``t (n,)``.
 

@@ -19,5 +19,6 @@ from .path import Estimate as Estimate
 from .path import PathSample as PathSample
 from .relative import Relation as Relation
 from .relative import relate as relate
+from .transformed import TransformedMeasure as TransformedMeasure
 from .transition import check_has_density as check_has_density
 from .transition import euler_log_prob as euler_log_prob

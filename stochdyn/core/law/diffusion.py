@@ -43,7 +43,7 @@ from stochdyn.errors import DiffusionMismatchError, NonFiniteError, ShapeError, 
 if TYPE_CHECKING:
     from stochdyn.core.forward.fokker_planck import FokkerPlanck
 
-__all__ = ["DiffusionMeasure"]
+__all__ = ["DiffusionMeasure", "check_explosion"]
 
 # Where the law has to simulate up to a time by itself and holds no step of its own, it takes this many steps.
 _LEAD_STEPS = 200
@@ -210,7 +210,7 @@ class DiffusionMeasure(PathMeasure):
             aux["memory"] = run.memory.movedim(0, -3)
             if dw.shape[-1] > channels:
                 aux["residual"] = dw[..., channels:].movedim(0, -2)
-        _check_explosion(ts, run.x)
+        check_explosion(ts, run.x)
         drawn = Drawn(method.name, stamp_of(self.sde))
         return PathSample(ts, run.x.movedim(0, -2), dw[..., :channels].movedim(0, -2), aux, self, None, drawn)
 
@@ -396,7 +396,13 @@ class DiffusionMeasure(PathMeasure):
             self._refuse("forward", f"{type(control).__name__} acts on the increments of a grid")
         return FokkerPlanck(self.sde)
 
-    def log_prob(self, path: PathSample) -> Tensor:
+    def random_points(self, ts: Tensor) -> Tensor:
+        """Return ``(T, *batch)``, True for the points of a grid that :meth:`log_prob` is a density of: all but a fixed start."""
+        points = super().random_points(ts)
+        points[0] = not self.initial.fixed
+        return points
+
+    def log_prob(self, path: Path) -> Tensor:
         """Return the Euler log density of paths, ``(*sample,)``, with that of a random start.
 
         Raises:
@@ -495,7 +501,7 @@ def _divided(a: Tensor, b: Tensor, n: int) -> Tensor:
     return torch.lerp(a, b, torch.linspace(0, 1, n + 1, dtype=a.dtype, device=a.device))
 
 
-def _check_explosion(ts: Tensor, x: Tensor) -> None:
+def check_explosion(ts: Tensor, x: Tensor) -> None:
     """Raise NonFiniteError if a path ``x (T, *batch, d)`` explodes; every scheme adds to the state, so it stays so."""
     if not values_are_checked():
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from stochdyn.core.law.marginals import Generator, Marginal, SampleShape
@@ -13,6 +14,7 @@ from stochdyn.errors import UnavailableError
 
 if TYPE_CHECKING:
     from stochdyn.core.forward.operator import ForwardOperator
+    from stochdyn.core.law.transformed import TransformedMeasure
 
 __all__ = ["PathMeasure"]
 
@@ -72,6 +74,38 @@ class PathMeasure(nn.Module, ABC):
             DiffusionMismatchError: If the laws are mutually singular.
         """
         self._refuse("log_rn", "its density with respect to another law isn't known")
+
+    def log_prob(self, path: Path) -> Tensor:
+        """Return the log density of the states of paths, ``(*sample, *batch)``.
+
+        Raises:
+            UnavailableError: If the density isn't known.
+        """
+        self._refuse("log_prob", "the density of its paths isn't known")
+
+    def random_points(self, ts: Tensor) -> Tensor:
+        """Return ``(T, *batch)``, True for the points of a grid ``(T,)`` or ``(*batch, T)`` that :meth:`log_prob` is a density of.
+
+        A fixed start is none of them.
+        """
+        return torch.ones_like(ts.movedim(-1, 0), dtype=torch.bool)
+
+    def transformed(self, transform: object) -> TransformedMeasure:
+        """Return the law of the paths in other coordinates; see :class:`stochdyn.core.TransformedMeasure`.
+
+        ``DiffusionMeasure(initial, sde.transformed("log")).transformed("exp")`` is simulated in logarithms and speaks of positive
+        states.
+
+        Args:
+            transform: The change of variables: ``"exp"``, ``"sigmoid"``, ``"log"``, ``"logit"``, an invertible transform of
+                ``torch.distributions`` or Pyro, or a list with one for each component.
+
+        Raises:
+            InvalidInputError: If the transform isn't invertible.
+        """
+        from stochdyn.core.law.transformed import TransformedMeasure
+
+        return TransformedMeasure(self, transform)
 
     def forward(self) -> ForwardOperator:
         """Return the forward (Kolmogorov) operator of the law, for ``flow.residual(t, x, law.forward())``.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochdyn.core.forward.divergences import jacobian_contraction
 from stochdyn.core.sde.coefficients import Diagonal, Scalar
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError
 
-__all__ = ["check_commutative", "self_advection", "strength_along"]
+__all__ = ["ItoDrift", "check_commutative", "self_advection", "strength_along"]
 
 
 def _noise(sde: SDE, t: Tensor, x: Tensor, dz: Tensor) -> Tensor:
@@ -26,10 +26,13 @@ def strength_along(sde: SDE, t: Tensor, x: Tensor, dz: Tensor, direction: Tensor
         return jacobian_contraction(_noise(sde, t, point, dz), point, direction.unsqueeze(0), keep)[0]
 
 
-def self_advection(sde: SDE, t: Tensor, x: Tensor, channels: int) -> Tensor:
-    r"""Return :math:`\sum_k (\partial G_k) G_k`, the Itô-Stratonovich correction without its factor 1/2."""
+def self_advection(sde: SDE, t: Tensor, x: Tensor, channels: int, commutes: bool = True) -> Tensor:
+    r"""Return :math:`\sum_k (\partial G_k) G_k`, the Itô-Stratonovich correction without its factor 1/2.
+
+    One derivative does for diagonal noise that commutes; ``commutes=False`` takes one for each channel.
+    """
     g = sde.diffusion(t, x)
-    if isinstance(g, Scalar | Diagonal):
+    if commutes and isinstance(g, Scalar | Diagonal):
         # Commuting diagonal noise has g_i depending on x_i alone: one derivative along g serves all channels.
         # x-component i: g_i dg_i/dx_i.
         ones = torch.ones_like(x)
@@ -38,6 +41,21 @@ def self_advection(sde: SDE, t: Tensor, x: Tensor, channels: int) -> Tensor:
     for column in _channels(x, channels):
         total = total + strength_along(sde, t, x, column, g.apply(column).expand_as(x))
     return total
+
+
+class ItoDrift(nn.Module):
+    r"""The drift of the Itô equation of a process that was given in Stratonovich's sense, :math:`b+\tfrac12\sum_k(\partial G_k)G_k`."""
+
+    def __init__(self, sde: SDE) -> None:
+        super().__init__()
+        self.sde = sde
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        channels = self.sde.noise_dim(t, x)
+        value: Tensor = self.sde.drift(t, x) + 0.5 * self_advection(
+            self.sde, t, x, channels, commutes=x.shape[-1] == 1
+        )
+        return value
 
 
 def check_commutative(sde: SDE, t: Tensor, x0: Tensor, channels: int, method: str, span: Tensor) -> None:

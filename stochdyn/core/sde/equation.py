@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import as_tensor, check_same_device, check_same_dtype, is_real
+from stochdyn._checks import as_tensor, check_bool, check_same_device, check_same_dtype, is_real
 from stochdyn.core.sde.coefficients import Coefficient, Diagonal, Matrix, as_coefficient
 from stochdyn.core.sde.covariance import covariance_divergence
 from stochdyn.core.sde.noise import Brownian, NoiseProcess
@@ -150,9 +150,12 @@ class SDE(nn.Module):
         diffusion: A positive number, ``(d,)`` or ``(d, m)`` data of any kind, :class:`Scalar`, :class:`Diagonal`,
             :class:`Matrix`, or a callable ``(t, x)`` that returns one of them.
         noise: The driving process; Brownian motion if None.
+        stratonovich: Whether the equation is meant in Stratonovich's sense. It is then turned into the Itô equation of the same
+            process, whose drift is :math:`b+\tfrac12\sum_k(\partial G_k)G_k`; everything else of the library speaks of that.
 
     Raises:
         DiffusionError: If a constant scalar or diagonal diffusion isn't positive.
+        InvalidInputError: If an equation in Stratonovich's sense is driven by noise with memory.
 
     Example:
         >>> sde = SDE(lambda t, x: -x, 0.5)
@@ -165,8 +168,11 @@ class SDE(nn.Module):
         drift: Field,
         diffusion: Coefficient | Tensor | float | Field,
         noise: NoiseProcess | None = None,
+        *,
+        stratonovich: bool = False,
     ) -> None:
         super().__init__()
+        check_bool(stratonovich, "stratonovich")
         if not callable(drift):
             raise InvalidInputError(
                 "drift must be callable", got=type(drift).__name__, expected="drift(t, x)"
@@ -178,6 +184,14 @@ class SDE(nn.Module):
         self.control: Control | None = None
         constant = isinstance(diffusion, Coefficient) or not callable(diffusion)
         self._coefficient: Field = _Constant(diffusion) if constant else diffusion  # type: ignore[arg-type,assignment]
+        if stratonovich and not constant:
+            from stochdyn.core.sde._derivatives import ItoDrift
+
+            if self.noise.num_states:
+                raise InvalidInputError(
+                    "an equation in Stratonovich's sense needs noise without memory", got=type(noise).__name__
+                )
+            self.drift = ItoDrift(SDE(drift, diffusion))
 
     @property
     def state_dependent(self) -> bool:
@@ -298,6 +312,57 @@ class SDE(nn.Module):
     def _same_noise(self, other: SDE) -> bool:
         brownian = isinstance(self.noise, Brownian) and isinstance(other.noise, Brownian)
         return brownian or self.noise is other.noise
+
+    def transformed(self, transform: object) -> SDE:
+        r"""Return the equation of the same process in other coordinates :math:`z=f(x)`, by Itô's formula.
+
+        .. math:: dZ=\big[f'(x)\,(b+Gu)+\tfrac12\textstyle\sum_kf''(x)[G_k,G_k]\big]dt+f'(x)\,G\,dW,\qquad x=f^{-1}(Z)
+
+        A state that must stay positive or between bounds can't leave them in coordinates that reach to infinity. The result is an
+        equation like any other: for laws, path sites, guides and filters. Derivatives of ``"log"``, ``"logit"``, their inverses,
+        affine maps and what is composed of them are in closed form, all others by automatic differentiation.
+
+        Args:
+            transform: The change of variables from ``x`` to ``z``: ``"log"`` for positive states, ``"logit"`` for states
+                between 0 and 1, ``"exp"``, ``"sigmoid"``, ``"identity"``, an invertible transform of ``torch.distributions``
+                or Pyro, or a list with one of these for each component.
+
+        Raises:
+            InvalidInputError: If the transform isn't invertible, or the noise has memory.
+
+        Example:
+            >>> growth = SDE(lambda t, x: 0.3 * x, lambda t, x: 0.2 * x)
+            >>> growth.transformed("log").drift(torch.tensor(0.0), torch.zeros(1))
+            tensor([0.2800])
+        """
+        from stochdyn.core.sde.coordinates import ChangedEquation, Moved, as_transform
+
+        self._check_markov("transformed")
+        change = as_transform(transform)
+        changed = ChangedEquation(self.uncontrolled(), change)
+        sde = SDE(changed, changed.diffusion)
+        if self.control is None:
+            return sde
+        fields = (self.control.drift, self.control.precision)
+        moved = (None if field is None else Moved(field, change.inv) for field in fields)
+        return sde.with_control(Control(*moved))
+
+    def untransformed(self) -> SDE:
+        """Return the equation in the coordinates that it had before :meth:`transformed`, with its control.
+
+        Raises:
+            InvalidInputError: If the equation wasn't made by :meth:`transformed`.
+        """
+        from stochdyn.core.sde.coordinates import ChangedEquation, Moved
+
+        changed = self.drift
+        if not isinstance(changed, ChangedEquation):
+            raise InvalidInputError("only an equation made by transformed(...) has coordinates to go back to")
+        if self.control is None:
+            return changed.sde
+        fields = (self.control.drift, self.control.precision)
+        moved = (None if field is None else Moved(field, changed.coordinates.transform) for field in fields)
+        return changed.sde.with_control(Control(*moved))
 
     def reverse(self, score: Field, horizon: float = 1.0, parity: Tensor | None = None) -> SDE:
         r"""Return the equation of the time-reversed law, on the clock :math:`\tau=T-t`.
