@@ -100,7 +100,22 @@ def latent_path(posterior: Any, noise: Any) -> PathMeasure:
     return model.path_law(fractional.Series.regular(ts[::10], values[..., None]))
 
 
+def positive(pull: float = 0.0) -> PathMeasure:
+    """The law of a positive state, simulated in logarithms."""
+    sde = sd.SDE(lambda t, x: 2 * (1 - x), lambda t, x: 0.3 * x).transformed("log")
+    start = Independent(Normal(ZERO, 0.2), 1)
+    inner = sd.DiffusionMeasure(start, sde, start_time=0.0)
+    return (inner.controlled(lambda t, z: pull - z) if pull else inner).transformed("exp")
+
+
 CASES: dict[str, Case] = {
+    "TransformedMeasure": Case(positive, other=lambda: positive(0.5), outside=-0.1),
+    "exact TransformedMeasure": Case(
+        lambda: ornstein_uhlenbeck().transformed("exp"),
+        other=lambda: ornstein_uhlenbeck(0.9, 0.2).transformed("exp"),
+        outside=-0.1,
+        bias=0.0,
+    ),
     **{
         f"LatentPathLaw, {kind}": Case(partial(latent_path, kind, noise), outside=1.5, batch=(2,))
         for kind, noise in (("tight", "fractional"), ("gaussian", "fractional"), ("matching", "brownian"))

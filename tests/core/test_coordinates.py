@@ -16,7 +16,6 @@ from torch.distributions import Independent, LogNormal, Normal, transforms
 import stochdyn as sd
 from stochdyn import testing
 from stochdyn.core import integrate
-from stochdyn.testing import PathMeasureSuite
 from tests.core.laws import F64, ExactMemory, log_log_slope, within
 
 TS = torch.linspace(0, 1, 11, dtype=F64)
@@ -160,38 +159,6 @@ def test_paths_simulated_finely_keep_their_density() -> None:
     torch.testing.assert_close(
         other.log_rn(path, law), inner.controlled(lambda t, z: 0.5 + z).log_rn(base, inner)
     )
-
-
-class TestPositiveLaw(PathMeasureSuite):
-    """The suite of all laws, for one of positive states."""
-
-    bias = 0.05
-
-    def make(self) -> sd.PathMeasure:
-        sde = sd.SDE(lambda t, x: 2 * (1 - x), lambda t, x: 0.3 * x)
-        return sd.DiffusionMeasure(
-            Independent(Normal(torch.zeros(2, dtype=F64), 0.2), 1), sde.transformed("log"), start_time=0.0
-        ).transformed("exp")
-
-    def other(self) -> sd.PathMeasure:
-        inner = self.make().untransformed()  # type: ignore[attr-defined]
-        return inner.controlled(lambda t, z: 0.5 - z).transformed("exp")  # type: ignore[no-any-return]
-
-    def outside(self) -> float:
-        return -0.1
-
-
-class TestExactPositiveLaw(PathMeasureSuite):
-    """The suite of all laws, for the exponential of a Gaussian one."""
-
-    bias = 0.0
-
-    def make(self) -> sd.PathMeasure:
-        one = torch.ones(2, dtype=F64)
-        return sd.LinearGaussianMeasure.ornstein_uhlenbeck(1.3 * one, 0.3, 0.4).transformed("exp")
-
-    def outside(self) -> float:
-        return -0.1
 
 
 def test_coordinates_survive_copies_precision_and_storage() -> None:
