@@ -1,3 +1,8 @@
+from ._filters import EnsembleKalman as EnsembleKalman
+from ._filters import ExtendedKalman as ExtendedKalman
+from ._filters import GaussianStates as GaussianStates
+from ._filters import ParticleRun as ParticleRun
+from ._filters import UnscentedKalman as UnscentedKalman
 from ._foreign import khat as khat
 from .distributions import DiffusionPath as DiffusionPath
 from .distributions import PathIncrements as PathIncrements
@@ -12,10 +17,15 @@ from .guides import AutoPathGuide as AutoPathGuide
 from .hierarchical import AutoHierarchicalNormal as AutoHierarchicalNormal
 from .laplace import start_at_mode as start_at_mode
 from .law_distribution import LawDistribution as LawDistribution
+from .nonlinear import NonlinearObservations as NonlinearObservations
 from .observations import LinearObservations as LinearObservations
 from .observations import observe as observe
+from .particles import BootstrapFilter as BootstrapFilter
+from .particles import GuidedFilter as GuidedFilter
+from .particles import particle_filter as particle_filter
 from .path_law import PosteriorPath as PosteriorPath
 from .predictive import PathDraws as PathDraws
 from .predictive import predict_path as predict_path
 from .reparam import NoiseReparam as NoiseReparam
 from .skewed import AutoSkewedNormal as AutoSkewedNormal
+from .state_likelihood import StateLikelihood as StateLikelihood

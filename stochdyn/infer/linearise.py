@@ -228,12 +228,15 @@ class LinearPosterior:
         law: The feedback on the state, followed by the sums of the coupling; its centre is zero.
         start_precision: ``(*batch, Z, Z)`` and start_linear ``(*batch, Z)``: the likelihood as a function of the start.
         coupling: The sums, or None.
+        onward: ``S (T, *batch, Z, Z)`` and ``eta (T, *batch, Z)`` of the likelihood of the data from every grid point on,
+            ``exp(-1/2 z S z + eta z)``; None with a coupling.
     """
 
     law: LinearFeedback
     start_precision: Tensor
     start_linear: Tensor
     coupling: Coupling | None = None
+    onward: tuple[Tensor, Tensor] | None = None
 
 
 def linear_posterior(steps: LinearSteps, data: Quadratic) -> LinearPosterior:
@@ -241,7 +244,8 @@ def linear_posterior(steps: LinearSteps, data: Quadratic) -> LinearPosterior:
     a, b, c = steps.transition.double(), steps.load.double(), steps.offset.double()
     precision, linear, coupling = data.precision.double(), data.linear.double(), data.coupling
     if coupling is None:
-        return LinearPosterior(*feedback_given(LinearSteps(a, b, c), precision, linear))
+        law, ahead, pull = feedback_given(LinearSteps(a, b, c), precision, linear)
+        return LinearPosterior(law, ahead[0], pull[0], onward=(ahead, pull))
     assert data.ends is not None and data.pull is not None
     rows, size, dim, sums = coupling.rows.double(), a.shape[-1], linear.shape[-1], coupling.size
     # The sums go with the state: a' = keep a + v' x', and x' is part of the next state.
@@ -266,7 +270,8 @@ def linear_posterior(steps: LinearSteps, data: Quadratic) -> LinearPosterior:
     slope = linear.new_zeros(linear.shape[0], *batch, total)
     slope[..., :dim] = linear
     slope[..., size:] = data.pull.double()
-    law, first, pull = feedback_given(wide, whole, slope)
+    law, ahead, slopes = feedback_given(wide, whole, slope)
+    first, pull = ahead[0], slopes[0]
     # The sums of the first time are known from the start.
     lift = torch.eye(size, dtype=a.dtype, device=a.device).expand(*batch, size, size)
     known = torch.nn.functional.pad(rows[0].expand(*batch, sums, dim), (0, size - dim))

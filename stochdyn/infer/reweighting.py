@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from stochdyn.core.particles.resampling import systematic
 from stochdyn.diagnostics.draws import PosteriorDraws, draw_posterior
 from stochdyn.diagnostics.psis import pareto_smooth
 from stochdyn.infer.hierarchical import AutoHierarchicalNormal
@@ -126,11 +127,7 @@ def draw_weighted(
     smooth = pareto_smooth(usable)
     weights = torch.softmax(smooth.log_weights.double(), -1)
     evidence = float(torch.logsumexp(smooth.log_weights.double(), -1)) - math.log(proposals)
-    # Systematic resampling: one uniform number for all, so that every draw is taken as often as its weight says, up to one.
-    comb = (torch.arange(num_draws, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / num_draws
-    total = weights.cumsum(-1)
-    index = torch.searchsorted((total / total[-1]).cpu(), comb).clamp_max(proposals - 1)
-    index = index[torch.randperm(num_draws)]
+    index = systematic(smooth.log_weights.double().cpu(), num_draws)[torch.randperm(num_draws)]
     taken = {n: v[index.to(v.device)] for n, v in latent.items()}
     return WeightedDraws(taken, float(smooth.khat), float(1.0 / weights.square().sum()), evidence)
 

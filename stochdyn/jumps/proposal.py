@@ -12,6 +12,7 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
+from stochdyn.core.particles.resampling import systematic
 from stochdyn.diagnostics.psis import pareto_smooth
 
 __all__ = ["Weighted", "draw_posterior"]
@@ -163,7 +164,8 @@ def _weigh(theta: Tensor, value: Tensor, log_proposal: Tensor) -> _Round:
 def _resampled(density: Density, known: _Round, num_draws: int, source: torch.Generator) -> Tensor:
     """Return draws of equal weight, moved by Metropolis steps in the metric of their weighted covariance."""
     weights = (known.log_weights - known.log_weights.logsumexp(0)).exp()
-    chosen = torch.multinomial(weights, num_draws, replacement=True, generator=source)
+    chosen = systematic(known.log_weights, num_draws, source)
+    chosen = chosen[torch.randperm(num_draws, generator=source)]
     theta, value = known.theta[chosen], known.value[chosen]
     gap = known.theta - weights @ known.theta
     cov = (weights[:, None] * gap).mT @ gap

@@ -14,7 +14,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from stochdyn._checks import as_seed, check_positive_int, check_real, check_type
+from stochdyn._checks import as_seed, check_positive_int, check_real, check_type, values_unchecked
+from stochdyn.core.particles.filtering import ParticleModel, run_particles
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ZeroProbabilityError
 from stochdyn.jumps._runge_kutta import runge_kutta
@@ -234,30 +235,39 @@ class ParticleFilter(CountLikelihood):
         source: torch.Generator,
     ) -> Tensor:
         """Return estimates of log-likelihoods ``(n,)``."""
-        n, many = len(constants), self.num_particles
-        lanes = network.lanes(constants.repeat_interleave(many, 0))
-        x = network.start.expand(n * many, -1).clone()
-        total, before = torch.zeros(n, dtype=torch.float64), network.start_time
-        scale = float(self.obs_scale or 1.0)
-        for k, t in enumerate(times.tolist()):
-            with torch.no_grad():
-                x = Direct().paths(lanes, x, before, torch.tensor([t], dtype=torch.float64), source)[:, 0]
-            score = torch.zeros(n * many, dtype=torch.float64)
-            for name, value in counts.items():
-                if not math.isnan(float(value[k])):
-                    z = (value[k] - x[:, network.species.index(name)]) / scale
-                    score = score - 0.5 * z**2 - math.log(scale * math.sqrt(2 * math.pi))
-            score = score.reshape(n, many)
-            total = total + score.logsumexp(-1) - math.log(many)
-            weights = (score - score.amax(-1, keepdim=True)).exp()
-            chosen = torch.multinomial(weights, many, replacement=True, generator=source)
-            x = (
-                x.reshape(n, many, -1)
-                .gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
-                .reshape(n * many, -1)
-            )
-            before = t
-        return total
+        particles = _Molecules(network, times, counts, constants, float(self.obs_scale or 1.0))
+        # A chain of parameters asks for many runs, in which a poor one is no news.
+        with values_unchecked():
+            return run_particles(particles, self.num_particles, generator=source).log_evidence
+
+
+class _Molecules(ParticleModel):
+    """Exact paths of a network as particles, for several vectors of constants at once."""
+
+    def __init__(
+        self, network: ReactionNetwork, times: Tensor, counts: Counts, constants: Tensor, scale: float
+    ) -> None:
+        self.network, self.times, self.counts = network, [network.start_time, *times.tolist()], counts
+        self.constants, self.scale, self.num_times = constants, scale, len(times)
+        self._lanes: Any = None
+
+    def start(self, num_particles: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Put all particles at the known start."""
+        self._lanes = self.network.lanes(self.constants.repeat(num_particles, 1))
+        x = self.network.start.expand(num_particles, len(self.constants), -1).clone()
+        return x, torch.zeros(x.shape[:-1], dtype=torch.float64)
+
+    def advance(self, step: int, z: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Let the molecules react until an observation, and weigh their numbers."""
+        ahead = torch.tensor([self.times[step + 1]], dtype=torch.float64)
+        x = Direct().paths(self._lanes, z.flatten(0, 1), self.times[step], ahead, generator)[:, 0]
+        x = x.reshape(z.shape)
+        score = torch.zeros(z.shape[:-1], dtype=torch.float64)
+        for name, value in self.counts.items():
+            if not math.isnan(float(value[step])):
+                gap = (value[step] - x[..., self.network.species.index(name)]) / self.scale
+                score = score - 0.5 * gap**2 - math.log(self.scale * math.sqrt(2 * math.pi))
+        return x, score
 
 
 @dataclass(frozen=True)

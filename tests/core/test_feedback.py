@@ -37,7 +37,7 @@ def test_the_feedback_law_is_the_smoother_and_closes_the_bound(steps: int, batch
         torch.tensor([0.3, -0.2], dtype=F64),
         2 * torch.eye(2, dtype=F64),
     )
-    feedback, first, pull = feedback_given(linear_steps, precision, linear)
+    feedback, (first, *_), (pull, *_) = feedback_given(linear_steps, precision, linear)
     start = prior.given(first, pull)
     mean = start.moments()[0]
     # The law about its own mean: move the centre there.

@@ -29,6 +29,7 @@ from stochdyn.bridges.laws.reference import EmpiricalLaw
 from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
+from stochdyn.core.particles.resampling import systematic
 from stochdyn.errors import ApproximationWarning, ConvergenceWarning
 
 __all__ = ["HiddenChain", "log_normal", "log_standard", "stratified_normal"]
@@ -137,11 +138,8 @@ class HiddenChain(PathMeasure):
             floor = (mean.square().mean((0, 1)) * 1e-12).clamp_min(torch.finfo(old.dtype).tiny)
             spread = spread + 1e-8 * torch.diag(variance.maximum(floor))
             factor = torch.linalg.cholesky(spread) * max(0.5, count ** (-1.0 / (size + 4)))
-            # systematic draws of the mixture's components, with one uniform number per particle
-            reach = (0.9 * share + 0.1 / count).cumsum(1)
-            offset = torch.rand(len(old), 1, dtype=old.dtype, device=old.device, generator=generator)
-            points = (torch.arange(count).to(old) + offset) * (reach[:, -1:] / count)
-            pick = torch.searchsorted(reach.contiguous(), points, right=True).clamp_max(count - 1)
+            # the mixture's components, with one uniform number per particle
+            pick = systematic((0.9 * share + 0.1 / count).log().mT, count, generator).mT
             centre = old.gather(1, pick[..., None].expand(-1, -1, size))
             white = stratified_normal(old, generator)
             fresh = centre + white @ factor.mT

@@ -12,6 +12,12 @@ from .law import GaussianPathMeasure as GaussianPathMeasure
 from .law import GaussianPathPosterior as GaussianPathPosterior
 from .recursion import broadcast_batches as broadcast_batches
 from .measure import LinearGaussianMeasure as LinearGaussianMeasure
+from .nonlinear import EnsembleKalman as EnsembleKalman
+from .nonlinear import ExtendedKalman as ExtendedKalman
+from .nonlinear import GaussianStates as GaussianStates
+from .nonlinear import NonlinearKalman as NonlinearKalman
+from .nonlinear import UnscentedKalman as UnscentedKalman
+from .nonlinear import kalman_states as kalman_states
 from .pinned import PinnedProcess as PinnedProcess
 from .pinned import bridge_coefficients as bridge_coefficients
 from .pinned import bridge_drift as bridge_drift

@@ -274,8 +274,9 @@ def feedback_given(
         linear: The linear part ``h (N+1, *B, d)``.
 
     Returns:
-        The feedback law, with centre zero, and ``S_0 (*B, Z, Z)`` and ``eta_0 (*B, Z)``, the likelihood as a function of the
-        start (see :meth:`LiftedStart.given`).
+        The feedback law, with centre zero, and ``S (N+1, *B, Z, Z)`` and ``eta (N+1, *B, Z)``, the likelihood of the data from
+        every grid point on as a function of the state there; the first of them is that of the start
+        (see :meth:`LiftedStart.given`).
     """
     a, b, c = steps.transition, steps.load, steps.offset
     size, dim, channels = a.shape[-1], linear.shape[-1], b.shape[-1]
@@ -303,10 +304,10 @@ def feedback_given(
         chol = torch.linalg.cholesky_ex(needed)[0]
         law = -torch.cholesky_solve(ahead @ forth, chol)
         factor = torch.linalg.cholesky_ex(torch.cholesky_inverse(chol))[0]
-    gain, first = law[..., :-1], values[0]
+    gain = law[..., :-1]
     centre = gain.new_zeros(*gain.shape[:-2], size)
     feedback = LinearFeedback(law[..., -1], gain, factor, centre)
-    return feedback, first[..., :size, :size], -first[..., :size, size]
+    return feedback, values[..., :size, :size], -values[..., :size, size]
 
 
 def _spread(x: Tensor, batch: torch.Size, events: int) -> Tensor:

@@ -38,3 +38,6 @@ from .solvers import draw_increments as draw_increments
 from .solvers import increment_scale as increment_scale
 from .solvers import integrate as integrate
 from .solvers import step_everywhere as step_everywhere
+from .stops import EulerTransitions as EulerTransitions
+from .stops import Stops as Stops
+from .stops import as_stops as as_stops

@@ -19,6 +19,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_real,
 )
+from stochdyn.core.particles.resampling import systematic
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.diagnostics.psis import pareto_smooth
 from stochdyn.errors import ConvergenceWarning, EmptyDataError, InvalidInputError, TooFewDrawsError
@@ -135,9 +136,7 @@ def infer_fou(
             ConvergenceWarning,
             stacklevel=2,
         )
-    # Systematic resampling turns weighted draws into draws.
-    spots = (torch.arange(num_draws, dtype=torch.float64) + torch.rand((), generator=g)) / num_draws
-    picked = torch.searchsorted(chance.cumsum(0).contiguous(), spots).clamp_max(len(q) - 1)
+    picked = systematic(torch.as_tensor(smooth.log_weights), num_draws, g)
     q = q[picked[torch.randperm(num_draws, generator=g)]]
     values, lp, pointwise = problem.complete(q, g, offset, unit)
     return from_draws(
