@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 import stochdyn as sd
-from stochdyn import errors
+from stochdyn import _checks, errors
 
 F64 = torch.float64
 TS = torch.linspace(0, 1, 5)
@@ -247,3 +247,47 @@ def test_bad_input(row: str) -> None:
         call()
     assert isinstance(caught.value, errors.StochdynError)
     assert isinstance(caught.value, ValueError)
+
+
+class _Clock:
+    """Something with a coefficient of time."""
+
+    @_checks.of_times
+    def half(self, t: Tensor) -> Tensor:
+        return 0.5 * t
+
+
+def test_coefficients_of_time_refuse_what_is_no_time() -> None:
+    clock = _Clock()
+    assert clock.half(torch.tensor(3.0)) == 1.5
+    assert torch.func.vmap(clock.half)(torch.ones(2)).tolist() == [0.5, 0.5]
+    for bad, error in (
+        (None, errors.ShapeError),
+        ("x", errors.ShapeError),
+        (math.nan, errors.NonFiniteError),
+    ):
+        with pytest.raises(error, match="t must"):
+            clock.half(torch.tensor(bad) if isinstance(bad, float) else bad)  # type: ignore[arg-type]
+
+
+def test_a_single_time_outside_a_grid_is_seen() -> None:
+    # nonzero() of a tensor without axes has no elements, whatever it found
+    with pytest.raises(errors.TimeGridError, match="inside"):
+        _checks.check_inside(torch.tensor(-1.0), torch.tensor([0.0, 5.0]))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_a_covariance_is_judged_in_units_of_its_components(scale: float) -> None:
+    cov = torch.tensor([[2.0, 1.0], [1.0, 1.0]], dtype=F64)
+    unit = torch.tensor([scale, 1.0], dtype=F64)
+    _checks.check_positive_definite(unit[:, None] * cov * unit, "cov")
+    for bad in (cov - torch.eye(2, dtype=F64), cov + torch.tensor([[0.0, 0.1], [0.0, 0.0]], dtype=F64)):
+        with pytest.raises(errors.InvalidInputError, match="cov must be symmetric"):
+            _checks.check_positive_definite(unit[:, None] * bad * unit, "cov")
+
+
+def test_a_word_is_no_sequence_of_names() -> None:
+    assert _checks.as_sequence(("a", "b"), "names", "names") == ["a", "b"]
+    for bad in ("ab", 3, None, torch.tensor(1.0)):
+        with pytest.raises(errors.InvalidInputError, match="names must be"):
+            _checks.as_sequence(bad, "names", "names")

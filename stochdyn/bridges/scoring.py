@@ -17,6 +17,7 @@ from stochdyn._checks import (
     as_tensor,
     as_time_grid,
     check_choice,
+    check_mapping,
     check_nonempty,
     check_positive,
     check_positive_int,
@@ -214,7 +215,8 @@ def leave_one_out(
         >>> held.best, len(held.scores["none"])
         ('none', 2)
     """
-    check_nonempty(list(methods), "methods")
+    check_mapping(methods, "methods", "methods by name")
+    check_nonempty(methods, "methods")
     check_type(snapshots, Snapshots, "snapshots")
     check_choice(metric, ("w1", "w2", "mmd"), "metric")
     chosen = list(range(1, len(snapshots) - 1)) if indices is None else [i % len(snapshots) for i in indices]

@@ -17,6 +17,7 @@ from stochdyn._checks import (
     check_event_size,
     check_finite,
     check_ndim,
+    check_nonempty,
     check_same_device,
     check_type,
     values_are_checked,
@@ -195,6 +196,10 @@ class PathIncrements(LawDistribution):
         steps: NoiseSteps | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        check_type(sde, SDE, "sde")
+        check_type(x0, Tensor, "x0")
+        check_type(ts, Tensor, "ts")
+        check_nonempty(ts, "ts")
         self.sde = sde
         self.x0 = x0
         self.ts = ts

@@ -13,7 +13,13 @@ from pyro.infer import Trace_ELBO
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor, nn
 
-from stochdyn._checks import check_callable, check_positive, check_positive_int, check_type
+from stochdyn._checks import (
+    as_sequence,
+    check_callable,
+    check_positive,
+    check_positive_int,
+    check_type,
+)
 from stochdyn.run.callbacks import Callback
 from stochdyn.run.randomness import fork_random_state
 from stochdyn.run.result import FitResult
@@ -141,7 +147,8 @@ def fit_guide(
         check_positive_int(steps, "steps")
     check_positive_int(num_particles, "num_particles")
     check_positive(lr, "lr")
-    args, kwargs = tuple(args), dict(kwargs or {})
+    args = tuple(as_sequence(args, "args", "positional arguments of the model"))
+    kwargs = dict(kwargs or {})
     parameter = next(guide.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     with fork_random_state(seed, device), torch.random.fork_rng(), poutine.block():

@@ -14,7 +14,11 @@ from pyro.infer.autoguide import AutoGuide, AutoNormal
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from stochdyn._checks import check_choice
+from stochdyn._checks import (
+    as_sequence,
+    check_choice,
+    check_positive_int,
+)
 from stochdyn.core.law.girsanov import ESTIMATORS
 from stochdyn.core.law.initial import DistributionStart
 from stochdyn.core.law.measure import PathMeasure
@@ -105,6 +109,9 @@ class AutoPathGuide(AutoGuide):
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         check_choice(start, ("linearised", "prior"), "start")
+        layers = as_sequence(hidden, "hidden", "widths of hidden layers")
+        for k, width in enumerate(layers):
+            check_positive_int(width, f"hidden[{k}]")
         check_choice(feedback, ("fitted", "recomputed"), "feedback")
         if estimator is None:
             # The gradient in the other sites passes through the feedback too, where it is recomputed.
@@ -115,7 +122,7 @@ class AutoPathGuide(AutoGuide):
         super().__init__(model, create_plates=create_plates)
         self._pyro_name = fresh_name(type(self).__name__)
         self._make_rest = rest
-        self._options: dict[str, Any] = {"hidden": tuple(hidden), "context": context}
+        self._options: dict[str, Any] = {"hidden": tuple(layers), "context": context}
         self._amortised = amortised
         self._start = start
         self.estimator = estimator

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
-from stochdyn._checks import check_positive, check_positive_int
+from stochdyn._checks import (
+    check_callable,
+    check_positive,
+    check_positive_int,
+)
 from stochdyn.core.law.girsanov import explicit_stop
 from stochdyn.infer.latent_layout import LatentGroup, latent_groups
 from stochdyn.infer.naming import fresh_name, rename
@@ -289,6 +293,7 @@ class AutoHierarchicalNormal(AutoContinuous):
         init_scale: float = 0.1,
         hidden: int = 8,
     ) -> None:
+        check_callable(model, "model", "a Pyro model")
         check_positive(init_scale, "init_scale")
         check_positive_int(hidden, "hidden")
         self._init_scale, self._hidden = init_scale, hidden

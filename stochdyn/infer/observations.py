@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from stochdyn._checks import as_tensor, as_time_grid, check_positive, check_type
+from stochdyn._checks import (
+    as_tensor,
+    as_time_grid,
+    check_positive,
+    check_type,
+)
 from stochdyn.core.gaussian.law import GaussianPathMeasure
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.infer.law_distribution import LawDistribution
@@ -48,6 +53,7 @@ def observe(name: str, distribution: Any, values: Any, mask: Any = None) -> Tens
         True
     """
     check_type(name, str, "name")
+    check_type(distribution, torch.distributions.Distribution, "distribution")
     data = as_tensor(values, "values", missing=True)
     shape = distribution.event_shape
     try:
@@ -155,6 +161,7 @@ class LinearObservations(LawDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log evidence ``(*batch,)`` of ``value (..., T, p)``; NaN is missing."""
+        check_type(value, Tensor, "value")
         if value.shape[-2:] != self.event_shape:
             raise ShapeError(
                 "the data don't fit the times and components of the law",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stochdyn._checks import (
     as_generator,
     as_sample_shape,
+    as_sequence,
     as_time_grid,
     check_callable,
     check_choice,
@@ -89,7 +90,11 @@ class PosteriorPath(PathMeasure):
         super().__init__()
         check_callable(model, "model", "a Pyro model")
         check_type(name, str, "name")
-        self.name, self.args, self.kwargs = name, tuple(args), dict(kwargs or {})
+        self.name, self.args, self.kwargs = (
+            name,
+            tuple(as_sequence(args, "args", "positional arguments of the model")),
+            dict(kwargs or {}),
+        )
         # The model is no part of the law's state: a guide has parameters of its own.
         self._model = (model,)
         self.source: Any = source

@@ -15,6 +15,7 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.distributions.transforms import ComposeTransform, Transform
 
+from stochdyn._checks import check_callable, check_positive
 from stochdyn.infer.naming import fresh_name, rename
 
 __all__ = ["AutoSkewedNormal", "SinhArcsinh"]
@@ -99,6 +100,8 @@ class AutoSkewedNormal(AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
+        check_callable(model, "model", "a Pyro model")
+        check_positive(init_scale, "init_scale")
         self._init_scale = init_scale
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._pyro_name = fresh_name(type(self).__name__)

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stochdyn._checks import as_tensor, as_time_grid, check_type
+from stochdyn._checks import (
+    as_sequence,
+    as_tensor,
+    as_time_grid,
+    check_type,
+)
 from stochdyn.diagnostics.plots import as_axes
 from stochdyn.errors import ShapeError
 from stochdyn.jumps.generator import RateMatrix
@@ -41,7 +46,11 @@ def plot_states(rates: RateMatrix, labels: Sequence[Any] | None = None, ax: Axes
     if rates.batch_shape:
         raise ShapeError("one matrix at a time", got=f"batch {tuple(rates.batch_shape)}")
     size, matrix = rates.num_states, rates.matrix.detach().double()
-    names = [str(k) for k in range(size)] if labels is None else [str(name) for name in labels]
+    names = (
+        [str(k) for k in range(size)]
+        if labels is None
+        else [str(name) for name in as_sequence(labels, "labels", "one name per state")]
+    )
     if len(names) != size:
         raise ShapeError("labels must name every state", got=len(names), expected=size)
     ax = as_axes(ax)

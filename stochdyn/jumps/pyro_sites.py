@@ -13,6 +13,8 @@ from torch.distributions import constraints
 from stochdyn._checks import (
     as_generator,
     as_tensor,
+    check_event_size,
+    check_floating,
     check_nonempty,
     check_positive_int,
     check_real,
@@ -177,13 +179,31 @@ class JumpPath(LawDistribution):
 
         Args:
             value: The events.
+
+        Raises:
+            ShapeError: If they aren't events of this law.
+            InvalidInputError: If a number of jumps or a state doesn't exist, or times of jumps don't increase up to the horizon.
         """
+        check_floating(value, "value", "(..., 2 N + 2)")
+        check_event_size(value, self.event_shape[0], "value")
         count = value[..., 0].round().long()
         times, states = (
             value[..., 1 : self.max_jumps + 1].double(),
             value[..., self.max_jumps + 1 :].round().long(),
         )
         real = torch.arange(self.max_jumps) < count[..., None]
+        before = torch.cat([torch.full_like(times[..., :1], self.law.start_time), times], -1)[..., :-1]
+        out_of_order = real & ~((times > before) & (times <= self.horizon))
+        if bool(
+            ((count < 0) | (count > self.max_jumps)).any()
+            | ((states < 0) | (states >= self.law.num_states)).any()
+        ):
+            raise InvalidInputError(
+                "value holds a number of jumps or a state that doesn't exist",
+                expected=f"at most {self.max_jumps} jumps between states 0 to {self.law.num_states - 1}",
+            )
+        if bool(out_of_order.any()):
+            raise InvalidInputError("times of jumps must increase up to the horizon", got="value")
         times = torch.where(real, times, torch.full_like(times, math.inf))
         ends = torch.tensor([self.law.start_time, self.horizon], dtype=torch.float64)
         return JumpRecord(times, states, count, ends, self.law.num_states, self.law)

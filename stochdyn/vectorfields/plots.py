@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_event_size
+from stochdyn._checks import (
+    as_tensor,
+    check_event_size,
+)
 from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields.geometry.sphere import sphere_of
 from stochdyn.vectorfields.regression._input import as_count, as_points, as_vectors
@@ -80,12 +83,14 @@ def plot_field(
         )
     v = as_vectors(vectors, x.shape[0], x.shape[1])
     every = as_count(every, "every")
+    if values is not None:
+        check_event_size(as_tensor(values, "values", 1, "(n,)", missing=True), len(x), "values")
     at, arrows = _array(x), _array(v)
     longest = float(np.linalg.norm(arrows, axis=1).max())
     factor = scale if scale is not None else float(np.ptp(at, axis=0).max()) / (15.0 * max(longest, 1e-300))
     ax = _axes(x.shape[1], ax)
     if values is not None:
-        shades = _array(torch.as_tensor(values))
+        shades = _array(as_tensor(values, "values", 1, "(n,)", like=x, missing=True))
         drawn = ax.scatter(*at.T, c=shades, s=12, cmap="viridis")
         ax.figure.colorbar(drawn, ax=ax, shrink=0.7, label=label)
     if x.shape[1] == 3:

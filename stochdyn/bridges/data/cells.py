@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import (
+    check_positive_int,
+    check_type,
+)
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.errors import (
     EmptyDataError,
@@ -161,6 +164,7 @@ def pca(snapshots: Snapshots, num_components: int, whiten: bool = False) -> Snap
         >>> pca(Snapshots([0.0, 1.0], [x, x]), 1).dim
         1
     """
+    check_type(snapshots, Snapshots, "snapshots")
     check_positive_int(num_components, "num_components")
     if num_components > snapshots.dim:
         raise InvalidInputError(

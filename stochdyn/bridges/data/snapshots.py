@@ -14,6 +14,9 @@ from torch import Tensor
 from stochdyn._checks import (
     as_generator,
     as_sample_shape,
+    as_sequence,
+    as_tensor,
+    as_time_grid,
     check_event_size,
     check_finite,
     check_ndim,
@@ -21,7 +24,6 @@ from stochdyn._checks import (
     check_positive_int,
     check_same_device,
     check_same_dtype,
-    check_time_grid,
 )
 from stochdyn.errors import InvalidInputError, ShapeError
 
@@ -104,11 +106,11 @@ class Snapshots:
         weights: Sequence[Any] | Tensor | None = None,
         names: Sequence[Any] | None = None,
     ) -> None:
-        clouds = tuple(_as_floating(x) for x in samples)
+        parts = as_sequence(samples, "samples", "one array of particles per time")
+        clouds = tuple(as_tensor(x, f"samples[{i}]", finite=False) for i, x in enumerate(parts))
         check_nonempty(clouds, "samples")
         device = clouds[0].device
-        self.times = torch.as_tensor(times, dtype=torch.float64, device=device)
-        check_time_grid(self.times, "times", min_points=2)
+        self.times = as_time_grid(times, "times").to(device, torch.float64)
         if len(clouds) != len(self.times):
             raise ShapeError("there must be one sample per time", got=len(clouds), expected=len(self.times))
         for i, cloud in enumerate(clouds):
@@ -246,11 +248,6 @@ class Snapshots:
             for w, m, c in zip(self.weights, self.masses, clouds, strict=True)
         ]
         return Snapshots(self.times.to(clouds[0].device), clouds, weights, self.names)
-
-
-def _as_floating(x: Any) -> Tensor:
-    tensor = torch.as_tensor(x)
-    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
 def _as_names(names: Sequence[Any] | None, clouds: tuple[Tensor, ...]) -> tuple[np.ndarray, ...] | None:

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive_int
+from stochdyn._checks import (
+    check_bool,
+    check_positive_int,
+)
 from stochdyn.errors import ShapeError
 
 __all__ = [
@@ -163,6 +166,8 @@ class LinearDrift(SharedFeatures):
     """
 
     def __init__(self, dim: int, shift: bool = True) -> None:
+        check_positive_int(dim, "dim")
+        check_bool(shift, "shift")
         super().__init__(dim, dim + shift)
         self.has_shift = shift
 

@@ -7,7 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_positive, check_positive_int
+from stochdyn._checks import (
+    check_event_size,
+    check_points,
+    check_positive,
+    check_positive_int,
+    check_real,
+)
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, TimeGridError, UnavailableError
 
@@ -140,14 +146,19 @@ class DensityTrend:
         Raises:
             TimeGridError: If a time lies outside the span, where polynomials can't be trusted.
         """
+        check_points(x, "x", "(*batch, d)")
         check_event_size(x, self.snapshots.dim, "x")
+        check_real(t, "t")
+        check_real(s, "s")
         gap = self._coefficients(t) - self._coefficients(s)
         return (self._features(x) @ (self._fitted() @ gap)).to(x)
 
     @torch.no_grad()
     def rate(self, x: Tensor, t: float) -> Tensor:
         """Return the time derivative of the log density at ``x (*batch, d)``, up to a constant, ``(*batch,)`` in nats per unit of time."""
+        check_points(x, "x", "(*batch, d)")
         check_event_size(x, self.snapshots.dim, "x")
+        check_real(t, "t")
         reach = 1e-4 * float(self.snapshots.durations.sum())
         first, last = float(self.snapshots.times[0]), float(self.snapshots.times[-1])
         low, high = max(t - reach, first), min(t + reach, last)

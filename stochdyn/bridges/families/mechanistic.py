@@ -9,7 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_finite, check_positive, check_positive_int
+from stochdyn._checks import (
+    as_sequence,
+    check_finite,
+    check_positive,
+    check_positive_int,
+)
 from stochdyn.bridges.families.base import DriftFamily, LinearFamily, SharedFeatures
 from stochdyn.errors import InvalidInputError, ShapeError
 
@@ -112,7 +117,11 @@ class ComponentFeatures(LinearFamily):
         call, shape = _features(phi, dim, "(*batch, d, K)")
         if shape[0] != dim:
             raise ShapeError("phi returns the wrong shape", got=shape, expected=f"({dim}, K) a point")
-        chosen = [f"theta_{k}" for k in range(shape[1])] if names is None else list(names)
+        chosen = (
+            [f"theta_{k}" for k in range(shape[1])]
+            if names is None
+            else as_sequence(names, "names", "one name per feature")
+        )
         if len(chosen) != shape[1]:
             raise ShapeError("there must be one name per feature", got=len(chosen), expected=shape[1])
         super().__init__(dim, chosen)

@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stochdyn._checks import check_positive, check_positive_int, check_real
+from stochdyn._checks import (
+    as_sequence,
+    check_nonempty,
+    check_positive,
+    check_positive_int,
+    check_real,
+    check_type,
+)
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.core.networks import MLP
-from stochdyn.errors import EmptyDataError, ShapeError
+from stochdyn.errors import ShapeError
 
 __all__ = ["NeuralDrift", "PotentialDrift", "SumDrift"]
 
@@ -212,8 +219,10 @@ class SumDrift(DriftFamily):
     """
 
     def __init__(self, families: Sequence[DriftFamily]) -> None:
-        if not families:
-            raise EmptyDataError("families is empty")
+        families = as_sequence(families, "families", "drift families")
+        check_nonempty(families, "families")
+        for k, family in enumerate(families):
+            check_type(family, DriftFamily, f"families[{k}]")
         dims = {family.dim for family in families}
         if len(dims) > 1:
             raise ShapeError("families must share a dimension", got=sorted(dims))

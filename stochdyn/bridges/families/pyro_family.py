@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_callable, check_positive_int, check_real
+from stochdyn._checks import (
+    as_sequence,
+    check_callable,
+    check_mapping,
+    check_positive_int,
+    check_real,
+    check_type,
+)
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.errors import InvalidInputError, ShapeError, UnknownSiteError
 
@@ -44,6 +51,7 @@ class ModuleDrift(DriftFamily):
 
     def __init__(self, module: nn.Module, dim: int) -> None:
         super().__init__(dim)
+        check_type(module, nn.Module, "module")
         self.module = module
         parameter = next(module.parameters(), torch.zeros(()))
         _check_drift(module, parameter.new_zeros(1, dim))
@@ -84,6 +92,7 @@ class FunctionDrift(DriftFamily):
         defaults = named_defaults(function)
         if not defaults:
             raise InvalidInputError("the function has no parameters", expected="drift(t, x, rate=1.0, ...)")
+        positive = as_sequence(positive, "positive", "names of parameters")
         unknown = set(positive) - set(defaults)
         if unknown:
             raise InvalidInputError(
@@ -148,6 +157,9 @@ class PyroDrift(DriftFamily):
         from pyro import poutine
         from torch.distributions import biject_to
 
+        check_callable(model, "model", "a Pyro model")
+        if init is not None:
+            check_mapping(init, "init", "values of sites by name")
         self.model = model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

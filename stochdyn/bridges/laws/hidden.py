@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_positive
+from stochdyn._checks import (
+    as_tensor,
+    check_positive,
+    check_positive_definite,
+)
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.hidden_chain import HiddenChain, log_normal
@@ -128,6 +132,7 @@ class HiddenStateBridge(HiddenChain):
                 "initial_mean and initial_cov must be of the whole state", got=f"{tuple(mean.shape)} and {tuple(cov.shape)}",
                 expected=f"(d,) and (d, d) with d > {self.seen}",
             )  # fmt: skip
+        check_positive_definite(cov, "initial_cov")
         self.family: DriftFamily = fitted_family(reference, snapshots, self.dim)
         self.diffusion = diffusion
         self.register_buffer("spread", spread_of(diffusion, snapshots, self.dim, reach=True))

@@ -6,17 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_bool, check_choice, check_positive_int, check_real, check_type
+from stochdyn._checks import (
+    as_tensor,
+    check_bool,
+    check_choice,
+    check_positive_definite,
+    check_positive_int,
+    check_real,
+    check_type,
+)
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.hidden import HiddenStateBridge
 from stochdyn.bridges.laws.ipf import DriftRegression, IPFBridge
 from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
 from stochdyn.bridges.refinement.projection import Projection, as_projection
-from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.errors import ShapeError
 
 __all__ = ["IPF", "Messages", "Method", "Sinkhorn", "as_method"]
 
@@ -189,8 +196,7 @@ class Messages:
             raise ShapeError(
                 "initial_cov doesn't fit initial_mean", got=tuple(cov.shape), expected=(len(mean),) * 2
             )
-        if bool(torch.linalg.cholesky_ex(cov.double()).info):
-            raise InvalidInputError("initial_cov must be positive definite")
+        check_positive_definite(cov, "initial_cov")
         check_bool(self.learn_initial, "learn_initial")
         check_positive_int(self.num_hidden, "num_hidden", 2)
         check_positive_int(self.num_rounds, "num_rounds")

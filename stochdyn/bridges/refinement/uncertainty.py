@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, as_seed, check_bool, check_choice, check_positive_int
+from stochdyn._checks import (
+    as_generator,
+    as_seed,
+    check_bool,
+    check_choice,
+    check_positive_int,
+    check_type,
+)
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.hidden import HiddenStateBridge
@@ -205,6 +212,9 @@ def bootstrap(
 
 def _check_response(fit: Refinement) -> None:
     """Raise UnavailableError where the law has neither couplings nor draws that respond to weights."""
+    from stochdyn.bridges.refinement.refinement import Refinement
+
+    check_type(fit, Refinement, "fit")
     if not isinstance(fit.measure, HiddenStateBridge):
         fit.bridge  # noqa: B018, raises where there is none
 

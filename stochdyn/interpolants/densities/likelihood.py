@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_bool, check_choice, check_positive_int
+from stochdyn._checks import (
+    as_generator,
+    check_bool,
+    check_callable,
+    check_choice,
+    check_floating,
+    check_positive_int,
+)
 from stochdyn.core.forward.divergences import divergence_probes, sample_probes, value_and_divergence
 from stochdyn.errors import InvalidInputError
 from stochdyn.interpolants.sampling.methods import FlowMethod
@@ -63,6 +70,8 @@ def flow_with_log_density(
         Chen, Rubanova, Bettencourt and Duvenaud, "Neural ordinary differential equations", 2018, theorem 1; Grathwohl et
         al., "FFJORD", 2019.
     """
+    check_callable(velocity, "velocity", "a velocity, b(t, x)")
+    check_floating(x, "x", "(n, d)")
     check_bool(exact, "exact")
     if num_probes is not None:
         check_positive_int(num_probes, "num_probes")
@@ -114,6 +123,7 @@ def flow_log_prob(
     Returns:
         ``(n,)``.
     """
+    check_callable(log_start, "log_start", "a log density of points")
     # on the way back the ends change places
     if "inside" in options:
         options["inside"] = tuple(reversed(options["inside"]))  # type: ignore[call-overload]
@@ -209,6 +219,11 @@ def feynman_kac_log_prob(
     Reference:
         Albergo, Boffi and Vanden-Eijnden, "Stochastic interpolants", 2023, section 2.5 (the unweighted identity).
     """
+    check_callable(forward_drift, "forward_drift", "a drift, f(t, x)")
+    check_callable(log_start, "log_start", "a log density of points")
+    if score is not None:
+        check_callable(score, "score", "a score, s(t, x)")
+    check_floating(x, "x", "(n, d)")
     check_choice(method, ("feynman-kac", "transition"), "method")
     check_positive_int(num_particles, "num_particles")
     times, dts = _steps_of(ts, x)

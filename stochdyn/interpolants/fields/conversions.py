@@ -11,7 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_finite, check_real, check_time_broadcast, check_type
+from stochdyn._checks import (
+    check_choice,
+    check_points,
+    check_real,
+    check_time_broadcast,
+    check_type,
+)
 from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
 from stochdyn.interpolants.paths.interpolant import TARGETS, Interpolant
 
@@ -136,7 +142,7 @@ def conversion(
         (tensor(1.), [tensor(0.7500)])
     """
     check_type(interpolant, Interpolant, "interpolant")
-    check_type(t, Tensor, "t")
+    check_points(t, "t", "times of any shape")
     if isinstance(known, str) or not isinstance(known, Sequence):
         raise InvalidInputError("known must be names of fields", got=repr(known)[:60], expected=list(TARGETS))
     check_known(interpolant, known)
@@ -373,8 +379,7 @@ def convert(
     check_real(clip, "clip", minimum=0.0, below=0.5)
     check_type(known, dict, "known", "values of fields by name")
     for name, value in {"t": t, "x": x, **known}.items():
-        check_type(value, Tensor, str(name))
-    check_finite(t, "t")
+        check_points(value, str(name))
     check_time_broadcast(t, x)
     for name, value in known.items():
         if value.shape != x.shape or not value.is_floating_point():

@@ -14,6 +14,7 @@ from stochdyn._checks import (
     check_callable,
     check_choice,
     check_event_size,
+    check_mapping,
     check_positive_int,
     check_real,
     check_type,
@@ -248,6 +249,8 @@ class Fields(FlexibleBuffers):
     ) -> None:
         super().__init__()
         check_bool(anchored, "anchored")
+        check_type(interpolant, Interpolant, "interpolant")
+        check_mapping(networks, "networks", "networks by the names of their fields")
         self.anchored = anchored
         check_known(interpolant, list(networks))
         self._scoreless = interpolant.kind == "one-sided" and not independent

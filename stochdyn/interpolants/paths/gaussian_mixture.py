@@ -55,6 +55,10 @@ class GaussianMixture(MixtureSameFamily):
         )
         self.weights, self.means, self.covariances = weights, means, full
 
+    def sample(self, sample_shape: SampleShape = ()) -> Tensor:
+        """Draw ``(*sample_shape, d)`` from torch's global source of randomness."""
+        return super().sample(torch.Size(as_sample_shape(sample_shape)))
+
     def draw(self, sample_shape: SampleShape = (), generator: Generator = None) -> Tensor:
         """Draw ``(*sample_shape, d)``, from a source of randomness of its own: a ``torch.Generator``, a seed, or None."""
         shape, source = as_sample_shape(sample_shape), as_generator(generator, self.means.device)

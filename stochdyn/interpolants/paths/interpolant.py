@@ -12,6 +12,7 @@ from stochdyn._checks import (
     check_bool,
     check_choice,
     check_event_size,
+    check_floating,
     check_ndim,
     check_nonempty,
     check_real,
@@ -320,10 +321,7 @@ def check_pair(x0: Tensor, x1: Tensor, z: Tensor | None = None) -> None:
     for name, x in (("x0", x0), ("x1", x1), ("z", z)):
         if x is None:
             continue
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise InvalidInputError(
-                f"{name} must be a floating tensor", got=getattr(x, "dtype", type(x).__name__)
-            )
+        check_floating(x, name)
         check_ndim(x, tuple(range(1, 12)), name, "(..., d)")
         check_nonempty(x, name)
     check_type(x0, Tensor, "x0")

@@ -7,7 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_finite, check_ndim, check_nonempty, check_positive_int
+from stochdyn._checks import (
+    as_generator,
+    as_tensor,
+    check_event_size,
+    check_ndim,
+    check_nonempty,
+    check_positive_int,
+    of_times,
+)
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants.paths.interpolant import Interpolant
 from stochdyn.interpolants.paths.schedules import CustomSchedule
@@ -21,7 +29,7 @@ def explained_share(
     *,
     num_noises: int = 2000,
     reference: int = 4000,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> Tensor:
     r"""Share of the data's variance that is explained once noise is added, at given signal-to-noise ratios.
 
@@ -53,26 +61,32 @@ def explained_share(
     Reference:
         Shaul et al., "On kinetic optimal probability paths for generative models", 2023, equation 15.
     """
-    check_ndim(data, 2, "data", "(n, d)")
+    data = as_tensor(data, "data", 2, "(n, d)")
     check_nonempty(data, "data")
-    check_finite(data, "data")
-    check_ndim(ratios, 1, "ratios", "(m,)")
+    ratios = as_tensor(ratios, "ratios", 1, "(m,)")
+    check_nonempty(ratios, "ratios")
+    check_positive_int(num_noises, "num_noises")
+    check_positive_int(reference, "reference", 2)
+    source = as_generator(generator, data.device)
     if data.shape[0] < 2 or bool((ratios < 0).any()):
         raise InvalidInputError("give at least two points, and ratios that aren't negative", got=len(data))
     x = data - data.mean(0)
-    x = x / x.square().mean().sqrt()
+    size = x.square().mean().sqrt()
+    if not bool(size > 0):
+        raise InvalidInputError("data must not all be one point", got=f"{len(data)} equal points")
+    x = x / size
     n = x.shape[0]
-    order = torch.randperm(n, generator=generator)[: min(reference, n)]
+    order = torch.randperm(n, generator=source)[: min(reference, n)]
     known = x[order]
-    pick = torch.randint(known.shape[0], (num_noises,), generator=generator)
+    pick = torch.randint(known.shape[0], (num_noises,), generator=source)
     start = known[pick]
-    z = torch.randn(start.shape, dtype=x.dtype, device=x.device, generator=generator)
-    size = known.square().sum(-1)
+    z = torch.randn(start.shape, dtype=x.dtype, device=x.device, generator=source)
+    squared = known.square().sum(-1)
     shares = []
     for s in ratios.tolist():
         noisy = s * start + z
         # lambda(s) = 1 - E |x - E[x | s x + z]|^2, the conditional mean over the other points so that it is honest
-        logits = s * noisy @ known.t() - 0.5 * s * s * size
+        logits = s * noisy @ known.t() - 0.5 * s * s * squared
         logits[torch.arange(num_noises), pick] = -torch.inf
         error = start - logits.softmax(-1) @ known
         shares.append(1 - error.square().mean())
@@ -113,6 +127,7 @@ class KineticOptimal:
     """
 
     def __init__(self, angles: Tensor, shares: Tensor) -> None:
+        angles, shares = (as_tensor(v, n) for n, v in (("angles", angles), ("shares", shares)))
         if angles.ndim != 1 or angles.shape != shares.shape:
             raise ShapeError(
                 "angles and shares have one axis of the same length", got=f"{angles.shape}, {shares.shape}"
@@ -139,7 +154,7 @@ class KineticOptimal:
 
     @classmethod
     def from_data(
-        cls, data: Tensor, num_angles: int = 65, generator: torch.Generator | None = None
+        cls, data: Tensor, num_angles: int = 65, generator: torch.Generator | int | None = None
     ) -> KineticOptimal:
         """Return the schedule of given data ``(n, d)``; see :func:`explained_share`."""
         check_positive_int(num_angles, "num_angles", 3)
@@ -161,21 +176,25 @@ class KineticOptimal:
         speed = math.sqrt(max(b - b * b / 4, 0.0)) / (root * squared)
         return r, b * (at - 0.5) / r, angle, speed
 
+    @of_times
     def alpha(self, t: Tensor) -> Tensor:
         """Return the weight of the noise."""
         r, _, angle, _ = self._polar(t)
         return (r * angle.cos()).to(t.dtype)
 
+    @of_times
     def beta(self, t: Tensor) -> Tensor:
         """Return the weight of the data."""
         r, _, angle, _ = self._polar(t)
         return (r * angle.sin()).to(t.dtype)
 
+    @of_times
     def alpha_dot(self, t: Tensor) -> Tensor:
         """Return the derivative of :meth:`alpha`."""
         r, slope, angle, speed = self._polar(t)
         return (slope * angle.cos() - r * angle.sin() * speed).to(t.dtype)
 
+    @of_times
     def beta_dot(self, t: Tensor) -> Tensor:
         """Return the derivative of :meth:`beta`."""
         r, slope, angle, speed = self._polar(t)

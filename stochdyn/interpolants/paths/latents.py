@@ -8,7 +8,10 @@ from abc import ABC
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive
+from stochdyn._checks import (
+    check_positive,
+    of_times,
+)
 from stochdyn.interpolants.paths.schedules import Schedule
 
 __all__ = ["BrownianLatent", "HalfPower", "ParabolicLatent", "SigmoidLatent", "SineSquaredLatent"]
@@ -37,18 +40,22 @@ class BrownianLatent(_Latent):
         tensor([ 4., -4.])
     """
 
+    @of_times
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
         return self.scale * (t * (1 - t)).sqrt()
 
+    @of_times
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time."""
         return 0.5 * self.scale * (1 - 2 * t) / (t * (1 - t)).sqrt()
 
+    @of_times
     def square(self, t: Tensor) -> Tensor:
         """Return the square of the value."""
         return self.scale**2 * t * (1 - t)
 
+    @of_times
     def square_derivative(self, t: Tensor) -> Tensor:
         """Return the derivative of the square, which is finite where that of the value isn't."""
         return self.scale**2 * (1 - 2 * t)
@@ -63,10 +70,12 @@ class ParabolicLatent(_Latent):
         scale: The factor :math:`\sigma`, in units of the data.
     """
 
+    @of_times
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
         return self.scale * t * (1 - t)
 
+    @of_times
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time."""
         return self.scale * (1 - 2 * t)
@@ -81,11 +90,13 @@ class SineSquaredLatent(_Latent):
         scale: The factor :math:`\sigma`, in units of the data.
     """
 
+    @of_times
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
         # the smaller of t and 1 - t keeps the zero at t = 1 exact
         return self.scale * torch.sin(math.pi * torch.minimum(t, 1 - t)).square()
 
+    @of_times
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time."""
         return self.scale * math.pi * torch.sin(2 * math.pi * t)
@@ -106,6 +117,7 @@ class SigmoidLatent(_Latent):
         check_positive(steepness, "steepness")
         self.steepness = float(steepness)
 
+    @of_times
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
         # symmetric about one half; the smaller of t and 1 - t makes both ends exact zeros
@@ -115,6 +127,7 @@ class SigmoidLatent(_Latent):
         rise = torch.sigmoid(u + 1) - torch.sigmoid(edge + 1)
         return self.scale * (rise - (torch.sigmoid(u - 1) - torch.sigmoid(edge - 1)))
 
+    @of_times
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time."""
         u = self.steepness * (t - 0.5)
@@ -129,14 +142,17 @@ class HalfPower(_Latent):
         scale: The factor :math:`\sigma`, in units of the data.
     """
 
+    @of_times
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
         return self.scale * (1 - t) * t.sqrt()
 
+    @of_times
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time."""
         return self.scale * (0.5 - 1.5 * t) / t.sqrt()
 
+    @of_times
     def square_derivative(self, t: Tensor) -> Tensor:
         """Return the derivative of the square, which is finite where that of the value isn't."""
         return self.scale**2 * (1 - t) * (1 - 3 * t)

@@ -13,6 +13,7 @@ from stochdyn._checks import (
     as_sample_shape,
     as_tensor,
     check_event_size,
+    check_floating,
     check_ndim,
     check_positive,
     check_real,
@@ -95,7 +96,9 @@ class NoisedMixture(MarginalFlow):
     def _components(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return coordinates along the axes and variances ``(..., K, d)``, and the log joint ``(..., K)``."""
         check_event_size(x, self.means.shape[1], "x")
+        check_floating(x)
         time = as_time(t, x).to(x.dtype)
+        self.process.check_times(time)
         leading = time.unsqueeze(-1) if time.ndim else time
         means, vectors = self.means.to(x.dtype), self.eigenvectors.to(x.dtype)
         # component k at time t is N(mu + a (m_k - mu), V_k diag(a^2 l_k + sigma^2) V_k^T): in its own axes all is diagonal

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from stochdyn._checks import (
     as_tensor,
+    check_floating,
     check_inside,
     check_ndim,
+    check_not_before,
+    check_points,
     check_positive_int,
     check_real,
     check_time_broadcast,
+    of_times,
 )
 from stochdyn.core.sde.coefficients import Scalar
 from stochdyn.core.sde.equation import SDE
@@ -88,14 +92,18 @@ class AffineProcess(nn.Module, ABC):
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         r"""Return the time at which :math:`\log(a/\sigma)` has the given value."""
 
+    @of_times
     def scale(self, t: Tensor) -> Tensor:
         """Return ``a_t``."""
         return self.log_scale(t).exp()
 
+    @of_times
     def std(self, t: Tensor) -> Tensor:
         r"""Return :math:`\sigma_t`."""
+        check_not_before(t, 0.0)
         return self.variance(t).sqrt()
 
+    @of_times
     def log_snr(self, t: Tensor) -> Tensor:
         r"""Return :math:`\lambda_t=\log(a_t/\sigma_t)`."""
         return self.log_scale(t) - 0.5 * self.variance(t).log()
@@ -120,16 +128,14 @@ class AffineProcess(nn.Module, ABC):
 
     def location(self, t: Tensor, x0: Tensor) -> Tensor:
         """Return the mean of ``X_t`` given ``X_0 = x0 (..., d)``, with ``t`` broadcastable to ``x0[..., :1]``."""
+        check_points(x0, "x0")
         center = self.center(x0)
         return center + self.scale(t) * (x0 - center)
 
     def perturb(self, t: Tensor, x0: Tensor, z: Tensor) -> Tensor:
         r"""Return :math:`X_t=\mu+a_t(x_0-\mu)+\sigma_tz`, with ``t`` broadcastable to ``x0[..., :1]``."""
         for name, value in (("t", t), ("x0", x0), ("z", z)):
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                raise InvalidInputError(
-                    f"{name} must be a floating tensor", got=getattr(value, "dtype", type(value).__name__)
-                )
+            check_floating(value, name)
         check_time_broadcast(t, x0)
         if z.shape != x0.shape:
             raise ShapeError("x0 and z must have one shape", got=f"{tuple(x0.shape)} and {tuple(z.shape)}")
@@ -229,18 +235,22 @@ class _Reverting(AffineProcess):
     def _slope(self) -> float:
         return (self.rate_last - self.rate_first) / self.horizon
 
+    @of_times
     def log_scale(self, t: Tensor) -> Tensor:
         """Return the logarithm of the factor that is left of the data."""
         return -(self.rate_first + 0.5 * self._slope() * t) * t
 
+    @of_times
     def rate(self, t: Tensor) -> Tensor:
         """Return the rate of the linear drift, in 1/time."""
         return -(self.rate_first + self._slope() * t)
 
+    @of_times
     def variance(self, t: Tensor) -> Tensor:
         """Return the variance of the noise that was added up to a time."""
         return -(self.spread**2) * torch.expm1(2 * self.log_scale(t))
 
+    @of_times
     def squared_diffusion(self, t: Tensor) -> Tensor:
         """Return the squared strength of the noise."""
         return -2 * self.spread**2 * self.rate(t)
@@ -380,18 +390,22 @@ class VE(AffineProcess):
             )
         self.sigma_min, self.log_growth = float(sigma_min), math.log(sigma_max / sigma_min)
 
+    @of_times
     def log_scale(self, t: Tensor) -> Tensor:
         """Return the logarithm of the factor that is left of the data."""
         return torch.zeros_like(t)
 
+    @of_times
     def rate(self, t: Tensor) -> Tensor:
         """Return the rate of the linear drift, in 1/time."""
         return torch.zeros_like(t)
 
+    @of_times
     def variance(self, t: Tensor) -> Tensor:
         """Return the variance of the noise that was added up to a time."""
         return self.sigma_min**2 * torch.expm1(2 * self.log_growth * t)
 
+    @of_times
     def squared_diffusion(self, t: Tensor) -> Tensor:
         """Return the squared strength of the noise."""
         return 2 * self.log_growth * self.sigma_min**2 * (2 * self.log_growth * t).exp()

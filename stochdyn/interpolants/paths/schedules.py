@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from stochdyn._checks import of_times
 from stochdyn.core.forward.divergences import attach, pull_back, release
 from stochdyn.errors import InvalidInputError
 
@@ -50,10 +51,12 @@ class Schedule(nn.Module, ABC):
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time; it may be infinite at 0 and 1."""
 
+    @of_times
     def square(self, t: Tensor) -> Tensor:
         """Return the square of the value."""
         return self.value(t).square()
 
+    @of_times
     def square_derivative(self, t: Tensor) -> Tensor:
         """Return the derivative of the square, finite on the whole of [0, 1]."""
         return 2 * self.value(t) * self.derivative(t)
@@ -79,10 +82,12 @@ class Constant(Schedule):
         self.number = float(number)
         self.is_zero = self.number == 0.0
 
+    @of_times
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
         return torch.full_like(t, self.number)
 
+    @of_times
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time."""
         return torch.zeros_like(t)
@@ -91,10 +96,12 @@ class Constant(Schedule):
 class Linear(Schedule):
     r"""The share of the data on straight paths, :math:`t`."""
 
+    @of_times
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
         return t
 
+    @of_times
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time."""
         return torch.ones_like(t)
@@ -103,10 +110,12 @@ class Linear(Schedule):
 class Remaining(Schedule):
     r"""What is left of the start on straight paths, :math:`1-t`."""
 
+    @of_times
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
         return 1 - t
 
+    @of_times
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time."""
         return -torch.ones_like(t)
@@ -130,11 +139,13 @@ class _Trigonometric(Schedule, ABC):
     def wave(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the wave and its derivative."""
 
+    @of_times
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
         wave = self.wave(t)[0]
         return wave if self.gamma is None else wave * (1 - self.gamma.square(t)).sqrt()
 
+    @of_times
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time."""
         wave, slope = self.wave(t)
@@ -193,10 +204,12 @@ class CosineSquared(Schedule):
     def _here(self, t: Tensor) -> Tensor:
         return t < 0.5 if self.first_half else t > 0.5
 
+    @of_times
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
         return torch.where(self._here(t), torch.cos(math.pi * t).square(), torch.zeros_like(t))
 
+    @of_times
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time."""
         slope = -math.pi * torch.sin(2 * math.pi * t)
@@ -206,18 +219,22 @@ class CosineSquared(Schedule):
 class VariancePreserving(Schedule):
     r""":math:`\sqrt{1-t^2}`, beside :math:`t` the interpolant of an Ornstein-Uhlenbeck process on the clock :math:`t=e^{-\tau}`."""
 
+    @of_times
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
         return ((1 - t) * (1 + t)).sqrt()
 
+    @of_times
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time."""
         return -t / self.value(t)
 
+    @of_times
     def square(self, t: Tensor) -> Tensor:
         """Return the square of the value."""
         return (1 - t) * (1 + t)
 
+    @of_times
     def square_derivative(self, t: Tensor) -> Tensor:
         """Return the derivative of the square, which is finite where that of the value isn't."""
         return -2 * t
@@ -246,10 +263,12 @@ class CustomSchedule(Schedule):
         self.function = function
         self.slope = derivative
 
+    @of_times
     def value(self, t: Tensor) -> Tensor:
         """Return the value at times of any shape."""
         return self.function(t)
 
+    @of_times
     def derivative(self, t: Tensor) -> Tensor:
         """Return the derivative in time."""
         if self.slope is not None:

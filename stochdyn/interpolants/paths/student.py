@@ -7,7 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, check_nonempty, check_positive, check_real
+from stochdyn._checks import (
+    as_generator,
+    check_floating,
+    check_nonempty,
+    check_positive,
+    check_real,
+)
 
 __all__ = ["StudentKernel"]
 
@@ -46,6 +52,7 @@ class StudentKernel:
         self, y: Tensor, sigma: Tensor | float, generator: torch.Generator | int | None = None
     ) -> Tensor:
         """Draw a perturbed point for every ``y (..., d)``; ``sigma`` broadcasts to ``y[..., :1]``."""
+        check_floating(y, "y")
         check_nonempty(y, "y")
         check_positive(sigma, "sigma")
         generator = as_generator(generator, y.device)

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_finite, check_positive, check_real
+from stochdyn._checks import (
+    as_tensor,
+    check_event_size,
+    check_finite,
+    check_positive,
+    check_real,
+)
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.regression._input import as_float_tensor, as_points, as_vectors
@@ -179,8 +184,7 @@ def _angles(latitude: Any, longitude: Any) -> tuple[Tensor, Tensor]:
 
 def _like(value: Any, points: Tensor, name: str) -> Tensor:
     """Return one number per point, ``(*batch, q)``."""
-    tensor = torch.as_tensor(np.asarray(value) if not isinstance(value, Tensor) else value)
-    tensor = tensor.detach().to(points)
+    tensor = as_tensor(value, name, like=points, missing=True).detach().to(points)
     if tensor.ndim and tensor.shape[-1] != len(points):
         raise ShapeError(
             f"{name} must hold one number per point",

@@ -10,7 +10,12 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
-from stochdyn._checks import check_event_size, check_positive
+from stochdyn._checks import (
+    as_tensor,
+    check_event_size,
+    check_positive,
+    check_type,
+)
 from stochdyn.errors import ApproximationWarning
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.extension import FAR
@@ -41,6 +46,7 @@ class Surface(nn.Module):
 
     def __init__(self, cloud: PointCloud) -> None:
         super().__init__()
+        check_type(cloud, PointCloud, "cloud")
         m = cloud.dim
         quadratic = 1 + m + m * (m + 1) // 2
         self.count = min(max(cloud.frame_neighbors, 2 * quadratic), len(cloud))
@@ -160,8 +166,11 @@ class TangentDrift(nn.Module):
         if dt is not None:
             check_positive(dt, "dt")
         self.surface = Surface(cloud)
+        values = as_tensor(vectors, "vectors", 2, "(n, D)", like=self.surface.points).detach()
+        check_event_size(values, len(cloud), "vectors", 0)
+        check_event_size(values, cloud.ambient_dim, "vectors")
         self.dt = dt
-        self.register_buffer("vectors", vectors.detach().to(self.surface.points))
+        self.register_buffer("vectors", values.to(self.surface.points))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the drift at ``x (*batch, D)``; the field doesn't depend on time."""

@@ -9,6 +9,7 @@ import torch
 from gpytorch.kernels import Kernel, MaternKernel, RBFKernel
 from gpytorch.priors import LogNormalPrior
 
+from stochdyn._checks import check_type, is_real
 from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.operators import DenseCovariance
@@ -22,6 +23,9 @@ class _OverPoints(Kernel):
 
     def __init__(self, cloud: PointCloud, base: Kernel | float = 1.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_type(cloud, PointCloud, "cloud")
+        if not is_real(base):
+            check_type(base, Kernel, "base", "a scalar gpytorch kernel, or nu of a Matérn one")
         self.cloud = cloud
         self.base_kernel = base if isinstance(base, Kernel) else _scalar(cloud, float(base))
         self.double().to(cloud.device)

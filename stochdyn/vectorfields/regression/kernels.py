@@ -14,7 +14,11 @@ from gpytorch.priors import LogNormalPrior
 from linear_operator.operators import MatmulLinearOperator
 from torch import Tensor
 
-from stochdyn._checks import check_positive
+from stochdyn._checks import (
+    check_positive,
+    check_type,
+    is_real,
+)
 from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.operators import DenseCovariance, FeatureCovariance
@@ -131,7 +135,7 @@ class SpectralKernel(FeatureKernel):
         lengthscale_prior: Any = "default",
         **kwargs: Any,
     ) -> None:
-        if math.isnan(nu) or nu <= 0:
+        if not is_real(nu) or math.isnan(nu) or nu <= 0:
             raise InvalidInputError("nu must be positive, or infinite", got=nu)
         if trainable_nu and math.isinf(nu):
             raise InvalidInputError(
@@ -284,6 +288,7 @@ class ConnectionMatern(NodalKernel):
         lengthscale_prior: Any = "default",
         **kwargs: Any,
     ) -> None:
+        check_type(cloud, PointCloud, "cloud")
         most = cloud.dim * len(cloud)
         count = (
             min(_CONNECTION_MODES, most)
@@ -328,6 +333,7 @@ class ProjectedMatern(NodalKernel):
         lengthscale_prior: Any = "default",
         **kwargs: Any,
     ) -> None:
+        check_type(cloud, PointCloud, "cloud")
         count = (
             min(_SCALAR_MODES, len(cloud))
             if num_eigenpairs is None
