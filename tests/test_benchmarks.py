@@ -60,6 +60,21 @@ def test_the_gpu_table_is_what_was_measured(tmp_path: Path) -> None:
     assert page == table.read_text(encoding="utf-8")
 
 
+def test_attractors_are_scored_for_every_method_and_results_are_kept(tmp_path: Path) -> None:
+    script, out = FOLDER.parent / "fractional" / "attractors.py", tmp_path / "attractors.json"
+    run = [sys.executable, str(script), "--smoke", "--only", "rossler", "--out", str(out)]
+    subprocess.run(run, check=True, capture_output=True, timeout=120)
+    found = json.loads(out.read_text(encoding="utf-8"))["systems"]["rossler"]
+    assert set(found) == {"truth", "persistence", "linear", "latent"}
+    for row in found.values():
+        assert row["state space divergence"] > 0
+        assert 0 < row["power spectrum distance"] < 1
+    assert found["truth"]["error after 5 readings"] == 0
+    again = out.read_text(encoding="utf-8")
+    subprocess.run(run, check=True, capture_output=True, timeout=120)  # nothing is left to do
+    assert out.read_text(encoding="utf-8") == again
+
+
 @pytest.mark.slow
 def test_a_quick_run_measures_everything(table: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "smoke.json"

@@ -1,3 +1,7 @@
+from .attractors import ChaoticSeries as ChaoticSeries
+from .attractors import lorenz63 as lorenz63
+from .attractors import lorenz96 as lorenz96
+from .attractors import rossler as rossler
 from .branching import CellSnapshots as CellSnapshots
 from .branching import branching_cells as branching_cells
 from .digits import moving_digits as moving_digits

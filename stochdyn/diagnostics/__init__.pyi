@@ -1,3 +1,7 @@
+from .attractors import Bins as Bins
+from .attractors import KernelMixture as KernelMixture
+from .attractors import power_spectrum_distance as power_spectrum_distance
+from .attractors import state_space_divergence as state_space_divergence
 from .calibration import CoverageTable as CoverageTable
 from .calibration import SBCResult as SBCResult
 from .calibration import sbc as sbc

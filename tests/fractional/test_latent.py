@@ -299,6 +299,24 @@ def test_a_fitted_model_is_stored(posterior: str, tmp_path: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(("method", "growth"), [("euler", 0.05**2), ("heun", 0.05**4 / 4)])
+def test_paths_are_simulated_by_the_scheme_of_the_posterior(method: str, growth: float) -> None:
+    """On a rotation a step h of Euler's method multiplies the square of the radius by 1 + h^2, one of Heun's by 1 + h^4 / 4."""
+    torch.manual_seed(0)
+
+    def rotation(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([-x[..., 1], x[..., 0]], -1)
+
+    model = LatentSDE(
+        2, 2, torch.linspace(0, 1, 21, dtype=torch.float64), noise="brownian", drift=rotation, diffusion=1e-7,
+        decoder=lambda x: x, posterior=MatchingMethod((8,), 6, 2, method=method),
+    ).double()  # fmt: skip
+    series = Series.regular(TS[::4].double(), torch.randn(2, 6, 2, dtype=torch.float64))
+    radius = forecast(model, series, torch.tensor([2.0, 7.0]), 1, seed=0, noise=False)[0].norm(dim=-1)
+    ratio = (radius[:, 1] / radius[:, 0]).square()
+    torch.testing.assert_close(ratio, torch.full_like(ratio, (1 + growth) ** 100), rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("noise", ["fractional", "brownian"])
 def test_a_forecast_does_not_depend_on_the_other_times_asked_for(noise: Any) -> None:
     """A drift that a step of the asked length would make unstable."""

@@ -12,6 +12,7 @@ from stochdyn.core.law.path import PathSample
 from stochdyn.core.law.transition import time_column
 from stochdyn.core.networks import MLP
 from stochdyn.core.sde.equation import SDE, Control, spatial_divergence
+from stochdyn.core.sde.methods import Method
 from stochdyn.core.sde.solvers import draw_increments, integrate
 from stochdyn.fractional.latent.base import Bound, Draws, LatentPosterior
 from stochdyn.fractional.latent.series import Series
@@ -38,13 +39,21 @@ class MatchingPosterior(LatentPosterior):
         hidden: The widths of the hidden layers of the network of the marginals.
         context: The size of the recurrent summaries, one in each direction of time.
         num_times: The number of random times per series in each estimate of the bound.
+        method: The scheme by which paths are simulated.
 
     Reference:
         G. Bartosh, D. Vetrov and C. A. Naesseth, SDE matching, ICML 2025.
     """
 
-    def __init__(self, model: LatentSDE, hidden: Sequence[int], context: int, num_times: int) -> None:
-        super().__init__(num_times)
+    def __init__(
+        self,
+        model: LatentSDE,
+        hidden: Sequence[int],
+        context: int,
+        num_times: int,
+        method: Method | None = None,
+    ) -> None:
+        super().__init__(num_times, method)
         self.dim, self.span = model.dim, float(model.ts[-1] - model.ts[0])
         self.gru = nn.GRU(2 * model.obs_dim + 2, context, bidirectional=True)
         self.network = MLP((2 * context + 1, *hidden, 2 * self.dim))

@@ -129,16 +129,20 @@ class MatchingMethod(PosteriorMethod):
         hidden: The widths of the hidden layers of the network of the marginals.
         context: The size of the recurrent summaries of a series, one in each direction of time.
         num_times: The number of random times per series in each estimate of the bound.
+        method: The scheme by which paths are simulated after training, an object or a name. ``"heun"`` follows a smooth drift
+            better in long steps, as in forecasts of many periods.
     """
 
     hidden: Sequence[int] = (64, 64)
     context: int = 64
     num_times: int = 1
+    method: Method | str = "euler"
 
     def __post_init__(self) -> None:
         _check_hidden(self.hidden)
         check_positive_int(self.context, "context")
         check_positive_int(self.num_times, "num_times")
+        as_method(self.method)
 
     def build(self, model: LatentSDE) -> LatentPosterior:
         """Return the posterior; see :meth:`PosteriorMethod.build`."""
@@ -148,7 +152,7 @@ class MatchingMethod(PosteriorMethod):
                 got="posterior='matching' with fractional noise",
                 hint="take posterior='gaussian', which needs no simulation either, or noise='brownian'",
             )
-        return MatchingPosterior(model, self.hidden, self.context, self.num_times)
+        return MatchingPosterior(model, self.hidden, self.context, self.num_times, as_method(self.method))
 
 
 _METHODS: dict[str, type[PosteriorMethod]] = {
