@@ -1,3 +1,5 @@
+from .data.doses import Doses as Doses
+from .data.interpolation import Interpolation as Interpolation
 from .data.panel import Panel as Panel
 from .data.panel_grid import PanelGrid as PanelGrid
 from .forward.continuity import ContinuityEquation as ContinuityEquation

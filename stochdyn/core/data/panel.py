@@ -310,6 +310,32 @@ class Panel:
         seconds = as_tensor(ts, "ts").detach().cpu().double().numpy() * _SECONDS[self.unit]
         return np.datetime64(self.origin) + np.round(seconds * 1e9).astype("int64").astype("timedelta64[ns]")
 
+    def times_of(self, dates: Any) -> Tensor:
+        """Return dates as times of the panel, in its unit since its origin: the inverse of :meth:`dates`.
+
+        Use it for what has dates of its own, such as doses, interventions and covariates from another table.
+
+        Args:
+            dates: The dates, as NumPy, pandas or strings have them; or numbers, where the panel's times are numbers.
+
+        Returns:
+            The times ``(n,)``, float64.
+
+        Raises:
+            InvalidInputError: If they are dates and the panel's times are numbers, or the other way round.
+        """
+        times, origin = _as_times(np.asarray(dates).reshape(-1), "dates", self.unit)
+        if (origin is None) != (self.origin is None):
+            raise InvalidInputError(
+                "dates must be what the times of the panel are",
+                got="numbers" if origin is None else "dates",
+                expected="numbers" if self.origin is None else "dates",
+            )
+        if origin is not None:
+            gap = np.datetime64(origin, "ns") - np.datetime64(self.origin, "ns")
+            times = times + gap.astype(np.int64) / 1e9 / _SECONDS[self.unit]
+        return torch.as_tensor(np.asarray(times, dtype=np.float64))
+
     def to(self, *args: Any, **kwargs: Any) -> Panel:
         """Return the panel on another device, or with values in another precision, as ``torch.Tensor.to`` takes them.
 
@@ -347,12 +373,12 @@ def _given_names(names: Sequence[str] | None, count: int, argument: str, stem: s
 
 def _as_times(column: np.ndarray, name: str, unit: str) -> tuple[np.ndarray, str | None]:
     """Return times as float64, and the date that counts as zero."""
-    if column.dtype.kind == "O" and len(column) and not isinstance(column[0], int | float):
+    if column.dtype.kind in "OU" and len(column) and not isinstance(column[0], int | float):
         try:
             column = column.astype("datetime64[ns]")
         except (TypeError, ValueError) as error:
             raise InvalidInputError(
-                f"the column {name!r} must hold numbers or dates", got=type(column[0]).__name__
+                f"the column {name!r} must hold numbers or dates", got=repr(column[0])[:60]
             ) from error
     if column.dtype.kind == "M":
         if np.isnat(column).any():
