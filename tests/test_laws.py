@@ -109,6 +109,10 @@ def positive(pull: float = 0.0) -> PathMeasure:
 
 
 CASES: dict[str, Case] = {
+    "IntervenedMeasure": Case(
+        lambda: diffusion().do(sd.core.Intervention(0.5, {0: 2.0})),
+        outside=-0.1,  # type: ignore[attr-defined]
+    ),
     "TransformedMeasure": Case(positive, other=lambda: positive(0.5), outside=-0.1),
     "exact TransformedMeasure": Case(
         lambda: ornstein_uhlenbeck().transformed("exp"),

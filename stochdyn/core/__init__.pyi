@@ -105,3 +105,5 @@ from .sde.solvers import step_everywhere as step_everywhere
 from .transport.entropic import TransportPlan as TransportPlan
 from .transport.entropic import sinkhorn as sinkhorn
 from .transport.entropic import sinkhorn_divergence as sinkhorn_divergence
+from .law.intervened import IntervenedMeasure as IntervenedMeasure
+from .sde.intervention import Intervention as Intervention

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stochdyn._checks import check_callable, check_choice, check_positive, check_positive_int, check_type
 from stochdyn.core.data.panel import Panel
+from stochdyn.core.sde.intervention import Intervention
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, UnknownSiteError
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
 from stochdyn.infer.fitting import fit_guide
@@ -170,8 +171,14 @@ class Posterior:
         """Return the posterior law of a path; ``name`` may be left out where there is one path."""
         return PosteriorPath(self.model, self._drawn, self._name(name), self.args, self.kwargs)
 
-    def predict(self, ts: Tensor | None = None, name: str | None = None, num_draws: int = 1000) -> PathDraws:
-        """Return draws of a path at times of your choice, or on the fitted grid; see :func:`predict_path`."""
+    def predict(
+        self,
+        ts: Tensor | None = None,
+        name: str | None = None,
+        num_draws: int = 1000,
+        do: Intervention | None = None,
+    ) -> PathDraws:
+        """Return draws of a path at times of your choice, or on the fitted grid, under an intervention if one is given; see :func:`predict_path`."""
         return predict_path(
             self.model,
             self._drawn,
@@ -181,15 +188,18 @@ class Posterior:
             kwargs=self.kwargs,
             num_draws=num_draws,
             seed=self.seed,
+            do=do,
         )
 
-    def forecast(self, ts: Tensor, name: str | None = None, num_draws: int = 1000) -> PathDraws:
-        """Return draws of a path at times after the end of the fitted grid.
+    def forecast(
+        self, ts: Tensor, name: str | None = None, num_draws: int = 1000, do: Intervention | None = None
+    ) -> PathDraws:
+        """Return draws of a path at times after the end of the fitted grid, under an intervention if one is given.
 
         Raises:
             InvalidInputError: If a time isn't after it.
         """
-        draws = self.predict(ts, name, num_draws)
+        draws = self.predict(ts, name, num_draws, do)
         if draws.num_fitted:
             raise InvalidInputError(
                 "a forecast begins after the fitted grid",

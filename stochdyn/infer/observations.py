@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from stochdyn._checks import (
-    as_tensor,
-    as_time_grid,
-    check_positive,
-    check_type,
-)
+from stochdyn._checks import as_tensor, as_time_grid, check_bool, check_positive, check_type
+from stochdyn.core.gaussian.gains import gain_log_evidence, times_with_start
 from stochdyn.core.gaussian.law import GaussianPathMeasure
+from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.infer.law_distribution import LawDistribution
 
@@ -115,6 +112,9 @@ class LinearObservations(LawDistribution):
         times: The strictly increasing times of the data, ``(T,)``, or ``(*batch, T)`` where every series has its own.
         obs_scale: The standard deviation of the noise: a number, ``(p,)``, ``(T, p)`` or ``(*batch, T, p)``.
         emission: The matrix :math:`C`, ``(p, d)``; None for the identity.
+        increments: Whether a datum is what :math:`CX` has gained since the time before (since the start of the law for the first
+            one) and not what it is: cases over a week or averages over an interval, as gains of ``law.with_integral(...)``. The law
+            is then a :class:`~stochdyn.LinearGaussianMeasure`.
 
     Raises:
         TimeGridError: if the times don't increase strictly.
@@ -130,7 +130,7 @@ class LinearObservations(LawDistribution):
 
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
-    _carried = ("law", "times", "obs_scale", "emission")
+    _carried = ("law", "times", "obs_scale", "emission", "increments")
 
     def __init__(
         self,
@@ -138,10 +138,13 @@ class LinearObservations(LawDistribution):
         times: Any,
         obs_scale: Tensor | float,
         emission: Tensor | None = None,
+        increments: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        check_type(law, GaussianPathMeasure, "law")
+        check_bool(increments, "increments")
+        check_type(law, LinearGaussianMeasure if increments else GaussianPathMeasure, "law")
         check_positive(obs_scale, "obs_scale")
+        self.increments = increments
         self.law, self.obs_scale, self.emission = law, obs_scale, emission
         self.times = as_time_grid(times, "times", min_points=1, batch=True)
         mean = law.mean(self.times)
@@ -155,7 +158,14 @@ class LinearObservations(LawDistribution):
         """Draw ``(*sample, *batch, T, p)``."""
         shape = self._extended_shape(torch.Size(sample_shape))
         own = len(self.law.mean(self.times).shape) - 2
-        x = self.law.sample(self.times, shape[: len(shape) - 2 - own]).x
+        draws = shape[: len(shape) - 2 - own]
+        if isinstance(self.law, LinearGaussianMeasure) and self.increments:
+            # A time at which the law starts stands twice, which the chain takes and a grid wouldn't.
+            chain = self.law.chain(times_with_start(self.law, self.times))
+            x = chain.sample(draws, None).movedim(len(draws), -2)
+            x = x[..., 1:, :] - x[..., :-1, :]
+        else:
+            x = self.law.sample(self.times, draws).x
         x = x if self.emission is None else x @ self.emission.mT
         return x + self.obs_scale * torch.randn(shape, dtype=x.dtype, device=x.device)
 
@@ -172,5 +182,8 @@ class LinearObservations(LawDistribution):
         if emission is None:
             # Said, since scalar laws take series without an axis of components where nothing is said.
             emission = torch.eye(self.event_shape[-1], dtype=value.dtype, device=value.device)
-        evidence = self.law.log_evidence(self.times, value, self.obs_scale, emission)
+        if isinstance(self.law, LinearGaussianMeasure) and self.increments:
+            evidence = gain_log_evidence(self.law, self.times, value, self.obs_scale, emission)
+        else:
+            evidence = self.law.log_evidence(self.times, value, self.obs_scale, emission)
         return evidence.expand(torch.broadcast_shapes(evidence.shape, self.batch_shape))

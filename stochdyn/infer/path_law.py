@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -29,9 +29,11 @@ from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import Path, PathSample
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import noise_steps
+from stochdyn.core.sde.intervention import Intervention
 from stochdyn.core.sde.methods import Method
 from stochdyn.core.sde.solvers import draw_increments, full_state, integrate
 from stochdyn.errors import InvalidInputError, TimeGridError, UnavailableError, UnknownSiteError
+from stochdyn.infer.counterfactual import CounterfactualDraws, intervened_draws
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
 from stochdyn.infer.guides import AutoPathGuide
 from stochdyn.infer.model_call import ModelCall
@@ -60,6 +62,7 @@ class PosteriorPath(PathMeasure):
         name: The path's site.
         args: The arguments of model and guide.
         kwargs: The keyword arguments of model and guide.
+        do: An intervention: the law is then that of what would have happened to each draw, with the noise that drove it.
 
     Raises:
         UnknownSiteError: By its verbs, if the model has no path of that name.
@@ -86,8 +89,12 @@ class PosteriorPath(PathMeasure):
         name: str,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
+        do: Intervention | None = None,
     ) -> None:
         super().__init__()
+        if do is not None:
+            check_type(do, Intervention, "do")
+        self.intervention = do
         check_callable(model, "model", "a Pyro model")
         check_type(name, str, "name")
         self.name, self.args, self.kwargs = (
@@ -102,14 +109,16 @@ class PosteriorPath(PathMeasure):
         if not isinstance(source, nn.Module | MCMC | Mapping):
             check_callable(source, "source", "a guide, an MCMC run or draws by site")
 
-    def _draw(self, count: int) -> DrawnPaths:
-        return draw_paths(self._model[0], self.source, self.name, self.args, self.kwargs, count)
+    def _draw(self, count: int) -> DrawnPaths | CounterfactualDraws:
+        drawn = draw_paths(self._model[0], self.source, self.name, self.args, self.kwargs, count)
+        return drawn if self.intervention is None else intervened_draws(drawn, self.intervention)
 
     def fitted_times(self) -> Tensor:
         """Return the grid of the fit, ``(T,)`` or ``(*batch, T)``."""
         if self._fitted is None:
             with torch.no_grad(), poutine.block(), torch.random.fork_rng():
-                self._fitted = self._draw(1).ts
+                drawn = draw_paths(self._model[0], self.source, self.name, self.args, self.kwargs, 1)
+                self._fitted = drawn.ts
         return self._fitted
 
     def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
@@ -162,6 +171,8 @@ class PosteriorPath(PathMeasure):
         if not isinstance(path, Path):
             raise InvalidInputError("path must be a path of a law", got=type(path).__name__)
         check_type(other, PathMeasure, "other")
+        if self.intervention is not None:
+            self._refuse("log_rn", "under an intervention it is known by its draws alone")
         if other is self:
             return path.x.new_zeros(path.shape)
         if estimator != "density":
@@ -206,6 +217,18 @@ class DrawnPaths:
         grid, x = self._continued(ts)
         return self._between(grid, x, ts)
 
+    def through(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the grid and the paths with one more time, which may lie beyond the grid; where it is there it stands twice."""
+        grid, x = self._continued(time.reshape(1))
+        more = self._between(grid, x, time.reshape(1))
+        times = torch.cat([grid, time.expand(*grid.shape[:-1], 1)], -1)
+        order = torch.argsort(times, dim=-1, stable=True)
+        return times.gather(-1, order), _pick(torch.cat([x, more]), order)
+
+    def on(self, grid: Tensor, x: Tensor, sde: SDE | None = None) -> DrawnPaths:
+        """Return draws of states on another grid, continued by another equation where one is given."""
+        return replace(self, ts=grid, x=x, z=x, sde=self.sde if sde is None else sde)
+
     def _continued(self, ts: Tensor) -> tuple[Tensor, Tensor]:
         """Return the grid and the paths, continued in steps of the fitted grid's size as far as the times ask for it."""
         fitted, last = self.ts, self.x[-1]
@@ -235,7 +258,9 @@ class DrawnPaths:
         right = torch.searchsorted(grid, ts).clamp(1, grid.shape[-1] - 1)
         left = right - 1
         before, after = grid.gather(-1, left), grid.gather(-1, right)
-        weight = _column((ts - before) / (after - before), x)
+        gap = after - before
+        # A time that stands twice on the grid has no step to divide.
+        weight = _column((ts - before) / torch.where(gap > 0, gap, torch.ones_like(gap)), x)
         start = _pick(x, left)
         mean = torch.lerp(start, _pick(x, right), weight)
         if self.sde.noise.num_states:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_seed, check_positive_int
+from stochdyn.core.sde.intervention import Intervention
 from stochdyn.infer.path_law import PosteriorPath, Source
 
 __all__ = ["PathDraws", "predict_path"]
@@ -54,6 +55,7 @@ def predict_path(
     kwargs: dict[str, Any] | None = None,
     num_draws: int = 1000,
     seed: int | None = None,
+    do: Intervention | None = None,
 ) -> PathDraws:
     """Draw a path from its posterior on a grid of your choice.
 
@@ -69,6 +71,7 @@ def predict_path(
         args: The arguments of model and guide.
         kwargs: The keyword arguments of model and guide.
         num_draws: The number of draws.
+        do: An intervention: what would have happened to each draw, or will, with the noise that drove it.
         seed: The seed of the draws; the global random state is left as it was. None draws from the global state.
 
     Returns:
@@ -92,7 +95,7 @@ def predict_path(
         (torch.Size([100, 4, 1]), 2)
     """
     check_positive_int(num_draws, "num_draws")
-    law = PosteriorPath(model, guide, name, args, kwargs)
+    law = PosteriorPath(model, guide, name, args, kwargs, do)
     fitted = law.fitted_times()
     path = law.sample(fitted if ts is None else ts, num_draws, None if seed is None else as_seed(seed))
     return PathDraws(path.ts, path.x, int((path.ts <= fitted[..., -1:]).sum(-1).min()))

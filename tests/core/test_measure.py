@@ -449,3 +449,12 @@ def test_bad_arguments() -> None:
             call(sd.PathSample(ts, torch.zeros(3, 4, 2, dtype=F64), path.dw))
         with pytest.raises(ShapeError, match=r"path\.x"):
             call(sd.PathSample(ts, torch.zeros(3, 5, 1, dtype=F64), path.dw))
+
+
+def test_a_law_may_start_at_a_time_that_single_precision_rounds_up() -> None:
+    """A start given as a number is that number: 0.3 isn't 0.3 of float32."""
+    law = sd.DiffusionMeasure(torch.ones(1, dtype=F64), sd.SDE(lambda t, x: -x, 0.5), start_time=0.3, dt=0.1)
+    path = law.sample(torch.tensor([0.3, 0.5], dtype=F64), 2, 0)
+    assert path.fine is not None
+    assert path.fine.ts.shape == (3,)
+    assert law.marginal(torch.tensor(0.3, dtype=F64)).covariance.abs().max() == 0

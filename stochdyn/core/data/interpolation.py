@@ -94,7 +94,7 @@ class Interpolation(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor | None = None) -> Tensor:
         """Return the values ``(..., c)`` at times of no axes or of axes ``(..., 1)``, as drifts get them; ``x`` plays no part."""
-        time = torch.as_tensor(t)
+        time = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=self.times.dtype)
         if time.ndim and time.shape[-1] != 1:
             raise ShapeError(
                 "t must broadcast with x[..., :1]",

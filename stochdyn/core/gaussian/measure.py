@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from stochdyn._checks import (
     as_tensor,
@@ -333,6 +336,41 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         check_type(other, LinearGaussianMeasure, "other")
         return path_kl(self, other, ts)
 
+    def with_integral(self, emission: Tensor) -> LinearGaussianMeasure:
+        r"""Return the law of the state followed by integrals :math:`I_t=\int_{t_0}^tCX_s\,ds`, again linear and exact.
+
+        Data over intervals are differences of them: :class:`~stochdyn.infer.LinearObservations` with ``increments=True``.
+
+        Args:
+            emission: The matrix C ``(q, d)`` of what is integrated.
+
+        Raises:
+            ShapeError: If the matrix doesn't fit the state.
+
+        Example:
+            >>> walk = LinearGaussianMeasure.brownian().with_integral(torch.ones(1, 1))
+            >>> walk.covariance(torch.tensor([3.0]))[0]  # t, t^2 / 2, t^3 / 3
+            tensor([[3.0000, 4.5000],
+                    [4.5000, 9.0000]])
+        """
+        c = as_tensor(emission, "emission", 2, "(q, d)", like=self.like)
+        check_event_size(c, self.dim, "emission")
+        count = c.shape[0]
+
+        def matrix(a: Tensor) -> Tensor:
+            rows = torch.cat([a, c.expand(*a.shape[:-2], count, self.dim)], -2)
+            return pad(rows, (0, count))
+
+        return LinearGaussianMeasure(
+            _widened(self.drift_matrix, matrix),
+            _widened(self.drift_offset, lambda b: pad(b, (0, count))),
+            _widened(self.diffusion, lambda g: pad(g, (0, 0, 0, count))),
+            pad(self.initial_mean, (0, count)),
+            pad(self.initial_cov, (0, count, 0, count)),
+            initial_time=self.initial_time,
+            tolerance=self.tolerance,
+        )
+
     def to_sde(self) -> SDE:
         """Return the equation of this law, for simulation and control."""
         constant = self.diffusion.constant
@@ -355,6 +393,12 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         return DiffusionMeasure(
             torch.distributions.MultivariateNormal(mean, scale_tril=factor), self.to_sde()
         )
+
+
+def _widened(value: TimeValue, change: Callable[[Tensor], Tensor]) -> Tensor | TimeFunction:
+    """Return a coefficient, constant or not, of a wider state."""
+    constant = value.constant
+    return change(constant) if constant is not None else lambda t: change(value.at(t))
 
 
 def _as_start(value: object, like: Tensor | None) -> Tensor:

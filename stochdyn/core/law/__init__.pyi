@@ -22,3 +22,4 @@ from .relative import relate as relate
 from .transformed import TransformedMeasure as TransformedMeasure
 from .transition import check_has_density as check_has_density
 from .transition import euler_log_prob as euler_log_prob
+from .intervened import IntervenedMeasure as IntervenedMeasure

@@ -42,6 +42,8 @@ from stochdyn.errors import DiffusionMismatchError, NonFiniteError, ShapeError, 
 
 if TYPE_CHECKING:
     from stochdyn.core.forward.fokker_planck import FokkerPlanck
+    from stochdyn.core.law.intervened import IntervenedMeasure
+    from stochdyn.core.sde.intervention import Intervention
 
 __all__ = ["DiffusionMeasure", "check_explosion"]
 
@@ -234,7 +236,7 @@ class DiffusionMeasure(PathMeasure):
 
     def _divide(self, ts: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the grid from the law's start on, with steps as small as they have to be; None if it is ``ts``."""
-        start = None if self.start_time is None else torch.as_tensor(self.start_time, device=ts.device).to(ts)
+        start = None if self.start_time is None else _time(self.start_time, ts)
         leads, counts = self._plan(ts, start)
         if not leads and all(n == 1 for n in counts):
             return None
@@ -273,6 +275,19 @@ class DiffusionMeasure(PathMeasure):
         ``z`` is ``x``, followed by the memory states where the noise has any. See :class:`stochdyn.core.sde.equation.Control`.
         """
         return self._like(self.initial, self.sde.controlled(u, precision), self.start_time)
+
+    def do(self, intervention: Intervention) -> IntervenedMeasure:
+        """Return the law of what happens under an intervention: components held, or another drift, from a time on.
+
+        Args:
+            intervention: What is done, and from when on.
+
+        Raises:
+            InvalidInputError: If the noise has memory.
+        """
+        from stochdyn.core.law.intervened import IntervenedMeasure
+
+        return IntervenedMeasure(self, intervention)
 
     def reverse(
         self, score: Any, horizon: float = 1.0, initial: Any = None, parity: Any = None
@@ -340,7 +355,7 @@ class DiffusionMeasure(PathMeasure):
         """
         check_real(t, "t")
         time = t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
-        start = torch.as_tensor(0.0 if self.start_time is None else self.start_time).to(time)
+        start = _time(0.0 if self.start_time is None else self.start_time, time)
         if time < start:
             raise TimeGridError(
                 "the law begins later",
@@ -486,7 +501,7 @@ class DiffusionMeasure(PathMeasure):
         check_event_size(path.x, path.ts.shape[-1], "path.x", axis=-2)
         check_finite(path.x.detach(), "path.x")
         if self.start_time is not None and values_are_checked():
-            first, start = path.ts[..., 0].detach(), float(torch.as_tensor(self.start_time).detach())
+            first, start = path.ts[..., 0].detach(), float(_time(self.start_time, path.ts).detach())
             if bool(((first - start).abs() > 1e-5 * (path.ts[..., -1] - first)).any()):
                 raise TimeGridError(
                     "a density needs paths from the start of the law on",
@@ -494,6 +509,11 @@ class DiffusionMeasure(PathMeasure):
                     expected=f"start_time={start:g}",
                 )
         return path
+
+
+def _time(value: Tensor | float, like: Tensor) -> Tensor:
+    """Return a time in the precision of others; as a tensor of the default one a number would lose digits."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 
 def _divided(a: Tensor, b: Tensor, n: int) -> Tensor:

@@ -41,3 +41,4 @@ from .solvers import step_everywhere as step_everywhere
 from .stops import EulerTransitions as EulerTransitions
 from .stops import Stops as Stops
 from .stops import as_stops as as_stops
+from .intervention import Intervention as Intervention

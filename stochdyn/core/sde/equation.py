@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import as_tensor, check_bool, check_same_device, check_same_dtype, is_real
+from stochdyn._checks import (
+    as_tensor,
+    check_bool,
+    check_callable,
+    check_positive_int,
+    check_same_device,
+    check_same_dtype,
+    is_real,
+)
 from stochdyn.core.sde.coefficients import Coefficient, Diagonal, Matrix, as_coefficient
 from stochdyn.core.sde.covariance import covariance_divergence
 from stochdyn.core.sde.noise import Brownian, NoiseProcess
@@ -363,6 +371,46 @@ class SDE(nn.Module):
         fields = (self.control.drift, self.control.precision)
         moved = (None if field is None else Moved(field, changed.coordinates.transform) for field in fields)
         return changed.sde.with_control(Control(*moved))
+
+    def with_integral(self, integrand: Field, dim: int | None = None) -> SDE:
+        r"""Return the equation of the state followed by integrals along its path, :math:`dI_t=h(t,X_t)\,dt`.
+
+        Observations that couple times, such as cases over a week or averages over an interval, are differences of integrals.
+        Start them at zero. No noise acts on them, so paths have no density in state space; path sites take noise space by themselves.
+
+        Args:
+            integrand: The function h of time and state that is integrated, ``(t, x) -> (..., q)``.
+            dim: The number of components of the state; None where the diffusion is a vector or a matrix, which tells it.
+
+        Raises:
+            ShapeError: If the integrand returns no axis of components.
+            InvalidInputError: If the noise has memory, or nothing tells the size of the state.
+
+        Example:
+            >>> sde = SDE(lambda t, x: -x, 0.5).with_integral(lambda t, x: x, dim=1)
+            >>> sde.drift(torch.tensor(0.0), torch.tensor([2.0, 0.0]))
+            tensor([-2.,  2.])
+        """
+        from stochdyn.core.sde.integral import IntegralDrift, StateOnly, padded, state_dim
+
+        self._check_markov("integrated")
+        check_callable(integrand, "integrand", "a function integrand(t, x)")
+        constant = None if self.state_dependent else self._coefficient(torch.zeros(()), torch.zeros(1))
+        if dim is not None:
+            check_positive_int(dim, "dim")
+        size = state_dim(constant) if dim is None else dim
+        drift = IntegralDrift(self.uncontrolled(), integrand, size)
+        if constant is None or self.strength is not None:
+            # A number serves states of any precision, a matrix those of its own.
+            sde = SDE(drift, drift.diffusion)
+        else:
+            sde = SDE(drift, Matrix(padded(constant.matrix(size), drift.num_integrals)))
+        if self.control is None:
+            return sde
+        fields = (self.control.drift, self.control.precision)
+        return sde.with_control(
+            Control(*(None if field is None else StateOnly(field, size) for field in fields))
+        )
 
     def reverse(self, score: Field, horizon: float = 1.0, parity: Tensor | None = None) -> SDE:
         r"""Return the equation of the time-reversed law, on the clock :math:`\tau=T-t`.
