@@ -70,6 +70,32 @@ def test_calls_do_not_depend_on_the_step_and_leverage_tilts_them() -> None:
     assert smile[0] > smile[1] > smile[2]
 
 
+def test_calls_with_leverage_have_the_prices_of_another_computation() -> None:
+    """Paths from the exact joint covariance, and Black's formula given the variance: within five standard errors of both."""
+    hurst, eta, rho, xi, steps, count = 0.07, 1.9, -0.9, 0.235**2, 40, 20000
+    t = torch.arange(1, steps + 1, dtype=F64) / steps
+    # type II noise has the variance t^2H; its covariance with dW over step j is the integral of the kernel over the step
+    level = fbm_covariance(t, hurst, kind="II")
+    begin, end = ((t[:, None] - edge).clamp_min(0) ** (hurst + 0.5) for edge in (t - t[0], t))
+    cross = math.sqrt(2 * hurst) * (begin - end) / (hurst + 0.5)
+    whole = torch.cat(
+        [torch.cat([level, cross], 1), torch.cat([cross.mT, torch.eye(steps, dtype=F64) / steps], 1)]
+    )
+    root = torch.linalg.cholesky(whole + 1e-12 * torch.eye(2 * steps, dtype=F64))
+    drawn = torch.randn(count, 2 * steps, generator=torch.Generator().manual_seed(0), dtype=F64) @ root.mT
+    before = torch.nn.functional.pad(drawn[:, : steps - 1], (1, 0))
+    v = xi * torch.exp(eta * before - 0.5 * eta**2 * (t - t[0]) ** (2 * hurst))
+    spot = (rho * (v.sqrt() * drawn[:, steps:]).sum(1) - 0.5 * rho**2 * v.mean(1)).exp()[:, None]
+    width = ((1 - rho**2) * v.mean(1, keepdim=True)).sqrt()
+    strikes = STRIKES.exp()
+    d = (spot / strikes).log() / width
+    normal = torch.distributions.Normal(torch.zeros((), dtype=F64), 1.0)
+    prices = spot * normal.cdf(d + width / 2) - strikes * normal.cdf(d - width / 2)
+    paid = calls(bergomi(1.0, steps, leverage=rho, sample_shape=count, generator=1).log_price)
+    error = ((prices.var(0) + paid.var(0)) / count).sqrt()
+    assert bool(((prices.mean(0) - paid.mean(0)).abs() < 5 * error).all())
+
+
 def test_the_price_is_a_martingale_and_the_variance_has_its_curve() -> None:
     """All within five of their own standard errors."""
 
