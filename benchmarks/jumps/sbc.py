@@ -2,6 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/jumps/sbc.py
 
+Every data set is kept in a file of rows as soon as it is done, so that a run that was stopped goes on where it was.
+
 Log rates of all pairs are standard normal; states of K series are seen exactly at L times, dt apart. Of every data set the rank of one
 randomly chosen true log rate among the draws is kept (ranks of several rates of one data set aren't independent), and whether
 intervals hold the truth, over all rates.
@@ -51,7 +53,8 @@ def one(design: tuple[int, int, int, float], seed: int) -> dict[str, Any]:
     begin = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit = fit_rates(panel, prior=(0.0, 1.0), num_draws=DRAWS, seed=seed)
+        # the draws have a seed of their own, or the first of them would be made of the numbers that the truth is made of
+        fit = fit_rates(panel, prior=(0.0, 1.0), num_draws=DRAWS, seed=1_000_000 + seed)
     spent = time.process_time() - begin
     truth = log_rates[fit.links[:, 0], fit.links[:, 1]]
     ranks = (fit.draws < truth).double().mean(0)
@@ -67,32 +70,58 @@ def one(design: tuple[int, int, int, float], seed: int) -> dict[str, Any]:
     }
 
 
+def rows_of(k: int, seeds: range, path: Path) -> list[dict[str, Any]]:
+    """Return the results of some data sets of a design, those that the file doesn't hold yet made now."""
+    done: dict[int, dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            if row["design"] == k:
+                done[row["seed"]] = row
+    for seed in seeds:
+        if seed not in done:
+            done[seed] = {"design": k, "seed": seed, **one(DESIGNS[k], seed)}
+            with path.open("a") as file:
+                file.write(json.dumps(done[seed]) + "\n")
+    return [done[seed] for seed in seeds]
+
+
+def summary_of(k: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the rows of a design say of calibration and of the weights."""
+    khat = np.array([row["khat"] for row in rows])
+    inside = np.array([row["inside"] for row in rows])
+    return {
+        "design": DESIGNS[k],
+        "num": len(rows),
+        "pvalue": float(kstest([row["rank"] for row in rows], "uniform").pvalue),
+        "coverage": inside.mean(0).round(4).tolist(),
+        # over data sets: rates of one data set aren't independent
+        "coverage_error": (inside.std(0, ddof=1) / len(rows) ** 0.5).round(4).tolist(),
+        "khat": np.quantile(khat, (0.5, 0.95)).round(3).tolist(),
+        "share_poor": float((khat > 0.7).mean()),
+        "share_moved": float(np.mean([row["moved"] for row in rows])),
+        "effective": float(np.median([row["effective"] for row in rows])),
+        "milliseconds": float(1000 * np.median([row["seconds"] for row in rows])),
+    }
+
+
 def main() -> None:
     """Run the designs that are asked for, and keep their results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--designs", type=int, nargs="*", default=list(range(len(DESIGNS))))
     parser.add_argument("--num", type=int, default=300)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first data set")
+    parser.add_argument("--rows", type=Path, default=RESULTS.with_name("sbc.rows.tmp"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = json.loads(options.out.read_text()) if options.out.exists() else {"designs": {}}
+    seeds = range(options.first, options.first + options.num)
     for k in options.designs:
-        rows = [one(DESIGNS[k], seed) for seed in range(options.num)]
-        khat = np.array([row["khat"] for row in rows])
-        summary = {
-            "design": DESIGNS[k],
-            "num": options.num,
-            "pvalue": float(kstest([row["rank"] for row in rows], "uniform").pvalue),
-            "coverage": np.mean([row["inside"] for row in rows], 0).round(4).tolist(),
-            "khat": np.quantile(khat, (0.5, 0.95)).round(3).tolist(),
-            "share_poor": float((khat > 0.7).mean()),
-            "share_moved": float(np.mean([row["moved"] for row in rows])),
-            "effective": float(np.median([row["effective"] for row in rows])),
-            "milliseconds": float(1000 * np.median([row["seconds"] for row in rows])),
-        }
+        summary = summary_of(k, rows_of(k, seeds, options.rows))
         found["designs"][str(k)] = summary
         found["machine"] = machine("scipy")
-        print(json.dumps(summary))
+        print(json.dumps(summary), flush=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

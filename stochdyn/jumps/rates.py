@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from stochdyn._checks import as_seed, check_bool, check_positive_int, check_real, check_type
@@ -20,12 +19,15 @@ from stochdyn.jumps.embedding import other_generators
 from stochdyn.jumps.likelihood import PanelLikelihood
 from stochdyn.jumps.panel import PanelData
 from stochdyn.jumps.proposal import draw_posterior
+from stochdyn.jumps.scoring import PanelScore, Scored, climb
 from stochdyn.jumps.uniformisation import _transition
 
 __all__ = ["RatePosterior", "fit_rates"]
 
 #: Past this k-hat Metropolis steps don't help either.
 _HOPELESS = 1.0
+#: Log rates move by at most so much from where the search began.
+_REACH = 12.0
 #: Weighted draws behind the posterior, at least.
 _FEWEST = 2000
 
@@ -100,14 +102,15 @@ def fit_rates(
     r"""Estimate the rates of a jump process from a panel of visits.
 
     The likelihood is exact: :math:`\prod P_{s_ks_{k+1}}(\Delta_k)`, and for exactly seen entries :math:`\sum_jP_{sj}(\Delta)Q_{jd}`.
-    Its maximum is found in log rates; the posterior is a Student-t around the mode, corrected by importance weights and
+    Its maximum is found by Fisher scoring in log rates; the posterior is a Student-t around the mode, corrected by importance weights and
     resampled.
 
     Args:
         panel: The visits.
         mask: True where a jump is possible, ``(S, S)``; all jumps if None, but out of states of exact entry.
-        prior: The mean and the standard deviation of the log rates (and of log hazard ratios around zero); if None a wide one around the
-            crude overall rate, with a standard deviation of 3.
+        prior: The mean and the standard deviation of the log rates at the mean of the covariates; log hazard ratios per standard
+            deviation of a covariate have the same standard deviation around zero. If None a wide one around the crude overall rate, with a
+            standard deviation of 3.
         reversible: Whether detailed balance holds; it needs a symmetric mask.
         num_draws: The number of posterior draws.
         seed: The seed of all randomness.
@@ -152,14 +155,13 @@ def fit_rates(
             ApproximationWarning,
             stacklevel=2,
         )
-    off = problem.matrices(best[None])[0]
-    log_rates = problem.log_rates(draws)
-    named = torch.cat([log_rates, draws[:, problem.num_base :]], -1)
+    named = problem.named(draws)
+    off = problem.generator(problem.named(best[None])[:, : len(problem.links)])[0]
     idata = from_draws(
         {
-            "log_rate": log_rates.numpy()[None],
+            "log_rate": named[:, : len(problem.links)].numpy()[None],
             **(
-                {"log_hazard_ratio": draws[:, problem.num_base :].numpy()[None]}
+                {"log_hazard_ratio": named[:, len(problem.links) :].numpy()[None]}
                 if panel.covariate_names
                 else {}
             ),
@@ -225,6 +227,13 @@ def _not_known(panel: PanelData, rates: Tensor, expected_jumps: float) -> list[s
     return notes
 
 
+def _middle_and_spread(covariates: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of covariates ``(n, c)``, one where they don't vary."""
+    middle = covariates.mean(0)
+    spread = (covariates - middle).square().mean(0).sqrt()
+    return middle, torch.where(covariates.amax(0) > covariates.amin(0), spread, torch.ones_like(spread))
+
+
 class _Problem:
     """The likelihood of a panel as a function of log rates."""
 
@@ -242,6 +251,11 @@ class _Problem:
                     "mask must hold True or False for every pair of states", got=tuple(given.shape)
                 )
             allowed = allowed & given.bool()
+            if bool(allowed[panel.exact_entry].any()):
+                raise InvalidInputError(
+                    "the mask lets a state of exact entry be left again",
+                    got=[panel.labels[k] for k in panel.exact_entry if bool(allowed[k].any())],
+                )
         if not bool(allowed.any()):
             raise InvalidInputError("the mask allows no jump")
         if reversible and not torch.equal(allowed, allowed.mT):
@@ -275,6 +289,16 @@ class _Problem:
             self.centre, self.width = float(prior[0]), float(prior[1])
         self._crude = crude[self.links[:, 0], self.links[:, 1]].clamp(min=0.1 * overall).log()
         self.likelihood = PanelLikelihood(panel.gaps, size)
+        # covariates are counted from their mean, in standard deviations: neither zero nor one of them need lie in the data
+        self.middle, self.spread = _middle_and_spread(panel.gaps.covariates)
+        self.covariates = (self.likelihood.covariates - self.middle) / self.spread
+        self.score = PanelScore(
+            panel.gaps, self.likelihood.group, len(self.covariates), size, self.links, panel.exact_entry
+        )
+        # how log rates at the mean of the covariates change with the parameters, and what the prior adds to minus the Hessian
+        self.map = self.log_rates(torch.eye(self.num_base, self.num_parameters, dtype=torch.float64)).mT
+        effects = torch.eye(self.num_parameters - self.num_base, dtype=torch.float64)
+        self.precision = torch.block_diag(self.map.mT @ self.map, effects) / self.width**2
 
     def start(self, network: AmortisedRates | None) -> Tensor:
         """Return where the search begins: the crude rates, or those of a network."""
@@ -291,7 +315,7 @@ class _Problem:
         )
 
     def log_rates(self, theta: Tensor) -> Tensor:
-        """Return log rates ``(B, r)`` of the links at covariates of zero."""
+        """Return log rates ``(B, r)`` of the links at the mean of the covariates."""
         if not self.reversible:
             return theta[:, : self.num_base]
         symmetric = theta[:, : len(self.pairs)]
@@ -300,11 +324,14 @@ class _Problem:
         which = [index[min(i, j), max(i, j)] for i, j in self.links.tolist()]
         return symmetric[:, which] + 0.5 * (log_pi[:, self.links[:, 1]] - log_pi[:, self.links[:, 0]])
 
-    def matrices(self, theta: Tensor) -> Tensor:
-        """Return generators ``(B, S, S)`` at covariates of zero."""
-        return self._generator(self.log_rates(theta))
+    def named(self, theta: Tensor) -> Tensor:
+        """Return log rates at covariates of zero and log hazard ratios per unit of the covariates, ``(B, r + c r)``."""
+        base = self.log_rates(theta)
+        effect = theta[:, self.num_base :].reshape(len(theta), self.num_covariates, len(self.links))
+        effect = effect / self.spread[:, None]
+        return torch.cat([base - (self.middle[:, None] * effect).sum(1), effect.flatten(1)], 1)
 
-    def _generator(self, log_rates: Tensor) -> Tensor:
+    def generator(self, log_rates: Tensor) -> Tensor:
         size = self.panel.num_states
         off = log_rates.new_zeros(*log_rates.shape[:-1], size, size)
         off[..., self.links[:, 0], self.links[:, 1]] = log_rates.exp()
@@ -312,11 +339,15 @@ class _Problem:
 
     def log_likelihood(self, theta: Tensor) -> Tensor:
         """Return log-likelihoods ``(B,)`` of parameters ``(B, p)``."""
+        return self.likelihood(self.generator(self._by_group(theta)))
+
+    def _by_group(self, theta: Tensor) -> Tensor:
+        """Return log rates ``(G, B, r)`` of the links for each distinct row of covariates."""
         base = self.log_rates(theta)[None]
-        if self.num_covariates:
-            effect = theta[:, self.num_base :].reshape(-1, self.num_covariates, len(self.links))
-            base = base + torch.einsum("gc,bcr->gbr", self.likelihood.covariates, effect)
-        return self.likelihood(self._generator(base))
+        if not self.num_covariates:
+            return base
+        effect = theta[:, self.num_base :].reshape(-1, self.num_covariates, len(self.links))
+        return base + torch.einsum("gc,bcr->gbr", self.covariates, effect)
 
     def log_density(self, theta: Tensor) -> Tensor:
         """Return the log posterior ``(B,)`` up to a constant."""
@@ -327,40 +358,47 @@ class _Problem:
         base = ((self.log_rates(theta) - self.centre) / self.width) ** 2
         return -0.5 * (base.sum(-1) + (theta[:, self.num_base :] / self.width).square().sum(-1))
 
+    def scored(self, theta: Tensor, with_prior: bool) -> Scored:
+        """Return log-likelihood or log posterior, score and information at parameters ``(p,)``."""
+        value, slope, information = self.score(self._by_group(theta[None])[:, 0])
+        # parameters move the log rates of group g by A + x_g for their effects, with A = map and x_g the covariates
+        x = torch.cat([torch.ones(len(self.covariates), 1).double(), self.covariates], 1)
+        size = x.shape[1]
+        inner = (x[:, :, None] * x[:, None]).flatten(1).mT @ information.flatten(1)
+        inner = inner.reshape(size, size, len(self.links), len(self.links))
+        maps = [self.map] + [torch.eye(len(self.links), dtype=torch.float64)] * self.num_covariates
+        gradient = torch.cat([maps[c].mT @ (x[:, c] @ slope) for c in range(size)])
+        matrix = torch.cat(
+            [torch.cat([maps[c].mT @ inner[c, d] @ maps[d] for d in range(size)], 1) for c in range(size)]
+        )
+        if with_prior:
+            move = self.map @ theta[: self.num_base] - self.centre
+            value += float(self.log_prior(theta[None])[0])
+            gradient = gradient - torch.cat([self.map.mT @ move, theta[self.num_base :]]) / self.width**2
+            matrix = matrix + self.precision
+        return Scored(value, gradient, matrix)
+
     def maximise(self, start: Tensor, with_prior: bool) -> Tensor:
-        """Return the maximum by L-BFGS, from a start."""
-        total = float(self.likelihood.total)
-
-        def cost(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            theta = torch.tensor(flat).requires_grad_()
-            value = self.log_likelihood(theta[None])[0]
-            if with_prior:
-                value = value + self.log_prior(theta[None])[0]
-            if not bool(torch.isfinite(value)):
-                return 1e25, np.zeros_like(flat)
-            slope = torch.autograd.grad(value, theta)[0]
-            # per transition, so that the first step is of order one
-            return -float(value.detach()) / total, -slope.numpy() / total
-
+        """Return the maximum by Fisher scoring, from a start."""
         if not bool(torch.isfinite(self.log_likelihood(start[None])).all()):
             gaps, labels = self.panel.gaps, self.panel.labels
-            reach = _transition(self.matrices(start[None])[0], gaps.dt.median()[None])[0]
+            reach = _transition(self.generator(self.log_rates(start[None]))[0], gaps.dt.median()[None])[0]
             bad = ((reach[gaps.before, gaps.after] <= 0) & ~gaps.entered).nonzero()[:, 0]
             k = int(bad[0]) if len(bad) else 0
             raise ZeroProbabilityError(
                 "a transition was seen that the mask makes impossible",
                 got=f"from {labels[int(gaps.before[k])]!r} to {labels[int(gaps.after[k])]!r}",
             )
-        bounds = [(v - 12.0, v + 12.0) for v in start.tolist()]
-        found = minimize(
-            cost,
-            start.numpy(),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=bounds,
-            options={"maxiter": 500, "ftol": 1e-13, "gtol": 1e-9},
+        eye = torch.eye(len(self.links), dtype=torch.float64)
+        effects = [x * eye for x in self.covariates.abs().amax(0)]
+        less = torch.zeros_like(self.precision) if with_prior else self.precision
+        return climb(
+            lambda theta: self.scored(theta, with_prior),
+            lambda theta: self.curvature(theta) - less,
+            start,
+            torch.cat([self.map, *effects], 1),
+            _REACH,
         )
-        return torch.as_tensor(found.x)
 
     def curvature(self, mode: Tensor) -> Tensor:
         """Return minus the Hessian of the log posterior, by central differences of its gradient, all in one call."""
