@@ -72,6 +72,7 @@ from .law.transition import check_has_density as check_has_density
 from .law.transition import euler_log_prob as euler_log_prob
 from .networks import MLP as MLP
 from .networks import StateNetwork as StateNetwork
+from .sde.affine_field import AffineField as AffineField
 from .sde.coefficients import Coefficient as Coefficient
 from .sde.coefficients import Diagonal as Diagonal
 from .sde.coefficients import Matrix as Matrix
@@ -89,6 +90,7 @@ from .sde.jets import Jet as Jet
 from .sde.jets import network_jet as network_jet
 from .sde.methods import METHODS as METHODS
 from .sde.methods import Euler as Euler
+from .sde.methods import Exact as Exact
 from .sde.methods import Heun as Heun
 from .sde.methods import Method as Method
 from .sde.methods import Milstein as Milstein

@@ -29,7 +29,7 @@ from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import first_time, noise_steps
 from stochdyn.core.sde.methods import Method, as_method
 from stochdyn.core.sde.noise import NoiseSteps
-from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, integrate
+from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, integrate, stepped
 from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError
 from stochdyn.infer.constraints import PinnedPath
 from stochdyn.infer.driven import sample_driven
@@ -54,7 +54,7 @@ class DiffusionPath(LawDistribution):
             batched strength as ``Scalar``.
         initial: A distribution with event ``(d,)``, or a tensor ``(d,)`` or ``(*batch, d)``.
         ts: ``(T,)`` strictly increasing times.
-        method: The integration method that draws paths; the density is always Euler's.
+        method: The integration method that draws paths; the density is Euler's, and the exact one for ``"exact"``.
 
     Raises:
         TimeGridError: If the grid isn't strictly increasing.
@@ -133,7 +133,7 @@ class DiffusionPath(LawDistribution):
         check_event_size(value, self.event_shape[1], "value", -1)
         if self._validate_args:
             self._validate_sample(value)
-        log_prob = euler_log_prob(self.sde, self.initial, self.ts, value)
+        log_prob = euler_log_prob(stepped(self.sde, self.method, self.ts), self.initial, self.ts, value)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def _validate_sample(self, value: Tensor) -> None:

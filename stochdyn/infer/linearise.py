@@ -26,9 +26,9 @@ from stochdyn.core.gaussian.affine import LinearSteps, affine_steps
 from stochdyn.core.gaussian.feedback import LinearFeedback, feedback_given, times
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import noise_steps, time_column
-from stochdyn.core.sde.methods import Euler, Method
+from stochdyn.core.sde.methods import Euler, Exact, Method
 from stochdyn.core.sde.noise import NoiseSteps
-from stochdyn.core.sde.solvers import full_state, integrate, step_everywhere
+from stochdyn.core.sde.solvers import full_state, integrate, step_everywhere, stepped
 from stochdyn.infer.coupling import Coupling
 from stochdyn.infer.shaping import shape_increments
 
@@ -153,6 +153,8 @@ def linear_steps(
         noise: The recursion of the noise on the grid, where it is known already.
     """
     z, e = z.detach().contiguous(), e.detach().contiguous()
+    if isinstance(method, Exact):
+        sde, method = stepped(sde, method, ts), _EULER
     if not sde.state_dependent and sde.control is None and method.name == "euler" and ts.ndim == 1:
         noise = noise_steps(sde.noise, ts, z.dtype) if noise is None else noise
         return _affine_steps(sde, ts, z, e.shape[-1] // sde.noise.num_innovations(ts), noise, keep_graph)

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from stochdyn._checks import as_tensor, check_bool, check_positive
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
+from stochdyn.core.sde.affine_field import AffineField
 from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["SpectralDrift"]
 
 
-class SpectralDrift(nn.Module):
+class SpectralDrift(AffineField):
     r"""The drift :math:`b(x)=\Lambda x` of independent modes, in real form.
 
     .. math::
@@ -108,9 +109,10 @@ class SpectralDrift(nn.Module):
         r = self.log_decay_rates.exp()
         return torch.cat([torch.complex(-r, torch.zeros_like(r)), pairs])
 
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return the drift ``(..., d)`` at ``x (..., d)``."""
-        return x @ self.matrix().mT
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Return the matrix of :meth:`matrix`, and no offset."""
+        matrix = self.matrix()
+        return matrix, matrix.new_zeros(self.dim)
 
     def law(self, initial_time: float = 0.0) -> LinearGaussianMeasure:
         r"""Return the stationary law of the modes with unit variance, in closed form and differentiable in rates and frequencies.

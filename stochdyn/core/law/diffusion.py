@@ -37,7 +37,7 @@ from stochdyn.core.law.transition import euler_log_prob
 from stochdyn.core.sde.equation import SDE, Control, Field
 from stochdyn.core.sde.grids import first_time, remembered
 from stochdyn.core.sde.methods import Method, as_method
-from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, full_state, integrate
+from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, full_state, integrate, stepped
 from stochdyn.errors import DiffusionMismatchError, NonFiniteError, ShapeError, TimeGridError
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class DiffusionMeasure(PathMeasure):
             None lets every grid start the law at its own first time; :meth:`marginal` then counts from time zero.
         dt: The largest step of a simulation, in the unit of the times. None takes the grid as it is, and 200 steps where
             the law has to reach a time by itself (in :meth:`marginal`, and from ``start_time`` to the first time of a grid).
-        method: The integration method: :class:`~stochdyn.core.Euler`, :class:`~stochdyn.core.Heun` or
-            :class:`~stochdyn.core.Milstein`, or the name of one.
+        method: The integration method: :class:`~stochdyn.core.Euler`, :class:`~stochdyn.core.Heun`,
+            :class:`~stochdyn.core.Milstein` or :class:`~stochdyn.core.Exact`, or the name of one.
 
     Raises:
         ShapeError: If the initial law's event isn't a vector, or drift or diffusion don't fit it.
@@ -418,13 +418,13 @@ class DiffusionMeasure(PathMeasure):
         return points
 
     def log_prob(self, path: Path) -> Tensor:
-        """Return the Euler log density of paths, ``(*sample,)``, with that of a random start.
+        """Return the Euler log density of paths, ``(*sample,)``, with that of a random start; the exact one if the method is exact.
 
         Raises:
             SingularDiffusionError: If the diffusion is singular or the noise has memory: no density exists in state space.
         """
         path = self._check_path(path)
-        return euler_log_prob(self.sde, self.initial, path.ts, path.x)
+        return euler_log_prob(stepped(self.sde, self.method, path.ts), self.initial, path.ts, path.x)
 
     def log_rn(
         self, path: Path, other: PathMeasure, estimator: str = "density", *, recorded: bool = False

@@ -16,6 +16,8 @@ from stochdyn.core.law.transition import check_has_density
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE, Control
 from stochdyn.core.sde.grids import steps_of, time_column
+from stochdyn.core.sde.methods import Exact
+from stochdyn.core.sde.solvers import stepped
 from stochdyn.errors import DiffusionMismatchError, InvalidInputError, ShapeError
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class Relation:
     def _read_off(self, sde: SDE) -> Tensor:
         """Return the increments with which the uncontrolled equation takes the path from state to state."""
         x = self.path.leading()
+        sde = stepped(sde, self.p.method, self.path.ts)
         g = sde.diffusion(self.t, x[:-1])
         dim = x.shape[-1]
         if not (isinstance(g, Matrix) and g.noise_dim(dim) < dim and not sde.noise.num_states):
@@ -180,11 +183,17 @@ def relate(q: DiffusionMeasure, p: DiffusionMeasure, path: PathSample, recorded:
 
     Raises:
         DiffusionMismatchError: If the laws are mutually singular.
+        InvalidInputError: If exact steps of one have other noise than those of the other.
     """
     x = path.leading()[:-1]
     t, dt = time_column(path.ts[..., :-1], x), steps_of(path.ts, x)
     shared = q.sde.shares_base(p.sde)
     if not shared:
+        if isinstance(q.method, Exact) or isinstance(p.method, Exact):
+            raise InvalidInputError(
+                "exact steps of laws with other drifts have other noise, so their paths don't share increments",
+                hint="compare their log_prob, or give both method='euler' and small steps",
+            )
         _check_equivalent(q.sde, p.sde, t, x)
     return Relation(q, p, path, shared, t, dt, _noted(path), recorded)
 

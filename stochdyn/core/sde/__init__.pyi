@@ -6,6 +6,7 @@ from ._steps import Row as Row
 from ._steps import Step as Step
 from ._steps import full_state as full_state
 from ._steps import remember as remember
+from .affine_field import AffineField as AffineField
 from .coefficients import Coefficient as Coefficient
 from .coefficients import Diagonal as Diagonal
 from .coefficients import Matrix as Matrix
@@ -25,6 +26,7 @@ from .jets import Jet as Jet
 from .jets import network_jet as network_jet
 from .methods import METHODS as METHODS
 from .methods import Euler as Euler
+from .methods import Exact as Exact
 from .methods import Heun as Heun
 from .methods import Method as Method
 from .methods import Milstein as Milstein
@@ -38,6 +40,7 @@ from .solvers import draw_increments as draw_increments
 from .solvers import increment_scale as increment_scale
 from .solvers import integrate as integrate
 from .solvers import step_everywhere as step_everywhere
+from .solvers import stepped as stepped
 from .stops import EulerTransitions as EulerTransitions
 from .stops import Stops as Stops
 from .stops import as_stops as as_stops

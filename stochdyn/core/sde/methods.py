@@ -8,7 +8,7 @@ from typing import ClassVar
 from stochdyn._checks import check_bool, check_choice, check_positive_int
 from stochdyn.errors import InvalidInputError
 
-__all__ = ["METHODS", "Euler", "Heun", "Method", "Milstein", "as_method"]
+__all__ = ["METHODS", "Euler", "Exact", "Heun", "Method", "Milstein", "as_method"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,26 @@ class Milstein(Method):
     name: ClassVar[str] = "milstein"
 
 
-_KINDS: dict[str, type[Method]] = {kind.name: kind for kind in (Euler, Heun, Milstein)}
+@dataclass(frozen=True)
+class Exact(Method):
+    r"""Exact steps of a linear equation with additive Brownian noise: on every grid the law is that of continuous time.
+
+    .. math:: X_{n+1}=\Phi X_n+c+Q^{1/2}\,\Delta W_n/\sqrt\Delta,\qquad \Phi=e^{A\Delta},\quad
+        Q=\int_0^\Delta e^{As}GG^\top e^{A^\top s}ds
+
+    Use it where the drift says that it is affine (:class:`~stochdyn.core.AffineField`) and steps are long against its rates. A control is held
+    over each step. Two laws can be compared on their paths only if they share drift and diffusion, since with other rates a step has
+    other noise; their ``log_prob`` tell them apart.
+
+    Example:
+        >>> Exact().name
+        'exact'
+    """
+
+    name: ClassVar[str] = "exact"
+
+
+_KINDS: dict[str, type[Method]] = {kind.name: kind for kind in (Euler, Heun, Milstein, Exact)}
 #: The names of the methods.
 METHODS = tuple(_KINDS)
 
@@ -93,7 +112,7 @@ def as_method(method: object, name: str = "method") -> Method:
         raise InvalidInputError(
             f"{name} must be an integration method or the name of one",
             got=repr(method)[:60],
-            expected="Euler() | Heun() | Milstein() | 'euler' | 'heun' | 'milstein'",
+            expected="Euler() | Heun() | Milstein() | Exact() | 'euler' | 'heun' | 'milstein' | 'exact'",
         )
     check_choice(method, METHODS, name)
     return _KINDS[method]()

@@ -20,7 +20,7 @@ from stochdyn.core.sde.grids import (
     steps_of,
     time_column,
 )
-from stochdyn.core.sde.methods import METHODS, Method, as_method
+from stochdyn.core.sde.methods import METHODS, Euler, Exact, Method, as_method
 from stochdyn.core.sde.noise import NoiseSteps
 from stochdyn.errors import ShapeError
 
@@ -34,6 +34,7 @@ __all__ = [
     "integrate",
     "remember",
     "step_everywhere",
+    "stepped",
 ]
 
 
@@ -134,8 +135,8 @@ def integrate(
         ts: The grid ``(T,)``, or ``(*batch, T)`` where every series has its own. Results are differentiable in it.
         dw: The increments under the controlled law ``(T-1, *batch, m * R)``, in the layout of :class:`NoiseProcess`.
         memory0: The initial memory ``(*batch, m, K)``, zero if None.
-        method: :class:`~stochdyn.core.sde.Euler`, :class:`~stochdyn.core.sde.Heun` or
-            :class:`~stochdyn.core.sde.Milstein`, or the name of one.
+        method: :class:`~stochdyn.core.sde.Euler`, :class:`~stochdyn.core.sde.Heun`,
+            :class:`~stochdyn.core.sde.Milstein` or :class:`~stochdyn.core.sde.Exact`, or the name of one.
         checkpoint: A number of steps that takes the place of the method's own ``checkpoint`` unless it is False.
 
     Returns:
@@ -148,6 +149,8 @@ def integrate(
         Kloeden and Platen, "Numerical solution of stochastic differential equations", 1992, chapters 10 and 11.
     """
     scheme = as_method(method)
+    if isinstance(scheme, Exact):
+        sde, scheme = stepped(sde, scheme, ts), Euler(scheme.checkpoint, scheme.cuda_graph)
     check_method(sde, x0, ts, scheme.name)
     dt = step_sizes(ts, x0.dtype)
     numbers = not any(isinstance(h, Tensor) for h in dt[:1])
@@ -157,6 +160,21 @@ def integrate(
             replayed(sde, x0, dw, (scheme.name, times), lambda: _Loop(sde, ts, scheme.name)), None
         )
     return run_loop(sde, x0, ts, dt, dw, memory0, scheme.name, checkpoint or scheme.checkpoint)
+
+
+def stepped(sde: SDE, method: Method, ts: Tensor) -> SDE:
+    """Return the equation whose Euler steps have the densities that belong to a method: another one for exact steps alone.
+
+    Args:
+        sde: The equation.
+        method: The integration method.
+        ts: The grid of times.
+    """
+    if not isinstance(method, Exact):
+        return sde
+    from stochdyn.core.gaussian.exact_steps import exact_steps
+
+    return exact_steps(sde, ts)
 
 
 class _Loop(nn.Module):

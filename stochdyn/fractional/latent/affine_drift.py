@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from stochdyn._checks import as_tensor, check_bool
+from stochdyn.core.sde.affine_field import AffineField
 from stochdyn.errors import ShapeError
 
 __all__ = ["AffineDrift"]
 
 
-class AffineDrift(nn.Module):
+class AffineDrift(AffineField):
     r"""The drift :math:`b(x)=Ax+a`, which the Gaussian posterior treats in closed form.
 
     Args:
@@ -45,6 +46,6 @@ class AffineDrift(nn.Module):
             self.register_buffer("matrix", matrix)
             self.register_buffer("offset", offset)
 
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return ``(..., d)``."""
-        return x @ self.matrix.mT + self.offset
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Return matrix and offset."""
+        return self.matrix, self.offset

@@ -1,0 +1,119 @@
+"""The equation whose Euler steps on a grid are the exact steps of a linear equation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stochdyn.core.gaussian.transition import constant_transition, distinct_steps
+from stochdyn.core.law.transition import check_has_density
+from stochdyn.core.sde.affine_field import AffineField
+from stochdyn.core.sde.coefficients import Matrix
+from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.noise import Brownian
+from stochdyn.errors import InvalidInputError, SingularDiffusionError, TimeGridError
+
+__all__ = ["exact_steps"]
+
+
+class _StepField(nn.Module):
+    """The drift and the diffusion of every step, found by its first time."""
+
+    def __init__(self, ts: Tensor, matrix: Tensor, offset: Tensor, spread: Tensor) -> None:
+        super().__init__()
+        # halfway between two grid points the nearer one changes
+        self.edges = ts[1:-1] - 0.5 * (ts[1:-1] - ts[:-2])
+        self.parts = matrix, offset, spread
+
+    def _at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.searchsorted(self.edges.to(t).contiguous(), t.detach().reshape(-1).contiguous())
+        matrix, offset, spread = (part[index] for part in self.parts)
+        if t.ndim == 0:
+            return matrix[0], offset[0], spread[0]
+        # time leads: the axes of the batch of A stand at its right, as those of the state do
+        fill = (1,) * (x.ndim - offset.ndim)
+        return (
+            matrix.reshape(len(index), *fill, *matrix.shape[1:]),
+            offset.reshape(len(index), *fill, *offset.shape[1:]),
+            spread.reshape(len(index), *fill, *spread.shape[1:]),
+        )
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        matrix, offset, _ = self._at(t, x)
+        return (matrix @ x.unsqueeze(-1)).squeeze(-1) + offset
+
+    def diffusion(self, t: Tensor, x: Tensor) -> Matrix:
+        return Matrix(self._at(t, x)[2])
+
+
+class _Step(AffineField):
+    """The drift of steps that are all equally long."""
+
+    def __init__(self, matrix: Tensor, offset: Tensor) -> None:
+        super().__init__()
+        self.parts = matrix, offset
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.parts
+
+
+def exact_steps(sde: SDE, ts: Tensor) -> SDE:
+    r"""Return the equation whose Euler steps on the grid ``ts (T,)`` have the exact law of a linear one.
+
+    A step of the length :math:`\Delta` of :math:`dX=(AX+a)\,dt+G\,dW` is :math:`\Phi x+c+Q^{1/2}\epsilon`, so the drift is
+    :math:`((\Phi-1)x+c)/\Delta` and the diffusion the root of :math:`Q/\Delta` that tends to G with the step:
+    :math:`\mathrm{chol}(Q/\Delta)\,\mathrm{chol}(GG^\top)^{-1}G`. A control acts on the increments of these steps.
+
+    Args:
+        sde: The equation, whose drift says that it is affine.
+        ts: The grid of times.
+
+    Raises:
+        InvalidInputError: If the drift isn't an :class:`AffineField`, the diffusion isn't constant, or the noise has memory.
+        SingularDiffusionError: If noise doesn't reach every component by a channel of its own.
+        TimeGridError: If every series has a grid of its own.
+    """
+    field = sde.drift
+    if not isinstance(field, AffineField):
+        raise InvalidInputError(
+            "exact steps need a drift that says that it is affine", got=type(field).__name__,
+            hint="derive it from core.AffineField, or take another method",
+        )  # fmt: skip
+    if not isinstance(sde.noise, Brownian):
+        raise InvalidInputError(
+            "exact steps are those of Brownian noise", got=type(sde.noise).__name__,
+            hint="method='euler', in which the memory of the noise is exact",
+        )  # fmt: skip
+    if sde.state_dependent:
+        raise InvalidInputError("exact steps need a constant diffusion", got="a function of time and state")
+    if ts.ndim > 1:
+        raise TimeGridError(
+            "exact steps need one grid for all series", got=f"shape {tuple(ts.shape)}", hint="method='euler'"
+        )
+    matrix, offset = field.affine()
+    dim = matrix.shape[-1]
+    g = sde.diffusion(ts[0].to(offset), offset).matrix(dim).double()
+    if g.shape[-1] != dim:
+        raise SingularDiffusionError(
+            "in an exact step noise reaches every component, so each needs a channel", got=f"{g.shape[-1]} channels",
+            expected=f"{dim}", hint="method='euler', or a LinearGaussianMeasure where the law alone is wanted",
+        )  # fmt: skip
+    check_has_density(sde, Matrix(g), dim)
+    covariance = g @ g.mT
+    root = torch.linalg.cholesky(covariance)
+    dt, where = distinct_steps(ts[:-1], ts[1:])
+    phi, c, q = constant_transition(matrix.double(), offset.double(), covariance, dt, torch.float64)
+    lag = dt.double().reshape(-1, *(1,) * (phi.ndim - 1))
+    slope = (phi - torch.eye(dim, dtype=phi.dtype, device=phi.device)) / lag
+    shift = c / lag.squeeze(-1)
+    turn = torch.linalg.solve_triangular(root, g, upper=False)
+    spread = torch.linalg.cholesky(q / lag) @ turn
+    slope, shift, spread = (part.to(matrix) for part in (slope, shift, spread))
+    if len(dt) == 1:
+        steps = SDE(_Step(slope[0], shift[0]), Matrix(spread[0]))
+    else:
+        if where is not None:
+            slope, shift, spread = slope[where], shift[where], spread[where]
+        found = _StepField(ts, slope, shift, spread)
+        steps = SDE(found, found.diffusion)
+    return steps if sde.control is None else steps.with_control(sde.control)

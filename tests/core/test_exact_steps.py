@@ -1,0 +1,195 @@
+"""Exact steps of linear equations have the law of continuous time on every grid, in laws and in Pyro sites."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+import stochdyn as sd
+from stochdyn import errors
+from stochdyn.core import AffineField, Exact, SpectralDrift, integrate
+from stochdyn.fractional import AffineDrift, MarkovNoise
+from stochdyn.testing import check_gradients, check_precision, check_storage, check_units
+
+F64 = torch.float64
+A = torch.tensor([[-1.0, 2.0], [-3.0, -0.5]], dtype=F64)
+OFFSET = torch.tensor([0.7, -0.2], dtype=F64)
+G = torch.tensor([[0.2, -0.6], [0.5, 0.3]], dtype=F64)
+X0 = torch.tensor([1.0, -1.0], dtype=F64)
+GRIDS = {
+    "regular": torch.linspace(0, 3, 7, dtype=F64),
+    "irregular": torch.tensor([0.0, 0.1, 0.8, 0.9, 3.0], dtype=F64),
+}
+
+
+def law(
+    a: Tensor = A, offset: Tensor = OFFSET, g: Any = G, x0: Any = X0, **options: Any
+) -> sd.DiffusionMeasure:
+    return sd.DiffusionMeasure(x0, sd.SDE(AffineDrift(a, offset), g), **{"method": "exact"} | options)
+
+
+def oracle(
+    a: Tensor = A, offset: Tensor = OFFSET, g: Tensor = G, x0: Tensor = X0
+) -> sd.LinearGaussianMeasure:
+    return sd.LinearGaussianMeasure(a, offset, g, x0)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_densities_are_those_of_the_linear_law(grid: str) -> None:
+    ts = GRIDS[grid]
+    path = law().sample(ts, 5, generator=0)
+    torch.testing.assert_close(law().log_prob(path), oracle().log_prob(path), rtol=1e-10, atol=0.0)
+    assert not torch.allclose(law(method="euler").log_prob(path), oracle().log_prob(path), rtol=0.1)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_paths_have_the_covariance_of_the_linear_law(grid: str) -> None:
+    """Paths are linear in their increments, so unit increments tell the covariance without any sampling."""
+    ts = GRIDS[grid]
+    count = 2 * (len(ts) - 1)
+    unit = torch.eye(count, dtype=F64).reshape(count, -1, 2) * ts.diff().sqrt()[:, None]
+    still = law().drive(ts, X0.expand(1, 2), torch.zeros(len(ts) - 1, 1, 2, dtype=F64)).x
+    moves = law().drive(ts, X0.expand(count, 2), unit.movedim(0, 1)).x - still
+    cov = torch.einsum("kti,ktj->tij", moves, moves)
+    torch.testing.assert_close(still[0], oracle().mean(ts), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(cov, oracle().covariance(ts), rtol=1e-9, atol=1e-12)
+
+
+def test_paths_tend_to_those_of_eulers_method_on_the_same_increments() -> None:
+    """The difference at a fixed time is of first order in the step."""
+    gaps = []
+    for steps in (100, 200, 400, 800):
+        ts = torch.linspace(0, 1, steps + 1, dtype=F64)
+        dw = torch.randn(steps, 200, 2, generator=torch.Generator().manual_seed(1), dtype=F64) / steps**0.5
+        x0 = X0.expand(200, 2)
+        exact, euler = (law(method=m).drive(ts, x0, dw).x[:, -1] for m in ("exact", "euler"))
+        gaps.append((exact - euler).square().mean().sqrt())
+    orders = torch.stack(gaps).log2().diff().neg()
+    assert bool(((orders - 1).abs() < 0.4).all())
+
+
+def test_a_law_with_steps_of_its_own_and_batches_of_rates() -> None:
+    rates = torch.tensor([0.5, 20.0], dtype=F64)
+
+    class Relaxation(AffineField):
+        def affine(self) -> tuple[Tensor, Tensor]:
+            return -rates[:, None, None], torch.zeros(2, 1, dtype=F64)
+
+    for ts in (torch.linspace(0, 2, 3, dtype=F64), torch.tensor([0.0, 0.3, 2.0], dtype=F64)):
+        for dt in (None, 0.13):
+            P = sd.DiffusionMeasure(
+                torch.ones(2, 1, dtype=F64), sd.SDE(Relaxation(), 1.0), dt=dt, method=Exact()
+            )
+            x = P.sample(ts, 20_000, generator=0).x[..., 0]
+            wanted = (1 - torch.exp(-2 * rates * ts[-1])) / (2 * rates)
+            # five standard errors of a variance and of a mean
+            assert bool((x[..., -1].var(0) / wanted - 1).abs().max() < 5 * (2 / 20_000) ** 0.5)
+            error = (wanted / 20_000).sqrt()
+            assert bool(((x[..., -1].mean(0) - torch.exp(-rates * ts[-1])).abs() < 5 * error).all())
+
+
+def test_a_control_costs_what_it_costs() -> None:
+    u = torch.tensor([0.3, -1.1], dtype=F64)
+    P = law()
+    Q = P.controlled(lambda t, z: u.expand_as(z))
+    for ts in GRIDS.values():
+        found = Q.kl(P, ts, num_samples=4).mean
+        assert float(found) == pytest.approx(0.5 * float(u.square().sum()) * 3.0, rel=1e-9)
+        path = Q.sample(ts, 3, generator=0)
+        bare = sd.PathSample(ts, path.x, path.x[..., 1:, :0])
+        # increments that are read off the states are those that drove them
+        torch.testing.assert_close(Q.log_rn(bare, P), Q.log_rn(path, P), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_site_has_the_evidence_of_continuous_time(grid: str) -> None:
+    """The guide is exact for a linear model, so the bound is the evidence, which Euler's steps miss by nats."""
+    ts, y = GRIDS[grid], torch.tensor([0.4, -0.9], dtype=F64)
+    start = dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1)
+    field = AffineDrift(A, OFFSET)
+
+    def model(method: str) -> Callable[[], None]:
+        def run() -> None:
+            x = sd.infer.sample_path("x", sd.SDE(field, G), start, ts, method=method)
+            pyro.sample("y", dist.Normal(x[..., -1, :], 0.1).to_event(1), obs=y)
+
+        return run
+
+    found = {}
+    for method in ("exact", "euler"):
+        pyro.clear_param_store()
+        guide = sd.infer.AutoPathGuide(model(method))
+        found[method] = -float(Trace_ELBO(8, vectorize_particles=True).loss(model(method), guide))
+    exact = sd.LinearGaussianMeasure(A, OFFSET, G, torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64))
+    wanted = float(exact.log_evidence(ts[-1:], y[None], 0.1))
+    assert found["exact"] == pytest.approx(wanted, abs=1e-6)
+    assert abs(found["euler"] - wanted) > 0.1
+
+
+def test_gradients_precision_units_and_storage() -> None:
+    ts = GRIDS["irregular"]
+    dw = torch.randn(len(ts) - 1, 3, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+    def end(a: Tensor, offset: Tensor, g: Tensor, x0: Tensor) -> Tensor:
+        class Field(AffineField):
+            def affine(self) -> tuple[Tensor, Tensor]:
+                return a, offset
+
+        return integrate(sd.SDE(Field(), sd.Matrix(g)), x0.expand(3, 2), ts, dw, method="exact").x[-1]
+
+    check_gradients(end, A, OFFSET, G, X0)
+
+    def answer(unit: float) -> Tensor:
+        """Times in another unit."""
+        moved = law(A / unit, OFFSET / unit, G / unit**0.5)
+        return moved.drive(unit * ts, X0.expand(3, 2), unit**0.5 * dw).x
+
+    check_units(answer)
+    lengths = [law(A, k * OFFSET, k * G).drive(ts, k * X0.expand(3, 2), dw).x / k for k in (1e-9, 1.0, 1e9)]
+    torch.testing.assert_close(lengths[0], lengths[1], rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(lengths[2], lengths[1], rtol=1e-9, atol=0.0)
+
+    def in_precision(dtype: torch.dtype) -> Tensor:
+        parts = (v.to(dtype) for v in (A, OFFSET, G, X0))
+        return law(*parts).drive(ts, X0.to(dtype).expand(3, 2), dw.to(dtype)).x
+
+    check_precision(in_precision)
+    check_storage(law(), lambda P: P.sample(ts, 2, generator=0).x)
+
+
+def test_modes_with_an_exact_law_take_exact_steps() -> None:
+    drift = SpectralDrift([0.5], [0.1], [2.0])
+    strength = (2 * torch.tensor([0.5, 0.1, 0.1])).sqrt()
+    P = sd.DiffusionMeasure(torch.zeros(3), sd.SDE(drift, sd.Diagonal(strength)), method="exact")
+    x = P.sample(torch.tensor([0.0, 100.0]), 20_000, generator=0).x[:, -1]
+    # stationary with unit variance, five standard errors
+    assert bool(((x.var(0) - 1).abs() < 5 * (2 / 20_000) ** 0.5).all())
+
+
+def test_what_has_no_exact_steps_is_refused() -> None:
+    ts = GRIDS["regular"]
+    field = AffineDrift(A)
+    cases: list[tuple[Callable[[], Any], type[Exception]]] = [
+        (lambda: sd.SDE(lambda t, x: -x, G), errors.InvalidInputError),
+        (lambda: sd.SDE(field, 1.0, MarkovNoise(0.7, 4, 3.0, 0.5)), errors.InvalidInputError),
+        (lambda: sd.SDE(field, lambda t, x: sd.Diagonal(1 + x.square())), errors.InvalidInputError),
+        (lambda: sd.SDE(field, G[:, :1]), errors.SingularDiffusionError),
+        (lambda: sd.SDE(field, torch.ones(2, 2, dtype=F64)), errors.SingularDiffusionError),
+    ]
+    for make, error in cases:
+        with pytest.raises(error):
+            sd.DiffusionMeasure(X0, make(), method="exact").sample(ts, 2)
+    with pytest.raises(errors.TimeGridError):
+        law().sample(torch.stack([ts, 2 * ts]), 2)
+    path = law().sample(ts, 2, generator=0)
+    with pytest.raises(errors.InvalidInputError, match="other noise"):
+        law(2 * A).log_rn(path, law())
+    assert math.isfinite(float(law().log_prob(law().sample(ts, generator=0))))
