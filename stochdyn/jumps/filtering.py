@@ -16,6 +16,8 @@ from stochdyn.jumps.uniformisation import _transition, paired_transition
 __all__ = ["Filtered", "prepare", "run_filter", "viterbi"]
 
 
+#: The smallest normal number.
+_SMALLEST = torch.finfo(torch.float64).tiny
 #: What numbers without a precision of their own become.
 _DOUBLE = torch.empty((), dtype=torch.float64)
 
@@ -119,40 +121,50 @@ class _LogEvidence(torch.autograd.Function):
         alpha = b.new_empty(steps, count, states)
         total = top[..., 0].sum(0)
         now = start.expand(count, states)
-        scales = b.new_empty(steps, count)
+        scales = b.new_empty(steps, count, 1)
+        # series that share their matrices are the rows of one product; others have a product each
+        shared = matrices.shape[1] == 1
+        each = matrices[:, 0].unbind() if shared else matrices.unbind()
+        seen = b.unbind()
         for k in range(steps):
-            now = (now.unsqueeze(-2) @ matrices[k]).squeeze(-2) * b[k]
-            scale = now.sum(-1)
-            scales[k] = scale
-            now = now / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]
-            alpha[k] = now
-        total = total + scales.log().sum(0)
+            now = now @ each[k] if shared else (now.unsqueeze(-2) @ each[k]).squeeze(-2)
+            now = now * seen[k]
+            scale = torch.sum(now, -1, keepdim=True, out=scales[k])
+            # past impossible data the filter is zero, and not 0/0
+            now = torch.div(now, scale.clamp(min=_SMALLEST), out=alpha[k])
+        total = total + scales.log().sum(0)[..., 0]
         beta = torch.ones_like(alpha)
+        back = beta[-1]
+        # what a message is multiplied by on its way to the observation before
+        scaled = (b / scales.clamp(min=_SMALLEST)).unbind()
         for k in range(steps - 2, -1, -1):
-            back = (matrices[k + 1] @ (b[k + 1] * beta[k + 1]).unsqueeze(-1)).squeeze(-1)
-            beta[k] = (
-                back / torch.where(scales[k + 1] > 0, scales[k + 1], torch.ones_like(scales[k + 1]))[:, None]
-            )
+            message = scaled[k + 1] * back
+            back = message @ each[k + 1].mT if shared else (each[k + 1] @ message.unsqueeze(-1)).squeeze(-1)
+            beta[k] = back
+        scales = scales[..., 0]
         ctx.save_for_backward(start, matrices, b, alpha, beta, scales)
         ctx.mark_non_differentiable(alpha, beta)
         return total, alpha, beta
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
         start, matrices, b, alpha, beta, scales = ctx.saved_tensors
-        safe = torch.where(scales > 0, scales, torch.ones_like(scales))
-        weighted = (
-            b * beta / safe[..., None]
-        )  # the message that reaches each observation from its own and all later ones
+        # the message that reaches each observation from its own and all later ones
+        weighted = b * beta / scales.clamp(min=_SMALLEST)[..., None] * slope[:, None]
         before = torch.cat([start.expand_as(alpha[:1]), alpha[:-1]])
-        per_series = slope.expand(scales.shape[1])[None, :, None, None]
-        inner = before[..., :, None] * weighted[..., None, :] * per_series
-        grad_matrices = inner.sum(1, keepdim=True) if matrices.shape[1] == 1 else inner
-        grad_start = (matrices[0] @ weighted[0].unsqueeze(-1)).squeeze(-1) * slope[:, None]
-        if start.ndim == 1:
-            grad_start = grad_start.sum(0)
-        return grad_start, grad_matrices, alpha * beta * slope[None, :, None]
+        # d log Z / dP_ij is the product of what has arrived at i and of what is still to come at j, summed over what shares P
+        if matrices.shape[1] == 1:
+            grad_matrices = (before.mT @ weighted)[:, None]
+        else:
+            grad_matrices = before[..., :, None] * weighted[..., None, :]
+        grad_start = grad_seen = None
+        if ctx.needs_input_grad[0]:
+            grad_start = (matrices[0] @ weighted[0].unsqueeze(-1)).squeeze(-1)
+            grad_start = grad_start.sum(0) if start.ndim == 1 else grad_start
+        if ctx.needs_input_grad[2]:
+            grad_seen = alpha * beta * slope[:, None]
+        return grad_start, grad_matrices, grad_seen
 
 
 def run_filter(
