@@ -350,10 +350,10 @@ class PointCloud:
         return Sites(self._tensor(array), frames, nodes, weights, maps, beyond, doubt)
 
     @functools.cached_property
-    def left_out(self) -> tuple[Sites, Sites]:
-        """Some nodes, and the same places as they are read from the other nodes, in the same frames."""
-        chosen, ties = extension.left_out(self)
-        return self._node_sites(torch.as_tensor(chosen)), self._tied(self.array[chosen], ties)
+    def left_out(self) -> tuple[Sites, list[Sites]]:
+        """Some nodes, and the same places as they are read from other nodes, near ones and farther ones, in the same frames."""
+        chosen, levels = extension.left_out(self)
+        return self._node_sites(torch.as_tensor(chosen)), [self._tied(self.array[chosen], t) for t in levels]
 
     def transport(self, vectors: Any, path: Sequence[int]) -> Tensor:
         """Carry an ambient vector ``(D,)`` at ``path[0]`` along neighbouring nodes to ``path[-1]``."""

@@ -21,10 +21,10 @@ __all__ = ["FAR", "Ties", "left_out", "tie", "typical_doubt"]
 FAR = 1.0
 #: Correlation length of the reader, in local radii, and what keeps its small systems solvable.
 _REACH, _NUGGET = 3.0, 1e-9
-#: The most nodes that are read from the others to see how rough the fields of a prior are.
-_LEFT_OUT = 300
-#: The sum of squares above which a reader's weights are damped, and how fast.
-_LARGEST, _DAMPING = 2.0, 0.001
+#: The most nodes that are read from the others, at every level, to see how rough the fields of a prior are.
+_LEFT_OUT = 150
+#: What part of its nearest neighbours a node that is left out is read without, from level to level.
+_SKIPPED = (0.0, 0.25, 0.5)
 #: Points whose small systems are solved at once.
 _BLOCK = 20_000
 
@@ -47,11 +47,12 @@ def tie(cloud: PointCloud, points: np.ndarray) -> Ties:
     The value at a new point is the best linear prediction from its neighbours for a field whose components, carried by
     the connection, have a Matérn correlation k of smoothness 3/2 and a length of three times the radius of the neighbourhood:
 
-    .. math:: u(x)=\sum_jc_jO_{xj}u_j,\qquad c=K^{-1}k(x).
+    .. math:: u(x)=\sum_jc_jO_{xj}u_j,\qquad c=\arg\min_{|c|\le1}\ 1-2c^\top k(x)+c^\top Kc,
 
-    So smooth fields are read to high order between the nodes, the reading is exact and continuous at the nodes, and
-    it falls to zero away from all of them, in holes and past borders. What the weights leave out is made up for by
-    :meth:`~stochdyn.vectorfields.regression.engines.Engine.missing_variance`.
+    which is :math:`K^{-1}k(x)` unless that would extrapolate: what of a field is noise of the nodes, without any correlation, is read
+    with the variance :math:`|c|^2` of a node's, and shall not be enlarged. So smooth fields are read to high order between the nodes, the
+    reading is exact and continuous at the nodes, and it falls to zero away from all of them, in holes and past borders. What the weights
+    leave out is made up for by :meth:`~stochdyn.vectorfields.regression.engines.Engine.missing_variance`.
 
     Warns:
         ApproximationWarning: If points lie farther from all nodes than these from one another.
@@ -84,19 +85,27 @@ def _ties(
     return Ties(nodes, frames, weights, maps, beyond, doubt)
 
 
-def left_out(cloud: PointCloud) -> tuple[np.ndarray, Ties]:
-    """Return some nodes, spread over the cloud, and how each of them is read from the others, in its own frame.
+def left_out(cloud: PointCloud) -> tuple[np.ndarray, list[Ties]]:
+    """Return some nodes, spread over the cloud, and how each of them is read from others, in its own frame.
 
-    What a prior's fields differ there from what is read tells how rough they are.
+    First from all others, then without the nearest ones, from farther and farther away: what a prior's fields differ there from what
+    is read is their variogram, which tells how rough they are and what of them is noise of the nodes.
     """
     chosen = np.unique(np.linspace(0, len(cloud) - 1, min(len(cloud), _LEFT_OUT)).astype(int))
-    count = min(max(cloud.num_neighbors, cloud.frame_neighbors) + 1, len(cloud))
+    usual = max(cloud.num_neighbors, cloud.frame_neighbors)
+    count = min(1 + usual + int(_SKIPPED[-1] * usual), len(cloud))
     distances, nodes = cloud.search.query(cloud.array[chosen], count)
     if cloud.faces is not None:
         distances, nodes = _along_the_mesh(cloud, cloud.array[chosen], nodes[:, 0], count)
-    distances, nodes = distances[:, 1:], nodes[:, 1:]
-    weights, doubt = _weights(cloud.array, distances, nodes, cloud.graph.radius[chosen])
-    return chosen, _ties(cloud, nodes, cloud.node_frames[chosen], weights, doubt)
+    levels = []
+    for share in _SKIPPED:
+        first = 1 + int(share * usual)
+        part = slice(first, first + usual)
+        if first >= distances.shape[1]:
+            break
+        weights, doubt = _weights(cloud.array, distances[:, part], nodes[:, part], cloud.graph.radius[chosen])
+        levels.append(_ties(cloud, nodes[:, part], cloud.node_frames[chosen], weights, doubt))
+    return chosen, levels
 
 
 def typical_doubt(cloud: PointCloud) -> float:
@@ -125,7 +134,7 @@ def _frames(near: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _weights(
     array: np.ndarray, distances: np.ndarray, nodes: np.ndarray, radius: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``c = K⁻¹ k(x)`` for every point, ``(q, K)``, and the variance ``1 - k(x)c (q,)`` of what it leaves open."""
+    """Return the weights c for every point, ``(q, K)``, and the variance ``1 - 2c'k(x) + c'Kc (q,)`` of what they leave open."""
     out, doubt = np.empty(nodes.shape), np.empty(len(nodes))
     nugget = _NUGGET * np.eye(nodes.shape[1])
     for start in range(0, len(nodes), _BLOCK):
@@ -137,17 +146,26 @@ def _weights(
         gram = _correlation(np.sqrt(apart)) + nugget
         cross = _correlation(distances[part] / radius[part, None])
         c = np.linalg.solve(gram, cross[..., None])[..., 0]
-        # Where the weights would extrapolate, and so enlarge whatever is rough, a noise in the reader's own model that grows
-        # continuously with their excess keeps them small: c = (K + ρI)⁻¹ k(x).
-        excess = np.maximum((c**2).sum(1) - _LARGEST, 0.0)
-        wild = excess > 0.0
+        wild = (c**2).sum(1) > 1.0
         if wild.any():
-            rho = _DAMPING * excess[wild, None, None] * np.eye(nodes.shape[1])
-            c[wild] = np.linalg.solve(gram[wild] + rho, cross[wild][..., None])[..., 0]
+            c[wild] = _bounded(gram[wild], cross[wild])
         out[part] = c
-        # 1 - 2 c'k + c'Kc, which is 1 - c'k without that noise
+        # 1 - 2 c'k + c'Kc, which is 1 - c'k where the bound isn't reached
         doubt[part] = 1.0 - 2.0 * (c * cross).sum(1) + np.einsum("qi,qij,qj->q", c, gram, c)
     return out, doubt
+
+
+def _bounded(gram: np.ndarray, cross: np.ndarray) -> np.ndarray:
+    """Return the weights ``(q, K)`` of length one that leave least open."""
+    # c = (K + ρI)⁻¹ k with the multiplier ρ > 0 at which |c|² = Σ_j (v_j'k)² / (λ_j + ρ)² = 1, which falls in ρ: by bisection of log ρ
+    values, vectors = np.linalg.eigh(gram)
+    along = np.einsum("qij,qi->qj", vectors, cross)
+    low, high = np.full(len(gram), math.log(_NUGGET) - 10.0), np.full(len(gram), math.log(gram.shape[1]))
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        long = ((along / (values + np.exp(middle)[:, None])) ** 2).sum(1) > 1.0
+        low, high = np.where(long, middle, low), np.where(long, high, middle)
+    return np.einsum("qij,qj->qi", vectors, along / (values + np.exp(high)[:, None]))
 
 
 def _correlation(distances: np.ndarray) -> np.ndarray:

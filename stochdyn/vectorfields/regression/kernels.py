@@ -24,7 +24,7 @@ from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.operators import DenseCovariance, FeatureCovariance
 from stochdyn.vectorfields.regression._input import as_count
 from stochdyn.vectorfields.regression.rows import decode
-from stochdyn.vectorfields.regression.sites import Sites, lost_variance
+from stochdyn.vectorfields.regression.sites import Sites, lost_variance, variogram
 
 __all__ = ["ConnectionMatern", "FeatureKernel", "ProjectedMatern", "SpectralKernel"]
 
@@ -228,15 +228,15 @@ class NodalKernel(SpectralKernel):
             return super().missing_variance(sites)
         weights = self.spectral_weights()
         at_nodes = self._variances(self.cloud.sites(slice(None)), weights)
-        # s: the error of reading fields of this prior at nodes from the others, in units of the reader's own doubt
-        scale = (self.residuals @ weights) / self.cloud.left_out[1].doubt.mean()
-        return lost_variance(sites, at_nodes, scale)
+        rough, noise = variogram(self.cloud.left_out[1], [r @ weights for r in self.residuals])
+        return lost_variance(sites, at_nodes, rough, noise)
 
     @functools.cached_property
-    def residuals(self) -> Tensor:
-        """The mean square of every feature less what is read of it from the other nodes, ``(k,)``."""
-        itself, read = self.cloud.left_out
-        return (self.features(itself) - self.features(read)).square().mean((0, 1))
+    def residuals(self) -> list[Tensor]:
+        """The mean squares ``(1, k)`` of every feature less what is read of it from other nodes, nearer and farther ones."""
+        itself, levels = self.cloud.left_out
+        own = self.features(itself)
+        return [(own - self.features(read)).square().mean((0, 1))[None] for read in levels]
 
     def _variances(self, sites: Sites, weights: Tensor) -> Tensor:
         """Return the variance of a component at the sites, averaged over components, ``(q,)``."""

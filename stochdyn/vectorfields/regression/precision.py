@@ -19,7 +19,7 @@ from stochdyn.vectorfields.geometry.spectrum import factorise
 from stochdyn.vectorfields.regression.engines import PlainEngine
 from stochdyn.vectorfields.regression.markov_field import MeanVariance, Normals, root_sample
 from stochdyn.vectorfields.regression.observations import Observations
-from stochdyn.vectorfields.regression.sites import Sites, lost_variance
+from stochdyn.vectorfields.regression.sites import Sites, lost_variance, variogram
 
 __all__ = ["PrecisionEngine"]
 
@@ -271,11 +271,11 @@ class PrecisionEngine(PlainEngine):
             draw = Normals(torch.Generator().manual_seed(0), self.pencil.paired)
             fields = self._components(factor.solve(self._root_draws(draw, _DRAWS)) / self._half_mass[:, None])
             at_nodes = torch.as_tensor((fields**2).mean((1, 2)))
-        # s: the error of reading fields of this prior at nodes from the others, in units of the reader's own doubt
-        itself, read = self.cloud.left_out
-        residual = self._component_variances(factor, (self._tie(itself) - self._tie(read)).tocsr())
-        scale = float(residual.mean()) / float(read.doubt.mean())
-        lost = lost_variance(sites, at_nodes.to(self.cloud.device), scale)
+        itself, levels = self.cloud.left_out
+        own = self._tie(itself)
+        found = [self._component_variances(factor, (own - self._tie(read)).tocsr()) for read in levels]
+        rough, noise = variogram(levels, found)
+        lost = lost_variance(sites, at_nodes.to(self.cloud.device), float(rough), float(noise))
         return float(self.amplitude.detach()) * lost
 
     def _component_variances(self, factor: Any, sees: sp.csr_matrix) -> Tensor:
