@@ -1,7 +1,11 @@
-"""Configuration of the documentation: Sphinx with MyST and furo; docstrings are read from the installed package."""
+"""Configuration of the documentation: Sphinx with MyST and furo; docstrings are read from the installed package.
+
+The tutorials are notebooks in text: MyST-NB runs them when the documentation is built, and their output and figures are on the page.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +19,7 @@ copyright = "2026, the stochdyn developers"
 version = release = stochdyn.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
@@ -29,6 +33,17 @@ myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "generated"]  # generated: tables that other pages include
 nitpicky = False
+
+# A page that can't be run is an error; a page that hasn't changed isn't run again.
+nb_execution_mode = "cache"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_execution_show_tb = True
+nb_merge_streams = True
+nb_output_stderr = "remove"
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent / "matplotlibrc")
 
 autodoc_default_options = {"members": True, "show-inheritance": True, "member-order": "bysource"}
 autodoc_typehints = "description"
@@ -49,6 +64,8 @@ def setup(app: object) -> None:
 
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"stochdyn {release}"
 
 # Fields named "mean" exist in many classes; the plain word in a docstring links to none of them.

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 import stochdyn as sd
-from stochdyn.interpolants import Interpolant, InterpolantRegression, WhitenedField
-from stochdyn.interpolants.plots import plot_densities
+from stochdyn.interpolants import Interpolant, InterpolantRegression, WhitenedField, plot_densities
 
 mpl.use("Agg")
 

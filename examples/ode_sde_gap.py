@@ -30,8 +30,9 @@ from stochdyn.interpolants import (
     ScoreMatching,
     energy_identity,
     evidence_bound,
+    plot_laws,
+    plot_residual_profile,
 )
-from stochdyn.interpolants.score_plots import plot_laws, plot_residual_profile
 
 WEIGHTS = (0.0, 0.1, 1.0, 10.0)
 

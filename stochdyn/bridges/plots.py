@@ -13,6 +13,7 @@ from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.refinement.history import History
 from stochdyn.core.law.marginals import SampleShape
 from stochdyn.core.law.measure import PathMeasure
+from stochdyn.diagnostics.figures import add_legend, as_axes
 from stochdyn.errors import EmptyDataError, ShapeError
 
 __all__ = ["plot_history", "plot_trajectories"]
@@ -58,7 +59,7 @@ def plot_history(history: History, truth: Mapping[str, float] | None = None, axe
             drawn += 1
     right.set_xlabel("iteration")
     right.set_ylabel("parameters")
-    right.legend(fontsize="small")
+    add_legend(right)
     return axes
 
 
@@ -97,10 +98,7 @@ def plot_trajectories(
     pair = components or ((0, 1) if snaps.dim > 1 else None)
     if pair is not None and max(pair) >= snaps.dim:
         raise ShapeError("there is no such component", got=pair, expected=f"below {snaps.dim}")
-    if axis is None:
-        import matplotlib.pyplot as plt
-
-        _, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+    axis = as_axes(axis, (5, 4))
     ts = torch.linspace(float(snaps.times[0]), float(snaps.times[-1]), num_times, dtype=torch.float64)
     x = law.sample(ts.to(snaps.device), shape, torch.Generator(snaps.device).manual_seed(seed)).x.cpu()
     x = x.reshape(-1, *x.shape[-2:])
@@ -119,5 +117,5 @@ def plot_trajectories(
         scatter(snap.time, snap.sample, s=14, marker="x", color="black", linewidth=0.7)
     axis.set_xlabel("t" if pair is None else f"component {pair[0] + 1}")
     axis.set_ylabel(f"component {1 if pair is None else pair[1] + 1}")
-    axis.legend(fontsize="small")
+    add_legend(axis)
     return axis

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stochdyn._checks import as_tensor, check_positive_int, check_type
 from stochdyn.diagnostics.calibration import SBCResult
-from stochdyn.diagnostics.plots import as_axes
+from stochdyn.diagnostics.figures import add_legend, as_axes
 from stochdyn.diagnostics.psis import pareto_smooth
 from stochdyn.diagnostics.uniformity import ecdf_band, rank_ecdf, rank_points
 from stochdyn.errors import InvalidInputError, ShapeError
@@ -77,7 +77,7 @@ def plot_rank_ecdf(
     ax.set_xlim(0, 1)
     ax.set_xlabel("fractional rank of the truth")
     ax.set_ylabel("ECDF difference")
-    ax.legend()
+    add_legend(ax)
     return ax
 
 
@@ -126,7 +126,7 @@ def plot_coverage(
     ax.set_ylim(0, 1)
     ax.set_xlabel("nominal coverage")
     ax.set_ylabel("observed coverage")
-    ax.legend()
+    add_legend(ax)
     return ax
 
 
@@ -168,7 +168,7 @@ def plot_khat(log_weights: Tensor | np.ndarray, *, ax: Axes | None = None) -> Ax
     ax.set_title(f"k-hat = {k:.2f}: {verdict}")
     ax.set_xlabel("fraction of draws above")
     ax.set_ylabel("weight / mean weight")
-    ax.legend()
+    add_legend(ax)
     return ax
 
 

@@ -23,12 +23,13 @@ from stochdyn._checks import (
 )
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import Path
-from stochdyn.errors import InvalidInputError, MissingDependencyError, ShapeError, TooFewDrawsError
+from stochdyn.diagnostics.figures import add_legend, as_axes
+from stochdyn.errors import InvalidInputError, ShapeError, TooFewDrawsError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["HasLosses", "as_axes", "plot_density", "plot_paths", "plot_training"]
+__all__ = ["HasLosses", "plot_density", "plot_paths", "plot_training"]
 
 
 @runtime_checkable
@@ -140,7 +141,7 @@ def plot_paths(
         ax.axvspan(forecast_from, t[-1], color="0.5", alpha=0.12, linewidth=0, label="forecast")
     ax.set_xlabel("time")
     ax.set_ylabel("value")
-    ax.legend()
+    add_legend(ax)
     return ax
 
 
@@ -191,7 +192,7 @@ def plot_training(
         ax.set_ylim(late.min().item() - margin, late.max().item() + margin)
     ax.set_xlabel("step")
     ax.set_ylabel(_MEANING[bound])
-    ax.legend()
+    add_legend(ax)
     return ax
 
 
@@ -255,19 +256,8 @@ def plot_density(
     ax.set_ylim(bottom=0.0)
     ax.set_xlabel(xlabel)
     ax.set_ylabel("density")
-    ax.legend()
+    add_legend(ax)
     return ax
-
-
-def as_axes(ax: Axes | None) -> Axes:
-    """Return ``ax``, or new axes if None."""
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingDependencyError("Matplotlib is not installed", hint="pip install matplotlib") from error
-    return pyplot.subplots()[1]
 
 
 def _tensor(values: object, name: str) -> Tensor:

@@ -42,6 +42,7 @@ from .noise.weights import optimal_weights as optimal_weights
 from .noise.weights import variance_constant as variance_constant
 from .ou.inference import infer_fou as infer_fou
 from .ou.process import FractionalOU as FractionalOU
+from .plots import plot_hurst_curve as plot_hurst_curve
 from .video.model import EncodedVideo as EncodedVideo
 from .video.model import VideoModel as VideoModel
 from .video.networks import VideoNetworks as VideoNetworks

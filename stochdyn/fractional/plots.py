@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_time_grid
-from stochdyn.diagnostics.plots import as_axes
+from stochdyn.diagnostics.figures import add_legend, as_axes
 from stochdyn.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -76,5 +76,5 @@ def plot_hurst_curve(
     axes.set_ylim(0.0, 1.0)
     axes.set_xlabel("t")
     axes.set_ylabel("H(t)")
-    axes.legend()
+    add_legend(axes)
     return axes

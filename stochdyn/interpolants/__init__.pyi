@@ -37,6 +37,8 @@ from .paths.processes import MeanReverting as MeanReverting
 from .paths.schedules import CustomSchedule as CustomSchedule
 from .paths.schedules import Schedule as Schedule
 from .paths.student import StudentKernel as StudentKernel
+from .plots import plot_densities as plot_densities
+from .plots import plot_trajectories as plot_trajectories
 from .populations.baselines import population_baselines as population_baselines
 from .populations.cells import CellPopulations as CellPopulations
 from .populations.cells import populations_from_anndata as populations_from_anndata
@@ -69,6 +71,8 @@ from .sampling.samplers import integrate_ode as integrate_ode
 from .sampling.samplers import integrate_sde as integrate_sde
 from .sampling.samplers import integrate_strang as integrate_strang
 from .sampling.samplers import time_grid as time_grid
+from .score_plots import plot_laws as plot_laws
+from .score_plots import plot_residual_profile as plot_residual_profile
 from .training.augmented import AugmentedDiffusion as AugmentedDiffusion
 from .training.augmented import AugmentedGenerator as AugmentedGenerator
 from .training.couplings import Coupling as Coupling

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_ndim, check_nonempty, check_positive_int
+from stochdyn.diagnostics.figures import as_axes
 from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["plot_densities", "plot_trajectories"]
@@ -113,10 +114,7 @@ def plot_trajectories(path: Tensor, ax: Any = None, num: int = 200) -> Any:
     if path.shape[-1] != 2:
         raise ShapeError("paths must lie on the plane", got=tuple(path.shape), expected="(T, n, 2)")
     check_positive_int(num, "num")
-    if ax is None:
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots(figsize=(4, 4), layout="constrained")[1]
+    ax = as_axes(ax, (4, 4))
     x = path[:, :num].detach().cpu().numpy()
     ax.plot(x[..., 0], x[..., 1], color="0.7", linewidth=0.5, zorder=1)
     ax.scatter(x[0, :, 0], x[0, :, 1], s=4, color="black", zorder=2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_choice, check_event_size, check_ndim, check_nonempty, check_positive_int
-from stochdyn.diagnostics.plots import as_axes
+from stochdyn.diagnostics.figures import add_legend, as_axes
 from stochdyn.interpolants.sampling.reverse import ReverseDiffusion
 from stochdyn.interpolants.training.score import ScoreMatching
 
@@ -71,7 +71,7 @@ def plot_laws(
                 **style,
             )
         ax.set(xlabel="x", ylabel="density")
-        ax.legend()
+        add_legend(ax)
         return (ax,)
     if axes is None:
         import matplotlib.pyplot as plt
@@ -130,5 +130,5 @@ def plot_residual_profile(
         process.log_snr(times).cpu().numpy(), torch.stack(values).cpu().numpy(), color=colour, label=label
     )
     ax.set(xlabel=r"log signal-to-noise ratio $\lambda$", ylabel=r"residual (nats per unit of $\lambda$)")
-    ax.legend()
+    add_legend(ax)
     return ax

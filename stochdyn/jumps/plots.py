@@ -14,7 +14,7 @@ from stochdyn._checks import (
     as_time_grid,
     check_type,
 )
-from stochdyn.diagnostics.plots import as_axes
+from stochdyn.diagnostics.figures import add_legend, as_axes
 from stochdyn.errors import ShapeError
 from stochdyn.jumps.generator import RateMatrix
 from stochdyn.jumps.markov_state import ChapmanKolmogorov, TimeScales
@@ -205,5 +205,5 @@ def plot_chapman_kolmogorov(result: ChapmanKolmogorov, state: int = 0, ax: Axes 
         )
     ax.set_xlabel("lag")
     ax.set_ylabel(f"probability from {state}")
-    ax.legend()
+    add_legend(ax)
     return ax

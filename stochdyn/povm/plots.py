@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stochdyn.diagnostics.figures import add_legend, as_axes
 from stochdyn.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def plot_evolution(run: Evolution, exact: Any = None, axes: Sequence[Any] | None
         style = {"ls": "none" if exact is not None else "-", "marker": "o", "ms": 3, "color": colour}
         top.errorbar(run.times, values, 2 * run.stderr[name], label=name, capsize=2, **style)
     top.set_ylabel("expectation")
-    top.legend(ncols=3, fontsize="small")
+    add_legend(top)
     bottom.plot(run.steps["t"], run.steps["residual"], ".-", color="0.3", lw=0.8, ms=3)
     bottom.set_ylabel("residual")
     bottom.set_xlabel("time")
@@ -82,10 +83,7 @@ def plot_phase_diagram(
             raise InvalidInputError(
                 f"{name} must have one value for each parameter", got=len(values), expected=len(x)
             )
-    if axes is None:
-        import matplotlib.pyplot as plt
-
-        _, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes = as_axes(axes, (6, 4))
     for i, (name, values) in enumerate(expect.items()):
         if exact is not None and name in exact:
             axes.plot(x, exact[name], color=f"C{i}", lw=1)
@@ -93,5 +91,5 @@ def plot_phase_diagram(
         axes.errorbar(x, values, bars, ls="none", marker="o", ms=4, color=f"C{i}", label=name, capsize=2)
     axes.set_xlabel(xlabel)
     axes.set_ylabel("expectation in the steady state")
-    axes.legend()
+    add_legend(axes)
     return axes.figure

@@ -13,6 +13,7 @@ from stochdyn._checks import (
     as_tensor,
     check_event_size,
 )
+from stochdyn.diagnostics.figures import as_axes
 from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields.geometry.sphere import sphere_of
 from stochdyn.vectorfields.regression._input import as_count, as_points, as_vectors
@@ -26,13 +27,11 @@ __all__ = ["plot_field", "plot_globe", "plot_trajectories"]
 
 
 def _axes(dim: int, ax: Any) -> Any:
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
+    if ax is None and dim == 3:
+        import matplotlib.pyplot as plt
 
-    if dim == 3:
-        return plt.figure(figsize=(6, 6)).add_subplot(projection="3d")
-    return plt.subplots(figsize=(6, 6))[1]
+        return plt.figure(figsize=(6, 6), layout="constrained").add_subplot(projection="3d")
+    return as_axes(ax, (6, 6))
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -154,10 +153,7 @@ def plot_globe(
     longitude, latitude = np.radians(_on_map(x, found[0]).T)
     east = np.stack([-np.sin(longitude), np.cos(longitude), np.zeros(len(at))], 1)
     north = np.cross(at, east)
-    if ax is None:
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots(figsize=(9, 4.5))[1]
+    ax = as_axes(ax, (9, 4.5))
     shades = np.linalg.norm(arrows, axis=1) if values is None else _array(torch.as_tensor(values))
     drawn = ax.scatter(np.degrees(longitude), np.degrees(latitude), c=shades, s=14, cmap="viridis")
     ax.figure.colorbar(drawn, ax=ax, shrink=0.8, label=label)
