@@ -20,7 +20,7 @@ __all__ = ["plot_hurst_curve"]
 
 def plot_hurst_curve(
     ts: Tensor,
-    curve: Callable[[Tensor], Tensor] | Tensor,
+    hurst: Callable[[Tensor], Tensor] | Tensor,
     *,
     truth: Callable[[Tensor], Tensor] | None = None,
     level: float = 0.9,
@@ -32,7 +32,7 @@ def plot_hurst_curve(
 
     Args:
         ts: The times ``(T,)``.
-        curve: A function such as :class:`~stochdyn.fractional.HurstCurve`, or its values ``(T,)`` or draws ``(T, S)``.
+        hurst: A function such as :class:`~stochdyn.fractional.HurstCurve`, or its values ``(T,)`` or draws ``(T, S)``.
         truth: Another function, drawn dashed.
         level: The probability of the interval.
         label: The name of the curve in the legend.
@@ -54,7 +54,7 @@ def plot_hurst_curve(
     """
     check_time_grid(ts)
     with torch.no_grad():
-        values = curve if isinstance(curve, Tensor) else curve(ts)
+        values = hurst if isinstance(hurst, Tensor) else hurst(ts)
         exact = None if truth is None else truth(ts)
     if values.ndim not in (1, 2) or values.shape[0] != ts.shape[0]:
         raise ShapeError(

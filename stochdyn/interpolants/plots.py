@@ -90,13 +90,13 @@ def _image(law: Any, extent: tuple[float, float, float, float], bins: int) -> Te
     return counts / (len(law) * cell)
 
 
-def plot_trajectories(path: Tensor, ax: Any = None, num: int = 200) -> Any:
+def plot_trajectories(path: Tensor, ax: Any = None, num_paths: int = 200) -> Any:
     """Draw the paths of samples on the plane, from their starts (dark) to their ends (bright).
 
     Args:
         path: The states ``(T, n, 2)``, as ``push(..., trajectory=True)`` returns them.
         ax: The Matplotlib axes to draw on; new ones if None.
-        num: The number of paths that are drawn.
+        num_paths: The number of paths that are drawn.
 
     Returns:
         The axes.
@@ -113,9 +113,9 @@ def plot_trajectories(path: Tensor, ax: Any = None, num: int = 200) -> Any:
     check_ndim(path, 3, "path", "(T, n, 2)")
     if path.shape[-1] != 2:
         raise ShapeError("paths must lie on the plane", got=tuple(path.shape), expected="(T, n, 2)")
-    check_positive_int(num, "num")
+    check_positive_int(num_paths, "num_paths")
     ax = as_axes(ax, (4, 4))
-    x = path[:, :num].detach().cpu().numpy()
+    x = path[:, :num_paths].detach().cpu().numpy()
     ax.plot(x[..., 0], x[..., 1], color="0.7", linewidth=0.5, zorder=1)
     ax.scatter(x[0, :, 0], x[0, :, 1], s=4, color="black", zorder=2)
     ax.scatter(x[-1, :, 0], x[-1, :, 1], s=4, color="tab:orange", zorder=3)

@@ -86,7 +86,7 @@ def plot_laws(
 
 
 def plot_residual_profile(
-    diff: ScoreMatching,
+    objective: ScoreMatching,
     data: Tensor,
     *,
     num_levels: int = 20,
@@ -100,7 +100,7 @@ def plot_residual_profile(
     from that of the reverse SDE.
 
     Args:
-        diff: The trained objective, with a potential.
+        objective: The trained objective, with a potential.
         data: The points of the data, ``(n, d)``.
         num_levels: The number of noise levels at which the residual is averaged.
         label: The name of the curve in a legend.
@@ -116,13 +116,13 @@ def plot_residual_profile(
     check_ndim(data, 2, "data", "(n, d)")
     check_nonempty(data, "data")
     check_positive_int(num_levels, "num_levels", 2)
-    process = diff.process
+    process = objective.process
     times = process.grid(num_levels - 1, dtype=data.dtype).to(data.device)
     values = []
     for t in times:
         x = process.perturb(t, data, torch.randn_like(data))
         with torch.no_grad():
-            r = diff.fokker_planck_residual(t, x, form="log")
+            r = objective.fokker_planck_residual(t, x, form="log")
         rate = 0.5 * process.squared_diffusion(t) / process.variance(t)
         values.append((r / rate).square().mean().sqrt())
     ax = as_axes(ax)

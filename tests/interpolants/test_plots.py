@@ -36,7 +36,7 @@ def test_histograms_and_densities_share_a_scale() -> None:
 
 def test_paths_run_from_start_to_end() -> None:
     path = torch.randn(6, 9, 2)
-    ax = plot_trajectories(path, num=4)
+    ax = plot_trajectories(path, num_paths=4)
     assert len(ax.lines) == 4
     np.testing.assert_allclose(ax.collections[0].get_offsets(), path[0, :4])
     np.testing.assert_allclose(ax.collections[1].get_offsets(), path[-1, :4])
