@@ -107,10 +107,10 @@ def _marks(law: PathIncrements, z: Tensor, e: Tensor) -> tuple[Tensor, ...]:
     states, before = sde.noise.num_states, z[:-1]
     t = time_column(ts[..., :-1], before)
     e = shape_increments(sde, ts, before, e)
-    if not states:
-        return ts, sde.drift(t, before), sde.diffusion(t, before).apply(e)
-    steps = law.steps
     channels = e.shape[-1] // sde.noise.num_innovations(ts)
+    if not states:
+        return ts, sde.drift(t, before), sde.diffusion(t, before).apply(e[..., :channels])
+    steps = law.steps
     x = before[..., : z.shape[-1] - channels * states]
     memory = before[..., x.shape[-1] :].unflatten(-1, (channels, states))
     dz, after = remember(steps, slice(None), memory, e, channels)

@@ -210,8 +210,8 @@ class DiffusionMeasure(PathMeasure):
         }
         if run.memory is not None:
             aux["memory"] = run.memory.movedim(0, -3)
-            if dw.shape[-1] > channels:
-                aux["residual"] = dw[..., channels:].movedim(0, -2)
+        if dw.shape[-1] > channels:
+            aux["residual"] = dw[..., channels:].movedim(0, -2)
         check_explosion(ts, run.x)
         drawn = Drawn(method.name, stamp_of(self.sde))
         return PathSample(ts, run.x.movedim(0, -2), dw[..., :channels].movedim(0, -2), aux, self, None, drawn)

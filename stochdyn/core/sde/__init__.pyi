@@ -45,3 +45,4 @@ from .stops import EulerTransitions as EulerTransitions
 from .stops import Stops as Stops
 from .stops import as_stops as as_stops
 from .intervention import Intervention as Intervention
+from .methods import SRA as SRA

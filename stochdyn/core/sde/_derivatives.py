@@ -10,7 +10,7 @@ from stochdyn.core.sde.coefficients import Diagonal, Scalar
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError
 
-__all__ = ["ItoDrift", "check_commutative", "self_advection", "strength_along"]
+__all__ = ["ItoDrift", "check_additive", "check_commutative", "self_advection", "strength_along"]
 
 
 def _noise(sde: SDE, t: Tensor, x: Tensor, dz: Tensor) -> Tensor:
@@ -56,6 +56,21 @@ class ItoDrift(nn.Module):
             self.sde, t, x, channels, commutes=x.shape[-1] == 1
         )
         return value
+
+
+def check_additive(sde: SDE, t: Tensor, x0: Tensor, method: str, span: Tensor) -> None:
+    """Raise unless the diffusion doesn't depend on the state, at the start and where the noise of a time ``span`` takes it."""
+    with torch.no_grad():
+        g = sde.diffusion(t, x0)
+        at = g.matrix(x0.shape[-1])
+        shift = span.sqrt().to(x0.dtype) * g.apply(x0.new_ones(*x0.shape[:-1], at.shape[-1]))
+        for x in (x0 + shift, 1.5 * x0 - 0.3 * shift):
+            moved = sde.diffusion(t, x).matrix(x0.shape[-1])
+            if bool(((moved - at).abs() > 1e-6 * at.abs().amax()).any()):
+                raise InvalidInputError(
+                    f"method {method!r} needs noise that doesn't depend on the state",
+                    hint="use method='milstein', or coordinates in which it doesn't (sde.transformed)",
+                )
 
 
 def check_commutative(sde: SDE, t: Tensor, x0: Tensor, channels: int, method: str, span: Tensor) -> None:

@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 from stochdyn._transforms import transforms_are_active
-from stochdyn.core.sde._derivatives import check_commutative, self_advection, strength_along
+from stochdyn.core.sde._derivatives import (
+    check_additive,
+    check_commutative,
+    self_advection,
+    strength_along,
+)
 from stochdyn.core.sde.coefficients import Coefficient, Matrix, Scalar
 from stochdyn.core.sde.equation import SDE, Control, Rest, plus
 from stochdyn.core.sde.grids import first_steps, first_time, noise_steps
-from stochdyn.core.sde.noise import NoiseSteps
+from stochdyn.core.sde.noise import Brownian, NoiseSteps
 from stochdyn.errors import InvalidInputError
 
 __all__ = ["Problem", "Row", "Step", "full_state", "remember"]
@@ -29,19 +34,32 @@ _DENSE = 32
 
 def check_method(sde: SDE, x0: Tensor, ts: Tensor, method: str) -> None:
     """Raise unless the equation suits the scheme; values are read here, before the loop."""
+    if method == "sra":
+        if not (isinstance(sde.noise, Brownian) and sde.noise.areas):
+            raise InvalidInputError(
+                "method 'sra' needs a Brownian motion that draws areas",
+                got=type(sde.noise).__name__,
+                hint="SDE(..., noise=stochdyn.core.Brownian(areas=True))",
+            )
+        if sde.state_dependent:
+            check_additive(sde, first_time(ts, x0), x0, method, _span(ts))
+        return
     if method == "euler" or not sde.state_dependent:
         return
     t = first_time(ts, x0)
     start = sde.diffusion(t, x0)
-    span = (ts[..., -1] - ts[..., 0]).detach()
-    check_commutative(
-        sde, t, x0, start.noise_dim(x0.shape[-1]), method, span if ts.ndim == 1 else span.unsqueeze(-1)
-    )
+    check_commutative(sde, t, x0, start.noise_dim(x0.shape[-1]), method, _span(ts))
     if isinstance(start, Matrix) and first_steps(sde.noise, ts, x0.dtype).per_channel:
         raise InvalidInputError(
             f"{method} can't correct a matrix diffusion whose channels have noise of different kinds",
             hint="take a diagonal diffusion, or method='euler'",
         )
+
+
+def _span(ts: Tensor) -> Tensor:
+    """Return the length of a grid, of no axes or ``(*batch, 1)``."""
+    span = (ts[..., -1] - ts[..., 0]).detach()
+    return span if ts.ndim == 1 else span.unsqueeze(-1)
 
 
 class Problem:
@@ -63,7 +81,7 @@ class Problem:
         # Modules look their members up slowly; the loop shouldn't.
         self.drift = sde.drift
         self.control = sde.control
-        self.heun, self.milstein = method == "heun", method == "milstein"
+        self.heun, self.milstein, self.sra = method == "heun", method == "milstein", method == "sra"
         self.dt = dt
         self.num_steps = len(dt)
         self.dim = x0.shape[-1]
@@ -76,6 +94,9 @@ class Problem:
         self.batch = torch.broadcast_shapes(x0.shape[:-1], dw.shape[1:-1], ts.shape[:-1])
         self.steps: NoiseSteps = noise_steps(sde.noise, ts, x0.dtype)
         self.rows: list[MemoryRow] | None = None
+        if not self.num_states and not self.sra:
+            # Areas are for the method that asks for them.
+            dw = dw[..., : self.channels]
         self.dw = dw
         self.increments = dw.unbind(0)
 
@@ -93,7 +114,7 @@ class Problem:
         Returns:
             ``(T, *batch, d)``, or None where gradients are recorded or the equation needs :meth:`step`.
         """
-        plain = self.control is None and not self.num_states and not self.heun
+        plain = self.control is None and not self.num_states and not self.heun and not self.sra
         if self.coefficient is None or not plain or not _are_numbers(self.dt):
             return None
         if not _may_overwrite(start, self.dw, self.times[0]):
@@ -115,6 +136,8 @@ class Problem:
 
     def step(self) -> Step:
         """Return the fastest step that this problem allows."""
+        if self.sra:
+            return self._additive_runge_kutta
         if self.coefficient is None:
             return self._general
         small = self.dim + self.channels * self.num_states <= _DENSE
@@ -303,6 +326,21 @@ class Problem:
             if self.milstein and self.coefficient is None:
                 ahead = ahead + self._milstein(n, x, g_dz, dz, g)
         return full_state(ahead, memory), *record
+
+    def _additive_runge_kutta(self, n: int, x: Tensor) -> Row:
+        # SRA1: I = dW / 2 + H, stage x + 3/4 f dt + 3/2 G I, then 1/3 and 2/3 of the drifts; the noise by parts in time.
+        t, dt = self.times[n], self.dt[n]
+        e, *record = self._shape(n, x)
+        dw, mean = e[..., : self.channels], 0.5 * e[..., : self.channels] + e[..., self.channels :]
+        g = self.coefficient or self.sde.diffusion(t, x)
+        slope, pushed = self.drift(t, x), g.apply(mean)
+        stage = plus(x + 1.5 * pushed, slope, 0.75 * dt)
+        later = t + 0.75 * (self.times[n + 1] - t)
+        ahead = plus(plus(x, slope, dt / 3), self.drift(later, stage), 2 * dt / 3)
+        if self.coefficient is not None:
+            return ahead + g.apply(dw), *record
+        following = self.sde.diffusion(self.times[n + 1], x)
+        return ahead + following.apply(dw) + pushed - following.apply(mean), *record
 
     def _rows(self) -> list[MemoryRow]:
         if self.rows is None:

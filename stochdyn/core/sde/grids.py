@@ -79,10 +79,12 @@ def noise_steps(noise: NoiseProcess, ts: Tensor, dtype: torch.dtype) -> NoiseSte
         return noise.steps(ts, dtype=dtype)
     batch = ts.shape[:-1]
     if isinstance(noise, Brownian):
-        dt = (ts[..., 1:] - ts[..., :-1]).to(dtype).movedim(-1, 0).unsqueeze(-1)
-        empty = dt.new_zeros(*dt.shape[:-1], 0)
+        dt = (ts[..., 1:] - ts[..., :-1]).to(dtype).movedim(-1, 0)
+        variance, gain = noise.innovations(dt)
+        empty = dt.new_zeros(*dt.shape, 0)
         still = empty.unsqueeze(-2)
-        return NoiseSteps(dt, torch.ones_like(dt), empty, still, still, per_series=True)
+        load = still.expand(*dt.shape, variance.shape[-1], 0)
+        return NoiseSteps(variance, gain, empty, still, load, per_series=True)
     rows = [noise.steps(row, dtype=dtype) for row in ts.reshape(-1, ts.shape[-1])]
 
     def gather(name: str) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from stochdyn._checks import check_bool, check_choice, check_positive_int
 from stochdyn.errors import InvalidInputError
 
-__all__ = ["METHODS", "Euler", "Exact", "Heun", "Method", "Milstein", "as_method"]
+__all__ = ["METHODS", "SRA", "Euler", "Exact", "Heun", "Method", "Milstein", "as_method"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,29 @@ class Exact(Method):
     name: ClassVar[str] = "exact"
 
 
-_KINDS: dict[str, type[Method]] = {kind.name: kind for kind in (Euler, Heun, Milstein, Exact)}
+@dataclass(frozen=True)
+class SRA(Method):
+    r"""The stochastic Runge-Kutta scheme SRA1 for additive noise: strong order 3/2, two drifts a step.
+
+    .. math:: H=x_n+\tfrac34f(t_n,x_n)\Delta+\tfrac32G\,I_n,\qquad
+        x_{n+1}=x_n+\big(\tfrac13f(t_n,x_n)+\tfrac23f(t_n+\tfrac34\Delta,H)\big)\Delta+G_{n+1}\Delta W_n+(G_n-G_{n+1})I_n,
+
+    with :math:`I_n=\frac1\Delta\int(W_s-W_{t_n})ds`. The noise may depend on time but not on the state, and the equation draws areas:
+    ``SDE(..., noise=Brownian(areas=True))``. Use it where the drift is smooth and single paths must be right with long steps. A
+    control acts as a constant drift of the noise in a step, so log weights stay exact on the grid.
+
+    Example:
+        >>> SRA().name
+        'sra'
+
+    Reference:
+        Rößler, "Runge-Kutta methods for the strong approximation of solutions of stochastic differential equations", 2010.
+    """
+
+    name: ClassVar[str] = "sra"
+
+
+_KINDS: dict[str, type[Method]] = {kind.name: kind for kind in (Euler, Heun, Milstein, SRA, Exact)}
 #: The names of the methods.
 METHODS = tuple(_KINDS)
 
@@ -112,7 +134,7 @@ def as_method(method: object, name: str = "method") -> Method:
         raise InvalidInputError(
             f"{name} must be an integration method or the name of one",
             got=repr(method)[:60],
-            expected="Euler() | Heun() | Milstein() | Exact() | 'euler' | 'heun' | 'milstein' | 'exact'",
+            expected="Euler() | Heun() | Milstein() | SRA() | Exact(), or 'euler' | 'heun' | 'milstein' | 'sra' | 'exact'",
         )
     check_choice(method, METHODS, name)
     return _KINDS[method]()

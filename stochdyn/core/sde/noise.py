@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stochdyn._checks import check_bool
+
 __all__ = ["Brownian", "NoiseProcess", "NoiseSteps"]
 
 
@@ -82,21 +84,46 @@ class NoiseProcess(nn.Module, ABC):
 
 
 class Brownian(NoiseProcess):
-    """Standard Brownian motion: no memory, one innovation per step.
+    r"""Standard Brownian motion: no memory, one innovation per step, or two with areas.
 
     Use it unless increments remember each other; :class:`~stochdyn.fractional.MarkovNoise` is for those that do.
+
+    Args:
+        areas: Whether a step also draws the area between the path and its chord, :math:`H_n=\frac1{\Delta_n}\int(W_s-W_{t_n})ds-
+            \tfrac12\Delta W_n\sim N(0,\Delta_n/12)`, which :class:`~stochdyn.core.SRA` needs. Other methods leave it alone.
+
+    Example:
+        >>> Brownian(areas=True).steps(torch.tensor([0.0, 1.0, 3.0]), dtype=torch.float64).variance
+        tensor([[1.0000, 0.0833],
+                [2.0000, 0.1667]], dtype=torch.float64)
     """
 
     num_states = 0
+
+    def __init__(self, areas: bool = False) -> None:
+        super().__init__()
+        check_bool(areas, "areas")
+        self.areas = areas
 
     def steps(self, ts: Tensor, *, dtype: torch.dtype) -> NoiseSteps:
         """Return the coefficients of every step of the grid ``ts (T,)``, differentiable in the parameters."""
         dt = (ts[1:] - ts[:-1]).to(dtype)
         n = dt.shape[0]
-        ones = dt.new_ones(n, 1)
+        variance, gain = self.innovations(dt)
         empty = dt.new_zeros(n, 0)
-        return NoiseSteps(dt[:, None], ones, empty, empty, dt.new_zeros(n, 1, 0))
+        return NoiseSteps(variance, gain, empty, empty, dt.new_zeros(n, variance.shape[-1], 0))
+
+    def innovations(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return variances and gains ``(..., R)`` of the innovations of steps ``dt (...)``."""
+        dt = dt.unsqueeze(-1)
+        if not self.areas:
+            return dt, torch.ones_like(dt)
+        return torch.cat([dt, dt / 12], -1), torch.cat([torch.ones_like(dt), torch.zeros_like(dt)], -1)
 
     def initial_factor(self, *, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Brownian motion has no memory: None."""
         return None
+
+    def num_innovations(self, ts: Tensor) -> int:
+        """Return ``R``, the number of independent innovations per channel and step on this grid."""
+        return 2 if self.areas else 1

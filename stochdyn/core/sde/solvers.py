@@ -255,7 +255,7 @@ def step_everywhere(sde: SDE, ts: Tensor, z: Tensor, e: Tensor) -> Tensor:
     channels = e.shape[-1] // sde.noise.num_innovations(ts)
     x = z[..., : z.shape[-1] - channels * states]
     if not states:
-        return x + sde.drift(t, x) * dt + sde.diffusion(t, x).apply(e)
+        return x + sde.drift(t, x) * dt + sde.diffusion(t, x).apply(e[..., :channels])
     memory = z[..., x.shape[-1] :].unflatten(-1, (channels, states))
     dz, memory = remember(noise_steps(sde.noise, ts, z.dtype), slice(None), memory, e, channels)
     return full_state(x + sde.drift(t, x) * dt + sde.diffusion(t, x).apply(dz), memory)
