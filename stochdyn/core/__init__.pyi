@@ -110,3 +110,4 @@ from .transport.entropic import sinkhorn_divergence as sinkhorn_divergence
 from .law.intervened import IntervenedMeasure as IntervenedMeasure
 from .sde.intervention import Intervention as Intervention
 from .sde.methods import SRA as SRA
+from .sde.tree import BrownianTree as BrownianTree

@@ -46,3 +46,4 @@ from .stops import Stops as Stops
 from .stops import as_stops as as_stops
 from .intervention import Intervention as Intervention
 from .methods import SRA as SRA
+from .tree import BrownianTree as BrownianTree
