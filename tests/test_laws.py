@@ -108,7 +108,15 @@ def positive(pull: float = 0.0) -> PathMeasure:
     return (inner.controlled(lambda t, z: pull - z) if pull else inner).transformed("exp")
 
 
+def jumping(rate: float = 2.0, pull: float = 1.0) -> PathMeasure:
+    """A diffusion with jumps."""
+    start, sizes = Independent(Normal(ONE, 0.3), 1), Independent(Normal(ZERO + 0.5, 0.3), 1)
+    sde = sd.SDE(lambda t, x: -pull * x, 0.5)
+    return sd.core.JumpDiffusionMeasure(start, sde, rate, sizes, start_time=0.0)
+
+
 CASES: dict[str, Case] = {
+    "JumpDiffusionMeasure": Case(jumping, other=lambda: jumping(1.5, 0.8), outside=-0.1),
     "IntervenedMeasure": Case(
         lambda: diffusion().do(sd.core.Intervention(0.5, {0: 2.0})),
         outside=-0.1,  # type: ignore[attr-defined]

@@ -111,3 +111,4 @@ from .law.intervened import IntervenedMeasure as IntervenedMeasure
 from .sde.intervention import Intervention as Intervention
 from .sde.methods import SRA as SRA
 from .sde.tree import BrownianTree as BrownianTree
+from .law.jump_diffusion import JumpDiffusionMeasure as JumpDiffusionMeasure

@@ -23,3 +23,4 @@ from .transformed import TransformedMeasure as TransformedMeasure
 from .transition import check_has_density as check_has_density
 from .transition import euler_log_prob as euler_log_prob
 from .intervened import IntervenedMeasure as IntervenedMeasure
+from .jump_diffusion import JumpDiffusionMeasure as JumpDiffusionMeasure

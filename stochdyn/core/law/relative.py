@@ -23,7 +23,7 @@ from stochdyn.errors import DiffusionMismatchError, InvalidInputError, ShapeErro
 if TYPE_CHECKING:
     from stochdyn.core.law.diffusion import DiffusionMeasure
 
-__all__ = ["Relation", "relate"]
+__all__ = ["Relation", "check_equivalent", "relate"]
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def relate(q: DiffusionMeasure, p: DiffusionMeasure, path: PathSample, recorded:
                 "exact steps of laws with other drifts have other noise, so their paths don't share increments",
                 hint="compare their log_prob, or give both method='euler' and small steps",
             )
-        _check_equivalent(q.sde, p.sde, t, x)
+        check_equivalent(q.sde, p.sde, t, x)
     return Relation(q, p, path, shared, t, dt, _noted(path), recorded)
 
 
@@ -233,7 +233,7 @@ def _gap(q: SDE, p: SDE, t: Tensor, x: Tensor) -> Tensor:
     return p.diffusion(t, x).solve((mine - theirs).expand_as(x))  # type: ignore[operator]
 
 
-def _check_equivalent(q: SDE, p: SDE, t: Tensor, x: Tensor) -> None:
+def check_equivalent(q: SDE, p: SDE, t: Tensor, x: Tensor) -> None:
     """Raise unless the diffusions agree on the path and the drifts differ only where noise acts."""
     dim = x.shape[-1]
     with torch.no_grad():
