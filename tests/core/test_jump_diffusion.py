@@ -98,6 +98,17 @@ def test_without_jumps_it_is_the_diffusion() -> None:
     assert torch.equal(merton(0.0).sample(ts, 3, 0).aux["counts"], torch.zeros(3, 5, dtype=F64))
 
 
+def test_a_batch_of_rates_is_as_each_rate_alone() -> None:
+    rates, ts = torch.tensor([0.5, 3.0, 9.0], dtype=F64), torch.linspace(0, 1, 6, dtype=F64)
+    one = merton().sample(ts, generator=0)
+    alone = torch.stack([merton(float(r)).log_prob(one) for r in rates])
+    torch.testing.assert_close(merton(rates).log_prob(one), alone)
+    torch.testing.assert_close(
+        merton(rates).log_prob(sd.PathSample(ts, one.x.expand(2, 3, 6, 1))), alone.expand(2, 3)
+    )
+    assert merton(rates).sample(ts, 4, 0).x.shape == (4, 3, 6, 1)
+
+
 @pytest.mark.parametrize("unit", ["length", "time"])
 def test_units_of_jumps(unit: str) -> None:
     def answer(c: float) -> dict[str, Tensor]:

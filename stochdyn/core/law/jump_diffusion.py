@@ -131,7 +131,12 @@ class JumpDiffusionMeasure(PathMeasure):
         fine, index = self.diffusion._simulation_grid(grid)
         mean = self.expected_jumps(fine).detach()
         x0 = self.diffusion._draw_start(shape, fine, source)
-        batch = torch.broadcast_shapes(x0.shape[:-1], mean.shape[1:])
+        own = x0.shape[len(shape) : -1]
+        every = torch.broadcast_shapes(own, mean.shape[1:])
+        if len(every) > len(own):
+            # Every rate of a batch has starts of its own.
+            x0 = self.diffusion._draw_start((*shape, *every[: len(every) - len(own)]), fine, source)
+        batch = torch.Size((*shape, *every))
         x0 = x0.expand(*batch, x0.shape[-1])
         dw, _ = draw_increments(self.sde, x0, fine, source)
         lead = (mean.shape[0], *(1,) * (len(batch) - mean.ndim + 1), *mean.shape[1:])
@@ -216,8 +221,12 @@ class JumpDiffusionMeasure(PathMeasure):
         excess = after - before - self.sde.drift(t, before) * dt
         spread = (g.covariance(dim) * dt.unsqueeze(-1)).expand(*excess.shape, dim)
         expected = self.expected_jumps(path.ts).to(excess)
-        lead = (expected.shape[0], *(1,) * (excess.ndim - 1 - expected.ndim), *expected.shape[1:])
-        expected = expected.reshape(lead)
+        # A batch of rates goes with one path too.
+        axes = max(excess.ndim - 1, expected.ndim)
+        excess, spread, expected = (
+            v.reshape(v.shape[0], *(1,) * (axes - v.ndim + events), *v.shape[1:])
+            for v, events in ((excess, 1), (spread, 2), (expected, 0))
+        )
         # log 0 is no term for no jump, and no density for any.
         log_rate = torch.where(expected > 0, expected, 1.0).log()
 
