@@ -43,7 +43,7 @@ def main() -> None:
     current = ne.SteadyCurrent(sde, score)
     particles = {str(i): list(range(4 * i, 4 * i + 4)) for i in range(number)}
     rates = torch.stack(list(current.local(test, by=particles).values()), -1).detach()
-    rule = ne.sum_rule(sde, test)
+    rule = ne.sum_rule(sde, test, base=trap.base_score)
     each = rates.sum(-1) / number
     print(
         f"from the score  {float(each.mean()):.4f} +- {float(each.std() / len(each) ** 0.5):.4f} per particle"

@@ -118,7 +118,7 @@ def pair(smoke: bool) -> list[Row]:
     number = 50 if smoke else 20_000
     system, rows = sd.datasets.swimmer_pair(), []
     x, y = system.sample(number, 0), system.sample(number, 1)
-    rule = ne.sum_rule(system.sde, y)
+    rule = ne.sum_rule(system.sde, y, base=system.base_score)
     for weight, steps in ((0.0, 1200), (1.0, 600)):
         torch.manual_seed(0)
         start = time.process_time()
@@ -169,7 +169,7 @@ def swimmers(smoke: bool) -> list[Row]:
         progress=False,
     )
     seconds = time.process_time() - start
-    rate, rule = ne.entropy_production_rate(ne.SteadyCurrent(sde, score), test), ne.sum_rule(sde, test)
+    rate, rule = ne.entropy_production_rate(ne.SteadyCurrent(sde, score), test), ne.sum_rule(sde, test, base=trap.base_score)
     return [
         {
             "swimmers": number, "score": float(rate) / number, "score_stderr": float(rate.stderr) / number,

@@ -110,6 +110,38 @@ def test_rates_from_draws_with_and_without_the_score() -> None:
         assert abs(float(estimate) - state.rate) < 4.5 * float(estimate.stderr)
 
 
+def test_the_sum_rule_with_a_base() -> None:
+    """With the exact score every draw gives its local rate and a term of mean zero; any gradient leaves the mean alone."""
+    state = beads(5)
+    draws = steady_draws(state, 20_000)
+    plain = sum_rule(equation(state), draws)
+    for base in (state.score, lambda x: -2 * x, lambda t, x: torch.ones_like(x)):
+        found = sum_rule(equation(state), draws, base=base)
+        assert abs(float(found) - state.rate) < 4.5 * float(found.stderr)
+    assert float(sum_rule(equation(state), draws, base=state.score).stderr) < 0.2 * float(plain.stderr)
+    # momenta, in units of the heat bath: the boundary's divergence doesn't enter
+    a = tensor([[0, 0, 1, 0], [0, 0, 0, 1], [-2, 1, -1, 0], [1, -2, 0, -1]])
+    g = torch.zeros(4, 2, dtype=D)
+    g[2, 0], g[3, 1] = math.sqrt(2.0), 2.0
+    under = LinearSteadyState(a, g, parity=[1, 1, -1, -1])
+    x = steady_draws(under, 20_000)
+    found = sum_rule(equation(under), x, parity=[1, 1, -1, -1], base=under.score)
+    assert abs(float(found) - 1 / 12) < 4.5 * float(found.stderr)
+    # noise that depends on the state
+    ring = sd.datasets.driven_ring(1.0, 1.0, 0.5)
+    found = sum_rule(ring.sde, ring.sample(20_000, 0), base=ring.base_score)
+    assert abs(float(found) - 1.010361) < 4.5 * float(found.stderr)
+    # units of each component, and what isn't a gradient
+    unit = tensor([1e-9, 1.0, 1e9, 1e3, 1e-6])
+    other = LinearSteadyState(unit[:, None] * state.drift_matrix / unit, unit[:, None] * state.diffusion)
+    scaled = sum_rule(equation(other), draws * unit, base=lambda x: -2 * x / unit.square())
+    assert float(scaled) == pytest.approx(float(sum_rule(equation(state), draws, base=lambda x: -2 * x)))
+    with pytest.raises(InvalidInputError, match="base must be a gradient"):
+        sum_rule(equation(state), draws, base=lambda x: x.roll(1, -1))
+    with pytest.raises(InvalidInputError, match="base"):
+        sum_rule(equation(state), draws, base=3)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1e9])
 def test_rates_do_not_depend_on_coordinates_or_units(scale: float) -> None:
     state = beads(3)
