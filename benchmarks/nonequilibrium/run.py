@@ -169,7 +169,10 @@ def swimmers(smoke: bool) -> list[Row]:
         progress=False,
     )
     seconds = time.process_time() - start
-    rate, rule = ne.entropy_production_rate(ne.SteadyCurrent(sde, score), test), ne.sum_rule(sde, test, base=trap.base_score)
+    rate, rule = (
+        ne.entropy_production_rate(ne.SteadyCurrent(sde, score), test),
+        ne.sum_rule(sde, test, base=trap.base_score),
+    )
     return [
         {
             "swimmers": number, "score": float(rate) / number, "score_stderr": float(rate.stderr) / number,
