@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/jumps/race.py
 
-Needs hmmlearn, GillesPy2 (with scons and a compiler) and rebop beside stochdyn; a peer that isn't there is left out of the table.
+Needs hmmlearn, deeptime, GillesPy2 (with scons and a compiler) and rebop beside stochdyn; a peer that isn't there is left out of the table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyro.distributions as dist
 import torch
-from common import best_time, machine
+from common import best_time, machine, panel_of
 from scipy.sparse.linalg import expm_multiply
 
 import stochdyn as sd
@@ -106,6 +106,56 @@ def hidden(repeats: int) -> list[dict[str, Any]]:
     mine = best_time(with_gradient(ours(regular), q), repeats)
     rows.append(
         row("the same, equal gaps, against a value without gradient", mine, "hmmlearn score", other, 1 / 1.3)
+    )
+    return rows
+
+
+def markov_models(repeats: int) -> list[dict[str, Any]]:
+    """Posterior rates of 300 series of 100 states, and ten iterations of a hidden model, beside deeptime's at one lag."""
+    try:
+        from deeptime.markov import TransitionCountEstimator
+        from deeptime.markov.hmm import GaussianOutputModel, HiddenMarkovModel, MaximumLikelihoodHMM
+        from deeptime.markov.msm import BayesianMSM
+    except ImportError:
+        return []
+    q, source = generator(6), torch.Generator().manual_seed(3)
+    p = transition(q, 0.2)
+    states = [torch.randint(6, (300,), generator=source)]
+    for _ in range(99):
+        states.append(torch.multinomial(p[states[-1]], 1, generator=source)[:, 0])
+    seen = torch.stack(states, -1).numpy()
+    panel = panel_of(seen, 0.2, 6)
+    counts = TransitionCountEstimator(1, "effective").fit(list(seen)).fetch_model()
+    rows = []
+    for name, reversible in (("", False), (", in detailed balance", True)):
+        ours = best_time(lambda r=reversible: fit_rates(panel, reversible=r), repeats)
+        theirs = best_time(
+            lambda r=reversible: BayesianMSM(100, reversible=r).fit(counts),
+            repeats,
+        )
+        rows.append(
+            row(
+                f"1000 posterior draws of 30 rates, 300 x 100 states{name}",
+                ours,
+                "deeptime BayesianMSM, 100 draws of transition probabilities at one lag",
+                theirs,
+                1.0,
+            )
+        )
+    levels = GaussianLevels(torch.arange(6, dtype=D), 0.7)
+    y = torch.as_tensor(seen) + 0.7 * torch.randn(300, 100, dtype=D, generator=source)
+    start, times = torch.full((6,), 1 / 6, dtype=D), torch.arange(100, dtype=D) * 0.2
+    gradient = with_gradient(lambda a: log_evidence(JumpMeasure(start, a), times, y, levels).sum(), q)
+    ours = 10 * best_time(gradient, repeats)
+    output = GaussianOutputModel(6, np.arange(6.0), np.full(6, 0.7))
+    model = HiddenMarkovModel(p.numpy(), output, initial_distribution=start.numpy())
+    series = list(y.numpy())
+    # with so small an accuracy all ten iterations are made
+    theirs = best_time(lambda: MaximumLikelihoodHMM(model, 1, maxit=10, accuracy=-1e30).fit(series), repeats)
+    rows.append(
+        row(
+            "hidden evidence and gradient, ten times", ours, "deeptime HMM, ten iterations of EM", theirs, 1.0
+        )
     )
     return rows
 
@@ -224,13 +274,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for job in (gaps, hidden, simulation, projection):
-        rows += job(options.repeats)
-        print(json.dumps(rows[-1]), flush=True)
+    for job in (gaps, hidden, markov_models, simulation, projection):
+        found_here = job(options.repeats)
+        rows += found_here
+        print("\n".join(json.dumps(one) for one in found_here), flush=True)
     alone = posteriors()
     print(json.dumps(alone), flush=True)
     found = {
-        "machine": machine("scipy", "pyro-ppl", "hmmlearn", "gillespy2", "rebop"),
+        "machine": machine("scipy", "pyro-ppl", "hmmlearn", "deeptime", "gillespy2", "rebop"),
         "races": rows,
         "alone": alone,
     }

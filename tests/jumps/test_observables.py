@@ -11,6 +11,7 @@ import torch
 from stochdyn.errors import InvalidInputError
 from stochdyn.jumps import (
     AmortisedRates,
+    JumpMeasure,
     PanelData,
     RateMatrix,
     chapman_kolmogorov,
@@ -47,6 +48,39 @@ def test_open_times_of_a_channel_are_the_published_ones() -> None:
     share = torch.linalg.lstsq(modes, f[:, None]).solution
     torch.testing.assert_close((modes @ share)[:, 0], f, rtol=1e-7, atol=1e-7)
     assert float(share.sum()) == pytest.approx(1.0, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("v", "uniform", "stationary"),
+    [
+        (0.0, 0.0, 0.0),
+        (1.0, 0.564151036035826, 0.4479840709722773),
+        (2.0, 1.868135810063571, 1.4141179353775883),
+    ],
+)
+def test_a_transient_produces_entropy_of_its_own(v: float, uniform: float, stationary: float) -> None:
+    """The flashing ratchet on [0, 2.5] from the uniform law, against values by an independent quadrature."""
+    q = np.zeros((6, 6))
+    for i in range(3):
+        for j in range(3):
+            if i != j:
+                q[i, j], q[3 + i, 3 + j] = math.exp(-v * (j - i) / 2), 1.0
+        q[i, 3 + i] = q[3 + i, i] = 1.0
+    rates = RateMatrix(torch.as_tensor(q))
+    law = JumpMeasure(torch.full((6,), 1 / 6, dtype=D), rates)
+    assert float(law.entropy_production(2.5)) == pytest.approx(uniform, rel=1e-9, abs=1e-12)
+    steady = JumpMeasure(rates.stationary(), rates)
+    assert float(steady.entropy_production(2.5)) == pytest.approx(stationary, rel=1e-9, abs=1e-12)
+    # two stretches of time produce what the whole does
+    later = JumpMeasure(law.marginal(1.0).probs, rates)
+    parts = law.entropy_production(1.0) + later.entropy_production(1.5)
+    assert float(parts) == pytest.approx(float(law.entropy_production(2.5)), rel=1e-9, abs=1e-12)
+
+
+def test_a_jump_without_reverse_produces_entropy_without_end_where_it_happens() -> None:
+    one_way = [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 2.0, 0.0]]
+    assert float(JumpMeasure([1.0, 0.0, 0.0], one_way).entropy_production(1.0)) == math.inf
+    assert float(JumpMeasure([0.0, 1.0, 0.0], one_way).entropy_production(1.0)) == 0.0
 
 
 def test_first_passage_densities_have_the_mean_first_passage_time() -> None:
