@@ -180,7 +180,12 @@ def rough_bergomi(report: dict[str, Any]) -> list[str]:
 
 def attractors(report: dict[str, Any]) -> list[str]:
     """Table of reconstructed attractors."""
-    names = {"lorenz63": "Lorenz-63", "rossler": "Rössler", "lorenz96": "Lorenz-96, ten places"}
+    names = {
+        "lorenz63": "Lorenz-63",
+        "rossler": "Rössler",
+        "lorenz96": "Lorenz-96, ten places",
+        "lorenz63 without z": "Lorenz-63, z never read",
+    }
     methods = {
         "truth": "another path of the true system",
         "latent": "`LatentSDE`",

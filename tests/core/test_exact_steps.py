@@ -193,3 +193,47 @@ def test_what_has_no_exact_steps_is_refused() -> None:
     with pytest.raises(errors.InvalidInputError, match="other noise"):
         law(2 * A).log_rn(path, law())
     assert math.isfinite(float(law().log_prob(law().sample(ts, generator=0))))
+
+
+class _Relaxation(AffineField):
+    """A relaxation at a rate that a model has drawn."""
+
+    def __init__(self, rate: Tensor) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return -self.rate[..., None, None], torch.zeros(*self.rate.shape, 1, dtype=F64)
+
+
+@pytest.mark.slow
+def test_a_posterior_over_long_steps_is_that_of_continuous_time() -> None:
+    """Rate and strength of a process read every half unit, against quadrature of the exact evidence."""
+    ts = torch.linspace(0, 4, 9, dtype=F64)
+    y = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+    def model() -> None:
+        rate, scale = (
+            pyro.sample(n, dist.LogNormal(torch.zeros((), dtype=F64), 0.5)) for n in ("rate", "scale")
+        )
+        sde = sd.SDE(_Relaxation(rate), sd.Scalar(scale))
+        x = sd.infer.sample_path("x", sde, torch.zeros(1, dtype=F64), ts, method="exact")
+        pyro.sample("y", dist.Normal(x[..., 1:, 0], 0.3).to_event(1), obs=y)
+
+    post = sd.infer.fit_posterior(model, num_draws=1000, progress=False, seed=0)
+    logs = torch.linspace(-2, 2, 33, dtype=F64)
+    table = torch.zeros(33, 33, dtype=F64)
+    one, zero = torch.eye(1, dtype=F64), torch.zeros(1, dtype=F64)
+    for i, a in enumerate(logs):
+        for j, b in enumerate(logs):
+            found = sd.LinearGaussianMeasure(-a.exp() * one, zero, b.exp() * one, zero)
+            table[i, j] = found.log_evidence(ts[1:], y[:, None], 0.3) - 2 * (a.square() + b.square())
+    weight = torch.softmax(table.flatten(), 0).reshape(33, 33)
+    for axis, name in enumerate(("rate", "scale")):
+        share, values = weight.sum(1 - axis), logs.exp()
+        mean = float((share * values).sum())
+        sd_ = float((share * values.square()).sum() - mean**2) ** 0.5
+        draws = post.idata.posterior[name].values
+        # means within five standard errors of a thousand draws, deviations within ten times that of theirs
+        assert abs(draws.mean() - mean) < 5 * sd_ / 1000**0.5
+        assert abs(draws.std() / sd_ - 1) < 10 / 2000**0.5
