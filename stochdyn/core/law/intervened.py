@@ -30,7 +30,7 @@ class IntervenedMeasure(PathMeasure):
         >>> law = DiffusionMeasure(torch.ones(2), SDE(lambda t, x: -x, 0.5), start_time=0.0)
         >>> held = law.do(Intervention(0.5, {0: 2.0}))
         >>> held.sample([0.0, 0.4, 0.5, 1.0], generator=0).x[1:, 0]
-        tensor([0.9745, 2.0000, 2.0000])
+        tensor([1.0873, 2.0000, 2.0000])
     """
 
     def __init__(self, law: DiffusionMeasure, intervention: Intervention) -> None:

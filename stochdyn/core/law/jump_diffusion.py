@@ -68,7 +68,7 @@ class JumpDiffusionMeasure(PathMeasure):
         >>> price = JumpDiffusionMeasure(torch.zeros(1), SDE(lambda t, x: 0.0 * x, 0.2), 3.0, sizes)
         >>> path = price.sample(torch.linspace(0, 1, 11), 4, generator=0)
         >>> path.aux["counts"].sum(-1), price.log_prob(path).shape
-        (tensor([2., 2., 4., 1.]), torch.Size([4]))
+        (tensor([3., 6., 3., 3.]), torch.Size([4]))
 
     Reference:
         Merton, "Option pricing when underlying stock returns are discontinuous", 1976.
