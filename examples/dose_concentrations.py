@@ -67,12 +67,12 @@ def main() -> None:
         print(f"{name:12s} {middle:.2f} ({low:.2f} to {high:.2f}), truly {float(truth[k]):.2f}")
 
     taken = post.predict(TS, num_draws=arguments.draws)
-    # From twelve hours on no dose is given; the noise of every draw stays what it was.
-    fitted = torch.as_tensor(rates.values.reshape(-1, 2)).median(0).values
+    # From twelve hours on nothing enters the gut; rates and noise of every draw stay what they were.
+    dose = DOSES.rate(TS)
     skipped = post.predict(
         TS,
         num_draws=arguments.draws,
-        do=Intervention(12.0, drift=compartments(fitted, Doses([0.0], 0.0).rate(TS)).drift),
+        do=Intervention(12.0, drift=lambda t, x, own: own - dose(t) * torch.tensor([1.0, 0.0])),
     )
     at = int(torch.searchsorted(TS, torch.tensor(16.0, dtype=torch.float64)))
     print(

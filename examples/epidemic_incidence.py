@@ -69,10 +69,14 @@ def main() -> None:
     low, middle, high = post.idata.posterior["rate"].quantile([0.05, 0.5, 0.95]).values
     print(f"rate of infection {middle:.2f} ({low:.2f} to {high:.2f}), truly 1.60; k-hat {post.khat:.2f}")
 
-    closed = epidemic(torch.tensor(0.5 * middle, dtype=torch.float64)).drift
+    def fewer(t: Tensor, x: Tensor, own: Tensor) -> Tensor:
+        """Half the new cases: of the susceptible, of the infected in logarithms, and of the count."""
+        half = 0.5 * own[..., 2]
+        return own + torch.stack([half, -half * (-x[..., 1]).exp(), -half], -1)
+
     open_, spared = (
         weekly(post.predict(TS, num_draws=arguments.draws, do=do).x)
-        for do in (None, Intervention(3.0, drift=closed))
+        for do in (None, Intervention(3.0, drift=fewer))
     )
     print(
         f"cases in all {float(open_.sum(-1).mean()):.0f}, with half the contacts from week three on {float(spared.sum(-1).mean()):.0f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from stochdyn.core.sde.coefficients import Coefficient, Matrix
 from stochdyn.errors import InvalidInputError, ShapeError
 
 if TYPE_CHECKING:
-    from stochdyn.core.sde.equation import SDE, Field
+    from stochdyn.core.sde.equation import SDE
 
 __all__ = ["Intervention"]
 
@@ -29,13 +29,14 @@ class Intervention:
     Attributes:
         start_time: The time at which it begins.
         values: The values at which components are held, by index: numbers, or tensors ``(*batch,)``. No noise acts on them.
-        drift: The drift ``(t, x) -> (..., d)`` that takes the place of the equation's own; None keeps it.
+        drift: The drift ``(t, x, own) -> (..., d)`` that takes the place of the equation's own one, whose value it is given: what it
+            takes from ``own`` depends on the parameters of each posterior draw. None keeps it.
 
     Raises:
         InvalidInputError: If nothing is done, or an argument has the wrong type.
 
     Example:
-        >>> dosing_stops = Intervention(2.0, drift=lambda t, x: -0.3 * x)
+        >>> slower = Intervention(2.0, drift=lambda t, x, own: 0.5 * own)
         >>> held = Intervention(2.0, {1: 0.0})
         >>> held.set(torch.ones(2))
         tensor([1., 0.])
@@ -43,7 +44,7 @@ class Intervention:
 
     start_time: Tensor | float
     values: Mapping[int, Tensor | float] = field(default_factory=dict)
-    drift: Field | None = None
+    drift: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_real(self.start_time, "start_time")
@@ -56,7 +57,7 @@ class Intervention:
                 expected="such as {1: 0.0}",
             )
         if self.drift is not None:
-            check_callable(self.drift, "drift", "drift(t, x)")
+            check_callable(self.drift, "drift", "drift(t, x, own)")
         if not self.values and self.drift is None:
             raise InvalidInputError("an intervention needs values or a drift")
 
@@ -103,11 +104,13 @@ class _Changed(nn.Module):
     def __init__(self, sde: SDE, intervention: Intervention) -> None:
         super().__init__()
         self.sde, self.intervention = sde, intervention
-        # A module among the drifts is registered, so that its parameters are found.
-        self.slope: Any = sde.drift if intervention.drift is None else intervention.drift
+        # A module is registered, so that its parameters are found.
+        self.change: Any = intervention.drift
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        move: Tensor = self.slope(t, x)
+        move: Tensor = self.sde.drift(t, x)
+        if self.change is not None:
+            move = self.change(t, x, move)
         return move.expand_as(x) * self.intervention.free(x) if self.intervention.values else move
 
     def diffusion(self, t: Tensor, x: Tensor) -> Coefficient:
