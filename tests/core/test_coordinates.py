@@ -366,3 +366,16 @@ def test_laws_in_different_coordinates_are_not_compared() -> None:
     path = inner.transformed("exp").sample(TS, 2, 0)
     with pytest.raises(sd.errors.UnavailableError, match="same"):
         inner.transformed("exp").log_rn(path, inner.transformed("sigmoid"))
+
+
+@pytest.mark.parametrize("method", ["ekf", "ukf"])
+def test_kalman_filters_are_exact_in_coordinates_in_which_the_equation_is_linear(method: str) -> None:
+    """Logarithms of geometric motion seen with noise: the evidence of the linear law, from the equation of the motion itself."""
+    from stochdyn.infer import LinearObservations, NonlinearObservations
+
+    times, y = torch.tensor([0.5, 1.0, 2.0], dtype=F64), torch.tensor([[0.1], [0.5], [0.4]], dtype=F64)
+    start = torch.zeros(1, dtype=F64)
+    found = NonlinearObservations(growth().transformed("log"), start, times, lambda z: z, 0.1, method)
+    law = sd.LinearGaussianMeasure(torch.zeros(1, 1, dtype=F64), torch.tensor([0.28], dtype=F64), 0.2, start)
+    exact = LinearObservations(law, times, 0.1)
+    torch.testing.assert_close(found.log_prob(y), exact.log_prob(y))
