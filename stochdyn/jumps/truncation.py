@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from scipy.sparse.csgraph import breadth_first_order
 from torch import Tensor
 
 from stochdyn._checks import (
@@ -152,16 +154,56 @@ class TruncatedNetwork:
             dt: The time.
             constants: The rate constants ``(n, R)``; the network's own if None.
         """
+        # counts that can't be reached from the law cost time, and their fast exits more steps
+        inside = self._reached(p)
+        if not len(inside):
+            return p
+        if len(inside) < len(p):
+            out = np.zeros_like(p)
+            out[inside] = self._propagate(p[inside], dt, constants, inside)
+            return out
+        return self._propagate(p, dt, constants, None)
+
+    def _reached(self, p: np.ndarray) -> np.ndarray:
+        """Return the numbers of the counts that can be reached from where the law ``(S,)`` or ``(S, n)`` has mass, sorted."""
+        begin = np.flatnonzero(p.reshape(len(p), -1).any(1))
+        links = self._links
+        # a source that leads to all of them is one row more
+        graph = sp.csr_matrix(
+            (
+                np.ones(links.nnz + len(begin)),
+                np.concatenate([links.indices, begin]),
+                np.append(links.indptr, links.nnz + len(begin)),
+            ),
+            shape=(len(p) + 1, len(p) + 1),
+        )
+        return np.sort(breadth_first_order(graph, len(p), return_predecessors=False)[1:])
+
+    @cached_property
+    def _links(self) -> sp.csr_matrix:
+        """Which counts lead to which by any reaction, whatever its rate constant."""
+        return sp.csr_matrix(sum(abs(part) for part in self.parts))
+
+    def _propagate(
+        self, p: np.ndarray, dt: float, constants: np.ndarray | None, inside: np.ndarray | None
+    ) -> np.ndarray:
+        """Return the law ``(S,)`` or ``(S, n)`` after a time on some of the counts, all of them if None."""
+
+        def within(matrix: sp.csr_matrix) -> sp.csr_matrix:
+            return matrix if inside is None else matrix[inside][:, inside]
+
         if constants is None:
-            exits = -self.generator.diagonal()
-            matrix = self.generator.T.tocsr()
+            generator = within(self.generator)
+            exits = -generator.diagonal()
+            matrix = generator.T.tocsr()
 
             def flow(now: np.ndarray) -> np.ndarray:
                 return matrix @ now
 
         else:
-            exits = np.stack([-part.diagonal() for part in self.parts], -1) @ constants.max(0)
-            turned = [part.T.tocsr() for part in self.parts]
+            parts = [within(part) for part in self.parts]
+            exits = np.stack([-part.diagonal() for part in parts], -1) @ constants.max(0)
+            turned = [part.T.tocsr() for part in parts]
 
             def flow(now: np.ndarray) -> np.ndarray:
                 return sum((part @ now) * c for part, c in zip(turned, constants.T, strict=True))

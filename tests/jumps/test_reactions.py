@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.sparse.linalg import expm_multiply
 from scipy.stats import binom, poisson
 
 import stochdyn as sd
@@ -94,6 +95,21 @@ def test_an_epidemic_seen_at_four_times() -> None:
     truncated = network.truncate({"S": 20, "I": 20, "R": 20})
     seen = truncated.log_likelihood([5.0, 10.0, 15.0, 25.0], {"I": [2, 5, 6, 3]})
     assert float(seen) == pytest.approx(-7.933741777579925, rel=1e-12)
+
+
+def test_counts_out_of_reach_change_nothing() -> None:
+    """An epidemic within a box of which it can reach half, against a solver that takes the whole box."""
+    network = ReactionNetwork(["S + I -> 2 I", "I -> 0"], [0.3 / 20, 0.1], {"S": 19, "I": 1})
+    box = network.truncate({"S": 19, "I": 20})
+    start = np.zeros(len(box.grid))
+    start[19 * 21 + 1] = 1.0
+    spread = np.random.default_rng(0).dirichlet(np.ones(len(start)))
+    for p in (start, spread):
+        exact = expm_multiply(box.generator.T.tocsr() * 8.0, p)
+        np.testing.assert_allclose(box.propagate(p, 8.0), exact, rtol=0, atol=1e-13)
+        both = box.propagate(np.stack([p, p], -1), 8.0, np.array([[0.3 / 20, 0.1], [0.3 / 20, 0.1]]))
+        np.testing.assert_allclose(both[:, 1], exact, rtol=0, atol=1e-13)
+    assert (box.propagate(np.zeros(len(start)), 8.0) == 0).all()
 
 
 def test_a_truncation_that_leaks_says_how_much() -> None:
