@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,30 @@ def atlas(record: dict[str, Any]) -> list[str]:
     return [
         f"**An atlas**: {row['days']} days of {row['n']} cells in {row['dim']} components, {100 * row['outliers']:g} % of them outliers: "
         f"all couplings in {row['seconds']:.0f} s, peak {row['peak_gib']:.2f} GiB, marginal error {row['marginal_error']:.0e}; "
-        f"at least {row['outliers_named']} of {count} outliers per day are named.",
+        f"at least {row['outliers_named']} of {count} outliers per day are named, and at most {row['wrongly_named']} cells that are none. "
+        f"Iterations of the couplings: {', '.join(map(str, row['iterations']))}"
+        + (
+            "." if row["converged"] else "; the longest reached their bound before the default error of 1e-6."
+        ),
+        *_races(row["races"]),
     ]
+
+
+def _races(rows: list[dict[str, Any]]) -> list[str]:
+    """The first coupling of the atlas by several solvers, in one run."""
+    if not rows:
+        return []
+    lines = [
+        "",
+        "Its first coupling by POT's solvers in the same run, stopped after so many iterations, and by ours to an error of 1e-4:",
+        "",
+        _row("solver", "iterations", "seconds", "L1 errors of the marginals"),
+        "|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        error = "not a number" if math.isnan(row["error"]) else f"{row['error']:.0e}"
+        lines.append(_row(row["solver"], f"{row['iterations']}", f"{row['seconds']:.1f}", error))
+    return lines
 
 
 def blocks(record: dict[str, Any]) -> list[str]:

@@ -100,18 +100,28 @@ def test_gauss_newton_and_least_squares_take_the_same_step() -> None:
 
 
 def test_the_loop_stops_when_the_parameters_stand_still() -> None:
+    """It stops at the first iterate that is nearer to the limit than the tolerance, in standard errors were paths seen."""
     snaps, _ = _ou_snapshots([0.0, 1.5, 3.0], 41)
-    fit = refine(
-        snaps,
-        LinearDrift(1),
-        diffusion=0.5,
-        max_iterations=30,
-        dt=0.1,
-        tolerance=0.001,
-        method=Sinkhorn(population=1.0),
-    )
+
+    def run(max_iterations: int, tolerance: float) -> sd.bridges.Refinement:
+        method = Sinkhorn(population=1.0)
+        return refine(
+            snaps, LinearDrift(1), diffusion=0.5, max_iterations=max_iterations, dt=0.1, tolerance=tolerance, method=method
+        )  # fmt: skip
+
+    fit, limit = run(30, 1e-3), run(60, 1e-7)
     assert "stand still" in fit.history.stopped
-    assert 2 < len(fit.history) < 12
+    response = sd.bridges.LinearResponse(limit)
+
+    def distance(other: sd.bridges.Refinement) -> float:
+        gap = torch.cat([p.detach().flatten() - q.detach().flatten() for p, q in zip(
+            other.family.parameters(), limit.family.parameters(), strict=True)])  # fmt: skip
+        return float(gap.double() @ response.observed.double() @ gap.double()) ** 0.5
+
+    # What is observed is less than what paths would tell, by a share that isn't below the least one: a distance of the tolerance for
+    # each of two parameters is at most sqrt(2) of it in these units, and at least the root of that share.
+    assert distance(fit) < 2**0.5 * 1e-3
+    assert distance(run(len(fit.history) - 1, 1e-3)) > float(response.information_kept[0]) ** 0.5 * 1e-3
     assert float(-fit.history.objective.diff()[-1]) < 1e-3
     capped = refine(snaps, LinearDrift(1), diffusion=0.5, max_iterations=2, dt=0.1, tolerance=1e-12)
     assert len(capped.history) == 2
