@@ -11,6 +11,7 @@ one snapshot with each particle's rate and the mean rate over the trap to ``outp
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--swimmers", type=int, default=16)
     parser.add_argument("--snapshots", type=int, default=1500, help="snapshots to learn from")
-    parser.add_argument("--steps", type=int, default=600, help="steps of the optimiser")
+    parser.add_argument("--steps", type=int, default=900, help="steps of the optimiser")
     parser.add_argument("--out", type=Path, default=Path("outputs/trapped_swimmers.png"))
     arguments = parser.parse_args()
 
@@ -35,10 +36,11 @@ def main() -> None:
     states = trap.sample(arguments.snapshots + 500, generator=0).float()
     train, test = states[:-500], states[-500:]
     torch.manual_seed(0)
-    score = ne.ParticleScore(num_extra=2, cutoff=3.5, base=trap.base_score, scale=(2.0, 1.0))
+    score = ne.ParticleScore(num_extra=2, cutoff=3.5, base=trap.base_score)
     sde = sd.SDE(trap.sde.drift, sd.Diagonal(torch.tensor([0.2] * 4).sqrt().repeat(number)))
     objective = ne.SteadyScoreMatching(sde, score, method=Hutchinson(num_probes=1))
-    sd.fit(objective, train, steps=arguments.steps, lr=2e-3, batch_size=64, seed=0)
+    decay = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=arguments.steps)
+    sd.fit(objective, train, steps=arguments.steps, lr=3e-3, scheduler=decay, batch_size=64, seed=0)
 
     current = ne.SteadyCurrent(sde, score)
     particles = {str(i): list(range(4 * i, 4 * i + 4)) for i in range(number)}

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ def chain() -> ne.LinearSteadyState:
     """Return five beads between baths of temperatures 1 and 10."""
     force = torch.diag(torch.ones(4), 1) + torch.diag(torch.ones(4), -1) - 2 * torch.eye(5)
     return ne.LinearSteadyState(force, torch.diag((2 * torch.linspace(1, 10, 5)).sqrt()))
+
+
+def decay(steps: int) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
+    """Return a learning rate that falls to zero over a run, along a cosine."""
+    return partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
 
 
 def beads(smoke: bool) -> list[Row]:
@@ -119,7 +125,7 @@ def pair(smoke: bool) -> list[Row]:
     system, rows = sd.datasets.swimmer_pair(), []
     x, y = system.sample(number, 0), system.sample(number, 1)
     rule = ne.sum_rule(system.sde, y, base=system.base_score)
-    for weight, steps in ((0.0, 1200), (1.0, 600)):
+    for weight, steps in ((0.0, 800), (0.1, 600)):
         torch.manual_seed(0)
         start = time.process_time()
         score = ne.SteadyScore(x, base=system.base_score, periods=system.periods)
@@ -129,6 +135,7 @@ def pair(smoke: bool) -> list[Row]:
             x,
             steps=2 if smoke else steps,
             lr=2e-3,
+            scheduler=decay(steps),
             batch_size=min(1024, number),
             seed=0,
             progress=False,
@@ -156,14 +163,15 @@ def swimmers(smoke: bool) -> list[Row]:
     train, test = states[: len(states) * 3 // 4], states[len(states) * 3 // 4 :]
     torch.manual_seed(0)
     start = time.process_time()
-    score = ne.ParticleScore(num_extra=2, cutoff=3.5, base=trap.base_score, scale=(2.0, 1.0))
+    score = ne.ParticleScore(num_extra=2, cutoff=3.5, base=trap.base_score)
     sde = sd.SDE(trap.sde.drift, sd.Diagonal(torch.tensor([0.2] * 4).sqrt().repeat(number)))
     objective = ne.SteadyScoreMatching(sde, score, method=Hutchinson(num_probes=1))
     sd.fit(
         objective,
         train,
-        steps=2 if smoke else 600,
-        lr=2e-3,
+        steps=2 if smoke else 900,
+        lr=3e-3,
+        scheduler=decay(900),
         batch_size=min(64, len(train)),
         seed=0,
         progress=False,
