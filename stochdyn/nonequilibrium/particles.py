@@ -28,8 +28,8 @@ class ParticleScore(nn.Module):
         cutoff: The distance :math:`r_c` beyond which particles don't feel each other's correlations.
         dim: The number of dimensions of space.
         width: The width of the hidden layers.
-        depth: The number of hidden layers of each of the two networks. Where particles touch the current turns within a small part of their
-            size: one layer alone stays a quarter below the rate of sixteen swimmers, however long it is trained.
+        depth: The number of hidden layers of each of the two networks. Where particles touch, the current turns within a small part of their
+            size, which one layer follows badly in a crowd.
         box: The side of a periodic box, at least twice the cutoff; None for a trap in open space.
         base: A score to start from: a function of states ``(..., N * (dim + num_extra))``, such as force over temperature.
         scale: The length and the size of the further variables, in which the network sees them; a length of about the particles' size.

@@ -30,8 +30,9 @@ def entropy_production_rate(
 ) -> Estimate | dict[str, Estimate]:
     r"""Return the entropy production rate :math:`E[v\cdot D^+v]`, the mean local rate over draws of the steady state.
 
-    With a learnt score the estimate is too large by the mean square of the score's error; :func:`sum_rule` needs no score, and
-    the two agree within their errors where the score is right. The score's estimate scatters much less.
+    With a learnt score whose error is a gradient the estimate is too large by the mean square of that error; a network that can't follow
+    the current everywhere makes it too small by the mean square of what is missing. :func:`sum_rule` needs no score, and the two agree
+    within their errors where the score is right. The score's estimate scatters much less.
 
     Args:
         current: The steady current.

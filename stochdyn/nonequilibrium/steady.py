@@ -152,7 +152,8 @@ class SteadyScoreMatching(Objective):
         sde: The equation, a control included.
         score: A module from states ``(..., d)`` to scores ``(..., d)``, such as a :class:`SteadyScore` or a :class:`ParticleScore`.
         residual_weight: The weight :math:`w` of the stationary Fokker-Planck equation; 0 leaves it out. It makes current and score
-            consistent with each other at about twice the cost.
+            consistent with each other at about twice the cost. A current that vanishes has no residual, so a weight of about one pulls the
+            rate down while the network is still far from the score; a tenth hardly does.
         method: How divergences are computed: ``"exact"``, with one derivative per component, or ``"hutchinson"``, with the random probes of
             a :class:`~stochdyn.core.Hutchinson`, for many components. The square of the residual needs two probes or more.
 
