@@ -95,6 +95,40 @@ def test_units_of_the_state_change_nothing(components: str) -> None:
     check_units(answer, rtol=1e-8)
 
 
+def test_a_curved_change_of_coordinates_changes_nothing() -> None:
+    """y = x + 0.3 sin x on a ring whose noise depends on the place: Itô's formula gives the equation, the local rate stays."""
+    ring = driven_ring(1.0, 1.0, 0.5)
+    assert ring.score is not None
+    x = ring.sample(20_000, 0)
+
+    def back(y: torch.Tensor) -> torch.Tensor:
+        z = y
+        for _ in range(60):
+            z = z - (z + 0.3 * z.sin() - y) / (1 + 0.3 * z.cos())
+        return z
+
+    def drift(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = back(y)
+        # h' F + h'' D
+        return (1 + 0.3 * z.cos()) * ring.sde.drift(t, z) - 0.3 * z.sin() * (1 + 0.5 * z.cos())
+
+    def diffusion(t: torch.Tensor, y: torch.Tensor) -> sd.Diagonal:
+        z = back(y)
+        return sd.Diagonal((1 + 0.3 * z.cos()) * (2 + z.cos()).sqrt())
+
+    def score(y: torch.Tensor) -> torch.Tensor:
+        z = back(y)
+        slope = 1 + 0.3 * z.cos()
+        return (ring.score(z) + 0.3 * z.sin() / slope) / slope  # type: ignore[misc]
+
+    y, curved = x + 0.3 * x.sin(), sd.SDE(drift, diffusion)
+    torch.testing.assert_close(
+        SteadyCurrent(curved, score).local(y), SteadyCurrent(ring.sde, ring.score).local(x), rtol=1e-8, atol=0
+    )
+    found = sum_rule(curved, y)
+    assert abs(float(found) - 1.010361) < 4.5 * float(found.stderr)
+
+
 def test_momenta_in_any_units_of_length_and_time() -> None:
     a = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 1], [-2, 1, -1, 0], [1, -2, 0, -1]], dtype=D)
     g = torch.zeros(4, 2, dtype=D)
