@@ -94,7 +94,7 @@ def calibration(report: dict[str, Any]) -> list[str]:
     head = ["inference", "parameter", "data sets", "50 % intervals", "80 %", "95 %", "p of uniform ranks"]
     return [
         "**Calibration**: how many intervals cover the truth, over data sets whose parameters are drawn from the prior, and by how many "
-        "binomial errors that is off (`calibration.py`).",
+        "binomial errors that is off (`calibration.py`). Rows of few data sets say little.",
         "",
         *markdown_table([head, *rows]),
     ]

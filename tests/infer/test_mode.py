@@ -11,6 +11,7 @@ import torch
 
 from stochdyn.core import SDE, integrate
 from stochdyn.errors import NonFiniteError
+from stochdyn.fractional import MarkovNoise
 from stochdyn.infer import AutoPathGuide, sample_path
 from stochdyn.infer.mode import fit_linearised, linear_feedback
 from stochdyn.infer.model_call import ModelCall
@@ -107,9 +108,13 @@ def test_feedback_follows_the_path_it_was_taken_around():
 
 
 def test_a_path_that_explodes_is_told():
+    """Noise with memory can't hold the path where it starts, as Brownian motion could, so there is nowhere to search from."""
+    noise = MarkovNoise(0.7, 4, float(TS[-1] - TS[0]), float(TS[1] - TS[0]))
+
     def model():
-        x = sample_path("x", SDE(lambda t, x: x**3 * 1e3, 0.8), torch.full((1,), 9.0, dtype=F64), TS)
+        sde = SDE(lambda t, x: x**3 * 1e3, 0.8, noise)
+        x = sample_path("x", sde, torch.full((1,), 9.0, dtype=F64), TS)
         pyro.sample("y", dist.Normal(x[..., -1, 0], 0.1), obs=torch.zeros((), dtype=F64))
 
-    with pytest.raises(NonFiniteError, match="start='prior'"):
+    with pytest.raises(NonFiniteError, match="can't be linearised"):
         AutoPathGuide(model)()
