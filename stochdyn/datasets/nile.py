@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from stochdyn.datasets._csv import read_columns
 
 __all__ = ["NileMinima", "nile_minima"]
 
@@ -39,7 +40,6 @@ def nile_minima() -> NileMinima:
         R package waveslim (BSD-3). H. E. Hurst, Long-term storage capacity of reservoirs, Trans. ASCE 116,
         770-799, 1951.
     """
-    text = files("stochdyn.datasets").joinpath("nile_minima.csv").read_text(encoding="utf-8")
-    rows = [line.split(",") for line in text.splitlines()[1:] if line and not line.startswith("#")]
-    values = torch.tensor([[float(cell) for cell in row] for row in rows], dtype=torch.float64)
-    return NileMinima(values[:, 0].contiguous(), values[:, 1].contiguous())
+    columns = read_columns("nile_minima")
+    years, level = (torch.tensor(column, dtype=torch.float64) for column in columns.values())
+    return NileMinima(years, level)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 from importlib.resources import files
 from typing import Any, NamedTuple
+
+from stochdyn.datasets._csv import read_columns
 
 __all__ = ["SimulatedPanel", "ou_subjects", "predator_prey_counts"]
 
@@ -67,7 +67,5 @@ def predator_prey_counts() -> SimulatedPanel:
 
 def _read(name: str) -> SimulatedPanel:
     folder = files("stochdyn.datasets")
-    rows = list(csv.DictReader(folder.joinpath(f"{name}.csv").read_text(encoding="utf-8").splitlines()))
-    frame = {column: [float(row[column] or math.nan) for row in rows] for column in rows[0]}
     known = json.loads(folder.joinpath(f"{name}.json").read_text(encoding="utf-8"))
-    return SimulatedPanel(frame, known["reference"], known["truth"])
+    return SimulatedPanel(read_columns(name), known["reference"], known["truth"])

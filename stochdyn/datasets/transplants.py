@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-from importlib.resources import files
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from stochdyn.datasets._csv import read_columns
 
 __all__ = ["HeartTransplants", "heart_transplants"]
 
@@ -44,12 +44,10 @@ def heart_transplants() -> HeartTransplants:
         for post-heart-transplant cardiac allograft vasculopathy", Transplantation 76, 2003. Data of Papworth Hospital,
         first published with the R package msm; this copy from MSMplus (MIT).
     """
-    text = files("stochdyn.datasets").joinpath("heart_transplants.csv").read_text(encoding="utf-8")
-    rows = list(csv.DictReader(text.splitlines()))
-    columns = {name: [row[name] for row in rows] for name in ("PTNUM", "years", "state", "dage")}
+    columns = read_columns("heart_transplants", ("PTNUM", "years", "state", "dage"))
     return HeartTransplants(
-        torch.tensor([int(v) for v in columns["PTNUM"]]),
-        torch.tensor([float(v) for v in columns["years"]], dtype=torch.float64),
-        torch.tensor([int(v) for v in columns["state"]]),
-        torch.tensor([float(v) for v in columns["dage"]], dtype=torch.float64),
+        torch.tensor(columns["PTNUM"]).long(),
+        torch.tensor(columns["years"], dtype=torch.float64),
+        torch.tensor(columns["state"]).long(),
+        torch.tensor(columns["dage"], dtype=torch.float64),
     )

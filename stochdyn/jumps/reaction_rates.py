@@ -191,12 +191,30 @@ def _linear_noise(
         jacobian = slope(m) @ c
         return a @ nu, jacobian + jacobian.mT + (nu.mT * a[:, None, :]) @ nu
 
-    speed = float(torch.linalg.matrix_norm(slope(mean), 2).max())
-    steps = min(5000, max(8, math.ceil(6.0 * speed * span)))
-    h = span / steps
-    for _ in range(steps):
-        mean, cov = runge_kutta(flow, (mean, cov), h)
-    return mean, cov
+    def walk(steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        m, c, fastest = mean, cov, torch.linalg.matrix_norm(slope(mean)).amax()
+        for _ in range(steps):
+            m, c = runge_kutta(flow, (m, c), span / steps)
+            fastest = torch.maximum(fastest, torch.linalg.matrix_norm(slope(m)).amax())
+        return m, c, fastest
+
+    # Steps are short beside the fastest rate met on the way, not only at its start: an epidemic speeds up.
+    # Where the mean explodes all the same, it comes out as NaN and the likelihood as zero.
+    steps = _enough(float(torch.linalg.matrix_norm(slope(mean)).amax()), span)
+    while True:
+        m, c, fastest = walk(steps)
+        wanted = _enough(float(fastest), span) if bool(fastest.isfinite()) else 4 * steps
+        if steps == _MOST_STEPS or wanted <= 1.5 * steps or not bool(mean.isfinite().all()):
+            return m, c
+        steps = min(_MOST_STEPS, wanted)
+
+
+_MOST_STEPS = 5000
+
+
+def _enough(speed: float, span: float) -> int:
+    """Return a number of Runge-Kutta steps for a fastest rate, six per its inverse."""
+    return min(_MOST_STEPS, max(8, math.ceil(6.0 * speed * span))) if math.isfinite(speed) else 8
 
 
 @dataclass

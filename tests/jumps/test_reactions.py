@@ -20,6 +20,7 @@ from stochdyn.jumps import (
     TauLeaping,
     fit_reactions,
 )
+from stochdyn.jumps.truncation import checked_counts
 
 LAM, MU, START, T = 3.0, 0.5, 7, 1.3
 
@@ -297,3 +298,26 @@ def test_a_network_is_read_from_sbml() -> None:
     ours = immigration().truncate({"A": 60}).marginal(T).probs
     torch.testing.assert_close(network.truncate({"A": 60}).marginal(T).probs, ours, rtol=1e-12, atol=1e-15)
     assert np.isfinite(network.sample([0.5], 3, 0).x.numpy()).all()
+
+
+def test_linear_noise_takes_steps_for_the_fastest_rate_on_the_way() -> None:
+    # An epidemic is slow at its start and fast later: one look after twelve days sees what looks on every day see.
+    epidemic = ReactionNetwork(
+        ["S + I -> I + I", "I -> R"], rates=[3.0 / 763, 0.5], initial={"S": 762, "I": 1}
+    )
+    nan = float("nan")
+    constants = torch.tensor([[3.0 / 763, 0.5], [12.0 / 763, 0.5]], dtype=torch.float64)
+    values = []
+    for times in ([12.0], [0.5 * k for k in range(1, 25)]):
+        at, seen = checked_counts(epidemic, times, {"I": [nan] * (len(times) - 1) + [40.0]})
+        values.append(LinearNoise(5.0).log_likelihood(epidemic, at, seen, constants, torch.Generator()))
+    assert torch.allclose(values[0], values[1], rtol=1e-3)
+
+
+def test_linear_noise_of_an_explosion_has_likelihood_zero() -> None:
+    chain = ReactionNetwork(["A + A -> A + A + A", "A -> 0"], rates=[1e-3, 1.0], initial={"A": 10})
+    at, seen = checked_counts(chain, [1.0, 2.0], {"A": [8.0, 7.0]})
+    constants = torch.tensor([[1e-3, 1.0], [10.0, 1.0]], dtype=torch.float64)
+    calm, burst = LinearNoise(1.0).log_likelihood(chain, at, seen, constants, torch.Generator()).tolist()
+    assert math.isfinite(calm)
+    assert burst == -math.inf
