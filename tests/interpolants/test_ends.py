@@ -223,3 +223,14 @@ def test_noise_and_drift_share_one_epsilon() -> None:
     assert math.log2(errors[0] / errors[1]) / 2 > 1.6
     free = moments(model, start, 20, epsilon=1.0, method=Heun(max_rate=math.inf))
     assert abs(free[1] - 0.5) < 0.005
+
+
+def test_errors_of_a_data_prediction_are_not_enlarged_at_the_end() -> None:
+    """A prediction one per cent off: the log density moves by about the error itself, not by what a division by 1 - t makes of it."""
+    it = Interpolant("one-sided-linear")
+    law = GaussianMixture(torch.ones(1, dtype=F64), torch.ones(1, 1, dtype=F64), 0.25)
+    truth = GaussianMixtureInterpolant(it, None, law)
+    net = lambda t, x: 1.01 * truth.data_prediction(t, x)  # noqa: E731
+    model = InterpolantRegression(it, data_prediction=net).generator()
+    x = torch.linspace(0, 2, 9, dtype=F64)[:, None]
+    assert float((model.log_prob(x, num_steps=50) - law.log_prob(x)).abs().max()) < 0.1

@@ -198,3 +198,14 @@ def test_triangulations_with_holes_are_told() -> None:
     with pytest.warns(ApproximationWarning, match="isn't a surface"):
         faces = triangulate(cloud)
     assert inspect_triangles(faces, len(cloud)).gaps > 0
+
+
+def test_a_swirl_on_a_cap_has_its_one_zero() -> None:
+    """The cap stays open: no zero is made up on a lid, which a convex hull would add."""
+    points = fibonacci_sphere(400)[:200]
+    swirl = np.stack([-points[:, 1], points[:, 0], 0 * points[:, 0]], -1)
+    cloud = PointCloud(points, dim=2)
+    places, index = find_singularities(RVGP(cloud).fit(slice(None), swirl), num_draws=5).positions()
+    assert index.tolist() == [1]
+    pole = np.sign(points[:, 2].mean()) * np.array([0.0, 0.0, 1.0])
+    assert np.linalg.norm(places[0].numpy() - pole) < cloud.spacing
