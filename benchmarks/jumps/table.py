@@ -15,7 +15,8 @@ TARGET = HERE.parents[1] / "docs" / "generated" / "jumps_benchmarks.md"
 def render(results: Path) -> str:
     """Return the Markdown of a folder of results."""
     found = {
-        name: json.loads((results / f"{name}.json").read_text()) for name in ("race", "amortised", "sbc")
+        name: json.loads((results / f"{name}.json").read_text())
+        for name in ("race", "amortised", "sbc", "smfret")
     }
     machine = found["race"]["machine"]
     lines = [
@@ -26,6 +27,7 @@ def render(results: Path) -> str:
         *_ratchet(found["amortised"]["ratchet"]),
         *_coverage(found["amortised"]["coverage"]),
         *_calibration(found["sbc"]["designs"]),
+        *_molecules(found["smfret"]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -99,6 +101,27 @@ def _calibration(designs: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {size}, {series}, {visits}, {dt:g} | {row['num']} | {row['pvalue']:.3f} | {coverage} | {low:.2f}, {high:.2f} "
             f"| {100 * row['share_poor']:.1f} % | {row['effective']:.0f} | {row['milliseconds']:.0f} |"
+        )
+    return lines
+
+
+def _molecules(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        f"Single molecules: {found['traces']} simulated traces of ebFRET, {found['frames']} frames, a Gaussian level per state; log-likelihood of a "
+        "jump process and of hmmlearn's model with free transition probabilities, each from clusters of the frames. Rates have standard deviations of "
+        "their logs.",
+        "",
+        "| states | log-likelihood | hmmlearn | levels | stays in frames | s.d. of log rates | seconds | hmmlearn |",
+        "|--:|--:|--:|---|---|---|--:|--:|",
+    ]
+    for states, fit in found["fits"].items():
+        own, other = fit["stochdyn"], fit["hmmlearn"]
+        spread = [s for row in own["log_rate_std"] for s in row if s > 0]
+        lines.append(
+            f"| {states} | {own['log_likelihood']:.2f} | {other['log_likelihood']:.2f} | {', '.join(f'{x:.3f}' for x in own['levels'])} "
+            f"| {', '.join(f'{x:.0f}' for x in own['dwell_frames'])} | {min(spread):.2f} to {max(spread):.2f} "
+            f"| {own['seconds']:.1f} | {other['seconds']:.1f} |"
         )
     return lines
 
