@@ -108,9 +108,8 @@ def _calibration(designs: dict[str, Any]) -> list[str]:
 def _molecules(found: dict[str, Any]) -> list[str]:
     lines = [
         "",
-        f"Single molecules: {found['traces']} simulated traces of ebFRET, {found['frames']} frames, a Gaussian level per state; log-likelihood of a "
-        "jump process and of hmmlearn's model with free transition probabilities, each from clusters of the frames. Rates have standard deviations of "
-        "their logs.",
+        f"Single molecules: {found['traces']} simulated traces of ebFRET, {found['frames']} frames, a Gaussian level per state; log-likelihood of "
+        "a jump process and of hmmlearn's model with free transition probabilities, each from clusters of the frames.",
         "",
         "| states | log-likelihood | hmmlearn | levels | stays in frames | s.d. of log rates | seconds | hmmlearn |",
         "|--:|--:|--:|---|---|---|--:|--:|",
