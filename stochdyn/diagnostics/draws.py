@@ -19,9 +19,22 @@ from stochdyn.diagnostics.sites import Site
 from stochdyn.errors import InvalidInputError, StochdynWarning, UnknownSiteError
 from stochdyn.run.randomness import fork_random_state
 
-__all__ = ["PosteriorDraws", "draw_posterior", "evaluate_draws", "seeded"]
+__all__ = ["ChainDraws", "PosteriorDraws", "draw_posterior", "evaluate_draws", "seeded"]
 
 _MAX_ELEMENTS = 2**23
+
+
+class ChainDraws(dict[str, Tensor]):
+    """Draws ``(num_chains * num_draws, *shape)`` by site, one chain after the other.
+
+    Args:
+        draws: The draws by site.
+        num_chains: The number of chains.
+    """
+
+    def __init__(self, draws: Mapping[str, Tensor], num_chains: int) -> None:
+        super().__init__(draws)
+        self.num_chains = num_chains
 
 
 @dataclass(repr=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stochdyn._checks import check_bool, check_positive_int, check_type
 from stochdyn.diagnostics.container import from_draws
-from stochdyn.diagnostics.draws import PosteriorDraws, draw_posterior, evaluate_draws
+from stochdyn.diagnostics.draws import ChainDraws, PosteriorDraws, draw_posterior, evaluate_draws
 from stochdyn.diagnostics.prior import draw_prior
 from stochdyn.diagnostics.probe import check_program
 from stochdyn.diagnostics.sites import Site
@@ -115,6 +115,7 @@ def to_inference_data(
         draws, chains, extra = _mcmc_draws(model, guide, args, kwargs, options)
     elif isinstance(guide, Mapping):
         draws, chains, extra = evaluate_draws(model, guide, args, kwargs, **options), 1, {}
+        chains = guide.num_chains if isinstance(guide, ChainDraws) else 1
     else:
         draws = draw_posterior(model, guide, args, kwargs, num_draws=num_draws, **options)
         assert draws.log_guide is not None

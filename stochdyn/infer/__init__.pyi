@@ -20,10 +20,12 @@ from .law_distribution import LawDistribution as LawDistribution
 from .nonlinear import NonlinearObservations as NonlinearObservations
 from .observations import LinearObservations as LinearObservations
 from .observations import observe as observe
+from .particle_site import ParticleObservations as ParticleObservations
 from .particles import BootstrapFilter as BootstrapFilter
 from .particles import GuidedFilter as GuidedFilter
 from .particles import particle_filter as particle_filter
 from .path_law import PosteriorPath as PosteriorPath
+from .pmmh import PMMHMethod as PMMHMethod
 from .predictive import PathDraws as PathDraws
 from .predictive import predict_path as predict_path
 from .reparam import NoiseReparam as NoiseReparam

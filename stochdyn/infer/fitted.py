@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
@@ -19,13 +20,16 @@ from torch import Tensor
 from stochdyn._checks import check_callable, check_choice, check_positive, check_positive_int, check_type
 from stochdyn.core.data.panel import Panel
 from stochdyn.core.sde.intervention import Intervention
+from stochdyn.diagnostics.draws import ChainDraws
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, UnknownSiteError
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
 from stochdyn.infer.fitting import fit_guide
 from stochdyn.infer.guides import AutoPathGuide
 from stochdyn.infer.hierarchical import AutoHierarchicalNormal
 from stochdyn.infer.laplace import start_at_mode
+from stochdyn.infer.particle_site import ParticlesInSites
 from stochdyn.infer.path_law import PosteriorPath
+from stochdyn.infer.pmmh import ChainRun, PMMHMethod, run_chains
 from stochdyn.infer.predictive import PathDraws, predict_path
 from stochdyn.infer.reweighting import draw_weighted, learn_from_weights
 from stochdyn.infer.skewed import AutoSkewedNormal
@@ -117,7 +121,12 @@ class NUTSMethod:
         check_positive_int(self.num_chains, "num_chains")
 
 
-_METHODS: dict[str, Any] = {"guide": GuideMethod, "laplace": LaplaceMethod, "nuts": NUTSMethod}
+_METHODS: dict[str, Any] = {
+    "guide": GuideMethod,
+    "laplace": LaplaceMethod,
+    "nuts": NUTSMethod,
+    "pmmh": PMMHMethod,
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -266,7 +275,7 @@ class Posterior:
 def fit_posterior(
     model: Callable[..., Any],
     *args: Any,
-    method: str | GuideMethod | LaplaceMethod | NUTSMethod = "guide",
+    method: str | GuideMethod | LaplaceMethod | NUTSMethod | PMMHMethod = "guide",
     num_draws: int = 1000,
     seed: int = 0,
     progress: bool = True,
@@ -282,7 +291,8 @@ def fit_posterior(
     Args:
         model: A Pyro model.
         args: The positional arguments of the model. A :class:`stochdyn.Panel` among them names the axes of ``idata``.
-        method: ``"guide"``, ``"laplace"``, ``"nuts"``, or one of the methods as an object with its options.
+        method: ``"guide"``, ``"laplace"``, ``"nuts"``, ``"pmmh"`` (for :class:`ParticleObservations`), or one of the
+            methods as an object with its options.
         num_draws: The number of posterior draws; of each chain for a sampler.
         seed: The seed of the fit and of the draws; the global random state is left as it was.
         progress: Whether to show a bar.
@@ -314,7 +324,7 @@ def fit_posterior(
     if isinstance(method, str):
         check_choice(method, tuple(_METHODS), "method")
         method = _METHODS[method]()
-    check_type(method, (GuideMethod, LaplaceMethod, NUTSMethod), "method")
+    check_type(method, (GuideMethod, LaplaceMethod, NUTSMethod, PMMHMethod), "method")
     check_positive_int(num_draws, "num_draws")
     from stochdyn.diagnostics.inference_data import to_inference_data
     from stochdyn.diagnostics.psis import pareto_smooth
@@ -329,8 +339,12 @@ def fit_posterior(
             if isinstance(s["fn"], DiffusionPath | PathIncrements)
         }
         judged: dict[str, Any] = {}
-        if isinstance(method, NUTSMethod):
-            source: Any = MCMC(
+        chains: ChainRun | None = None
+        if isinstance(method, PMMHMethod):
+            chains = run_chains(model, args, kwargs, method, num_draws, progress)
+            source: Any = {n: v.flatten(0, 1) for n, v in chains.draws.items()}
+        elif isinstance(method, NUTSMethod):
+            source = MCMC(
                 NUTS(model, init_strategy=init_to_median(num_samples=20)),
                 num_samples=num_draws,
                 warmup_steps=method.warmup,
@@ -352,8 +366,9 @@ def fit_posterior(
                 }
     coords = {n: v for a in (*args, *kwargs.values()) if isinstance(a, Panel) for n, v in a.coords.items()}
     idata = to_inference_data(
-        model,
-        judged.get("draws", source),
+        # The density of a particle filter is drawn anew at every call: what counts is what the chains kept.
+        model if chains is None else _without_estimates(model),
+        judged.get("draws", source if chains is None else ChainDraws(source, len(chains.log_joint))),
         args,
         kwargs,
         num_draws=num_draws,
@@ -361,7 +376,20 @@ def fit_posterior(
         seed=seed,
         num_prior_draws=_PRIOR_DRAWS,
     )
-    if isinstance(method, NUTSMethod):
+    if chains is not None:
+        idata.sample_stats["lp"].values[...] = chains.log_joint.numpy()
+        for name, kept in chains.log_likelihood.items():
+            idata.log_likelihood[name].values[...] = kept.numpy()
+        idata.attrs.update(acceptance=chains.acceptance, num_particles=chains.num_particles)
+        judged = {"draws": source, **_mixing(idata)}
+        if judged["rhat"] > 1.05:
+            warnings.warn(
+                f"the chains haven't mixed (R-hat {judged['rhat']:.3f}, {judged['ess']:.0f} independent draws, acceptance "
+                f"{chains.acceptance:.2f}): take PMMHMethod with more warmup, more num_draws, or the guided filter in the site",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+    elif isinstance(method, NUTSMethod):
         judged = _mixing(idata)
         if judged["rhat"] > 1.01:
             warnings.warn(
@@ -394,6 +422,17 @@ def fit_posterior(
         kwargs=kwargs,
         **judged,
     )
+
+
+def _without_estimates(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a model whose densities by particle filters are left out."""
+
+    @functools.wraps(model)
+    def quiet(*args: Any, **kwargs: Any) -> Any:
+        with ParticlesInSites(None):
+            return model(*args, **kwargs)
+
+    return quiet
 
 
 def _is_subsampled(latent: dict[str, Any]) -> bool:
