@@ -159,7 +159,7 @@ class _Target:
             ).reshape(count, -1).sum(-1)
             if isinstance(node["fn"], ParticleObservations):
                 parts[name] = log_prob.reshape(count, *self.probe.sites[name].batch_shape)
-        return _State(u, torch.nan_to_num(joint, nan=-math.inf), parts)
+        return _State(u, torch.nan_to_num(joint, nan=-math.inf, neginf=-math.inf), parts)
 
 
 def run_chains(
@@ -190,7 +190,7 @@ def run_chains(
         target.particles = method.num_particles
         first = target.at(target.flat(target.starts))
         weights = sum(p.reshape(method.num_starts, -1).sum(-1) for p in first.parts.values())
-        weights = torch.nan_to_num(torch.as_tensor(weights), nan=-math.inf)
+        weights = torch.nan_to_num(torch.as_tensor(weights), nan=-math.inf, neginf=-math.inf)
         if not bool(torch.isfinite(weights).any()):
             raise ZeroProbabilityError(
                 "the data are impossible at all draws of the prior",
