@@ -78,7 +78,9 @@ def branching_cells(
         >>> len(cells.samples), tuple(cells.samples[-1].shape), bool((cells.fates[0] == 0).all())
         (5, (100, 5), True)
     """
-    times = as_time_grid(range(5) if times is None else times, "times", min_points=1).double()
+    times = as_time_grid(
+        range(5) if times is None else times, "times", 1, torch.empty((), dtype=torch.float64)
+    ).double()
     if float(times[0]) < 0:
         raise TimeGridError("times must not start before zero", got=float(times[0]))
     check_positive_int(num_cells, "num_cells")

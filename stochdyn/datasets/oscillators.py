@@ -139,7 +139,7 @@ def _simulate(
     parameters: dict[str, float],
 ) -> SimulatedSnapshots:
     """Run independent particles from a uniform start at time zero and show each at one time only."""
-    times = as_time_grid(times, "times", min_points=1).double()
+    times = as_time_grid(times, "times", 1, torch.empty((), dtype=torch.float64)).double()
     if float(times[0]) < 0:
         raise TimeGridError("times must not start before zero", got=float(times[0]))
     check_positive_int(num_particles, "num_particles")

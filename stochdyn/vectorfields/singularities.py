@@ -146,7 +146,7 @@ class Singularities:
         """
         check_positive(radius, "radius")
         places = self.draw_places
-        middle = torch.as_tensor(centre).to(places)
+        middle = torch.as_tensor(centre, dtype=places.dtype, device=places.device)
         if middle.shape != places.shape[1:]:
             raise ShapeError(
                 "centre must be a point",

@@ -219,7 +219,9 @@ def test_what_cannot_work_is_said_in_the_words_of_the_call() -> None:
         refine(snaps, LotkaVolterra(), 0.1)
     with pytest.raises(sd.errors.ShapeError, match="initial_mean"):
         refine(snaps, production, 0.1, method=Messages(initial_mean=[0.0], initial_cov=[[1.0]]))
-    with pytest.raises(sd.errors.InvalidInputError, match="initial_cov must be positive definite"):
+    with pytest.raises(
+        sd.errors.InvalidInputError, match="initial_cov must be symmetric and positive definite"
+    ):
         Messages(initial_mean=[0.0, 1.0], initial_cov=[[1.0, 2.0], [2.0, 1.0]])
     with pytest.raises(sd.errors.InvalidInputError, match="need values to start from"):
         refine(snaps, lambda t, x, rate: -rate * x, 0.1)

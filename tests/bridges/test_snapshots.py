@@ -115,3 +115,9 @@ def test_nothing_to_train_on_is_left() -> None:
         snaps.hold_out(0)
     with pytest.raises(sd.errors.InvalidInputError, match="no such snapshot"):
         snaps.hold_out(5)
+
+
+def test_times_in_a_list_keep_all_their_digits():
+    # Seconds counted in hours: single precision would move them.
+    times = [k / 3600 for k in range(3)]
+    assert Snapshots(times, [torch.zeros(2, 1)] * 3).times.tolist() == times

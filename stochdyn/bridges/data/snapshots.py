@@ -110,7 +110,9 @@ class Snapshots:
         clouds = tuple(as_tensor(x, f"samples[{i}]", finite=False) for i, x in enumerate(parts))
         check_nonempty(clouds, "samples")
         device = clouds[0].device
-        self.times = as_time_grid(times, "times").to(device, torch.float64)
+        self.times = as_time_grid(
+            times, "times", like=torch.empty((), dtype=torch.float64, device=device)
+        ).double()
         if len(clouds) != len(self.times):
             raise ShapeError("there must be one sample per time", got=len(clouds), expected=len(self.times))
         for i, cloud in enumerate(clouds):

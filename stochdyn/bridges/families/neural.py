@@ -50,7 +50,7 @@ class _Scaled(DriftFamily):
         check_real(start_time, "start_time")
         like = centre if centre is not None else scale if isinstance(scale, Tensor) else torch.zeros(())
         middle = like.new_zeros(dim) if centre is None else centre
-        unit = torch.as_tensor(scale).to(like).expand(dim).clone()
+        unit = torch.as_tensor(scale, dtype=like.dtype, device=like.device).expand(dim).clone()
         if middle.shape != (dim,):
             raise ShapeError("centre doesn't fit", got=tuple(middle.shape), expected=(dim,))
         self.register_buffer("centre", middle)

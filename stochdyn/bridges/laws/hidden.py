@@ -177,7 +177,9 @@ class HiddenStateBridge(HiddenChain):
             if k:
                 grid = self._transitions[k - 1].ts.tolist()
                 for start, end in itertools.pairwise(grid):
-                    drift = self.family(torch.as_tensor(start).to(like), ensemble)
+                    drift = self.family(
+                        torch.as_tensor(start, dtype=like.dtype, device=like.device), ensemble
+                    )
                     white = torch.randn(
                         ensemble.shape, dtype=like.dtype, device=like.device, generator=generator
                     )

@@ -325,7 +325,7 @@ class IPFBridge(LearnedBridge):
             for start, end in itertools.pairwise(self._grid(i).tolist()):
                 if not clock:
                     break
-                rate = drift(torch.as_tensor(start).to(x), x)
+                rate = drift(torch.as_tensor(start, dtype=x.dtype, device=x.device), x)
                 moved = _gaussian(x, math.sqrt(end - start), generator)
                 at, gone = start, torch.zeros_like(x)
                 # between its times Euler's scheme is a Brownian motion with drift, pinned at what has been drawn
@@ -346,7 +346,9 @@ class IPFBridge(LearnedBridge):
 
     @torch.no_grad()
     def _learnt_drift(self, backward: bool, i: int, time: float, x: Tensor) -> Tensor:
-        return (self.backward_drifts if backward else self.forward_drifts)[i](torch.as_tensor(time).to(x), x)
+        return (self.backward_drifts if backward else self.forward_drifts)[i](
+            torch.as_tensor(time, dtype=x.dtype, device=x.device), x
+        )
 
     def nodes(self, num_nodes: int = 1_000_000, generator: torch.Generator | int | None = None) -> DriftNodes:
         """Return increments of stitched trajectories as targets for the projection, noise and all."""

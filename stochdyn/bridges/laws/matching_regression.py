@@ -61,7 +61,9 @@ class MatchingRegression(Objective):
         like = snapshots.samples[0]
         _, centre, scale = snapshots.standardised()
         self.register_buffer("duration", snapshots.durations.to(like).reshape(-1, 1, 1))
-        self.register_buffer("mean", torch.as_tensor(mean).to(like).expand(self.dim).clone())
+        self.register_buffer(
+            "mean", torch.as_tensor(mean, dtype=like.dtype, device=like.device).expand(self.dim).clone()
+        )
         self.forward_net = IntervalDrift(self.num_intervals, centre, scale, width)
         self.backward_net = IntervalDrift(self.num_intervals, centre, scale, width)
         empty = like.new_zeros(2, 2, self.num_intervals, num_pairs, self.dim)

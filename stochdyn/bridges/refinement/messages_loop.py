@@ -61,7 +61,10 @@ class MessagesLoop(AlternatingLoop):
         super().__init__(task, method.population)
         self.method, self.result = method, result
         like = task.snapshots.samples[0]
-        self.initial = tuple(torch.as_tensor(v).to(like) for v in (method.initial_mean, method.initial_cov))
+        self.initial = tuple(
+            torch.as_tensor(v, dtype=like.dtype, device=like.device)
+            for v in (method.initial_mean, method.initial_cov)
+        )
         self.size, self.moved, self.near = flatten(self.family).numel(), math.nan, False
         self._bridge: HiddenStateBridge | None = None
         self._check_driven()

@@ -171,6 +171,8 @@ class SDE(nn.Module):
         torch.Size([3, 2])
     """
 
+    _derived_ = ("_axes",)  # what a callable diffusion means by its tensors, learnt at the first call
+
     def __init__(
         self,
         drift: Field,

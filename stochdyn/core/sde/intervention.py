@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_callable, check_real
+from stochdyn._checks import check_callable, check_points, check_real
 from stochdyn.core.sde.coefficients import Coefficient, Matrix
 from stochdyn.errors import InvalidInputError, ShapeError
 
@@ -67,6 +67,7 @@ class Intervention:
 
     def set(self, x: Tensor) -> Tensor:
         """Return states ``(..., d)`` with the held components at their values."""
+        check_points(x, "x", "(..., d)")
         if not self.values:
             return x
         parts = list(x.unbind(-1))
