@@ -23,14 +23,14 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 SOUGHT = "AutoPathGuide"
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 800}
 
-# What a page says of itself, in one call: its links, the pictures that didn't load, its anchors, and the elements wider than the window.
+# What a page says of itself, in one call: its links, the pictures that didn't load, its anchors and its background.
 REPORT = """() => ({
     links: [...document.querySelectorAll('a[href]')].map(a => a.href),
     broken: [...document.images].filter(i => !i.complete || i.naturalWidth === 0).map(i => i.src),
     anchors: [...document.querySelectorAll('[id]')].map(e => e.id),
-    overflow: Math.max(0, document.documentElement.scrollWidth - window.innerWidth),
     background: getComputedStyle(document.body).backgroundColor,
 })"""
+OVERFLOW = "() => Math.max(0, document.documentElement.scrollWidth - window.innerWidth)"
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -80,17 +80,17 @@ def check(folder: Path, browser_path: str, pictures: Path | None) -> list[str]:
             if answer is None or not answer.ok:
                 faults.append(f"{current}: does not open")
                 continue
-            wide = page.evaluate(REPORT)
+            report, overflow = page.evaluate(REPORT), {"wide": page.evaluate(OVERFLOW)}
             page.set_viewport_size(NARROW)
-            narrow = page.evaluate(REPORT)
-            links[current], anchors[current] = set(wide["links"]), set(wide["anchors"])
+            overflow["narrow"] = page.evaluate(OVERFLOW)
+            links[current], anchors[current] = set(report["links"]), set(report["anchors"])
             faults += [
-                f"{current}: picture {src} is missing" for src in wide["broken"] if src.startswith(root)
+                f"{current}: picture {src} is missing" for src in report["broken"] if src.startswith(root)
             ]
             faults += [
-                f"{current}: {seen['overflow']} pixels wider than the {name} window"
-                for name, seen in (("wide", wide), ("narrow", narrow))
-                if seen["overflow"]
+                f"{current}: {pixels} pixels wider than the {name} window"
+                for name, pixels in overflow.items()
+                if pixels
             ]
         for current, found in links.items():
             for link in sorted(found):

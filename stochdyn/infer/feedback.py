@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stochdyn.core.gaussian.feedback import LinearFeedback, times
+from stochdyn.core.gaussian.feedback import LinearFeedback
+from stochdyn.core.gaussian.small import times
 from stochdyn.core.sde.equation import Control, Rest
 from stochdyn.infer.coupling import Coupling
 

@@ -382,25 +382,21 @@ def fit_posterior(
             idata.log_likelihood[name].values[...] = kept.numpy()
         idata.attrs.update(acceptance=chains.acceptance, num_particles=chains.num_particles)
         judged = {"draws": source, **_mixing(idata)}
-        if judged["rhat"] > 1.05:
-            warnings.warn(
-                f"the chains haven't mixed (R-hat {judged['rhat']:.3f}, {judged['ess']:.0f} independent draws, acceptance "
-                f"{chains.acceptance:.2f}): take PMMHMethod with more warmup, more num_draws, or the guided filter in the site",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+        limit, found = 1.05, f", acceptance {chains.acceptance:.2f}"
+        remedy = "PMMHMethod with more warmup, more num_draws, or the guided filter in the site"
     elif isinstance(method, NUTSMethod):
         judged = _mixing(idata)
-        if judged["rhat"] > 1.01:
-            warnings.warn(
-                f"the chains haven't mixed (R-hat {judged['rhat']:.3f}, {judged['ess']:.0f} independent draws): take "
-                "NUTSMethod with more warmup and num_chains=4, or put paths into noise space (NoiseReparam)",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+        limit, found = 1.01, ""
+        remedy = "NUTSMethod with more warmup and num_chains=4, or put paths into noise space (NoiseReparam)"
     elif not judged and num_draws >= _MIN_DRAWS_FOR_KHAT:
         weights = torch.as_tensor(idata.sample_stats["log_weight"].values).flatten()
         judged = {"khat": float(pareto_smooth(weights).khat)}
+    if isinstance(method, NUTSMethod | PMMHMethod) and judged["rhat"] > limit:
+        warnings.warn(
+            f"the chains haven't mixed (R-hat {judged['rhat']:.3f}, {judged['ess']:.0f} independent draws{found}): take {remedy}",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
     khat = judged.setdefault("khat", math.nan)
     for name in ("khat", "ess", "rhat", "log_evidence"):
         if math.isfinite(judged.get(name, math.nan)):

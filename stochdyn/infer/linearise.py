@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from stochdyn.core.gaussian.affine import LinearSteps, affine_steps
-from stochdyn.core.gaussian.feedback import LinearFeedback, feedback_given, times
+from stochdyn.core.gaussian.feedback import LinearFeedback, feedback_given
+from stochdyn.core.gaussian.small import times
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import noise_steps, time_column
 from stochdyn.core.sde.methods import Euler, Exact, Method

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn.core.gaussian.feedback import LinearFeedback, times
+from stochdyn.core.gaussian.feedback import LinearFeedback
+from stochdyn.core.gaussian.small import times
 from stochdyn.errors import NonFiniteError
 from stochdyn.infer.distributions import PathIncrements
 from stochdyn.infer.feedback import Feedback

@@ -58,7 +58,7 @@ class ParticleObservations(LawDistribution):
 
     has_rsample = False
     _carried = (
-        "sde", "initial", "times", "observe", "num_particles", "method", "start_time", "dt", "silent", "_support",
+        "sde", "initial", "times", "observe", "num_particles", "method", "start_time", "dt", "stops", "silent", "_support",
     )  # fmt: skip
 
     def __init__(
@@ -83,7 +83,7 @@ class ParticleObservations(LawDistribution):
         #: Whether the density is left out, for what asks for everything else.
         self.silent = False
         probe = start_of(self.initial)
-        stops = as_stops(times, start_time, dt, probe)
+        self.stops = stops = as_stops(times, start_time, dt, probe)
         self.times = stops.ts[..., stops.index]
         sde.check(first_time(stops.ts, probe), probe)
         batch = batch_shape_of(sde, probe, stops.ts)
@@ -112,9 +112,8 @@ class ParticleObservations(LawDistribution):
         shape = torch.Size(sample_shape) + self.batch_shape
         with torch.no_grad():
             x0 = draw_start(self.initial, tuple(shape))
-            stops = as_stops(self.times, self.start_time, self.dt, x0)
-            dw, memory = draw_increments(self.sde, x0, stops.ts)
-            x = integrate(self.sde, x0, stops.ts, dw, memory).x[stops.index]
+            dw, memory = draw_increments(self.sde, x0, self.stops.ts)
+            x = integrate(self.sde, x0, self.stops.ts, dw, memory).x[self.stops.index]
             return self.observe(x).sample().movedim(0, len(shape))
 
     def log_prob(self, value: Tensor) -> Tensor:

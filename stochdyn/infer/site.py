@@ -8,7 +8,8 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from stochdyn.core.gaussian.feedback import LinearFeedback, times
+from stochdyn.core.gaussian.feedback import LinearFeedback
+from stochdyn.core.gaussian.small import times
 from stochdyn.core.networks import StateNetwork
 from stochdyn.infer.coupling import Coupling
 from stochdyn.infer.encoders import LikelihoodEncoder

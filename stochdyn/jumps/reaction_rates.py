@@ -174,6 +174,10 @@ class LinearNoise(CountLikelihood):
         return total.nan_to_num(nan=-math.inf)
 
 
+#: The largest number of Runge-Kutta steps between two observations.
+_MOST_STEPS = 5000
+
+
 def _linear_noise(
     network: ReactionNetwork, constants: Tensor, mean: Tensor, cov: Tensor, span: float
 ) -> tuple[Tensor, Tensor]:
@@ -191,25 +195,26 @@ def _linear_noise(
         jacobian = slope(m) @ c
         return a @ nu, jacobian + jacobian.mT + (nu.mT * a[:, None, :]) @ nu
 
+    def speed(m: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(slope(m)).amax()
+
     def walk(steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        m, c, fastest = mean, cov, torch.linalg.matrix_norm(slope(mean)).amax()
+        m, c, fastest = mean, cov, begin
         for _ in range(steps):
             m, c = runge_kutta(flow, (m, c), span / steps)
-            fastest = torch.maximum(fastest, torch.linalg.matrix_norm(slope(m)).amax())
+            fastest = torch.maximum(fastest, speed(m))
         return m, c, fastest
 
     # Steps are short beside the fastest rate met on the way, not only at its start: an epidemic speeds up.
     # Where the mean explodes all the same, it comes out as NaN and the likelihood as zero.
-    steps = _enough(float(torch.linalg.matrix_norm(slope(mean)).amax()), span)
+    begin = speed(mean)
+    steps = _enough(float(begin), span)
     while True:
         m, c, fastest = walk(steps)
         wanted = _enough(float(fastest), span) if bool(fastest.isfinite()) else 4 * steps
         if steps == _MOST_STEPS or wanted <= 1.5 * steps or not bool(mean.isfinite().all()):
             return m, c
         steps = min(_MOST_STEPS, wanted)
-
-
-_MOST_STEPS = 5000
 
 
 def _enough(speed: float, span: float) -> int:

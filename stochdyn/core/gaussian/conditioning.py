@@ -28,7 +28,7 @@ from stochdyn.core.gaussian.chain import GaussianChain
 from stochdyn.core.gaussian.law import GaussianPathMeasure
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 from stochdyn.core.gaussian.observations import union_of
-from stochdyn.core.gaussian.small import definite_factor, symmetrise
+from stochdyn.core.gaussian.small import definite_factor, symmetrise, times
 from stochdyn.core.gaussian.transition import Transition
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import ShapeError, SingularDiffusionError, TimeGridError
@@ -64,7 +64,7 @@ class EndPotential:
     def before(self, transition: Transition) -> tuple[Tensor, Tensor]:
         """Return precision ``(*B, d, d)`` and linear part ``(*B, d)`` of the potential seen from before a transition."""
         phi, shift, noise = transition
-        left, right = self.pull @ phi, (self.aim - _times(self.pull, shift)).unsqueeze(-1)
+        left, right = self.pull @ phi, (self.aim - times(self.pull, shift)).unsqueeze(-1)
         batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
         both = torch.cat((left.expand(*batch, *left.shape[-2:]), right.expand(*batch, *right.shape[-2:])), -1)
         ahead = torch.linalg.solve(self.residual + self.pull @ noise, both)
@@ -86,10 +86,10 @@ class EndPotential:
         phi, shift, noise = step
         far, lead, spread = whole
         gain = torch.linalg.solve((self.residual + self.pull @ spread).mT, onward @ noise.mT).mT
-        aim = self.aim - _times(self.pull, lead)
+        aim = self.aim - times(self.pull, lead)
         return (
             phi - gain @ self.pull @ far,
-            shift + _times(gain, aim),
+            shift + times(gain, aim),
             symmetrise(noise - gain @ self.pull @ onward @ noise),
         )
 
@@ -97,7 +97,7 @@ class EndPotential:
 def absorb(mean: Tensor, cov: Tensor, precision: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return the moments of a Gaussian multiplied by :math:`\exp(-\tfrac12x^\top\Lambda x+\eta^\top x)`; ``cov`` may be singular."""
     eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-    right = torch.cat((cov, (mean + _times(cov, linear)).unsqueeze(-1)), -1)
+    right = torch.cat((cov, (mean + times(cov, linear)).unsqueeze(-1)), -1)
     after = torch.linalg.solve(eye + cov @ precision, right)
     return after[..., -1], symmetrise(after[..., :-1])
 
@@ -234,7 +234,7 @@ class TiltedMeasure(GaussianPathMeasure):
         clock = self.clock(t).reshape(-1)
         phi, shift, noise = self.transition(torch.zeros_like(clock), clock)
         mean, cov = self._initial_mean, self._initial_cov
-        mean = _times(phi, mean) + shift
+        mean = times(phi, mean) + shift
         cov = symmetrise(phi @ cov @ phi.mT + noise)
         return mean.reshape(*t.shape, *mean.shape[1:]), cov.reshape(*t.shape, *cov.shape[1:])
 
@@ -264,7 +264,7 @@ class TiltedMeasure(GaussianPathMeasure):
         lead = len(self.batch_shape)
         a, b, s = self.reference.coefficients((clock + origin).to(self.like.dtype))
         a, b, s = _batched(a, lead, 2), _batched(b, lead, 1), _batched(s, lead, 2)
-        slope, offset = a - s @ precision, b + _times(s, linear)
+        slope, offset = a - s @ precision, b + times(s, linear)
         return slope.reshape(*t.shape, *slope.shape[1:]), offset.reshape(*t.shape, *offset.shape[1:])
 
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class TiltedMeasure(GaussianPathMeasure):
         check_event_size(x, self.dim, "x")
         flat = time[..., 0] if time.ndim else time
         slope, offset = self.affine_drift(flat)
-        return _times(slope, x) + offset
+        return times(slope, x) + offset
 
     def covariance_rate(self, t: Tensor) -> Tensor:
         r"""Return :math:`GG^\top (n, *B, d, d)` of a diffusion at times ``t (n,)``."""
@@ -352,7 +352,7 @@ class PiecewiseMeasure(GaussianPathMeasure):
         def moments(k: int, clock: Tensor) -> tuple[Tensor, Tensor]:
             phi, shift, noise = self.step(k, torch.zeros_like(clock), clock)
             mean, cov = self.start_of(k)
-            return _times(phi, mean) + shift, symmetrise(phi @ cov @ phi.mT + noise)
+            return times(phi, mean) + shift, symmetrise(phi @ cov @ phi.mT + noise)
 
         return self._by_interval(t, True, moments)
 
@@ -370,7 +370,7 @@ class PiecewiseMeasure(GaussianPathMeasure):
         time = as_time(t, x)
         flat = time[..., 0] if time.ndim else time
         slope, offset = self._by_interval(flat, True, self.affine_drift_in)
-        return _times(slope, x) + offset
+        return times(slope, x) + offset
 
     def covariance_rate(self, t: Tensor) -> Tensor:
         r"""Return :math:`GG^\top (n, *B, d, d)` of a diffusion at times ``t (n,)``."""
@@ -434,7 +434,3 @@ def _batched(x: Tensor, lead: int, event: int) -> Tensor:
     """Give ``x (N, *b, *event)`` at least ``lead`` batch axes."""
     missing = lead - (x.ndim - 1 - event)
     return x if missing <= 0 else x.reshape(x.shape[0], *(1,) * missing, *x.shape[1:])
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)

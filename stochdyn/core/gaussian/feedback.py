@@ -21,6 +21,7 @@ from torch import Tensor
 from stochdyn._checks import as_generator
 from stochdyn.core.gaussian.affine import LinearSteps
 from stochdyn.core.gaussian.recursion import affine_states, covariance_states, gaussian_moments
+from stochdyn.core.gaussian.small import times
 from stochdyn.core.law.marginals import Generator
 
 __all__ = ["FeedbackDraws", "FeedbackLaw", "LiftedStart", "LinearFeedback", "feedback_given", "start_lift"]
@@ -378,11 +379,6 @@ class _Values(torch.autograd.Function):
         adjoint = covariance_states(closed, slope[1:], slope[0])
         to_map = 2.0 * (after @ closed @ adjoint[:-1])
         return to_map, to_map @ law.mT, adjoint
-
-
-def times(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Return matrices times vectors."""
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def log_diagonal(factor: Tensor) -> Tensor:

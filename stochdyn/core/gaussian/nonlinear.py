@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_seed, check_positive_int, values_are_checked
-from stochdyn.core.gaussian.small import psd_factor, psd_inverse, symmetrise
+from stochdyn.core.gaussian.small import psd_factor, psd_inverse, symmetrise, times
 from stochdyn.errors import SingularDiffusionError
 
 __all__ = [
@@ -162,7 +162,7 @@ class _GaussianKalman(NonlinearKalman):
         step: int,
     ) -> _Belief:
         """Return the belief after data."""
-        mean = belief.mean + _times(gain, excess)
+        mean = belief.mean + times(gain, excess)
         if found.slope is None or found.noise is None:
             return _Belief(mean, symmetrise(belief.cov - gain @ found.cov @ gain.mT))
         # Joseph's form (I - K H) P (I - K H)^T + K R K^T loses no digits where the data are far better than the belief.
@@ -250,7 +250,7 @@ class EnsembleKalman(NonlinearKalman):
     def _begin(self, mean: Tensor, cov: Tensor) -> _Belief:
         """Return the belief at the start."""
         normal = self._normal(mean, mean.shape[-1], 0, 0)
-        return self._belief(mean + _times(_factor(cov), normal))
+        return self._belief(mean + times(_factor(cov), normal))
 
     def _through(self, belief: _Belief, function: Map, load: Map, size: int) -> _Moments:
         """Return the moments of ``function(z) + load(z) e`` over the members."""
@@ -272,7 +272,7 @@ class EnsembleKalman(NonlinearKalman):
         assert belief.members is not None and found.values is not None
         noise = load(belief.members)
         normal = self._normal(found.mean, noise.shape[-1], 1, step)
-        return self._belief(found.values + _times(noise, normal))
+        return self._belief(found.values + times(noise, normal))
 
     def _update(
         self,
@@ -288,8 +288,8 @@ class EnsembleKalman(NonlinearKalman):
         assert belief.members is not None and found.values is not None
         noise = scale(belief.members)
         normal = self._normal(found.mean, noise.shape[-1], 2, step)
-        own = excess + torch.where(seen, found.mean - found.values - _times(noise, normal), 0.0)
-        return self._belief(belief.members + _times(gain, own))
+        own = excess + torch.where(seen, found.mean - found.values - times(noise, normal), 0.0)
+        return self._belief(belief.members + times(gain, own))
 
     def _belief(self, members: Tensor) -> _Belief:
         mean = members.mean(0)
@@ -395,7 +395,7 @@ def _smoothed(rows: list[_Row], places: list[int], beliefs: list[_Belief]) -> tu
         for row in reversed(rows[places[k] : places[k + 1]]):
             # J = C P'^-1, m_s = m + J (m_s' - m'), P_s = P + J (P_s' - P') J^T.
             gain = row.cross @ psd_inverse(row.after.cov)
-            mean = row.before.mean + _times(gain, mean - row.after.mean)
+            mean = row.before.mean + times(gain, mean - row.after.mean)
             cov = symmetrise(row.before.cov + gain @ (cov - row.after.cov) @ gain.mT)
         means.append(mean)
         covs.append(cov)
@@ -404,10 +404,6 @@ def _smoothed(rows: list[_Row], places: list[int], beliefs: list[_Belief]) -> tu
 
 def _at(function: Callable[[int, Tensor], Tensor], n: int) -> Map:
     return lambda z: function(n, z)
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def _factor(cov: Tensor) -> Tensor:

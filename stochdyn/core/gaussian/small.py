@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stochdyn.errors import SingularDiffusionError
 
-__all__ = ["definite_factor", "psd_factor", "psd_inverse", "standard_deviations", "symmetrise"]
+__all__ = ["definite_factor", "psd_factor", "psd_inverse", "standard_deviations", "symmetrise", "times"]
 
 _THRESHOLD = 1e-2
 
@@ -15,6 +15,11 @@ _THRESHOLD = 1e-2
 def symmetrise(matrix: Tensor) -> Tensor:
     """Return the symmetric part of ``(..., n, n)``."""
     return 0.5 * (matrix + matrix.mT)
+
+
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return matrices times vectors."""
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def standard_deviations(matrix: Tensor) -> Tensor:
