@@ -80,8 +80,8 @@ from .sde.coefficients import Scalar as Scalar
 from .sde.coefficients import as_coefficient as as_coefficient
 from .sde.covariance import covariance_divergence as covariance_divergence
 from .sde.equation import SDE as SDE
-from .sde.equation import Control as Control
-from .sde.equation import spatial_divergence as spatial_divergence
+from .sde.control import Control as Control
+from .sde.reversal import spatial_divergence as spatial_divergence
 from .sde.grids import first_time as first_time
 from .sde.grids import noise_steps as noise_steps
 from .sde.grids import steps_of as steps_of

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stochdyn.core.gaussian.feedback import LinearFeedback
 from stochdyn.core.gaussian.small import times
-from stochdyn.core.sde.equation import Control, Rest
+from stochdyn.core.sde.control import Control, Rest
 from stochdyn.infer.coupling import Coupling
 
 __all__ = ["Feedback"]

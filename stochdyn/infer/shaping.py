@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stochdyn.core.sde.equation import SDE, Control
+from stochdyn.core.sde.control import Control
+from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import steps_of, time_column
 from stochdyn.errors import InvalidInputError
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from stochdyn._checks import check_callable, check_nonempty, check_type
 from stochdyn.core.sde.coefficients import Diagonal, Matrix, Scalar
-from stochdyn.core.sde.equation import SDE, spatial_divergence
+from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.reversal import spatial_divergence
 from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["marginal_drift", "matching_rate"]

@@ -7,8 +7,9 @@ from torch import Tensor
 from stochdyn.core.forward.continuity import TransportOperator
 from stochdyn.core.forward.divergences import pull_back
 from stochdyn.core.sde.coefficients import Coefficient, Diagonal, Scalar
+from stochdyn.core.sde.control import Control
 from stochdyn.core.sde.covariance import covariance_divergence
-from stochdyn.core.sde.equation import SDE, Control
+from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError
 
 __all__ = ["FokkerPlanck"]

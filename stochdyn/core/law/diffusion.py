@@ -34,7 +34,8 @@ from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import Drawn, Estimate, Path, PathSample, as_parity, stamp_of
 from stochdyn.core.law.relative import relate
 from stochdyn.core.law.transition import euler_log_prob
-from stochdyn.core.sde.equation import SDE, Control, Field
+from stochdyn.core.sde.control import Control, Field
+from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import first_time, remembered
 from stochdyn.core.sde.methods import Method, as_method
 from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, full_state, integrate, stepped
@@ -272,7 +273,7 @@ class DiffusionMeasure(PathMeasure):
     def controlled(self, u: Field | None = None, precision: Field | None = None) -> DiffusionMeasure:
         """Return the law whose driving noise has drift ``u(t, z) -> (..., m)``, and increments of extra ``precision``.
 
-        ``z`` is ``x``, followed by the memory states where the noise has any. See :class:`stochdyn.core.sde.equation.Control`.
+        ``z`` is ``x``, followed by the memory states where the noise has any. See :class:`stochdyn.core.sde.control.Control`.
         """
         return self._like(self.initial, self.sde.controlled(u, precision), self.start_time)
 

@@ -14,7 +14,8 @@ from stochdyn.core.law.girsanov import NoiseLaw
 from stochdyn.core.law.path import PathSample, stamp_of
 from stochdyn.core.law.transition import check_has_density
 from stochdyn.core.sde.coefficients import Matrix
-from stochdyn.core.sde.equation import SDE, Control
+from stochdyn.core.sde.control import Control
+from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import steps_of, time_column
 from stochdyn.core.sde.methods import Exact
 from stochdyn.core.sde.solvers import stepped

@@ -14,9 +14,9 @@ from .coefficients import Scalar as Scalar
 from .coefficients import as_coefficient as as_coefficient
 from .covariance import covariance_divergence as covariance_divergence
 from .equation import SDE as SDE
-from .equation import Control as Control
-from .equation import Field as Field
-from .equation import spatial_divergence as spatial_divergence
+from .control import Control as Control
+from .control import Field as Field
+from .reversal import spatial_divergence as spatial_divergence
 from .grids import first_time as first_time
 from .grids import noise_steps as noise_steps
 from .grids import step_sizes as step_sizes

@@ -16,7 +16,8 @@ from stochdyn.core.sde._derivatives import (
     strength_along,
 )
 from stochdyn.core.sde.coefficients import Coefficient, Matrix, Scalar
-from stochdyn.core.sde.equation import SDE, Control, Rest, plus
+from stochdyn.core.sde.control import Control, Rest, plus
+from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import first_steps, first_time, noise_steps
 from stochdyn.core.sde.noise import Brownian, NoiseSteps
 from stochdyn.errors import InvalidInputError

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochdyn._checks import as_tensor, check_finite, check_ndim, check_positive, is_real
-from stochdyn.errors import DiffusionError, ShapeError, SingularDiffusionError
+from stochdyn.errors import DiffusionError, InvalidInputError, ShapeError, SingularDiffusionError
 
-__all__ = ["Coefficient", "Diagonal", "Matrix", "Scalar", "as_coefficient"]
+__all__ = ["Coefficient", "Constant", "Diagonal", "Matrix", "Scalar", "as_coefficient"]
 
 
 class Coefficient(ABC):
@@ -276,3 +276,36 @@ def as_coefficient(value: Coefficient | Tensor | float, x: Tensor | None = None)
         expected="a number, (d,) or (d, m)",
         hint="say which with stochdyn.Scalar, stochdyn.Diagonal or stochdyn.Matrix",
     )
+
+
+class Constant(nn.Module):
+    """A constant diffusion as a module: its tensor moves with the equation, and a learnt one is a parameter."""
+
+    value: Tensor | float
+
+    def __init__(self, diffusion: Coefficient | Tensor | float) -> None:
+        super().__init__()
+        if isinstance(diffusion, bool):
+            raise InvalidInputError("diffusion must be a number or data", got=diffusion)
+        if not isinstance(diffusion, Coefficient | Tensor) and not is_real(diffusion):
+            diffusion = as_tensor(diffusion, "diffusion")
+        coefficient = as_coefficient(diffusion)
+        coefficient.check()
+        self.kind = type(coefficient)
+        if not isinstance(diffusion, Coefficient | Tensor):
+            self.value = diffusion
+        elif isinstance(coefficient.value, nn.Parameter):
+            self.value = coefficient.value
+        else:
+            self.register_buffer(
+                "value",
+                coefficient.value if coefficient.value.requires_grad else coefficient.value.detach().clone(),
+            )
+
+    def coefficient(self) -> Coefficient:
+        """Return the coefficient."""
+        return self.kind(self.value)  # type: ignore[call-arg]
+
+    def forward(self, t: Tensor, x: Tensor) -> Coefficient:
+        """Return the coefficient at any time and state ``x (..., d)``."""
+        return self.coefficient() if isinstance(self.value, Tensor) else as_coefficient(self.value, x)

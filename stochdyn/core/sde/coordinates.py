@@ -19,7 +19,8 @@ from stochdyn.core.sde.coefficients import Coefficient, Diagonal, Matrix
 from stochdyn.errors import InvalidInputError, ShapeError
 
 if TYPE_CHECKING:
-    from stochdyn.core.sde.equation import SDE, Field
+    from stochdyn.core.sde.control import Field
+    from stochdyn.core.sde.equation import SDE
 
 __all__ = ["ChangedEquation", "Coordinates", "Moved", "as_transform", "check_transform", "log_jacobian"]
 

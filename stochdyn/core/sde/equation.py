@@ -1,149 +1,25 @@
-"""Stochastic differential equations: drift, diffusion, driving noise, and a control on that noise."""
+"""Stochastic differential equations: drift, diffusion, driving noise, and the equations that one makes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import (
-    as_tensor,
     check_bool,
     check_callable,
     check_positive_int,
     check_same_device,
     check_same_dtype,
-    is_real,
 )
-from stochdyn.core.sde.coefficients import Coefficient, Diagonal, Matrix, as_coefficient
-from stochdyn.core.sde.covariance import covariance_divergence
+from stochdyn.core.sde.coefficients import Coefficient, Constant, Diagonal, Matrix, as_coefficient
+from stochdyn.core.sde.control import Control, Field
 from stochdyn.core.sde.noise import Brownian, NoiseProcess
 from stochdyn.errors import DeviceMismatchError, DtypeMismatchError, InvalidInputError, ShapeError
 
-__all__ = ["SDE", "Control", "Field", "spatial_divergence"]
-
-Field = Callable[[Tensor, Tensor], Any]
-#: What a control adds to the affine part of the increments ``(*batch, m R)`` of step n, at time t and full state z.
-Rest = Callable[[int, Tensor, Tensor], Tensor]
-
-
-def plus(x: Tensor, slope: Tensor, dt: Tensor | float) -> Tensor:
-    """Return ``x + slope dt``, in one kernel where the step is a number."""
-    return x + slope * dt if isinstance(dt, Tensor) else torch.add(x, slope, alpha=dt)
-
-
-class Control(nn.Module):
-    r"""A change of law on the driving noise: :math:`dW = u\,dt + s\,dW'`.
-
-    Args:
-        drift: The drift ``u(t, z) -> (..., m)``, or None for no drift.
-        precision: The extra precision of noise increments, :math:`\alpha(t, z)\ge 0` ``-> (..., m)``, or None. On a
-            grid of step :math:`\Delta` the increments have the variance :math:`s^2\Delta` with
-            :math:`s^2=1/(1+\alpha\Delta)`, which tends to 1 with the step, so the two laws stay equivalent in
-            continuous time while the law on the grid can be matched exactly.
-
-    ``z`` is the full state: ``x``, followed by the memory states of the noise where it has any, ``(..., d + m K)``.
-    """
-
-    def __init__(self, drift: Field | None = None, precision: Field | None = None) -> None:
-        super().__init__()
-        self.drift = drift
-        self.precision = precision
-
-    def shape_increment(
-        self, n: int, t: Tensor, dt: Tensor | float, z: Tensor, e: Tensor, channels: int
-    ) -> Tensor:
-        """Turn the standard increments ``e (*batch, m R)`` of step ``n`` into those of the controlled law."""
-        return self.tilt(*self.at(t, z), dt, e, channels)
-
-    def affine(self, e: Tensor) -> tuple[Tensor, Tensor, Rest | None] | None:
-        """Return the part of the increments that is affine in the state, and the rest; None if nothing is known of them.
-
-        The controlled increments of step n are then ``shift[n] + z @ gain[n] + rest(n, t, z)``; a time loop needs no more of the
-        control, and does the affine part of all steps beforehand.
-
-        Args:
-            e: The standard increments ``(N, *batch, m R)``.
-
-        Returns:
-            Shift ``(N, *batch, m R)``, gain ``(N, *batch, d + m K, m R)``, and the rest, None where there is none.
-        """
-        return None
-
-    def at(self, t: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return drift and precision at ``t`` and the full state ``z``."""
-        return (
-            None if self.drift is None else self.drift(t, z),
-            None if self.precision is None else self.precision(t, z),
-        )
-
-    @staticmethod
-    def tilt(
-        u: Tensor | None, precision: Tensor | None, dt: Tensor | float, e: Tensor, channels: int
-    ) -> Tensor:
-        """Turn standard increments into those of given drift and precision."""
-        dw = e[..., :channels]
-        if precision is not None:
-            dw = dw * torch.rsqrt(1.0 + precision * dt)
-        if u is not None:
-            dw = plus(dw, u, dt)
-        return dw if e.shape[-1] == channels else torch.cat([dw, e[..., channels:]], -1)
-
-    def then(self, other: Control) -> Control:
-        """Return the control that acts by this one and then by ``other``: drifts and precisions add."""
-        return Control(_sum(self.drift, other.drift), _sum(self.precision, other.precision))
-
-
-class _Sum(nn.Module):
-    def __init__(self, first: Field, second: Field) -> None:
-        super().__init__()
-        self.first = first
-        self.second = second
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.first(t, z) + self.second(t, z)
-
-
-def _sum(first: Field | None, second: Field | None) -> Field | None:
-    if first is None:
-        return second
-    if second is None:
-        return first
-    return _Sum(first, second)
-
-
-class _Constant(nn.Module):
-    """A constant diffusion as a module: its tensor moves with the equation, and a learnt one is a parameter."""
-
-    value: Tensor | float
-
-    def __init__(self, diffusion: Coefficient | Tensor | float) -> None:
-        super().__init__()
-        if isinstance(diffusion, bool):
-            raise InvalidInputError("diffusion must be a number or data", got=diffusion)
-        if not isinstance(diffusion, Coefficient | Tensor) and not is_real(diffusion):
-            diffusion = as_tensor(diffusion, "diffusion")
-        coefficient = as_coefficient(diffusion)
-        coefficient.check()
-        self.kind = type(coefficient)
-        if not isinstance(diffusion, Coefficient | Tensor):
-            self.value = diffusion
-        elif isinstance(coefficient.value, nn.Parameter):
-            self.value = coefficient.value
-        else:
-            self.register_buffer(
-                "value",
-                coefficient.value if coefficient.value.requires_grad else coefficient.value.detach().clone(),
-            )
-
-    def coefficient(self) -> Coefficient:
-        """Return the coefficient."""
-        return self.kind(self.value)  # type: ignore[call-arg]
-
-    def forward(self, t: Tensor, x: Tensor) -> Coefficient:
-        return self.coefficient() if isinstance(self.value, Tensor) else as_coefficient(self.value, x)
+__all__ = ["SDE"]
 
 
 class SDE(nn.Module):
@@ -193,7 +69,7 @@ class SDE(nn.Module):
         self.noise: NoiseProcess = noise if noise is not None else Brownian()
         self.control: Control | None = None
         constant = isinstance(diffusion, Coefficient) or not callable(diffusion)
-        self._coefficient: Field = _Constant(diffusion) if constant else diffusion  # type: ignore[arg-type,assignment]
+        self._coefficient: Field = Constant(diffusion) if constant else diffusion  # type: ignore[arg-type,assignment]
         if stratonovich and not constant:
             from stochdyn.core.sde._derivatives import ItoDrift
 
@@ -206,12 +82,12 @@ class SDE(nn.Module):
     @property
     def state_dependent(self) -> bool:
         """Whether the diffusion is a function of time and state rather than a constant."""
-        return not isinstance(self._coefficient, _Constant)
+        return not isinstance(self._coefficient, Constant)
 
     @property
     def strength(self) -> float | None:
         """The diffusion where it is a plain number, else None."""
-        value = self._coefficient.value if isinstance(self._coefficient, _Constant) else None
+        value = self._coefficient.value if isinstance(self._coefficient, Constant) else None
         return None if value is None or isinstance(value, Tensor) else float(value)
 
     def diffusion(self, t: Tensor, x: Tensor) -> Coefficient:
@@ -315,7 +191,7 @@ class SDE(nn.Module):
 
     def _same_diffusion(self, other: SDE) -> bool:
         mine, theirs = self._coefficient, other._coefficient
-        if isinstance(mine, _Constant) and isinstance(theirs, _Constant):
+        if isinstance(mine, Constant) and isinstance(theirs, Constant):
             return mine.kind is theirs.kind and (mine.value is theirs.value)
         return mine is theirs
 
@@ -435,8 +311,10 @@ class SDE(nn.Module):
         Reference:
             Anderson, "Reverse-time diffusion equation models", 1982.
         """
+        from stochdyn.core.sde.reversal import ReverseDrift
+
         self._check_markov("reversed")
-        if parity is not None and isinstance(self._coefficient, _Constant):
+        if parity is not None and isinstance(self._coefficient, Constant):
             c = self._coefficient.coefficient().covariance(parity.shape[-1])
             unit = c.diagonal(dim1=-2, dim2=-1).sqrt()
             odd = c - parity.to(c).unsqueeze(-1) * c * parity.to(c)
@@ -445,7 +323,7 @@ class SDE(nn.Module):
                     "the noise must be the same in both directions of time",
                     got=f"G G^T = {c.tolist()}, which correlates components of unlike parity",
                 )
-        return SDE(_ReverseDrift(self, score, horizon, parity), self._reverse_diffusion(horizon))
+        return SDE(ReverseDrift(self, score, horizon, parity), self._reverse_diffusion(horizon))
 
     def backward(self, horizon: float) -> SDE:
         r"""Return the same dynamics under the reversed protocol: drift and diffusion at :math:`\tau` are those at :math:`T-\tau`.
@@ -455,8 +333,10 @@ class SDE(nn.Module):
         Raises:
             InvalidInputError: If the noise has memory, or a control acts on the increments of a grid.
         """
+        from stochdyn.core.sde.reversal import BackwardDrift
+
         self._check_markov("run backward")
-        return SDE(_BackwardDrift(self, horizon), self._reverse_diffusion(horizon))
+        return SDE(BackwardDrift(self, horizon), self._reverse_diffusion(horizon))
 
     def slope(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the drift with that of the control, ``b + G u``, for noise without memory."""
@@ -476,7 +356,7 @@ class SDE(nn.Module):
             )
 
     def _reverse_diffusion(self, horizon: float) -> Any:
-        if isinstance(self._coefficient, _Constant):
+        if isinstance(self._coefficient, Constant):
             return self._coefficient.coefficient()
         return lambda tau, x: self.diffusion(horizon - tau, x)
 
@@ -503,42 +383,3 @@ def _evaluate(field: Field, name: str, t: Tensor, x: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         raise ShapeError(f"the {name} must return a tensor", got=type(value).__name__)
     return value
-
-
-class _ReverseDrift(nn.Module):
-    def __init__(self, sde: SDE, score: Field, horizon: float, parity: Tensor | None) -> None:
-        super().__init__()
-        self.sde = sde
-        self.score = score
-        self.horizon = horizon
-        self.register_buffer("parity", parity)
-        self.parity: Tensor | None
-
-    def forward(self, tau: Tensor, x: Tensor) -> Tensor:
-        t = self.horizon - tau
-        signs = None if self.parity is None else self.parity.to(x)
-        x = x if signs is None else x * signs
-        g = self.sde.diffusion(t, x)
-        # -f + div(G G^T) + G G^T score, at the reflected state.
-        covariance = g.covariance(x.shape[-1]).to(x.dtype)
-        back = (covariance @ self.score(t, x).unsqueeze(-1)).squeeze(-1) - self.sde.slope(t, x)
-        back = back + spatial_divergence(self.sde, t, x) if self.sde.state_dependent else back
-        return back if signs is None else back * signs
-
-
-class _BackwardDrift(nn.Module):
-    def __init__(self, sde: SDE, horizon: float) -> None:
-        super().__init__()
-        self.sde = sde
-        self.horizon = horizon
-
-    def forward(self, tau: Tensor, x: Tensor) -> Tensor:
-        return self.sde.slope(self.horizon - tau, x)
-
-
-def spatial_divergence(sde: SDE, t: Tensor, x: Tensor) -> Tensor:
-    r"""Return :math:`(\nabla\cdot GG^\top)_i=\sum_j\partial_j(GG^\top)_{ij}`, ``(..., d)``."""
-    keep = torch.is_grad_enabled()
-    with torch.enable_grad():
-        point = x if x.requires_grad else x.detach().requires_grad_()
-        return covariance_divergence(sde.diffusion(t, point), point, create_graph=keep).to(x.dtype)

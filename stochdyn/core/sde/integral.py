@@ -11,7 +11,8 @@ from stochdyn.core.sde.coefficients import Coefficient, Matrix
 from stochdyn.errors import InvalidInputError, ShapeError
 
 if TYPE_CHECKING:
-    from stochdyn.core.sde.equation import SDE, Field
+    from stochdyn.core.sde.control import Field
+    from stochdyn.core.sde.equation import SDE
 
 __all__ = ["IntegralDrift", "StateOnly", "padded", "state_dim"]
 

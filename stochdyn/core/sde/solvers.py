@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from stochdyn.core.sde._steps import Problem, Row, Step, check_method, full_state, remember
+from stochdyn.core.sde.control import Control
 from stochdyn.core.sde.cuda_graphs import replayed
-from stochdyn.core.sde.equation import SDE, Control
+from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import (
     first_steps,
     first_time,

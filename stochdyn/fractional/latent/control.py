@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stochdyn.core.gaussian.affine import by_channel, by_column
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.networks import MLP
-from stochdyn.core.sde.equation import Control
+from stochdyn.core.sde.control import Control
 from stochdyn.core.sde.methods import Method
 from stochdyn.core.sde.solvers import draw_increments, integrate
 from stochdyn.fractional.latent.base import Bound, Draws, EncodedPosterior

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.law.transition import time_column
 from stochdyn.core.networks import MLP
-from stochdyn.core.sde.equation import SDE, Control, spatial_divergence
+from stochdyn.core.sde.control import Control
+from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.methods import Method
+from stochdyn.core.sde.reversal import spatial_divergence
 from stochdyn.core.sde.solvers import draw_increments, integrate
 from stochdyn.fractional.latent.base import Bound, Draws, LatentPosterior
 from stochdyn.fractional.latent.series import Series

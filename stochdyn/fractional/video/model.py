@@ -15,7 +15,8 @@ from torch.distributions import Independent, Normal
 from stochdyn._checks import check_ndim, check_positive, check_positive_int, check_type
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.networks import StateNetwork
-from stochdyn.core.sde.equation import SDE, Control
+from stochdyn.core.sde.control import Control
+from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.noise import NoiseProcess
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError
 from stochdyn.fractional.latent.networks import ConstantDiffusion, StateDiffusion
