@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from stochdyn.jumps.panel import Gaps
-from stochdyn.jumps.uniformisation import _transition, mixture, poisson_weights
+from stochdyn.jumps.uniformisation import _transition, mixture, poisson_weights, series_terms
 
 __all__ = ["PanelLikelihood", "powers"]
 
@@ -151,6 +149,6 @@ def powers(q: Tensor, rate: float, longest: float) -> Tensor:
     mean = rate * longest
     chain = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) + q / rate
     stack = [torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(chain)]
-    for _ in range(math.ceil(mean + 8.0 * math.sqrt(mean) + 12.0) + q.shape[-1]):
+    for _ in range(series_terms(mean, q.shape[-1]) - 1):
         stack.append(stack[-1] @ chain)
     return torch.stack(stack)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.jumps.panel import Gaps
-from stochdyn.jumps.uniformisation import poisson_weights
+from stochdyn.jumps.uniformisation import poisson_weights, series_terms
 
 __all__ = ["PanelScore", "Scored", "climb"]
 
@@ -70,17 +70,25 @@ class PanelScore:
         # a slot is one time within one group; slots are sorted by group
         unique_dt, which = gaps.dt.unique(return_inverse=True)
         slots, slot = (group * len(unique_dt) + which).unique(return_inverse=True)
-        self.slot_group, self.slot_dt = slots // len(unique_dt), unique_dt[slots % len(unique_dt)]
-        self.seen = _Cells(slot, gaps.before, gaps.after, ~gaps.entered, num_states)
-        self.entered = _Cells(slot, gaps.before, gaps.after, gaps.entered, num_states)
-        # dB in the log rate of a link from a to b: its rate times E_ab - E_aa
-        links_number = torch.arange(len(links))
-        self.pattern = torch.zeros(len(links), num_states, num_states, dtype=torch.float64)
-        self.pattern[links_number, links[:, 0], links[:, 1]] = 1.0
-        self.pattern[links_number, links[:, 0], links[:, 0]] = -1.0
+        slot_group, slot_dt = slots // len(unique_dt), unique_dt[slots % len(unique_dt)]
+        # dB in the log rate of a link from a to b is its rate times e_a (e_b - e_a)'
+        one = torch.eye(num_states, dtype=torch.float64)
+        self.turn = one[links[:, 1]] - one[links[:, 0]]
         each = max((1 + len(links)) * num_states**2, len(links) ** 2)
         # with many groups the powers of each are held beside the sums
-        self.chunk = max(1, _CHUNK // each // (1 if num_groups <= _FEW else 64))
+        chunk = max(1, _CHUNK // each // (1 if num_groups <= _FEW else 64))
+        seen = _Cells(slot, gaps.before, gaps.after, ~gaps.entered, num_states)
+        entered = _Cells(slot, gaps.before, gaps.after, gaps.entered, num_states)
+        self.pieces = []
+        for begin in range(0, len(slot_dt), chunk):
+            end = min(begin + chunk, len(slot_dt))
+            groups, place = slot_group[begin:end].unique(return_inverse=True)
+            parts = [
+                (cells.within(begin, end, slot_group), entry)
+                for cells, entry in ((seen, False), (entered, True))
+            ]
+            kept = [(part, entry) for part, entry in parts if len(part.slot)]
+            self.pieces.append(_Piece(slot_dt[begin:end], groups, place, kept))
 
     def __call__(self, log_rates: Tensor) -> Scored:
         """Return log-likelihood, score and information of log rates ``(G, r)``, one row for each group."""
@@ -88,21 +96,16 @@ class PanelScore:
         slope = log_rates.new_zeros(self.num_groups, num_links)
         information = log_rates.new_zeros(self.num_groups, num_links, num_links)
         rates = log_rates.exp()
-        for begin in range(0, len(self.slot_dt), self.chunk):
-            end = min(begin + self.chunk, len(self.slot_dt))
-            p, dp = self._transitions(rates, begin, end)
-            group = self.slot_group[begin:end]
-            for cells, entry in ((self.seen, False), (self.entered, True)):
-                part = cells.within(begin, end)
-                if not len(part.slot):
-                    continue
-                row, drow = p[part.slot, part.before], dp[part.slot, :, part.before]
-                own = group[part.slot]
+        for piece in self.pieces:
+            p, dp = self._transitions(rates[piece.groups], piece)
+            for part, entry in piece.parts:
+                # dp has the states before in front of the links
+                row, drow, own = p[part.slot, part.before], dp[part.slot, part.before], part.group
                 if entry:
                     prob, dprob = self._entries(row, drow, rates[own], part.after)
                 else:
-                    prob = row.gather(1, part.after[:, None])[:, 0]
-                    dprob = drow.gather(2, part.after[:, None, None].expand(-1, num_links, 1))[..., 0]
+                    number = torch.arange(len(row))
+                    prob, dprob = row[number, part.after], drow[number, :, part.after]
                 value += float(part.number @ prob.log())
                 safe = torch.where(prob > 0, prob, torch.ones_like(prob))
                 score = dprob / safe[:, None]
@@ -128,11 +131,9 @@ class PanelScore:
         prob = (row * entering).sum(-1)
         return prob, (drow * entering[:, None]).sum(-1) + hits * row[:, a]
 
-    def _transitions(self, rates: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return transition matrices ``(m, S, S)`` of slots and their derivatives ``(m, r, S, S)`` in the log rates."""
-        size, dt = self.size, self.slot_dt[begin:end]
-        groups, place = self.slot_group[begin:end].unique(return_inverse=True)
-        rates = rates[groups]
+    def _transitions(self, rates: Tensor, piece: _Piece) -> tuple[Tensor, Tensor]:
+        """Return transition matrices ``(m, S, S)`` of slots and their derivatives ``(m, S, r, S)`` in the log rates ``(G, r)``."""
+        size, (dt, groups, place) = self.size, piece[:3]
         off = rates.new_zeros(len(groups), size, size)
         off[:, self.links[:, 0], self.links[:, 1]] = rates
         exit_rates = off.sum(-1)
@@ -140,15 +141,12 @@ class PanelScore:
         chain = (
             torch.eye(size, dtype=rates.dtype) + (off - torch.diag_embed(exit_rates)) / fastest[:, None, None]
         )
-        turn = (rates / fastest[:, None])[..., None, None] * self.pattern
         mean = dt * fastest[place]
         halvings = torch.log2((mean / _LONGEST).clamp(min=1e-300)).ceil().clamp(min=0).long()
         mean = mean / 2.0**halvings
-        longest = float(mean.max())
-        terms = math.ceil(longest + 8.0 * math.sqrt(longest) + 12.0) + size
-        weight = poisson_weights(mean, terms + 1)
-        power, slope = _powers(chain, turn, terms + 1)
-        stack = torch.cat([power[:, :, None], slope], 2).flatten(2)
+        count = series_terms(float(mean.max()), size)
+        weight = poisson_weights(mean, count)
+        stack = self._powers(chain, rates / fastest[:, None], count)
         if len(groups) <= _FEW:
             out = rates.new_empty(len(dt), stack.shape[-1])
             for g in range(len(groups)):
@@ -156,32 +154,38 @@ class PanelScore:
                 out[where] = weight[:, where].mT @ stack[:, g]
         else:
             out = torch.einsum("kn,knx->nx", weight, stack[:, place])
-        out = out.reshape(len(dt), 1 + len(self.links), size, size)
+        p, dp = out[:, : size**2].unflatten(1, (size, size)), out[:, size**2 :].unflatten(1, (size, -1, size))
         for k in range(int(halvings.max())):
             long = (halvings > k).nonzero()[:, 0]
-            p, dp = out[long, :1], out[long, 1:]
-            square = p @ p
-            out[long] = torch.cat([square / square.sum(-1, keepdim=True), dp @ p + p @ dp], 1)
-        return out[:, 0], out[:, 1:]
+            short, slope = p[long], dp[long]
+            square = short @ short
+            p[long] = square / square.sum(-1, keepdim=True)
+            # D P + P D, the links as further rows or columns of one product
+            after = (slope.flatten(1, 2) @ short).view_as(slope)
+            dp[long] = after + (short @ slope.flatten(2)).view_as(slope)
+        return p, dp
 
+    def _powers(self, chain: Tensor, rates: Tensor, count: int) -> Tensor:
+        """Return the powers ``0, ..., count - 1`` of ``chain (G, S, S)`` and their derivatives, ``(count, G, S S + S r S)``.
 
-def _powers(chain: Tensor, turn: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the powers ``0, 1, ..., count - 1`` of ``chain (G, S, S)`` and their derivatives where ``turn (G, r, S, S)`` is its own.
-
-    Each round doubles their number: the derivative of a product is D P' + P D'.
-    """
-    power = torch.eye(chain.shape[-1], dtype=chain.dtype).expand_as(chain)[None]
-    slope = torch.zeros_like(turn)[None]
-    while len(power) < count:
-        rest = min(len(power), count - len(power))
-        more = slope[:rest] @ chain[:, None] + power[:rest, :, None] @ turn
-        power, slope = torch.cat([power, power[:rest] @ chain]), torch.cat([slope, more])
-        turn, chain = turn @ chain[:, None] + chain[:, None] @ turn, chain @ chain
-    return power, slope
+        From one power to the next, :math:`d(B^{k+1})=(dB^k)B+B^k\,dB`: one product for all links, and dB has one row.
+        """
+        size, start = self.size, self.links[:, 0]
+        power = torch.eye(size, dtype=chain.dtype).expand_as(chain)
+        out = chain.new_zeros(count, len(chain), size * size + size * len(start) * size)
+        turn = rates[:, None, :, None] * self.turn
+        slope = out[0, :, size**2 :].unflatten(1, (size, -1, size))
+        out[0, :, : size**2] = power.flatten(1)
+        for k in range(1, count):
+            slope = (slope.flatten(1, 2) @ chain).view_as(slope) + power[..., start, None] * turn
+            power = power @ chain
+            out[k, :, : size**2], out[k, :, size**2 :] = power.flatten(1), slope.flatten(1)
+        return out
 
 
 class _Part(NamedTuple):
     slot: Tensor
+    group: Tensor
     before: Tensor
     after: Tensor
     number: Tensor
@@ -199,7 +203,7 @@ class _Cells:
         self.slot, self.before, self.after = cells // size**2, cells // size % size, cells % size
         self.count = count.double()
 
-    def within(self, begin: int, end: int) -> _Part:
+    def within(self, begin: int, end: int, slot_group: Tensor) -> _Part:
         """Return the cells of some slots, numbered from the first of these."""
         low, high = torch.searchsorted(self.slot, torch.tensor([begin, end])).tolist()
         slot, before = self.slot[low:high] - begin, self.before[low:high]
@@ -207,7 +211,17 @@ class _Cells:
         place = slot * self.size + before
         _, of, sizes = place.unique_consecutive(return_inverse=True, return_counts=True)
         total = count.new_zeros(len(sizes)).index_add(0, of, count)
-        return _Part(slot, before, self.after[low:high], count, sizes.cumsum(0) - sizes, total)
+        group = slot_group[self.slot[low:high]]
+        return _Part(slot, group, before, self.after[low:high], count, sizes.cumsum(0) - sizes, total)
+
+
+class _Piece(NamedTuple):
+    """Slots that are computed at once: their times, groups, which of these is whose, and what was seen in them."""
+
+    dt: Tensor
+    groups: Tensor
+    place: Tensor
+    parts: list[tuple[_Part, bool]]
 
 
 def _add_squares(information: Tensor, group: Tensor, factor: Tensor) -> None:
@@ -266,8 +280,9 @@ def climb(
             # only where it bends down in every direction is there a maximum to go to
             if float(torch.linalg.eigvalsh(found + outside).amin()) > 0.01:
                 observed, scaled = found, found + outside
+                newton = torch.linalg.solve(scaled, slope)
         last = gain
-        step = torch.linalg.solve(scaled + damping * eye, slope) / scale
+        step = (torch.linalg.solve(scaled + damping * eye, slope) if damping else newton) / scale
         step = torch.minimum(torch.maximum(step, -stride), stride)
         trial = torch.minimum(torch.maximum(theta + step, start - reach), start + reach)
         there = scored(trial)

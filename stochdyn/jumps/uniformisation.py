@@ -70,10 +70,8 @@ def _transition(q: Tensor, dt: Tensor) -> Tensor:
     most = float(largest.max())
     limit = _LONGEST if len(dt) < _MANY else _LONGEST_OF_MANY
     longest = min(limit, most * float(dt.detach().max())) if len(dt) else 0.0
-    # Poisson terms that are left out are below 1e-17; entries that need several jumps keep their own accuracy
-    terms = math.ceil(longest + 8.0 * math.sqrt(longest) + 12.0) + size
     powers = [eye.expand_as(b)]
-    for _ in range(terms):
+    for _ in range(series_terms(longest, size) - 1):
         powers.append(powers[-1] @ b)
     stack = torch.stack(powers)
     halvings = torch.log2((dt.detach() * most / limit).clamp(min=1e-300)).ceil().clamp(min=0).long()
@@ -104,7 +102,7 @@ def paired_transition(q: Tensor, dt: Tensor) -> Tensor:
     mean /= 2.0**halvings
     chain = torch.eye(size, dtype=q.dtype, device=q.device) + q / rate[:, None, None]
     stack = [torch.eye(size, dtype=q.dtype, device=q.device).expand_as(chain)]
-    for _ in range(math.ceil(mean + 8.0 * math.sqrt(mean) + 12.0) + size):
+    for _ in range(series_terms(mean, size) - 1):
         stack.append(stack[-1] @ chain)
     weight = poisson_weights(rate * dt / 2.0**halvings, len(stack))
     p = torch.einsum("ktb,kbij->tbij", weight, torch.stack(stack))
@@ -189,6 +187,21 @@ def propagate(p: object, rates: object, dt: object) -> Tensor:
             "p must hold one number per state", got=tuple(start.shape), expected=matrix.shape[-1]
         )
     return (start.to(matrix)[..., None, :] @ matrix)[..., 0, :]
+
+
+def series_terms(mean: float, size: int) -> int:
+    r"""Return how many powers of a chain of ``size`` states the transition probabilities over ``mean`` expected candidate jumps need.
+
+    A walk of k steps contains a path of :math:`l<S` steps without loops, in one of :math:`\binom kl` places, so that what is left out
+    of an entry is less than :math:`\sum_{j\ge K-l}x^j/j!` of it. For long times that is far too careful: terms beyond eight
+    standard deviations are below 1e-17 of one.
+    """
+    term, count = 1.0, 0
+    most = math.ceil(mean + 8.0 * math.sqrt(mean) + 13.0)
+    while count < most and term > 1e-17:
+        count += 1
+        term *= mean / count
+    return count + size
 
 
 def poisson_terms(mean: float) -> int:
