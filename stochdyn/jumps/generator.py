@@ -150,32 +150,41 @@ class RateMatrix(nn.Module):
         return RateMatrix(out), torch.as_tensor(occupation)
 
     def stationary(self) -> Tensor:
-        """Return the stationary law ``(*batch, S)``, differentiable.
+        """Return the stationary law ``(*batch, S)``, differentiable; improbable states have their own relative accuracy.
 
         Raises:
             InvalidInputError: If there are several, because more than one set of states is never left again.
+
+        Reference:
+            Grassmann, Taksar and Heyman, "Regenerative analysis and steady state distributions for Markov chains", 1985.
         """
-        for k, matrix in enumerate(self.matrix.detach().reshape(-1, self.num_states, self.num_states)):
+        q = self.matrix.double()
+        exact = []
+        for k, matrix in enumerate(q.detach().reshape(-1, self.num_states, self.num_states).cpu().numpy()):
             classes = closed_classes(matrix)
             if len(classes) > 1:
                 raise InvalidInputError(
                     "the stationary law isn't unique: several sets of states are never left again",
                     got=f"{classes}" + (f" in batch member {k}" if self.batch_shape else ""),
                 )
-        q = self.matrix.double()
-        # π Q = 0 with one equation replaced by Σ π = 1; rows are scaled so that slow states keep their digits
-        scale = (-q.diagonal(dim1=-2, dim2=-1)).detach()
-        scale = torch.where(
-            scale > 0, scale, scale.amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
-        )
-        flux = (q / scale[..., None]).mT
-        system = torch.cat(
-            [flux[..., :-1, :], (1.0 / scale)[..., None, :] * scale.amin(-1)[..., None, None]], -2
-        )
-        right = torch.zeros(*q.shape[:-2], self.num_states, 1, dtype=q.dtype, device=q.device)
-        right[..., -1, 0] = 1.0
-        solved = torch.linalg.solve(system, right)[..., 0] / scale
-        return (solved / solved.sum(-1, keepdim=True)).to(self.matrix.dtype)
+            exact.append(_without_subtractions(matrix, classes[0]))
+        value = torch.as_tensor(np.stack(exact)).reshape(q.shape[:-1]).to(q)
+        if q.requires_grad:
+            # π Q = 0 with one equation replaced by Σ π = 1; rows are scaled so that slow states keep their digits
+            scale = (-q.diagonal(dim1=-2, dim2=-1)).detach()
+            scale = torch.where(
+                scale > 0, scale, scale.amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
+            )
+            flux = (q / scale[..., None]).mT
+            system = torch.cat(
+                [flux[..., :-1, :], (1.0 / scale)[..., None, :] * scale.amin(-1)[..., None, None]], -2
+            )
+            right = torch.zeros(*q.shape[:-2], self.num_states, 1, dtype=q.dtype, device=q.device)
+            right[..., -1, 0] = 1.0
+            solved = torch.linalg.solve(system, right)[..., 0] / scale
+            solved = solved / solved.sum(-1, keepdim=True)
+            value = value + (solved - solved.detach())  # nothing but its derivatives
+        return value.to(self.matrix.dtype)
 
     def relaxation_times(self) -> Tensor:
         r"""Return :math:`-1/\mathrm{Re}\,\lambda_k` of the nonzero eigenvalues, longest first, ``(*batch, S - 1)``.
@@ -386,11 +395,29 @@ def _leads_to(q: Tensor, where: Tensor, avoid: list[int]) -> Tensor:
     return found
 
 
-def closed_classes(matrix: Tensor) -> list[list[int]]:
+def _without_subtractions(matrix: np.ndarray, recurrent: list[int]) -> np.ndarray:
+    """Return the stationary law of a chain with one set of states that is never left, by an elimination without subtractions.
+
+    Each state in turn is taken out, and its visits become jumps between the rest.
+    """
+    chain = matrix[np.ix_(recurrent, recurrent)].copy()
+    for n in range(len(chain) - 1, 0, -1):
+        chain[:n, n] /= chain[n, :n].sum()
+        chain[:n, :n] += chain[:n, n, None] * chain[n, :n]
+    weight = np.ones(len(chain))
+    for n in range(1, len(chain)):
+        weight[n] = weight[:n] @ chain[:n, n]
+        weight[: n + 1] /= weight[: n + 1].max()  # neither too large nor too small to be held
+    out = np.zeros(len(matrix))
+    out[recurrent] = weight / weight.sum()
+    return out
+
+
+def closed_classes(matrix: np.ndarray) -> list[list[int]]:
     """Return the sets of states that are never left again once entered."""
     from scipy.sparse.csgraph import connected_components
 
-    link = (matrix > 0).cpu().numpy()
+    link = matrix > 0
     count, label = connected_components(link, directed=True, connection="strong")
     classes = [np.flatnonzero(label == k) for k in range(count)]
     return [c.tolist() for c in classes if not link[np.ix_(c, np.setdiff1d(np.arange(len(label)), c))].any()]

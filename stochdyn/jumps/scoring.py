@@ -166,7 +166,7 @@ class PanelScore:
         return p, dp
 
     def _powers(self, chain: Tensor, rates: Tensor, count: int) -> Tensor:
-        """Return the powers ``0, ..., count - 1`` of ``chain (G, S, S)`` and their derivatives, ``(count, G, S S + S r S)``.
+        r"""Return the powers ``0, ..., count - 1`` of ``chain (G, S, S)`` and their derivatives, ``(count, G, S S + S r S)``.
 
         From one power to the next, :math:`d(B^{k+1})=(dB^k)B+B^k\,dB`: one product for all links, and dB has one row.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -57,19 +58,38 @@ def generator(kind: str) -> torch.Tensor:
         "erlang": [[-2.0, 2, 0, 0], [0, -2, 2, 0], [0, 0, -2, 2], [0, 0, 0, 0]],  # defective
         "degenerate": [[-2.0, 1, 1], [1, -2, 1], [1, 1, -2]],
         "stiff": [[-1e5, 1e5, 0], [3.0, -3.001, 1e-3], [0, 1e-6, -1e-6]],
+        "absorbing": [[-0.3, 0.25, 0.05, 0], [1e-3, -0.2, 0.1, 0.099], [0, 0, -1e-4, 1e-4], [0, 0, 0, 0]],
         "reducible": [[-1.0, 1, 0, 0], [2, -2, 0, 0], [0, 0, -3, 3], [0, 0, 1, -1]],
     }[kind]
     return tensor(made)
 
 
-@pytest.mark.parametrize("kind", ["erlang", "degenerate", "stiff", "reducible"])
-@pytest.mark.parametrize("dt", [1e-9, 1e-3, 0.7, 40.0, 1e6])
-def test_transitions_are_probabilities_and_compose(kind: str, dt: float) -> None:
+@pytest.mark.parametrize("kind", ["erlang", "degenerate", "stiff", "reducible", "absorbing"])
+@pytest.mark.parametrize("mean", [1e-9, 1e-3, 0.7, 40.0, 1e6, 1e11])
+def test_every_transition_probability_has_nine_digits(kind: str, mean: float) -> None:
+    """Against sixty digits, from a billionth of a candidate jump to a hundred billion of them, however small the entry."""
     q = generator(kind)
+    dt = mean / float(-q.diagonal().min())
     p = transition(q, dt)
     assert (p >= 0).all()
     torch.testing.assert_close(p.sum(-1), torch.ones(len(q), dtype=D), rtol=0, atol=1e-14)
-    torch.testing.assert_close(transition(q, 0.3 * dt) @ transition(q, 0.7 * dt), p, rtol=1e-9, atol=1e-300)
+    with mpmath.workdps(60):
+        exact_q = mpmath.matrix(len(q))
+        for i in range(len(q)):
+            for j in range(len(q)):
+                exact_q[i, j] = mpmath.mpf(float(q[i, j])) if i != j else mpmath.mpf(0)
+            exact_q[i, i] = -mpmath.fsum(exact_q[i, :])
+        # halved until the series is short, then squared
+        halvings = max(0, math.ceil(math.log2(mean)) + 3)
+        short = exact_q * mpmath.mpf(dt) / 2**halvings
+        exact = term = mpmath.eye(len(q))
+        for k in range(1, 60):
+            term = term * short / k
+            exact = exact + term
+        for _ in range(halvings):
+            exact = exact * exact
+        known = tensor([[float(exact[i, j]) for j in range(len(q))] for i in range(len(q))])
+    torch.testing.assert_close(p, known, rtol=1e-9, atol=1e-300)
 
 
 def test_an_erlang_chain_has_poisson_transitions() -> None:
