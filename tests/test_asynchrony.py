@@ -189,10 +189,10 @@ def populations() -> tuple[Objective, Any]:
     )
 
 
-def steady_score(method: str) -> tuple[Objective, Any]:
+def steady_score(method: str, noise_level: float | None = None) -> tuple[Objective, Any]:
     score = SteadyScore(PLANE, hidden=(8,))
     return SteadyScoreMatching(
-        sd.SDE(lambda t, x: -x, 2**0.5), score, residual_weight=0.1, method=method
+        sd.SDE(lambda t, x: -x, 2**0.5), score, 0.1, method, noise_level=noise_level
     ), PLANE
 
 
@@ -246,6 +246,7 @@ OBJECTIVES: dict[str, Callable[[], tuple[Objective, Any]]] = {
     "ShortTimeTUR": lambda: (ShortTimeTUR(CurrentNetwork(PLANE, (8,)), 0.01), PAIRS),
     "SteadyScoreMatching": lambda: steady_score("exact"),
     "SteadyScoreMatching by probes": lambda: steady_score("hutchinson"),
+    "SteadyScoreMatching by denoising": lambda: steady_score("exact", 0.1),
     "DriftMatching": lambda: (
         DriftMatching(LinearDrift(2), torch.eye(2), 1.0, 8.0),
         (torch.rand(8, 1), PLANE, PLANE.flip(0), torch.full((8,), 0.125)),

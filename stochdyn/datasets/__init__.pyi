@@ -28,8 +28,8 @@ from .driven import DrivenSystem as DrivenSystem
 from .driven import bead_chain as bead_chain
 from .driven import brownian_gyrator as brownian_gyrator
 from .driven import driven_ring as driven_ring
-from .driven import swimmer_pair as swimmer_pair
-from .driven import trapped_swimmers as trapped_swimmers
+from .swimmers import swimmer_pair as swimmer_pair
+from .swimmers import trapped_swimmers as trapped_swimmers
 from .panels import SimulatedPanel as SimulatedPanel
 from .panels import ou_subjects as ou_subjects
 from .panels import predator_prey_counts as predator_prey_counts

@@ -1,4 +1,4 @@
-"""Driven steady states with known entropy production: bead chains, a gyrator, rings, swimmers."""
+"""Driven steady states with known entropy production: bead chains, a gyrator, rings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
 from stochdyn._checks import as_generator, as_tensor, check_positive_int, check_real
-from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.sde.coefficients import Diagonal
 from stochdyn.core.sde.equation import SDE
-from stochdyn.core.sde.methods import Heun
 from stochdyn.errors import InvalidInputError
 
 __all__ = [
@@ -23,20 +21,7 @@ __all__ = [
     "bead_chain",
     "brownian_gyrator",
     "driven_ring",
-    "swimmer_pair",
-    "trapped_swimmers",
 ]
-
-# Propulsion, repulsion and friction of the swimmers, in the units of the published simulations.
-_RELAXATION = 0.1
-_MOBILITY = 0.1
-_STIFFNESS = 2.5
-_SHARPNESS = 7.5
-_DIAMETER = 2.0
-_RING = 16.0
-_TRAP = 0.05
-# Entropy production of the pair on the ring, by finite volumes on 640 by 181 cells, with an error of 2e-4.
-_PAIR_RATES = {0.1: 0.0780, 0.25: 0.3969, 0.5: 1.1887}
 
 
 @dataclass(frozen=True)
@@ -219,120 +204,3 @@ def driven_ring(force: float = 1.0, barrier: float = 1.0, modulation: float = 0.
     return DrivenSystem(
         sde, -current * drop, score, base_score, draw, torch.full((1,), 2 * math.pi, dtype=torch.float64)
     )
-
-
-def swimmer_pair(speed: float = 0.25) -> DrivenSystem:
-    r"""Return the distance of two self-propelled particles on a ring, and the difference of their propulsions.
-
-    .. math:: dx=(v_0g+\varphi(x))\,dt+\sqrt{2\epsilon}\,dW,\qquad dg=-\gamma g\,dt+\sqrt{2\gamma}\,dW'
-
-    with a soft repulsion :math:`\varphi` below a distance of 2, a ring of length 16 and :math:`\epsilon=\gamma=0.1`. The propulsion is taken
-    as even under time reversal. For speeds .1, .25 and .5 the rate is known from finite volumes to 2e-4.
-
-    Args:
-        speed: The speed :math:`v_0`.
-
-    Reference:
-        N. M. Boffi and E. Vanden-Eijnden, "Deep learning probability flows and entropy production rates in active matter", 2024.
-    """
-    check_real(speed, "speed")
-    v0 = float(speed)
-    diffusion = torch.tensor([2 * _MOBILITY, 2 * _RELAXATION], dtype=torch.float64).sqrt()
-
-    def repulsion(x: Tensor) -> Tensor:
-        place = torch.remainder(x, _RING)
-        gap = torch.minimum(place, _RING - place)
-        push = _STIFFNESS * torch.nn.functional.softplus(_SHARPNESS * (_DIAMETER - gap)) / _SHARPNESS
-        return torch.where(place < 0.5 * _RING, push, -push)
-
-    def drift(t: Tensor, z: Tensor) -> Tensor:
-        x, g = z.unbind(-1)
-        return torch.stack([v0 * g + repulsion(x), -_RELAXATION * g], -1)
-
-    def base_score(z: Tensor) -> Tensor:
-        x, g = z.unbind(-1)
-        return torch.stack([repulsion(x) / _MOBILITY, -g], -1)
-
-    sde = SDE(drift, lambda t, z: Diagonal(diffusion.to(z)))
-
-    def draw(n: int, source: torch.Generator) -> Tensor:
-        x = _DIAMETER + (_RING - 2 * _DIAMETER) * torch.rand(n, dtype=torch.float64, generator=source)
-        g = torch.randn(n, dtype=torch.float64, generator=source)
-        settled = _settle(sde, torch.stack([x, g], -1), 120.0, 0.02, source)
-        return torch.stack([torch.remainder(settled[:, 0], _RING), settled[:, 1]], -1)
-
-    return DrivenSystem(
-        SDE(drift, diffusion), _PAIR_RATES.get(v0), None, base_score, draw,
-        torch.tensor([_RING, 0.0], dtype=torch.float64),
-    )  # fmt: skip
-
-
-def trapped_swimmers(num_particles: int = 16, speed: float = 0.2) -> DrivenSystem:
-    r"""Return self-propelled particles in the plane that repel each other in a harmonic trap.
-
-    .. math::
-        dr_i=(v_0g_i+F_i(r))\,dt+\sqrt{2\epsilon}\,dW_i,\qquad dg_i=-\gamma g_i\,dt+\sqrt{2\gamma}\,dW_i'
-
-    A state holds particle after particle, position before propulsion, ``(..., 4 N)``. There is no exact rate;
-    :func:`stochdyn.nonequilibrium.sum_rule` gives it from draws.
-
-    Args:
-        num_particles: The number N of particles.
-        speed: The speed :math:`v_0`.
-
-    Reference:
-        N. M. Boffi and E. Vanden-Eijnden, "Deep learning probability flows and entropy production rates in active matter", 2024.
-    """
-    check_positive_int(num_particles, "num_particles")
-    check_real(speed, "speed")
-    v0 = float(speed)
-    scale = torch.tensor([2 * _MOBILITY] * 2 + [2 * _RELAXATION] * 2, dtype=torch.float64).sqrt()
-    diffusion = scale.repeat(num_particles)
-
-    def force(r: Tensor) -> Tensor:
-        # One component of the distances at a time: an axis of two entries at the end would halve the speed.
-        x, y = r.unbind(-1)
-        square = (x.unsqueeze(-1) - x.unsqueeze(-2)).square() + (y.unsqueeze(-1) - y.unsqueeze(-2)).square()
-        # A particle doesn't repel itself, and the direction between two at one place is left at zero.
-        apart = square > 0
-        distance = torch.where(apart, square, 1.0).sqrt()
-        push = _STIFFNESS * torch.nn.functional.softplus(_SHARPNESS * (_DIAMETER - distance)) / _SHARPNESS
-        pull = torch.where(apart, push / distance, 0.0)
-        # F_i = sum_j w_ij (r_i - r_j) - A r_i
-        return (pull.sum(-1, keepdim=True) - _TRAP) * r - pull @ r
-
-    def drift(t: Tensor, z: Tensor) -> Tensor:
-        r, g = z.unflatten(-1, (-1, 2, 2)).unbind(-2)
-        return torch.stack([v0 * g + force(r), -_RELAXATION * g], -2).flatten(-3)
-
-    def base_score(z: Tensor) -> Tensor:
-        r, g = z.unflatten(-1, (-1, 2, 2)).unbind(-2)
-        return torch.stack([force(r) / _MOBILITY, -g], -2).flatten(-3)
-
-    sde = SDE(drift, diffusion)
-
-    def draw(n: int, source: torch.Generator) -> Tensor:
-        # From the law of a free swimmer, wider by the room that the others take; what that gets wrong is gone by a factor exp(-6) at the end.
-        lag = v0 / (_TRAP + _RELAXATION)
-        width = math.sqrt(_MOBILITY / _TRAP + v0 * lag / _TRAP + 0.19 * num_particles)
-        z, g = torch.randn(2, n, num_particles, 2, dtype=torch.float64, generator=source)
-        r = lag * g + math.sqrt(width**2 - lag**2) * z
-        return _settle(sde, torch.stack([r, g], -2).flatten(1), 60.0, 0.025, source)
-
-    return DrivenSystem(
-        sde, None, None, base_score, draw, torch.zeros(4 * num_particles, dtype=torch.float64)
-    )
-
-
-def _settle(sde: SDE, x: Tensor, horizon: float, dt: float, source: torch.Generator) -> Tensor:
-    """Return where states are after ``horizon``, keeping only the end of each stretch of steps.
-
-    The steps are Heun's. Euler's would draw from another law, whose spread under a force of stiffness k is too large by k dt / 2: little
-    in itself, but the sum rule of entropy production multiplies it by k for each stiff direction.
-    """
-    stretch = 100
-    ts = dt * torch.arange(stretch + 1, dtype=torch.float64)
-    with torch.no_grad():
-        for _ in range(math.ceil(horizon / (stretch * dt))):
-            x = DiffusionMeasure(x, sde, method=Heun()).sample(ts, generator=source).x[..., -1, :]
-    return x

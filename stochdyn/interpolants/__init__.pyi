@@ -1,3 +1,4 @@
+from ._foreign import conservativity as conservativity
 from .densities.bounds import kl_bound as kl_bound
 from .densities.bounds import kl_bound_from_losses as kl_bound_from_losses
 from .densities.bounds import optimal_epsilon as optimal_epsilon
@@ -7,7 +8,6 @@ from .densities.evidence import feynman_kac_log_density as feynman_kac_log_densi
 from .densities.gap import Gap as Gap
 from .densities.gap import histogram_w2 as histogram_w2
 from .densities.gap import ode_sde_gap as ode_sde_gap
-from .densities.gauge import conservativity as conservativity
 from .densities.gauge import gauge_residual as gauge_residual
 from .densities.gauge import intrinsic_dimension as intrinsic_dimension
 from .densities.likelihood import PathWeights as PathWeights

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_tensor, check_type
-from stochdyn.core.forward.divergences import attach, divergence, pull_back
+from stochdyn.core.forward.asymmetry import conservativity
+from stochdyn.core.forward.divergences import divergence
 from stochdyn.core.law.path import Estimate
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
@@ -85,7 +86,7 @@ def sum_rule(
     check_reached(noise, irreversible, size)
     values = (irreversible * noise.against(irreversible)).sum(-1)
     if base is not None:
-        _check_gradient(current._score_at, points)
+        _check_gradient(lambda t, y: current._score_at(y), points)
         values = values - ((irreversible + reversible) * current._score_at(points)).sum(-1)
 
     def remainder(y: Tensor) -> Tensor:
@@ -96,28 +97,15 @@ def sum_rule(
     return Estimate.of((values + divergence(remainder, points)).detach())
 
 
-def _check_gradient(base: Callable[[Tensor], Tensor], points: Tensor) -> None:
+def _check_gradient(base: Callable[[Tensor, Tensor], Tensor], points: Tensor) -> None:
     """Raise InvalidInputError unless the Jacobian of ``base`` is symmetric at some of the draws."""
-    some = points[:8]
-    # Directions of the size of the draws, so that components may be in any units.
-    spread = points.std(0)
-    source = torch.Generator().manual_seed(0)
-    u, w = (
-        spread * torch.randn(some.shape, dtype=torch.float64, generator=source).to(points) for _ in range(2)
-    )
-    with torch.enable_grad():
-        y = attach(some)
-        value = base(y)
-        # u . J w and w . J u agree if J is symmetric.
-        one = u * pull_back(value, y, w, create_graph=False)
-        other = w * pull_back(value, y, u, create_graph=False)
-    gap = (one.sum(-1) - other.sum(-1)).abs()
-    terms = one.abs().sum(-1) + other.abs().sum(-1)
-    tolerance = 1e-6 if points.dtype == torch.float64 else 1e-3
-    if bool((gap > tolerance * terms).any()):
+    share = conservativity(
+        base, 0.0, points[:8], spread=points.std(0), generator=torch.Generator(points.device).manual_seed(0)
+    ).share
+    if float(share) > (1e-12 if points.dtype == torch.float64 else 1e-6):
         raise InvalidInputError(
             "base must be a gradient; its Jacobian isn't symmetric",
-            got=f"an asymmetry of {float((gap / terms).max()):.2g}",
+            got=f"an antisymmetric share of {float(share):.2g}",
             hint="use a conservative force over temperature, or SteadyScore(..., potential=True)",
         )
 

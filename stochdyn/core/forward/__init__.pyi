@@ -1,3 +1,5 @@
+from .asymmetry import Asymmetry as Asymmetry
+from .asymmetry import conservativity as conservativity
 from .continuity import ContinuityEquation as ContinuityEquation
 from .continuity import TransportOperator as TransportOperator
 from .divergences import Hutchinson as Hutchinson

@@ -9,8 +9,6 @@ from .evidence import feynman_kac_log_density as feynman_kac_log_density
 from .gap import Gap as Gap
 from .gap import histogram_w2 as histogram_w2
 from .gap import ode_sde_gap as ode_sde_gap
-from .gauge import Asymmetry as Asymmetry
-from .gauge import conservativity as conservativity
 from .gauge import gauge_residual as gauge_residual
 from .gauge import intrinsic_dimension as intrinsic_dimension
 from .likelihood import PathWeights as PathWeights

@@ -1,97 +1,20 @@
-"""Is a learned score a gradient, and does it matter: conservativity, gauge freedom and intrinsic dimension."""
+"""Does it matter that a learned score is no gradient: gauge freedom, and the intrinsic dimension of data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stochdyn._checks import (
-    as_generator,
-    check_callable,
-    check_ndim,
-    check_nonempty,
-    check_positive_int,
-    check_real,
-)
-from stochdyn.core.forward.divergences import (
-    attach,
-    divergence,
-    pull_back,
-    sample_probes,
-)
+from stochdyn._checks import check_callable, check_ndim, check_nonempty, check_real
+from stochdyn.core.forward.divergences import attach, divergence, pull_back
 from stochdyn.core.forward.flow import as_time
-from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError
 
-__all__ = ["Asymmetry", "conservativity", "gauge_residual", "intrinsic_dimension"]
+__all__ = ["gauge_residual", "intrinsic_dimension"]
 
 Field = Callable[[Tensor, Tensor], Tensor]
-
-
-class Asymmetry(NamedTuple):
-    """Mean squared entries of a Jacobian's antisymmetric part, and their share of those of the Jacobian."""
-
-    antisymmetric: Estimate
-    share: Tensor
-
-
-def conservativity(
-    score: Field,
-    t: Tensor | float,
-    x: Tensor,
-    *,
-    num_probes: int = 1,
-    generator: torch.Generator | int | None = None,
-) -> Asymmetry:
-    r"""How far a score is from being the gradient of something, by random probes.
-
-    .. math:: \tfrac14E\,|J-J^\top|_F^2,\qquad |J-J^\top|_F^2=E\big[(e_1^\top(J-J^\top)\,e_2)^2\big],\quad J=\partial_xs
-
-    with two independent probes of unit covariance. Zero for a potential's score. Neither sampling nor density needs
-    it: see :func:`gauge_residual` for what does matter.
-
-    Args:
-        score: The score as a function ``score(t, x) -> (..., d)``.
-        t: A time, or times that broadcast to ``x[..., :1]``.
-        x: The points, ``(n, d)``.
-        num_probes: The number of pairs of probes per point.
-        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
-
-    Returns:
-        Mean square of the antisymmetric part with its standard error over points, and its share of the mean square of
-        the Jacobian, between 0 and 1.
-
-    Raises:
-        ShapeError, EmptyDataError: If ``x`` isn't ``(n, d)`` with points in it.
-
-    Example:
-        >>> swirl = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
-        >>> bool(conservativity(lambda t, x: x @ swirl, 0.0, torch.randn(200, 2), num_probes=4).share > 0.5)
-        True
-
-    Reference:
-        Horvat and Pfister, "On gauge freedom, conservativity and intrinsic dimensionality estimation in diffusion models", 2024.
-    """
-    check_callable(score, "score", "a score, score(t, x)")
-    _check_cloud(x)
-    generator = as_generator(generator, x.device)
-    check_positive_int(num_probes, "num_probes")
-    time = as_time(t, x)
-    with torch.enable_grad():
-        y = attach(x.detach())
-        value = score(time, y)
-        # for Gaussian probes u and v, E (v.J^T u - u.J^T v)^2 = |J - J^T|^2, and E |J^T u|^2 = |J|^2
-        squares, sizes = [], []
-        for e in sample_probes(x, 2 * num_probes, "gaussian", generator).split(2):
-            rows = [pull_back(value, y, probe, create_graph=False) for probe in e]  # J^T e
-            squares.append(((rows[0] * e[1]).sum(-1) - (rows[1] * e[0]).sum(-1)).square())
-            sizes.append(0.5 * (rows[0].square().sum(-1) + rows[1].square().sum(-1)))
-    antisymmetric = 0.25 * torch.stack(squares).mean(0).detach()
-    size = torch.stack(sizes).mean().detach()
-    return Asymmetry(Estimate.of(antisymmetric), (antisymmetric.mean() / size).clamp(0, 1))
 
 
 def gauge_residual(score: Field, truth: Field, t: Tensor | float, x: Tensor) -> Tensor:
