@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stochdyn._checks import as_tensor, check_bool, check_nonempty, check_positive_int, check_real
 from stochdyn.core.law.path import Estimate
+from stochdyn.core.particles.resampling import effective_size
 from stochdyn.diagnostics.draws import draw_posterior
 from stochdyn.diagnostics.probe import check_program
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, TooFewDrawsError
@@ -319,7 +320,7 @@ def effective_sample_size(log_weights: Tensor | np.ndarray) -> Tensor:
         Kish, "Survey sampling", 1965.
     """
     lw = _checked(log_weights, 1)
-    return (2 * lw.logsumexp(-1) - (2 * lw).logsumexp(-1)).exp()
+    return effective_size(lw, -1)
 
 
 def _checked(log_weights: Tensor | np.ndarray, minimum: int, ndim: int | None = None) -> Tensor:

@@ -11,17 +11,13 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from stochdyn._checks import check_callable, check_positive_int, check_type, values_unchecked
-from stochdyn.core.law.initial import InitialLaw, as_initial
+from stochdyn._checks import check_callable, check_positive_int, values_unchecked
+from stochdyn.core.particles.filtering import run_particles
 from stochdyn.core.sde.equation import SDE
-from stochdyn.core.sde.grids import first_time
-from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, integrate
-from stochdyn.core.sde.stops import as_stops
 from stochdyn.errors import ShapeError, UnavailableError
-from stochdyn.infer.distributions import start_of
 from stochdyn.infer.law_distribution import LawDistribution
-from stochdyn.infer.nonlinear import draw_start
-from stochdyn.infer.particles import FilterMethod, as_filter, particle_filter
+from stochdyn.infer.particles import FilterMethod, as_filter, particles_of
+from stochdyn.infer.seen import SeenEquation
 from stochdyn.infer.state_likelihood import StateLikelihood
 
 __all__ = ["ParticleObservations", "ParticlesInSites"]
@@ -42,7 +38,8 @@ class ParticleObservations(LawDistribution):
         num_particles: The number of particles.
         method: ``"bootstrap"``, ``"guided"``, or :class:`BootstrapFilter` or :class:`GuidedFilter` with options.
         start_time: The time at which ``initial`` holds, or one per series ``(*batch,)``.
-        dt: The largest Euler step, in the unit of the times; None takes one step to each time.
+        dt: The largest Euler step, in the unit of the times; None takes steps that resolve the equation, as
+            :class:`NonlinearObservations` says.
 
     Raises:
         TimeGridError: If the times don't increase strictly, or begin before ``start_time``.
@@ -57,9 +54,7 @@ class ParticleObservations(LawDistribution):
     """
 
     has_rsample = False
-    _carried = (
-        "sde", "initial", "times", "observe", "num_particles", "method", "start_time", "dt", "stops", "silent", "_support",
-    )  # fmt: skip
+    _carried = ("seen", "times", "observe", "num_particles", "method", "silent", "_support")
 
     def __init__(
         self,
@@ -74,25 +69,19 @@ class ParticleObservations(LawDistribution):
         dt: float | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        check_type(sde, SDE, "sde")
         check_callable(observe, "observe", "a function from states to the distribution of an observation")
         check_positive_int(num_particles, "num_particles", 2)
-        self.sde, self.observe, self.num_particles = sde, observe, num_particles
-        self.method, self.start_time, self.dt = as_filter(method), start_time, dt
-        self.initial: InitialLaw = as_initial(initial)
+        self.observe, self.num_particles, self.method = observe, num_particles, as_filter(method)
         #: Whether the density is left out, for what asks for everything else.
         self.silent = False
-        probe = start_of(self.initial)
-        self.stops = stops = as_stops(times, start_time, dt, probe)
-        self.times = stops.ts[..., stops.index]
-        sde.check(first_time(stops.ts, probe), probe)
-        batch = batch_shape_of(sde, probe, stops.ts)
+        self.seen = SeenEquation.at(sde, initial, times, start_time, dt)
+        self.times, probe, batch = self.seen.times, self.seen.probe, self.seen.batch
         with torch.no_grad():
             law = observe(probe.expand(*batch, probe.shape[-1]))
         batch = torch.broadcast_shapes(batch, law.batch_shape)
         self._support = constraints.independent(law.support, 1)
         super().__init__(
-            batch, torch.Size((len(stops.counts), *law.event_shape)), validate_args=validate_args
+            batch, torch.Size((self.times.shape[-1], *law.event_shape)), validate_args=validate_args
         )
 
     @property
@@ -111,10 +100,7 @@ class ParticleObservations(LawDistribution):
         """Draw ``(*sample, *batch, T, *event)``: paths by Euler steps, and observations of them."""
         shape = torch.Size(sample_shape) + self.batch_shape
         with torch.no_grad():
-            x0 = draw_start(self.initial, tuple(shape))
-            dw, memory = draw_increments(self.sde, x0, self.stops.ts)
-            x = integrate(self.sde, x0, self.stops.ts, dw, memory).x[self.stops.index]
-            return self.observe(x).sample().movedim(0, len(shape))
+            return self.observe(self.seen.states(tuple(shape))).sample().movedim(0, len(shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return an estimate of the log density ``(*batch,)`` of ``value (..., T, *event)``; NaN is missing."""
@@ -125,27 +111,19 @@ class ParticleObservations(LawDistribution):
                 got=f"shape {tuple(value.shape)}",
                 expected=f"(..., {', '.join(map(str, self.event_shape))})",
             )
-        like = start_of(self.initial)
+        like = self.seen.probe
         batch = torch.broadcast_shapes(value.shape[: value.ndim - size], self.batch_shape)
         if self.silent:
             return like.new_zeros(batch)
-        if torch.is_grad_enabled() and self.sde.drift(like.new_zeros(()), like).requires_grad:
+        if torch.is_grad_enabled() and self.seen.sde.drift(like.new_zeros(()), like).requires_grad:
             raise UnavailableError(
                 "the estimate of a particle filter has no gradient",
                 hint="fit_posterior(..., method='pmmh') needs none; NonlinearObservations has one",
             )
         # Parameters of a chain may be wild, where a poor estimate is no news.
         with torch.no_grad(), values_unchecked():
-            run = particle_filter(
-                self.sde,
-                self.initial,
-                self.times,
-                StateLikelihood(self.observe, value),
-                self.num_particles,
-                method=self.method,
-                start_time=self.start_time,
-                dt=self.dt,
-            )
+            model = particles_of(self.seen, StateLikelihood(self.observe, value), self.method)
+            run = run_particles(model, self.num_particles, self.method.threshold)
         return run.log_evidence.expand(batch)
 
 

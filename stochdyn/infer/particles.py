@@ -25,17 +25,16 @@ from stochdyn._checks import (
     check_type,
     values_unchecked,
 )
-from stochdyn.core.law.initial import DistributionStart, as_initial
+from stochdyn.core.law.initial import DistributionStart
 from stochdyn.core.law.marginals import Generator
 from stochdyn.core.particles.filtering import ParticleModel, ParticleRun, run_particles
 from stochdyn.core.sde.equation import SDE
-from stochdyn.core.sde.grids import first_time
-from stochdyn.core.sde.solvers import batch_shape_of
-from stochdyn.core.sde.stops import EulerTransitions, Stops, as_stops
+from stochdyn.core.sde.stops import EulerTransitions
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, UnavailableError
-from stochdyn.infer.distributions import PathIncrements, start_of
+from stochdyn.infer.distributions import PathIncrements
 from stochdyn.infer.linearise import expand_likelihood, linear_posterior
 from stochdyn.infer.mode import fit_linearised
+from stochdyn.infer.seen import SeenEquation, draw_start
 from stochdyn.infer.start import StartPrior, is_unconstrained
 from stochdyn.infer.view import SiteView, view_site
 
@@ -135,7 +134,8 @@ def particle_filter(
         num_particles: The number of particles.
         method: ``"bootstrap"``, ``"guided"``, or :class:`BootstrapFilter` or :class:`GuidedFilter` with options.
         start_time: The time at which ``initial`` holds, or one per series ``(*batch,)``.
-        dt: The largest Euler step, in the unit of the times; None takes one step to each time.
+        dt: The largest Euler step, in the unit of the times; None takes steps that resolve the equation, as
+            :class:`NonlinearObservations` says.
         generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
     Returns:
@@ -161,26 +161,27 @@ def particle_filter(
     """
     check_callable(log_likelihood, "log_likelihood", "a function of an index and states")
     way = as_filter(method)
-    model = _model_of(sde, initial, times, log_likelihood, way, start_time, dt)
+    with torch.no_grad():
+        model = particles_of(SeenEquation.at(sde, initial, times, start_time, dt), log_likelihood, way)
     return run_particles(model, num_particles, way.threshold, as_generator(generator, model.device))
 
 
-def _model_of(
-    sde: SDE,
-    initial: Any,
-    times: Any,
-    log_likelihood: LogLikelihood,
-    way: BootstrapFilter | GuidedFilter,
-    start_time: Tensor | float,
-    dt: float | None,
+def particles_of(
+    seen: SeenEquation, log_likelihood: LogLikelihood, way: BootstrapFilter | GuidedFilter
 ) -> ParticleModel:
-    check_type(sde, SDE, "sde")
-    law = as_initial(initial)
+    """Return the particles of an equation that is seen through a likelihood.
+
+    Args:
+        seen: The equation with its start and its grid.
+        log_likelihood: The likelihood, as :func:`particle_filter` takes it.
+        way: How particles move.
+
+    Raises:
+        ShapeError: If the likelihood doesn't fit the equation.
+        InvalidInputError: If it returns no tensor.
+    """
+    law, probe, batch = seen.initial, seen.probe, seen.batch
     with torch.no_grad():
-        probe = start_of(law)
-        stops = as_stops(times, start_time, dt, probe)
-        sde.check(first_time(stops.ts, probe), probe)
-        batch = batch_shape_of(sde, probe, stops.ts)
         # Leading axes of size one tell apart what the likelihood has by itself, such as the series of the data.
         shown = log_likelihood(0, probe.expand(*batch, law.dim).reshape(*(1,) * _AXES, *batch, law.dim))
         if not isinstance(shown, Tensor):
@@ -203,24 +204,18 @@ def _model_of(
                 got=f"shape {tuple(shown.shape)} for states {(3, *batch, law.dim)}",
                 hint="sum over the components of an observation, by to_event(1)",
             )
-        model = _EquationParticles(sde, law, stops, log_likelihood, batch, probe)
+        model = _EquationParticles(seen, log_likelihood, batch)
         return _GuidedParticles(model, way.max_iterations) if isinstance(way, GuidedFilter) else model
 
 
 class _EquationParticles(ParticleModel):
     """Particles that move by the equation."""
 
-    def __init__(
-        self,
-        sde: SDE,
-        initial: Any,
-        stops: Stops,
-        log_likelihood: LogLikelihood,
-        batch: torch.Size,
-        probe: Tensor,
-    ) -> None:
-        self.sde, self.initial, self.stops, self.batch = sde, initial, stops, batch
-        self.log_likelihood, self.probe = log_likelihood, probe
+    def __init__(self, seen: SeenEquation, log_likelihood: LogLikelihood, batch: torch.Size) -> None:
+        sde, stops = seen.sde, seen.stops
+        self.sde, self.initial, self.stops = sde, seen.initial, stops
+        self.log_likelihood, self.batch, self.probe = log_likelihood, batch, seen.probe
+        probe = seen.probe
         self.num_times, self.device = len(stops.counts), probe.device
         self.chain = EulerTransitions(sde, stops, probe)
         self.dim = self.chain.dim
@@ -228,9 +223,8 @@ class _EquationParticles(ParticleModel):
 
     def start(self, num_particles: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Draw states from the law of the start, with the past of the noise."""
-        own = self.initial.batch_shape
         shape = (num_particles, *self.batch)
-        x = self.initial.draw(shape[: len(shape) - len(own)], generator).expand(*shape, self.dim)
+        x = draw_start(self.initial, shape, generator)
         past = None
         if self.factor is not None:
             size = (*shape, self.chain.channels, self.factor.shape[0])
@@ -273,7 +267,7 @@ class _GuidedParticles(ParticleModel):
         ts = free.stops.ts
         if ts.ndim > 1 and bool((ts[..., 1:] <= ts[..., :-1]).any()):
             raise UnavailableError(
-                "the guided filter takes no empty steps: give series of their own times dt=None, or method='bootstrap'"
+                "the guided filter takes no empty steps: give series of their own times no dt, or take method='bootstrap'"
             )
         if ts.shape[-1] < 2:
             raise UnavailableError("the guided filter has nothing to guide: all data lie at the start")

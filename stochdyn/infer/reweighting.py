@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from stochdyn.core.particles.resampling import systematic
+from stochdyn.core.particles.resampling import effective_size, systematic
 from stochdyn.diagnostics.draws import PosteriorDraws, draw_posterior
 from stochdyn.diagnostics.psis import pareto_smooth
 from stochdyn.infer.hierarchical import AutoHierarchicalNormal
@@ -125,11 +125,11 @@ def draw_weighted(
         return WeightedDraws({n: v[:num_draws] for n, v in latent.items()}, math.nan, math.nan, math.nan)
     usable = _usable(raw)
     smooth = pareto_smooth(usable)
-    weights = torch.softmax(smooth.log_weights.double(), -1)
-    evidence = float(torch.logsumexp(smooth.log_weights.double(), -1)) - math.log(proposals)
-    index = systematic(smooth.log_weights.double().cpu(), num_draws)[torch.randperm(num_draws)]
+    log_weights = smooth.log_weights.double()
+    evidence = float(torch.logsumexp(log_weights, -1)) - math.log(proposals)
+    index = systematic(log_weights.cpu(), num_draws)[torch.randperm(num_draws)]
     taken = {n: v[index.to(v.device)] for n, v in latent.items()}
-    return WeightedDraws(taken, float(smooth.khat), float(1.0 / weights.square().sum()), evidence)
+    return WeightedDraws(taken, float(smooth.khat), float(effective_size(log_weights)), evidence)
 
 
 def _usable(log_weights: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from stochdyn.core.particles.resampling import systematic
+from stochdyn.core.particles.resampling import effective_size, systematic
 from stochdyn.diagnostics.psis import pareto_smooth
 
 __all__ = ["Weighted", "draw_posterior"]
@@ -85,7 +85,7 @@ def draw_posterior(
     else:
         draws = best.theta[torch.multinomial(weights, num_draws, replacement=True, generator=source)]
     evidence = float(best.log_weights.logsumexp(0)) - math.log(len(weights))
-    return Weighted(draws, best.khat, float(1.0 / weights.square().sum()), evidence, moved)
+    return Weighted(draws, best.khat, float(effective_size(best.log_weights)), evidence, moved)
 
 
 class _SignedRoot:

@@ -197,7 +197,9 @@ class TestInvariances:
         def evidence(rate, times, y):
             sde = sd.SDE(lambda t, x: -rate[..., None] * x, 0.5)
             data = StateLikelihood(lambda x: dist.Normal(x, 0.3).to_event(1), y)
-            return particle_filter(sde, x0, times, data, 4000, method=method, generator=0).log_evidence
+            return particle_filter(
+                sde, x0, times, data, 4000, method=method, dt=math.inf, generator=0
+            ).log_evidence
 
         whole = evidence(rate.expand(3, 2), times, y)
         assert whole.shape == (3, 2)
@@ -206,9 +208,10 @@ class TestInvariances:
             assert float((whole[:, k] - alone).abs().max()) < (1e-9 if method == "guided" else 0.15)
 
     def test_the_loop_never_waits_for_the_device(self, method):
-        from stochdyn.infer.particles import _model_of, as_filter
+        from stochdyn.infer.particles import as_filter, particles_of
+        from stochdyn.infer.seen import SeenEquation
 
-        model = _model_of(LINEAR, START, TIMES, DATA, as_filter(method), 0.0, 0.1)
+        model = particles_of(SeenEquation.at(LINEAR, START, TIMES, 0.0, 0.1), DATA, as_filter(method))
         testing.check_asynchronous(lambda: run_particles(model, 200))
 
 

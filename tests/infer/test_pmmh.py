@@ -119,7 +119,9 @@ def test_impossible_data_are_told():
     def bounded(y):
         rate = pyro.sample("rate", dist.Uniform(torch.full((), 0.1, dtype=F64), 1.0))
         sde = sd.SDE(lambda t, x: -rate[..., None] * x, 0.6)
-        site = ParticleObservations(sde, X0, TIMES, lambda x: dist.Uniform(x - 1, x + 1).to_event(1), 20)
+        site = ParticleObservations(
+            sde, X0, TIMES, lambda x: dist.Uniform(x - 1, x + 1).to_event(1), 20, dt=1.0
+        )
         pyro.sample("y", site, obs=y)
 
     far = torch.full((4, 1), 50.0, dtype=F64)

@@ -20,6 +20,7 @@ from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
+from stochdyn.core.particles.resampling import effective_size
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError
 
 __all__ = ["GrowingBridge"]
@@ -171,11 +172,11 @@ class GrowingBridge(PathMeasure):
             self._check_weights(i, change)
 
     def _check_weights(self, j: int, tilt: Tensor) -> None:
-        weight = torch.softmax(self.snapshots.weights[j].double().log() + tilt, 0)
-        effective = float(weight.square().sum().reciprocal())
-        if effective < _FEW * len(weight):
+        log_weight = self.snapshots.weights[j].double().log() + tilt
+        effective = float(effective_size(log_weight))
+        if effective < _FEW * len(log_weight):
             warnings.warn(
-                f"Growth leaves the weight of {effective:.1f} of the {len(weight)} particles at t={float(self.snapshots.times[j]):g}. "
+                f"Growth leaves the weight of {effective:.1f} of the {len(log_weight)} particles at t={float(self.snapshots.times[j]):g}. "
                 "Give a smaller share of growth, or a trend with a larger ridge",
                 ApproximationWarning,
                 stacklevel=4,

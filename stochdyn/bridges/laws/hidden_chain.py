@@ -29,7 +29,7 @@ from stochdyn.bridges.laws.reference import EmpiricalLaw
 from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
-from stochdyn.core.particles.resampling import systematic
+from stochdyn.core.particles.resampling import effective_size, systematic
 from stochdyn.errors import ApproximationWarning, ConvergenceWarning
 
 __all__ = ["HiddenChain", "log_normal", "log_standard", "stratified_normal"]
@@ -274,8 +274,8 @@ class HiddenChain(PathMeasure):
         """Return ``(I,)`` the mean effective number of hidden draws per particle."""
         values = []
         for k in range(len(self._base)):
-            share = torch.softmax(self._log_posterior(k), 1)
-            values.append((self.snapshots.weights[k] / share.square().sum(1)).sum())
+            effective = effective_size(self._log_posterior(k), 1)
+            values.append((self.snapshots.weights[k] * effective).sum())
         return torch.stack(values)
 
     def hidden_means(self, k: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.chain import Chain
 from stochdyn.core.gaussian.batch_last import mv
+from stochdyn.core.particles.resampling import effective_size
 
 __all__ = ["effective_share", "log_correction", "weighted_paths"]
 
@@ -69,5 +70,4 @@ def log_correction(log_weights: Tensor) -> Tensor:
 
 def effective_share(log_weights: Tensor) -> Tensor:
     """Return the effective number of paths of each pair, as a share, ``(P,)``: one where linearisation is exact."""
-    weights = torch.softmax(log_weights, 0)
-    return 1 / (log_weights.shape[0] * weights.square().sum(0))
+    return effective_size(log_weights) / log_weights.shape[0]

@@ -267,7 +267,8 @@ class Panel:
         """Return the grids on which the paths of the series are computed: through their own times, in equal steps between them.
 
         Args:
-            dt: The longest step; None takes the times themselves.
+            dt: The longest step; None takes the times themselves, for laws that need no steps between them. A path site takes Euler
+                steps on this grid: halve ``dt`` until the posterior no longer changes.
             start: The time at which all paths begin, or one per series ``(N,)``; the first time of each series if None.
 
         Returns:

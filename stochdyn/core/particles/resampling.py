@@ -47,16 +47,20 @@ def systematic(log_weights: Tensor, num_draws: int | None = None, generator: Gen
     return index.clamp_max_(count - 1).movedim(-1, 0)
 
 
-def effective_size(log_weights: Tensor) -> Tensor:
+def effective_size(log_weights: Tensor, dim: int = 0) -> Tensor:
     r"""Return the number of equally weighted points that weighted ones are worth, :math:`1/\sum_iw_i^2`.
 
     Args:
         log_weights: The logarithms of the weights ``(n, *batch)``, up to a constant per member of the batch.
+        dim: The axis of the points, where it isn't the first one.
 
     Returns:
-        ``(*batch,)``.
+        ``(*batch,)``, between 1 and n.
+
+    Reference:
+        Kish, "Survey sampling", 1965.
     """
-    return 1.0 / torch.softmax(log_weights, 0).square().sum(0)
+    return torch.softmax(log_weights, dim).square().sum(dim).reciprocal()
 
 
 def take_particles(x: Tensor, index: Tensor) -> Tensor:

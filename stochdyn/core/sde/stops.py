@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,21 +35,35 @@ class Stops:
         """Where the times of data stand in the grid, ``(T,)``."""
         return torch.tensor(self.counts, device=self.ts.device).cumsum(0)
 
+    def divided(self, counts: list[int]) -> Stops:
+        """Return the grid with each of its steps divided into equal parts, the same number in all series.
 
-def as_stops(times: object, start_time: Tensor | float, dt: float | None, like: Tensor) -> Stops:
+        Args:
+            counts: The number of parts of each step ``(G - 1,)``.
+        """
+        pieces = [self.ts[..., :1]]
+        for n, count in enumerate(counts):
+            left, right = self.ts[..., n : n + 1], self.ts[..., n + 1 : n + 2]
+            share = torch.arange(1, count, device=self.ts.device).to(self.ts.dtype) / count
+            pieces += [left + share * (right - left), right]
+        steps = iter(counts)
+        return Stops(torch.cat(pieces, -1), tuple(sum(next(steps) for _ in range(n)) for n in self.counts))
+
+
+def as_stops(times: object, start_time: Tensor | float, dt: float, like: Tensor) -> Stops:
     """Return the grid that starts at ``start_time`` and goes through ``times`` in equal steps of at most ``dt`` between them.
 
     Args:
         times: The times of data, ``(T,)`` or ``(*batch, T)``.
         start_time: The time at which the law starts, or one per series ``(*batch,)``.
-        dt: The longest step; None takes one step to each time.
+        dt: The longest step; infinity takes one step to each time.
         like: A tensor whose precision and device data without their own take.
 
     Raises:
         TimeGridError: If the times don't increase strictly, or begin before the law does.
     """
     grid = as_time_grid(times, "times", 1, like=like, batch=True)
-    if dt is not None:
+    if dt != math.inf:
         check_positive(dt, "dt")
     begin = torch.as_tensor(start_time, dtype=grid.dtype, device=grid.device)
     if begin.ndim:
@@ -64,7 +79,7 @@ def as_stops(times: object, start_time: Tensor | float, dt: float | None, like: 
     return remembered(grid, ("stops", float(begin), dt), lambda: _divide(grid, begin, dt))
 
 
-def _divide(grid: Tensor, begin: Tensor, dt: float | None) -> Stops:
+def _divide(grid: Tensor, begin: Tensor, dt: float) -> Stops:
     knots = torch.cat([begin.expand(grid.shape[:-1]).unsqueeze(-1), grid], -1)
     gaps = (knots[..., 1:] - knots[..., :-1]).detach()
     # Differences of large times carry rounding errors, which must not cost a step.
@@ -76,7 +91,7 @@ def _divide(grid: Tensor, begin: Tensor, dt: float | None) -> Stops:
             got=f"{float(grid[..., 0].min()):g}",
             expected=f"at least start_time={float(begin.max()):g}",
         )
-    steps = torch.ones_like(gaps) if dt is None else ((gaps - slack) / dt).ceil().clamp_min(1.0)
+    steps = ((gaps - slack) / dt).ceil().clamp_min(1.0)
     steps[..., 0] = torch.where(gaps[..., 0] <= slack, torch.zeros_like(steps[..., 0]), steps[..., 0])
     counts = tuple(int(n) for n in steps.reshape(-1, steps.shape[-1]).amax(0).tolist())
     pieces = [knots[..., :1] if counts[0] else grid[..., :1]]
@@ -112,7 +127,7 @@ class EulerTransitions:
         plain = not self.num_states and sde.control is None
         if self.num_states and ts.ndim > 1 and bool((ts[..., 1:] <= ts[..., :-1]).any()):
             raise UnavailableError(
-                "noise with memory takes no empty steps: give series of their own times dt=None, or data with NaN on finer grids"
+                "noise with memory takes no empty steps: give no dt, or data with NaN on finer grids"
             )
         self.plain = plain
         whole = ts.to(x0.dtype)

@@ -19,7 +19,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_real,
 )
-from stochdyn.core.particles.resampling import systematic
+from stochdyn.core.particles.resampling import effective_size, systematic
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.diagnostics.psis import pareto_smooth
 from stochdyn.errors import ConvergenceWarning, EmptyDataError, InvalidInputError, TooFewDrawsError
@@ -127,8 +127,7 @@ def infer_fou(
         log_weight = evaluate(q) - kernels.log_prob(q)
     smooth = pareto_smooth(log_weight)
     khat = float(smooth.khat)
-    chance = torch.as_tensor(smooth.log_weights).softmax(-1)
-    effective = float(1 / chance.square().sum())
+    effective = float(effective_size(torch.as_tensor(smooth.log_weights)))
     if khat > 0.7:
         warnings.warn(
             f"the draws don't represent the posterior (k-hat {khat:.2f}); give more draws, "
@@ -285,7 +284,7 @@ class _Kernels:
         size = q.shape[-1]
         gap = q - chance @ q
         cov = (chance[:, None] * gap).mT @ gap
-        effective = float(1 / chance.square().sum())
+        effective = float(effective_size(log_weight))
         # Few effective points say little about their own spread: a floor of a tenth in each transformed parameter.
         cov = cov + 0.1**2 * torch.eye(size, dtype=q.dtype) / max(1.0, effective / 20)
         width = max(0.35, (4 / ((size + 2) * max(effective, 1.0))) ** (1 / (size + 4)))

@@ -18,6 +18,7 @@ from stochdyn._checks import (
     check_positive_int,
 )
 from stochdyn.core.forward.divergences import divergence_probes, sample_probes, value_and_divergence
+from stochdyn.core.particles.resampling import effective_size
 from stochdyn.errors import InvalidInputError
 from stochdyn.interpolants.sampling.methods import FlowMethod
 from stochdyn.interpolants.sampling.samplers import Noise, _steps_of, integrate_ode, step_noise
@@ -155,8 +156,7 @@ class PathWeights:
     @property
     def effective_size(self) -> Tensor:
         """Effective number of paths, ``(n,)``, between 1 and K."""
-        share = self.log_weights.softmax(0)
-        return share.square().sum(0).reciprocal()
+        return effective_size(self.log_weights)
 
     @property
     def stderr(self) -> Tensor:
