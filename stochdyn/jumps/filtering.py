@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from stochdyn.jumps.uniformisation import _transition, paired_transition
 __all__ = ["Filtered", "prepare", "run_filter", "viterbi"]
 
 
+#: Series of so many observations and more are filtered in blocks, if series times squared states are no more than the second number.
+_LONG, _SMALL = 64, 400
 #: The smallest normal number.
 _SMALLEST = torch.finfo(torch.float64).tiny
 #: What numbers without a precision of their own become.
@@ -109,6 +112,101 @@ def transitions(q: Tensor, times: Tensor, start_time: float, entries: Tensor) ->
     return matrices
 
 
+def _forth(now: Tensor, each: Tensor, seen: Tensor, alpha: Tensor | None, scales: Tensor) -> Tensor:
+    """Filter rows ``now (..., S)`` over steps of matrices and likelihoods; write what is known after each, and return the last.
+
+    Args:
+        now: The law before the first step.
+        each: The matrices ``(K, ..., S, S)``.
+        seen: The likelihoods ``(K, ..., S)``.
+        alpha: Where filtered laws go, ``(K, ..., S)``; nowhere if None.
+        scales: Where their sums before scaling go, ``(K, ..., 1)``.
+    """
+    for k, (matrix, b) in enumerate(zip(each.unbind(), seen.unbind(), strict=True)):
+        now = (now @ matrix) * b
+        scale = torch.sum(now, -1, keepdim=True, out=scales[k])
+        # past impossible data the filter is zero, and not 0/0
+        now = torch.div(now, scale.clamp(min=_SMALLEST), out=None if alpha is None else alpha[k])
+    return now
+
+
+def _back(now: Tensor, each: Tensor, scaled: Tensor, beta: Tensor) -> None:
+    """Write the likelihoods of what comes later, ``beta (K, ..., S)``, from those after the last step, ``now (..., S)``."""
+    beta[-1] = now
+    # what a message is multiplied by on its way to the observation before
+    matrices, scaled_each = each.mT.unbind(), scaled.unbind()
+    for k in range(len(beta) - 2, -1, -1):
+        now = (scaled_each[k + 1] * now) @ matrices[k + 1]
+        beta[k] = now
+
+
+def _step_by_step(start: Tensor, matrices: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return filtered laws, likelihoods of later observations ``(T, B, S)`` and scales ``(T, B, 1)``, one observation after the other."""
+    shared = matrices.shape[1] == 1
+    # series that share their matrices are the rows of one product; others have a product each
+    each, seen, now = (matrices[:, 0], b, start) if shared else (matrices, b[..., None, :], start[:, None])
+    alpha, beta, scales = torch.empty_like(seen), torch.empty_like(seen), seen.new_empty(*seen.shape[:-1], 1)
+    _forth(now, each, seen, alpha, scales)
+    _back(torch.ones_like(now), each, seen / scales.clamp(min=_SMALLEST), beta)
+    return alpha.view_as(b), beta.view_as(b), scales.view(*b.shape[:2], 1)
+
+
+def _pays_in_blocks(steps: int, count: int, states: int) -> bool:
+    """Whether blocks side by side take less time than steps one after the other, though they multiply matrices."""
+    return steps >= _LONG and count * states**2 <= _SMALL
+
+
+def _in_blocks(start: Tensor, matrices: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`_step_by_step` does, for long series: all blocks of observations at once.
+
+    Filters from every state run through each block; then laws at the beginnings of blocks are known one from the
+    other, and filters from there run through all blocks again.
+    """
+    steps, count, states = b.shape
+    length = math.ceil(math.sqrt(2 * steps / 3))
+    number = math.ceil(steps / length)
+    shared, missing = matrices.shape[1] == 1, number * length - steps
+
+    def blocks(x: Tensor, padding: Tensor) -> Tensor:
+        whole = torch.cat([x, padding.expand(missing, *x.shape[1:])])
+        return whole.unflatten(0, (number, length)).transpose(0, 1).contiguous()
+
+    eye = torch.eye(states, dtype=b.dtype, device=b.device)
+    each, seen = blocks(matrices, eye), blocks(b, torch.ones_like(b[0]))
+    if shared:
+        each = each[:, :, 0]
+    # from every state, with the logarithms of what scaling has taken out
+    rows = eye.expand(number, count, states, states)
+    starts = rows.flatten(1, 2) if shared else rows
+    likely = seen.repeat_interleave(states, -2) if shared else seen[..., None, :]
+    sums = b.new_empty(length, *starts.shape[:-1], 1)
+    over = _forth(starts, each, likely, None, sums).view(number, count, states, states)
+    log_over = sums.log().sum(0).view(number, count, states)
+    begins, now = [start], start
+    for k in range(number - 1):
+        log_weight = now.log() + log_over[k]
+        top = log_weight.amax(-1, keepdim=True)
+        weight = (log_weight - torch.where(torch.isfinite(top), top, 0.0)).exp()
+        now = (weight[:, None] @ over[k])[:, 0]
+        now = now / now.sum(-1, keepdim=True).clamp(min=_SMALLEST)
+        begins.append(now)
+    if not shared:
+        seen = seen[..., None, :]
+    alpha, beta, scales = torch.empty_like(seen), torch.empty_like(seen), seen.new_empty(*seen.shape[:-1], 1)
+    _forth(torch.stack(begins).view_as(seen[0]), each, seen, alpha, scales)
+    taken = scales.log().sum(0).view(number, count, 1)
+    taken = torch.where(torch.isfinite(taken), taken, 0.0)
+    ends = [torch.ones_like(start)]
+    for k in range(number - 1, 0, -1):
+        ends.append((log_over[k] - taken[k]).exp() * (over[k] @ ends[-1][..., None])[..., 0])
+    _back(torch.stack(ends[::-1]).view_as(seen[0]), each, seen / scales.clamp(min=_SMALLEST), beta)
+
+    def series(x: Tensor, last: int) -> Tensor:
+        return x.view(length, number, count, last).transpose(0, 1).reshape(-1, count, last)[:steps]
+
+    return series(alpha, states), series(beta, states), series(scales, 1)
+
+
 class _LogEvidence(torch.autograd.Function):
     """The scaled forward filter; its derivative is the backward pass."""
 
@@ -117,30 +215,9 @@ class _LogEvidence(torch.autograd.Function):
         top = log_b.amax(-1, keepdim=True)
         top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
         b = (log_b - top).exp()
-        steps, count, states = b.shape
-        alpha = b.new_empty(steps, count, states)
-        total = top[..., 0].sum(0)
-        now = start.expand(count, states)
-        scales = b.new_empty(steps, count, 1)
-        # series that share their matrices are the rows of one product; others have a product each
-        shared = matrices.shape[1] == 1
-        each = matrices[:, 0].unbind() if shared else matrices.unbind()
-        seen = b.unbind()
-        for k in range(steps):
-            now = now @ each[k] if shared else (now.unsqueeze(-2) @ each[k]).squeeze(-2)
-            now = now * seen[k]
-            scale = torch.sum(now, -1, keepdim=True, out=scales[k])
-            # past impossible data the filter is zero, and not 0/0
-            now = torch.div(now, scale.clamp(min=_SMALLEST), out=alpha[k])
-        total = total + scales.log().sum(0)[..., 0]
-        beta = torch.ones_like(alpha)
-        back = beta[-1]
-        # what a message is multiplied by on its way to the observation before
-        scaled = (b / scales.clamp(min=_SMALLEST)).unbind()
-        for k in range(steps - 2, -1, -1):
-            message = scaled[k + 1] * back
-            back = message @ each[k + 1].mT if shared else (each[k + 1] @ message.unsqueeze(-1)).squeeze(-1)
-            beta[k] = back
+        messages = _in_blocks if _pays_in_blocks(*b.shape) else _step_by_step
+        alpha, beta, scales = messages(start.expand(b.shape[1:]), matrices, b)
+        total = top[..., 0].sum(0) + scales.log().sum(0)[..., 0]
         scales = scales[..., 0]
         ctx.save_for_backward(start, matrices, b, alpha, beta, scales)
         ctx.mark_non_differentiable(alpha, beta)
