@@ -1,6 +1,9 @@
 from .embedding import transition_generator as transition_generator
 from .generator import JumpGenerator as JumpGenerator
 from .generator import RateMatrix as RateMatrix
+from .integrals import transition_integral as transition_integral
+from .labels import OrderedStates as OrderedStates
+from .labels import order_states as order_states
 from .measure import ConditionedJumps as ConditionedJumps
 from .measure import JumpMarginal as JumpMarginal
 from .measure import JumpMeasure as JumpMeasure

@@ -244,9 +244,7 @@ class _LogEvidence(torch.autograd.Function):
         return grad_start, grad_matrices, grad_seen
 
 
-def run_filter(
-    start: Tensor, q: Tensor, data: Prepared, start_time: float, *, named: bool = True
-) -> Filtered:
+def run_filter(start: Tensor, q: Tensor, data: Prepared, start_time: float) -> Filtered:
     """Run filter and smoother.
 
     Args:
@@ -254,11 +252,13 @@ def run_filter(
         q: The generator ``(S, S)``, or one per series ``(B, S, S)``.
         data: The observations.
         start_time: The time at which the law starts.
-        named: Whether impossible data raise, naming series and time, rather than have a log density of minus infinity.
+
+    Raises:
+        ZeroProbabilityError: If a series is impossible; it names series and time.
     """
     matrices = transitions(q.double(), data.times, start_time, data.entries)
     total, alpha, beta = _LogEvidence.apply(start.double(), matrices, data.log_b)
-    if named and bool(torch.isinf(total.detach()).any()):
+    if bool(torch.isinf(total.detach()).any()):
         series = int(torch.isinf(total.detach()).nonzero()[0, 0])
         lost = int((alpha[:, series].sum(-1) == 0).nonzero()[0, 0])
         time = data.times[series if data.times.shape[0] > 1 else 0, lost]
@@ -282,7 +282,7 @@ def viterbi(start: Tensor, q: Tensor, data: Prepared, start_time: float) -> Tens
             score = best + data.log_b[k]
             back.append(origin)
         if bool(torch.isinf(score.amax(-1)).any()):
-            raise ZeroProbabilityError("the observations are impossible under the law")
+            run_filter(start, q, data, start_time)  # names series and time
         here = score.argmax(-1)
         path = [here]
         for k in range(steps - 1, 0, -1):

@@ -189,11 +189,18 @@ class RateMatrix(nn.Module):
     def relaxation_times(self) -> Tensor:
         r"""Return :math:`-1/\mathrm{Re}\,\lambda_k` of the nonzero eigenvalues, longest first, ``(*batch, S - 1)``.
 
-        Complex eigenvalues are damped oscillations: the time is that of the damping.
+        Complex eigenvalues are damped oscillations: the time is that of the damping. Infinite, once for each further set of states
+        that is never left again, where the chain remembers for ever which of them it has entered.
         """
-        values = torch.linalg.eigvals(self.matrix.double()).real
-        slow = values.sort(-1, descending=True).values[..., 1:]
-        return (-1.0 / slow).to(self.matrix.dtype)
+        q = self.matrix.double()
+        slow = torch.linalg.eigvals(q).real.sort(-1, descending=True).values[..., 1:]
+        flat = q.detach().reshape(-1, self.num_states, self.num_states).cpu().numpy()
+        further = torch.tensor([len(closed_classes(m)) - 1 for m in flat], device=q.device).reshape(
+            *self.batch_shape, 1
+        )
+        for_ever = torch.arange(self.num_states - 1, device=q.device) < further
+        times = torch.where(for_ever, math.inf, -1.0 / torch.where(for_ever, -1.0, slow))
+        return times.to(self.matrix.dtype)
 
     def mean_first_passage(self, target: int | list[int]) -> Tensor:
         """Return the mean time until a state of the target is entered, from every state, ``(*batch, S)``.
@@ -223,7 +230,10 @@ class RateMatrix(nn.Module):
         return out.to(self.matrix.dtype)
 
     def committor(self, source: int | list[int], target: int | list[int]) -> Tensor:
-        """Return the probability to enter the target before the source, from every state, ``(*batch, S)``."""
+        """Return the probability to enter the target before the source, from every state, ``(*batch, S)``.
+
+        Zero from where neither may be reached.
+        """
         a, b = self._states(source, "source"), self._states(target, "target")
         if set(a) & set(b):
             raise InvalidInputError("source and target must not share states", got=sorted(set(a) & set(b)))
@@ -233,7 +243,13 @@ class RateMatrix(nn.Module):
         out[..., b] = 1.0
         if rest:
             right = q[..., rest, :][..., b].sum(-1, keepdim=True)
-            out[..., rest] = torch.linalg.solve(-q[..., rest, :][..., rest], right)[..., 0]
+            # what reaches neither stays between itself for ever: it has no equation
+            lost = ~_can_reach(q.detach(), [*a, *b])[..., rest]
+            eye = torch.eye(len(rest), dtype=q.dtype, device=q.device)
+            inner = torch.where(
+                lost[..., :, None] | lost[..., None, :], -eye * lost[..., None], q[..., rest, :][..., rest]
+            )
+            out[..., rest] = torch.linalg.solve(-inner, right)[..., 0]
         return out.to(self.matrix.dtype)
 
     def fluxes(self) -> Tensor:

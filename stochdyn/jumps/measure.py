@@ -27,6 +27,7 @@ from stochdyn.core.law.path import Path
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, TimeGridError, UnavailableError
 from stochdyn.jumps.filtering import Filtered, Prepared, prepare, run_filter, viterbi
 from stochdyn.jumps.generator import JumpGenerator, RateMatrix
+from stochdyn.jumps.integrals import integrate
 from stochdyn.jumps.observations import Observation
 from stochdyn.jumps.record import JumpRecord
 from stochdyn.jumps.simulate import bridge_records, direct_records, thinned_records
@@ -264,15 +265,34 @@ class JumpMeasure(JumpLaw):
         p = p.clamp(min=0)
         return JumpMarginal((p / p.sum(-1, keepdim=True)).to(dtype))
 
+    def _steps(self, span: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the midpoints ``(n,)`` of short steps over a span, and their length: short beside any stay."""
+        steps = max(200, math.ceil(20 * self._fastest() * float(span)))
+        return (torch.arange(steps, dtype=torch.float64) + 0.5) / steps * span + self.start_time, span / steps
+
+    def _fastest(self) -> float:
+        """Return a number that no exit rate exceeds."""
+        return self.bound if self._function is not None else float(-self._matrix().detach().diagonal().min())
+
     def _evolve(self, span: Tensor) -> Tensor:
         """Return the marginal after a span of changing rates: midpoint steps, of second order, short beside any stay."""
-        steps = max(200, math.ceil(20 * self.bound * float(span)))
-        edges = torch.linspace(0, 1, steps + 1, dtype=torch.float64) * span + self.start_time
-        matrices = self._at(0.5 * (edges[1:] + edges[:-1]))
-        p, dt = self.initial.double(), span / steps
-        for matrix in matrices:
+        middles, dt = self._steps(span)
+        p = self.initial.double()
+        for matrix in self._at(middles):
             p = p @ _transition(matrix, dt.reshape(1))[0]
         return p
+
+    def _divergence(self, other: JumpMeasure, horizon: float) -> Tensor:
+        """Return the integral of the mean divergence of rates that change, by the steps of :meth:`_evolve`."""
+        middles, dt = self._steps(torch.tensor(horizon - self.start_time, dtype=torch.float64))
+        p, total = self.initial.double(), torch.zeros((), dtype=torch.float64)
+        for mine, theirs in zip(self._at(middles), other._at(middles), strict=True):
+            last = p @ _transition(mine, dt.reshape(1))[0]
+            there = 0.5 * (p + last)
+            rates = divergence_rates(mine, theirs)
+            total = total + dt * torch.where(there > 0, there * rates, torch.zeros_like(rates)).sum()
+            p = last
+        return total
 
     def _time(self, t: Tensor | float) -> Tensor:
         if isinstance(t, bool) or not isinstance(t, Tensor | float | int):
@@ -366,21 +386,27 @@ class JumpMeasure(JumpLaw):
         ).sum(-1)
 
     def kl(self, other: JumpMeasure, horizon: float) -> Tensor:
-        r"""Return the exact divergence of the laws of whole paths up to ``horizon``.
+        r"""Return the divergence of the laws of whole paths up to ``horizon``.
 
         .. math:: KL(\pi^Q\|\pi^P)+\int\sum_im_i(t)\sum_{j\ne i}\Big[q_{ij}\log\frac{q_{ij}}{p_{ij}}-q_{ij}+p_{ij}\Big]dt
 
-        with the marginals m of this law; infinite where the other law forbids what this one allows.
+        with the marginals m of this law; infinite where the other law forbids what this one allows. Where rates change the integral
+        is a sum over short steps, of second order, as in :meth:`marginal`.
 
         Args:
-            other: The law P, of constant rates as this one.
+            other: The law P.
             horizon: The time at which the paths end.
         """
         check_type(other, JumpMeasure, "other")
         check_real(horizon, "horizon", above=self.start_time)
-        p, q = self.initial.double(), self._matrix().double()
+        if other.num_states != self.num_states:
+            raise ShapeError("the laws have other states", got=f"{self.num_states} and {other.num_states}")
+        p = self.initial.double()
         start = torch.where(p > 0, p * (p.log() - other.initial.double().log()), torch.zeros_like(p)).sum()
-        occupied = p @ occupation(q, horizon - self.start_time)
+        if self._function is not None or other._function is not None:
+            return (start + self._divergence(other, horizon)).to(self.initial.dtype)
+        q = self._matrix().double()
+        occupied = p @ integrate(q, q.new_tensor([horizon - self.start_time]), None)[0]
         rates = divergence_rates(q, other._matrix())
         rates = torch.where(occupied > 0, rates, torch.zeros_like(rates))
         return (start + (occupied * rates).sum()).to(self.initial.dtype)
@@ -405,7 +431,7 @@ class JumpMeasure(JumpLaw):
         check_real(horizon, "horizon", above=self.start_time)
         p, q = self.initial.double(), self._matrix().double()
         span = horizon - self.start_time
-        flow = (p @ occupation(q, span))[:, None] * q
+        flow = (p @ integrate(q, q.new_tensor([span]), None)[0])[:, None] * q
         happens = ~torch.eye(len(q), dtype=torch.bool, device=q.device) & (flow > 0)
         ratio = torch.where(happens, q, 1.0).log() - torch.where(happens, q.mT, 1.0).log()
         exchanged = torch.where(happens, flow * ratio, torch.zeros_like(q)).sum()
@@ -622,20 +648,3 @@ def divergence_rates(q: Tensor, p: Tensor) -> Tensor:
     off = ~torch.eye(a.shape[-1], dtype=torch.bool, device=a.device)
     ratio = torch.where(off & (a > 0), a, 1.0).log() - torch.where(off & (a > 0), b, 1.0).log()
     return torch.where(off, a * ratio - a + b, torch.zeros_like(a)).sum(-1)
-
-
-def occupation(q: Tensor, span: float) -> Tensor:
-    r"""Return :math:`\int_0^Te^{Qs}\,ds`, by its series for a short time and doublings."""
-    rate = float((-q.detach().diagonal()).max()) or 1.0
-    doublings = max(0, math.ceil(math.log2(max(rate * span, 1e-300))))
-    short = span / 2.0**doublings
-    term = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) * short
-    total = term
-    for k in range(2, 30):
-        term = term @ q * (short / k)
-        total = total + term
-    step = short
-    for _ in range(doublings):
-        total = total + total @ _transition(q, q.new_tensor([step]))[0]
-        step *= 2
-    return total

@@ -139,6 +139,7 @@ class PanelData:
             )
         # nothing is learnt from staying where one can't leave
         keep = real & ~final[before]
+        self._visits = keep.nonzero()
         if not bool(keep.any()):
             raise EmptyDataError("no subject was seen twice")
         dt = times[:, 1:] - times[:, :-1]
@@ -150,6 +151,15 @@ class PanelData:
         codes = self.panel.values[..., 0]
         states = torch.where(torch.isnan(codes), torch.full_like(codes, -1.0), codes).long()
         return states, self.panel.times
+
+    def visits_of(self, gap: int) -> tuple[Any, float, float]:
+        """Return the subject of a gap, and the times of the visits before and after it.
+
+        Args:
+            gap: The number of the gap in ``gaps``.
+        """
+        row, k = self._visits[gap].tolist()
+        return self.panel.series[row], float(self.panel.times[row, k]), float(self.panel.times[row, k + 1])
 
     @property
     def num_states(self) -> int:

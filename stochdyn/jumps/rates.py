@@ -20,7 +20,6 @@ from stochdyn.jumps.likelihood import PanelLikelihood
 from stochdyn.jumps.panel import PanelData
 from stochdyn.jumps.proposal import draw_posterior
 from stochdyn.jumps.scoring import PanelScore, Scored, climb
-from stochdyn.jumps.uniformisation import _transition
 
 __all__ = ["RatePosterior", "fit_rates"]
 
@@ -234,6 +233,25 @@ def _middle_and_spread(covariates: Tensor) -> tuple[Tensor, Tensor]:
     return middle, torch.where(covariates.amax(0) > covariates.amin(0), spread, torch.ones_like(spread))
 
 
+def _check_possible(panel: PanelData, allowed: Tensor) -> None:
+    """Refuse visits that no chain of allowed jumps connects, naming the first."""
+    gaps, reach = panel.gaps, torch.eye(panel.num_states, dtype=torch.bool)
+    for _ in range(panel.num_states):
+        reach = reach | (reach[:, :, None] & allowed).any(1)
+    # an entry that is seen exactly ends with a jump into the state
+    entered = (reach[:, :, None] & allowed).any(1)
+    possible = torch.where(gaps.entered, entered[gaps.before, gaps.after], reach[gaps.before, gaps.after])
+    if not bool(possible.all()):
+        k = int((~possible).nonzero()[0])
+        subject, before, after = panel.visits_of(k)
+        raise ZeroProbabilityError(
+            "a transition was seen that the mask makes impossible",
+            got=f"subject {subject!r} from {panel.labels[int(gaps.before[k])]!r} at {before:g} "
+            f"to {panel.labels[int(gaps.after[k])]!r} at {after:g}",
+            hint="is a jump missing from the mask, or a label wrong?",
+        )
+
+
 class _Problem:
     """The likelihood of a panel as a function of log rates."""
 
@@ -262,6 +280,7 @@ class _Problem:
             raise InvalidInputError(
                 "detailed balance needs a symmetric mask", hint="a jump and its reverse go together"
             )
+        _check_possible(panel, allowed)
         self.links = allowed.nonzero()
         self.num_covariates = len(panel.covariate_names)
         if reversible:
@@ -380,15 +399,6 @@ class _Problem:
 
     def maximise(self, start: Tensor, with_prior: bool) -> Tensor:
         """Return the maximum by Fisher scoring, from a start."""
-        if not bool(torch.isfinite(self.log_likelihood(start[None])).all()):
-            gaps, labels = self.panel.gaps, self.panel.labels
-            reach = _transition(self.generator(self.log_rates(start[None]))[0], gaps.dt.median()[None])[0]
-            bad = ((reach[gaps.before, gaps.after] <= 0) & ~gaps.entered).nonzero()[:, 0]
-            k = int(bad[0]) if len(bad) else 0
-            raise ZeroProbabilityError(
-                "a transition was seen that the mask makes impossible",
-                got=f"from {labels[int(gaps.before[k])]!r} to {labels[int(gaps.after[k])]!r}",
-            )
         eye = torch.eye(len(self.links), dtype=torch.float64)
         effects = [x * eye for x in self.covariates.abs().amax(0)]
         less = torch.zeros_like(self.precision) if with_prior else self.precision

@@ -40,11 +40,8 @@ def of(kind: str) -> tuple[torch.Tensor, Observation]:
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, laws: str) -> None:
     y, seen = of(kind)
     times = 0.3 * torch.arange(150, dtype=D)
-    scale = (
-        torch.ones(1 if laws == "one" else 3, 1, 1, dtype=D)
-        * torch.tensor([1.0, 0.7, 1.2])[: 1 if laws == "one" else 3, None, None]
-    )
-    rates = (scale * CYCLE).squeeze(0).requires_grad_()
+    each = torch.stack([CYCLE, 0.7 * CYCLE, 1.2 * CYCLE])
+    rates = (CYCLE.clone() if laws == "one" else each).requires_grad_()
 
     def job() -> tuple[Any, ...]:
         value = log_evidence(JumpMeasure(START, rates), times, y, seen)

@@ -171,8 +171,15 @@ def test_absorbing_and_reducible_chains() -> None:
     disease = RateMatrix(tensor([[0, 1.0, 0.2], [0.5, 0, 0.7], [0, 0, 0]]))
     torch.testing.assert_close(disease.stationary(), tensor([0.0, 0.0, 1.0]), rtol=0, atol=1e-13)
     assert torch.isinf(disease.mean_first_passage(0)[2])
+    apart = RateMatrix(generator("reducible"))
     with pytest.raises(InvalidInputError, match="isn't unique"):
-        RateMatrix(generator("reducible")).stationary()
+        apart.stationary()
+    # which part it is in the chain remembers for ever, and from the other part neither end of a passage is reached
+    torch.testing.assert_close(apart.relaxation_times(), tensor([math.inf, 1 / 3, 1 / 4]), rtol=1e-12, atol=0)
+    assert apart.committor(0, 1).tolist() == [0.0, 1.0, 0.0, 0.0]
+    assert apart.mean_first_passage(0)[2:].tolist() == [math.inf, math.inf]
+    fork = RateMatrix(tensor([[0, 1.0, 0.5, 0.1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]))
+    torch.testing.assert_close(fork.committor(1, 2)[0], tensor(0.5 / 1.6), rtol=1e-12, atol=0)
 
 
 def test_like_channels_are_counted() -> None:
@@ -323,6 +330,16 @@ def test_rates_that_change_in_time() -> None:
     still = JumpMeasure(tensor([1.0, 0.0]), base)
     weight = (-law.log_rn(record, still)).exp()
     assert abs(float(weight.mean()) - 1) < 4.5 * float(weight.std()) / 20_000**0.5
+    # the divergence is the mean log ratio; between laws whose rates change by one factor it is that of a longer time
+    assert (
+        abs(float(law.log_rn(record, still).mean() - law.kl(still, 1.5)))
+        < 4.5 * float(law.log_rn(record, still).std()) / 20_000**0.5
+    )
+    other = JumpMeasure(
+        tensor([1.0, 0.0]), lambda t: tensor([[0, 1.4], [1.0, 0]]) * (1 + t)[:, None, None], bound=4.0
+    )
+    longer = still.kl(JumpMeasure(tensor([1.0, 0.0]), tensor([[0, 1.4], [1.0, 0]])), 1.5 + 1.5**2 / 2)
+    torch.testing.assert_close(law.kl(other, 1.5), longer, rtol=1e-4, atol=0)
     with pytest.raises(InvalidInputError, match="exceeds the bound"):
         JumpMeasure(tensor([1.0, 0.0]), rates, bound=0.1).sample_record(1.0, 200, 0)
 
@@ -412,8 +429,16 @@ def test_panels_refuse_what_makes_no_sense() -> None:
     rows["t"] = [0.0, 1.0, 2.0, 3.0]
     with pytest.raises(InvalidInputError, match="never occur"):
         PanelData(rows, "id", "t", "s", exact_entry=[7])
-    with pytest.raises(ZeroProbabilityError, match="from 0 to 1"):
+    with pytest.raises(ZeroProbabilityError, match="subject 1 from 0 at 0 to 1 at 1"):
         fit_rates(PanelData(rows, "id", "t", "s"), mask=[[False, False], [True, False]])
+    rows = {"id": [1, 1, 1, 2, 2, 2], "t": [0.0, 1.0, 2.0, 0.0, 1.0, 4.0], "s": [0, 1, 2, 0, 0, 3]}
+    deaths = PanelData(rows, "id", "t", "s", exact_entry=[3])
+    mask = np.zeros((4, 4), dtype=bool)
+    mask[0, 1] = mask[1, 2] = True
+    with pytest.raises(ZeroProbabilityError, match="subject 2 from 0 at 1 to 3 at 4"):
+        fit_rates(deaths, mask)
+    mask[2, 3] = True
+    assert math.isfinite(fit_rates(deaths, mask, num_draws=2).log_likelihood)
 
 
 def test_bad_input() -> None:
