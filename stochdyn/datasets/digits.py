@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stochdyn._caching import cached
 from stochdyn._checks import as_generator, check_bool, check_choice, check_positive_int
 from stochdyn.errors import InvalidInputError
 
@@ -120,7 +119,7 @@ def _tracks(
     return torch.stack(track, 1)
 
 
-@lru_cache(maxsize=4)
+@cached(4)
 def _glyphs(digit_size: int, split: str) -> Tensor:
     """Return the enlarged digits ``(n, digit_size, digit_size)``, uint8."""
     from sklearn.datasets import load_digits

@@ -54,10 +54,14 @@ class Drawn:
 
 
 def stamp_of(sde: SDE) -> tuple[int, ...]:
-    """Return a number for every tensor of an equation without its control, which changes when the tensor is written to."""
+    """Return a number for every tensor of an equation without its control, which changes when the tensor is written to.
+
+    Tensors made in inference mode don't count how often they are.
+    """
     parts = (sde.drift, sde._coefficient, sde.noise)
     modules = [part for part in parts if isinstance(part, nn.Module)]
-    return tuple(x._version for m in modules for x in (*m.parameters(), *m.buffers()))
+    tensors = [x for m in modules for x in (*m.parameters(), *m.buffers())]
+    return tuple(0 if x.is_inference() else x._version for x in tensors)
 
 
 @dataclass(frozen=True)

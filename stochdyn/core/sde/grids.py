@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from stochdyn._caching import ordinary
 from stochdyn._transforms import transforms_are_active
 from stochdyn.core.sde.noise import Brownian, NoiseProcess, NoiseSteps
 
@@ -27,13 +28,13 @@ def remembered(ts: Tensor, question: Hashable, answer: Callable[[], Answer]) -> 
     """
     if (ts.requires_grad and torch.is_grad_enabled()) or transforms_are_active():
         return answer()
-    if not ts.untyped_storage().resizable():
-        # The memory is another one's, of a NumPy array, say, who may change it without a trace.
+    if ts.is_inference() or not ts.untyped_storage().resizable():
+        # It may change without a trace: made in inference mode, or the memory is another one's, of a NumPy array, say.
         return answer()
-    version = -1 if ts.is_inference() else ts._version
+    version = ts._version
     known: dict[Hashable, tuple[int, Any]] = _KNOWN.setdefault(ts, {})
     if question not in known or known[question][0] != version:
-        known[question] = version, answer()
+        known[question] = version, ordinary(answer)
     return cast(Answer, known[question][1])
 
 

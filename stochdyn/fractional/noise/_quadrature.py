@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from stochdyn._caching import cached
 
 __all__ = ["graded_nodes", "levels_for", "relative_exponential_mean"]
 
 _POINTS = 16
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def graded_nodes(levels: int) -> tuple[Tensor, Tensor]:
     """Return nodes and weights on [0, 1]: 16 points on each of [0, 2^-m], [2^-m, 2^(1-m)], ..., [1/2, 1].
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stochdyn._caching import cached
 from stochdyn._checks import check_time_grid, check_type
 from stochdyn.core.sde.grids import remembered
 from stochdyn.errors import TimeGridError
@@ -30,7 +30,7 @@ class StepFactors(NamedTuple):
     loss: Tensor  # (N, K), decay - 1
 
 
-@lru_cache(maxsize=32)
+@cached(32)
 def _decompose(speeds: tuple[float, ...], steps: bytes) -> StepFactors:
     """Exact joint law of (dW, xi_1..xi_K) over each step, as loads on independent innovations of variance dt.
 
@@ -77,7 +77,7 @@ def step_factors(speeds: tuple[float, ...], horizon: float, ts: Tensor) -> StepF
     return remembered(ts.detach() if ts.requires_grad else ts, ("noise", speeds, horizon), factors)
 
 
-@lru_cache(maxsize=32)
+@cached(32)
 def stationary_factor(speeds: tuple[float, ...]) -> Tensor:
     """Factor ``(Q, K)`` of the stationary covariance; the correlations depend on ratios of speeds only."""
     g = torch.tensor(speeds, dtype=torch.float64)

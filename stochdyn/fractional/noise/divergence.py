@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from stochdyn._caching import cached
 from stochdyn.errors import ApproximationWarning
 from stochdyn.fractional.exact.fbm import fbm_covariance
 from stochdyn.fractional.noise.covariance import markov_covariance
@@ -79,7 +80,7 @@ def gaussian_divergence(exact: Tensor, approximate: Tensor) -> Tensor:
     return torch.where(info == 0, found.clamp_min(0.0), torch.inf)
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def unit_grid_factor(hurst: float, num_steps: int, kind: Kind) -> Tensor:
     """Return the Cholesky factor of the increments of fBM over steps of length 1."""
     ts = torch.arange(1, num_steps + 1, dtype=torch.float64)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stochdyn._caching import cached
 from stochdyn._checks import as_tensor, check_choice, check_hurst, check_positive
 
 __all__ = ["Kind", "cross_moments", "entire_1", "entire_2", "gram_matrix", "unit_cross", "variance_constant"]
@@ -137,7 +137,7 @@ def _cross_type2(x: Tensor, a: Tensor) -> Tensor:
     return torch.where(large, torch.exp(-a * torch.log(xl)) * (1 - a / xl), low)
 
 
-@lru_cache(maxsize=1)
+@cached(1)
 def _laguerre() -> tuple[Tensor, Tensor]:
     nodes, weights = np.polynomial.laguerre.laggauss(_LAGUERRE_NODES)
     return torch.from_numpy(nodes), torch.from_numpy(weights)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stochdyn._caching import cached
 from stochdyn.fractional.noise.moments import Kind, variance_constant
 from stochdyn.fractional.noise.weights import WeightSolver, geometric_speeds
 
@@ -206,7 +206,7 @@ def _positive(value: Tensor, unit: Tensor) -> Tensor:
     return 0.5 * (value + (value.square() + floor.square()).sqrt())
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def spectral_solver(plan: SpeedPlan, horizon: float, kind: Kind) -> SpectralSolver:
     """Return the (cached) :class:`SpectralSolver` of a plan."""
     return SpectralSolver(plan, horizon, kind)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stochdyn._caching import cached
 from stochdyn._checks import (
     as_tensor,
     check_choice,
@@ -161,7 +161,7 @@ def _relative_error(v: Tensor, b: Tensor, gram: Tensor, hurst: Tensor) -> Tensor
     return (quadratic / c).clamp_min(0.0).sqrt()
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def weight_solver(speeds: tuple[float, ...], horizon: float, kind: Kind) -> WeightSolver:
     """Return the (cached) :class:`WeightSolver` of a grid of speeds, validated."""
     check_choice(kind, ("I", "II"), "kind")
@@ -178,7 +178,7 @@ def weight_solver(speeds: tuple[float, ...], horizon: float, kind: Kind) -> Weig
             f"the speeds are nearly dependent on [0, {horizon:g}]: {solver.truncated} of {len(speeds)} "
             "directions were dropped; use fewer states or a wider range of speeds",
             ApproximationWarning,
-            stacklevel=3,
+            stacklevel=6,
         )
     return solver
 

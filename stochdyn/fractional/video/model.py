@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
+from stochdyn._caching import cached
 from stochdyn._checks import check_ndim, check_positive, check_positive_int, check_type
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.networks import StateNetwork
@@ -36,10 +36,10 @@ __all__ = ["EncodedVideo", "VideoModel"]
 _SLACK = 1e-3  # of pixels beyond [0, 1], as resampling leaves
 
 
-@lru_cache(maxsize=64)
-def _grid(num_steps: int, dt: float, device: torch.device | None) -> Tensor:
+@cached(64)
+def _grid(num_steps: int, dt: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a solver's grid; the same tensor every time, so that what is known of it needn't be asked again."""
-    return torch.arange(num_steps + 1, device=device) * dt
+    return torch.arange(num_steps + 1, device=device).to(dtype) * dt
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,9 @@ class VideoModel(Objective):
 
     def grid(self, num_frames: int, device: torch.device | None = None) -> Tensor:
         """Return the solver's grid for so many frames, ``((num_frames - 1) * num_steps + 1,)``."""
-        return _grid((num_frames - 1) * self.num_steps, self.dt / self.num_steps, device)
+        device = torch.get_default_device() if device is None else device
+        num_steps, dt = (num_frames - 1) * self.num_steps, self.dt / self.num_steps
+        return _grid(num_steps, dt, device, torch.get_default_dtype())
 
     def encode(self, frames: Tensor) -> EncodedVideo:
         """Return content, law of the start and contexts of videos.

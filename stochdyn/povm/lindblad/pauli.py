@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from stochdyn._caching import cached
 from stochdyn.errors import LindbladianError, ShapeError, SystemSizeError
 from stochdyn.povm.frames.operators import named_operator
 
@@ -19,7 +19,7 @@ MAX_SUPPORT = 5
 _MAX_JUMP_SUPPORT = 2
 
 
-@lru_cache(maxsize=8)
+@cached(8)
 def local_basis(dim: int) -> Tensor:
     r"""Return Hermitian matrices ``(d**2, d, d)`` that span the operators of a site, the first of them the identity.
 
