@@ -83,6 +83,11 @@ class Every(Callback):
         self.steps: list[int] = []
         self.values: list[Any] = []
 
+    def on_start(self, state: FitState) -> None:
+        """Before the first step: forget what an earlier run left."""
+        if state.step == 0:
+            self.steps, self.values = [], []
+
     def on_step(self, state: FitState) -> None:
         """After every step."""
         if state.step % self.every:
@@ -110,8 +115,17 @@ class _Monitor(Callback):
         if metric is not None:
             check_callable(metric, "metric", "a function of the objective")
         self.every, self.metric = every, metric
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was seen."""
         self.best = math.inf
         self.best_step = 0
+
+    def on_start(self, state: FitState) -> None:
+        """Before the first step: forget what an earlier run left."""
+        if state.step == 0:
+            self.forget()
 
     def measure(self, state: FitState) -> float | None:
         """Return the number to judge by at this step; None between looks."""
@@ -155,6 +169,10 @@ class EarlyStopping(_Monitor):
         check_positive_int(patience, "patience")
         check_real(min_delta, "min_delta", minimum=0.0)
         self.patience, self.min_delta = patience, min_delta
+
+    def forget(self) -> None:
+        """Forget what was seen."""
+        super().forget()
         self.misses = 0
 
     def on_step(self, state: FitState) -> None:
@@ -198,6 +216,10 @@ class KeepBest(_Monitor):
         super().__init__(every, metric)
         check_bool(restore, "restore")
         self.restore = restore
+
+    def forget(self) -> None:
+        """Forget what was seen."""
+        super().forget()
         self.parameters: dict[str, Tensor] = {}
 
     def on_step(self, state: FitState) -> None:

@@ -125,6 +125,21 @@ class TestEvery:
         assert len(set(draws.values)) == 1  # the same numbers at every look, so that looks compare
 
 
+def test_a_second_run_with_the_same_callbacks_is_like_the_first() -> None:
+    def outcome(*callbacks: Any) -> tuple[Any, ...]:
+        # The first run of two starts better than the second will ever be.
+        result = script([3.0, 2.0, 4.0, 5.0, 6.0, 7.0], *callbacks)
+        kept = [(c.best, c.best_step, c.parameters) for c in callbacks if isinstance(c, KeepBest)]
+        return result.steps, kept, [c.values for c in callbacks if isinstance(c, Every)]
+
+    def fresh() -> list[Any]:
+        return [EarlyStopping(2, every=1), KeepBest(every=1), Every(2, lambda state: state.step)]
+
+    used = fresh()
+    script([0.5, 1.0, 2.0], *used)
+    assert outcome(*used) == outcome(*fresh())
+
+
 def test_the_protocol_is_called_in_order_and_sees_the_state() -> None:
     calls: list[tuple[Any, ...]] = []
 
