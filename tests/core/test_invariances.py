@@ -21,6 +21,7 @@ from torch.distributions import (
 import stochdyn as sd
 from stochdyn import testing
 from stochdyn.core import MLP, FokkerPlanck, StateNetwork, as_initial, sinkhorn_divergence
+from stochdyn.errors import InvalidInputError
 from tests.core.laws import F64, within
 
 TS = torch.linspace(0, 1, 6, dtype=F64)
@@ -67,6 +68,33 @@ def test_units_of_paths_marginals_and_divergences(unit: str, method: str) -> Non
         }
 
     testing.check_units(answer)
+
+
+def test_units_of_one_component_among_others() -> None:
+    drift = torch.tensor([[-1.0, 2.0], [-2.0, -0.1]], dtype=F64)
+    noise = torch.tensor([[0.5, 0.0], [0.2, 0.3]], dtype=F64)
+
+    def answer(factor: float) -> dict[str, Tensor]:
+        to = torch.tensor([1.0, factor], dtype=F64)
+        matrix = to[:, None] * drift / to
+        start, strength = torch.zeros(2, dtype=F64), to[:, None] * noise
+        p = sd.DiffusionMeasure(start, sd.SDE(lambda t, x: x @ matrix.mT, strength))
+        q = sd.DiffusionMeasure(start, sd.SDE(lambda t, x: 2 * x @ matrix.mT, strength))
+        path = p.sample(TS, 3, 0)
+        density = p.log_prob(path) + 5 * torch.log(torch.tensor(factor, dtype=F64))
+        return {"x": path.x / to, "density": density, "log ratio": q.log_rn(path, p)}
+
+    testing.check_units(answer)
+
+
+def test_noise_of_a_small_component_that_depends_on_the_state_is_seen() -> None:
+    def strength(t: Tensor, x: Tensor) -> sd.Diagonal:
+        return sd.Diagonal(torch.stack([1e6 * torch.ones_like(x[..., 0]), 1e-3 * x[..., 1]], -1))
+
+    equation = sd.SDE(lambda t, x: -x, strength, sd.Brownian(areas=True))
+    law = sd.DiffusionMeasure(torch.ones(2, dtype=F64), equation, method="sra")
+    with pytest.raises(InvalidInputError, match="depend on the state"):
+        law.sample(TS, generator=0)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])

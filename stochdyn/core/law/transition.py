@@ -31,11 +31,14 @@ def check_has_density(sde: SDE, coefficient: Coefficient, dim: int) -> None:
         coefficient.log_det(dim)
         if not values_are_checked():
             return
-        smallest = torch.linalg.svdvals(coefficient.value.detach())
-        if bool((smallest[..., -1] <= 1e-7 * smallest[..., 0]).any()):
+        # Every component in its own unit.
+        rows = coefficient.value.detach()
+        rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+        smallest = torch.linalg.svdvals(rows)[..., -1]
+        if bool((smallest <= 1e-7).any()):
             raise SingularDiffusionError(
                 "the diffusion is singular, so paths have no density in state space",
-                got=f"smallest singular value {smallest[..., -1].min().item():g}",
+                got=f"smallest singular value {smallest.min().item():g} of the matrix with rows of length one",
                 hint="work in noise space: log_rn, kl, or sample_path(..., noise_space=True) in a Pyro model",
             )
 

@@ -66,7 +66,8 @@ def check_additive(sde: SDE, t: Tensor, x0: Tensor, method: str, span: Tensor) -
         shift = span.sqrt().to(x0.dtype) * g.apply(x0.new_ones(*x0.shape[:-1], at.shape[-1]))
         for x in (x0 + shift, 1.5 * x0 - 0.3 * shift):
             moved = sde.diffusion(t, x).matrix(x0.shape[-1])
-            if bool(((moved - at).abs() > 1e-6 * at.abs().amax()).any()):
+            # Every component of every state in its own unit.
+            if bool(((moved - at).abs() > 1e-6 * at.abs().amax(-1, keepdim=True)).any()):
                 raise InvalidInputError(
                     f"method {method!r} needs noise that doesn't depend on the state",
                     hint="use method='milstein', or coordinates in which it doesn't (sde.transformed)",

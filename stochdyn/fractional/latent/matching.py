@@ -76,7 +76,7 @@ class MatchingPosterior(LatentPosterior):
                 right = torch.searchsorted(knots.contiguous(), point).clamp(min(1, last), last)
                 left = (right - 1).clamp_min(0)
                 begin, end = (knots.gather(1, i).T.unsqueeze(-1) for i in (left, right))
-            weight = ((t - begin) / (end - begin).clamp_min(1e-9)).clamp(0.0, 1.0)
+            weight = ((t - begin) / (end - begin).clamp_min(1e-9 * self.span)).clamp(0.0, 1.0)
             low, high = (
                 states.gather(0, i.T.unsqueeze(-1).expand(-1, -1, states.shape[-1])) for i in (left, right)
             )

@@ -203,7 +203,8 @@ class WhitenedField(nn.Module):
         for mean, covariance in ((mean0, covariance0), (mean1, covariance1)):
             if basis is not None:
                 mean, covariance = mean @ basis, basis.mT @ covariance @ basis
-            ends.append((mean, covariance.diagonal().clamp_min(1e-12)))
+            variance = covariance.diagonal()
+            ends.append((mean, _positive(variance, variance, mean.square())))
         return cls(
             interpolant, name, *ends[0], *ends[1], basis=basis, width=width, depth=depth, condition_dim=condition_dim,
             num_classes=num_classes, frequencies=frequencies, finest=finest, clip=clip,
@@ -216,7 +217,7 @@ class WhitenedField(nn.Module):
         first, second = latent, latent + it.beta.square(inner) * self.variance1.mean()
         if it.kind != "mirror":
             first = first + it.alpha.square(inner) * self.variance0.mean()
-        return 0.5 * torch.cat([first, second], -1).clamp_min(1e-12).log()
+        return 0.5 * _positive(torch.cat([first, second], -1), self.variance0, self.variance1).log()
 
     def forward(self, t: Tensor, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return ``(..., d)`` for ``t (..., 1)`` and ``x (..., d)``.
@@ -227,6 +228,7 @@ class WhitenedField(nn.Module):
         check_event_size(x, self.mean1.shape[-1], "x")
         it = self.interpolant
         time = as_time(t, x).to(x.dtype)
+        time = time.reshape(1) if time.ndim == 0 else time
         inner = time.clamp(self.clip, 1 - self.clip)
         b, db = it.beta.value(time), it.beta.derivative(inner)
         # m_t = a m0 + b m1 and V_t = a^2 v0 + b^2 v1 + gamma^2 in the basis, with their rates m_t' and V_t' / 2
@@ -242,7 +244,7 @@ class WhitenedField(nn.Module):
         if it.has_latent:
             variance = variance + it.gamma.square(time)
             spread = spread + 0.5 * it.gamma.square_derivative(time)
-        scale = variance.clamp_min(1e-12).rsqrt()
+        scale = _positive(variance, self.variance0, self.variance1).rsqrt()
         state = x if self.basis is None else x @ self.basis
         y = (state - centre) * scale
         low, width = self.log_ranges
@@ -283,6 +285,12 @@ class WhitenedField(nn.Module):
         if self.name == "noise_prediction":
             return noise * scale * y + net
         return -scale * y - net / noise
+
+
+def _positive(variance: Tensor, *others: Tensor) -> Tensor:
+    """Return variances of which none is less than 1e-12 of what the others are on average."""
+    unit = torch.stack([other.mean() for other in others]).sum()
+    return torch.maximum(variance, 1e-12 * unit).clamp_min(torch.finfo(variance.dtype).tiny)
 
 
 def _waves(like: Tensor, count: int, finest: float) -> Tensor:

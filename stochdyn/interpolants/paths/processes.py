@@ -272,8 +272,8 @@ class OU(_Reverting):
     Args:
         rate: The rate :math:`\theta` at which the data are forgotten, in 1/time.
         diffusion: The strength g of the noise, in units of the data per root of time.
-        horizon: The last time, at which nothing but noise is left.
-        start: The first time that is learned, and at which sampling stops; positive.
+        horizon: The last time, at which nothing but noise is left; five over the rate if None.
+        start: The first time that is learned, and at which sampling stops; positive. None takes a five-thousandth of the horizon.
 
     Raises:
         InvalidInputError: If a rate or the diffusion isn't positive, or times are out of order.
@@ -284,10 +284,17 @@ class OU(_Reverting):
     """
 
     def __init__(
-        self, rate: float = 1.0, diffusion: float = 1.0, horizon: float = 5.0, start: float = 1e-3
+        self,
+        rate: float = 1.0,
+        diffusion: float = 1.0,
+        horizon: float | None = None,
+        start: float | None = None,
     ) -> None:
         check_real(rate, "rate", above=0.0)
         check_real(diffusion, "diffusion", above=0.0)
+        horizon = 5.0 / rate if horizon is None else horizon
+        check_real(horizon, "horizon", above=0.0)
+        start = 2e-4 * horizon if start is None else start
         super().__init__(rate, rate, diffusion / math.sqrt(2 * rate), horizon, start)
 
 
@@ -330,7 +337,7 @@ class MeanReverting(_Reverting):
         rate_first: The rate :math:`\theta` of reversion at time 0.
         rate_last: The rate :math:`\theta` of reversion at the horizon; it is linear in between.
         horizon: The last time, at which nothing but noise is left.
-        start: The first time that is learned, and at which sampling stops; positive.
+        start: The first time that is learned, and at which sampling stops; positive. None takes a thousandth of the horizon.
 
     Raises:
         InvalidInputError: If a rate or the spread isn't positive, or times are out of order.
@@ -350,8 +357,10 @@ class MeanReverting(_Reverting):
         rate_first: float = 0.05,
         rate_last: float = 10.05,
         horizon: float = 1.0,
-        start: float = 1e-3,
+        start: float | None = None,
     ) -> None:
+        check_real(horizon, "horizon", above=0.0)
+        start = 1e-3 * horizon if start is None else start
         super().__init__(rate_first, rate_last, spread, horizon, start, mean)
 
 

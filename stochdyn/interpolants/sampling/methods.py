@@ -128,19 +128,23 @@ class Adaptive(FlowMethod):
     Args:
         name: The name of the method: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"adaptive_heun"`` or ``"fehlberg2"``.
         rtol: The relative tolerance of a step.
-        atol: The absolute tolerance of a step.
+        atol: The absolute tolerance of a step, in units of the state; None takes ``rtol`` times the size of the states at the start
+            and of what the velocity there would add to them.
     """
 
     name: str = "dopri5"
     rtol: float = 1e-5
-    atol: float = 1e-5
+    atol: float | None = None
 
     def __post_init__(self) -> None:
         check_choice(self.name, ADAPTIVE_NAMES, "name")
         check_real(self.rtol, "rtol", minimum=0.0)
-        check_real(self.atol, "atol", minimum=0.0)
-        if self.rtol == 0 and self.atol == 0:
-            raise InvalidInputError("an adaptive method needs a tolerance", got="rtol=0 and atol=0")
+        if self.atol is not None:
+            check_real(self.atol, "atol", minimum=0.0)
+        if self.rtol == 0 and not self.atol:
+            raise InvalidInputError(
+                "an adaptive method needs a tolerance", got=f"rtol=0 and atol={self.atol}"
+            )
 
     @property
     def order(self) -> int:

@@ -178,6 +178,14 @@ def _adaptive(
     if inside[1]:
         last = ts[-1] - torch.minimum(span.abs(), 0.5 * (grid[-1] - grid[-2]).abs()) * span.sign()
         grid = torch.cat([grid[:-1], last[None]])
+    atol = method.atol
+    if atol is None:
+        with torch.no_grad():
+            size = (
+                first.square().mean().sqrt()
+                + velocity(grid[0], first).square().mean().sqrt() * span.abs() / _MARGIN
+            )
+        atol = max(method.rtol * float(size), torch.finfo(x.dtype).tiny)
     # without step_t the last step overshoots the last time, where the field may not exist
     path = odeint(
         velocity,
@@ -185,7 +193,7 @@ def _adaptive(
         grid,
         method=method.name,
         rtol=method.rtol,
-        atol=method.atol,
+        atol=atol,
         options={"step_t": grid},
     )
     path = torch.cat([x[None], path[1:]]) if inside[0] else path
