@@ -239,22 +239,35 @@ class SteadyCurrent:
         Raises:
             DiffusionMismatchError: If the rate is infinite.
         """
+        return self._rate(x, by, lambda at: at.velocity * at.dual)
+
+    def medium(self, x: Tensor, by: Groups | None = None) -> Tensor | dict[str, Tensor]:
+        r"""Return the rate :math:`v\cdot D^+f_{irr}` at which entropy flows into the medium, ``(...)``.
+
+        Args:
+            x: The states, ``(..., d)``.
+            by: Named groups of components, as in :meth:`local`: the mean of a group is what flows into its heat baths.
+        """
+        return self._rate(x, by, lambda at: at.dual * at.irreversible)
+
+    def system(self, x: Tensor, by: Groups | None = None) -> Tensor | dict[str, Tensor]:
+        r"""Return the rate :math:`-v\cdot\nabla\log\rho` at which the system's own entropy changes, ``(...)``; its mean is zero.
+
+        Args:
+            x: The states, ``(..., d)``.
+            by: Named groups of components, as in :meth:`local`: the means of groups add up to zero, and are what the groups exchange.
+        """
+        return self._rate(x, by, lambda at: -at.velocity * at.score)
+
+    def _rate(
+        self, x: Tensor, by: Groups | None, terms: Callable[[CurrentAt], Tensor]
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the sum of ``terms (..., d)`` over components, or over those of each group, at states that the equation takes."""
         x = self._at(x)
         groups = {} if by is None else as_groups(by, x.shape[-1])
         wanted = None if by is None else sorted({i for index in groups.values() for i in index})
-        at = self.evaluate(x, wanted)
-        terms = at.velocity * at.dual
-        return terms.sum(-1) if by is None else group_parts(terms, by)
-
-    def medium(self, x: Tensor) -> Tensor:
-        r"""Return the rate :math:`v\cdot D^+f_{irr}` at which entropy flows into the medium, ``(...)``."""
-        at = self.evaluate(self._at(x))
-        return (at.dual * at.irreversible).sum(-1)
-
-    def system(self, x: Tensor) -> Tensor:
-        r"""Return the rate :math:`-v\cdot\nabla\log\rho` at which the system's own entropy changes, ``(...)``; its mean is zero."""
-        at = self.evaluate(self._at(x))
-        return -(at.velocity * at.score).sum(-1)
+        values = terms(self.evaluate(x, wanted))
+        return values.sum(-1) if by is None else group_parts(values, by)
 
 
 def check_reached(

@@ -79,10 +79,11 @@ def short_time_entropy(
 
     Warns:
         ApproximationWarning: If the estimate rises with the lag by more than its error: the noise of measurement then dominates
-            short steps, and longer lags are closer to the truth; or if there are more currents than the data can tell apart.
+            short steps, and longer lags are closer to the truth; if there are more currents than the data can tell apart; or if a component
+            moves smoothly, its squared steps growing with the square of the lag, as positions of underdamped motion do: the bound doesn't
+            hold for it.
 
-    The answer is a lower bound where the features are too few, or states are hidden. It must not be taken for underdamped motion of which
-    only the positions were seen.
+    The answer is a lower bound where the features are too few, or states are hidden.
 
     Example:
         >>> turn = torch.tensor([[-1.0, 1.5], [-1.5, -1.0]]).double()
@@ -114,6 +115,7 @@ def short_time_entropy(
     centre, spread = states.mean(0), states.std(0)
     if bool((spread == 0).any()):
         raise InvalidInputError("a component of paths doesn't move", got=f"component {int(spread.argmin())}")
+    _check_rough(x, spread)
     fits = [
         _cross_fit(*_currents(segments, lag, features, by, centre, spread), lag * float(dt), folds)
         for lag in lags
@@ -250,6 +252,18 @@ def _cross_fit(
             share = (value[here] / unit / counts[here, None]).mean(0) @ coefficients
             grouped[name] = grouped[name] + share * here.sum() / len(counts)
     return _Fit(rate, blocks, inside, grouped)
+
+
+def _check_rough(x: Tensor, spread: Tensor) -> None:
+    """Warn where squared steps over two times grow more like the square of the time than like the time, as they do without noise."""
+    one, two = ((x[:, lag:] - x[:, :-lag]) / spread for lag in (1, 2))
+    growth = two.square().mean((0, 1)) / one.square().mean((0, 1))
+    smooth = (growth > 2**1.5).nonzero()[:, 0].tolist()
+    if smooth:
+        _warn(
+            f"Components {smooth[:8]} move smoothly, as positions of underdamped motion do. Short-time currents bound the entropy "
+            "production of overdamped motion alone: the answer means nothing for them."
+        )
 
 
 def _warn(message: str) -> None:

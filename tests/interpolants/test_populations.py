@@ -148,6 +148,30 @@ def test_treatments_ragged_samples_and_storage(tmp_path: Path) -> None:
         model.sample(x0)
 
 
+def test_subjects_stay_together() -> None:
+    """Ten patients under three treatments: held out are all populations of a patient, or none; their names come along."""
+    owners = [f"patient {i // 3}" for i in range(30)]
+    data = Populations(
+        [torch.full((4, 1), float(i)) for i in range(30)],
+        [torch.ones(4, 1)] * 30,
+        torch.eye(3).repeat(10, 1),
+        owners,
+    )
+    for seed in range(5):
+        train, held = data.split(0.2, seed)
+        assert (len(train), len(held)) == (24, 6)
+        assert not set(train.subjects or []) & set(held.subjects or [])
+        for part in (train, held):
+            assert [owners[int(x[0])] for x in part.starts] == part.subjects
+            assert part.treatments is not None
+            rows = [int(x[0]) % 3 for x in part.starts]
+            assert torch.equal(part.treatments, torch.eye(3)[rows])
+    with pytest.raises(errors.InvalidInputError, match="1 subjects"):
+        Populations([torch.ones(2, 1)] * 2, [torch.ones(2, 1)] * 2, subjects=["a", "a"]).split()
+    with pytest.raises(errors.ShapeError, match="one subject per population"):
+        Populations([torch.ones(2, 1)], [torch.ones(2, 1)], subjects=[1, 2])
+
+
 def test_comparison_has_a_floor() -> None:
     g = torch.Generator().manual_seed(0)
     target = [torch.randn(300, 2, generator=g) for _ in range(12)]
@@ -338,6 +362,7 @@ def test_cells_of_samples_and_treatments() -> None:
     found = populations_from_anndata(Cells(), "none")
     assert found.samples == ["a", "a", "b", "b"]
     assert found.treatments == ["x", "y", "x", "y"]
+    assert found.data.subjects == found.samples
     assert found.data.starts[0][:, 0].tolist() == [12.0, 18.0]
     assert found.data.targets[1][:, 0].tolist() == [16.0, 22.0]
     assert torch.equal(found.data.treatments[1], found.codes["y"])

@@ -68,6 +68,15 @@ def test_every_bead_has_its_part() -> None:
     )
     for i in range(5):
         assert abs(float(rates[str(i)]) - float(parts[i])) < 4.5 * float(rates[str(i)].stderr)  # type: ignore[index]
+    # heat that each bath takes, over its temperature, and what the beads exchange
+    current = SteadyCurrent(exact.sde, exact.score)
+    beads = {str(i): [i] for i in range(5)}
+    heat = torch.tensor([0.6727272727, 0.1363636364, 0.0, -0.1363636364, -0.6727272727], dtype=D)
+    medium, system = (torch.stack(list(part(x, beads).values())) for part in (current.medium, current.system))
+    wanted = heat / torch.linspace(1, 10, 5, dtype=D)
+    assert bool(((medium.mean(1) - wanted).abs() < 4.5 * medium.std(1) / len(x) ** 0.5).all())
+    torch.testing.assert_close(medium + system, torch.stack(list(current.local(x, beads).values())))
+    torch.testing.assert_close(medium.sum(0), current.medium(x))
 
 
 @pytest.mark.parametrize("components", ["one unit", "each its own"])
@@ -230,6 +239,18 @@ def test_multiplicative_noise_along_euler_paths() -> None:
         path = law.sample(torch.arange(0, 10.0, 0.01, dtype=D), generator=1)
         s = dissipation(path, None, SteadyCurrent(ring.sde, ring.score)) / 9.99  # type: ignore[arg-type]
         assert abs(float(s.mean()) - rate) < 4.5 * float(s.std()) / 20 + 0.01
+        forth = law.log_prob(path)
+        with pytest.warns(ApproximationWarning, match="wrong at order one"):
+            ratio = forth - law.log_prob(path.reversed())
+        assert float((ratio / 9.99).mean()) > rate + 0.1
+    # where the noise is the same everywhere the ratio is right, and so is twice the reversal
+    sde, _ = rotation()
+    law = sd.DiffusionMeasure(
+        torch.distributions.MultivariateNormal(torch.zeros(2, dtype=D), torch.eye(2, dtype=D)), sde
+    )
+    path = law.sample(torch.linspace(0, 1, 101, dtype=D), 2000, 0)
+    ratio = law.log_prob(path) - law.log_prob(path.reversed())
+    assert abs(float(ratio.mean()) - 4.5) < 4.5 * float(ratio.std()) / 2000**0.5 + 0.05
 
 
 def test_the_two_forms_differ_by_the_residual_of_the_score() -> None:

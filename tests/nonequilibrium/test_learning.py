@@ -360,6 +360,13 @@ def test_what_an_estimate_cannot_know_it_says() -> None:
     with pytest.warns(ApproximationWarning, match="rises with the lag"):
         low = short_time_entropy(noisy, 0.01)
     assert low.rate < 0.4
+    # positions of an underdamped pair, whose bound would mean nothing
+    a = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 1], [-2, 1, -1, 0], [1, -2, 0, -1]], dtype=D)
+    g = torch.zeros(4, 2, dtype=D)
+    g[2, 0], g[3, 1] = 2**0.5, 2.0
+    pair = LinearSteadyState(a, g, [1, 1, -1, -1]).law.sample(torch.arange(0, 50, 0.01, dtype=D), 4, 0).x
+    with pytest.warns(ApproximationWarning, match=r"\[0, 1\] move smoothly"):
+        short_time_entropy(pair[..., :2], 0.01)
     with pytest.warns(ApproximationWarning, match="currents"):
         short_time_entropy(x[:1, :45], 0.01, num_blocks=4)
     with pytest.raises(ShapeError, match="too short"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,13 @@ from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import first_time, remembered
 from stochdyn.core.sde.methods import Method, as_method
 from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, full_state, integrate, stepped
-from stochdyn.errors import DiffusionMismatchError, NonFiniteError, ShapeError, TimeGridError
+from stochdyn.errors import (
+    ApproximationWarning,
+    DiffusionMismatchError,
+    NonFiniteError,
+    ShapeError,
+    TimeGridError,
+)
 
 if TYPE_CHECKING:
     from stochdyn.core.forward.fokker_planck import FokkerPlanck
@@ -423,8 +430,20 @@ class DiffusionMeasure(PathMeasure):
 
         Raises:
             SingularDiffusionError: If the diffusion is singular or the noise has memory: no density exists in state space.
+
+        Warns:
+            ApproximationWarning: For reversed paths under noise that depends on the state: as the step goes to zero, the ratio of these
+                densities to those of the paths themselves tends to another number than that of the laws.
         """
         path = self._check_path(path)
+        if path._backwards and self.sde.state_dependent:
+            warnings.warn(
+                "The ratio of Euler densities of paths and of their reversal is wrong at order one where the noise depends on the state, "
+                "however short the steps. Take P.reverse(...).log_rn(path.reversed(), P.backward(...)), or "
+                "stochdyn.nonequilibrium.dissipation.",
+                ApproximationWarning,
+                stacklevel=2,
+            )
         return euler_log_prob(stepped(self.sde, self.method, path.ts), self.initial, path.ts, path.x)
 
     def log_rn(

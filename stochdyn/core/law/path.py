@@ -98,6 +98,8 @@ class PathSample:
         return self.x.shape[:-2]
 
     _drawn: Drawn | None = field(default=None, repr=False, compare=False)
+    # Whether the clock of the paths runs against that of what was drawn or recorded.
+    _backwards: bool = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         given: dict[str, Any] = vars(self)  # data of any kind
@@ -146,7 +148,7 @@ class PathSample:
         if parity is not None:
             x = x * as_parity(parity, x)
         ts = self.ts[..., -1:] - self.ts.flip(-1)
-        return PathSample(ts, x, torch.full_like(self.dw, torch.nan))
+        return PathSample(ts, x, torch.full_like(self.dw, torch.nan), _backwards=not self._backwards)
 
     def at(self, index: Tensor) -> PathSample:
         """Return the paths at some of their times, with their increments summed; the whole ones are their :attr:`fine`.

@@ -20,7 +20,7 @@ class CellPopulations(NamedTuple):
     """Populations of cells, and which they are.
 
     Attributes:
-        data: The populations: untreated cells of a sample as starts, treated ones of the same sample as targets.
+        data: The populations: untreated cells of a sample as starts, treated ones of the same sample as targets, and the samples as subjects.
         samples: The sample of each population.
         treatments: The treatment of each population.
         codes: What stands for each treatment in ``data.treatments``: a vector with one in its place.
@@ -98,7 +98,7 @@ def populations_from_anndata(
                 owners.append(str(own))
     if not starts:
         raise EmptyDataError("no sample has untreated and treated cells", got=f"{len(set(sample))} samples")
-    data = Populations(starts, targets, torch.stack([codes[name] for name in given]))
+    data = Populations(starts, targets, torch.stack([codes[name] for name in given]), owners)
     return CellPopulations(data, owners, given, codes)
 
 

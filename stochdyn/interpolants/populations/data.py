@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,6 +25,8 @@ class Populations(Dataset[dict[str, Tensor]]):
         starts: A list of ``(n_i, d)``: the populations before.
         targets: A list of ``(m_i, d)``: the populations after. Where points are paired, row by row, ``m_i = n_i``.
         treatments: What was done to each of the M populations, ``(M, c)`` or a list of ``(c,)``; or None.
+        subjects: Whose each of the M populations is, names or numbers: a patient under several treatments has several. None if each is a
+            subject of its own.
 
     Raises:
         EmptyDataError: If there is no population, or one has no point.
@@ -36,7 +39,9 @@ class Populations(Dataset[dict[str, Tensor]]):
         (2, 2)
     """
 
-    def __init__(self, starts: Sequence[Any], targets: Sequence[Any], treatments: Any = None) -> None:
+    def __init__(
+        self, starts: Sequence[Any], targets: Sequence[Any], treatments: Any = None, subjects: Any = None
+    ) -> None:
         self.starts = [_sample(x, f"starts[{i}]") for i, x in enumerate(_listed(starts, "starts"))]
         self.targets = [_sample(x, f"targets[{i}]") for i, x in enumerate(_listed(targets, "targets"))]
         if len(self.starts) != len(self.targets):
@@ -57,6 +62,15 @@ class Populations(Dataset[dict[str, Tensor]]):
                 raise ShapeError(
                     "there must be one treatment per population",
                     got=len(self.treatments),
+                    expected=len(self.starts),
+                )
+        self.subjects: list[Any] | None = None
+        if subjects is not None:
+            self.subjects = np.asarray(_listed(subjects, "subjects")).tolist()
+            if len(self.subjects) != len(self.starts):
+                raise ShapeError(
+                    "there must be one subject per population",
+                    got=len(self.subjects),
                     expected=len(self.starts),
                 )
 
@@ -82,22 +96,34 @@ class Populations(Dataset[dict[str, Tensor]]):
         return item
 
     def split(self, share: float = 0.2, seed: int = 0) -> tuple[Populations, Populations]:
-        """Return populations for training, and others that are held out; a population is never on both sides.
+        """Return populations for training, and others that are held out; a subject is never on both sides.
+
+        Two populations of one subject are no independent test of each other, so all of them are held out, or none.
 
         Args:
-            share: The share that is held out, between 0 and 1.
+            share: The share of the subjects that is held out, between 0 and 1.
             seed: The seed that decides which.
+
+        Raises:
+            InvalidInputError: If there are too few subjects.
         """
         check_real(share, "share", above=0.0, below=1.0)
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(as_seed(seed))).tolist()
-        held = max(1, round(share * len(self)))
-        if held >= len(self):
-            raise InvalidInputError("nothing would be left to train on", got=f"{len(self)} populations")
-        return self._subset(order[held:]), self._subset(order[:held])
+        owners = list(range(len(self))) if self.subjects is None else self.subjects
+        names = list(dict.fromkeys(owners))
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(as_seed(seed))).tolist()
+        held = max(1, round(share * len(names)))
+        if held >= len(names):
+            raise InvalidInputError("nothing would be left to train on", got=f"{len(names)} subjects")
+        rows: dict[Any, list[int]] = {name: [] for name in names}
+        for i, owner in enumerate(owners):
+            rows[owner].append(i)
+        train, test = ([i for j in part for i in rows[names[j]]] for part in (order[held:], order[:held]))
+        return self._subset(train), self._subset(test)
 
     def _subset(self, index: list[int]) -> Populations:
         chosen = None if self.treatments is None else self.treatments[index]
-        return Populations([self.starts[i] for i in index], [self.targets[i] for i in index], chosen)
+        whose = None if self.subjects is None else [self.subjects[i] for i in index]
+        return Populations([self.starts[i] for i in index], [self.targets[i] for i in index], chosen, whose)
 
 
 def _listed(group: Any, name: str) -> list[Any]:
