@@ -33,6 +33,8 @@ class ParticleScore(nn.Module):
         box: The side of a periodic box, at least twice the cutoff; None for a trap in open space.
         base: A score to start from: a function of states ``(..., N * (dim + num_extra))``, such as force over temperature.
         scale: The length and the size of the further variables, in which the network sees them; a length of about the particles' size.
+        num_neighbors: The number of nearest others that a particle sees at most, for many particles, where all pairs would take long; choose it above
+            the number that fits within the cutoff. None for all.
 
     A state holds particle after particle, each with its position and then its further variables:
     ``(..., N * (dim + num_extra))`` for any ``N``.
@@ -54,6 +56,7 @@ class ParticleScore(nn.Module):
         box: float | None = None,
         base: Callable[[Tensor], Tensor] | None = None,
         scale: tuple[float, float] = (1.0, 1.0),
+        num_neighbors: int | None = None,
     ) -> None:
         super().__init__()
         check_positive_int(num_extra, "num_extra", 0)
@@ -68,7 +71,9 @@ class ParticleScore(nn.Module):
         for value in scale:
             check_real(value, "scale", above=0.0)
         self.num_extra, self.cutoff, self.dim, self.box, self.base = num_extra, float(cutoff), dim, box, base
-        self.scale = (float(scale[0]), float(scale[1]))
+        if num_neighbors is not None:
+            check_positive_int(num_neighbors, "num_neighbors")
+        self.scale, self.num_neighbors = (float(scale[0]), float(scale[1])), num_neighbors
         extra = num_extra
         own = extra + (dim if box is None else 0)
         layers = (width,) * depth
@@ -87,22 +92,13 @@ class ParticleScore(nn.Module):
         particles = x.unflatten(-1, (-1, size))
         length, strength = self.scale
         r, g = particles[..., : self.dim] / length, particles[..., self.dim :] / strength
-        gap = r.unsqueeze(-3) - r.unsqueeze(
-            -2
-        )  # (..., N, N, dim): from particle i to j along the second axis
-        if self.box is not None:
-            side = self.box / length
-            gap = gap - side * (gap / side).round()
-        number = r.shape[-2]
-        itself = torch.eye(number, dtype=torch.bool, device=x.device)
+        gap, mine, theirs, other = self._pairs(r, g)
         square = gap.square().sum(-1)
         # The root has no derivative at zero, where a particle meets itself or another: it is taken of one there.
-        apart = (square > 0) & ~itself
+        apart = (square > 0) & other
         distance = torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
         reach = self.cutoff / length
-        weight = torch.where(itself, 0.0, (1 - square / reach**2).clamp(min=0) ** 3)
-        mine = g.unsqueeze(-2).expand(*gap.shape[:-1], self.num_extra)
-        theirs = g.unsqueeze(-3).expand(*gap.shape[:-1], self.num_extra)
+        weight = torch.where(other, (1 - square / reach**2).clamp(min=0) ** 3, 0.0)
         seen = self.pair(torch.cat([gap, distance.unsqueeze(-1), mine, theirs], -1))
         around = (weight.unsqueeze(-1) * seen).sum(-2)
         own = g if self.box is not None else torch.cat([r, g], -1)
@@ -110,3 +106,26 @@ class ParticleScore(nn.Module):
         unit = out.new_tensor([length] * self.dim + [strength] * self.num_extra)
         score = (out / unit).flatten(-2)
         return score if self.base is None else score + self.base(x)
+
+    def _pairs(self, r: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return ways from each particle to those it sees, ``(..., N, K, dim)``, further variables of both, and where a pair is of two."""
+        number = r.shape[-2]
+        theirs = g.unsqueeze(-3).expand(*g.shape[:-2], number, number, self.num_extra)
+        gap = self._nearest_image(r.unsqueeze(-3) - r.unsqueeze(-2))
+        other = ~torch.eye(number, dtype=torch.bool, device=r.device).expand(gap.shape[:-1])
+        if self.num_neighbors is not None and self.num_neighbors < number - 1:
+            with torch.no_grad():
+                far = torch.where(other, gap.square().sum(-1), torch.inf)
+                near = far.topk(self.num_neighbors, largest=False).indices
+            gap, theirs = (
+                y.gather(-2, near.unsqueeze(-1).expand(*near.shape, y.shape[-1])) for y in (gap, theirs)
+            )
+            other = torch.ones_like(near, dtype=torch.bool)
+        mine = g.unsqueeze(-2).expand(*gap.shape[:-1], self.num_extra)
+        return gap, mine, theirs, other
+
+    def _nearest_image(self, gap: Tensor) -> Tensor:
+        if self.box is None:
+            return gap
+        side = self.box / self.scale[0]
+        return gap - side * (gap / side).round()

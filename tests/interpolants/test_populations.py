@@ -19,7 +19,9 @@ import stochdyn as sd
 from stochdyn import errors
 from stochdyn.datasets import GaussianDenoising
 from stochdyn.interpolants import (
+    FieldNetwork,
     GraphEncoder,
+    KernelMeans,
     PopulationRegression,
     Populations,
     SetEncoder,
@@ -248,6 +250,69 @@ def test_graph_encoder_sees_what_lies_around_a_point() -> None:
         shares.append(float((encoder(x).argmax(-1) == label).double().mean()))
     assert shares[0] > 0.95
     assert shares[1] < 0.7
+
+
+def test_kernel_means_are_scores_of_the_sample() -> None:
+    """The way to the mean is h² times the slope of the log density; order, place and pieces of the work change nothing."""
+    torch.manual_seed(0)
+    means = KernelMeans(2, num_scales=3).double()
+    x, sample = torch.randn(3, 7, 2, dtype=torch.float64), torch.randn(3, 40, 2, dtype=torch.float64)
+    found = means(x, sample).unflatten(-1, (3, 3))
+    for k, width in enumerate(means.log_widths.detach().exp()):
+        y = x.clone().requires_grad_()
+        kernels = -0.5 * ((y.unsqueeze(-2) - sample.unsqueeze(-3)) / width).square().sum(-1)
+        log_density = kernels.logsumexp(-1) - math.log(40)
+        (score,) = torch.autograd.grad(log_density.sum(), y)
+        shift = width**2 * score
+        wanted = shift / (width**2 + shift.square().sum(-1, keepdim=True)).sqrt()
+        torch.testing.assert_close(found[..., k, :2], wanted)
+        torch.testing.assert_close(found[..., k, 2], (log_density / 4).tanh())
+    torch.testing.assert_close(means(x, sample[:, torch.randperm(40)]), means(x, sample))
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stochdyn.interpolants.populations.around._ENTRIES", 3 * 40 * 2)
+        torch.testing.assert_close(means(x, sample), found.flatten(-2))
+    single = KernelMeans(2, num_scales=3)
+    far = single(x.float() + 1e3, sample.float() + 1e3)
+    torch.testing.assert_close(far, single(x.float(), sample.float()), rtol=0, atol=2e-2)
+    assert bool(single(1e4 * x.float(), sample.float()).isfinite().all())
+    for call, message in (
+        (lambda: means(x[..., :1], sample), "x"),
+        (lambda: means(x, sample[..., :1]), "sample"),
+        (lambda: PopulationRegression(3, None, around=KernelMeans(2)), "around is of another dimension"),
+    ):
+        with pytest.raises(errors.ShapeError, match=message):
+            call()
+
+
+def test_what_lies_around_a_point_helps_where_no_population_was_alike(tmp_path: Path) -> None:
+    """Noise is taken off clusters of one place each; then off a population of two places, which is like none of them."""
+    g = torch.Generator().manual_seed(0)
+    clean = [4 * torch.rand(1, generator=g) - 2 + 0.05 * torch.randn(80, 1, generator=g) for _ in range(60)]
+    data = Populations([x + 0.4 * torch.randn(80, 1, generator=g) for x in clean], clean)
+    target = torch.cat([torch.full((200, 1), -1.2), torch.full((200, 1), 1.2)])
+    start = target + 0.4 * torch.randn(400, 1, generator=g)
+    left = []
+    for around in (None, KernelMeans(1, num_scales=3)):
+        torch.manual_seed(0)
+        size = 8 + (0 if around is None else around.out)
+        objective = PopulationRegression(
+            1,
+            SetEncoder(1, 8, 16),
+            around=around,
+            velocity=FieldNetwork(1, 32, 2, condition_dim=size),
+            num_points=48,
+        )
+        sd.fit(objective, data, steps=200, batch_size=8, lr=5e-3, progress=False,
+               scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 200))  # fmt: skip
+        model = objective.generator()
+        carried = model.sample(start, 20)
+        left.append(float(sd.diagnostics.emd(carried, target, 1)))
+    assert left[1] < 0.6 * left[0]
+    sd.save(model, tmp_path / "model")
+    assert torch.equal(sd.load(tmp_path / "model").sample(start, 20), carried)
+    torch.testing.assert_close(model.sample(start[:5], 20, population=start), carried[:5], rtol=0, atol=1e-4)
+    own = PopulationRegression(1, None, around=KernelMeans(1), coupling="independent", num_points=8)
+    assert bool(torch.isfinite(own(data).loss))
 
 
 def test_blind_flow_knows_no_population() -> None:

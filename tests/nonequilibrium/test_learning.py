@@ -186,6 +186,11 @@ def test_particles_are_alike_local_and_smooth() -> None:
         return net(particles.flatten()).unflatten(0, (-1, 4))
 
     check_order(answer, x, equivariant=True, rtol=1e-10)
+    # with all that fit within the cutoff seen, fewer pairs are the same score
+    few = copy.deepcopy(net)
+    few.num_neighbors = 4
+    line = torch.cat([1.4 * torch.arange(9, dtype=D)[:, None], torch.randn(9, 3, dtype=D)], -1)
+    torch.testing.assert_close(few(line.flatten()), net(line.flatten()))
     # far away, a particle neither sees the others nor is seen
     far = x.clone()
     far[0, :2] = 100.0

@@ -1,3 +1,4 @@
+from .around import KernelMeans as KernelMeans
 from .baselines import population_baselines as population_baselines
 from .cells import CellPopulations as CellPopulations
 from .cells import populations_from_anndata as populations_from_anndata

@@ -74,7 +74,7 @@ class PopulationGenerator(nn.Module):
         context = self.embed(population, treatment)
         time = torch.as_tensor(t, dtype=points.dtype, device=points.device).expand(len(points), 1)
         with evaluating(self):
-            return self.field(time, points, _repeated(context, len(points)))
+            return self.field(time, points, context, self._points(population, "population"))
 
     def sample(
         self,
@@ -106,14 +106,11 @@ class PopulationGenerator(nn.Module):
         chosen = as_method(method, FLOW_METHODS, "flows")
         x = self._points(x0, "x0")
         with torch.no_grad():
-            context = _repeated(self.embed(x if population is None else population, treatment), len(x))
+            known = x if population is None else self._points(population, "population")
+            context = self.embed(known, treatment)
 
             def velocity(t: Tensor, y: Tensor) -> Tensor:
-                return self.field(t.expand(len(y), 1), y, context)
+                return self.field(t.expand(len(y), 1), y, context, known)
 
             with evaluating(self):
                 return integrate_ode(velocity, x, time_grid(num_steps, like=x), chosen, trajectory=trajectory)
-
-
-def _repeated(context: Tensor | None, n: int) -> Tensor | None:
-    return None if context is None else context.expand(n, -1)

@@ -11,6 +11,7 @@ from stochdyn._checks import check_callable, check_choice, check_positive_int, c
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants.fields.networks import FieldNetwork
 from stochdyn.interpolants.paths.interpolant import Interpolant
+from stochdyn.interpolants.populations.around import KernelMeans
 from stochdyn.interpolants.populations.data import Populations
 from stochdyn.interpolants.populations.encoder import SampleEncoder
 from stochdyn.interpolants.training.couplings import ExactCoupling
@@ -29,15 +30,18 @@ class PopulationField(nn.Module):
         dim: The number of components of a point.
         encoder: The network of samples, or None for a field that is told nothing of them.
         network: The velocity, ``net(t, x, context)``.
+        around: What it is told of the population around a point, ``(x, sample)`` to ``(..., n, c)``, joined to the context; or None.
     """
 
     center: Tensor
     scale: Tensor
     ready: Tensor
 
-    def __init__(self, dim: int, encoder: nn.Module | None, network: nn.Module) -> None:
+    def __init__(
+        self, dim: int, encoder: nn.Module | None, network: nn.Module, around: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.encoder, self.network, self.dim = encoder, network, dim
+        self.encoder, self.network, self.around, self.dim = encoder, network, around, dim
         self.register_buffer("center", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
@@ -60,11 +64,21 @@ class PopulationField(nn.Module):
         context = self.encoder((x0 - self.center) / self.scale)
         return context if treatment is None else torch.cat([context, treatment], -1)
 
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
-        """Return the velocity ``(n, d)``."""
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None, sample: Tensor) -> Tensor:
+        """Return the velocity ``(..., n, d)``.
+
+        Args:
+            t: The times, ``(..., n, 1)``.
+            x: The points, ``(..., n, d)``.
+            context: What :meth:`embed` returned, ``(..., c)``.
+            sample: Members of the population, ``(..., m, d)``.
+        """
         white = (x - self.center) / self.scale
-        value = self.network(t, white) if context is None else self.network(t, white, context)
-        return self.scale * value
+        told = [] if context is None else [context.unsqueeze(-2).expand(*x.shape[:-1], -1)]
+        if self.around is not None:
+            told.append(self.around(white, (sample - self.center) / self.scale))
+        flat = [y.reshape(-1, y.shape[-1]) for y in (t, white, *([torch.cat(told, -1)] if told else []))]
+        return self.scale * self.network(*flat).reshape(x.shape)
 
 
 class PopulationRegression(Objective):
@@ -83,6 +97,8 @@ class PopulationRegression(Objective):
         coupling: ``"paired"`` takes starts and targets row by row, for noise that is to be removed, say; ``"independent"`` draws them
             apart, and ``"ot"`` pairs them by optimal transport within every population, for cells that are destroyed when they are
             measured. The three have the same ends and different flows; those of ``"ot"`` are straightest.
+        around: What the velocity is told of the population around a point beside the embedding, such as :class:`KernelMeans`: by far the better
+            for populations that are like none of the training, in few dimensions. None for the embedding alone.
         velocity: The network ``net(t, x, context)``; a :class:`FieldNetwork` if None.
         treatment_dim: The number of components of treatments, which are joined to the embedding; 0 for none.
         interpolant: The path; the straight line if None.
@@ -112,6 +128,7 @@ class PopulationRegression(Objective):
         encoder: nn.Module | None,
         coupling: str = "paired",
         *,
+        around: nn.Module | None = None,
         velocity: nn.Module | None = None,
         treatment_dim: int = 0,
         interpolant: Interpolant | None = None,
@@ -132,8 +149,11 @@ class PopulationRegression(Objective):
                     got=f"path {interpolant.path!r}",
                     expected="such as Interpolant('linear', 'zero')",
                 )
-        if isinstance(encoder, SampleEncoder) and encoder.dim != dim:
-            raise ShapeError("the encoder is of another dimension", got=encoder.dim, expected=dim)
+        for name, part in (("encoder", encoder), ("around", around)):
+            if isinstance(part, SampleEncoder | KernelMeans) and part.dim != dim:
+                raise ShapeError(f"the {name} is of another dimension", got=part.dim, expected=dim)
+        if around is not None:
+            check_callable(around, "around", "a module of points and a sample, such as KernelMeans(dim)")
         if velocity is None:
             size = treatment_dim
             if encoder is not None:
@@ -141,10 +161,13 @@ class PopulationRegression(Objective):
                     encoder, SampleEncoder, "encoder", hint="give velocity=... for an encoder of your own"
                 )
                 size += encoder.out  # type: ignore[operator, assignment]
+            if around is not None:
+                check_type(around, KernelMeans, "around", hint="give velocity=... for one of your own")
+                size += around.out  # type: ignore[operator, assignment]
             velocity = FieldNetwork(dim, condition_dim=size)
         check_callable(velocity, "velocity", "a network, net(t, x, context)")
         self.interpolant = Interpolant("linear", "zero") if interpolant is None else interpolant
-        self.field = PopulationField(dim, encoder, velocity)
+        self.field = PopulationField(dim, encoder, velocity, around)
         self.coupling, self.dim, self.treatment_dim, self.num_points = (
             coupling,
             dim,
@@ -181,13 +204,12 @@ class PopulationRegression(Objective):
         # other points for the embedding, whose number varies from step to step
         fewest = max(2, self.num_points // 2)
         size = int(torch.randint(min(fewest, self.num_points), self.num_points + 1, ()))
-        context = self.field.embed(_pick(x0, _indices(count0, size)), treatment)
-        p, n = start.shape[:2]
-        t = torch.rand(p * n, 1, dtype=x0.dtype, device=x0.device)
-        a, b = start.reshape(-1, self.dim), end.reshape(-1, self.dim)
-        x = self.interpolant.mean(t, a, b)
-        value = self.field(t, x, None if context is None else context.repeat_interleave(n, 0))
-        error = (value - self.interpolant.mean_derivative(t, a, b)) / self.field.scale
+        sample = _pick(x0, _indices(count0, size))
+        context = self.field.embed(sample, treatment)
+        t = torch.rand(*start.shape[:2], 1, dtype=x0.dtype, device=x0.device)
+        x = self.interpolant.mean(t, start, end)
+        value = self.field(t, x, context, sample)
+        error = (value - self.interpolant.mean_derivative(t, start, end)) / self.field.scale
         loss = 0.5 * error.square().sum(-1).mean()
         return ObjectiveValue(loss, {"velocity": loss.detach()}, "surrogate")
 
