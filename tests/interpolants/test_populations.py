@@ -277,7 +277,7 @@ def test_kernel_means_are_scores_of_the_sample() -> None:
     assert bool(single(1e4 * x.float(), sample.float()).isfinite().all())
     for call, message in (
         (lambda: means(x[..., :1], sample), "x"),
-        (lambda: means(x, sample[..., :1]), "sample"),
+        (lambda: means(x, sample[..., :1]), "population"),
         (lambda: PopulationRegression(3, None, around=KernelMeans(2)), "around is of another dimension"),
     ):
         with pytest.raises(errors.ShapeError, match=message):

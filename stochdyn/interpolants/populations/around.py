@@ -57,25 +57,25 @@ class KernelMeans(nn.Module):
         self.dim, self.out = dim, num_scales * (dim + 1)
         self.log_widths = nn.Parameter(torch.linspace(math.log(0.1), math.log(0.8), num_scales))
 
-    def forward(self, x: Tensor, sample: Tensor) -> Tensor:
+    def forward(self, x: Tensor, population: Tensor) -> Tensor:
         """Return the features ``(..., n, out)`` at points, in units in which the spread of the data is about one.
 
         Args:
             x: The points, ``(..., n, dim)``.
-            sample: The members of the population, ``(..., m, dim)``.
+            population: The members of the population, ``(..., m, dim)``.
 
         Raises:
             ShapeError: If points or members have another dimension.
         """
-        for name, value in (("x", x), ("sample", sample)):
+        for name, value in (("x", x), ("population", population)):
             check_event_size(value, self.dim, name)
             check_nonempty(value, name)
             if value.ndim < 2:
                 raise ShapeError(f"{name} must hold points", got=tuple(value.shape), expected="(..., n, dim)")
-        rows = max(1, _ENTRIES // sample[..., 0].numel())
+        rows = max(1, _ENTRIES // population[..., 0].numel())
         if torch.is_grad_enabled() or x.shape[-2] <= rows:
-            return self._means(x, sample)
-        return torch.cat([self._means(part, sample) for part in x.split(rows, -2)], -2)
+            return self._means(x, population)
+        return torch.cat([self._means(part, population) for part in x.split(rows, -2)], -2)
 
     def _means(self, x: Tensor, sample: Tensor) -> Tensor:
         # From the members' mean on, products lose no digits where a population lies far from the origin.
