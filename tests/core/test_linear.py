@@ -24,6 +24,7 @@ from stochdyn.errors import (
     SingularDiffusionError,
     TimeGridError,
 )
+from stochdyn.testing import check_gradients
 
 F64 = torch.float64
 IRREGULAR = torch.tensor([0.0, 0.1, 0.15, 0.9, 1.0, 2.7], dtype=F64)
@@ -565,3 +566,25 @@ def test_drifts_that_differ_where_no_noise_acts_are_singular() -> None:
     q = LinearGaussianMeasure(p.drift_matrix.constant, _t(0.3, 0.1), p.diffusion.constant, p.initial_mean)
     with pytest.raises(DiffusionMismatchError, match="no noise"):
         p.path_kl(q, IRREGULAR)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1e-9, 1e-3, -0.0999, -0.1001, 0.7, -3.0, -40.0, -1e4])
+def test_one_component_steps_as_one_of_two_does(rate: float) -> None:
+    """The closed form of one component against the series and doublings of a matrix that holds it, stiff or still."""
+    a, b, s = (torch.tensor(v, dtype=F64) for v in ([[rate]], [0.6], [[0.3]]))
+    dt = torch.tensor([0.0, 1e-6, 0.3, 1.0, 2.5], dtype=F64)
+    wide = (torch.block_diag(a, a), b.repeat(2), torch.block_diag(s, s))
+    one, two = constant_transition(a, b, s, dt, F64), constant_transition(*wide, dt, F64)
+    for alone, beside in zip(one, two, strict=True):
+        kept = beside[..., :1] if beside.ndim == 2 else beside[..., :1, :1]
+        torch.testing.assert_close(alone, kept, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.05, -0.15, -2.0])
+def test_steps_of_one_component_have_second_derivatives(rate: float) -> None:
+    def moments(a: Tensor, b: Tensor, s: Tensor, dt: Tensor) -> Tensor:
+        phi, c, q = constant_transition(a, b, s, dt, F64)
+        return torch.cat([phi.flatten(), c.flatten(), q.flatten()])
+
+    values = ([[[rate]], [[2 * rate]]], [[0.6], [0.1]], [[0.3]], [[0.5, 0.7], [1.0, 0.2], [2.0, 0.1]])
+    check_gradients(moments, *(torch.tensor(v, dtype=F64) for v in values))

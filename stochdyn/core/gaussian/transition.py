@@ -31,6 +31,7 @@ Transition = tuple[Tensor, Tensor, Tensor]
 Coefficients = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 _TERMS = 14
+_SERIES = 11
 _MAX_LEVEL = 10  # of halving: 1024 substeps
 _LEAST_SUBSTEPS = 32
 # Gauss-Legendre nodes and weights on [0, 1], order 6.
@@ -178,6 +179,8 @@ def constant_transition(a: Tensor, b: Tensor, s: Tensor, dt: Tensor, dtype: torc
             aligned with ``*B``.
         dtype: The precision of the result.
     """
+    if a.shape[-1] == 1:
+        return _scalar_transition(a, b, s, dt, dtype)
     longest = float(dt.detach().max()) if dt.numel() else 0.0
     strength = float(a.detach().abs().sum(-2).max()) * longest
     doublings = max(0, math.ceil(math.log2(4 * strength))) if strength > 0 else 0
@@ -215,12 +218,35 @@ def _series(powers: list[Tensor], terms: list[Tensor], event: int) -> Tensor:
         return torch.tensordot(torch.stack(powers, -1), torch.stack(terms), 1)
     # Batch axes of the law to the left of those of the grids, such as one for draws of parameters, see the same grids.
     lead = (1,) * max(0, terms[0].ndim - event - (powers[0].ndim - 1))
-    return torch.stack(
-        [
-            p.reshape(p.shape[0], *lead, *p.shape[1:], *(1,) * event) * t
-            for p, t in zip(powers, terms, strict=True)
-        ]
-    ).sum(0)
+    # Horner's rule, one kernel a term: terms[k] belongs to the power k + 1.
+    ratio = powers[0].reshape(powers[0].shape[0], *lead, *powers[0].shape[1:], *(1,) * event)
+    total = terms[-1]
+    for term in reversed(terms[:-1]):
+        total = torch.addcmul(term, ratio, total)
+    return ratio * total
+
+
+def _scalar_transition(a: Tensor, b: Tensor, s: Tensor, dt: Tensor, dtype: torch.dtype) -> Transition:
+    r"""Return :func:`constant_transition` of one component, in closed form.
+
+    .. math:: \Phi=e^x,\quad c=b\,\Delta\,\varphi(x),\quad Q=S\,\Delta\,\varphi(x)\tfrac{1+e^x}2,\qquad x=A\Delta,\ \varphi(x)=\frac{e^x-1}x
+    """
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-1], s.shape[:-2])
+    own = dt.ndim - 1
+    lag = dt.to(dtype).reshape(dt.shape[0], *(1,) * (len(batch) - own), *dt.shape[1:])
+    x = a[..., 0, 0] * lag
+    grown = x.exp()
+    # Near zero the quotient's derivatives lose digits, and the series has them all.
+    near = x.detach().abs() < 0.1
+    small, far = torch.where(near, x, torch.zeros_like(x)), torch.where(near, torch.ones_like(x), x)
+    series = torch.full_like(x, 1.0 / math.factorial(_SERIES))
+    for k in range(_SERIES - 1, 0, -1):
+        series = torch.addcmul(x.new_tensor(1.0 / math.factorial(k)), series, small)
+    mean = torch.where(near, series, torch.expm1(far) / far) * lag
+    shape = (dt.shape[0], *torch.broadcast_shapes(batch, dt.shape[1:]))
+    c = (b[..., 0] * mean).expand(shape)
+    q = (s[..., 0, 0] * mean * (0.5 * (1.0 + grown))).expand(shape)
+    return grown.expand(shape)[..., None, None], c[..., None], q[..., None, None]
 
 
 def distinct_steps(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor | None]:
