@@ -403,3 +403,23 @@ def test_the_default_noise_does_not_bias_the_index_that_many_series_teach(
     assert abs(best - hurst) < 0.005
     # Which is decided by the data of no fewer than a hundred series: it is below a nat.
     assert 100 * (loss(hurst) - loss(best)) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("posterior", "noise"), [*((kind, "fractional") for kind in KINDS[:-1]), ("matching", "brownian")]
+)
+def test_the_unit_of_time_does_not_matter(posterior: str, noise: str) -> None:
+    values = torch.randn(3, 6, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grid = torch.linspace(0, 1, 21, dtype=torch.float64)
+
+    def answer(unit: float) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        model = LatentSDE(
+            1, 2, grid * unit, noise=noise, drift=(4,), diffusion="constant" if posterior == "gaussian" else "state",
+            posterior=_method(posterior),
+        ).double()  # fmt: skip
+        torch.manual_seed(2)
+        loss = model(Series.regular(grid[::4] * unit, values)).loss
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=False)]
+
+    sd.testing.check_units(answer, rtol=1e-5)

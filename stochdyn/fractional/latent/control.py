@@ -38,9 +38,10 @@ class _Recorder(Control):
         scale: Tensor,
         width: Tensor,
         count: int,
+        span: float,
     ) -> None:
         super().__init__()
-        self.network, self.width, self.count = network, width, count
+        self.network, self.width, self.count, self.span = network, width, count, span
         self.coefficients, self.scale = coefficients, scale.unbind(0)
         self.rows: dict[int, tuple[Tensor, Tensor, Tensor]] | None = {}
 
@@ -53,7 +54,7 @@ class _Recorder(Control):
         mean = self.network(torch.cat([scaled, context.expand(*z.shape[:-1], context.shape[-1])], -1))
         if feedback is not None:
             mean = mean + _respond(feedback, scaled, channels)
-        mean = mean * dt**0.5
+        mean = mean * (dt / self.span) ** 0.5
         standard = e / scale
         # In units of the prior the increment is N(m, L L'), and KL = (|m|^2 + tr L L' - M) / 2 - log det L. The ratio
         # log p - log q is that of the same two densities at the increment drawn; without L it is Girsanov's -u dW - u^2 dt / 2.
@@ -89,7 +90,8 @@ class ControlPosterior(EncodedPosterior):
     variance. With it, all innovations of a step get a mean, and those of each channel a covariance
     :math:`LL^\top` from the context, whose diagonal is :math:`(1+\alpha\Delta)^{-1/2}` before correlation. Then the bound
     doesn't pay for the time step. Besides the network there is linear feedback on each component's own states, with gains
-    from the context: where the model is linear and its components independent, the exact posterior is of this form.
+    from the context: where the model is linear and its components independent, the exact posterior is of this form. Time is counted
+    in lengths of the grid.
 
     Args:
         model: The model, whose equation and grid give the sizes.
@@ -172,10 +174,11 @@ class ControlPosterior(EncodedPosterior):
         scale = model.increment_scale()
         control = _Recorder(
             self.network,
-            self._by_step(contexts, (ts[1:] - ts[:-1]).to(contexts.summaries.dtype)),
+            self._by_step(contexts, ((ts[1:] - ts[:-1]) / model.span).to(contexts.summaries.dtype)),
             scale,
             model.width,
             self.count,
+            model.span,
         )
         noise, _ = draw_increments(sde, start.x0, ts)
         run = integrate(

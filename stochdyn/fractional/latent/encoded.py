@@ -36,7 +36,7 @@ class AmortisedGaussianPosterior(EncodedPosterior):
     For each component i the increments follow :math:`\epsilon_n\mid z_n\sim N(k_n+K_n(z_n-Ez_n),L_nL_n^\top)` and drive
     :math:`dX_i=(\alpha_nX_i+a_n)dt+\sigma_i\,dZ_i`; k, K, L, alpha and a are read off the series. See
     :class:`~stochdyn.fractional.GaussianPosterior` for the mathematics. All components see all of the context, but
-    given the series they are independent, which keeps heads and matrices small.
+    given the series they are independent, which keeps heads and matrices small. Time is counted in lengths of the grid.
 
     Args:
         model: The model, whose equation and grid give the sizes.
@@ -56,9 +56,10 @@ class AmortisedGaussianPosterior(EncodedPosterior):
         """Return the law of batch ``(B, d)`` with states of one component, and its drift: slopes and offsets ``(N, B, d)``."""
         d, r, k = self.dim, self.innovations, self.states
         dt = (model.ts[1:] - model.ts[:-1]).to(context.dtype)
-        lag = dt.reshape(-1, 1, 1, 1)
+        lag = (dt / model.span).reshape(-1, 1, 1, 1)
         raw = self.head(context[1:]).unflatten(-1, (d, sum(self.sizes)))
         offset, gain, log_alpha, below, slope, shift = raw.split(self.sizes, -1)
+        slope, shift = slope / model.span, shift / model.span
         # Variances 1 / (1 + alpha dt) of the increments, in units of the prior, and correlations within a step of order sqrt(dt).
         factor = torch.diag_embed(torch.rsqrt(1 + torch.exp(3 * log_alpha - 3) * lag))
         if r > 1:

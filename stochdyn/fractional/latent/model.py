@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stochdyn._checks import as_time_grid, check_choice, check_positive, check_positive_int
 from stochdyn.core.gaussian.affine import by_column
-from stochdyn.core.networks import MLP, StateNetwork
+from stochdyn.core.networks import MLP
 from stochdyn.core.sde.coefficients import Coefficient, Matrix
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.noise import NoiseProcess, NoiseSteps
@@ -20,6 +20,7 @@ from stochdyn.fractional.latent.networks import (
     ConstantDiffusion,
     GaussianDecoder,
     StateDiffusion,
+    StateDrift,
     interpolate,
 )
 from stochdyn.fractional.latent.series import Series
@@ -42,6 +43,9 @@ class LatentSDE(Objective):
 
     .. math::
         dX=b(X)\,dt+\sigma(X)\,dB^H,\qquad X_{t_0}\sim N(\mu_0,\sigma_0^2),\qquad y_i\sim N(f(X_{t_i}),s^2).
+
+    What is learnt counts time in lengths of the grid, so that the unit of time doesn't matter; of the states and the observations
+    it is best to bring the values to a scale of one.
 
     As an objective its loss is minus the evidence lower bound, averaged over the series of a :class:`Series`
     batch: ``sd.fit(model, series, batch_size=32)`` trains equation, decoder, Hurst indices and posterior together.
@@ -68,6 +72,7 @@ class LatentSDE(Objective):
         sde: The equation.
         constant_diffusion: Whether the diffusion is the same at all states.
         ts: The grid.
+        span: Its length, the unit of time of what is learnt.
         decoder: The law of the observations given the state.
         posterior: The posterior, with its encoder.
 
@@ -119,11 +124,14 @@ class LatentSDE(Objective):
         self.register_buffer("ts", ts)
         # Short steps matter for the speeds of the memory; a single one that is far shorter than the others doesn't.
         dt = float((ts[1:] - ts[:-1]).double().quantile(0.1))
-        process = as_noise(noise, float(ts[-1] - ts[0]), dt, latent_dim)
-        field = drift if callable(drift) else StateNetwork(latent_dim, hidden=drift, time=False)
+        self.span = float(ts[-1] - ts[0])
+        process = as_noise(noise, self.span, dt, latent_dim)
+        field = drift if callable(drift) else StateDrift(latent_dim, drift, self.span)
         if isinstance(diffusion, str):
             check_choice(diffusion, tuple(_DIFFUSIONS), "diffusion")
-        strength = _DIFFUSIONS[diffusion](latent_dim) if isinstance(diffusion, str) else diffusion
+        strength: Any = diffusion
+        if isinstance(diffusion, str):
+            strength = _DIFFUSIONS[diffusion](latent_dim, noise=process, span=self.span)
         self.sde = SDE(field, strength, process)
         self.constant_diffusion = isinstance(strength, ConstantDiffusion) or not self.sde.state_dependent
         point = torch.zeros(latent_dim)

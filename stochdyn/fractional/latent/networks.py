@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,39 +16,85 @@ from stochdyn._checks import (
     check_positive_int,
     check_same_dtype,
 )
-from stochdyn.core.networks import MLP
+from stochdyn.core.networks import MLP, StateNetwork
 from stochdyn.core.sde.coefficients import Diagonal
+from stochdyn.core.sde.noise import NoiseProcess
 from stochdyn.fractional.latent.series import Series
+from stochdyn.fractional.noise.markov import MarkovNoise
 
 __all__ = [
     "ConstantDiffusion",
     "ContextHead",
     "GaussianDecoder",
     "StateDiffusion",
+    "StateDrift",
     "interpolate",
 ]
 
 _SMALLEST = 1e-3
 
 
-class ConstantDiffusion(nn.Module):
-    r"""A learnt diagonal diffusion that is the same everywhere, :math:`\sigma_i=\mathrm{softplus}(s_i)`.
+class StateDrift(nn.Module):
+    r"""A learnt drift that doesn't see the time, :math:`b(x)=N(x)/T`.
+
+    Args:
+        dim: The number d of components of the state.
+        hidden: The widths of the hidden layers.
+        span: The time T in which drifts are counted.
+    """
+
+    def __init__(self, dim: int, hidden: Sequence[int], span: float) -> None:
+        super().__init__()
+        self.net = StateNetwork(dim, hidden=hidden, time=False)
+        self.span = span
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return the drift at ``x (..., d)``."""
+        drift: Tensor = self.net(t, x) / self.span
+        return drift
+
+
+class _LearntDiffusion(nn.Module):
+    r"""A learnt strength in units of :math:`T^{-H}`: how far the noise of index H takes the state in the time T is what is learnt.
+
+    Args:
+        noise: The noise, which has the index where it is fractional; 1/2 for all others.
+        span: The time T.
+    """
+
+    def __init__(self, noise: NoiseProcess | None, span: float) -> None:
+        super().__init__()
+        # not registered: the noise is the equation's
+        self._noise, self.span = (noise,), span
+
+    def _unit(self, strength: Tensor) -> Tensor:
+        noise = self._noise[0]
+        hurst = noise.hurst.to(strength) if isinstance(noise, MarkovNoise) else 0.5
+        return strength * self.span**-hurst
+
+
+class ConstantDiffusion(_LearntDiffusion):
+    r"""A learnt diagonal diffusion that is the same everywhere, :math:`\sigma_i=T^{-H_i}\,\mathrm{softplus}(s_i)`.
 
     Args:
         dim: The number d of components of the state.
         strength: The strength at the start of training.
+        noise: The noise, which has the index H where it is fractional.
+        span: The time T in which the strength is counted.
     """
 
-    def __init__(self, dim: int, strength: float = 0.5) -> None:
-        super().__init__()
+    def __init__(
+        self, dim: int, strength: float = 0.5, *, noise: NoiseProcess | None = None, span: float = 1.0
+    ) -> None:
+        super().__init__(noise, span)
         self.raw = nn.Parameter(torch.full((dim,), strength).expm1().log())
 
     def forward(self, t: Tensor, x: Tensor) -> Diagonal:
         """Return the coefficient."""
-        return Diagonal(F.softplus(self.raw).to(x.dtype) + _SMALLEST)
+        return Diagonal(self._unit(F.softplus(self.raw).to(x.dtype) + _SMALLEST))
 
 
-class StateDiffusion(nn.Module):
+class StateDiffusion(_LearntDiffusion):
     r"""A learnt diagonal diffusion in which each component sees its own state, :math:`\sigma_i(x_i)`.
 
     This noise commutes, so Heun's and Milstein's schemes serve it. With a noise of instantaneous variance
@@ -58,10 +104,20 @@ class StateDiffusion(nn.Module):
         dim: The number d of components of the state.
         width: The number of hidden units per component.
         strength: The strength at the start of training, at all states.
+        noise: The noise, which has the index H where it is fractional.
+        span: The time T in which the strength is counted, as :math:`T^{-H}`.
     """
 
-    def __init__(self, dim: int, width: int = 16, strength: float = 0.5) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        dim: int,
+        width: int = 16,
+        strength: float = 0.5,
+        *,
+        noise: NoiseProcess | None = None,
+        span: float = 1.0,
+    ) -> None:
+        super().__init__(noise, span)
         self.slope = nn.Parameter(torch.randn(dim, width))
         self.shift = nn.Parameter(torch.randn(dim, width))
         self.out = nn.Parameter(torch.zeros(dim, width))
@@ -70,7 +126,7 @@ class StateDiffusion(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Diagonal:
         """Return the coefficient at ``x (..., d)``."""
         hidden = torch.tanh(x.unsqueeze(-1) * self.slope + self.shift)
-        return Diagonal(F.softplus((hidden * self.out).sum(-1) + self.level) + _SMALLEST)
+        return Diagonal(self._unit(F.softplus((hidden * self.out).sum(-1) + self.level) + _SMALLEST))
 
 
 class ContextHead(nn.Module):
