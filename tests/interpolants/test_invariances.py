@@ -9,6 +9,10 @@ from stochdyn import testing
 from stochdyn.interpolants import (
     OU,
     Adaptive,
+    Coupling,
+    EntropicCoupling,
+    ExactCoupling,
+    FieldNetwork,
     GaussianMixture,
     GaussianMixtureInterpolant,
     Interpolant,
@@ -94,3 +98,23 @@ def test_the_times_of_a_process_that_gives_none_follow_its_rate() -> None:
 
     testing.check_units(answer)
     assert MeanReverting(0.0, horizon=1e9).start == pytest.approx(1e6)
+
+
+@pytest.mark.parametrize("coupling", [ExactCoupling(10.0), EntropicCoupling(0.5, condition_weight=10.0)])
+def test_where_contexts_have_their_zero_does_not_matter(coupling: Coupling) -> None:
+    # Numbers that single precision holds exactly, with and without the shift.
+    context = (64 * X0[:, :1]).round().float() / 64
+
+    def partner(shift: float) -> torch.Tensor:
+        source = torch.Generator().manual_seed(0)
+        return coupling.pair(X0.float()[:, :1], X1.float()[:, :1], context + shift, generator=source)
+
+    assert torch.equal(partner(4096.0), partner(0.0))
+
+
+@pytest.mark.parametrize("reuse", [1, 3])
+def test_a_regression_moves_whole_after_a_step(reuse: int) -> None:
+    network = FieldNetwork(2).double()
+    objective = InterpolantRegression(Interpolant("linear"), velocity=network, coupling="ot", reuse=reuse)
+    objective((X0, X1))
+    testing.check_device(objective)

@@ -247,7 +247,7 @@ def compare_models(
         folds: The number of parts; each is left out once.
         num_draws: The posterior paths for the log evidence of a held-out series.
         seed: The seed of the folds, the training and the draws.
-        options: The options of :func:`stochdyn.fit`: ``steps``, ``lr``, ``batch_size``.
+        options: The options of :func:`stochdyn.fit`: ``steps``, ``lr``, ``batch_size``, ``progress`` (off unless asked for).
 
     Raises:
         InvalidInputError: For fewer series than folds.
@@ -274,7 +274,7 @@ def compare_models(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = make()
-            fit(model, _select(series, kept), seed=seed, progress=False, **options)
+            fit(model, _select(series, kept), seed=seed, **{"progress": False, **options})
             found = evidence(model, _select(series, held), num_draws, seed)
             pointwise[name][held] = found.log_evidence.to(pointwise[name])
     total = {name: float(values.sum()) for name, values in pointwise.items()}

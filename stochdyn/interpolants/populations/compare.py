@@ -164,12 +164,20 @@ def _squared_mmd(x: Tensor, y: Tensor) -> float:
     r"""Return :math:`\overline{k(x_i,x_j)}_{i\ne j}+\overline{k(y_i,y_j)}_{i\ne j}-2\,\overline{k(x_i,y_j)}`, without bias."""
     x, y = x.double(), y.double()
     own = torch.pdist(y)
-    width = float(own.median()) or float(torch.cdist(x, y).median()) or 1.0
+    width = (
+        float(own.median())
+        or float(torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").median())
+        or 1.0
+    )
 
     def kernel(distance: Tensor) -> Tensor:
         return torch.exp(-0.5 * (distance / width).square())
 
-    return float(kernel(torch.pdist(x)).mean() + kernel(own).mean() - 2 * kernel(torch.cdist(x, y)).mean())
+    return float(
+        kernel(torch.pdist(x)).mean()
+        + kernel(own).mean()
+        - 2 * kernel(torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")).mean()
+    )
 
 
 _METRICS: Mapping[str, Callable[[Tensor, Tensor], float]] = {

@@ -154,7 +154,9 @@ class GraphEncoder(SampleEncoder):
         real = share.squeeze(-1) > 0
         with torch.no_grad():
             # neither a point itself nor padding is a neighbour
-            distance = torch.cdist(x, x) + torch.diag(x.new_full((n,), torch.inf))
+            distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") + torch.diag(
+                x.new_full((n,), torch.inf)
+            )
             distance = distance.masked_fill(~real.unsqueeze(-2), torch.inf)
             nearest = distance.topk(min(self.num_neighbors, max(n - 1, 1)), largest=False)
             exists = torch.isfinite(nearest.values).unsqueeze(-1).to(x.dtype)

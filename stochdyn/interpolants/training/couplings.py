@@ -311,7 +311,7 @@ def coupling_cost(
             "contexts can't be kept apart exactly", got="condition_weight=inf", hint="give a number"
         )
     context = condition.reshape(len(condition), -1).to(cost)
-    apart = torch.cdist(context, context).square()
+    apart = torch.cdist(context, context, compute_mode="donot_use_mm_for_euclid_dist").square()
     if condition_weight is None:
         spread = apart.mean()
         return cost + 100.0 * torch.where(spread > 0, cost.mean() / spread, 0.0) * apart

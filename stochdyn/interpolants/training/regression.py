@@ -275,7 +275,8 @@ class InterpolantRegression(Objective):
                 partner = self.coupling.pair(x0, x1, condition)
             x1 = x1[partner]
             condition = None if condition is None else condition[partner]
-        self._kept, self._uses = ((x0, x1) if condition is None else (x0, x1, condition)), 1
+        if self.reuse > 1:
+            self._kept, self._uses = ((x0, x1) if condition is None else (x0, x1, condition)), 1
         return x0, x1, condition
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor, Any]:
@@ -350,11 +351,17 @@ class InterpolantRegression(Objective):
         lost = torch.rand(n, device=condition.device) < self.condition_dropout
         return torch.where(lost.reshape(n, *[1] * (condition.ndim - 1)), null, condition)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> InterpolantRegression:
+        super()._apply(fn, recurse)
+        self._ranks = None
+        self._kept = None if self._kept is None else tuple(fn(value) for value in self._kept)
+        return self
+
     def get_extra_state(self) -> dict[str, Any]:
         """Return the coupled batch that is in use, so that a resumed run goes on with it."""
         return {
             "uses": self._uses,
-            "kept": None if self._kept is None or self.reuse == 1 else list(self._kept),
+            "kept": None if self._kept is None else list(self._kept),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
