@@ -48,6 +48,7 @@ __all__ = [
     "check_inside",
     "check_mapping",
     "check_ndim",
+    "check_no_gradient",
     "check_nonempty",
     "check_not_before",
     "check_points",
@@ -523,6 +524,16 @@ def check_positive_int(x: object, name: str, minimum: int = 1) -> None:
     """Raise unless ``x`` is an integer of at least ``minimum``."""
     if not _is_integer(x) or x < minimum:  # type: ignore[operator]
         raise InvalidInputError(f"{name} must be an integer of at least {minimum}", got=repr(x)[:60])
+
+
+def check_no_gradient(value: object, name: str, what: str, hint: str) -> None:
+    """Raise InvalidInputError if a gradient is wanted with respect to a value through something that has none."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise InvalidInputError(
+            f"{what} isn't differentiable in {name}",
+            got="a tensor that requires a gradient",
+            hint=f"{hint}; or give {name}.detach()",
+        )
 
 
 def check_hurst(hurst: object, name: str = "hurst") -> None:

@@ -15,10 +15,13 @@ from stochdyn.fractional import (
     fbm_covariance,
     fgn_autocovariance,
     fou_autocovariance,
+    hurst_log_likelihood,
+    multifractional_covariance,
     sample_fbm,
     sample_fgn,
     variance_constant,
 )
+from stochdyn.testing import check_gradients
 
 F64 = torch.float64
 FIVE = torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0], dtype=F64)
@@ -101,7 +104,7 @@ def test_autocovariance_at_long_lags() -> None:
 
 def test_gradients_of_the_exact_laws() -> None:
     h = torch.tensor([0.3, 0.8], dtype=F64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v: fbm_covariance(FIVE, v), h)
+    check_gradients(fbm_covariance, FIVE, h.detach(), second=False)
     assert torch.autograd.gradcheck(lambda v: fgn_autocovariance(6, v, 0.5), h)
 
     def draw(v: torch.Tensor) -> torch.Tensor:
@@ -199,6 +202,23 @@ def test_fou_autocovariance_is_the_transform_of_its_spectrum(hurst: float) -> No
         )[0]
         found = float(fou_autocovariance(torch.tensor(lag, dtype=F64), 1.0, hurst))
         assert found == pytest.approx(constant * (near + far), abs=2e-10)
+
+
+@pytest.mark.parametrize("name", ["ts", "hurst"])
+def test_what_has_no_gradient_says_so(name: str) -> None:
+    ts, hurst = FIVE.clone(), torch.tensor(0.3, dtype=F64)
+    {"ts": ts, "hurst": hurst}[name].requires_grad_()
+    with pytest.raises(InvalidInputError, match=f"isn't differentiable in {name}"):
+        fbm_covariance(ts, hurst, "II")
+    with pytest.raises(InvalidInputError, match=f"isn't differentiable in {name}"):
+        multifractional_covariance(ts, hurst)
+    with torch.no_grad():
+        assert torch.equal(fbm_covariance(ts, hurst, "II"), fbm_covariance(FIVE, 0.3, "II"))
+    if name == "hurst":
+        with pytest.raises(InvalidInputError, match="isn't differentiable in hurst"):
+            hurst_log_likelihood(hurst, torch.randn(20))
+        with pytest.raises(InvalidInputError, match="isn't differentiable in hurst"):
+            fou_autocovariance(FIVE, 1.0, hurst)  # type: ignore[arg-type]
 
 
 def test_bad_arguments() -> None:

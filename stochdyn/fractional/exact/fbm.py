@@ -15,6 +15,7 @@ from stochdyn._checks import (
     as_time_grid,
     check_choice,
     check_hurst,
+    check_no_gradient,
     check_positive,
     check_positive_int,
 )
@@ -47,7 +48,7 @@ def fbm_covariance(ts: Tensor, hurst: Tensor | float, kind: Kind = "I") -> Tenso
     Both have variance :math:`t^{2H}`.
 
     Args:
-        ts: The times ``(T,)``, not negative and increasing.
+        ts: The times ``(T,)``, not negative and increasing; differentiable for type I only.
         hurst: Hurst index in (0, 1), ``(*batch)``; differentiable for type I only.
         kind: The type of the motion: ``"I"`` (Mandelbrot-Van Ness, stationary increments) or ``"II"`` (Riemann-Liouville).
 
@@ -57,7 +58,7 @@ def fbm_covariance(ts: Tensor, hurst: Tensor | float, kind: Kind = "I") -> Tenso
     Raises:
         HurstRangeError: If ``hurst`` lies outside (0, 1).
         TimeGridError: If the times don't increase.
-        InvalidInputError: If a time is negative.
+        InvalidInputError: If a time is negative, or a gradient is wanted of type II.
 
     Example:
         >>> fbm_covariance(torch.tensor([0.5, 1.0]), 0.5).tolist()
@@ -77,8 +78,14 @@ def fbm_covariance(ts: Tensor, hurst: Tensor | float, kind: Kind = "I") -> Tenso
     t = ts.to(torch.float64)
     late, early = torch.maximum(t[:, None], t[None, :]), torch.minimum(t[:, None], t[None, :])
     if kind == "I":
-        covariance = 0.5 * (early ** (2 * h) + late ** (2 * h) - (late - early) ** (2 * h))
+        # Both times of a diagonal element move together: the difference stays zero, whatever its power's slope there.
+        apart = late > early
+        lag = torch.where(apart, late - early, 1.0) ** (2 * h)
+        covariance = 0.5 * (early ** (2 * h) + late ** (2 * h) - torch.where(apart, lag, 0.0))
         return covariance.to(ts.dtype)
+    hint = "take type I, or FractionalOU, whose noise has memory states and gradients"
+    check_no_gradient(ts, "ts", "the covariance of type II", hint)
+    check_no_gradient(h, "hurst", "the covariance of type II", hint)
     from scipy.special import hyp2f1
 
     a = h.detach() + 0.5
@@ -235,6 +242,7 @@ def fou_autocovariance(lags: Tensor, rate: float, hurst: float, scale: float = 1
 
     Raises:
         HurstRangeError: If ``hurst`` lies outside (0, 1).
+        InvalidInputError: If a gradient is wanted.
 
     Example:
         >>> [round(v, 6) for v in fou_autocovariance(torch.tensor([0.0, 1.0]), 1.0, 0.7).tolist()]
@@ -249,6 +257,8 @@ def fou_autocovariance(lags: Tensor, rate: float, hurst: float, scale: float = 1
     check_hurst(hurst)
     check_positive(rate, "rate")
     check_positive(scale, "scale")
+    for name, value in (("lags", lags), ("rate", rate), ("hurst", hurst), ("scale", scale)):
+        check_no_gradient(value, name, "this autocovariance", "FractionalOU has gradients")
     lags = as_tensor(lags, "lags")
     b = 2 * float(hurst)
     z = (lags.detach().to(torch.float64).abs() * rate).cpu()

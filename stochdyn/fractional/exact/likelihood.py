@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_hurst, check_nonempty, check_positive
+from stochdyn._checks import as_tensor, check_hurst, check_no_gradient, check_nonempty, check_positive
 from stochdyn.errors import ApproximationWarning, ConvergenceWarning, InvalidInputError, TooFewDrawsError
 from stochdyn.fractional.exact.fbm import fgn_autocovariance
 from stochdyn.fractional.exact.prediction import prediction_errors
@@ -243,7 +243,7 @@ def hurst_log_likelihood(hurst: Tensor | float, series: Any, dt: float = 1.0) ->
 
     Raises:
         HurstRangeError: For an index outside (0, 1).
-        InvalidInputError: If the series is constant or too short, as for :class:`HurstLikelihood`.
+        InvalidInputError: If the series is constant or too short, as for :class:`HurstLikelihood`; or a gradient is wanted.
 
     Example:
         >>> from stochdyn.datasets import nile_minima
@@ -251,6 +251,7 @@ def hurst_log_likelihood(hurst: Tensor | float, series: Any, dt: float = 1.0) ->
         -3914.34
     """
     check_hurst(hurst)
+    check_no_gradient(hurst, "hurst", "this likelihood", "take HurstLikelihood(series).profile(hurst)[0]")
     check_positive(dt, "dt")  # a factor of the scale, over which the likelihood is maximised
     data = _read_series(series)
     h = torch.as_tensor(hurst, dtype=torch.float64).detach().cpu()

@@ -13,6 +13,7 @@ from stochdyn._checks import (
     as_tensor,
     check_choice,
     check_hurst,
+    check_no_gradient,
     check_positive_int,
     check_real,
     check_time_grid,
@@ -216,6 +217,7 @@ def multifractional_covariance(ts: Tensor, hurst: Tensor) -> Tensor:
     Raises:
         HurstRangeError: For an index outside (0, 1).
         TimeGridError: For times that don't increase.
+        InvalidInputError: If a gradient is wanted of times or indices.
 
     Example:
         >>> multifractional_covariance(torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.5])).tolist()
@@ -226,7 +228,10 @@ def multifractional_covariance(ts: Tensor, hurst: Tensor) -> Tensor:
     h = as_tensor(hurst, "hurst", (0, 1), "(T,)", like=ts).to(torch.float64)
     if h.ndim and h.shape != ts.shape:
         raise ShapeError("hurst must have a value per time", got=tuple(h.shape), expected=tuple(ts.shape))
-    t, h = ts.to(torch.float64), h.expand(ts.shape)
+    for name, value in (("ts", ts), ("hurst", h)):
+        check_no_gradient(value, name, "this covariance", "MultifractionalNoise has gradients")
+    device = ts.device
+    t, h = ts.to("cpu", torch.float64), h.cpu().expand(ts.shape)
     low, high = torch.minimum(t[:, None], t[None, :]), torch.maximum(t[:, None], t[None, :])
     earlier = t[:, None] <= t[None, :]
     first = torch.where(earlier, h[:, None], h[None, :]) + 0.5
@@ -235,7 +240,7 @@ def multifractional_covariance(ts: Tensor, hurst: Tensor) -> Tensor:
     # Int_0^s (s-u)^(H_s - 1/2) (t-u)^(H_t - 1/2) du by Euler's integral of 2F1, for each pair with s the earlier time.
     series = torch.from_numpy(hyp2f1(-beta.numpy(), 1.0, (first + 1).numpy(), ratio.numpy()))
     cov = 2 * (h[:, None] * h[None, :]).sqrt() / first * low**first * high**beta * series
-    return cov.diagonal_scatter(t ** (2 * h))
+    return cov.diagonal_scatter(t ** (2 * h)).to(device)
 
 
 def _beside(x: Tensor, ndim: int) -> Tensor:
