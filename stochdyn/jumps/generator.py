@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from scipy.linalg.blas import dger
 from torch import Tensor, nn
 
 from stochdyn._checks import as_tensor, check_positive_int
@@ -416,10 +417,13 @@ def _without_subtractions(matrix: np.ndarray, recurrent: list[int]) -> np.ndarra
 
     Each state in turn is taken out, and its visits become jumps between the rest.
     """
-    chain = matrix[np.ix_(recurrent, recurrent)].copy()
+    chain = np.asfortranarray(matrix[np.ix_(recurrent, recurrent)])
     for n in range(len(chain) - 1, 0, -1):
         chain[:n, n] /= chain[n, :n].sum()
-        chain[:n, :n] += chain[:n, n, None] * chain[n, :n]
+        # into the first n rows and columns, in place: the columns lie together, and other rows get nothing
+        arrivals = np.zeros(len(chain))
+        arrivals[:n] = chain[:n, n]
+        dger(1.0, arrivals, chain[n, :n].copy(), a=chain[:, :n], overwrite_a=1)
     weight = np.ones(len(chain))
     for n in range(1, len(chain)):
         weight[n] = weight[:n] @ chain[:n, n]

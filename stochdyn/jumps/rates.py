@@ -13,7 +13,13 @@ from torch import Tensor
 
 from stochdyn._checks import as_seed, check_bool, check_positive_int, check_real, check_type
 from stochdyn.diagnostics.container import from_draws
-from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, ZeroProbabilityError
+from stochdyn.errors import (
+    ApproximationWarning,
+    EmptyDataError,
+    InvalidInputError,
+    ShapeError,
+    ZeroProbabilityError,
+)
 from stochdyn.jumps.amortised import AmortisedRates
 from stochdyn.jumps.embedding import other_generators
 from stochdyn.jumps.likelihood import PanelLikelihood
@@ -41,10 +47,10 @@ class RatePosterior:
         labels: The labels of the states.
         links: The pairs (from, to) whose rates are free, in the order of the draws, ``(r, 2)``.
         draws: Posterior draws ``(num_draws, r + covariates)``: log rates, then log hazard ratios of the covariates.
-        khat: The Pareto k of the importance weights behind the draws: they are good below 0.7.
+        khat: The Pareto k of the importance weights behind the draws: they are good below 0.7; NaN without draws.
         effective: The effective number of draws behind the resampling.
         moved: Whether the weights were bad, so that the draws were moved by Metropolis steps on the exact density.
-        idata: The same draws in ArviZ's container.
+        idata: The same draws in ArviZ's container; None without draws.
         observed_gaps: How often each link was seen directly between two visits.
         expected_jumps: The largest expected number of jumps in a typical gap.
         notes: What the data can't tell, in sentences.
@@ -72,7 +78,13 @@ class RatePosterior:
         return off - torch.diag_embed(off.sum(-1))
 
     def report(self) -> str:
-        """Return a table of the rates with intervals, and what the data hardly tell."""
+        """Return a table of the rates with intervals, and what the data hardly tell.
+
+        Raises:
+            EmptyDataError: If the fit has no draws.
+        """
+        if not len(self.draws):
+            raise EmptyDataError("there are no draws to report on", hint="fit_rates with num_draws above 0")
         low, middle, high = (
             self.draws[:, : len(self.links)].exp().quantile(self.draws.new_tensor([0.025, 0.5, 0.975]), 0)
         )
@@ -111,7 +123,7 @@ def fit_rates(
             deviation of a covariate have the same standard deviation around zero. If None a wide one around the crude overall rate, with a
             standard deviation of 3.
         reversible: Whether detailed balance holds; it needs a symmetric mask.
-        num_draws: The number of posterior draws.
+        num_draws: The number of posterior draws; none, and the maximum alone in a fraction of the time, if 0.
         seed: The seed of all randomness.
         start: A network whose rates are where the search begins; observed jumps over observed time if None. It helps where
             many jumps fall into a gap.
@@ -134,7 +146,7 @@ def fit_rates(
     """
     check_type(panel, PanelData, "panel")
     check_bool(reversible, "reversible")
-    check_positive_int(num_draws, "num_draws", 2)
+    check_positive_int(num_draws, "num_draws", 2 if num_draws else 0)
     if start is not None:
         check_type(start, AmortisedRates, "start")
     source = torch.Generator().manual_seed(as_seed(seed))
@@ -143,10 +155,12 @@ def fit_rates(
     # from the mode: where a rate's likelihood has no maximum, the search from there ends at a bound and doesn't wander
     best = problem.maximise(mode, with_prior=False)
     likelihood = float(problem.log_likelihood(best[None])[0])
-    draws, khat, effective, _, moved = draw_posterior(
-        problem.log_density, mode, problem.curvature(mode), max(num_draws, _FEWEST), source
-    )
-    draws = draws[:num_draws]  # resampled in random order
+    draws, khat, effective, moved = mode.new_zeros(0, len(mode)), math.nan, 0.0, False
+    if num_draws:
+        draws, khat, effective, _, moved = draw_posterior(
+            problem.log_density, mode, problem.curvature(mode), max(num_draws, _FEWEST), source
+        )
+        draws = draws[:num_draws]  # resampled in random order
     if khat > _HOPELESS:
         warnings.warn(
             f"The importance weights of the rates are poor (k-hat {khat:.2f}): intervals may be wrong. Give a prior, "
@@ -156,21 +170,7 @@ def fit_rates(
         )
     named = problem.named(draws)
     off = problem.generator(problem.named(best[None])[:, : len(problem.links)])[0]
-    idata = from_draws(
-        {
-            "log_rate": named[:, : len(problem.links)].numpy()[None],
-            **(
-                {"log_hazard_ratio": named[:, len(problem.links) :].numpy()[None]}
-                if panel.covariate_names
-                else {}
-            ),
-        },
-        coords={
-            "link": [f"{panel.labels[i]}->{panel.labels[j]}" for i, j in problem.links.tolist()],
-            **({"covariate": problem.effect_names} if panel.covariate_names else {}),
-        },
-        dims={"log_rate": ["link"], **({"log_hazard_ratio": ["covariate"]} if panel.covariate_names else {})},
-    )
+    idata = _container(panel, problem, named) if num_draws else None
     seen = panel.counts()[problem.links[:, 0], problem.links[:, 1]]
     typical = float(panel.gaps.dt.median()) * float((-off.diagonal()).max())
     return RatePosterior(
@@ -187,6 +187,19 @@ def fit_rates(
         typical,
         _not_known(panel, off, typical),
     )
+
+
+def _container(panel: PanelData, problem: _Problem, named: Tensor) -> Any:
+    """Return draws in ArviZ's container."""
+    draws, coords, dims = (
+        {"log_rate": named[None, :, : len(problem.links)].numpy()},
+        {"link": [f"{panel.labels[i]}->{panel.labels[j]}" for i, j in problem.links.tolist()]},
+        {"log_rate": ["link"]},
+    )
+    if panel.covariate_names:
+        draws["log_hazard_ratio"] = named[None, :, len(problem.links) :].numpy()
+        coords["covariate"], dims["log_hazard_ratio"] = problem.effect_names, ["covariate"]
+    return from_draws(draws, coords=coords, dims=dims)
 
 
 def _not_known(panel: PanelData, rates: Tensor, expected_jumps: float) -> list[str]:

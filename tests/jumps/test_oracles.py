@@ -436,7 +436,7 @@ def test_heart_transplants() -> None:
         mask[i, j], start[i, j] = True, rate
     value = PanelLikelihood(panel.gaps, 4)(RateMatrix(matrix(start)).matrix[None, None])
     close(-2 * value[0], 4908.816768359025, 1e-12)
-    fit = fit_rates(panel, mask, num_draws=2)
+    fit = fit_rates(panel, mask, num_draws=0)
     close(-2 * fit.log_likelihood, 3968.7979, 1e-8)
     known = [0.12787, 0.04249, 0.22510, 0.34260, 0.04027, 0.13062, 0.30646]
     close([float(fit.rates[i, j]) for i, j in LINKS], known, 0.0, 6e-6)
