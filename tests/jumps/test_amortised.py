@@ -74,8 +74,9 @@ def test_the_flashing_ratchet_is_recovered_without_training_on_it(network: Amort
 
 
 @pytest.mark.parametrize("num_states", [2, 5, 8])
-@pytest.mark.parametrize("label_error", [0.0, 0.1])
-def test_intervals_cover(network: AmortisedRates, num_states: int, label_error: float) -> None:
+@pytest.mark.parametrize("label_error", [0.0, 0.1, None])
+def test_intervals_cover(network: AmortisedRates, num_states: int, label_error: float | None) -> None:
+    """At a label error that is told, and over those of the training, drawn for each data set, of which half aren't told."""
     source = torch.Generator().manual_seed(7)
     num = 600 if num_states == 2 else 120
     data = network.prior.sample(num_states, num, source, num_series=100, length=50, label_error=label_error)
