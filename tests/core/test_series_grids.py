@@ -70,3 +70,15 @@ def test_posterior_draws_of_series_have_its_moments() -> None:
 def test_grids_that_decrease_in_one_series_are_refused() -> None:
     with pytest.raises(TimeGridError, match="times must increase"):
         _law("constant").log_evidence(TIMES.flip(-1), Y, 0.2)
+
+
+def test_a_batch_of_readings_beside_series_on_their_own_grids() -> None:
+    # Draws of an error or of an emission, all of the same series: axes that only the observation law has.
+    errors = torch.tensor([0.1, 0.4], dtype=F64).reshape(2, 1, 1, 1)
+    emission = torch.tensor([1.0, 0.5], dtype=F64).reshape(2, 1, 1, 1, 1).expand(2, 1, 4, 1, 1)
+    both = _law("constant").conditioned(TIMES, Y, errors, emission)
+    assert both.sample(TS, 5, 0).x.shape == (5, 2, 3, 3, 1)
+    for k in range(2):
+        alone = _law("constant").conditioned(TIMES, Y, errors[k], emission[k])
+        torch.testing.assert_close(both.mean(TS)[k], alone.mean(TS))
+        torch.testing.assert_close(both.covariance(TS)[k], alone.covariance(TS))

@@ -153,7 +153,8 @@ class Observations:
 
     def _on_series(self, count: int, where: Tensor) -> dict[str, Tensor | None]:
         """Lay every series on its own grid of ``count`` nodes; ``where (*B, T)``."""
-        batch = torch.broadcast_shapes(self.y.shape[1:-1], where.shape[:-1])
+        given = (self.emission.shape[1:-2], self.obs_cov.shape[1:-2], self.y.shape[1:-1], where.shape[:-1])
+        batch = torch.broadcast_shapes(*given)
         index = align(where.movedim(-1, 0), 1, 0, batch)
 
         def spread(x: Tensor, event: int) -> Tensor:
