@@ -31,7 +31,9 @@ CHANGE = torch.diag(torch.tensor([-1.0] * 5, dtype=F64)) + torch.diag(torch.ones
 READ = torch.tensor([[0.0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], dtype=F64)
 
 
-def school(rates: Tensor, share: Tensor, infectious: Tensor, scale: Tensor, times: Tensor) -> sd.infer.NonlinearObservations:
+def school(
+    rates: Tensor, share: Tensor, infectious: Tensor, scale: Tensor, times: Tensor
+) -> sd.infer.NonlinearObservations:
     """Return the law of both counts for rates ``(..., 4)`` per day, the share at risk, boys infectious on day 0, and errors."""
 
     def events(x: Tensor) -> Tensor:
@@ -63,13 +65,14 @@ def main() -> None:
     """Fit, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=300)
+    parser.add_argument("--method", default="guide", choices=("guide", "laplace", "nuts"))
     parser.add_argument("--out", type=Path, default=Path("outputs/school_influenza.png"))
     arguments = parser.parse_args()
 
     table = sd.datasets.school_influenza()
     times = torch.tensor(table["day"], dtype=F64)[1:]
     counts = torch.tensor([table["in_bed"], table["convalescent"]], dtype=F64).T[1:]
-    post = sd.infer.fit_posterior(model, times, counts, num_draws=arguments.draws)
+    post = sd.infer.fit_posterior(model, times, counts, method=arguments.method, num_draws=arguments.draws)
     print(post)
     names = ("rates", "share", "infectious", "scale")
     draws = {name: torch.tensor(post.idata.posterior[name].values)[0] for name in names}
@@ -88,17 +91,29 @@ def main() -> None:
     rows[3:52:4] = counts
     states = school(*draws.values(), days).smooth(rows.expand(len(beta), -1, -1))
     spread = states.covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    paths = states.mean + spread * torch.randn(states.mean.shape, generator=torch.Generator().manual_seed(0), dtype=F64)
+    paths = states.mean + spread * torch.randn(
+        states.mean.shape, generator=torch.Generator().manual_seed(0), dtype=F64
+    )
     lines["fell ill (512 reported)"] = BOYS * draws["share"] - paths[:, -1, 0]
     for name, values in lines.items():
         print(f"{name:23s} {values.mean():6.2f} ({values.quantile(0.05):.2f} to {values.quantile(0.95):.2f})")
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for k, (axis, name, colour) in enumerate(zip(axes, ("in_bed", "convalescent"), ("#0072B2", "#D55E00"), strict=True)):
+    for k, (axis, name, colour) in enumerate(
+        zip(axes, ("in_bed", "convalescent"), ("#0072B2", "#D55E00"), strict=True)
+    ):
         seen = torch.tensor(table["day"]), torch.tensor(table[name])
         label = name.replace("_", " ")
-        sd.diagnostics.plot_paths(days, (paths @ READ.mT)[..., k], observations=seen, colour=colour, label=label, ax=axis)
-        axis.set(xlabel="days from 22 January 1978", ylabel="boys" if k == 0 else "", ylim=(0, None))
+        sd.diagnostics.plot_paths(
+            days, (paths @ READ.mT)[..., k], observations=seen, colour=colour, label=label, ax=axis
+        )
+        axis.get_legend().remove()
+        axis.set(
+            title=f"{label}: median, 50 % and 90 %",
+            xlabel="days from 22 January 1978",
+            ylabel="boys" if k == 0 else "",
+            ylim=(0, None),
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out, dpi=150)
     print(f"wrote {arguments.out}")

@@ -28,7 +28,9 @@ F64 = torch.float64
 LEVEL, READ = 6.0, torch.tensor([[1.0, 1.0, 0.0]], dtype=F64)
 
 
-def law(period: Tensor, lifetime: Tensor, amplitude: Tensor, memory: Tensor, wander: Tensor) -> sd.LinearGaussianMeasure:
+def law(
+    period: Tensor, lifetime: Tensor, amplitude: Tensor, memory: Tensor, wander: Tensor
+) -> sd.LinearGaussianMeasure:
     """Return the stationary law of the level and of the two phases of the oscillation; times are years, sizes standard deviations."""
     turn, decay, slow = 2 * math.pi / period, 1 / lifetime, 1 / memory
     zero = torch.zeros_like(turn)
@@ -56,6 +58,7 @@ def main() -> None:
     """Fit, forecast, score and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=300)
+    parser.add_argument("--method", default="guide", choices=("guide", "laplace", "nuts"))
     parser.add_argument("--out", type=Path, default=Path("outputs/sunspot_cycles.png"))
     arguments = parser.parse_args()
 
@@ -63,7 +66,9 @@ def main() -> None:
     years = torch.tensor(table["year"], dtype=F64) - table["year"][0]
     roots = torch.tensor(table["number"], dtype=F64).sqrt()[:, None] - LEVEL
     learnt = 200  # 1700 to 1899
-    post = sd.infer.fit_posterior(model, years[:learnt], roots[:learnt], num_draws=arguments.draws)
+    post = sd.infer.fit_posterior(
+        model, years[:learnt], roots[:learnt], method=arguments.method, num_draws=arguments.draws
+    )
     print(post)
     draws = {
         name: torch.tensor(post.idata.posterior[name].values).flatten()
@@ -87,8 +92,15 @@ def main() -> None:
     last = torch.stack([roots[n - 1].expand(10) for n in origins]) + LEVEL
     cycle = torch.stack([roots[n - 11 : n - 1, 0] for n in origins]) + LEVEL
     average = (roots[:learnt].mean() + LEVEL).expand_as(truth)
-    print(f"root mean squared error of the root of the number, {len(origins)} origins: 1, 3, 5 and 10 years ahead")
-    for name, guess in {"model": ahead.mean(1), "last year": last, "11 years ago": cycle, "average": average}.items():
+    print(
+        f"root mean squared error of the root of the number, {len(origins)} origins: 1, 3, 5 and 10 years ahead"
+    )
+    for name, guess in {
+        "model": ahead.mean(1),
+        "last year": last,
+        "11 years ago": cycle,
+        "average": average,
+    }.items():
         errors = (guess - truth).square().mean(0).sqrt()[[0, 2, 4, 9]]
         print(f"  {name:12s} " + "  ".join(f"{value:.2f}" for value in errors.tolist()))
     low, high = ahead.quantile(torch.tensor([0.05, 0.95], dtype=F64), 1)
@@ -100,7 +112,9 @@ def main() -> None:
     axis.plot(1700 + years[end - 60 :], table["number"][end - 60 :], color="0.6", lw=1)
     fan = forecast(end, future).clamp_min(0).square()
     seen = 1700 + years[end - 60 :], torch.tensor(table["number"][end - 60 :])
-    sd.diagnostics.plot_paths(1700 + future, fan, observations=seen, label="from 1996", colour="#0072B2", ax=axis)
+    sd.diagnostics.plot_paths(
+        1700 + future, fan, observations=seen, label="from 1996", colour="#0072B2", ax=axis
+    )
     axis.set(xlabel="year", ylabel="sunspots", xlim=(1937, 2018), ylim=(0, None))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out, dpi=150)

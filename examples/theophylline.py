@@ -3,8 +3,8 @@
     python examples/theophylline.py
 
 The drug passes from the gut into one compartment of blood, whose concentration also wanders on its own; the equation is linear, so paths
-are integrated out exactly. It prints the population with intervals, says whether the wandering is needed, and draws every person's
-concentrations to ``outputs/theophylline.png``.
+are integrated out exactly. It prints the population with intervals and draws every person's concentrations to
+``outputs/theophylline.png``.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ def main() -> None:
     """Fit, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=300)
+    parser.add_argument("--method", default="guide", choices=("guide", "laplace", "nuts"))
     parser.add_argument("--out", type=Path, default=Path("outputs/theophylline.png"))
     arguments = parser.parse_args()
 
     panel = sd.Panel(sd.datasets.theophylline(), "subject", "time", "concentration", "dose", dtype=F64)
     dose = panel.covariates[:, 0, 0]
-    post = sd.infer.fit_posterior(model, panel, dose, num_draws=arguments.draws)
+    post = sd.infer.fit_posterior(model, panel, dose, method=arguments.method, num_draws=arguments.draws)
     print(post)
     draws = {
         name: torch.tensor(post.idata.posterior[name].values).flatten(0, 1)
@@ -70,7 +71,10 @@ def main() -> None:
     }
     lines = {"absorption per hour": 0, "elimination per hour": 1, "litres per kg": 2}
     lines = {name: draws["typical"][:, k] for name, k in lines.items()}
-    lines |= {f"spread of {name}": draws["spread"][:, k] for k, name in enumerate(("absorption", "elimination", "volume"))}
+    lines |= {
+        f"spread of {name}": draws["spread"][:, k]
+        for k, name in enumerate(("absorption", "elimination", "volume"))
+    }
     for name, values in (lines | {"wandering": draws["wander"], "error": draws["error"]}).items():
         print(f"{name:22s} {values.mean():.3f} ({values.quantile(0.05):.3f} to {values.quantile(0.95):.3f})")
 
@@ -81,7 +85,9 @@ def main() -> None:
     figure, axes = plt.subplots(3, 4, figsize=(9, 6), sharex=True, sharey=True, layout="constrained")
     for k, axis in enumerate(axes.flat):
         seen = panel.times[k], panel.values[k, :, 0]
-        sd.diagnostics.plot_paths(hours, paths[:, k], observations=seen, colour="#0072B2", label="blood", ax=axis)
+        sd.diagnostics.plot_paths(
+            hours, paths[:, k], observations=seen, colour="#0072B2", label="blood", ax=axis
+        )
         axis.get_legend().remove()
         half = (0.693147 / draws["rates"][:, k, 1]).quantile(torch.tensor([0.05, 0.95], dtype=F64))
         axis.text(24.5, 12.4, f"half-life {half[0]:.1f} to {half[1]:.1f} h", ha="right", va="top", fontsize=8)
