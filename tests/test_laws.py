@@ -122,6 +122,14 @@ CASES: dict[str, Case] = {
         outside=-0.1,  # type: ignore[attr-defined]
     ),
     "TransformedMeasure": Case(positive, other=lambda: positive(0.5), outside=-0.1),
+    "SquareRootProcess": Case(
+        lambda: sd.core.SquareRootProcess(torch.tensor(2.0, dtype=F64), 1.0, 0.8, ONE), outside=-0.1, bias=0.0
+    ),
+    "stationary SquareRootProcess": Case(
+        lambda: sd.core.SquareRootProcess(torch.tensor(2.0, dtype=F64), 1.0, 0.8 * ONE),
+        outside=-0.1,
+        bias=0.0,
+    ),
     "exact TransformedMeasure": Case(
         lambda: ornstein_uhlenbeck().transformed("exp"),
         other=lambda: ornstein_uhlenbeck(0.9, 0.2).transformed("exp"),

@@ -48,6 +48,7 @@ from .gaussian.pinned import bridge_drift as bridge_drift
 from .gaussian.recursion import affine_states as affine_states
 from .gaussian.recursion import gaussian_moments as gaussian_moments
 from .law.diffusion import DiffusionMeasure as DiffusionMeasure
+from .law.square_root import SquareRootProcess as SquareRootProcess
 from .law.marginals import GaussianMarginal as GaussianMarginal
 from .law.marginals import Marginal as Marginal
 from .law.marginals import SampledMarginal as SampledMarginal
