@@ -22,6 +22,7 @@ from stochdyn._checks import (
     check_type,
     values_are_checked,
 )
+from stochdyn.core.gaussian.exact_steps import takes_exact_steps
 from stochdyn.core.law.initial import DistributionStart, FixedStart, InitialLaw, as_initial
 from stochdyn.core.law.transition import euler_log_prob
 from stochdyn.core.sde.coefficients import Matrix
@@ -275,12 +276,14 @@ def sample_path(
     sde: SDE,
     initial: Any,
     ts: Tensor,
-    method: str | Method = "euler",
+    method: str | Method | None = None,
     noise_space: bool | None = None,
 ) -> Tensor:
     """Sample a path in a Pyro model, whatever drives it.
 
-    Brownian paths with a density are one site ``name``, of :class:`DiffusionPath`. Where no density exists
+    Brownian paths with a density are one site ``name``, of :class:`DiffusionPath`, which takes Euler steps on the grid: halve them until
+    the posterior no longer changes. A drift that says that it is affine (:class:`~stochdyn.core.AffineField`) takes exact steps on one
+    grid with a channel of noise per component, and its posterior doesn't depend on the grid. Where no density exists
     (noise with memory, or a ``(d, m)`` matrix with fewer channels than components) or is known (another method than Euler's)
     the random sites are the driving increments ``{name}_dw``, a random start ``{name}_0`` and, for noise with a past,
     ``{name}_past``; ``name`` is then a deterministic site. Which of the two it is depends on the form of the equation alone
@@ -291,7 +294,7 @@ def sample_path(
         sde: The equation.
         initial: A distribution with event ``(d,)``, or a tensor for a fixed start.
         ts: ``(T,)`` times.
-        method: The integration method of the path.
+        method: The integration method of the path; None takes exact steps where the drift says that it is affine, else Euler's.
         noise_space: True for the noise form, False for the path itself; None chooses by the form of the equation.
 
     Returns:
@@ -310,7 +313,12 @@ def sample_path(
         >>> trace.nodes["x_dw"]["value"].shape, trace.nodes["x"]["value"].shape
         (torch.Size([10, 1]), torch.Size([11, 2]))
     """
-    path = DiffusionPath(sde, initial, ts, method)
+    if method is None:
+        path = DiffusionPath(sde, initial, ts)
+        if noise_space is not False and takes_exact_steps(sde, path.ts, start_of(path.initial)):
+            path = DiffusionPath(sde, initial, ts, "exact")
+    else:
+        path = DiffusionPath(sde, initial, ts, method)
     degenerate = is_degenerate(sde, start_of(path.initial), ts)
     euler = path.method.name == "euler"
     if noise_space is False and (degenerate or not euler):

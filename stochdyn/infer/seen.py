@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_type
+from stochdyn.core.gaussian.exact_steps import exact_steps, takes_exact_steps
 from stochdyn.core.gaussian.resolution import resolving_stops
 from stochdyn.core.law.initial import DistributionStart, FixedStart, InitialLaw, as_initial
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import first_time
 from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, integrate
 from stochdyn.core.sde.stops import Stops, as_stops
+from stochdyn.errors import SingularDiffusionError
 from stochdyn.infer.distributions import start_of
 
 __all__ = ["SeenEquation"]
@@ -44,7 +46,7 @@ class SeenEquation:
 
     @staticmethod
     def at(sde: SDE, initial: Any, ts: Any, start_time: Tensor | float, dt: float | None) -> SeenEquation:
-        """Lay the grid, with steps of at most ``dt``, or such as resolve the equation for None.
+        """Lay the grid, with steps of at most ``dt``; without it they are exact for an :class:`AffineField`, else resolve the equation.
 
         Raises:
             TimeGridError: If the times don't increase strictly, or begin before ``start_time``.
@@ -56,6 +58,12 @@ class SeenEquation:
         stops = as_stops(ts, start_time, math.inf if dt is None else dt, probe)
         sde.check(first_time(stops.ts, probe), probe)
         batch = batch_shape_of(sde, probe, stops.ts)
+        if dt is None and takes_exact_steps(sde, stops.ts, probe):
+            try:
+                return SeenEquation(exact_steps(sde, stops.ts), law, stops, probe, batch)
+            except SingularDiffusionError:
+                # Noise that doesn't reach every component leaves Euler steps.
+                pass
         if dt is None:
             count = max(4, math.ceil(_PILOTS / max(1, batch.numel())))
             source = torch.Generator(probe.device).manual_seed(0)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
 import stochdyn as sd
+from stochdyn.core import AffineField
 from stochdyn.errors import ApproximationWarning
 from stochdyn.infer import LinearObservations, NonlinearObservations, ParticleObservations, particle_filter
 from tests.core.laws import ExactMemory
@@ -135,6 +137,52 @@ def test_noise_with_memory_takes_such_steps_too() -> None:
     y = fine.sample((16,))
     assert float((chosen.log_prob(y) - fine.log_prob(y)).square().mean().sqrt()) < 0.2 * 2**0.5
     assert sum(chosen.seen.stops.counts) < 6 * 40
+
+
+class Pull(AffineField):
+    """A drift that says that it is affine."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.parts = a, b
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.parts
+
+
+def pull() -> tuple[Pull, sd.LinearGaussianMeasure]:
+    """Return a drift that says that it is affine, of two batch members, and its exact law."""
+    a = torch.tensor([[[-1.0, 2.0], [-3.0, -0.5]], [[-0.3, 0.0], [1.0, -2.0]]], dtype=F64)
+    b, g = torch.tensor([0.7, -0.2], dtype=F64), 0.6 * torch.eye(2, dtype=F64)
+    return Pull(a, b), sd.LinearGaussianMeasure(a, b, g, torch.ones(2, dtype=F64))
+
+
+@pytest.mark.parametrize("times", [TIMES[:5], torch.tensor([0.1, 0.5, 3.0], dtype=F64)])
+def test_a_drift_that_says_that_it_is_affine_takes_exact_steps(times: Tensor) -> None:
+    drift, law = pull()
+    sde, start = sd.SDE(drift, 0.6), torch.ones(2, dtype=F64)
+    exact = LinearObservations(law, times, 0.3)
+    torch.manual_seed(0)
+    y = exact.sample()
+    found = NonlinearObservations(sde, start, times, lambda x: x, 0.3)
+    assert found.seen.stops.counts == (1,) * len(times)
+    torch.testing.assert_close(found.log_prob(y), exact.log_prob(y), rtol=1e-9, atol=0)
+    assert float((site(sde, start, times, dt=1.0).log_prob(y[..., :1]) - exact.log_prob(y)).abs().min()) > 0.1
+    guided = filters(sde, start, times, y, "guided")
+    torch.testing.assert_close(guided, exact.log_prob(y), rtol=1e-9, atol=0)
+
+
+def test_an_affine_drift_whose_form_has_no_exact_steps_takes_others() -> None:
+    drift, _ = pull()
+    start, own = torch.ones(2, dtype=F64), torch.tensor([[0.1, 0.5], [0.3, 2.0]], dtype=F64)
+    coupled = Pull(drift.parts[0][0], drift.parts[1])
+    one = sd.SDE(coupled, torch.tensor([[0.0], [0.5]], dtype=F64))
+    assert max(site(one, start).seen.stops.counts) > 1
+    assert max(site(sd.SDE(drift, 0.6), start, own).seen.stops.counts) > 1
+    trace = pyro.poutine.trace(
+        lambda: sd.infer.sample_path("x", sd.SDE(drift, 0.6), start, own, noise_space=None)
+    ).get_trace()
+    assert trace.nodes["x"]["fn"].method.name == "euler"
 
 
 def test_an_equation_that_no_steps_resolve_is_told() -> None:

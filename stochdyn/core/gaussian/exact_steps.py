@@ -13,7 +13,7 @@ from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.noise import Brownian
 from stochdyn.errors import InvalidInputError, SingularDiffusionError, TimeGridError
 
-__all__ = ["exact_steps"]
+__all__ = ["exact_steps", "takes_exact_steps"]
 
 
 class _StepField(nn.Module):
@@ -55,6 +55,19 @@ class _Step(AffineField):
 
     def affine(self) -> tuple[Tensor, Tensor]:
         return self.parts
+
+
+def takes_exact_steps(sde: SDE, ts: Tensor, x0: Tensor) -> bool:
+    """Return whether :func:`exact_steps` has an answer by the form of the equation, whatever its values are.
+
+    Args:
+        sde: The equation.
+        ts: The grid of times.
+        x0: A start ``(*batch, d)``.
+    """
+    if not isinstance(sde.drift, AffineField) or not isinstance(sde.noise, Brownian) or sde.state_dependent:
+        return False
+    return ts.ndim == 1 and len(ts) > 1 and sde.noise_dim(ts[0].to(x0), x0) == x0.shape[-1]
 
 
 def exact_steps(sde: SDE, ts: Tensor) -> SDE:

@@ -35,7 +35,7 @@ _FAR = 0.05
 _LEAST_STEPS = 32
 _MOST_STEPS = 128
 # What moves without noise is known to this part of its movement.
-_PART = 1e-3
+_PART = 1e-2
 
 
 def resolving_stops(sde: SDE, starts: Tensor, stops: Stops) -> Stops:

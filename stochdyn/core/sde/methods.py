@@ -83,9 +83,9 @@ class Exact(Method):
     .. math:: X_{n+1}=\Phi X_n+c+Q^{1/2}\,\Delta W_n/\sqrt\Delta,\qquad \Phi=e^{A\Delta},\quad
         Q=\int_0^\Delta e^{As}GG^\top e^{A^\top s}ds
 
-    Use it where the drift says that it is affine (:class:`~stochdyn.core.AffineField`) and steps are long against its rates. A control is held
-    over each step. Two laws can be compared on their paths only if they share drift and diffusion, since with other rates a step has
-    other noise; their ``log_prob`` tell them apart.
+    Use it where the drift says that it is affine (:class:`~stochdyn.core.AffineField`) and steps are long against its rates; path
+    sites and filters of Pyro models then take it by themselves. A control is held over each step. Two laws can be compared on their
+    paths only if they share drift and diffusion, since with other rates a step has other noise; their ``log_prob`` tell them apart.
 
     Example:
         >>> Exact().name
