@@ -79,6 +79,24 @@ def test_every_bead_has_its_part() -> None:
     torch.testing.assert_close(medium.sum(0), current.medium(x))
 
 
+def test_reversal_of_a_chain_has_its_rate() -> None:
+    """The law backwards in time against the dynamics themselves; and the exact score leaves no residual."""
+    exact = LinearSteadyState(
+        torch.diag(torch.ones(4, dtype=D), 1)
+        + torch.diag(torch.ones(4, dtype=D), -1)
+        - 2 * torch.eye(5, dtype=D),
+        torch.diag((2 * torch.linspace(1, 10, 5, dtype=D)).sqrt()),
+    )
+    rho = torch.distributions.MultivariateNormal(torch.zeros(5, dtype=D), exact.covariance)
+    law, ts = sd.DiffusionMeasure(rho, exact.sde), torch.linspace(0, 1, 201, dtype=D)
+    back = law.reverse(lambda t, x: exact.score(x), 1.0, rho)
+    kl = back.kl(law.backward(1.0, rho), ts, num_samples=2000, estimator="rate", generator=0)
+    assert abs(float(kl) - exact.rate) < 4.5 * float(kl.stderr) + 0.01 * exact.rate
+    flow = sd.core.LearnedFlow(lambda t, x: exact.score(x), "score")
+    residual = sd.core.FokkerPlanck(exact.sde).residual(flow, 0.0, exact.sample(100, 0), stationary=True)
+    assert float(residual.abs().max()) < 1e-10 * exact.rate
+
+
 @pytest.mark.parametrize("components", ["one unit", "each its own"])
 def test_units_of_the_state_change_nothing(components: str) -> None:
     a = bead_chain(3)
