@@ -15,6 +15,7 @@ from stochdyn.datasets import GaussianDenoising, drug_screen, letters
 from stochdyn.interpolants import (
     FieldNetwork,
     GraphEncoder,
+    KernelMeans,
     PopulationGenerator,
     PopulationRegression,
     Populations,
@@ -29,13 +30,13 @@ __all__ = ["measure"]
 
 def train(
     data: Populations, encoder: SampleEncoder | None, steps: int, lr: float, batch_size: int, num_points: int,
-    width: int, coupling: str = "paired",
+    width: int, coupling: str = "paired", around: KernelMeans | None = None,
 ) -> tuple[PopulationGenerator, dict[str, float]]:  # fmt: skip
     """Train a flow, and say what it cost."""
     torch.manual_seed(0)
-    size = (0 if encoder is None else encoder.out) + data.treatment_dim
+    size = sum(0 if part is None else part.out for part in (encoder, around)) + data.treatment_dim
     objective = PopulationRegression(
-        data.dim, encoder, coupling, treatment_dim=data.treatment_dim, num_points=num_points,
+        data.dim, encoder, coupling, around=around, treatment_dim=data.treatment_dim, num_points=num_points,
         velocity=FieldNetwork(data.dim, width=width, depth=3, condition_dim=size),
     )  # fmt: skip
     start = time.process_time()
@@ -134,7 +135,10 @@ def turned(smoke: bool, steps: int) -> dict[str, Any]:
 
 
 def spelled(smoke: bool, steps: int) -> dict[str, Any]:
-    """Measure the transport distance W2 of denoised letters from clean ones: seen letters, and two that never were."""
+    """Measure the transport distance W1 of denoised letters from clean ones: seen letters, and two that never were.
+
+    Every flow has at most 100 processor seconds.
+    """
     count = 2 if smoke else 40
     names = "ABCDEFGHIJKLMNOPQRSTUVWZ"
     seen = letters(names, count, generator=0)
@@ -145,13 +149,16 @@ def spelled(smoke: bool, steps: int) -> dict[str, Any]:
         "Y": letters("Y", 3 if smoke else 10, size=400, generator=13),
     }
     models = {}
-    for name, encoder in (
-        ("blind", None),
-        ("set", SetEncoder(2, width=64, out=32)),
-        ("graph", GraphEncoder(2, width=32, out=32)),
-    ):
+    # what lies around a point costs twice the time of a step
+    cases: list[tuple[str, SampleEncoder | None, KernelMeans | None, int]] = [
+        ("blind", None, None, steps),
+        ("set and what lies around", SetEncoder(2, width=64, out=32), KernelMeans(2), steps // 2),
+        ("set", SetEncoder(2, width=64, out=32), None, steps),
+        ("graph", GraphEncoder(2, width=32, out=32), None, steps),
+    ]
+    for name, encoder, around, number in cases:
         torch.manual_seed(1)
-        models[name] = train(data, encoder, steps, 2e-3, 10, 256, 128)
+        models[name] = train(data, encoder, number, 2e-3, 10, 256, 128, around=around)
     rows = []
     for part, clouds in tests.items():
         predicted: dict[str, list[Tensor]] = {
@@ -162,7 +169,7 @@ def spelled(smoke: bool, steps: int) -> dict[str, Any]:
         # against the clean cloud that the noise was added to, of the same size, as the published metric is
         distances = {
             name: torch.tensor(
-                [sd.diagnostics.emd(a[: len(b)], b, 2) for a, b in zip(group, clouds.targets, strict=True)],
+                [sd.diagnostics.emd(a[: len(b)], b, 1) for a, b in zip(group, clouds.targets, strict=True)],
                 dtype=torch.float64,
             )
             for name, group in predicted.items()
@@ -178,7 +185,7 @@ def spelled(smoke: bool, steps: int) -> dict[str, Any]:
             )  # fmt: skip
     return {
         "rows": rows, "cost": {name: cost for name, (_, cost) in models.items()}, "count": count, "steps": steps,
-        "metric": "W2",
+        "metric": "W1",
     }  # fmt: skip
 
 

@@ -236,10 +236,12 @@ def populations(report: dict[str, Any]) -> list[str]:
             [r["part"], r["model"], f"{r['distance']:.4f} ± {r['stderr']:.4f}", r["against blind"]]
             for r in letters["rows"]
         ]
-        cost = ", ".join(f"{k} {v['processor seconds']:.0f}" for k, v in letters["cost"].items())
+        cost = ", ".join(
+            f"{k} {v['processor seconds']:.0f} for {v['steps']} steps" for k, v in letters["cost"].items()
+        )
         lines += [
             f"Letters with noise of 0.5, {letters['count']} rotations of each of 24 letters in training, {letters['metric']} of 400 points from "
-            f"the clean letter over ten rotations, X and Y never seen ({letters['steps']} steps, processor seconds: {cost}). The last column "
+            f"the clean letter over ten rotations, X and Y never seen (processor seconds: {cost}). The last column "
             "is the paired difference from the blind flow.",
             "",
             *_rows(["letter", "model", letters["metric"], "less the blind flow's"], rows),
