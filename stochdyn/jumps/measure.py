@@ -335,17 +335,17 @@ class JumpMeasure(JumpLaw):
         return self._log_density(path)
 
     def _log_density(self, record: JumpRecord) -> Tensor:
-        start = self.initial.double().log()[record.states[..., 0]]
+        first = record.states[..., :1]
+        shape = torch.broadcast_shapes(record.shape, self.batch_shape)
+        start = self.initial.double().log().expand(*shape, -1).gather(-1, first.expand(*shape, 1))[..., 0]
         if self._function is None:
-            q = self._matrix().double()
+            q = self._matrices().double()
             counts, dwell = record.counts.double(), record.dwell.double()
-            log_q = torch.where(
-                counts > 0,
-                q.log().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf),
-                torch.zeros_like(q),
-            )
-            jumps = torch.where(counts > 0, counts * log_q, torch.zeros_like(counts)).sum((-2, -1))
-            return start + jumps + (dwell * q.diagonal()).sum(-1)
+            # jumps that didn't happen have no part, nor one in the derivative, whatever their rates
+            happened = counts > 0
+            log_q = torch.where(happened, q, torch.ones_like(q)).log()
+            exits = q.diagonal(dim1=-2, dim2=-1)
+            return start + (counts * log_q).sum((-2, -1)) + (dwell * exits).sum(-1)
         lanes = record.num_jumps.reshape(-1)
         times = record.times.reshape(len(lanes), -1).double()
         states = record.states.reshape(len(lanes), -1)
@@ -359,31 +359,35 @@ class JumpMeasure(JumpLaw):
 
     def _along(self, times: Tensor, states: Tensor, count: Tensor, ts: Tensor) -> Tensor:
         """Return log rates of the jumps less the integral of the exit rates, ``(L,)``, for rates that change."""
-        first, last = ts[0].double(), ts[-1].double()
         real = torch.arange(times.shape[1]) < count[:, None]
-        at = torch.where(real, times, last)
+        at = torch.where(real, times, ts[-1].double())
         rates = self._at(at.reshape(-1)).reshape(*at.shape, self.num_states, self.num_states)
         rows = rates.gather(-2, states[:, :-1, None, None].expand(-1, -1, 1, self.num_states))[..., 0, :]
         jumps = torch.where(real, rows.gather(-1, states[:, 1:, None])[..., 0], 1.0).log().sum(-1)
-        # Gauss-Legendre within every stay; padded stays have no length
-        edges = torch.cat([first.expand(len(at), 1), at, last.expand(len(at), 1)], -1)
-        x, w = (torch.as_tensor(part) for part in np.polynomial.legendre.leggauss(_ORDER))
-        half, middle = (
-            0.5 * (edges[:, 1:] - edges[:, :-1])[..., None],
-            0.5 * (edges[:, 1:] + edges[:, :-1])[..., None],
-        )
-        nodes = middle + half * x
-        exits = self._at(nodes.reshape(-1)).diagonal(dim1=-2, dim2=-1).reshape(*nodes.shape, -1)
-        stay = exits.gather(-1, states[..., None, None].expand(-1, -1, _ORDER, 1))[..., 0]
-        return jumps + (half * w * stay).sum((-2, -1))
+        return jumps + _integral(lambda t: self._at(t).diagonal(dim1=-2, dim2=-1), at, states, ts)
 
     def _rate(self, record: JumpRecord, other: JumpLaw) -> Tensor:
-        if self._function is not None or not isinstance(other, JumpMeasure) or other._function is not None:
+        if not isinstance(other, JumpMeasure):
             return super()._rate(record, other)
         start = self.initial.double().log() - other.initial.double().log()
-        return start[record.states[..., 0]] + (
-            record.dwell.double() * divergence_rates(self._matrix(), other._matrix())
-        ).sum(-1)
+        first = start[record.states[..., 0]]
+        if self._function is None and other._function is None:
+            rates = divergence_rates(self._matrix(), other._matrix())
+            return first + (record.dwell.double() * rates).sum(-1)
+        lanes = record.num_jumps.reshape(-1)
+        states = record.states.reshape(len(lanes), -1)
+        times = record.times.reshape(len(lanes), -1).double().clamp(max=float(record.ts[-1]))
+        step = max(1, _CHUNK // (states.shape[1] * _ORDER * self.num_states**2))
+        out = [
+            _integral(
+                lambda t: divergence_rates(self._at(t), other._at(t)),
+                times[i : i + step],
+                states[i : i + step],
+                record.ts,
+            )
+            for i in range(0, len(lanes), step)
+        ]
+        return first + torch.cat(out).reshape(record.shape)
 
     def kl(self, other: JumpMeasure, horizon: float) -> Tensor:
         r"""Return the divergence of the laws of whole paths up to ``horizon``.
@@ -640,6 +644,25 @@ def expected_statistics(
         slope = torch.autograd.grad(total, q)[0]
     jumps = q.detach() * slope
     return slope.diagonal().clone(), jumps - torch.diag_embed(jumps.diagonal())
+
+
+def _integral(rates: Callable[[Tensor], Tensor], at: Tensor, states: Tensor, ts: Tensor) -> Tensor:
+    """Return the integral ``(L,)`` along paths of what accrues in each state, by Gauss-Legendre nodes within every stay.
+
+    Args:
+        rates: What accrues at times ``(n,)`` in each state, ``(n, S)``.
+        at: The times of the jumps, padded with the end, ``(L, N)``.
+        states: The states before and after them, ``(L, N + 1)``.
+        ts: The grid of the paths, whose ends count.
+    """
+    first, last = ts[0].double(), ts[-1].double()
+    edges = torch.cat([first.expand(len(at), 1), at, last.expand(len(at), 1)], -1)
+    x, w = (torch.as_tensor(part) for part in np.polynomial.legendre.leggauss(_ORDER))
+    half = 0.5 * (edges[:, 1:] - edges[:, :-1])[..., None]
+    nodes = 0.5 * (edges[:, 1:] + edges[:, :-1])[..., None] + half * x
+    value = rates(nodes.reshape(-1)).reshape(*nodes.shape, -1)
+    stay = value.gather(-1, states[..., None, None].expand(-1, -1, _ORDER, 1))[..., 0]
+    return (half * w * stay).sum((-2, -1))
 
 
 def divergence_rates(q: Tensor, p: Tensor) -> Tensor:

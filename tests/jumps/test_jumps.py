@@ -332,6 +332,10 @@ def test_rates_that_change_in_time() -> None:
     still = JumpMeasure(tensor([1.0, 0.0]), base)
     weight = (-law.log_rn(record, still)).exp()
     assert abs(float(weight.mean()) - 1) < 4.5 * float(weight.std()) / 20_000**0.5
+    # with mean rates in place of jumps: less variance, the same mean
+    density, rate = law.log_rn(record, still), law.log_rn(record, still, "rate")
+    assert abs(float((density - rate).mean())) < 4.5 * float((density - rate).std()) / 20_000**0.5
+    assert rate.var() < 0.5 * density.var()
     # the divergence is the mean log ratio; between laws whose rates change by one factor it is that of a longer time
     assert (
         abs(float(law.log_rn(record, still).mean() - law.kl(still, 1.5)))

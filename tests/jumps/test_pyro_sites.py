@@ -132,6 +132,31 @@ def test_seen_paths_are_sites() -> None:
         JumpPath(law, 3.0, 5).encode(record)
 
 
+def test_seen_paths_may_have_rates_of_their_own_and_jumps_that_cannot_happen() -> None:
+    """Laws of a plate are each as if alone, and rates that are zero by the model have finite derivatives."""
+    scale = torch.tensor([1.0, 2.5], dtype=D, requires_grad=True)
+    chain = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 1.0], [0.0, 2.0, 0.0]], dtype=D)
+    site = JumpPath(JumpMeasure(START, scale[:, None, None] * chain), 2.0, 6)
+    record = JumpRecord.of([0.4, 1.1], [0, 1, 2], horizon=2.0, num_states=3)
+    value = site.log_prob(site.encode(record))
+    alone = [float(JumpMeasure(START, k * chain).log_prob(record)) for k in (1.0, 2.5)]
+    torch.testing.assert_close(value.detach(), torch.tensor(alone, dtype=D), rtol=1e-12, atol=0)
+    # two jumps, less the expected number at these rates
+    slope = torch.autograd.grad(value.sum(), scale)[0]
+    expected = 2 / scale.detach() - (0.4 * 1.0 + 0.7 * 1.5 + 0.9 * 2.0)
+    torch.testing.assert_close(slope, expected, rtol=1e-12, atol=0)
+    rates = chain.clone().requires_grad_()
+    grad = torch.autograd.grad(JumpMeasure(START, rates).log_prob(record), rates)[0]
+    assert torch.isfinite(grad).all()
+    torch.manual_seed(0)
+    many = JumpPath(JumpMeasure(START, scale.detach()[:, None, None] * chain), 2.0, 40)
+    draws = many.sample(torch.Size([5]))
+    assert many.log_prob(draws).shape == (5, 2)
+    # a record that needs a forbidden jump
+    leap = JumpRecord.of([0.4], [0, 2], horizon=2.0, num_states=3)
+    assert float(JumpMeasure(START, chain).log_prob(leap)) == -math.inf
+
+
 def test_the_rate_of_a_seen_path_has_its_conjugate_posterior() -> None:
     """Gamma(a, b) given n jumps in time T is Gamma(a + n, b + T): the log density differs from it by a constant."""
     record = JumpRecord.of([0.4, 1.1, 1.7], [0, 1, 0, 1], horizon=2.5, num_states=2)
