@@ -334,3 +334,126 @@ def test_povm(tmp_path: Any) -> None:
     exact = sd.povm.exact.evolve(model, "up", times, observables)
     assert exact is not None
     assert callable(sd.povm.steady_state)
+
+
+def test_jumps() -> None:
+    rates = torch.tensor([[0.0, 1.0, 0.5], [0.3, 0.0, 0.7], [0.2, 0.4, 0.0]], dtype=torch.float64)
+    Q = sd.jumps.RateMatrix(rates)
+    for answer, shape in (
+        (Q.matrix, (3, 3)),
+        (Q.stationary(), (3,)),
+        (Q.relaxation_times(), (2,)),
+        (Q.mean_first_passage(), (3, 3)),
+        (Q.entropy_production(), ()),
+        (sd.jumps.transition(Q, 0.5), (3, 3)),
+        (sd.jumps.transition(Q, torch.tensor([0.5, 1.0])), (2, 3, 3)),
+    ):
+        assert answer.shape == shape
+    law = sd.jumps.JumpMeasure([1.0, 0.0, 0.0], Q)
+    path = law.sample(torch.linspace(0, 1, 5), 10, seeded())
+    assert law.marginal(0.3).probs.shape == (3,)
+    assert law.log_rn(path, law).shape == (10,)
+    assert float(law.kl(law, 1.0)) == pytest.approx(0.0)
+    law.forward()
+    record = law.sample_record(2.0, (5,), seeded())
+    assert record.at([0.0, 1.0]).shape == (5, 2)
+    assert (record.dwell.shape, record.counts.shape) == ((5, 3), (5, 3, 3))
+    assert record.times.shape[:1] == record.states.shape[:1] == (5,)
+    confusion = [[0.9, 0.05, 0.05], [0.1, 0.8, 0.1], [0.0, 0.1, 0.9]]
+    times = [0.0, 0.5, 1.0]
+    for y, observation in (
+        ([0, 1, 2], sd.jumps.Exact(3)),
+        ([0, 1, 2], sd.jumps.Misclassified(confusion)),
+        ([0.1, 1.2, 1.9], sd.jumps.GaussianLevels([0.0, 1.0, 2.0], 0.3)),
+        ([3, 4, 9], sd.jumps.PoissonLevels([1.0, 4.0, 8.0])),
+        ([0, 1, 0], sd.jumps.StateSets([[0, 1], [2]], 3)),
+        ([0, 1, 2], sd.jumps.ExactEntry([2], sd.jumps.Exact(3))),
+    ):
+        evidence = sd.jumps.log_evidence(law, times, y, observation)
+        post = law.conditioned(times, y, observation)
+        assert post.marginal(0.2).probs.shape == (3,)
+        assert post.rates(0.2).shape == (3, 3)
+        assert post.sample([0.0, 0.3], 4).x.shape == (4, 2, 1)
+        site = sd.jumps.HiddenJumps(law, times, observation).log_prob(torch.as_tensor(y))
+        torch.testing.assert_close(site, evidence)
+
+
+def test_panels_and_reactions_of_jumps() -> None:
+    pandas = pytest.importorskip("pandas")
+    law = sd.jumps.JumpMeasure([0.5, 0.5], [[0.0, 1.0], [0.5, 0.0]])
+    state = law.sample(torch.linspace(0, 3, 7), 20, seeded()).x.long().flatten().tolist()
+    frame = pandas.DataFrame(
+        {
+            "id": [i for i in range(20) for _ in range(7)],
+            "years": [0.5 * k for k in range(7)] * 20,
+            "state": state,
+        }
+    )
+    panel = sd.jumps.PanelData(frame, subject="id", time="years", state="state", exact_entry=[])
+    mask = ~torch.eye(2, dtype=torch.bool)
+    for options in ({}, {"mask": mask, "prior": (0.0, 1.0)}, {"reversible": True}):
+        fit = sd.jumps.fit_rates(panel, **options)
+        assert fit.rates.shape == (2, 2)
+        assert fit.log_likelihood < 0
+        assert isinstance(fit.khat, float)
+        assert len(fit.draws) > 0
+        assert fit.idata is not None
+        assert isinstance(fit.report(), str)
+    assert sd.jumps.AmortisedRates.load().posterior(panel).rates.shape == (2, 2)
+    net = sd.jumps.ReactionNetwork(["0 -> A", "A -> 0"], rates=[3.0, 0.5], initial={"A": 7})
+    assert net.sample([0.0, 1.0], 1000).x.shape == (1000, 2, 1)
+    truncated = net.truncate({"A": 200}).marginal(1.0)
+    assert truncated.lost_mass < 1e-12
+    assert truncated.probs.shape == (201,)
+    assert isinstance(net.linear_noise(), sd.LinearGaussianMeasure)
+    assert isinstance(net.langevin(), sd.SDE)
+
+
+def test_nonequilibrium() -> None:
+    ne = sd.nonequilibrium
+    drift = torch.tensor([[-1.0, 0.5], [-0.5, -1.0]], dtype=torch.float64)
+    steady = ne.LinearSteadyState(drift, torch.eye(2, dtype=torch.float64), parity=None)
+    x = steady.sample(200, seeded())
+    assert (steady.covariance.shape, steady.velocity(x).shape, steady.local(x).shape) == (
+        (2, 2),
+        (200, 2),
+        (200,),
+    )
+    assert float(steady.rate) > 0
+    assert steady.split is not None
+    current = ne.SteadyCurrent(steady.sde, steady.score, parity=None)
+    for field in (current.velocity, current.irreversible):
+        assert field(x).shape == (200, 2)
+    for number in (lambda x: current.local(x, by=None), current.medium, current.system):
+        assert number(x).shape == (200,)
+    assert ne.entropy_production_rate(current, x).stderr >= 0
+    assert ne.sum_rule(steady.sde, x, parity=None).stderr >= 0
+    objective = ne.SteadyScoreMatching(steady.sde, ne.SteadyScore(x), fp_weight=1.0)
+    sd.fit(objective, x, steps=2, progress=False)
+    paths = steady.law.sample(torch.linspace(0, 10, 501, dtype=torch.float64), 20, seeded())
+    assert ne.short_time_entropy(paths.x, 0.02, features="linear", lags=(1, 2), folds=2).stderr > 0
+    spent = ne.dissipation(paths.x, paths.ts, current)
+    assert spent.shape == (20,)
+    ne.integral_theorem(0.01 * spent)
+    Q = sd.jumps.RateMatrix([[0.0, 1.0, 0.5], [0.3, 0.0, 0.7], [0.2, 0.4, 0.0]])
+    assert float(ne.short_time_bound(Q)) <= float(Q.entropy_production())
+    ne.entropy_from_counts(sd.jumps.JumpMeasure(Q.stationary(), Q).sample_record(50.0, 20, seeded()))
+    law = sd.DiffusionMeasure(torch.zeros(2), sd.SDE(lambda t, x: -x, 1.0))
+    law.backward(1.0, torch.zeros(2), parity=None)
+    law.reverse(lambda t, x: -x, 1.0, parity=None)
+
+
+def test_populations() -> None:
+    starts = [torch.randn(20 + i, 2, generator=seeded(i)) for i in range(4)]
+    targets = [start + i for i, start in enumerate(starts)]
+    data = sd.interpolants.Populations(starts, targets, treatments=None)
+    for coupling in ("paired", "independent", "ot"):
+        objective = sd.interpolants.PopulationRegression(
+            dim=2, encoder=sd.interpolants.SetEncoder(2), coupling=coupling
+        )
+        sd.fit(objective, data, steps=2, progress=False)
+        gen = objective.generator()
+        predicted = gen.sample(starts[0])
+        assert predicted.shape == (20, 2)
+        assert gen.velocity(0.3, starts[0], population=starts[0]).shape == (20, 2)
+    sd.interpolants.compare_populations(predicted, targets[0])

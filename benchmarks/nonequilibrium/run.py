@@ -129,7 +129,7 @@ def pair(smoke: bool) -> list[Row]:
         torch.manual_seed(0)
         start = time.process_time()
         score = ne.SteadyScore(x, base=system.base_score, periods=system.periods)
-        objective = ne.SteadyScoreMatching(system.sde, score, residual_weight=weight)
+        objective = ne.SteadyScoreMatching(system.sde, score, fp_weight=weight)
         sd.fit(
             objective,
             x,

@@ -162,7 +162,8 @@ class AmortisedRates(Objective):
         from safetensors.torch import load
 
         weights = load((files("stochdyn.jumps") / WEIGHTS).read_bytes())
-        network = cls()
+        with torch.random.fork_rng(devices=[]):  # weights drawn to be replaced at once
+            network = cls()
         network.load_state_dict(weights)
         return network.eval()
 

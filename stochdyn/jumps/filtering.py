@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from stochdyn._checks import as_tensor, check_type
 from stochdyn.errors import ShapeError, TimeGridError, ZeroProbabilityError
 from stochdyn.jumps.observations import Observation
 from stochdyn.jumps.uniformisation import _transition, paired_transition
 
-__all__ = ["Filtered", "prepare", "run_filter", "viterbi"]
+__all__ = ["Filtered", "filter_with", "prepare", "run_filter", "viterbi"]
 
 
 #: Series of so many observations and more are filtered in blocks, if series times squared states are no more than the second number.
@@ -212,21 +211,25 @@ class _LogEvidence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, start: Tensor, matrices: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        top = log_b.amax(-1, keepdim=True)
-        top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
-        b = (log_b - top).exp()
+        total, b = _likelihoods(log_b)
         messages = _in_blocks if _pays_in_blocks(*b.shape) else _step_by_step
         alpha, beta, scales = messages(start.expand(b.shape[1:]), matrices, b)
-        total = top[..., 0].sum(0) + scales.log().sum(0)[..., 0]
+        total = total + scales.log().sum(0)[..., 0]
         scales = scales[..., 0]
-        ctx.save_for_backward(start, matrices, b, alpha, beta, scales)
+        ctx.save_for_backward(start, matrices, log_b, b, alpha, beta, scales)
         ctx.mark_non_differentiable(alpha, beta)
         return total, alpha, beta
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        start, matrices, b, alpha, beta, scales = ctx.saved_tensors
+    def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        start, matrices, log_b, b, alpha, beta, scales = ctx.saved_tensors
+        if torch.is_grad_enabled():  # derivatives of the derivative are wanted: those of a filter on the tape
+            inputs = (start, matrices, log_b)
+            wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
+            total = _taped_filter(*inputs).log_evidence
+            grads = iter(torch.autograd.grad(total, wanted, slope, create_graph=True))
+            first, second, third = (next(grads) if need else None for need in ctx.needs_input_grad)
+            return first, second, third
         # the message that reaches each observation from its own and all later ones
         weighted = b * beta / scales.clamp(min=_SMALLEST)[..., None] * slope[:, None]
         before = torch.cat([start.expand_as(alpha[:1]), alpha[:-1]])
@@ -244,7 +247,35 @@ class _LogEvidence(torch.autograd.Function):
         return grad_start, grad_matrices, grad_seen
 
 
-def run_filter(start: Tensor, q: Tensor, data: Prepared, start_time: float) -> Filtered:
+def _likelihoods(log_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums ``(B,)`` of the largest log-likelihoods, and likelihoods ``(T, B, S)`` relative to these."""
+    top = log_b.detach().amax(-1, keepdim=True)
+    top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
+    return top[..., 0].sum(0), (log_b - top).exp()
+
+
+def _taped_filter(start: Tensor, matrices: Tensor, log_b: Tensor) -> Filtered:
+    """Run filter and smoother step by step on torch's tape: every part has derivatives of every order."""
+    total, b = _likelihoods(log_b)
+    now = start.expand(b.shape[1:])
+    alpha, scales = [], []
+    for k in range(len(b)):
+        now = (now.unsqueeze(-2) @ matrices[k]).squeeze(-2) * b[k]
+        scale = now.sum(-1, keepdim=True)
+        now = now / scale.clamp(min=_SMALLEST)
+        alpha.append(now)
+        scales.append(scale)
+    scaled = b / torch.stack(scales).clamp(min=_SMALLEST)
+    beta = [torch.ones_like(b[0])]
+    for k in range(len(b) - 1, 0, -1):
+        beta.append((matrices[k] @ (scaled[k] * beta[-1]).unsqueeze(-1)).squeeze(-1))
+    total = total + torch.stack(scales).log().sum(0)[..., 0]
+    return Filtered(total, torch.stack(alpha), torch.stack(beta[::-1]))
+
+
+def run_filter(
+    start: Tensor, q: Tensor, data: Prepared, start_time: float, *, taped: bool = False
+) -> Filtered:
     """Run filter and smoother.
 
     Args:
@@ -252,12 +283,22 @@ def run_filter(start: Tensor, q: Tensor, data: Prepared, start_time: float) -> F
         q: The generator ``(S, S)``, or one per series ``(B, S, S)``.
         data: The observations.
         start_time: The time at which the law starts.
+        taped: Whether the filtered probabilities and messages are to have derivatives, not the evidence alone.
 
     Raises:
         ZeroProbabilityError: If a series is impossible; it names series and time.
     """
-    matrices = transitions(q.double(), data.times, start_time, data.entries)
-    total, alpha, beta = _LogEvidence.apply(start.double(), matrices, data.log_b)
+    return filter_with(
+        start, transitions(q.double(), data.times, start_time, data.entries), data, taped=taped
+    )
+
+
+def filter_with(start: Tensor, matrices: Tensor, data: Prepared, *, taped: bool = False) -> Filtered:
+    """Run filter and smoother with given transition matrices; see :func:`run_filter`."""
+    start = start.double()
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (start, matrices, data.log_b))
+    run = _taped_filter if taped and tracked else _LogEvidence.apply
+    total, alpha, beta = run(start, matrices, data.log_b)
     if bool(torch.isinf(total.detach()).any()):
         series = int(torch.isinf(total.detach()).nonzero()[0, 0])
         lost = int((alpha[:, series].sum(-1) == 0).nonzero()[0, 0])

@@ -203,11 +203,17 @@ class RateMatrix(nn.Module):
         times = torch.where(for_ever, math.inf, -1.0 / torch.where(for_ever, -1.0, slow))
         return times.to(self.matrix.dtype)
 
-    def mean_first_passage(self, target: int | list[int]) -> Tensor:
-        """Return the mean time until a state of the target is entered, from every state, ``(*batch, S)``.
+    def mean_first_passage(self, target: int | list[int] | None = None) -> Tensor:
+        """Return mean times until a state is entered: zero in it, infinite from where it may never be reached.
 
-        Zero in the target; infinite from where it may never be reached.
+        Args:
+            target: The state, or the states of which any will do. None for each state in turn.
+
+        Returns:
+            The times ``(*batch, S)`` from every state; without a target ``(*batch, S, S)``, from state i to state j.
         """
+        if target is None:
+            return torch.stack([self.mean_first_passage(j) for j in range(self.num_states)], -1)
         goal = self._states(target, "target")
         q = self.matrix.double()
         rest = [i for i in range(self.num_states) if i not in goal]

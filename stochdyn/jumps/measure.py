@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -25,13 +25,21 @@ from stochdyn.core.law.marginals import Generator, Marginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import Path
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, TimeGridError, UnavailableError
-from stochdyn.jumps.filtering import Filtered, Prepared, prepare, run_filter, viterbi
+from stochdyn.jumps.filtering import (
+    Filtered,
+    Prepared,
+    filter_with,
+    prepare,
+    run_filter,
+    transitions,
+    viterbi,
+)
 from stochdyn.jumps.generator import JumpGenerator, RateMatrix
 from stochdyn.jumps.integrals import integrate
 from stochdyn.jumps.observations import Observation
 from stochdyn.jumps.record import JumpRecord
 from stochdyn.jumps.simulate import bridge_records, direct_records, thinned_records
-from stochdyn.jumps.uniformisation import _transition
+from stochdyn.jumps.uniformisation import _transition, paired_transition
 
 #: Nodes of the quadrature of exit rates within a stay, and numbers that are held at once.
 _ORDER, _CHUNK = 8, 8_000_000
@@ -126,6 +134,7 @@ class JumpLaw(PathMeasure):
             ts,
             self.num_states,
             self,
+            self.start_time,
         )
 
     def _records(
@@ -153,6 +162,8 @@ class JumpLaw(PathMeasure):
             raise ShapeError("the laws have other states", got=f"{self.num_states} and {second.num_states}")
         if estimator == "rate":
             return self._rate(record, second)
+        for law in (self, second):
+            law._check_start(record)
         mine, theirs = self._log_density(record), second._log_density(record)
         both = torch.isinf(mine) & torch.isinf(theirs)
         return torch.where(both, torch.zeros_like(mine), mine - theirs)
@@ -160,6 +171,13 @@ class JumpLaw(PathMeasure):
     def _log_density(self, record: JumpRecord) -> Tensor:
         """Return the log density with respect to counting times Lebesgue, ``(*shape,)``."""
         raise NotImplementedError
+
+    def _check_start(self, record: JumpRecord) -> None:
+        first, last = record.ends.tolist()
+        if abs(first - self.start_time) > 1e-9 * max(last - first, abs(first)):
+            raise TimeGridError(
+                "the record starts at another time than the law", got=first, expected=self.start_time
+            )
 
     def _rate(self, record: JumpRecord, other: JumpLaw) -> Tensor:
         raise UnavailableError(f"{type(self).__name__} has no estimator='rate'", hint="use 'density'")
@@ -250,6 +268,11 @@ class JumpMeasure(JumpLaw):
                 expected=f"(n, {self.num_states}, {self.num_states})",
             )
         off = value.double() - torch.diag_embed(value.double().diagonal(dim1=-2, dim2=-1))
+        if bool((off < 0).any()):
+            bad = int((off < 0).flatten(1).any(1).nonzero()[0, 0])
+            raise InvalidInputError(
+                "a rate is negative", got=f"{float(off[bad].detach().min()):g} at t={float(t[bad]):g}"
+            )
         return off - torch.diag_embed(off.sum(-1))
 
     def marginal(self, t: Tensor | float) -> JumpMarginal:
@@ -270,6 +293,12 @@ class JumpMeasure(JumpLaw):
         steps = max(200, math.ceil(20 * self._fastest() * float(span)))
         return (torch.arange(steps, dtype=torch.float64) + 0.5) / steps * span + self.start_time, span / steps
 
+    def _moves(self, middles: Tensor, dt: Tensor) -> Iterator[Tensor]:
+        """Yield the transition matrices of the steps around midpoints, in stacks ``(k, S, S)``."""
+        most = max(1, _CHUNK // (60 * self.num_states**2))  # a step needs some sixty powers of its generator
+        for part in middles.split(most):
+            yield paired_transition(self._at(part), dt.expand(1, len(part)))[0]
+
     def _fastest(self) -> float:
         """Return a number that no exit rate exceeds."""
         return self.bound if self._function is not None else float(-self._matrix().detach().diagonal().min())
@@ -278,21 +307,23 @@ class JumpMeasure(JumpLaw):
         """Return the marginal after a span of changing rates: midpoint steps, of second order, short beside any stay."""
         middles, dt = self._steps(span)
         p = self.initial.double()
-        for matrix in self._at(middles):
-            p = p @ _transition(matrix, dt.reshape(1))[0]
+        for moves in self._moves(middles, dt):
+            while len(moves) > 1:  # neighbouring steps become one, so that a tape stays short
+                last = moves[-1:] if len(moves) % 2 else moves[:0]
+                moves = torch.cat([moves[0 : len(moves) - 1 : 2] @ moves[1::2], last])
+            p = p @ moves[0]
         return p
 
     def _divergence(self, other: JumpMeasure, horizon: float) -> Tensor:
         """Return the integral of the mean divergence of rates that change, by the steps of :meth:`_evolve`."""
         middles, dt = self._steps(torch.tensor(horizon - self.start_time, dtype=torch.float64))
-        p, total = self.initial.double(), torch.zeros((), dtype=torch.float64)
-        for mine, theirs in zip(self._at(middles), other._at(middles), strict=True):
-            last = p @ _transition(mine, dt.reshape(1))[0]
-            there = 0.5 * (p + last)
-            rates = divergence_rates(mine, theirs)
-            total = total + dt * torch.where(there > 0, there * rates, torch.zeros_like(rates)).sum()
-            p = last
-        return total
+        p = [self.initial.double()]
+        for moves in self._moves(middles, dt):
+            for move in moves.unbind():
+                p.append(p[-1] @ move)
+        there = 0.5 * (torch.stack(p[1:]) + torch.stack(p[:-1]))
+        rates = divergence_rates(self._at(middles), other._at(middles))
+        return dt * torch.where(there > 0, there * rates, torch.zeros_like(rates)).sum()
 
     def _time(self, t: Tensor | float) -> Tensor:
         if isinstance(t, bool) or not isinstance(t, Tensor | float | int):
@@ -332,6 +363,7 @@ class JumpMeasure(JumpLaw):
         r"""Return :math:`\log\pi_0(s_0)+\sum_k\log Q_{s_{k-1}s_k}-\int q_{X_t}dt` of records from the law's start on, ``(*shape,)``."""
         check_type(path, JumpRecord, "path")
         assert isinstance(path, JumpRecord)
+        self._check_start(path)
         return self._log_density(path)
 
     def _log_density(self, record: JumpRecord) -> Tensor:
@@ -349,10 +381,10 @@ class JumpMeasure(JumpLaw):
         lanes = record.num_jumps.reshape(-1)
         times = record.times.reshape(len(lanes), -1).double()
         states = record.states.reshape(len(lanes), -1)
-        per_lane = (states.shape[1] * _ORDER) * self.num_states**2
-        step = max(1, _CHUNK // per_lane)
+        per_lane = ((states.shape[1] + record.duration * self.bound) * _ORDER) * self.num_states**2
+        step = max(1, int(_CHUNK / per_lane))
         out = [
-            self._along(times[i : i + step], states[i : i + step], lanes[i : i + step], record.ts)
+            self._along(times[i : i + step], states[i : i + step], lanes[i : i + step], record.ends)
             for i in range(0, len(lanes), step)
         ]
         return start + torch.cat(out).reshape(record.shape)
@@ -364,7 +396,10 @@ class JumpMeasure(JumpLaw):
         rates = self._at(at.reshape(-1)).reshape(*at.shape, self.num_states, self.num_states)
         rows = rates.gather(-2, states[:, :-1, None, None].expand(-1, -1, 1, self.num_states))[..., 0, :]
         jumps = torch.where(real, rows.gather(-1, states[:, 1:, None])[..., 0], 1.0).log().sum(-1)
-        return jumps + _integral(lambda t: self._at(t).diagonal(dim1=-2, dim2=-1), at, states, ts)
+        exits = _integral(
+            lambda t: self._at(t).diagonal(dim1=-2, dim2=-1), at, states, ts, self._fastest()
+        )
+        return jumps + exits
 
     def _rate(self, record: JumpRecord, other: JumpLaw) -> Tensor:
         if not isinstance(other, JumpMeasure):
@@ -376,14 +411,17 @@ class JumpMeasure(JumpLaw):
             return first + (record.dwell.double() * rates).sum(-1)
         lanes = record.num_jumps.reshape(-1)
         states = record.states.reshape(len(lanes), -1)
-        times = record.times.reshape(len(lanes), -1).double().clamp(max=float(record.ts[-1]))
-        step = max(1, _CHUNK // (states.shape[1] * _ORDER * self.num_states**2))
+        times = record.times.reshape(len(lanes), -1).double().clamp(max=float(record.ends[1]))
+        fastest = max(self._fastest(), other._fastest())
+        per_lane = (states.shape[1] + record.duration * fastest) * _ORDER * self.num_states**2
+        step = max(1, int(_CHUNK / per_lane))
         out = [
             _integral(
                 lambda t: divergence_rates(self._at(t), other._at(t)),
                 times[i : i + step],
                 states[i : i + step],
-                record.ts,
+                record.ends,
+                fastest,
             )
             for i in range(0, len(lanes), step)
         ]
@@ -473,6 +511,10 @@ class ConditionedJumps(JumpLaw):
         log_evidence: The log density of the observations.
     """
 
+    _times: Tensor
+    _y: Tensor
+    _entries: Tensor
+
     def __init__(self, law: JumpMeasure, times: object, y: object, observation: Observation) -> None:
         super().__init__()
         check_type(law, JumpMeasure, "law")
@@ -487,29 +529,38 @@ class ConditionedJumps(JumpLaw):
             raise ShapeError(
                 "the observation has other states", got=observation.num_states, expected=law.num_states
             )
-        self.data: Prepared = data
-        self._y = as_tensor(y, "y", missing=True, like=self.data.times).double()
+        value = as_tensor(y, "y", missing=True, like=data.times).to(data.times)
+        for name, what in (("_times", data.times), ("_y", value), ("_entries", data.entries)):
+            self.register_buffer(name, what)
+
+    @property
+    def data(self) -> Prepared:
+        """The observations as the filter reads them, with the law of an observation as it is now."""
+        log_b = self.observation.log_likelihood(self._y[None]).movedim(-2, 0)
+        return Prepared(self._times.double(), log_b, self._entries, torch.Size())
 
     def _filtered(self) -> Filtered:
-        return run_filter(self.prior.initial, self.prior._matrix(), self.data, self.start_time)
+        return run_filter(self.prior.initial, self.prior._matrix(), self.data, self.start_time, taped=True)
 
     @property
     def log_evidence(self) -> Tensor:
         """The log density of the observations, differentiable."""
-        return self._filtered().log_evidence[0].to(self.prior.initial.dtype)
+        known = run_filter(self.prior.initial, self.prior._matrix(), self.data, self.start_time)
+        return known.log_evidence[0].to(self.prior.initial.dtype)
 
     def _message(self, t: Tensor, known: Filtered) -> tuple[Tensor, Tensor]:
         """Return filtered probabilities and (scaled) likelihoods of later observations at times ``(n,)``, each ``(n, S)``."""
-        q, at = self.prior._matrix().double(), self.data.times[0]
+        q, data = self.prior._matrix().double(), self.data
+        at = data.times[0]
         index = torch.searchsorted(at, t.contiguous(), right=True)
         begins = torch.cat([at.new_full((1,), self.start_time), at])
         states = torch.cat([self.prior.initial.double()[None], known.alpha[:, 0]])
         alpha = (states[index][:, None] @ _transition(q, t - begins[index]))[:, 0]
         later = index < len(at)
         nxt = index.clamp(max=len(at) - 1)
-        b = self.data.log_b[nxt, 0]
+        b = data.log_b[nxt, 0]
         weight = (b - b.amax(-1, keepdim=True)).exp() * known.beta[nxt, 0]
-        entered = self.data.entries[nxt, 0]
+        entered = data.entries[nxt, 0]
         off = q - torch.diag_embed(q.diagonal())
         into = torch.where((entered >= 0)[:, None], (off @ weight[..., None])[..., 0], weight)
         gap = torch.where(later, at[nxt] - t, torch.zeros_like(t))
@@ -552,8 +603,11 @@ class ConditionedJumps(JumpLaw):
         By Fisher's identity: derivatives of the evidence in the generator's entries, taken as independent.
 
         Args:
-            horizon: The time up to which time and jumps are counted; that of the last observation if None.
+            horizon: The time up to which time and jumps are counted, given all observations, later ones too; that of the
+                last observation if None.
         """
+        if horizon is not None:
+            check_real(horizon, "horizon", above=self.start_time)
         return expected_statistics(self.prior, self.data, self._y, self.observation, horizon)
 
     def _records(
@@ -571,17 +625,18 @@ class ConditionedJumps(JumpLaw):
 
     def _log_density(self, record: JumpRecord) -> Tensor:
         """Return the prior's density times the likelihood of the observations on the record, over their evidence."""
-        at = self.data.times[0]
-        if float(at[-1]) > float(record.ts[-1]):
+        data = self.data
+        at = data.times[0]
+        if float(at[-1]) > float(record.ends[1]):
             raise TimeGridError(
                 "the record ends before the last observation",
-                got=float(record.ts[-1]),
+                got=float(record.ends[1]),
                 expected=f">= {float(at[-1]):g}",
             )
-        if bool((self.data.entries >= 0).any()):
+        if bool((data.entries >= 0).any()):
             raise UnavailableError("densities given exact times of entry aren't known")
         seen = record.at(at)
-        log_b = self.data.log_b[:, 0]
+        log_b = data.log_b[:, 0]
         likelihood = log_b.expand(*seen.shape, -1).gather(-1, seen[..., None])[..., 0].sum(-1)
         return self.prior._log_density(record) + likelihood - self._filtered().log_evidence[0]
 
@@ -632,36 +687,46 @@ def expected_statistics(
     law: JumpMeasure, data: Prepared, y: Tensor, observation: Observation, horizon: float | None
 ) -> tuple[Tensor, Tensor]:
     """Return posterior mean dwell times ``(S,)`` and jump numbers ``(S, S)``; see :meth:`ConditionedJumps.expected_statistics`."""
-    end = float(data.times[0, -1]) if horizon is None else float(horizon)
+    at = data.times[0]
+    end = float(at[-1]) if horizon is None else float(horizon)
     q = law._matrix().detach().double().clone().requires_grad_()
-    if end > float(data.times[0, -1]):  # nothing is observed there, but time passes
-        late = torch.cat([data.times[0], torch.tensor([end], dtype=torch.float64)])
-        data = prepare(
-            late, torch.cat([y, torch.tensor([math.nan], dtype=torch.float64)]), observation, law.start_time
-        )
+    place = int(torch.searchsorted(at, at.new_tensor(end), right=True))
+    if horizon is not None:  # nothing is observed there, but what is counted ends
+        at = torch.cat([at[:place], at.new_tensor([end]), at[place:]])
+        seen = torch.cat([y[:place], y.new_tensor([math.nan]), y[place:]])
+        data = prepare(at, seen, observation, law.start_time)
+        place += 1
     with torch.enable_grad():
-        total = run_filter(law.initial, q, data, law.start_time).log_evidence.sum()
+        counted = transitions(q, data.times, law.start_time, data.entries)
+        matrices = torch.cat([counted[:place], counted[place:].detach()])
+        total = filter_with(law.initial.detach(), matrices, data).log_evidence.sum()
         slope = torch.autograd.grad(total, q)[0]
     jumps = q.detach() * slope
     return slope.diagonal().clone(), jumps - torch.diag_embed(jumps.diagonal())
 
 
-def _integral(rates: Callable[[Tensor], Tensor], at: Tensor, states: Tensor, ts: Tensor) -> Tensor:
+def _integral(
+    rates: Callable[[Tensor], Tensor], at: Tensor, states: Tensor, ends: Tensor, fastest: float
+) -> Tensor:
     """Return the integral ``(L,)`` along paths of what accrues in each state, by Gauss-Legendre nodes within every stay.
 
     Args:
         rates: What accrues at times ``(n,)`` in each state, ``(n, S)``.
         at: The times of the jumps, padded with the end, ``(L, N)``.
         states: The states before and after them, ``(L, N + 1)``.
-        ts: The grid of the paths, whose ends count.
+        ends: The times at which the paths start and end, ``(2,)``.
+        fastest: The largest exit rate: longer stays than its inverse are cut, since rates may have changed within them.
     """
-    first, last = ts[0].double(), ts[-1].double()
-    edges = torch.cat([first.expand(len(at), 1), at, last.expand(len(at), 1)], -1)
+    first, last = ends.double()
+    cuts = max(1, math.ceil(float(last - first) * fastest))
+    grid = torch.linspace(0, 1, cuts + 1, dtype=torch.float64) * (last - first) + first
+    edges = torch.cat([grid.expand(len(at), -1), at], -1).sort(-1).values
+    here = states.gather(-1, torch.searchsorted(at.contiguous(), edges[:, :-1].contiguous(), right=True))
     x, w = (torch.as_tensor(part) for part in np.polynomial.legendre.leggauss(_ORDER))
     half = 0.5 * (edges[:, 1:] - edges[:, :-1])[..., None]
     nodes = 0.5 * (edges[:, 1:] + edges[:, :-1])[..., None] + half * x
     value = rates(nodes.reshape(-1)).reshape(*nodes.shape, -1)
-    stay = value.gather(-1, states[..., None, None].expand(-1, -1, _ORDER, 1))[..., 0]
+    stay = value.gather(-1, here[..., None, None].expand(-1, -1, _ORDER, 1))[..., 0]
     return (half * w * stay).sum((-2, -1))
 
 

@@ -144,7 +144,7 @@ def plot_state_posterior(
         shift = torch.linspace(-0.15, 0.15, num_draws) if num_draws > 1 else torch.zeros(1)
         for k in range(num_draws):
             count = int(record.num_jumps[k])
-            t = torch.cat([record.ts[:1], record.times[k, :count], record.ts[-1:]])
+            t = torch.cat([record.ends[:1], record.times[k, :count], record.ends[1:]])
             s = torch.cat([record.states[k, : count + 1], record.states[k, count : count + 1]]) + shift[k]
             ax.step(t.numpy(), s.numpy(), where="post", linewidth=0.8, color=f"C{k + 1}")
     ax.set_yticks(

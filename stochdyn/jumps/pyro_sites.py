@@ -157,9 +157,9 @@ class JumpPath(LawDistribution):
             InvalidInputError: If a record has more jumps than there is room for, or another end.
         """
         check_type(record, JumpRecord, "record")
-        if abs(float(record.ts[-1]) - self.horizon) > 1e-9 * abs(self.horizon):
+        if abs(float(record.ends[1]) - self.horizon) > 1e-9 * abs(self.horizon):
             raise InvalidInputError(
-                "the record doesn't end at the horizon", got=float(record.ts[-1]), expected=self.horizon
+                "the record doesn't end at the horizon", got=float(record.ends[1]), expected=self.horizon
             )
         most = int(record.num_jumps.max()) if record.num_jumps.numel() else 0
         if most > self.max_jumps:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,12 +16,12 @@ from torch import Tensor
 from stochdyn._checks import as_seed, check_positive_int, check_real, check_type, values_unchecked
 from stochdyn.core.particles.filtering import ParticleModel, run_particles
 from stochdyn.diagnostics.container import from_draws
-from stochdyn.errors import ApproximationWarning, InvalidInputError, ZeroProbabilityError
+from stochdyn.errors import InvalidInputError, ZeroProbabilityError
 from stochdyn.jumps._runge_kutta import runge_kutta
 from stochdyn.jumps.proposal import draw_posterior
 from stochdyn.jumps.reaction_paths import Direct
 from stochdyn.jumps.reactions import ReactionNetwork
-from stochdyn.jumps.truncation import TruncatedNetwork, checked_counts
+from stochdyn.jumps.truncation import TruncatedNetwork, checked_counts, warn_leak
 
 __all__ = [
     "CountLikelihood",
@@ -107,18 +106,13 @@ class StateProjection(CountLikelihood):
         self, network: ReactionNetwork, times: Tensor, counts: Counts, constants: Tensor
     ) -> tuple[np.ndarray, float]:
         truncated = TruncatedNetwork(network, self.bounds)
+        if self.obs_scale is None:
+            truncated.check_counts(counts)
         return truncated.evidence(times, counts, constants.numpy(), self.obs_scale)
 
     def check(self, network: ReactionNetwork, times: Tensor, counts: Counts, constants: Tensor) -> None:
         """Warn where mass leaks over the bounds."""
-        lost = self._evidence(network, times, counts, constants)[1]
-        if lost > 0.01:
-            warnings.warn(
-                f"The truncation leaks: {lost:.2g} of the probability leaves the bounds between two observations. "
-                "Enlarge the bounds.",
-                ApproximationWarning,
-                stacklevel=3,
-            )
+        warn_leak(self._evidence(network, times, counts, constants)[1], "between two observations")
 
 
 @dataclass

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["ReactionNetwork"]
 
 Propensity = Callable[[Tensor], Tensor]
+#: The deterministic path takes this many steps per shortest time scale, and between so many in each of its windows.
+_STEPS_PER_STAY, _LEAST_STEPS, _MOST_STEPS = 50, 50, 1000
 _TERM = re.compile(r"^\s*(\d+)?\s*\*?\s*([A-Za-z_]\w*)\s*$")
 
 
@@ -72,6 +74,7 @@ class ReactionNetwork(PathMeasure):
 
     taken: Tensor
     change: Tensor
+    constants: Tensor
     start: Tensor
 
     def __init__(
@@ -127,7 +130,7 @@ class ReactionNetwork(PathMeasure):
             constants.append(
                 rate.double() if isinstance(rate, Tensor) else torch.tensor(float(rate), dtype=torch.float64)
             )
-        self.constants = torch.stack([c.reshape(()) for c in constants])
+        self.register_buffer("constants", torch.stack([c.reshape(()) for c in constants]))
         start = np.zeros(len(self.species))
         for name, count in initial.items():
             check_positive_int(count, f"initial[{name!r}]", 0)
@@ -136,7 +139,7 @@ class ReactionNetwork(PathMeasure):
 
     def propensities(self, x: Tensor) -> Tensor:
         """Return the propensities ``(..., R)`` in 1/time at counts ``(..., M)``, zero where molecules are lacking."""
-        return self.constants.to(x.device) * self.unit_propensities(x)
+        return self.constants.to(x) * self.unit_propensities(x)
 
     def unit_propensities(self, x: Tensor, whole: bool = True) -> Tensor:
         """Return the propensities ``(..., R)`` for rate constants of one.
@@ -196,7 +199,7 @@ class ReactionNetwork(PathMeasure):
 
     def continuous(self, x: Tensor) -> Tensor:
         """Return the propensities ``(..., R)`` at means or concentrations ``(..., M)``."""
-        return self.constants.to(x.device) * self.unit_propensities(x, whole=False)
+        return self.constants.to(x) * self.unit_propensities(x, whole=False)
 
     def sample(
         self,
@@ -310,19 +313,18 @@ class ReactionNetwork(PathMeasure):
 
         return SDE(lambda t, x: self.continuous(x).clamp(min=0.0) @ change.to(x), diffusion)
 
-    def linear_noise(self, horizon: float, steps_per_stay: int = 50) -> LinearGaussianMeasure:
-        r"""Return the linear noise approximation up to ``horizon``: Gaussian around the deterministic path.
+    def linear_noise(self) -> LinearGaussianMeasure:
+        r"""Return the linear noise approximation: Gaussian around the deterministic path.
 
         .. math:: \dot m=\nu^\top a(m),\qquad \dot\Sigma=J\Sigma+\Sigma J^\top+\nu^\top\mathrm{diag}(a(m))\,\nu
 
         Exact in mean and covariance where all propensities are linear. Wrong near extinction and between several stable states.
+        The deterministic path is computed as far as times are asked for, by steps that are short beside the fastest rate on it.
 
-        Args:
-            horizon: The last time of interest.
-            steps_per_stay: The number of integration steps of the deterministic path per shortest time scale on it.
+        Raises:
+            NonFiniteError: On a question after the time at which the deterministic path leaves all bounds.
         """
-        check_real(horizon, "horizon", above=self.start_time)
-        path = _MeanPath(self, float(horizon), steps_per_stay)
+        path = _MeanPath(self)
         change = self.change.double()
 
         def offset(t: Tensor) -> Tensor:
@@ -340,22 +342,50 @@ class ReactionNetwork(PathMeasure):
 
 
 class _MeanPath:
-    """The deterministic path of a network on a fine grid, by Runge-Kutta steps and cubic interpolation."""
+    """The deterministic path of a network, by Runge-Kutta steps and cubic interpolation, in windows that double in length.
 
-    def __init__(self, network: ReactionNetwork, horizon: float, per_stay: int) -> None:
+    Windows depend on the network alone, so the path at a time doesn't depend on which other times were asked for.
+    """
+
+    def __init__(self, network: ReactionNetwork) -> None:
         self.network = network
-        span = horizon - network.start_time
-        scale = float(torch.linalg.matrix_norm(self.slope(network.start), 2))
-        steps = max(200, math.ceil(per_stay * scale * span))
-        self.ts = torch.linspace(0, 1, steps + 1, dtype=torch.float64) * span + network.start_time
-        f, h = network.mean_field, span / steps
-        x, out = network.start, [network.start]
-        for _ in range(steps):
-            (x,) = runge_kutta(lambda m: (f(m),), (x,), h)
-            out.append(x)
-        self.x = torch.stack(out)
-        self.v = f(self.x)
-        self.h = h
+        start, begin = network.start, torch.tensor([network.start_time], dtype=torch.float64)
+        self.ts, self.x, self.v = begin, start[None], network.mean_field(start)[None]
+        change = (self.v[0].abs() / start.clamp(min=1.0)).max()
+        rate = float(torch.maximum(self._fastest(self.x), change).detach())
+        self.window = math.inf if not bool(self.v.any()) else 1.0 / rate
+
+    def _fastest(self, x: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(self.slope(x), 2).amax()
+
+    def _extend(self) -> None:
+        """Add a window, in steps of a fiftieth of the shortest time scale met in it."""
+        begin, steps = float(self.ts[-1]), _LEAST_STEPS
+        while True:
+            if self.window < 1e-9 * (begin - self.network.start_time):
+                raise NonFiniteError(
+                    "the deterministic path leaves all bounds",
+                    got=f"by t={begin:g}",
+                    hint="linear noise doesn't hold here: use truncate",
+                )
+            x, out = self.x[-1], []
+            for _ in range(steps):
+                (x,) = runge_kutta(lambda m: (self.network.mean_field(m),), (x,), self.window / steps)
+                out.append(x)
+            path = torch.stack(out)
+            fastest = float(self._fastest(path.detach())) if bool(path.isfinite().all()) else math.inf
+            wanted = max(_LEAST_STEPS, _STEPS_PER_STAY * fastest * self.window)
+            if wanted <= 1.5 * steps:
+                break
+            if math.isfinite(wanted) and wanted <= _MOST_STEPS:
+                steps = math.ceil(wanted)
+            else:
+                self.window, steps = 0.5 * self.window, _LEAST_STEPS
+        grid = begin + self.window * torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:]
+        self.ts, self.x = torch.cat([self.ts, grid]), torch.cat([self.x, path])
+        self.v = torch.cat([self.v, self.network.mean_field(path)])
+        still = self.v[-1].detach().abs().max() <= 1e-14 * fastest * path[-1].detach().abs().max()
+        self.window = math.inf if bool(still) else 2.0 * self.window
 
     def slope(self, m: Tensor) -> Tensor:
         """Return the Jacobian of the mean field ``(..., M, M)``."""
@@ -364,9 +394,16 @@ class _MeanPath:
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return the path at times ``(n,)``, ``(n, M)``, by Hermite interpolation."""
-        index = ((t.double() - self.ts[0]) / self.h).floor().long().clamp(0, len(self.ts) - 2)
-        s = ((t.double() - self.ts[index]) / self.h).clamp(0.0, 1.0)[:, None]
-        x0, x1, v0, v1 = self.x[index], self.x[index + 1], self.v[index] * self.h, self.v[index + 1] * self.h
+        at = t.detach().double()
+        last = max([*at.tolist(), self.network.start_time])
+        while math.isfinite(self.window) and (len(self.ts) == 1 or last > float(self.ts[-1])):
+            self._extend()
+        if len(self.ts) == 1:  # nothing ever happens
+            return self.x.expand(len(at), -1)
+        index = (torch.searchsorted(self.ts, at.contiguous(), right=True) - 1).clamp(0, len(self.ts) - 2)
+        h = (self.ts[index + 1] - self.ts[index])[:, None]
+        s = ((t.double()[:, None] - self.ts[index][:, None]) / h).clamp(0.0, 1.0)
+        x0, x1, v0, v1 = self.x[index], self.x[index + 1], self.v[index] * h, self.v[index + 1] * h
         return (
             (2 * s**3 - 3 * s**2 + 1) * x0
             + (s**3 - 2 * s**2 + s) * v0

@@ -25,9 +25,10 @@ class JumpRecord:
         times: The times of the jumps in order, padded with infinity, ``(*shape, N)``.
         states: The states before the first jump and after each, padded with the last, ``(*shape, N + 1)``.
         num_jumps: The number of jumps of each path, ``(*shape,)``.
-        ts: The grid that the path was asked for, ``(T,)``; its ends are those of the record.
+        ts: The grid that the path was asked for, ``(T,)``; the record ends at its last time.
         num_states: The number of states S.
         law: The law that drew the path, or None for an observed one.
+        start_time: The time at which the record starts, which may be before the grid; that of the grid if None.
 
     Example:
         >>> record = JumpRecord.of([0.4, 1.1, 1.7], [0, 1, 2, 0], horizon=2.0, num_states=3)
@@ -41,6 +42,7 @@ class JumpRecord:
     ts: Tensor
     num_states: int
     law: PathMeasure | None = field(default=None, repr=False, compare=False)
+    start_time: float | None = None
 
     @classmethod
     def of(
@@ -86,6 +88,17 @@ class JumpRecord:
         return self.num_jumps.shape
 
     @property
+    def ends(self) -> Tensor:
+        """The times at which the record starts and ends, ``(2,)``."""
+        first = self.ts[0] if self.start_time is None else self.ts.new_tensor(self.start_time)
+        return torch.stack([first, self.ts[-1]])
+
+    @property
+    def duration(self) -> float:
+        """The time from the record's start to its end."""
+        return float(self.ends[1] - self.ends[0])
+
+    @property
     def x(self) -> Tensor:
         """The states at the times of the grid as numbers, ``(*shape, T, 1)``."""
         return self.at(self.ts).to(self.times.dtype).unsqueeze(-1)
@@ -98,10 +111,9 @@ class JumpRecord:
         """
         grid = as_tensor(ts, "ts", (0, 1), "(T,)", like=self.times).double()
         flat = grid.reshape(-1)
-        if bool((flat < self.ts[0]).any()) or bool((flat > self.ts[-1]).any()):
-            raise TimeGridError(
-                "ts leaves the record", expected=f"[{float(self.ts[0]):g}, {float(self.ts[-1]):g}]"
-            )
+        first, last = self.ends.tolist()
+        if bool((flat < first).any()) or bool((flat > last).any()):
+            raise TimeGridError("ts leaves the record", expected=f"[{first:g}, {last:g}]")
         index = torch.searchsorted(
             self.times.contiguous(), flat.expand(*self.shape, -1).contiguous().to(self.times), right=True
         )
@@ -109,7 +121,7 @@ class JumpRecord:
 
     def _stays(self) -> Tensor:
         """Return how long each state lasted, ``(*shape, N + 1)``; zero for padding."""
-        start, end = self.ts[0].to(self.times), self.ts[-1].to(self.times)
+        start, end = self.ends.to(self.times)
         inner = self.times.clamp(max=end)
         first = start.expand(*self.shape, 1)
         bounds = torch.cat([first, inner, end.expand(*self.shape, 1)], -1)

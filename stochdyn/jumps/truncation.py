@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -21,11 +22,11 @@ from stochdyn._checks import (
     check_real,
 )
 from stochdyn.core.law.marginals import Generator, Marginal, SampleShape
-from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
+from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, SystemSizeError
 from stochdyn.jumps.reactions import ReactionNetwork
 from stochdyn.jumps.uniformisation import poisson_terms
 
-__all__ = ["CountMarginal", "TruncatedNetwork"]
+__all__ = ["CountMarginal", "TruncatedNetwork", "warn_leak"]
 
 
 class CountMarginal(Marginal):
@@ -66,6 +67,21 @@ class CountMarginal(Marginal):
         inside = ((x >= 0) & (x < shape) & (x == x.round())).all(-1)
         index = tuple(torch.where(inside[..., None], x, torch.zeros_like(x)).long().unbind(-1))
         return torch.where(inside, self.probs[index].log(), torch.full_like(self.probs[index], -math.inf))
+
+
+def warn_leak(lost: float, when: str) -> None:
+    """Warn where more than a hundredth of the probability has left the bounds.
+
+    Args:
+        lost: The lost probability.
+        when: When it was lost, in words.
+    """
+    if lost > 0.01:
+        warnings.warn(
+            f"The truncation leaks: {lost:.2g} of the probability leaves the bounds {when}. Enlarge the bounds.",
+            ApproximationWarning,
+            stacklevel=3,
+        )
 
 
 class TruncatedNetwork:
@@ -137,13 +153,18 @@ class TruncatedNetwork:
         return parts
 
     def marginal(self, t: float) -> CountMarginal:
-        """Return the law at a time, by uniformisation with sparse products."""
+        """Return the law at a time, by uniformisation with sparse products.
+
+        Warns:
+            ApproximationWarning: If more than a hundredth of the probability has left the bounds.
+        """
         check_real(t, "t", minimum=self.network.start_time)
         stride = [math.prod(self.shape[m + 1 :]) for m in range(len(self.shape))]
         p = np.zeros(len(self.grid))
         p[int(sum(int(c) * s for c, s in zip(self.network.start.tolist(), stride, strict=True)))] = 1.0
         p = self.propagate(p, float(t) - self.network.start_time)
         lost = max(0.0, 1.0 - float(p.sum()))
+        warn_leak(lost, "by this time")
         return CountMarginal(torch.as_tensor(p).reshape(self.shape), lost, self.grid)
 
     def propagate(self, p: np.ndarray, dt: float, constants: np.ndarray | None = None) -> np.ndarray:
@@ -229,9 +250,35 @@ class TruncatedNetwork:
         Args:
             times: The increasing times ``(T,)``, none before the start.
             counts: The counts ``(T,)`` of each observed species; NaN where missing.
+
+        Raises:
+            InvalidInputError: If a count isn't a whole number between zero and its bound.
+
+        Warns:
+            ApproximationWarning: If more than a hundredth of the probability leaves the bounds between two observations.
         """
         at, seen = checked_counts(self.network, times, counts)
-        return torch.tensor(self.evidence(at, seen, None)[0][0], dtype=torch.float64)
+        self.check_counts(seen)
+        value, lost = self.evidence(at, seen, None)
+        warn_leak(lost, "between two observations")
+        return torch.tensor(value[0], dtype=torch.float64)
+
+    def check_counts(self, counts: Mapping[str, Tensor]) -> None:
+        """Refuse counts seen without error that no state has.
+
+        Args:
+            counts: The counts ``(T,)`` by species, NaN where missing.
+        """
+        for name, value in counts.items():
+            known = value[~value.isnan()]
+            bound = self.shape[self.network.species.index(name)] - 1
+            wrong = known[(known != known.round()) | (known < 0) | (known > bound)]
+            if len(wrong):
+                raise InvalidInputError(
+                    f"counts[{name!r}] must be whole numbers within the bounds",
+                    got=float(wrong[0]),
+                    expected=f"0 to {bound}",
+                )
 
     def evidence(
         self,
@@ -267,8 +314,13 @@ class TruncatedNetwork:
                 if obs_scale is None:
                     p = p * (column == y)[:, None]
                 else:
-                    z = (y - column) / obs_scale
-                    p = p * np.exp(-0.5 * z**2 - math.log(obs_scale * math.sqrt(2 * math.pi)))[:, None]
+                    log_b = -0.5 * ((y - column) / obs_scale) ** 2
+                    top = log_b[p.any(1)].max(
+                        initial=-math.inf
+                    )  # likelihoods far from all counts don't underflow
+                    if math.isfinite(top):
+                        p = p * np.exp(log_b - top)[:, None]
+                        total = total + top - math.log(obs_scale * math.sqrt(2 * math.pi))
             mass = p.sum(0)
             with np.errstate(divide="ignore"):
                 total = total + np.log(mass)

@@ -50,8 +50,8 @@ class CountedJumps(Protocol):
         """The numbers of jumps from the row's state to the column's, ``(*shape, S, S)``."""
 
     @property
-    def ts(self) -> Tensor:
-        """Times whose ends are those of the record."""
+    def duration(self) -> float:
+        """The time over which jumps were counted."""
 
 
 def _flow(rates: SteadyRates) -> Tensor:
@@ -293,12 +293,12 @@ def entropy_from_counts(record: CountedJumps) -> Estimate:
     """
     if not isinstance(record, CountedJumps):
         raise InvalidInputError(
-            "record must be a record of jumps, with counts and ts", got=type(record).__name__
+            "record must be a record of jumps, with counts and duration", got=type(record).__name__
         )
     counts = as_tensor(record.counts, "record.counts").double()
     if counts.ndim < 2:
         raise ShapeError("counts must be (*shape, S, S)", got=tuple(counts.shape))
-    span = float(record.ts[-1] - record.ts[0])
+    span = record.duration
     there, back = _edges(counts)
     one_way = int((((there == 0) != (back == 0)) & (there + back > 5)).sum())
     if one_way:

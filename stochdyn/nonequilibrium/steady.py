@@ -161,7 +161,7 @@ class SteadyScoreMatching(Objective):
     Args:
         sde: The equation, a control included.
         score: A module from states ``(..., d)`` to scores ``(..., d)``, such as a :class:`SteadyScore` or a :class:`ParticleScore`.
-        residual_weight: The weight :math:`w` of the stationary Fokker-Planck equation; 0 leaves it out. It makes current and score
+        fp_weight: The weight :math:`w` of the stationary Fokker-Planck equation; 0 leaves it out. It makes current and score
             consistent with each other at about twice the cost. A current that vanishes has no residual, so a weight of about one pulls the
             rate down while the network is still far from the score; a tenth hardly does.
         method: How divergences are computed: ``"exact"``, with one derivative per component, or ``"hutchinson"``, with the random probes of
@@ -192,20 +192,20 @@ class SteadyScoreMatching(Objective):
         self,
         sde: SDE,
         score: nn.Module,
-        residual_weight: float = 0.0,
+        fp_weight: float = 0.0,
         method: str | Hutchinson = "exact",
         noise_level: float | None = None,
     ) -> None:
         super().__init__()
         check_type(sde, SDE, "sde")
         check_type(score, nn.Module, "score")
-        check_real(residual_weight, "residual_weight", minimum=0.0)
+        check_real(fp_weight, "fp_weight", minimum=0.0)
         if noise_level is not None:
             check_real(noise_level, "noise_level", above=0.0)
         self.method = as_trace_method(method, ("exact", "hutchinson"))
-        if residual_weight and isinstance(self.method, Hutchinson) and self.method.num_probes < 2:
+        if fp_weight and isinstance(self.method, Hutchinson) and self.method.num_probes < 2:
             raise InvalidInputError("the square of the residual needs two probes or more", got="num_probes=1")
-        self.sde, self.network, self.residual_weight = sde, score, float(residual_weight)
+        self.sde, self.network, self.fp_weight = sde, score, float(fp_weight)
         self.operator = FokkerPlanck(sde)
         self.flow = LearnedFlow(_Timeless(score), "score")
         self.noise_level = None if noise_level is None else float(noise_level)
@@ -228,7 +228,7 @@ class SteadyScoreMatching(Objective):
         scale = torch.where(torch.isnan(self.scale), 1.0, self.scale).to(square)
         matching = (square + 2 * spread).mean() / scale
         terms, loss = {"matching": matching.detach()}, matching
-        if self.residual_weight:
+        if self.fp_weight:
             method: Any = self.method
             residuals = self.operator.residual_probes(
                 self.flow,
@@ -241,7 +241,7 @@ class SteadyScoreMatching(Objective):
             squares = residuals[0].square() if exact else unbiased_square(residuals)
             residual = squares.mean() / scale.square()
             terms["residual"] = residual.detach()
-            loss = loss + self.residual_weight * residual
+            loss = loss + self.fp_weight * residual
         return ObjectiveValue(loss, terms)
 
     def _pulled(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,7 +285,7 @@ class SteadyScoreMatching(Objective):
 
         The exact score is a gradient. What isn't one in the error changes the rate at first order, by its product with the current,
         and no sum over the error's square tells its sign; so a share that isn't small is a reason for ``SteadyScore(potential=True)`` or a
-        larger ``residual_weight``.
+        larger ``fp_weight``.
 
         Args:
             x: Draws of the steady state, ``(n, d)``, two or more.

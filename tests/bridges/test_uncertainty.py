@@ -30,7 +30,9 @@ from stochdyn.bridges import (
     rotation_invariance,
 )
 from stochdyn.bridges.refinement import flatten, parameter_jacobian, with_coordinates
+from stochdyn.bridges.refinement.profile import _Profile
 from stochdyn.bridges.refinement.uncertainty import redrawn_weights
+from stochdyn.errors import UnavailableError
 
 F64 = torch.float64
 
@@ -176,6 +178,15 @@ def test_the_gradient_of_the_profile(fit):
         e[k] = 1e-3
         numeric = (profile.evaluate(theta + e)[0] - profile.evaluate(theta - e)[0]) / 2e-3
         assert abs(gradient[k] - numeric) < 2e-3 * gradient.abs().max()
+
+
+def test_the_profile_has_no_second_derivatives(fit):
+    profile = BridgeProfile(fit)
+    theta = flatten(fit.family).requires_grad_()
+    value = torch.cos(_Profile.apply(theta, profile))
+    (slope,) = torch.autograd.grad(value, theta, create_graph=True)
+    with pytest.raises(UnavailableError, match="first derivatives alone"):
+        torch.autograd.grad(slope.sum(), theta)
 
 
 def test_the_curvature_of_the_profile_is_the_observed_information(fit, response):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stochdyn.core import MLP, Jet, network_jet
 from stochdyn.errors import ShapeError
+from stochdyn.testing import check_gradients
 
 F64 = torch.float64
 
@@ -66,6 +67,26 @@ def test_gradients_in_parameters_inputs_and_directions(each: bool) -> None:
     got = torch.autograd.grad(loss(network_jet(fused, u, e, each)), at)
     for a, b in zip(got, torch.autograd.grad(loss(want), at), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_derivatives_of_derivatives_with_frozen_weights() -> None:
+    """Where no weight has a derivative, a slope that forgets what it depends on would pass for a constant."""
+    fused, _ = network(2)
+    fused.requires_grad_(False)
+    unit = torch.eye(3, dtype=F64)[:, None]
+
+    def laplacian(u: Tensor) -> Tensor:
+        curvature = network_jet(fused, u, unit).curvature
+        assert curvature is not None
+        return curvature
+
+    check_gradients(laplacian, torch.randn(2, 3, dtype=F64))
+    check_gradients(lambda u: network_jet(fused, u).slope, torch.randn(2, 3, dtype=F64))
+    check_gradients(
+        lambda u, e: network_jet(fused, u, e, each=True).curvature,  # type: ignore[arg-type, return-value]
+        torch.randn(2, 3, dtype=F64),
+        torch.randn(2, 2, 3, dtype=F64),
+    )
 
 
 def test_bad_input() -> None:

@@ -18,6 +18,7 @@ from stochdyn.errors import (
     ZeroProbabilityError,
 )
 from stochdyn.jumps import (
+    AmortisedRates,
     Exact,
     ExactEntry,
     GaussianLevels,
@@ -34,6 +35,7 @@ from stochdyn.jumps import (
     transition,
     transition_generator,
 )
+from stochdyn.testing import check_device, check_storage
 
 D = torch.float64
 CYCLE = [[0.0, 1.0, 0.3], [0.4, 0.0, 2.0], [0.8, 0.5, 0.0]]
@@ -348,6 +350,71 @@ def test_rates_that_change_in_time() -> None:
     torch.testing.assert_close(law.kl(other, 1.5), longer, rtol=1e-4, atol=0)
     with pytest.raises(InvalidInputError, match="exceeds the bound"):
         JumpMeasure(tensor([1.0, 0.0]), rates, bound=0.1).sample_record(1.0, 200, 0)
+
+
+def test_rates_that_turn_negative_are_refused_where_they_are_used() -> None:
+    law = JumpMeasure([1.0, 0.0, 0.0], lambda t: tensor(CYCLE) * torch.cos(t)[:, None, None], bound=5.0)
+    for ask in (lambda: law.marginal(6.28), lambda: law.sample([0.0, 6.28], 50, 0), lambda: law.rates(3.0)):
+        with pytest.raises(InvalidInputError, match="a rate is negative"):
+            ask()
+
+
+def test_densities_of_changing_rates_see_changes_within_a_long_stay() -> None:
+    """A stay of twenty, in which the rate swings twenty times: its integral is known."""
+
+    def strength(t: torch.Tensor) -> torch.Tensor:
+        return 0.1 * (1 + torch.sin(7 * t))
+
+    law = JumpMeasure([1.0, 0.0, 0.0], lambda t: tensor(CYCLE) * strength(t)[:, None, None], bound=0.5)
+    stay = JumpRecord.of([19.0], [0, 1], 20.0, 3)
+
+    def integral(t: float) -> float:
+        return 0.1 * (t + (1 - math.cos(7 * t)) / 7)
+
+    exact = math.log(strength(tensor(19.0))) - 1.3 * integral(19.0) - 2.4 * (integral(20.0) - integral(19.0))
+    assert float(law.log_prob(stay)) == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_record_on_a_late_grid_is_the_whole_record() -> None:
+    law, other = three(), JumpMeasure([0.5, 0.3, 0.2], 2 * tensor(CYCLE))
+    late, early = law.sample([1.0, 2.0], 50, 0), law.sample([0.0, 2.0], 50, 0)
+    for ask in (lambda r: r.dwell, lambda r: r.counts, lambda r: law.log_rn(r, other), law.log_prob):
+        torch.testing.assert_close(ask(late), ask(early))
+    assert (late.dwell >= 0).all()
+    assert late.duration == pytest.approx(2.0)
+    with pytest.raises(TimeGridError, match="another time than the law"):
+        JumpMeasure([1.0, 0.0, 0.0], tensor(CYCLE), start_time=1.0).log_prob(early)
+
+
+def test_statistics_are_counted_up_to_the_horizon_given_all_observations() -> None:
+    post = three().conditioned(TIMES, LEVELS, levels())
+    record = post.sample_record(TIMES[-1], 4000, 0)
+    early = JumpRecord(record.times, record.states, record.num_jumps, tensor([0.0, 0.8]), 3)
+    dwell, _ = post.expected_statistics(0.8)
+    draws = early.dwell.clamp(min=0.0)
+    assert float(dwell.sum()) == pytest.approx(0.8, rel=1e-9)
+    assert bool(((draws.mean(0) - dwell).abs() < 4.5 * draws.std(0) / 4000**0.5).all())
+    whole = post.expected_statistics()
+    for part, total in zip(whole, post.expected_statistics(TIMES[-1]), strict=True):
+        torch.testing.assert_close(part, total)
+
+
+def test_conditioned_laws_move_with_their_data() -> None:
+    check_device(three().conditioned(TIMES, LEVELS, levels()))
+    check_storage(three().conditioned(TIMES, LEVELS, levels()), lambda law: law.marginal(0.7).probs)
+
+
+def test_loading_the_shipped_network_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    AmortisedRates.load()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_mean_first_passages_between_all_states() -> None:
+    q = RateMatrix(tensor(CYCLE))
+    whole = q.mean_first_passage()
+    for j in range(3):
+        torch.testing.assert_close(whole[:, j], q.mean_first_passage(j))
 
 
 def test_the_forward_equation_is_solved_by_the_marginals_and_differentiable() -> None:

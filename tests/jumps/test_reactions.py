@@ -11,7 +11,14 @@ from scipy.sparse.linalg import expm_multiply
 from scipy.stats import binom, poisson
 
 import stochdyn as sd
-from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
+from stochdyn import testing
+from stochdyn.errors import (
+    ApproximationWarning,
+    InvalidInputError,
+    NonFiniteError,
+    ShapeError,
+    SystemSizeError,
+)
 from stochdyn.jumps import (
     LinearNoise,
     ParticleFilter,
@@ -66,7 +73,7 @@ def test_paths_have_the_exact_moments_at_every_time() -> None:
 
 
 def test_linear_noise_is_exact_for_linear_propensities() -> None:
-    law = immigration().linear_noise(3.0)
+    law = immigration().linear_noise()
     mean, variance = exact_moments(T)
     assert float(law.mean([T])) == pytest.approx(mean, abs=1e-8)
     assert float(law.covariance([T])) == pytest.approx(variance, abs=1e-8)
@@ -114,6 +121,7 @@ def test_counts_out_of_reach_change_nothing() -> None:
     assert (box.propagate(np.zeros(len(start)), 8.0) == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:The truncation leaks")
 @pytest.mark.parametrize("bound", [7, 9, 14, 25])
 @pytest.mark.parametrize("t", [0.05, T, 20.0])
 def test_a_truncation_that_leaks_says_how_much(bound: int, t: float) -> None:
@@ -123,6 +131,57 @@ def test_a_truncation_that_leaks_says_how_much(bound: int, t: float) -> None:
     error = float((whole[: bound + 1] - small.probs).abs().sum() + whole[bound + 1 :].sum())
     assert error == pytest.approx(small.lost_mass, rel=1e-9, abs=1e-12)
     assert float((whole[: bound + 1] - small.probs).min()) > -1e-12
+
+
+def test_counts_that_no_state_has_are_refused_and_a_leak_is_said() -> None:
+    tight = immigration().truncate({"A": 9})
+    for wrong in (7.5, -1.0, 10.0):
+        with pytest.raises(InvalidInputError, match="whole numbers within the bounds"):
+            tight.log_likelihood([1.0, 2.0], {"A": [6.0, wrong]})
+    with pytest.warns(ApproximationWarning, match="truncation leaks"):
+        tight.log_likelihood([8.0], {"A": [8.0]})
+
+
+def test_noisy_counts_far_from_all_states_have_a_finite_likelihood() -> None:
+    at, seen = checked_counts(immigration(), [1.0, 2.0], {"A": [6.0, 200.0]})
+    constants = torch.tensor([[LAM, MU]], dtype=torch.float64)
+    found = StateProjection({"A": 60}, 1.0).log_likelihood(
+        immigration(), at, seen, constants, torch.Generator()
+    )
+    # the nearest state that has any mass rules: -140^2 / 2 for a count of sixty
+    assert -20_000 < float(found) < -9_000
+
+
+def test_linear_noise_needs_no_horizon_and_answers_alike_whatever_else_is_asked() -> None:
+    network = ReactionNetwork(["0 -> A", "2 A -> 0"], [1000.0, 1.0], {"A": 0})
+    testing.check_question(
+        lambda ts: network.linear_noise().mean(ts), torch.linspace(0, 0.02, 4).double(), rtol=1e-6
+    )
+    # it speeds up from rest, where the fastest rate at its start is zero: the root of a (a - 1) = 1000 is the end
+    end = 0.5 + (0.25 + 1000.0) ** 0.5
+    assert float(network.linear_noise().mean([0.3])[0, 0]) == pytest.approx(end, rel=1e-6)
+
+
+def test_linear_noise_has_no_unit_of_time_and_ends_where_the_mean_explodes() -> None:
+    def answer(unit: float) -> torch.Tensor:
+        network = ReactionNetwork(
+            ["0 -> A", "A -> 0", "2 A -> B"], [3 / unit, 0.5 / unit, 0.01 / unit], {"A": 7}
+        )
+        return network.linear_noise().covariance(torch.tensor([0.5, 1.0], dtype=torch.float64) * unit)
+
+    testing.check_units(answer, factors=(1e-9, 1e9))
+    burst = ReactionNetwork(["2 A -> 3 A", "A -> 0"], [10.0, 1.0], {"A": 10}).linear_noise()
+    with pytest.raises(NonFiniteError, match="leaves all bounds"):
+        burst.mean([1.0])
+
+
+def test_rate_constants_move_with_the_network_and_take_the_precision_of_counts() -> None:
+    testing.check_device(immigration())
+    testing.check_storage(immigration(), lambda network: network.sample([0.0, 1.0], 5, 0).x)
+    many = ReactionNetwork(["0 -> A", "A -> 0"], [300.0, 0.5], {"A": 600})
+    for dtype in (torch.float32, torch.float64):
+        law = sd.DiffusionMeasure(torch.tensor([600.0], dtype=dtype), many.langevin())
+        assert law.sample(torch.linspace(0, 1, 5, dtype=dtype), 3, 0).x.dtype == dtype
 
 
 def test_mass_action_is_combinatorial() -> None:
@@ -257,7 +316,7 @@ def test_moment_closure_knows_of_the_fluctuations() -> None:
     """After take-off of an epidemic it is closer to the exact mean than linear noise: 24.341 at t = 20."""
     network = ReactionNetwork(["S + I -> 2 I", "I -> R"], [0.3 / 100, 0.1], {"S": 80, "I": 20})
     closed = float(network.moments([20.0]).mean[0, 1])
-    linear = float(network.linear_noise(20.0).mean([20.0])[0, 1])
+    linear = float(network.linear_noise().mean([20.0])[0, 1])
     assert linear == pytest.approx(24.557, abs=0.01)
     assert abs(closed - 24.341) < 0.2 * abs(linear - 24.341)
 

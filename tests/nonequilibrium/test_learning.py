@@ -50,7 +50,7 @@ class TestScoreMatching(ObjectiveSuite):
         x = ring.sample(64, 0)
         torch.manual_seed(0)
         score = SteadyScore(x, (8,), ring.base_score, ring.periods)
-        return SteadyScoreMatching(ring.sde, score, residual_weight=1.0), x
+        return SteadyScoreMatching(ring.sde, score, fp_weight=1.0), x
 
 
 class TestDenoising(ObjectiveSuite):
@@ -128,7 +128,7 @@ def test_a_learnt_score_of_a_ring() -> None:
     torch.manual_seed(0)
     for potential in (False, True):
         score = SteadyScore(x, (16, 16), ring.base_score, ring.periods, potential=potential)
-        objective = SteadyScoreMatching(ring.sde, score, residual_weight=1.0)
+        objective = SteadyScoreMatching(ring.sde, score, fp_weight=1.0)
         sd.fit(objective, x, steps=150, lr=1e-2, batch_size=500, seed=0, progress=False)
         rate = entropy_production_rate(SteadyCurrent(ring.sde, objective), y)
         assert float(rate) == pytest.approx(ring.entropy_production, rel=0.06)  # type: ignore[arg-type]
@@ -148,7 +148,7 @@ def test_an_untrained_score_is_exact_for_gaussian_states_in_any_units() -> None:
             lambda t, z: scale * chain.sde.drift(t, z / scale),
             sd.Diagonal(scale * (2 * torch.linspace(1, 10, 3, dtype=D)).sqrt()),
         )
-        objective = SteadyScoreMatching(sde, score, residual_weight=1.0)
+        objective = SteadyScoreMatching(sde, score, fp_weight=1.0)
         value = objective((x * scale)[:200]).loss.detach()
         rate = entropy_production_rate(SteadyCurrent(sde, score), x * scale)
         return torch.stack([value, rate.mean])  # type: ignore[union-attr]

@@ -17,6 +17,7 @@ from stochdyn.bridges.refinement.linear_response import (
     with_coordinates,
 )
 from stochdyn.bridges.refinement.uncertainty import COORDINATES, redrawn_weights
+from stochdyn.errors import UnavailableError
 from stochdyn.infer.naming import fresh_name
 from stochdyn.run.interrupt import Interrupted
 from stochdyn.run.randomness import fork_random_state
@@ -137,13 +138,29 @@ class _Profile(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, theta: Tensor, profile: BridgeProfile) -> Tensor:
         value, gradient = profile.evaluate(theta)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(theta, gradient)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
+        theta, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # known by its values alone: a derivative of it would be taken for zero
+            gradient = _Last.apply(gradient, theta)
         return slope * gradient, None
+
+
+class _Last(torch.autograd.Function):
+    """A gradient that has no derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, theta: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, None]:
+        raise UnavailableError(
+            "the profile of a bridge has first derivatives alone", hint="take differences of its gradients"
+        )
 
 
 class ProfileFit:

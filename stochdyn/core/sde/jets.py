@@ -48,7 +48,7 @@ def network_jet(network: MLP, u: Tensor, directions: Tensor | None = None, each:
         each: Whether to return the second derivative along every direction in place of their sum.
 
     Returns:
-        A :class:`Jet`, differentiable once in inputs, directions and parameters.
+        A :class:`Jet`, differentiable any number of times in inputs, directions and parameters.
 
     Raises:
         ShapeError: If the network has more than one output, or shapes don't fit.
@@ -116,9 +116,8 @@ class _Activation(torch.autograd.Function):
         return h, p
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gh: Tensor, gp: Tensor) -> Tensor:
-        h, p = ctx.saved_tensors
+        h, p = ctx.saved_tensors  # outputs, so that the derivative has derivatives of its own
         return torch.addcmul(gh, gp, h, value=-2).mul_(p)
 
 
@@ -146,11 +145,15 @@ class _CurvedActivation(torch.autograd.Function):
         return h, p, p * dz, curved
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, gh: Tensor, gp: Tensor, gd: Tensor, gs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, None]:
         h, p, q, dz, squares, s = ctx.saved_tensors
+        if (
+            torch.is_grad_enabled()
+        ):  # derivatives of the derivative are wanted: what was computed on the way is redone on tape
+            q = -2.0 * h * p
+            squares = dz.square() if ctx.each else dz.square().sum(0)
         third = (h.square().mul_(6.0).sub_(2.0)).mul_(p)
         bent = gs * q
         through = third * squares

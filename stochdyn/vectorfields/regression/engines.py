@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel, ScaleKernel
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from stochdyn.errors import InvalidInputError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
@@ -145,15 +144,19 @@ class _GaussianLogDensity(torch.autograd.Function):
         # log N(y; 0, C) = -½ (y'C⁻¹y + log|C| + N log 2π), summed over columns.
         factor = torch.linalg.cholesky(covariance)
         solved = torch.cholesky_solve(y, factor)
-        ctx.save_for_backward(factor, solved)
+        ctx.save_for_backward(covariance, y, factor, solved)
         rows, fields = y.shape
         volume = rows * math.log(2 * math.pi) + 2.0 * factor.diagonal().log().sum()
         return -0.5 * ((y * solved).sum() + fields * volume)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
-        factor, solved = ctx.saved_tensors
+        covariance, y, factor, solved = ctx.saved_tensors
+        if (
+            torch.is_grad_enabled()
+        ):  # derivatives of the derivative are wanted: factor and solution are redone on tape
+            factor = torch.linalg.cholesky(covariance)
+            solved = torch.cholesky_solve(y, factor)
         # d log N / dC = ½ (C⁻¹y y'C⁻¹ - C⁻¹) per column.
         inverse = torch.cholesky_inverse(factor)
         return 0.5 * slope * (solved @ solved.mT - solved.shape[1] * inverse), -slope * solved
