@@ -280,7 +280,7 @@ def test_immigration_and_death() -> None:
     close(law.probs[list(known)], list(known.values()), 1e-12)
     close(law.mean[0], 6.522045776761015, 1e-12)
     close(law.covariance[0, 0], 4.614323225522924, 1e-12)
-    linear = network.linear_noise(2.0)
+    linear = network.linear_noise()
     close(linear.mean([1.3])[0, 0], 6.522045776761015, 1e-8)
     close(linear.covariance([1.3])[0, 0, 0], 4.614323225522924, 1e-8)
     # far out it has all its digits, too
