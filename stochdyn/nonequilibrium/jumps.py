@@ -50,6 +50,15 @@ class CountedJumps(Protocol):
         """The numbers of jumps from the row's state to the column's, ``(*shape, S, S)``."""
 
     @property
+    def ts(self) -> Tensor:
+        """Times whose ends are those of the record, unless it has a ``duration``."""
+
+
+@runtime_checkable
+class _Timed(Protocol):
+    """A record that was counted for longer than its grid, such as a :class:`stochdyn.jumps.JumpRecord` on a late grid."""
+
+    @property
     def duration(self) -> float:
         """The time over which jumps were counted."""
 
@@ -293,12 +302,12 @@ def entropy_from_counts(record: CountedJumps) -> Estimate:
     """
     if not isinstance(record, CountedJumps):
         raise InvalidInputError(
-            "record must be a record of jumps, with counts and duration", got=type(record).__name__
+            "record must be a record of jumps, with counts and ts", got=type(record).__name__
         )
     counts = as_tensor(record.counts, "record.counts").double()
     if counts.ndim < 2:
         raise ShapeError("counts must be (*shape, S, S)", got=tuple(counts.shape))
-    span = record.duration
+    span = record.duration if isinstance(record, _Timed) else float(record.ts[-1] - record.ts[0])
     there, back = _edges(counts)
     one_way = int((((there == 0) != (back == 0)) & (there + back > 5)).sum())
     if one_way:
