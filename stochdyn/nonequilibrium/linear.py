@@ -13,7 +13,7 @@ from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 from stochdyn.core.law.path import as_parity
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
-from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError
+from stochdyn.errors import InvalidInputError, ShapeError, SingularDiffusionError, UnavailableError
 from stochdyn.nonequilibrium._noise import HalfCovariance
 from stochdyn.nonequilibrium.current import Groups, as_points, check_reached, group_parts
 
@@ -51,6 +51,7 @@ class LinearSteadyState:
 
     Raises:
         InvalidInputError: If there is no steady state.
+        UnavailableError: If the coefficients have derivatives, which would be lost.
         DiffusionMismatchError: If the rate is infinite, because the irreversible drift acts where there is no noise.
 
     Example:
@@ -65,6 +66,10 @@ class LinearSteadyState:
         if a.shape[0] != a.shape[1] or g.shape[0] != a.shape[0]:
             raise ShapeError(
                 "drift_matrix and diffusion don't fit", got=f"{tuple(a.shape)} and {tuple(g.shape)}"
+            )
+        if a.requires_grad or g.requires_grad:
+            raise UnavailableError(
+                "a steady state has no derivatives in its coefficients", hint="pass them with .detach()"
             )
         if not bool((g != 0).any()):
             raise SingularDiffusionError("without noise the steady state is a point")

@@ -138,10 +138,14 @@ class NEEP(_PairObjective):
         return first - second
 
     def forward(self, batch: Any = None) -> ObjectiveValue:
-        """Evaluate minus the bound on pairs ``(n, 2, d)``."""
+        """Evaluate minus the bound per pair on pairs ``(n, 2, d)``; the terms are per time."""
         s = self.production(batch)
-        bound = self._gain(s).mean() / self.dt
-        return ObjectiveValue(-bound, {"bound": bound.detach(), "mean_rate": s.detach().mean() / self.dt})
+        gain = self._gain(
+            s
+        ).mean()  # a number without a unit: steps of an optimiser then don't depend on that of time
+        return ObjectiveValue(
+            -gain, {"bound": gain.detach() / self.dt, "mean_rate": s.detach().mean() / self.dt}
+        )
 
     @torch.no_grad()
     def bound(self, batch: Tensor) -> Estimate:
@@ -174,13 +178,12 @@ class ShortTimeTUR(_PairObjective):
         self.function = function
 
     def forward(self, batch: Any = None) -> ObjectiveValue:
-        """Evaluate minus the bound on pairs ``(n, 2, d)``; before training, where the current is zero, it is that of a small one."""
+        """Evaluate minus the bound per pair on pairs ``(n, 2, d)``; before training, where the current is zero, that of a small one."""
         before, after = self._pairs(batch).unbind(1)
         j = (self.function(0.5 * (before + after)) * (after - before)).sum(-1)
         variance = j.var()
         # At a current of zero the ratio is 0/0, and the gradient is that of the mean itself.
-        if_zero = j.mean() / self.dt
-        bound = torch.where(
-            variance > 0, 2 * j.mean().square() / torch.where(variance > 0, variance, 1.0) / self.dt, if_zero
+        gain = torch.where(
+            variance > 0, 2 * j.mean().square() / torch.where(variance > 0, variance, 1.0), j.mean()
         )
-        return ObjectiveValue(-bound, {"bound": bound.detach()})
+        return ObjectiveValue(-gain, {"bound": gain.detach() / self.dt})

@@ -10,6 +10,7 @@ import torch
 import stochdyn as sd
 from stochdyn.bridges import GaussianBridge
 from stochdyn.core import LinearGaussianMeasure
+from stochdyn.testing import check_forms, check_gradients
 
 F64 = torch.float64
 HORIZON = 1.3
@@ -240,3 +241,36 @@ def test_times_outside_and_ends_without_density():
     with pytest.raises(sd.errors.ShapeError, match="x"):
         bridge.drift(0.5, torch.zeros(3, 2))
     assert bridge.covariance(0.0).item() == 0
+
+
+def test_derivatives_where_eigenvalues_coincide():
+    """Isotropic clouds: the derivative of eigenvectors is infinite there, that of the bridge isn't."""
+    zero, one, eye = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64), torch.eye(2, dtype=F64)
+    x = torch.tensor([[0.1, 0.2]], dtype=F64)
+
+    def drift(mean1, diffusion, size):
+        return GaussianBridge(zero, eye, mean1, size * eye, diffusion, HORIZON).drift(0.4, x)
+
+    check_gradients(drift, one, torch.tensor(0.7, dtype=F64), torch.tensor(2.0, dtype=F64))
+
+    def spread(root0, root1, matrix):
+        law = GaussianBridge(
+            zero, root0 @ root0.mT + eye, one, root1 @ root1.mT + eye, 0.7, HORIZON, drift_matrix=matrix
+        )
+        return law.marginal(0.4).covariance
+
+    check_gradients(spread, eye, eye, torch.zeros(2, 2, dtype=F64), second=False)
+
+
+def test_ends_of_any_form():
+    wanted = GaussianBridge(vector(2, 0), spd(2, 1), vector(2, 2), spd(2, 3), 0.7, HORIZON).marginal(0.4).mean
+    ends = [vector(2, 0), spd(2, 1), vector(2, 2), spd(2, 3)]
+    for k in range(4):
+
+        def answer(x, k=k):
+            return GaussianBridge(*ends[:k], x, *ends[k + 1 :], 0.7, HORIZON).marginal(0.4).mean
+
+        if k:
+            check_forms(answer, ends[k])
+    lists = GaussianBridge(*(e.numpy() for e in ends), 0.7, HORIZON)
+    torch.testing.assert_close(lists.marginal(0.4).mean, wanted)

@@ -10,6 +10,7 @@ import torch
 import stochdyn as sd
 from stochdyn.bridges import BridgeMatching, GaussianBridge, Snapshots
 from stochdyn.core import bridge_drift
+from stochdyn.testing import check_repetition, check_units
 
 F64 = torch.float64
 
@@ -167,3 +168,29 @@ def test_affine_drifts_go_on_where_they_stopped(tmp_path):
     assert torch.equal(again.regression.pairs, whole.objective.pairs)
     with pytest.raises(sd.errors.InvalidInputError, match="lr does nothing for affine"):
         make().fit(30, lr=0.1)
+
+
+def test_a_seed_is_all_the_randomness_of_a_training():
+    def answer():
+        match = BridgeMatching(
+            gaussian_snapshots(2, 40), 0.8, width=8, num_pairs=64, batch_size=16, refresh=5
+        )
+        return match.solve(steps=5, progress=False).drift(0.3, torch.zeros(1, 2))
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    check_repetition(answer)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_training_has_no_unit_of_length_or_time():
+    def answer(length, time):
+        snaps = gaussian_snapshots(2, 40)
+        snaps = Snapshots(snaps.times * time, [x.double() * length for x in snaps.samples])
+        match = BridgeMatching(
+            snaps, 0.8 * length / time**0.5, width=8, num_pairs=64, batch_size=16, refresh=5
+        ).solve(steps=5, progress=False)
+        return match.drift(0.3 * time, torch.full((1, 2), 0.2 * length, dtype=F64)) * time / length
+
+    check_units(lambda factor: answer(factor, 1.0), factors=(1e-6, 1e6), rtol=1e-4)
+    check_units(lambda factor: answer(1.0, factor), factors=(1e-6, 1e6), rtol=1e-4)

@@ -114,3 +114,25 @@ def test_bad_input():
         PotentialDrift(2, scale=0.0)
     with pytest.raises(sd.errors.ShapeError, match="centre"):
         PotentialDrift(2, centre=torch.zeros(3))
+
+
+@pytest.mark.parametrize("kind", [NeuralDrift, PotentialDrift])
+def test_a_drift_at_rest_takes_the_units_of_what_it_is_used_with(kind):
+    snaps = snapshots()
+    given = kind.for_snapshots(snaps, 8)
+    used = sd.bridges.SchrodingerBridge(snaps, kind(3, 8), 1.0).family
+    torch.testing.assert_close(used.centre, given.centre)
+    torch.testing.assert_close(used.scale, given.scale)
+    assert (used.horizon, used.start_time) == (given.horizon, given.start_time)
+
+
+@pytest.mark.parametrize("kind", [NeuralDrift, PotentialDrift])
+def test_units_are_given_stored_or_kept(kind):
+    given = wild(kind.for_snapshots(snapshots(), 8, time=True))
+    loaded = kind(3, 8, time=True).double()
+    loaded.load_state_dict(given.state_dict())
+    t, x = torch.tensor(1.7, dtype=F64), snapshots().samples[1][:4]
+    torch.testing.assert_close(loaded(t, x), given(t, x), rtol=0, atol=0)
+    trained = wild(kind(3, 8).double())
+    used = sd.bridges.SchrodingerBridge(snapshots(), trained, 1.0).family
+    torch.testing.assert_close(used(t, x), trained(t, x), rtol=0, atol=0)

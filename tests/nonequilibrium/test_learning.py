@@ -414,3 +414,18 @@ def test_a_pair_of_swimmers_by_its_score() -> None:
         assert float(total) == pytest.approx(pair.entropy_production, rel=0.05)  # type: ignore[arg-type]
         assert float(parts["g"]) == pytest.approx(0.0324, rel=0.25)  # type: ignore[index]
         assert abs(float(total) - float(rule)) < 2 * float(rule.stderr)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [NEEP, ShortTimeTUR])
+def test_training_on_pairs_has_no_unit_of_time_or_length(kind: type) -> None:
+    x = bead_paths(0, 2, 20.0)
+
+    def answer(time: float, length: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        pairs = neighbours(x * length)
+        objective = kind(CurrentNetwork(pairs[:, 0], (8,)), 0.01 * time)
+        sd.fit(objective, pairs, steps=10, lr=1e-2, batch_size=200, seed=0, progress=False)
+        return objective(pairs).terms["bound"] * time
+
+    check_units(lambda factor: answer(factor, 1.0), factors=(1e-9, 1e9), rtol=1e-5)
+    check_units(lambda factor: answer(1.0, factor), factors=(1e-6, 1e6), rtol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.errors import ApproximationWarning, DiffusionMismatchError, InvalidInputError
+from stochdyn.errors import ApproximationWarning, DiffusionMismatchError, InvalidInputError, UnavailableError
 from stochdyn.nonequilibrium import (
     LinearSteadyState,
     SteadyCurrent,
@@ -236,6 +236,8 @@ def test_bad_input() -> None:
         LinearSteadyState([[1.0]], [[1.0]])
     with pytest.raises(InvalidInputError, match="1 or -1"):
         LinearSteadyState([[-1.0]], [[1.0]], parity=[2])
+    with pytest.raises(UnavailableError, match="no derivatives"):
+        LinearSteadyState(torch.tensor([[-1.0]], requires_grad=True), [[1.0]])
     with pytest.raises(InvalidInputError, match="must be a RateMatrix"):
         short_time_bound(torch.eye(2))
 

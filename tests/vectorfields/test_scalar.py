@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, UnavailableError
+from stochdyn.errors import (
+    ApproximationWarning,
+    InvalidInputError,
+    NonFiniteError,
+    ShapeError,
+    UnavailableError,
+)
 from stochdyn.testing import (
     check_company,
     check_forms,
@@ -192,3 +198,9 @@ def test_auto_and_bad_input(cloud: PointCloud) -> None:
     with pytest.raises(InvalidInputError, match="one value per row"):
         one.fit(range(2), [[1.0, 2.0]], labels=["a", "b"])
     assert one.fit([0, 1], [1.0, math.nan]).engine.num_sites == 1
+
+
+def test_a_level_far_from_zero_is_said(cloud: PointCloud) -> None:
+    index, wave = torch.arange(len(cloud)), cloud.points[:, 0]
+    with pytest.warns(ApproximationWarning, match="Subtract the level first"):
+        ScalarGP(cloud).fit(index, 100.0 + wave, optimize=False)

@@ -209,3 +209,17 @@ def test_a_swirl_on_a_cap_has_its_one_zero() -> None:
     assert index.tolist() == [1]
     pole = np.sign(points[:, 2].mean()) * np.array([0.0, 0.0, 1.0])
     assert np.linalg.norm(places[0].numpy() - pole) < cloud.spacing
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])
+@pytest.mark.parametrize("lowest", [0.5, 0.2, -0.3])
+@pytest.mark.parametrize("num_neighbors", [8, 10])
+def test_small_caps_stay_open(seed: int, lowest: float, num_neighbors: int) -> None:
+    """A rim of a few long edges is no hole: a lid over it would have a zero of its own, inside the ball."""
+    points = torch.randn(150, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    points = torch.nn.functional.normalize(points, dim=-1)
+    cap = PointCloud(points[points[:, 2] > lowest], num_neighbors, dim=2)
+    faces = triangulate(cap)
+    assert inspect_triangles(faces, len(cap)).boundaries == 1
+    middles = cap.points[torch.as_tensor(faces)].mean(1)
+    assert float(middles.norm(dim=-1).min()) > 0.7

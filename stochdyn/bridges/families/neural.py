@@ -39,12 +39,16 @@ class _Scaled(DriftFamily):
         time: bool = False,
         *,
         centre: Tensor | None = None,
-        scale: Tensor | float = 1.0,
-        horizon: float = 1.0,
-        start_time: float = 0.0,
+        scale: Tensor | float | None = None,
+        horizon: float | None = None,
+        start_time: float | None = None,
     ) -> None:
         super().__init__(dim)
         check_positive_int(width, "width")
+        self._awaits_units = centre is None and scale is None and horizon is None and start_time is None
+        scale = 1.0 if scale is None else scale
+        horizon = 1.0 if horizon is None else horizon
+        start_time = 0.0 if start_time is None else start_time
         check_positive(scale, "scale")
         check_positive(horizon, "horizon")
         check_real(start_time, "start_time")
@@ -72,6 +76,33 @@ class _Scaled(DriftFamily):
             snapshots.dim, width, time, centre=centre, scale=scale, horizon=end - start, start_time=start
         )
 
+    def take_units(self, snapshots: Snapshots) -> None:
+        """Take the units of snapshots, unless units were given or the drift was trained in those that it has.
+
+        Args:
+            snapshots: The snapshots.
+        """
+        if not self._awaits_units or snapshots.dim != self.dim:
+            return
+        x = torch.cat(list(snapshots.samples)).to(self.centre)
+        if bool(self(torch.as_tensor(self.start_time).to(x), x).any()):
+            return
+        _, centre, scale = snapshots.standardised()
+        self.centre.copy_(centre)
+        self.scale.copy_(scale)
+        self.start_time = float(snapshots.times[0])
+        self.horizon = float(snapshots.times[-1]) - self.start_time
+        self._awaits_units = False
+
+    def get_extra_state(self) -> Tensor:
+        """Return the units of time, which belong to the weights."""
+        return torch.tensor([self.horizon, self.start_time], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the units of time of loaded weights."""
+        self.horizon, self.start_time = (float(value) for value in state)
+        self._awaits_units = False
+
     def _inputs(self, t: Tensor, x: Tensor) -> Tensor:
         state = (x - self.centre) / self.scale
         if not self.time:
@@ -94,7 +125,8 @@ class NeuralDrift(_Scaled):
 
     .. math:: b(t,x)=\frac{\varsigma}{T}\big(A\hat x+c+\mathrm{net}(\hat x)\big),\qquad \hat x=(x-m)/\varsigma
 
-    It starts as zero. Its units are those of the data: :meth:`for_snapshots` takes them from snapshots.
+    It starts as zero. Its units are those of the data: what it is first used with gives them, where none are given here, and
+    :meth:`for_snapshots` takes them from snapshots.
     Identifiability ends here: many drifts carry the same marginals, and the refinement finds the one nearest
     to where it started. Use it to interpolate and to forecast where no mechanism is known; to read a field off, use
     :class:`PotentialDrift`.
@@ -103,10 +135,11 @@ class NeuralDrift(_Scaled):
         dim: The number ``d`` of components of the state.
         width: The width of the two hidden layers.
         time: Whether the drift may change with time.
-        centre: The middle :math:`m` of the data, ``(d,)``; zero if None.
-        scale: The size :math:`\varsigma` of the data, a number or ``(d,)``.
-        horizon: The time :math:`T` over which particles move by about their scale.
-        start_time: The time that counts as zero.
+        centre: The middle :math:`m` of the data, ``(d,)``. If this and the next three are None, they are those of the snapshots
+            that the drift is first used with, as long as it is zero; otherwise the middle is zero.
+        scale: The size :math:`\varsigma` of the data, a number or ``(d,)``; one if None beside others that are given.
+        horizon: The time :math:`T` over which particles move by about their scale; one if None beside others that are given.
+        start_time: The time that counts as zero; zero if None beside others that are given.
 
     Example:
         >>> NeuralDrift(2, width=16)(torch.zeros(()), torch.ones(3, 2)).abs().max().item()
@@ -154,10 +187,11 @@ class PotentialDrift(_Scaled):
         dim: The number ``d`` of components of the state.
         width: The width of the two hidden layers.
         time: Whether the landscape may change with time.
-        centre: The middle :math:`m` of the data, ``(d,)``; zero if None.
-        scale: The size :math:`\varsigma` of the data, a number or ``(d,)``.
-        horizon: The time :math:`T` over which particles move by about their scale.
-        start_time: The time that counts as zero.
+        centre: The middle :math:`m` of the data, ``(d,)``. If this and the next three are None, they are those of the snapshots
+            that the drift is first used with, as long as it is zero; otherwise the middle is zero.
+        scale: The size :math:`\varsigma` of the data, a number or ``(d,)``; one if None beside others that are given.
+        horizon: The time :math:`T` over which particles move by about their scale; one if None beside others that are given.
+        start_time: The time that counts as zero; zero if None beside others that are given.
 
     Example:
         >>> landscape = PotentialDrift(2, width=16)

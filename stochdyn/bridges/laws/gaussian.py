@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from stochdyn._checks import as_tensor, check_event_size, check_finite, check_positive, check_same_dtype
+from stochdyn.bridges.laws._conditional import conditional_share
 from stochdyn.core.forward.flow import GaussianFlow
 from stochdyn.core.gaussian.conditioning import EndPotential, TiltedMeasure, reachable
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
@@ -79,14 +80,24 @@ class GaussianBridge(TiltedMeasure):
         drift_matrix: Tensor | None = None,
         drift_offset: Tensor | None = None,
     ) -> None:
+        mean0 = as_tensor(mean0, "mean0", 1, "(d,)")
+        cov0, mean1, cov1 = (
+            as_tensor(value, name, like=mean0)
+            for name, value in {"cov0": cov0, "mean1": mean1, "cov1": cov1}.items()
+        )
         _check_end(mean0, cov0, "0")
         _check_end(mean1, cov1, "1")
         check_same_dtype(mean0=mean0, cov0=cov0, mean1=mean1, cov1=cov1)
         check_event_size(mean1, mean0.shape[0], "mean1")
         check_positive(horizon, "horizon")
         dim = mean0.shape[0]
-        matrix = mean0.new_zeros(dim, dim) if drift_matrix is None else drift_matrix
-        offset = mean0.new_zeros(dim) if drift_offset is None else drift_offset
+        matrix, offset = (
+            mean0.new_zeros(shape) if value is None else as_tensor(value, name, len(shape), like=mean0)
+            for name, value, shape in (
+                ("drift_matrix", drift_matrix, (dim, dim)),
+                ("drift_offset", drift_offset, (dim,)),
+            )
+        )
         reference = LinearGaussianMeasure(matrix, offset, diffusion, mean0, symmetrise(cov0))
         potential, cross = _couple(reference, float(horizon), mean0, cov0, mean1, cov1)
         super().__init__(reference, horizon, potential, mean0, symmetrise(cov0))
@@ -213,10 +224,7 @@ def _conditional(a: Tensor, b: Tensor) -> Tensor:
     The other end has variance ``b``, and the reference unit noise between them.
     """
     factor = psd_factor(a)
-    # g(M) = 2 (I + (I + 4 M)^{1/2})^{-1} by eigenvalues of M = L^T b L
-    values, vectors = torch.linalg.eigh(symmetrise(factor.mT @ b @ factor))
-    basis = factor @ vectors
-    return symmetrise((basis * (2 / (1 + (1 + 4 * values.clamp_min(0)).sqrt()))) @ basis.mT)
+    return symmetrise(factor @ conditional_share(symmetrise(factor.mT @ b @ factor)) @ factor.mT)
 
 
 def _check_end(mean: Tensor, cov: Tensor, which: str) -> None:

@@ -17,6 +17,7 @@ from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.solvers import draw_increments, integrate
 from stochdyn.core.transport.entropic import sinkhorn, squared_distance
 from stochdyn.objectives.base import Objective, ObjectiveValue
+from stochdyn.run.randomness import fork_random_state
 
 __all__ = ["IntervalDrift", "MatchingRegression"]
 
@@ -64,8 +65,9 @@ class MatchingRegression(Objective):
         self.register_buffer(
             "mean", torch.as_tensor(mean, dtype=like.dtype, device=like.device).expand(self.dim).clone()
         )
-        self.forward_net = IntervalDrift(self.num_intervals, centre, scale, width)
-        self.backward_net = IntervalDrift(self.num_intervals, centre, scale, width)
+        with fork_random_state(0, like.device):  # the seed of a training is all its randomness
+            self.forward_net = IntervalDrift(self.num_intervals, centre, scale, width)
+            self.backward_net = IntervalDrift(self.num_intervals, centre, scale, width)
         empty = like.new_zeros(2, 2, self.num_intervals, num_pairs, self.dim)
         self.register_buffer("pairs", empty)  # direction trained, end, interval, pair, component
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))

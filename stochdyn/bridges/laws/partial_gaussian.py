@@ -10,13 +10,13 @@ from torch import Tensor
 
 from stochdyn._checks import (
     as_tensor,
+    as_time_grid,
     check_event_size,
     check_finite,
     check_ndim,
     check_positive,
     check_positive_int,
     check_same_dtype,
-    check_time_grid,
 )
 from stochdyn.core.gaussian.conditioning import EndPotential, PiecewiseMeasure, absorb, reachable
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
@@ -101,7 +101,7 @@ class PartialGaussianBridge(PiecewiseMeasure):
         max_iterations: int = 2000,
     ) -> None:
         super().__init__()
-        check_time_grid(times, "times")
+        times = as_time_grid(times, "times")
         check_positive_int(max_iterations, "max_iterations")
         check_positive(tolerance, "tolerance")
         means = as_tensor(means, "means")

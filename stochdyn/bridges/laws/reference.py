@@ -12,6 +12,7 @@ from torch.distributions import constraints
 from stochdyn._checks import as_tensor, check_finite
 from stochdyn.bridges.data.snapshots import Snapshot, Snapshots
 from stochdyn.bridges.families.base import DriftFamily
+from stochdyn.bridges.families.neural import NeuralDrift, PotentialDrift
 from stochdyn.bridges.families.pyro_family import as_family, named_defaults, required_arguments
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.sde.coefficients import Coefficient, Scalar, as_coefficient
@@ -46,6 +47,10 @@ def fitted_family(drift: Any, snapshots: Snapshots, dim: int | None = None) -> D
     plain = plain and not named_defaults(drift)
     family = FixedDrift(drift, dim) if plain else as_family(copy.deepcopy(drift), dim)
     family = family.to(device=snapshots.device, dtype=snapshots.dtype)
+    for part in family.modules():
+        if isinstance(part, NeuralDrift | PotentialDrift):
+            with torch.no_grad():
+                part.take_units(snapshots)
     x = snapshots.samples[0][:3]
     x = torch.cat((x, x.new_ones(len(x), dim - x.shape[1])), -1)
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +19,9 @@ __all__ = ["Triangulation", "inspect_triangles", "triangles_of"]
 
 #: An edge longer than this many local radii joins what the graph doesn't.
 _LONG = 1.6
-#: Holes of up to this many edges are closed.
-_SMALL_HOLE = 10
+#: Holes of up to this many edges are closed, unless they are wider than so many distances to a sixth neighbour: those are
+#: borders of the surface. In an even cloud a hole of ten edges is 3.2 such distances wide.
+_SMALL_HOLE, _WIDE = 10, 3.6
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ def triangles_of(cloud: PointCloud) -> np.ndarray:
             count[side] += 1
         for v, w in ((a, (b, c)), (b, (a, c)), (c, (a, b))):
             fans[v].append(w)
-    faces = _close_holes(cloud, np.asarray(taken, dtype=np.int64).reshape(-1, 3))
+    faces, borders = _close_holes(cloud, np.asarray(taken, dtype=np.int64).reshape(-1, 3))
     report = inspect_triangles(faces, len(cloud))
+    report = replace(report, gaps=report.gaps - borders)
     if not report.is_sound:
         warnings.warn(
             f"The triangulation isn't a surface through all nodes ({report}), so zeros may be lost or counted twice. "
@@ -178,13 +180,24 @@ def _crosses(cloud: PointCloud, apex: int, wedge: tuple[int, int], fan: list[tup
     return False
 
 
-def _close_holes(cloud: PointCloud, faces: np.ndarray) -> np.ndarray:
-    """Fill holes of few edges by cutting off the ear with the shortest chord, again and again."""
+def _is_wide(cloud: PointCloud, loop: list[int]) -> bool:
+    """Return whether a closed curve is too wide for a hole that the choice of triangles left: a border, as of a small open cap."""
+    x, count = cloud.array, min(7, len(cloud))
+    around = np.unique(cloud.search.query(x[loop], count)[1])
+    apart = np.median(cloud.search.query(x[around], count)[0][:, -1])
+    return bool(np.linalg.norm(x[loop][:, None] - x[loop], axis=-1).max() > _WIDE * apart)
+
+
+def _close_holes(cloud: PointCloud, faces: np.ndarray) -> tuple[np.ndarray, int]:
+    """Fill holes of few edges by cutting off the ear with the shortest chord, again and again; and count borders of few edges."""
     edges, counts = _edges(faces)
     known = {tuple(e): int(c) for e, c in zip(edges.tolist(), counts, strict=True)}
-    more = []
+    more, borders = [], 0
     for loop in _boundary_loops(edges[counts == 1]):
         if len(loop) > _SMALL_HOLE or len(set(loop)) != len(loop):
+            continue
+        if _is_wide(cloud, loop):
+            borders += 1
             continue
         ring = list(loop)
         while len(ring) > 3:
@@ -202,4 +215,4 @@ def _close_holes(cloud: PointCloud, faces: np.ndarray) -> np.ndarray:
             ring.pop(k)
         if len(ring) == 3:
             more.append(ring)
-    return np.concatenate([faces, np.asarray(more, dtype=np.int64).reshape(-1, 3)])
+    return np.concatenate([faces, np.asarray(more, dtype=np.int64).reshape(-1, 3)]), borders

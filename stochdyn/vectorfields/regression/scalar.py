@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from stochdyn._checks import check_bool, check_event_size, check_finite, check_ndim
 from stochdyn.core.law.marginals import Generator, SampleShape
-from stochdyn.errors import InvalidInputError
+from stochdyn.errors import ApproximationWarning, InvalidInputError
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.regression._input import as_float_tensor
 from stochdyn.vectorfields.regression.process import FieldProcess, as_variances
@@ -115,6 +116,9 @@ class ScalarGP(FieldProcess):
         Raises:
             InvalidInputError: If sites lie outside the cloud, or if labels don't name the condition of every value.
             ShapeError, NonFiniteError: If the values don't fit.
+
+        Warns:
+            ApproximationWarning: If values lie far from zero for their spread, against the prior's mean.
         """
         for name, flag in (("optimize", optimize), ("learn_noise", learn_noise)):
             check_bool(flag, name)
@@ -127,6 +131,7 @@ class ScalarGP(FieldProcess):
         y = y.detach().to(self.cloud.device, torch.float64).reshape(-1, len(sites))
         missing = torch.isnan(y)
         check_finite(y[~missing], "values")
+        _warn_of_a_level(y, missing)
         components = sites.to_tangent(y.masked_fill(missing, 0.0)[..., None])
 
         def after() -> None:
@@ -198,3 +203,24 @@ class ScalarGP(FieldProcess):
         self._fitted()
         sites = self.cloud.sites(slice(None) if where is None else where)
         return sites.to_ambient(self._draws(sample_shape, sites, generator))[..., 0].to(self._dtype)
+
+
+#: Values whose mean is so many of their standard deviations have a level that the prior knows nothing of.
+_FAR = 3.0
+
+
+def _warn_of_a_level(y: Tensor, missing: Tensor) -> None:
+    """Warn where values ``(B, q)`` lie far from zero for their spread."""
+    count = (~missing).sum(-1)
+    mean = y.masked_fill(missing, 0.0).sum(-1) / count.clamp(min=1)
+    square = ((y - mean[:, None]) ** 2).masked_fill(missing, 0.0).sum(-1)
+    spread = (square / (count - 1).clamp(min=1)).sqrt()
+    far = (count > 2) & (mean.abs() > _FAR * spread) & (spread > 0)
+    if bool(far.any()):
+        level, width = float(mean[far][0]), float(spread[far][0])
+        warnings.warn(
+            f"Values lie around {level:.3g} and spread by {width:.2g}, while the prior has mean zero: between the data the answer is "
+            "drawn towards zero. Subtract the level first, and add it to predictions.",
+            ApproximationWarning,
+            stacklevel=3,
+        )
