@@ -266,7 +266,7 @@ def test_approximations_have_the_order_of_their_theory_in_the_size_of_a_system()
         density = density / torch.trapezoid(density, x[:, 0])
         langevin = torch.trapezoid(density * x[:, 0], x[:, 0])
         spread = torch.trapezoid(density * (x[:, 0] - langevin) ** 2, x[:, 0])
-        noise, closed = network.linear_noise(6.0), network.moments([6.0])
+        noise, closed = network.linear_noise(), network.moments([6.0])
         errors.append(
             [
                 float(noise.mean([6.0])[0, 0] / mean - 1),
@@ -284,7 +284,7 @@ def test_approximations_have_the_order_of_their_theory_in_the_size_of_a_system()
 def test_one_gene_under_every_approximation() -> None:
     """All propensities of a switching gene are linear: linear noise is exact, and leaps are as good as they are short."""
     exact = gene().truncate({"Off": 1, "On": 1, "P": 80}).marginal(2.0)
-    noise = gene().linear_noise(2.0)
+    noise = gene().linear_noise()
     torch.testing.assert_close(noise.mean([2.0])[0], exact.mean, rtol=1e-7, atol=0)
     torch.testing.assert_close(noise.covariance([2.0])[0], exact.covariance, rtol=1e-7, atol=1e-9)
     x = gene().sample([2.0], 20_000, 0, method=TauLeaping(dt=0.02)).x[:, 0]
