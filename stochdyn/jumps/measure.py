@@ -396,9 +396,7 @@ class JumpMeasure(JumpLaw):
         rates = self._at(at.reshape(-1)).reshape(*at.shape, self.num_states, self.num_states)
         rows = rates.gather(-2, states[:, :-1, None, None].expand(-1, -1, 1, self.num_states))[..., 0, :]
         jumps = torch.where(real, rows.gather(-1, states[:, 1:, None])[..., 0], 1.0).log().sum(-1)
-        exits = _integral(
-            lambda t: self._at(t).diagonal(dim1=-2, dim2=-1), at, states, ts, self._fastest()
-        )
+        exits = _integral(lambda t: self._at(t).diagonal(dim1=-2, dim2=-1), at, states, ts, self._fastest())
         return jumps + exits
 
     def _rate(self, record: JumpRecord, other: JumpLaw) -> Tensor:
