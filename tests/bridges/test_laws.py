@@ -9,6 +9,7 @@ import torch
 
 from stochdyn import PathMeasure
 from stochdyn.bridges import plot_trajectories, score
+from stochdyn.testing import check_device
 from tests.bridges.laws import NAMES, clouds, solved
 
 F64 = torch.float64
@@ -33,3 +34,9 @@ def test_single_and_double_precision_and_back(name: str) -> None:
     torch.testing.assert_close(
         again, solved(name).sample(torch.tensor([0.0, 0.5], dtype=F64), 3, 0).x, atol=1e-2, rtol=1e-2
     )
+
+
+# The others compute anew from what moved, which takes numbers: the device of the check has none.
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("hidden", "partial", "partial gaussian")])
+def test_all_state_moves_with_a_bridge(name: str) -> None:
+    check_device(solved(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -244,12 +245,12 @@ class Snapshots:
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Snapshots:
         """Return the snapshots in another precision or on another device."""
-        clouds = [x.to(dtype=dtype or x.dtype, device=device or x.device) for x in self.samples]
-        weights = [
-            (w * m).to(dtype=c.dtype, device=c.device)
-            for w, m, c in zip(self.weights, self.masses, clouds, strict=True)
-        ]
-        return Snapshots(self.times.to(clouds[0].device), clouds, weights, self.names)
+        there = copy.copy(self)  # the same snapshots: their values aren't looked at again
+        there.samples = tuple(x.to(dtype=dtype or x.dtype, device=device or x.device) for x in self.samples)
+        there.weights = tuple(w.to(x) for w, x in zip(self.weights, there.samples, strict=True))
+        there.masses = self.masses.to(there.samples[0])
+        there.times = self.times.to(there.samples[0].device)
+        return there
 
 
 def _as_names(names: Sequence[Any] | None, clouds: tuple[Tensor, ...]) -> tuple[np.ndarray, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -85,6 +86,19 @@ class DensityTrend:
         self._basis, self._triangle = torch.linalg.qr(powers)
         self.weight: Tensor | None = None
         self.intercept = torch.zeros(len(snapshots), dtype=torch.float64, device=snapshots.device)
+
+    def to(self, device: torch.device | str) -> DensityTrend:
+        """Return the trend on another device; it is computed in double precision everywhere.
+
+        Args:
+            device: The device.
+        """
+        there = copy.copy(self)
+        there.snapshots = self.snapshots.to(device=device)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(there, name, value.to(device))
+        return there
 
     def fit(self, max_iterations: int = 500) -> DensityTrend:
         """Maximise the penalised likelihood of the particles' times; returns this object.

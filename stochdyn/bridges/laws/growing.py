@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -125,6 +125,12 @@ class GrowingBridge(PathMeasure):
     def snapshots(self) -> Snapshots:
         """What was seen."""
         return self.bridge.snapshots
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GrowingBridge:
+        super()._apply(fn, recurse)
+        if self.trend is not None:
+            self.trend = self.trend.to(self.snapshots.device)
+        return self
 
     def solve(self) -> GrowingBridge:
         """Find the couplings; returns this law."""

@@ -74,8 +74,10 @@ class MatchingRegression(Objective):
         self._known = self.calls, self.calls._version, 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MatchingRegression:
+        count = self._count()
         super()._apply(fn, recurse)
         self.snapshots = self.snapshots.to(self.pairs.dtype, self.pairs.device)
+        self._known = self.calls, self.calls._version, count
         return self
 
     def forward(self, batch: Any = None) -> ObjectiveValue:
