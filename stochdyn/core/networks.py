@@ -170,9 +170,16 @@ def _fusible(x: Tensor) -> bool:
 def _layer_by_layer(
     x: Tensor, weights: Sequence[Tensor], activation: Callable[[Tensor], Tensor] = torch.tanh
 ) -> Tensor:
+    return F.linear(_layers(x, weights, activation)[-1], weights[-2], weights[-1])
+
+
+def _layers(
+    x: Tensor, weights: Sequence[Tensor], activation: Callable[[Tensor], Tensor] = torch.tanh
+) -> list[Tensor]:
+    layers = [x]
     for i in range(0, len(weights) - 2, 2):
-        x = activation(F.linear(x, weights[i], weights[i + 1]))
-    return F.linear(x, weights[-2], weights[-1])
+        layers.append(activation(F.linear(layers[-1], weights[i], weights[i + 1])))
+    return layers
 
 
 class _Fused(torch.autograd.Function):
@@ -193,26 +200,19 @@ class _Fused(torch.autograd.Function):
         depth = len(saved) // 3
         layers, weights = saved[:depth], saved[depth:]
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, layers[0], weights, slope)
+            # The result is to have derivatives of its own. A nested call of autograd would visit the whole graph behind x.
+            layers = _layers(layers[0], weights)
         grads: list[Tensor | None] = [None] * len(weights)
         for i in reversed(range(depth)):
             h, w = layers[i], weights[2 * i]
             narrow = h.shape[1] < _NARROW
-            grads[2 * i] = (h.t() @ slope).t() if narrow else slope.t() @ h
-            grads[2 * i + 1] = slope.sum(0)
+            if ctx.needs_input_grad[2 * i + 1]:
+                grads[2 * i] = (h.t() @ slope).t() if narrow else slope.t() @ h
+            if ctx.needs_input_grad[2 * i + 2]:
+                grads[2 * i + 1] = slope.sum(0)
             if i == 0 and not ctx.needs_input_grad[0]:
                 return None, *grads
             slope = (w.t() @ slope.t()).t() if narrow else slope @ w
             if i:
                 slope = torch.ops.aten.tanh_backward(slope, h)
         return slope, *grads
-
-
-def _differentiable_backward(
-    ctx: Any, x: Tensor, weights: Sequence[Tensor], slope: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Differentiate layer by layer, so that the result has derivatives of its own."""
-    inputs = (x, *weights)
-    wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
-    grads = iter(torch.autograd.grad(_layer_by_layer(x, weights), wanted, slope, create_graph=True))
-    return tuple(next(grads) if need else None for need in ctx.needs_input_grad)

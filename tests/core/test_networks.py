@@ -52,6 +52,22 @@ def test_first_and_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(lambda x, *w: network(x), inputs)
 
 
+def test_a_derivative_with_a_graph_calls_autograd_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A nested call would visit everything before the points, so that a loop over time took a time of its square."""
+    net = MLP((2, 16, 16, 1)).to(F64)
+    x = torch.zeros(5, 2, dtype=F64, requires_grad=True)
+    calls, grad = [], torch.autograd.grad
+
+    def counted(*args: object, **options: object) -> object:
+        calls.append(args)
+        return grad(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    assert slope.requires_grad
+    assert len(calls) == 1
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     network = MLP((2, 5, 1)).double()
     for parameter in network.layers[0].parameters():
