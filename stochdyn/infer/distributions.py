@@ -95,6 +95,7 @@ class DiffusionPath(LawDistribution):
         self.ts = ts
         self.method = as_method(method)
         probe = start_of(self.initial)
+        check_nonempty(probe, "initial")
         check_same_device(ts=ts, initial=probe, **dict(sde.named_parameters()))
         sde.check(first_time(ts, probe), probe)
         #: The recursion of a noise with memory on the grid, None for Brownian motion.

@@ -139,7 +139,7 @@ class NonlinearObservations(LawDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density ``(*batch,)`` of ``value (..., T, p)``; NaN is missing."""
-        return self._run(value, smooth=False).log_evidence
+        return self._run(self._data(value), smooth=False).log_evidence
 
     def filter(self, value: Any) -> GaussianStates:
         """Return what the data up to each time say of the state there.

@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from stochdyn._checks import check_callable, check_positive_int, values_unchecked
+from stochdyn._checks import as_tensor, check_callable, check_positive_int, values_unchecked
 from stochdyn.core.particles.filtering import run_particles
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import ShapeError, UnavailableError
@@ -104,6 +104,7 @@ class ParticleObservations(LawDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return an estimate of the log density ``(*batch,)`` of ``value (..., T, *event)``; NaN is missing."""
+        value = as_tensor(value, "value", missing=True)
         size = len(self.event_shape)
         if value.shape[value.ndim - size :] != self.event_shape:
             raise ShapeError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_type
+from stochdyn._checks import check_nonempty, check_points, check_type
 from stochdyn.core.gaussian.exact_steps import exact_steps, takes_exact_steps
 from stochdyn.core.gaussian.resolution import resolving_stops
 from stochdyn.core.law.initial import DistributionStart, FixedStart, InitialLaw, as_initial
@@ -55,6 +55,8 @@ class SeenEquation:
         check_type(sde, SDE, "sde")
         law = as_initial(initial)
         probe = start_of(law)
+        check_points(probe, "initial", "a start (*batch, d)")
+        check_nonempty(probe, "initial")
         stops = as_stops(ts, start_time, math.inf if dt is None else dt, probe)
         sde.check(first_time(stops.ts, probe), probe)
         batch = batch_shape_of(sde, probe, stops.ts)

@@ -149,6 +149,8 @@ def test_states_below_zero_are_impossible_and_the_equation_fits() -> None:
 def test_wrong_arguments_are_told_by_name() -> None:
     with pytest.raises(InvalidInputError, match="rate"):
         SquareRootProcess(-1.0, 1.0, 1.0)
+    with pytest.raises(InvalidInputError, match="mean"):
+        SquareRootProcess(1.0, None, 1.0)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="initial"):
         SquareRootProcess(1.0, 1.0, 1.0, torch.tensor([-0.1]))
     with pytest.raises(ShapeError, match="fit"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import stochdyn as sd
 from stochdyn.core import AffineField
-from stochdyn.errors import ApproximationWarning
+from stochdyn.errors import ApproximationWarning, InvalidInputError
 from stochdyn.infer import LinearObservations, NonlinearObservations, ParticleObservations, particle_filter
 from tests.core.laws import ExactMemory
 
@@ -196,3 +196,15 @@ def test_parameters_keep_their_gradients() -> None:
         return site(sd.SDE(lambda t, x: -rate * x**3, 0.5), ONE, TIMES[:4]).log_prob(ONE.expand(4, 1) / 2)
 
     sd.testing.check_gradients(evidence, torch.tensor(1.2, dtype=F64))
+
+
+@pytest.mark.parametrize("value", [None, "data", torch.zeros(12, 1, dtype=torch.complex128)])
+def test_data_and_starts_of_another_kind_are_told_by_name(value: Any) -> None:
+    sde, start = MODELS["two wells"]
+    particles = ParticleObservations(sde, start, TIMES, lambda x: dist.Normal(x, 0.3).to_event(1), dt=0.5)
+    for law in (particles, site(sde, start, dt=0.5)):
+        with pytest.raises(InvalidInputError, match="value"):
+            law.log_prob(value)
+    for wrong in (start.half(), start[:0]):
+        with pytest.raises(InvalidInputError, match="initial"):
+            site(sde, wrong)

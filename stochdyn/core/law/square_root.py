@@ -83,7 +83,11 @@ class SquareRootProcess(PathMeasure):
         named = {"rate": rate, "mean": mean, "diffusion": diffusion, "initial": initial}
         tensors = [x for x in named.values() if isinstance(x, Tensor)]
         like = tensors[0] if tensors else torch.zeros(())
-        given = {name: as_tensor(x, name, like=like) for name, x in named.items() if x is not None}
+        given = {
+            name: as_tensor(x, name, like=like)
+            for name, x in named.items()
+            if x is not None or name != "initial"
+        }
         for name in ("rate", "mean", "diffusion"):
             check_positive(given[name].detach(), name)
         try:
