@@ -22,6 +22,7 @@ from stochdyn._checks import (
     check_real,
     check_type,
 )
+from stochdyn._lending import lent
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.girsanov import ESTIMATORS
 from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
@@ -139,9 +140,7 @@ class PosteriorPath(PathMeasure):
         ts = as_time_grid(ts, min_points=1, like=fitted, batch=True)
         check_after_start(ts, fitted)
         source = None if generator is None else as_generator(generator)
-        with torch.random.fork_rng(enabled=source is not None), torch.no_grad(), poutine.block():
-            if source is not None:
-                torch.manual_seed(int(torch.randint(2**62, (), generator=source, device=source.device)))
+        with lent(source), torch.no_grad(), poutine.block():
             drawn = self._draw(max(1, torch.Size(shape).numel()))
             x = drawn.at(ts.to(drawn.ts))
         batch = x.shape[x.ndim - 1 - drawn.num_batch : -1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pyro.distributions as pyro_dist
 import pytest
 import torch
@@ -147,3 +149,16 @@ def test_a_simulated_marginal_has_draws_but_no_density() -> None:
 def test_bad_starts(initial: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sd.DiffusionMeasure(initial, sd.SDE(lambda t, x: -x, 1.0))
+
+
+def test_threads_that_draw_starts_get_the_numbers_of_their_own_seeds() -> None:
+    start = as_initial(Independent(Normal(torch.zeros(1), 1.0), 1))
+    wanted = [start.marginal().sample(200, seed) for seed in range(2)]
+
+    def same(number: int) -> bool:
+        return all(
+            torch.equal(start.marginal().sample(200, number % 2), wanted[number % 2]) for _ in range(50)
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same, range(8)))

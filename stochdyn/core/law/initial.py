@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import as_generator, as_tensor, check_finite, check_ndim
+from stochdyn._lending import lent
 from stochdyn.core.law.marginals import GaussianMarginal, Marginal, SampledMarginal
 from stochdyn.core.law.template import Template
 from stochdyn.errors import DiffusionMismatchError, InvalidInputError, ShapeError, SingularDiffusionError
@@ -199,10 +200,7 @@ class DistributionStart(InitialLaw):
         if generator is None:
             return sampler(torch.Size(sample_shape))
         # torch distributions take no generator: lend them the global one, seeded from ours.
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        devices = [] if generator.device.type == "cpu" else [generator.device]
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+        with lent(generator):
             return sampler(torch.Size(sample_shape))
 
     def log_prob(self, x0: Tensor) -> Tensor:

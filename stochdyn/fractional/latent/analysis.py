@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_time_grid, check_bool, check_positive_int, check_type
+from stochdyn._checks import as_seed, as_time_grid, check_bool, check_positive_int, check_type
+from stochdyn._lending import lent
 from stochdyn.core.sde.solvers import draw_increments, integrate
 from stochdyn.errors import InvalidInputError, TimeGridError
 from stochdyn.fractional.latent.base import Draws
@@ -84,9 +85,7 @@ def posterior_paths(model: LatentSDE, series: Series, num_draws: int = 100, seed
     check_type(model, LatentSDE, "model")
     check_positive_int(num_draws, "num_draws")
     model._check(series)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with lent(None if seed is None else as_seed(seed)):
         return model.posterior.draw(model, series, num_draws)
 
 
@@ -150,9 +149,7 @@ def predict(
     Raises:
         TimeGridError: For times off the grid (see :func:`forecast` for later ones).
     """
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with lent(None if seed is None else as_seed(seed)):
         draws = posterior_paths(model, series, num_draws)
         at = series.times
         if times is not None:
@@ -201,9 +198,7 @@ def forecast(
             got=f"{float(times[0]):g}",
             expected=f"more than {float(model.ts[-1]):g}",
         )
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with lent(None if seed is None else as_seed(seed)):
         path = posterior_paths(model, series, num_draws).path
         grid = _continued(model, times)
         last = path.x[..., -1, :]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_generator, as_sample_shape, as_time_grid, check_real
+from stochdyn._lending import lent
 from stochdyn.core.law.marginals import Generator, SampledMarginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
@@ -66,9 +67,7 @@ class LatentPathLaw(PathMeasure):
         source = None if generator is None else as_generator(generator)
         series = Series(self.get_buffer("times"), self.get_buffer("values"), self.get_buffer("mask"))
         count = torch.Size(shape).numel()
-        with torch.random.fork_rng(enabled=source is not None), torch.no_grad():
-            if source is not None:
-                torch.manual_seed(int(torch.randint(2**62, (), generator=source, device=source.device)))
+        with lent(source), torch.no_grad():
             x = model.posterior.draw(model, series, max(1, count)).path.x[:count]
         x = interpolate(x.movedim(-2, 0), model.ts, ts.to(x).expand(len(series), -1)).movedim(0, -2)
         x = x.reshape(*shape, *x.shape[1:])

@@ -19,6 +19,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_real,
 )
+from stochdyn._lending import lent
 from stochdyn.core.particles.resampling import effective_size, systematic
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.diagnostics.psis import pareto_smooth
@@ -243,8 +244,7 @@ class _Problem:
             scale = self.obs_scale / (error * step**hurst)
         else:
             half = torch.full_like(hurst, 0.5 * count)
-            with torch.random.fork_rng([]):
-                torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            with lent(generator):
                 draws = torch._standard_gamma(half)
             scale = (0.5 * white.square().sum(-1) / draws).sqrt()
         # The stationary variance, Gamma(2H+1) / (2 theta^2H), comes to that of the estimated level.
