@@ -184,6 +184,12 @@ def _name(kind: Any) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
+def _is_channels_last(value: Tensor) -> bool:
+    """Return whether images lie in memory pixel by pixel rather than channel by channel."""
+    last = value.layout is torch.strided and value.is_contiguous(memory_format=torch.channels_last)
+    return last and not value.is_contiguous()
+
+
 def _is_known(name: str, packages: tuple[str, ...]) -> bool:
     return name in _own or (name.replace(":", ".") + ".").startswith(packages)
 
@@ -377,7 +383,10 @@ class _Writer:
         )
         kind = "parameter" if isinstance(value, nn.Parameter) else "tensor"
         # A tensor inside a graph comes back as a leaf; only leaves were wanted as such.
-        return {f"#{kind}": [len(self.tensors) - 1, value.requires_grad and value.is_leaf]}
+        content: list[Any] = [len(self.tensors) - 1, value.requires_grad and value.is_leaf]
+        if value.ndim == 4 and _is_channels_last(value):
+            content.append("channels_last")
+        return {f"#{kind}": content}
 
     def _function(self, function: Any, where: str) -> str:
         module = getattr(function, "__module__", None) or "torch"
@@ -473,16 +482,21 @@ class _Reader:
         return self._made[number]
 
     def _get_tensor(self, content: list[Any]) -> Tensor:
-        number, wanted = content
+        number, wanted, *layout = content
         if number not in self._found:
-            self._found[number] = self._tensors[number].to(self._device).requires_grad_(wanted)
+            self._found[number] = self._laid_out(number, layout).requires_grad_(wanted)
         return self._found[number]
 
     def _get_parameter(self, content: list[Any]) -> Tensor:
-        number, wanted = content
+        number, wanted, *layout = content
         if number not in self._found:
-            self._found[number] = nn.Parameter(self._tensors[number].to(self._device), requires_grad=wanted)
+            self._found[number] = nn.Parameter(self._laid_out(number, layout), requires_grad=wanted)
         return self._found[number]
+
+    def _laid_out(self, number: int, layout: list[str]) -> Tensor:
+        """Return a tensor on its device, in the layout in which convolutions of it are fast if it had that."""
+        value = self._tensors[number].to(self._device)
+        return value.contiguous(memory_format=torch.channels_last) if layout else value
 
     def _get_coo(self, content: list[Any]) -> Tensor:
         indices, values, shape = content

@@ -81,6 +81,16 @@ def regression() -> Any:
     return sd.interpolants.InterpolantRegression(sd.interpolants.Interpolant(), velocity=network(1))
 
 
+def video() -> Any:
+    torch.manual_seed(0)
+    networks = sd.fractional.VideoNetworks(2, 4, 4, (4, 4), (4,), 4)
+    return sd.fractional.VideoModel(3, 16, networks=networks)
+
+
+def _as_pixels(value: Tensor) -> bool:
+    return value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+
+
 LAW = Callable[[Any], Any]
 THINGS: dict[str, tuple[Callable[[], Any], LAW]] = {
     "diffusion": (
@@ -96,6 +106,10 @@ THINGS: dict[str, tuple[Callable[[], Any], LAW]] = {
             -torch.eye(1), torch.zeros(1), torch.eye(1), torch.zeros(1), torch.eye(1)
         ),
         lambda law: law.mean(ts),
+    ),
+    "video model": (
+        video,
+        lambda model: {n: (_as_pixels(p), p) for n, p in model.named_parameters()},
     ),
     "path": (
         lambda: sd.DiffusionMeasure(torch.zeros(1), sd.SDE(drift, 0.5)).sample(ts, 3, generator=1),
