@@ -440,3 +440,5 @@ def test_the_law_at_a_time_does_not_depend_on_the_grid() -> None:
     error = (covariance.diagonal() / 1500).sqrt()
     assert bool(((late.mean(0) - mean).abs() < 5 * error + 0.02).all())
     assert measure.marginal(0.5).sample(3, 0).shape == (3, 2)
+    # The ends alone are asked for: no single step over all of the path.
+    assert_moments(measure.sample(torch.tensor([0.0, 1.0], dtype=F64), 2000, 0).x[:, -1], 0.06)

@@ -18,6 +18,7 @@ from stochdyn.interpolants import (
     Interpolant,
     InterpolantRegression,
     MeanReverting,
+    NetworkAdapter,
     WhitenedField,
     integrate_ode,
 )
@@ -118,3 +119,14 @@ def test_a_regression_moves_whole_after_a_step(reuse: int) -> None:
     objective = InterpolantRegression(Interpolant("linear"), velocity=network, coupling="ot", reuse=reuse)
     objective((X0, X1))
     testing.check_device(objective)
+
+
+@pytest.mark.parametrize("form", ["column", "flat", "event"])
+def test_a_network_of_ones_own_gets_times_in_the_form_it_wants(form: str) -> None:
+    seen = []
+    adapter = NetworkAdapter(lambda t, x: seen.append(t) or x, time=form, time_scale=10.0)
+    images = torch.zeros(3, 1, 4, 4)
+    for t in (torch.tensor(0.5), torch.full((3, 1), 0.5)):
+        adapter(t, images)
+    assert torch.equal(*seen)
+    assert seen[0].shape == {"column": (3, 1), "flat": (3,), "event": (3, 1, 1, 1)}[form]

@@ -94,6 +94,9 @@ def test_measure_is_the_reverse_law() -> None:
     end = path.x[:, -1]
     assert (end.mean(0) - rev.process.location(t, truth.means[0])).abs().max() < 0.04
     assert (end.var(0) / want - 1).abs().max() < 0.15
+    coarse = P.sample(torch.tensor([0.0, span], dtype=F64), 4000, 0).x[:, -1]
+    assert (coarse.mean(0) - rev.process.location(t, truth.means[0])).abs().max() < 0.04
+    assert (coarse.var(0) / want - 1).abs().max() < 0.15
     # The law that another score drives differs by a path divergence in closed form: constant shift c of the score.
     other = ReverseDiffusion(rev.process, lambda t, x: truth.score(t, x) + 0.3, 2, end, rev.prior).measure()
     grid = torch.linspace(0, span, 200, dtype=F64)

@@ -199,8 +199,8 @@ class NetworkAdapter(nn.Module):
         self.time_scale, self.condition = float(time_scale), condition
 
     def forward(self, t: Tensor, x: Tensor, condition: Any = None) -> Tensor:
-        """Return the field ``(n, *event)`` for ``t (n, 1)`` and ``x (n, *event)``."""
-        time = t * self.time_scale
+        """Return the field ``(n, *event)`` for ``t (n, 1)``, or one time ``()`` for all, and ``x (n, *event)``."""
+        time = (t.expand(x.shape[0], 1) if t.ndim == 0 else t) * self.time_scale
         if self.time == "flat":
             time = time.squeeze(-1)
         elif self.time == "event":

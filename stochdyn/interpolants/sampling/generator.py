@@ -587,7 +587,12 @@ class InterpolantGenerator(nn.Module):
             )  # fmt: skip
 
     def measure(
-        self, epsilon: EpsilonLike = 0.5, condition: Any = None, guidance: float = 1.0
+        self,
+        epsilon: EpsilonLike = 0.5,
+        condition: Any = None,
+        guidance: float = 1.0,
+        *,
+        dt: float | None = 0.01,
     ) -> DiffusionMeasure:
         r"""Return the law on paths of the forward equation :math:`dX=(b+\varepsilon s)dt+\sqrt{2\varepsilon}dW` on [0, 1].
 
@@ -598,10 +603,11 @@ class InterpolantGenerator(nn.Module):
             epsilon: A positive number, a function of time, or ``"optimal"``.
             condition: One label or one context for all paths.
             guidance: The strength of classifier-free guidance; 1 for none.
+            dt: The largest step of a simulation, whatever grid is asked for; None takes the grid as it is.
 
         Raises:
             UnavailableError: If the networks give no score, or the law of the starts isn't known.
-            InvalidInputError: If epsilon is zero.
+            InvalidInputError: If epsilon is zero, or the step isn't positive.
         """
         from stochdyn.interpolants.sampling.starts import EmpiricalStart
 
@@ -617,7 +623,7 @@ class InterpolantGenerator(nn.Module):
         initial = EmpiricalStart(self.starts.kept) if self.starts.empirical else self.starts.law()
         constant = level.constant
         diffusion: Any = _Spread(level) if constant is None else (2 * constant) ** 0.5
-        return DiffusionMeasure(initial, SDE(drift, diffusion), start_time=0.0)
+        return DiffusionMeasure(initial, SDE(drift, diffusion), start_time=0.0, dt=dt)
 
     def distribution(
         self, num_steps: int = 50, method: Method = "rk4", condition: Any = None, guidance: float = 1.0

@@ -338,7 +338,7 @@ class ReverseDiffusion(nn.Module):
                 generator=generator,
             )  # fmt: skip
 
-    def measure(self, condition: Any = None) -> DiffusionMeasure:
+    def measure(self, condition: Any = None, *, dt: float | None = None) -> DiffusionMeasure:
         """Return the law of the reverse SDE on paths, on the clock ``horizon - t``.
 
         It starts from the prior at time 0 and should be sampled up to ``horizon - start``. As a
@@ -346,13 +346,18 @@ class ReverseDiffusion(nn.Module):
 
         Args:
             condition: One label or one context for all paths.
+            dt: The largest step of a simulation, whatever grid is asked for; a two-hundredth of the horizon if None.
+
+        Raises:
+            InvalidInputError: If the step isn't positive.
         """
+        dt = self.process.horizon / 200 if dt is None else dt
 
         def score(t: Tensor, x: Tensor) -> Tensor:
             return self.score(t, x, condition)
 
         return DiffusionMeasure(
-            self.prior, self.process.sde().reverse(score, self.process.horizon), start_time=0.0
+            self.prior, self.process.sde().reverse(score, self.process.horizon), start_time=0.0, dt=dt
         )
 
     def distribution(self, num_steps: int = 50, condition: Any = None) -> DiffusionDistribution:
