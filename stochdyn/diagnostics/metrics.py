@@ -76,7 +76,7 @@ def emd(
         Peyré and Cuturi, "Computational optimal transport", 2019, equation 2.15; Flamary et al., "POT", 2021.
     """
     check_real(p, "p", minimum=1.0)
-    x, y = _samples(x, y)
+    x, y = (points.detach() for points in _samples(x, y))
     a, b = _weights(weights_x, x, "weights_x"), _weights(weights_y, y, "weights_y")
     import ot
 
@@ -118,7 +118,7 @@ def energy_distance(x: Values, y: Values) -> Tensor:
         y: The points of the second sample, ``(m, d)`` or ``(m,)``.
 
     Returns:
-        Scalar ``D``, in double precision.
+        Scalar ``D``, in double precision, differentiable where it isn't zero.
 
     Raises:
         EmptyDataError, NonFiniteError, ShapeError: As :func:`emd`.
@@ -148,7 +148,7 @@ def mmd(x: Values, y: Values, bandwidth: float | None = None) -> Tensor:
         bandwidth: The bandwidth ``h``; the median distance within the joined sample if None.
 
     Returns:
-        Scalar, in double precision.
+        Scalar, in double precision; differentiable in the points where it isn't zero, the bandwidth held.
 
     Raises:
         EmptyDataError, NonFiniteError, ShapeError: As :func:`emd`.
@@ -163,7 +163,7 @@ def mmd(x: Values, y: Values, bandwidth: float | None = None) -> Tensor:
     """
     x, y = _samples(x, y)
     if bandwidth is None:
-        joined = torch.cat([x, y])[:: max(1, (x.shape[0] + y.shape[0]) // 2000)]
+        joined = torch.cat([x, y]).detach()[:: max(1, (x.shape[0] + y.shape[0]) // 2000)]
         distances = torch.pdist(joined)
         positive = distances[distances > 0]
         if not positive.numel():
@@ -349,7 +349,7 @@ def psnr(
 def _samples(x: Values, y: Values) -> tuple[Tensor, Tensor]:
     pair = []
     for value, name in ((x, "x"), (y, "y")):
-        points = as_tensor(value, name, (1, 2), "(points, dim) or (points,)").detach().double().cpu()
+        points = as_tensor(value, name, (1, 2), "(points, dim) or (points,)").double().cpu()
         check_nonempty(points, name)
         pair.append(points[:, None] if points.ndim == 1 else points)
     check_event_size(pair[1], pair[0].shape[1], "y")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from stochdyn.diagnostics import (
     rmse,
 )
 from stochdyn.errors import EmptyDataError, InvalidInputError, NonFiniteError, ShapeError, TooFewDrawsError
+from stochdyn.testing import check_gradients
 
 
 def points(n: int, d: int, seed: int) -> torch.Tensor:
@@ -288,3 +290,11 @@ def test_samples_of_any_form(form):
     x, y = points(12, 2, 0), points(12, 2, 1)
     for metric in (emd, energy_distance, mmd, rmse):
         assert float(metric(make(x), make(y))) == pytest.approx(float(metric(x, y)), rel=1e-6)
+
+
+@pytest.mark.parametrize("metric", [energy_distance, lambda x, y: mmd(x, y, bandwidth=0.8)])
+def test_distances_between_samples_have_gradients(metric: Callable[..., torch.Tensor]) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 2, dtype=torch.float64, generator=g) + n / 5 for n in (4, 5))
+    check_gradients(metric, x, y, second=False)
+    assert mmd(x.requires_grad_(), y).requires_grad
