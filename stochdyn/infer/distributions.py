@@ -22,6 +22,7 @@ from stochdyn._checks import (
     check_type,
     values_are_checked,
 )
+from stochdyn.core.data.panel_grid import PanelGrid
 from stochdyn.core.gaussian.exact_steps import takes_exact_steps
 from stochdyn.core.law.initial import DistributionStart, FixedStart, InitialLaw, as_initial
 from stochdyn.core.law.transition import euler_log_prob
@@ -54,7 +55,8 @@ class DiffusionPath(LawDistribution):
             them so that they broadcast with ``x (*batch, d)``, such as ``rate[..., None] * x``, and give a
             batched strength as ``Scalar``.
         initial: A distribution with event ``(d,)``, or a tensor ``(d,)`` or ``(*batch, d)``.
-        ts: ``(T,)`` strictly increasing times.
+        ts: The strictly increasing times ``(T,)``, data of any kind, ``(*batch, T)`` where every series has its own, or the grid
+            of a panel.
         method: The integration method that draws paths; the density is Euler's, and the exact one for ``"exact"``.
 
     Raises:
@@ -82,10 +84,11 @@ class DiffusionPath(LawDistribution):
         self,
         sde: SDE,
         initial: Any,
-        ts: Tensor,
+        ts: Tensor | PanelGrid,
         method: str | Method = "euler",
         validate_args: bool | None = None,
     ) -> None:
+        ts = ts.ts if isinstance(ts, PanelGrid) else ts
         if isinstance(ts, Tensor) and isinstance(initial, Tensor):
             check_same_device(ts=ts, initial=initial)
         check_type(sde, SDE, "sde")
@@ -276,7 +279,7 @@ def sample_path(
     name: str,
     sde: SDE,
     initial: Any,
-    ts: Tensor,
+    ts: Tensor | PanelGrid,
     method: str | Method | None = None,
     noise_space: bool | None = None,
 ) -> Tensor:
@@ -294,7 +297,7 @@ def sample_path(
         name: The name of the site.
         sde: The equation.
         initial: A distribution with event ``(d,)``, or a tensor for a fixed start.
-        ts: ``(T,)`` times.
+        ts: The times ``(T,)``, data of any kind, ``(*batch, T)`` where every series has its own, or the grid of a panel.
         method: The integration method of the path; None takes exact steps where the drift says that it is affine, else Euler's.
         noise_space: True for the noise form, False for the path itself; None chooses by the form of the equation.
 
@@ -320,7 +323,7 @@ def sample_path(
             path = DiffusionPath(sde, initial, ts, "exact")
     else:
         path = DiffusionPath(sde, initial, ts, method)
-    degenerate = is_degenerate(sde, start_of(path.initial), ts)
+    degenerate = is_degenerate(sde, start_of(path.initial), path.ts)
     euler = path.method.name == "euler"
     if noise_space is False and (degenerate or not euler):
         raise SingularDiffusionError(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from stochdyn.core import SDE, Matrix, Scalar, integrate
+from stochdyn.core import SDE, Matrix, Panel, Scalar, integrate
 from stochdyn.errors import (
     DiffusionError,
     InvalidInputError,
@@ -21,6 +21,7 @@ from stochdyn.errors import (
 from stochdyn.fractional import MarkovNoise
 from stochdyn.infer import DiffusionPath, NoiseReparam, PathIncrements, sample_path
 from stochdyn.infer.distributions import is_degenerate, start_of
+from stochdyn.testing import check_forms
 from tests.infer.exact import F64, TwoStates, linear_path
 
 TS = torch.tensor([0.0, 0.1, 0.25, 0.3, 0.7, 1.0], dtype=F64)
@@ -299,3 +300,15 @@ class TestStartOf:
         squeezed = dist.TransformedDistribution(base, [torch.distributions.transforms.TanhTransform()])
         path = DiffusionPath(SDE(lambda t, x: -x, 1.0), squeezed, TS)
         assert path.log_prob(path.sample((3,))).shape == (3,)
+
+
+@pytest.mark.parametrize("noise_space", [None, True])
+def test_times_in_any_form_give_the_same_path(noise_space):
+    def draw(ts):
+        pyro.set_rng_seed(0)
+        return sample_path("x", SDE(lambda t, x: -x, 0.5), ZERO, ts, noise_space=noise_space)
+
+    check_forms(draw, TS)
+    grid = Panel.from_arrays([[0.0, 1.0], [0.5, 2.0]], [[1.0, 2.0], [3.0, 4.0]]).grid(dt=0.25)
+    assert torch.equal(draw(grid), draw(grid.ts))
+    assert grid.read(draw(grid)).shape == (2, 2, 2)
