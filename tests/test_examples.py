@@ -44,10 +44,13 @@ def test_an_example_finds_the_rate_that_it_simulated(
     [
         # Leverage, where returns have none, would have a deviation of 0.13 for 60 weeks; the table has -0.16 for 371 of them.
         ("stock_volatility", "--draws 50 --weeks 60", r"DAX: leverage (?P<value>[-\d.]+)", -1.0, 0.0),
+        ("brain_at_rest", "--draws 20", r"5 modes .*production (?P<value>[\d.]+)", 0.05, 0.3),
         *(
             pytest.param(*row, marks=pytest.mark.slow)
             for row in (
                 ("winds_through_the_year", "--draws 1 --points 200 --stations 120", r"hold (?P<value>[\d.]+)%", 85, 100),
+                ("trees_without_names", "--draws 2", r"truth +(?P<value>[\d.]+)", 0.8, 0.9),
+                ("next_day_returns", "--steps 100", r"one Gaussian .*(?P<value>[+-][\d.]+) \+-", 0.0, 1.0),
                 ("sunspot_cycles", "--method laplace --draws 30", r"period +(?P<value>[\d.]+)", 10, 12),
                 # Pinheiro and Bates, 2000: 0.086 per hour.
                 ("theophylline", "--method laplace --draws 30", r"elimination per hour +(?P<value>[\d.]+)", 0.07, 0.1),

@@ -33,8 +33,10 @@ from .swimmers import trapped_swimmers as trapped_swimmers
 from .panels import SimulatedPanel as SimulatedPanel
 from .panels import ou_subjects as ou_subjects
 from .panels import predator_prey_counts as predator_prey_counts
+from .tables import brain_at_rest as brain_at_rest
 from .tables import hudson_bay as hudson_bay
 from .tables import school_influenza as school_influenza
+from .tables import sitka_spruces as sitka_spruces
 from .tables import stock_indices as stock_indices
 from .tables import sunspots as sunspots
 from .tables import theophylline as theophylline

@@ -1,12 +1,39 @@
-"""Five small tables of real data, as columns by name: what ``sd.Panel`` and ``pandas.DataFrame`` take."""
+"""Seven small tables of real data, as columns by name: what ``sd.Panel`` and ``pandas.DataFrame`` take."""
 
 from __future__ import annotations
 
 from stochdyn.datasets._csv import read_columns
 
-__all__ = ["hudson_bay", "school_influenza", "stock_indices", "sunspots", "theophylline"]
+__all__ = [
+    "brain_at_rest",
+    "hudson_bay",
+    "school_influenza",
+    "sitka_spruces",
+    "stock_indices",
+    "sunspots",
+    "theophylline",
+]
 
 Columns = dict[str, list[float]]
+
+
+def brain_at_rest() -> Columns:
+    """Return the activity of 28 regions of a resting person's brain, from 250 scans by magnetic resonance, 1.89 seconds apart.
+
+    Returns:
+        The column ``seconds``, and one by the name of each region (``LCau``, the left caudate nucleus, ...) in arbitrary units without a
+        mean, 250 values each.
+
+    Example:
+        >>> table = brain_at_rest()
+        >>> len(table), len(table["LCau"])
+        (29, 250)
+
+    Reference:
+        Example data of the Python package nitime (BSD licence), Rokem, Trumpis and Pérez, "Nitime: time-series analysis for neuroimaging
+        data", 2009.
+    """
+    return read_columns("brain_at_rest")
 
 
 def hudson_bay() -> Columns:
@@ -42,6 +69,24 @@ def school_influenza() -> Columns:
         Anonymous, "Influenza in a boarding school", British Medical Journal 1, 587, 1978.
     """
     return read_columns("school_influenza")
+
+
+def sitka_spruces() -> Columns:
+    """Return the sizes of 79 Sitka spruces on five days of 1988; 54 of them grew in air with ozone.
+
+    Returns:
+        The columns ``tree`` (1 to 79), ``day`` of the year, ``ozone`` (1 with, 0 without) and ``size`` (the logarithm of height times squared
+        diameter), 395 values each, tree by tree.
+
+    Example:
+        >>> table = sitka_spruces()
+        >>> table["day"][:5], table["size"][0]
+        ([152.0, 174.0, 201.0, 227.0, 258.0], 4.51)
+
+    Reference:
+        P. J. Diggle, K.-Y. Liang and S. L. Zeger, Analysis of Longitudinal Data, 1994; the table Sitka of the R package MASS.
+    """
+    return read_columns("sitka_spruces")
 
 
 def stock_indices() -> Columns:
