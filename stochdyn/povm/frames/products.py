@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from stochdyn.errors import InvalidInputError
 
-if TYPE_CHECKING:
-    from stochdyn.povm.frames.frame import Frame, Measurement
-
 __all__ = [
+    "Effects",
+    "Expansion",
     "coefficients_of",
     "density_of",
     "is_listing",
@@ -28,22 +27,46 @@ __all__ = [
 C128 = torch.complex128
 
 
-def product_effects(frames: Sequence[Measurement]) -> Tensor:
+class Effects(Protocol):
+    """What has operators to take traces with: a measurement, or a basis."""
+
+    @property
+    def effects(self) -> Tensor:
+        """The operators ``(K, d, d)``."""
+
+
+class Expansion(Effects, Protocol):
+    """What expands states: a frame, or a basis."""
+
+    @property
+    def num_outcomes(self) -> int:
+        """The number ``K`` of operators."""
+
+    @property
+    def dim(self) -> int:
+        """The number ``d`` of levels."""
+
+    @property
+    def dual(self) -> Tensor:
+        """The operators ``(K, d, d)`` of which a state is made."""
+
+
+def product_effects(frames: Sequence[Effects]) -> Tensor:
     """Return the effects ``(K**k, d**k, d**k)`` of several sites, the first slowest."""
     return _kron([frame.effects for frame in frames])
 
 
-def product_dual(frames: Sequence[Frame]) -> Tensor:
+def product_dual(frames: Sequence[Expansion]) -> Tensor:
     """Return the dual frame ``(K**k, d**k, d**k)`` of several sites, the first slowest."""
     return _kron([frame.dual for frame in frames])
 
 
-def probabilities_of(rho: Tensor, frames: Sequence[Measurement]) -> Tensor:
+def probabilities_of(rho: Tensor, frames: Sequence[Effects]) -> Tensor:
     """Return the outcome probabilities ``(prod K,)`` of a density matrix, site by site without large products."""
     return _contract(rho, [frame.effects for frame in frames]).real.contiguous()
 
 
-def coefficients_of(operator: Tensor, frames: Sequence[Frame]) -> Tensor:
+def coefficients_of(operator: Tensor, frames: Sequence[Expansion]) -> Tensor:
     """Return the estimator ``(prod K,)`` of an operator on several sites; real if it is Hermitian."""
     values = _contract(operator, [frame.dual for frame in frames])
     scale = float(operator.abs().max())
@@ -52,7 +75,7 @@ def coefficients_of(operator: Tensor, frames: Sequence[Frame]) -> Tensor:
     return values
 
 
-def density_of(p: Tensor, frames: Sequence[Frame]) -> Tensor:
+def density_of(p: Tensor, frames: Sequence[Expansion]) -> Tensor:
     """Return the density matrix that outcome probabilities ``(prod K,)`` describe."""
     k = len(frames)
     tensor = p.to(C128).reshape([frame.num_outcomes for frame in frames])

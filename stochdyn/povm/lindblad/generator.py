@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from stochdyn.povm.frames.frame import Frame
-from stochdyn.povm.frames.products import product_dual, product_effects
+from stochdyn.povm.frames.products import Expansion, product_dual, product_effects
 from stochdyn.povm.frames.site_frames import SiteFrames
+from stochdyn.povm.lindblad.pauli import OperatorBasis
 
 __all__ = ["correlation_matrix", "hamiltonian_matrix", "jump_matrix", "merge_terms"]
 
 LocalMatrix = tuple[tuple[int, ...], Tensor]
 
 
-def hamiltonian_matrix(h: Tensor, frames: Sequence[Frame]) -> Tensor:
+def hamiltonian_matrix(h: Tensor, frames: Sequence[Expansion]) -> Tensor:
     r"""Return the rates that a Hamiltonian term causes between outcomes of its sites.
 
     .. math:: A_{ab} = -i\operatorname{Tr}\bigl(M_a[h,N_b]\bigr)
@@ -37,7 +38,7 @@ def hamiltonian_matrix(h: Tensor, frames: Sequence[Frame]) -> Tensor:
     return _rates(-1j * (h @ dual - dual @ h), frames)
 
 
-def jump_matrix(c: Tensor, frames: Sequence[Frame]) -> Tensor:
+def jump_matrix(c: Tensor, frames: Sequence[Expansion]) -> Tensor:
     r"""Return the rates that a jump operator of unit rate causes between outcomes of its sites.
 
     .. math:: A_{ab} = \operatorname{Tr}\Bigl(M_a\bigl(cN_bc^\dagger-\tfrac12\{c^\dagger c,N_b\}\bigr)\Bigr)
@@ -56,7 +57,9 @@ def jump_matrix(c: Tensor, frames: Sequence[Frame]) -> Tensor:
 
 
 def correlation_matrix(
-    first: tuple[Tensor, tuple[int, ...]], second: tuple[Tensor, tuple[int, ...]], povm: Frame | SiteFrames
+    first: tuple[Tensor, tuple[int, ...]],
+    second: tuple[Tensor, tuple[int, ...]],
+    povm: Frame | SiteFrames | OperatorBasis,
 ) -> LocalMatrix:
     r"""Return the rates that two parts of one jump operator cause together.
 
@@ -81,7 +84,7 @@ def correlation_matrix(
     return sites, _rates(change, frames)
 
 
-def _rates(changes: Tensor, frames: Sequence[Frame]) -> Tensor:
+def _rates(changes: Tensor, frames: Sequence[Expansion]) -> Tensor:
     effects = product_effects(frames)
     matrix = (effects.flatten(1) @ changes.mT.flatten(1).mT).real
     scale = matrix.abs().max()

@@ -23,6 +23,7 @@ from stochdyn.povm.lindblad.generator import (
     jump_matrix,
     merge_terms,
 )
+from stochdyn.povm.lindblad.pauli import OperatorBasis
 from stochdyn.povm.lindblad.terms import CollectiveJump, Term, parse_hamiltonian, parse_jumps
 
 __all__ = ["Lindbladian"]
@@ -188,7 +189,7 @@ class Lindbladian:
             for term in moving:
                 check_rate(coefficient_value(term.coupling, t), t, term.sites)
 
-    def groups(self, povm: Frame | SiteFrames) -> Grouped:
+    def groups(self, povm: Frame | SiteFrames | OperatorBasis) -> Grouped:
         """Return local master-equation matrices, merged bond by bond, one list for each distinct coefficient.
 
         The first of them is that of the constant terms (possibly empty), the coefficients' factors being part
@@ -225,7 +226,7 @@ class Lindbladian:
         kind: Any,
         matrix: Tensor,
         sites: tuple[int, ...],
-        povm: Frame | SiteFrames,
+        povm: Frame | SiteFrames | OperatorBasis,
         cache: dict[tuple[Any, ...], Tensor],
     ) -> Tensor:
         """Return a local matrix of the master equation, made once for all places that share it."""
@@ -285,8 +286,10 @@ class Lindbladian:
                 factors = factors(flat[0][1].new_zeros(()))
         return SparseMasterEquation(self.num_sites, povm.num_outcomes, flat, factors)
 
-    def _check_frame(self, povm: Frame | SiteFrames) -> None:
-        check_type(povm, (Frame, SiteFrames), "povm", hint="such as stochdyn.povm.Tetrahedral()")
+    def _check_frame(self, povm: Frame | SiteFrames | OperatorBasis) -> None:
+        check_type(
+            povm, (Frame, SiteFrames, OperatorBasis), "povm", hint="such as stochdyn.povm.Tetrahedral()"
+        )
         if povm.dim != self.dim:
             raise InvalidInputError(
                 f"{povm.name} measures sites of {povm.dim} levels", expected=f"{self.dim} levels"

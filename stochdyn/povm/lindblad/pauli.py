@@ -11,7 +11,14 @@ from stochdyn._caching import cached
 from stochdyn.errors import LindbladianError, ShapeError, SystemSizeError
 from stochdyn.povm.frames.operators import named_operator
 
-__all__ = ["local_basis", "local_parts", "pauli_coefficients", "product_coefficients", "split_jump"]
+__all__ = [
+    "OperatorBasis",
+    "local_basis",
+    "local_parts",
+    "pauli_coefficients",
+    "product_coefficients",
+    "split_jump",
+]
 
 LocalTerm = tuple[tuple[int, ...], Tensor]
 _MAX_SIZE = 1 << 10
@@ -41,6 +48,30 @@ def local_basis(dim: int) -> Tensor:
         diagonal[:i], diagonal[i] = 1, -i
         basis.append(torch.diag(diagonal) * math.sqrt(dim / (i * (i + 1))))
     return torch.stack(basis)
+
+
+class OperatorBasis:
+    r"""Orthonormal Hermitian operators of a site, in the place of a frame and of its dual.
+
+    In it a local generator has the fewest entries: a product of Pauli matrices takes each other one to a single third.
+
+    Args:
+        dim: The number ``d`` of levels of a site.
+
+    Attributes:
+        effects: The operators ``(d**2, d, d)``, :math:`\operatorname{Tr}B_iB_j=\delta_{ij}`.
+        dual: The same.
+        num_outcomes: Their number ``d**2``.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim, self.num_outcomes = dim, dim**2
+        self.effects = self.dual = local_basis(dim) / math.sqrt(dim)
+        self.name = "an operator basis"
+
+    def at(self, site: int) -> OperatorBasis:
+        """Return the basis of a site: this one on every site."""
+        return self
 
 
 def product_coefficients(operator: Tensor, dim: int) -> Tensor:

@@ -5,30 +5,29 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stochdyn._transforms import maps_are_active
-from stochdyn.core.forward.master_terms import SparseMasterEquation
 from stochdyn.errors import (
     ConvergenceWarning,
-    InvalidInputError,
     SystemSizeError,
     TimeGridError,
     UnavailableError,
     UnknownSiteError,
 )
-from stochdyn.povm.frames.frame import Frame, Measurement, QutritSIC, Tetrahedral
+from stochdyn.povm.frames.frame import Measurement
+from stochdyn.povm.frames.products import probabilities_of
 from stochdyn.povm.frames.site_frames import SiteFrames
 from stochdyn.povm.lindblad.coefficients import Coefficient
+from stochdyn.povm.lindblad.pauli import OperatorBasis
 from stochdyn.povm.master.arguments import as_breaks, as_times, check_measurement, check_model
+from stochdyn.povm.master.density import initial_density
 from stochdyn.povm.master.magnus import GAUSS, magnus_weights
-from stochdyn.povm.master.propagation import initial_probabilities
 from stochdyn.povm.master.schedule import Schedule, Segment, make_schedule
+from stochdyn.povm.master.superoperators import SuperoperatorSum
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad.lindbladian import Lindbladian
@@ -38,7 +37,6 @@ __all__ = ["Propagator"]
 _MAX_INSIDE = 1 << 16
 _MAX_OUTCOMES = 1 << 21
 _MAX_EXPONENTIAL = 64
-_DEGREE, _REACH, _ROUNDING = 44, 6.0, 1e-17
 _STEP_TOLERANCE = 1e-8
 _MAX_HALVINGS, _TOO_LARGE = 8, 1e-5
 
@@ -49,12 +47,14 @@ class Propagator(nn.Module):
     .. math:: p_\theta(t) = R\,\mathcal T\exp\Bigl(\int_0^tL_\theta\Bigr)q(0),\qquad
         L_\theta(t) = \sum_gc_g(t,\theta)L_g
 
-    The state is kept as the probabilities ``q`` of a minimal frame (four outcomes for each qubit) and read out at the
-    times, so a measurement with many outcomes, or one that doesn't determine the state, costs no more. Coefficients may
-    be any functions of parameters and time. Up to 64 inner outcomes steps are matrix exponentials, beyond Taylor series;
-    where coefficients move with time, a Magnus method of order four takes steps that are halved until the result stands,
-    anew for all values of the parameters, since these may move a pulse (an expression in ``t`` is looked at faster than a
-    function). Derivatives in the parameters are exact, but for the place of a jump, which has none.
+    The state is kept as its coefficients ``q`` in products of Pauli matrices (Gell-Mann matrices on sites with more
+    levels), where a local generator has few entries, and read out at the times, so a measurement with many outcomes, or
+    one that doesn't determine the state, costs no more. Coefficients of the model may be any functions of parameters and
+    time. Up to three qubits steps are matrix exponentials, beyond Faber series, which apply the generator about as often
+    as the fastest frequency has radians in a step; where coefficients move with time, a Magnus method of order four takes
+    steps that are halved until the result stands, anew for all values of the parameters, since these may move a pulse (an
+    expression in ``t`` is looked at faster than a function). Derivatives in the parameters are exact, but for the place
+    of a jump, which has none.
 
     Args:
         model: The Lindbladian with its named parameters.
@@ -82,7 +82,8 @@ class Propagator(nn.Module):
         torch.Size([3, 2, 4])
 
     Reference:
-        Blanes and Moan, Appl. Numer. Math. 56, 1519 (2006), for the Magnus method without commutators.
+        Blanes and Moan, Appl. Numer. Math. 56, 1519 (2006), for the Magnus method without commutators; Moret and Novati,
+        J. Comput. Appl. Math. 136, 361 (2001), for Faber series of the exponential.
     """
 
     start: Tensor
@@ -104,8 +105,8 @@ class Propagator(nn.Module):
         grid = as_times(ts)
         if float(grid[0]) < 0:
             raise TimeGridError("times start at zero, where the state is given", got=float(grid[0]))
-        inner = _inner_frame(model.dim, povm)
-        size = inner.num_outcomes**model.num_sites
+        basis = OperatorBasis(model.dim)
+        size = basis.num_outcomes**model.num_sites
         if size > _MAX_INSIDE or povm.num_outcomes**model.num_sites > _MAX_OUTCOMES:
             raise SystemSizeError(
                 "there are too many outcomes for exact propagation",
@@ -115,23 +116,21 @@ class Propagator(nn.Module):
         self.num_sites, self.num_outcomes = model.num_sites, povm.num_outcomes
         self.model, self.povm = model, povm
         self.names = model.parameters
-        groups = [(coupling, members) for coupling, members in model.groups(inner) if members]
+        groups = [(coupling, members) for coupling, members in model.groups(basis) if members]
         self.couplings: list[Coefficient] = [coupling for coupling, _ in groups]
-        self.operators = nn.ModuleList(
-            SparseMasterEquation(model.num_sites, inner.num_outcomes, members) for _, members in groups
+        self.operator = SuperoperatorSum(
+            model.num_sites, basis.num_outcomes, [members for _, members in groups]
         )
         self.small = size <= _MAX_EXPONENTIAL
         if self.small:
-            matrices = [op.to_sparse().to_dense() for op in self.operators]  # type: ignore[operator]
-            stacked = torch.stack(matrices) if matrices else torch.zeros(0, size, size, dtype=torch.float64)
-            self.register_buffer("generators", stacked)
-        self.norms = [_norm(op) for op in self.operators]  # type: ignore[arg-type]
-        self.register_buffer("start", initial_probabilities(inner, state, model.num_sites))
+            self.register_buffer("generators", self.operator.dense())
+        rho = initial_density(state, model.num_sites, model.dim)
+        self.register_buffer("start", probabilities_of(rho, [basis] * model.num_sites))
         self.register_buffer("times", grid)
         for site in range(model.num_sites):
-            # probabilities of the measurement from those of the frame inside: Tr M_a N_b
+            # probabilities of the measurement from coefficients in the basis: Tr M_a B_b
             effects = povm.at(site).effects
-            matrix = torch.einsum("aij,bji->ab", effects, inner.dual).real.contiguous()
+            matrix = torch.einsum("aij,bji->ab", effects, basis.dual).real.contiguous()
             self.register_buffer(f"readout_{site}", matrix)
         self._max_step, self._breaks = max_step, tuple(as_breaks(breaks))
         self._last: tuple[Any, list[tuple[Segment, int]]] | None = None
@@ -150,7 +149,7 @@ class Propagator(nn.Module):
         return self.read_out(self.inner(**parameters))
 
     def inner(self, **parameters: Tensor | float) -> Tensor:
-        """Return the probabilities ``(*batch, T, k**N)`` of the frame in which the state is kept."""
+        """Return the coefficients ``(*batch, T, d**(2N))`` of the states in a basis of products of operators."""
         self._check_names(parameters)
         values = {
             name: torch.as_tensor(parameters[name], dtype=self.start.dtype).to(self.start.device)
@@ -160,17 +159,23 @@ class Propagator(nn.Module):
         p = self.start.expand(*shape, -1)
         out = [p] if self.times[0] == 0 else []
         cache: dict[tuple[float, int], Tensor] = {}
-        for segment, count in self._plan(values):
-            p = self._cross(p, (segment.start, segment.end), count, values, cache)
+        plan = self._plan(values)
+        if not self.small and not self.model.is_time_dependent:
+            later = self.times[len(out) :].tolist()
+            weights = self._weights(self.start.new_zeros(1), values)[0]
+            return torch.stack(out + (self.operator.flow(p, weights, later) if later else []), -2)
+        pieces = sum(count for _, count in plan) * (2 if self.model.is_time_dependent else 1)
+        for segment, count in plan:
+            p = self._cross(p, (segment.start, segment.end), count, values, cache, pieces)
             if segment.output is not None:
                 out.append(p)
         return torch.stack(out, -2)
 
     def read_out(self, q: Tensor, confusion: Tensor | None = None) -> Tensor:
-        """Return the probabilities ``(*batch, K**N)`` of the measurement from those of the frame inside.
+        """Return the probabilities ``(*batch, K**N)`` of the measurement from the coefficients of the state.
 
         Args:
-            q: The probabilities ``(*batch, k**N)`` of the frame inside.
+            q: The coefficients ``(*batch, d**(2N))`` of the state, as :meth:`inner` gives them.
             confusion: The matrices ``(*batch, N, K, K)`` of readout errors, from the true outcome to the one read.
         """
         lead, n = q.shape[:-1], self.num_sites
@@ -252,8 +257,9 @@ class Propagator(nn.Module):
         count: int,
         values: Mapping[str, Tensor],
         cache: dict[tuple[float, int], Tensor],
+        pieces: int = 1,
     ) -> Tensor:
-        """Bring the state across a segment."""
+        """Bring the state across a segment, one of so many pieces with constant generators."""
         length = span[1] - span[0]
         if length <= 0:
             return p
@@ -261,7 +267,7 @@ class Propagator(nn.Module):
         h, weights = self._pieces(span, count, values)
         if not self.small:
             for part in weights:
-                p = self._act(p, part, h)
+                p = self.operator.flow(p, part, [h], pieces)[0]
             return p
         # equal intervals share a matrix exponential where nothing moves
         key = (float(f"{length:.12g}"), count)
@@ -302,61 +308,9 @@ class Propagator(nn.Module):
             return self.start.new_zeros(len(t), 0)
         return torch.stack(columns, -1)
 
-    def _act(self, p: Tensor, weights: Tensor, span: float) -> Tensor:
-        """The action of the exponential: Taylor series on parts so short that they are exact to rounding."""
-        norms = torch.tensor(self.norms, dtype=weights.dtype, device=weights.device)
-        parts = max(1, math.ceil(float((weights.detach().abs() @ norms).max()) * span / _REACH))
-        if parts > _MAX_PARTS:
-            raise InvalidInputError(
-                "the evolution is too long to be followed", got=f"over {_MAX_PARTS} steps of the fastest term"
-            )
-        for _ in range(parts):
-            if torch.is_grad_enabled() and weights.requires_grad:
-                p = checkpoint(self._series, p, weights, span / parts, use_reentrant=False)
-            else:
-                p = self._series(p, weights, span / parts)
-        return p
-
-    def _series(self, p: Tensor, weights: Tensor, step: float) -> Tensor:
-        term = total = p
-        for k in range(1, _DEGREE + 1):
-            applied = [
-                weights[..., g, None] * cast(SparseMasterEquation, op).apply(term)
-                for g, op in enumerate(self.operators)
-            ]
-            # exp(hL) p = sum_k (hL)^k p / k!, ended where terms, which fall from k = h |L| on, are below rounding
-            term = reduce(torch.add, applied) * (step / k)
-            total = total + term
-            if k > _REACH and not maps_are_active():
-                last, whole = term.detach().abs().max(), total.detach().abs().max()
-                if float(last) <= _ROUNDING * float(whole):
-                    break
-        return total
-
     def _check_names(self, parameters: dict[str, Tensor | float]) -> None:
         missing = [name for name in self.names if name not in parameters]
         unknown = [name for name in parameters if name not in self.names]
         if missing or unknown:
             what = f"no value for parameter {missing[0]!r}" if missing else f"no parameter {unknown[0]!r}"
             raise UnknownSiteError(f"{what}; there are {list(self.names)}")
-
-
-_MAX_PARTS = 1 << 16
-
-
-def _inner_frame(dim: int, povm: Measurement | SiteFrames) -> Frame:
-    """Return a minimal frame for sites of so many levels."""
-    if dim == 2:
-        return Tetrahedral()
-    if dim == 3:
-        return QutritSIC()
-    if isinstance(povm, Frame):
-        return povm
-    raise InvalidInputError(
-        "there is no standard frame for these sites", got=f"{dim} levels", hint="pass a Frame"
-    )
-
-
-def _norm(operator: SparseMasterEquation) -> float:
-    """Return a bound of the 1-norm: the sum of those of the terms."""
-    return sum(float(operator.matrix(i).abs().sum(0).max()) for i in range(len(operator.sites)))

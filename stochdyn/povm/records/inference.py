@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,13 +36,15 @@ from stochdyn.povm.records.measurement import (
     check_priors,
     check_unused,
 )
+from stochdyn.run.progress import progress_bar
 
 if TYPE_CHECKING:
     from stochdyn.povm.lindblad.lindbladian import Lindbladian
 
 __all__ = ["ReadoutError", "RecordModel", "infer_parameters"]
 
-_PARTICLES, _LARGEST = 32, 1 << 17
+_PARTICLES, _LARGEST = 32, 1 << 15
+_TABLES, _VALUES = 1 << 22, 1 << 23
 _MIN_DRAWS_FOR_KHAT, _MODE_STEPS = 100, 60
 
 
@@ -148,9 +151,34 @@ class RecordModel(PyroModule):
         )
         self.propagator = cast(Propagator, self.propagators[0])
         self.priors = {name: priors[name] for name in names}
+        self._memory: _Memory | None = None
+
+    @property
+    def table_size(self) -> int:
+        """The number of probabilities at given parameters, ``P * T * K**N``."""
+        law = self.propagator
+        return len(self.propagators) * len(law.times) * law.num_outcomes**law.num_sites
+
+    @contextmanager
+    def remembering(self, bar: Any = None) -> Iterator[None]:
+        """Keep the last probabilities that no derivative was asked of, for replicated data ask for them once more.
+
+        Args:
+            bar: A progress bar that counts at how many parameters they were worked out.
+        """
+        self._memory = _Memory(bar)
+        try:
+            yield
+        finally:
+            self._memory = None
 
     def probabilities(self, values: Mapping[str, Any]) -> Tensor:
         """Return the probabilities ``(*batch, P * T, K**N)`` of all outcomes, preparations slowest."""
+        if self._memory is None or torch.is_grad_enabled():
+            return self._probabilities(values)
+        return self._memory(self._probabilities, values)
+
+    def _probabilities(self, values: Mapping[str, Any]) -> Tensor:
         confusion, k = None, self.propagator.num_outcomes
         if any(self.readout):
             perfect = torch.eye(k, dtype=torch.float64)
@@ -177,6 +205,26 @@ class RecordModel(PyroModule):
                 obs=records.outcomes,
             )
         return p
+
+
+class _Memory:
+    """The last values of a function of named tensors."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+        self.values: dict[str, Tensor] | None = None
+        self.result = torch.empty(0)
+
+    def __call__(self, function: Callable[[Mapping[str, Any]], Tensor], values: Mapping[str, Any]) -> Tensor:
+        now = {name: torch.as_tensor(value) for name, value in values.items()}
+        before = self.values
+        if before is None or any(
+            name not in before or not torch.equal(now[name], before[name]) for name in now
+        ):
+            self.values, self.result = now, function(values)
+            if self.bar is not None:
+                self.bar.update(min(self.result[..., 0, 0].numel(), self.bar.total - self.bar.n))
+        return self.result
 
 
 def infer_parameters(
@@ -211,7 +259,8 @@ def infer_parameters(
         method: The method: ``"svi"``, with a correlated and skewed guide on the unconstrained scale, or ``"nuts"``.
         readout: The unknown readout errors, as parameters of their own: the same on all sites, or a list with one for
             each site.
-        steps: The number of updates of the guide, with ``"svi"``; 600 if None.
+        steps: The number of updates of the guide, with ``"svi"``; None goes on until the bound has settled, which takes
+            some hundred from the mode where it starts.
         num_draws: The number of draws from the posterior; with ``"nuts"``, from each chain.
         warmup: The number of steps before the draws of each chain, with ``"nuts"``; 300 if None.
         num_chains: The number of chains, with ``"nuts"``, 4 if None; Pyro runs them in processes of their own where there
@@ -253,10 +302,11 @@ def infer_parameters(
     check_choice(method, ("svi", "nuts"), "method")
     of_chains, of_guides = {"warmup": warmup, "num_chains": num_chains}, {"steps": steps, "guide": guide}
     check_unused(method, of_chains if method == "svi" else of_guides)
-    steps, warmup = 600 if steps is None else steps, 300 if warmup is None else warmup
+    warmup = 300 if warmup is None else warmup
     num_chains = 4 if num_chains is None else num_chains
+    if steps is not None:
+        check_positive_int(steps, "steps")
     for value, name in (
-        (steps, "steps"),
         (num_draws, "num_draws"),
         (warmup, "warmup"),
         (num_chains, "num_chains"),
@@ -294,7 +344,7 @@ def infer_parameters(
                 disable_progbar=not progress,
             )
             chains.run(records)
-            idata = to_inference_data(program, chains, (records,), seed=seed, predictive=predictive)
+            posterior: Any = chains
         else:
             if guide is None:
                 guide = _start(program, records)
@@ -303,9 +353,16 @@ def infer_parameters(
                 program, guide, (records,), steps=steps, lr=0.005, seed=seed, progress=progress,
                 num_particles=max(2, min(_PARTICLES, _LARGEST // size)),
             )  # fmt: skip
+            posterior = guide
+        total = num_draws * (num_chains if method == "nuts" else 1)
+        with (
+            progress_bar(total, "densities of draws", progress, unit="draw") as bar,
+            program.remembering(bar),
+        ):
             idata = to_inference_data(
-                program, guide, (records,), num_draws=num_draws, seed=seed, predictive=predictive
-            )
+                program, posterior, (records,), num_draws=num_draws, seed=seed, predictive=predictive,
+                chunk_size=max(1, min(_TABLES // program.table_size, _VALUES // records.outcomes.numel())),
+            )  # fmt: skip
     means = {name: float(idata.posterior[name].mean()) for name in program.priors}
     with torch.no_grad():
         fit = goodness_of_fit(_padded(records, prepared), program.probabilities(means), generator=seed)
