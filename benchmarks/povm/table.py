@@ -34,6 +34,11 @@ def place(report: Report) -> str:
     return ", ".join(str(p) for p in parts if p)
 
 
+def named(report: Report) -> str:
+    """Return the name of a case, with the version that it was measured with where that isn't the present one."""
+    return report["case"] + (f" ({report['version']})" if "version" in report else "")
+
+
 def sampling(report: Report) -> str:
     """Sampling with keys and values kept."""
     rows = [
@@ -240,7 +245,7 @@ def accuracy(reports: Sequence[Report]) -> str:
         bound = f"{setting['bound']:g}" if "bound" in setting else ""
         rows.append(
             [
-                r["case"] + (f", seed {r['seed']}" if r.get("seed") else ""),
+                named(r) + (f", seed {r['seed']}" if r.get("seed") else ""),
                 f"{setting['until']:g}",
                 r["parameters"],
                 setting["run"]["num_samples"] or "all",
@@ -278,7 +283,7 @@ def steady(reports: Sequence[Report]) -> str:
     """Steady states over the field."""
     rows = [
         [
-            r["case"],
+            named(r),
             row["field"],
             r["setting"]["run"]["num_samples"] or "all",
             f"{row['largest']:.1e}",
@@ -313,14 +318,21 @@ def render(results: Path) -> str:
     moving, resting = [r for r in found if "rows" not in r], [r for r in found if "rows" in r]
     for some, write in ((moving, accuracy), (resting, steady)):
         if some:
-            parts.append(write(some) + f"\nMeasured on {place(some[0])}.\n")
+            old = sorted({r["version"] for r in some if "version" in r})
+            note = (
+                f" Cases with ({', '.join(old)}) were measured with that version, whose defaults differ."
+                if old
+                else ""
+            )
+            parts.append(write(some) + f"\nMeasured on {place(some[-1])}.{note}\n")
     for name, section in SECTIONS.items():
         path = results / "speed" / f"{name}.json"
         if path.exists():
             report = json.loads(path.read_text())
             if name == "netket":
                 beside(report, resting)
-            parts.append(section(report) + f"\nMeasured on {place(report)}.\n")
+            note = f", with version {report['version']}" if "version" in report else ""
+            parts.append(section(report) + f"\nMeasured on {place(report)}{note}.\n")
     return "\n".join(parts)
 
 
