@@ -259,7 +259,7 @@ class _Sum(torch.autograd.Function):
         return operator.multiply(x, weights, matrices, transposed)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, weights = ctx.saved_tensors
         operator, matrices, transposed = ctx.rest
         left, right = (x, gradient) if transposed else (gradient, x)
@@ -283,7 +283,7 @@ class _Pair(torch.autograd.Function):
         return operator.pair(y, x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         y, x = ctx.saved_tensors
         needed = ctx.needs_input_grad
         return (
