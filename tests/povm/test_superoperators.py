@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from stochdyn.core import encode
 from stochdyn.povm import (
     Lindbladian,
     Propagator,
+    RecordLaw,
     RecordModel,
     Tetrahedral,
     infer_parameters,
@@ -149,6 +151,17 @@ def test_inference_applies_the_generator_no_more_than_it_has_to() -> None:
     # some hundred for the mode, its curvature and the checks of shapes
     assert sum(counted) < once * (2 * 32 * steps + draws + 100)
     assert abs(float(idata.posterior["g"].mean()) - 0.6) < 5 * float(idata.posterior["g"].std())
+
+
+def test_replicated_records_of_eight_qubits_repeat_no_table() -> None:
+    """Two thousand records of two times among 65536 outcomes: a table for each would be a gigabyte."""
+    p = torch.zeros(3, 1, 2, 4**8, dtype=F64)
+    p[0, 0, 0, 7], p[1, 0, 0, 9], p[2, 0, 0, 11], p[:, 0, 1, 5] = 1.0, 1.0, 1.0, 1.0
+    index = torch.tensor([0, 1]).repeat(1000)
+    code = encode(RecordLaw(p, index, 8).sample((2,)), 4)
+    assert code.shape == (2, 3, 2000)
+    assert code[..., index == 1].unique().tolist() == [5]
+    assert [code[:, k, index == 0].unique().tolist() for k in range(3)] == [[7], [9], [11]]
 
 
 @pytest.mark.slow

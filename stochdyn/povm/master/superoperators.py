@@ -23,6 +23,7 @@ __all__ = ["SuperoperatorSum"]
 
 _FURTHEST, _HIGHEST = 64.0, 10.0
 _MAX_PARTS, _MAX_KEPT = 1 << 16, 1 << 25
+_MAX_ELEMENTS = 1 << 16
 
 
 class SuperoperatorSum(nn.Module):
@@ -100,6 +101,13 @@ class SuperoperatorSum(nn.Module):
         """
         now = x.reshape(-1, self.num_states)
         w = weights.expand(*x.shape[:-1], -1).reshape(-1, self.num_groups)
+        differentiated = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+        most = max(1, _MAX_ELEMENTS // self.num_states)
+        if len(now) > most and not differentiated:
+            # so few states at a time that they stay in the cache
+            pairs = zip(now.split(most), w.split(most), strict=True)
+            parts = zip(*(self.flow(few, own, times, pieces) for few, own in pairs), strict=True)
+            return [torch.cat(states).reshape(x.shape) for states in parts]
         ellipse = self._ellipse(w)
         # the number of series for a unit of time
         rate = max(ellipse.gamma / _FURTHEST, ellipse.top / _HIGHEST)
@@ -111,7 +119,7 @@ class SuperoperatorSum(nn.Module):
         act = partial(self.apply_sum, weights=w, matrices=matrices)
         windows = _windows(times, rate)
         terms = sum(4 * ellipse.gamma * offsets[-1] + 40 for offsets, _ in windows)
-        lean = torch.is_grad_enabled() and pieces * terms * now.numel() > _MAX_KEPT
+        lean = differentiated and pieces * terms * now.numel() > _MAX_KEPT
         found: list[Tensor] = []
         for offsets, is_output in windows:
             coefficients = [faber_coefficients(ellipse.scaled(h)).tolist() for h in offsets]

@@ -308,8 +308,15 @@ class RecordLaw(LawDistribution):
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw records ``(*sample, *batch, N)`` from torch's global generator."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        logits = self.log_probabilities[..., 0, self.time_index, :]
-        code = torch.distributions.Categorical(logits=logits, validate_args=False).sample(sample_shape)
+        table = self.log_probabilities[..., 0, :, :].exp().detach()
+        num_times, size = table.shape[-2:]
+        rows, draws = table.reshape(-1, num_times, size), torch.Size(sample_shape).numel()
+        code = torch.empty(draws, len(rows), len(self.time_index), dtype=torch.long, device=table.device)
+        for k in self.time_index.unique().tolist():
+            # all records of a time at once, so that no table is repeated for each of them
+            members = (self.time_index == k).nonzero()[:, 0]
+            found = torch.multinomial(rows[:, k], draws * len(members), True)
+            code[:, :, members] = found.reshape(len(rows), draws, -1).transpose(0, 1)
         return decode(code, self.num_sites, self.num_outcomes).reshape(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
