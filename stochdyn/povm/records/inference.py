@@ -154,13 +154,13 @@ class RecordModel(PyroModule):
         self._memory: _Memory | None = None
 
     @property
-    def table_size(self) -> int:
+    def _table_size(self) -> int:
         """The number of probabilities at given parameters, ``P * T * K**N``."""
         law = self.propagator
         return len(self.propagators) * len(law.times) * law.num_outcomes**law.num_sites
 
     @contextmanager
-    def remembering(self, bar: Any = None) -> Iterator[None]:
+    def _remembering(self, bar: Any = None) -> Iterator[None]:
         """Keep the last probabilities that no derivative was asked of, for replicated data ask for them once more.
 
         Args:
@@ -357,11 +357,11 @@ def infer_parameters(
         total = num_draws * (num_chains if method == "nuts" else 1)
         with (
             progress_bar(total, "densities of draws", progress, unit="draw") as bar,
-            program.remembering(bar),
+            program._remembering(bar),
         ):
             idata = to_inference_data(
                 program, posterior, (records,), num_draws=num_draws, seed=seed, predictive=predictive,
-                chunk_size=max(1, min(_TABLES // program.table_size, _VALUES // records.outcomes.numel())),
+                chunk_size=max(1, min(_TABLES // program._table_size, _VALUES // records.outcomes.numel())),
             )  # fmt: skip
     means = {name: float(idata.posterior[name].mean()) for name in program.priors}
     with torch.no_grad():
