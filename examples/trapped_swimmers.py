@@ -6,7 +6,8 @@
 Self-propelled particles repel each other. For two on a ring the steady density is known, and with it the local rate of entropy production.
 For many in a harmonic trap the score, a local function of each particle and its neighbours, is learnt from snapshots and gives the
 rate of every particle. It prints rates by the score and by the sum rule, which agree where the score is right, and draws where entropy
-is produced to ``outputs/trapped_swimmers.png``. Two minutes; four with 64 swimmers.
+is produced to ``outputs/trapped_swimmers.png``. Two minutes; eight with 64 swimmers,
+most of them to draw snapshots.
 """
 
 from __future__ import annotations
