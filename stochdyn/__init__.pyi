@@ -14,7 +14,7 @@ from . import run as run
 from . import testing as testing
 from . import vectorfields as vectorfields
 from ._version import __version__ as __version__
-from .core.data.panel import Panel as Panel
+from .infer.panel import Panel as Panel
 from .core.forward.flow import GaussianFlow as GaussianFlow
 from .core.forward.flow import LearnedFlow as LearnedFlow
 from .core.forward.flow import MarginalFlow as MarginalFlow

@@ -1,6 +1,5 @@
 from .data.doses import Doses as Doses
 from .data.interpolation import Interpolation as Interpolation
-from .data.panel import Panel as Panel
 from .data.panel_grid import PanelGrid as PanelGrid
 from .forward.asymmetry import conservativity as conservativity
 from .forward.continuity import ContinuityEquation as ContinuityEquation

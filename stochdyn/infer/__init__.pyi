@@ -20,6 +20,7 @@ from .law_distribution import LawDistribution as LawDistribution
 from .nonlinear import NonlinearObservations as NonlinearObservations
 from .observations import LinearObservations as LinearObservations
 from .observations import observe as observe
+from .panel import Panel as Panel
 from .particle_site import ParticleObservations as ParticleObservations
 from .particles import BootstrapFilter as BootstrapFilter
 from .particles import GuidedFilter as GuidedFilter

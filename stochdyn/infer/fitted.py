@@ -18,7 +18,7 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 
 from stochdyn._checks import check_callable, check_choice, check_positive, check_positive_int, check_type
-from stochdyn.core.data.panel import Panel
+from stochdyn.infer.panel import Panel
 from stochdyn.core.sde.intervention import Intervention
 from stochdyn.diagnostics.draws import ChainDraws
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, UnknownSiteError

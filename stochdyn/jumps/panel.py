@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn.core.data import Panel
+from stochdyn.infer.panel import Panel
 from stochdyn.core.data.frames import as_frame, is_missing, read_column
 from stochdyn.errors import EmptyDataError, InvalidInputError, TimeGridError
 

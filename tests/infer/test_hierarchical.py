@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from stochdyn.core.data import Panel
+from stochdyn.infer.panel import Panel
 from stochdyn.errors import InvalidInputError
 from stochdyn.infer import AutoHierarchicalNormal, fit_posterior, start_at_mode
 from tests.infer.exact import F64

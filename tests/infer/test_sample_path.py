@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from stochdyn.core import SDE, Matrix, Panel, Scalar, integrate
+from stochdyn.core import SDE, Matrix, Scalar, integrate
 from stochdyn.errors import (
     DiffusionError,
     InvalidInputError,

@@ -1,4 +1,4 @@
-"""Data as people have them: frames, panels of series with times of their own, and the grids of their paths."""
+"""Data as people have them: frames, inputs over time, and the grids of paths through times of their own."""
 
 from lazy_loader import attach_stub
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ ARRAYS = {
 
 
 def of_frame(frame=FRAME, **options) -> sd.Panel:
-    return sd.Panel(frame, series="who", time="when", columns="y", **options)
+    return sd.Panel(frame, series="who", time="when", values="y", **options)
 
 
 def contents(panel: sd.Panel) -> dict[str, torch.Tensor]:
@@ -80,7 +82,7 @@ def test_xarray_in_wide_form():
         coords={"site": ["u", "v"], "t": [0.0, 2.0]},
         name="y",
     )
-    panel = sd.Panel(values, series="site", time="t", columns="y")
+    panel = sd.Panel(values, series="site", time="t", values="y")
     assert panel.series == ("u", "v")
     assert panel.values.shape == (2, 2, 1)
     assert panel.seen.sum() == 3
@@ -156,6 +158,49 @@ def test_a_panel_is_saved_and_loaded(tmp_path):
     assert (back.dates([0.5]) == panel.dates([0.5])).all()
 
 
+def test_a_model_reads_paths_and_observes_columns_by_the_panel():
+    panel = sd.Panel(FRAME, series="who", time="when", values=["y"], covariates=["dose"])
+    grid = panel.grid(dt=0.3)
+    sde, initial = sd.SDE(lambda t, x: -x, 0.5), dist.Normal(torch.zeros(1), 1.0).to_event(1)
+
+    def model():
+        x = sd.infer.sample_path("x", sde, initial, grid)
+        panel.observe("y", dist.Normal(panel.at(x)[..., 0], 0.15))
+
+    trace = pyro.poutine.trace(model).get_trace()
+    x = trace.nodes["x"]["value"]
+    read = grid.read(x)[..., 0]
+    expected = dist.Normal(read, 0.15).log_prob(panel.values[..., 0].nan_to_num())[panel.seen[..., 0]].sum()
+    trace.compute_log_prob()
+    torch.testing.assert_close(trace.nodes["y"]["log_prob"].sum(), expected)
+
+
+def test_a_panel_knows_its_grids_and_no_others(tmp_path):
+    panel = of_frame()
+    grid = panel.grid(0.3)
+    x = torch.randn(3, grid.ts.shape[-1], 2)
+    assert torch.equal(panel.at(x), grid.read(x))
+    own = torch.randn(3, panel.times.shape[-1], 1)
+    assert torch.equal(panel.at(own), own)
+    with pytest.raises(ShapeError, match="no grid of this panel"):
+        panel.at(x[:, 1:])
+    for other in (panel[:2], panel.to(torch.float64)):
+        with pytest.raises(ShapeError, match="no grid of this panel"):
+            other.at(x)
+    sd.save(panel, tmp_path / "panel")
+    assert torch.equal(sd.load(tmp_path / "panel").at(x), grid.read(x))
+    with pytest.raises(InvalidInputError, match="column"):
+        panel.observe("nothing", dist.Normal(0.0, 1.0))
+
+
+def test_two_grids_of_one_length_are_not_taken_for_each_other():
+    panel = sd.Panel.from_arrays([[0.0, 1.0, 3.0]], [[1.0, 2.0, 3.0]])
+    coarse, shifted = panel.grid(1.0), panel.grid(2.0, start=-2.0)
+    assert coarse.ts.shape == shifted.ts.shape
+    with pytest.raises(InvalidInputError, match="two different grids"):
+        panel.at(coarse.ts[..., None])
+
+
 def test_reading_paths_broadcasts_and_refuses_other_grids():
     grid = of_frame().grid(0.5)
     x = torch.randn(4, 3, grid.ts.shape[-1], 2)
@@ -169,8 +214,8 @@ def test_reading_paths_broadcasts_and_refuses_other_grids():
     [
         ({"series": "nobody"}, InvalidInputError, "series isn't a column"),
         ({"time": 3}, InvalidInputError, "time must name"),
-        ({"columns": []}, InvalidInputError, "at least one"),
-        ({"columns": ["y", "y"]}, InvalidInputError, "twice"),
+        ({"values": []}, InvalidInputError, "at least one"),
+        ({"values": ["y", "y"]}, InvalidInputError, "twice"),
         ({"unit": "moon"}, InvalidInputError, "unit"),
         ({"frame": FRAME.iloc[:0]}, EmptyDataError, "no rows"),
         ({"frame": FRAME.assign(when=1.0)}, TimeGridError, "occurs twice in series 'b'"),
@@ -181,7 +226,7 @@ def test_reading_paths_broadcasts_and_refuses_other_grids():
     ],
 )
 def test_bad_frames_are_refused_by_name(change, error, words):
-    options = {"frame": FRAME, "series": "who", "time": "when", "columns": "y"} | change
+    options = {"frame": FRAME, "series": "who", "time": "when", "values": "y"} | change
     with pytest.raises(error, match=words):
         sd.Panel(**options)
 

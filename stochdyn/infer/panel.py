@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_choice, check_positive
+from stochdyn._checks import as_tensor, check_choice, check_ndim, check_positive
 from stochdyn.core.data.frames import as_frame, as_numbers, is_missing, read_column
 from stochdyn.core.data.panel_grid import PanelGrid, grid_through
 from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError, TimeGridError
+from stochdyn.infer.observations import observe
 
 __all__ = ["Panel"]
 
@@ -48,7 +49,7 @@ class Panel:
             form: one row per series and time.
         series: The column that says which series a row belongs to.
         time: The column of times, numbers or dates. Rows may stand in any order.
-        columns: The columns of values, or the name of one. A column that doesn't hold numbers is read as categories; see
+        values: The columns of values, or the name of one. A column that doesn't hold numbers is read as categories; see
             ``labels``.
         covariates: The columns of covariates, known at the same times.
         unit: The unit in which dates count: ``"second"``, ``"minute"``, ``"hour"``, ``"day"``, ``"week"`` or ``"year"`` (of
@@ -76,7 +77,7 @@ class Panel:
 
     Example:
         >>> frame = {"id": ["a", "a", "b", "b", "b"], "t": [0.0, 1.0, 0.5, 0.7, 2.0], "y": [1.0, 2.0, None, 4.0, 5.0]}
-        >>> panel = Panel(frame, series="id", time="t", columns="y")
+        >>> panel = Panel(frame, series="id", time="t", values="y")
         >>> panel
         Panel(2 series, 2 to 3 times, columns=['y'], 1 of 5 values missing)
         >>> panel.values[..., 0]
@@ -88,13 +89,15 @@ class Panel:
     values: Tensor
     lengths: Tensor
     covariates: Tensor
+    # By the number of their points; None where two different ones have it.
+    _grids: dict[int, PanelGrid | None]
 
     def __init__(
         self,
         frame: Any,
         series: str,
         time: str,
-        columns: str | Sequence[str],
+        values: str | Sequence[str],
         covariates: str | Sequence[str] = (),
         *,
         unit: str = "day",
@@ -102,10 +105,10 @@ class Panel:
     ) -> None:
         check_choice(unit, tuple(_SECONDS), "unit")
         frame = as_frame(frame)
-        names = _names(columns, "columns")
+        names = _names(values, "values")
         extra = _names(covariates, "covariates")
         if not names:
-            raise InvalidInputError("columns must name at least one column")
+            raise InvalidInputError("values must name at least one column")
         who = read_column(frame, series, "series").tolist()
         dates = read_column(frame, time, "time")
         if not who:
@@ -114,7 +117,7 @@ class Panel:
         rows = _in_order(who, at, series)
         labels: dict[str, list[Any]] = {}
         arrays = []
-        for name, argument in [*((n, "columns") for n in names), *((n, "covariates") for n in extra)]:
+        for name, argument in [*((n, "values") for n in names), *((n, "covariates") for n in extra)]:
             numbers, found = as_numbers(read_column(frame, name, argument), name)
             if len(numbers) != len(who):
                 raise ShapeError(
@@ -129,7 +132,7 @@ class Panel:
         self._fill(rows, torch.as_tensor(at[rows.order]), table, len(names))
         self.columns, self.covariate_names, self.labels = tuple(names), tuple(extra), labels
         self.series_name, self.time_name = series, time
-        self.origin, self.unit = origin, unit
+        self.origin, self.unit, self._grids = origin, unit, {}
 
     @classmethod
     def from_arrays(
@@ -201,7 +204,7 @@ class Panel:
             _given_names(None, table[0].shape[-1] - width, "covariates", "covariate")
         )
         panel.labels, panel.series_name, panel.time_name = {}, "series", "time"
-        panel.origin, panel.unit = None, "day"
+        panel.origin, panel.unit, panel._grids = None, "day", {}
         return panel
 
     def _fill(self, rows: _Rows, times: Tensor, table: Tensor, width: int) -> None:
@@ -246,7 +249,7 @@ class Panel:
         if not chosen.numel():
             raise EmptyDataError("no series is left", got=repr(index)[:60])
         new = object.__new__(type(self))
-        new.__dict__.update(self.__dict__)
+        new.__dict__.update(self.__dict__, _grids={})
         size = int(self.lengths[chosen].max())
         new.times, new.lengths = self.times[chosen, :size], self.lengths[chosen]
         new.values, new.covariates = self.values[chosen, :size], self.covariates[chosen, :size]
@@ -292,7 +295,78 @@ class Panel:
             if begin.ndim and begin.shape[0] != len(self):
                 raise ShapeError("start must be one time, or one per series", got=tuple(begin.shape))
             begin = begin.to(self.times).expand(len(self))
-        return grid_through(self.times, self.lengths, dt, begin)
+        made = grid_through(self.times, self.lengths, dt, begin)
+        known = self._grids.setdefault(made.ts.shape[-1], made)
+        if known is not None and not torch.equal(known.index, made.index):
+            self._grids[made.ts.shape[-1]] = None
+        return made
+
+    def at(self, x: Tensor) -> Tensor:
+        """Return the states of paths at the panel's times.
+
+        Args:
+            x: The paths ``(..., N, G, d)`` on grids that :meth:`grid` made, or on the panel's own times.
+
+        Returns:
+            The states ``(..., N, T, d)``.
+
+        Raises:
+            ShapeError: If no grid of this panel has as many points as the paths.
+            InvalidInputError: If two different grids of this panel have as many points; ``grid.read(x)`` knows its own.
+
+        Example:
+            >>> panel = Panel.from_arrays([[1.0, 2.0]], [[0.5, 0.7]])
+            >>> grid = panel.grid(dt=0.5, start=0.0)
+            >>> panel.at(grid.ts[..., None])[..., 0]
+            tensor([[1., 2.]])
+        """
+        check_ndim(x, tuple(range(2, 16)), "x", "(..., series, time, dim)")
+        count, own = x.shape[-2], self.times.shape[-1]
+        if count not in (own, *self._grids):
+            raise ShapeError(
+                "no grid of this panel has as many points as the paths",
+                got=f"{count} points",
+                expected=f"one of {sorted({own, *self._grids})}",
+                hint="make the grid by panel.grid(dt)",
+            )
+        grid = self._grids[count] if count in self._grids else self.grid()
+        if grid is None:
+            raise InvalidInputError(
+                "two different grids of this panel have as many points as the paths",
+                got=f"{count} points",
+                hint="read them by grid.read(x)",
+            )
+        return grid.read(x)
+
+    def observe(self, column: str, distribution: Any) -> Tensor:
+        """Observe a column in a Pyro model: the likelihood of what was seen at the panel's times.
+
+        A missing value leaves the likelihood as it is and stays NaN in ``to_inference_data``; see :func:`observe`.
+
+        Args:
+            column: The name of a column of values, which becomes the name of the site.
+            distribution: The law of the column at the times of each series, of shape ``(..., N, T)``. In a plate of the series,
+                times are elements of one event: ``.to_event(1)``.
+
+        Returns:
+            The column ``(N, T)``, with something in the support of the law where a value is missing.
+
+        Raises:
+            InvalidInputError: If the panel has no such column.
+            ShapeError: If the law doesn't fit the column.
+
+        Example:
+            >>> import pyro
+            >>> import pyro.distributions as dist
+            >>> panel = Panel.from_arrays([[1.0, 2.0]], [[0.5, float("nan")]], columns=["y"])
+            >>> def model():
+            ...     panel.observe("y", dist.Normal(torch.zeros(1, 2), 1.0))
+            >>> trace = pyro.poutine.trace(model).get_trace()
+            >>> bool(trace.log_prob_sum() == dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5)))
+            True
+        """
+        check_choice(column, self.columns, "column")
+        return observe(column, distribution, self.values[..., self.columns.index(column)])
 
     def dates(self, ts: Any) -> np.ndarray:
         """Return times as dates, for axes and plots.
@@ -347,7 +421,7 @@ class Panel:
             kwargs: The keyword arguments of ``torch.Tensor.to``.
         """
         new = object.__new__(type(self))
-        new.__dict__.update(self.__dict__)
+        new.__dict__.update(self.__dict__, _grids={})
         new.values, new.covariates = self.values.to(*args, **kwargs), self.covariates.to(*args, **kwargs)
         device = new.values.device
         new.times, new.lengths = self.times.to(device), self.lengths.to(device)
