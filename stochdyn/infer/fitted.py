@@ -18,7 +18,6 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 
 from stochdyn._checks import check_callable, check_choice, check_positive, check_positive_int, check_type
-from stochdyn.infer.panel import Panel
 from stochdyn.core.sde.intervention import Intervention
 from stochdyn.diagnostics.draws import ChainDraws
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, UnknownSiteError
@@ -27,6 +26,7 @@ from stochdyn.infer.fitting import fit_guide
 from stochdyn.infer.guides import AutoPathGuide
 from stochdyn.infer.hierarchical import AutoHierarchicalNormal
 from stochdyn.infer.laplace import start_at_mode
+from stochdyn.infer.panel import Panel
 from stochdyn.infer.particle_site import ParticlesInSites
 from stochdyn.infer.path_law import PosteriorPath
 from stochdyn.infer.pmmh import ChainRun, PMMHMethod, run_chains

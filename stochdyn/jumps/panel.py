@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn.infer.panel import Panel
 from stochdyn.core.data.frames import as_frame, is_missing, read_column
 from stochdyn.errors import EmptyDataError, InvalidInputError, TimeGridError
+from stochdyn.infer.panel import Panel
 
 __all__ = ["Gaps", "PanelData"]
 

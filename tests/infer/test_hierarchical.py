@@ -7,9 +7,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from stochdyn.infer.panel import Panel
 from stochdyn.errors import InvalidInputError
 from stochdyn.infer import AutoHierarchicalNormal, fit_posterior, start_at_mode
+from stochdyn.infer.panel import Panel
 from tests.infer.exact import F64
 
 ZERO = torch.zeros((), dtype=F64)
