@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor
 
@@ -345,8 +346,8 @@ class Panel:
 
         Args:
             column: The name of a column of values, which becomes the name of the site.
-            distribution: The law of the column at the times of each series, of shape ``(..., N, T)``. In a plate of the series,
-                times are elements of one event: ``.to_event(1)``.
+            distribution: The law of the column at the times of each series, of shape ``(..., N, T)``. Times are elements of one
+                event, so it stands in a plate of the series: ``with pyro.plate("series", len(panel))``.
 
         Returns:
             The column ``(N, T)``, with something in the support of the law where a value is missing.
@@ -356,16 +357,18 @@ class Panel:
             ShapeError: If the law doesn't fit the column.
 
         Example:
-            >>> import pyro
             >>> import pyro.distributions as dist
             >>> panel = Panel.from_arrays([[1.0, 2.0]], [[0.5, float("nan")]], columns=["y"])
             >>> def model():
-            ...     panel.observe("y", dist.Normal(torch.zeros(1, 2), 1.0))
+            ...     with pyro.plate("series", 1):
+            ...         panel.observe("y", dist.Normal(torch.zeros(1, 2), 1.0))
             >>> trace = pyro.poutine.trace(model).get_trace()
             >>> bool(trace.log_prob_sum() == dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5)))
             True
         """
         check_choice(column, self.columns, "column")
+        if isinstance(distribution, pyro.distributions.Distribution) and not distribution.event_shape:
+            distribution = distribution.to_event(1)
         return observe(column, distribution, self.values[..., self.columns.index(column)])
 
     def dates(self, ts: Any) -> np.ndarray:

@@ -15,7 +15,7 @@ from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import first_time, steps_of, time_column
 from stochdyn.core.sde.methods import Euler, Method
 from stochdyn.core.sde.solvers import full_state, increment_scale, integrate
-from stochdyn.errors import InvalidInputError
+from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements, start_of
 from stochdyn.infer.feedback import Feedback
 from stochdyn.infer.linearise import linear_steps
@@ -178,7 +178,14 @@ def view_site(
                 got=f"support {start_law.support} at site {path_name!r}",
                 hint="sample the path in noise space: noise_space=True, or NoiseReparam",
             )
-    batch = torch.broadcast_shapes(fn.batch_shape, x0.shape[:-1], draws)
+    try:
+        batch = torch.broadcast_shapes(fn.batch_shape, x0.shape[:-1], draws)
+    except RuntimeError:
+        raise ShapeError(
+            "many draws don't fit the batch axes of a path site",
+            got=f"draws {tuple(draws)} and batch {tuple(fn.batch_shape)}",
+            hint="declare the batch axes by pyro.plate",
+        ) from None
     prior = StartPrior.of(start_law, x0, factor, channels, batch)
     return SiteView(fn, path_name, x0, memory0, scale, batch, prior, start_law)
 

@@ -175,6 +175,33 @@ def test_a_model_reads_paths_and_observes_columns_by_the_panel():
     torch.testing.assert_close(trace.nodes["y"]["log_prob"].sum(), expected)
 
 
+def test_times_are_one_event_within_a_plate_of_the_series():
+    panel = of_frame()
+
+    def model():
+        with pyro.plate("who", len(panel)):
+            panel.observe("y", dist.Normal(torch.zeros(3, 3), 1.0))
+
+    trace = pyro.poutine.trace(model).get_trace()
+    trace.compute_log_prob()
+    by_hand = dist.Normal(0.0, 1.0).log_prob(panel.values[..., 0].nan_to_num()) * panel.seen[..., 0]
+    torch.testing.assert_close(trace.nodes["y"]["log_prob"], by_hand.sum(-1))
+
+
+def test_a_model_without_its_plate_is_told_so():
+    panel = of_frame()
+    grid = panel.grid(dt=0.5)
+
+    def model():
+        k = pyro.sample("k", dist.LogNormal(0.0, 0.5))
+        initial = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+        x = sd.infer.sample_path("x", sd.SDE(lambda t, x: -k[..., None, None] * x, 0.5), initial, grid)
+        panel.observe("y", dist.Normal(panel.at(x)[..., 0], 0.15))
+
+    with pytest.raises(ShapeError, match="plate"):
+        sd.infer.fit_posterior(model, num_draws=100, progress=False)
+
+
 def test_a_panel_knows_its_grids_and_no_others(tmp_path):
     panel = of_frame()
     grid = panel.grid(0.3)
