@@ -19,7 +19,7 @@ from stochdyn.errors import (
     TimeGridError,
 )
 from stochdyn.fractional import MarkovNoise
-from stochdyn.infer import DiffusionPath, NoiseReparam, PathIncrements, sample_path
+from stochdyn.infer import DiffusionPath, NoiseReparam, Panel, PathIncrements, sample_path
 from stochdyn.infer.distributions import is_degenerate, start_of
 from stochdyn.testing import check_forms
 from tests.infer.exact import F64, TwoStates, linear_path
@@ -309,6 +309,6 @@ def test_times_in_any_form_give_the_same_path(noise_space):
         return sample_path("x", SDE(lambda t, x: -x, 0.5), ZERO, ts, noise_space=noise_space)
 
     check_forms(draw, TS)
-    grid = sd.Panel.from_arrays([[0.0, 1.0], [0.5, 2.0]], [[1.0, 2.0], [3.0, 4.0]]).grid(dt=0.25)
+    grid = Panel.from_arrays([[0.0, 1.0], [0.5, 2.0]], [[1.0, 2.0], [3.0, 4.0]]).grid(dt=0.25)
     assert torch.equal(draw(grid), draw(grid.ts))
     assert grid.read(draw(grid)).shape == (2, 2, 2)
