@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from stochdyn._checks import as_tensor, check_choice, check_ndim, check_positive
@@ -357,6 +357,7 @@ class Panel:
             ShapeError: If the law doesn't fit the column.
 
         Example:
+            >>> import pyro
             >>> import pyro.distributions as dist
             >>> panel = Panel.from_arrays([[1.0, 2.0]], [[0.5, float("nan")]], columns=["y"])
             >>> def model():
@@ -367,7 +368,7 @@ class Panel:
             True
         """
         check_choice(column, self.columns, "column")
-        if isinstance(distribution, pyro.distributions.Distribution) and not distribution.event_shape:
+        if isinstance(distribution, TorchDistributionMixin) and not distribution.event_shape:
             distribution = distribution.to_event(1)
         return observe(column, distribution, self.values[..., self.columns.index(column)])
 
