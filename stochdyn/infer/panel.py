@@ -339,13 +339,13 @@ class Panel:
             )
         return grid.read(x)
 
-    def observe(self, column: str, distribution: Any) -> Tensor:
+    def observe(self, name: str, distribution: Any) -> Tensor:
         """Observe a column in a Pyro model: the likelihood of what was seen at the panel's times.
 
         A missing value leaves the likelihood as it is and stays NaN in ``to_inference_data``; see :func:`observe`.
 
         Args:
-            column: The name of a column of values, which becomes the name of the site.
+            name: The name of a column of values, which is the name of the site too.
             distribution: The law of the column at the times of each series, of shape ``(..., N, T)``. Times are elements of one
                 event, so it stands in a plate of the series: ``with pyro.plate("series", len(panel))``.
 
@@ -367,10 +367,10 @@ class Panel:
             >>> bool(trace.log_prob_sum() == dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5)))
             True
         """
-        check_choice(column, self.columns, "column")
+        check_choice(name, self.columns, "name")
         if isinstance(distribution, TorchDistributionMixin) and not distribution.event_shape:
             distribution = distribution.to_event(1)
-        return observe(column, distribution, self.values[..., self.columns.index(column)])
+        return observe(name, distribution, self.values[..., self.columns.index(name)])
 
     def dates(self, ts: Any) -> np.ndarray:
         """Return times as dates, for axes and plots.
