@@ -216,7 +216,7 @@ def test_a_panel_knows_its_grids_and_no_others(tmp_path):
             other.at(x)
     sd.save(panel, tmp_path / "panel")
     assert torch.equal(sd.load(tmp_path / "panel").at(x), grid.read(x))
-    with pytest.raises(InvalidInputError, match="name must be"):
+    with pytest.raises(InvalidInputError, match="name is unknown"):
         panel.observe("nothing", dist.Normal(0.0, 1.0))
 
 
