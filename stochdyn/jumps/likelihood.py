@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.jumps.panel import Gaps
-from stochdyn.jumps.uniformisation import _transition, mixture, poisson_weights, series_terms
+from stochdyn.jumps.uniformisation import _transition, mixture, paired_transition, poisson_weights, series_terms
 
 __all__ = ["PanelLikelihood", "powers"]
 
@@ -18,6 +18,8 @@ _CHUNK = 4_000_000
 _SPREAD = 2.0
 #: So many distinct rows of covariates are taken one after the other; with more, every transition has powers of its own.
 _FEW = 8
+# From how many draws on they are taken group by group, whatever the number of groups.
+_MANY = 16
 
 
 class PanelLikelihood:
@@ -39,16 +41,15 @@ class PanelLikelihood:
         else:
             self.covariates, group = gaps.covariates[:1], torch.zeros(len(gaps.dt), dtype=torch.long)
         self.total = len(gaps.dt)
-        self.parts = []
-        if len(self.covariates) <= _FEW:
-            self.parts = [
-                _Part(gaps, (group == g).nonzero()[:, 0], num_states) for g in range(len(self.covariates))
-            ]
+        self.parts = [
+            _Part(gaps, (group == g).nonzero()[:, 0], num_states) for g in range(len(self.covariates))
+        ]
         self.group, self.gaps = group, gaps
 
     def __call__(self, q: Tensor) -> Tensor:
         """Return log-likelihoods ``(B,)`` of generators ``(G, B, S, S)``, one for each distinct row of covariates."""
-        if not self.parts:
+        # Group by group the work is in products of matrices over the draws; with few draws the calls would cost more.
+        if len(self.parts) > _FEW and (q.requires_grad or q.shape[1] < _MANY):
             step = max(1, _CHUNK // (40 * self.total))
             return torch.cat([self._one_by_one(part) for part in q.split(step, 1)])
         total = q.new_zeros(q.shape[1])
@@ -62,7 +63,11 @@ class PanelLikelihood:
         rate = float((-q.detach().diagonal(dim1=-2, dim2=-1)).amax()) or 1.0
         off = q - torch.diag_embed(q.diagonal(dim1=-2, dim2=-1))
         if rate * float(g.dt.max()) > _LONGEST:
-            p = torch.cat([_transition(q[k], t[None]) for k, t in zip(self.group, g.dt, strict=True)])
+            step, pairs = max(1, _CHUNK // (1000 * q.shape[1])), []
+            for own, dt in zip(q[self.group].split(step), g.dt.split(step), strict=True):
+                found = paired_transition(own.flatten(0, 1), dt.repeat_interleave(q.shape[1])[None])
+                pairs.append(found.view_as(own))
+            p = torch.cat(pairs)
             row = p[torch.arange(self.total), :, g.before]
         else:
             stack = powers(q, rate, float(g.dt.max()))

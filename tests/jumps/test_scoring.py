@@ -60,6 +60,21 @@ def test_the_score_is_the_derivative_of_the_likelihood(
     torch.testing.assert_close(found.slope, slope, rtol=1e-9, atol=1e-9 * float(slope.abs().max()))
 
 
+@pytest.mark.parametrize("fast", [0.0, 6.0])
+def test_many_draws_with_many_covariates_are_taken_one_by_one_or_at_once(fast: float) -> None:
+    """Some fifty ages: draw by draw every transition has powers of its own, together every age has."""
+    panel, _ = transplants(150, x=sd.datasets.heart_transplants().donor_age)
+    likelihood = PanelLikelihood(panel.gaps, 4)
+    ages = len(likelihood.covariates)
+    assert ages > 20
+    log_rates = torch.randn(ages * 20, 7, dtype=D, generator=torch.Generator().manual_seed(0)) - 1.0
+    log_rates[:, [0, 2, 3, 5]] += fast
+    q = generators(log_rates).unflatten(0, (ages, 20))
+    together = likelihood(q)
+    for k in (0, 7, 19):
+        torch.testing.assert_close(likelihood(q[:, k : k + 1]), together[k : k + 1], rtol=1e-12, atol=0.0)
+
+
 def test_the_information_is_the_mean_square_of_the_score() -> None:
     """Over everything that could have been seen, by the law itself: no term is left to chance."""
     start, dt = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0.3, 2.0, 0.3, 1.0, 1.0, 50.0], dtype=D)
