@@ -60,4 +60,5 @@ def test_the_top_level_is_small_and_errors_live_in_one_place() -> None:
         n for n in dir(sd) if isinstance(getattr(sd, n), type) and issubclass(getattr(sd, n), Exception)
     ]
     assert errors == ["StochdynError"]
-    assert sd.errors.StochdynError is sd.StochdynError
+    for name in sd.errors.__all__:
+        assert getattr(sd, name) is getattr(sd.errors, name)
