@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from stochdyn.jumps.panel import Gaps
-from stochdyn.jumps.uniformisation import _transition, mixture, paired_transition, poisson_weights, series_terms
+from stochdyn.jumps.uniformisation import (
+    _transition,
+    mixture,
+    paired_transition,
+    poisson_weights,
+    series_terms,
+)
 
 __all__ = ["PanelLikelihood", "powers"]
 
