@@ -22,7 +22,7 @@ _LONGEST = 64.0
 _CHUNK = 4_000_000
 #: Generators of one product share the fastest exit rate; slower ones by more than this factor have a product of their own.
 _SPREAD = 2.0
-#: So many distinct rows of covariates are taken one after the other; with more, every transition has powers of its own.
+#: So many distinct rows of covariates are taken one after the other; with more and few draws, every transition has powers of its own.
 _FEW = 8
 # From how many draws on they are taken group by group, whatever the number of groups.
 _MANY = 16

@@ -53,9 +53,7 @@ def test_three_ways_to_the_likelihood_agree() -> None:
     likelihood = PanelLikelihood(gaps, 4)
     by_kind = likelihood(q[None])
     whole = torch.stack([likelihood(one[None, None])[0] for one in q])
-    one_by_one = PanelLikelihood(gaps, 4)
-    one_by_one.parts = []
-    single = one_by_one(q[None])
+    single = likelihood._one_by_one(q[None])
     p = transition(q[0], gaps.dt)[torch.arange(len(gaps.dt)), gaps.before]
     entered = (p * (q[0] - torch.diag(q[0].diagonal())).T[gaps.after]).sum(-1)
     plain = p.gather(1, gaps.after[:, None])[:, 0]
