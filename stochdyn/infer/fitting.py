@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.optim.clipped_adam import ClippedAdam
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from stochdyn._checks import (
@@ -20,6 +23,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_type,
 )
+from stochdyn.errors import ShapeError, StochdynError, StochdynWarning
 from stochdyn.run.callbacks import Callback
 from stochdyn.run.randomness import fork_random_state
 from stochdyn.run.result import FitResult
@@ -111,7 +115,7 @@ def fit_guide(
     Use it where the defaults of stochastic variational inference will do; Pyro's ``SVI`` serves every other need.
 
     Args:
-        model: A Pyro model that can be run on many draws at once.
+        model: A Pyro model. One that can't be run on many draws at once is run draw by draw.
         guide: Its guide, a module.
         args: The positional arguments of model and guide.
         kwargs: The keyword arguments of model and guide.
@@ -129,6 +133,9 @@ def fit_guide(
     Raises:
         InvalidInputError: For arguments that can't work, before any step.
         NonFiniteLossError: If a bound isn't finite.
+
+    Warns:
+        StochdynWarning: If the model mixes draws or fails when it is run on many at once.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -156,7 +163,17 @@ def fit_guide(
         guide(*args, **kwargs)
         depth = _plate_depth(poutine.trace(guide), args, kwargs)
         depth = max(depth, _plate_depth(poutine.trace(model), args, kwargs))
-    elbo: Any = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=depth)
+        obstacle = _obstacle_to_many_draws(model, guide, args, kwargs, depth)
+    if obstacle is not None:
+        warnings.warn(
+            "the model can't be run on many draws at once, so it runs once per draw, which is slow. Declare batch axes with "
+            f"pyro.plate and give parameters their axes from the right, as in k[..., None]. What went wrong: {obstacle}",
+            StochdynWarning,
+            stacklevel=2,
+        )
+    elbo: Any = Trace_ELBO(
+        num_particles=num_particles, vectorize_particles=obstacle is None, max_plate_nesting=depth
+    )
     return fit(
         _Bound(elbo(model, guide), guide, args, kwargs),
         steps=_MOST_STEPS if steps is None else steps,
@@ -175,3 +192,42 @@ def _plate_depth(tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     nodes = tracer.get_trace(*args, **kwargs).nodes.values()
     frames = [f for site in nodes if site["type"] == "sample" for f in site["cond_indep_stack"]]
     return max((-f.dim for f in frames if f.vectorized), default=0)
+
+
+def _obstacle_to_many_draws(
+    model: Callable[..., Any], guide: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], depth: int
+) -> str | None:
+    """Return why a model and its guide can't be run on two draws at once, or None if they can.
+
+    An axis of draws that meets an axis of data gives densities of every draw with every other one: a number of them that isn't
+    twice that of one draw, and a bound of another model.
+    """
+
+    def densities(many: bool) -> dict[str, int]:
+        def drawn(program: Callable[..., Any]) -> Callable[..., Any]:
+            def plated(*args: Any, **kwargs: Any) -> Any:
+                with pyro.plate("_stochdyn_draws", 2, dim=-depth - 1):
+                    return program(*args, **kwargs)
+
+            return plated if many else program
+
+        found = poutine.trace(drawn(guide)).get_trace(*args, **kwargs)
+        trace = poutine.trace(poutine.replay(drawn(model), trace=found)).get_trace(*args, **kwargs)
+        trace = prune_subsample_sites(trace)
+        trace.compute_log_prob()
+        return {n: site["log_prob"].numel() for n, site in trace.nodes.items() if site["type"] == "sample"}
+
+    with torch.no_grad():
+        one = densities(False)
+        try:
+            two = densities(True)
+        except ShapeError as error:
+            return str(error)
+        except StochdynError:
+            return None  # of these two draws, as of any others
+        except Exception as error:  # whatever a model may raise on axes that it wasn't written for
+            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    for name, number in one.items():
+        if two[name] != 2 * number:
+            return f"site {name!r} has {two[name]} densities on two draws, where {2 * number} were due"
+    return None

@@ -188,7 +188,7 @@ def test_times_are_one_event_within_a_plate_of_the_series():
     torch.testing.assert_close(trace.nodes["y"]["log_prob"], by_hand.sum(-1))
 
 
-def test_a_model_without_its_plate_is_told_so():
+def test_a_model_without_its_plate_is_told_so_and_fitted_draw_by_draw():
     panel = of_frame()
     grid = panel.grid(dt=0.5)
 
@@ -198,8 +198,10 @@ def test_a_model_without_its_plate_is_told_so():
         x = sd.infer.sample_path("x", sd.SDE(lambda t, x: -k[..., None, None] * x, 0.5), initial, grid)
         panel.observe("y", dist.Normal(panel.at(x)[..., 0], 0.15))
 
-    with pytest.raises(ShapeError, match="plate"):
-        sd.infer.fit_posterior(model, num_draws=100, progress=False)
+    guide = sd.infer.AutoPathGuide(model)
+    with pytest.warns(sd.errors.StochdynWarning, match="plate"):
+        result = sd.infer.fit_guide(model, guide, steps=3, progress=False)
+    assert result.losses.isfinite().all()
 
 
 def test_a_panel_knows_its_grids_and_no_others(tmp_path):
