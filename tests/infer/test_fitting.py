@@ -56,7 +56,9 @@ def test_a_model_of_one_draw_finds_the_posterior_of_its_own_model(mixed):
 
     def flat(y):
         rate = pyro.sample("rate", dist.Normal(torch.zeros(()), 1.0))
-        loc = rate[..., None, None].expand(*rate.shape, 1, len(y)) if mixed else rate.reshape(()).expand(len(y))
+        loc = (
+            rate[..., None, None].expand(*rate.shape, 1, len(y)) if mixed else rate.reshape(()).expand(len(y))
+        )
         with pyro.plate("record", len(y)):
             pyro.sample("y", dist.Normal(loc.reshape(-1, len(y))[0] if rate.ndim == 0 else loc, 1.0), obs=y)
 
