@@ -65,7 +65,7 @@ def markdown_table(rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def write_table(render: Callable[[Path], str], results: Path, table: Path, description: str | None) -> None:
-    """Write the page that ``render`` makes of a folder of results; both places can be given on the command line."""
+    """Write the page that ``render`` makes of results, a file or a folder; both places can be given on the command line."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--results", type=Path, default=results)
     parser.add_argument("--out", type=Path, default=table)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import write_table
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "results" / "inference.json"
 TARGET = HERE.parents[1] / "docs" / "generated" / "inference_benchmarks.md"
 
 
-def render(result: dict[str, Any]) -> str:
+def render(results: Path) -> str:
     """Return the Markdown of one set of measurements."""
+    result = json.loads(results.read_text(encoding="utf-8"))
     lines = [
         "Processor time of one SVI step in milliseconds, the least of 40, with one thread on a machine of two cores that others "
         "use as well; both versions were measured one after the other. In brackets: how often a step runs the user's model.",
@@ -28,11 +32,5 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Write the table."""
-    TARGET.write_text(render(json.loads(SOURCE.read_text(encoding="utf-8"))), encoding="utf-8")
-    print(f"wrote {TARGET}")
-
-
 if __name__ == "__main__":
-    main()
+    write_table(render, SOURCE, TARGET, __doc__)

@@ -127,16 +127,10 @@ class KernelMixture(Occupation):
 
         def log_density(points: Tensor) -> Tensor:
             """The log density of all kernels at z, less a constant that is the same for both laws."""
-            rows = [
-                (
-                    -0.5
-                    * (
-                        torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist")
-                        / self.bandwidth
-                    ).square()
-                ).logsumexp(-1)
-                for part in z.split(max(1, 2**22 // len(points)))
-            ]
+            rows = []
+            for part in z.split(max(1, 2**22 // len(points))):
+                distance = torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist")
+                rows.append((-0.5 * (distance / self.bandwidth).square()).logsumexp(-1))
             return torch.cat(rows) - math.log(len(points))
 
         return Estimate.of(log_density(x) - log_density(y))

@@ -161,9 +161,11 @@ def fit_guide(
     with fork_random_state(seed, device), torch.random.fork_rng(), poutine.block():
         # An automatic guide has its parameters only once it has run.
         guide(*args, **kwargs)
-        depth = _plate_depth(poutine.trace(guide), args, kwargs)
-        depth = max(depth, _plate_depth(poutine.trace(model), args, kwargs))
-        obstacle = _obstacle_to_many_draws(model, guide, args, kwargs, depth)
+        with torch.no_grad():
+            drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+            single = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+            depth = max(_plate_depth(drawn), _plate_depth(single))
+            obstacle = _obstacle_to_many_draws(model, guide, args, kwargs, depth, single)
     if obstacle is not None:
         warnings.warn(
             "the model can't be run on many draws at once, so it runs once per draw, which is slow. Declare batch axes with "
@@ -187,47 +189,53 @@ def fit_guide(
     )
 
 
-def _plate_depth(tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _plate_depth(trace: poutine.Trace) -> int:
     """Return how many batch axes the plates of a program take."""
-    nodes = tracer.get_trace(*args, **kwargs).nodes.values()
-    frames = [f for site in nodes if site["type"] == "sample" for f in site["cond_indep_stack"]]
-    return max((-f.dim for f in frames if f.vectorized), default=0)
+    frames = [
+        f for site in trace.nodes.values() if site["type"] == "sample" for f in site["cond_indep_stack"]
+    ]
+    return max((-f.dim for f in frames if f.dim is not None), default=0)
 
 
 def _obstacle_to_many_draws(
-    model: Callable[..., Any], guide: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], depth: int
+    model: Callable[..., Any],
+    guide: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    depth: int,
+    single: poutine.Trace,
 ) -> str | None:
     """Return why a model and its guide can't be run on two draws at once, or None if they can.
 
     An axis of draws that meets an axis of data gives densities of every draw with every other one: a number of them that isn't
-    twice that of one draw, and a bound of another model.
+    twice that of one draw, ``single``, and a bound of another model.
     """
+    one = _densities(single)
 
-    def densities(many: bool) -> dict[str, int]:
-        def drawn(program: Callable[..., Any]) -> Callable[..., Any]:
-            def plated(*args: Any, **kwargs: Any) -> Any:
-                with pyro.plate("_stochdyn_draws", 2, dim=-depth - 1):
-                    return program(*args, **kwargs)
+    def plated(program: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with pyro.plate("_stochdyn_draws", 2, dim=-depth - 1):
+                return program(*args, **kwargs)
 
-            return plated if many else program
+        return run
 
-        found = poutine.trace(drawn(guide)).get_trace(*args, **kwargs)
-        trace = poutine.trace(poutine.replay(drawn(model), trace=found)).get_trace(*args, **kwargs)
-        trace = prune_subsample_sites(trace)
-        trace.compute_log_prob()
-        return {n: site["log_prob"].numel() for n, site in trace.nodes.items() if site["type"] == "sample"}
-
-    with torch.no_grad():
-        one = densities(False)
-        try:
-            two = densities(True)
-        except ShapeError as error:
-            return str(error)
-        except StochdynError:
-            return None  # of these two draws, as of any others
-        except Exception as error:  # whatever a model may raise on axes that it wasn't written for
-            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    try:
+        drawn = poutine.trace(plated(guide)).get_trace(*args, **kwargs)
+        two = _densities(poutine.trace(poutine.replay(plated(model), trace=drawn)).get_trace(*args, **kwargs))
+    except ShapeError as error:
+        return str(error)
+    except StochdynError:
+        return None  # of these two draws, as of any others
+    except Exception as error:  # whatever a model may raise on axes that it wasn't written for
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
     for name, number in one.items():
         if two[name] != 2 * number:
             return f"site {name!r} has {two[name]} densities on two draws, where {2 * number} were due"
     return None
+
+
+def _densities(trace: poutine.Trace) -> dict[str, int]:
+    """Return how many densities the sites of a model have."""
+    trace = prune_subsample_sites(trace)
+    trace.compute_log_prob()
+    return {n: site["log_prob"].numel() for n, site in trace.nodes.items() if site["type"] == "sample"}

@@ -140,9 +140,8 @@ class NEEP(_PairObjective):
     def forward(self, batch: Any = None) -> ObjectiveValue:
         """Evaluate minus the bound per pair on pairs ``(n, 2, d)``; the terms are per time."""
         s = self.production(batch)
-        gain = self._gain(
-            s
-        ).mean()  # a number without a unit: steps of an optimiser then don't depend on that of time
+        # a number without a unit: steps of an optimiser then don't depend on that of time
+        gain = self._gain(s).mean()
         return ObjectiveValue(
             -gain, {"bound": gain.detach() / self.dt, "mean_rate": s.detach().mean() / self.dt}
         )

@@ -34,9 +34,8 @@ class _Share(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:
         share, root = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-        ):  # derivatives of the derivative are wanted: the root as a function of the output
+        # derivatives of the derivative may be wanted: the root as a function of the output
+        if torch.is_grad_enabled():
             root = 2 * torch.linalg.inv(share) - torch.eye(len(share)).to(share)
         # dg = -2 (I + S)^{-1} dS (I + S)^{-1} with S dS + dS S = 4 dM, and 2 (I + S)^{-1} = g
         inner = share @ (0.5 * (slope + slope.mT)) @ share

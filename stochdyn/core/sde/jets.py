@@ -149,9 +149,8 @@ class _CurvedActivation(torch.autograd.Function):
         ctx: Any, gh: Tensor, gp: Tensor, gd: Tensor, gs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, None]:
         h, p, q, dz, squares, s = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-        ):  # derivatives of the derivative are wanted: what was computed on the way is redone on tape
+        # derivatives of the derivative may be wanted: what was computed on the way is redone on tape
+        if torch.is_grad_enabled():
             q = -2.0 * h * p
             squares = dz.square() if ctx.each else dz.square().sum(0)
         third = (h.square().mul_(6.0).sub_(2.0)).mul_(p)

@@ -152,9 +152,8 @@ class _GaussianLogDensity(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
         covariance, y, factor, solved = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-        ):  # derivatives of the derivative are wanted: factor and solution are redone on tape
+        # derivatives of the derivative may be wanted: factor and solution are redone on tape
+        if torch.is_grad_enabled():
             factor = torch.linalg.cholesky(covariance)
             solved = torch.cholesky_solve(y, factor)
         # d log N / dC = ½ (C⁻¹y y'C⁻¹ - C⁻¹) per column.
