@@ -8,6 +8,7 @@ from torch import Tensor
 from stochdyn.jumps.panel import Gaps
 from stochdyn.jumps.uniformisation import (
     _transition,
+    chain_powers,
     mixture,
     paired_transition,
     poisson_weights,
@@ -159,7 +160,4 @@ def powers(q: Tensor, rate: float, longest: float) -> Tensor:
     """Return powers of the jump chain ``I + q / rate``, as many as a time ``longest`` needs, ``(K + 1, *q.shape)``."""
     mean = rate * longest
     chain = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) + q / rate
-    stack = [torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(chain)]
-    for _ in range(series_terms(mean, q.shape[-1]) - 1):
-        stack.append(stack[-1] @ chain)
-    return torch.stack(stack)
+    return chain_powers(chain, series_terms(mean, q.shape[-1]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stochdyn.errors import InvalidInputError
 from stochdyn.jumps.filtering import Prepared, run_filter, transitions
-from stochdyn.jumps.uniformisation import _transition, poisson_terms
+from stochdyn.jumps.uniformisation import _transition, chain_powers, poisson_terms
 
 __all__ = ["bridge_records", "direct_records", "thinned_records"]
 
@@ -206,12 +206,8 @@ def _bridges(
     """Return candidate times within the gap ``(L, N)``, padded with infinity, and states after each."""
     lanes, mean = len(a), rate * span
     terms = poisson_terms(mean)
-    eye = torch.eye(len(q), dtype=q.dtype)
-    step = eye + q / rate
-    powers = [eye]
-    for _ in range(terms):
-        powers.append(powers[-1] @ step)
-    stack = torch.stack(powers)
+    step = torch.eye(len(q), dtype=q.dtype) + q / rate
+    stack = chain_powers(step, terms + 1)
     k = torch.arange(terms + 1, dtype=torch.float64)
     log_poisson = (
         k * math.log(mean) - mean - torch.lgamma(k + 1) if mean > 0 else torch.where(k == 0, 0.0, -math.inf)

@@ -70,10 +70,7 @@ def _transition(q: Tensor, dt: Tensor) -> Tensor:
     most = float(largest.max())
     limit = _LONGEST if len(dt) < _MANY else _LONGEST_OF_MANY
     longest = min(limit, most * float(dt.detach().max())) if len(dt) else 0.0
-    powers = [eye.expand_as(b)]
-    for _ in range(series_terms(longest, size) - 1):
-        powers.append(powers[-1] @ b)
-    stack = torch.stack(powers)
+    stack = chain_powers(b, series_terms(longest, size))
     halvings = torch.log2((dt.detach() * most / limit).clamp(min=1e-300)).ceil().clamp(min=0).long()
     out, places = [], []
     counts = halvings.unique().tolist()
@@ -101,15 +98,21 @@ def paired_transition(q: Tensor, dt: Tensor) -> Tensor:
     halvings = max(0, math.ceil(math.log2(max(mean / _LONGEST_OF_MANY, 1e-300))))
     mean /= 2.0**halvings
     chain = torch.eye(size, dtype=q.dtype, device=q.device) + q / rate[:, None, None]
-    stack = [torch.eye(size, dtype=q.dtype, device=q.device).expand_as(chain)]
-    for _ in range(series_terms(mean, size) - 1):
-        stack.append(stack[-1] @ chain)
+    stack = chain_powers(chain, series_terms(mean, size))
     weight = poisson_weights(rate * dt / 2.0**halvings, len(stack))
-    p = torch.einsum("ktb,kbij->tbij", weight, torch.stack(stack))
+    p = torch.einsum("ktb,kbij->tbij", weight, stack)
     for _ in range(halvings):
         p = p @ p
         p = p / p.detach().sum(-1, keepdim=True)
     return p
+
+
+def chain_powers(chain: Tensor, count: int) -> Tensor:
+    """Return the powers ``0, ..., count - 1`` of jump chains ``(*batch, S, S)``, ``(count, *batch, S, S)``."""
+    stack = [torch.eye(chain.shape[-1], dtype=chain.dtype, device=chain.device).expand_as(chain)]
+    for _ in range(count - 1):
+        stack.append(stack[-1] @ chain)
+    return torch.stack(stack)
 
 
 def _series(stack: Tensor, rate: Tensor, dt: Tensor) -> Tensor:
