@@ -19,6 +19,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_real,
 )
+from stochdyn.core._distance import distance_between
 from stochdyn.core.law.path import Estimate
 from stochdyn.diagnostics.metrics import Values
 from stochdyn.errors import InvalidInputError, ShapeError
@@ -129,7 +130,7 @@ class KernelMixture(Occupation):
             """The log density of all kernels at z, less a constant that is the same for both laws."""
             rows = []
             for part in z.split(max(1, 2**22 // len(points))):
-                distance = torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist")
+                distance = distance_between(part, points)
                 rows.append((-0.5 * (distance / self.bandwidth).square()).logsumexp(-1))
             return torch.cat(rows) - math.log(len(points))
 

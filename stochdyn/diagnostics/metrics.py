@@ -19,6 +19,7 @@ from stochdyn._checks import (
     check_real,
     check_same_device,
 )
+from stochdyn.core._distance import distance_between
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import (
     ConvergenceWarning,
@@ -89,7 +90,7 @@ def emd(
             return 0.0
         cost = ot.emd2_1d((line_x / unit).numpy(), (line_y / unit).numpy(), a, b, metric="minkowski", p=p)
         return unit * float(max(cost, 0.0) ** (1 / p))
-    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+    distance = distance_between(x, y).numpy()
     # In units of the largest distance: the solver has tolerances of its own, and powers would overflow.
     unit = float(distance.max())
     if unit == 0.0:
@@ -377,7 +378,7 @@ def _mean_distance(x: Tensor, y: Tensor) -> Tensor:
 def _mean_over_pairs(x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     total = x.new_zeros(())
     for rows in x.split(max(1, 2**22 // y.shape[0])):  # bounds the memory of the distances
-        total = total + function(torch.cdist(rows, y, compute_mode="donot_use_mm_for_euclid_dist")).sum()
+        total = total + function(distance_between(rows, y)).sum()
     return total / (x.shape[0] * y.shape[0])
 
 

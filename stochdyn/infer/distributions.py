@@ -22,6 +22,7 @@ from stochdyn._checks import (
     check_type,
     values_are_checked,
 )
+from stochdyn._lending import lent
 from stochdyn.core.data.panel_grid import PanelGrid
 from stochdyn.core.gaussian.exact_steps import takes_exact_steps
 from stochdyn.core.law.initial import DistributionStart, FixedStart, InitialLaw, as_initial
@@ -250,7 +251,7 @@ def start_of(initial: InitialLaw) -> Tensor:
                 return mean
         except NotImplementedError:
             pass
-    with torch.random.fork_rng():
+    with lent(0):
         return initial.draw((), None).detach()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from stochdyn._checks import check_positive_int
+from stochdyn._lending import lent
 from stochdyn.errors import InvalidInputError, NonFiniteError
 from stochdyn.infer.guides import AutoPathGuide
 from stochdyn.infer.hierarchical import AutoHierarchicalNormal
@@ -94,8 +95,7 @@ def start_at_mode(
     seed = int(torch.randint(2**31, ()))
 
     def bound(u: Tensor) -> Tensor:
-        with torch.random.fork_rng(devices=[]), poutine.block():
-            torch.manual_seed(seed)
+        with lent(seed), poutine.block():
             drawn = poutine.trace(poutine.condition(guide, data={site: u})).get_trace(*args, **kwargs)
             model = poutine.trace(poutine.replay(guide.model, drawn)).get_trace(*args, **kwargs)
             law: Any = drawn.nodes[site]["fn"]

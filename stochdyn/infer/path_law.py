@@ -117,7 +117,7 @@ class PosteriorPath(PathMeasure):
     def fitted_times(self) -> Tensor:
         """Return the grid of the fit, ``(T,)`` or ``(*batch, T)``."""
         if self._fitted is None:
-            with torch.no_grad(), poutine.block(), torch.random.fork_rng():
+            with torch.no_grad(), poutine.block(), lent(0):
                 drawn = draw_paths(self._model[0], self.source, self.name, self.args, self.kwargs, 1)
                 self._fitted = drawn.ts
         return self._fitted

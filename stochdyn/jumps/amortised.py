@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_generator, as_sample_shape, check_real, check_type
+from stochdyn._lending import lent
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.errors import InvalidInputError, SystemSizeError
 from stochdyn.jumps.encoder import Encoded, RateEncoder, log_density
@@ -162,7 +163,7 @@ class AmortisedRates(Objective):
         from safetensors.torch import load
 
         weights = load((files("stochdyn.jumps") / WEIGHTS).read_bytes())
-        with torch.random.fork_rng(devices=[]):  # weights drawn to be replaced at once
+        with lent(0):  # weights drawn to be replaced at once
             network = cls()
         network.load_state_dict(weights)
         return network.eval()

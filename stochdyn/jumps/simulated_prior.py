@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stochdyn._checks import check_positive_int, check_real
 from stochdyn.errors import InvalidInputError
-from stochdyn.jumps.uniformisation import poisson_weights
+from stochdyn.jumps.uniformisation import paired_transition
 
 __all__ = ["LAGS", "JumpPrior", "LagCounts", "count_transitions"]
 
@@ -154,7 +154,7 @@ class JumpPrior:
         stretch = 0.05 - 0.95 * torch.log1p(-uniform(sets, visits - 1))
         regular = uniform(sets) < 0.5
         gaps = interval[:, None] * torch.where(regular[:, None], torch.ones_like(stretch), stretch)
-        p = _stepwise(q, gaps)
+        p = paired_transition(q.double(), gaps.double().mT).transpose(0, 1).float()
         owner = torch.arange(sets).repeat_interleave(many)
         states = _chains(p, owner, visits, g)
         if label_error is None:
@@ -176,25 +176,6 @@ class JumpPrior:
             told,
         )
         return Simulated(seen, log_rates, links)
-
-
-def _stepwise(q: Tensor, gaps: Tensor) -> Tensor:
-    """Return transition matrices over every gap of every data set, ``(B, L, S, S)``."""
-    rate = (-q.diagonal(dim1=-2, dim2=-1)).amax(-1).clamp(min=1e-6)
-    chain = torch.eye(q.shape[-1]) + q / rate[:, None, None]
-    mean = float((rate[:, None] * gaps).max())
-    # long gaps are halved until their series is short
-    halvings = max(0, math.ceil(math.log2(max(mean / 16.0, 1e-9))))
-    mean /= 2.0**halvings
-    stack = [torch.eye(q.shape[-1]).expand_as(chain)]
-    for _ in range(math.ceil(mean + 5.0 * math.sqrt(mean) + 8.0)):
-        stack.append(stack[-1] @ chain)
-    powers = torch.stack(stack, 1).flatten(2)
-    weights = poisson_weights(rate[:, None] * gaps / 2.0**halvings, powers.shape[1]).movedim(0, -1)
-    p = (weights @ powers).reshape(*gaps.shape, *q.shape[1:])
-    for _ in range(halvings):
-        p = p @ p
-    return p / p.sum(-1, keepdim=True)
 
 
 def _chains(p: Tensor, owner: Tensor, visits: int, g: torch.Generator | None) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from stochdyn._lending import lent
 from stochdyn.jumps.amortised import AmortisedRates
 from stochdyn.run import fit
 
@@ -29,8 +30,7 @@ def train(steps: int, seed: int = 0, progress: bool = True) -> AmortisedRates:
         seed: The seed of weights and data.
         progress: Whether a bar is shown.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with lent(seed):
         network = AmortisedRates()
     fit(
         network,

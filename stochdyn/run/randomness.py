@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
-import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,12 +13,10 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_seed
-from stochdyn.errors import StochdynWarning
+from stochdyn._lending import turns
 
 __all__ = ["OwnRandomness", "fork_random_state", "global_state", "seed_everything", "set_global_state"]
 
-# Seconds after which a run that waits for the step of another one says so.
-_PATIENCE = 60.0
 # Steps that leave Python's and NumPy's generators alone before they are taken to do so.
 _PROOF = 3
 
@@ -85,49 +80,6 @@ class _Globals:
             self.cuda = {d: state["cuda"].contiguous() for d in self.cuda}
 
 
-class _Turns:
-    """Whose numbers the process's generators give at the moment: one thread's at a time, in the order of asking."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._queue: deque[object] = deque()
-        self._busy = False
-
-    @property
-    def wanted(self) -> bool:
-        """Whether another thread waits."""
-        return bool(self._queue)
-
-    def take(self) -> None:
-        ticket = object()
-        began, said = time.monotonic(), False
-        with self._changed:
-            self._queue.append(ticket)
-            try:
-                while self._busy or self._queue[0] is not ticket:
-                    self._changed.wait(1.0)
-                    if not said and time.monotonic() - began > _PATIENCE:
-                        said = True
-                        warnings.warn(
-                            "a run waits for the step of a run in another thread to end. Runs take turns, step by step; "
-                            "one that is started in a thread by a step of another, which waits for it, never begins",
-                            StochdynWarning,
-                            stacklevel=2,
-                        )
-                self._busy = True
-            finally:
-                self._queue.remove(ticket)
-                self._changed.notify_all()
-
-    def give(self) -> None:
-        with self._changed:
-            self._busy = False
-            self._changed.notify_all()
-
-
-_turns = _Turns()
-
-
 class _Here(threading.local):
     """What this thread has put in place of the process's generators."""
 
@@ -181,7 +133,7 @@ class OwnRandomness:
             self._depth += 1
             return self
         if not _here.stack:
-            _turns.take()
+            turns.take()
         try:
             if self.seed is None:
                 self.seed = int(torch.randint(2**62, ()))
@@ -199,7 +151,7 @@ class OwnRandomness:
                 self._kept.put_back()
         except BaseException:
             if not _here.stack:
-                _turns.give()
+                turns.give()
             raise
         _here.stack.append(self)
         return self
@@ -222,11 +174,11 @@ class OwnRandomness:
 
     def yield_turn(self) -> None:
         """Let another thread's block run if one waits; inside the block, at a place where nothing is half done."""
-        if not _turns.wanted:
+        if not turns.wanted:
             return
         self._keep()
         self._leave()
-        _turns.take()
+        turns.take()
         _here.base = _Globals(_here.devices)
         self._back()
 
@@ -282,7 +234,7 @@ class OwnRandomness:
                 _here.base.put_back()
                 _here.base = None if not _here.stack else _here.base
         finally:
-            _turns.give()
+            turns.give()
 
 
 def global_state() -> dict[str, Tensor]:

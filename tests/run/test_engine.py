@@ -16,6 +16,7 @@ from torch import Tensor
 
 import stochdyn.run.engine as engine_module
 import stochdyn.run.progress as progress_module
+from stochdyn import SDE, DiffusionMeasure
 from stochdyn.errors import (
     CheckpointError,
     CheckpointInUseError,
@@ -340,6 +341,38 @@ class TestThreads:
             thread.join()
         assert torch.equal(losses[0], losses[1])
         assert torch.equal(losses[0], losses[2])
+
+    def test_draws_of_a_law_beside_a_run(self) -> None:
+        """A distribution of torch draws from the global generator alone, which is the run's for the time of a step."""
+        start = torch.distributions.Independent(torch.distributions.StudentT(torch.full((2,), 3.0)), 1)
+        law, ts = DiffusionMeasure(start, SDE(lambda t, x: -x, 1.0)), torch.tensor([0.0, 0.1])
+
+        def draw() -> Tensor:
+            return law.sample(ts, 500, generator=5).x
+
+        class Noisy(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a = torch.nn.Parameter(torch.zeros(()))
+
+            def forward(self) -> Tensor:
+                return sum((self.a - torch.randn(20_000)).square().mean() for _ in range(5))  # type: ignore[return-value]
+
+        def train() -> None:
+            losses.append(fit(Noisy(), steps=150, progress=False).losses)
+
+        losses: list[Tensor] = []
+        train()
+        alone = draw()
+        thread = threading.Thread(target=train)
+        thread.start()
+        beside = []
+        while thread.is_alive():
+            beside.append(draw())
+        thread.join()
+        assert len(beside) > 5
+        assert all(torch.equal(x, alone) for x in beside)
+        assert torch.equal(losses[0], losses[1])
 
 
 class _Sum(torch.nn.Module):

@@ -18,6 +18,7 @@ from stochdyn._checks import (
     check_real,
     check_type,
 )
+from stochdyn._lending import lent
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.errors import InvalidInputError, ShapeError, UnknownSiteError
 
@@ -161,8 +162,7 @@ class PyroDrift(DriftFamily):
         if init is not None:
             check_mapping(init, "init", "values of sites by name")
         self.model = model
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with lent(0):
             traces: list[Any] = [poutine.trace(model).get_trace() for _ in range(15)]
         sites = _latent_sites(traces[0])
         if not sites:
@@ -221,9 +221,7 @@ class PyroDrift(DriftFamily):
         """Draw new values from the prior."""
         from pyro import poutine
 
-        seed = int(torch.randint(2**31, (), generator=generator))
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
+        with lent(generator), torch.no_grad():
             trace = poutine.trace(self.model).get_trace()
             for name in self.sites:
                 self.unconstrained[_key(name)].copy_(self._bijections[name].inv(trace.nodes[name]["value"]))

@@ -20,11 +20,13 @@ from stochdyn._checks import (
     check_positive_int,
     check_type,
 )
+from stochdyn._lending import lent
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
 from stochdyn.bridges.laws.learned import LearnedBridge
 from stochdyn.bridges.laws.nodes import DriftNodes
 from stochdyn.bridges.laws.reference import EmpiricalLaw, as_reference, default_diffusion, spread_of
+from stochdyn.core._distance import distance_between
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.networks import MLP
 from stochdyn.core.sde.coefficients import Coefficient
@@ -78,7 +80,7 @@ class GaussianProcessDrift(DriftRegression):
         self.lengthscale, self.variance, self.mean = lengthscale, variance, mean
 
     def _kernel(self, first: Tensor, second: Tensor) -> Tensor:
-        distance = torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+        distance = distance_between(first, second)
         return self.strength * torch.exp(-distance / self.lengthscale)
 
     def _standard(self, t: Tensor, x: Tensor) -> Tensor:
@@ -265,9 +267,7 @@ class IPFBridge(LearnedBridge):
     def solve(self) -> IPFBridge:
         """Run all sweeps; returns this bridge."""
         generator = torch.Generator(self.snapshots.device).manual_seed(self.seed)
-        devices: list[Any] = []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.seed)  # weights of networks
+        with lent(self.seed):  # weights of networks
             self.forward_drifts, self.backward_drifts = nn.ModuleList(), nn.ModuleList()
             for i in range(len(self.snapshots) - 1):
                 ts, (x, y) = self._grid(i), self.snapshots.samples[i : i + 2]

@@ -20,6 +20,7 @@ from torch import Tensor
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.chain import Chain, panel_rule
 from stochdyn.bridges.laws.importance import log_correction, weighted_paths
+from stochdyn.core._distance import distance_between
 from stochdyn.core.gaussian.batch_last import cholesky, mm, mt, mv
 from stochdyn.core.gaussian.transition import constant_transition
 
@@ -86,7 +87,7 @@ class AffineTransition(Transition):
     def log_kernel(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the exact ``log p(y_b | x_a)``, ``(n, m)``."""
         before, after = self.whitened(x, y)
-        distance = torch.cdist(before, after, compute_mode="donot_use_mm_for_euclid_dist")
+        distance = distance_between(before, after)
         return -0.5 * distance.square() + self.log_constant()
 
     def _chain(self, x: Tensor, y: Tensor, grid: Tensor) -> Chain:

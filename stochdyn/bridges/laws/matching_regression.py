@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn.bridges.data.snapshots import Snapshots
+from stochdyn.core._distance import squared_distance
 from stochdyn.core.gaussian.pinned import bridge_coefficients, bridge_drift
 from stochdyn.core.networks import MLP
 from stochdyn.core.sde.coefficients import Diagonal
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.solvers import draw_increments, integrate
-from stochdyn.core.transport.entropic import sinkhorn, squared_distance
+from stochdyn.core.transport.entropic import sinkhorn
 from stochdyn.objectives.base import Objective, ObjectiveValue
 from stochdyn.run.randomness import fork_random_state
 

@@ -12,6 +12,7 @@ from stochdyn._checks import as_tensor, check_positive, check_positive_int, chec
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.laws.hidden_chain import HiddenChain, log_normal
 from stochdyn.bridges.laws.partial_gaussian import PartialGaussianBridge
+from stochdyn.core._distance import distance_between
 from stochdyn.core.gaussian.conditioning import EndPotential, TiltedMeasure, reachable
 from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
@@ -155,7 +156,7 @@ class PartialBridge(HiddenChain):
         factor = reachable(self.reference, float(span))
         expected = torch.linalg.solve_triangular(factor, (a @ phi.mT + shift).mT, upper=False).mT
         reached = torch.linalg.solve_triangular(factor, b.mT, upper=False).mT
-        distance = torch.cdist(expected, reached, compute_mode="donot_use_mm_for_euclid_dist")
+        distance = distance_between(expected, reached)
         return (
             -0.5 * distance.square() - factor.diagonal().log().sum() - 0.5 * self.dim * math.log(2 * math.pi)
         )

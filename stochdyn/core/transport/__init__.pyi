@@ -3,7 +3,6 @@ from ._cost import DenseCost as DenseCost
 from ._cost import PointCost as PointCost
 from ._cost import row_chunk as row_chunk
 from ._cost import row_chunks as row_chunks
-from ._cost import squared_distance as squared_distance
 from ._sinkhorn import Problem as Problem
 from ._sinkhorn import Solution as Solution
 from ._sinkhorn import kernel_rows as kernel_rows

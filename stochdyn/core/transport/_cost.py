@@ -8,14 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["CostRows", "DenseCost", "PointCost", "row_chunk", "row_chunks", "squared_distance"]
+__all__ = ["CostRows", "DenseCost", "PointCost", "row_chunk", "row_chunks"]
 
 _CHUNK = 2**20
-
-
-def squared_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return squared Euclidean distances ``(*B, n, m)``, without the cancellation of the expanded square."""
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 class CostRows(ABC):

@@ -23,6 +23,7 @@ from stochdyn._checks import (
     check_same_device,
     check_same_dtype,
 )
+from stochdyn.core._distance import squared_distance
 from stochdyn.core.gaussian.recursion import broadcast_batches
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.transport._cost import (
@@ -31,7 +32,6 @@ from stochdyn.core.transport._cost import (
     PointCost,
     row_chunk,
     row_chunks,
-    squared_distance,
 )
 from stochdyn.core.transport._sinkhorn import Problem, kernel_rows, solve
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError

@@ -266,8 +266,7 @@ def compare_models(
         for part in range(folds):
             held = order[part::folds]
             kept = torch.cat([order[other::folds] for other in range(folds) if other != part])
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with lent(as_seed(seed)):
                 model = make()
             fit(model, _select(series, kept), seed=seed, **{"progress": False, **options})
             found = evidence(model, _select(series, held), num_draws, seed)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_generator, check_positive_int, check_real
+from stochdyn.core._distance import distance_between
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError, UnavailableError
 from stochdyn.interpolants.paths.interpolant import Interpolant, check_pair
@@ -85,9 +86,7 @@ class _EmpiricalTruth:
             slopes = it.mean_derivative(t, self.x0, self.x1)
             rate = it.gamma.square_derivative(inner) / (2 * it.gamma.square(inner))
         # the law between two samples is a mixture of Gaussians at the means of the pairs, weighed by their likelihood
-        share = (
-            -0.5 * (torch.cdist(x, means, compute_mode="donot_use_mm_for_euclid_dist") / scale).square()
-        ).softmax(-1)
+        share = (-0.5 * (distance_between(x, means) / scale).square()).softmax(-1)
         offset = x - share @ means
         return share @ slopes + rate * offset, -offset / scale.square()
 

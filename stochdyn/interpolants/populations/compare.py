@@ -17,6 +17,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_real,
 )
+from stochdyn.core._distance import distance_between
 from stochdyn.core.law.path import Estimate
 from stochdyn.diagnostics.metrics import emd
 from stochdyn.errors import ShapeError, TooFewDrawsError
@@ -164,19 +165,13 @@ def _squared_mmd(x: Tensor, y: Tensor) -> float:
     r"""Return :math:`\overline{k(x_i,x_j)}_{i\ne j}+\overline{k(y_i,y_j)}_{i\ne j}-2\,\overline{k(x_i,y_j)}`, without bias."""
     x, y = x.double(), y.double()
     own = torch.pdist(y)
-    width = (
-        float(own.median())
-        or float(torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").median())
-        or 1.0
-    )
+    width = float(own.median()) or float(distance_between(x, y).median()) or 1.0
 
     def kernel(distance: Tensor) -> Tensor:
         return torch.exp(-0.5 * (distance / width).square())
 
     return float(
-        kernel(torch.pdist(x)).mean()
-        + kernel(own).mean()
-        - 2 * kernel(torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")).mean()
+        kernel(torch.pdist(x)).mean() + kernel(own).mean() - 2 * kernel(distance_between(x, y)).mean()
     )
 
 

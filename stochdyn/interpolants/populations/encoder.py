@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import check_bool, check_event_size, check_nonempty, check_positive_int
+from stochdyn.core._distance import distance_between
 from stochdyn.core.networks import MLP
 from stochdyn.errors import InvalidInputError, ShapeError
 
@@ -154,9 +155,7 @@ class GraphEncoder(SampleEncoder):
         real = share.squeeze(-1) > 0
         with torch.no_grad():
             # neither a point itself nor padding is a neighbour
-            distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") + torch.diag(
-                x.new_full((n,), torch.inf)
-            )
+            distance = distance_between(x, x) + torch.diag(x.new_full((n,), torch.inf))
             distance = distance.masked_fill(~real.unsqueeze(-2), torch.inf)
             nearest = distance.topk(min(self.num_neighbors, max(n - 1, 1)), largest=False)
             exists = torch.isfinite(nearest.values).unsqueeze(-1).to(x.dtype)

@@ -18,6 +18,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_real,
 )
+from stochdyn.core._distance import squared_distance
 from stochdyn.core.transport.entropic import TransportPlan, sinkhorn
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
 from stochdyn.interpolants.paths.interpolant import check_pair
@@ -291,7 +292,7 @@ def coupling_cost(
         InvalidInputError: If contexts are to be kept apart exactly.
     """
     a, b = x0.detach(), x1.detach()
-    cost = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    cost = squared_distance(a, b)
     if condition is None or condition_weight == 0.0:
         return cost
     if not isinstance(condition, Tensor) or condition.shape[:1] != x1.shape[:1] or x0.shape[0] != x1.shape[0]:
@@ -311,7 +312,7 @@ def coupling_cost(
             "contexts can't be kept apart exactly", got="condition_weight=inf", hint="give a number"
         )
     context = condition.reshape(len(condition), -1).to(cost)
-    apart = torch.cdist(context, context, compute_mode="donot_use_mm_for_euclid_dist").square()
+    apart = squared_distance(context, context)
     if condition_weight is None:
         spread = apart.mean()
         return cost + 100.0 * torch.where(spread > 0, cost.mean() / spread, 0.0) * apart

@@ -16,6 +16,7 @@ from stochdyn._checks import (
     check_positive,
     check_type,
 )
+from stochdyn.core._distance import distance_between
 from stochdyn.errors import ApproximationWarning
 from stochdyn.vectorfields.geometry.cloud import PointCloud
 from stochdyn.vectorfields.geometry.extension import FAR
@@ -67,9 +68,7 @@ class Surface(nn.Module):
             if x.device.type == "cpu" and self.points.shape[0] > _BRUTE:
                 found = self._tree.query(x.detach().double().numpy(), self.count)[1]
                 return torch.as_tensor(np.asarray(found).reshape(len(x), -1))
-            distances = torch.cdist(
-                x.detach().double(), self.points, compute_mode="donot_use_mm_for_euclid_dist"
-            )
+            distances = distance_between(x.detach().double(), self.points)
             return distances.topk(self.count, largest=False, sorted=True).indices
 
     def weights(self, x: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
