@@ -28,7 +28,6 @@ from stochdyn.bridges import (
     LinearDrift,
     PotentialDrift,
     SchrodingerBridge,
-    Sinkhorn,
     Snapshots,
     leave_one_out,
     refine,
@@ -134,7 +133,6 @@ def main() -> dict[str, float]:
                 max_iterations=options.max_iterations,
                 dt=step,
                 seed=options.seed,
-                method=Sinkhorn(num_nodes=20000),
             )
             laws[name] = fit.measure
         found = score(laws[name], held)

@@ -24,17 +24,13 @@ def as_axes(ax: Axes | None, figsize: tuple[float, float] = (6.4, 4.0)) -> Axes:
 
 
 def add_legend(ax: Axes) -> None:
-    """Write the legend above the axes, or beside them if they have a title.
+    """Write the legend beside the axes, where a title that is set later has its place above them.
 
     A figure without a layout engine leaves no room outside the axes; Matplotlib then looks for the emptiest corner.
     """
-    entries = len(ax.get_legend_handles_labels()[0])
-    if not entries:
+    if not ax.get_legend_handles_labels()[0]:
         return
     if ax.figure.get_layout_engine() is None:
         ax.legend(fontsize="small")
-    elif ax.get_title() or entries > 8:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
     else:
-        columns = entries if entries < 4 else 3 if entries in (5, 6) else 4
-        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, frameon=False, fontsize="small")
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")

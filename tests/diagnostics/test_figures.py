@@ -24,9 +24,12 @@ def drawn(ax, entries):
 @pytest.mark.parametrize("title", ["", "a title"])
 def test_a_legend_covers_no_data_and_stays_in_the_figure(entries, title):
     ax = as_axes(None)
-    ax.set_title(title)
-    legend, axes, figure = drawn(ax, entries)
-    assert legend.y0 >= axes.y1 - 1 or legend.x0 >= axes.x1 - 1
+    drawn(ax, entries)
+    ax.set_title(title)  # after the plot, as one does
+    ax.figure.canvas.draw()
+    legend, axes, figure = ax.get_legend().get_window_extent(), ax.get_window_extent(), ax.figure.bbox
+    assert legend.x0 >= axes.x1 - 1
+    assert not legend.overlaps(ax.title.get_window_extent())
     assert legend.x0 >= figure.x0
     assert legend.x1 <= figure.x1 + 1
     assert legend.y1 <= figure.y1 + 1
