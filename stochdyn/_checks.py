@@ -302,6 +302,16 @@ def check_mapping(x: object, name: str, meaning: str) -> None:
         raise InvalidInputError(f"{name} must be {meaning}", got=type(x).__name__)
 
 
+def check_not_frozen(parameters: Iterable[Tensor]) -> None:
+    """Raise if parameters were made in inference mode: they can't be differentiated, or changed outside of it."""
+    if any(p.is_inference() for p in parameters):
+        raise InvalidInputError(
+            "parameters that were made in inference mode can't be trained",
+            got="made within torch.inference_mode()",
+            hint="make, copy or load what is trained outside of it",
+        )
+
+
 def check_type(x: object, kind: type | tuple[type, ...], name: str, hint: str | None = None) -> None:
     """Raise unless ``x`` is an instance of ``kind``."""
     if not isinstance(x, kind):

@@ -18,6 +18,7 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 
 from stochdyn._checks import check_callable, check_choice, check_positive, check_positive_int, check_type
+from stochdyn._transforms import recording
 from stochdyn.core.sde.intervention import Intervention
 from stochdyn.diagnostics.draws import ChainDraws
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, UnknownSiteError
@@ -351,7 +352,8 @@ def fit_posterior(
                 num_chains=method.num_chains,
                 disable_progbar=not progress,
             )
-            source.run(*args, **kwargs)
+            with recording():
+                source.run(*args, **kwargs)
         else:
             assert not isinstance(method, str)
             source = _fit(model, method, latent, paths, args, kwargs, progress)

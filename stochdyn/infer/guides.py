@@ -19,6 +19,7 @@ from stochdyn._checks import (
     check_choice,
     check_positive_int,
 )
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.core.law.girsanov import ESTIMATORS
 from stochdyn.core.law.initial import DistributionStart
 from stochdyn.core.law.measure import PathMeasure
@@ -407,7 +408,7 @@ class AutoPathGuide(AutoGuide):
                 reference = site.reference(view)
             leaf = reference[..., : view.dim]
             if not leaf.requires_grad:
-                leaf = leaf.detach().requires_grad_()
+                leaf = as_leaf(leaf)
             met.update(view=view, reference=reference, leaf=leaf)
             return leaf.movedim(0, -2) if path == name else still_increments(msg["fn"], view.batch())
 
@@ -417,7 +418,7 @@ class AutoPathGuide(AutoGuide):
         given |= {n: self._start_at_mean(laws, n) for n in self._owned[name]}
         given[name] = at_path
         # Far-off paths are judged by their density alone, whatever the checks of distributions say to them.
-        with torch.enable_grad(), pyro.validation_enabled(False):
+        with recording(), pyro.validation_enabled(False):
             run = call.run(given, {path: lambda: met["leaf"].movedim(0, -2)})
             plan = self._plans.get(name)
             data = run.quadratic(met["leaf"], name, self._prior_sites(name), keep_graph, plan)

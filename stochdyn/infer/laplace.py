@@ -14,6 +14,7 @@ from torch.distributions import biject_to
 
 from stochdyn._checks import check_positive_int
 from stochdyn._lending import lent
+from stochdyn._transforms import recorded
 from stochdyn.errors import InvalidInputError, NonFiniteError
 from stochdyn.infer.guides import AutoPathGuide
 from stochdyn.infer.hierarchical import AutoHierarchicalNormal
@@ -26,6 +27,7 @@ _LATENT = "_{}_latent"
 _CLIMBS = 3
 
 
+@recorded
 def start_at_mode(
     guide: AutoPathGuide | AutoHierarchicalNormal,
     *args: Any,

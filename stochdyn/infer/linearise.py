@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.core.gaussian.affine import LinearSteps, affine_steps
 from stochdyn.core.gaussian.feedback import LinearFeedback, feedback_given
 from stochdyn.core.gaussian.small import times
@@ -75,8 +76,8 @@ def expand_likelihood(log_likelihood: Callable[[Tensor], Tensor], path: Tensor) 
         log_likelihood: The function that maps paths ``(T, *batch, d)`` to each path's own log likelihood, ``(*batch,)``.
         path: ``(T, *batch, d)``.
     """
-    with torch.enable_grad():
-        leaf = path.detach().requires_grad_()
+    with recording():
+        leaf = as_leaf(path)
         value = log_likelihood(leaf)
         return second_order(value.sum() + 0.0 * leaf.sum(), leaf, value.detach())
 
@@ -160,7 +161,7 @@ def linear_steps(
         noise = noise_steps(sde.noise, ts, z.dtype) if noise is None else noise
         return _affine_steps(sde, ts, z, e.shape[-1] // sde.noise.num_innovations(ts), noise, keep_graph)
     units = scale.reshape(scale.shape[0], *(1,) * (e.ndim - scale.ndim), *scale.shape[1:])
-    with torch.enable_grad():
+    with recording():
         inputs = z.requires_grad_(), e.requires_grad_()
         after = _step(sde, ts, *inputs, method)
         a, b = _derivatives(after, inputs, keep_graph)
@@ -211,7 +212,7 @@ def _affine_steps(
     """Return the same for a constant diffusion, where only the drift has to be differentiated."""
     x = z[..., : z.shape[-1] - channels * sde.noise.num_states].detach()
     t = time_column(ts[..., :-1], x)
-    with torch.enable_grad():
+    with recording():
         leaf = x.requires_grad_()
         value = sde.drift(t, leaf).expand_as(leaf)
         (matrix,) = _derivatives(value, (leaf,), keep_graph)

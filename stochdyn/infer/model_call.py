@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.errors import UnknownSiteError
 from stochdyn.infer.coupling import CouplingPlan, element_log_probs, find_coupling
 from stochdyn.infer.linearise import Quadratic, second_order
@@ -154,7 +155,7 @@ class ModelCall:
             path: The path.
             plan: The observations that couple times, or None.
         """
-        with torch.enable_grad(), pyro.validation_enabled(False):
+        with recording(), pyro.validation_enabled(False):
             run, leaf = self._at(site_name, path_name, values, path)
             return run.quadratic(leaf, site_name, prior, plan=plan)
 
@@ -162,7 +163,7 @@ class ModelCall:
         self, site_name: str, path_name: str, prior: set[str], values: Mapping[str, Given], path: Tensor
     ) -> CouplingPlan | None:
         """Return how the data couple different times of the path; arguments as in :meth:`likelihood`."""
-        with torch.enable_grad(), pyro.validation_enabled(False):
+        with recording(), pyro.validation_enabled(False):
             run, leaf = self._at(site_name, path_name, values, path)
             return run.coupling(leaf, site_name, prior)
 
@@ -170,7 +171,7 @@ class ModelCall:
         self, site_name: str, path_name: str, values: Mapping[str, Given], path: Tensor
     ) -> tuple[ModelRun, Tensor]:
         """Run the model with ``path (T, *batch, d)`` in place of its own; return the run and the path on the graph."""
-        leaf = path.detach().requires_grad_()
+        leaf = as_leaf(path)
         x = leaf.movedim(0, -2)
         given = {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
         if site_name == path_name:

@@ -25,6 +25,7 @@ from stochdyn._checks import (
     check_type,
     values_unchecked,
 )
+from stochdyn._transforms import recording
 from stochdyn.core.law.initial import DistributionStart
 from stochdyn.core.law.marginals import Generator
 from stochdyn.core.particles.filtering import ParticleModel, ParticleRun, run_particles
@@ -337,7 +338,7 @@ class _GuidedParticles(ParticleModel):
             draws=free.batch,
         )
         try:
-            with torch.enable_grad(), values_unchecked():
+            with recording(), values_unchecked():
                 found = fit_linearised(view, lambda path: expand_likelihood(self._total, path), iterations)
         except NonFiniteError as error:
             raise NonFiniteError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from stochdyn._transforms import recording
 from stochdyn.core.particles.resampling import effective_size, systematic
 from stochdyn.diagnostics.draws import PosteriorDraws, draw_posterior
 from stochdyn.diagnostics.psis import pareto_smooth
@@ -85,7 +86,7 @@ def learn_from_weights(
         weights = torch.softmax(smooth.log_weights, -1).to(u)
         parameters = [p for p in law.parameters() if p.requires_grad]
         optimiser = torch.optim.Adam(parameters, lr=_LR)
-        with torch.enable_grad():
+        with recording():
             for _ in range(_UPDATES):
                 optimiser.zero_grad()
                 loss = -(weights * law.get_posterior().log_prob(u)).sum()

@@ -20,6 +20,7 @@ from stochdyn._checks import (
     check_real,
     check_type,
 )
+from stochdyn._transforms import recording
 from stochdyn.core.law.girsanov import ESTIMATORS
 from stochdyn.core.law.marginals import Generator, Marginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure
@@ -694,7 +695,7 @@ def expected_statistics(
         seen = torch.cat([y[:place], y.new_tensor([math.nan]), y[place:]])
         data = prepare(at, seen, observation, law.start_time)
         place += 1
-    with torch.enable_grad():
+    with recording():
         counted = transitions(q, data.times, law.start_time, data.entries)
         matrices = torch.cat([counted[:place], counted[place:].detach()])
         total = filter_with(law.initial.detach(), matrices, data).log_evidence.sum()

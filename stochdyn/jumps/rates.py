@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_seed, check_bool, check_positive_int, check_real, check_type
+from stochdyn._transforms import recorded
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.errors import (
     ApproximationWarning,
@@ -423,6 +424,7 @@ class _Problem:
             _REACH,
         )
 
+    @recorded
     def curvature(self, mode: Tensor) -> Tensor:
         """Return minus the Hessian of the log posterior, by central differences of its gradient, all in one call."""
         step = 1e-4

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_tensor, check_callable, check_nonempty, check_points, check_real, check_type
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.core.law.path import as_parity
 from stochdyn.core.sde.covariance import covariance_divergence
 from stochdyn.core.sde.equation import SDE
@@ -180,8 +181,8 @@ class SteadyCurrent:
         drift = self.sde.slope(t, x).expand_as(x)
         if not self.sde.state_dependent:
             return drift
-        with torch.enable_grad():
-            y = x if x.requires_grad else x.detach().requires_grad_()
+        with recording():
+            y = x if x.requires_grad else as_leaf(x)
             correction = covariance_divergence(self.sde.diffusion(t, y), y)
         return drift - 0.5 * (correction if x.requires_grad else correction.detach())
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import as_tensor, check_callable, check_real, check_type
+from stochdyn._transforms import recording
 from stochdyn.core.forward.asymmetry import Asymmetry, conservativity
 from stochdyn.core.forward.divergences import (
     Hutchinson,
@@ -119,7 +120,7 @@ class SteadyScore(nn.Module):
         if not self.potential:
             return start + self.network(self._features(z, x)) / self.unit
         keep = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with recording():
             y = attach(x)
             energy = self.network(self._features((y - self.mean) / self.unit, y)).squeeze(-1)
             slope = pull_back(energy, y)
@@ -252,7 +253,7 @@ class SteadyScoreMatching(Objective):
     def _implicit(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return :math:`s\cdot Ds` and :math:`\nabla\cdot(Ds)` at draws ``(n, d)``, ``(n,)`` each."""
         keep = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with recording():
             y = attach(x)
             s, pull = self._pulled(t, y)
             if isinstance(self.method, Hutchinson):

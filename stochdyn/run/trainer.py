@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from stochdyn._checks import check_bool, check_choice, check_positive_int, check_type
+from stochdyn._checks import check_bool, check_choice, check_not_frozen, check_positive_int, check_type
+from stochdyn._transforms import as_ordinary, recording
 from stochdyn.errors import InvalidInputError
 from stochdyn.run.callbacks import Callback
 from stochdyn.run.data import make_batches
@@ -146,14 +147,15 @@ def fit(
             got=type(objective).__name__,
             hint="subclass stochdyn.Objective, or use Trace_ELBO()(model, guide)",
         )
+    check_not_frozen(objective.parameters())
     place = choose_device(objective, device)
     world = connect(distributed, place)
     own = OwnRandomness(seed, place)
-    with torch.enable_grad(), own:
+    with recording(), own:
         # Ranks must draw one permutation, so without a seed they agree on one.
         assert own.seed is not None
         shared = world.agree(own.seed, place) if seed is None else seed
-        batches = make_batches(data, batch_size, shared, world, place)
+        batches = make_batches(as_ordinary(data), batch_size, shared, world, place)
         watch = ParameterWatch(objective)
         objective.to(place)
         materialise(objective, batches)

@@ -15,6 +15,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_real,
 )
+from stochdyn._transforms import recording
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, TimeGridError, UnavailableError
 
@@ -132,7 +133,7 @@ class DensityTrend:
             value.backward()
             return value
 
-        with torch.enable_grad():
+        with recording():
             optimiser.step(closure)
             closure()
         slope = float(weight.grad.abs().max()) if weight.grad is not None else math.inf

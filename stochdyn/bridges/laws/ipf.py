@@ -21,6 +21,7 @@ from stochdyn._checks import (
     check_type,
 )
 from stochdyn._lending import lent
+from stochdyn._transforms import recording
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
 from stochdyn.bridges.laws.learned import LearnedBridge
@@ -138,7 +139,7 @@ class NetworkDrift(DriftRegression):
         spread = target.std()
         self.register_buffer("size", torch.where(spread > 0, spread, torch.ones_like(spread)))
         optimizer = torch.optim.Adam(self.net.parameters(), self.lr)
-        with torch.enable_grad():
+        with recording():
             for _ in range(self.steps):
                 optimizer.zero_grad()
                 loss = (self.net(inputs) - target / self.size).square().mean()

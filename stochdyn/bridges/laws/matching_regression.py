@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stochdyn._transforms import version_of
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.core._distance import squared_distance
 from stochdyn.core.gaussian.pinned import bridge_coefficients, bridge_drift
@@ -72,13 +73,13 @@ class MatchingRegression(Objective):
         empty = like.new_zeros(2, 2, self.num_intervals, num_pairs, self.dim)
         self.register_buffer("pairs", empty)  # direction trained, end, interval, pair, component
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self._known = self.calls, self.calls._version, 0
+        self._known = self.calls, version_of(self.calls), 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MatchingRegression:
         count = self._count()
         super()._apply(fn, recurse)
         self.snapshots = self.snapshots.to(self.pairs.dtype, self.pairs.device)
-        self._known = self.calls, self.calls._version, count
+        self._known = self.calls, version_of(self.calls), count
         return self
 
     def forward(self, batch: Any = None) -> ObjectiveValue:
@@ -87,7 +88,7 @@ class MatchingRegression(Objective):
         if count % self.refresh == 0:
             self.renew(first=count == 0)
         self.calls += 1
-        self._known = self.calls, self.calls._version, count + 1
+        self._known = self.calls, version_of(self.calls), count + 1
         pick = torch.randint(self.num_pairs, (self.batch_size,), device=self.pairs.device)
         ahead = self._loss(0, pick)
         back = self._loss(1, pick)
@@ -97,7 +98,7 @@ class MatchingRegression(Objective):
     def _count(self) -> int:
         """Return the number of calls; it is read off the device only if something else has changed it."""
         tensor, version, count = self._known
-        return count if tensor is self.calls and version == tensor._version else int(self.calls)
+        return count if tensor is self.calls and version == version_of(tensor) != -1 else int(self.calls)
 
     def _loss(self, direction: int, pick: Tensor) -> Tensor:
         s, x, target = self._bridges(direction, pick)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import check_positive_int, check_real
+from stochdyn._transforms import recording
 from stochdyn.bridges.families.base import DriftFamily, LinearFamily, SharedFeatures
 from stochdyn.bridges.laws.nodes import DriftNodes
 from stochdyn.errors import ApproximationWarning, InvalidInputError, NonFiniteError
@@ -383,7 +384,7 @@ def _expand(
             gram += (jacobian.mT @ jacobian).double()
             slope += (jacobian.mT @ residual).double()
             total += 0.5 * residual.square().double().sum()
-    with torch.enable_grad():
+    with recording():
         point = own.clone().requires_grad_()
         prior = _prior(flat, point)
         if prior is not None:

@@ -17,6 +17,7 @@ from stochdyn._checks import (
     check_nonempty,
     check_positive_int,
 )
+from stochdyn._transforms import recording
 from stochdyn.core.forward.divergences import attach, pull_back, sample_probes
 from stochdyn.core.forward.flow import as_time
 from stochdyn.core.law.path import Estimate
@@ -84,7 +85,7 @@ def conservativity(
         size = as_tensor(spread, "spread", 1, "(d,)", like=x).to(x)
         check_event_size(size, x.shape[-1], "spread")
     time = as_time(t, x)
-    with torch.enable_grad():
+    with recording():
         y = attach(x.detach())
         value = score(time, y)
         # for Gaussian probes u and v, E (v.J^T u - u.J^T v)^2 = |J - J^T|^2, and E |J^T u|^2 = |J|^2

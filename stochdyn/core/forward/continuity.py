@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_generator, check_choice, check_type
+from stochdyn._transforms import ordinarily, recording
 from stochdyn.core.forward.divergences import (
     Hutchinson,
     as_trace_method,
@@ -64,6 +65,7 @@ class TransportOperator(ForwardOperator, ABC):
     def flux(self, t: Tensor, x: Tensor, density: Tensor) -> Tensor:
         """Return the probability current ``(..., d)`` of a density ``(...)`` computed from ``x``."""
 
+    @ordinarily
     def log_rate(
         self,
         score: Field,
@@ -90,7 +92,7 @@ class TransportOperator(ForwardOperator, ABC):
         """
         time = as_time(t, x)
         create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with recording():
             y = attach(x)
             rates = self._rates(score(time, y), time, y, method, generator, create_graph)
         return release(rates.mean(0), create_graph, (x, y))
@@ -122,6 +124,7 @@ class TransportOperator(ForwardOperator, ABC):
             rates.append(-divergence_probes(v, y, outer[None], create_graph)[0] - (v * score).sum(-1))
         return torch.stack(rates)
 
+    @ordinarily
     def score_rate(self, score: Field, t: Tensor | float, x: Tensor, **options: Any) -> Tensor:
         r"""Rate of change that the equation asks of a score, ``(..., d)``; options as :meth:`log_rate`.
 
@@ -130,6 +133,7 @@ class TransportOperator(ForwardOperator, ABC):
         time = as_time(t, x)
         return gradient(lambda y: self.log_rate(score, time, y, **options), x)
 
+    @ordinarily
     def density_rate(self, density: Field, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Rate of change that the equation asks of a density, signed or not, ``(...)``.
 
@@ -147,12 +151,13 @@ class TransportOperator(ForwardOperator, ABC):
         """
         time = as_time(t, x)
         create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with recording():
             y = attach(x)
             current = self.flux(time, y, density(time, y)).expand_as(y)
             result = -exact_divergence(current, y, create_graph)
         return release(result, create_graph, (x, y))
 
+    @ordinarily
     def residual(  # type: ignore[override]  # named options in place of any
         self,
         flow: MarginalFlow,
@@ -196,6 +201,7 @@ class TransportOperator(ForwardOperator, ABC):
             flow, t, x, form=form, method=method, stationary=stationary, generator=generator
         ).mean(0)
 
+    @ordinarily
     def residual_probes(  # type: ignore[override]  # named options in place of any
         self,
         flow: MarginalFlow,
@@ -217,7 +223,7 @@ class TransportOperator(ForwardOperator, ABC):
             raise InvalidInputError("the density form is exact only", hint="use form='log' with probes")
         time = as_time(t, x)
         create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with recording():
             y, s = attach(x), time if stationary else attach(time)
             if form == "density":
                 result = self._density_residual(flow, s, y, stationary)[None]

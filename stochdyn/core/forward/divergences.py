@@ -19,6 +19,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_type,
 )
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = [
@@ -90,7 +91,7 @@ def attach(x: Tensor) -> Tensor:
     check_points(x)
     if not x.is_floating_point():
         raise InvalidInputError("x must be floating to be differentiated", got=x.dtype, hint="use x.float()")
-    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+    return x.view_as(x) if x.requires_grad else as_leaf(x)
 
 
 def check_computed(values: Tensor, x: Tensor, name: str) -> None:
@@ -167,7 +168,7 @@ def gradient(function: ScalarField, x: Tensor) -> Tensor:
     """
     check_callable(function, "function", "a function of points")
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with recording():
         y = attach(x)
         result = pull_back(function(y), y, create_graph=create_graph)
     return release(result, create_graph, (x, y))
@@ -300,7 +301,7 @@ def value_and_divergence(
             if not any(word in str(error) for word in ("forward", "setup_context", "vmap", "functorch")):
                 raise
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with recording():
         y = attach(x)
         value = field(y).expand_as(y)
         if isinstance(chosen, Hutchinson):

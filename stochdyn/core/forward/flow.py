@@ -22,6 +22,7 @@ from stochdyn._checks import (
     check_time_broadcast,
     values_are_checked,
 )
+from stochdyn._transforms import ordinarily, recording
 from stochdyn.core.forward.divergences import attach, gradient, jacobian_contraction, pull_back, release
 from stochdyn.core.gaussian.small import psd_factor
 from stochdyn.core.law.marginals import Generator, SampleShape
@@ -91,15 +92,18 @@ class MarginalFlow(nn.Module, ABC):
             UnavailableError: If the flow can't be sampled.
         """
 
+    @ordinarily
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return :math:`\nabla\log\rho_t(x)`, ``(..., d)``."""
         time = as_time(t, x)
         return gradient(lambda y: self.log_prob(time, y), x)
 
+    @ordinarily
     def time_derivative(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return :math:`\partial_t\log\rho_t(x)`, ``(...)``."""
         return time_derivative(self.log_prob, as_time(t, x), x)
 
+    @ordinarily
     def score_time_derivative(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return :math:`\partial_t\nabla\log\rho_t(x)`, ``(..., d)``."""
         return time_derivative(self.score, as_time(t, x), x)
@@ -115,7 +119,7 @@ class MarginalFlow(nn.Module, ABC):
 def time_derivative(function: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor) -> Tensor:
     """Return the derivative in time of ``function(t, x) -> (...)`` or ``(..., d)``, of the same shape."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with recording():
         s = attach(t)
         value = function(s, x)
         if value.ndim == x.ndim - 1 and s.shape == (*x.shape[:-1], 1):
@@ -393,6 +397,7 @@ class LearnedFlow(MarginalFlow):
         value = value.squeeze(-1) if value.ndim == x.ndim else value
         return value if self.reference is None else value + self.reference.log_prob(time, x)
 
+    @ordinarily
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return :math:`\nabla\log\rho_t(x)`, ``(..., d)``."""
         if self.predicts == "log_density":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_seed, check_positive_int, values_are_checked
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.core.gaussian.small import psd_factor, psd_inverse, symmetrise, times
 from stochdyn.errors import SingularDiffusionError
 
@@ -423,8 +424,8 @@ def _linearised(function: Map, z: Tensor, size: int) -> tuple[Tensor, Tensor]:
     if keep and not z.requires_grad:
         # Without parameters that are differentiated there is no graph to keep.
         keep = function(z).requires_grad
-    with torch.enable_grad():
-        point = z if keep and z.requires_grad else z.detach().requires_grad_()
+    with recording():
+        point = z if keep and z.requires_grad else as_leaf(z)
         copies = point.unsqueeze(0).expand(size, *z.shape)
         values = function(copies).expand(size, *z.shape[:-1], size)
         total = values.diagonal(dim1=0, dim2=-1).sum()

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stochdyn._transforms import as_leaf, recording
+
 __all__ = ["ESTIMATORS", "NoiseLaw", "density", "explicit_stop", "rate", "stl"]
 
 ESTIMATORS = ("density", "rate", "stl")
@@ -95,8 +97,8 @@ def explicit_stop(f: Callable[[tuple[Tensor, ...]], Tensor], inputs: tuple[Tenso
     if not torch.is_grad_enabled() or not any(i.requires_grad for i in inputs):
         with torch.no_grad():
             return f(inputs)
-    with torch.enable_grad():
-        leaves = tuple(i.detach().requires_grad_() for i in inputs)
+    with recording():
+        leaves = tuple(as_leaf(i) for i in inputs)
         value = f(leaves)
         if not value.requires_grad:
             return value

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import as_tensor, check_event_size
+from stochdyn._transforms import version_of
 from stochdyn.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -54,14 +55,11 @@ class Drawn:
 
 
 def stamp_of(sde: SDE) -> tuple[int, ...]:
-    """Return a number for every tensor of an equation without its control, which changes when the tensor is written to.
-
-    Tensors made in inference mode don't count how often they are.
-    """
+    """Return a number for every tensor of an equation without its control, which changes when the tensor is written to."""
     parts = (sde.drift, sde._coefficient, sde.noise)
     modules = [part for part in parts if isinstance(part, nn.Module)]
     tensors = [x for m in modules for x in (*m.parameters(), *m.buffers())]
-    return tuple(0 if x.is_inference() else x._version for x in tensors)
+    return tuple(map(version_of, tensors))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.core.forward.divergences import jacobian_contraction
 from stochdyn.core.sde.coefficients import Diagonal, Scalar
 from stochdyn.core.sde.equation import SDE
@@ -20,9 +21,9 @@ def _noise(sde: SDE, t: Tensor, x: Tensor, dz: Tensor) -> Tensor:
 def strength_along(sde: SDE, t: Tensor, x: Tensor, dz: Tensor, direction: Tensor) -> Tensor:
     """Return the derivative of ``G(t, x) dz (..., d)`` in ``x`` along ``direction (..., d)``."""
     keep = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with recording():
         # Two reverse passes: forward mode costs ten times as much for small steps.
-        point = x if x.requires_grad else x.detach().requires_grad_()
+        point = x if x.requires_grad else as_leaf(x)
         return jacobian_contraction(_noise(sde, t, point, dz), point, direction.unsqueeze(0), keep)[0]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import transforms
 from torch.distributions.transforms import Transform
 
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.core.sde.coefficients import Coefficient, Diagonal, Matrix
 from stochdyn.errors import InvalidInputError, ShapeError
 
@@ -124,8 +125,8 @@ def slopes(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(inverse, transforms.CatTransform):
         return _by_component([part.inv for part in inverse.transforms], inverse.lengths, x)
     keep = _is_recorded(transform, x)
-    with torch.enable_grad():
-        point = x if x.requires_grad else x.detach().requires_grad_()
+    with recording():
+        point = x if x.requires_grad else as_leaf(x)
         y = transform(point)
         (first,) = torch.autograd.grad(y.sum(), point, create_graph=True)
         second = _slope(first, point, keep)
@@ -144,8 +145,8 @@ def _by_component(
 def matrices(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the values ``(..., d)`` of a transform of vectors, its Jacobian ``(..., d, d)`` and its Hessian ``(..., d, d, d)``."""
     keep, dim = _is_recorded(transform, x), x.shape[-1]
-    with torch.enable_grad():
-        point = x if x.requires_grad else x.detach().requires_grad_()
+    with recording():
+        point = x if x.requires_grad else as_leaf(x)
         y = transform(point)
         jacobian = torch.stack([_slope(y[..., i], point, True) for i in range(dim)], -2)
         hessian = torch.stack(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.core.sde.control import Field
 from stochdyn.core.sde.covariance import covariance_divergence
 
@@ -56,6 +57,6 @@ class BackwardDrift(nn.Module):
 def spatial_divergence(sde: SDE, t: Tensor, x: Tensor) -> Tensor:
     r"""Return :math:`(\nabla\cdot GG^\top)_i=\sum_j\partial_j(GG^\top)_{ij}`, ``(..., d)``."""
     keep = torch.is_grad_enabled()
-    with torch.enable_grad():
-        point = x if x.requires_grad else x.detach().requires_grad_()
+    with recording():
+        point = x if x.requires_grad else as_leaf(x)
         return covariance_divergence(sde.diffusion(t, point), point, create_graph=keep).to(x.dtype)

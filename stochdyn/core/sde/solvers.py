@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from stochdyn._transforms import ordinarily
 from stochdyn.core.sde._steps import Problem, Row, Step, check_method, full_state, remember
 from stochdyn.core.sde.control import Control
 from stochdyn.core.sde.cuda_graphs import replayed
@@ -118,6 +119,7 @@ def draw_increments(
     return dw, past @ factor
 
 
+@ordinarily
 def integrate(
     sde: SDE,
     x0: Tensor,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_tensor, check_hurst, check_no_gradient, check_nonempty, check_positive
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.errors import ApproximationWarning, ConvergenceWarning, InvalidInputError, TooFewDrawsError
 from stochdyn.fractional.exact.fbm import fgn_autocovariance
 from stochdyn.fractional.exact.prediction import prediction_errors
@@ -342,8 +343,8 @@ def maximise(table: HurstLikelihood) -> FGNFit:
 
 
 def _derivatives(table: HurstLikelihood, z: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        z = z.detach().requires_grad_(True)
+    with recording():
+        z = as_leaf(z)
         value = table.profile(torch.sigmoid(z))[0]
         (slope,) = torch.autograd.grad(value, z, create_graph=True)
         (curvature,) = torch.autograd.grad(slope, z)

@@ -16,6 +16,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_type,
 )
+from stochdyn._transforms import ordinarily
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError
 from stochdyn.interpolants.fields.potential import Potential
@@ -31,6 +32,7 @@ class LogDensity(NamedTuple):
     stderr: Tensor
 
 
+@ordinarily
 def feynman_kac_log_density(
     potential: Potential,
     x: Tensor,
@@ -99,6 +101,7 @@ def feynman_kac_log_density(
     return LogDensity(potential(start, x) + total.amax(0) + mean.log(), stderr)
 
 
+@ordinarily
 def evidence_bound(
     potential: Potential,
     x: Tensor,
@@ -166,6 +169,7 @@ class Energy(NamedTuple):
     mismatch: Estimate
 
 
+@ordinarily
 def energy_identity(
     potential: Potential,
     prior: Any,

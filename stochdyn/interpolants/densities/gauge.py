@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_callable, check_ndim, check_nonempty, check_real
+from stochdyn._transforms import recording
 from stochdyn.core.forward.divergences import attach, divergence, pull_back
 from stochdyn.core.forward.flow import as_time
 from stochdyn.errors import InvalidInputError
@@ -89,7 +90,7 @@ def intrinsic_dimension(score: Field, t: Tensor | float, x: Tensor, std: float, 
     if not std > 0:
         raise InvalidInputError("std must be positive", got=std)
     time, d = as_time(t, x), x.shape[-1]
-    with torch.enable_grad():
+    with recording():
         y = attach(x.detach())
         value = score(time, y)
         rows = [pull_back(value[:, i], y, create_graph=False) for i in range(d)]

@@ -17,6 +17,7 @@ from stochdyn._checks import (
     check_floating,
     check_positive_int,
 )
+from stochdyn._transforms import as_leaf, ordinarily, recording
 from stochdyn.core.forward.divergences import divergence_probes, sample_probes, value_and_divergence
 from stochdyn.core.particles.resampling import effective_size
 from stochdyn.errors import InvalidInputError
@@ -29,6 +30,7 @@ Field = Callable[[Tensor, Tensor], Tensor]
 LogDensity = Callable[[Tensor], Tensor]
 
 
+@ordinarily
 def flow_with_log_density(
     velocity: Field,
     x: Tensor,
@@ -94,13 +96,14 @@ def _with_divergence(field: Field, t: Tensor, x: Tensor, probes: Tensor | None) 
     if probes is None:
         return value_and_divergence(lambda y: field(t, y), x)
     keep = torch.is_grad_enabled()
-    with torch.enable_grad():
-        y = x.view_as(x) if keep and x.requires_grad else x.detach().requires_grad_()
+    with recording():
+        y = x.view_as(x) if keep and x.requires_grad else as_leaf(x)
         value = field(t, y)
         estimate = divergence_probes(value, y, probes, keep).mean(0)
     return (value, estimate) if keep else (value.detach(), estimate.detach())
 
 
+@ordinarily
 def flow_log_prob(
     velocity: Field,
     log_start: LogDensity,
@@ -166,6 +169,7 @@ class PathWeights:
         return share.std(0) / k**0.5
 
 
+@ordinarily
 def feynman_kac_log_prob(
     forward_drift: Field,
     noise: Noise,

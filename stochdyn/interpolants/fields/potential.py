@@ -18,6 +18,7 @@ from stochdyn._checks import (
     check_positive,
     check_positive_int,
 )
+from stochdyn._transforms import recording
 from stochdyn.core.forward.divergences import (
     attach,
     divergence_probes,
@@ -121,7 +122,7 @@ class FunctionPotential(Potential):
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the gradient of the log density, ``(..., d)``."""
         keep = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with recording():
             y = attach(x)
             result = pull_back(self(t, y), y, create_graph=keep)
         return release(result, keep, (x, y))
@@ -133,7 +134,7 @@ class FunctionPotential(Potential):
         check_choice(method, ("exact", "forward", "hutchinson"), "method")
         keep = torch.is_grad_enabled()
         time = as_time(t, x).to(x.dtype).expand(*x.shape[:-1], 1)
-        with torch.enable_grad():
+        with recording():
             y, s = attach(x), attach(time)
             value = self(s, y)
             change, score = torch.autograd.grad(

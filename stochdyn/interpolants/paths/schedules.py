@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import of_times
+from stochdyn._transforms import recording
 from stochdyn.core.forward.divergences import attach, pull_back, release
 from stochdyn.errors import InvalidInputError
 
@@ -274,7 +275,7 @@ class CustomSchedule(Schedule):
         if self.slope is not None:
             return self.slope(t)
         keep = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with recording():
             s = attach(t)
             slope = pull_back(self.function(s), s, create_graph=keep)
         return release(slope, keep, (t, s))

@@ -17,6 +17,7 @@ from stochdyn._checks import (
     check_time_grid,
     check_type,
 )
+from stochdyn._transforms import ordinarily
 from stochdyn.errors import InvalidInputError
 from stochdyn.interpolants.paths.processes import AffineProcess, check_process
 
@@ -59,6 +60,7 @@ class ExponentialSDE(_Exponential):
     """
 
 
+@ordinarily
 def exponential_ode(
     process: AffineProcess,
     score: Field,
@@ -105,6 +107,7 @@ def exponential_ode(
     return _integrate(process, score, x, times, order, prediction, None)
 
 
+@ordinarily
 def exponential_sde(
     process: AffineProcess,
     score: Field,

@@ -19,6 +19,7 @@ from stochdyn._checks import (
     check_real,
     check_type,
 )
+from stochdyn._transforms import ordinarily
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.sde.coefficients import Scalar
@@ -219,6 +220,7 @@ class InterpolantGenerator(nn.Module):
         check_real(guidance, "guidance")
         return lambda t, x: self.fields("velocity", t, x, condition, guidance)
 
+    @ordinarily
     def push(
         self,
         x0: Any,
@@ -271,6 +273,7 @@ class InterpolantGenerator(nn.Module):
             grid, inside = grid.flip(0), (inside[1], inside[0])
         return integrate_ode(flow, x, grid, method, trajectory=trajectory, inside=inside)
 
+    @ordinarily
     def sample(
         self,
         sample_shape: SampleShape = (),
@@ -367,6 +370,7 @@ class InterpolantGenerator(nn.Module):
             generator=generator, trajectory=trajectory,
         )  # fmt: skip
 
+    @ordinarily
     def sample_posterior(
         self,
         y: Any,
@@ -441,6 +445,7 @@ class InterpolantGenerator(nn.Module):
                 )  # fmt: skip
             return self._shaped(out, lead)
 
+    @ordinarily
     def log_prob(
         self,
         x1: Any,
@@ -505,6 +510,7 @@ class InterpolantGenerator(nn.Module):
         bits = torch.log(torch.tensor(2.0, dtype=value.dtype, device=value.device))
         return -value / (torch.Size(event).numel() * bits) - torch.log2(value.new_tensor(bin_width))
 
+    @ordinarily
     def sample_and_log_prob(
         self,
         sample_shape: SampleShape = (),
@@ -534,6 +540,7 @@ class InterpolantGenerator(nn.Module):
             )  # fmt: skip
         return self._shaped(x1, lead), (law.log_prob(x0) + change).reshape(lead)
 
+    @ordinarily
     def sde_log_prob(
         self,
         x1: Any,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_tensor, check_event_size, check_positive
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.errors import EmptyDataError, ShapeError, UnavailableError
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ class LinearGuide:
     def slope(self, t: Tensor, x: Tensor, condition: Any, guidance: float) -> Tensor:
         """Return the gradient of the log likelihood ``(n, d)`` of the observations at points on the path."""
         it = self.model.interpolant
-        with torch.enable_grad():
-            at = x.detach().requires_grad_()
+        with recording():
+            at = as_leaf(x)
             mean = self.model.fields("data_prediction", t, at, condition, guidance)
             seen = mean @ self.matrix.mT
             rows = [

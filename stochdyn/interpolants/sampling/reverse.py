@@ -21,6 +21,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_type,
 )
+from stochdyn._transforms import ordinarily
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.law.initial import as_initial
 from stochdyn.core.law.marginals import Generator, SampleShape
@@ -177,6 +178,7 @@ class ReverseDiffusion(nn.Module):
         noise = self.process.with_mean(0.0).prior(self.example)
         return as_initial(noise).draw(shape, as_generator(generator)) + mean
 
+    @ordinarily
     def sample(
         self,
         sample_shape: SampleShape = (),
@@ -259,6 +261,7 @@ class ReverseDiffusion(nn.Module):
             t, x, condition
         )
 
+    @ordinarily
     def flow(self, x: Tensor, num_steps: int = 50, condition: Any = None) -> Tensor:
         """Carry points ``(n, d)`` at the horizon to the start time along the ODE, by Runge-Kutta steps; differentiable."""
         check_ndim(x, 2, "x", "(n, d)")
@@ -267,6 +270,7 @@ class ReverseDiffusion(nn.Module):
         with evaluating(self):
             return integrate_ode(own.velocity, x, times, "rk4")
 
+    @ordinarily
     def log_prob(
         self,
         x: Any,

@@ -19,6 +19,7 @@ from stochdyn._checks import (
     check_real,
     check_type,
 )
+from stochdyn._transforms import ordinarily
 from stochdyn.errors import InvalidInputError, TimeGridError
 from stochdyn.interpolants.sampling.methods import (
     FLOW_METHODS,
@@ -119,6 +120,7 @@ def _run(step: Step, x: Tensor, count: int, trajectory: bool) -> Tensor:
     return torch.stack(states)
 
 
+@ordinarily
 def integrate_ode(
     velocity: Field,
     x: Tensor,
@@ -317,6 +319,7 @@ def step_noise(noise: Noise, ts: Tensor, dts: list[float]) -> list[float]:
     return cast(list[float], (values * steps.sqrt()).tolist())
 
 
+@ordinarily
 def integrate_sde(
     drift: Field,
     noise: Noise,
@@ -403,6 +406,7 @@ def _noisy_heun(
     return torch.add(noisy, slope + ahead, alpha=0.5 * h)
 
 
+@ordinarily
 def integrate_strang(
     velocity: Field,
     score: Field,
@@ -479,6 +483,7 @@ def _strang_step(
     return step
 
 
+@ordinarily
 def integrate_marginals(
     fields: tuple[Field, Field, Callable[[float], Field]],
     strengths: list[float],

@@ -170,7 +170,7 @@ def _gaussian_of(x: Tensor) -> Distribution:
             "the density of the starts is taken to be that of the Gaussian with the moments of the starts in the data, but they "
             f"aren't Gaussian (fourth moment {excess:+.0%}): state their law, InterpolantRegression(..., base=...)",
             ApproximationWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return law
 

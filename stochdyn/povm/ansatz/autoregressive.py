@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_positive_int, check_type
+from stochdyn._transforms import recording, version_of
 from stochdyn.core.forward.outcomes import encode
 from stochdyn.errors import ShapeError
 from stochdyn.povm.ansatz.base import Ansatz, as_strings
@@ -115,8 +116,9 @@ class AutoregressiveAnsatz(Ansatz):
 
     def _references(self) -> tuple[Tensor, bool]:
         """Return the reference as every string reads it ``(S, N, K)``, and whether all read the same."""
-        key = (self.reference._version, self.reference.data_ptr(), self.reference.dtype)
-        if self._read_references is None or self._read_references[0] != key:
+        key = (version_of(self.reference), self.reference.data_ptr(), self.reference.dtype)
+        uncounted = self.reference.is_inference()
+        if uncounted or self._read_references is None or self._read_references[0] != key:
             # string s reads site pi_s(i) at step i, and outcome a there as sigma_s(a): r_s(i, sigma_s(a)) =
             # r(pi_s(i), a)
             read = self.reference[self.strings.orders.to(self.device)]
@@ -205,7 +207,7 @@ class AutoregressiveAnsatz(Ansatz):
         rows = max(16, self.memory // (len(self.strings) * self.bytes_per_row * 8))
         values, rows_of_scores = [], []
         for part in a.split(rows):
-            with torch.enable_grad():
+            with recording():
                 tape = Tape(part.shape[0])
                 value = self._whole(part, tape)
                 rows_of_scores.append(tape.scores(value, named))
@@ -219,7 +221,7 @@ class AutoregressiveAnsatz(Ansatz):
         size = max(1, self.memory // (k * len(self.strings) * self.bytes_per_row * 8))
         found = []
         for part, c in zip(a.split(size), coefficients.split(size), strict=True):
-            with torch.enable_grad():
+            with recording():
                 tape = Tape(part.shape[0])
                 value = self._whole(part.reshape(-1, sites), tape).reshape(c.shape)
                 found.append(tape.scores((value * c.to(value.dtype)).sum(1), named))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import as_generator, as_sample_shape, check_bool, check_type
-from stochdyn._transforms import maps_are_active
+from stochdyn._transforms import maps_are_active, recording
 from stochdyn.core.forward.outcomes import all_configurations
 from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
 from stochdyn.povm.ansatz.strings import Strings
@@ -159,7 +159,7 @@ class Ansatz(nn.Module, ABC):
             return value, value.detach()
 
         detached = {k: v.detach() for k, v in named.items()}
-        with torch.enable_grad():
+        with recording():
             gradients, log_prob = torch.func.vmap(torch.func.grad(one, has_aux=True), (None, 0))(detached, a)
         return log_prob, torch.cat([gradients[k].reshape(a.shape[0], -1) for k in named], 1)
 

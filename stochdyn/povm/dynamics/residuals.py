@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stochdyn._transforms import recording
 from stochdyn.core.forward.master_terms import SparseMasterEquation
 from stochdyn.core.forward.outcomes import all_configurations, encode
 from stochdyn.povm.ansatz.autoregressive import AutoregressiveAnsatz
@@ -136,7 +137,7 @@ class ResidualProblem:
         if isinstance(net, AutoregressiveAnsatz):
             rows = max(16, net.memory // (len(net.strings) * net.bytes_per_row * 8))
         for outcomes, part in zip(value.outcomes.split(rows), value.coefficients.split(rows), strict=True):
-            with torch.enable_grad():
+            with recording():
                 log_p = net.log_prob(outcomes)
                 (log_p * part.to(log_p.dtype)).sum().backward()
 

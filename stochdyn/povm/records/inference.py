@@ -18,6 +18,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from stochdyn._checks import check_bool, check_choice, check_nonempty, check_positive_int, check_type
+from stochdyn._transforms import recorded, recording
 from stochdyn.diagnostics.draws import seeded
 from stochdyn.diagnostics.inference_data import to_inference_data
 from stochdyn.diagnostics.psis import pareto_smooth
@@ -343,7 +344,8 @@ def infer_parameters(
                 num_chains=num_chains,
                 disable_progbar=not progress,
             )
-            chains.run(records)
+            with recording():
+                chains.run(records)
             posterior: Any = chains
         else:
             if guide is None:
@@ -384,6 +386,7 @@ def infer_parameters(
     return idata
 
 
+@recorded
 def _start(program: RecordModel, records: MeasurementRecords) -> AutoSkewedNormal:
     """Return a guide at the mode of the posterior, as wide as the Laplace approximation there.
 

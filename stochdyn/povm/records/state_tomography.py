@@ -14,6 +14,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from stochdyn._checks import as_seed, check_bool, check_choice, check_nonempty, check_positive_int, check_real
+from stochdyn._transforms import recorded, recording
 from stochdyn.core.forward.outcomes import encode
 from stochdyn.diagnostics.draws import seeded
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError, SystemSizeError
@@ -185,6 +186,7 @@ def _state_of(a: Tensor) -> Tensor:
     return rho / rho.diagonal().sum().real
 
 
+@recorded
 def _most_likely(
     counts: Tensor, frames: list[Measurement], size: int, tolerance: float
 ) -> tuple[Tensor, float]:
@@ -221,6 +223,7 @@ def _most_likely(
     return state, gap
 
 
+@recorded
 def _gap(rho: Tensor, counts: Tensor, frames: list[Measurement]) -> float:
     r"""Return :math:`\lambda_{\max}(R)-n`, by which no state is more likely."""
     variable = rho.clone().requires_grad_(True)
@@ -251,6 +254,7 @@ def _posterior(
             warmup_steps=warmup,
             disable_progbar=not progress,
         )
-        chain.run()
+        with recording():
+            chain.run()
         roots = chain.get_samples()["root"]
     return torch.stack([_state_of(root) for root in roots])

@@ -11,6 +11,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from stochdyn._checks import check_not_frozen
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.errors import ConvergenceWarning
 
 __all__ = ["log_prior", "maximise"]
@@ -58,14 +60,16 @@ def maximise(
                 coordinates.append(
                     _Coordinate(name.rpartition(".")[2].removeprefix("raw_"), parameter, constraint)
                 )
+    check_not_frozen(c.parameter for c in coordinates)
     sizes = [c.parameter.numel() for c in coordinates]
 
     def cost(flat: np.ndarray) -> tuple[float, np.ndarray]:
         parts = np.split(flat, np.cumsum(sizes)[:-1])
         slopes_within = [c.load(part) for c, part in zip(coordinates, parts, strict=True)]
         try:
-            loss = -value()
-            slopes = torch.autograd.grad(loss, [c.parameter for c in coordinates], allow_unused=True)
+            with recording():
+                loss = -value()
+                slopes = torch.autograd.grad(loss, [c.parameter for c in coordinates], allow_unused=True)
         except torch.linalg.LinAlgError:
             return 1e25, np.zeros_like(flat)
         gradient = np.concatenate(
@@ -127,8 +131,8 @@ class _Coordinate:
             with torch.no_grad():
                 self.parameter.copy_(z)
             return np.ones(part.shape)
-        z.requires_grad_()
-        with torch.enable_grad():
+        with recording():
+            z = as_leaf(z)
             raw = self.constraint.inverse_transform(z.exp())
             slope = torch.autograd.grad(raw.sum(), z)[0]
         with torch.no_grad():
