@@ -120,7 +120,7 @@ def plot_residual_profile(
     times = process.grid(num_levels - 1, dtype=data.dtype).to(data.device)
     values = []
     for t in times:
-        x = process.perturb(t, data, torch.randn_like(data))
+        x = process.perturb(t, data, torch.randn_like(data, memory_format=torch.contiguous_format))
         with torch.no_grad():
             r = objective.fokker_planck_residual(t, x, form="log")
         rate = 0.5 * process.squared_diffusion(t) / process.variance(t)

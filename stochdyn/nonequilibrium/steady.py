@@ -273,7 +273,7 @@ class SteadyScoreMatching(Objective):
             raise ShapeError("denoising needs two draws or more in a batch", got=len(x))
         width = x.std(0)
         width = self.noise_level * torch.where(width > 0, width, 1.0)
-        z = torch.randn_like(x)
+        z = torch.randn_like(x, memory_format=torch.contiguous_format)
         s, pull = self._pulled(t, torch.cat([x + width * z, x - width * z]))
         there, back = pull.chunk(2)
         first, second = (s * pull).sum(-1).chunk(2)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -374,3 +377,56 @@ def test_predictions_learn_as_well_as_velocities() -> None:
         found[name] = float((log_prob.exp() * (log_prob - model)).sum() * 0.04)
     assert max(found.values()) < 0.12, found
     assert max(found.values()) < 3 * found["velocity"] + 0.05, found
+
+
+def _labelled(**options):
+    torch.manual_seed(0)
+    it = Interpolant("one-sided-linear")
+    objective = InterpolantRegression(it, velocity=FieldNetwork(2, 8, 1, num_classes=3), **options)
+    x1, label = torch.randn(60, 2), torch.arange(60) % 3
+    sd.fit(objective, {"x1": x1, "condition": label}, steps=2, progress=False)
+    return objective
+
+
+@pytest.mark.parametrize("stored", [lambda g: g, copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))])
+def test_a_model_of_conditions_is_not_asked_without_one(stored):
+    model = stored(_labelled().generator())
+    for ask in (
+        lambda: model.sample(3),
+        lambda: model.log_prob(torch.zeros(3, 2)),
+        lambda: model.velocity(0.5, torch.zeros(3, 2)),
+    ):
+        with pytest.raises(errors.InvalidInputError, match="trained with conditions alone"):
+            ask()
+    assert model.sample(3, condition=1, num_steps=2).shape == (3, 2)
+
+
+def test_no_condition_is_the_null_condition_of_the_training():
+    model = _labelled(condition_dropout=0.3, null_condition=2).generator()
+    unasked = model.sample(4, num_steps=3, generator=0)
+    torch.testing.assert_close(unasked, model.sample(4, num_steps=3, condition=2, generator=0))
+
+
+def test_guidance_without_a_condition_is_refused():
+    model = _labelled(condition_dropout=0.3, null_condition=3).generator()
+    with pytest.raises(errors.InvalidInputError, match="guidance needs a condition"):
+        model.sample(3, guidance=2.0)
+
+
+@pytest.mark.parametrize("label", [4, -1])
+def test_labels_that_do_not_exist_are_refused(label):
+    model = _labelled().generator()
+    with pytest.raises(errors.InvalidInputError, match="no such label"):
+        model.sample(3, condition=label)
+
+
+def test_the_noise_of_training_does_not_depend_on_how_data_lie_in_memory():
+    x1 = torch.randn(60, 2)
+    objective = InterpolantRegression(Interpolant("linear"), velocity=FieldNetwork(2, 8, 1))
+
+    def loss(x):
+        torch.manual_seed(0)
+        return objective((torch.zeros(60, 2), x)).loss
+
+    torch.testing.assert_close(loss(x1.T.contiguous().T), loss(x1))
+    torch.testing.assert_close(loss(pd.DataFrame(x1.numpy())), loss(x1))

@@ -14,6 +14,7 @@ from stochdyn.errors import EmptyDataError, InvalidInputError, NonFiniteError, S
 from stochdyn.interpolants import (
     OU,
     VP,
+    FieldNetwork,
     FunctionPotential,
     GaussianMixtureInterpolant,
     Interpolant,
@@ -327,3 +328,17 @@ def test_bad_input() -> None:
         ScoreMatching(process, phi, times=lambda n: torch.zeros(n, 1))(torch.zeros(4, 2))
     with pytest.raises(ShapeError, match="broadcast"):
         diff.fokker_planck_residual(torch.zeros(3), torch.zeros(4, 2))
+
+
+def test_a_score_of_conditions_is_not_asked_without_one():
+    objective = ScoreMatching(VP(), score=FieldNetwork(2, 8, 1, num_classes=2))
+    sd.fit(objective, {"x1": torch.randn(20, 2), "condition": torch.arange(20) % 2}, steps=2, progress=False)
+    model = objective.generator()
+    for ask in (
+        lambda: model.sample(3),
+        lambda: model.log_prob(torch.zeros(3, 2)),
+        lambda: model.score(0.5, torch.zeros(3, 2)),
+    ):
+        with pytest.raises(InvalidInputError, match="trained with conditions alone"):
+            ask()
+    assert model.sample(3, condition=1, num_steps=2).shape == (3, 2)

@@ -114,14 +114,18 @@ class MatchingRegression(Objective):
         ends = self.pairs[direction][:, :, pick]
         begin, goal = (ends[0], ends[1]) if direction == 0 else (ends[1], ends[0])
         order = torch.arange(pick.shape[0], dtype=begin.dtype, device=begin.device)
-        s = (order + torch.rand_like(order)) / pick.shape[0]  # stratified; the pairs are in random order
+        s = (order + torch.rand_like(order, memory_format=torch.contiguous_format)) / pick.shape[
+            0
+        ]  # stratified; the pairs are in random order
         s = (s * (1 - _EDGE)).reshape(1, -1, 1)
         elapsed, remaining = s * self.duration, (1 - s) * self.duration
         rate = s.new_tensor(self.rate)
         first, last, variance = bridge_coefficients(rate, elapsed, remaining)
         # X_t of the pinned reference is Gaussian: a mean that is linear in both ends, and a variance common to all components
         x = self.mean + first * (begin - self.mean) + last * (goal - self.mean)
-        x = x + self.diffusion * variance.sqrt() * torch.randn_like(begin)
+        x = x + self.diffusion * variance.sqrt() * torch.randn_like(
+            begin, memory_format=torch.contiguous_format
+        )
         pull = bridge_drift(rate, remaining, x - self.mean, goal - self.mean)
         return s, x, (pull - self.rate * (self.mean - x)) * self.duration / net.scale
 

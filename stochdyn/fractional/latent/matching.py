@@ -96,7 +96,7 @@ class MatchingPosterior(LatentPosterior):
         t = begin + span * (strata + jitter) / n
         rate = matching_rate(model.sde, marginal, t, torch.randn(n, count, self.dim).to(t))
         mean, scale = marginal(series.times.T.unsqueeze(-1).to(t))
-        x = mean + scale * torch.randn_like(mean)
+        x = mean + scale * torch.randn_like(mean, memory_format=torch.contiguous_format)
         fit = model.decoder.log_prob(x.unsqueeze(1), series).sum(0)
         return Bound(fit, span * rate.mean(0) + self._start_divergence(model, marginal, begin, count))
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_tensor, check_finite
-from stochdyn.errors import ShapeError
+from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.interpolants.fields.buffers import FlexibleBuffers
 
-__all__ = ["as_condition", "paired_condition", "rows_of_condition"]
+__all__ = ["SeenConditions", "as_condition", "paired_condition", "rows_of_condition"]
 
 
 def as_condition(condition: Any, like: Tensor) -> Tensor:
@@ -50,6 +51,47 @@ def paired_condition(condition: Any, x1: Tensor) -> Tensor | None:
             "there must be one condition per point", got=tuple(value.shape), expected=f"({len(x1)}, ...)"
         )
     return value
+
+
+class SeenConditions(FlexibleBuffers):
+    """Whether a model was trained with conditions, without, or with both: what it never saw, it can't be asked."""
+
+    flexible = ("seen",)
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hold("seen", torch.zeros(2, dtype=torch.bool))
+        self._noted: set[bool] = set()
+        self._always: bool | None = None
+
+    def observe(self, given: bool) -> None:
+        """Note that a batch had conditions, or had none; without a look at the device."""
+        if given not in self._noted:
+            self._noted.add(given)
+            self.seen[int(given)] = True
+            self._always = None
+
+    def buffers_changed(self) -> None:
+        """Forget what was derived from buffers."""
+        self._noted, self._always = set(), None
+
+    @property
+    def always(self) -> bool:
+        """Whether all batches had conditions."""
+        if self._always is None:
+            without, given = self.seen.tolist()
+            self._always = given and not without
+        return self._always
+
+    def check_absent(self) -> None:
+        """Raise where a condition is left out of what was always trained with one."""
+        if self.always:
+            raise InvalidInputError(
+                "the model was trained with conditions alone, so what it returns without one was never learnt",
+                got="condition=None",
+                hint="pass condition=..., or train with condition_dropout above 0",
+            )
 
 
 def rows_of_condition(condition: Any, count: int, lead: tuple[int, ...], like: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from stochdyn._checks import check_callable
 from stochdyn.core.forward.flow import LearnedFlow, as_time
 from stochdyn.core.forward.fokker_planck import FokkerPlanck
 from stochdyn.errors import DtypeMismatchError, InvalidInputError, ShapeError, UnavailableError
+from stochdyn.interpolants.fields.conditions import SeenConditions
 from stochdyn.interpolants.fields.potential import FunctionPotential, Potential, PotentialNetwork
 from stochdyn.interpolants.paths.processes import AffineProcess
 
@@ -26,12 +27,16 @@ class LearnedScore(nn.Module):
     Args:
         process: The noising process.
         source: A :class:`Potential`, or a score ``score(t, x) -> (..., d)`` or ``score(t, x, condition)``.
+        conditions: What it was trained with; nothing yet if None.
     """
 
-    def __init__(self, process: AffineProcess, source: Potential | Field) -> None:
+    def __init__(
+        self, process: AffineProcess, source: Potential | Field, conditions: SeenConditions | None = None
+    ) -> None:
         super().__init__()
         check_callable(source, "score", "a Potential or a score, score(t, x)")
         self.process, self.source = process, source
+        self.conditions = SeenConditions() if conditions is None else conditions
 
     @property
     def potential(self) -> Potential:

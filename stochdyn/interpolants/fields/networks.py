@@ -18,11 +18,13 @@ from stochdyn._checks import (
     check_positive_int,
     check_real,
     check_type,
+    values_are_checked,
 )
 from stochdyn.core.forward.flow import as_time
 from stochdyn.core.networks import MLP
 from stochdyn.errors import DtypeMismatchError, InvalidInputError, ShapeError
 from stochdyn.interpolants.fields.buffers import FlexibleBuffers
+from stochdyn.interpolants.fields.conditions import SeenConditions
 from stochdyn.interpolants.fields.conversions import anchors, check_known, conversion, determines, regular_at
 from stochdyn.interpolants.paths.interpolant import Interpolant
 
@@ -148,6 +150,16 @@ class FieldNetwork(nn.Module):
                 raise InvalidInputError(
                     "labels must be whole numbers", got=condition.dtype, hint="use labels.long()"
                 )
+            # a look at labels elsewhere would wait for the device
+            if condition.device.type == "cpu" and values_are_checked():
+                outside = (condition < 0) | (condition > self.num_classes)
+                if bool(outside.any()):
+                    raise InvalidInputError(
+                        "there is no such label",
+                        got=sorted(set(condition[outside].reshape(-1).tolist()))[:5],
+                        expected=f"0 to {self.num_classes - 1}, or {self.num_classes} for no label",
+                        hint="give num_classes=... the number of labels",
+                    )
         elif condition.ndim == 0 or condition.shape[-1] != self.condition_dim:
             raise ShapeError(
                 "the context has the wrong size",
@@ -269,6 +281,7 @@ class Fields(FlexibleBuffers):
         self.hold("null_condition", None if null_condition is None else torch.as_tensor(null_condition))
         self.hold("event_sizes", torch.zeros(0, dtype=torch.long))
         self._event_shape: tuple[int, ...] | None = None
+        self.conditions = SeenConditions()
 
     @property
     def event_shape(self) -> tuple[int, ...] | None:
@@ -355,10 +368,26 @@ class Fields(FlexibleBuffers):
 
     def guided(self, name: str, t: Tensor, x: Tensor, condition: Any, guidance: float) -> Tensor:
         """Evaluate a network with classifier-free guidance."""
+        if condition is None:
+            if guidance != 1.0:
+                raise InvalidInputError(
+                    "guidance needs a condition", got=f"guidance={guidance:g}, condition=None"
+                )
+            return self.call(name, t, x, self._absent(x))
         value = self.call(name, t, x, condition)
-        if guidance == 1.0 or condition is None:
+        if guidance == 1.0:
             return value
         return torch.lerp(self.call(name, t, x, self.null_of(condition)), value, guidance)
+
+    def _absent(self, x: Tensor) -> Tensor | None:
+        """Return what stands for no condition, where the model knows no other way to go without."""
+        if not self.conditions.always:
+            return None
+        if self.null_condition is None:
+            self.conditions.check_absent()
+            return None
+        null = self.null_condition.to(x) if self.null_condition.is_floating_point() else self.null_condition
+        return null.expand(*x.shape[:-1], *null.shape)
 
     def null_of(self, condition: Tensor) -> Tensor:
         """Return what stands for no condition, in the shape of ``condition``.

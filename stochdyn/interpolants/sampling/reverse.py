@@ -149,7 +149,7 @@ class ReverseDiffusion(nn.Module):
         """Return the learned score ``(..., d)`` at ``x (..., d)``, for a condition per point or one for all."""
         x = as_tensor(x, "x", finite=False)
         check_event_size(x, self.dim, "x")
-        rows = rows_of_condition(condition, x.shape[:-1].numel(), tuple(x.shape[:-1]), x)
+        rows = self._rows(condition, tuple(x.shape[:-1]), x)
         if rows is not None:
             rows = rows.reshape(*x.shape[:-1], *rows.shape[1:])
         with evaluating(self):
@@ -157,16 +157,24 @@ class ReverseDiffusion(nn.Module):
 
     def _given(self, condition: Any, mean: Any, lead: tuple[int, ...]) -> tuple[LearnedScore, Tensor | None]:
         """Return the score for conditions and means of points, and these means as rows."""
-        count = torch.Size(lead).numel()
-        rows = rows_of_condition(condition, count, lead, self.example)
-        means = None
-        if mean is not None:
-            means = as_tensor(mean, "mean", like=self.example).to(self.example)
-            check_event_size(means, self.dim, "mean")
-            means = (
-                means.expand(*lead, self.dim).reshape(count, self.dim) if lead else means.reshape(1, self.dim)
-            )
-        return self.learned.given(rows, means), means
+        means = self._means(mean, lead)
+        return self.learned.given(self._rows(condition, lead), means), means
+
+    def _rows(self, condition: Any, lead: tuple[int, ...], like: Tensor | None = None) -> Tensor | None:
+        """Return conditions as rows, one per point, beside ``like``."""
+        if condition is None:
+            self.learned.conditions.check_absent()
+        return rows_of_condition(
+            condition, torch.Size(lead).numel(), lead, self.example if like is None else like
+        )
+
+    def _means(self, mean: Any, lead: tuple[int, ...]) -> Tensor | None:
+        """Return means as rows, one per point."""
+        if mean is None:
+            return None
+        means = as_tensor(mean, "mean", like=self.example).to(self.example)
+        check_event_size(means, self.dim, "mean")
+        return means.expand(*lead, self.dim).reshape(-1, self.dim) if lead else means.reshape(1, self.dim)
 
     def start(
         self, sample_shape: SampleShape = (), generator: Generator = None, mean: Tensor | None = None
@@ -222,9 +230,8 @@ class ReverseDiffusion(nn.Module):
         times = self.process.grid(num_steps, spacing).to(self.example.device)
         source = as_generator(generator)
         with torch.no_grad(), evaluating(self):
-            _, means = self._given(None, mean, lead)
+            rows, means = self._rows(condition, lead), self._means(mean, lead)
             x = self.start(count, source, means)
-            rows = rows_of_condition(condition, count, lead, self.example)
             parts = []
             for i in range(0, count, size):
                 part = slice(i, i + size)

@@ -115,7 +115,7 @@ class MaxMinBridge(Objective):
             / n
         )[:, None]
         t = t.clamp(1e-3, 1 - 1e-3)
-        z = torch.randn_like(x1)
+        z = torch.randn_like(x1, memory_format=torch.contiguous_format)
 
         def bend(s: Tensor) -> Tensor:
             return s * (1 - s) * self.correction(s, x0, x1)

@@ -157,7 +157,7 @@ class ForecastRegression(Objective):
         x0, x1 = batch[0], batch[1]
         check_pair(x0, x1)
         t = torch.rand(len(x1), 1, dtype=x1.dtype, device=x1.device)
-        z = torch.randn_like(x1)
+        z = torch.randn_like(x1, memory_format=torch.contiguous_format)
         beta = self.source._beta(t)[0]
         x = (1 - t) * x0 + beta * x1 + self.source.scale * (1 - t) * t.sqrt() * z
         value = self.drift(t, x, _context(x0, batch[2] if len(batch) == 3 else None))

@@ -226,7 +226,11 @@ class InterpolantRegression(Objective):
             value = self.fields.call(name, t, torch.lerp(x0, x1, t), self._drop(condition, n))
             loss = F.mse_loss(value, x1 - x0) * (0.5 * x1.shape[-1])
             return ObjectiveValue(loss, {name: loss.detach()}, "surrogate")
-        z = torch.randn_like(x1) if self.interpolant.has_latent else None
+        z = (
+            torch.randn_like(x1, memory_format=torch.contiguous_format)
+            if self.interpolant.has_latent
+            else None
+        )
         condition = self._drop(condition, n)
         losses = self._losses(t, x0, x1, z, condition)
         total = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
@@ -309,13 +313,14 @@ class InterpolantRegression(Objective):
         if not alike:
             check_pair(x0, x1)
         condition = paired_condition(condition, x1)
+        self.fields.conditions.observe(condition is not None)
         self.starts.observe(x0, given is not None)
         return x0, x1, condition
 
     def _draw_starts(self, x1: Tensor) -> Tensor:
         base = self.starts.base
         if base is None or self.interpolant.starts_normal:
-            return torch.randn_like(x1)
+            return torch.randn_like(x1, memory_format=torch.contiguous_format)
         x0 = base.sample(x1.shape[:-1])
         check_same_dtype(base=x0, x1=x1)
         check_same_device(base=x0, x1=x1)

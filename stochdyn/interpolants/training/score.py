@@ -225,10 +225,11 @@ class ScoreMatching(Objective):
         """
         x0, condition, mean = _parts(batch)
         self.dim = x0.shape[-1]
+        self.learned.conditions.observe(condition is not None)
         learned = self.learned.given(condition, mean)
         process = learned.process
         t = self.draw_times(x0.shape[0], x0)
-        z = torch.randn_like(x0)
+        z = torch.randn_like(x0, memory_format=torch.contiguous_format)
         x = process.perturb(t, x0, z)
         if self.averaged_targets:
             if condition is not None or mean is not None:
@@ -274,7 +275,9 @@ class ScoreMatching(Objective):
         if dim is None:
             raise InvalidInputError("the dimension isn't known yet", hint="pass dim=..., or fit first")
         like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
-        return ReverseDiffusion(self.process, self.learned.source, dim, like.detach())
+        model = ReverseDiffusion(self.process, self.learned.source, dim, like.detach())
+        model.learned.conditions = self.learned.conditions
+        return model
 
     def _fp_weight(self, like: Tensor) -> Tensor | float | None:
         if callable(self.fp_weight):

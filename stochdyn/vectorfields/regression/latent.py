@@ -216,7 +216,9 @@ class TrajectoryELBO(Objective):
         cost = self.loc.new_zeros(())
         if self.learn_field:
             scale = self.log_scale.exp()
-            self.drift.vectors = lifted @ (self.loc + scale * torch.randn_like(scale))
+            self.drift.vectors = lifted @ (
+                self.loc + scale * torch.randn_like(scale, memory_format=torch.contiguous_format)
+            )
             cost = 0.5 * (scale**2 + self.loc**2 - 1.0).sum() - self.log_scale.sum()
         value = self.paths(batch)
         if self.learn_field:
