@@ -287,8 +287,8 @@ def sample_path(
     """Sample a path in a Pyro model, whatever drives it.
 
     Brownian paths with a density are one site ``name``, of :class:`DiffusionPath`, which takes Euler steps on the grid: halve them until
-    the posterior no longer changes. A drift that says that it is affine (:class:`~stochdyn.core.AffineField`) takes exact steps on one
-    grid with a channel of noise per component, and its posterior doesn't depend on the grid. Where no density exists
+    the posterior no longer changes. A drift that says that it is affine (:class:`~stochdyn.core.AffineField`) takes exact steps where
+    each component has a channel of noise, and its posterior doesn't depend on the grid. Where no density exists
     (noise with memory, or a ``(d, m)`` matrix with fewer channels than components) or is known (another method than Euler's)
     the random sites are the driving increments ``{name}_dw``, a random start ``{name}_0`` and, for noise with a past,
     ``{name}_past``; ``name`` is then a deterministic site. Which of the two it is depends on the form of the equation alone

@@ -66,7 +66,7 @@ class NonlinearObservations(LawDistribution):
         dt: The largest Euler step, in the unit of the times. None takes steps so short that half of them would change the law of
             paths at the times by 0.005 nats at most, and so the log density by about 0.1: judged along paths from the start, the
             same number for all series, and anew for other parameters; a drift that says that it is affine
-            (:class:`~stochdyn.core.AffineField`) takes exact steps on a common grid. ``math.inf`` takes one step to each time.
+            (:class:`~stochdyn.core.AffineField`) takes exact steps. ``math.inf`` takes one step to each time.
 
     Raises:
         TimeGridError: If the times don't increase strictly, or begin before ``start_time``.

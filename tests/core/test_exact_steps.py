@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -28,6 +30,17 @@ GRIDS = {
     "regular": torch.linspace(0, 3, 7, dtype=F64),
     "irregular": torch.tensor([0.0, 0.1, 0.8, 0.9, 3.0], dtype=F64),
 }
+
+
+class Relaxations(AffineField):
+    """Damped oscillations at rates ``(*batch)``."""
+
+    def __init__(self, rates: Tensor) -> None:
+        super().__init__()
+        self.rates = rates
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.rates[..., None, None] * A, self.rates[..., None] * OFFSET
 
 
 def law(
@@ -134,6 +147,70 @@ def test_a_site_has_the_evidence_of_continuous_time(grid: str) -> None:
     assert abs(found["euler"] - wanted) > 0.1
 
 
+def test_series_with_grids_of_their_own_have_the_density_of_the_linear_law() -> None:
+    ts = torch.stack([GRIDS["irregular"], 3 * GRIDS["irregular"], GRIDS["irregular"].square() + 1])
+    field = Relaxations(torch.tensor([[0.5, 1.0, 20.0]], dtype=F64) * torch.tensor([[1.0], [3.0]], dtype=F64))
+    starts = X0.expand(2, 3, 2)
+    cases = {
+        "one equation": (AffineDrift(A, OFFSET), X0, lambda k: (A, OFFSET), ()),
+        "one for each series": (field, starts, lambda k: tuple(v[k] for v in field.affine()), (2,)),
+    }
+    for drift, x0, of, lead in cases.values():
+        P = sd.DiffusionMeasure(x0, sd.SDE(drift, G), method="exact")
+        path = P.sample(ts, 5, generator=0)
+        assert path.x.shape == (5, *lead, 3, 5, 2)
+        found = P.log_prob(path)
+        for index in itertools.product(*map(range, (*lead, 3))):
+            row = sd.PathSample(ts[index[-1]], path.x[(slice(None), *index)], path.dw[(slice(None), *index)])
+            linear = sd.LinearGaussianMeasure(*of(index), G, X0, initial_time=float(row.ts[0]))
+            wanted = linear.log_prob(row)
+            torch.testing.assert_close(found[(slice(None), *index)], wanted, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("times", [None, 0.3], ids=["own times", "sub-steps"])
+def test_series_of_a_panel_have_the_evidence_of_continuous_time(times: float | None) -> None:
+    """As sites whose guide is exact for a linear model, and by a filter; each series with its own rates, times and length."""
+    rows = [torch.tensor(t, dtype=F64) for t in ([0.0, 0.1, 0.8, 3.0], [0.0, 2.5], [0.0, 0.5, 0.6, 0.7, 4.0])]
+    g = torch.Generator().manual_seed(0)
+    panel = sd.Panel.from_arrays(rows, [torch.randn(len(t), 2, generator=g, dtype=F64) for t in rows])
+    field, grid = Relaxations(torch.tensor([0.5, 1.0, 5.0], dtype=F64)), panel.grid(times)
+    start = dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1)
+
+    def model(method: str | None) -> Callable[[], None]:
+        def run() -> None:
+            with pyro.plate("series", 3):
+                x = panel.at(sd.infer.sample_path("x", sd.SDE(field, G), start, grid, method=method))
+                for column in range(2):
+                    panel.observe(f"value_{column}", dist.Normal(x[..., column], 0.5))
+
+        return run
+
+    a, b = field.affine()
+    ones = torch.eye(2, dtype=F64)
+    linear = [sd.LinearGaussianMeasure(a[k], b[k], G, torch.zeros(2, dtype=F64), ones) for k in range(3)]
+    wanted = [float(linear[k].log_evidence(t, panel.values[k, : len(t)], 0.5)) for k, t in enumerate(rows)]
+    found = {}
+    for method in (None, "euler"):
+        pyro.clear_param_store()
+        guide = sd.infer.AutoPathGuide(model(method))
+        drawn = pyro.poutine.trace(guide).get_trace()
+        replayed = pyro.poutine.trace(pyro.poutine.replay(model(method), trace=drawn)).get_trace()
+        total = torch.zeros(3, dtype=F64)
+        for trace, sign in ((replayed, 1), (drawn, -1)):
+            trace.compute_log_prob()
+            for node in trace.nodes.values():
+                if node["type"] == "sample" and node["name"] != "series":
+                    total = total + sign * node["log_prob"].detach()
+        found[method] = total.tolist()
+    assert found[None] == pytest.approx(wanted, abs=1e-6)
+    assert max(abs(e - w) for e, w in zip(found["euler"], wanted, strict=True)) > 0.1
+    seen = torch.tensor([[0.1, 0.8], [2.5, 5.0], [0.5, 0.7]], dtype=F64)
+    y = torch.randn(3, 2, 2, generator=g, dtype=F64)
+    law = sd.infer.NonlinearObservations(sd.SDE(field, G), start, seen, lambda x: x, 0.5)
+    exact = [float(linear[k].log_evidence(seen[k], y[k], 0.5)) for k in range(3)]
+    assert law.log_prob(y).tolist() == pytest.approx(exact, abs=1e-6)
+
+
 def test_gradients_precision_units_and_storage() -> None:
     ts = GRIDS["irregular"]
     dw = torch.randn(len(ts) - 1, 3, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
@@ -146,6 +223,12 @@ def test_gradients_precision_units_and_storage() -> None:
         return integrate(sd.SDE(Field(), sd.Matrix(g)), x0.expand(3, 2), ts, dw, method="exact").x[-1]
 
     check_gradients(end, A, OFFSET, G, X0)
+
+    def own_grids(rates: Tensor, times: Tensor) -> Tensor:
+        return integrate(sd.SDE(Relaxations(rates), sd.Matrix(G)), starts, times, dw, method="exact").x[-1]
+
+    starts, grids = X0.expand(3, 2), torch.stack([ts, 2 * ts, ts + ts.square()])
+    check_gradients(own_grids, torch.tensor([0.5, 1.0, 2.0], dtype=F64), grids)
 
     def answer(unit: float) -> Tensor:
         """Times in another unit."""
@@ -187,8 +270,6 @@ def test_what_has_no_exact_steps_is_refused() -> None:
     for make, error in cases:
         with pytest.raises(error):
             sd.DiffusionMeasure(X0, make(), method="exact").sample(ts, 2)
-    with pytest.raises(errors.TimeGridError):
-        law().sample(torch.stack([ts, 2 * ts]), 2)
     path = law().sample(ts, 2, generator=0)
     with pytest.raises(errors.InvalidInputError, match="other noise"):
         law(2 * A).log_rn(path, law())
@@ -237,3 +318,38 @@ def test_a_posterior_over_long_steps_is_that_of_continuous_time() -> None:
         # means within five standard errors of a thousand draws, deviations within ten times that of theirs
         assert abs(draws.mean() - mean) < 5 * sd_ / 1000**0.5
         assert abs(draws.std() / sd_ - 1) < 10 / 2000**0.5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:the approximation of the posterior is poor"
+)  # k-hat is about 0.7: a funnel
+def test_subjects_as_sampled_paths_have_the_posterior_of_the_exact_evidence() -> None:
+    """Eight subjects with times and rates of their own, their paths drawn between these times, against long exact chains."""
+    data = sd.datasets.ou_subjects()
+    panel = sd.Panel(data.frame, series="subject", time="time", values="y", dtype=F64)
+    zero, one, grid = torch.zeros((), dtype=F64), torch.ones((), dtype=F64), panel.grid(start=0.0)
+
+    class Relaxation(AffineField):
+        def __init__(self, rate: Tensor) -> None:
+            super().__init__()
+            self.rate = rate
+
+        def affine(self) -> tuple[Tensor, Tensor]:
+            return -self.rate[..., None, None], self.rate[..., None]
+
+    def model(panel: sd.Panel) -> None:
+        mu, tau = pyro.sample("mu", dist.Normal(zero, 1.0)), pyro.sample("tau", dist.HalfNormal(0.5 * one))
+        sigma = pyro.sample("sigma", dist.LogNormal(-0.5 * one, 0.5))
+        with pyro.plate("subject", len(panel)):
+            z = pyro.sample("z", dist.Normal(zero, 1.0))
+            rate = pyro.deterministic("rate", torch.exp(mu + tau * z))
+            equation = sd.SDE(Relaxation(rate), sd.Scalar(sigma))
+            x = sd.infer.sample_path("x", equation, torch.full((1,), 2.0, dtype=F64), grid)
+            panel.observe("y", dist.Normal(panel.at(x)[..., 0], 0.15))
+
+    post = sd.infer.fit_posterior(model, panel, progress=False, seed=1)
+    for name, known in data.reference.items():
+        found = post.idata.posterior[name].mean(("chain", "draw")).values
+        # five standard errors of some five hundred effective draws; Euler steps are off by a deviation or two
+        assert (abs(found - np.array(known["mean"])) < 5 / 500**0.5 * np.array(known["sd"])).all(), name

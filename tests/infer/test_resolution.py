@@ -157,7 +157,10 @@ def pull() -> tuple[Pull, sd.LinearGaussianMeasure]:
     return Pull(a, b), sd.LinearGaussianMeasure(a, b, g, torch.ones(2, dtype=F64))
 
 
-@pytest.mark.parametrize("times", [TIMES[:5], torch.tensor([0.1, 0.5, 3.0], dtype=F64)])
+OWN_TIMES = torch.tensor([[0.1, 0.5, 3.0], [0.3, 2.0, 2.1]], dtype=F64)
+
+
+@pytest.mark.parametrize("times", [TIMES[:5], OWN_TIMES[0], OWN_TIMES], ids=["regular", "irregular", "own"])
 def test_a_drift_that_says_that_it_is_affine_takes_exact_steps(times: Tensor) -> None:
     drift, law = pull()
     sde, start = sd.SDE(drift, 0.6), torch.ones(2, dtype=F64)
@@ -165,7 +168,7 @@ def test_a_drift_that_says_that_it_is_affine_takes_exact_steps(times: Tensor) ->
     torch.manual_seed(0)
     y = exact.sample()
     found = NonlinearObservations(sde, start, times, lambda x: x, 0.3)
-    assert found.seen.stops.counts == (1,) * len(times)
+    assert found.seen.stops.counts == (1,) * times.shape[-1]
     torch.testing.assert_close(found.log_prob(y), exact.log_prob(y), rtol=1e-9, atol=0)
     assert float((site(sde, start, times, dt=1.0).log_prob(y[..., :1]) - exact.log_prob(y)).abs().min()) > 0.1
     guided = filters(sde, start, times, y, "guided")
@@ -174,15 +177,12 @@ def test_a_drift_that_says_that_it_is_affine_takes_exact_steps(times: Tensor) ->
 
 def test_an_affine_drift_whose_form_has_no_exact_steps_takes_others() -> None:
     drift, _ = pull()
-    start, own = torch.ones(2, dtype=F64), torch.tensor([[0.1, 0.5], [0.3, 2.0]], dtype=F64)
+    start = torch.ones(2, dtype=F64)
     coupled = Pull(drift.parts[0][0], drift.parts[1])
     one = sd.SDE(coupled, torch.tensor([[0.0], [0.5]], dtype=F64))
     assert max(site(one, start).seen.stops.counts) > 1
-    assert max(site(sd.SDE(drift, 0.6), start, own).seen.stops.counts) > 1
-    trace = pyro.poutine.trace(
-        lambda: sd.infer.sample_path("x", sd.SDE(drift, 0.6), start, own, noise_space=None)
-    ).get_trace()
-    assert trace.nodes["x"]["fn"].method.name == "euler"
+    trace = pyro.poutine.trace(lambda: sd.infer.sample_path("x", one, start, OWN_TIMES)).get_trace()
+    assert trace.nodes["x_dw"]["fn"].method.name == "euler"
 
 
 def test_an_equation_that_no_steps_resolve_is_told() -> None:

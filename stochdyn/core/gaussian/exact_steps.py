@@ -10,40 +10,50 @@ from stochdyn.core.law.transition import check_has_density
 from stochdyn.core.sde.affine_field import AffineField
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
+from stochdyn.core.sde.grids import first_time
 from stochdyn.core.sde.noise import Brownian
-from stochdyn.errors import InvalidInputError, SingularDiffusionError, TimeGridError
+from stochdyn.errors import InvalidInputError, SingularDiffusionError
 
 __all__ = ["exact_steps", "takes_exact_steps"]
 
 
 class _StepField(nn.Module):
-    """The drift and the diffusion of every step, found by its first time."""
+    """The drift and the diffusion of every step, found by its first time; of each series where they have grids ``(*G, T)`` of their own."""
 
     def __init__(self, ts: Tensor, matrix: Tensor, offset: Tensor, spread: Tensor) -> None:
         super().__init__()
         # halfway between two grid points the nearer one changes
-        self.edges = ts[1:-1] - 0.5 * (ts[1:-1] - ts[:-2])
-        self.parts = matrix, offset, spread
+        self.edges = ts[..., 1:-1] - 0.5 * (ts[..., 1:-1] - ts[..., :-2])
+        self.matrix, self.offset, self.spread = matrix, offset, spread
 
-    def _at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        index = torch.searchsorted(self.edges.to(t).contiguous(), t.detach().reshape(-1).contiguous())
-        matrix, offset, spread = (part[index] for part in self.parts)
-        if t.ndim == 0:
-            return matrix[0], offset[0], spread[0]
+    def _at(self, part: Tensor, event: int, t: Tensor, x: Tensor) -> Tensor:
+        """Return ``part (N, *B, *event)`` in the steps that hold ``t``, to stand beside states ``x``."""
+        own = self.edges.shape[:-1]
+        times = t.detach().reshape(-1, *own).movedim(0, -1).contiguous()
+        index = torch.searchsorted(self.edges.to(t).contiguous(), times).movedim(-1, 0)
+        found = _rows(part, index, event)
+        # One time has no axis before those of the grids, and where each series has its own, one of length one after them.
+        if t.ndim == (len(own) + 1 if own else 0):
+            return found[0]
         # time leads: the axes of the batch of A stand at its right, as those of the state do
-        fill = (1,) * (x.ndim - offset.ndim)
-        return (
-            matrix.reshape(len(index), *fill, *matrix.shape[1:]),
-            offset.reshape(len(index), *fill, *offset.shape[1:]),
-            spread.reshape(len(index), *fill, *spread.shape[1:]),
-        )
+        fill = (1,) * (x.ndim - 1 - (found.ndim - event))
+        return found.reshape(found.shape[0], *fill, *found.shape[1:])
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        matrix, offset, _ = self._at(t, x)
+        matrix, offset = self._at(self.matrix, 2, t, x), self._at(self.offset, 1, t, x)
         return (matrix @ x.unsqueeze(-1)).squeeze(-1) + offset
 
     def diffusion(self, t: Tensor, x: Tensor) -> Matrix:
-        return Matrix(self._at(t, x)[2])
+        return Matrix(self._at(self.spread, 2, t, x))
+
+
+def _rows(part: Tensor, index: Tensor, event: int) -> Tensor:
+    """Return the rows ``index (n, *G)`` of ``part (N, *B, *event)``, where the axes G are the last of B."""
+    if index.ndim == 1:
+        return part[index]
+    lead = (1,) * (part.ndim - event - index.ndim)
+    place = index.reshape(index.shape[0], *lead, *index.shape[1:], *(1,) * event)
+    return torch.take_along_dim(part, place, 0)
 
 
 class _Step(AffineField):
@@ -62,16 +72,16 @@ def takes_exact_steps(sde: SDE, ts: Tensor, x0: Tensor) -> bool:
 
     Args:
         sde: The equation.
-        ts: The grid of times.
+        ts: The grid of times, ``(T,)`` or ``(*batch, T)``.
         x0: A start ``(*batch, d)``.
     """
     if not isinstance(sde.drift, AffineField) or not isinstance(sde.noise, Brownian) or sde.state_dependent:
         return False
-    return ts.ndim == 1 and len(ts) > 1 and sde.noise_dim(ts[0].to(x0), x0) == x0.shape[-1]
+    return ts.shape[-1] > 1 and sde.noise_dim(first_time(ts, x0), x0) == x0.shape[-1]
 
 
 def exact_steps(sde: SDE, ts: Tensor) -> SDE:
-    r"""Return the equation whose Euler steps on the grid ``ts (T,)`` have the exact law of a linear one.
+    r"""Return the equation whose Euler steps on the grid ``ts`` have the exact law of a linear one.
 
     A step of the length :math:`\Delta` of :math:`dX=(AX+a)\,dt+G\,dW` is :math:`\Phi x+c+Q^{1/2}\epsilon`, so the drift is
     :math:`((\Phi-1)x+c)/\Delta` and the diffusion the root of :math:`Q/\Delta` that tends to G with the step:
@@ -79,12 +89,11 @@ def exact_steps(sde: SDE, ts: Tensor) -> SDE:
 
     Args:
         sde: The equation, whose drift says that it is affine.
-        ts: The grid of times.
+        ts: The grid of times ``(T,)``, or ``(*batch, T)`` where every series has its own.
 
     Raises:
         InvalidInputError: If the drift isn't an :class:`AffineField`, the diffusion isn't constant, or the noise has memory.
         SingularDiffusionError: If noise doesn't reach every component by a channel of its own.
-        TimeGridError: If every series has a grid of its own.
     """
     field = sde.drift
     if not isinstance(field, AffineField):
@@ -99,13 +108,9 @@ def exact_steps(sde: SDE, ts: Tensor) -> SDE:
         )  # fmt: skip
     if sde.state_dependent:
         raise InvalidInputError("exact steps need a constant diffusion", got="a function of time and state")
-    if ts.ndim > 1:
-        raise TimeGridError(
-            "exact steps need one grid for all series", got=f"shape {tuple(ts.shape)}", hint="method='euler'"
-        )
     matrix, offset = field.affine()
     dim = matrix.shape[-1]
-    g = sde.diffusion(ts[0].to(offset), offset).matrix(dim).double()
+    g = sde.diffusion(first_time(ts, offset), offset).matrix(dim).double()
     if g.shape[-1] != dim:
         raise SingularDiffusionError(
             "in an exact step noise reaches every component, so each needs a channel", got=f"{g.shape[-1]} channels",
@@ -114,9 +119,10 @@ def exact_steps(sde: SDE, ts: Tensor) -> SDE:
     check_has_density(sde, Matrix(g), dim)
     covariance = g @ g.mT
     root = torch.linalg.cholesky(covariance)
-    dt, where = distinct_steps(ts[:-1], ts[1:])
+    times = ts.movedim(-1, 0)
+    dt, where = distinct_steps(times[:-1], times[1:])
     phi, c, q = constant_transition(matrix.double(), offset.double(), covariance, dt, torch.float64)
-    lag = dt.double().reshape(-1, *(1,) * (phi.ndim - 1))
+    lag = dt.double().reshape(len(dt), *(1,) * (phi.ndim - 2 - dt.ndim), *dt.shape[1:], 1, 1)
     slope = (phi - torch.eye(dim, dtype=phi.dtype, device=phi.device)) / lag
     shift = c / lag.squeeze(-1)
     turn = torch.linalg.solve_triangular(root, g, upper=False)
