@@ -391,6 +391,25 @@ def test_the_question_does_not_move_the_law() -> None:
     assert torch.allclose(law.covariance(more)[[0, 2, 3, 4, 6]], law.covariance(FIVE), rtol=1e-9)
 
 
+@pytest.mark.parametrize("hurst", [0.25, 0.5, 0.7, 0.9])
+def test_default_noise_has_no_seams(hurst: float) -> None:
+    """Neither where span or step come to another power of ten, nor from one Hurst index to the next."""
+    t = torch.linspace(0, 1, 60, dtype=F64)
+    y = torch.randn(60, dtype=F64, generator=torch.Generator().manual_seed(0)).cumsum(0) / 60**0.5
+
+    def off(h: float, span: float) -> float:
+        """The evidence less that of the exact covariance."""
+        law = FractionalOU(2.0 / span, 0.0, span**-h, h, initial="stationary")
+        cov = fou_autocovariance((t[:, None] - t).abs(), 2.0, h) + 0.05**2 * torch.eye(60, dtype=F64)
+        exact = MultivariateNormal(torch.zeros(60, dtype=F64), cov).log_prob(y)
+        return float(law.log_evidence(span * t, y, 0.05) - exact)
+
+    spans = [off(hurst, span) for span in (0.5, 0.59, 0.6, 0.999, 1.001, 2.3)]
+    assert max(spans) - min(spans) < 1e-3
+    indices = [off(h, 1.0) for h in (hurst - 0.05 - 1e-6, hurst - 0.05 + 1e-6)]
+    assert abs(indices[1] - indices[0]) < 1e-3
+
+
 def test_precision_forms_of_data_and_storage() -> None:
     law = FractionalOU(0.7, 0.3, 1.2, 0.7, initial="stationary")
     testing.check_precision(lambda dtype: law.log_evidence(FIVE.to(dtype), DATA.to(dtype), 0.1))
