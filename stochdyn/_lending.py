@@ -33,7 +33,7 @@ class _Turns:
         """Whether another thread waits for a turn that its owner could give back as a whole."""
         return bool(self._queue) and self._depth == 1
 
-    def take(self) -> None:
+    def take(self, patient: bool = False) -> None:
         me = threading.get_ident()
         if self._owner == me:  # nobody else can change that
             self._depth += 1
@@ -45,7 +45,7 @@ class _Turns:
             try:
                 while self._owner is not None or self._queue[0] is not ticket:
                     self._changed.wait(1.0)
-                    if not said and time.monotonic() - began > _PATIENCE:
+                    if not (said or patient) and time.monotonic() - began > _PATIENCE:
                         said = True
                         warnings.warn(
                             "a run waits for the step of a run in another thread to end. Runs take turns, step by step; "

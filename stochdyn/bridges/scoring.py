@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from stochdyn._checks import (
     as_generator,
     as_sample_shape,
+    as_seed,
     as_tensor,
     as_time_grid,
     check_choice,
@@ -33,6 +35,7 @@ from stochdyn.core.sde.equation import SDE
 from stochdyn.diagnostics.metrics import emd, mmd
 from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError, TimeGridError
 from stochdyn.run.engine import Resumable, run_to_end
+from stochdyn.run.jobs import Jobs
 
 if TYPE_CHECKING:
     from stochdyn.bridges.refinement.refinement import Refinement
@@ -185,6 +188,7 @@ def leave_one_out(
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    executor: Executor | None = None,
     **options: Any,
 ) -> HeldOut:
     """Hold out one inner snapshot after the other, fit every method to the rest, and score it on what it didn't see.
@@ -201,6 +205,7 @@ def leave_one_out(
         progress: Whether to show a progress bar, after two seconds.
         checkpoint: The directory that is saved to after every fit.
         resume: Whether to continue the run in ``checkpoint``.
+        executor: An executor of ``concurrent.futures`` for the fits; this thread if None. The answer is the same to the bit.
         options: The arguments of :func:`stochdyn.bridges.refine`, such as ``diffusion``; those of the bridge count for None
             too.
 
@@ -226,14 +231,32 @@ def leave_one_out(
             got=chosen if chosen else f"{len(snapshots)} snapshots",
             hint="forecast scores the last one",
         )
-    job = _HoldingOut(snapshots, methods, chosen, metric, num_samples, options)
+    seed = as_seed(options.get("seed", 0))
+    cases = [(i, name) for i in chosen for name in methods]
+    fit_and_score = _FitAndScore(snapshots, methods, num_samples, options)
     identity = {
         "snapshots": snapshots, "methods": dict(methods), "indices": chosen, "num_samples": num_samples, **options
     }  # fmt: skip
-    return run_to_end(
-        job, "held out", identity=identity, randomness=options.get("seed", 0), device=snapshots.device,
-        progress=progress, checkpoint=checkpoint, resume=resume,
-    )  # fmt: skip
+    with Jobs(fit_and_score, cases, seed, executor, snapshots.device) as jobs:
+        return run_to_end(
+            _HoldingOut(snapshots, list(methods), jobs, metric), "held out", identity=identity, randomness=seed,
+            device=snapshots.device, progress=progress, checkpoint=checkpoint, resume=resume,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _FitAndScore:
+    """Hold a snapshot out, fit a method to the rest, and score it."""
+
+    snapshots: Snapshots
+    methods: Mapping[str, Any]
+    num_samples: int
+    options: dict[str, Any]
+
+    def __call__(self, case: tuple[int, str]) -> Score:
+        i, name = case
+        train, (held,) = self.snapshots.hold_out(i)
+        return score(_fit(self.methods[name], train, self.options), held, self.num_samples)
 
 
 class _HoldingOut(Resumable[HeldOut]):
@@ -241,20 +264,11 @@ class _HoldingOut(Resumable[HeldOut]):
 
     unit = "fit"
 
-    def __init__(
-        self,
-        snapshots: Snapshots,
-        methods: Mapping[str, Any],
-        chosen: list[int],
-        metric: str,
-        num_samples: int,
-        options: dict[str, Any],
-    ) -> None:
-        self.snapshots, self.methods, self.metric = snapshots, methods, metric
-        self.num_samples, self.options = num_samples, options
-        self.cases = [(i, name) for i in chosen for name in methods]
+    def __init__(self, snapshots: Snapshots, names: list[str], jobs: Jobs[Score], metric: str) -> None:
+        self.snapshots, self.jobs, self.metric = snapshots, jobs, metric
+        self.cases = jobs.items
         self.total = len(self.cases)
-        self.scores: dict[str, list[Score]] = {name: [] for name in methods}
+        self.scores: dict[str, list[Score]] = {name: [] for name in names}
 
     @property
     def finished(self) -> bool:
@@ -262,11 +276,8 @@ class _HoldingOut(Resumable[HeldOut]):
         return self.number >= len(self.cases)
 
     def step(self) -> None:
-        """Hold a snapshot out, fit, and score."""
-        i, name = self.cases[self.number]
-        train, (held,) = self.snapshots.hold_out(i)
-        law = _fit(self.methods[name], train, self.options)
-        self.scores[name].append(score(law, held, self.num_samples))
+        """Take the score of the next method and snapshot."""
+        self.scores[self.cases[self.number][1]].append(self.jobs.result(self.number))
 
     def state(self) -> dict[str, Any]:
         """Return the scores so far."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
@@ -23,6 +28,7 @@ from stochdyn.diagnostics.sites import Site, read_sites
 from stochdyn.diagnostics.uniformity import UniformityTest, binomial_interval, rank_uniformity
 from stochdyn.errors import InvalidInputError, NonFiniteError, ShapeError, UnknownSiteError
 from stochdyn.run.engine import Resumable, run_to_end
+from stochdyn.run.jobs import Jobs, check_executor
 from stochdyn.run.randomness import OwnRandomness
 
 __all__ = ["CoverageTable", "SBCResult", "sbc"]
@@ -119,6 +125,7 @@ def sbc(
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    executor: Executor | None = None,
 ) -> SBCResult:
     r"""Simulate truth and data from a model, infer, and rank the truth among the posterior draws.
 
@@ -153,6 +160,8 @@ def sbc(
         progress: Whether to show a bar, which appears after two seconds.
         checkpoint: The directory that is saved to after every simulation.
         resume: Whether to continue the run in ``checkpoint``, with more simulations perhaps.
+        executor: An executor of ``concurrent.futures`` for the simulations; this thread if None. Each has a seed of its own, so
+            the ranks are the same to the bit. For processes, model, ``infer`` and functions must stand at the top of a module.
 
     Returns:
         The ranks, with tests of uniformity and coverage.
@@ -192,26 +201,28 @@ def sbc(
         check_callable(function, f"test_functions[{name!r}]")
     if data_args is not None:
         check_callable(data_args, "data_args", "a function of the simulated data")
+    check_executor(executor)
     own = OwnRandomness(seed, current_device())
     with own:
-        job = _Simulations(
-            model, as_sampler(infer), args, dict(kwargs or {}), num_simulations, num_draws, observed, parameters,
-            test_functions or {}, log_joint, data_args,
+        simulation = _Simulation(
+            model, as_sampler(infer), args, dict(kwargs or {}), num_draws, observed, parameters, test_functions or {},
+            log_joint, data_args,
         )  # fmt: skip
     identity = {
         "model": model, "infer": infer, "args": args, "kwargs": kwargs, "num_draws": num_draws, "observed": observed,
         "parameters": parameters, "test_functions": test_functions, "log_joint": log_joint, "data_args": data_args,
         "seed": seed,
     }  # fmt: skip
-    return run_to_end(
-        job, "sbc", identity=identity, randomness=own, progress=progress, checkpoint=checkpoint, resume=resume
-    )
+    assert own.seed is not None
+    with Jobs(simulation, range(num_simulations), own.seed, executor, own.device) as jobs:
+        return run_to_end(
+            _Simulations(jobs, num_draws), "sbc", identity=identity, randomness=own, progress=progress,
+            checkpoint=checkpoint, resume=resume,
+        )  # fmt: skip
 
 
-class _Simulations(Resumable[SBCResult]):
-    """Truth, data and posterior, one after the other; the ranks so far are the state."""
-
-    unit = "simulation"
+class _Simulation:
+    """Truth, data and posterior, once: a function of nothing but random numbers, which returns ranks by name."""
 
     def __init__(
         self,
@@ -219,7 +230,6 @@ class _Simulations(Resumable[SBCResult]):
         sampler: PosteriorSampler,
         args: Sequence[Any],
         kwargs: dict[str, Any],
-        num_simulations: int,
         num_draws: int,
         observed: Sequence[str] | None,
         parameters: Sequence[str] | None,
@@ -228,24 +238,21 @@ class _Simulations(Resumable[SBCResult]):
         data_args: Callable[[Mapping[str, Tensor]], Sequence[Any]] | None,
     ) -> None:
         self.model, self.sampler, self.args, self.kwargs = model, sampler, args, kwargs
-        self.total = self.num_simulations = num_simulations
-        self.num_draws = num_draws
-        self.log_joint, self.data_args = log_joint, data_args
+        self.num_draws, self.log_joint, self.data_args = num_draws, log_joint, data_args
         with torch.no_grad():
             self.sites = read_sites(poutine.trace(model).get_trace(*args, **kwargs))
         self.data_names = _data_names(self.sites, observed)
         self.quantities = _quantities(self.sites, self.data_names, parameters, test_functions)
-        if log_joint:
-            self.quantities["log joint"] = lambda values: values[_JOINT]
-        self.ranks: dict[str, list[int]] = {}
+        # What a simulation leaves in Pyro's store must not reach the next one.
+        self.store = copy.deepcopy(pyro.get_param_store().get_state())
 
-    @property
-    def finished(self) -> bool:
-        """Whether all simulations are done."""
-        return self.number >= self.num_simulations
-
-    def step(self) -> None:
+    def __call__(self, number: int) -> dict[str, int]:
         """Simulate truth and data, draw from the posterior, and rank."""
+        del number
+        with pyro.get_param_store().scope(copy.deepcopy(self.store)):
+            return self._ranks()
+
+    def _ranks(self) -> dict[str, int]:
         args, kwargs, sites = self.args, self.kwargs, self.sites
         with torch.no_grad():
             trace = poutine.trace(_Release(self.data_names)(self.model)).get_trace(*args, **kwargs)
@@ -265,7 +272,29 @@ class _Simulations(Resumable[SBCResult]):
         found: dict[str, int] = {}
         for label, function in self.quantities.items():
             found |= _ranks(label, function(truth), function(draws), self.num_draws)
-        for name, rank in found.items():
+        if self.log_joint:
+            found |= _ranks("log joint", truth[_JOINT], draws[_JOINT], self.num_draws)
+        return found
+
+
+class _Simulations(Resumable[SBCResult]):
+    """The simulations in order; the ranks so far are the state."""
+
+    unit = "simulation"
+
+    def __init__(self, jobs: Jobs[dict[str, int]], num_draws: int) -> None:
+        self.jobs, self.num_draws = jobs, num_draws
+        self.total = len(jobs.items)
+        self.ranks: dict[str, list[int]] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether all simulations are done."""
+        return self.number >= len(self.jobs.items)
+
+    def step(self) -> None:
+        """Take the ranks of the next simulation."""
+        for name, rank in self.jobs.result(self.number).items():
             self.ranks.setdefault(name, []).append(rank)
 
     def state(self) -> dict[str, Any]:
@@ -346,11 +375,19 @@ def _quantities(
     found: dict[str, TestFunction] = {}
     for name in names:
         if sites[name].times is None:
-            found[name] = lambda values, name=name: values[name]  # type: ignore[misc]
+            found[name] = itemgetter(name)
         else:
-            found[f"{name}(T)"] = lambda values, name=name: values[name][..., -1, :]  # type: ignore[misc]
-            found[f"mean {name}"] = lambda values, name=name: values[name].mean(-2)  # type: ignore[misc]
+            found[f"{name}(T)"] = partial(_last, name)
+            found[f"mean {name}"] = partial(_mean, name)
     return {**found, **test_functions}
+
+
+def _last(name: str, values: Mapping[str, Tensor]) -> Tensor:
+    return values[name][..., -1, :]
+
+
+def _mean(name: str, values: Mapping[str, Tensor]) -> Tensor:
+    return values[name].mean(-2)
 
 
 def _checked_draws(draws: Mapping[str, Tensor], num_draws: int) -> dict[str, Tensor]:

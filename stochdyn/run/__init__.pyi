@@ -5,6 +5,7 @@ from .callbacks import KeepBest as KeepBest
 from .engine import Resumable as Resumable
 from .engine import run_to_end as run_to_end
 from .identity import digest as digest
+from .jobs import run_each as run_each
 from .interrupt import Interrupted as Interrupted
 from .progress import progress_bar as progress_bar
 from .randomness import OwnRandomness as OwnRandomness

@@ -11,6 +11,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -255,6 +256,10 @@ def run_to_end(
             job.interrupted = True
             raise Interrupted(run.message("interrupted"), job.report()) from None
         except Exception as error:
+            if interrupt.requested and isinstance(error.__cause__, BrokenExecutor):
+                # A terminal's Ctrl-C goes to the processes of an executor too.
+                job.interrupted = True
+                raise Interrupted(run.message("interrupted"), job.report()) from None
             run.explain(error)
             raise
         finally:

@@ -15,10 +15,23 @@ from torch import Tensor
 from stochdyn._checks import as_seed
 from stochdyn._lending import turns
 
-__all__ = ["OwnRandomness", "fork_random_state", "global_state", "seed_everything", "set_global_state"]
+__all__ = [
+    "OwnRandomness",
+    "fork_random_state",
+    "global_state",
+    "others_turn",
+    "seed_everything",
+    "seed_of",
+    "set_global_state",
+]
 
 # Steps that leave Python's and NumPy's generators alone before they are taken to do so.
 _PROOF = 3
+
+
+def seed_of(seed: int, number: int) -> int:
+    """Return the seed of one of many jobs, which depends on its number alone and not on who does it."""
+    return (seed * 1_000_003 + number) % 2**63
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
@@ -118,6 +131,9 @@ class OwnRandomness:
         True
     """
 
+    #: Whether :meth:`yield_turn` may let another thread in, here and in blocks within this one.
+    divisible = True
+
     def __init__(self, seed: int | None = 0, device: torch.device | str = "cpu") -> None:
         self.seed = None if seed is None else as_seed(seed)
         self.device = torch.device(device)
@@ -174,13 +190,9 @@ class OwnRandomness:
 
     def yield_turn(self) -> None:
         """Let another thread's block run if one waits; inside the block, at a place where nothing is half done."""
-        if not turns.wanted:
-            return
-        self._keep()
-        self._leave()
-        turns.take()
-        _here.base = _Globals(_here.devices)
-        self._back()
+        if turns.wanted and _here.stack[0].divisible:
+            with others_turn():
+                pass
 
     def snapshot(self) -> Any:
         """Return the present place, for :meth:`rewind`; inside the block, and quick.
@@ -235,6 +247,23 @@ class OwnRandomness:
                 _here.base = None if not _here.stack else _here.base
         finally:
             turns.give()
+
+
+@contextmanager
+def others_turn() -> Iterator[None]:
+    """Let the blocks of other threads run while this thread waits for them; the turn comes back at the end."""
+    if not _here.stack:
+        yield
+        return
+    own = _here.stack[-1]
+    own._keep()
+    own._leave()
+    try:
+        yield
+    finally:
+        turns.take(patient=True)
+        _here.base = _Globals(_here.devices)
+        own._back()
 
 
 def global_state() -> dict[str, Tensor]:

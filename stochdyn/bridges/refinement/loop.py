@@ -31,8 +31,9 @@ from stochdyn.bridges.refinement.projection import (
 from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.errors import ApproximationWarning, ConvergenceWarning, DiffusionError, NonFiniteError
 from stochdyn.run.engine import Resumable
+from stochdyn.run.jobs import Jobs
 
-__all__ = ["AlternatingLoop", "Attempt", "IPFLoop", "SinkhornLoop", "Task"]
+__all__ = ["AlternatingLoop", "Attempt", "IPFLoop", "SinkhornLoop", "Task", "WholeAttempt"]
 
 _SMALL = 60
 LIMIT = "the largest number of iterations"
@@ -279,6 +280,33 @@ class Attempt:
             self._bridge.load_state_dict(state["bridge"])
 
 
+@dataclass(frozen=True)
+class WholeAttempt:
+    """An attempt at a refinement from its start to its end, by its number: the first is the fit, others start elsewhere.
+
+    Attributes:
+        task: The task: data, family and options.
+        method: The method by which bridges are built.
+    """
+
+    task: Task
+    method: Sinkhorn
+
+    def start(self, index: int) -> Attempt:
+        """Return the attempt before its first iteration."""
+        family = copy.deepcopy(self.task.family)
+        if index:
+            family.reset(torch.Generator(self.task.snapshots.device).manual_seed(self.task.seed + index))
+        return Attempt(self.task, self.method, family, index > 0 or self.method.from_family)
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        """Return the state of the attempt at its end."""
+        attempt = self.start(index)
+        while not attempt.finished:
+            attempt.iterate()
+        return attempt.state()
+
+
 class SinkhornLoop(Resumable[Any]):
     """All attempts at a refinement with exact couplings, one iteration per step.
 
@@ -286,22 +314,26 @@ class SinkhornLoop(Resumable[Any]):
         task: The task: data, family and options.
         method: The method by which bridges are built.
         result: A function that makes the result from the best attempt.
+        jobs: What computes whole attempts, one per step, in place of iterations; none if None.
     """
 
     unit = "iteration"
 
-    def __init__(self, task: Task, method: Sinkhorn, result: Callable[[Attempt], Any]) -> None:
-        self.task, self.method, self.result = task, method, result
+    def __init__(
+        self,
+        task: Task,
+        method: Sinkhorn,
+        result: Callable[[Attempt], Any],
+        jobs: Jobs[dict[str, Any]] | None = None,
+    ) -> None:
+        self.task, self.method, self.result, self.jobs = task, method, result, jobs
         self.index = 0
         self.best: Attempt | None = None
         self.now = self._attempt(0)
         self.total = task.max_iterations if not method.restarts else None
 
     def _attempt(self, index: int) -> Attempt:
-        family = copy.deepcopy(self.task.family)
-        if index:
-            family.reset(torch.Generator(self.task.snapshots.device).manual_seed(self.task.seed + index))
-        return Attempt(self.task, self.method, family, index > 0 or self.method.from_family)
+        return WholeAttempt(self.task, self.method).start(index)
 
     @property
     def finished(self) -> bool:
@@ -313,7 +345,10 @@ class SinkhornLoop(Resumable[Any]):
         if self.now.finished:
             self.best, self.index = self._better(), self.index + 1
             self.now = self._attempt(self.index)
-        self.now.iterate()
+        if self.jobs is None or self.now.history.iterations:
+            self.now.iterate()
+        else:
+            self.now.load_state(self.jobs.result(self.index))
 
     def _better(self) -> Attempt:
         if self.best is None or float(self.now.bridge.objective) < float(self.best.bridge.objective):

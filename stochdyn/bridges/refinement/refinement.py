@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +28,7 @@ from stochdyn.bridges.laws.reference import EmpiricalLaw, fitted_family, spread_
 from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
 from stochdyn.bridges.refinement.history import History
 from stochdyn.bridges.refinement.identifiability import check_counts
-from stochdyn.bridges.refinement.loop import Attempt, IPFLoop, SinkhornLoop, Task
+from stochdyn.bridges.refinement.loop import Attempt, IPFLoop, SinkhornLoop, Task, WholeAttempt
 from stochdyn.bridges.refinement.messages_loop import MessagesLoop
 from stochdyn.bridges.refinement.methods import IPF, Messages, Method, Sinkhorn, as_method
 from stochdyn.bridges.refinement.projection import Adam, as_projection
@@ -37,6 +39,7 @@ from stochdyn.core.sde.coefficients import Matrix
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
 from stochdyn.run.engine import run_to_end
+from stochdyn.run.jobs import Jobs, check_executor
 
 __all__ = ["Refinement", "refine"]
 
@@ -136,6 +139,7 @@ def refine(
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    executor: Executor | None = None,
 ) -> Refinement:
     r"""Find the reference process of a family, and the bridge on it, that are nearest to one another.
 
@@ -166,6 +170,8 @@ def refine(
         checkpoint: The directory that the run is saved to after every iteration, made if need be.
         resume: Whether to continue the run in ``checkpoint`` to the same bits as if it had never stopped; a fresh run if there
             is none. ``max_iterations`` may be larger than it was.
+        executor: An executor of ``concurrent.futures`` for the attempts of ``Sinkhorn(restarts=...)``; this thread if None. The
+            answer is the same to the bit.
 
     Returns:
         Parameters, the bridge, the refined reference, and the history.
@@ -252,20 +258,31 @@ def refine(
             copy.deepcopy(found), bridge, history, snapshots, bridge.spread, bridge.dt, chosen, options
         )
 
+    check_executor(executor)
+    attempts = None
+    if executor is not None:
+        if not isinstance(chosen, Sinkhorn) or not chosen.restarts:
+            raise InvalidInputError(
+                "executor does nothing without restarts", hint="give method=Sinkhorn(restarts=...)"
+            )
+        attempts = Jobs(
+            WholeAttempt(task, chosen), range(chosen.restarts + 1), task.seed, executor, snapshots.device
+        )
     job: SinkhornLoop | IPFLoop | MessagesLoop
     if isinstance(chosen, Messages):
         job = MessagesLoop(task, chosen, by_messages)
     else:
         job = (
-            SinkhornLoop(task, chosen, by_sinkhorn)
+            SinkhornLoop(task, chosen, by_sinkhorn, attempts)
             if isinstance(chosen, Sinkhorn)
             else IPFLoop(task, chosen, by_ipf)
         )
     kept = {name: value for name, value in options.items() if name != "max_iterations"}
-    result = run_to_end(
-        job, "refine", identity={"snapshots": snapshots, "family": original, "method": chosen, **kept},
-        randomness=task.seed, device=snapshots.device, progress=progress, checkpoint=checkpoint, resume=resume,
-    )  # fmt: skip
+    with contextlib.nullcontext() if attempts is None else attempts:
+        result = run_to_end(
+            job, "refine", identity={"snapshots": snapshots, "family": original, "method": chosen, **kept},
+            randomness=task.seed, device=snapshots.device, progress=progress, checkpoint=checkpoint, resume=resume,
+        )  # fmt: skip
     if isinstance(job, SinkhornLoop | MessagesLoop):
         job.check()
     if not isinstance(as_projection(chosen.projection, original), Adam):

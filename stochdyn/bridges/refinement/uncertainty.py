@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +37,8 @@ from stochdyn.errors import (
     UnknownSiteError,
 )
 from stochdyn.run.engine import Resumable, run_to_end
+from stochdyn.run.jobs import Jobs, check_executor
+from stochdyn.run.randomness import seed_of
 
 if TYPE_CHECKING:
     from stochdyn.bridges.refinement.refinement import Refinement
@@ -141,6 +144,7 @@ def bootstrap(
     centre: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    executor: Executor | None = None,
 ) -> Any:
     r"""Redraw the particles of every snapshot with replacement and follow the refinement.
 
@@ -157,6 +161,7 @@ def bootstrap(
             with known diffusion.
         checkpoint: The directory that the run is saved to after every data set, with full refits.
         resume: Whether to continue the run in ``checkpoint``.
+        executor: An executor of ``concurrent.futures`` for the full refits; this thread if None. The answer is the same to the bit.
         centre: Whether to correct for the bias that noise causes: redrawing adds it once more, so draws are moved by twice
             their mean deviation from the fit.
 
@@ -174,6 +179,7 @@ def bootstrap(
     if not isinstance(refit, FullRefit):
         check_choice(refit, ("auto", "linear", "full"), "refit")
     check_bool(centre, "centre")
+    check_executor(executor)
     seed = as_seed(seed)
     _check_response(fit)
     generator = torch.Generator(fit.snapshots.device).manual_seed(seed)
@@ -184,9 +190,10 @@ def bootstrap(
             raise InvalidInputError(
                 "the response of a learned diffusion isn't known", hint="use refit='full'"
             )
-        if checkpoint is not None or resume:
+        if checkpoint is not None or resume or executor is not None:
             raise InvalidInputError(
-                "checkpoint does nothing for a linear response, which takes seconds", hint="use refit='full'"
+                "checkpoint and executor do nothing for a linear response, which takes seconds",
+                hint="use refit='full'",
             )
         response = LinearResponse(fit)
         check_information(response, stacklevel=4)
@@ -203,6 +210,7 @@ def bootstrap(
             progress,
             checkpoint,
             resume,
+            executor,
         )
         centre_at, how = flatten(fit.family), "full"
     if centre:
@@ -230,30 +238,60 @@ def redrawn_weights(snapshots: Snapshots, num: int, generator: torch.Generator |
     return everything
 
 
+@dataclass(frozen=True)
+class _Refit:
+    """A refinement on redrawn particles, by the number of the data set; the error, if no bridge can be built on it."""
+
+    snapshots: Snapshots
+    family: DriftFamily
+    options: dict[str, Any]
+    seed: int
+
+    def __call__(self, number: int) -> list[Any] | StochdynError:
+        from stochdyn.bridges.refinement.refinement import refine
+
+        source = torch.Generator(self.snapshots.device).manual_seed(seed_of(self.seed, number))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ApproximationWarning)
+                found = refine(self.snapshots.resample(source), self.family, **self.options)
+        except StochdynError as error:
+            return error
+        return [flatten(found.family), self._noise(found.diffusion.double()), found.objective]
+
+    def _noise(self, spread: Tensor) -> Tensor:
+        """What is learnt of the noise: its strength, that of every component, or the whole covariance rate."""
+        learnt = self.options["learn_diffusion"]
+        if learnt == "matrix":
+            return spread
+        own = spread.diagonal().sqrt()
+        return own if learnt == "components" else own.square().mean().sqrt()
+
+
+def _refit_options(fit: Refinement, refit: FullRefit) -> dict[str, Any]:
+    """Return the arguments of the refinements of redrawn data."""
+    assert isinstance(fit.method, Sinkhorn | Messages)  # only their bridges respond to weights
+    nodes = fit.method.num_nodes if refit.num_nodes is None else min(refit.num_nodes, fit.method.num_nodes)
+    method: Method = replace(fit.method, num_nodes=nodes)
+    diffusion = fit.options["diffusion"]
+    if isinstance(fit.measure, HiddenStateBridge) and isinstance(method, Messages):
+        method = replace(method, initial_mean=fit.measure.initial_mean, initial_cov=fit.measure.initial_cov)
+    elif isinstance(method, Sinkhorn):
+        method, diffusion = replace(method, from_family=True, restarts=0), fit.bridge.diffusion
+    return {
+        **fit.options, "max_iterations": refit.max_iterations, "method": method, "diffusion": diffusion,
+        "dt": fit.dt, "progress": False,
+    }  # fmt: skip
+
+
 class _Refits(Resumable[tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]]):
-    """One refinement after the other, each on redrawn particles."""
+    """One refinement after the other, until there are as many as asked for."""
 
     unit = "data set"
     total: int
 
-    def __init__(self, fit: Refinement, num_draws: int, seed: int, refit: FullRefit) -> None:
-        self.fit, self.total, self.seed, self.failed = fit, num_draws, seed, 0
-        assert isinstance(fit.method, Sinkhorn | Messages)  # only their bridges respond to weights
-        nodes = (
-            fit.method.num_nodes if refit.num_nodes is None else min(refit.num_nodes, fit.method.num_nodes)
-        )
-        method: Method = replace(fit.method, num_nodes=nodes)
-        diffusion = fit.options["diffusion"]
-        if isinstance(fit.measure, HiddenStateBridge) and isinstance(method, Messages):
-            method = replace(
-                method, initial_mean=fit.measure.initial_mean, initial_cov=fit.measure.initial_cov
-            )
-        elif isinstance(method, Sinkhorn):
-            method, diffusion = replace(method, from_family=True, restarts=0), fit.bridge.diffusion
-        self.options = {
-            **fit.options, "max_iterations": refit.max_iterations, "method": method, "diffusion": diffusion,
-            "dt": fit.dt, "progress": False,
-        }  # fmt: skip
+    def __init__(self, fit: Refinement, num_draws: int, jobs: Jobs[list[Any] | StochdynError]) -> None:
+        self.fit, self.total, self.jobs, self.failed = fit, num_draws, jobs, 0
         self.draws: list[list[Any]] = []
 
     @property
@@ -267,32 +305,22 @@ class _Refits(Resumable[tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]
         return len(self.draws)
 
     def step(self) -> None:
-        """Redraw, and refine."""
-        from stochdyn.bridges.refinement.refinement import refine
-
-        source = torch.Generator(self.fit.snapshots.device)
-        again = self.fit.snapshots.resample(source.manual_seed(hash_seed(self.seed, self.number)))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ApproximationWarning)
-                found = refine(again, self.fit.family, **self.options)
-        except StochdynError as error:
-            self.failed += 1
-            if self.failed > max(self.total // 2, 3):
-                raise InvalidInputError(
-                    "refinements of redrawn snapshots keep failing",
-                    got=f"{self.failed} of {self.failed + len(self.draws)}",
-                ) from error
+        """Take the next data set; one that no bridge can be built on is replaced by another."""
+        found = self.jobs.result(self.number, self.total - len(self.draws))
+        if not isinstance(found, StochdynError):
+            self.draws.append(found)
             return
-        self.draws.append([flatten(found.family), self._noise(found.diffusion.double()), found.objective])
+        self.failed += 1
+        if self.failed > self.most_failures(self.total):
+            raise InvalidInputError(
+                "refinements of redrawn snapshots keep failing",
+                got=f"{self.failed} of {self.failed + len(self.draws)}",
+            ) from found
 
-    def _noise(self, spread: Tensor) -> Tensor:
-        """What is learnt of the noise: its strength, that of every component, or the whole covariance rate."""
-        learnt = self.fit.options["learn_diffusion"]
-        if learnt == "matrix":
-            return spread
-        own = spread.diagonal().sqrt()
-        return own if learnt == "components" else own.square().mean().sqrt()
+    @staticmethod
+    def most_failures(total: int) -> int:
+        """How many data sets may fail."""
+        return max(total // 2, 3)
 
     def state(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on, as plain data and tensors."""
@@ -312,11 +340,6 @@ class _Refits(Resumable[tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]
         return rows, extra, {"objective": torch.tensor([row[2] for row in self.draws])}, self.failed
 
 
-def hash_seed(seed: int, number: int) -> int:
-    """Return a seed for one of many data sets."""
-    return (seed * 1_000_003 + number) % 2**63
-
-
 def _refits(
     fit: Refinement,
     num_draws: int,
@@ -325,19 +348,24 @@ def _refits(
     progress: bool,
     checkpoint: str | os.PathLike[str] | None,
     resume: bool,
+    executor: Executor | None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]:
-    job = _Refits(fit, num_draws, seed, refit)
+    options = _refit_options(fit, refit)
     identity = {
         "snapshots": fit.snapshots,
         "start": flatten(fit.family),
         "family": fit.family,
         "seed": seed,
-        **job.options,
+        **options,
     }
-    return run_to_end(
-        job, "bootstrap", identity=identity, randomness=seed, device=fit.snapshots.device, progress=progress,
-        checkpoint=checkpoint, resume=resume,
-    )  # fmt: skip
+    numbers = range(num_draws + _Refits.most_failures(num_draws) + 1)
+    with Jobs(
+        _Refit(fit.snapshots, fit.family, options, seed), numbers, seed, executor, fit.snapshots.device
+    ) as jobs:
+        return run_to_end(
+            _Refits(fit, num_draws, jobs), "bootstrap", identity=identity, randomness=seed,
+            device=fit.snapshots.device, progress=progress, checkpoint=checkpoint, resume=resume,
+        )  # fmt: skip
 
 
 def families_of(

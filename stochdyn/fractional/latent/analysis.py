@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from stochdyn.fractional.latent.model import LatentSDE
 from stochdyn.fractional.latent.networks import interpolate
 from stochdyn.fractional.latent.series import Series
 from stochdyn.fractional.noise.memory import MemoryStates
+from stochdyn.run.jobs import run_each
 
 __all__ = [
     "Comparison",
@@ -230,6 +233,9 @@ def compare_models(
     folds: int = 5,
     num_draws: int = 500,
     seed: int = 0,
+    progress: bool = True,
+    *,
+    executor: Executor | None = None,
     **options: Any,
 ) -> Comparison:
     """Compare models by cross-validation over series: each series is predicted by a model that hasn't seen it.
@@ -242,7 +248,9 @@ def compare_models(
         folds: The number of parts; each is left out once.
         num_draws: The posterior paths for the log evidence of a held-out series.
         seed: The seed of the folds, the training and the draws.
-        options: The options of :func:`stochdyn.fit`: ``steps``, ``lr``, ``batch_size``, ``progress`` (off unless asked for).
+        progress: Whether to show a bar over the fits, which appears after two seconds.
+        executor: An executor of ``concurrent.futures`` for the fits; this thread if None. The answer is the same to the bit.
+        options: The options of :func:`stochdyn.fit`: ``steps``, ``lr``, ``batch_size``.
 
     Raises:
         InvalidInputError: For fewer series than folds.
@@ -251,8 +259,6 @@ def compare_models(
         A. Vehtari, A. Gelman and J. Gabry, Practical Bayesian model evaluation using leave-one-out cross-validation,
         Statistics and Computing 27, 2017.
     """
-    from stochdyn.run.trainer import fit
-
     count = len(series)
     check_positive_int(folds, "folds", 2)
     if count < folds or len(build) < 2:
@@ -261,16 +267,13 @@ def compare_models(
             got=f"{len(build)} models, {count} series",
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    parts = [order[part::folds] for part in range(folds)]
+    cases = [(name, part) for name in build for part in range(folds)]
+    held_out = partial(_held_out, build, series, parts, num_draws, seed, options)
+    found = run_each(held_out, cases, seed=seed, executor=executor, progress=progress)
     pointwise = {name: torch.zeros(count) for name in build}
-    for name, make in build.items():
-        for part in range(folds):
-            held = order[part::folds]
-            kept = torch.cat([order[other::folds] for other in range(folds) if other != part])
-            with lent(as_seed(seed)):
-                model = make()
-            fit(model, _select(series, kept), seed=seed, **{"progress": False, **options})
-            found = evidence(model, _select(series, held), num_draws, seed)
-            pointwise[name][held] = found.log_evidence.to(pointwise[name])
+    for (name, part), log_evidence in zip(cases, found, strict=True):
+        pointwise[name][parts[part]] = log_evidence.to(pointwise[name])
     total = {name: float(values.sum()) for name, values in pointwise.items()}
     names = tuple(sorted(total, key=lambda name: -total[name]))
     gaps = {name: pointwise[name] - pointwise[names[0]] for name in names}
@@ -281,6 +284,26 @@ def compare_models(
         {name: float(gap.std() * math.sqrt(count)) for name, gap in gaps.items()},
         pointwise,
     )
+
+
+def _held_out(
+    build: Mapping[str, Callable[[], LatentSDE]],
+    series: Series,
+    parts: list[Tensor],
+    num_draws: int,
+    seed: int,
+    options: Mapping[str, Any],
+    case: tuple[str, int],
+) -> Tensor:
+    """Return the log evidence of the series of one part by a model fitted to the other parts."""
+    from stochdyn.run.trainer import fit
+
+    name, part = case
+    kept = torch.cat([own for k, own in enumerate(parts) if k != part])
+    with lent(as_seed(seed)):
+        model = build[name]()
+    fit(model, _select(series, kept), seed=seed, progress=False, **options)
+    return evidence(model, _select(series, parts[part]), num_draws, seed).log_evidence
 
 
 def _select(series: Series, index: Tensor) -> Series:
