@@ -21,6 +21,7 @@ from .nonlinear import NonlinearObservations as NonlinearObservations
 from .observations import LinearObservations as LinearObservations
 from .observations import observe as observe
 from .panel import Panel as Panel
+from .panel_batches import PanelBatches as PanelBatches
 from .particle_site import ParticleObservations as ParticleObservations
 from .particles import BootstrapFilter as BootstrapFilter
 from .particles import GuidedFilter as GuidedFilter

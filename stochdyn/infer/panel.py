@@ -17,7 +17,7 @@ from stochdyn.core.data.panel_grid import PanelGrid, grid_through
 from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError, TimeGridError
 from stochdyn.infer.observations import observe
 
-__all__ = ["Panel"]
+__all__ = ["Panel", "joined"]
 
 _SECONDS = {
     "second": 1.0,
@@ -430,6 +430,22 @@ class Panel:
         device = new.values.device
         new.times, new.lengths = self.times.to(device), self.lengths.to(device)
         return new
+
+
+def joined(first: Panel, second: Panel) -> Panel:
+    """Return the series of two panels of the same columns in one."""
+    panels = (first, second)
+    parts = []
+    for panel in panels:
+        inside = torch.arange(panel.times.shape[-1], device=panel.times.device) < panel.lengths.unsqueeze(-1)
+        parts.append((panel.times[inside], torch.cat([panel.values, panel.covariates], -1)[inside]))
+    times, table = (torch.cat(part) for part in zip(*parts, strict=True))
+    lengths = torch.cat([p.lengths for p in panels]).cpu().numpy()
+    new = object.__new__(type(first))
+    new.__dict__.update(first.__dict__, _grids={})
+    rows = _Rows([*first.series, *second.series], lengths, np.arange(lengths.sum()))
+    new._fill(rows, times, table, len(first.columns))
+    return new
 
 
 def _names(columns: object, argument: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,7 +20,18 @@ from stochdyn.run.randomness import global_state, set_global_state
 __all__ = ["Batches", "make_batches"]
 
 
+@runtime_checkable
+class _Movable(Protocol):
+    """What knows by itself how to go to another device, as a panel does."""
+
+    def to(self, device: torch.device, /) -> Any: ...
+
+
 def _move(tree: Any, device: torch.device) -> Any:
+    if isinstance(tree, _Movable) and not isinstance(tree, Tensor):
+        return tree.to(device)
+    if type(tree) in (tuple, list):
+        return type(tree)(_move(v, device) for v in tree)
     return map_tensors(lambda x: x.to(device, non_blocking=x.is_pinned()), tree)
 
 
