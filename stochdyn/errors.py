@@ -20,6 +20,7 @@ __all__ = [
     "HurstRangeError",
     "InvalidInputError",
     "LindbladianError",
+    "LostProcessError",
     "MissingDependencyError",
     "NonFiniteError",
     "NonFiniteLossError",
@@ -176,6 +177,10 @@ class NonFiniteLossError(StochdynError, FloatingPointError):
 
     step: int | None = None
     result: object | None = None
+
+
+class LostProcessError(StochdynError, ConnectionError):
+    """Another process that computes for this run has died: a rank of data-parallel training, or one of an executor."""
 
 
 class CheckpointError(StochdynError):

@@ -18,6 +18,10 @@ from stochdyn.errors import InvalidInputError
 __all__ = ["World", "connect"]
 
 
+# What gloo says of a peer whose process has ended; its errors have no class of their own.
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
 @dataclass(frozen=True)
 class World:
     """The group of processes that train together; the defaults are one process alone.
@@ -48,6 +52,12 @@ class World:
         if self.size > 1:
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.detach(), src=0)
+
+    def is_lost(self, error: Exception) -> bool:
+        """Return whether an error says that another rank has gone away."""
+        kinds = (dist.DistBackendError, dist.DistNetworkError) if dist.is_available() else ()
+        found = isinstance(error, RuntimeError) and any(text in str(error) for text in _GONE)
+        return self.size > 1 and (found or isinstance(error, kinds))
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks of a tensor; the tensor itself in a single process."""

@@ -11,14 +11,19 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
 from stochdyn._checks import check_bool, check_callable, check_choice, check_positive_int, check_type
-from stochdyn.errors import CheckpointError, CheckpointWriteError, DamagedCheckpointError, InvalidInputError
+from stochdyn.errors import (
+    CheckpointError,
+    CheckpointWriteError,
+    DamagedCheckpointError,
+    InvalidInputError,
+    LostProcessError,
+)
 from stochdyn.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from stochdyn.run.distributed import World
 from stochdyn.run.encoding import encode, map_tensors, pack, unpack
@@ -183,6 +188,7 @@ def run_to_end(
         CheckpointWriteError: If a checkpoint can't be written; the previous one is whole.
         DamagedCheckpointError: If the checkpoint to resume was cut short or altered.
         ForeignCheckpointError: If it belongs to another run; the message names what differs.
+        LostProcessError: If another rank, or a process of an executor, has died; the last checkpoint is whole.
         Interrupted: After Ctrl-C.
 
     Example:
@@ -256,10 +262,18 @@ def run_to_end(
             job.interrupted = True
             raise Interrupted(run.message("interrupted"), job.report()) from None
         except Exception as error:
-            if interrupt.requested and isinstance(error.__cause__, BrokenExecutor):
+            if interrupt.requested and isinstance(error, LostProcessError):
                 # A terminal's Ctrl-C goes to the processes of an executor too.
                 job.interrupted = True
                 raise Interrupted(run.message("interrupted"), job.report()) from None
+            if job.world.is_lost(error):
+                lost = LostProcessError(
+                    "another rank has died",
+                    hint="see what it said, and start all of them again; with checkpoint=... and resume=True they go on from "
+                    "the last save",
+                )
+                run.explain(lost)
+                raise lost from error
             run.explain(error)
             raise
         finally:
@@ -304,11 +318,10 @@ class _Run(Generic[Result]):
     def message(self, how: str) -> str:
         job = self.job
         whole = f" of {job.total}" if isinstance(job.total, int) else ""
-        where = (
-            ""
-            if self.folder is None or self.saved != job.number
-            else f"; the checkpoint {self.folder} holds it"
-        )
+        where = ""
+        if self.folder is not None and self.saved is not None:
+            held = "it" if self.saved == job.number else f"step {self.saved}"
+            where = f"; the checkpoint {self.folder} holds {held}"
         return f"{self.what} {how} after step {job.number}{whole}{where}"
 
     # ------------------------------------------------------------------------------------- checkpoints

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from stochdyn._checks import as_seed, as_sequence, check_callable, check_type
-from stochdyn.errors import InvalidInputError, UnavailableError
+from stochdyn.errors import InvalidInputError, LostProcessError
 from stochdyn.run.engine import Resumable, run_to_end
 from stochdyn.run.randomness import OwnRandomness, others_turn, seed_of
 
@@ -180,7 +180,7 @@ class Jobs(Generic[Result]):
             wanted: The number of jobs from this one on that will be asked for, as far as is known; all if None.
 
         Raises:
-            UnavailableError: If a process of the executor has died.
+            LostProcessError: If a process of the executor has died.
 
         An exception of the job goes through.
         """
@@ -196,7 +196,7 @@ class Jobs(Generic[Result]):
             with others_turn():
                 found = future.result()
         except BrokenExecutor as error:
-            raise UnavailableError(
+            raise LostProcessError(
                 "a process of the executor has died",
                 hint='it may have run out of memory; and a script that starts processes needs if __name__ == "__main__"',
             ) from error
@@ -281,7 +281,7 @@ def run_each(
 
     Raises:
         InvalidInputError: If function or items can't be sent to other processes; before any work.
-        UnavailableError: If a process of the executor has died.
+        LostProcessError: If a process of the executor has died.
         Interrupted: After Ctrl-C; its ``result`` holds the results so far.
 
     An exception of the function goes through, with the results so far as its ``result``.

@@ -117,6 +117,7 @@ def fit(
         CheckpointWriteError: If a checkpoint can't be written; the previous one is whole.
         DamagedCheckpointError: If the checkpoint to resume was cut short or altered.
         ForeignCheckpointError: If it belongs to another run; the message names what differs.
+        LostProcessError: If another rank has died; the last checkpoint is whole.
         Interrupted: After Ctrl-C.
 
     An exception of the objective or of a callback goes through; the checkpoint then holds the last whole step, and the

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -153,6 +155,55 @@ def test_a_run_of_two_ranks_is_foreign_to_one(two_ranks: Outcome) -> None:
             checkpoint=two_ranks.folder / "checkpoint",
             resume=True,
         )
+
+
+def two_processes(folder: Path, *options: str) -> list[tuple[int, str]]:
+    """Run ``lost_rank`` on two ranks without torchrun, which would end the one as soon as the other dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(2):
+        environment = {
+            **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.run.lost_rank", str(folder), *options],
+                env=environment, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    said = [process.communicate(timeout=240)[1] for process in running]
+    return [(process.returncode, text) for process, text in zip(running, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def one_rank_died(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
+    folder = tmp_path_factory.mktemp("lost")
+    return folder, two_processes(folder, "die")
+
+
+def test_a_killed_rank_ends_the_other_with_a_clear_error_and_a_whole_checkpoint(
+    one_rank_died: tuple[Path, list[tuple[int, str]]],
+) -> None:
+    folder, ((code, said), (killed, _)) = one_rank_died
+    assert (code, killed) == (1, -signal.SIGKILL)
+    assert "LostProcessError: another rank has died. See what it said, and start all of them again" in said
+    assert f"fit stopped after step 7 of 12; the checkpoint {folder / 'run'} holds step 4" in said
+    content = read_checkpoint(folder / "run")
+    assert content is not None
+    assert content.step == 4
+
+
+@pytest.mark.slow
+def test_both_ranks_go_on_from_it_to_the_same_bits(
+    one_rank_died: tuple[Path, list[tuple[int, str]]],
+) -> None:
+    folder, _ = one_rank_died
+    assert [code for code, _ in two_processes(folder)] == [0, 0]
+    for rank in (0, 1):
+        assert_equal(*(load_file(folder / f"{name}{rank}.safetensors") for name in ("resumed", "straight")))
 
 
 def test_one_process_alone_is_a_world() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 import stochdyn as sd
 from stochdyn.bridges import FullRefit, LinearDrift, Sinkhorn, Snapshots, bootstrap, leave_one_out, refine
 from stochdyn.diagnostics import sbc
-from stochdyn.errors import InvalidInputError, UnavailableError
+from stochdyn.errors import InvalidInputError, LostProcessError
 from stochdyn.fractional import GaussianDecoder, LatentSDE, Series, compare_models
 from stochdyn.run import Interrupted, run_each
 from tests.run import spread
@@ -166,7 +166,7 @@ def test_an_executor_that_would_do_nothing_is_refused(threads: Executor) -> None
 @pytest.mark.slow
 def test_a_dead_process_is_told() -> None:
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    with pool, pytest.raises(UnavailableError, match=r"has died.*memory"):
+    with pool, pytest.raises(LostProcessError, match=r"has died.*memory"):
         run_each(spread.die, [1.0], executor=pool)
 
 
