@@ -147,9 +147,8 @@ class LinearObservations(LawDistribution):
         self.increments = increments
         self.law, self.obs_scale, self.emission = law, obs_scale, emission
         self.times = as_time_grid(times, "times", min_points=1, batch=True)
-        mean = law.mean(self.times)
-        size = mean.shape[-1] if emission is None else emission.shape[-2]
-        batch = torch.broadcast_shapes(mean.shape[:-2], self.times.shape[:-1])
+        size = law.dim if emission is None else emission.shape[-2]
+        batch = torch.broadcast_shapes(law.batch_shape, self.times.shape[:-1])
         if isinstance(obs_scale, Tensor) and obs_scale.ndim > 2:
             batch = torch.broadcast_shapes(batch, obs_scale.shape[:-2])
         super().__init__(batch, torch.Size((self.times.shape[-1], size)), validate_args=validate_args)
@@ -157,7 +156,7 @@ class LinearObservations(LawDistribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw ``(*sample, *batch, T, p)``."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        own = len(self.law.mean(self.times).shape) - 2
+        own = max(len(self.law.batch_shape), self.times.ndim - 1)
         draws = shape[: len(shape) - 2 - own]
         if isinstance(self.law, LinearGaussianMeasure) and self.increments:
             # A time at which the law starts stands twice, which the chain takes and a grid wouldn't.

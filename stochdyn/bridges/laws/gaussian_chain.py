@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from stochdyn._checks import as_tensor, as_time_grid
 from stochdyn.bridges.laws.gaussian import GaussianBridge
 from stochdyn.core.gaussian.conditioning import PiecewiseMeasure
+from stochdyn.core.gaussian.constant_steps import Transition
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
-from stochdyn.core.gaussian.transition import Transition
 from stochdyn.core.law.diffusion import DiffusionMeasure
 from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.errors import ShapeError

@@ -22,7 +22,7 @@ from stochdyn.bridges.laws.chain import Chain, panel_rule
 from stochdyn.bridges.laws.importance import log_correction, weighted_paths
 from stochdyn.core._distance import distance_between
 from stochdyn.core.gaussian.batch_last import cholesky, mm, mt, mv
-from stochdyn.core.gaussian.transition import constant_transition
+from stochdyn.core.gaussian.constant_steps import constant_transition
 
 __all__ = ["AffineTransition", "LinearisedTransition", "Transition", "transition"]
 

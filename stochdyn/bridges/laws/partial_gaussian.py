@@ -19,9 +19,9 @@ from stochdyn._checks import (
     check_same_dtype,
 )
 from stochdyn.core.gaussian.conditioning import EndPotential, PiecewiseMeasure, absorb, reachable
+from stochdyn.core.gaussian.constant_steps import Transition
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 from stochdyn.core.gaussian.small import symmetrise
-from stochdyn.core.gaussian.transition import Transition
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError, SingularDiffusionError

@@ -30,8 +30,8 @@ from .small import psd_factor as psd_factor
 from .small import psd_inverse as psd_inverse
 from .small import symmetrise as symmetrise
 from .spectral import SpectralDrift as SpectralDrift
-from .transition import Transition as Transition
-from .transition import constant_transition as constant_transition
+from .constant_steps import Transition as Transition
+from .constant_steps import constant_transition as constant_transition
 from .transition import grid_transition as grid_transition
 from .transition import varying_transition as varying_transition
 from .conditioning import EndPotential as EndPotential

@@ -25,11 +25,11 @@ from torch import Tensor
 from stochdyn._checks import as_tensor, check_event_size, check_real, check_type
 from stochdyn.core.forward.flow import as_time
 from stochdyn.core.gaussian.chain import GaussianChain
+from stochdyn.core.gaussian.constant_steps import Transition
 from stochdyn.core.gaussian.law import GaussianPathMeasure
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
 from stochdyn.core.gaussian.observations import union_of
 from stochdyn.core.gaussian.small import definite_factor, symmetrise, times
-from stochdyn.core.gaussian.transition import Transition
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import ShapeError, SingularDiffusionError, TimeGridError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stochdyn.core.gaussian.transition import constant_transition, distinct_steps
+from stochdyn.core.gaussian.constant_steps import constant_transition
+from stochdyn.core.gaussian.transition import distinct_steps
 from stochdyn.core.law.transition import check_has_density
 from stochdyn.core.sde.affine_field import AffineField
 from stochdyn.core.sde.coefficients import Matrix

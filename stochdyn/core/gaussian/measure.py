@@ -21,6 +21,7 @@ from stochdyn._checks import (
 )
 from stochdyn.core.forward.flow import as_time
 from stochdyn.core.gaussian.chain import GaussianChain
+from stochdyn.core.gaussian.constant_steps import Transition
 from stochdyn.core.gaussian.density import grid_kl, path_kl
 from stochdyn.core.gaussian.law import GaussianPathMeasure
 from stochdyn.core.gaussian.recursion import align, broadcast_batches
@@ -28,7 +29,6 @@ from stochdyn.core.gaussian.transition import (
     Coefficients,
     TimeFunction,
     TimeValue,
-    Transition,
     as_noise_matrix,
     as_time_value,
     grid_transition,
@@ -288,10 +288,14 @@ class LinearGaussianMeasure(GaussianPathMeasure):
                 got=float(ts[0].detach().min()),
                 expected=f">= {self.initial_time}",
             )
-        phi, c, q = self.transition(ts[:-1], ts[1:])
         mean, cov = self.initial_mean, self.initial_cov
-        if bool((ts[:1] > origin).any()) or ts.requires_grad:
-            a0, c0, q0 = (x[0] for x in self.transition(origin, ts[:1]))
+        starts_later = bool((ts[:1] > origin).any()) or ts.requires_grad
+        # One call for all steps, the one from the start of the law among them.
+        nodes = torch.cat([origin, ts]) if starts_later else ts
+        phi, c, q = self.transition(nodes[:-1], nodes[1:])
+        if starts_later:
+            (a0, phi), (c0, c), (q0, q) = (x.tensor_split([1]) for x in (phi, c, q))
+            a0, c0, q0 = a0[0], c0[0], q0[0]
             mean = (a0 @ mean[..., None]).squeeze(-1) + c0
             cov = a0 @ cov @ a0.mT + q0
         return GaussianChain(mean, cov, phi, c, q)

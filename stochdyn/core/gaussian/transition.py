@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import as_tensor, check_finite, check_positive
+from stochdyn.core.gaussian.constant_steps import Transition, constant_transition
 from stochdyn.core.gaussian.small import standard_deviations, symmetrise
 from stochdyn.core.sde.coefficients import Coefficient
 from stochdyn.errors import ApproximationWarning, DiffusionError, DtypeMismatchError, ShapeError
@@ -17,21 +18,15 @@ from stochdyn.errors import ApproximationWarning, DiffusionError, DtypeMismatchE
 __all__ = [
     "TimeFunction",
     "TimeValue",
-    "Transition",
     "as_noise_matrix",
     "as_time_value",
-    "constant_transition",
     "distinct_steps",
     "grid_transition",
     "varying_transition",
 ]
 
-#: ``(phi, c, q)``: ``(N, *B, d, d)``, ``(N, *B, d)``, ``(N, *B, d, d)``.
-Transition = tuple[Tensor, Tensor, Tensor]
 Coefficients = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
-_TERMS = 14
-_SERIES = 11
 _MAX_LEVEL = 10  # of halving: 1024 substeps
 _LEAST_SUBSTEPS = 32
 # Gauss-Legendre nodes and weights on [0, 1], order 6.
@@ -159,94 +154,6 @@ def as_noise_matrix(
 
 def _scaled_diagonal(strength: Tensor, ones: Tensor) -> Tensor:
     return torch.diag_embed(strength * ones)
-
-
-def constant_transition(a: Tensor, b: Tensor, s: Tensor, dt: Tensor, dtype: torch.dtype) -> Transition:
-    r"""Return the transitions over ``dt (N,)`` of :math:`dX=(AX+b)dt+dM`, :math:`d\langle M\rangle=S\,dt`.
-
-    Taylor series over a step short enough that its norm is at most 1/4, then doublings
-
-    .. math:: Q\to Q+\Phi Q\Phi^\top,\qquad c\to c+\Phi c,\qquad \Phi-I=E\to 2E+E^2 .
-
-    No term is subtracted from :math:`Q` and nothing grows that the process doesn't, so stiff equations
-    (:math:`\|A\|h\gg 1`) keep full accuracy, where Van Loan's exponential with :math:`-A^\top` overflows.
-
-    Args:
-        a: A batch of matrices ``(*B, d, d)``.
-        b: A batch of vectors ``(*B, d)``.
-        s: A batch of symmetric matrices ``(*B, d, d)``.
-        dt: The nonnegative steps, possibly more precise than ``dtype``; ``(N, *G)`` where every series has its own,
-            aligned with ``*B``.
-        dtype: The precision of the result.
-    """
-    if a.shape[-1] == 1:
-        return _scalar_transition(a, b, s, dt, dtype)
-    longest = float(dt.detach().max()) if dt.numel() else 0.0
-    strength = float(a.detach().abs().sum(-2).max()) * longest
-    doublings = max(0, math.ceil(math.log2(4 * strength))) if strength > 0 else 0
-    scale = (longest or 1.0) / 2.0**doublings
-    ratio = (dt / (longest or 1.0)).to(dtype)
-    b = b.expand(*torch.broadcast_shapes(a.shape[:-1], b.shape))
-    s = s.expand(*torch.broadcast_shapes(a.shape, s.shape))
-    power, powers = torch.ones_like(ratio), []
-    drift_term, mean_term, cov_term = torch.eye(a.shape[-1], dtype=dtype, device=a.device), b, s
-    drift_terms, mean_terms, cov_terms = [], [], []
-    for k in range(1, _TERMS + 1):
-        power = power * ratio
-        powers.append(power)
-        mean_term, cov_term = mean_term * (scale / k), cov_term * (scale / k)
-        mean_terms.append(mean_term)
-        cov_terms.append(cov_term)
-        drift_term = (a @ drift_term) * (scale / k)
-        drift_terms.append(drift_term)
-        mean_term = (a @ mean_term[..., None]).squeeze(-1)
-        cov_term = a @ cov_term + cov_term @ a.mT
-    excess, c, q = (_series(powers, t, e) for t, e in ((drift_terms, 2), (mean_terms, 1), (cov_terms, 2)))
-    q = symmetrise(q)
-    for _ in range(doublings):
-        c = 2 * c + (excess @ c[..., None]).squeeze(-1)
-        spread = excess @ q
-        # Symmetrised every time: an antisymmetric rounding error would double with the step.
-        q = symmetrise(q + (q + spread + spread.mT + spread @ excess.mT))
-        excess = 2 * excess + excess @ excess
-    return excess + torch.eye(a.shape[-1], dtype=dtype, device=a.device), c, q
-
-
-def _series(powers: list[Tensor], terms: list[Tensor], event: int) -> Tensor:
-    """Return the sums over k of ``powers (N, *G)`` times ``terms (*B, *event)``, ``(N, *B, *event)`` with G and B aligned."""
-    if powers[0].ndim == 1:
-        return torch.tensordot(torch.stack(powers, -1), torch.stack(terms), 1)
-    # Batch axes of the law to the left of those of the grids, such as one for draws of parameters, see the same grids.
-    lead = (1,) * max(0, terms[0].ndim - event - (powers[0].ndim - 1))
-    # Horner's rule, one kernel a term: terms[k] belongs to the power k + 1.
-    ratio = powers[0].reshape(powers[0].shape[0], *lead, *powers[0].shape[1:], *(1,) * event)
-    total = terms[-1]
-    for term in reversed(terms[:-1]):
-        total = torch.addcmul(term, ratio, total)
-    return ratio * total
-
-
-def _scalar_transition(a: Tensor, b: Tensor, s: Tensor, dt: Tensor, dtype: torch.dtype) -> Transition:
-    r"""Return :func:`constant_transition` of one component, in closed form.
-
-    .. math:: \Phi=e^x,\quad c=b\,\Delta\,\varphi(x),\quad Q=S\,\Delta\,\varphi(x)\tfrac{1+e^x}2,\qquad x=A\Delta,\ \varphi(x)=\frac{e^x-1}x
-    """
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-1], s.shape[:-2])
-    own = dt.ndim - 1
-    lag = dt.to(dtype).reshape(dt.shape[0], *(1,) * (len(batch) - own), *dt.shape[1:])
-    x = a[..., 0, 0] * lag
-    grown = x.exp()
-    # Near zero the quotient's derivatives lose digits, and the series has them all.
-    near = x.detach().abs() < 0.1
-    small, far = torch.where(near, x, torch.zeros_like(x)), torch.where(near, torch.ones_like(x), x)
-    series = torch.full_like(x, 1.0 / math.factorial(_SERIES))
-    for k in range(_SERIES - 1, 0, -1):
-        series = torch.addcmul(x.new_tensor(1.0 / math.factorial(k)), series, small)
-    mean = torch.where(near, series, torch.expm1(far) / far) * lag
-    shape = (dt.shape[0], *torch.broadcast_shapes(batch, dt.shape[1:]))
-    c = (b[..., 0] * mean).expand(shape)
-    q = (s[..., 0, 0] * mean * (0.5 * (1.0 + grown))).expand(shape)
-    return grown.expand(shape)[..., None, None], c[..., None], q[..., None, None]
 
 
 def distinct_steps(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor | None]:
