@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import as_tensor, check_positive, check_positive_int, check_type
-from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
 
 __all__ = [
     "Exact",
@@ -41,6 +41,17 @@ class Observation(nn.Module, ABC):
         """Return the states that are entered at the very moment of the observation, ``(*y.shape,)``, or -1."""
         return torch.full(y.shape, -1, dtype=torch.long, device=y.device)
 
+    def draw(self, states: Tensor) -> Tensor:
+        """Return observations drawn given the states ``(...)``, of their shape.
+
+        Raises:
+            UnavailableError: If the law doesn't say what is seen of a state; a class of your own says so here.
+        """
+        raise UnavailableError(
+            f"{type(self).__name__} can't be drawn: it doesn't say what is seen of a state",
+            hint="give it a method draw(states)",
+        )
+
 
 def _labels(y: Tensor, count: int, what: str) -> tuple[Tensor, Tensor]:
     """Return labels as whole numbers, zero where missing, and which are missing."""
@@ -70,6 +81,10 @@ class Exact(Observation):
         seen = torch.nn.functional.one_hot(label, self.num_states).to(y.dtype).log()
         return torch.where(missing[..., None], torch.zeros_like(seen), seen)
 
+    def draw(self, states: Tensor) -> Tensor:
+        """Return the states themselves."""
+        return states.double()
+
 
 class Misclassified(Observation):
     """Labels that may be wrong.
@@ -93,6 +108,11 @@ class Misclassified(Observation):
         label, missing = _labels(y, self.matrix.shape[1], "labels")
         seen = self.matrix.to(y.dtype).log().mT[label]
         return torch.where(missing[..., None], torch.zeros_like(seen), seen)
+
+    def draw(self, states: Tensor) -> Tensor:
+        """Draw the labels."""
+        flat = torch.multinomial(self.matrix.detach()[states.reshape(-1)], 1)[:, 0]
+        return flat.reshape(states.shape).double()
 
 
 class GaussianLevels(Observation):
@@ -129,6 +149,11 @@ class GaussianLevels(Observation):
         )
         return torch.where(missing[..., None], torch.zeros_like(seen), seen)
 
+    def draw(self, states: Tensor) -> Tensor:
+        """Draw the values."""
+        scale = self.scale.expand_as(self.levels)
+        return torch.normal(self.levels.detach()[states], scale.detach()[states])
+
 
 class PoissonLevels(Observation):
     """Counts whose mean depends on the state, such as photons per frame.
@@ -155,6 +180,10 @@ class PoissonLevels(Observation):
         mean = self.means.to(y.dtype)
         seen = at * mean.log() - mean - torch.lgamma(at + 1)
         return torch.where(missing[..., None], torch.zeros_like(seen), seen)
+
+    def draw(self, states: Tensor) -> Tensor:
+        """Draw the counts."""
+        return torch.poisson(self.means.detach()[states])
 
 
 class StateSets(Observation):

@@ -21,10 +21,10 @@ from stochdyn._checks import (
     check_type,
 )
 from stochdyn.core.law.marginals import Generator
-from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
+from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.infer.law_distribution import LawDistribution
 from stochdyn.jumps.measure import JumpMeasure, log_evidence
-from stochdyn.jumps.observations import Exact, GaussianLevels, Misclassified, Observation, PoissonLevels
+from stochdyn.jumps.observations import Observation
 from stochdyn.jumps.record import JumpRecord
 
 __all__ = ["HiddenJumps", "JumpPath", "posterior_paths"]
@@ -83,31 +83,19 @@ class HiddenJumps(LawDistribution):
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw hidden paths, and observations of them, ``(*sample, *batch, T)``."""
-        shape = torch.Size(sample_shape) + self.batch_shape
-        extra = shape[: len(shape) - len(self.law.batch_shape)]
-        record = self.law.sample_record(
-            max(float(self.times.max()), self.law.start_time + 1e-9), tuple(extra)
-        )
+        shape, law = torch.Size(sample_shape) + self.batch_shape, self.law
+        axes = len(shape) - len(law.batch_shape)
+        extra, own = shape[:axes], shape[axes:]
+        if law.generator is not None and own != law.batch_shape:
+            # series that share a law have paths of their own
+            initial, rates = law.initial.detach(), law.generator.matrix.detach()
+            law = JumpMeasure(
+                initial.expand(*own, -1), rates.expand(*own, *rates.shape[-2:]), law.start_time
+            )
+        record = law.sample_record(max(float(self.times.max()), law.start_time + 1e-9), tuple(extra))
         times = self.times.expand(*record.shape, -1)
         index = torch.searchsorted(record.times.contiguous(), times.to(record.times).contiguous(), right=True)
-        return _draw(self.observation, record.states.gather(-1, index)).to(self.law.initial.dtype)
-
-
-def _draw(observation: Observation, states: Tensor) -> Tensor:
-    """Draw observations of states."""
-    if isinstance(observation, Exact):
-        return states.double()
-    if isinstance(observation, GaussianLevels):
-        scale = observation.scale.expand_as(observation.levels)
-        return torch.normal(observation.levels.detach()[states], scale.detach()[states])
-    if isinstance(observation, PoissonLevels):
-        return torch.poisson(observation.means.detach()[states])
-    if isinstance(observation, Misclassified):
-        flat = torch.multinomial(observation.matrix.detach()[states.reshape(-1)], 1)[:, 0]
-        return flat.reshape(states.shape).double()
-    raise UnavailableError(
-        f"{type(observation).__name__} can't be drawn: it doesn't say what is seen of a state"
-    )
+        return self.observation.draw(record.states.gather(-1, index)).to(self.law.initial.dtype)
 
 
 class JumpPath(LawDistribution):

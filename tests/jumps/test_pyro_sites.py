@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.errors import InvalidInputError, ShapeError, UnavailableError
 from stochdyn.jumps import (
     Exact,
     GaussianLevels,
@@ -17,6 +17,7 @@ from stochdyn.jumps import (
     JumpMeasure,
     JumpPath,
     JumpRecord,
+    StateSets,
     log_evidence,
     posterior_paths,
     transition,
@@ -185,3 +186,23 @@ def test_paths_of_uncertain_rates_keep_the_observations_and_go_on() -> None:
     share = torch.stack([(record.at(2.0) == s).double().mean() for s in range(3)])
     assert ((share - late).abs() < 4.5 * (late * (1 - late) / 240).sqrt()).all()
     assert math.isfinite(float(record.dwell.sum()))
+
+
+def test_an_observation_of_ones_own_is_drawn_by_its_own_method():
+    class Doubled(Exact):
+        def draw(self, states):
+            return 2.0 * states
+
+    law = JumpMeasure([0.0, 1.0], [[0.0, 1e-9], [1e-9, 0.0]])
+    assert HiddenJumps(law, [0.0, 1.0], Doubled(2)).sample((3,)).unique().tolist() == [2.0]
+    with pytest.raises(UnavailableError, match="draw"):
+        HiddenJumps(law, [0.0, 1.0], StateSets([[0], [1]], 2)).sample()
+
+
+def test_series_of_a_plate_that_share_a_law_have_paths_of_their_own():
+    pyro.set_rng_seed(0)
+    laws = JumpMeasure([0.5, 0.5], torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=D).expand(4, 1, 2, 2))
+    drawn = HiddenJumps(laws, [0.0, 1.0], Exact(2)).expand([4, 30]).sample((3,))
+    assert drawn.shape == (3, 4, 30, 2)
+    # the chance that thirty series agree at the start is 2^-29
+    assert bool((drawn[..., 0].std(-1) > 0).all())
