@@ -35,7 +35,11 @@ from .panels import ou_subjects as ou_subjects
 from .panels import predator_prey_counts as predator_prey_counts
 from .tables import brain_at_rest as brain_at_rest
 from .tables import hudson_bay as hudson_bay
+from .tables import muscle_cells as muscle_cells
+from .tables import photon_pairs as photon_pairs
+from .tables import rio_negro as rio_negro
 from .tables import school_influenza as school_influenza
+from .tables import single_molecules as single_molecules
 from .tables import sitka_spruces as sitka_spruces
 from .tables import stock_indices as stock_indices
 from .tables import sunspots as sunspots

@@ -51,6 +51,8 @@ from .populations.encoder import SampleEncoder as SampleEncoder
 from .populations.encoder import SetEncoder as SetEncoder
 from .populations.generator import PopulationGenerator as PopulationGenerator
 from .populations.regression import PopulationRegression as PopulationRegression
+from .populations.table import PopulationTable as PopulationTable
+from .populations.table import population_table as population_table
 from .sampling.diffusion_distribution import DiffusionDistribution as DiffusionDistribution
 from .sampling.distribution import InterpolantDistribution as InterpolantDistribution
 from .sampling.exponential import ExponentialODE as ExponentialODE

@@ -89,9 +89,7 @@ class HiddenJumps(LawDistribution):
         if law.generator is not None and own != law.batch_shape:
             # series that share a law have paths of their own
             initial, rates = law.initial.detach(), law.generator.matrix.detach()
-            law = JumpMeasure(
-                initial.expand(*own, -1), rates.expand(*own, *rates.shape[-2:]), law.start_time
-            )
+            law = JumpMeasure(initial.expand(*own, -1), rates.expand(*own, *rates.shape[-2:]), law.start_time)
         record = law.sample_record(max(float(self.times.max()), law.start_time + 1e-9), tuple(extra))
         times = self.times.expand(*record.shape, -1)
         index = torch.searchsorted(record.times.contiguous(), times.to(record.times).contiguous(), right=True)

@@ -27,6 +27,7 @@ from stochdyn.interpolants import (
     SetEncoder,
     compare_populations,
     population_baselines,
+    population_table,
     populations_from_anndata,
 )
 
@@ -367,6 +368,43 @@ def test_every_distance_has_its_floor(metric: str) -> None:
     assert float(gain.mean) < -10 * float(gain.stderr)
     with pytest.raises(errors.ShapeError, match="same populations"):
         same.minus(compare_populations(target[:3], target[:3], metric))
+
+
+def test_one_table_has_models_and_baselines_on_the_same_halves() -> None:
+    g = torch.Generator().manual_seed(0)
+    starts = [torch.randn(80, 2, generator=g) * (1 + i % 3) + i for i in range(10)]
+    train, test = (Populations(starts[s], [2 * x for x in starts[s]]) for s in (slice(6), slice(6, 10)))
+    table = population_table({"double": lambda x: 2 * x, "worse": lambda x: 2 * x + 3}, train, test)
+    assert list(table.comparisons) == ["double", "worse", "identity", "mean shift", "nearest"]
+    again = compare_populations(table.predicted["mean shift"], test.targets)
+    assert torch.equal(table.comparisons["mean shift"].distances, again.distances)
+    assert table.best == "double"
+    assert all(float(gap.mean) > 3 * float(gap.stderr) for gap in table.against("double").values())
+    lines = str(table).splitlines()
+    assert len(lines) == 6
+    assert lines[1].startswith("double")
+    assert "±" in lines[2].split("  ")[-1]
+
+
+def test_a_table_gives_models_the_treatment_and_refuses_what_it_cannot_name() -> None:
+    x, c = [torch.randn(20, 2) for _ in range(4)], torch.tensor([[0.0], [1.0], [0.0], [1.0]])
+    data, seen = Populations(x, x, c), []
+
+    def model(x0: Tensor, treatment: Tensor) -> Tensor:
+        seen.append(float(treatment))
+        return x0
+
+    population_table({"model": model}, data, data)
+    assert seen == [0.0, 1.0, 0.0, 1.0]
+    for call, error in (
+        (lambda: population_table({}, data, data), errors.EmptyDataError),
+        (lambda: population_table({"identity": model}, data, data), errors.InvalidInputError),
+        (lambda: population_table({"model": 3}, data, data), errors.InvalidInputError),
+        (lambda: population_table({"model": model}, data, Populations(x, x)), errors.InvalidInputError),
+        (lambda: population_table({"model": model}, data, data).against("nobody"), errors.InvalidInputError),
+    ):
+        with pytest.raises(error):
+            call()
 
 
 def test_targets_are_not_asked_for(tmp_path: Path) -> None:

@@ -9,4 +9,6 @@ from .encoder import GraphEncoder as GraphEncoder
 from .encoder import SampleEncoder as SampleEncoder
 from .encoder import SetEncoder as SetEncoder
 from .generator import PopulationGenerator as PopulationGenerator
+from .table import PopulationTable as PopulationTable
+from .table import population_table as population_table
 from .regression import PopulationRegression as PopulationRegression
