@@ -67,7 +67,7 @@ def render(results: Path) -> str:
         lines += markdown_table(table)
     if "ring" in found:
         lines += [
-            "**A ring whose noise depends on the place**, 2000 Euler paths of length 10 in steps of .01.",
+            "**A ring whose noise depends on the place**, 20 000 Euler paths of length 10 in steps of .01, five times with a force.",
             "",
         ]
         table = [["constant force", "exact", "trapezoid rule", "ratio of Euler densities (not to be used)"]]
