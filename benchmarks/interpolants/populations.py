@@ -16,11 +16,13 @@ from stochdyn.interpolants import (
     FieldNetwork,
     GraphEncoder,
     KernelMeans,
+    OwnUnits,
     PopulationGenerator,
     PopulationRegression,
     Populations,
     SampleEncoder,
     SetEncoder,
+    Surroundings,
     compare_populations,
     population_baselines,
 )
@@ -30,7 +32,7 @@ __all__ = ["measure"]
 
 def train(
     data: Populations, encoder: SampleEncoder | None, steps: int, lr: float, batch_size: int, num_points: int,
-    width: int, coupling: str = "paired", around: KernelMeans | None = None,
+    width: int, coupling: str = "paired", around: Surroundings | None = None,
 ) -> tuple[PopulationGenerator, dict[str, float]]:  # fmt: skip
     """Train a flow, and say what it cost."""
     torch.manual_seed(0)
@@ -83,13 +85,14 @@ def gaussians(smoke: bool, steps: int) -> dict[str, Any]:
     pairs = [law.sample(500, g) for law in laws]
     data = Populations([a for a, _ in pairs], [b for _, b in pairs])
     rows = []
-    for name, encoder in (
-        ("blind", None),
-        ("means of features", SetEncoder(2, moments=False)),
-        ("with moments", SetEncoder(2)),
+    for name, encoder, around in (
+        ("blind", None, None),
+        ("means of features", SetEncoder(2, moments=False), None),
+        ("with moments", SetEncoder(2), None),
+        ("with moments and own units", SetEncoder(2), OwnUnits(2)),
     ):
         torch.manual_seed(1)
-        model, cost = train(data, encoder, steps, 3e-3, 20, 64, 64)
+        model, cost = train(data, encoder, steps, 3e-3, 20, 64, 64, around=around)
         error = {n: field_error(model, unseen, n, torch.Generator().manual_seed(7)) for n in (32, 128, 2000)}
         rows.append({"model": name, "error": {n: float(e.mean()) for n, e in error.items()}, **cost})
     return {"rows": rows}

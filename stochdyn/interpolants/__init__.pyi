@@ -40,6 +40,8 @@ from .paths.student import StudentKernel as StudentKernel
 from .plots import plot_densities as plot_densities
 from .plots import plot_trajectories as plot_trajectories
 from .populations.around import KernelMeans as KernelMeans
+from .populations.around import OwnUnits as OwnUnits
+from .populations.around import Surroundings as Surroundings
 from .populations.baselines import population_baselines as population_baselines
 from .populations.cells import CellPopulations as CellPopulations
 from .populations.cells import populations_from_anndata as populations_from_anndata

@@ -22,6 +22,7 @@ from stochdyn.interpolants import (
     FieldNetwork,
     GraphEncoder,
     KernelMeans,
+    OwnUnits,
     PopulationRegression,
     Populations,
     SetEncoder,
@@ -368,6 +369,29 @@ def test_every_distance_has_its_floor(metric: str) -> None:
     assert float(gain.mean) < -10 * float(gain.stderr)
     with pytest.raises(errors.ShapeError, match="same populations"):
         same.minus(compare_populations(target[:3], target[:3], metric))
+
+
+def test_own_units_are_the_score_of_the_gaussian_law_and_follow_the_population() -> None:
+    g = torch.Generator().manual_seed(0)
+    root = torch.tensor([[1.5, 0.0], [0.7, 0.3]], dtype=torch.float64)
+    population = torch.randn(20_000, 2, generator=g, dtype=torch.float64) @ root.mT + 4.0
+    x = torch.randn(7, 2, generator=g, dtype=torch.float64) + 4.0
+    features = OwnUnits(2)(x, population)
+    law = torch.distributions.MultivariateNormal(torch.full((2,), 4.0, dtype=torch.float64), scale_tril=root)
+    at = x.clone().requires_grad_()
+    (score,) = torch.autograd.grad(law.log_prob(at).sum(), at)
+    # moments of 20 000 points are within a few per cent, and the ridge takes one per cent of the narrow direction
+    torch.testing.assert_close(features[:, 2:], score, rtol=0.1, atol=0.1 * float(score.abs().max()))
+    moved = OwnUnits(2)(x + 9.0, population + 9.0)
+    torch.testing.assert_close(moved, features)
+    # one point many times, and one alone
+    for flat in (torch.ones(5, 2), torch.ones(1, 2)):
+        assert bool(OwnUnits(2)(torch.randn(3, 2), flat).isfinite().all())
+    with pytest.raises(errors.ShapeError):
+        OwnUnits(2)(torch.zeros(3, 2), torch.zeros(4, 3))
+    objective = PopulationRegression(2, SetEncoder(2), around=OwnUnits(2), num_points=8)
+    batch = Populations([torch.randn(20, 2)] * 2, [torch.randn(20, 2)] * 2)
+    assert bool(objective(batch).loss.isfinite())
 
 
 def test_one_table_has_models_and_baselines_on_the_same_halves() -> None:

@@ -1,4 +1,6 @@
 from .around import KernelMeans as KernelMeans
+from .around import OwnUnits as OwnUnits
+from .around import Surroundings as Surroundings
 from .baselines import population_baselines as population_baselines
 from .cells import CellPopulations as CellPopulations
 from .cells import populations_from_anndata as populations_from_anndata

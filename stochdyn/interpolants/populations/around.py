@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,93 @@ from torch import Tensor, nn
 from stochdyn._checks import check_event_size, check_nonempty, check_positive_int
 from stochdyn.errors import ShapeError
 
-__all__ = ["KernelMeans"]
+__all__ = ["KernelMeans", "OwnUnits", "Surroundings"]
 
 # Distances held at once where no gradient is taken: 64 MB in single precision.
 _ENTRIES = 2**24
 
 
-class KernelMeans(nn.Module):
+# The share of the mean variance that every direction of a population has at least.
+_RIDGE = 1e-3
+
+
+class Surroundings(nn.Module, ABC):
+    """What a velocity is told of a population around a point, in units in which the spread of the data is about one.
+
+    :class:`OwnUnits` where populations differ in place, width and orientation, which costs next to nothing; :class:`KernelMeans`
+    where they differ in shape.
+
+    Args:
+        dim: The number of components of a point.
+        out: The number of components of what is returned.
+    """
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        check_positive_int(dim, "dim")
+        check_positive_int(out, "out")
+        self.dim, self.out = dim, out
+
+    def forward(self, x: Tensor, population: Tensor) -> Tensor:
+        """Return the features ``(..., n, out)`` at points.
+
+        Args:
+            x: The points, ``(..., n, dim)``.
+            population: The members of the population, ``(..., m, dim)``.
+
+        Raises:
+            ShapeError: If points or members have another dimension.
+        """
+        for name, value in (("x", x), ("population", population)):
+            check_event_size(value, self.dim, name)
+            check_nonempty(value, name)
+            if value.ndim < 2:
+                raise ShapeError(f"{name} must hold points", got=tuple(value.shape), expected="(..., n, dim)")
+        return self._features(x, population)
+
+    @abstractmethod
+    def _features(self, x: Tensor, population: Tensor) -> Tensor:
+        """Return the features of points and members whose shapes are right."""
+
+
+class OwnUnits(Surroundings):
+    r"""Where a point lies in its population: its way from the mean, and the score of the Gaussian law with mean and covariance.
+
+    .. math:: x-\bar x,\qquad -\hat\Sigma^{-1}(x-\bar x)
+
+    An embedding of the population (:class:`SetEncoder`) holds the same moments, but a network then has to learn to divide by them. The
+    covariance has a thousandth of the mean variance added in all directions, so that flat populations have a score too.
+
+    Args:
+        dim: The number of components of a point.
+
+    Attributes:
+        out: The number of components of what is returned, ``2 dim``.
+
+    Raises:
+        InvalidInputError: If the dimension isn't a positive integer.
+
+    Example:
+        >>> OwnUnits(2)(torch.zeros(5, 2), torch.randn(100, 2)).shape
+        torch.Size([5, 4])
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 2 * dim)
+
+    def _features(self, x: Tensor, population: Tensor) -> Tensor:
+        mean = population.mean(-2, keepdim=True)
+        centred = population - mean
+        covariance = centred.mT @ centred / population.shape[-2]
+        width = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        # a population of equal points has no width: then that of all data counts, which is one
+        ridge = _RIDGE * torch.where(width > 0, width, torch.ones_like(width))
+        own = covariance + ridge * torch.eye(self.dim, dtype=x.dtype, device=x.device)
+        away = x - mean
+        return torch.cat([away, -torch.linalg.solve(own, away.mT).mT], -1)
+
+
+class KernelMeans(Surroundings):
     r"""The density of a population around a point and the way to its mean there, for Gaussian kernels of several learnt widths.
 
     .. math::
@@ -51,27 +132,12 @@ class KernelMeans(nn.Module):
     """
 
     def __init__(self, dim: int, num_scales: int = 4) -> None:
-        super().__init__()
         check_positive_int(dim, "dim")
         check_positive_int(num_scales, "num_scales")
-        self.dim, self.out = dim, num_scales * (dim + 1)
+        super().__init__(dim, num_scales * (dim + 1))
         self.log_widths = nn.Parameter(torch.linspace(math.log(0.1), math.log(0.8), num_scales))
 
-    def forward(self, x: Tensor, population: Tensor) -> Tensor:
-        """Return the features ``(..., n, out)`` at points, in units in which the spread of the data is about one.
-
-        Args:
-            x: The points, ``(..., n, dim)``.
-            population: The members of the population, ``(..., m, dim)``.
-
-        Raises:
-            ShapeError: If points or members have another dimension.
-        """
-        for name, value in (("x", x), ("population", population)):
-            check_event_size(value, self.dim, name)
-            check_nonempty(value, name)
-            if value.ndim < 2:
-                raise ShapeError(f"{name} must hold points", got=tuple(value.shape), expected="(..., n, dim)")
+    def _features(self, x: Tensor, population: Tensor) -> Tensor:
         rows = max(1, _ENTRIES // population[..., 0].numel())
         if torch.is_grad_enabled() or x.shape[-2] <= rows:
             return self._means(x, population)

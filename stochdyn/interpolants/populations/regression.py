@@ -11,7 +11,7 @@ from stochdyn._checks import check_callable, check_choice, check_positive_int, c
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants.fields.networks import FieldNetwork
 from stochdyn.interpolants.paths.interpolant import Interpolant
-from stochdyn.interpolants.populations.around import KernelMeans
+from stochdyn.interpolants.populations.around import Surroundings
 from stochdyn.interpolants.populations.data import Populations
 from stochdyn.interpolants.populations.encoder import SampleEncoder
 from stochdyn.interpolants.training.couplings import ExactCoupling
@@ -97,8 +97,9 @@ class PopulationRegression(Objective):
         coupling: ``"paired"`` takes starts and targets row by row, for noise that is to be removed, say; ``"independent"`` draws them
             apart, and ``"ot"`` pairs them by optimal transport within every population, for cells that are destroyed when they are
             measured. The three have the same ends and different flows; those of ``"ot"`` are straightest.
-        around: What the velocity is told of the population around a point beside the embedding, such as :class:`KernelMeans`: by far the better
-            for populations that are like none of the training, in few dimensions. None for the embedding alone.
+        around: What the velocity is told of the population around a point beside the embedding, such as :class:`OwnUnits` (which costs nothing
+            and helps wherever populations differ in place, width or orientation) or :class:`KernelMeans`: by far the better for populations that
+            are like none of the training, in few dimensions. None for the embedding alone.
         velocity: The network ``net(t, x, context)``; a :class:`FieldNetwork` if None.
         treatment_dim: The number of components of treatments, which are joined to the embedding; 0 for none.
         interpolant: The path; the straight line if None.
@@ -150,7 +151,7 @@ class PopulationRegression(Objective):
                     expected="such as Interpolant('linear', 'zero')",
                 )
         for name, part in (("encoder", encoder), ("around", around)):
-            if isinstance(part, SampleEncoder | KernelMeans) and part.dim != dim:
+            if isinstance(part, SampleEncoder | Surroundings) and part.dim != dim:
                 raise ShapeError(f"the {name} is of another dimension", got=part.dim, expected=dim)
         if around is not None:
             check_callable(around, "around", "a module of points and a sample, such as KernelMeans(dim)")
@@ -162,7 +163,7 @@ class PopulationRegression(Objective):
                 )
                 size += encoder.out  # type: ignore[operator, assignment]
             if around is not None:
-                check_type(around, KernelMeans, "around", hint="give velocity=... for one of your own")
+                check_type(around, Surroundings, "around", hint="give velocity=... for one of your own")
                 size += around.out  # type: ignore[operator, assignment]
             velocity = FieldNetwork(dim, condition_dim=size)
         check_callable(velocity, "velocity", "a network, net(t, x, context)")
