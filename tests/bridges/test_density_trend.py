@@ -74,3 +74,15 @@ def test_bad_input():
         DensityTrend(snaps).log_ratio(snaps.samples[0], 1.0, 0.0)
     with pytest.raises(TimeGridError, match="between the snapshots"):
         DensityTrend(snaps).fit().log_ratio(snaps.samples[0], 1.5, 0.0)
+
+
+def test_particles_of_weight_zero_are_not_there() -> None:
+    g = torch.Generator().manual_seed(0)
+    clouds = [torch.randn(n, 2, generator=g, dtype=torch.float64) + k for k, n in enumerate((20, 30))]
+    more = [torch.cat([x, torch.full((7, 2), 50.0, dtype=torch.float64)]) for x in clouds]
+    weights = [torch.cat([torch.ones(len(x)), torch.zeros(7)]).double() for x in clouds]
+    x = clouds[0][:5]
+    alone = DensityTrend(Snapshots([0.0, 1.0], clouds)).fit().rate(x, 0.5)
+    torch.testing.assert_close(
+        DensityTrend(Snapshots([0.0, 1.0], more, weights)).fit().rate(x, 0.5), alone, rtol=1e-4, atol=1e-5
+    )

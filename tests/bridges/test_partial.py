@@ -113,3 +113,10 @@ def test_bad_input(options, error, words):
 def test_too_few_sweeps_are_reported():
     with pytest.warns(sd.errors.ConvergenceWarning, match="sweeps"):
         PartialBridge(snapshots(10), MATRIX, NOISE, max_iterations=2, num_rounds=1)
+
+
+def test_the_precision_is_that_of_the_snapshots() -> None:
+    g = torch.Generator().manual_seed(0)
+    snaps = Snapshots([0.0, 1.0, 2.0], [torch.randn(10, 1, generator=g) + k for k in range(3)])
+    law = PartialBridge(snaps, *momentum(1), num_hidden=10, initial_mean=torch.zeros(2, dtype=torch.float64))
+    assert law.sample([0.5], 2, generator=0).x.dtype == torch.float32

@@ -334,3 +334,13 @@ def test_intervals_of_lotka_volterra_cover_the_truth():
         covered.append((low <= truth) & (truth <= high))
     # 80 intervals of 90 %: fewer than 80 % of them would be two and a half standard errors down
     assert torch.stack(covered).double().mean() >= 0.8
+
+
+def test_particles_of_weight_zero_are_no_observations():
+    cloud, weights = torch.zeros(30, 1), torch.cat([torch.ones(10), torch.zeros(20)])
+    snaps = Snapshots([0.0, 1.0], [cloud, cloud], [weights, weights])
+    assert snaps.mean_count == 10
+    for drawn in redrawn_weights(snaps, 50, torch.Generator().manual_seed(0)):
+        times = 10 * drawn
+        torch.testing.assert_close(times, times.round(), atol=1e-5, rtol=0)
+        assert drawn[:, 10:].abs().max() == 0

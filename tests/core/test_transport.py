@@ -386,3 +386,14 @@ def test_bad_input_is_rejected(change: dict, error: type[Exception], message: st
         warnings.simplefilter("error")
         with pytest.raises(error, match=message):
             sinkhorn(**{"x": X, "y": Y, "reg": 0.5, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_points_of_weight_zero_far_from_all_others_change_nothing(dtype: torch.dtype) -> None:
+    x, y = X.to(dtype), Y.to(dtype)
+    far = torch.full((2, 2), 80.0, dtype=dtype)
+    a, b = (torch.cat([torch.ones(n), torch.zeros(2)]).to(dtype) / n for n in (4, 5))
+    plan = sinkhorn(torch.cat([x, far]), torch.cat([y, far]), 0.3, a, b)
+    assert plan.converged
+    torch.testing.assert_close(plan.value, sinkhorn(x, y, 0.3).value, rtol=1e-4, atol=1e-5)
+    assert plan.plan()[4:].abs().max() == 0

@@ -152,6 +152,11 @@ class Snapshots:
         return tuple(x.shape[0] for x in self.samples)
 
     @property
+    def mean_count(self) -> float:
+        """The mean number of particles of a snapshot that were seen; those of weight zero weren't."""
+        return sum(int((own > 0).sum()) for own in self.weights) / len(self)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Precision of the particles. Times are in double precision always."""
         return self.samples[0].dtype

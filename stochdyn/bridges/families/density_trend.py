@@ -114,7 +114,8 @@ class DensityTrend:
         label = torch.repeat_interleave(
             torch.arange(len(snaps), device=snaps.device), torch.tensor(snaps.sizes, device=snaps.device)
         )
-        count = torch.cat([w.double() * len(w) for w in snaps.weights])
+        # particles of weight zero aren't there
+        count = torch.cat([w.double() * (w > 0).sum() for w in snaps.weights])
         weight = features.new_zeros(features.shape[1], self.degree).requires_grad_()
         intercept = self.intercept.clone().requires_grad_()
         optimiser = torch.optim.LBFGS(

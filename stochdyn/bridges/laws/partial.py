@@ -121,6 +121,11 @@ class PartialBridge(HiddenChain):
             )
         self.dim = dim
         like = snapshots.samples[0]
+        if isinstance(diffusion, Tensor):
+            diffusion = diffusion.to(like)
+        initial_mean, initial_cov = (
+            v.to(like) if isinstance(v, Tensor) else v for v in (initial_mean, initial_cov)
+        )
         observe = torch.eye(seen, dim).to(like)
         means = torch.stack([snap.mean for snap in snapshots])
         covs = torch.stack([snap.covariance for snap in snapshots])

@@ -16,7 +16,6 @@ from .linear_response import IterationMap as IterationMap
 from .linear_response import LinearResponse as LinearResponse
 from .linear_response import flatten as flatten
 from .linear_response import iteration_jacobian as iteration_jacobian
-from .linear_response import mean_size as mean_size
 from .linear_response import moments_of as moments_of
 from .linear_response import pair_moments as pair_moments
 from .linear_response import parameter_jacobian as parameter_jacobian

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.hidden import HiddenStateBridge
 from stochdyn.bridges.laws.hidden_chain import HiddenChain
@@ -31,7 +30,6 @@ __all__ = [
     "LinearResponse",
     "flatten",
     "iteration_jacobian",
-    "mean_size",
     "moments_of",
     "pair_moments",
     "parameter_jacobian",
@@ -99,7 +97,7 @@ class LinearResponse:
             self._map = CouplingsMap(fit.bridge, self.family)
         gram, moment = self._map.moments()
         self.complete = gram
-        self.jacobian = iteration_jacobian(self._map, self.estimate, gram, mean_size(fit.snapshots))
+        self.jacobian = iteration_jacobian(self._map, self.estimate, gram, fit.snapshots.mean_count)
         self.converged = self._fixed_point(solve_scaled(gram, moment)[None])[0]
 
     @property
@@ -130,7 +128,7 @@ class LinearResponse:
         shares, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
         direction = torch.linalg.solve_triangular(factor.mT, vectors[:, :1], upper=True)[:, 0]
         direction = direction / direction[direction.abs().argmax()]
-        information = float(mean_size(self.fit.snapshots) * (direction @ self.observed @ direction))
+        information = float(self.fit.snapshots.mean_count * (direction @ self.observed @ direction))
         return float(shares[0]), direction, information**-0.5 if information > 0 else math.inf
 
     def __call__(self, weights: Sequence[Tensor]) -> Tensor:
@@ -248,7 +246,7 @@ class DrawsMap(IterationMap):
         self._white = whitening(bridge.spread)
         source = torch.Generator(bridge.spread.device).manual_seed(bridge.seed)
         if num_pairs is None:
-            num_pairs = int(min(max(_PAIRS[0] * mean_size(bridge.snapshots), _PAIRS[1]), _PAIRS[2]))
+            num_pairs = int(min(max(_PAIRS[0] * bridge.snapshots.mean_count, _PAIRS[1]), _PAIRS[2]))
         with torch.no_grad():
             self._pairs = [
                 bridge._chosen_pairs(k, num_pairs, source) for k in range(len(bridge.snapshots) - 1)
@@ -293,11 +291,6 @@ class DrawsMap(IterationMap):
         """Find the potentials of other weights on the same draws."""
         for parts in zip(*(w.split(_BATCH) for w in weights), strict=True):
             yield self._sum(self.bridge._reweighted(list(parts)), self._sums)
-
-
-def mean_size(snapshots: Snapshots) -> float:
-    """Return the mean number of particles of a snapshot."""
-    return sum(snapshots.sizes) / len(snapshots)
 
 
 def iteration_jacobian(step: IterationMap, theta: Tensor, complete: Tensor, particles: float) -> Tensor:

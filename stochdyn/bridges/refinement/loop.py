@@ -69,7 +69,7 @@ class Task:
     @property
     def size(self) -> float:
         """The mean number of particles of a snapshot."""
-        return sum(self.snapshots.sizes) / len(self.snapshots)
+        return self.snapshots.mean_count
 
 
 class Attempt:

@@ -69,8 +69,7 @@ class BridgeProfile:
         self.fit, self.family, self.bridge = fit, fit.family, fit.bridge
         if population is not None:
             check_real(population, "population", above=0.0)
-        sizes = fit.snapshots.sizes
-        self.population = sum(sizes) / len(sizes) if population is None else float(population)
+        self.population = fit.snapshots.mean_count if population is None else float(population)
         self.temper = float(temper)
         self.centre = flatten(self.family)
         self.width = self._default_width() if width is None else width
@@ -238,8 +237,7 @@ def fit_profile(
             check_real(value, name, above=0.0)
     response = LinearResponse(fit, ignore_prior=True)
     check_information(response, stacklevel=4)
-    sizes = fit.snapshots.sizes
-    count = sum(sizes) / len(sizes) if population is None else float(population)
+    count = fit.snapshots.mean_count if population is None else float(population)
     information = count * _positive(response.observed)
     if temper is None:
         generator = torch.Generator(fit.snapshots.device).manual_seed(seed)

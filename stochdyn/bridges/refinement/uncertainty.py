@@ -231,9 +231,10 @@ def redrawn_weights(snapshots: Snapshots, num: int, generator: torch.Generator |
     """Return multiplicities ``(num, n_i)`` of a bootstrap as normalised weights, one tensor per snapshot."""
     everything = []
     for own in snapshots.weights:
-        count = len(own)
+        # as many as were seen: particles of weight zero weren't
+        count = int((own > 0).sum())
         index = torch.multinomial(own.expand(num, -1), count, replacement=True, generator=generator)
-        hits = torch.zeros(num, count, dtype=own.dtype, device=own.device)
+        hits = torch.zeros(num, len(own), dtype=own.dtype, device=own.device)
         everything.append(hits.scatter_add_(1, index, torch.ones_like(index, dtype=own.dtype)) / count)
     return everything
 

@@ -42,7 +42,9 @@ class Solution:
 def kernel_rows(cost: CostRows, f: Tensor, g: Tensor, reg: float, rows: slice | Tensor) -> Tensor:
     """Return ``exp((f + g - C) / reg)`` on a block of rows, its exponent rounded in float64 only."""
     exponent = f[..., rows, None] + g[..., None, :] - cost.rows(rows)
-    return (exponent / reg).exp_().to(cost.dtype)
+    # Two points of weight zero that are far from all others may be as near to each other as they like: with a finite kernel
+    # they still have nothing to move.
+    return (exponent / reg).clamp_(max=math.log(torch.finfo(cost.dtype).max) - 1).exp_().to(cost.dtype)
 
 
 def _soft_min(cost: CostRows, potential: Tensor, log_weights: Tensor, reg: float) -> Tensor:
