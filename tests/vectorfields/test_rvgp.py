@@ -335,3 +335,17 @@ def test_the_kernel_and_the_amplitude_say_what_was_fitted(cloud: PointCloud, fie
     assert scaled.amplitude == pytest.approx(float(prior), rel=1e-6)
     with pytest.raises(UnavailableError, match="no kernel yet"):
         RVGP(cloud, "auto").kernel  # noqa: B018
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel": "ambient"}, {"backend": "precision"}])
+def test_a_field_of_zeros_has_no_amplitude_to_learn(options):
+    points = torch.nn.functional.normalize(
+        torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
+    cloud = PointCloud(points.double(), dim=2)
+    with pytest.raises(InvalidInputError, match="zero everywhere"):
+        RVGP(cloud, **options).fit(range(20), torch.zeros(20, 3).double(), progress=False)
+    mean, _ = (
+        RVGP(cloud, **options).fit(range(20), torch.zeros(20, 3).double(), optimize=False).predict([0, 30])
+    )
+    assert mean.abs().max() == 0

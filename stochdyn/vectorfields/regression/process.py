@@ -213,6 +213,12 @@ class FieldProcess(ABC):
                 got=f"kernel={self.chosen}, optimize={optimize}",
                 hint="kernel='auto'; other fits take seconds",
             )
+        if optimize and not any(bool(part.components.any()) for part in groups.parts):
+            raise InvalidInputError(
+                "what was observed is zero everywhere, so no amplitude is more likely than a smaller one",
+                got=f"{sum(part.components.numel() for part in groups.parts)} zeros",
+                hint="optimize=False keeps amplitude and noise as they are",
+            )
         before = self.engine
 
         def done() -> None:
