@@ -20,9 +20,9 @@ def render(results: Path) -> str:
     machine, training = result["machine"], result["training"]
     lines = [
         f"Series per processor second, each of {result['times']} values at irregular times of its own, on {machine['processor']} with one "
-        f"thread, torch {machine['torch']}; from one Parquet file in batches of {result['batch']} (after a pass that counts the series). Evidence is exact, with its gradient in rate "
-        f"and noise; a posterior is one draw of every path by a trained encoder. Training that encoder, in batches of {training['batch']}, "
-        f"takes in {_short(training['series per second'])} series a second.",
+        f"thread, torch {machine['torch']}; from one Parquet file in batches of {result['batch']} (after a pass that counts the "
+        "series). Evidence is exact, with its gradient in rate and noise; a posterior is one draw of every path by a trained encoder. "
+        f"Training that encoder, in batches of {training['batch']}, takes in {_short(training['series per second'])} series a second.",
         "",
         "| series | file | reading | evidence and gradient | amortised posterior | largest memory of the process |",
         "|--:|--:|--:|--:|--:|--:|",
