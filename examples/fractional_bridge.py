@@ -61,7 +61,7 @@ def main() -> None:
     warnings.simplefilter("ignore", sd.errors.ApproximationWarning)
     ts = torch.linspace(0, END, STEPS + 1, dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
     print("   H   sd(0.5)  exact   sd(1)   exact   bound   evidence")
     for ax, hurst in zip(axes, (0.2, 0.5, 0.8), strict=True):
         noise = MarkovNoise(hurst, horizon=END, dt=END / STEPS)
@@ -91,9 +91,8 @@ def main() -> None:
                 label="exact" if sign > 0 else None,
             )
         ax.set_title(f"H = {hurst}")
-        ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     options.out.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
     figure.savefig(options.out / "fractional_bridge.png", dpi=120)
     print(f"wrote {options.out / 'fractional_bridge.png'}")
 

@@ -101,7 +101,7 @@ def main() -> None:
                 [2 * s.stderr[k] for s in large],
                 ls="none", marker="s", mfc="none", color=f"C{i}", label=f"{k}, {options.sites} sites",
             )  # fmt: skip
-        figure.axes[0].legend()
+        figure.axes[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(options.out / "ising_phase_diagram.png", dpi=130)
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "DisconnectedGraphError",
     "DtypeMismatchError",
     "EmptyDataError",
+    "ExplosionError",
     "ForeignCheckpointError",
     "FrameError",
     "HurstRangeError",
@@ -91,6 +92,10 @@ class TimeGridError(InvalidInputError):
 
 class NonFiniteError(InvalidInputError):
     """Data or arguments hold NaN or infinity. The message names the first position."""
+
+
+class ExplosionError(NonFiniteError):
+    """Paths that were drawn leave the range of numbers, mostly because the steps of the equation are too large for them."""
 
 
 class DeviceMismatchError(InvalidInputError):

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from pyro import poutine
 from torch import Tensor
 
 from stochdyn._checks import as_seed, as_tensor, check_bool, check_callable, check_positive_int, check_type
+from stochdyn.diagnostics.explosions import drawn_anew, warn_of_explosions
 from stochdyn.diagnostics.probe import Chunk, NotVectorisedError, Probe, Program, check_program, random_values
 from stochdyn.diagnostics.sites import Site
-from stochdyn.errors import InvalidInputError, StochdynWarning, UnknownSiteError
+from stochdyn.errors import ExplosionError, InvalidInputError, StochdynWarning, UnknownSiteError
 from stochdyn.run.randomness import fork_random_state
 
 __all__ = ["ChainDraws", "PosteriorDraws", "draw_posterior", "evaluate_draws", "seeded"]
@@ -114,6 +116,10 @@ def draw_posterior(
 
     Raises:
         UnknownSiteError: If model and guide don't have the same latent sites.
+        ExplosionError: If the paths of nearly every draw explode.
+
+    Warns:
+        ApproximationWarning: If paths of some draws exploded: these were drawn anew.
 
     Example:
         >>> import pyro
@@ -199,6 +205,8 @@ def _collect(probe: Probe, num_draws: int, chunk_size: int | None) -> PosteriorD
     state = torch.random.get_rng_state()
     try:
         return _join(probe, _vectorised_chunks(probe, num_draws, min(chunk_size, num_draws)), True)
+    except ExplosionError:
+        raise
     except Exception as error:  # whatever a model may raise on axes that it wasn't written for
         reason = str(error).strip().splitlines()
         warnings.warn(
@@ -209,17 +217,45 @@ def _collect(probe: Probe, num_draws: int, chunk_size: int | None) -> PosteriorD
             stacklevel=4,
         )
     torch.random.set_rng_state(state)
-    return _join(probe, (_read(probe, probe.run(i, 1, 0)) for i in range(num_draws)), False)
+    return _join(probe, _single_draws(probe, num_draws), False)
 
 
 def _vectorised_chunks(probe: Probe, num_draws: int, chunk_size: int) -> Iterator[PosteriorDraws]:
-    for start in range(0, num_draws, chunk_size):
-        chunk = probe.run(start, min(chunk_size, num_draws - start), probe.depth)
+    start = lost = tried = 0
+    while start < num_draws:
+        size, tried = min(chunk_size, num_draws - start), tried + 1
+        last = size == 1 or probe.guide is None
+        try:
+            chunk, anew = drawn_anew(
+                partial(probe.run, start, size, probe.depth), _tries(probe) if last else 1
+            )
+        except ExplosionError:
+            if last:
+                raise
+            # of fewer draws at once a larger share has none that explodes
+            lost, chunk_size = lost + 1, size // 2
+            continue
         draws = _read(probe, chunk)
         if start == 0:
             for index in sorted({0, chunk.size - 1}):
                 _check_against_single(probe, chunk, draws, index)
+        start, lost, tried = start + size, lost + anew, tried + anew
         yield draws
+    warn_of_explosions(lost, tried, "sets of draws of the guide")
+
+
+def _tries(probe: Probe) -> int:
+    """Return how often a draw whose path explodes is drawn anew: those that are given can't be."""
+    return 1 if probe.guide is None else 20
+
+
+def _single_draws(probe: Probe, num_draws: int) -> Iterator[PosteriorDraws]:
+    lost = 0
+    for i in range(num_draws):
+        chunk, anew = drawn_anew(partial(probe.run, i, 1, 0), _tries(probe))
+        lost += anew
+        yield _read(probe, chunk)
+    warn_of_explosions(lost, num_draws + lost, "draws of the guide")
 
 
 def _check_against_single(probe: Probe, chunk: Chunk, draws: PosteriorDraws, index: int) -> None:

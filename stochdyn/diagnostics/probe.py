@@ -15,6 +15,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from stochdyn._checks import check_callable, check_type
+from stochdyn.diagnostics.explosions import drawn_anew
 from stochdyn.diagnostics.sites import Site, is_delta, read_sites
 from stochdyn.errors import ShapeError, UnknownSiteError
 
@@ -93,7 +94,7 @@ class Probe:
         first: dict[str, Any] = {name: value[0] for name, value in (given or {}).items()}
         self.guide_trace = None
         if guide is not None:
-            raw = poutine.trace(guide).get_trace(*args, **kwargs)
+            raw, _ = drawn_anew(lambda: poutine.trace(guide).get_trace(*args, **kwargs))
             self._keep_subsamples(raw)
             self.guide_trace = prune_subsample_sites(raw)
             first = random_values(self.guide_trace)

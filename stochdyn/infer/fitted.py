@@ -21,6 +21,7 @@ from stochdyn._checks import check_callable, check_choice, check_positive, check
 from stochdyn._transforms import recording
 from stochdyn.core.sde.intervention import Intervention
 from stochdyn.diagnostics.draws import ChainDraws
+from stochdyn.diagnostics.explosions import drawn_anew
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, UnknownSiteError
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
 from stochdyn.infer.fitting import fit_guide
@@ -474,7 +475,7 @@ def _fit(
     else:
         guide = AutoPathGuide(model, hidden=(), feedback="recomputed", rest=AutoHierarchicalNormal)
         with poutine.block():
-            guide(*args, **kwargs)
+            drawn_anew(lambda: guide(*args, **kwargs))
         law = guide.rest
     if law is not None:
         iterations = method.max_iterations if isinstance(method, LaplaceMethod) else _SEARCH

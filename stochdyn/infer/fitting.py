@@ -23,6 +23,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_type,
 )
+from stochdyn.diagnostics.explosions import drawn_anew, warn_of_explosions
 from stochdyn.errors import ShapeError, StochdynError, StochdynWarning
 from stochdyn.run.callbacks import Callback
 from stochdyn.run.randomness import fork_random_state
@@ -84,10 +85,14 @@ class _Bound(nn.Module):
         super().__init__()
         self.guide = guide
         self._call = (bound, args, kwargs)
+        #: How many evaluations there were, and how many had a path that exploded.
+        self.count, self.lost = 0, 0
 
     def forward(self) -> Tensor:
         bound, args, kwargs = self._call
-        return bound(*args, **kwargs)
+        value, lost = drawn_anew(lambda: bound(*args, **kwargs))
+        self.count, self.lost = self.count + 1 + lost, self.lost + lost
+        return value
 
 
 def fit_guide(
@@ -133,9 +138,11 @@ def fit_guide(
     Raises:
         InvalidInputError: For arguments that can't work, before any step.
         NonFiniteLossError: If a bound isn't finite.
+        ExplosionError: If paths explode in every draw.
 
     Warns:
         StochdynWarning: If the model mixes draws or fails when it is run on many at once.
+        ApproximationWarning: If paths exploded, and were drawn anew.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -160,9 +167,9 @@ def fit_guide(
     device = torch.device("cpu") if parameter is None else parameter.device
     with fork_random_state(seed, device), torch.random.fork_rng(), poutine.block():
         # An automatic guide has its parameters only once it has run.
-        guide(*args, **kwargs)
+        drawn_anew(lambda: guide(*args, **kwargs))
         with torch.no_grad():
-            drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+            drawn, _ = drawn_anew(lambda: poutine.trace(guide).get_trace(*args, **kwargs))
             single = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
             depth = max(_plate_depth(drawn), _plate_depth(single))
             obstacle = _obstacle_to_many_draws(model, guide, args, kwargs, depth, single)
@@ -176,8 +183,9 @@ def fit_guide(
     elbo: Any = Trace_ELBO(
         num_particles=num_particles, vectorize_particles=obstacle is None, max_plate_nesting=depth
     )
-    return fit(
-        _Bound(elbo(model, guide), guide, args, kwargs),
+    bound = _Bound(elbo(model, guide), guide, args, kwargs)
+    result = fit(
+        bound,
         steps=_MOST_STEPS if steps is None else steps,
         lr=lr,
         seed=seed,
@@ -187,6 +195,8 @@ def fit_guide(
         optimizer=ClippedAdam if steps is None else partial(ClippedAdam, lrd=_DECAY ** (1 / steps)),
         callbacks=[_UntilSettled()] if steps is None else [],
     )
+    warn_of_explosions(bound.lost, bound.count, "evaluations of the bound")
+    return result
 
 
 def _plate_depth(trace: poutine.Trace) -> int:

@@ -43,7 +43,7 @@ from stochdyn.core.sde.solvers import batch_shape_of, draw_increments, full_stat
 from stochdyn.errors import (
     ApproximationWarning,
     DiffusionMismatchError,
-    NonFiniteError,
+    ExplosionError,
     ShapeError,
     TimeGridError,
 )
@@ -542,7 +542,7 @@ def _divided(a: Tensor, b: Tensor, n: int) -> Tensor:
 
 
 def check_explosion(ts: Tensor, x: Tensor) -> None:
-    """Raise NonFiniteError if a path ``x (T, *batch, d)`` explodes; every scheme adds to the state, so it stays so."""
+    """Raise ExplosionError if a path ``x (T, *batch, d)`` explodes; every scheme adds to the state, so it stays so."""
     if not values_are_checked():
         return
     last = x[-1].detach()
@@ -551,7 +551,7 @@ def check_explosion(ts: Tensor, x: Tensor) -> None:
         return
     first = int((~torch.isfinite(x.detach())).flatten(1).any(-1).nonzero()[0, 0])
     count, when = int(bad.any(-1).sum()), ts[..., first].min()
-    raise NonFiniteError(
+    raise ExplosionError(
         "paths explode",
         got=f"{count} of {max(1, last[..., 0].numel())} beyond the largest number from t={float(when):g} on",
         hint="take smaller steps (dt=... of the law, or a finer ts), or check the sign of the drift",
