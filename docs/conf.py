@@ -24,6 +24,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "api_pages",
+    "choosing_chart",
     "diagram",
     "references",
     "tables",

@@ -22,7 +22,7 @@ LAYERS = [
     ["objectives"],
     ["datasets"],
     ["core"],
-    ["_checks"],
+    ["_checks", "_lending"],
     ["errors"],
 ]
 

@@ -279,7 +279,9 @@ def _check_against_single(probe: Probe, chunk: Chunk, draws: PosteriorDraws, ind
     # Densities are in nats, whose unit is one; every entry of a site is held against the size of its own draws.
     sizes = {}
     for name in draws.values:
-        sizes[f"site {name!r}"] = draws.values[name].abs().amax(0)
+        # a draw of the prior may have exploded, which says nothing of the others
+        size = draws.values[name].abs().nan_to_num(0.0, 0.0)
+        sizes[f"site {name!r}"] = size.amax(0)
         pairs[f"site {name!r}"] = (draws.values[name][index], single.values[name][0])
     for name, likelihood in draws.log_likelihood.items():
         pairs[f"the likelihood of {name!r}"] = (likelihood[index], single.log_likelihood[name][0])

@@ -407,3 +407,16 @@ def test_draws_are_shown_by_their_shapes():
         repr(draw_posterior(model, guide, (torch.tensor(1.0),), num_draws=7))
         == "PosteriorDraws(7 draws of rate ())"
     )
+
+
+def test_a_draw_that_is_no_number_says_nothing_of_the_others():
+    """As a path of the prior that exploded: all draws used to be made one by one then."""
+
+    def model():
+        z = pyro.sample("z", normal(0.0, 1.0))
+        pyro.deterministic("x", torch.where(z > 1, z.new_tensor(torch.nan), z))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draws = draw_posterior(model, poutine.block(model, expose=["z"]), num_draws=200)
+    assert torch.equal(draws.values["x"].isnan(), draws.values["z"] > 1)
