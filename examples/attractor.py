@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--windows", type=int, default=200)
     parser.add_argument("--run", type=int, default=1000, help="readings' lengths of each of 20 free paths")
-    parser.add_argument("--out", type=Path, default=Path("outputs/attractor.png"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/attractor.png"), help="file of the figure")
     options = parser.parse_args()
     make, dt, shown, count_by = SYSTEMS[options.system]
 

@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--horizon", type=float, default=4000.0, help="length of the recorded trajectory")
     parser.add_argument("--draws", type=int, default=20_000, help="independent draws of the steady state")
-    parser.add_argument("--out", type=Path, default=Path("outputs/bead_chain.png"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/bead_chain.png"), help="file of the figure")
     arguments = parser.parse_args()
 
     force = torch.diag(torch.ones(4), 1) + torch.diag(torch.ones(4), -1) - 2 * torch.eye(5)

@@ -52,7 +52,9 @@ def main() -> None:
     """Reduce, estimate, compare and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=500, help="trajectories of the law without a direction")
-    parser.add_argument("--out", type=Path, default=Path("outputs/brain_at_rest.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/brain_at_rest.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
 
     table = sd.datasets.brain_at_rest()

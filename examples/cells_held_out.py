@@ -107,7 +107,7 @@ def main() -> dict[str, float]:
     parser.add_argument(
         "--landscape", action="store_true", help="refine a landscape too, which takes minutes"
     )
-    parser.add_argument("--out", type=Path, default=Path("outputs"))
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the figure")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     matplotlib.use("Agg")

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--epsilon", type=float, default=0.5)
     parser.add_argument("--draws", type=int, default=40_000)
-    parser.add_argument("--out", type=Path, default=Path("outputs"))
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the figure")
     options = parser.parse_args()
     torch.manual_seed(0)
 

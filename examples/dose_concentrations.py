@@ -53,7 +53,9 @@ def main() -> None:
     """Simulate, fit, ask what would have been, and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=400)
-    parser.add_argument("--out", type=Path, default=Path("outputs/dose_concentrations.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/dose_concentrations.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
 
     pyro.set_rng_seed(1)

@@ -60,7 +60,9 @@ def main() -> None:
     """Simulate, fit, halve the contacts in week three, and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=400)
-    parser.add_argument("--out", type=Path, default=Path("outputs/epidemic_incidence.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/epidemic_incidence.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
 
     pyro.set_rng_seed(3)

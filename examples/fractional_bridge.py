@@ -53,7 +53,7 @@ def main() -> None:
     """Fit, compare, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--theta", type=float, default=0.0)
-    parser.add_argument("--out", type=Path, default=Path("outputs"))
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the figure")
     options = parser.parse_args()
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -91,6 +91,8 @@ def main() -> None:
                 label="exact" if sign > 0 else None,
             )
         ax.set_title(f"H = {hurst}")
+        ax.label_outer()
+        ax.get_legend().remove()  # one for all, beside the last
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     options.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out / "fractional_bridge.png", dpi=120)

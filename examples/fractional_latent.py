@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--series", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path("outputs"))
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the figure")
     options = parser.parse_args()
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

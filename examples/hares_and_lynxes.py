@@ -57,7 +57,9 @@ def main() -> None:
     """Fit, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=Path("outputs/hares_and_lynxes.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/hares_and_lynxes.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
 
     table = sd.datasets.hudson_bay()

@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the figure")
     options = parser.parse_args()
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -64,6 +64,7 @@ def main() -> None:
     posterior = channel.conditioned(times, current, sd.jumps.GaussianLevels([0.0, 1.0], 0.4))
     sd.jumps.plot_state_posterior(posterior, torch.linspace(0, 12, 241), 3, ["shut", "open"], axes[2])
     axes[2].plot(times, current, "k.", markersize=3)
+    options.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out / "heart_transplants.png", dpi=110)
     plt.close(figure)
 

@@ -67,7 +67,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, help="an array (9, n, 2) of snapshots")
-    parser.add_argument("--out", type=Path, default=Path("outputs"))
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the figure")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--draws", type=int, default=0, help="draws of the posterior over the parameters; none by default"

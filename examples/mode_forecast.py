@@ -83,7 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--readings", type=int, default=400)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--out", type=Path, default=Path("outputs/mode_forecast.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/mode_forecast.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
 
     times, y = simulate(120.0, arguments.readings, 0)

@@ -47,7 +47,9 @@ def main() -> None:
     """Train, score and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--out", type=Path, default=Path("outputs/next_day_returns.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/next_day_returns.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
 
     table = sd.datasets.stock_indices()

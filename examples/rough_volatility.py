@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--days", type=int, default=500, help="days to simulate")
     parser.add_argument("--hurst", type=float, default=0.1, help="index of the simulation")
     parser.add_argument("--draws", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=Path("outputs/rough_volatility.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/rough_volatility.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
     if arguments.csv is not None:
         realised = load(arguments.csv, arguments.column)

@@ -32,7 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--weeks", type=int, default=371)
-    parser.add_argument("--out", type=Path, default=Path("outputs/stock_volatility.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/stock_volatility.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
 
     table = sd.datasets.stock_indices()

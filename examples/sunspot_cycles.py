@@ -59,7 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=300)
     parser.add_argument("--method", default="guide", choices=("guide", "laplace", "nuts"))
-    parser.add_argument("--out", type=Path, default=Path("outputs/sunspot_cycles.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/sunspot_cycles.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
 
     table = sd.datasets.sunspots()

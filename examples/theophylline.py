@@ -58,7 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=300)
     parser.add_argument("--method", default="guide", choices=("guide", "laplace", "nuts"))
-    parser.add_argument("--out", type=Path, default=Path("outputs/theophylline.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/theophylline.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
 
     panel = sd.Panel(sd.datasets.theophylline(), "subject", "time", "concentration", "dose", dtype=F64)

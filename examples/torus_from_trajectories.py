@@ -65,7 +65,7 @@ def simulate(paths: int, num_steps: int, dt: float, generator: torch.Generator) 
 def main() -> None:
     """Simulate, infer, compare and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("outputs"))
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the figure")
     parser.add_argument("--paths", type=int, default=50)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--dt", type=float, default=0.02)

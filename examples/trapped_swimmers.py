@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--snapshots", type=int, default=1500, help="snapshots to learn from")
     parser.add_argument("--batch", type=int, default=64, help="snapshots in a step of the optimiser")
     parser.add_argument("--steps", type=int, default=900, help="steps of the optimiser")
-    parser.add_argument("--out", type=Path, default=Path("outputs/trapped_swimmers.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/trapped_swimmers.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
 
     pair = sd.datasets.swimmer_pair()

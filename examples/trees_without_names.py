@@ -38,7 +38,9 @@ def main() -> None:
     """Leave out, bridge, score and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=40, help="draws of the bootstrap of the growth law")
-    parser.add_argument("--out", type=Path, default=Path("outputs/trees_without_names.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/trees_without_names.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
 
     table = sd.datasets.sitka_spruces()

@@ -25,7 +25,7 @@ from stochdyn.vectorfields import RVGP, PointCloud, find_singularities, plot_glo
 def main() -> None:
     """Fit, score, find the zeros and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("outputs"))
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the figure")
     parser.add_argument("--stations", type=int, default=400)
     parser.add_argument("--points", type=int, default=2000)
     parser.add_argument("--month", type=int, default=1)

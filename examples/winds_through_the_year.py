@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--points", type=int, default=1000)
     parser.add_argument("--stations", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=Path("outputs/winds_through_the_year.png"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/winds_through_the_year.png"), help="file of the figure"
+    )
     arguments = parser.parse_args()
 
     months = [sd.datasets.wind_on_sphere(arguments.points, month) for month in range(1, 13)]
