@@ -84,5 +84,11 @@ def draw(path: Path) -> None:
 
 def _box(ax: Any, x: float, y: float, text: str, face: str, ink: str) -> None:
     ax.text(
-        x, y, text, va="center", fontsize=8.5, color=ink, bbox={"boxstyle": "round", "fc": face, "ec": "#0072B2"}
+        x,
+        y,
+        text,
+        va="center",
+        fontsize=8.5,
+        color=ink,
+        bbox={"boxstyle": "round", "fc": face, "ec": "#0072B2"},
     )
