@@ -32,7 +32,7 @@ __all__ = ["infer_fou"]
 _MIN_VALUES, _MIN_DRAWS = 8, 100
 _DEGREES = 5  # of freedom of the kernels
 # Shares of draws from kernels three times as wide, and from all that the prior allows, for tails and other modes.
-_LONG, _REACH, _WIDE = 0.25, 3.0, 0.1
+_LONG, _REACH, _WIDE = 0.25, 3.0, 0.2
 _ROUND = 300  # draws of each round in which the proposal is adapted
 _ROUNDS = 2
 _KERNELS = 100
