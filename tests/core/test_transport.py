@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stochdyn.core import TransportPlan, sinkhorn, sinkhorn_divergence
 from stochdyn.core.transport import _cost, _sinkhorn
+from stochdyn.core.transport._groups import balanced_shifts
 from stochdyn.errors import (
     ConvergenceWarning,
     DtypeMismatchError,
@@ -129,6 +130,37 @@ def test_slow_convergence_is_finished_by_newton_steps(monkeypatch: pytest.Monkey
     _check_marginals(fast, 1e-6)
     torch.testing.assert_close(fast.value, slow.value, rtol=1e-7, atol=0)
     assert fast.num_iterations < 0.2 * slow.num_iterations
+
+
+@pytest.mark.parametrize("memory", [4 * 2**30, 1.0])
+def test_outliers_hardly_joined_to_the_rest_are_balanced(memory: float) -> None:
+    """Pairs of outliers exchange 1e-9 of their mass with the rest and less, at which rate plain iterations move them."""
+    g = torch.Generator().manual_seed(2)
+    clouds = []
+    for _ in range(2):
+        cloud = 0.5 * torch.randn(200, 20, dtype=F64, generator=g)
+        cloud[:30] += 8 * torch.randn(30, 20, dtype=F64, generator=g)
+        clouds.append(cloud)
+    weights = torch.ones(200, dtype=F64)
+    weights[-5:] = 0  # points without mass belong nowhere
+    plan = sinkhorn(*clouds, 0.5, weights / 195, memory=memory, max_iterations=2000)
+    _check_marginals(plan, 1e-6)
+    f, g_ = plan.potentials
+    kernel = (f[:, None] - plan.cost_matrix) / 0.5 + (weights / 195).log()[:, None]
+    torch.testing.assert_close(g_, -0.5 * torch.logsumexp(kernel, 0), rtol=0, atol=1e-3)
+
+
+def test_shifts_of_groups_balance_them() -> None:
+    """Groups in two pairs, joined by e^-60; checked is that flows out less flows in are the excess."""
+    strength = torch.full((4, 4), -60.0, dtype=F64)
+    strength[:2, :2] = strength[2:, 2:] = -20
+    flows = strength + torch.randn(4, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+    excess = torch.tensor([0.1, -0.1, 1e-30, -1e-30], dtype=F64)
+    shifts = balanced_shifts(flows, excess)
+    moved = (flows + shifts[:, None] - shifts).fill_diagonal_(-torch.inf).exp()
+    out, into = moved.sum(1), moved.sum(0)
+    scale = torch.maximum(out, into)
+    torch.testing.assert_close((out - into) / scale, excess / scale, rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("annealing", [1.0, 0.5])

@@ -1,4 +1,4 @@
-r"""The Sinkhorn iteration: scalings on an absorbed kernel, annealed, finished by Newton steps.
+r"""The Sinkhorn iteration: scalings on an absorbed kernel, annealed, groups balanced, finished by Newton steps.
 
 Plans are written :math:`P_{ij}=a_ib_j\exp((f_i+g_j-C_{ij})/\varepsilon)`. Potentials are kept in float64, one kernel
 of the size of the cost in the precision of the data, or, where memory is short, no matrix at all: then blocks of rows
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.core.transport._cost import CostRows, row_chunk, row_chunks
+from stochdyn.core.transport._groups import balanced_shifts, find_groups, log_flows
 from stochdyn.errors import InvalidInputError
 
 __all__ = ["Problem", "Solution", "kernel_rows", "solve"]
@@ -143,7 +144,10 @@ class _Stage:
         step = row_chunk(self.cost)
         for i in row_chunks(self.cost):
             rows = slice(i, i + step)
-            yield rows, kernel_rows(self.cost, self.f, self.g, self.reg, rows)
+            if self.kernel is not None:
+                yield rows, self.kernel[..., rows, :]
+            else:
+                yield rows, kernel_rows(self.cost, self.f, self.g, self.reg, rows)
 
     def iterate(self, count: int) -> None:
         """Alternate ``count`` times; the columns are exact afterwards."""
@@ -200,6 +204,45 @@ class _Stage:
                 return True, used
             damping *= 0.25
         return False, used
+
+    def balance(self, active: Tensor) -> bool:
+        """Balance the mass between groups that the plan hardly joins; returns whether there are any.
+
+        Scalings must have been absorbed. Kernels may underflow between groups, so their potentials are made anew.
+
+        Args:
+            active: The problems of the batch to look at, ``(*B,)``.
+        """
+        n, m = self.cost.shape[-2:]
+        a, b = self.a.reshape(-1, n), self.b.reshape(-1, m)
+        f, g = self.f.reshape(-1, n).clone(), self.g.reshape(-1, m).clone()
+        found = False
+        for item in active.reshape(-1).nonzero()[:, 0].tolist():
+
+            def plan(item: int = item) -> Iterator[tuple[slice, Tensor]]:
+                for rows, block in self.blocks():
+                    yield rows, a[item, rows, None] * block.reshape(-1, *block.shape[-2:])[item] * b[item]
+
+            def log_plan(item: int = item) -> Iterator[tuple[slice, Tensor]]:
+                for i in row_chunks(self.cost):
+                    rows = slice(i, i + row_chunk(self.cost))
+                    cost = self.cost.rows(rows)
+                    own = cost.reshape(-1, *cost.shape[-2:])[item].double()
+                    exponent = (f[item, rows, None] + g[item] - own) / self.reg
+                    yield rows, exponent + a[item, rows, None].double().log() + b[item].double().log()
+
+            rows, columns, count = find_groups(plan, a[item], b[item])
+            if count == 1:
+                continue
+            found = True
+            excess = a.new_zeros(count, dtype=torch.float64).index_add_(0, rows, a[item].double())
+            excess = excess.index_add_(0, columns, -b[item].double())
+            shifts = self.reg * balanced_shifts(log_flows(log_plan, rows, columns, count), excess)
+            f[item] += shifts[rows]
+            g[item] -= shifts[columns]
+        if found:
+            self.rebuild(*self.sweep(f.reshape(self.f.shape), g.reshape(self.g.shape)))
+        return found
 
     def _conjugate_gradients(
         self, u: Tensor, v: Tensor, marginal: Tensor, accuracy: float, max_iterations: int
@@ -300,9 +343,9 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Iterate one stage to its tolerance; returned are potentials, the error of their plan, iterations."""
     iterations, patience, slow, in_kernel = 1, 0, False, True
+    unbalanced, joined, stuck = True, False, math.inf
     stage.rebuild(*stage.sweep(f, g))
     error = stage.error()
-    drift = _Drift(stage)
     absorbed = True  # the scalings are one, so the error is that of the potentials themselves
     while True:
         worst = float(error.amax())
@@ -321,30 +364,21 @@ def _run(
             error, absorbed, in_kernel = stage.error(), True, True
             iterations += count
             continue
-        if drift.ready():
-            # groups that the kernel doesn't connect drift apart at a constant rate until it does: go on in one leap
-            leapt = stage.sweep(*drift.leap())
-            iterations += 1
-            here = stage.f, stage.g, stage.u, stage.v
-            stage.rebuild(*leapt)
-            after = stage.error()
-            if bool(torch.isfinite(after).all()) and float(after.amax()) <= max(10 * worst, 1e-3):
-                drift.landed()
-                error, absorbed = after, True
-                continue
-            stage.rebuild(*here[:2])
-            stage.u, stage.v = here[2:]
-            drift.missed()
-        if slow:
+        if slow and unbalanced:
+            # a step of Newton's stays in what is joined; what is hardly joined is balanced first
+            stage.rebuild(*stage.absorbed())
+            unbalanced = False
+            joined = not stage.balance(error > tolerance)
+            stage.iterate(count - 1)
+            iterations += count
+        elif slow:
             budget = min(_MAX_GRADIENTS, max_iterations - iterations)
             slow, used = stage.newton(worst, tolerance, budget)
             iterations += used
-            drift.look()
-            # a step that is cut off goes along a direction which the kernel doesn't hold: that is a drift
-            slow = slow and not drift.moving
             if not slow:
-                drift.stuck = worst
+                stuck = worst
             patience = 0 if slow else _PATIENCE
+            unbalanced = not (slow and joined)
         else:
             stage.iterate(count)
             iterations += count
@@ -357,62 +391,14 @@ def _run(
             stage.rebuild(stage.f, stage.g)
             error, absorbed, in_kernel, slow = stage.error(), True, False, False
             continue
-        if not slow:
-            drift.look()
-        if not slow and patience <= 0 and stage.relaxation is None and not drift.moving:
+        if not slow and patience <= 0 and stage.relaxation is None:
             # where such steps have failed they fail again, until something has changed
-            slow = float(error.amax()) < 0.5 * drift.stuck and _is_slow(
+            slow = float(error.amax()) < 0.5 * stuck and _is_slow(
                 float(error.amax()), worst, tolerance, count
             )
         if excursion > stage.limit:
             stage.rebuild(*stage.absorbed())
             absorbed = True
-
-
-class _Drift:
-    """How potentials move from one look to the next: whether at a constant rate, and where to."""
-
-    def __init__(self, stage: _Stage) -> None:
-        self.stage, self.reach, self.wait = stage, 16.0, 0
-        self.last: tuple[Tensor, Tensor] | None = None
-        self.move: tuple[Tensor, Tensor] | None = None
-        self.steady = self.moving = False
-        self.stuck = math.inf  # the error at which Newton steps failed last
-
-    def look(self) -> None:
-        """Note the potentials, and compare their move with the last one."""
-        now = self.stage.absorbed()
-        before, self.steady = self.move, False
-        self.move = None if self.last is None else (now[0] - self.last[0], now[1] - self.last[1])
-        self.last, self.wait = now, max(self.wait - 1, 0)
-        if self.move is None:
-            return
-        size = max(float(m.abs().amax()) for m in self.move)
-        self.moving = size > 0.5 * self.stage.reg
-        if before is None:
-            return
-        change = max(float((m - b).abs().amax()) for m, b in zip(self.move, before, strict=True))
-        least = 1e-6 if self.stuck < math.inf else 0.1
-        self.steady = size > least * self.stage.reg and change < 0.05 * size and math.isfinite(size)
-
-    def ready(self) -> bool:
-        """Whether a leap is worth trying."""
-        return self.steady and not self.wait and self.stage.relaxation is None
-
-    def leap(self) -> tuple[Tensor, Tensor]:
-        """Return the potentials many looks ahead at the present rate."""
-        assert self.last is not None
-        assert self.move is not None
-        return self.last[0] + self.reach * self.move[0], self.last[1] + self.reach * self.move[1]
-
-    def landed(self) -> None:
-        """Leap further the next time."""
-        self.reach, self.last, self.move = 4 * self.reach, None, None
-        self.steady, self.moving = False, True
-
-    def missed(self) -> None:
-        """Leap less far, and not at once."""
-        self.reach, self.wait, self.steady = max(0.25 * self.reach, 2.0), 5, False
 
 
 def _is_slow(error: float, before: float, tolerance: float, count: int) -> bool:

@@ -213,7 +213,8 @@ def sinkhorn(
 
     Scalings are iterated on a kernel into which the potentials are absorbed whenever they move far; the
     regularisation comes down in steps, each started where the last one ended; slow convergence at the end is
-    taken over by Newton steps. Where the kernel under- or overflows, iterations go on in the log domain.
+    taken over by Newton steps, after groups of points that the plan hardly joins to the rest (outliers, distant
+    clusters) have been balanced exactly. Where the kernel under- or overflows, iterations go on in the log domain.
     Memory is the cost and one kernel; where that is too much, one kernel, or blocks only. The error reported is that
     of the plan that is returned.
 
