@@ -19,6 +19,7 @@ from stochdyn.errors import (
     InvalidInputError,
     NonFiniteError,
     ShapeError,
+    UnavailableError,
 )
 
 F64 = torch.float64
@@ -272,6 +273,23 @@ def test_gradients_by_the_envelope_theorem() -> None:
     assert torch.autograd.gradcheck(
         lambda x, y: sinkhorn_divergence(x, y, 0.7, tolerance=1e-12), (x, y), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("memory", [4 * 2**30, 1.0])
+def test_second_derivatives_are_refused(memory: float) -> None:
+    """They would count the plan as a constant; of points, weights and a cost that was given."""
+    x, y = (z.requires_grad_() for z in _clouds(6, 5))
+    w = _weights(6, 1).requires_grad_()
+    cost = torch.cdist(*_clouds(6, 5)).requires_grad_()
+    for value, own in (
+        (sinkhorn(x, y, 0.5, w, memory=memory).value, (x, y, w)),
+        (sinkhorn(None, None, 0.5, w, cost=cost).value, (w, cost)),
+        (sinkhorn_divergence(x, y, 0.5, memory=memory), (x,)),
+    ):
+        for argument in own:
+            (slope,) = torch.autograd.grad(value.square(), argument, create_graph=True)
+            with pytest.raises(UnavailableError, match="first derivatives only"):
+                slope.sum().backward(retain_graph=True)
 
 
 def test_divergence_is_zero_between_equal_clouds_and_sees_a_shift() -> None:

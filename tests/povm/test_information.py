@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from stochdyn.errors import ConvergenceWarning, InvalidInputError, LindbladianError, ShapeError
+from stochdyn.errors import (
+    ConvergenceWarning,
+    InvalidInputError,
+    LindbladianError,
+    ShapeError,
+    UnavailableError,
+)
 from stochdyn.povm import (
     Lindbladian,
     Tetrahedral,
@@ -142,6 +148,46 @@ def test_the_capacity_of_two_spins_in_terms_of_eigenvalues() -> None:
     # work and what is left to charge add up to it
     anti = -ergotropy(rho, -h)
     assert float(ergotropy(rho, h) - anti) == pytest.approx(float(expected))
+
+
+def _near_mixed(p: Tensor) -> Tensor:
+    """A state of three levels from any numbers ``(2, 3, 3)``; equal eigenvalues at zero."""
+    matrix = torch.eye(3, dtype=torch.float64) / 3 + torch.complex(p[0] + p[0].mT, p[1] - p[1].mT)
+    excess = matrix.diagonal().real.sum() - 1
+    return matrix - torch.eye(3, dtype=torch.complex128) * (excess / 3)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.03])
+def test_fidelity_has_derivatives_at_equal_eigenvalues(size: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    mixed = torch.zeros(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    other = (size * torch.randn(2, 3, 3, dtype=torch.float64, generator=g)).requires_grad_()
+
+    def value(p: Tensor, q: Tensor) -> Tensor:
+        return fidelity(_near_mixed(p), _near_mixed(q))
+
+    assert torch.autograd.gradcheck(value, (mixed, other))
+    assert torch.autograd.gradcheck(value, (other, mixed))
+    assert torch.autograd.gradgradcheck(value, (mixed, other))
+
+
+def test_fidelity_has_first_derivatives_at_pure_states() -> None:
+    """With a pure state it is <psi|rho|psi>, linear in rho, and |<psi|phi>|^2 between two."""
+    psi = torch.tensor([1, 1j, 0], dtype=torch.complex128) / math.sqrt(2)
+    target = torch.outer(psi, psi.conj())
+    mixed = torch.zeros(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    angle = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def turned(t: Tensor) -> Tensor:
+        phi = torch.stack([t.cos() + 0j, 1j * t.sin(), 0 * t])
+        return torch.outer(phi, phi.conj())
+
+    for order in (lambda x: fidelity(target, x), lambda x: fidelity(x, target)):
+        assert torch.autograd.gradcheck(lambda p, order=order: order(_near_mixed(p)), (mixed,))
+        assert torch.autograd.gradcheck(lambda t, order=order: order(turned(t)), (angle,))
+        (slope,) = torch.autograd.grad(order(_near_mixed(mixed)), mixed, create_graph=True)
+        with pytest.raises(UnavailableError, match="second derivative"):
+            slope.sum().backward()
 
 
 def test_matrices_that_are_no_states_are_refused() -> None:

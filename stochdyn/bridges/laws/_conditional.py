@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochdyn.core._square_root import solve_sylvester
+
 __all__ = ["conditional_share"]
 
 
@@ -39,21 +41,4 @@ class _Share(torch.autograd.Function):
             root = 2 * torch.linalg.inv(share) - torch.eye(len(share)).to(share)
         # dg = -2 (I + S)^{-1} dS (I + S)^{-1} with S dS + dS S = 4 dM, and 2 (I + S)^{-1} = g
         inner = share @ (0.5 * (slope + slope.mT)) @ share
-        return -2.0 * _Sylvester.apply(root, inner)
-
-
-class _Sylvester(torch.autograd.Function):
-    """The solution X of ``S X + X S = Y`` for a positive definite S."""
-
-    @staticmethod
-    def forward(ctx: Any, s: Tensor, y: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(0.5 * (s + s.mT))
-        x = vectors @ ((vectors.mT @ y @ vectors) / (values[:, None] + values)) @ vectors.mT
-        ctx.save_for_backward(s, x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
-        s, x = ctx.saved_tensors
-        z = _Sylvester.apply(s, slope)
-        return -(z @ x.mT + x.mT @ z), z
+        return -2.0 * solve_sylvester(root, inner)

@@ -33,6 +33,7 @@ from stochdyn.core.transport._cost import (
     row_chunk,
     row_chunks,
 )
+from stochdyn.core.transport._first_order import first_order
 from stochdyn.core.transport._sinkhorn import Problem, kernel_rows, solve
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
 
@@ -79,7 +80,7 @@ class TransportPlan:
 
     @property
     def potentials(self) -> tuple[Tensor, Tensor]:
-        """Dual potentials :math:`f` ``(*B, n)`` and :math:`g` ``(*B, m)``, in the precision of the cost."""
+        """Dual potentials :math:`f` ``(*B, n)`` and :math:`g` ``(*B, m)``, in the precision of the cost; constants for differentiation."""
         dtype = self.cost.dtype
         return self._f.to(dtype), self._g.to(dtype)
 
@@ -126,7 +127,8 @@ class TransportPlan:
     def value(self) -> Tensor:
         r"""The regularised optimum :math:`\langle P,C\rangle+\varepsilon\,KL(P\,\|\,a\otimes b)`, ``(*B,)``.
 
-        Differentiable in points, cost and weights by the envelope theorem: the plan's own change drops out.
+        Differentiable in points, cost and weights by the envelope theorem: the plan's own change drops out. That is so for
+        first derivatives only; second ones raise an UnavailableError.
         """
         # Dual value <a, f> + <b, g> - eps (sum P - sum a), where relaxed marginals put -rho <a, exp(-f / rho) - 1> for <a, f>.
         a, b = self.weights_x, self.weights_y
@@ -277,6 +279,17 @@ def sinkhorn(
     )
     if cost is not None and not callable(cost):
         cost = as_tensor(cost, "cost")
+    x, y, weights_x, weights_y = (
+        first_order(z) if isinstance(z, Tensor) else z for z in (x, y, weights_x, weights_y)
+    )
+    if isinstance(cost, Tensor):
+        cost = first_order(cost)
+    elif cost is not None:
+        given = cost
+
+        def cost(p: Tensor, q: Tensor) -> Tensor:
+            return first_order(given(p, q))
+
     matrix = _cost_rows(x, y, cost, memory)
     a, b = _weights(weights_x, matrix, -2, "weights_x"), _weights(weights_y, matrix, -1, "weights_y")
     batch = broadcast_batches(

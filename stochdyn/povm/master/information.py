@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_positive_int, check_real
+from stochdyn.core._square_root import square_root
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
 from stochdyn.povm.frames.embedding import full_operator, partial_trace
 from stochdyn.povm.frames.operators import as_array
@@ -141,10 +142,12 @@ def fidelity(rho: Any, sigma: Any) -> Tensor:
         sigma: The density matrices to compare with, which broadcast with them.
 
     Returns:
-        ``(*batch)``, float64.
+        ``(*batch)``, float64. Differentiable in both states, where eigenvalues coincide too; a change that a state without
+        full rank can make on one side only counts as none.
 
     Raises:
         ShapeError: If the sizes differ.
+        UnavailableError: If second derivatives are asked for at states without full rank.
 
     Example:
         >>> up, mixed = torch.diag(torch.tensor([1.0, 0.0])), torch.eye(2) / 2
@@ -157,11 +160,10 @@ def fidelity(rho: Any, sigma: Any) -> Tensor:
     a, b = _states(rho, "rho"), _states(sigma, "sigma")
     if a.shape[-1] != b.shape[-1]:
         raise ShapeError("the states are of different size", got=b.shape[-1], expected=a.shape[-1])
-    values, vectors = torch.linalg.eigh(a)
-    # sqrt(rho) by its eigenvectors, then the trace of sqrt(sqrt(rho) sigma sqrt(rho)) by eigenvalues
-    root = vectors @ torch.diag_embed(values.clamp(min=0).sqrt()).to(vectors.dtype) @ vectors.mH
+    # the trace of sqrt(sqrt(rho) sigma sqrt(rho)), from roots whose derivatives survive equal eigenvalues
+    root = square_root(a)
     inner = root @ b @ root
-    return torch.linalg.eigvalsh((inner + inner.mH) / 2).clamp(min=0).sqrt().sum(-1).square()
+    return square_root((inner + inner.mH) / 2).diagonal(dim1=-2, dim2=-1).sum(-1).real.square()
 
 
 def ergotropy(rho: Any, hamiltonian: Any) -> Tensor:
@@ -225,8 +227,8 @@ def _matrices(value: Any, name: str) -> Tensor:
     matrices = as_array(value, name).to(torch.complex128)
     if matrices.ndim < 2 or matrices.shape[-1] != matrices.shape[-2] or 0 in matrices.shape:
         raise ShapeError(f"{name} must be square matrices", got=f"shape {tuple(matrices.shape)}")
-    deviation = float((matrices - matrices.mH).abs().max())
-    if not deviation <= 1e-6 * float(matrices.abs().max()):
+    deviation = float((matrices - matrices.mH).detach().abs().max())
+    if not deviation <= 1e-6 * float(matrices.detach().abs().max()):
         raise InvalidInputError(f"{name} must be Hermitian and finite", got=f"a deviation of {deviation:.3g}")
     return (matrices + matrices.mH) / 2
 
@@ -238,10 +240,10 @@ def _states(value: Any, name: str) -> Tensor:
         InvalidInputError: If a trace isn't one.
     """
     rho = _matrices(value, name)
-    off = float((rho.diagonal(dim1=-2, dim2=-1).sum(-1).real - 1).abs().max())
+    off = float((rho.detach().diagonal(dim1=-2, dim2=-1).sum(-1).real - 1).abs().max())
     if not off <= 1e-4:
         raise InvalidInputError(f"{name} must have trace one", got=f"a trace off by {off:.3g}")
-    missing = float(-torch.linalg.eigvalsh(rho).clamp(max=0).sum(-1).min())
+    missing = float(-torch.linalg.eigvalsh(rho.detach()).clamp(max=0).sum(-1).min())
     if missing > _NEGATIVE:
         warnings.warn(
             f"the density matrix isn't positive: eigenvalues below zero weigh {missing:.2g}",
