@@ -151,15 +151,17 @@ def test_outliers_hardly_joined_to_the_rest_are_balanced(memory: float) -> None:
     torch.testing.assert_close(g_, -0.5 * torch.logsumexp(kernel, 0), rtol=0, atol=1e-3)
 
 
-def test_shifts_of_groups_balance_them() -> None:
-    """Groups in two pairs, joined by e^-60; checked is that flows out less flows in are the excess."""
+def test_shifts_of_groups_and_of_groups_of_groups_balance_them() -> None:
+    """Two pairs of groups, joined by e^-60 between them: what leaves each group less what enters it is its excess."""
     strength = torch.full((4, 4), -60.0, dtype=F64)
-    strength[:2, :2] = strength[2:, 2:] = -20
+    strength[:2, :2] = strength[2:, 2:] = -7
     flows = strength + torch.randn(4, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
-    excess = torch.tensor([0.1, -0.1, 1e-30, -1e-30], dtype=F64)
+    excess = torch.tensor([1e-4, -2e-4, -1e-4, 2e-4], dtype=F64)
     shifts = balanced_shifts(flows, excess)
     moved = (flows + shifts[:, None] - shifts).fill_diagonal_(-torch.inf).exp()
     out, into = moved.sum(1), moved.sum(0)
+    pair_out, pair_in = moved[2:, :2].sum(), moved[:2, 2:].sum()
+    torch.testing.assert_close(pair_out - pair_in, torch.tensor(1e-4, dtype=F64), rtol=0.2, atol=0)
     scale = torch.maximum(out, into)
     torch.testing.assert_close((out - into) / scale, excess / scale, rtol=0, atol=0.1)
 

@@ -33,10 +33,13 @@ _SHARE = 0.3
 _STILL = 0.1
 # So much fewer groups than points make it worth the while to sum the plan over groups.
 _SHRINK = 0.1
-_SWEEPS = 100
+_ROUNDS = 5
+_CYCLES = 20
 
 
-def find_groups(plan: Blocks, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, int]:
+def find_groups(
+    plan: Blocks, rows: Tensor, columns: Tensor, nodes: Tensor | None = None
+) -> tuple[Tensor, Tensor, int]:
     """Return labels ``(n,)`` of rows and ``(m,)`` of columns, 0, 1, ... for groups that exchange little, and their number.
 
     Every point starts as a group of its own. A group that exchanges more than a share of its mass joins the one to which
@@ -46,12 +49,14 @@ def find_groups(plan: Blocks, rows: Tensor, columns: Tensor) -> tuple[Tensor, Te
         plan: Yields the plan in blocks of rows ``(k, m)``.
         rows: The plan's row sums ``(n,)``.
         columns: The plan's column sums ``(m,)``.
+        nodes: Labels ``(n + m,)`` of what starts as one; every point for itself if None.
     """
     n, mass = len(rows), torch.cat([rows, columns]).double()
-    # points without mass are of no group, and go with any
-    labels = torch.where(mass > 0, torch.arange(len(mass), device=mass.device), mass.argmax())
-    labels = torch.unique(labels, return_inverse=True)[1]
-    count, nodes = int(labels.max()) + 1, labels
+    if nodes is None:
+        # points without mass are of no group, and go with any
+        nodes = torch.where(mass > 0, torch.arange(len(mass), device=mass.device), mass.argmax())
+    labels = nodes = torch.unique(nodes, return_inverse=True)[1]
+    count = int(labels.max()) + 1
     while True:
         outside, entry, partner = _outside(plan, nodes, n)
         total = mass.new_zeros(count).index_add_(0, nodes, mass)
@@ -122,28 +127,73 @@ def _log_sums(values: Tensor, labels: Tensor, count: int) -> Tensor:
     return scale + torch.zeros_like(scale).scatter_add_(0, index, parts).log()
 
 
-def balanced_shifts(log_flows: Tensor, excess: Tensor) -> Tensor:
+def balanced_shifts(flows: Tensor, excess: Tensor) -> Tensor:
     """Return the shifts ``(K,)`` that balance every group, in units of the regularisation.
 
+    Groups that are nearer to each other than to others move together first, and so do groups of those.
+
     Args:
-        log_flows: The logarithms of the flows between groups, ``(K, K)``.
+        flows: The logarithms of the flows between groups, ``(K, K)``.
         excess: The mass that each group's rows should have over that of its columns, ``(K,)``.
     """
-    flows: NDArray[np.float64] = log_flows.cpu().numpy().copy()
-    np.fill_diagonal(flows, -np.inf)
+    between = flows.clone().fill_diagonal_(-torch.inf)
+    levels = []
+    near = between
+    while True:
+        labels, count = _near(near)
+        if count in {1, len(near)}:
+            break
+        levels.append((labels, count))
+        near = _between(near, labels, count)
+    shifts = torch.zeros_like(excess)
+    for _ in range(_CYCLES):
+        move = _cycle(between + shifts[:, None] - shifts, excess, levels)
+        shifts = shifts + move
+        if float(move.abs().max()) < _STILL:
+            break
+    return shifts - shifts[0]
+
+
+def _cycle(between: Tensor, excess: Tensor, levels: list[tuple[Tensor, int]]) -> Tensor:
+    """Balance the groups of groups, then the groups; returns the shifts ``(K,)``."""
+    if not levels:
+        return _one_by_one(between, excess)
+    (labels, count), *rest = levels
+    total = torch.zeros(count, dtype=excess.dtype, device=excess.device).index_add_(0, labels, excess)
+    together = _cycle(_between(between, labels, count), total, rest)[labels]
+    return together + _one_by_one(between + together[:, None] - together, excess)
+
+
+def _between(between: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Logarithms of the flows ``(count, count)`` between groups of groups."""
+    return _log_sums(_log_sums(between.mT, labels, count).mT, labels, count).fill_diagonal_(-torch.inf)
+
+
+def _near(between: Tensor) -> tuple[Tensor, int]:
+    """Groups of groups ``(K,)`` that exchange more inside than with others, and their number."""
+    count = len(between)
+    plan = torch.nan_to_num((between - between.amax()).exp())
+    nodes = torch.arange(count, device=between.device).repeat(2)
+    rows, _, found = find_groups(_whole(plan), plan.sum(1), plan.sum(0), nodes)
+    return rows, found
+
+
+def _one_by_one(between: Tensor, excess: Tensor) -> Tensor:
+    """Balance one group after the other, in rounds until they stand still; returns the shifts ``(K,)``."""
+    flows: NDArray[np.float64] = between.cpu().numpy()
+    incoming = np.ascontiguousarray(flows.T)
     more = excess.cpu().numpy()
     with np.errstate(divide="ignore"):
         log_more = np.log(0.5 * np.abs(more))
     shifts = np.zeros(len(flows))
-    incoming = np.ascontiguousarray(flows.T)
-    for _ in range(_SWEEPS):
+    for _ in range(_ROUNDS):
         largest = 0.0
         for k in range(len(flows)):
             out = _log_sum(flows[k] - shifts) + shifts[k]
             into = _log_sum(incoming[k] + shifts) - shifts[k]
-            # out e^x - into e^-x = excess at sinh(x + (log out - log into) / 2) = excess / (2 sqrt(out into))
             if not (np.isfinite(out) and np.isfinite(into)):
                 continue
+            # out e^x - into e^-x = excess at sinh(x + (log out - log into) / 2) = excess / (2 sqrt(out into))
             ratio = log_more[k] - 0.5 * (out + into)
             move = np.sign(more[k]) * np.logaddexp(ratio, 0.5 * np.logaddexp(2 * ratio, 0)) + 0.5 * (
                 into - out
@@ -152,7 +202,7 @@ def balanced_shifts(log_flows: Tensor, excess: Tensor) -> Tensor:
             largest = max(largest, abs(move))
         if largest < _STILL:
             break
-    return torch.as_tensor(shifts - shifts[0], device=log_flows.device)
+    return torch.as_tensor(shifts, device=between.device)
 
 
 def _log_sum(values: NDArray[np.float64]) -> float:
