@@ -132,6 +132,8 @@ def coverage(report: dict[str, Any]) -> list[str]:
         f"{report['points']} points, half of them observed with a tenth of noise, {report['seeds']} draws of clouds and fields. "
         "Rough fields are drawn from a Matérn 3/2 "
         "process of the surrounding space, smooth ones from a squared exponential, so that only the ambient kernel has the prior of the rough ones."
+        " Where a field is smoother than the prior, bands are too wide, most of all far from data, as in the hole: they hold what the "
+        "prior allows there. A kernel as smooth as the field (`nu=inf` of the ambient one) narrows them."
     )
     return ["### Coverage between the nodes", "", text, "", *markdown_table(table)]
 
