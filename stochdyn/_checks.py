@@ -17,6 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from stochdyn._transforms import maps_are_active
 from stochdyn.errors import (
@@ -304,7 +305,7 @@ def check_mapping(x: object, name: str, meaning: str) -> None:
 
 def check_not_frozen(parameters: Iterable[Tensor]) -> None:
     """Raise if parameters were made in inference mode: they can't be differentiated, or changed outside of it."""
-    if any(p.is_inference() for p in parameters):
+    if any(p.is_inference() for p in parameters if not isinstance(p, UninitializedParameter)):
         raise InvalidInputError(
             "parameters that were made in inference mode can't be trained",
             got="made within torch.inference_mode()",

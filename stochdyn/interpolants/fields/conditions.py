@@ -57,6 +57,7 @@ class SeenConditions(FlexibleBuffers):
     """Whether a model was trained with conditions, without, or with both: what it never saw, it can't be asked."""
 
     flexible = ("seen",)
+    _derived_ = ("_noted", "_always")
     seen: Tensor
 
     def __init__(self) -> None:
