@@ -12,7 +12,7 @@ import math
 import numbers
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -151,7 +151,21 @@ def as_tensor(
 def _has_precision(x: object) -> bool:
     """Return whether data come with a floating precision of their own."""
     dtype = getattr(x, "dtype", None)
-    return dtype is not None and np.issubdtype(np.dtype(dtype), np.floating)
+    dtype = getattr(dtype, "numpy_dtype", dtype)  # what a nullable column of pandas holds
+    return isinstance(dtype, np.dtype) and np.issubdtype(dtype, np.floating)
+
+
+def _without_mask(x: object) -> np.ndarray:
+    """Return an array in which NaN stands where a masked array hides a value."""
+    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+        return np.where(np.ma.getmaskarray(x), np.nan, x.data)
+    return np.asarray(x)
+
+
+def _as_number(value: object) -> float:
+    """Return a number as a float, NaN for what marks a missing one (``None``, ``pandas.NA``)."""
+    missing = value is None or type(value).__name__ == "NAType"
+    return math.nan if missing else float(cast(float, value))
 
 
 def _from_array(x: object, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -169,7 +183,7 @@ def _from_array(x: object, name: str, dtype: torch.dtype | None = None) -> Tenso
                 f"the rows of {name} differ", got=f"shapes {[tuple(p.shape) for p in parts][:4]}"
             ) from error
     try:
-        array = np.asarray(x)
+        array = _without_mask(x)
     except (ValueError, TypeError) as error:
         raise ShapeError(
             f"{name} must be a regular array of numbers",
@@ -178,7 +192,7 @@ def _from_array(x: object, name: str, dtype: torch.dtype | None = None) -> Tenso
         ) from error
     if array.dtype == object:
         try:
-            array = array.astype(float)
+            array = np.vectorize(_as_number, otypes=[float])(array) if array.size else array.astype(float)
         except (TypeError, ValueError) as error:
             raise InvalidInputError(
                 f"{name} must be numbers", got=f"{type(x).__name__} of objects"
@@ -188,7 +202,8 @@ def _from_array(x: object, name: str, dtype: torch.dtype | None = None) -> Tenso
             f"{name} must be real numbers", got=f"{type(x).__name__} of dtype {array.dtype}"
         )
     own = _has_precision(x)
-    value = torch.tensor(array)
+    # torch reads neither bytes in another order nor arrays that run backwards
+    value = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
     return value if own or not value.is_floating_point() else value.to(dtype or torch.get_default_dtype())
 
 
@@ -333,8 +348,18 @@ def check_real(
     maximum: float = math.inf,
     above: float = -math.inf,
     below: float = math.inf,
+    fixed: bool = False,
 ) -> None:
-    """Raise unless ``x`` is one finite real number: ``minimum`` and ``maximum`` are allowed, ``above`` and ``below`` aren't."""
+    """Raise unless ``x`` is one finite real number: ``minimum`` and ``maximum`` are allowed, ``above`` and ``below`` aren't.
+
+    A ``fixed`` number becomes a plain one, so a wanted gradient with respect to it is refused rather than lost.
+    """
+    if fixed and isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+        raise InvalidInputError(
+            f"nothing is differentiated in {name}",
+            got="a tensor that requires a gradient",
+            hint=f"give {name}.detach()",
+        )
     single = isinstance(x, Tensor | np.ndarray) and getattr(x, "ndim", 1) == 0
     if isinstance(x, bool | np.bool_) or not (isinstance(x, numbers.Real) or single):
         raise InvalidInputError(f"{name} must be a real number", got=repr(x)[:60])

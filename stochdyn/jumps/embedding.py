@@ -34,7 +34,7 @@ def transition_generator(matrix: object, dt: float) -> Tensor:
                 [ 0.2380, -0.2380]])
     """
     p = as_tensor(matrix, "matrix", 2, "(S, S)")
-    check_real(dt, "dt", above=0.0)
+    check_real(dt, "dt", above=0.0, fixed=True)
     if p.shape[0] != p.shape[1]:
         raise ShapeError("matrix must be square", got=tuple(p.shape))
     if bool((p < 0).any()) or float((p.sum(-1) - 1).abs().max()) > 1e-6:

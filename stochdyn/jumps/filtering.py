@@ -99,6 +99,8 @@ def transitions(q: Tensor, times: Tensor, start_time: float, entries: Tensor) ->
     gaps = torch.cat([start, times], 1).diff(dim=1).mT
     if q.ndim == 3:
         matrices = paired_transition(q, gaps.expand(-1, len(q)))
+    elif gaps.requires_grad:  # equal gaps of learnt times move apart
+        matrices = _transition(q, gaps.reshape(-1)).reshape(*gaps.shape, *q.shape)
     else:
         unique, place = gaps.reshape(-1).unique(return_inverse=True)
         matrices = _transition(q, unique)[place].reshape(*gaps.shape, *q.shape)

@@ -42,6 +42,10 @@ class RateMatrix(nn.Module):
         (tensor([0.7308, 0.2692]), tensor([0.3846]))
     """
 
+    # the names of what the rates are made of where that is learnt: symmetric rates and weights
+    _constant: Tensor
+    _parts: tuple[str, str] | None = None
+
     def __init__(self, rates: object, mask: object = None) -> None:
         super().__init__()
         value = as_tensor(rates.matrix if isinstance(rates, RateMatrix) else rates, "rates")
@@ -71,18 +75,20 @@ class RateMatrix(nn.Module):
                 )
             if bool(((off != 0) & ~allowed).any()):
                 raise InvalidInputError("there are rates outside the mask")
-        matrix = off - torch.diag_embed(off.sum(-1))
+        matrix = _filled(off)
+        learnt = isinstance(rates, nn.Parameter)
         if isinstance(rates, nn.Parameter):
             self.rates = rates
-        self.register_buffer("_constant", matrix, persistent=not isinstance(rates, nn.Parameter))
+        self.register_buffer("_constant", matrix.detach() if learnt else matrix, persistent=not learnt)
 
     @property
     def matrix(self) -> Tensor:
         """The generator ``(*batch, S, S)`` with its diagonal, of the rates as they are now."""
+        if self._parts is not None:
+            return _filled(_balanced(*(getattr(self, name) for name in self._parts)))
         if isinstance(getattr(self, "rates", None), nn.Parameter):
-            off = self.rates - torch.diag_embed(self.rates.diagonal(dim1=-2, dim2=-1))
-            return off - torch.diag_embed(off.sum(-1))
-        return cast(Tensor, self._constant)
+            return _filled(self.rates - torch.diag_embed(self.rates.diagonal(dim1=-2, dim2=-1)))
+        return self._constant
 
     @property
     def num_states(self) -> int:
@@ -112,9 +118,16 @@ class RateMatrix(nn.Module):
             raise InvalidInputError("stationary must be positive", got=f"minimum {float(pi.min()):g}")
         if not torch.allclose(s, s.mT, rtol=1e-6, atol=0):
             raise InvalidInputError("symmetric must be a symmetric matrix")
-        root = pi.sqrt()
-        off = s * root[..., None, :] / root[..., :, None]
-        return cls(off - torch.diag_embed(off.diagonal(dim1=-2, dim2=-1)))
+        made = cls(_balanced(s, pi))
+        if isinstance(s, nn.Parameter) or isinstance(pi, nn.Parameter):
+            made._parts = ("symmetric_rates", "stationary_weights")
+            made.register_buffer("_constant", made._constant.detach(), persistent=False)
+            for name, part in zip(made._parts, (s, pi), strict=True):
+                if isinstance(part, nn.Parameter):
+                    made.register_parameter(name, part)
+                else:
+                    made.register_buffer(name, part if part.requires_grad else part.detach().clone())
+        return made
 
     def replicate(self, count: int) -> tuple[RateMatrix, Tensor]:
         """Return the generator of how many of ``count`` like and independent units are in each state.
@@ -447,6 +460,18 @@ def closed_classes(matrix: np.ndarray) -> list[list[int]]:
     count, label = connected_components(link, directed=True, connection="strong")
     classes = [np.flatnonzero(label == k) for k in range(count)]
     return [c.tolist() for c in classes if not link[np.ix_(c, np.setdiff1d(np.arange(len(label)), c))].any()]
+
+
+def _filled(off: Tensor) -> Tensor:
+    """Return rates with the diagonal that makes rows sum to zero."""
+    return off - torch.diag_embed(off.sum(-1))
+
+
+def _balanced(symmetric: Tensor, stationary: Tensor) -> Tensor:
+    """Return the rates, without a diagonal, that are symmetric but for the weights and so in detailed balance with them."""
+    root = stationary.sqrt()
+    off = symmetric * root[..., None, :] / root[..., :, None]
+    return off - torch.diag_embed(off.diagonal(dim1=-2, dim2=-1))
 
 
 class JumpGenerator(MasterEquation):

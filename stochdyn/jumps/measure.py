@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochdyn._checks import (
     as_generator,
@@ -87,7 +87,8 @@ class JumpMarginal(Marginal):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the log probability of states ``x (..., 1)``."""
-        return self.probs.log().expand(*x.shape[:-1], -1).gather(-1, x.long())[..., 0]
+        # the state is taken first: an impossible other one has no part in the derivative
+        return self.probs.expand(*x.shape[:-1], -1).gather(-1, x.long())[..., 0].log()
 
 
 class JumpLaw(PathMeasure):
@@ -107,7 +108,7 @@ class JumpLaw(PathMeasure):
             sample_shape: The shape of independent draws, an integer or a tuple.
             generator: The source of randomness.
         """
-        check_real(horizon, "horizon")
+        check_real(horizon, "horizon", fixed=True)
         if not float(horizon) > self.start_time:
             raise TimeGridError(
                 "horizon must lie after the start", got=float(horizon), expected=f"> {self.start_time:g}"
@@ -205,13 +206,13 @@ class JumpMeasure(JumpLaw):
         tensor([0.7644, 0.2356])
     """
 
-    initial: Tensor
+    _initial: Tensor
 
     def __init__(
         self, initial: object, rates: Any, start_time: float = 0.0, bound: float | None = None
     ) -> None:
         super().__init__()
-        check_real(start_time, "start_time")
+        check_real(start_time, "start_time", fixed=True)
         self.start_time = float(start_time)
         self.generator: RateMatrix | None = None
         self._function: Callable[[Tensor], Tensor] | None = None
@@ -237,7 +238,16 @@ class JumpMeasure(JumpLaw):
             raise InvalidInputError(
                 "initial must be probabilities that sum to one", got=start.detach().tolist()[:8]
             )
-        self.register_buffer("initial", start / start.sum(-1, keepdim=True))
+        if isinstance(initial, nn.Parameter):
+            self.register_parameter("_initial", initial)
+        else:
+            self.register_buffer("_initial", start if start.requires_grad else start.detach().clone())
+
+    @property
+    def initial(self) -> Tensor:
+        """The probabilities of the states at the start, ``(*batch, S)``, as they are now."""
+        start = self._initial.expand(*self.batch_shape, -1)
+        return start / start.sum(-1, keepdim=True)
 
     def _matrix(self) -> Tensor:
         """Return the generator of a law that has a constant one and no batch."""
@@ -291,7 +301,7 @@ class JumpMeasure(JumpLaw):
 
     def _steps(self, span: Tensor) -> tuple[Tensor, Tensor]:
         """Return the midpoints ``(n,)`` of short steps over a span, and their length: short beside any stay."""
-        steps = max(200, math.ceil(20 * self._fastest() * float(span)))
+        steps = max(200, math.ceil(20 * self._fastest() * float(span.detach())))
         return (torch.arange(steps, dtype=torch.float64) + 0.5) / steps * span + self.start_time, span / steps
 
     def _moves(self, middles: Tensor, dt: Tensor) -> Iterator[Tensor]:
@@ -370,7 +380,7 @@ class JumpMeasure(JumpLaw):
     def _log_density(self, record: JumpRecord) -> Tensor:
         first = record.states[..., :1]
         shape = torch.broadcast_shapes(record.shape, self.batch_shape)
-        start = self.initial.double().log().expand(*shape, -1).gather(-1, first.expand(*shape, 1))[..., 0]
+        start = self.initial.double().expand(*shape, -1).gather(-1, first.expand(*shape, 1))[..., 0].log()
         if self._function is None:
             q = self._matrices().double()
             counts, dwell = record.counts.double(), record.dwell.double()
@@ -403,8 +413,8 @@ class JumpMeasure(JumpLaw):
     def _rate(self, record: JumpRecord, other: JumpLaw) -> Tensor:
         if not isinstance(other, JumpMeasure):
             return super()._rate(record, other)
-        start = self.initial.double().log() - other.initial.double().log()
-        first = start[record.states[..., 0]]
+        begin = record.states[..., 0]
+        first = self.initial.double()[begin].log() - other.initial.double()[begin].log()
         if self._function is None and other._function is None:
             rates = divergence_rates(self._matrix(), other._matrix())
             return first + (record.dwell.double() * rates).sum(-1)
@@ -439,11 +449,13 @@ class JumpMeasure(JumpLaw):
             horizon: The time at which the paths end.
         """
         check_type(other, JumpMeasure, "other")
-        check_real(horizon, "horizon", above=self.start_time)
+        check_real(horizon, "horizon", above=self.start_time, fixed=True)
         if other.num_states != self.num_states:
             raise ShapeError("the laws have other states", got=f"{self.num_states} and {other.num_states}")
-        p = self.initial.double()
-        start = torch.where(p > 0, p * (p.log() - other.initial.double().log()), torch.zeros_like(p)).sum()
+        p, theirs = self.initial.double(), other.initial.double()
+        possible = p > 0  # other states have no part, nor one in the derivative
+        ratio = torch.where(possible, p, 1.0).log() - torch.where(possible, theirs, 1.0).log()
+        start = torch.where(possible, p * ratio, torch.zeros_like(p)).sum()
         if self._function is not None or other._function is not None:
             return (start + self._divergence(other, horizon)).to(self.initial.dtype)
         q = self._matrix().double()
@@ -469,7 +481,7 @@ class JumpMeasure(JumpLaw):
             >>> law.entropy_production(5.0)  # one of two alike states becomes either: log 2
             tensor(0.6931)
         """
-        check_real(horizon, "horizon", above=self.start_time)
+        check_real(horizon, "horizon", above=self.start_time, fixed=True)
         p, q = self.initial.double(), self._matrix().double()
         span = horizon - self.start_time
         flow = (p @ integrate(q, q.new_tensor([span]), None)[0])[:, None] * q
@@ -477,7 +489,7 @@ class JumpMeasure(JumpLaw):
         ratio = torch.where(happens, q, 1.0).log() - torch.where(happens, q.mT, 1.0).log()
         exchanged = torch.where(happens, flow * ratio, torch.zeros_like(q)).sum()
         last = p @ _transition(q, q.new_tensor([span]))[0]
-        total = exchanged + torch.special.entr(last).sum() - torch.special.entr(p).sum()
+        total = exchanged + _entropy(last) - _entropy(p)
         return total.to(self.initial.dtype)
 
     def conditioned(self, times: object, y: object, observation: Observation) -> ConditionedJumps:
@@ -517,8 +529,7 @@ class ConditionedJumps(JumpLaw):
     def __init__(self, law: JumpMeasure, times: object, y: object, observation: Observation) -> None:
         super().__init__()
         check_type(law, JumpMeasure, "law")
-        if law.batch_shape:
-            raise ShapeError("this takes one law at a time", got=f"a batch {tuple(law.batch_shape)}")
+        law._matrix()  # one law, of constant rates
         self.prior, self.observation = law, observation
         self.num_states, self.start_time = law.num_states, law.start_time
         data = prepare(times, y, observation, law.start_time)
@@ -578,7 +589,10 @@ class ConditionedJumps(JumpLaw):
         time = self.prior._time(t)
         _, beta = self._message(time.reshape(1), self._filtered())
         q = self.prior._matrix()
-        ratio = (beta[0][None, :] / beta[0][:, None].clamp(min=1e-300)).to(q)
+        here = beta[0][:, None]
+        # from where the observations can't come about there is no path, and no rate
+        possible = here > 0
+        ratio = torch.where(possible, beta[0][None, :] / torch.where(possible, here, 1.0), 0.0).to(q)
         off = q * ratio
         off = off - torch.diag_embed(off.diagonal())
         return off - torch.diag_embed(off.sum(-1))
@@ -606,7 +620,7 @@ class ConditionedJumps(JumpLaw):
                 last observation if None.
         """
         if horizon is not None:
-            check_real(horizon, "horizon", above=self.start_time)
+            check_real(horizon, "horizon", above=self.start_time, fixed=True)
         return expected_statistics(self.prior, self.data, self._y, self.observation, horizon)
 
     def _records(
@@ -729,9 +743,16 @@ def _integral(
     return (half * w * stay).sum((-2, -1))
 
 
+def _entropy(p: Tensor) -> Tensor:
+    """Return the entropy of probabilities; those of zero have no part, nor one in the derivative."""
+    return -torch.where(p > 0, p * torch.where(p > 0, p, 1.0).log(), torch.zeros_like(p)).sum()
+
+
 def divergence_rates(q: Tensor, p: Tensor) -> Tensor:
     """Return the rates ``(S,)`` at which the divergence grows in each state, infinite where P forbids a jump of Q."""
     a, b = q.double(), p.double()
     off = ~torch.eye(a.shape[-1], dtype=torch.bool, device=a.device)
-    ratio = torch.where(off & (a > 0), a, 1.0).log() - torch.where(off & (a > 0), b, 1.0).log()
-    return torch.where(off, a * ratio - a + b, torch.zeros_like(a)).sum(-1)
+    both = off & (a > 0) & (b > 0)
+    ratio = torch.where(both, a, 1.0).log() - torch.where(both, b, 1.0).log()
+    part = torch.where(off, a * ratio - a + b, torch.zeros_like(a))
+    return torch.where(off & (a > 0) & (b <= 0), torch.inf, part).sum(-1)

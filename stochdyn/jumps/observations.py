@@ -106,7 +106,9 @@ class Misclassified(Observation):
     def log_likelihood(self, y: Tensor) -> Tensor:
         """Return the log probability of the label in every state, ``(*y.shape, S)``."""
         label, missing = _labels(y, self.matrix.shape[1], "labels")
-        seen = self.matrix.to(y.dtype).log().mT[label]
+        chance = self.matrix.to(y.dtype).mT[label]
+        # an impossible label has no part in the derivative
+        seen = torch.where(chance > 0, torch.where(chance > 0, chance, 1.0).log(), -math.inf)
         return torch.where(missing[..., None], torch.zeros_like(seen), seen)
 
     def draw(self, states: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ class HiddenJumps(LawDistribution):
         if times.ndim > 1:
             shape = torch.broadcast_shapes(value.shape, times.shape)
             value, times = value.expand(shape), times.expand(shape)
-        return log_evidence(self.law, times, value, self.observation)
+        evidence = log_evidence(self.law, times, value, self.observation)
+        return evidence.expand(torch.broadcast_shapes(evidence.shape, self.batch_shape))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw hidden paths, and observations of them, ``(*sample, *batch, T)``."""
@@ -90,7 +91,8 @@ class HiddenJumps(LawDistribution):
             # series that share a law have paths of their own
             initial, rates = law.initial.detach(), law.generator.matrix.detach()
             law = JumpMeasure(initial.expand(*own, -1), rates.expand(*own, *rates.shape[-2:]), law.start_time)
-        record = law.sample_record(max(float(self.times.max()), law.start_time + 1e-9), tuple(extra))
+        last = self.times.detach().max().reshape(1)
+        record = law.sample(torch.cat([last.new_full((1,), law.start_time), last]).unique(), tuple(extra))
         times = self.times.expand(*record.shape, -1)
         index = torch.searchsorted(record.times.contiguous(), times.to(record.times).contiguous(), right=True)
         return self.observation.draw(record.states.gather(-1, index)).to(self.law.initial.dtype)
@@ -123,7 +125,7 @@ class JumpPath(LawDistribution):
 
     def __init__(self, law: JumpMeasure, horizon: float, max_jumps: int, validate_args: Any = None) -> None:
         check_type(law, JumpMeasure, "law")
-        check_real(horizon, "horizon", above=law.start_time)
+        check_real(horizon, "horizon", above=law.start_time, fixed=True)
         check_positive_int(max_jumps, "max_jumps")
         self.law, self.horizon, self.max_jumps = law, float(horizon), int(max_jumps)
         super().__init__(law.batch_shape, torch.Size([2 * max_jumps + 2]), validate_args=validate_args)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochdyn._checks import (
     as_generator,
@@ -74,8 +74,8 @@ class ReactionNetwork(PathMeasure):
 
     taken: Tensor
     change: Tensor
-    constants: Tensor
     start: Tensor
+    _fixed: Tensor
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class ReactionNetwork(PathMeasure):
             raise InvalidInputError(
                 "initial must map species to numbers of molecules", got=type(initial).__name__
             )
-        check_real(start_time, "start_time")
+        check_real(start_time, "start_time", fixed=True)
         sides = [_read(r) for r in reactions]
         names = [*initial, *(name for side in sides for part in side for name in part)]
         self.species = list(dict.fromkeys(names))
@@ -120,22 +120,38 @@ class ReactionNetwork(PathMeasure):
         self.register_buffer("taken", torch.as_tensor(taken))
         self.register_buffer("change", torch.as_tensor(made - taken))
         self._taken = [[(m, k) for m, k in enumerate(row) if k] for row in taken.tolist()]
-        constants, self._own = [], {}
+        constants: list[Tensor] = []
+        self._own: dict[int, Propensity] = {}
+        self._learnt: list[int] = []
         for r, rate in enumerate(rates):
             if callable(rate) and not isinstance(rate, Tensor):
                 self._own[r] = rate
                 constants.append(torch.ones((), dtype=torch.float64))
                 continue
             check_real(rate, f"rates[{r}]", minimum=0.0)
+            if isinstance(rate, nn.Parameter):
+                self._learnt.append(r)
+                self.register_parameter(f"rate_{r}", rate)
+                rate = 0.0  # a placeholder: constants are made of the parameters whenever they are asked for
             constants.append(
                 rate.double() if isinstance(rate, Tensor) else torch.tensor(float(rate), dtype=torch.float64)
             )
-        self.register_buffer("constants", torch.stack([c.reshape(()) for c in constants]))
+        self.register_buffer("_fixed", torch.stack([c.reshape(()) for c in constants]))
         start = np.zeros(len(self.species))
         for name, count in initial.items():
             check_positive_int(count, f"initial[{name!r}]", 0)
             start[index[name]] = count
         self.register_buffer("start", torch.as_tensor(start))
+
+    @property
+    def constants(self) -> Tensor:
+        """The rate constants ``(R,)`` as they are now, one for propensities of one's own."""
+        if not self._learnt:
+            return self._fixed
+        parts = list(self._fixed.unbind())
+        for r in self._learnt:
+            parts[r] = getattr(self, f"rate_{r}").double().reshape(())
+        return torch.stack(parts)
 
     def propensities(self, x: Tensor) -> Tensor:
         """Return the propensities ``(..., R)`` in 1/time at counts ``(..., M)``, zero where molecules are lacking."""
@@ -305,13 +321,7 @@ class ReactionNetwork(PathMeasure):
         It is an approximation: propensities below zero count as zero, counts may become negative, and rates of rare events
         (extinction, escape from a well) are wrong by factors that grow with the number of molecules.
         """
-        change = self.change.double()
-
-        def diffusion(t: Tensor, x: Tensor) -> Matrix:
-            a = self.continuous(x).clamp(min=0.0)
-            return Matrix(change.mT.to(x) * a.sqrt().unsqueeze(-2))
-
-        return SDE(lambda t, x: self.continuous(x).clamp(min=0.0) @ change.to(x), diffusion)
+        return SDE(_Reactions(self), _ReactionNoise(self))
 
     def linear_noise(self) -> LinearGaussianMeasure:
         r"""Return the linear noise approximation: Gaussian around the deterministic path.
@@ -325,38 +335,95 @@ class ReactionNetwork(PathMeasure):
             NonFiniteError: On a question after the time at which the deterministic path leaves all bounds.
         """
         path = _MeanPath(self)
-        change = self.change.double()
-
-        def offset(t: Tensor) -> Tensor:
-            m = path(t)
-            rate, slope = self.mean_field(m), path.slope(m)
-            return rate - (slope @ m.unsqueeze(-1)).squeeze(-1)
-
-        def diffusion(t: Tensor) -> Tensor:
-            a = self.continuous(path(t)).clamp(min=0.0)
-            return change.mT * a.sqrt().unsqueeze(-2)
-
         return LinearGaussianMeasure(
-            lambda t: path.slope(path(t)), offset, diffusion, self.start.clone(), initial_time=self.start_time
+            _Coefficient(self, path, "matrix"),
+            _Coefficient(self, path, "offset"),
+            _Coefficient(self, path, "diffusion"),
+            self.start.clone(),
+            initial_time=self.start_time,
         )
+
+
+class _Reactions(nn.Module):
+    """The mean change of counts by reactions, as a drift that lists the network's parameters as its own."""
+
+    def __init__(self, network: ReactionNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def rates(self, x: Tensor) -> Tensor:
+        """Return the propensities, none below zero."""
+        return self.network.continuous(x).clamp(min=0.0)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return the drift ``(..., M)``."""
+        return self.rates(x) @ self.network.change.to(x)
+
+
+class _ReactionNoise(_Reactions):
+    """The noise of reactions, one channel each."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Matrix:  # type: ignore[override]
+        """Return the diffusion ``(..., M, R)``."""
+        return Matrix(self.network.change.to(x).mT * self.rates(x).sqrt().unsqueeze(-2))
+
+
+class _Coefficient(nn.Module):
+    """One coefficient of the linear noise, as a function of time that lists the network's parameters as its own."""
+
+    def __init__(
+        self, network: ReactionNetwork, path: _MeanPath, what: Literal["matrix", "offset", "diffusion"]
+    ) -> None:
+        super().__init__()
+        self.network, self.path, self.what = network, path, what
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Return the values at times ``(n,)``, time leading."""
+        m = self.path(t)
+        if self.what == "matrix":
+            return self.path.slope(m)
+        if self.what == "offset":
+            return self.network.mean_field(m) - (self.path.slope(m) @ m.unsqueeze(-1)).squeeze(-1)
+        a = self.network.continuous(m).clamp(min=0.0)
+        return self.network.change.to(m).mT * a.sqrt().unsqueeze(-2)
 
 
 class _MeanPath:
     """The deterministic path of a network, by Runge-Kutta steps and cubic interpolation, in windows that double in length.
 
-    Windows depend on the network alone, so the path at a time doesn't depend on which other times were asked for.
+    Windows depend on the network alone, so the path at a time doesn't depend on which other times were asked for. It is kept until
+    rate constants change, or a backward pass has used up its graph.
     """
 
     def __init__(self, network: ReactionNetwork) -> None:
         self.network = network
+        self._begin()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _MeanPath, (self.network,)
+
+    def _begin(self) -> None:
+        network = self.network
+        self._of, self._spent = network.constants, False
         start, begin = network.start, torch.tensor([network.start_time], dtype=torch.float64)
         self.ts, self.x, self.v = begin, start[None], network.mean_field(start)[None]
-        change = (self.v[0].abs() / start.clamp(min=1.0)).max()
-        rate = float(torch.maximum(self._fastest(self.x), change).detach())
+        change = (self.v[0].detach().abs() / start.clamp(min=1.0)).max()
+        rate = float(torch.maximum(self._fastest(self.x), change))
         self.window = math.inf if not bool(self.v.any()) else 1.0 / rate
 
+    def _is_stale(self) -> bool:
+        now = self.network.constants
+        return (
+            self._spent
+            or not torch.equal(now.detach(), self._of.detach())
+            or (now.requires_grad and not self._of.requires_grad)
+        )
+
+    def _spend(self, slope: Tensor) -> None:
+        self._spent = True
+
     def _fastest(self, x: Tensor) -> Tensor:
-        return torch.linalg.matrix_norm(self.slope(x), 2).amax()
+        return torch.linalg.matrix_norm(self.slope(x).detach(), 2).amax()
 
     def _extend(self) -> None:
         """Add a window, in steps of a fiftieth of the shortest time scale met in it."""
@@ -384,6 +451,8 @@ class _MeanPath:
         grid = begin + self.window * torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:]
         self.ts, self.x = torch.cat([self.ts, grid]), torch.cat([self.x, path])
         self.v = torch.cat([self.v, self.network.mean_field(path)])
+        if path.requires_grad:
+            path.register_hook(self._spend)
         still = self.v[-1].detach().abs().max() <= 1e-14 * fastest * path[-1].detach().abs().max()
         self.window = math.inf if bool(still) else 2.0 * self.window
 
@@ -394,6 +463,8 @@ class _MeanPath:
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return the path at times ``(n,)``, ``(n, M)``, by Hermite interpolation."""
+        if self._is_stale():
+            self._begin()
         at = t.detach().double()
         last = max([*at.tolist(), self.network.start_time])
         while math.isfinite(self.window) and (len(self.ts) == 1 or last > float(self.ts[-1])):

@@ -18,6 +18,7 @@ from stochdyn._checks import (
     as_sample_shape,
     as_tensor,
     as_time_grid,
+    check_no_gradient,
     check_positive_int,
     check_real,
 )
@@ -103,6 +104,7 @@ class TruncatedNetwork:
 
     def __init__(self, network: ReactionNetwork, bounds: Mapping[str, int]) -> None:
         self.network = network
+        check_no_gradient(network.constants, "rates", "finite state projection", "take linear_noise()")
         if not isinstance(bounds, Mapping) or set(bounds) != set(network.species):
             raise InvalidInputError(
                 "bounds must name every species", got=repr(bounds)[:60], expected=network.species
@@ -158,7 +160,7 @@ class TruncatedNetwork:
         Warns:
             ApproximationWarning: If more than a hundredth of the probability has left the bounds.
         """
-        check_real(t, "t", minimum=self.network.start_time)
+        check_real(t, "t", minimum=self.network.start_time, fixed=True)
         stride = [math.prod(self.shape[m + 1 :]) for m in range(len(self.shape))]
         p = np.zeros(len(self.grid))
         p[int(sum(int(c) * s for c, s in zip(self.network.start.tolist(), stride, strict=True)))] = 1.0

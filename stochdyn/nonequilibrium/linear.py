@@ -67,10 +67,11 @@ class LinearSteadyState:
             raise ShapeError(
                 "drift_matrix and diffusion don't fit", got=f"{tuple(a.shape)} and {tuple(g.shape)}"
             )
-        if a.requires_grad or g.requires_grad:
+        if torch.is_grad_enabled() and (a.requires_grad or g.requires_grad):
             raise UnavailableError(
                 "a steady state has no derivatives in its coefficients", hint="pass them with .detach()"
             )
+        a, g = a.detach(), g.detach()
         if not bool((g != 0).any()):
             raise SingularDiffusionError("without noise the steady state is a point")
         if float(torch.linalg.eigvals(a).real.max()) >= 0:

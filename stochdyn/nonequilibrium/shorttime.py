@@ -101,7 +101,7 @@ def short_time_entropy(
     x = as_tensor(paths, "paths", (2, 3), "(T, d) or (n, T, d)").double()
     x = x[None] if x.ndim == 2 else x
     check_nonempty(x, "paths")
-    check_real(dt, "dt", above=0.0)
+    check_real(dt, "dt", above=0.0, fixed=True)
     check_positive_int(folds, "folds", 2)
     check_positive_int(num_blocks, "num_blocks", 2 * folds)
     if isinstance(features, str):

@@ -22,9 +22,11 @@ from stochdyn.fractional import (
     averaged_autocovariance,
     fbm_covariance,
     fgn_autocovariance,
+    infer_hurst,
     infer_roughness,
     rough_volatility,
     sample_fbm,
+    sample_fgn,
 )
 from stochdyn.fractional.hurst import Law
 
@@ -164,6 +166,34 @@ def test_a_drift_changes_nothing(errors: float | None) -> None:
         infer_roughness(x, obs_scale=errors, num_draws=200).posterior["hurst"].values for x in (path, moved)
     )
     assert np.abs(here - there).max() < 1e-6
+
+
+@pytest.mark.parametrize("errors", [None, 0.3])
+def test_irregular_times_may_be_in_any_unit(errors: float | None) -> None:
+    g = torch.Generator().manual_seed(0)
+    path, n = sample_fbm(0.3, 90, horizon=90.0, generator=g), torch.arange(91, dtype=F64)
+    keep = torch.rand(91, generator=g) < 0.7
+    first, *others = (
+        infer_roughness(path[keep], obs_scale=errors, num_draws=100, times=n[keep] * unit + start).posterior
+        for unit, start in ((1.0, 0.0), (2.0**20, 1e9), (2.0**-30, 0.0))
+    )
+    for other, unit in zip(others, (2.0**20, 2.0**-30), strict=True):
+        assert np.abs(other["hurst"].values - first["hurst"].values).max() < 1e-6
+        rescaled = other["scale"].values * unit ** other["hurst"].values
+        assert np.abs(rescaled / first["scale"].values - 1).max() < 1e-5
+
+
+def test_increments_far_apart_may_be_in_any_unit_of_time() -> None:
+    noise, n = sample_fgn(0.7, 91, generator=1), torch.arange(91, dtype=F64)
+    keep = torch.rand(91, generator=torch.Generator().manual_seed(0)) < 0.7
+    one, other = (
+        infer_hurst(noise[keep], num_draws=100, times=n[keep] * unit).posterior["hurst"].values
+        for unit in (1.0, 2.0**20)
+    )
+    assert np.abs(one - other).max() < 1e-6
+    # increments that last a millionth of what lies between them are all but independent, and are no error
+    with pytest.warns(StochdynWarning, match="within 0.02 of 1"):
+        infer_hurst(noise[keep], dt=1e-6, num_draws=100, times=n[keep])
 
 
 def _tracks(count: int, hurst: float) -> list[Tensor]:

@@ -206,3 +206,25 @@ def test_series_of_a_plate_that_share_a_law_have_paths_of_their_own():
     assert drawn.shape == (3, 4, 30, 2)
     # the chance that thirty series agree at the start is 2^-29
     assert bool((drawn[..., 0].std(-1) > 0).all())
+
+
+def test_one_series_in_a_plate_counts_for_each() -> None:
+    law = JumpMeasure(START, CYCLE)
+    y = torch.tensor([0.0, 1.0, 1.0], dtype=D)
+    one = HiddenJumps(law, TIMES, Exact(3))
+    three = one.expand(torch.Size([3]))
+    assert torch.equal(three.log_prob(y), one.log_prob(y).expand(3))
+    assert three.sample((2,)).shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e9])
+def test_observations_are_drawn_in_any_unit_of_time(unit: float) -> None:
+    """Also where the only observation stands at the start, which may be far from zero."""
+    pyro.set_rng_seed(0)
+    site = HiddenJumps(JumpMeasure(START, CYCLE / unit, start_time=7 * unit), (7 + TIMES) * unit, Exact(3))
+    pyro.set_rng_seed(0)
+    same = HiddenJumps(JumpMeasure(START, CYCLE, start_time=7.0), 7 + TIMES, Exact(3)).sample((50,))
+    pyro.set_rng_seed(0)
+    assert torch.equal(site.sample((50,)), same)
+    at_start = HiddenJumps(JumpMeasure(START, CYCLE / unit, start_time=7 * unit), [7 * unit], Exact(3))
+    assert at_start.sample((5,)).shape == (5, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import as_tensor, as_time_grid, check_choice, values_are_checked
+from stochdyn._checks import as_tensor, as_time_grid, check_choice, check_no_gradient, values_are_checked
 from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["Interpolation"]
@@ -47,13 +47,14 @@ class Interpolation(nn.Module):
     """
 
     times: Tensor
-    values: Tensor
+    _values: Tensor
     leaving: Tensor
     arriving: Tensor
 
     def __init__(self, times: Any, values: Any, kind: str = "linear") -> None:
         super().__init__()
         check_choice(kind, _KINDS, "kind")
+        check_no_gradient(times, "times", "an interpolation", "give the values of a learnt function of time")
         knots = as_time_grid(times, "times", min_points=1, batch=True)
         table = as_tensor(values, "values", missing=True)
         if table.ndim == 1:
@@ -84,13 +85,16 @@ class Interpolation(nn.Module):
             # Slopes at the beginning and at the end of the step after each time: they differ where a value is held.
             self.register_buffer("leaving", _through(self.times, table, lambda t, y: _slopes(t, y)[0]))
             self.register_buffer("arriving", _through(self.times, table, lambda t, y: _slopes(t, y)[1]))
-        self._keep("values", _filled(self.times, table, kind))
-
-    def _keep(self, name: str, value: Tensor) -> None:
-        if isinstance(value, nn.Parameter):
-            self.register_parameter(name, value)
+        filled = _filled(self.times, table, kind)
+        if isinstance(values, nn.Parameter) and filled is table:
+            self.register_parameter("_values", values)
         else:
-            self.register_buffer(name, value if value.requires_grad else value.detach().clone())
+            self.register_buffer("_values", filled if filled.requires_grad else filled.detach().clone())
+
+    @property
+    def values(self) -> Tensor:
+        """The values ``(*batch, T, c)`` as they are now, gaps filled."""
+        return self._values if self._values.ndim > 1 else self._values.unsqueeze(-1)
 
     def forward(self, t: Tensor, x: Tensor | None = None) -> Tensor:
         """Return the values ``(..., c)`` at times of no axes or of axes ``(..., 1)``, as drifts get them; ``x`` plays no part."""

@@ -144,7 +144,7 @@ class TiltedMeasure(GaussianPathMeasure):
         super().__init__()
         check_type(reference, LinearGaussianMeasure, "reference")
         check_type(potential, EndPotential, "potential")
-        check_real(horizon, "horizon", above=0.0)
+        check_real(horizon, "horizon", above=0.0, fixed=True)
         dim, like = reference.dim, reference.like
         initial_mean = as_tensor(initial_mean, "initial_mean", like=like)
         initial_cov = as_tensor(initial_cov, "initial_cov", like=like)

@@ -86,21 +86,22 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         drift_matrix: Tensor | TimeFunction | TimeValue,
         drift_offset: Tensor | TimeFunction | TimeValue,
         diffusion: Coefficient | Tensor | float | TimeFunction | TimeValue,
-        initial_mean: Tensor,
+        initial_mean: Tensor | TimeValue,
         initial_cov: Tensor | TimeValue | None = None,
         *,
         initial_time: float = 0.0,
         tolerance: float | None = None,
     ) -> None:
         super().__init__()
-        initial_mean = _as_start(initial_mean, None)
-        check_real(initial_time, "initial_time")
+        made = initial_mean if isinstance(initial_mean, TimeValue) else None
+        initial_mean = _as_start(initial_mean if made is None else made.constant, None)
+        check_real(initial_time, "initial_time", fixed=True)
         if tolerance is not None:
             check_real(tolerance, "tolerance", above=0.0, below=1.0)
         dim = initial_mean.shape[-1]
         if initial_cov is None:
             initial_cov = torch.zeros(dim, dim, dtype=initial_mean.dtype, device=initial_mean.device)
-        self._initial_mean = as_time_value(initial_mean, "initial_mean", (dim,), initial_mean)
+        self._initial_mean = made or as_time_value(initial_mean, "initial_mean", (dim,), initial_mean)
         self._initial_cov = as_time_value(initial_cov, "initial_cov", (dim, dim), initial_mean)
         self.drift_matrix = as_time_value(drift_matrix, "drift_matrix", (dim, dim), initial_mean)
         self.drift_offset = as_time_value(drift_offset, "drift_offset", (dim,), initial_mean)
@@ -194,8 +195,9 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         check_same_dtype(**{str(i): x for i, x in enumerate(given)})
         like = given[0] if given else torch.zeros(())
         theta, mu, sigma = (as_tensor(x, name, like=like) for name, x in named.items())
+        start: Tensor | TimeValue
         if initial_mean is not None:
-            initial_mean = _as_start(initial_mean, like)
+            start = initial_mean = _as_start(initial_mean, like)
         shapes = {n: tuple(x.shape) for n, x in zip(named, (theta, mu, sigma), strict=True)}
         size = 1 if initial_mean is None else initial_mean.shape[-1]
         shape = broadcast_batches({**shapes, "vector": (size,)})
@@ -205,14 +207,14 @@ class LinearGaussianMeasure(GaussianPathMeasure):
         covariance: Tensor | TimeValue | None = initial_cov
         if initial_mean is None:
             check_positive(theta.detach(), "rate")
-            initial_mean = mu if mu.shape == shape else mu.expand(shape)
+            start = TimeValue("initial_mean", (dim,), (mu, zero.expand(shape)), torch.add)
             covariance = TimeValue("initial_cov", (dim, dim), (theta, sigma, zero), _stationary_covariance)
         # The coefficients are made of the parameters whenever they are asked for, so that these may be learnt.
         return cls(
             TimeValue("drift_matrix", (dim, dim), (theta, zero), _relaxation),
             TimeValue("drift_offset", (dim,), (theta, mu, zero), _restoring),
             TimeValue("diffusion", (dim, None), (sigma, zero), _strengths),
-            initial_mean,
+            start,
             covariance,
             initial_time=initial_time,
         )

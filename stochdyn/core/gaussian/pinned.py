@@ -320,8 +320,8 @@ def check_bridge(
         raise ShapeError(
             "initial and final must have the same size", got=f"{tuple(initial.shape)}, {tuple(final.shape)}"
         )
-    check_real(start_time, "start_time")
-    check_real(end_time, "end_time")
+    check_real(start_time, "start_time", fixed=True)
+    check_real(end_time, "end_time", fixed=True)
     if end_time <= start_time:
         raise TimeGridError("end_time must be after start_time", got=f"{start_time}, {end_time}")
     given = {

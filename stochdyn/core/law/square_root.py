@@ -79,7 +79,7 @@ class SquareRootProcess(PathMeasure):
         initial_time: float = 0.0,
     ) -> None:
         super().__init__()
-        check_real(initial_time, "initial_time")
+        check_real(initial_time, "initial_time", fixed=True)
         named = {"rate": rate, "mean": mean, "diffusion": diffusion, "initial": initial}
         tensors = [x for x in named.values() if isinstance(x, Tensor)]
         like = tensors[0] if tensors else torch.zeros(())

@@ -44,8 +44,8 @@ class BrownianTree:
     """
 
     def __init__(self, start_time: float, horizon: float, seed: int = 0, depth: int = 24) -> None:
-        check_real(start_time, "start_time")
-        check_real(horizon, "horizon")
+        check_real(start_time, "start_time", fixed=True)
+        check_real(horizon, "horizon", fixed=True)
         check_positive_int(depth, "depth")
         if not float(horizon) > float(start_time):
             raise InvalidInputError("horizon must lie after start_time", got=f"{float(horizon):g}")

@@ -12,7 +12,7 @@ import torch
 from stochdyn._checks import as_tensor, check_type
 from stochdyn.errors import InvalidInputError, ShapeError, TooFewDrawsError
 
-__all__ = ["Block", "columns_of", "read_series", "read_times"]
+__all__ = ["Block", "columns_of", "read_series", "read_times", "steps_between"]
 
 _MOST_GAPS = 60
 _F64 = torch.zeros((), dtype=torch.float64)
@@ -155,6 +155,12 @@ def read_times(times: object, series: list[np.ndarray], dt: float) -> list[np.nd
             raise InvalidInputError("times must increase strictly", got=f"times[{index}]")
         found.append((t - t[0]) / dt)
     return found
+
+
+def steps_between(times: object, series: list[np.ndarray]) -> np.ndarray:
+    """Return the steps between the times at which something was observed, of all series."""
+    every = zip(read_times(times, series, 1.0), series, strict=True)
+    return np.concatenate([np.diff(t[~np.isnan(x).all(1)]) for t, x in every])
 
 
 def columns_of(regressors: object, series: list[np.ndarray]) -> list[np.ndarray]:

@@ -15,7 +15,7 @@ from stochdyn.diagnostics.container import from_draws
 from stochdyn.errors import InvalidInputError
 from stochdyn.fractional.exact.fbm import sample_fgn
 from stochdyn.fractional.hurst.check import warn_of
-from stochdyn.fractional.hurst.data import Block, columns_of, read_series, read_times
+from stochdyn.fractional.hurst.data import Block, columns_of, read_series, read_times, steps_between
 from stochdyn.fractional.hurst.laws import Law
 from stochdyn.fractional.hurst.solve import WHITTLE_FROM, Draws, Problem, solve
 
@@ -29,7 +29,7 @@ _BURN_IN = 1e-12
 
 def infer_hurst(
     series: object,
-    dt: float = 1.0,
+    dt: float | None = None,
     num_draws: int = 1000,
     seed: int | None = 0,
     *,
@@ -56,7 +56,8 @@ def infer_hurst(
     Args:
         series: The stationary increments ``(n,)``, or ``(n, d)`` components with one Hurst index; or a list of such, of lengths
             from 5 on, that share it. NaN marks missing values.
-        dt: The time between the ends of an increment; ``scale`` is per unit time, ``mean`` per increment.
+        dt: The time between the ends of an increment; ``scale`` is per unit time, ``mean`` per increment. If None, one where no times
+            are given, otherwise the shortest step between these.
         num_draws: The number of draws from the posterior.
         seed: The seed of the draws; None takes a fresh one.
         times: The ends ``(n,)`` of the increments, if they aren't regular (each still lasts ``dt``); a list for several series.
@@ -95,7 +96,8 @@ def infer_hurst(
         J. Beran, Statistics for long-memory processes, Chapman & Hall 1994; A. M. Sykulski et al., Biometrika 106, 2019
         (long series).
     """
-    check_positive(dt, "dt")
+    if dt is not None:
+        check_positive(dt, "dt")
     check_positive_int(num_draws, "num_draws")
     for name, value in (("trend", trend), ("hierarchy", hierarchy), ("predictive", predictive)):
         check_bool(value, name)
@@ -105,6 +107,8 @@ def infer_hurst(
     data = read_series(series, "series", _SHORTEST)
     if len(data) == 1 and data[0].shape[1] == 1:
         read_series(series, "series", _SHORTEST_ALONE)
+    if dt is None:
+        dt = 1.0 if times is None else float(steps_between(times, data).min())
     ends = read_times(times, data, float(dt))
     if times is not None and short_memory == "ar1":
         raise InvalidInputError("an autoregression needs regular times", hint="mark missing values with NaN")

@@ -116,6 +116,15 @@ class Law:
             (third[0] - 2 * third[1] + third[2] - 2 * e ** (2 * h + 2)) / ((2 * h + 1) * (2 * h + 2) * e**2)
         )
 
+    def _correlation(self, lag: np.ndarray, hurst: np.ndarray) -> np.ndarray:
+        """The covariance of the noise over two steps of length one that end ``lag`` apart, ``(M, *lag)``."""
+        d = [self._variogram(lag + s, hurst) for s in (-1, 0, 1)]
+        near = 0.5 * (d[0] + d[2]) - d[1]
+        # k^(2H) [(1 + 1/k)^(2H) + (1 - 1/k)^(2H) - 2] / 2 with expm1, since the terms cancel at long lags
+        h, k = hurst.reshape(-1, *(1,) * lag.ndim), np.maximum(lag, 2.0)
+        bracket = np.expm1(2 * h * np.log1p(1 / k)) + np.expm1(2 * h * np.log1p(-1 / k))
+        return np.asarray(np.where(lag > 2, 0.5 * k ** (2 * h) * bracket, near))
+
     def covariances(
         self, times: np.ndarray, hurst: np.ndarray, other: np.ndarray, differences: bool
     ) -> np.ndarray:
@@ -129,8 +138,7 @@ class Law:
                 place = np.rint(np.abs(gap)).astype(int)
                 rows = self.correlations(int(place.max()) + 1, hurst, other)
                 return np.asarray(rows[:, place])
-            d = [self._variogram(gap + s, hurst) for s in (-1, 0, 1)]
-            r = 0.5 * (d[0] + d[2]) - d[1]
+            r = self._correlation(np.abs(gap), hurst)
             if self.beside == "white":
                 r = (1 - other)[:, None, None] * r + other[:, None, None] * np.eye(len(times))
             return np.asarray(r)

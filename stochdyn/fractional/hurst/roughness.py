@@ -22,7 +22,7 @@ from stochdyn._checks import (
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.fractional.hurst.check import warn_of
-from stochdyn.fractional.hurst.data import Block, read_series, read_times
+from stochdyn.fractional.hurst.data import Block, read_series, read_times, steps_between
 from stochdyn.fractional.hurst.laws import Law
 from stochdyn.fractional.hurst.solve import Problem, solve
 
@@ -69,7 +69,7 @@ def averaged_autocovariance(num_lags: int, hurst: Tensor | float, dt: float = 1.
 
 def infer_roughness(
     path: object,
-    dt: float = 1.0,
+    dt: float | None = None,
     obs_scale: float | Sequence[float] | None = None,
     averaged: bool | float = False,
     num_draws: int = 1000,
@@ -97,7 +97,8 @@ def infer_roughness(
     Args:
         path: The observed levels ``(n,)``, not their differences, or a track ``(n, d)`` in d dimensions; or a list of such, of
             lengths from 5 on. NaN marks missing values.
-        dt: The time between observations.
+        dt: The time between observations, the step that errors, averages and ``deviation`` refer to. If None, one where no times are
+            given, otherwise the median of the steps between these.
         obs_scale: The standard deviation of the errors if it is known, one or one per axis; None learns it, 0 assumes there are none.
         averaged: Whether each observation is the average of the path over the step that ends there, as a realised variance is;
             or the part of the step that is averaged over, as for an exposure time.
@@ -133,7 +134,8 @@ def infer_roughness(
     Reference:
         A. J. Berglund, Statistics of camera-based single-particle tracking, Phys. Rev. E 82, 2010 (errors and blur).
     """
-    check_positive(dt, "dt")
+    if dt is not None:
+        check_positive(dt, "dt")
     check_positive_int(num_draws, "num_draws")
     for name, value in (("drift", drift), ("hierarchy", hierarchy), ("shared_scale", shared_scale)):
         check_bool(value, name)
@@ -148,6 +150,8 @@ def infer_roughness(
         raise InvalidInputError("a hierarchy needs several paths", got=len(data))
     axes = data[0].shape[1]
     errors = _errors(obs_scale, axes)
+    if dt is None:
+        dt = 1.0 if times is None else float(np.median(steps_between(times, data)))
     ends = read_times(times, data, float(dt))
     own = hierarchy or not shared_scale
     groups: list[list[Block]] = [[] for _ in range(axes * (len(data) if own else 1))]

@@ -56,8 +56,8 @@ class HurstCurve(nn.Module):
 
     def __init__(self, knots: int | Tensor, horizon: float, hurst: float = 0.5, start: float = 0.0) -> None:
         super().__init__()
-        check_real(start, "start")
-        check_real(horizon, "horizon", above=float(start))
+        check_real(start, "start", fixed=True)
+        check_real(horizon, "horizon", above=float(start), fixed=True)
         self.start, self.horizon = float(start), float(horizon)
         if isinstance(knots, Tensor):
             if knots.ndim == 0 or knots.shape[-1] < 2:

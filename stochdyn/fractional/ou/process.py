@@ -134,7 +134,7 @@ class FractionalOU(GaussianPathMeasure):
         self.stationary = isinstance(initial, str)
         self._take_initial(initial)
         if start_time is not None:
-            check_real(start_time, "start_time")
+            check_real(start_time, "start_time", fixed=True)
         self.start_time = None if start_time is None else float(start_time)
         self.dim = 1
         shapes = {name: tuple(value.shape) for name, value in values.items()}
