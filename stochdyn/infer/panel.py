@@ -413,7 +413,7 @@ class Panel:
         if origin is not None:
             gap = np.datetime64(origin, "ns") - np.datetime64(self.origin, "ns")
             times = times + gap.astype(np.int64) / 1e9 / _SECONDS[self.unit]
-        return torch.as_tensor(np.asarray(times, dtype=np.float64))
+        return torch.as_tensor(np.array(times, dtype=np.float64, order="C"))
 
     def to(self, *args: Any, **kwargs: Any) -> Panel:
         """Return the panel on another device, or with values in another precision, as ``torch.Tensor.to`` takes them.

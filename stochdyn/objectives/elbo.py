@@ -27,7 +27,7 @@ from stochdyn._checks import (
 )
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import Path
-from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError
+from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError, UnavailableError
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
 __all__ = ["GaussianObservations", "PathELBO", "PathLikelihood"]
@@ -227,7 +227,7 @@ class PathELBO(Objective):
         self.importance_weighted = importance_weighted
         self.auto_threshold = _THRESHOLD if auto_threshold is None else auto_threshold
         self.register_buffer("grid", grid)
-        self._evaluations, self._settled = 0, False
+        self._evaluations, self._settled, self._only_density = 0, False, False
         # Running variance of the log weights: saved with the parameters, so that a resumed run chooses the same estimator.
         self.register_buffer("_spread", torch.full((), math.inf, dtype=torch.float64))
 
@@ -249,11 +249,8 @@ class PathELBO(Objective):
             return ObjectiveValue(-elbo, {"elbo": elbo.detach()}, "evidence_lower")
         estimator = self._choose()
         with torch.set_grad_enabled(torch.is_grad_enabled() and estimator != "rate"):
-            value = "stl" if estimator == "stl" else "density"
-            reported = self.posterior.log_rn(path, self.prior, value, recorded=True)
-        differentiated = reported
-        if estimator == "rate":
-            differentiated = self.posterior.log_rn(path, self.prior, "rate", recorded=True)
+            reported = self._ratio(path, "stl" if estimator == "stl" else "density")
+        differentiated = self._ratio(path, "rate") if estimator == "rate" else reported
         self._watch(log_likelihood.detach() - reported.detach())
         surrogate = (log_likelihood - differentiated).mean(0).sum()
         elbo = (log_likelihood - reported).detach().mean(0).sum()
@@ -266,9 +263,21 @@ class PathELBO(Objective):
         }
         return ObjectiveValue(loss, terms, "evidence_lower")
 
+    def _ratio(self, path: Path, estimator: str) -> Tensor:
+        """Return the log ratios by an estimator, by the density where the choice is free and a law knows nothing else."""
+        try:
+            return self.posterior.log_rn(path, self.prior, estimator, recorded=True)
+        except UnavailableError:
+            if self.estimator != "auto" or estimator == "density":
+                raise
+            self._only_density = True
+            return self.posterior.log_rn(path, self.prior, "density", recorded=True)
+
     def _choose(self) -> str:
         if self.estimator != "auto":
             return self.estimator
+        if self._only_density:
+            return "density"
         # To look at a number on a GPU is to wait for it: there now and then is often enough.
         looks = self._spread.device.type == "cpu" and values_are_checked()
         if looks or self._evaluations % _LOOK == 0:

@@ -272,7 +272,7 @@ def _as_tensors(tree: Any) -> Any:
     if array.dtype.kind not in "fiubc":
         return as_tensor(tree, "data", finite=False)
     # A copy: arrays may be read-only, and training must not change them.
-    return torch.tensor(array)
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
 
 
 def _make_batches(

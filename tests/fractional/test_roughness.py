@@ -191,9 +191,9 @@ def test_increments_far_apart_may_be_in_any_unit_of_time() -> None:
         for unit in (1.0, 2.0**20)
     )
     assert np.abs(one - other).max() < 1e-6
-    # increments that last a millionth of what lies between them are all but independent, and are no error
-    with pytest.warns(StochdynWarning, match="within 0.02 of 1"):
-        infer_hurst(noise[keep], dt=1e-6, num_draws=100, times=n[keep])
+    # increments that last a millionth of what lies between them are all but independent, and no failure of the algebra
+    far = infer_hurst(noise[keep], dt=1e-6, num_draws=100, times=n[keep])
+    assert np.isfinite(far.posterior["hurst"].values).all()
 
 
 def _tracks(count: int, hurst: float) -> list[Tensor]:

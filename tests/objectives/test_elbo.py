@@ -21,6 +21,7 @@ from stochdyn.errors import (
     NonFiniteError,
     ShapeError,
     TimeGridError,
+    UnavailableError,
 )
 from tests.core.laws import F64, within
 
@@ -217,6 +218,33 @@ def test_auto_takes_the_rate_first_and_the_low_noise_gradient_once_the_weights_a
     far = chain.elbo(guide, 50, estimator="auto", auto_threshold=1e-6)
     for _ in range(3):
         torch.testing.assert_close(gradient(far, w), rate)
+
+
+def test_auto_takes_the_density_of_laws_that_know_nothing_else() -> None:
+    """A law conditioned on the data is the exact posterior, of a diffusion as of a jump process: every path has the evidence."""
+    ts = torch.linspace(0, 2, 9, dtype=F64)
+    rate = nn.Parameter(torch.tensor(RATE, dtype=F64))
+    prior = sd.LinearGaussianMeasure.ornstein_uhlenbeck(rate, 0.0, SCALE)
+    seen = TIMES, VALUES[:, None], SIGMA
+    elbo = sd.PathELBO(prior, prior.conditioned(*seen), sd.GaussianObservations(ts, *seen))
+    evidence = prior.log_evidence(*seen)
+    for _ in range(2):
+        rate.grad = None
+        loss = elbo().loss
+        loss.backward()
+        torch.testing.assert_close(-loss, evidence, rtol=1e-9, atol=1e-9)
+        assert rate.grad is not None
+        assert bool(rate.grad.isfinite())
+    chain = sd.jumps.JumpMeasure([0.5, 0.5], [[0.0, 1.0], [2.0, 0.0]])
+    label = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+    after = chain.conditioned([0.3], [1], sd.jumps.Misclassified(label))
+    bound = sd.PathELBO(chain, after, lambda path, batch: label[path.at([0.3])[..., 0], 1].log(), ts=ts)
+    assert float(-bound().loss) == pytest.approx(float(after.log_evidence), rel=1e-5)
+    fixed = sd.PathELBO(
+        chain, after, lambda path, batch: label[path.at([0.3])[..., 0], 1].log(), 8, "rate", ts=ts
+    )
+    with pytest.raises(UnavailableError, match="rate"):
+        fixed()
 
 
 def test_what_auto_has_seen_is_saved_with_the_parameters() -> None:

@@ -79,3 +79,17 @@ def test_a_learnt_function_of_time_lists_its_values() -> None:
     times = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
     with pytest.raises(InvalidInputError, match="isn't differentiable in times"):
         sd.core.Interpolation(times, [1.0, 2.0, 3.0])
+
+
+def test_training_takes_arrays_that_run_backwards() -> None:
+    class Mean(sd.Objective):
+        def __init__(self) -> None:
+            super().__init__()
+            self.level = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, batch: torch.Tensor) -> sd.ObjectiveValue:
+            return sd.ObjectiveValue((self.level - batch).square().mean())
+
+    data = np.arange(6.0)
+    one, other = (sd.fit(Mean(), x, steps=2, progress=False).losses for x in (data[::-1], data[::-1].copy()))
+    assert torch.equal(one, other)
