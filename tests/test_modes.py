@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import stochdyn as sd
-from stochdyn import bridges, interpolants, jumps, povm, vectorfields
+from stochdyn import bridges, fractional, interpolants, jumps, povm, vectorfields
 from stochdyn.core import FokkerPlanck, divergence, gradient, laplacian
 from stochdyn.errors import InvalidInputError
 
@@ -55,6 +55,18 @@ def _multiplicative():
 
 
 @cache
+def _stratonovich():
+    sde = sd.SDE(lambda t, x: NET(x) - x, lambda t, x: sd.Diagonal(1 + x.square()), stratonovich=True)
+    return sd.DiffusionMeasure(torch.zeros(2, dtype=D), sde)
+
+
+@cache
+def _jumps():
+    law = jumps.JumpMeasure(torch.tensor([0.5, 0.5], dtype=D), [[0.0, 1.0], [2.0, 0.0]])
+    return law.conditioned([0.1, 0.5], [0, 1], jumps.Exact(2))
+
+
+@cache
 def _potential_drift():
     torch.manual_seed(0)
     drift = bridges.PotentialDrift(2).double()
@@ -85,6 +97,11 @@ ANSWERS = {
     "density of a diffusion": lambda x: _diffusion().generator().log_prob(x, num_steps=3),
     "draws of a diffusion": lambda x: _diffusion().generator().sample(4, num_steps=3, generator=0),
     "score of a learned flow": lambda x: _diffusion().flow().score(torch.tensor(0.4, dtype=D), x),
+    "paths in Stratonovich's sense": lambda x: _stratonovich().sample(TIMES, 3, generator=0).x,
+    "posterior jumps": lambda x: _jumps().expected_statistics(1.0)[0],
+    "a fitted Hurst index": lambda x: torch.tensor(
+        fractional.fit_fgn(x.repeat(3, 1).flatten()).hurst, dtype=D
+    ),
     "gauge residual": lambda x: interpolants.gauge_residual(lambda t, y: NET(y), lambda t, y: -y, 0.4, x),
 }
 

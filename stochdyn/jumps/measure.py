@@ -20,7 +20,7 @@ from stochdyn._checks import (
     check_real,
     check_type,
 )
-from stochdyn._transforms import recording
+from stochdyn._transforms import ordinarily, recording
 from stochdyn.core.law.girsanov import ESTIMATORS
 from stochdyn.core.law.marginals import Generator, Marginal, SampleShape
 from stochdyn.core.law.measure import PathMeasure
@@ -610,6 +610,7 @@ class ConditionedJumps(JumpLaw):
         """Return the most probable states at the observations, jointly (Viterbi), ``(T,)``."""
         return viterbi(self.prior.initial, self.prior._matrix(), self.data, self.start_time)[0]
 
+    @ordinarily
     def expected_statistics(self, horizon: float | None = None) -> tuple[Tensor, Tensor]:
         r"""Return the posterior means of the time in each state ``(S,)`` and of the numbers of jumps ``(S, S)``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stochdyn._transforms import as_leaf, recording
+from stochdyn._transforms import as_leaf, as_ordinary, recording
 from stochdyn.core.forward.divergences import jacobian_contraction
 from stochdyn.core.sde.coefficients import Diagonal, Scalar
 from stochdyn.core.sde.equation import SDE
@@ -24,7 +24,8 @@ def strength_along(sde: SDE, t: Tensor, x: Tensor, dz: Tensor, direction: Tensor
     with recording():
         # Two reverse passes: forward mode costs ten times as much for small steps.
         point = x if x.requires_grad else as_leaf(x)
-        return jacobian_contraction(_noise(sde, t, point, dz), point, direction.unsqueeze(0), keep)[0]
+        noise = _noise(sde, as_ordinary(t), point, as_ordinary(dz))
+        return jacobian_contraction(noise, point, as_ordinary(direction).unsqueeze(0), keep)[0]
 
 
 def self_advection(sde: SDE, t: Tensor, x: Tensor, channels: int, commutes: bool = True) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_tensor, check_hurst, check_no_gradient, check_nonempty, check_positive
-from stochdyn._transforms import as_leaf, recording
+from stochdyn._transforms import as_leaf, ordinarily, recording
 from stochdyn.errors import ApproximationWarning, ConvergenceWarning, InvalidInputError, TooFewDrawsError
 from stochdyn.fractional.exact.fbm import fgn_autocovariance
 from stochdyn.fractional.exact.prediction import prediction_errors
@@ -263,6 +263,7 @@ def hurst_log_likelihood(hurst: Tensor | float, series: Any, dt: float = 1.0) ->
     return torch.from_numpy(value).reshape(h.shape)
 
 
+@ordinarily
 def fit_fgn(series: Any, dt: float = 1.0) -> FGNFit:
     """Return the exact maximum-likelihood fit of fractional Gaussian noise to a series.
 
