@@ -66,6 +66,7 @@ __all__ = [
     "of_times",
     "values_are_checked",
     "values_unchecked",
+    "without_mask",
 ]
 
 
@@ -155,11 +156,15 @@ def _has_precision(x: object) -> bool:
     return isinstance(dtype, np.dtype) and np.issubdtype(dtype, np.floating)
 
 
-def _without_mask(x: object) -> np.ndarray:
-    """Return an array in which NaN stands where a masked array hides a value."""
-    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+def without_mask(x: object) -> np.ndarray:
+    """Return an array in which NaN stands where a masked array hides a number, and None where it hides anything else."""
+    if not (isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x)):
+        return np.asarray(x)
+    if x.dtype.kind in "fiub":
         return np.where(np.ma.getmaskarray(x), np.nan, x.data)
-    return np.asarray(x)
+    plain = np.array(x.data, dtype=object)
+    plain[np.ma.getmaskarray(x)] = None
+    return plain
 
 
 def _as_number(value: object) -> float:
@@ -183,7 +188,7 @@ def _from_array(x: object, name: str, dtype: torch.dtype | None = None) -> Tenso
                 f"the rows of {name} differ", got=f"shapes {[tuple(p.shape) for p in parts][:4]}"
             ) from error
     try:
-        array = _without_mask(x)
+        array = without_mask(x)
     except (ValueError, TypeError) as error:
         raise ShapeError(
             f"{name} must be a regular array of numbers",

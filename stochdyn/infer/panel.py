@@ -475,9 +475,11 @@ def _as_times(column: np.ndarray, name: str, unit: str) -> tuple[np.ndarray, str
             raise InvalidInputError(
                 f"the column {name!r} must hold numbers or dates", got=repr(column[0])[:60]
             ) from error
+    if column.dtype.kind in "Mm" and np.isnat(column).any():
+        raise TimeGridError(f"a row of the column {name!r} has no date", hint="leave such rows out")
+    if column.dtype.kind == "m":  # time that has passed: zero is zero
+        return column.astype("timedelta64[ns]").astype(np.int64) / 1e9 / _SECONDS[unit], None
     if column.dtype.kind == "M":
-        if np.isnat(column).any():
-            raise TimeGridError(f"a row of the column {name!r} has no date", hint="leave such rows out")
         exact = column.astype("datetime64[ns]")
         origin = exact.min()
         return (exact - origin).astype(np.int64) / 1e9 / _SECONDS[unit], str(origin)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from stochdyn._checks import without_mask
 from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = ["as_frame", "as_numbers", "is_missing", "read_column"]
@@ -61,7 +62,7 @@ def read_column(frame: Any, name: object, argument: str) -> np.ndarray:
     if not isinstance(name, str):
         raise InvalidInputError(f"{argument} must name a column", got=repr(name)[:60])
     try:
-        array = np.asarray(frame[name])
+        array = without_mask(frame[name])
     except Exception as error:  # every kind of frame has errors of its own
         raise InvalidInputError(f"{argument} isn't a column of the frame", got=repr(name)) from error
     if array.ndim != 1:

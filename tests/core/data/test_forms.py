@@ -93,3 +93,18 @@ def test_training_takes_arrays_that_run_backwards() -> None:
     data = np.arange(6.0)
     one, other = (sd.fit(Mean(), x, steps=2, progress=False).losses for x in (data[::-1], data[::-1].copy()))
     assert torch.equal(one, other)
+
+
+def test_panels_take_time_that_has_passed_and_masked_columns() -> None:
+    table = {
+        "id": ["a", "a", "b", "b"],
+        "t": pd.to_timedelta([0.0, 1.5, 0.0, 2.0], unit="D"),
+        "y": np.ma.array([1.0, 77.0, 2.0, 3.0], mask=[False, True, False, False]),
+        "s": [0, 1, 1, 0],
+    }
+    panel = sd.Panel(table, series="id", time="t", values=["y"])
+    assert panel.times.flatten().tolist() == [0.0, 1.5, 0.0, 2.0]
+    assert math.isnan(float(panel.values[0, 1, 0]))
+    assert sd.Panel(table, series="id", time="t", values=["y"], unit="hour").times[1, 1] == 48.0
+    counted = sd.jumps.PanelData(table, subject="id", time="t", state="s")
+    assert sorted(counted.gaps.dt.tolist()) == [1.5, 2.0]
