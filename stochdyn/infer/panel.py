@@ -49,11 +49,11 @@ class Panel:
         frame: A data frame (pandas or polars), a mapping from names to columns, or a Dataset or DataArray of xarray, in long
             form: one row per series and time.
         series: The column that says which series a row belongs to.
-        time: The column of times, numbers or dates. Rows may stand in any order.
+        time: The column of times, numbers, dates, or time that has passed (timedelta). Rows may stand in any order.
         values: The columns of values, or the name of one. A column that doesn't hold numbers is read as categories; see
             ``labels``.
         covariates: The columns of covariates, known at the same times.
-        unit: The unit in which dates count: ``"second"``, ``"minute"``, ``"hour"``, ``"day"``, ``"week"`` or ``"year"`` (of
+        unit: The unit in which dates and time that has passed count: ``"second"``, ``"minute"``, ``"hour"``, ``"day"``, ``"week"`` or ``"year"`` (of
             365.25 days). Numbers are taken as they are.
         dtype: The precision of values and covariates; torch's default one if None. Times are float64.
 
