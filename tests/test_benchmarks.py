@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "core"
 SCRIPTS = sorted(FOLDER.parent.glob("*/*table*.py"))
@@ -73,6 +75,32 @@ def test_attractors_are_scored_for_every_method_and_results_are_kept(tmp_path: P
     again = out.read_text(encoding="utf-8")
     subprocess.run(run, check=True, capture_output=True, timeout=120)  # nothing is left to do
     assert out.read_text(encoding="utf-8") == again
+
+
+def test_calibration_goes_on_where_it_was_and_counts_what_is_covered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
+    shared = importlib.import_module("_calibration")
+    out, drawn = tmp_path / "calibration.json", []
+
+    def kind(g: torch.Generator) -> dict[str, float]:
+        drawn.append(g.initial_seed())
+        rank = shared.posterior_rank(torch.arange(100.0), 10 * len(drawn) + 0.5)
+        return {"rate": rank, "khat": 0.1}
+
+    for count in ("2", "3", "3"):
+        monkeypatch.setattr(sys, "argv", ["calibration.py", "--count", count, "--out", str(out)])
+        shared.run_calibration({"kind": kind}, out, None)
+    assert len(drawn) == len(set(drawn)) == 3
+    found = json.loads(out.read_text(encoding="utf-8"))["kind"]
+    assert [row["rate"] for row in found["rows"]] == [0.11, 0.21, 0.31]
+    summary = found["summary"]["rate"]
+    assert [summary[level] for level in ("50%", "80%", "95%")] == pytest.approx([1 / 3, 1.0, 1.0])
+    assert summary["50% off"] == pytest.approx((1 / 3 - 0.5) / (0.25 / 3) ** 0.5)
+    assert "| rate | 3 | 33 % (-0.6) |" in "\n".join(
+        shared.coverage_table({"kind": found}, {"kind": "a kind"}, "model")
+    )
 
 
 @pytest.mark.slow

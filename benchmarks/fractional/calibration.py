@@ -9,19 +9,14 @@ its rank is added to the JSON file as soon as it is known: a run that is cut off
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import time
-import warnings
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from common import machine
 from scipy.linalg import toeplitz
 from torch import Tensor
 
@@ -35,31 +30,22 @@ from stochdyn.fractional import (
     sample_fgn,
 )
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _calibration import DRAWS, F64, posterior_rank, run_calibration, seed_of
+
 RESULTS = Path(__file__).parent / "results" / "calibration.json"
-LEVELS = (0.5, 0.8, 0.95)
-DRAWS = 999
-F64 = torch.float64
 
 
 def _uniform(g: torch.Generator, *shape: int) -> Tensor:
     return torch.rand(shape, generator=g, dtype=F64)
 
 
-def _rank(draws: Any, truth: float) -> float:
-    return float((torch.as_tensor(draws.values).flatten() < truth).double().mean())
-
-
-def _seed(g: torch.Generator) -> int:
-    """A seed per data set: one for all would give all of them the same error of the draws, and so ranks that aren't uniform."""
-    return int(torch.randint(2**31, (), generator=g))
-
-
 def _series(n: int) -> Callable[[torch.Generator], dict[str, float]]:
     def run(g: torch.Generator) -> dict[str, float]:
         hurst = float(_uniform(g))
         y = 3 + 2 * sample_fgn(hurst, n, generator=g)
-        idata = infer_hurst(y, num_draws=DRAWS, seed=_seed(g), predictive=False, progress=False)
-        return {"hurst": _rank(idata.posterior["hurst"], hurst)}
+        idata = infer_hurst(y, num_draws=DRAWS, seed=seed_of(g), predictive=False, progress=False)
+        return {"hurst": posterior_rank(idata.posterior["hurst"], hurst)}
 
     return run
 
@@ -69,16 +55,16 @@ def gaps(g: torch.Generator) -> dict[str, float]:
     hurst = float(_uniform(g))
     y = sample_fgn(hurst, 100, generator=g)
     y[torch.randperm(100, generator=g)[:10]] = torch.nan
-    idata = infer_hurst(y, num_draws=DRAWS, seed=_seed(g), predictive=False, progress=False)
-    return {"hurst": _rank(idata.posterior["hurst"], hurst)}
+    idata = infer_hurst(y, num_draws=DRAWS, seed=seed_of(g), predictive=False, progress=False)
+    return {"hurst": posterior_rank(idata.posterior["hurst"], hurst)}
 
 
 def several(g: torch.Generator) -> dict[str, float]:
     """Ten series of 12 values with scales of their own."""
     hurst = float(_uniform(g))
     rows = [(k + 1) * sample_fgn(hurst, 12, generator=g) for k in range(10)]
-    idata = infer_hurst(rows, num_draws=DRAWS, seed=_seed(g), predictive=False, progress=False)
-    return {"hurst": _rank(idata.posterior["hurst"], hurst)}
+    idata = infer_hurst(rows, num_draws=DRAWS, seed=seed_of(g), predictive=False, progress=False)
+    return {"hurst": posterior_rank(idata.posterior["hurst"], hurst)}
 
 
 def _observed(hurst: float, n: int, error: Tensor, g: torch.Generator) -> Tensor:
@@ -96,10 +82,10 @@ def tracks(g: torch.Generator) -> dict[str, float]:
         share / (2 * (1 - share))
     ).sqrt()  # the share of an increment's variance that comes from two errors
     rows = [_observed(hurst, int(torch.randint(20, 61, (), generator=g)), error, g) for _ in range(30)]
-    post = infer_roughness(rows, num_draws=DRAWS, seed=_seed(g), progress=False).posterior
+    post = infer_roughness(rows, num_draws=DRAWS, seed=seed_of(g), progress=False).posterior
     found = torch.as_tensor(post["obs_scale"].values)[0]
     return {
-        "hurst": _rank(post["hurst"], hurst),
+        "hurst": posterior_rank(post["hurst"], hurst),
         "obs_scale": float((found[:, 0] < error[0]).double().mean()),
     }
 
@@ -109,9 +95,12 @@ def roughness(g: torch.Generator) -> dict[str, float]:
     hurst, share = float(_uniform(g)), _uniform(g, 1)
     error = (share / (2 * (1 - share))).sqrt()
     post = infer_roughness(
-        _observed(hurst, 200, error, g)[:, 0], num_draws=DRAWS, seed=_seed(g), progress=False
+        _observed(hurst, 200, error, g)[:, 0], num_draws=DRAWS, seed=seed_of(g), progress=False
     ).posterior
-    return {"hurst": _rank(post["hurst"], hurst), "obs_scale": _rank(post["obs_scale"], float(error))}
+    return {
+        "hurst": posterior_rank(post["hurst"], hurst),
+        "obs_scale": posterior_rank(post["obs_scale"], float(error)),
+    }
 
 
 def fou(g: torch.Generator) -> dict[str, float]:
@@ -131,9 +120,9 @@ def fou(g: torch.Generator) -> dict[str, float]:
     else:
         x = sample_fbm(hurst, n - 1, horizon=float(n - 1), generator=g, dtype=F64)
     y = x + error * torch.randn(n, generator=g, dtype=F64)
-    idata = infer_fou(lags, y, num_draws=DRAWS, seed=_seed(g), progress=False)
+    idata = infer_fou(lags, y, num_draws=DRAWS, seed=seed_of(g), progress=False)
     truth = {"hurst": hurst, "rate": rate, "obs_scale": error}
-    ranks = {name: _rank(idata.posterior[name], value) for name, value in truth.items()}
+    ranks = {name: posterior_rank(idata.posterior[name], value) for name, value in truth.items()}
     return ranks | {"khat": float(idata.attrs["khat"])}
 
 
@@ -152,14 +141,14 @@ def latent(g: torch.Generator) -> dict[str, float]:
     """The latent equation above by the default guide of ``fit_posterior``."""
     ts = torch.linspace(0, 4, 41, dtype=F64)
     pyro.clear_param_store()
-    pyro.set_rng_seed(_seed(g))
+    pyro.set_rng_seed(seed_of(g))
     with torch.no_grad():
         drawn = pyro.poutine.trace(latent_model).get_trace(ts, None)
     truth = {name: float(drawn.nodes[name]["value"]) for name in ("hurst", "rate", "scale")}
     post = sd.infer.fit_posterior(
-        latent_model, ts, drawn.nodes["y"]["value"], num_draws=DRAWS, seed=_seed(g), progress=False
+        latent_model, ts, drawn.nodes["y"]["value"], num_draws=DRAWS, seed=seed_of(g), progress=False
     )
-    return {name: _rank(post.idata.posterior[name], value) for name, value in truth.items()} | {
+    return {name: posterior_rank(post.idata.posterior[name], value) for name, value in truth.items()} | {
         "khat": post.khat
     }
 
@@ -176,44 +165,5 @@ KINDS: dict[str, Callable[[torch.Generator], dict[str, float]]] = {
 }
 
 
-def summary(rows: list[dict[str, float]], name: str) -> dict[str, Any]:
-    """Coverage of central intervals, how many binomial errors it is off, and the p-value of uniform ranks."""
-    from scipy.stats import kstest
-
-    ranks = torch.tensor([row[name] for row in rows], dtype=F64)
-    found: dict[str, Any] = {"data_sets": len(rows)}
-    for level in LEVELS:
-        covered = float(((ranks - 0.5).abs() < level / 2).double().mean())
-        found[f"{level:.0%}"] = covered
-        found[f"{level:.0%} off"] = (covered - level) / math.sqrt(level * (1 - level) / len(rows))
-    found["p_uniform"] = float(kstest(ranks.numpy(), "uniform").pvalue)
-    return found
-
-
-def main() -> None:
-    """Add data sets of each kind until there are as many as wanted."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    for kind in options.only:
-        while True:
-            state = json.loads(options.out.read_text()) if options.out.exists() else {}
-            own = state.setdefault(kind, {"rows": [], "seconds": 0.0})
-            index = len(own["rows"])
-            if index >= options.count:
-                break
-            start = time.process_time()
-            own["rows"].append(KINDS[kind](torch.Generator().manual_seed(20260101 + index)))
-            own["seconds"] += time.process_time() - start
-            own["summary"] = {n: summary(own["rows"], n) for n in own["rows"][0] if n != "khat"}
-            state["machine"] = machine()
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        print(kind, own["summary"], f"{own['seconds'] / index:.2f} s each", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_calibration(KINDS, RESULTS, __doc__)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _calibration import coverage_table
 from _common import markdown_table
 
 ROOT = Path(__file__).parents[2]
@@ -83,20 +84,11 @@ def calibration(report: dict[str, Any]) -> list[str]:
         "fou": "`infer_fou`, 60 values, errors unknown",
         "latent": "`fit_posterior` of a latent equation, 40 values",
     }
-    rows = []
-    for kind, name in said.items():
-        for parameter, found in report.get(kind, {}).get("summary", {}).items():
-            cells = [
-                f"{100 * found[level]:.0f} % ({found[level + ' off']:+.1f})"
-                for level in ("50%", "80%", "95%")
-            ]
-            rows.append([name, parameter, found["data_sets"], *cells, f"{found['p_uniform']:.2f}"])
-    head = ["inference", "parameter", "data sets", "50 % intervals", "80 %", "95 %", "p of uniform ranks"]
     return [
         "**Calibration**: how many intervals cover the truth, over data sets whose parameters are drawn from the prior, and by how many "
         "binomial errors that is off (`calibration.py`). Rows of few data sets say little.",
         "",
-        *markdown_table([head, *rows]),
+        *coverage_table(report, said, "inference"),
     ]
 
 
