@@ -19,6 +19,8 @@ import torch
 from _common import machine, markdown_table
 from torch import Tensor
 
+from stochdyn.errors import StochdynError
+
 __all__ = [
     "DRAWS",
     "F64",
@@ -80,7 +82,7 @@ def run_calibration(kinds: dict[str, Kind], results: Path, description: str | No
     """Add data sets of each kind until there are as many as wanted; a run that is cut off goes on where it was.
 
     Each data set has a seed of its own, and its ranks are added to the JSON file as soon as they are known. ``khat`` among them is kept
-    and isn't a rank.
+    and isn't a rank. A fit that ends in an error of the library is counted by its name.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--count", type=int, default=200)
@@ -92,11 +94,15 @@ def run_calibration(kinds: dict[str, Kind], results: Path, description: str | No
         while True:
             state = json.loads(options.out.read_text()) if options.out.exists() else {}
             own = state.setdefault(kind, {"rows": [], "seconds": 0.0})
-            index = len(own["rows"])
+            failed = own.setdefault("failed", {})
+            index = len(own["rows"]) + len(failed)
             if index >= options.count:
                 break
             start = time.process_time()
-            own["rows"].append(kinds[kind](torch.Generator().manual_seed(20260101 + index)))
+            try:
+                own["rows"].append(kinds[kind](torch.Generator().manual_seed(20260101 + index)))
+            except StochdynError as error:
+                failed[str(index)] = type(error).__name__
             own["seconds"] += time.process_time() - start
             own["summary"] = {n: summary(own["rows"], n) for n in own["rows"][0] if n != "khat"}
             state["machine"] = machine()

@@ -28,6 +28,7 @@ def render(results: Path) -> str:
     seconds = [kind["seconds"] / len(kind["rows"]) for kind in kinds]
     poor = sum(row["khat"] > 0.7 for kind in kinds for row in kind["rows"])
     total = sum(len(kind["rows"]) for kind in kinds)
+    failed = [error for kind in kinds for error in kind.get("failed", {}).values()]
     lines = [
         "How many central intervals of `fit_posterior` with its defaults cover the truth, over data sets whose parameters and paths are drawn "
         "from the prior, and by how many binomial errors that is off; p-value of uniform ranks (Kolmogorov–Smirnov).",
@@ -35,6 +36,9 @@ def render(results: Path) -> str:
         *coverage_table(report, SAID, "model"),
         f"A fit takes {min(seconds):.1f} to {max(seconds):.1f} processor seconds on a busy {report['machine']['processor']}, torch "
         f"{report['machine']['torch']}. All fits count, the {poor} of {total} that warned of a k-hat above 0.7 included.",
+        f"Left out are {len(failed)} that ended in an error: {', '.join(sorted(set(failed)))}."
+        if failed
+        else "",
     ]
     return "\n".join(lines) + "\n"
 
