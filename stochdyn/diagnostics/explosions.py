@@ -33,7 +33,7 @@ def warn_of_explosions(lost: int, count: int, what: str) -> None:
     """Say that some paths exploded, if any did."""
     if lost:
         warnings.warn(
-            f"paths exploded in {lost} of {count} {what}, which were drawn anew: the equation wants smaller steps there. "
+            f"paths exploded, or had no finite density, in {lost} of {count} {what}, which were drawn anew: the equation wants smaller steps there. "
             "Give the path a finer ts, or coordinates in which the state can't leave its range (sde.transformed('log'))",
             ApproximationWarning,
             stacklevel=4,

@@ -22,9 +22,10 @@ from stochdyn._checks import (
     check_positive,
     check_positive_int,
     check_type,
+    values_are_checked,
 )
 from stochdyn.diagnostics.explosions import drawn_anew, warn_of_explosions
-from stochdyn.errors import ShapeError, StochdynError, StochdynWarning
+from stochdyn.errors import ExplosionError, ShapeError, StochdynError, StochdynWarning
 from stochdyn.run.callbacks import Callback
 from stochdyn.run.randomness import fork_random_state
 from stochdyn.run.result import FitResult
@@ -90,7 +91,20 @@ class _Bound(nn.Module):
 
     def forward(self) -> Tensor:
         bound, args, kwargs = self._call
-        value, lost = drawn_anew(lambda: bound(*args, **kwargs))
+        found: list[Tensor] = []
+
+        def draw() -> Tensor:
+            found[:] = [bound(*args, **kwargs)]
+            if values_are_checked() and not bool(torch.isfinite(found[0].detach())):
+                raise ExplosionError("a draw has no finite density")
+            return found[0]
+
+        try:
+            value, lost = drawn_anew(draw)
+        except ExplosionError:
+            if found:
+                return found[0]  # for the run to refuse
+            raise
         self.count, self.lost = self.count + 1 + lost, self.lost + lost
         return value
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.core.data.frames import as_frame, is_missing, read_column
-from stochdyn.errors import EmptyDataError, InvalidInputError, TimeGridError
+from stochdyn.errors import EmptyDataError, InvalidInputError
 from stochdyn.infer.panel import Panel
 
 __all__ = ["Gaps", "PanelData"]
@@ -45,8 +45,9 @@ class PanelData:
     Args:
         frame: A data frame (pandas, polars, xarray, or a mapping of columns) with one row per visit.
         subject: The column that names subjects.
-        time: The column of times, numbers or dates, which increase within each subject.
-        state: The column of states. Their sorted values are the states 0, 1, 2, ... of all answers, see ``labels``.
+        time: The column of times, numbers or dates, in any order.
+        state: The column of states. Their sorted values are the states 0, 1, 2, ... of all answers, see ``labels``. A row in which it
+            is missing is left out: nothing was seen then.
         exact_entry: The labels of states whose time of entry is seen exactly, such as death.
         covariates: The columns that rates may depend on; values at the visit before a gap count.
         labels: The labels of all states in order, also of those that never occur; those that occur, sorted, if None.
@@ -59,8 +60,8 @@ class PanelData:
         gaps: All transitions between consecutive visits.
 
     Raises:
-        InvalidInputError: If a column or a state is missing, or a state of exact entry was left again.
-        TimeGridError: If times don't increase within a subject, who is named.
+        InvalidInputError: If a column is missing, or a state of exact entry was left again.
+        TimeGridError: If a time occurs twice within a subject, who is named.
 
     Example:
         >>> data = {"id": [1, 1, 1, 2, 2], "t": [0.0, 1.0, 2.5, 0.0, 2.0], "s": ["well", "ill", "ill", "well", "well"]}
@@ -85,10 +86,12 @@ class PanelData:
         seen = read_column(frame, state, "state").tolist()
         if not seen:
             raise EmptyDataError("the panel has no rows")
-        if any(is_missing(label) for label in seen):
-            raise InvalidInputError(
-                "state must not be missing", hint="leave out visits at which nothing was seen"
-            )
+        kept = np.array(
+            [not is_missing(label) for label in seen]
+        )  # a visit at which nothing was seen says nothing
+        seen = [label for label, there in zip(seen, kept, strict=True) if there]
+        if not seen:
+            raise EmptyDataError("every state of the panel is missing")
         self.labels: list[Any] = sorted(set(seen)) if labels is None else list(labels)
         if len(set(self.labels)) < len(self.labels):
             raise InvalidInputError("labels must differ", got=self.labels)
@@ -106,11 +109,10 @@ class PanelData:
                 "exact_entry names states that never occur", got=unknown, expected=self.labels
             )
         self.exact_entry = [code[label] for label in exact_entry]
-        _check_order(read_column(frame, subject, "subject"), read_column(frame, time, "time"))
-        columns = {name: read_column(frame, name, "covariates") for name in covariates}
+        columns = {name: _rows(read_column(frame, name, "covariates"), kept) for name in covariates}
         coded = {
-            subject: read_column(frame, subject, "subject"),
-            time: read_column(frame, time, "time"),
+            subject: _rows(read_column(frame, subject, "subject"), kept),
+            time: _rows(read_column(frame, time, "time"), kept),
             **columns,
             _STATE: np.array([code[label] for label in seen], dtype=float),
         }
@@ -201,19 +203,6 @@ def _merged(dt: Tensor) -> Tensor:
     return values[place]
 
 
-def _check_order(who: np.ndarray, at: np.ndarray) -> None:
-    """Refuse times that don't increase within a subject."""
-    if len(who) != len(at):
-        return  # the panel says so
-    first: dict[Any, int] = {}
-    index = np.array([first.setdefault(name, len(first)) for name in who.tolist()], dtype=int)
-    order = np.argsort(index, kind="stable")
-    index, at = index[order], at[order]
-    bad = np.flatnonzero((index[1:] == index[:-1]) & (at[1:] <= at[:-1]))
-    if len(bad):
-        k = int(bad[0])
-        raise TimeGridError(
-            f"times must increase within subject {list(first)[index[k]]!r}",
-            got=f"{at[k + 1]} after {at[k]}",
-            hint="sort the rows by subject and time, and merge repeated visits",
-        )
+def _rows(column: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Return the rows of a column that are kept; one of another length stays, for the panel to refuse."""
+    return column[kept] if len(column) == len(kept) else column

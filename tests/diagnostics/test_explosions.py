@@ -81,6 +81,28 @@ def test_a_guide_is_trained_without_draws_that_explode() -> None:
     assert abs(float(guide.loc.detach())) < 0.3
 
 
+def test_a_draw_without_a_density_ends_no_training() -> None:
+    """As a path that runs far but not to infinity, from where the data are impossible."""
+
+    def bounded(limit: float) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("near", torch.where(z > limit, -torch.inf, 0.0))
+
+    class Guide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, limit: float) -> None:
+            pyro.sample("z", dist.Normal(self.loc, 1.0))
+
+    with pytest.warns(ApproximationWarning, match="no finite density"):
+        result = sd.infer.fit_guide(bounded, Guide(), (2.0,), steps=30, lr=0.05, progress=False)
+    assert bool(torch.isfinite(result.losses).all())
+    with pytest.raises(sd.errors.NonFiniteLossError):
+        sd.infer.fit_guide(bounded, Guide(), (-50.0,), steps=30, progress=False)
+
+
 def test_a_posterior_of_parameters_for_which_paths_explode_on_the_grid() -> None:
     """Rates beyond some ten make Euler steps of a tenth explode, and a few of the guide's draws have such a rate."""
     ts = torch.linspace(0, 2, 21, dtype=torch.float64)

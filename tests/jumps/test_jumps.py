@@ -6,11 +6,13 @@ import math
 
 import mpmath
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import poisson
 
 from stochdyn.errors import (
+    EmptyDataError,
     InvalidInputError,
     ShapeError,
     TimeGridError,
@@ -493,9 +495,30 @@ def test_rates_in_other_units_are_the_same_rates() -> None:
     assert other.log_likelihood == pytest.approx(one.log_likelihood, abs=1e-9)
 
 
+def test_rows_may_come_in_any_order_and_lack_a_state() -> None:
+    t, s = [0.0, 1.0, 2.5, 4.0, 0.0, 2.0, 3.0], ["well", "ill", "ill", "well", "well", "well", "ill"]
+    plain = PanelData({"id": [1] * 4 + [2] * 3, "t": t, "s": s}, "id", "t", "s")
+    order = [4, 3, 7, 0, 6, 8, 1, 5, 2]
+    mixed = {
+        "id": [([1] * 4 + [2] * 3 + [1, 2])[k] for k in order],
+        "t": [[*t, 0.5, 2.5][k] for k in order],
+        "s": [[*s, None, None][k] for k in order],
+    }
+    other = PanelData(mixed, "id", "t", "s")
+    assert other.labels == plain.labels
+    for a, b in ((plain, other), (plain, PanelData(pd.DataFrame(mixed), "id", "t", "s"))):
+        key = [
+            sorted(zip(*(c.tolist() for c in (p.gaps.before, p.gaps.after, p.gaps.dt)), strict=True))
+            for p in (a, b)
+        ]
+        assert key[0] == key[1]
+    with pytest.raises(EmptyDataError, match="every state"):
+        PanelData({"id": [1, 1], "t": [0.0, 1.0], "s": [None, None]}, "id", "t", "s")
+
+
 def test_panels_refuse_what_makes_no_sense() -> None:
-    rows = {"id": [1, 1, 2, 2], "t": [0.0, 1.0, 3.0, 2.0], "s": [0, 1, 0, 1]}
-    with pytest.raises(TimeGridError, match="within subject 2"):
+    rows = {"id": [1, 1, 2, 2], "t": [0.0, 1.0, 2.0, 2.0], "s": [0, 1, 0, 1]}
+    with pytest.raises(TimeGridError, match="twice in series 2"):
         PanelData(rows, "id", "t", "s")
     with pytest.raises(InvalidInputError, match="isn't a column"):
         PanelData(rows, "name", "t", "s")
