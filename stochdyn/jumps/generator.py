@@ -68,7 +68,8 @@ class RateMatrix(nn.Module):
                 hint="rates[i, j] is the rate from i to j: pass the transpose if your columns sum to zero",
             )
         if mask is not None:
-            allowed = torch.as_tensor(np.array(mask, order="C")).to(value.device)
+            allowed = mask if isinstance(mask, Tensor) else torch.as_tensor(np.array(mask, order="C"))
+            allowed = allowed.to(value.device)
             if allowed.shape != value.shape[-2:] or allowed.dtype != torch.bool:
                 raise ShapeError(
                     "mask must hold True or False for every pair of states", got=tuple(allowed.shape)

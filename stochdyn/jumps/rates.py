@@ -277,7 +277,7 @@ class _Problem:
         if mask is None:
             allowed[panel.exact_entry] = False
         else:
-            given = torch.as_tensor(np.array(mask, order="C"))
+            given = mask if isinstance(mask, Tensor) else torch.as_tensor(np.array(mask, order="C"))
             if given.shape != (size, size):
                 raise ShapeError(
                     "mask must hold True or False for every pair of states", got=tuple(given.shape)

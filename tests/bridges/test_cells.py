@@ -147,8 +147,9 @@ def shuffled():
     day, kind = np.repeat([0.0, 1.0, 2.0], [12, 15, 18]), np.tile(["left", "right"], 23)[:45]
     cells = 0.2 * r.normal(size=(45, 3)) + np.where(kind == "left", -2.0, 2.0)[:, None] + day[:, None]
     order = r.permutation(45)
-    obs = pandas.DataFrame({"day": day[order], "type": kind[order]}, index=[f"cell{i}" for i in order])
-    return anndata.AnnData(np.zeros((45, 2)), obs=obs, obsm={"X_pca": cells[order]})
+    with pandas.option_context("mode.string_storage", "python"):  # AnnData can't write strings of Arrow
+        obs = pandas.DataFrame({"day": day[order], "type": kind[order]}, index=[f"cell{i}" for i in order])
+        return anndata.AnnData(np.zeros((45, 2)), obs=obs, obsm={"X_pca": cells[order]})
 
 
 @pytest.mark.parametrize("growing", [False, True])

@@ -13,6 +13,7 @@ from stochdyn.core.forward.flow import LearnedFlow, as_time
 from stochdyn.core.forward.fokker_planck import FokkerPlanck
 from stochdyn.errors import DtypeMismatchError, InvalidInputError, ShapeError, UnavailableError
 from stochdyn.interpolants.fields.conditions import SeenConditions
+from stochdyn.interpolants.fields.networks import FieldNetwork
 from stochdyn.interpolants.fields.potential import FunctionPotential, Potential, PotentialNetwork
 from stochdyn.interpolants.paths.processes import AffineProcess
 
@@ -37,6 +38,11 @@ class LearnedScore(nn.Module):
         check_callable(source, "score", "a Potential or a score, score(t, x)")
         self.process, self.source = process, source
         self.conditions = SeenConditions() if conditions is None else conditions
+
+    def check_absent(self) -> None:
+        """Raise where a condition is left out of what was always trained with one; a network of the user's own knows what it does."""
+        if isinstance(self.source, FieldNetwork | PotentialNetwork):
+            self.conditions.check_absent()
 
     @property
     def potential(self) -> Potential:

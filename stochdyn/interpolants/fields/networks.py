@@ -373,19 +373,20 @@ class Fields(FlexibleBuffers):
                 raise InvalidInputError(
                     "guidance needs a condition", got=f"guidance={guidance:g}, condition=None"
                 )
-            return self.call(name, t, x, self._absent(x))
+            return self.call(name, t, x, self._absent(name, x))
         value = self.call(name, t, x, condition)
         if guidance == 1.0:
             return value
         return torch.lerp(self.call(name, t, x, self.null_of(condition)), value, guidance)
 
-    def _absent(self, x: Tensor) -> Tensor | None:
+    def _absent(self, name: str, x: Tensor) -> Tensor | None:
         """Return what stands for no condition, where the model knows no other way to go without."""
         if not self.conditions.always:
             return None
         if self.null_condition is None:
-            self.conditions.check_absent()
-            return None
+            if isinstance(self.networks[name] if name in self.networks else None, FieldNetwork):
+                self.conditions.check_absent()
+            return None  # a network of the user's own knows what it does without
         null = self.null_condition.to(x) if self.null_condition.is_floating_point() else self.null_condition
         return null.expand(*x.shape[:-1], *null.shape)
 

@@ -163,7 +163,7 @@ class ReverseDiffusion(nn.Module):
     def _rows(self, condition: Any, lead: tuple[int, ...], like: Tensor | None = None) -> Tensor | None:
         """Return conditions as rows, one per point, beside ``like``."""
         if condition is None:
-            self.learned.conditions.check_absent()
+            self.learned.check_absent()
         return rows_of_condition(
             condition, torch.Size(lead).numel(), lead, self.example if like is None else like
         )
