@@ -384,7 +384,7 @@ class Fields(FlexibleBuffers):
         if not self.conditions.always:
             return None
         if self.null_condition is None:
-            if isinstance(self.networks[name] if name in self.networks else None, FieldNetwork):
+            if name in self.networks and isinstance(self.networks[name], FieldNetwork):
                 self.conditions.check_absent()
             return None  # a network of the user's own knows what it does without
         null = self.null_condition.to(x) if self.null_condition.is_floating_point() else self.null_condition
