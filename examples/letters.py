@@ -62,7 +62,7 @@ def main() -> None:
     print(population_table({"flow": model.sample, "blind flow": blind.generator().sample}, train, test))
 
     shown = letters("KYX", count=1, size=800, generator=5)
-    figure, axes = plt.subplots(3, 3, figsize=(7.5, 7.5), sharex=True, sharey=True)
+    figure, axes = plt.subplots(3, 3, figsize=(7.5, 7.5), sharex=True, sharey=True, layout="constrained")
     for row, name, noised, clean in zip(axes, shown.names, shown.starts, shown.targets, strict=True):
         carried = model.sample(noised, 20)
         unseen = " (never seen)" if name in "XY" else ""
@@ -75,7 +75,6 @@ def main() -> None:
         before, after = (sd.diagnostics.emd(x[:400], clean[:400], 1) for x in (noised, carried))
         print(f"{name}: W1 to the clean letter {before:.3f} before, {after:.3f} after")
     options.out.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
     figure.savefig(options.out / "letters.png", dpi=110)
     plt.close(figure)
     print(f"wrote {options.out / 'letters.png'}")

@@ -18,7 +18,7 @@ from stochdyn._checks import as_seed, as_tensor, check_bool, check_callable, che
 from stochdyn.diagnostics.explosions import drawn_anew, warn_of_explosions
 from stochdyn.diagnostics.probe import Chunk, NotVectorisedError, Probe, Program, check_program, random_values
 from stochdyn.diagnostics.sites import Site
-from stochdyn.errors import ExplosionError, InvalidInputError, StochdynWarning, UnknownSiteError
+from stochdyn.errors import InvalidInputError, NonFiniteError, StochdynWarning, UnknownSiteError
 from stochdyn.run.randomness import fork_random_state
 
 __all__ = ["ChainDraws", "PosteriorDraws", "draw_posterior", "evaluate_draws", "seeded"]
@@ -205,7 +205,7 @@ def _collect(probe: Probe, num_draws: int, chunk_size: int | None) -> PosteriorD
     state = torch.random.get_rng_state()
     try:
         return _join(probe, _vectorised_chunks(probe, num_draws, min(chunk_size, num_draws)), True)
-    except ExplosionError:
+    except NonFiniteError:
         raise
     except Exception as error:  # whatever a model may raise on axes that it wasn't written for
         reason = str(error).strip().splitlines()
@@ -229,7 +229,7 @@ def _vectorised_chunks(probe: Probe, num_draws: int, chunk_size: int) -> Iterato
             chunk, anew = drawn_anew(
                 partial(probe.run, start, size, probe.depth), _tries(probe) if last else 1
             )
-        except ExplosionError:
+        except NonFiniteError:
             if last:
                 raise
             # of fewer draws at once a larger share has none that explodes

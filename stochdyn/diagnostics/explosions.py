@@ -1,4 +1,4 @@
-"""Draws of a guide whose paths explode: the guide without them is what is meant, so they are drawn anew."""
+"""Draws of a guide that leave the range of numbers, or whose paths do: the guide without them is what is meant, so they are drawn anew."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from stochdyn.errors import ApproximationWarning, ExplosionError
+from stochdyn.errors import ApproximationWarning, NonFiniteError
 
 __all__ = ["drawn_anew", "warn_of_explosions"]
 
@@ -14,16 +14,16 @@ _T = TypeVar("_T")
 
 
 def drawn_anew(draw: Callable[[], _T], most: int = 20) -> tuple[_T, int]:
-    """Return what ``draw()`` returns, called again with the next random numbers where paths explode, and how often they did.
+    """Return what ``draw()`` returns, called again with the next random numbers where something isn't finite, and how often.
 
     Raises:
-        ExplosionError: If they do so ``most`` times in a row.
+        NonFiniteError: If that happens ``most`` times in a row; :class:`ExplosionError` for paths.
     """
     lost = 0
     while True:
         try:
             return draw(), lost
-        except ExplosionError:
+        except NonFiniteError:
             lost += 1
             if lost >= most:
                 raise
@@ -33,8 +33,8 @@ def warn_of_explosions(lost: int, count: int, what: str) -> None:
     """Say that some paths exploded, if any did."""
     if lost:
         warnings.warn(
-            f"paths exploded, or had no finite density, in {lost} of {count} {what}, which were drawn anew: the equation wants smaller steps there. "
-            "Give the path a finer ts, or coordinates in which the state can't leave its range (sde.transformed('log'))",
+            f"paths exploded, or numbers had no finite density, in {lost} of {count} {what}, which were drawn anew. Give paths a finer ts, "
+            "or coordinates in which the state can't leave its range (sde.transformed('log')), and parameters a prior that keeps them in range",
             ApproximationWarning,
             stacklevel=4,
         )

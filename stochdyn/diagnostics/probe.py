@@ -78,6 +78,8 @@ class Chunk:
 class Probe:
     """One run of guide and model on a single draw: which sites there are, and their shapes."""
 
+    guide_trace: poutine.Trace | None = None
+
     def __init__(
         self,
         model: Program,
@@ -91,15 +93,7 @@ class Probe:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.predictive, self.split_events, self.given = predictive, split_events, given
         self.subsamples: dict[str, Tensor] = {}
-        first: dict[str, Any] = {name: value[0] for name, value in (given or {}).items()}
-        self.guide_trace = None
-        if guide is not None:
-            raw, _ = drawn_anew(lambda: poutine.trace(guide).get_trace(*args, **kwargs))
-            self._keep_subsamples(raw)
-            self.guide_trace = prune_subsample_sites(raw)
-            first = random_values(self.guide_trace)
-        handled = SetValues({**self.subsamples, **first}, check_shapes=guide is None)(model)
-        raw = poutine.trace(handled).get_trace(*args, **kwargs)
+        (first, raw), _ = drawn_anew(self._first_run, 1 if guide is None else 20)
         self._keep_subsamples(raw)
         self.model_trace = prune_subsample_sites(raw)
         self.sites = read_sites(self.model_trace)
@@ -116,6 +110,17 @@ class Probe:
         traces = [self.model_trace] + ([self.guide_trace] if self.guide_trace is not None else [])
         self.depth = 1 + max(_batch_depth(trace) for trace in traces)
         self.elements = sum(_numel(site.get("value")) for trace in traces for site in trace.nodes.values())
+
+    def _first_run(self) -> tuple[dict[str, Any], poutine.Trace]:
+        """Return a draw of the guide, or the first that is given, and a run of the model on it."""
+        first: dict[str, Any] = {name: value[0] for name, value in (self.given or {}).items()}
+        if self.guide is not None:
+            raw = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
+            self._keep_subsamples(raw)
+            self.guide_trace = prune_subsample_sites(raw)
+            first = random_values(self.guide_trace)
+        handled = SetValues({**self.subsamples, **first}, check_shapes=self.guide is None)(self.model)
+        return first, poutine.trace(handled).get_trace(*self.args, **self.kwargs)
 
     def _keep_subsamples(self, trace: poutine.Trace) -> None:
         for name, site in trace.nodes.items():

@@ -25,7 +25,7 @@ from stochdyn._checks import (
     values_are_checked,
 )
 from stochdyn.diagnostics.explosions import drawn_anew, warn_of_explosions
-from stochdyn.errors import ExplosionError, ShapeError, StochdynError, StochdynWarning
+from stochdyn.errors import ExplosionError, NonFiniteError, ShapeError, StochdynError, StochdynWarning
 from stochdyn.run.callbacks import Callback
 from stochdyn.run.randomness import fork_random_state
 from stochdyn.run.result import FitResult
@@ -94,14 +94,15 @@ class _Bound(nn.Module):
         found: list[Tensor] = []
 
         def draw() -> Tensor:
-            found[:] = [bound(*args, **kwargs)]
+            found.clear()
+            found.append(bound(*args, **kwargs))
             if values_are_checked() and not bool(torch.isfinite(found[0].detach())):
                 raise ExplosionError("a draw has no finite density")
             return found[0]
 
         try:
             value, lost = drawn_anew(draw)
-        except ExplosionError:
+        except NonFiniteError:
             if found:
                 return found[0]  # for the run to refuse
             raise
@@ -183,8 +184,7 @@ def fit_guide(
         # An automatic guide has its parameters only once it has run.
         drawn_anew(lambda: guide(*args, **kwargs))
         with torch.no_grad():
-            drawn, _ = drawn_anew(lambda: poutine.trace(guide).get_trace(*args, **kwargs))
-            single = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+            (drawn, single), _ = drawn_anew(lambda: _traces(model, guide, args, kwargs))
             depth = max(_plate_depth(drawn), _plate_depth(single))
             obstacle = _obstacle_to_many_draws(model, guide, args, kwargs, depth, single)
     if obstacle is not None:
@@ -211,6 +211,14 @@ def fit_guide(
     )
     warn_of_explosions(bound.lost, bound.count, "evaluations of the bound")
     return result
+
+
+def _traces(
+    model: Callable[..., Any], guide: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Return a run of the guide, and one of the model on its draw."""
+    drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+    return drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
 
 
 def _plate_depth(trace: poutine.Trace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -146,8 +147,10 @@ def _prior_draw(model: Any, rest: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _highest(bound: Any, points: list[Tensor], count: int) -> list[Tensor]:
     """Return the points with the greatest bounds, highest first; a bound that isn't a number comes last."""
-    with torch.no_grad():
-        heights = torch.stack([bound(u) for u in points])
+    heights = torch.full((len(points),), -math.inf, dtype=points[0].dtype, device=points[0].device)
+    for i, u in enumerate(points):
+        with torch.no_grad(), suppress(NonFiniteError):
+            heights[i] = bound(u)
     heights = torch.where(torch.isnan(heights), -math.inf, heights)
     return [points[i] for i in heights.topk(min(count, len(points))).indices.tolist()]
 
@@ -159,11 +162,22 @@ def _maximise(bound: Any, start: Tensor, iterations: int) -> Tensor:
         [point], max_iter=iterations, line_search_fn="strong_wolfe", tolerance_change=1e-6
     )
 
+    highest: list[Tensor] = []
+
     def closure() -> Tensor:
         optimiser.zero_grad()
-        loss = -bound(point)
-        loss.backward()
-        return loss.detach()
+        try:
+            loss = -bound(point)
+            if torch.isfinite(loss) or not highest:
+                loss.backward()
+                highest[:] = [torch.maximum(loss.detach(), *highest) if highest else loss.detach()]
+                return loss.detach()
+        except NonFiniteError:
+            if not highest:
+                raise
+        # finite, and with a slope: what interpolates between two points of the line needs both
+        point.grad = torch.zeros_like(point)
+        return highest[0] + 1e3 * (1 + highest[0].abs())
 
     optimiser.step(closure)
     return point.detach()

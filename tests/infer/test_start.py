@@ -5,7 +5,10 @@ from __future__ import annotations
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import Tensor
 
+from stochdyn.errors import NonFiniteError
+from stochdyn.infer.laplace import _maximise
 from stochdyn.infer.start import GaussianStart, StartPosterior, StartPrior, StickingStart, is_unconstrained
 from tests.infer.exact import F64
 
@@ -132,3 +135,22 @@ def test_sticking_start_reports_the_density_and_lets_go_of_its_parameters():
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
     noisy = torch.autograd.grad((target - plain.score_parts(x).entropy_term).sum(), (loc, tril))
     assert max(float(g.abs().max()) for g in noisy) > 0.1
+
+
+@pytest.mark.parametrize("wall", ["error", "infinity"])
+def test_a_search_stays_before_where_the_bound_ends(wall: str) -> None:
+    """As where a rate overflows: a step too far is taken back, and doesn't end the fit."""
+    beyond = 0
+
+    def bound(u: Tensor) -> Tensor:
+        nonlocal beyond
+        if float(u.detach().sum()) > 1:
+            beyond += 1
+            if wall == "error":
+                raise NonFiniteError("drift_matrix must be finite")
+            return u.sum() * -torch.inf
+        return (u - u.exp()).sum()
+
+    found = _maximise(bound, torch.full((1,), -6.0, dtype=torch.float64), 100)
+    assert beyond
+    assert abs(float(found)) < 1e-3
