@@ -62,6 +62,7 @@ __all__ = [
     "check_time_broadcast",
     "check_time_grid",
     "check_type",
+    "copied",
     "is_real",
     "of_times",
     "values_are_checked",
@@ -167,6 +168,11 @@ def without_mask(x: object) -> np.ndarray:
     return plain
 
 
+def copied(array: np.ndarray) -> Tensor:
+    """Return a copy of an array as a tensor; torch itself reads neither bytes in another order nor arrays that run backwards."""
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+
+
 def _as_number(value: object) -> float:
     """Return a number as a float, NaN for what marks a missing one (``None``, ``pandas.NA``)."""
     missing = value is None or type(value).__name__ == "NAType"
@@ -207,8 +213,7 @@ def _from_array(x: object, name: str, dtype: torch.dtype | None = None) -> Tenso
             f"{name} must be real numbers", got=f"{type(x).__name__} of dtype {array.dtype}"
         )
     own = _has_precision(x)
-    # torch reads neither bytes in another order nor arrays that run backwards
-    value = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+    value = copied(array)
     return value if own or not value.is_floating_point() else value.to(dtype or torch.get_default_dtype())
 
 

@@ -227,7 +227,7 @@ def _vectorised_chunks(probe: Probe, num_draws: int, chunk_size: int) -> Iterato
         last = size == 1 or probe.guide is None
         try:
             chunk, anew = drawn_anew(
-                partial(probe.run, start, size, probe.depth), _tries(probe) if last else 1
+                partial(probe.run, start, size, probe.depth), probe.most_draws if last else 1
             )
         except NonFiniteError:
             if last:
@@ -244,15 +244,10 @@ def _vectorised_chunks(probe: Probe, num_draws: int, chunk_size: int) -> Iterato
     warn_of_explosions(lost, tried, "sets of draws of the guide")
 
 
-def _tries(probe: Probe) -> int:
-    """Return how often a draw whose path explodes is drawn anew: those that are given can't be."""
-    return 1 if probe.guide is None else 20
-
-
 def _single_draws(probe: Probe, num_draws: int) -> Iterator[PosteriorDraws]:
     lost = 0
     for i in range(num_draws):
-        chunk, anew = drawn_anew(partial(probe.run, i, 1, 0), _tries(probe))
+        chunk, anew = drawn_anew(partial(probe.run, i, 1, 0), probe.most_draws)
         lost += anew
         yield _read(probe, chunk)
     warn_of_explosions(lost, num_draws + lost, "draws of the guide")

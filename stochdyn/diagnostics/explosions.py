@@ -8,12 +8,15 @@ from typing import TypeVar
 
 from stochdyn.errors import ApproximationWarning, NonFiniteError
 
-__all__ = ["drawn_anew", "warn_of_explosions"]
+__all__ = ["MOST_DRAWS", "drawn_anew", "warn_of_explosions"]
 
 _T = TypeVar("_T")
 
+#: How often something is drawn anew before that is an error.
+MOST_DRAWS = 20
 
-def drawn_anew(draw: Callable[[], _T], most: int = 20) -> tuple[_T, int]:
+
+def drawn_anew(draw: Callable[[], _T], most: int = MOST_DRAWS) -> tuple[_T, int]:
     """Return what ``draw()`` returns, called again with the next random numbers where something isn't finite, and how often.
 
     Raises:

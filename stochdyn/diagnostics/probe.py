@@ -15,7 +15,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from stochdyn._checks import check_callable, check_type
-from stochdyn.diagnostics.explosions import drawn_anew
+from stochdyn.diagnostics.explosions import MOST_DRAWS, drawn_anew
 from stochdyn.diagnostics.sites import Site, is_delta, read_sites
 from stochdyn.errors import ShapeError, UnknownSiteError
 
@@ -93,7 +93,7 @@ class Probe:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.predictive, self.split_events, self.given = predictive, split_events, given
         self.subsamples: dict[str, Tensor] = {}
-        (first, raw), _ = drawn_anew(self._first_run, 1 if guide is None else 20)
+        (first, raw), _ = drawn_anew(self._first_run, self.most_draws)
         self._keep_subsamples(raw)
         self.model_trace = prune_subsample_sites(raw)
         self.sites = read_sites(self.model_trace)
@@ -110,6 +110,11 @@ class Probe:
         traces = [self.model_trace] + ([self.guide_trace] if self.guide_trace is not None else [])
         self.depth = 1 + max(_batch_depth(trace) for trace in traces)
         self.elements = sum(_numel(site.get("value")) for trace in traces for site in trace.nodes.values())
+
+    @property
+    def most_draws(self) -> int:
+        """How often a draw that isn't finite is drawn anew: those that are given can't be."""
+        return 1 if self.guide is None else MOST_DRAWS
 
     def _first_run(self) -> tuple[dict[str, Any], poutine.Trace]:
         """Return a draw of the guide, or the first that is given, and a run of the model on it."""

@@ -11,7 +11,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_choice, check_ndim, check_positive
+from stochdyn._checks import as_tensor, check_choice, check_ndim, check_positive, copied
 from stochdyn.core.data.frames import as_frame, as_numbers, is_missing, read_column
 from stochdyn.core.data.panel_grid import PanelGrid, grid_through
 from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError, TimeGridError
@@ -413,7 +413,7 @@ class Panel:
         if origin is not None:
             gap = np.datetime64(origin, "ns") - np.datetime64(self.origin, "ns")
             times = times + gap.astype(np.int64) / 1e9 / _SECONDS[self.unit]
-        return torch.as_tensor(np.array(times, dtype=np.float64, order="C"))
+        return copied(np.asarray(times, dtype=np.float64))
 
     def to(self, *args: Any, **kwargs: Any) -> Panel:
         """Return the panel on another device, or with values in another precision, as ``torch.Tensor.to`` takes them.

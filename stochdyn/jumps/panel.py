@@ -86,9 +86,8 @@ class PanelData:
         seen = read_column(frame, state, "state").tolist()
         if not seen:
             raise EmptyDataError("the panel has no rows")
-        kept = np.array(
-            [not is_missing(label) for label in seen]
-        )  # a visit at which nothing was seen says nothing
+        # a visit at which nothing was seen says nothing
+        kept = np.array([not is_missing(label) for label in seen])
         seen = [label for label, there in zip(seen, kept, strict=True) if there]
         if not seen:
             raise EmptyDataError("every state of the panel is missing")

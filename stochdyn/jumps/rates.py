@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_seed, check_bool, check_positive_int, check_real, check_type
+from stochdyn._checks import as_seed, check_bool, check_positive_int, check_real, check_type, copied
 from stochdyn._transforms import recorded
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.errors import (
@@ -277,7 +277,7 @@ class _Problem:
         if mask is None:
             allowed[panel.exact_entry] = False
         else:
-            given = mask if isinstance(mask, Tensor) else torch.as_tensor(np.array(mask, order="C"))
+            given = mask if isinstance(mask, Tensor) else copied(np.asarray(mask))
             if given.shape != (size, size):
                 raise ShapeError(
                     "mask must hold True or False for every pair of states", got=tuple(given.shape)

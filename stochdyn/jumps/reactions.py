@@ -217,6 +217,10 @@ class ReactionNetwork(PathMeasure):
         """Return the propensities ``(..., R)`` at means or concentrations ``(..., M)``."""
         return self.constants.to(x) * self.unit_propensities(x, whole=False)
 
+    def _noise(self, x: Tensor) -> Tensor:
+        """Return the noise ``(..., M, R)`` that reactions make at means, one channel each; propensities below zero make none."""
+        return self.change.to(x).mT * self.continuous(x).clamp(min=0.0).sqrt().unsqueeze(-2)
+
     def sample(
         self,
         ts: object,
@@ -351,13 +355,9 @@ class _Reactions(nn.Module):
         super().__init__()
         self.network = network
 
-    def rates(self, x: Tensor) -> Tensor:
-        """Return the propensities, none below zero."""
-        return self.network.continuous(x).clamp(min=0.0)
-
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the drift ``(..., M)``."""
-        return self.rates(x) @ self.network.change.to(x)
+        return self.network.continuous(x).clamp(min=0.0) @ self.network.change.to(x)
 
 
 class _ReactionNoise(_Reactions):
@@ -365,7 +365,7 @@ class _ReactionNoise(_Reactions):
 
     def forward(self, t: Tensor, x: Tensor) -> Matrix:  # type: ignore[override]
         """Return the diffusion ``(..., M, R)``."""
-        return Matrix(self.network.change.to(x).mT * self.rates(x).sqrt().unsqueeze(-2))
+        return Matrix(self.network._noise(x))
 
 
 class _Coefficient(nn.Module):
@@ -384,8 +384,7 @@ class _Coefficient(nn.Module):
             return self.path.slope(m)
         if self.what == "offset":
             return self.network.mean_field(m) - (self.path.slope(m) @ m.unsqueeze(-1)).squeeze(-1)
-        a = self.network.continuous(m).clamp(min=0.0)
-        return self.network.change.to(m).mT * a.sqrt().unsqueeze(-2)
+        return self.network._noise(m)
 
 
 class _MeanPath:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from stochdyn._checks import as_tensor, check_positive_int
+from stochdyn._checks import as_tensor, check_positive_int, copied
 from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError
 from stochdyn.run.distributed import World
 from stochdyn.run.encoding import map_tensors
@@ -272,7 +272,7 @@ def _as_tensors(tree: Any) -> Any:
     if array.dtype.kind not in "fiubc":
         return as_tensor(tree, "data", finite=False)
     # A copy: arrays may be read-only, and training must not change them.
-    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+    return copied(array)
 
 
 def _make_batches(

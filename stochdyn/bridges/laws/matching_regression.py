@@ -114,9 +114,8 @@ class MatchingRegression(Objective):
         ends = self.pairs[direction][:, :, pick]
         begin, goal = (ends[0], ends[1]) if direction == 0 else (ends[1], ends[0])
         order = torch.arange(pick.shape[0], dtype=begin.dtype, device=begin.device)
-        s = (order + torch.rand_like(order, memory_format=torch.contiguous_format)) / pick.shape[
-            0
-        ]  # stratified; the pairs are in random order
+        # stratified; the pairs are in random order
+        s = (order + torch.rand_like(order, memory_format=torch.contiguous_format)) / len(pick)
         s = (s * (1 - _EDGE)).reshape(1, -1, 1)
         elapsed, remaining = s * self.duration, (1 - s) * self.duration
         rate = s.new_tensor(self.rate)

@@ -27,12 +27,15 @@ class _StepField(nn.Module):
         self.edges = ts[..., 1:-1] - 0.5 * (ts[..., 1:-1] - ts[..., :-2])
         self.matrix, self.offset, self.spread = matrix, offset, spread
 
-    def _at(self, part: Tensor, event: int, t: Tensor, x: Tensor) -> Tensor:
+    def _step(self, t: Tensor) -> Tensor:
+        """Return the number of the step that holds each time."""
+        times = t.detach().reshape(-1, *self.edges.shape[:-1]).movedim(0, -1).contiguous()
+        return torch.searchsorted(self.edges.to(t).contiguous(), times).movedim(-1, 0)
+
+    def _at(self, part: Tensor, event: int, step: Tensor, t: Tensor, x: Tensor) -> Tensor:
         """Return ``part (N, *B, *event)`` in the steps that hold ``t``, to stand beside states ``x``."""
         own = self.edges.shape[:-1]
-        times = t.detach().reshape(-1, *own).movedim(0, -1).contiguous()
-        index = torch.searchsorted(self.edges.to(t).contiguous(), times).movedim(-1, 0)
-        found = _rows(part, index, event)
+        found = _rows(part, step, event)
         # One time has no axis before those of the grids, and where each series has its own, one of length one after them.
         if t.ndim == (len(own) + 1 if own else 0):
             return found[0]
@@ -41,11 +44,12 @@ class _StepField(nn.Module):
         return found.reshape(found.shape[0], *fill, *found.shape[1:])
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        matrix, offset = self._at(self.matrix, 2, t, x), self._at(self.offset, 1, t, x)
+        step = self._step(t)
+        matrix, offset = self._at(self.matrix, 2, step, t, x), self._at(self.offset, 1, step, t, x)
         return (matrix @ x.unsqueeze(-1)).squeeze(-1) + offset
 
     def diffusion(self, t: Tensor, x: Tensor) -> Matrix:
-        return Matrix(self._at(self.spread, 2, t, x))
+        return Matrix(self._at(self.spread, 2, self._step(t), t, x))
 
 
 def _rows(part: Tensor, index: Tensor, event: int) -> Tensor:
