@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from stochdyn._checks import as_seed, as_tensor, check_bool, check_callable, check_positive_int, check_type
-from stochdyn.diagnostics.explosions import drawn_anew, warn_of_explosions
+from stochdyn.diagnostics.explosions import KeptShare, drawn_anew, warn_of_explosions
 from stochdyn.diagnostics.probe import Chunk, NotVectorisedError, Probe, Program, check_program, random_values
 from stochdyn.diagnostics.sites import Site
 from stochdyn.errors import InvalidInputError, NonFiniteError, StochdynWarning, UnknownSiteError
@@ -52,7 +52,8 @@ class PosteriorDraws:
             by ``poutine.scale``, and zero where masked.
         log_joint: The log density ``(S,)`` of latent and observed sites, scaled as the model says.
         log_guide: The log density ``(S,)`` of the guide, scaled likewise; NaN where it has none (a point mass), None
-            for draws that no guide made.
+            for draws that no guide made. Where draws that explode were drawn anew, it is the density of the guide given that
+            nothing explodes.
         sites: What each site of the model is, by name.
         subsamples: The indices of every subsampled plate. All draws share them.
         vectorised: Whether the model ran on many draws at once.
@@ -119,7 +120,8 @@ def draw_posterior(
         ExplosionError: If the paths of nearly every draw explode.
 
     Warns:
-        ApproximationWarning: If paths of some draws exploded: these were drawn anew.
+        ApproximationWarning: If paths of some draws exploded: these were drawn anew, and ``log_guide`` counts the share of
+            draws that don't explode.
 
     Example:
         >>> import pyro
@@ -203,8 +205,10 @@ def _collect(probe: Probe, num_draws: int, chunk_size: int | None) -> PosteriorD
         chunk_size = max(1, _MAX_ELEMENTS // max(probe.elements, 1))
     check_positive_int(chunk_size, "chunk_size")
     state = torch.random.get_rng_state()
+    share = KeptShare()
     try:
-        return _join(probe, _vectorised_chunks(probe, num_draws, min(chunk_size, num_draws)), True)
+        chunks = _vectorised_chunks(probe, num_draws, min(chunk_size, num_draws), share)
+        return _join(probe, chunks, True, share)
     except NonFiniteError:
         raise
     except Exception as error:  # whatever a model may raise on axes that it wasn't written for
@@ -217,10 +221,13 @@ def _collect(probe: Probe, num_draws: int, chunk_size: int | None) -> PosteriorD
             stacklevel=4,
         )
     torch.random.set_rng_state(state)
-    return _join(probe, _single_draws(probe, num_draws), False)
+    share = KeptShare()
+    return _join(probe, _single_draws(probe, num_draws, share), False, share)
 
 
-def _vectorised_chunks(probe: Probe, num_draws: int, chunk_size: int) -> Iterator[PosteriorDraws]:
+def _vectorised_chunks(
+    probe: Probe, num_draws: int, chunk_size: int, share: KeptShare
+) -> Iterator[PosteriorDraws]:
     start = lost = tried = 0
     while start < num_draws:
         size, tried = min(chunk_size, num_draws - start), tried + 1
@@ -232,9 +239,11 @@ def _vectorised_chunks(probe: Probe, num_draws: int, chunk_size: int) -> Iterato
         except NonFiniteError:
             if last:
                 raise
+            share.count(size, 1, kept=False)
             # of fewer draws at once a larger share has none that explodes
             lost, chunk_size = lost + 1, size // 2
             continue
+        share.count(size, anew)
         draws = _read(probe, chunk)
         if start == 0:
             for index in sorted({0, chunk.size - 1}):
@@ -244,11 +253,12 @@ def _vectorised_chunks(probe: Probe, num_draws: int, chunk_size: int) -> Iterato
     warn_of_explosions(lost, tried, "sets of draws of the guide")
 
 
-def _single_draws(probe: Probe, num_draws: int) -> Iterator[PosteriorDraws]:
+def _single_draws(probe: Probe, num_draws: int, share: KeptShare) -> Iterator[PosteriorDraws]:
     lost = 0
     for i in range(num_draws):
         chunk, anew = drawn_anew(partial(probe.run, i, 1, 0), probe.most_draws)
         lost += anew
+        share.count(1, anew)
         yield _read(probe, chunk)
     warn_of_explosions(lost, num_draws + lost, "draws of the guide")
 
@@ -365,7 +375,9 @@ def _is_constant(draws: Tensor) -> bool:
     return draws.shape[0] > 1 and bool((draws == draws[:1]).all())
 
 
-def _join(probe: Probe, chunks: Iterator[PosteriorDraws], vectorised: bool) -> PosteriorDraws:
+def _join(
+    probe: Probe, chunks: Iterator[PosteriorDraws], vectorised: bool, share: KeptShare
+) -> PosteriorDraws:
     parts = list(chunks)
 
     def joined(pick: Callable[[PosteriorDraws], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -380,7 +392,7 @@ def _join(probe: Probe, chunks: Iterator[PosteriorDraws], vectorised: bool) -> P
         if frame.full_size is not None and frame.full_size != frame.size
     }
     values = joined(lambda p: p.values)
-    log_guide = torch.cat(log_guides) if log_guides else None
+    log_guide = torch.cat(log_guides) - share.log if log_guides else None
     if log_guide is not None and any(_is_constant(values[name]) for name in probe.points):
         log_guide = torch.full_like(log_guide, float("nan"))  # a point mass has no density
     return PosteriorDraws(

@@ -157,7 +157,8 @@ def fit_guide(
 
     Warns:
         StochdynWarning: If the model mixes draws or fails when it is run on many at once.
-        ApproximationWarning: If paths exploded, and were drawn anew.
+        ApproximationWarning: If paths exploded, and were drawn anew. The bound is then too large by minus the logarithm of the
+            share of draws that don't explode, which :func:`stochdyn.diagnostics.draw_posterior` counts.
 
     Example:
         >>> import pyro, pyro.distributions as dist

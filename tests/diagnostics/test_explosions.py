@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import partial
 
@@ -13,7 +14,8 @@ from pyro.infer.autoguide import AutoDiagonalNormal
 from torch import Tensor, nn
 
 import stochdyn as sd
-from stochdyn.diagnostics import draw_posterior
+from stochdyn.diagnostics import draw_posterior, importance_evidence
+from stochdyn.diagnostics.explosions import KeptShare
 from stochdyn.errors import ApproximationWarning, ExplosionError
 
 
@@ -59,6 +61,58 @@ def test_draws_one_by_one_are_drawn_anew_too() -> None:
         draws = draw_posterior(single, Guide(1.0), num_draws=50)
     assert {type(w.message) for w in said} == {sd.errors.StochdynWarning, ApproximationWarning}
     assert float(draws.values["z"].max()) <= 1.0
+
+
+def single(limit: float = 1.0) -> None:
+    """The same model, which can't be run on many draws at once."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    if z > 99:
+        return
+    pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+
+@pytest.mark.filterwarnings("ignore::stochdyn.errors.StochdynWarning")
+@pytest.mark.parametrize(("program", "count"), [(model, 1000), (single, 400)])
+@pytest.mark.parametrize("limit", [2.5, 1.0])
+def test_the_evidence_counts_what_explodes_as_impossible(program: object, count: int, limit: float) -> None:
+    draws = draw_posterior(program, Guide(limit), num_draws=count, seed=3)
+    # N(z; 0, 1) N(0; z, 1) = N(0; 0, 2) N(z; 0, 1/2), of which the part below the limit is left
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    exact = -0.5 * math.log(4 * math.pi) + math.log(float(normal.cdf(torch.tensor(limit * 2**0.5))))
+    share = float(normal.cdf(torch.tensor(limit - 0.5)))
+    found = importance_evidence(draws.log_weights)
+    assert draws.log_guide is not None
+    plain = torch.distributions.Normal(0.5, 1.0).log_prob(draws.values["z"].double())
+    log_share = (plain - draws.log_guide).double()
+    assert float(log_share.max() - log_share.min()) < 1e-5  # the same for all draws
+    # of every set that was drawn anew one learns no less than of one draw
+    lost = count * (1 / share - 1) / max(1.0, -1 / math.log(share))
+    error = -math.log(share) / math.sqrt(max(lost, 1.0))
+    assert abs(float(log_share.mean()) - math.log(share)) < 5 * error
+    assert abs(float(found.log_evidence) - exact) < 5 * math.hypot(float(found.stderr), error)
+
+
+def test_the_share_that_is_kept_is_the_likeliest_one() -> None:
+    assert KeptShare().log == 0.0
+    share = KeptShare()
+    share.count(1, 3, kept=False)
+    assert math.isnan(share.log)
+    for _ in range(9):
+        share.count(1, 0)
+    assert share.log == pytest.approx(math.log(9 / 12), rel=1e-12)
+    # sets of many draws: 30 % of sets of 50 are kept, so a draw is with probability .3^(1/50)
+    share = KeptShare()
+    for kept in [True] * 300 + [False] * 700:
+        share.count(50, 0 if kept else 1, kept)
+    assert share.log == pytest.approx(math.log(0.3) / 50, rel=1e-9)
+    # and sets of all sizes, by the likelihood itself
+    share = KeptShare()
+    for size, lost in ((100000, 1), (400, 3), (20, 5), (1, 2)):
+        share.count(size, lost, size == 20)
+    rates = torch.linspace(1e-3, 1.0, 100_000, dtype=torch.float64)
+    terms = [t * torch.log(-torch.expm1(-rates * n)) for n, t in ((100000, 1), (400, 3), (20, 5), (1, 2))]
+    likelihood = torch.stack(terms).sum(0) - 20 * rates
+    assert -share.log == pytest.approx(float(rates[likelihood.argmax()]), abs=2e-5)
 
 
 def test_draws_that_all_explode_are_an_error() -> None:
