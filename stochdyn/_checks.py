@@ -88,9 +88,9 @@ def values_are_checked() -> bool:
     """Return whether values are looked at, and not only shapes.
 
     The switch is that of torch's and Pyro's distributions. Samplers turn it off, since their wildest proposals
-    must count as improbable rather than end the run.
+    must count as improbable rather than end the run. Transforms of ``torch.func`` can't look at values at all.
     """
-    return not _here.off and bool(torch.distributions.Distribution._validate_args)
+    return not _here.off and bool(torch.distributions.Distribution._validate_args) and not maps_are_active()
 
 
 @contextlib.contextmanager
@@ -400,7 +400,7 @@ def check_time_grid(ts: object, name: str = "ts", min_points: int = 2, *, batch:
         raise TimeGridError(f"{name} needs at least {min_points} times", got=ts.shape[-1])
     if not ts.is_floating_point():
         raise TimeGridError(f"{name} must be floating", got=ts.dtype, hint=f"use {name}.double()")
-    if _here.off:
+    if _here.off or maps_are_active():
         return
     check_finite(ts, name)
     bad = (ts[..., 1:] <= ts[..., :-1]).nonzero()

@@ -150,7 +150,8 @@ class Posterior:
         ess: The number of independent draws that the draws are worth: by their weights for a guide, the smallest of all sites
             for a sampler; NaN where it isn't known.
         rhat: The largest R-hat of all parameters, for a sampler: above 1.01 the chains haven't mixed; NaN for a guide.
-        log_evidence: The logarithm of the evidence, for comparing models; NaN for a sampler.
+        log_evidence: The logarithm of the evidence, for comparing models; NaN for a sampler, for subsampled data, and for fewer
+            than 100 draws of ``method="laplace"``.
     """
 
     model: Callable[..., Any]
@@ -329,7 +330,7 @@ def fit_posterior(
     check_type(method, (GuideMethod, LaplaceMethod, NUTSMethod, PMMHMethod), "method")
     check_positive_int(num_draws, "num_draws")
     from stochdyn.diagnostics.inference_data import to_inference_data
-    from stochdyn.diagnostics.psis import pareto_smooth
+    from stochdyn.diagnostics.psis import importance_evidence
 
     with fork_random_state(seed, torch.device("cpu")):
         with poutine.block(), pyro.validation_enabled(False), torch.no_grad():
@@ -393,7 +394,13 @@ def fit_posterior(
         remedy = "NUTSMethod with more warmup and num_chains=4, or put paths into noise space (NoiseReparam)"
     elif not judged and num_draws >= _MIN_DRAWS_FOR_KHAT:
         weights = torch.as_tensor(idata.sample_stats["log_weight"].values).flatten()
-        judged = {"khat": float(pareto_smooth(weights).khat)}
+        found_by_weights = importance_evidence(weights, smooth=True)
+        judged = {
+            "khat": float(found_by_weights.khat),
+            "ess": float(found_by_weights.effective_sample_size),
+        }
+        if not _is_subsampled(latent):
+            judged["log_evidence"] = float(found_by_weights.log_evidence)
     if isinstance(method, NUTSMethod | PMMHMethod) and judged["rhat"] > limit:
         warnings.warn(
             f"the chains haven't mixed (R-hat {judged['rhat']:.3f}, {judged['ess']:.0f} independent draws{found}): take {remedy}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from stochdyn._checks import as_tensor, check_choice, check_ndim, check_positive, copied
-from stochdyn.core.data.frames import as_frame, as_numbers, is_missing, read_column
+from stochdyn.core.data.frames import as_dates, as_frame, as_numbers, is_missing, read_column
 from stochdyn.core.data.panel_grid import PanelGrid, grid_through
 from stochdyn.errors import EmptyDataError, InvalidInputError, ShapeError, TimeGridError
 from stochdyn.infer.observations import observe
@@ -403,7 +404,7 @@ class Panel:
         Raises:
             InvalidInputError: If they are dates and the panel's times are numbers, or the other way round.
         """
-        times, origin = _as_times(np.asarray(dates).reshape(-1), "dates", self.unit)
+        times, origin = _as_times(np.asarray(as_dates(dates)).reshape(-1), "dates", self.unit)
         if (origin is None) != (self.origin is None):
             raise InvalidInputError(
                 "dates must be what the times of the panel are",
@@ -470,7 +471,11 @@ def _as_times(column: np.ndarray, name: str, unit: str) -> tuple[np.ndarray, str
     """Return times as float64, and the date that counts as zero."""
     if column.dtype.kind in "OU" and len(column) and not isinstance(column[0], int | float):
         try:
-            column = column.astype("datetime64[ns]")
+            plain = [
+                v.astimezone(UTC).replace(tzinfo=None) if getattr(v, "tzinfo", None) else v
+                for v in column.tolist()
+            ]
+            column = np.array(plain, dtype="datetime64[ns]")
         except (TypeError, ValueError) as error:
             raise InvalidInputError(
                 f"the column {name!r} must hold numbers or dates", got=repr(column[0])[:60]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +34,15 @@ from stochdyn.core.sde.grids import noise_steps
 from stochdyn.core.sde.intervention import Intervention
 from stochdyn.core.sde.methods import Method
 from stochdyn.core.sde.solvers import draw_increments, full_state, integrate
-from stochdyn.errors import InvalidInputError, TimeGridError, UnavailableError, UnknownSiteError
+from stochdyn.errors import (
+    InvalidInputError,
+    NonFiniteError,
+    ShapeError,
+    StochdynWarning,
+    TimeGridError,
+    UnavailableError,
+    UnknownSiteError,
+)
 from stochdyn.infer.counterfactual import CounterfactualDraws, intervened_draws
 from stochdyn.infer.distributions import DiffusionPath, PathIncrements
 from stochdyn.infer.guides import AutoPathGuide
@@ -58,7 +67,7 @@ class PosteriorPath(PathMeasure):
     Use it where a law is asked for: in plots, scores and comparisons. :func:`predict_path` returns its draws in one call.
 
     Args:
-        model: Pyro model; it must broadcast over a leading batch of draws (as ``Predictive(parallel=True)`` needs).
+        model: Pyro model; one that broadcasts over a leading batch of draws (as ``Predictive(parallel=True)`` needs) is much faster.
         source: The fitted guide of the model, a ``pyro.infer.MCMC`` that has run, or a dictionary of its draws by site.
         name: The path's site.
         args: The arguments of model and guide.
@@ -110,16 +119,19 @@ class PosteriorPath(PathMeasure):
         if not isinstance(source, nn.Module | MCMC | Mapping):
             check_callable(source, "source", "a guide, an MCMC run or draws by site")
 
-    def _draw(self, count: int) -> DrawnPaths | CounterfactualDraws:
+    def _draw(self, count: int) -> Sequence[DrawnPaths | CounterfactualDraws]:
+        """Return draws, all at once where the model allows it, else one by one."""
         drawn = draw_paths(self._model[0], self.source, self.name, self.args, self.kwargs, count)
-        return drawn if self.intervention is None else intervened_draws(drawn, self.intervention)
+        if self.intervention is None:
+            return drawn
+        return [intervened_draws(part, self.intervention) for part in drawn]
 
     def fitted_times(self) -> Tensor:
         """Return the grid of the fit, ``(T,)`` or ``(*batch, T)``."""
         if self._fitted is None:
             with torch.no_grad(), poutine.block(), lent(0):
                 drawn = draw_paths(self._model[0], self.source, self.name, self.args, self.kwargs, 1)
-                self._fitted = drawn.ts
+                self._fitted = drawn[0].ts
         return self._fitted
 
     def sample(self, ts: Tensor, sample_shape: SampleShape = (), generator: Generator = None) -> PathSample:
@@ -142,8 +154,8 @@ class PosteriorPath(PathMeasure):
         source = None if generator is None else as_generator(generator)
         with lent(source), torch.no_grad(), poutine.block():
             drawn = self._draw(max(1, torch.Size(shape).numel()))
-            x = drawn.at(ts.to(drawn.ts))
-        batch = x.shape[x.ndim - 1 - drawn.num_batch : -1]
+            x = torch.cat([part.at(ts.to(part.ts)) for part in drawn], 1)
+        batch = x.shape[x.ndim - 1 - drawn[0].num_batch : -1]
         x = x.movedim(0, -2).reshape(-1, *batch, x.shape[0], x.shape[-1])
         x = x[: torch.Size(shape).numel()].reshape(*shape, *x.shape[1:])
         return PathSample(ts, x, x[..., 1:, :0], law=self)
@@ -297,48 +309,111 @@ def draw_paths(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     num_draws: int,
-) -> DrawnPaths:
-    """Draw a path on the fitted grid, all draws at once.
+) -> list[DrawnPaths]:
+    """Draw a path on the fitted grid: all draws at once, or one by one where the model isn't written for many.
 
     Raises:
         UnknownSiteError: If the model has no path of that name.
+
+    Warns:
+        StochdynWarning: If the draws are made one by one.
     """
     samples = _samples_of(source, num_draws)
     if samples is None:
         assert callable(source)
         source(*args, **kwargs)
-    probe: Any = poutine.trace(model).get_trace(*args, **kwargs)
-    if name not in probe.nodes:
+    probe: Any = poutine.trace(model).get_trace(*args, **kwargs).nodes
+    if name not in probe:
         raise UnknownSiteError(
-            "the model has no such path", got=repr(name), expected=f"one of {sorted(probe.nodes)}"
+            "the model has no such path", got=repr(name), expected=f"one of {sorted(probe)}"
         )
-    sites = [s for s in probe.nodes.values() if s["type"] == "sample"]
+    call = ModelCall(model, args, kwargs)
+    state = torch.random.get_rng_state()
+    try:
+        nodes = _many(call, source, samples, probe, num_draws)
+        _check_against_one(call, nodes, probe, name)
+    except NonFiniteError:
+        raise
+    except Exception as error:  # whatever a model may raise on axes that it wasn't written for
+        reason = str(error).strip().splitlines()
+        warnings.warn(
+            "the model can't be run on many draws at once, so paths are drawn one by one, which is slow. Declare batch axes with "
+            "pyro.plate and give parameters their axes from the right, as in k[..., None]. "
+            f"What went wrong: {reason[0] if reason else type(error).__name__}",
+            StochdynWarning,
+            stacklevel=2,
+        )
+        torch.random.set_rng_state(state)
+        size = num_draws if samples is None else next(iter(samples.values())).shape[0]
+        return [_drawn_path(_single(call, source, samples, i), probe, name, alone=True) for i in range(size)]
+    return [_drawn_path(nodes, probe, name)]
+
+
+def _many(call: ModelCall, source: Any, samples: dict[str, Tensor] | None, probe: Any, num_draws: int) -> Any:
+    """Return the sites of model and draws in a plate outside all others."""
+    sites = [s for s in probe.values() if s["type"] == "sample"]
     frames = [f for s in sites for f in s["cond_indep_stack"]]
     depth = 1 + max((-f.dim for f in frames if f.dim is not None), default=0)
     if samples is None:
         with pyro.plate("_draws", num_draws, dim=-depth):
-            guide: Any = source
-            drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-            nodes: Any = poutine.trace(poutine.replay(model, drawn)).get_trace(*args, **kwargs).nodes
-    else:
-        size = next(iter(samples.values())).shape[0]
-        values = {n: _spread(v, probe.nodes[n], depth) for n, v in samples.items() if n in probe.nodes}
-        with pyro.plate("_draws", size, dim=-depth):
-            nodes = ModelCall(model, args, kwargs).run(values).sites
+            drawn = poutine.trace(source).get_trace(*call.args, **call.kwargs)
+            return _replayed(call, drawn)
+    size = next(iter(samples.values())).shape[0]
+    values = {n: _spread(v, probe[n], depth) for n, v in samples.items() if n in probe}
+    with pyro.plate("_draws", size, dim=-depth):
+        return call.run(values).sites
+
+
+def _single(call: ModelCall, source: Any, samples: dict[str, Tensor] | None, index: int) -> Any:
+    """Return the sites of the model for one draw alone."""
+    if samples is None:
+        return _replayed(call, poutine.trace(source).get_trace(*call.args, **call.kwargs))
+    return call.run({n: v[index] for n, v in samples.items()}).sites
+
+
+def _replayed(call: ModelCall, drawn: Any) -> Any:
+    return poutine.trace(poutine.replay(call.model, drawn)).get_trace(*call.args, **call.kwargs).nodes
+
+
+def _check_against_one(call: ModelCall, nodes: Any, probe: Any, name: str) -> None:
+    """Raise unless the first of many draws has the path that it has alone."""
+    values = {}
+    for n, site in nodes.items():
+        known = probe.get(n)
+        if known is None or site["type"] != "sample" or site["is_observed"]:
+            continue
+        whole = known["value"].shape
+        many = site["value"]
+        # What the plate of draws doesn't reach, such as the indices of a subsample, is the same for all of them.
+        values[n] = many if many.shape == whole else many[0].reshape(whole)
+    whole, many = probe[name]["value"].shape, nodes[name]["value"]
+    alone = call.run(values).sites[name]["value"]
+    first = many if many.shape == whole else many[0].reshape(whole)
+    slack = 1e-3 * float(alone.abs().max())
+    if not torch.allclose(first, alone, rtol=1e-3, atol=slack, equal_nan=True):
+        raise ShapeError("a draw among others has another path than alone", got=f"site {name!r}")
+
+
+def _drawn_path(nodes: Any, probe: Any, name: str, alone: bool = False) -> DrawnPaths:
+    """Return the path that a site holds, with the equation that continues it; a single draw gets the axis of draws."""
     site, noise = nodes[name], nodes.get(f"{name}_dw")
-    num_batch = probe.nodes[name]["value"].ndim - 2
+    num_batch = probe[name]["value"].ndim - 2
+
+    def leading(value: Tensor) -> Tensor:
+        return (value.unsqueeze(0) if alone else value).movedim(-2, 0)
+
     if noise is not None and isinstance(noise["fn"], PathIncrements):
         fn = noise["fn"]
-        x = site["value"].movedim(-2, 0)
+        x = leading(site["value"])
         if not fn.sde.noise.num_states:
             return DrawnPaths(fn.ts, x, x, fn.sde, fn.method, num_batch)
-        e = noise["value"].movedim(-2, 0)
+        e = leading(noise["value"])
         x0 = fn.x0.expand(*torch.broadcast_shapes(e.shape[1:-1], fn.x0.shape[:-1]), fn.x0.shape[-1])
         run = integrate(fn.sde, x0, fn.ts, e, fn.memory0, method=fn.method)
         return DrawnPaths(fn.ts, run.x, full_state(run.x, run.memory), fn.sde, fn.method, num_batch)
     if not isinstance(site["fn"], DiffusionPath):
         raise UnknownSiteError("this site isn't a path", got=f"{name!r} of {type(site['fn']).__name__}")
-    x = site["value"].movedim(-2, 0)
+    x = leading(site["value"])
     return DrawnPaths(site["fn"].ts, x, x, site["fn"].sde, site["fn"].method, num_batch)
 
 

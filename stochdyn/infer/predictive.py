@@ -63,7 +63,7 @@ def predict_path(
     between its points, and forecasts beyond its end in steps of the same size.
 
     Args:
-        model: Pyro model; it must broadcast over a leading batch of draws (as ``Predictive(parallel=True)`` needs).
+        model: Pyro model; one that broadcasts over a leading batch of draws (as ``Predictive(parallel=True)`` needs) is much faster.
         guide: The fitted guide of the model, a ``pyro.infer.MCMC`` that has run, or a dictionary of its draws by site.
         name: The path's site.
         ts: ``(T,)`` strictly increasing times, or ``(*batch, T)`` where every series has its own, none before the fitted grid;

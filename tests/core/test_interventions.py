@@ -125,7 +125,7 @@ def test_a_pull_from_a_time_on_moves_every_draw_by_its_linear_response(fitted: A
     from stochdyn.infer.counterfactual import intervened_draws
 
     with torch.random.fork_rng(), torch.no_grad():
-        drawn = fitted[1].path_law("x")._draw(20)
+        [drawn] = fitted[1].path_law("x")._draw(20)
     pushed = intervened_draws(drawn, Intervention(1.0, drift=lambda t, x, own: own + 0.7))
     rate = -drawn.sde.drift(torch.tensor(0.0), torch.ones_like(drawn.x[0]))
     n = 10

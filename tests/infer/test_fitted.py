@@ -25,7 +25,7 @@ def model(y):
     pyro.sample("y", dist.Normal(x[..., 2::2, 0], 0.15).to_event(1), obs=y)
 
 
-def exact_scale():
+def exact_joint():
     """Return mean and standard deviation of log scale by quadrature."""
     unit = linear_path(-ONE[:, None], ONE[:, None], TS, ONE)
     mean, cov = unit.observed(torch.arange(2, 21, 2))
@@ -36,6 +36,11 @@ def exact_scale():
             for u in grid
         ]
     ) + dist.Normal(0.0, 0.7).log_prob(grid)
+    return grid, logs
+
+
+def exact_scale():
+    grid, logs = exact_joint()
     weight = torch.softmax(logs, 0)
     centre = float(weight @ grid)
     return centre, float(weight @ (grid - centre) ** 2) ** 0.5
@@ -63,6 +68,15 @@ def test_paths_and_forecasts_come_from_the_same_object():
     with pytest.raises(InvalidInputError, match="forecast"):
         post.forecast([1.0, 3.0])
     assert post.law().marginal(1.0).mean.shape == (1,)
+
+
+def test_evidence_without_a_search_by_weights_is_that_of_quadrature():
+    post = fit_posterior(model, Y, method="laplace", num_draws=1000, progress=False)
+    grid, logs = exact_joint()
+    exact = float(torch.logsumexp(logs, 0) + (grid[1] - grid[0]).log())
+    # The relative variance of a mean of n weights with effective number m is about (n / m - 1) / n.
+    assert abs(post.log_evidence - exact) < 5 * ((1000 / post.ess - 1) / 1000) ** 0.5 + 1e-3
+    assert post.idata.attrs["log_evidence"] == post.log_evidence
 
 
 def test_a_seed_repeats_it_and_leaves_the_random_state():

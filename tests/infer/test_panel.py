@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pyro
@@ -110,6 +112,24 @@ def test_dates_count_from_the_first_one_and_come_back():
     assert (back == dates.values[[1, 2]]).all()
     with pytest.raises(InvalidInputError, match="numbers"):
         of_frame().dates([0.0])
+
+
+def test_dates_of_pandas_of_every_kind_and_columns_in_the_index():
+    days = pd.to_datetime(
+        ["2020-01-03", "2020-01-01", "2020-01-02", "2020-02-01", "2020-03-01", "2021-01-01"]
+    )
+    plain = of_frame(FRAME.assign(when=days))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zoned = [days.tz_localize("Asia/Tokyo"), pd.Index(days.tz_localize("Asia/Tokyo"), dtype=object)]
+        for dates in (*zoned, days.to_period("D"), days.to_pydatetime(), days.astype("datetime64[s]")):
+            panel = of_frame(FRAME.assign(when=dates))
+            torch.testing.assert_close(panel.times, plain.times, equal_nan=True)
+        assert torch.equal(
+            of_frame(FRAME.assign(when=zoned[0])).times_of(zoned[0][:2]), plain.times_of(days[:2])
+        )
+    levels = of_frame(FRAME.set_index(["who", "when"]))
+    torch.testing.assert_close(levels.values, of_frame(FRAME).values, equal_nan=True)
 
 
 def test_some_series_are_a_panel_again():

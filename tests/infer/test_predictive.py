@@ -9,8 +9,8 @@ import torch
 from pyro.infer import MCMC, NUTS
 
 from stochdyn import Diagonal, DiffusionMeasure, to_inference_data
-from stochdyn.core import SDE, Scalar
-from stochdyn.errors import InvalidInputError, TimeGridError, UnknownSiteError
+from stochdyn.core import SDE, Intervention, Scalar
+from stochdyn.errors import InvalidInputError, StochdynWarning, TimeGridError, UnknownSiteError
 from stochdyn.fractional import MarkovNoise
 from stochdyn.infer import AutoPathGuide, PosteriorPath, predict_path, sample_path
 from tests.infer.exact import F64
@@ -203,3 +203,29 @@ def test_the_law_weighs_paths_of_the_prior():
     likelihood = dist.Normal(path.x[:, -1, 0], 0.3).log_prob(Y)
     gap = law.log_rn(path, prior) - likelihood
     torch.testing.assert_close(gap, gap[:1].expand(5), rtol=0, atol=1e-8)
+
+
+def test_a_model_that_is_not_written_for_many_draws_is_drawn_one_by_one():
+    ts, y = torch.linspace(0, 1, 6), torch.tensor([0.3, 0.2, 0.1, 0.4, 0.5])
+
+    def model(y, axes):
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 0.3))
+        rate = rate[..., None] if axes else rate
+        x = sample_path("x", SDE(lambda t, x: -rate * x, 0.5), torch.ones(1), ts)
+        pyro.sample("y", dist.Normal(x[..., 1:, 0] if axes else x[1:, 0], 0.2).to_event(1), obs=y)
+
+    generator = torch.Generator().manual_seed(0)
+    draws = {"rate": torch.rand(60, generator=generator) + 0.5}
+    draws["x"] = 1 + 0.1 * torch.randn(60, 6, 1, generator=generator)
+    draws["x"][:, 0] = 1.0
+    times = torch.tensor([0.2, 1.0, 1.4])
+    many = predict_path(model, draws, "x", times, args=(y, True), num_draws=60, seed=0)
+    with pytest.warns(StochdynWarning, match="one by one"):
+        single = predict_path(model, draws, "x", times, args=(y, False), num_draws=60, seed=0)
+    assert torch.equal(single.x[:, :2], many.x[:, :2])
+    error = (single.x[:, 2] - many.x[:, 2]).mean() / (0.5 * (2 * 0.4 / 60) ** 0.5)
+    assert abs(error) < 4.5
+    held = Intervention(0.5, {0: 0.0})
+    with pytest.warns(StochdynWarning, match="one by one"):
+        after = predict_path(model, draws, "x", times, args=(y, False), num_draws=60, seed=0, do=held)
+    assert torch.equal(after.x[:, 1:], torch.zeros(60, 2, 1))

@@ -11,14 +11,14 @@ import numpy as np
 from stochdyn._checks import without_mask
 from stochdyn.errors import InvalidInputError, ShapeError
 
-__all__ = ["as_frame", "as_numbers", "is_missing", "read_column"]
+__all__ = ["as_dates", "as_frame", "as_numbers", "is_missing", "read_column"]
 
 
 def as_frame(frame: Any, name: str = "frame") -> Any:
     """Return what columns can be read from by name: the frame itself, or the long form of xarray's data.
 
     Args:
-        frame: A data frame of pandas or polars, a mapping from names to columns, or a Dataset or DataArray of xarray.
+        frame: A data frame of pandas (its index may hold columns) or polars, a mapping from names to columns, or a Dataset or DataArray of xarray.
         name: The argument's name, for errors.
 
     Raises:
@@ -34,13 +34,30 @@ def as_frame(frame: Any, name: str = "frame") -> Any:
     for package in ("pandas", "polars"):
         module = sys.modules.get(package)
         if module is not None and isinstance(frame, module.DataFrame):
-            return frame
+            return _with_index(frame) if package == "pandas" else frame
     raise InvalidInputError(
         f"{name} must be a data frame",
         got=type(frame).__name__,
         expected="a frame of pandas, polars or xarray, or a mapping from names to columns",
         hint="use Panel.from_arrays for lists and arrays",
     )
+
+
+def _with_index(frame: Any) -> Any:
+    """Return a frame of pandas in which the named levels of its index are columns like others."""
+    levels = [name for name in frame.index.names if name is not None and name not in frame.columns]
+    return frame.reset_index(level=levels) if levels else frame
+
+
+def as_dates(column: Any) -> Any:
+    """Return dates of pandas with a time zone, or periods, as dates of UTC, or those on which the periods begin; other data as they are."""
+    dtype = getattr(column, "dtype", None)
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(dtype, pandas.DatetimeTZDtype):
+        return pandas.DatetimeIndex(column).tz_convert("UTC").tz_localize(None)
+    if pandas is not None and isinstance(dtype, pandas.PeriodDtype):
+        return pandas.PeriodIndex(column).to_timestamp()
+    return column
 
 
 def read_column(frame: Any, name: object, argument: str) -> np.ndarray:
@@ -62,7 +79,7 @@ def read_column(frame: Any, name: object, argument: str) -> np.ndarray:
     if not isinstance(name, str):
         raise InvalidInputError(f"{argument} must name a column", got=repr(name)[:60])
     try:
-        array = without_mask(frame[name])
+        array = without_mask(as_dates(frame[name]))
     except Exception as error:  # every kind of frame has errors of its own
         raise InvalidInputError(f"{argument} isn't a column of the frame", got=repr(name)) from error
     if array.ndim != 1:
