@@ -423,3 +423,21 @@ def test_the_unit_of_time_does_not_matter(posterior: str, noise: str) -> None:
         return [loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=False)]
 
     sd.testing.check_units(answer, rtol=1e-5)
+
+
+@pytest.mark.parametrize("posterior", ["tight", "control", "gaussian", "matching"])
+def test_where_time_begins_changes_nothing(posterior):
+    """Days since 1970 or seconds since then, in a precision that holds them: the same fit of values in single precision."""
+    values = torch.randn(6, 3, 1, generator=torch.Generator().manual_seed(1))
+    times = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+
+    def final_loss(start: float) -> float:
+        ts = torch.linspace(0, 1, 21, dtype=torch.float64) + start
+        torch.manual_seed(0)
+        model = LatentSDE(1, 1, ts, posterior=posterior, noise="brownian", drift=(8,))
+        series = Series.of([(times + start, v) for v in values])
+        assert series.times.dtype == torch.float64
+        return float(sd.fit(model, series, steps=6, lr=0.02, progress=False).losses[-1])
+
+    # The walk through the loss amplifies rounding, of single precision and of dates.
+    assert final_loss(19e3) == pytest.approx(final_loss(0.0), rel=2e-3)

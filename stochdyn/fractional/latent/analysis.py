@@ -208,7 +208,7 @@ def forecast(
         memory = path.aux["memory"][..., -1, :, :] if "memory" in path.aux else None
         dw, _ = draw_increments(model.sde, last, grid)
         x = integrate(model.sde, last, grid, dw, memory, method=model.posterior.method).x
-        x = interpolate(x, grid, times.to(x).expand(len(series), -1))
+        x = interpolate(x, grid, times.to(grid).expand(len(series), -1))
         out = model.decoder.sample(x) if noise else model.decoder.mean(x)
         return out.movedim(0, -2)
 

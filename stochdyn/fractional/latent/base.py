@@ -112,7 +112,9 @@ class EncodedPosterior(LatentPosterior):
         self, model: LatentSDE, context: int, num_particles: int, method: Method | None = None
     ) -> None:
         super().__init__(num_particles, method)
-        self.encoder = SeriesEncoder(model.obs_dim, context, float(model.ts[-1] - model.ts[0]))
+        self.encoder = SeriesEncoder(
+            model.obs_dim, context, float(model.ts[-1] - model.ts[0]), float(model.ts[0])
+        )
         self.start_head = nn.Linear(self.encoder.width, 2 * model.start_size)
         nn.init.zeros_(self.start_head.weight)
         nn.init.zeros_(self.start_head.bias)

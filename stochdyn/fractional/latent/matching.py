@@ -57,30 +57,32 @@ class MatchingPosterior(LatentPosterior):
     ) -> None:
         super().__init__(num_times, method)
         self.dim, self.span = model.dim, float(model.ts[-1] - model.ts[0])
+        self.start_time = float(model.ts[0])
         self.gru = nn.GRU(2 * model.obs_dim + 2, context, bidirectional=True)
         self.network = MLP((2 * context + 1, *hidden, 2 * self.dim))
 
     def marginal(self, series: Series) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Return the function from times ``(L, B, 1)`` to mean and standard deviation ``(L, B, d)``."""
-        times = series.times / self.span
+        knots = (series.times - self.start_time).to(series.values)
+        times = knots / self.span
         gap = torch.nn.functional.pad(times.diff(dim=1), (1, 0))
         seen = series.mask.to(series.values)
         features = torch.cat([series.values * seen, seen, gap.unsqueeze(-1), times.unsqueeze(-1)], -1)
         states = self.gru(features.movedim(1, 0))[0]  # (n, B, 2 width)
-        knots = series.times
         last = knots.shape[1] - 1
 
         def at(t: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                point = t.detach()[..., 0].T.contiguous()  # (B, L)
+                point = (t.detach()[..., 0].T - self.start_time).contiguous()  # (B, L)
                 right = torch.searchsorted(knots.contiguous(), point).clamp(min(1, last), last)
                 left = (right - 1).clamp_min(0)
                 begin, end = (knots.gather(1, i).T.unsqueeze(-1) for i in (left, right))
-            weight = ((t - begin) / (end - begin).clamp_min(1e-9 * self.span)).clamp(0.0, 1.0)
+            begun = t - self.start_time
+            weight = ((begun - begin) / (end - begin).clamp_min(1e-9 * self.span)).clamp(0.0, 1.0)
             low, high = (
                 states.gather(0, i.T.unsqueeze(-1).expand(-1, -1, states.shape[-1])) for i in (left, right)
             )
-            out = self.network(torch.cat([low + weight * (high - low), t / self.span], -1))
+            out = self.network(torch.cat([low + weight * (high - low), begun / self.span], -1))
             mean, raw = out.chunk(2, -1)
             return mean, 1e-3 + torch.nn.functional.softplus(raw)
 

@@ -203,7 +203,8 @@ class GaussianDecoder(nn.Module):
 
 def interpolate(x: Tensor, ts: Tensor, times: Tensor) -> Tensor:
     """Return paths ``x (T, S, B, d)`` at each series' own times ``(B, n)``, linear between grid points: ``(n, S, B, d)``."""
-    grid, when = ts.to(x.dtype), times.to(x.dtype)
+    # counted from the first one, before precision may be lost
+    grid, when = (ts - ts[0]).to(x.dtype), (times - ts[0]).to(x.dtype)
     right = torch.searchsorted(grid, when.contiguous()).clamp(1, ts.shape[0] - 1)
     weight = ((when - grid[right - 1]) / (grid[right] - grid[right - 1])).clamp(0.0, 1.0)
     shape = (*x.shape[1:3], x.shape[3])

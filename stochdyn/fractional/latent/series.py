@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,8 @@ class Series:
     """A batch of multivariate series with times of their own and missing values.
 
     The first axis counts series, so :func:`stochdyn.fit` draws minibatches of them. What is missing is marked in
-    ``mask`` and holds zeros; shorter series are padded at their end, with their last time repeated.
+    ``mask`` and holds zeros; shorter series are padded at their end, with their last time repeated. Times keep the
+    precision that they are given in, which may be higher than that of the values.
 
     Attributes:
         times: The times ``(B, n)``, not decreasing along each series.
@@ -68,6 +70,7 @@ class Series:
                 raise InvalidInputError(f"series {index} must be a pair (times, values)", got=repr(pair)[:60])
             values = as_tensor(pair[1], f"values of series {index}", (1, 2), "(n,) or (n, p)", missing=True)
             times = as_time_grid(pair[0], f"times of series {index}", min_points=1, like=values)
+            times = times.to(values.device)
             values = values[:, None] if values.ndim == 1 else values
             check_nonempty(values, f"values of series {index}")
             if values.shape[0] != times.shape[0]:
@@ -78,13 +81,14 @@ class Series:
             seen = ~torch.isnan(values)
             if not bool(seen.any()):
                 raise EmptyDataError(f"series {index} has no observed value")
-            rows.append((times.to(values), torch.where(seen, values, torch.zeros_like(values)), seen))
+            rows.append((times, torch.where(seen, values, torch.zeros_like(values)), seen))
         sizes = {row[1].shape[1] for row in rows}
         if len(sizes) > 1:
             raise ShapeError("series differ in the number of components", got=sorted(sizes))
         check_same_device(**{f"series {i}": row[1] for i, row in enumerate(rows)})
         length = max(row[0].shape[0] for row in rows)
-        times = torch.stack([torch.cat([t, t[-1:].expand(length - t.shape[0])]) for t, _, _ in rows])
+        finest = functools.reduce(torch.promote_types, (t.dtype for t, _, _ in rows))
+        times = torch.stack([torch.cat([t, t[-1:].expand(length - len(t))]).to(finest) for t, _, _ in rows])
         pad = torch.nn.functional.pad
         values = torch.stack([pad(v, (0, 0, 0, length - v.shape[0])) for _, v, _ in rows])
         mask = torch.stack([pad(m, (0, 0, 0, length - m.shape[0])) for _, _, m in rows])
@@ -114,7 +118,7 @@ class Series:
             )
         seen = ~torch.isnan(values)
         values = torch.where(seen, values, torch.zeros_like(values))
-        return Series(times.to(values).expand(values.shape[0], -1), values, seen)
+        return Series(times.to(values.device).expand(values.shape[0], -1), values, seen)
 
     def __len__(self) -> int:
         return self.times.shape[0]

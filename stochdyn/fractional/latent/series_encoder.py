@@ -27,20 +27,21 @@ class SeriesEncoder(nn.Module):
         obs_dim: The number p of components of an observation.
         width: The size of the summary.
         span: The length of the grid, which scales time.
+        start_time: The beginning of the grid, from which time is counted.
     """
 
-    def __init__(self, obs_dim: int, width: int = 64, span: float = 1.0) -> None:
+    def __init__(self, obs_dim: int, width: int = 64, span: float = 1.0, start_time: float = 0.0) -> None:
         super().__init__()
         check_positive_int(obs_dim, "obs_dim")
         check_positive_int(width, "width")
         self.gru = nn.GRU(2 * obs_dim + 2, width)
         self.after = nn.Parameter(torch.zeros(width))
-        self.span = span
+        self.span, self.start_time = span, start_time
         self.width = width + 2 + len(_NEAR)
 
     def summaries(self, series: Series) -> Tensor:
         """Return ``(n+1, B, width)``: what observation i and all later ones say; the last row is that of none."""
-        times = series.times / self.span
+        times = ((series.times - self.start_time) / self.span).to(series.values)
         gap = torch.nn.functional.pad(times.diff(dim=1), (0, 1))
         seen = series.mask.to(series.values)
         features = torch.cat([series.values * seen, seen, gap.unsqueeze(-1), times.unsqueeze(-1)], -1)
@@ -54,8 +55,8 @@ class SeriesEncoder(nn.Module):
         following = torch.searchsorted(series.times.contiguous(), grid - 1e-6 * self.span).T  # (T, B)
         last = series.times.shape[1] - 1
         ahead = series.times.T.gather(0, following.clamp_max(last)) - grid.T
-        none = (following > last).to(ahead)
-        wait = (ahead.clamp_min(0.0) / self.span) * (1 - none)
+        none = (following > last).to(series.values)
+        wait = (ahead.clamp_min(0.0) / self.span).to(none) * (1 - none)
         # the pull towards an observation grows as the inverse of the time that is left
         near = [(1 - none) / (1 + rate * wait) for rate in _NEAR]
         return Contexts(self.summaries(series), following, torch.stack([wait, none, *near], -1))
