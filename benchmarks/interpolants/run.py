@@ -4,9 +4,8 @@ Run it with one thread:
 
     OMP_NUM_THREADS=1 python benchmarks/interpolants/run.py PART
 
-where PART is ``speed``, ``coupling``, ``transport``, ``sampling``, ``mixture``, ``mixture_long``, ``checkerboard``, ``populations``, ``two_moons`` or
-``jobs``; each writes
-``benchmarks/interpolants/results/PART.json``, and ``benchmarks/interpolants/table.py`` makes the tables of the
+where PART is ``speed``, ``coupling``, ``transport``, ``sampling``, ``mixture``, ``mixture_long``, ``checkerboard``, ``populations``, ``two_moons``,
+``nuts`` or ``jobs``; each writes ``benchmarks/interpolants/results/PART.json``, and ``benchmarks/interpolants/table.py`` makes the tables of the
 documentation out of those files. ``--smoke`` runs on tiny sizes and writes nothing unless told to.
 """
 
@@ -33,6 +32,7 @@ PARTS = {
     "checkerboard": ("checkerboard", 1, 4000),
     "populations": ("populations", 1, 1500),
     "two_moons": ("two_moons", 1, 4000),
+    "nuts": ("nuts", 1, 300),
     "jobs": ("jobs", 1, 1500),
 }
 

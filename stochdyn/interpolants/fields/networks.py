@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from stochdyn._checks import (
@@ -44,6 +46,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m in changed:
             m.training = True
+
+
+class TimedNetwork(nn.Module, ABC):
+    """A network with a part that depends on time alone, which can be computed for many times at once."""
+
+    @abstractmethod
+    def at_times(self, times: Tensor) -> AbstractContextManager[None]:
+        """Compute it for times ``(n,)``; inside the block it serves evaluations at one of them for all points."""
 
 
 class FieldNetwork(nn.Module):
@@ -314,6 +324,26 @@ class Fields(FlexibleBuffers):
     def has_score(self) -> bool:
         """Whether the networks determine a score."""
         return not self._scoreless and determines(self.interpolant, self.names, "score")
+
+    @contextmanager
+    def at_times(self, times: Callable[[], Tensor]) -> Iterator[None]:
+        """Let networks compute at once what depends on times alone, for evaluations at one of them inside the block.
+
+        Args:
+            times: A function that returns them, ``(n,)``; it is called only if a network has such a part.
+        """
+        timed = [net for net in self.networks.values() if isinstance(net, TimedNetwork)]
+        with ExitStack() as stack:
+            if timed:
+                known = times()
+                for net in timed:
+                    stack.enter_context(net.at_times(known))
+            yield
+
+    @property
+    def owns_all(self) -> bool:
+        """Whether all that is learnt is a parameter here, rather than something that a function sees or Pyro samples."""
+        return not self._functions and not any(isinstance(m, PyroModule) for m in self.modules())
 
     def regular_at(self, target: str, end: int) -> bool:
         """Return whether a field can be evaluated at time 0 or 1 itself, and not only near it."""

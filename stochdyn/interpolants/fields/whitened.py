@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +19,27 @@ from stochdyn._checks import (
     check_real,
     check_same_dtype,
     check_type,
+    values_unchecked,
 )
 from stochdyn.core.forward.flow import as_time
 from stochdyn.errors import TooFewDrawsError
 from stochdyn.interpolants.fields.conversions import check_known
-from stochdyn.interpolants.fields.networks import FieldNetwork
+from stochdyn.interpolants.fields.networks import FieldNetwork, TimedNetwork
 from stochdyn.interpolants.paths.interpolant import TARGETS, Interpolant
 
 __all__ = ["WhitenedField"]
 
+#: The inner time; the path and its rates; centre and variance; their rates; the widths.
+Coefficients = tuple[
+    Tensor,
+    tuple[Tensor, Tensor, Tensor, Tensor],
+    tuple[Tensor, Tensor],
+    tuple[Tensor, Tensor, Tensor],
+    Tensor,
+]
 
-class WhitenedField(nn.Module):
+
+class WhitenedField(TimedNetwork):
     r"""A field as that of Gaussian ends plus a network of whitened states.
 
     .. math::
@@ -109,6 +121,7 @@ class WhitenedField(nn.Module):
         check_real(clip, "clip", above=0.0, below=0.5)
         check_positive_int(frequencies, "frequencies", 0)
         check_real(finest, "finest", minimum=1.0)
+        self._ready: dict[float, Coefficients] = {}
         # not registered: what a path learns isn't the field's to train
         self._path, self.name, self.clip = (interpolant,), name, clip
         dim = mean1.shape[-1]
@@ -131,7 +144,8 @@ class WhitenedField(nn.Module):
         nn.init.zeros_(last.weight)  # type: ignore[arg-type]
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         near = torch.logspace(-4, -0.31, 200, dtype=torch.float64).clamp_min(clip)
-        logs = self._log_widths(torch.cat([near, 1 - near]).to(mean1).unsqueeze(-1))
+        unit = self.variance0.mean() + self.variance1.mean()
+        logs = self._log_widths(torch.cat([near, 1 - near]).to(mean1).unsqueeze(-1), unit)
         low, high = logs.amin(0), logs.amax(0)
         self.register_buffer("log_ranges", torch.stack([low, (high - low).clamp_min(1e-6)]))
 
@@ -204,20 +218,20 @@ class WhitenedField(nn.Module):
             if basis is not None:
                 mean, covariance = mean @ basis, basis.mT @ covariance @ basis
             variance = covariance.diagonal()
-            ends.append((mean, _positive(variance, variance, mean.square())))
+            ends.append((mean, _positive(variance, variance.mean() + mean.square().mean())))
         return cls(
             interpolant, name, *ends[0], *ends[1], basis=basis, width=width, depth=depth, condition_dim=condition_dim,
             num_classes=num_classes, frequencies=frequencies, finest=finest, clip=clip,
         )  # fmt: skip
 
-    def _log_widths(self, t: Tensor) -> Tensor:
+    def _log_widths(self, t: Tensor, unit: Tensor) -> Tensor:
         """Return ``(..., 2)``: logarithms of the widths of the state given either end."""
         it, inner = self.interpolant, t.clamp(self.clip, 1 - self.clip)
         latent = it.gamma.square(inner) if it.has_latent else torch.zeros_like(inner)
         first, second = latent, latent + it.beta.square(inner) * self.variance1.mean()
         if it.kind != "mirror":
             first = first + it.alpha.square(inner) * self.variance0.mean()
-        return 0.5 * _positive(torch.cat([first, second], -1), self.variance0, self.variance1).log()
+        return 0.5 * _positive(torch.cat([first, second], -1), unit).log()
 
     def forward(self, t: Tensor, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return ``(..., d)`` for ``t (..., 1)`` and ``x (..., d)``.
@@ -226,9 +240,45 @@ class WhitenedField(nn.Module):
             ShapeError: If ``x`` has another dimension than the data.
         """
         check_event_size(x, self.mean1.shape[-1], "x")
-        it = self.interpolant
         time = as_time(t, x).to(x.dtype)
         time = time.reshape(1) if time.ndim == 0 else time
+        known = self._ready.get(float(time.reshape(-1)[0])) if self._ready and _is_one(time) else None
+        if known is None or known[0].dtype != x.dtype:
+            known = self._coefficients(time)
+        inner, path, (centre, variance), rates, widths = known
+        scale = variance.rsqrt()
+        state = x if self.basis is None else x @ self.basis
+        y = (state - centre) * scale
+        seen = [y, widths.expand(*x.shape[:-1], 2)]
+        if self.waves is not None:
+            phase = y @ self.waves
+            seen += [phase.sin(), phase.cos()]
+        net = self.network((2 * time - 1).expand(*x.shape[:-1], 1), torch.cat(seen, -1), condition)
+        field = self._field(inner, y, scale, path, rates, net)
+        return field if self.basis is None else field @ self.basis.mT
+
+    @contextmanager
+    def at_times(self, times: Tensor) -> Iterator[None]:
+        """Compute at once what depends on times ``(n,)`` alone; inside the block it serves evaluations at one of them for all points."""
+        inner, path, moments, rates, widths = self._coefficients(times.unsqueeze(-1))
+        rows = zip(*(v.split(1) for v in (inner, *path, *moments, *rates, widths)), strict=True)
+        self._ready = {
+            t: (row[0], row[1:5], row[5:7], row[7:10], row[10])
+            for t, row in zip(times.tolist(), rows, strict=True)
+        }
+        try:
+            yield
+        finally:
+            self._ready = {}
+
+    def _coefficients(self, time: Tensor) -> Coefficients:
+        """Return what depends on time alone: times inside, the path with its rates, moments with theirs, and the widths as inputs."""
+        # who gave the times has looked at them
+        with values_unchecked():
+            return self._of_time(time)
+
+    def _of_time(self, time: Tensor) -> Coefficients:
+        it, unit = self.interpolant, self.variance0.mean() + self.variance1.mean()
         inner = time.clamp(self.clip, 1 - self.clip)
         b, db = it.beta.value(time), it.beta.derivative(inner)
         # m_t = a m0 + b m1 and V_t = a^2 v0 + b^2 v1 + gamma^2 in the basis, with their rates m_t' and V_t' / 2
@@ -244,17 +294,9 @@ class WhitenedField(nn.Module):
         if it.has_latent:
             variance = variance + it.gamma.square(time)
             spread = spread + 0.5 * it.gamma.square_derivative(time)
-        scale = _positive(variance, self.variance0, self.variance1).rsqrt()
-        state = x if self.basis is None else x @ self.basis
-        y = (state - centre) * scale
         low, width = self.log_ranges
-        seen = [y, ((self._log_widths(time) - low) * (2 / width) - 1).expand(*x.shape[:-1], 2)]
-        if self.waves is not None:
-            phase = y @ self.waves
-            seen += [phase.sin(), phase.cos()]
-        net = self.network((2 * time - 1).expand(*x.shape[:-1], 1), torch.cat(seen, -1), condition)
-        field = self._field(inner, y, scale, (a, b, da, db), (drift, spread, smooth), net)
-        return field if self.basis is None else field @ self.basis.mT
+        widths = (self._log_widths(time, unit) - low) * (2 / width) - 1
+        return inner, (a, b, da, db), (centre, _positive(variance, unit)), (drift, spread, smooth), widths
 
     def _field(
         self,
@@ -287,9 +329,13 @@ class WhitenedField(nn.Module):
         return -scale * y - net / noise
 
 
-def _positive(variance: Tensor, *others: Tensor) -> Tensor:
-    """Return variances of which none is less than 1e-12 of what the others are on average."""
-    unit = torch.stack([other.mean() for other in others]).sum()
+def _is_one(time: Tensor) -> bool:
+    """Return whether times are one number, seen once or spread over all points."""
+    return time.numel() == 1 or not any(time.stride())
+
+
+def _positive(variance: Tensor, unit: Tensor) -> Tensor:
+    """Return variances of which none is less than 1e-12 of ``unit``."""
     return torch.maximum(variance, 1e-12 * unit).clamp_min(torch.finfo(variance.dtype).tiny)
 
 

@@ -16,7 +16,7 @@ from stochdyn._checks import check_positive_int
 from stochdyn.errors import ShapeError, UnavailableError
 from stochdyn.infer.law_distribution import LawDistribution
 from stochdyn.interpolants.fields.conditions import as_condition
-from stochdyn.interpolants.fields.networks import evaluating
+from stochdyn.interpolants.sampling.carried import carry
 from stochdyn.interpolants.sampling.methods import FLOW_METHODS, FlowMethod, as_method
 
 if TYPE_CHECKING:
@@ -172,9 +172,17 @@ class InterpolantDistribution(FlowDistribution):
         super().__init__(event, given, axes, validate_args=validate_args)
 
     def _carry(self, noise: Tensor, condition: Tensor | None) -> Tensor:
-        grid = self.model._grid(self.num_steps, None, noise)
-        with evaluating(self.model.fields):
-            return self.model._flow(noise, grid, self.method, condition, self.guidance)
+        model = self.model
+        grid = model._grid(self.num_steps, None, noise)
+
+        learnt = "velocity" in model.fields.names
+
+        def velocity(t: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+            if learnt:
+                return model.fields.guided("velocity", t.expand(*x.shape[:-1], 1), x, rows, self.guidance)
+            return model.fields("velocity", t, x, rows, self.guidance)
+
+        return carry(model.fields, velocity, noise, condition, grid, self.method, model._inside("velocity"))
 
     def _density(self, flat: Tensor, condition: Tensor | None) -> Tensor:
         points = flat.reshape(-1, *self.event_shape)
