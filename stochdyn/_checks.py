@@ -34,6 +34,7 @@ from stochdyn.errors import (
 
 __all__ = [
     "as_generator",
+    "as_integers",
     "as_sample_shape",
     "as_seed",
     "as_sequence",
@@ -570,6 +571,17 @@ def check_positive_int(x: object, name: str, minimum: int = 1) -> None:
     """Raise unless ``x`` is an integer of at least ``minimum``."""
     if not _is_integer(x) or x < minimum:  # type: ignore[operator]
         raise InvalidInputError(f"{name} must be an integer of at least {minimum}", got=repr(x)[:60])
+
+
+def as_integers(value: object, name: str) -> Tensor:
+    """Return whole numbers of any form as a tensor of integers, or raise."""
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"{name} must be integers", got=type(value).__name__) from error
+    if (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool) and tensor.numel():
+        raise InvalidInputError(f"{name} must be integers", got=tensor.dtype)
+    return tensor.long()
 
 
 def check_no_gradient(value: object, name: str, what: str, hint: str) -> None:

@@ -1,10 +1,12 @@
 """Answers are the same in every mode of torch: derivatives along the way don't depend on whether the caller records."""
 
+import functools
 import re
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -150,6 +152,70 @@ def test_fits_work_where_nothing_is_recorded(fitted):
     with torch.no_grad():
         found = fitted()
     torch.testing.assert_close(found, fitted(), rtol=1e-5, atol=1e-8)
+
+
+def _evolution():
+    frame, model = povm.Tetrahedral(), povm.Lindbladian(1, [(1.0, "X", 0)], [(1.0, "sigma-", 0)])
+    return povm.FullTable(1).double().set_product_state(frame, "up"), model, frame
+
+
+def _evolved(net, model, frame):
+    return povm.evolve(net, model, frame, [0.0, 0.2], num_samples=None, progress=False).expect["Z"]
+
+
+def _steady(net, model, frame):
+    found = povm.steady_state(net, model, frame, num_samples=None, progress=False)
+    return torch.tensor(found.expect["Z"])
+
+
+def _inferred():
+    model = povm.Lindbladian(1, [("g", "X", 0)])
+    records = povm.simulate_records(model.bind(g=0.5), povm.Tetrahedral(), "up", [0.5, 1.0], 100, generator=0)
+    prior = {"g": dist.LogNormal(0.0, 1.0)}
+    return lambda: torch.as_tensor(
+        povm.infer_parameters(
+            records, model, povm.Tetrahedral(), "up", prior, steps=10, num_draws=100, progress=False
+        ).posterior["g"].values
+    )  # fmt: skip
+
+
+def _refined():
+    torch.manual_seed(0)
+    snaps = bridges.Snapshots([0.0, 1.0], [X[:, :1], X[:, 1:] + 1])
+    family = bridges.NeuralDrift(1, 4)
+    return lambda: bridges.refine(
+        snaps, family, diffusion=1.0, max_iterations=1, method=bridges.Sinkhorn(projection=bridges.Adam(steps=2)), progress=False
+    ).measure.marginal(0.5).mean  # fmt: skip
+
+
+def _trend():
+    trend = bridges.DensityTrend(bridges.Snapshots([0.0, 1.0], [X, X + 1]), length=1.0)
+    return lambda: trend.fit().weight
+
+
+@pytest.mark.parametrize(
+    "prepared",
+    [
+        lambda: functools.partial(_evolved, *_evolution()),
+        lambda: functools.partial(_steady, *_evolution()),
+        _inferred,
+        _refined,
+        _trend,
+    ],
+    ids=["evolve", "steady_state", "infer_parameters", "refine", "trend"],
+)
+def test_fits_work_in_inference_mode(prepared):
+    run = prepared()
+    with torch.inference_mode():
+        found = run()
+    torch.testing.assert_close(found, prepared()(), rtol=1e-5, atol=1e-8)
+
+
+def test_a_state_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        state = _evolution()
+    with pytest.raises(InvalidInputError, match="inference mode"):
+        _evolved(*state)
 
 
 def test_what_was_made_in_inference_mode_is_not_trained_in_silence():

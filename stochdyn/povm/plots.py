@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,12 +40,14 @@ def plot_evolution(run: Evolution, exact: Any = None, axes: Sequence[Any] | None
     if len(axes) != 2:
         raise InvalidInputError("two axes are needed", got=len(axes))
     top, bottom = axes
-    for i, (name, values) in enumerate(run.expect.items()):
+    lines = {} if exact is None else _drawn(exact.expect)
+    found = [(part, values, name) for name in run.expect for part, values in _parts(name, run.expect[name])]
+    for i, (part, values, name) in enumerate(found):
         colour = f"C{i}"
-        if exact is not None and name in exact.expect:
-            top.plot(exact.times, exact.expect[name], color=colour, lw=1)
+        if part in lines:
+            top.plot(exact.times, lines[part], color=colour, lw=1)
         style = {"ls": "none" if exact is not None else "-", "marker": "o", "ms": 3, "color": colour}
-        top.errorbar(run.times, values, 2 * run.stderr[name], label=name, capsize=2, **style)
+        top.errorbar(run.times, values, 2 * run.stderr[name], label=part, capsize=2, **style)
     top.set_ylabel("expectation")
     add_legend(top)
     bottom.plot(run.steps["t"], run.steps["residual"], ".-", color="0.3", lw=0.8, ms=3)
@@ -84,12 +87,24 @@ def plot_phase_diagram(
                 f"{name} must have one value for each parameter", got=len(values), expected=len(x)
             )
     axes = as_axes(axes, (6, 4))
-    for i, (name, values) in enumerate(expect.items()):
-        if exact is not None and name in exact:
-            axes.plot(x, exact[name], color=f"C{i}", lw=1)
+    lines = {} if exact is None else _drawn(exact)
+    found = [(part, values, name) for name in expect for part, values in _parts(name, expect[name])]
+    for i, (part, values, name) in enumerate(found):
+        if part in lines:
+            axes.plot(x, lines[part], color=f"C{i}", lw=1)
         bars = None if errors is None or name not in errors else errors[name]
-        axes.errorbar(x, values, bars, ls="none", marker="o", ms=4, color=f"C{i}", label=name, capsize=2)
+        axes.errorbar(x, values, bars, ls="none", marker="o", ms=4, color=f"C{i}", label=part, capsize=2)
     axes.set_xlabel(xlabel)
     axes.set_ylabel("expectation in the steady state")
     add_legend(axes)
     return axes.figure
+
+
+def _parts(name: str, values: Any) -> list[tuple[str, Tensor]]:
+    """Return the means of an observable as what can be drawn: themselves, or real and imaginary part of complex ones."""
+    own = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    return [(f"Re {name}", own.real), (f"Im {name}", own.imag)] if own.is_complex() else [(name, own)]
+
+
+def _drawn(expect: Mapping[str, Any]) -> dict[str, Tensor]:
+    return dict(part for name, values in expect.items() for part in _parts(name, values))

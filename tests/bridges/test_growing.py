@@ -170,3 +170,28 @@ def test_bad_rates():
         GrowingBridge(snaps, "much")
     with pytest.raises(InvalidInputError, match="trend"):
         GrowingBridge(snaps, [torch.zeros(6)], DensityTrend(snaps))
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.5, None, "rates"])
+def test_lineages_of_a_growing_population(growth) -> None:
+    snaps = still([(30, 30), (20, 40)])
+    rates = [torch.cat((torch.zeros(30), torch.full((30,), 0.5)))]
+    law = GrowingBridge(snaps, rates if growth == "rates" else growth, diffusion=0.5).solve()
+    whole = law.coupling(0, 1)
+    assert float(whole.sum()) == pytest.approx(1.0)
+    torch.testing.assert_close(whole, law.bridge.coupling(0, 1))
+    matrix = law.transition_matrix(0, 1)
+    torch.testing.assert_close(matrix.sum(1), torch.ones(60, dtype=F64))
+    torch.testing.assert_close(law.descendants([0, 1], 0, 1), matrix[:2].mean(0))
+    classes, fates = law.fates(["left"] * 20 + ["right"] * 40)
+    assert classes == ["left", "right"]
+    torch.testing.assert_close(fates[:, 0], matrix[:, :20].sum(1))
+    if (
+        growth == "rates" or growth is None
+    ):  # the branches stand still; growth makes what their shares change by
+        assert float(fates[:30, 0].min()) > 0.99
+    else:
+        moved = SchrodingerBridge(snaps, diffusion=0.5).solve()
+        if growth == 0.0:
+            torch.testing.assert_close(whole, moved.coupling(0, 1))
+    assert law.ancestors([0], 0, 1).sum() == pytest.approx(1.0)

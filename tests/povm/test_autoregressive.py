@@ -236,3 +236,16 @@ def test_the_public_names_are_there() -> None:
     assert a.shape == (16, 4)
     assert torch.allclose(net.log_prob(a).detach(), log_p, atol=1e-5)
     assert isinstance(stirred(sd.povm.FullTable(2)), Ansatz)
+
+
+@pytest.mark.parametrize("make", [transformer, interactions, table])
+def test_batches_of_any_shape_and_form_are_scored(make) -> None:
+    net = table() if make is table else make(2)
+    a, log_p = net.sample((2, 3), generator=0)
+    for graded in (torch.enable_grad, torch.no_grad):
+        with graded():
+            torch.testing.assert_close(net.log_prob(a).detach(), log_p)
+            torch.testing.assert_close(net.log_prob(a[0, 0]).detach(), log_p[0, 0])
+            assert net.log_prob(a[:0]).shape == (0, 3)
+            for form in (a.tolist(), a.numpy(), a.int()):
+                torch.testing.assert_close(net.log_prob(form).detach(), log_p)

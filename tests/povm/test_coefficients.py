@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import stochdyn as sd
 from stochdyn.errors import LindbladianError
 from stochdyn.povm import Lindbladian, Tetrahedral, all_to_all, exact, mean_field, named_operator
 from stochdyn.povm.frames import full_operator, probabilities_of
@@ -250,3 +251,16 @@ def test_a_pulse_beside_a_drive_is_integrated_in_few_steps() -> None:
     finally:
         DensityGenerator.__call__ = plain
     assert calls < 3000
+
+
+def test_models_with_expressions_are_saved(tmp_path) -> None:
+    model = Lindbladian(2, [("2*g", "X", "all"), ("g*cos(w*t)", "Z", 0)], [("gamma*(n+1)", "sigma-", "all")])
+    sd.save(model, tmp_path / "model")
+    values = {"g": 0.7, "w": 2.0, "gamma": 0.1, "n": 0.3}
+    one, other = (
+        exact.evolve(m.bind(**values), "up", [0.0, 1.0], ["Z"]).expect["Z"]
+        for m in (model, sd.load(tmp_path / "model"))
+    )
+    assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="unknown function"):
+        type(read_coefficient("g*t", "x").function).from_storage({"text": "print(g)"})

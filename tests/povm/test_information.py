@@ -203,3 +203,41 @@ def test_matrices_that_are_no_states_are_refused() -> None:
         ergotropy(torch.eye(2) / 2, drive)
     with pytest.warns(ConvergenceWarning, match="isn't positive"):
         negativity(torch.diag(torch.tensor([0.6, 0.5, -0.1, 0.0])), [0])
+
+
+@pytest.mark.parametrize("size", [0.0, 0.03])
+@pytest.mark.parametrize(
+    "quantity",
+    [von_neumann_entropy, lambda rho: renyi_entropy(rho, 2.5), lambda rho: renyi_entropy(rho, 0.5)],
+    ids=["entropy", "order 2.5", "order 0.5"],
+)
+def test_entropies_have_second_derivatives_at_equal_eigenvalues(quantity, size: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    p = (size * torch.randn(2, 3, 3, dtype=torch.float64, generator=g)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: quantity(_near_mixed(p)), (p,))
+    assert torch.autograd.gradgradcheck(lambda p: quantity(_near_mixed(p)), (p,))
+
+
+def test_the_entropy_bends_as_it_does_about_the_mixed_qubit() -> None:
+    """With Bloch vector r it is log 2 - r^2/2 to second order, and Renyi's of order a log 2 - a r^2/2."""
+    paulis = torch.stack([named_operator(name) for name in "XYZ"])
+    mixed = torch.eye(2, dtype=torch.complex128) / 2
+    zero = torch.zeros(3, dtype=torch.float64)
+    for order in (1.0, 2.0, 3.0):
+        bend = torch.autograd.functional.hessian(
+            lambda r, order=order: renyi_entropy(
+                mixed + torch.einsum("i,ijk->jk", r / 2 + 0j, paulis), order
+            ),
+            zero,
+        )
+        torch.testing.assert_close(bend, -order * torch.eye(3, dtype=torch.float64))
+
+
+def test_negativity_and_mutual_information_have_second_derivatives_where_levels_meet() -> None:
+    def werner(p: Tensor, angle: Tensor) -> Tensor:
+        psi = torch.stack([angle.cos() + 0j, 0 * angle, 0 * angle, angle.sin() + 0j])
+        return p * torch.outer(psi, psi) + (1 - p) * torch.eye(4, dtype=torch.float64) / 4
+
+    at = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.8, math.pi / 4)]
+    for quantity in (negativity, mutual_information):
+        assert torch.autograd.gradgradcheck(lambda *v, quantity=quantity: quantity(werner(*v), [0]), at)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.sparse
 import torch
 from torch import Tensor
 
 from stochdyn.core import all_configurations, encode
 from stochdyn.errors import InvalidInputError, LindbladianError, ShapeError, UnknownSiteError
 from stochdyn.povm import (
+    AutoregressiveTransformer,
     FourPauli,
     Frame,
     Lindbladian,
     QutritSIC,
     SiteFrames,
     Tetrahedral,
+    evolve,
+    exact,
+    mean_field,
     named_operator,
     ring,
     spin_matrices,
@@ -259,7 +264,6 @@ BAD = {
     "an unknown operator": (lambda: Lindbladian(2, [(1.0, "W", 0)]), InvalidInputError, "unknown operator"),
     "a term of two entries": (lambda: Lindbladian(2, [("X", 0)]), LindbladianError, "coefficient, operator, sites"),
     "too few coefficients": (lambda: Lindbladian(3, [([1.0, 2.0], "X", "all")]), LindbladianError, "2 for 3 places"),
-    "no terms": (lambda: Lindbladian(3).master_operator(Tetrahedral()), LindbladianError, "no terms"),
     "a frame for other levels": (
         lambda: Lindbladian(2, [(1.0, "X", 0)]).master_operator(QutritSIC()), InvalidInputError, "3 levels"),
     "frames for other sites": (
@@ -297,3 +301,39 @@ def test_qutip_operators_are_terms() -> None:
         Lindbladian.from_qutip([(1.0, down, 0)])
     with pytest.raises(LindbladianError, match="must be a Qobj"):
         Lindbladian.from_qutip([(1.0, "X", 0)])
+
+
+def test_a_list_of_as_many_sites_as_the_operator_has_is_one_place() -> None:
+    wanted = Lindbladian(3, [(1.0, "ZX", (2, 0))], [(0.3, "sigma- sigma+", (0, 1))])
+    found = Lindbladian(3, [(1.0, "ZX", [2, 0])], [(0.3, "sigma- sigma+", [0, 1])])
+    assert [term.sites for term in found.terms] == [term.sites for term in wanted.terms]
+    assert [term.sites for term in Lindbladian(3, [(1.0, "X", [2, 0])]).terms] == [(2,), (0,)]
+    assert [term.sites for term in Lindbladian(3, [(1.0, "ZZ", [[2, 0], [0, 1]])]).terms] == [(2, 0), (0, 1)]
+    with pytest.raises(ShapeError, match="for 1"):
+        Lindbladian(3, [(1.0, "ZZ", [0, 1, 2])])
+    state = torch.rand(8, dtype=F64).softmax(0).diag().to(C128)
+    one, other = (exact.evolve(wanted, state, [0.0], {"o": ("XZ", s)}).expect["o"] for s in ([2, 1], (2, 1)))
+    assert torch.equal(one, other)
+
+
+def test_where_all_rates_are_zero_nothing_changes() -> None:
+    frame = Tetrahedral()
+    for model in (Lindbladian(2), Lindbladian(2, [(0.0, "X", "all")], [(0.0, "sigma-", "all")])):
+        assert not model.master_operator(frame).apply(torch.rand(16, dtype=F64)).any()
+        net = AutoregressiveTransformer(2, layers=1, width=8, heads=2).double().set_product_state(frame, "x+")
+        answers = [
+            evolve(net, model, frame, [0.0, 1.0], num_samples=None, observables=["X"], progress=False),
+            exact.evolve(model, "x+", [0.0, 1.0], ["X"]),
+            mean_field.evolve(model, "x+", [0.0, 1.0], ["X"]),
+        ]
+        for answer in answers:
+            torch.testing.assert_close(answer.expect["X"], torch.ones(2, dtype=F64))
+
+
+@pytest.mark.parametrize("form", [scipy.sparse.csr_matrix, scipy.sparse.coo_array, scipy.sparse.dia_matrix])
+def test_sparse_matrices_are_operators_and_states(form) -> None:
+    x, down, up = (named_operator(name).numpy() for name in ("X", "sigma-", "P0"))
+    sparse = Lindbladian(1, [(1.0, form(x), 0)], [(0.5, form(down), 0)])
+    dense = Lindbladian(1, [(1.0, x, 0)], [(0.5, down, 0)])
+    one = exact.evolve(sparse, form(up), [0.0, 1.0], {"z": form(named_operator("Z").numpy())}).expect["z"]
+    assert torch.equal(one, exact.evolve(dense, "up", [0.0, 1.0], {"z": "Z"}).expect["z"])

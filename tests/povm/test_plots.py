@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import matplotlib
 import pytest
 import torch
@@ -59,3 +61,17 @@ def test_a_phase_diagram_has_points_lines_and_names() -> None:
     matplotlib.pyplot.close(figure)
     with pytest.raises(InvalidInputError, match="one value for each parameter"):
         plot_phase_diagram([0.5, 1.0], {"Z": [0.0]})
+
+
+def test_complex_means_are_drawn_by_their_parts(run: Evolution) -> None:
+    z = torch.exp(1j * run.times)
+    complex_run = dataclasses.replace(run, expect={"a": z}, stderr={"a": torch.full((5,), 0.01)})
+    figure = plot_evolution(complex_run, complex_run)
+    assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["Re a", "Im a"]
+    bars = figure.axes[0].containers
+    assert bars[1].lines[0].get_ydata().tolist() == z.imag.tolist()
+    matplotlib.pyplot.close(figure)
+    figure = plot_phase_diagram([0.5, 1.0], {"a": [1 + 2j, 3 - 1j]}, {"a": [0.1, 0.1]}, {"a": [1j, 2j]})
+    drawn = [list(one.lines[0].get_ydata()) for one in figure.axes[0].containers]
+    assert drawn == [[1, 3], [2, -1]]
+    matplotlib.pyplot.close(figure)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gpytorch.kernels import ScaleKernel
 
+import stochdyn as sd
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.vectorfields import (
     RVGP,
@@ -20,7 +21,7 @@ from stochdyn.vectorfields import (
     ProjectedMatern,
     ScalarFactor,
 )
-from tests.vectorfields.shapes import random_sphere, sphere_frames
+from tests.vectorfields.shapes import fibonacci_sphere, random_sphere, sphere_frames
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +210,14 @@ def test_bad_kernels(cloud: PointCloud) -> None:
         kernel.row_features(torch.zeros(3, 4))
     with pytest.raises(InvalidInputError, match="components lie outside"):
         kernel.row_features(torch.tensor([[400.0]]))
+
+
+def test_a_smoothness_that_is_learnt_is_saved(tmp_path) -> None:
+    points = fibonacci_sphere(100)
+    cloud = PointCloud(points, dim=2)
+    spin = np.cross([0.2, 0.4, 1.0], points)
+    gp = RVGP(cloud, kernel=ConnectionMatern(cloud, trainable_nu=True)).fit(range(0, 100, 2), spin[::2])
+    sd.save(gp, tmp_path / "field")
+    again = sd.load(tmp_path / "field")
+    assert again.kernel.trainable_nu
+    torch.testing.assert_close(again.predict_mean(range(100)), gp.predict_mean(range(100)))

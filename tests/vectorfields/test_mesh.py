@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from stochdyn.errors import InvalidInputError, ShapeError
-from stochdyn.vectorfields import RVGP, PointCloud
+from stochdyn.errors import DisconnectedGraphError, InvalidInputError, ShapeError
+from stochdyn.vectorfields import RVGP, PointCloud, find_singularities
 from tests.vectorfields.shapes import icosphere
 
 
@@ -67,3 +67,62 @@ def test_bad_meshes() -> None:
         PointCloud.from_mesh(flat, faces)
     with pytest.raises(ShapeError, match="space of the cloud"):
         PointCloud.from_mesh(vertices[:, :2], faces)
+
+
+def test_the_way_in_which_faces_turn_does_not_matter() -> None:
+    vertices, faces = icosphere(2)
+    spin = np.cross([0.2, 0.4, 1.0], vertices)
+    random = np.random.default_rng(0).random(len(faces))
+    wanted = RVGP(PointCloud.from_mesh(vertices, faces)).fit(range(0, 162, 3), spin[::3])
+    for share in (0.3, 0.7, 1.0):
+        mixed = np.where((random < share)[:, None], faces[:, ::-1], faces)
+        cloud = PointCloud.from_mesh(vertices, mixed)
+        found = RVGP(cloud).fit(range(0, 162, 3), spin[::3])
+        torch.testing.assert_close(found.predict_mean(range(162)), wanted.predict_mean(range(162)))
+        normals = torch.linalg.cross(cloud.frames[..., 0], cloud.frames[..., 1])
+        side = -1.0 if share > 0.5 else 1.0  # that of most faces
+        assert bool(((normals * side * torch.as_tensor(vertices)).sum(-1) > 0.99).all())
+        zeros = find_singularities(found, num_draws=2, generator=0)
+        assert int(zeros.mean_index.sum()) == 2
+
+
+def test_a_mesh_that_has_one_side_only_has_frames_all_the_same() -> None:
+    around, across = 60, 7
+    u, v = np.meshgrid(
+        np.linspace(0, 2 * np.pi, around, endpoint=False), np.linspace(-0.4, 0.4, across), indexing="ij"
+    )
+    radius = 1 + v * np.cos(u / 2)
+    points = np.stack([radius * np.cos(u), radius * np.sin(u), v * np.sin(u / 2)], -1).reshape(-1, 3)
+    faces = []
+    for i in range(around):
+        for j in range(across - 1):
+            a, b = i * across + j, i * across + j + 1
+            c, d = (a + across, b + across) if i < around - 1 else (across - 1 - j, across - 2 - j)
+            faces += [[a, b, c], [b, d, c]]
+    cloud = PointCloud.from_mesh(points, faces)
+    assert not cloud.is_orientable
+    along = np.stack([-radius * np.sin(u), radius * np.cos(u), 0 * u], -1).reshape(-1, 3)
+    along[:, :] += np.stack(
+        [-v / 2 * np.sin(u / 2) * np.cos(u), -v / 2 * np.sin(u / 2) * np.sin(u), v / 2 * np.cos(u / 2)], -1
+    ).reshape(-1, 3)
+    kept = torch.einsum("ndm,nd->nm", cloud.frames, torch.as_tensor(along)).norm(dim=-1)
+    # the tangent along the band lies in every frame, those at the seam too
+    torch.testing.assert_close(kept, torch.as_tensor(along).norm(dim=-1), rtol=5e-3, atol=0)
+
+
+def test_surfaces_side_by_side_vertices_that_coincide_and_faces_that_come_twice() -> None:
+    vertices, faces = icosphere(2)
+    both, all_faces = (
+        np.concatenate([vertices, vertices + 3.0]),
+        np.concatenate([faces, faces[:, ::-1] + 162]),
+    )
+    with pytest.raises(DisconnectedGraphError):
+        PointCloud.from_mesh(both, all_faces)
+    cloud = PointCloud.from_mesh(both, all_faces, allow_disconnected=True)
+    spin = np.cross([0.2, 0.4, 1.0], np.concatenate([vertices, vertices]))
+    gp = RVGP(cloud).fit(range(0, 324, 3), spin[::3])
+    assert (gp.predict_mean(range(324)) - torch.as_tensor(spin)).norm() < 0.02 * np.linalg.norm(spin)
+    with pytest.raises(InvalidInputError, match="coincide"):  # every triangle with corners of its own
+        PointCloud.from_mesh(vertices[faces].reshape(-1, 3), np.arange(faces.size).reshape(-1, 3))
+    with pytest.raises(InvalidInputError, match="come once"):
+        PointCloud.from_mesh(vertices, np.concatenate([faces, faces[3:4, [1, 2, 0]]]))

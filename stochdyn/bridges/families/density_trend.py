@@ -15,7 +15,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_real,
 )
-from stochdyn._transforms import recording
+from stochdyn._transforms import recorded
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, TimeGridError, UnavailableError
 
@@ -101,6 +101,7 @@ class DensityTrend:
                 setattr(there, name, value.to(device))
         return there
 
+    @recorded
     def fit(self, max_iterations: int = 500) -> DensityTrend:
         """Maximise the penalised likelihood of the particles' times; returns this object.
 
@@ -134,9 +135,8 @@ class DensityTrend:
             value.backward()
             return value
 
-        with recording():
-            optimiser.step(closure)
-            closure()
+        optimiser.step(closure)
+        closure()
         slope = float(weight.grad.abs().max()) if weight.grad is not None else math.inf
         if not slope < 1e-3 * len(features):
             warnings.warn(

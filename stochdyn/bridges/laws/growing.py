@@ -14,6 +14,7 @@ from torch import Tensor
 from stochdyn._checks import as_tensor, check_real, check_type, is_real
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.density_trend import DensityTrend
+from stochdyn.bridges.laws.lineages import Lineages
 from stochdyn.bridges.laws.marginal import BridgeMarginal
 from stochdyn.bridges.laws.nodes import choose_pairs
 from stochdyn.bridges.laws.schrodinger import SchrodingerBridge
@@ -21,6 +22,7 @@ from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.core.law.measure import PathMeasure
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.particles.resampling import effective_size
+from stochdyn.core.transport.entropic import TransportPlan
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError
 
 __all__ = ["GrowingBridge"]
@@ -33,7 +35,7 @@ _NODES = 17
 _DEAR = 10.0
 
 
-class GrowingBridge(PathMeasure):
+class GrowingBridge(Lineages, PathMeasure):
     r"""The law of a population whose density changes by growth and by motion.
 
     Balanced transport must carry cells from one branch to another where their shares differ between days; growth lets a branch
@@ -122,9 +124,14 @@ class GrowingBridge(PathMeasure):
             self.bridge._add_tilts(_NODES)
 
     @property
-    def snapshots(self) -> Snapshots:
+    def snapshots(self) -> Snapshots:  # type: ignore[override]
         """What was seen."""
         return self.bridge.snapshots
+
+    @property
+    def plans(self) -> list[TransportPlan]:
+        """The couplings of neighbouring snapshots, in which the earlier particles count as growth lets them."""
+        return self.bridge.plans
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GrowingBridge:
         super()._apply(fn, recurse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_tensor
+from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.core.transport.entropic import TransportPlan
 from stochdyn.errors import InvalidInputError, ShapeError
 
 __all__ = [
+    "Lineages",
     "check_span",
     "fate_probabilities",
     "joint",
@@ -23,6 +26,103 @@ __all__ = [
     "row_stochastic",
     "weights_of",
 ]
+
+
+class Lineages(ABC):
+    """What the couplings of a bridge through particles say of their ancestors and descendants."""
+
+    snapshots: Snapshots
+
+    @property
+    @abstractmethod
+    def plans(self) -> list[TransportPlan]:
+        """The coupling of each pair of neighbouring snapshots."""
+
+    @torch.no_grad()
+    def coupling(self, first: int, last: int) -> Tensor:
+        """Return the joint weights ``(n, m)`` of the particles of two snapshots, over those between them; they sum to one.
+
+        Args:
+            first: The index of the earlier snapshot.
+            last: The index of the later snapshot; negative ones count from the end.
+        """
+        first, last = check_span(first, last, len(self.snapshots))
+        return joint(self.plans[first:last])
+
+    @torch.no_grad()
+    def transition_matrix(self, first: int, last: int) -> Tensor:
+        """Return the probabilities ``(n, m)`` with which each particle of a snapshot goes to those of a later one; rows sum to one.
+
+        Args:
+            first: The index of the earlier snapshot.
+            last: The index of the later snapshot; negative ones count from the end.
+        """
+        first, last = check_span(first, last, len(self.snapshots))
+        eye = torch.eye(self.snapshots.sizes[first], dtype=torch.float64, device=self.snapshots.device)
+        return push(self.plans[first:last], eye)
+
+    @torch.no_grad()
+    def descendants(self, members: Any, first: int, last: int) -> Tensor:
+        """Return the distribution ``(m,)`` at a later snapshot of what comes from particles of an earlier one.
+
+        Args:
+            members: The particles that are followed: weights ``(n,)``, a mask, or indices.
+            first: The index of the snapshot of ``members``.
+            last: The index of the later snapshot; negative ones count from the end.
+        """
+        first, last = check_span(first, last, len(self.snapshots))
+        start = weights_of(members, self.snapshots.sizes[first], self.snapshots.device)
+        return push(self.plans[first:last], start)
+
+    @torch.no_grad()
+    def ancestors(self, members: Any, first: int, last: int) -> Tensor:
+        """Return the distribution ``(n,)`` at an earlier snapshot of what particles of a later one come from.
+
+        Args:
+            members: The particles that are followed: weights ``(m,)``, a mask, or indices.
+            first: The index of the earlier snapshot.
+            last: The index of the snapshot of ``members``; negative ones count from the end.
+        """
+        first, last = check_span(first, last, len(self.snapshots))
+        end = weights_of(members, self.snapshots.sizes[last], self.snapshots.device)
+        return pull(self.plans[first:last], end)
+
+    @torch.no_grad()
+    def fates(self, labels: Sequence[Any], first: int = 0, last: int = -1) -> tuple[list[Any], Tensor]:
+        """Return the classes of a later snapshot, and the probabilities ``(n, k)`` with which particles of an earlier one end in them.
+
+        Args:
+            labels: The class of each particle of the later snapshot, such as its cell type.
+            first: The index of the earlier snapshot.
+            last: The index of the later snapshot; negative ones count from the end.
+        """
+        first, last = check_span(first, last, len(self.snapshots))
+        classes, members = one_hot(labels, self.snapshots.sizes[last])
+        return classes, fate_probabilities(self.plans[first:last], members.to(self.snapshots.device))
+
+    @torch.no_grad()
+    def transition_table(
+        self, labels: tuple[Sequence[Any], Sequence[Any]], first: int = 0, last: int = -1
+    ) -> tuple[list[Any], list[Any], Tensor]:
+        """Return the classes of two snapshots, and the probabilities ``(k, l)`` with which members of the first go to each of the last.
+
+        Particles count by their weights within their class, and rows sum to one.
+
+        Args:
+            labels: The classes of the particles of the earlier snapshot, and those of the later one.
+            first: The index of the earlier snapshot.
+            last: The index of the later snapshot; negative ones count from the end.
+        """
+        first, last = check_span(first, last, len(self.snapshots))
+        if not isinstance(labels, tuple | list) or len(labels) != 2:
+            raise ShapeError(
+                "labels must be two sequences, of the earlier and of the later snapshot",
+                got=type(labels).__name__,
+            )
+        before, rows = one_hot(labels[0], self.snapshots.sizes[first])
+        after, chances = self.fates(labels[1], first, last)
+        weighed = rows.to(chances).mT * self.snapshots.weights[first].to(chances)
+        return before, after, (weighed / weighed.sum(1, keepdim=True)) @ chances
 
 
 def check_span(first: object, last: object, count: int) -> tuple[int, int]:

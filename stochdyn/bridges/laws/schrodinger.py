@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from stochdyn._checks import (
 )
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily, ZeroDrift
-from stochdyn.bridges.laws import kernel_drift, lineages, sampling
+from stochdyn.bridges.laws import kernel_drift, sampling
 from stochdyn.bridges.laws.growth import Growth
+from stochdyn.bridges.laws.lineages import Lineages
 from stochdyn.bridges.laws.linearised import AffineTransition, Transition, transition
 from stochdyn.bridges.laws.marginal import BridgeMarginal
 from stochdyn.bridges.laws.nodes import DriftNodes, bridge_nodes, choose_pairs, effective_pairs
@@ -42,7 +43,6 @@ from stochdyn.errors import (
     ConvergenceWarning,
     DiffusionError,
     NonFiniteError,
-    ShapeError,
     UnavailableError,
 )
 
@@ -58,7 +58,7 @@ _LINEARISED_PAIRS = 2048
 _POINTS = 25
 
 
-class SchrodingerBridge(PathMeasure):
+class SchrodingerBridge(Lineages, PathMeasure):
     r"""The law on paths nearest to a reference process among all that pass through the snapshots.
 
     .. math:: \min_q\ \mathrm{KL}(q\,\|\,p)\quad\text{with}\quad q_{t_i}=\pi_i,\ i=1,\dots,I
@@ -606,93 +606,6 @@ class SchrodingerBridge(PathMeasure):
             "a bridge through particles has no density with respect to another law",
             hint="use as_diffusion().log_rn on paths that end before a snapshot, or .objective for the divergence",
         )
-
-    # -------------------------------------------------------------------------------------- lineages
-    @torch.no_grad()
-    def coupling(self, first: int, last: int) -> Tensor:
-        """Return the joint weights ``(n, m)`` of the particles of two snapshots, over those between them; they sum to one.
-
-        Args:
-            first: The index of the earlier snapshot.
-            last: The index of the later snapshot; negative ones count from the end.
-        """
-        first, last = lineages.check_span(first, last, len(self.snapshots))
-        return lineages.joint(self.plans[first:last])
-
-    @torch.no_grad()
-    def transition_matrix(self, first: int, last: int) -> Tensor:
-        """Return the probabilities ``(n, m)`` with which each particle of a snapshot goes to those of a later one; rows sum to one.
-
-        Args:
-            first: The index of the earlier snapshot.
-            last: The index of the later snapshot; negative ones count from the end.
-        """
-        first, last = lineages.check_span(first, last, len(self.snapshots))
-        eye = torch.eye(self.snapshots.sizes[first], dtype=torch.float64, device=self.spread.device)
-        return lineages.push(self.plans[first:last], eye)
-
-    @torch.no_grad()
-    def descendants(self, members: Any, first: int, last: int) -> Tensor:
-        """Return the distribution ``(m,)`` at a later snapshot of what comes from particles of an earlier one.
-
-        Args:
-            members: The particles that are followed: weights ``(n,)``, a mask, or indices.
-            first: The index of the snapshot of ``members``.
-            last: The index of the later snapshot; negative ones count from the end.
-        """
-        first, last = lineages.check_span(first, last, len(self.snapshots))
-        start = lineages.weights_of(members, self.snapshots.sizes[first], self.spread.device)
-        return lineages.push(self.plans[first:last], start)
-
-    @torch.no_grad()
-    def ancestors(self, members: Any, first: int, last: int) -> Tensor:
-        """Return the distribution ``(n,)`` at an earlier snapshot of what particles of a later one come from.
-
-        Args:
-            members: The particles that are followed: weights ``(m,)``, a mask, or indices.
-            first: The index of the earlier snapshot.
-            last: The index of the snapshot of ``members``; negative ones count from the end.
-        """
-        first, last = lineages.check_span(first, last, len(self.snapshots))
-        end = lineages.weights_of(members, self.snapshots.sizes[last], self.spread.device)
-        return lineages.pull(self.plans[first:last], end)
-
-    @torch.no_grad()
-    def fates(self, labels: Sequence[Any], first: int = 0, last: int = -1) -> tuple[list[Any], Tensor]:
-        """Return the classes of a later snapshot, and the probabilities ``(n, k)`` with which particles of an earlier one end in them.
-
-        Args:
-            labels: The class of each particle of the later snapshot, such as its cell type.
-            first: The index of the earlier snapshot.
-            last: The index of the later snapshot; negative ones count from the end.
-        """
-        first, last = lineages.check_span(first, last, len(self.snapshots))
-        classes, members = lineages.one_hot(labels, self.snapshots.sizes[last])
-        return classes, lineages.fate_probabilities(self.plans[first:last], members.to(self.spread.device))
-
-    @torch.no_grad()
-    def transition_table(
-        self, labels: tuple[Sequence[Any], Sequence[Any]], first: int = 0, last: int = -1
-    ) -> tuple[list[Any], list[Any], Tensor]:
-        """Return the classes of two snapshots, and the probabilities ``(k, l)`` with which members of the first go to each of the last.
-
-        Particles count by their weights within their class, and rows sum to one.
-
-        Args:
-            labels: The classes of the particles of the earlier snapshot, and those of the later one.
-            first: The index of the earlier snapshot.
-            last: The index of the later snapshot; negative ones count from the end.
-        """
-        first, last = lineages.check_span(first, last, len(self.snapshots))
-        if not isinstance(labels, tuple | list) or len(labels) != 2:
-            raise ShapeError(
-                "labels must be two sequences, of the earlier and of the later snapshot",
-                got=type(labels).__name__,
-            )
-        before, rows = lineages.one_hot(labels[0], self.snapshots.sizes[first])
-        after, chances = self.fates(labels[1], first, last)
-        weighed = rows.to(chances).mT * self.snapshots.weights[first].to(chances)
-        return before, after, (weighed / weighed.sum(1, keepdim=True)) @ chances
 
     # ------------------------------------------------------------------------------------------ storage
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SchrodingerBridge:

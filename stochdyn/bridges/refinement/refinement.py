@@ -20,6 +20,7 @@ from stochdyn._checks import (
     check_real,
     check_type,
 )
+from stochdyn._transforms import recorded
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.hidden import HiddenStateBridge
@@ -125,6 +126,7 @@ class Refinement:
         return posterior(self, num_draws, **options)
 
 
+@recorded
 def refine(
     snapshots: Snapshots,
     family: Any,
@@ -286,5 +288,5 @@ def refine(
     if isinstance(job, SinkhornLoop | MessagesLoop):
         job.check()
     if not isinstance(as_projection(chosen.projection, original), Adam):
-        check_counts(snapshots, original, stacklevel=3)
+        check_counts(snapshots, original, stacklevel=4)
     return result

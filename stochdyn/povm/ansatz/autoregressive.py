@@ -154,17 +154,17 @@ class AutoregressiveAnsatz(Ansatz):
     # ---------------------------------------------------------------- evaluation
 
     def log_prob(self, a: Tensor) -> Tensor:
-        """Return log probabilities ``(n,)``; differentiable, and several times faster under ``torch.no_grad()``.
+        """Return log probabilities ``(*batch)`` of outcomes ``(*batch, N)``; several times faster under ``torch.no_grad()``.
 
         Raises:
             InvalidInputError: If outcomes aren't integers in range.
-            ShapeError: If ``a`` isn't ``(n, N)``.
+            ShapeError: If there isn't one outcome for each site.
         """
-        self.check_outcomes(a)
+        rows, batch = self.rows_of(a)
         differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if a.shape[0] == 0:
-            return self.reference.new_zeros(0)
-        return self._whole(a, None) if differentiable else self._by_prefixes(a)
+        if rows.shape[0] == 0:
+            return self.reference.new_zeros(batch)
+        return (self._whole(rows, None) if differentiable else self._by_prefixes(rows)).reshape(batch)
 
     def _whole(self, a: Tensor, tape: Tape | None) -> Tensor:
         read = self.strings.arrange(a)

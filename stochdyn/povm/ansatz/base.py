@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import as_generator, as_sample_shape, check_bool, check_type
+from stochdyn._checks import as_generator, as_integers, as_sample_shape, check_bool, check_type
 from stochdyn._transforms import maps_are_active, recording
 from stochdyn.core.forward.outcomes import all_configurations
 from stochdyn.errors import InvalidInputError, ShapeError, SystemSizeError
@@ -48,7 +48,10 @@ class Ansatz(nn.Module, ABC):
 
     @abstractmethod
     def log_prob(self, a: Tensor) -> Tensor:
-        """Return normalised log probabilities ``(n,)`` of integer outcomes ``(n, N)``."""
+        """Return normalised log probabilities ``(n,)`` of integer outcomes ``(n, N)``.
+
+        The states of this package take outcomes ``(*batch, N)`` in any form too; see :meth:`rows_of`.
+        """
 
     @abstractmethod
     def draw(self, n: int, generator: torch.Generator | None, stratified: bool) -> tuple[Tensor, Tensor]:
@@ -219,6 +222,22 @@ class Ansatz(nn.Module, ABC):
                 expected=f"at most {limit}",
                 hint="pass num_samples to estimate by sampling",
             )
+
+    def rows_of(self, a: Any) -> tuple[Tensor, torch.Size]:
+        """Return outcomes ``(*batch, N)``, as a tensor, an array or lists, as rows ``(n, N)`` and the shape of the batch.
+
+        Raises:
+            InvalidInputError: If they aren't integers in range.
+            ShapeError: If there isn't one outcome for each site.
+        """
+        if not isinstance(a, Tensor):
+            a = as_integers(a, "outcomes").to(self.device)
+        if a.ndim != 2 and a.ndim and a.shape[-1] == self.num_sites:
+            rows = a.reshape(-1, self.num_sites)
+        else:
+            rows = a
+        self.check_outcomes(rows)
+        return rows, a.shape[:-1]
 
     def check_outcomes(self, a: Tensor) -> None:
         """Raise unless ``a`` are integer outcomes ``(n, N)`` in range."""

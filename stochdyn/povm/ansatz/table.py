@@ -40,9 +40,9 @@ class FullTable(Ansatz):
         self.logits = nn.Parameter(torch.zeros(num_outcomes**num_sites))
 
     def log_prob(self, a: Tensor) -> Tensor:
-        """Return log probabilities ``(n,)`` by looking them up."""
-        self.check_outcomes(a)
-        return self.logits.log_softmax(0)[encode(a, self.num_outcomes)]
+        """Return log probabilities ``(*batch)`` of outcomes ``(*batch, N)`` by looking them up."""
+        rows, batch = self.rows_of(a)
+        return self.logits.log_softmax(0)[encode(rows, self.num_outcomes)].reshape(batch)
 
     def scores(self, a: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return log probabilities and scores, :math:`\partial_b\log P(a)=\delta_{ab}-P(b)`."""

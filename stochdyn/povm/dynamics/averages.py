@@ -81,7 +81,7 @@ class Averages:
         warnings.warn(
             f"{what} ({strings!r}), so it can't follow: use strings=None, or symmetries of the model",
             ConvergenceWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def _list(self) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_seed, check_bool, check_positive_int, check_real
+from stochdyn._transforms import recorded
 from stochdyn.errors import ConvergenceWarning, InvalidInputError
 from stochdyn.povm.ansatz.base import Ansatz
 from stochdyn.povm.dynamics.averages import Averages, local_rates
@@ -84,6 +85,7 @@ class SteadyState:
         return self.residual / self.gap if self.gap else math.inf
 
 
+@recorded
 def steady_state(
     net: Ansatz,
     model: Lindbladian,
@@ -235,7 +237,7 @@ def _warn(found: SteadyState, scale: float, slowest: float) -> None:
     Warns:
         ConvergenceWarning: If it is unphysical, far from standing still, or not the only one.
     """
-    warn_of_state(found.positivity, stacklevel=4)
+    warn_of_state(found.positivity, stacklevel=5)
     if found.gap_source == "spectrum" and found.gap < 1e-9 * scale:
         said = f"the steady state isn't unique: the slowest mode relaxes at a rate of {found.gap:.1g}"
     elif math.isfinite(found.error_estimate) and found.error_estimate > _FAR:
@@ -250,7 +252,7 @@ def _warn(found: SteadyState, scale: float, slowest: float) -> None:
     warnings.warn(
         f"{said}; take more samples, a longer horizon, more iterations, or another ansatz",
         ConvergenceWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

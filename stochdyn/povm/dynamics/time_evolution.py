@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_seed, check_bool, check_callable, check_positive_int, check_type
+from stochdyn._checks import (
+    as_seed,
+    check_bool,
+    check_callable,
+    check_not_frozen,
+    check_positive_int,
+    check_type,
+)
+from stochdyn._transforms import recorded
 from stochdyn.core.forward.outcomes import all_configurations
 from stochdyn.errors import InvalidInputError, NonFiniteError
 from stochdyn.povm.ansatz.base import Ansatz
@@ -30,6 +38,7 @@ _LISTABLE = 1 << 18
 _OBSERVE_SEED = 0x0B5E
 
 
+@recorded
 def evolve(
     net: Ansatz,
     model: Lindbladian,
@@ -151,8 +160,8 @@ def evolve(
     bonds: list[tuple[int, ...]] = sorted({place for place in model.bonds if len(place) == 2})
     places = bonds or [(i,) for i in range(model.num_sites)]
     result.positivity = look_at_state(net, povm, places, observe_samples, seed)
-    warn_of_steps(result)
-    warn_of_state(result.positivity)
+    warn_of_steps(result, stacklevel=4)
+    warn_of_state(result.positivity, stacklevel=4)
     return result
 
 
@@ -288,6 +297,8 @@ def check_arguments(net: object, model: object, povm: object) -> None:
     check_type(net, Ansatz, "net", hint="such as stochdyn.povm.AutoregressiveTransformer(num_sites)")
     check_model(model)
     check_frame(povm)
+    assert isinstance(net, Ansatz)
+    check_not_frozen(net.parameters())
     assert isinstance(model, Lindbladian)
     check_bound(model)
 

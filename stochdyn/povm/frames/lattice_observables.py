@@ -498,7 +498,7 @@ def _factors(operator: Any, dim: int, name: str) -> tuple[Tensor, ...]:
 def _places(sites: Any, k: int, num_sites: int, name: str) -> tuple[tuple[int, ...], ...]:
     from stochdyn.povm.lindblad.terms import read_places
 
-    places = read_places(sites, num_sites, name)
+    places = read_places(sites, num_sites, name, k)
     if not places:
         raise InvalidInputError(f"{name} has no sites")
     if len(places[0]) != k:

@@ -150,22 +150,29 @@ def named_operator(name: str, dim: int = 2) -> Tensor:
 
 
 def as_array(value: Any, name: str) -> Tensor:
-    """Return numbers of any form as a tensor: torch, NumPy, pandas, xarray, nested lists, a ``Qobj`` or a list of these.
+    """Return numbers of any form as a tensor: torch, NumPy, SciPy's sparse, pandas, xarray, nested lists, a ``Qobj``, or a list of these.
 
     Raises:
         InvalidInputError: If it can't be made a tensor.
     """
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, list | tuple) and any(hasattr(one, "full") for one in value):
-        value = [one.full() if hasattr(one, "full") else one for one in value]
-    full = getattr(value, "full", None)
+    if isinstance(value, list | tuple):
+        value = [_dense(one) for one in value]
     try:
-        return torch.as_tensor(np.array(full() if callable(full) else value))
+        return torch.as_tensor(np.array(_dense(value)))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(
             f"{name} must be numbers", got=type(value).__name__, expected="a tensor, an array or a Qobj"
         ) from error
+
+
+def _dense(value: Any) -> Any:
+    """Return what a ``Qobj`` or a sparse matrix of SciPy holds as an array, and anything else as it is."""
+    for method in ("full", "toarray"):
+        if callable(getattr(value, method, None)):
+            return getattr(value, method)()
+    return value
 
 
 def as_matrix(value: Any, name: str) -> Tensor:

@@ -335,6 +335,16 @@ class _Expression:
     def __repr__(self) -> str:
         return self.text
 
+    def to_storage(self) -> dict[str, str]:
+        """Return the text."""
+        return {"text": self.text}
+
+    @classmethod
+    def from_storage(cls, state: Mapping[str, str]) -> _Expression:
+        """Read the text again, which may hold nothing but arithmetic."""
+        _check_tree(ast.parse(state["text"], mode="eval").body)
+        return _compiled(state["text"])
+
     def __call__(self, *arguments: Tensor) -> Tensor:
         names = ((_TIME,) if self.uses_time else ()) + self.names
         value = _evaluate(self.tree, dict(zip(names, arguments, strict=True)))

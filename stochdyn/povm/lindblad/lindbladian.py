@@ -260,7 +260,7 @@ class Lindbladian:
             configuration once and only those that some outcome can feed; ``.local_rate(log_prob, a, t)``.
 
         Raises:
-            LindbladianError: If parameters aren't bound, or there are no terms.
+            LindbladianError: If parameters aren't bound.
             InvalidInputError: If the frame doesn't fit the sites.
 
         Reference:
@@ -275,8 +275,9 @@ class Lindbladian:
             )
         groups = self.groups(povm)
         flat = [(sites, m.to(dtype=dtype, device=device)) for _, members in groups for sites, m in members]
-        if not flat:
-            raise LindbladianError("there are no terms", hint="give a Hamiltonian or jumps")
+        if not flat:  # nothing changes, as where all rates are zero
+            k = povm.num_outcomes
+            flat = [((0,), torch.zeros(k, k, dtype=dtype, device=device))]
         place = [i for i, (_, members) in enumerate(groups) for _ in members]
         couplings = [coupling for coupling, _ in groups]
         factors: Any = None

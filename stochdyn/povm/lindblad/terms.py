@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,10 +75,9 @@ def parse_hamiltonian(terms: Iterable[Any], num_sites: int, dim: int) -> list[Te
     """
     parsed: list[Term] = []
     for name, (coefficient, operator, sites) in _entries(terms, "hamiltonian"):
-        places = read_places(sites, num_sites, f"the sites of {name}")
+        matrix, places = _matrix_and_places(operator, sites, num_sites, dim, name)
         if not places:  # an empty list of bonds, say
             continue
-        matrix = as_operator(operator, dim, len(places[0]), f"the operator of {name}")
         _check_hermitian(matrix, name)
         for coupling, place in zip(_couplings(coefficient, len(places), name), places, strict=True):
             if not coupling.is_constant or coupling.factor != 0:
@@ -104,10 +104,9 @@ def parse_jumps(terms: Iterable[Any], num_sites: int, dim: int) -> list[Term | C
 
     parsed: list[Term | CollectiveJump] = []
     for name, (coefficient, operator, sites) in _entries(terms, "jump"):
-        places = read_places(sites, num_sites, f"the sites of {name}")
+        matrix, places = _matrix_and_places(operator, sites, num_sites, dim, name)
         if not places:
             continue
-        matrix = as_operator(operator, dim, len(places[0]), f"the operator of {name}")
         if _is_matrix(coefficient):
             parsed += _correlated(coefficient, matrix, places, name)
             continue
@@ -136,6 +135,16 @@ def _entries(terms: Any, kind: str) -> Iterable[tuple[str, Sequence[Any]]]:
                 expected="three entries",
             )
         yield name, entry
+
+
+def _matrix_and_places(
+    operator: Any, sites: Any, num_sites: int, dim: int, name: str
+) -> tuple[Tensor, list[tuple[int, ...]]]:
+    matrix = as_operator(operator, dim, name=f"the operator of {name}")
+    places = read_places(sites, num_sites, f"the sites of {name}", round(math.log(matrix.shape[0], dim)))
+    if places:
+        as_operator(matrix, dim, len(places[0]), f"the operator of {name}")
+    return matrix, places
 
 
 def _is_matrix(coefficient: Any) -> bool:
@@ -185,8 +194,16 @@ def _correlated(
     return jumps
 
 
-def read_places(sites: Any, num_sites: int, name: str) -> list[tuple[int, ...]]:
+def read_places(sites: Any, num_sites: int, name: str, size: int = 1) -> list[tuple[int, ...]]:
     """Return the places that users name: a tuple, an array or a number is one, a list many, ``"all"`` every site.
+
+    A list of as many numbers as an operator on several sites acts on is one place, since it can't be several.
+
+    Args:
+        sites: The places as written.
+        num_sites: The number of sites of the lattice.
+        name: What they are the places of, for messages.
+        size: The number of sites that the operator there acts on.
 
     Raises:
         LindbladianError: If a site isn't an integer, doesn't exist or comes twice, or places differ in size.
@@ -196,7 +213,8 @@ def read_places(sites: Any, num_sites: int, name: str) -> list[tuple[int, ...]]:
             raise LindbladianError(f"{name} can't be read", got=repr(sites), expected="'all', or numbers")
         groups: list[Any] = [(i,) for i in range(num_sites)]
     elif isinstance(sites, list):
-        groups = sites
+        one_place = len(sites) == size > 1 and all(hasattr(s, "__index__") for s in sites)
+        groups = [tuple(sites)] if one_place else sites
     elif getattr(sites, "ndim", 0) == 2:
         groups = list(sites.tolist())
     else:

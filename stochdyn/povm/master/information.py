@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stochdyn._checks import check_positive_int, check_real
+from stochdyn.core._spectral import SpectralFunction, spectral_sum
 from stochdyn.core._square_root import square_root
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
 from stochdyn.povm.frames.embedding import full_operator, partial_trace
@@ -39,7 +40,7 @@ def von_neumann_entropy(rho: Any) -> Tensor:
             ``exact.evolve(..., keep_states=True).states``. Eigenvalues below zero, as sampled ones have, count as zero.
 
     Returns:
-        ``(*batch)``, float64.
+        ``(*batch)``, float64. Twice differentiable, where eigenvalues coincide too.
 
     Warns:
         ConvergenceWarning: If eigenvalues below zero weigh over 0.02.
@@ -48,8 +49,10 @@ def von_neumann_entropy(rho: Any) -> Tensor:
         >>> float(von_neumann_entropy(torch.eye(2) / 2).exp())
         2.0
     """
-    p = _spectrum(_states(rho, "rho"))
-    return -torch.where(p > 0, p * p.clamp(min=torch.finfo(p.dtype).tiny).log(), torch.zeros_like(p)).sum(-1)
+    matrices = _states(rho, "rho")
+    total = spectral_sum(matrices, _WEIGHT)
+    # with p = w / sum(w): -sum p log p = log sum(w) - sum(w log w) / sum(w)
+    return total.log() - spectral_sum(matrices, _LOGARITHMIC) / total
 
 
 def renyi_entropy(rho: Any, order: float = 2.0) -> Tensor:
@@ -72,8 +75,9 @@ def renyi_entropy(rho: Any, order: float = 2.0) -> Tensor:
     check_real(order, "order", above=0.0)
     if abs(order - 1) < 1e-12:
         return von_neumann_entropy(rho)
-    p = _spectrum(_states(rho, "rho"))
-    return torch.where(p > 0, p**order, torch.zeros_like(p)).sum(-1).log() / (1 - order)
+    matrices = _states(rho, "rho")
+    total = spectral_sum(matrices, _WEIGHT)
+    return (spectral_sum(matrices, _power(order)).log() - order * total.log()) / (1 - order)
 
 
 def mutual_information(rho: Any, sites: Sequence[int], *, dim: int = 2) -> Tensor:
@@ -131,7 +135,7 @@ def negativity(rho: Any, sites: Sequence[int], *, dim: int = 2) -> Tensor:
     # rho^(T_A): rows and columns of the sites A change places
     turned = matrices.reshape(-1, *(dim,) * (2 * n)).permute(0, *axes).reshape(-1, dim**n, dim**n)
     trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).real
-    return (torch.linalg.eigvalsh(turned).abs().sum(-1).reshape(batch) - trace) / 2
+    return (spectral_sum(turned, _SIZE).reshape(batch) - trace) / 2
 
 
 def fidelity(rho: Any, sigma: Any) -> Tensor:
@@ -253,10 +257,31 @@ def _states(value: Any, name: str) -> Tensor:
     return rho
 
 
-def _spectrum(rho: Tensor) -> Tensor:
-    """Return eigenvalues of density matrices as probabilities: those below zero count as zero."""
-    positive = torch.linalg.eigvalsh(rho).clamp(min=0)
-    return positive / positive.sum(-1, keepdim=True)
+def _where_positive(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Let a function of probabilities be zero at eigenvalues that aren't positive, its derivatives too."""
+
+    def of(p: Tensor) -> Tensor:
+        return torch.where(p > 0, function(torch.where(p > 0, p, 1.0)), 0.0)
+
+    return of
+
+
+def _power(order: float) -> SpectralFunction:
+    """Return the function p**order of probabilities."""
+    return SpectralFunction(
+        _where_positive(lambda p: p**order),
+        _where_positive(lambda p: order * p ** (order - 1)),
+        _where_positive(lambda p: order * (order - 1) * p ** (order - 2)),
+    )
+
+
+_WEIGHT = SpectralFunction(_where_positive(lambda p: p), _where_positive(torch.ones_like), torch.zeros_like)
+_LOGARITHMIC = SpectralFunction(
+    _where_positive(lambda p: p * p.log()),
+    _where_positive(lambda p: p.log() + 1),
+    _where_positive(lambda p: 1 / p),
+)
+_SIZE = SpectralFunction(torch.abs, torch.sign, torch.zeros_like)
 
 
 def _bipartition(rho: Any, sites: Sequence[int], dim: int) -> tuple[Tensor, int, list[int]]:

@@ -228,6 +228,7 @@ class _Memory:
         return self.result
 
 
+@recorded
 def infer_parameters(
     records: MeasurementRecords,
     model: Lindbladian,
@@ -369,9 +370,10 @@ def infer_parameters(
     with torch.no_grad():
         fit = goodness_of_fit(_padded(records, prepared), program.probabilities(means), generator=seed)
     idata.attrs["fit_p_value"], idata.attrs["impossible_records"] = fit.p_value, fit.impossible
-    warn_of_fit(fit)
+    warn_of_fit(fit, stacklevel=4)
     if method == "nuts":
-        warn_of_chains({name: torch.as_tensor(idata.posterior[name].values) for name in program.priors})
+        chains_of = {name: torch.as_tensor(idata.posterior[name].values) for name in program.priors}
+        warn_of_chains(chains_of, stacklevel=4)
         return idata
     weights = torch.as_tensor(idata.sample_stats["log_weight"].values).flatten()
     khat = float(pareto_smooth(weights).khat) if num_draws >= _MIN_DRAWS_FOR_KHAT else math.nan
@@ -381,7 +383,7 @@ def infer_parameters(
             f"the variational approximation of the posterior is poor (k-hat {khat:.2f}); "
             "weight the draws by sample_stats.log_weight, run more steps, or use method='nuts'",
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return idata
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn._checks import (
     as_generator,
+    as_integers,
     check_nonempty,
     check_positive_int,
     check_type,
@@ -71,7 +71,7 @@ class MeasurementRecords:
         grid = as_times(times, "times")
         check_positive_int(num_outcomes, "num_outcomes", 2)
         check_nonempty(outcomes, "outcomes")
-        parts = [_integers(part, "outcomes") for part in outcomes]
+        parts = [as_integers(part, "outcomes") for part in outcomes]
         if len(parts) != len(grid):
             raise ShapeError("outcomes are given time by time", got=len(parts), expected=len(grid))
         if any(part.ndim != 2 or part.shape[1] != parts[0].shape[1] for part in parts):
@@ -84,7 +84,7 @@ class MeasurementRecords:
         index = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(part) for part in parts]))
         which = torch.zeros_like(index)
         if preparation is not None:
-            which = torch.cat([_integers(part, "preparation").reshape(-1) for part in preparation])
+            which = torch.cat([as_integers(part, "preparation").reshape(-1) for part in preparation])
             if which.shape != index.shape or (which.numel() and int(which.min()) < 0):
                 raise ShapeError(
                     "there is one preparation for each record",
@@ -147,7 +147,7 @@ class MeasurementRecords:
             ShapeError: If there isn't one string of bases for each record.
         """
         grid = as_times(times, "times")
-        values = _integers(bits, "bits")
+        values = as_integers(bits, "bits")
         if values.ndim != 2 or len(bases) != len(values) or any(len(b) != values.shape[1] for b in bases):
             raise ShapeError(
                 "bases and bits must have one entry for each record and site",
@@ -160,7 +160,7 @@ class MeasurementRecords:
         index = (
             torch.zeros(len(rows), dtype=torch.long)
             if time_index is None
-            else _integers(time_index, "time_index")
+            else as_integers(time_index, "time_index")
         )
         if index.shape != (len(rows),) or (
             len(rows) and not 0 <= int(index.min()) <= int(index.max()) < len(grid)
@@ -200,17 +200,6 @@ class MeasurementRecords:
         rows = self.num_preparations * len(self.times)
         code = self.cell * size + encode(self.outcomes, self.num_outcomes)
         return torch.bincount(code, minlength=rows * size).reshape(rows, size)
-
-
-def _integers(value: Any, name: str) -> Tensor:
-    """Return whole numbers as integers."""
-    try:
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"{name} must be integers", got=type(value).__name__) from error
-    if (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool) and tensor.numel():
-        raise InvalidInputError(f"{name} must be integers", got=tensor.dtype)
-    return tensor.long()
 
 
 def _items(value: Any, name: str) -> Iterable[tuple[Any, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_ndim, check_positive
+from stochdyn._checks import check_bool, check_choice, check_ndim, check_positive
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.vectorfields.geometry import connection, extension, laplacian, mesh, spectrum
 from stochdyn.vectorfields.geometry.frames import estimate_dimension, local_frames
@@ -170,7 +170,7 @@ class PointCloud:
         self._spectra: dict[str, tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def from_mesh(cls, vertices: Any, faces: Any) -> PointCloud:
+    def from_mesh(cls, vertices: Any, faces: Any, *, allow_disconnected: bool = False) -> PointCloud:
         """Build the geometry from a triangle mesh in space: cotangent weights, vertex normals and areas.
 
         A mesh knows which sheets of a surface belong together where they come close in space, and its zeros are found
@@ -178,24 +178,34 @@ class PointCloud:
 
         Args:
             vertices: The vertices ``(n, 3)``, in any unit of length.
-            faces: The corners ``(F, 3)`` of the triangles as numbers of vertices, all turning the same way.
+            faces: The corners ``(F, 3)`` of the triangles as numbers of vertices. Those that turn another way than most are turned
+                round.
+            allow_disconnected: Whether the mesh may consist of several surfaces that have no edge in common.
 
         Raises:
-            ShapeError, InvalidInputError: If the faces aren't triangles of existing vertices.
+            DisconnectedGraphError: If it does and may not.
+            ShapeError, InvalidInputError: If the faces aren't triangles of existing vertices, come twice, or have no area; or if
+                vertices coincide.
         """
         tensor = as_points(vertices, "vertices", 3)
         array = tensor.detach().cpu().double().numpy()
         faces = mesh.check_faces(faces.cpu().numpy() if isinstance(faces, Tensor) else faces, len(array))
+        faces, oriented = mesh.orient_faces(faces)
         cloud = cls.__new__(cls)
         cloud._graph = mesh.mesh_graph(array, faces)
-        cloud._graph.require_connected()
+        mesh.check_vertices(array)
+        check_bool(allow_disconnected, "allow_disconnected")
+        if not allow_disconnected:
+            cloud._graph.require_connected()
         cloud.search = NeighborSearch(array, "exact")
         cloud.num_neighbors, cloud.frame_neighbors, cloud.normalization = (
             6,
             min(15, len(array) - 1),
             "none",
         )
-        cloud._finish(tensor, array, mesh.vertex_frames(array, faces), mesh.vertex_areas(array, faces), faces)
+        cloud._finish(
+            tensor, array, mesh.vertex_frames(array, faces, oriented), mesh.vertex_areas(array, faces), faces
+        )
         return cloud
 
     def __len__(self) -> int:

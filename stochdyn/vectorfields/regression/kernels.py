@@ -155,7 +155,7 @@ class SpectralKernel(FeatureKernel):
         if trainable_nu:
             self.register_parameter("raw_nu", torch.nn.Parameter(torch.zeros((), dtype=torch.float64)))
             self.register_constraint("raw_nu", Positive())
-            self.register_prior("nu_prior", LogNormalPrior(math.log(1.5), 0.7), "nu")
+            self.register_prior("nu_prior", LogNormalPrior(math.log(1.5), 0.7), _nu_of, _set_nu)
             self.nu = nu
         self.double().to(cloud.device)
         self.lengthscale = start
@@ -350,3 +350,11 @@ class ProjectedMatern(NodalKernel):
 
     def _repeat(self, weight: Tensor) -> Tensor:
         return torch.cat([weight] * self.cloud.value_dim, -1)
+
+
+def _nu_of(kernel: Any) -> Any:
+    return kernel.nu
+
+
+def _set_nu(kernel: Any, value: Any) -> None:
+    kernel.nu = value
