@@ -17,8 +17,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "glossary.md"
 WORD = re.compile(r"^\| `(\w+)` \| (.+?) \|", flags=re.MULTILINE)
 
 
-def public_words() -> dict[str, set[str]]:
-    """Return the argument names of all public functions, classes and methods, with who has them.
+def public_words(inherited: bool = False) -> dict[str, set[str]]:
+    """Return the argument names of all public functions, classes and methods, inherited ones if wanted, with who has them.
 
     Records that functions return aren't called by users, so the names of their fields are left out.
     """
@@ -42,7 +42,9 @@ def public_words() -> dict[str, set[str]]:
                 continue
             if not (hasattr(value, "__dataclass_fields__") or hasattr(value, "_fields")):
                 add(owner, value.__init__)
-            for attribute, member in vars(value).items():
+            kinds = value.__mro__ if inherited else (value,)
+            own = [kind for kind in kinds if kind.__module__.startswith("stochdyn")]
+            for attribute, member in (item for kind in own for item in vars(kind).items()):
                 function = getattr(member, "__func__", member)
                 if not attribute.startswith("_") and inspect.isfunction(function):
                     add(f"{owner}.{attribute}", function)
@@ -60,7 +62,7 @@ def test_every_word_is_in_the_glossary() -> None:
 
 
 def test_the_glossary_has_no_word_that_nobody_uses() -> None:
-    unused = sorted(set(glossary()) - set(public_words()))
+    unused = sorted(set(glossary()) - set(public_words(inherited=True)))
     assert not unused, f"words of docs/glossary.md that no public signature has: {unused}"
 
 
