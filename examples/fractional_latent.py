@@ -72,7 +72,7 @@ def main() -> None:
         HURST,
         "(up to the mixing of components)",
     )
-    print("observation noise", [round(s, 3) for s in model.decoder.log_scale.exp().tolist()], "truth", NOISE)
+    print("observation noise", [round(s, 3) for s in model.decoder.obs_scale.tolist()], "truth", NOISE)
     few = Series(series.times[:20], series.values[:20], series.mask[:20])
     found = evidence(model, few, 500)
     print(

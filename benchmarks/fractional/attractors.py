@@ -128,7 +128,7 @@ def latent(data: Data, size: Size, checkpoint: Path | None) -> tuple[Tensor, Ten
     free = forecast(model, data.held, later(data, size.lead + size.run), 1, seed=0, noise=False)[0]
     near = forecast(model, data.held, later(data, AHEAD), 100, seed=0, noise=False).mean(0)
     found: dict[str, Any] = {
-        "noise of the readings": model.decoder.log_scale.exp().tolist(),
+        "noise of the readings": model.decoder.obs_scale.tolist(),
         "diffusion": model.strength().tolist(),
     }
     if data.read is None:

@@ -441,3 +441,59 @@ def test_where_time_begins_changes_nothing(posterior):
 
     # The walk through the loss amplifies rounding, of single precision and of dates.
     assert final_loss(19e3) == pytest.approx(final_loss(0.0), rel=2e-3)
+
+
+@pytest.mark.parametrize("posterior", KINDS)
+def test_the_unit_and_the_origin_of_the_data_do_not_matter(posterior: str) -> None:
+    """Loss, gradients, latent paths, forecasts and noise of data in other units, from another origin, with gaps."""
+    values = torch.randn(3, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values[0, 2], values[1, :, 0] = torch.nan, torch.nan
+    values = values * torch.tensor([1.0, 1e-3]) + torch.tensor([5.0, -2.0])
+    grid = torch.linspace(0, 1, 21, dtype=torch.float64)
+    seen = int((~torch.isnan(values)).sum()) / len(values)
+
+    def answer(unit: float) -> dict[str, Any]:
+        torch.manual_seed(1)
+        shift = 0.0 if unit == 1.0 else -3.0 * unit
+        model = LatentSDE(
+            2, 2, grid, noise="brownian" if posterior == "matching" else "fractional", drift=(4,), decoder=(4,),
+            posterior=_method(posterior),
+        ).double()  # fmt: skip
+        series = Series.regular(grid[::4], values * unit + shift)
+        torch.manual_seed(2)
+        loss = model(series).loss
+        ahead = forecast(model, series, torch.tensor([1.05, 1.2]), 3, seed=3)
+        return {
+            "loss": loss - seen * math.log(unit),
+            "gradients": torch.autograd.grad(loss, list(model.parameters())),
+            "paths": posterior_paths(model, series, 3, seed=3).path.x,
+            "forecasts": (ahead - shift) / unit,
+            "noise": model.decoder.obs_scale / unit,
+        }
+
+    sd.testing.check_units(answer, rtol=1e-4)
+
+
+def test_the_noise_that_is_given_is_in_units_of_the_data() -> None:
+    series = Series.regular(TS[::4], 1e3 * torch.randn(4, 6, 2, generator=torch.Generator().manual_seed(0)))
+    given = _model("gaussian", obs_scale=20.0)
+    given(series)
+    torch.testing.assert_close(given.decoder.obs_scale, torch.full((2,), 20.0))
+    alone = _model("gaussian", obs_scale=None)
+    alone(series)
+    torch.testing.assert_close(alone.decoder.obs_scale, 0.1 * series.values.std((0, 1), correction=0))
+
+
+def test_the_units_of_the_data_are_those_of_the_first_series_and_stored() -> None:
+    model, series = _model("gaussian"), _series()
+    model(series)
+    later = Series(series.times, 100 * series.values, series.mask)
+    scale = model.units.scale.clone()
+    model(later)
+    assert torch.equal(model.units.scale, scale)
+    sd.testing.check_storage(model, lambda m: predict(m, series, num_draws=3, seed=0))
+    fresh = _model("gaussian")
+    fresh(later)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.units.scale, scale)
+    sd.testing.check_device(model)

@@ -87,7 +87,7 @@ def posterior_paths(model: LatentSDE, series: Series, num_draws: int = 100, seed
     """
     check_type(model, LatentSDE, "model")
     check_positive_int(num_draws, "num_draws")
-    model._check(series)
+    model._admit(series)
     with lent(None if seed is None else as_seed(seed)):
         return model.posterior.draw(model, series, num_draws)
 

@@ -169,7 +169,7 @@ class ControlPosterior(EncodedPosterior):
     def _simulate(self, model: LatentSDE, series: Series, n: int) -> tuple[PathSample, Tensor, Tensor]:
         """Return paths ``(n, B)``, divergences and log ratios of the increments, ``(n, B)`` each."""
         sde, ts = model.sde, model.ts
-        contexts = self.encoder.lookup(series, ts)
+        contexts = self.encoder.lookup(model.units.standardised(series), ts)
         start = self.start(model, contexts.at(0), n)
         scale = model.increment_scale()
         control = _Recorder(

@@ -102,7 +102,7 @@ class AmortisedGaussianPosterior(EncodedPosterior):
         self, model: LatentSDE, series: Series, n: int
     ) -> tuple[FeedbackLaw, FeedbackDraws, Tensor, Tensor]:
         """Return law, draws, and by what the innovations ``(N, B, d, R, S)`` and memories ``(N+1, B, d, K, S)`` of P differ."""
-        law, slope, shift = self._law(model, self.encoder(series, model.ts))
+        law, slope, shift = self._law(model, self.encoder(model.units.standardised(series), model.ts))
         draws = law.draw(n)
         x = draws.z[:-1, ..., 0, :]  # (N, B, d, S)
         # The path solves the linear equation; the prior's own drift reaches the same path by increments that differ by

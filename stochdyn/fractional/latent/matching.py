@@ -90,7 +90,7 @@ class MatchingPosterior(LatentPosterior):
 
     def bound(self, model: LatentSDE, series: Series) -> Bound:
         """Return the parts of the bound from random times of each series; see :meth:`LatentPosterior.bound`."""
-        n, marginal = self.num_particles, self.marginal(series)
+        n, marginal = self.num_particles, self.marginal(model.units.standardised(series))
         begin, span = model.ts[0].to(series.values), self.span
         count = len(series)
         jitter = torch.rand(n, count, 1, dtype=series.values.dtype, device=series.values.device)
@@ -122,7 +122,7 @@ class MatchingPosterior(LatentPosterior):
 
     def draw(self, model: LatentSDE, series: Series, num_draws: int) -> Draws:
         """Return simulated paths with their weights; see :meth:`LatentPosterior.draw`."""
-        n, marginal, ts = num_draws, self.marginal(series), model.ts
+        n, marginal, ts = num_draws, self.marginal(model.units.standardised(series)), model.ts
         count = len(series)
         t = ts.to(series.values).reshape(-1, 1, 1).repeat(1, count, 1)
         (mean, scale), slopes = torch.func.jvp(marginal, (t,), (torch.ones_like(t),))[:2]

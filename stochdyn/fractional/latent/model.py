@@ -24,6 +24,7 @@ from stochdyn.fractional.latent.networks import (
     interpolate,
 )
 from stochdyn.fractional.latent.series import Series
+from stochdyn.fractional.latent.units import DataUnits, InDataUnits
 from stochdyn.fractional.noise.choice import FractionalNoise, as_noise
 from stochdyn.fractional.noise.markov import MarkovNoise
 from stochdyn.objectives.base import Objective, ObjectiveValue
@@ -44,8 +45,10 @@ class LatentSDE(Objective):
     .. math::
         dX=b(X)\,dt+\sigma(X)\,dB^H,\qquad X_{t_0}\sim N(\mu_0,\sigma_0^2),\qquad y_i\sim N(f(X_{t_i}),s^2).
 
-    What is learnt counts time in lengths of the grid, so that the unit of time doesn't matter; of the states and the observations
-    it is best to bring the values to a scale of one.
+    What is learnt counts time in lengths of the grid and observations in standard deviations from their mean, so that neither the unit
+    of time nor that of the data matters. The mean and the deviation of each component are taken from the first series that the model sees
+    and stored with it. A decoder that is given as a function has states in units of its own: there it is best that the states have a
+    scale of one.
 
     As an objective its loss is minus the evidence lower bound, averaged over the series of a :class:`Series`
     batch: ``sd.fit(model, series, batch_size=32)`` trains equation, decoder, Hurst indices and posterior together.
@@ -62,7 +65,8 @@ class LatentSDE(Objective):
             :class:`~stochdyn.SDE` takes.
         decoder: The hidden widths of the network f (empty for a linear map), a function from ``(..., d)`` to ``(..., p)``, or a
             :class:`GaussianDecoder` with an observation noise of its own.
-        obs_scale: The standard deviation s at the start of training, by default 0.1; not beside a :class:`GaussianDecoder`, which has its own.
+        obs_scale: The standard deviation s at the start of training, in units of the observations; by default a tenth of their standard
+            deviation. Not beside a :class:`GaussianDecoder`, which has its own.
         posterior: The family of posteriors, by name or as an object with its options: ``"tight"`` or :class:`TightMethod` when in doubt,
             ``"gaussian"`` or :class:`GaussianMethod` for speed where the diffusion is constant, ``"matching"`` or
             :class:`MatchingMethod` for Brownian noise and long series, ``"control"`` or :class:`ControlMethod` to compare with
@@ -73,6 +77,7 @@ class LatentSDE(Objective):
         constant_diffusion: Whether the diffusion is the same at all states.
         ts: The grid.
         span: Its length, the unit of time of what is learnt.
+        units: The units in which observations are counted.
         decoder: The law of the observations given the state.
         posterior: The posterior, with its encoder.
 
@@ -141,7 +146,8 @@ class LatentSDE(Objective):
                 got="a matrix diffusion",
                 hint="give (d,) strengths, and let the decoder mix the components",
             )
-        self.decoder = _as_decoder(decoder, latent_dim, obs_dim, obs_scale)
+        self.units = DataUnits(obs_dim)
+        self.decoder = _as_decoder(decoder, latent_dim, obs_dim, obs_scale, self.units)
         factor = process.initial_factor(dtype=torch.get_default_dtype(), device=ts.device)
         self._past = 0 if factor is None else factor.shape[0]
         self.start_mean = nn.Parameter(torch.zeros(latent_dim))
@@ -217,7 +223,7 @@ class LatentSDE(Objective):
 
     def forward(self, batch: Any = None) -> ObjectiveValue:
         """Evaluate minus the bound, averaged over the series of the ``batch`` (a :class:`Series`)."""
-        self._check(batch)
+        self._admit(batch)
         bound = self.posterior.bound(self, batch)
         loss = bound.divergence.mean() - bound.log_likelihood.mean()
         reported = bound.divergence if bound.log_ratio is None else -bound.log_ratio
@@ -243,7 +249,8 @@ class LatentSDE(Objective):
 
         return LatentPathLaw(self, series)
 
-    def _check(self, batch: Any) -> None:
+    def _admit(self, batch: Any) -> None:
+        """Check series, and take the units of the data from the first ones."""
         if not isinstance(batch, Series):
             raise InvalidInputError(
                 "a LatentSDE takes a Series", got=type(batch).__name__, hint="Series.of, or Series.regular"
@@ -255,9 +262,12 @@ class LatentSDE(Objective):
                 expected=self.obs_dim,
             )
         batch.check_within(self.ts)
+        self.units.observe(batch)
 
 
-def _as_decoder(decoder: object, latent_dim: int, obs_dim: int, obs_scale: float | None) -> GaussianDecoder:
+def _as_decoder(
+    decoder: object, latent_dim: int, obs_dim: int, obs_scale: float | None, units: DataUnits
+) -> GaussianDecoder:
     """Return the law of observations that hidden widths, a function or a decoder stand for."""
     if isinstance(decoder, GaussianDecoder):
         if obs_scale is not None:
@@ -269,7 +279,13 @@ def _as_decoder(decoder: object, latent_dim: int, obs_dim: int, obs_scale: float
                 "the decoder has the wrong number of components", got=decoder.obs_dim, expected=obs_dim
             )
         return decoder
-    scale = _OBS_SCALE if obs_scale is None else obs_scale
-    check_positive(scale, "obs_scale")
-    mean = decoder if callable(decoder) else MLP((latent_dim, *decoder, obs_dim))  # type: ignore[misc]
-    return GaussianDecoder(mean, obs_dim, scale)
+    if obs_scale is not None:
+        check_positive(obs_scale, "obs_scale")
+    if callable(decoder):
+        mean = decoder
+    else:
+        mean = InDataUnits(MLP((latent_dim, *decoder, obs_dim)), units)  # type: ignore[misc]
+    made = GaussianDecoder(mean, obs_dim, _OBS_SCALE if obs_scale is None else obs_scale)
+    if obs_scale is None:
+        made.units = units
+    return made

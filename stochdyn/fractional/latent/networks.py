@@ -20,6 +20,7 @@ from stochdyn.core.networks import MLP, StateNetwork
 from stochdyn.core.sde.coefficients import Diagonal
 from stochdyn.core.sde.noise import NoiseProcess
 from stochdyn.fractional.latent.series import Series
+from stochdyn.fractional.latent.units import DataUnits
 from stochdyn.fractional.noise.markov import MarkovNoise
 
 __all__ = [
@@ -160,6 +161,9 @@ class GaussianDecoder(nn.Module):
         obs_scale: The standard deviation s, at the start of training where it is learnt.
         learn_obs_scale: Whether s is a parameter, one per component.
 
+    Attributes:
+        units: The units of the data in which ``obs_scale`` was given; None for those of the observations themselves.
+
     Raises:
         InvalidInputError: If the mean isn't a function, or a size or scale isn't positive.
 
@@ -182,23 +186,35 @@ class GaussianDecoder(nn.Module):
         check_positive(obs_scale, "obs_scale")
         check_bool(learn_obs_scale, "learn_obs_scale")
         self.mean, self.obs_dim = mean, obs_dim
-        log_scale = torch.full((obs_dim,), float(obs_scale)).log()
-        self.log_scale = nn.Parameter(log_scale, requires_grad=learn_obs_scale)
+        self.units: DataUnits | None = None
+        relative = torch.full((obs_dim,), float(obs_scale)).log()
+        self.relative_log_scale = nn.Parameter(relative, requires_grad=learn_obs_scale)
+
+    @property
+    def log_scale(self) -> Tensor:
+        """The logarithms ``(p,)`` of the standard deviations of the noise, in units of the observations."""
+        relative = self.relative_log_scale
+        return relative if self.units is None else relative + self.units.scale.log()
+
+    @property
+    def obs_scale(self) -> Tensor:
+        """The standard deviations ``(p,)`` of the noise, in units of the observations."""
+        return self.log_scale.exp()
 
     def log_prob(self, x: Tensor, series: Series) -> Tensor:
         """Return log densities ``(n, S, B)`` of the observations, given the states ``x (n, S, B, d)`` at their times."""
-        law = torch.distributions.Normal(self.mean(x), self.log_scale.exp(), validate_args=False)
+        law = torch.distributions.Normal(self.mean(x), self.obs_scale, validate_args=False)
         terms = law.log_prob(series.values.movedim(1, 0).unsqueeze(1))
         seen = series.mask.movedim(1, 0).unsqueeze(1)
         return torch.where(seen, terms, torch.zeros_like(terms)).sum(-1)
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw observations ``(..., p)`` of states ``(..., d)``."""
-        x = as_tensor(x, "x", like=self.log_scale)
-        check_same_dtype(x=x, decoder=self.log_scale)
+        x = as_tensor(x, "x", like=self.relative_log_scale)
+        check_same_dtype(x=x, decoder=self.relative_log_scale)
         mean = self.mean(x)
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        return mean + self.log_scale.exp() * noise
+        return mean + self.obs_scale * noise
 
 
 def interpolate(x: Tensor, ts: Tensor, times: Tensor) -> Tensor:

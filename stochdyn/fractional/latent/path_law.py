@@ -45,7 +45,7 @@ class LatentPathLaw(PathMeasure):
 
     def __init__(self, model: LatentSDE, series: Series) -> None:
         super().__init__()
-        model._check(series)
+        model._admit(series)
         self.model = model
         for name in ("times", "values", "mask"):
             self.register_buffer(name, getattr(series, name).clone())
