@@ -210,6 +210,7 @@ OBJECTIVES: dict[str, Callable[[], tuple[Objective, Any]]] = {
     ),
     "LatentSDE, tight": lambda: latent("tight"),
     "LatentSDE, gaussian": lambda: latent("gaussian"),
+    "LatentSDE, linearised": lambda: latent("linearised"),
     "LatentSDE, matching": lambda: latent("matching"),
     "GaussianELBO": gaussian_elbo,
     "VideoModel": lambda: (

@@ -138,7 +138,12 @@ CASES: dict[str, Case] = {
     ),
     **{
         f"LatentPathLaw, {kind}": Case(partial(latent_path, kind, noise), outside=1.5, batch=(2,))
-        for kind, noise in (("tight", "fractional"), ("gaussian", "fractional"), ("matching", "brownian"))
+        for kind, noise in (
+            ("tight", "fractional"),
+            ("gaussian", "fractional"),
+            ("linearised", "fractional"),
+            ("matching", "brownian"),
+        )
     },
     "PosteriorPath": Case(posterior_path, other=lambda: posterior_path(y=0.3), outside=-0.1),
     "PosteriorPath in noise space": Case(

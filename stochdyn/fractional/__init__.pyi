@@ -23,6 +23,7 @@ from .latent.gaussian_elbo import GaussianELBO as GaussianELBO
 from .latent.gaussian_posterior import GaussianPosterior as GaussianPosterior
 from .latent.methods import ControlMethod as ControlMethod
 from .latent.methods import GaussianMethod as GaussianMethod
+from .latent.methods import LinearisedMethod as LinearisedMethod
 from .latent.methods import MatchingMethod as MatchingMethod
 from .latent.methods import PosteriorMethod as PosteriorMethod
 from .latent.methods import TightMethod as TightMethod

@@ -18,6 +18,7 @@ from stochdyn.fractional import (
     GaussianDecoder,
     GaussianMethod,
     LatentSDE,
+    LinearisedMethod,
     MarkovNoise,
     MatchingMethod,
     MultifractionalNoise,
@@ -33,7 +34,7 @@ from stochdyn.fractional import (
 
 pytestmark = pytest.mark.filterwarnings("ignore::stochdyn.errors.ApproximationWarning")
 TS = torch.linspace(0, 1, 21)
-KINDS = ("control", "tight", "gaussian", "matching")
+KINDS = ("control", "tight", "gaussian", "linearised", "matching")
 
 
 def _series(seed: int = 0, count: int = 4) -> Series:
@@ -50,6 +51,8 @@ def _method(posterior: str, context: int = 6, num_particles: int = 2, hidden: in
         return MatchingMethod((hidden,), context, num_particles)
     if posterior == "gaussian":
         return GaussianMethod(context, num_particles)
+    if posterior == "linearised":
+        return LinearisedMethod(2, num_particles)
     made = {"control": ControlMethod, "tight": TightMethod}[posterior]
     return made((hidden,), context, num_particles, **options)
 
@@ -95,7 +98,7 @@ def test_every_parameter_is_trained(posterior: str) -> None:
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("posterior", ["control", "tight", "gaussian"])
+@pytest.mark.parametrize("posterior", KINDS[:-1])
 def test_the_increments_of_draws_drive_them_under_the_prior(posterior: str) -> None:
     noise = FractionalNoise(torch.tensor([0.3, 0.5, 0.8]), kind="I", num_states=12)
     model = _model(posterior, noise=noise)
@@ -131,6 +134,55 @@ def test_importance_weights_give_the_exact_evidence_of_a_linear_model(posterior:
     assert float(found.stderr) < 0.03
     assert abs(float(found.log_evidence) - exact) < 4.5 * float(found.stderr)
     assert float(found.khat) < 0.7
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_the_linearised_posterior_of_a_linear_model_is_exact(kind: Any) -> None:
+    """Its bound is the evidence of the Kalman filter without noise, its gradient that of the evidence."""
+    start = torch.distributions.Normal(torch.tensor(0.1, dtype=torch.float64), 0.2)
+    y = torch.full((21,), torch.nan, dtype=torch.float64)
+    y[[10, 13, 20]] = torch.tensor([0.5, 0.1, -0.3], dtype=torch.float64)
+
+    def model(hurst: float, diffusion: float) -> LatentSDE:
+        made = LatentSDE(
+            1, 1, TS.double(), noise=FractionalNoise(hurst, kind=kind), drift=AffineDrift(-torch.eye(1)),
+            decoder=GaussianDecoder(lambda x: x, 1, 0.3, learn_obs_scale=False), posterior=LinearisedMethod(1, 500),
+        ).double()  # fmt: skip
+        with torch.no_grad():
+            made.start_mean.fill_(0.1)
+            made.start_log_scale.fill_(math.log(0.2))
+            _raw(made).fill_(diffusion)
+        return made
+
+    def exact(hurst: float, diffusion: float) -> float:
+        made = model(hurst, diffusion)
+        noise = made.sde.noise
+        strength = float(made.strength().detach())
+        same = MarkovNoise(hurst, speeds=noise.speeds, horizon=noise.horizon, kind=kind)
+        law = FractionalOU(1.0, 0.0, strength, hurst, initial=start, method="euler", noise=same)
+        return float(law.log_evidence(TS.double(), y.nan_to_num(), 0.3, mask=~torch.isnan(y)))
+
+    series = Series.regular(TS.double(), y[None, :, None])
+    at = model(0.3, 0.4)
+    draws = posterior_paths(at, series, 5, seed=0).log_weight
+    torch.testing.assert_close(draws, torch.full_like(draws, exact(0.3, 0.4)), rtol=1e-6, atol=1e-6)
+    wanted = [
+        (exact(0.301, 0.4) - exact(0.299, 0.4)) / 0.002 * 0.3 * 0.7,  # in the logit of the index
+        (exact(0.3, 0.401) - exact(0.3, 0.399)) / 0.002,
+    ]
+    torch.manual_seed(0)
+    leaves = [at.sde.noise.hurst_logit, _raw(at)]
+    found = torch.tensor(
+        [[float(g) for g in torch.autograd.grad(-at(series).loss, leaves)] for _ in range(8)]
+    )
+    error = found.std(0) / math.sqrt(8)
+    assert bool((error < 0.1).all())
+    assert bool(((found.mean(0) - torch.tensor(wanted)).abs() < 5 * error + 1e-3).all())
+
+
+def _raw(model: LatentSDE) -> Any:
+    """Return the parameter of a constant diffusion."""
+    return next(p for n, p in model.named_parameters() if n.endswith("raw"))
 
 
 def _same(noise: Any) -> Any:
@@ -274,6 +326,7 @@ def test_a_method_has_no_option_that_it_does_not_use() -> None:
         (ControlMethod, {"method": "euller"}, "method"),
         (ControlMethod, {"num_particles": 0}, "num_particles"),
         (GaussianMethod, {"context": 2.5}, "context"),
+        (LinearisedMethod, {"max_iterations": 0}, "max_iterations"),
         (MatchingMethod, {"num_times": 0}, "num_times"),
     ],
 )

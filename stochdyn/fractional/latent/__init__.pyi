@@ -20,9 +20,11 @@ from .gaussian_relative import Shift as Shift
 from .gaussian_relative import shift_by_channel as shift_by_channel
 from .gaussian_relative import shift_of as shift_of
 from .gaussian_start import set_linearised as set_linearised
+from .linearised import LinearisedPosterior as LinearisedPosterior
 from .matching import MatchingPosterior as MatchingPosterior
 from .methods import ControlMethod as ControlMethod
 from .methods import GaussianMethod as GaussianMethod
+from .methods import LinearisedMethod as LinearisedMethod
 from .methods import MatchingMethod as MatchingMethod
 from .methods import PosteriorMethod as PosteriorMethod
 from .methods import TightMethod as TightMethod
@@ -36,3 +38,5 @@ from .path_law import LatentPathLaw as LatentPathLaw
 from .series import Series as Series
 from .series_encoder import Contexts as Contexts
 from .series_encoder import SeriesEncoder as SeriesEncoder
+from .units import DataUnits as DataUnits
+from .units import InDataUnits as InDataUnits

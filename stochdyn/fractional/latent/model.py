@@ -68,9 +68,9 @@ class LatentSDE(Objective):
         obs_scale: The standard deviation s at the start of training, in units of the observations; by default a tenth of their standard
             deviation. Not beside a :class:`GaussianDecoder`, which has its own.
         posterior: The family of posteriors, by name or as an object with its options: ``"tight"`` or :class:`TightMethod` when in doubt,
-            ``"gaussian"`` or :class:`GaussianMethod` for speed where the diffusion is constant, ``"matching"`` or
-            :class:`MatchingMethod` for Brownian noise and long series, ``"control"`` or :class:`ControlMethod` to compare with
-            published results.
+            ``"gaussian"`` or :class:`GaussianMethod` for speed where the diffusion is constant, ``"linearised"`` or
+            :class:`LinearisedMethod` where the drift is nearly linear and indices matter, ``"matching"`` or :class:`MatchingMethod` for
+            Brownian noise and long series, ``"control"`` or :class:`ControlMethod` to compare with published results.
 
     Attributes:
         sde: The equation.
@@ -115,7 +115,8 @@ class LatentSDE(Objective):
         diffusion: str | float | Tensor | Coefficient | Callable[..., Any] = "constant",
         decoder: Sequence[int] | Callable[[Tensor], Tensor] | GaussianDecoder = (),
         obs_scale: float | None = None,
-        posterior: Literal["control", "tight", "gaussian", "matching"] | PosteriorMethod = "tight",
+        posterior: Literal["control", "tight", "gaussian", "linearised", "matching"]
+        | PosteriorMethod = "tight",
     ) -> None:
         super().__init__()
         check_positive_int(obs_dim, "obs_dim")
