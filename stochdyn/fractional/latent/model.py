@@ -282,6 +282,7 @@ def _as_decoder(
         return decoder
     if obs_scale is not None:
         check_positive(obs_scale, "obs_scale")
+    mean: Callable[[Tensor], Tensor]
     if callable(decoder):
         mean = decoder
     else:
