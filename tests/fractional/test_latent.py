@@ -478,7 +478,7 @@ def test_the_unit_of_time_does_not_matter(posterior: str, noise: str) -> None:
     sd.testing.check_units(answer, rtol=1e-5)
 
 
-@pytest.mark.parametrize("posterior", ["tight", "control", "gaussian", "matching"])
+@pytest.mark.parametrize("posterior", KINDS)
 def test_where_time_begins_changes_nothing(posterior):
     """Days since 1970 or seconds since then, in a precision that holds them: the same fit of values in single precision."""
     values = torch.randn(6, 3, 1, generator=torch.Generator().manual_seed(1))
