@@ -247,7 +247,7 @@ def start_of(initial: InitialLaw) -> Tensor:
     if isinstance(initial, DistributionStart):
         try:
             mean = initial.distribution.mean.detach()
-            if bool(torch.isfinite(mean).all()):
+            if not values_are_checked() or bool(torch.isfinite(mean).all()):
                 return mean
         except NotImplementedError:
             pass

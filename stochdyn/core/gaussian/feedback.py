@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator
+from stochdyn._checks import as_generator, values_are_checked
 from stochdyn.core.gaussian.affine import LinearSteps
 from stochdyn.core.gaussian.recursion import affine_states, covariance_states, gaussian_moments
 from stochdyn.core.gaussian.small import times
@@ -104,7 +104,7 @@ class LiftedStart:
     @classmethod
     def of_prior(cls, origin: Tensor, lift: Tensor, mean: Tensor, precision: Tensor) -> LiftedStart:
         """Return the start under P, as its own Q."""
-        factor = torch.linalg.cholesky(torch.linalg.inv(precision)) if mean.shape[-1] else precision
+        factor = _cholesky(torch.linalg.inv_ex(precision)[0]) if mean.shape[-1] else precision
         return cls(origin, lift, mean, factor, mean, precision)
 
     def given(self, precision: Tensor, linear: Tensor) -> LiftedStart:
@@ -118,9 +118,9 @@ class LiftedStart:
         pull = times(self.prior_precision, self.prior_mean) + times(
             self.lift.mT, linear - times(precision, self.origin)
         )
-        chol = torch.linalg.cholesky(total)
+        chol = _cholesky(total)
         mean = torch.cholesky_solve(pull.unsqueeze(-1), chol).squeeze(-1)
-        factor = torch.linalg.cholesky(torch.cholesky_inverse(chol))
+        factor = _cholesky(torch.cholesky_inverse(chol))
         return LiftedStart(self.origin, self.lift, mean, factor, self.prior_mean, self.prior_precision)
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -357,7 +357,7 @@ class _Values(torch.autograd.Function):
                 s = torch.baddbmm(block[:, :width, :width], cross.mT, cross / ahead, alpha=-1.0)
             else:
                 s = torch.baddbmm(
-                    block[:, :width, :width], cross.mT, torch.linalg.solve(ahead, cross), alpha=-1.0
+                    block[:, :width, :width], cross.mT, torch.linalg.solve_ex(ahead, cross)[0], alpha=-1.0
                 )
             s = local[n] + 0.5 * (s + s.mT)
             values[n] = s
@@ -379,6 +379,11 @@ class _Values(torch.autograd.Function):
         adjoint = covariance_states(closed, slope[1:], slope[0])
         to_map = 2.0 * (after @ closed @ adjoint[:-1])
         return to_map, to_map @ law.mT, adjoint
+
+
+def _cholesky(x: Tensor) -> Tensor:
+    """Return the Cholesky factor; looking whether there is one waits for the device, so it is part of the checks of values."""
+    return torch.linalg.cholesky_ex(x, check_errors=values_are_checked())[0]
 
 
 def log_diagonal(factor: Tensor) -> Tensor:
