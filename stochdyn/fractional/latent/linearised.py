@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stochdyn._transforms import as_leaf, recording
 from stochdyn.core.gaussian.feedback import log_diagonal
 from stochdyn.core.law.path import PathSample
 from stochdyn.core.law.transition import time_column
@@ -15,7 +16,7 @@ from stochdyn.fractional.latent.base import Bound, Draws, LatentPosterior
 from stochdyn.fractional.latent.series import Series
 from stochdyn.infer.distributions import PathIncrements
 from stochdyn.infer.feedback import Feedback
-from stochdyn.infer.linearise import Quadratic, expand_likelihood, linear_posterior
+from stochdyn.infer.linearise import Quadratic, linear_posterior, second_order
 from stochdyn.infer.mode import linear_feedback
 from stochdyn.infer.start import StartPosterior
 from stochdyn.infer.view import SiteView, view_site
@@ -34,7 +35,8 @@ class LinearisedPosterior(LatentPosterior):
     their weights are exact. Of a linear-Gaussian model it is the posterior itself, and the bound is the evidence without any noise, if
     observations fall on points of the grid; between two points their precision is shared out between both.
 
-    Gradients take this law as given, which at the posterior itself changes nothing.
+    Gradients pass through the filter, so that those of a linear-Gaussian model have no noise either, but for that of the start; the path
+    around which the model is linearised is taken as given.
 
     Args:
         max_iterations: The number of linearisations, each around the mean path of the last wherever that is more probable.
@@ -45,45 +47,39 @@ class LinearisedPosterior(LatentPosterior):
         super().__init__(num_particles)
         self.max_iterations = max_iterations
 
-    @torch.no_grad()
     def _law(self, model: LatentSDE, series: Series) -> tuple[Feedback, StartPosterior]:
         """Return the law of the increments and that of the start."""
         view = _view(model, len(series))
+        with torch.no_grad():
+            z, e = self._around(view, model, series)
+        keep = torch.is_grad_enabled()
+        return _posterior(view, z, e, _expanded(model, series, z[..., : view.dim], keep), keep)
+
+    def _around(self, view: SiteView, model: LatentSDE, series: Series) -> tuple[Tensor, Tensor]:
+        """Return the states ``(T, B, Z)`` and increments ``(N, B, M)`` around which the model is linearised."""
         assert view.start is not None
-
-        def quadratic(z: Tensor) -> Quadratic:
-            x = z[..., : view.dim]
-            return expand_likelihood(
-                lambda leaf: model.log_likelihood(leaf.movedim(0, -2).unsqueeze(0), series)[0], x
-            )
-
-        start = view.start.mean
-        e = view.zero_increments()
+        start, e = view.start.mean, view.zero_increments()
         z = view.run(e, start)
-        data = quadratic(z)
+        if self.max_iterations == 1:
+            return z, e
+        data = _expanded(model, series, z[..., : view.dim], False)
         score = _log_density(view, data, e, start)
-        for left in range(self.max_iterations - 1, -1, -1):
-            posterior = linear_posterior(view.linear_steps(z, e), data)
-            found = view.start.posterior(posterior.start_precision, posterior.start_linear)
-            mean, factor = (part.to(z) for part in found)
-            feedback = linear_feedback(view, posterior, z)
-            if not left:
-                break
-            trial_e, trial_z = view.follow(feedback, mean)
-            trial = quadratic(trial_z)
-            trial_score = _log_density(view, trial, trial_e, mean)
+        for left in range(self.max_iterations - 2, -1, -1):
+            feedback, begin = _posterior(view, z, e, data, False)
+            trial_e, trial_z = view.follow(feedback, begin.loc)
+            trial = _expanded(model, series, trial_z[..., : view.dim], False)
+            trial_score = _log_density(view, trial, trial_e, begin.loc)
             # a series whose path would be less probable stays where it is; nothing here waits for the device
             better = trial_score >= score
-            score = torch.where(better, trial_score, score)
             at = better.unsqueeze(-1)
-            e, z, start = (
-                torch.where(at, new, old) for new, old in ((trial_e, e), (trial_z, z), (mean, start))
-            )
-            data = Quadratic(
-                torch.where(at.unsqueeze(-1), trial.precision, data.precision),
-                torch.where(at, trial.linear, data.linear),
-            )
-        return feedback, StartPosterior(mean, factor)
+            e, z = torch.where(at, trial_e, e), torch.where(at, trial_z, z)
+            if left:
+                score = torch.where(better, trial_score, score)
+                data = Quadratic(
+                    torch.where(at.unsqueeze(-1), trial.precision, data.precision),
+                    torch.where(at, trial.linear, data.linear),
+                )
+        return z, e
 
     def _simulate(self, model: LatentSDE, series: Series, n: int) -> tuple[PathSample, Tensor]:
         """Return paths ``(n, B)`` of the equation under the feedback, and their log density ratios ``(n, B)``."""
@@ -124,6 +120,24 @@ class LinearisedPosterior(LatentPosterior):
         """Return simulated paths with their weights; see :meth:`LatentPosterior.draw`."""
         path, ratio = self._simulate(model, series, num_draws)
         return Draws(path, ratio, model.log_likelihood(path.x, series))
+
+
+def _expanded(model: LatentSDE, series: Series, x: Tensor, keep_graph: bool) -> Quadratic:
+    """Return the log-likelihood as a quadratic around the paths ``x (T, B, d)``."""
+    with recording():
+        leaf = as_leaf(x)
+        value = model.log_likelihood(leaf.movedim(0, -2).unsqueeze(0), series)[0]
+        return second_order(value.sum() + 0.0 * leaf.sum(), leaf, value.detach(), keep_graph)
+
+
+def _posterior(
+    view: SiteView, z: Tensor, e: Tensor, data: Quadratic, keep_graph: bool
+) -> tuple[Feedback, StartPosterior]:
+    """Return the posterior of the model linearised around states and increments."""
+    assert view.start is not None
+    found = linear_posterior(view.linear_steps(z, e, keep_graph), data)
+    mean, factor = view.start.posterior(found.start_precision, found.start_linear)
+    return linear_feedback(view, found, z), StartPosterior(mean.to(z), factor.to(z))
 
 
 def _view(model: LatentSDE, count: int) -> SiteView:
