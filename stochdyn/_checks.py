@@ -104,6 +104,10 @@ def values_unchecked() -> Iterator[None]:
         _here.off = before
 
 
+# What data without a precision of their own are read like where all is computed in double precision.
+DOUBLE = torch.empty(0, dtype=torch.float64)
+
+
 def as_tensor(
     x: object,
     name: str,

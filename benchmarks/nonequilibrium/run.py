@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 import warnings
@@ -60,7 +59,7 @@ def beads(smoke: bool) -> list[Row]:
         rows.append(
             {
                 "horizon": horizon, "repeats": repeats, "exact": truth.rate, "mean": float(rates.mean()),
-                "sd": float(rates.std()), "bound": math.sqrt(8 * truth.rate / horizon),
+                "sd": float(rates.std()), "bound": truth.smallest_stderr(horizon),
                 "in_sample": float(torch.tensor([f.in_sample for f in found]).mean()), "coverage": inside / repeats,
                 "seconds": seconds / repeats,
             }

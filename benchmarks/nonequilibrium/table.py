@@ -38,7 +38,7 @@ def render(results: Path) -> str:
                 "exact",
                 "mean",
                 "scatter",
-                r"$\sqrt{8\sigma/T}$",
+                "Cramér-Rao bound",
                 "mean in sample",
                 "95 % intervals cover",
                 "seconds",
@@ -51,7 +51,7 @@ def render(results: Path) -> str:
             )  # fmt: skip
         lines += markdown_table(table)
         lines += [
-            "No method can scatter much less than the sixth column, which is the error of maximum likelihood in the linear model.",
+            "No unbiased method can scatter less than the sixth column, whatever it does with a trajectory of this length.",
             "",
         ]
     if "neep" in found:

@@ -11,7 +11,7 @@ import torch
 from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
-from stochdyn._checks import as_generator, as_tensor, check_positive_int, check_real
+from stochdyn._checks import DOUBLE, as_generator, as_tensor, check_positive_int, check_real
 from stochdyn.core.sde.coefficients import Diagonal
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import InvalidInputError
@@ -113,7 +113,7 @@ def brownian_gyrator(
     Raises:
         InvalidInputError: If K isn't symmetric and positive, or a temperature isn't positive.
     """
-    k = as_tensor(stiffness, "stiffness", 2, "(2, 2)").double()
+    k = as_tensor(stiffness, "stiffness", 2, "(2, 2)", like=DOUBLE).double()
     if k.shape != (2, 2) or not torch.equal(k, k.mT) or float(torch.linalg.eigvalsh(k)[0]) <= 0:
         raise InvalidInputError("stiffness must be symmetric and positive", got=k.tolist())
     for value in temperatures:

@@ -16,6 +16,7 @@ from .objectives import CurrentNetwork as CurrentNetwork
 from .objectives import NEEP as NEEP
 from .objectives import ShortTimeTUR as ShortTimeTUR
 from .objectives import neighbours as neighbours
+from .pair_currents import PairCurrents as PairCurrents
 from .particles import ParticleScore as ParticleScore
 from .paths import dissipation as dissipation
 from .paths import mismatch as mismatch

@@ -50,9 +50,12 @@ def as_score(score: HasScore | ScoreFunction, name: str = "score") -> Callable[[
     return lambda t, x: function(x)
 
 
-def as_points(x: object) -> Tensor:
-    """Return states ``x (..., d)`` as a tensor in single or double precision, whose values are numbers."""
-    points = as_tensor(x, "x", finite=False)
+def as_points(x: object, like: Tensor | None = None) -> Tensor:
+    """Return states ``x (..., d)`` as a tensor in single or double precision, whose values are numbers.
+
+    Lists and whole numbers take the precision of ``like``, or torch's default one.
+    """
+    points = as_tensor(x, "x", like=like, finite=False)
     check_points(points)
     if points.ndim == 0:
         raise ShapeError("x must hold states", got="a number", expected="(..., d)")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_positive_int
+from stochdyn._checks import DOUBLE, as_tensor, check_positive_int
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import ApproximationWarning, ShapeError
 
@@ -89,7 +89,7 @@ def detailed_theorem(s: object, num_bins: int = 10) -> DetailedTheorem:
 
 
 def _productions(s: object) -> Tensor:
-    values = as_tensor(s, "s", 1, "(n,)").double().detach()
+    values = as_tensor(s, "s", 1, "(n,)", like=DOUBLE).double().detach()
     if len(values) < 2:
         raise ShapeError("s needs at least two trajectories", got=len(values))
     if float(values.var()) > 2 * math.log(len(values)):

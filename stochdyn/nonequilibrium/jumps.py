@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor
+from stochdyn._checks import DOUBLE, as_tensor
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError
 
@@ -304,7 +304,7 @@ def entropy_from_counts(record: CountedJumps) -> Estimate:
         raise InvalidInputError(
             "record must be a record of jumps, with counts and ts", got=type(record).__name__
         )
-    counts = as_tensor(record.counts, "record.counts").double()
+    counts = as_tensor(record.counts, "record.counts", like=DOUBLE).double()
     if counts.ndim < 2:
         raise ShapeError("counts must be (*shape, S, S)", got=tuple(counts.shape))
     span = record.duration if isinstance(record, _Timed) else float(record.ts[-1] - record.ts[0])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_choice, check_nonempty, check_positive_int, check_real
+from stochdyn._checks import DOUBLE, as_tensor, check_choice, check_nonempty, check_positive_int, check_real
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError
 from stochdyn.nonequilibrium.current import Groups, group_parts
 
@@ -60,7 +60,7 @@ def short_time_entropy(
     zero.
 
     When to use which: ``"linear"`` is exact for linear forces and a good first look at all others; a function of your own serves where
-    you know better currents, many particles above all, whose features should be sums over particles and pairs; :class:`NEEP` trains a
+    you know better currents; :class:`PairCurrents` are those of many like particles, whose number doesn't grow with them; :class:`NEEP` trains a
     network where no list of features will do, and holds for long lags and for jumps.
 
     Args:
@@ -98,7 +98,7 @@ def short_time_entropy(
     Reference:
         S. Otsubo et al., "Estimating entropy production by machine learning of short-time fluctuating currents", 2020.
     """
-    x = as_tensor(paths, "paths", (2, 3), "(T, d) or (n, T, d)").double()
+    x = as_tensor(paths, "paths", (2, 3), "(T, d) or (n, T, d)", like=DOUBLE).double()
     x = x[None] if x.ndim == 2 else x
     check_nonempty(x, "paths")
     check_real(dt, "dt", above=0.0, fixed=True)

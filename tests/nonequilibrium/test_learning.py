@@ -16,6 +16,7 @@ from stochdyn.nonequilibrium import (
     NEEP,
     CurrentNetwork,
     LinearSteadyState,
+    PairCurrents,
     ParticleScore,
     ShortTimeTUR,
     SteadyCurrent,
@@ -214,6 +215,65 @@ def test_particles_are_alike_local_and_smooth() -> None:
         net(torch.zeros(7))
     with pytest.raises(InvalidInputError, match="box"):
         ParticleScore(1, cutoff=2.0, box=3.0)
+
+
+def test_pair_currents_are_alike_for_all_particles() -> None:
+    torch.manual_seed(0)
+    features, x = PairCurrents(2, 3.0, num_shells=4), 1.5 * torch.randn(6, 4, dtype=D)
+
+    def answer(particles: torch.Tensor) -> torch.Tensor:
+        return features(particles.flatten()).unflatten(-1, (-1, 4)).transpose(0, 1)
+
+    check_order(answer, x, equivariant=True, rtol=1e-10)
+    # turned as a whole, vectors turn
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=D)
+    turned = (x.unflatten(-1, (2, 2)) @ turn).flatten(-2)
+    wanted = (answer(x).unflatten(-1, (2, 2)) @ turn).flatten(-2)
+    torch.testing.assert_close(answer(turned), wanted)
+    # the pull of the first shell on two at half its reach: cos² is one half, and equal and opposite
+    two = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.9, 0.0, 0.0, 1.0]], dtype=D)
+    first = features(two.flatten())[2].unflatten(-1, (2, 4))
+    torch.testing.assert_close(
+        first, torch.tensor([[-0.5, 0, 0, 0], [0.5, 0, 0, 0]], dtype=D), atol=1e-12, rtol=0
+    )
+    # far away and at one place
+    two[1, 0] = 100.0
+    assert not bool(features(two.flatten())[2:22].any())
+    two[1] = two[0]
+    assert bool(features(two.flatten()).isfinite().all())
+    box = PairCurrents(0, 3.0, num_shells=4, box=8.0)
+    y = 8 * torch.rand(5, 2, dtype=D)
+    image = y.clone()
+    image[1, 0] += 8.0
+    torch.testing.assert_close(box(y.flatten()), box(image.flatten()))
+    with pytest.raises(ShapeError, match="whole particles"):
+        features(torch.zeros(6))
+    for call in (
+        lambda: PairCurrents(2, 0.0),
+        lambda: PairCurrents(3, 1.0),
+        lambda: PairCurrents(2, 1.0, box=1.5),
+        lambda: PairCurrents(2, 1.0, num_shells=0),
+    ):
+        with pytest.raises(InvalidInputError):
+            call()
+
+
+def test_every_particle_has_its_rate_from_trajectories_alone() -> None:
+    """Swimmers that don't touch, in a trap: the closed form 8/15 of one, from five at a time, whose parts add up."""
+    one = LinearSteadyState(
+        torch.tensor([[-0.05, 0, 0.2, 0], [0, -0.05, 0, 0.2], [0, 0, -0.1, 0], [0, 0, 0, -0.1]], dtype=D),
+        0.2**0.5 * torch.eye(4, dtype=D),
+    )
+    assert one.rate == pytest.approx(8 / 15, rel=1e-12)
+    paths = one.law.sample(0.2 * torch.arange(251, dtype=D), (20, 5), 0).x
+    states = paths.transpose(1, 2).flatten(-2)
+    groups = {str(i): list(range(4 * i, 4 * i + 4)) for i in range(5)}
+    # headings of one see the others, which tell nothing: currents that are not there cost only noise
+    found = short_time_entropy(states, 0.2, PairCurrents(2, 3.0, num_shells=2), by=groups)
+    assert abs(found.rate / 5 - 8 / 15) < 4.5 * found.stderr / 5 + 0.01
+    assert found.stderr / 5 < 0.06
+    assert sum(found.parts.values()) == pytest.approx(found.rate, rel=1e-9)
+    assert len(found.parts) == 5
 
 
 def test_draws_of_swimmers_are_those_of_the_steady_state() -> None:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import as_tensor, check_finite, check_ndim, check_real
+from stochdyn._checks import DOUBLE, as_tensor, check_finite, check_ndim, check_real
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants.paths.interpolant import Interpolant
 
@@ -98,7 +98,10 @@ class TabulatedEpsilon(nn.Module):
 
     def __init__(self, times: Tensor | Sequence[float], values: Tensor | Sequence[float]) -> None:
         super().__init__()
-        t, v = (as_tensor(x, name).detach().double() for name, x in (("times", times), ("values", values)))
+        t, v = (
+            as_tensor(x, name, like=DOUBLE).detach().double()
+            for name, x in (("times", times), ("values", values))
+        )
         check_ndim(t, 1, "times", "(T,)")
         if t.shape != v.shape or t.shape[0] < 2:
             raise ShapeError(
