@@ -113,11 +113,11 @@ def measure(smoke: bool, seeds: int, steps: int) -> dict[str, Any]:
             )  # fmt: skip
             print(rows[-1], flush=True)
     model = prior("FieldNetwork", steps)
-    law = model.distribution(10)
+    law = model.distribution(10, "heun")
     mean, deviation = exact_moments(model, law, 1000 if smoke else 100_000)
     chains = {}
     for name, program in zip(("density", "noise"), programs(law), strict=True):
-        chains[name] = chain(program, law, 2 if smoke else 60, 4 if smoke else 150)
+        chains[name] = chain(program, law, 2 if smoke else 100, 4 if smoke else 400)
         print(name, chains[name], flush=True)
     return {
         "gradients": rows, "chains": chains, "steps": steps, "exact": {"mean": mean.tolist(), "deviation": deviation.tolist()},

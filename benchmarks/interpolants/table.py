@@ -269,18 +269,20 @@ def two_moons(report: dict[str, Any]) -> list[str]:
     """Simulation-based inference."""
     rows = [
         [
-            "(" + ", ".join(f"{v:.2f}" for v in r["observation"]) + ")", f"{r['c2st']:.3f} ± {r['stderr']:.3f}",
-            f"{r['w2']:.4f}", f"{r['floor']:.4f}",
+            "(" + ", ".join(f"{v:.2f}" for v in r["observation"]) + ")", str(r["draws"]), f"{r['c2st']:.3f} ± {r['stderr']:.3f}",
+            f"{r['w2']:.4f}", f"{r['floor']:.4f}", f"{100 * r['outside']:.1f} %",
         ]
         for r in report["rows"]
     ]  # fmt: skip
     mean = sum(r["c2st"] for r in report["rows"]) / len(report["rows"])
+    cost = f"{report['steps']} steps in {report['training seconds']:.0f} processor seconds"
     lead = (
-        f"Two moons from {report['simulations']} simulations ({report['steps']} steps): accuracy of a classifier between 2000 draws and as many "
-        f"exact ones (0.5 is perfect; mean {mean:.3f}, where 0.6 was aimed at), W2, and W2 of two exact samples. The crescents are a hundredth of "
-        "the prior wide; near a corner of the prior one of the two is cut off."
+        f"Two moons from {report['simulations']} simulations ({cost}): accuracy of a classifier between draws and as many exact ones (0.5 is "
+        f"perfect; mean {mean:.3f}, where 0.6 was aimed at; the sizes of the first three are those of the published benchmark), W2 and W2 of two "
+        "exact samples, of 2000 points each, and the share of draws outside the prior, which are thrown away. The crescents are a hundredth of the "
+        "prior wide; near a corner of the prior one of the two is cut off."
     )
-    return [lead, "", *_rows(["observation", "C2ST", "W2", "floor"], rows)]
+    return [lead, "", *_rows(["observation", "draws", "C2ST", "W2", "floor", "outside"], rows)]
 
 
 def nuts(report: dict[str, Any]) -> list[str]:
@@ -312,8 +314,8 @@ def nuts(report: dict[str, Any]) -> list[str]:
         ["weighted draws of the prior", "", "", "", shown(*exact["mean"]), shown(*exact["deviation"])]
     )
     second = (
-        "A chain of NUTS for each (FieldNetwork, rk4, 10 steps; 60 steps of warm-up and 150 draws), with the number of independent draws that it is "
-        "worth, and the posterior's moments beside those of 100 000 weighted draws of the same prior."
+        "A chain of NUTS for each (FieldNetwork, heun, 10 steps; 100 steps of warm-up and 400 draws), with the number of independent draws that it "
+        "is worth, and the posterior's moments beside those of 100 000 weighted draws of the same prior."
     )
     return [
         lead, "", *_rows(["network", "method", "steps", "density", "noise", "ratio"], rows), "", second, "",
@@ -340,7 +342,9 @@ def jobs(report: dict[str, Any]) -> list[str]:
     lead = (
         "Jobs (digits of 8 by 8 pixels; restoration of 2 by 2 block means with noise of 0.1; two moons carried to eight Gaussians): what is reached "
         "in the processor seconds of the last column. *Read as asked*: the share that a classifier of real digits reads as the label asked for, by "
-        "guidance."
+        "guidance. *Restoration*: a draw from a posterior has twice the squared error of the posterior's mean, 3 dB, so the mean of the draws is "
+        "what a regression is to be compared with; draws are what looks like images. *Told from clean images*: accuracy of a classifier between "
+        "restored and other clean images (0.5 where it can't tell)."
     )
     return [lead, "", *_rows(["job", "figures", "steps", "processor seconds"], rows)]
 

@@ -22,6 +22,7 @@ from .fields.networks import NetworkAdapter as NetworkAdapter
 from .fields.potential import FunctionPotential as FunctionPotential
 from .fields.potential import Potential as Potential
 from .fields.potential import PotentialNetwork as PotentialNetwork
+from .fields.preconditioned import PreconditionedScore as PreconditionedScore
 from .fields.whitened import WhitenedField as WhitenedField
 from .paths.gaussian_mixture import GaussianMixture as GaussianMixture
 from .paths.interpolant import Interpolant as Interpolant

@@ -430,3 +430,28 @@ def test_the_noise_of_training_does_not_depend_on_how_data_lie_in_memory():
 
     torch.testing.assert_close(loss(x1.T.contiguous().T), loss(x1))
     torch.testing.assert_close(loss(pd.DataFrame(x1.numpy())), loss(x1))
+
+
+def test_late_times_crowd_towards_the_data() -> None:
+    """The fourth root of what is left of the path is spread evenly."""
+    objective = InterpolantRegression(Interpolant("one-sided-linear"), velocity=FieldNetwork(2), times="late")
+    torch.manual_seed(0)
+    t = objective._times(1000, torch.zeros(1000, 2, dtype=torch.float64))
+    assert t.shape == (1000, 1)
+    root = (1 - t).pow(0.25).flatten().sort().values
+    assert (
+        float((root - (torch.arange(1000) + 0.5) / 1000).abs().max()) < 0.06
+    )  # 1e-5 of the path is left out
+    assert float((root - (torch.arange(1000) + 0.5) / 1000).abs()[100:].max()) < 2e-3
+
+
+def test_layers_that_add_up_start_near_the_identity_of_their_first() -> None:
+    torch.manual_seed(0)
+    net = FieldNetwork(2, width=32, depth=6, condition_dim=1, skips=True)
+    assert len(net.layers) == 7
+    for layer in net.layers[1:-1]:
+        torch.nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+        torch.nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    t, x, c = torch.rand(5, 1), torch.randn(5, 2), torch.randn(5, 1)
+    first = net.layers[0](torch.cat([t, x, c], -1))
+    torch.testing.assert_close(net(t, x, c), net.layers[-1](torch.nn.functional.silu(first)))

@@ -12,4 +12,5 @@ from .potential import FunctionPotential as FunctionPotential
 from .potential import Potential as Potential
 from .potential import PotentialNetwork as PotentialNetwork
 from .potential import ScoreAndResidual as ScoreAndResidual
+from .preconditioned import PreconditionedScore as PreconditionedScore
 from .whitened import WhitenedField as WhitenedField

@@ -15,6 +15,7 @@ from stochdyn.errors import DtypeMismatchError, InvalidInputError, ShapeError, U
 from stochdyn.interpolants.fields.conditions import SeenConditions
 from stochdyn.interpolants.fields.networks import FieldNetwork
 from stochdyn.interpolants.fields.potential import FunctionPotential, Potential, PotentialNetwork
+from stochdyn.interpolants.fields.preconditioned import About, PreconditionedScore
 from stochdyn.interpolants.paths.processes import AffineProcess
 
 __all__ = ["LearnedScore"]
@@ -82,7 +83,9 @@ class LearnedScore(nn.Module):
             inner = source.function
             function = inner if condition is None else _Conditioned(inner, condition)
             source = FunctionPotential(process, function, source.reference)
-        elif condition is not None:
+        elif isinstance(source, PreconditionedScore) and mean is not None:
+            source = About(source, process)
+        if condition is not None and not isinstance(self.source, Potential):
             source = _Conditioned(source, condition)
         return LearnedScore(process, source)
 

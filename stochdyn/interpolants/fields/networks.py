@@ -23,7 +23,7 @@ from stochdyn._checks import (
     values_are_checked,
 )
 from stochdyn.core.forward.flow import as_time
-from stochdyn.core.networks import MLP
+from stochdyn.core.networks import MLP, ResidualMLP
 from stochdyn.errors import DtypeMismatchError, InvalidInputError, ShapeError
 from stochdyn.interpolants.fields.buffers import FlexibleBuffers
 from stochdyn.interpolants.fields.conditions import SeenConditions
@@ -68,6 +68,8 @@ class FieldNetwork(nn.Module):
             ``num_classes``).
         activation: The name of the nonlinearity between layers, as in :class:`stochdyn.core.MLP`.
         out_dim: The number of components of the output; that of a point if None.
+        skips: Whether every hidden layer adds to what came before (:class:`stochdyn.core.networks.ResidualMLP`), for networks of five
+            hidden layers and more.
 
     Example:
         >>> FieldNetwork(2)(torch.rand(5, 1), torch.zeros(5, 2)).shape
@@ -84,8 +86,10 @@ class FieldNetwork(nn.Module):
         num_classes: int = 0,
         activation: str | Callable[[Tensor], Tensor] = "silu",
         out_dim: int | None = None,
+        skips: bool = False,
     ) -> None:
         super().__init__()
+        check_bool(skips, "skips")
         for name, size, least in (
             ("dim", dim, 1), ("width", width, 1), ("depth", depth, 1), ("condition_dim", condition_dim, 0), ("num_classes", num_classes, 0),
         ):  # fmt: skip
@@ -104,7 +108,11 @@ class FieldNetwork(nn.Module):
             extra = 16
             self.embedding = nn.Embedding(num_classes + 1, extra)
         out = dim if out_dim is None else out_dim
-        self.net = MLP((dim + 1 + extra, *[width] * depth, out), activation=activation)
+        self.net: MLP | ResidualMLP
+        if skips:
+            self.net = ResidualMLP(dim + 1 + extra, width, depth, out, activation)
+        else:
+            self.net = MLP((dim + 1 + extra, *[width] * depth, out), activation=activation)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -74,6 +74,7 @@ class WhitenedField(TimedNetwork):
             to 64 of them save most of the training.
         finest: The largest angular frequency, in inverse standard deviations; they are spread evenly in logarithm from 1.
         clip: The distance from the ends of [0, 1] at which what grows without bound is held.
+        skips: Whether hidden layers add to what came before, as in :class:`FieldNetwork`.
 
     Raises:
         InvalidInputError: If the path has no such field, or clip or finest are out of range.
@@ -114,6 +115,7 @@ class WhitenedField(TimedNetwork):
         frequencies: int = 0,
         finest: float = 20.0,
         clip: float = 1e-4,
+        skips: bool = False,
     ) -> None:
         super().__init__()
         check_choice(name, TARGETS, "name")
@@ -139,6 +141,7 @@ class WhitenedField(TimedNetwork):
             condition_dim=condition_dim,
             num_classes=num_classes,
             out_dim=2 * dim if self.two_parts else dim,
+            skips=skips,
         ).to(mean1)
         last = self.network.layers[-1]
         nn.init.zeros_(last.weight)  # type: ignore[arg-type]
@@ -170,6 +173,7 @@ class WhitenedField(TimedNetwork):
         frequencies: int = 0,
         finest: float = 20.0,
         clip: float = 1e-4,
+        skips: bool = False,
     ) -> WhitenedField:
         """Return a field whose Gaussians have the moments of data.
 
@@ -186,6 +190,7 @@ class WhitenedField(TimedNetwork):
             frequencies: The number of random directions along which the network sees sines and cosines of the state.
             finest: The largest angular frequency, in inverse standard deviations.
             clip: The distance from the ends of [0, 1] at which what grows without bound is held.
+            skips: Whether hidden layers add to what came before, as in :class:`FieldNetwork`.
 
         Raises:
             ShapeError: If the data aren't ``(n, d)`` with one d.
@@ -221,7 +226,7 @@ class WhitenedField(TimedNetwork):
             ends.append((mean, _positive(variance, variance.mean() + mean.square().mean())))
         return cls(
             interpolant, name, *ends[0], *ends[1], basis=basis, width=width, depth=depth, condition_dim=condition_dim,
-            num_classes=num_classes, frequencies=frequencies, finest=finest, clip=clip,
+            num_classes=num_classes, frequencies=frequencies, finest=finest, clip=clip, skips=skips,
         )  # fmt: skip
 
     def _log_widths(self, t: Tensor, unit: Tensor) -> Tensor:

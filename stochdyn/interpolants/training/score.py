@@ -25,6 +25,7 @@ from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants.fields.conditions import paired_condition
 from stochdyn.interpolants.fields.learned import LearnedScore
 from stochdyn.interpolants.fields.potential import FunctionPotential, Potential, PotentialNetwork
+from stochdyn.interpolants.fields.preconditioned import PreconditionedScore
 from stochdyn.interpolants.paths.processes import AffineProcess, check_process
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
@@ -68,7 +69,8 @@ class ScoreMatching(Objective):
         times: How times are drawn: ``"log-snr"`` (uniform in the log signal-to-noise ratio), ``"uniform"``, both with one
             time in each of ``n`` equal strata, or a function ``times(n) -> (n,)``.
         weight: The weight w of the squared error of the score: ``"variance"`` (sigma squared), ``"likelihood"`` (half of g squared),
-            ``"none"``, or a function of time.
+            ``"none"``, or a function of time. None is the weight of its own for a :class:`PreconditionedScore`, and ``"variance"``
+            for others.
         residual_weight: The weight :math:`\rho` of the squared residual: ``"log-snr"`` (squared residual per unit of log signal-to-noise
             ratio, hence finite at small times), ``"variance"`` (sigma to the fourth power), ``"none"``, or a function of time.
         collocation: Where the residual is evaluated: None on the noised data themselves, or a sampler of ``(t, x)``
@@ -105,7 +107,7 @@ class ScoreMatching(Objective):
         residual: Literal["exact", "forward", "hutchinson"] = "exact",
         num_probes: int = 2,
         times: Literal["log-snr", "uniform"] | Callable[[int], Tensor] = "log-snr",
-        weight: Literal["variance", "likelihood", "none"] | TimeFunction = "variance",
+        weight: Literal["variance", "likelihood", "none"] | TimeFunction | None = None,
         residual_weight: Literal["log-snr", "variance", "none"] | TimeFunction = "log-snr",
         collocation: PointSampler | None = None,
         averaged_targets: bool = False,
@@ -127,14 +129,17 @@ class ScoreMatching(Objective):
         if collocation is not None:
             check_callable(collocation, "collocation", "a sampler of (t, x)")
         _check_option(times, ("log-snr", "uniform"), "times")
-        _check_option(weight, _WEIGHTS, "weight")
+        if weight is not None:
+            _check_option(weight, _WEIGHTS, "weight")
         _check_option(residual_weight, _RESIDUAL_WEIGHTS, "residual_weight")
         if residual == "forward" and score is not None:
             raise InvalidInputError(
                 "a score has no forward-mode residual", hint="use residual='exact' or 'hutchinson'"
             )
         if isinstance(potential, Potential):
-            _check_same_process(process, potential.process)
+            _check_same_process(process, potential.process, "potential")
+        if isinstance(score, PreconditionedScore):
+            _check_same_process(process, score.process, "score")
         source: Any = score
         if potential is not None:
             source = potential if isinstance(potential, Potential) else FunctionPotential(process, potential)
@@ -299,9 +304,12 @@ class ScoreMatching(Objective):
 
     def _weight(self, t: Tensor, std: Tensor) -> Tensor:
         """Return the weight of the squared error of the noise, which is sigma squared that of the score."""
+        own = self.learned.source
         if callable(self.weight):
             weight = self.weight(t) / std.square()
-        elif self.weight == "variance":
+        elif self.weight is None and isinstance(own, PreconditionedScore):
+            weight = own.weight(t) / std.square()
+        elif self.weight in (None, "variance"):
             return std.new_ones(())
         elif self.weight == "likelihood":
             weight = 0.5 * self.process.squared_diffusion(t) / std.square()
@@ -376,14 +384,14 @@ def _check_option(value: Any, choices: tuple[str, ...], name: str) -> None:
         check_choice(value, choices, name)
 
 
-def _check_same_process(ours: AffineProcess, given: AffineProcess) -> None:
+def _check_same_process(ours: AffineProcess, given: AffineProcess, name: str) -> None:
     if given is ours:
         return
     t = torch.linspace(given.start, given.horizon, 5)
     same = type(ours) is type(given) and ours.horizon == given.horizon and ours.start == given.start
     if not (same and torch.equal(ours.variance(t), given.variance(t)) and torch.equal(ours.mean, given.mean)):
         raise InvalidInputError(
-            "the potential is of another process", got=type(ours).__name__, hint="build both from one process"
+            f"the {name} is of another process", got=type(ours).__name__, hint="build both from one process"
         )
 
 
