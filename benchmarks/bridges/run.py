@@ -30,6 +30,7 @@ PARTS = (
     "scaling",
     "memory",
     "atlas",
+    "race",
     "blocks",
     "network",
     "lotka_volterra",
@@ -84,7 +85,7 @@ def main() -> None:
         record = {
             "part": part,
             "smoke": args.smoke,
-            "machine": machine("pot"),
+            "machine": machine("pot", "ott-jax", "jax"),
             "seconds": time.process_time() - start,
             "result": result,
         }

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from stochdyn.bridges import DensityTrend, GrowingBridge, SchrodingerBridge, Snapshots, leave_one_out
-from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, TimeGridError
+from stochdyn.errors import (
+    ApproximationWarning,
+    InvalidInputError,
+    ShapeError,
+    TimeGridError,
+    UnavailableError,
+)
 
 F64 = torch.float64
 
@@ -195,3 +201,39 @@ def test_lineages_of_a_growing_population(growth) -> None:
         if growth == 0.0:
             torch.testing.assert_close(whole, moved.coupling(0, 1))
     assert law.ancestors([0], 0, 1).sum() == pytest.approx(1.0)
+
+
+def test_redrawn_growth_scatters_as_the_shares_of_the_branches_do():
+    # nobody crosses, so the difference of the rates is that of the log odds of two binomials over two units of time
+    snaps = still([(30, 30), (15, 45)])
+    law = GrowingBridge(snaps, diffusion=0.5).solve()
+    ends = torch.tensor([[-4.0], [4.0]], dtype=F64)
+    draws = law.bootstrap_growth(1.0, ends, 150, generator=0)
+    assert draws.shape == (150, 2)
+    gaps = draws[:, 1] - draws[:, 0]
+    exact = math.sqrt(1 / (60 * 0.25) + 1 / (60 * 0.1875)) / 2
+    # the standard deviation of 150 draws is known to 6 %, and that of log odds of 60 cells is a few per cent above its first order
+    assert float(gaps.std()) == pytest.approx(exact, rel=0.25)
+    found = law.growth_rate(1.0, ends)
+    assert float(gaps.mean()) == pytest.approx(float(found[1] - found[0]), abs=5 * exact / 150**0.5)
+    assert torch.equal(law.bootstrap_growth(1.0, ends, 3, 0), law.bootstrap_growth(1.0, ends, 3, 0))
+
+
+def test_errors_of_counts_are_in_the_growth_of_the_whole():
+    snaps = still([(10, 10), (10, 10)])
+    law = GrowingBridge(snaps, [torch.zeros(20)], diffusion=0.5).solve()
+    exact = law.bootstrap_growth(1.0, snaps.samples[0], 5, 0)
+    assert exact.mean(1) == pytest.approx([0.0] * 5, abs=0.1)
+    whole = law.bootstrap_growth(1.0, torch.tensor([[-4.0]], dtype=F64), 100, 0, count_error=0.1)
+    # log of the ratio of two counts, over two units of time; 100 draws know it to 7 %
+    assert float(whole.std()) == pytest.approx(0.1 * math.sqrt(2) / 2, rel=0.25)
+
+
+def test_redrawn_growth_needs_a_solution_and_keeps_the_share():
+    snaps = still([(6, 6), (3, 9)])
+    with pytest.raises(UnavailableError, match="solved"):
+        GrowingBridge(snaps, diffusion=0.5).bootstrap_growth(1.0, snaps.samples[0])
+    law = GrowingBridge(snaps, 0.0, diffusion=3.0).solve()
+    assert not law.bootstrap_growth(1.0, snaps.samples[0], 2, 0).any()  # no share of growth, no growth
+    with pytest.raises(InvalidInputError, match="count_error"):
+        law.bootstrap_growth(1.0, snaps.samples[0], count_error=-1.0)

@@ -31,7 +31,7 @@ from stochdyn.bridges import (
 )
 from stochdyn.bridges.refinement import flatten, parameter_jacobian, with_coordinates
 from stochdyn.bridges.refinement.profile import _Profile
-from stochdyn.bridges.refinement.uncertainty import redrawn_weights
+from stochdyn.bridges.data.snapshots import redrawn_weights
 from stochdyn.errors import UnavailableError
 
 F64 = torch.float64

@@ -28,7 +28,7 @@ from stochdyn._checks import (
 )
 from stochdyn.errors import InvalidInputError, ShapeError
 
-__all__ = ["Snapshot", "Snapshots"]
+__all__ = ["Snapshot", "Snapshots", "redrawn_weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,6 +256,18 @@ class Snapshots:
         there.masses = self.masses.to(there.samples[0])
         there.times = self.times.to(there.samples[0].device)
         return there
+
+
+def redrawn_weights(snapshots: Snapshots, num: int, generator: torch.Generator | None = None) -> list[Tensor]:
+    """Return multiplicities ``(num, n_i)`` of a bootstrap as normalised weights, one tensor per snapshot."""
+    everything = []
+    for own in snapshots.weights:
+        # as many as were seen: particles of weight zero weren't
+        count = int((own > 0).sum())
+        index = torch.multinomial(own.expand(num, -1), count, replacement=True, generator=generator)
+        hits = torch.zeros(num, len(own), dtype=own.dtype, device=own.device)
+        everything.append(hits.scatter_add_(1, index, torch.ones_like(index, dtype=own.dtype)) / count)
+    return everything
 
 
 def _as_names(names: Sequence[Any] | None, clouds: tuple[Tensor, ...]) -> tuple[np.ndarray, ...] | None:

@@ -101,6 +101,16 @@ class DensityTrend:
                 setattr(there, name, value.to(device))
         return there
 
+    def like(self, snapshots: Snapshots) -> DensityTrend:
+        """Return an unfitted trend with the same functions and options, of other snapshots at the same times.
+
+        Args:
+            snapshots: The snapshots whose densities are compared.
+        """
+        there = copy.copy(self)
+        there.snapshots, there.weight = snapshots, None
+        return there
+
     @recorded
     def fit(self, max_iterations: int = 500) -> DensityTrend:
         """Maximise the penalised likelihood of the particles' times; returns this object.

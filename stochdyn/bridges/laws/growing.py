@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_tensor, check_real, check_type, is_real
-from stochdyn.bridges.data.snapshots import Snapshots
+from stochdyn._checks import as_generator, as_tensor, check_positive_int, check_real, check_type, is_real
+from stochdyn.bridges.data.snapshots import Snapshots, redrawn_weights
 from stochdyn.bridges.families.density_trend import DensityTrend
 from stochdyn.bridges.laws.lineages import Lineages
 from stochdyn.bridges.laws.marginal import BridgeMarginal
@@ -141,6 +141,9 @@ class GrowingBridge(Lineages, PathMeasure):
 
     def solve(self) -> GrowingBridge:
         """Find the couplings; returns this law."""
+        return self._solve(None)
+
+    def _solve(self, warm_start: SchrodingerBridge | None) -> GrowingBridge:
         if self._cell_rates is not None:
             self._tilt_by_rates(self._cell_rates)
         elif self.growth is None and self.bridge.relaxation is None:
@@ -151,8 +154,19 @@ class GrowingBridge(Lineages, PathMeasure):
             if self.trend.weight is None:
                 self.trend.fit()
             self._tilt(self.trend)
-        self.bridge.solve()
+        self.bridge.solve(warm_start)
         return self
+
+    def _like(self, snapshots: Snapshots) -> GrowingBridge:
+        """The same law, unsolved, through snapshots of the same particles with other weights; growth costs what it costs here."""
+        own = self.bridge
+        trend = None if self.trend is None else self.trend.like(snapshots)
+        growth = self.growth if self._cell_rates is None else self._cell_rates
+        return GrowingBridge(
+            snapshots, growth, trend, own.family, own.diffusion, dt=own.dt, tolerance=own.tolerance,
+            max_iterations=own.max_iterations, relaxation=own.relaxation, corrections=own.corrections,
+            memory=own.memory,
+        )  # fmt: skip
 
     def _tilt(self, trend: DensityTrend) -> None:
         r"""Set the logs of the weights that growth gives to particles, and take from both snapshots half of what is between them.
@@ -235,6 +249,56 @@ class GrowingBridge(Lineages, PathMeasure):
         snapshots were given without. Give total counts as weights, therefore: ``weights=[torch.full((n,), count / n), ...]``.
         """
         return self.bridge.growth_rate(t, x)
+
+    @torch.no_grad()
+    def bootstrap_growth(
+        self,
+        t: Tensor | float,
+        x: Tensor,
+        num_draws: int = 100,
+        generator: Generator = None,
+        *,
+        count_error: float = 0.0,
+    ) -> Tensor:
+        """Return the rates of :meth:`growth_rate` on redrawn data, ``(num_draws, *batch)``, whose quantiles are intervals.
+
+        The cells of every snapshot are redrawn with replacement and coupled anew. The draws show how the estimate scatters over
+        data sets; what is assumed of growth, its share, cost or prior, is the same in all of them. Draws are of all points together, so
+        that their mean over the cells of a type is a draw of that type's rate.
+
+        Args:
+            t: The times, as in :meth:`growth_rate`.
+            x: The states, ``(*batch, d)``.
+            num_draws: The number of redrawn data sets.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
+            count_error: The relative standard error of the total counts, of which each is drawn by itself; zero where they are exact.
+
+        Example:
+            >>> cells = torch.cat((torch.linspace(-3, -2, 30), torch.linspace(2, 3, 30)))[:, None]
+            >>> early, late = cells[10:50], cells[20:]  # the right branch grows from a half to three quarters
+            >>> law = GrowingBridge(Snapshots([0.0, 1.0], [early, late]), diffusion=0.5).solve()
+            >>> draws = law.bootstrap_growth(0.5, torch.tensor([[-2.5], [2.5]]), 50, generator=0)
+            >>> draws.shape, bool((draws[:, 1] > draws[:, 0]).double().mean() > 0.9)
+            (torch.Size([50, 2]), True)
+
+        Reference: Efron & Tibshirani (1993), An Introduction to the Bootstrap, chapter 6.
+        """
+        check_positive_int(num_draws, "num_draws")
+        check_real(count_error, "count_error", minimum=0.0)
+        snaps = self.snapshots
+        source = as_generator(generator, snaps.device)
+        self.bridge.plans  # noqa: B018, raises if there are none
+        redrawn = redrawn_weights(snaps, num_draws, source)
+        noise = torch.randn(num_draws, len(snaps), generator=source, dtype=torch.float64, device=snaps.device)
+        masses = snaps.masses * (count_error * noise).exp().to(snaps.masses)
+        draws = []
+        for k in range(num_draws):
+            weights = [own[k] * mass for own, mass in zip(redrawn, masses[k], strict=True)]
+            law = self._like(Snapshots(snaps.times, snaps.samples, weights))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ApproximationWarning)  # said of the data themselves
+                draws.append(law._solve(self.bridge).growth_rate(t, x))
+        return torch.stack(draws)
 
 
 def _as_rates(growth: Any, snapshots: Snapshots) -> list[Tensor]:

@@ -16,7 +16,7 @@ from stochdyn.bridges.refinement.linear_response import (
     pair_moments,
     with_coordinates,
 )
-from stochdyn.bridges.refinement.uncertainty import COORDINATES, redrawn_weights
+from stochdyn.bridges.refinement.uncertainty import COORDINATES
 from stochdyn.errors import UnavailableError
 from stochdyn.infer.naming import fresh_name
 from stochdyn.run.interrupt import Interrupted

@@ -19,7 +19,7 @@ from stochdyn._checks import (
     check_positive_int,
     check_type,
 )
-from stochdyn.bridges.data.snapshots import Snapshots
+from stochdyn.bridges.data.snapshots import Snapshots, redrawn_weights
 from stochdyn.bridges.families.base import DriftFamily
 from stochdyn.bridges.laws.hidden import HiddenStateBridge
 from stochdyn.bridges.refinement.identifiability import (
@@ -225,18 +225,6 @@ def _check_response(fit: Refinement) -> None:
     check_type(fit, Refinement, "fit")
     if not isinstance(fit.measure, HiddenStateBridge):
         fit.bridge  # noqa: B018, raises where there is none
-
-
-def redrawn_weights(snapshots: Snapshots, num: int, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Return multiplicities ``(num, n_i)`` of a bootstrap as normalised weights, one tensor per snapshot."""
-    everything = []
-    for own in snapshots.weights:
-        # as many as were seen: particles of weight zero weren't
-        count = int((own > 0).sum())
-        index = torch.multinomial(own.expand(num, -1), count, replacement=True, generator=generator)
-        hits = torch.zeros(num, len(own), dtype=own.dtype, device=own.device)
-        everything.append(hits.scatter_add_(1, index, torch.ones_like(index, dtype=own.dtype)) / count)
-    return everything
 
 
 @dataclass(frozen=True)

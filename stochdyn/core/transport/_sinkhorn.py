@@ -326,25 +326,33 @@ def solve(
             level /= annealing
     else:
         f, g = (p.double() for p in warm)
-    iterations = 0
+    iterations, in_kernel = 0, False
     while level > reg * (1 + 1e-9):
         stage = _Stage(problem, kernel, level)
         count = min(_STAGE_ITERATIONS, max(max_iterations - iterations, 1))
-        f, g, _, used = _run(stage, f, g, _STAGE_TOLERANCE, count)
+        f, g, _, used = _run(stage, f, g, _STAGE_TOLERANCE, count, in_kernel)
         iterations += used
-        level = max(reg, level * annealing)
+        level, in_kernel = max(reg, level * annealing), True
     final = _Stage(problem, kernel, reg)
-    f, g, error, used = _run(final, f, g, tolerance, max(max_iterations - iterations, 1))
+    f, g, error, used = _run(final, f, g, tolerance, max(max_iterations - iterations, 1), in_kernel)
     return Solution(f, g, error, iterations + used)
 
 
 def _run(
-    stage: _Stage, f: Tensor, g: Tensor, tolerance: float, max_iterations: int
+    stage: _Stage, f: Tensor, g: Tensor, tolerance: float, max_iterations: int, in_kernel: bool
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Iterate one stage to its tolerance; returned are potentials, the error of their plan, iterations."""
-    iterations, patience, slow, in_kernel = 1, 0, False, True
+    """Iterate one stage to its tolerance; returned are potentials, the error of their plan, iterations.
+
+    It begins with an iteration in the log domain. ``in_kernel`` spares it where the potentials are those of a larger regularisation:
+    in all rows and columns of their kernel some exponent isn't negative, and stays so.
+    """
+    iterations, patience, slow = 0 if in_kernel else 1, 0, False
     unbalanced, joined, stuck = True, False, math.inf
-    stage.rebuild(*stage.sweep(f, g))
+    if in_kernel:
+        stage.rebuild(f, g)
+    else:
+        stage.rebuild(*stage.sweep(f, g))
+    in_kernel = True
     error = stage.error()
     absorbed = True  # the scalings are one, so the error is that of the potentials themselves
     while True:
