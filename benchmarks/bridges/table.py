@@ -123,7 +123,8 @@ def blocks(record: dict[str, Any]) -> list[str]:
     """Couplings in blocks."""
     row = record["result"]
     return [
-        f"**In blocks**: {row['days']} days of {row['n']} cells in {row['dim']} components, {row['dtype']}, with `memory` of 2 GiB, in which one kernel is kept while costs are computed in blocks: "
+        f"**In blocks**: {row['days']} days of {row['n']} cells in {row['dim']} components, {row['dtype']}, with `memory` of 2 GiB, "
+        "in which one kernel is kept while costs are computed in blocks: "
         f"{row['seconds']:.0f} s for all couplings, peak {row['peak_gib']:.2f} GiB, marginal error {row['marginal_error']:.0e} "
         f"after {', '.join(map(str, row['iterations']))} iterations.",
     ]

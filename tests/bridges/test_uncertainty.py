@@ -29,9 +29,9 @@ from stochdyn.bridges import (
     refine,
     rotation_invariance,
 )
+from stochdyn.bridges.data.snapshots import redrawn_weights
 from stochdyn.bridges.refinement import flatten, parameter_jacobian, with_coordinates
 from stochdyn.bridges.refinement.profile import _Profile
-from stochdyn.bridges.data.snapshots import redrawn_weights
 from stochdyn.errors import UnavailableError
 
 F64 = torch.float64
