@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_seed, check_positive, check_positive_int, check_real
+from stochdyn.bridges.data.snapshots import redrawn_weights
 from stochdyn.bridges.refinement.identifiability import check_information
 from stochdyn.bridges.refinement.linear_response import (
     LinearResponse,
