@@ -33,6 +33,8 @@ _FEW = 0.05
 _NODES = 17
 # A unit of relative entropy costs as much as so many times what half of the population needs to move.
 _DEAR = 10.0
+# Errors of marginals that are nothing beside what redrawing the cells does to them.
+_LOOSE = 1e-4
 
 
 class GrowingBridge(Lineages, PathMeasure):
@@ -163,7 +165,7 @@ class GrowingBridge(Lineages, PathMeasure):
         trend = None if self.trend is None else self.trend.like(snapshots)
         growth = self.growth if self._cell_rates is None else self._cell_rates
         return GrowingBridge(
-            snapshots, growth, trend, own.family, own.diffusion, dt=own.dt, tolerance=own.tolerance,
+            snapshots, growth, trend, own.family, own.diffusion, dt=own.dt, tolerance=max(own.tolerance, _LOOSE),
             max_iterations=own.max_iterations, relaxation=own.relaxation, corrections=own.corrections,
             memory=own.memory,
         )  # fmt: skip
