@@ -449,3 +449,18 @@ def test_points_of_weight_zero_far_from_all_others_change_nothing(dtype: torch.d
     assert plan.converged
     torch.testing.assert_close(plan.value, sinkhorn(x, y, 0.3).value, rtol=1e-4, atol=1e-5)
     assert plan.plan()[4:].abs().max() == 0
+
+
+def test_levels_may_be_far_apart() -> None:
+    # potentials of one level enter the kernel of the next without an iteration in the log domain; points of hardly any weight and none
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(30, 2, generator=g, dtype=torch.float64) + torch.tensor([m, 0.0]) for m in (0.0, 3.0))
+    light = torch.ones(30, dtype=torch.float64)
+    light[:3], light[3] = 1e-12, 0.0
+    plans = [
+        sinkhorn(x, y, 0.05, light * (30 / light.sum()), 1 + 0 * light, annealing=a)
+        for a in (1.0, 0.25, 1e-2, 1e-4)
+    ]
+    for plan in plans:
+        assert plan.converged
+        assert float(plan.value) == pytest.approx(float(plans[0].value), abs=1e-5)
