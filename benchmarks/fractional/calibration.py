@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -137,20 +139,66 @@ def latent_model(ts: Tensor, y: Tensor | None) -> None:
     pyro.sample("y", dist.Normal(x[..., 1:, 0], 0.1).to_event(1), obs=y)
 
 
-def latent(g: torch.Generator) -> dict[str, float]:
-    """The latent equation above by the default guide of ``fit_posterior``."""
+def _latent_data(g: torch.Generator) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Return times and values of the latent equation above, and the parameters behind them."""
     ts = torch.linspace(0, 4, 41, dtype=F64)
     pyro.clear_param_store()
     pyro.set_rng_seed(seed_of(g))
     with torch.no_grad():
         drawn = pyro.poutine.trace(latent_model).get_trace(ts, None)
     truth = {name: float(drawn.nodes[name]["value"]) for name in ("hurst", "rate", "scale")}
-    post = sd.infer.fit_posterior(
-        latent_model, ts, drawn.nodes["y"]["value"], num_draws=DRAWS, seed=seed_of(g), progress=False
-    )
+    return ts, drawn.nodes["y"]["value"], truth
+
+
+def latent(g: torch.Generator) -> dict[str, float]:
+    """The latent equation above by the default guide of ``fit_posterior``."""
+    ts, y, truth = _latent_data(g)
+    post = sd.infer.fit_posterior(latent_model, ts, y, num_draws=DRAWS, seed=seed_of(g), progress=False)
     return {name: posterior_rank(post.idata.posterior[name], value) for name, value in truth.items()} | {
         "khat": post.khat
     }
+
+
+@cache
+def _latent_grid() -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return the nodes of the parameters, and spectra and axes of the path's covariance for every index and rate, at scale 1."""
+    ts = torch.linspace(0, 4, 41, dtype=F64)
+    log = torch.linspace(-2.2, 2.2, 60, dtype=F64)
+    nodes = {
+        "hurst": 0.05 + 0.9 * (torch.arange(40, dtype=F64) + 0.5) / 40,
+        "rate": log.exp(),
+        "scale": log.exp(),
+    }
+    noise = sd.fractional.MarkovNoise(nodes["hurst"], horizon=float(ts[-1]), dt=float(ts[1]))
+    cov = torch.nn.functional.pad(noise.covariance(ts[1:]), (1, 0, 1, 0))
+    increments = cov.diff(dim=-1).diff(dim=-2)
+    # x_{n+1} = (1 - rate dt) x_n + dB: the path is a triangular matrix times the increments.
+    lag = torch.arange(40)[:, None] - torch.arange(40)
+    stay = (1 - nodes["rate"] * float(ts[1]))[:, None, None]
+    walk = torch.where(lag >= 0, stay ** lag.clamp_min(0), 0.0)
+    spectra, axes = torch.linalg.eigh(walk @ increments[:, None] @ walk.mT)
+    return nodes, spectra.clamp_min(0.0), axes
+
+
+def latent_exact(g: torch.Generator) -> dict[str, float]:
+    """The same data sets by quadrature over the three parameters, the path integrated out exactly."""
+    _, y, truth = _latent_data(g)
+    nodes, spectra, axes = _latent_grid()
+    turned = (axes.mT @ y[:, None])[..., 0]
+    variance = nodes["scale"].square()[:, None] * spectra[:, :, None] + 0.01
+    log_density = -0.5 * (turned[:, :, None].square() / variance + variance.log()).sum(-1)
+    for axis, name in ((1, "rate"), (2, "scale")):
+        prior = -2 * nodes[name].log().square()
+        log_density = log_density + prior.reshape(-1, *(1,) * (2 - axis))
+    density = torch.softmax(log_density.flatten(), 0).reshape(log_density.shape)
+    found = {}
+    for axis, (name, x) in enumerate(nodes.items()):
+        share = density.sum([k for k in range(3) if k != axis])
+        x, value = (x, truth[name]) if name == "hurst" else (x.log(), math.log(truth[name]))
+        edges = x[0] + (x[1] - x[0]) * (torch.arange(len(x) + 1) - 0.5)
+        below = torch.nn.functional.pad(share.cumsum(0), (1, 0))
+        found[name] = float(np.interp(value, edges.numpy(), below.numpy()))
+    return found
 
 
 KINDS: dict[str, Callable[[torch.Generator], dict[str, float]]] = {
@@ -162,6 +210,7 @@ KINDS: dict[str, Callable[[torch.Generator], dict[str, float]]] = {
     "roughness": roughness,
     "fou": fou,
     "latent": latent,
+    "latent_exact": latent_exact,
 }
 
 
