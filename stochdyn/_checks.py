@@ -35,6 +35,7 @@ from stochdyn.errors import (
 __all__ = [
     "as_generator",
     "as_integers",
+    "as_mask",
     "as_sample_shape",
     "as_seed",
     "as_sequence",
@@ -308,6 +309,26 @@ def check_bool(x: object, name: str) -> None:
     """Raise unless ``x`` is True or False."""
     if not isinstance(x, bool | np.bool_):
         raise InvalidInputError(f"{name} must be True or False", got=repr(x)[:60])
+
+
+def as_mask(x: object, name: str = "mask") -> Tensor:
+    """Turn True and False, or the whole numbers one and zero, of any kind of data into a boolean tensor.
+
+    Raises:
+        ShapeError: If it holds anything else.
+    """
+    value = x if isinstance(x, Tensor) else None
+    if value is None:
+        array = np.asarray(x)
+        value = copied(array) if array.dtype.kind in "biu" else None
+    if value is None or value.is_floating_point() or value.is_complex():
+        got = value.dtype if value is not None else f"{type(x).__name__} {repr(x)[:40]}"
+        raise ShapeError(f"{name} must be a boolean array", got=got, hint=f"use {name} > 0")
+    if value.dtype == torch.bool:
+        return value
+    if values_are_checked() and not bool(((value == 0) | (value == 1)).all()):
+        raise ShapeError(f"{name} must be a boolean array", got="whole numbers other than 0 and 1")
+    return value.bool()
 
 
 def check_callable(x: object, name: str, meaning: str = "a function") -> None:

@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
@@ -291,3 +294,30 @@ def test_a_word_is_no_sequence_of_names() -> None:
     for bad in ("ab", 3, None, torch.tensor(1.0)):
         with pytest.raises(errors.InvalidInputError, match="names must be"):
             _checks.as_sequence(bad, "names", "names")
+
+
+MASKED = {
+    "evidence": lambda m: sd.LinearGaussianMeasure.ornstein_uhlenbeck(1.0).log_evidence(
+        [1.0, 2.0], [[0.1], [0.2]], 0.1, mask=m
+    ),
+    "observe": lambda m: poutine.trace(
+        lambda: sd.infer.observe("y", dist.Normal(0.0, torch.ones(2)), torch.zeros(2), m)
+    ).get_trace(),
+    "rates": lambda m: sd.jumps.RateMatrix(
+        [[0.0, 1.0], [0.0, 0.0]], mask=[[0, 1], [1, 0]] if m is None else [m, m]
+    ),
+    "panel": lambda m: sd.jumps.fit_rates(
+        sd.jumps.PanelData({"i": [1] * 4, "t": [0.0, 1.0, 2.0, 3.0], "s": [0, 1, 0, 1]}, "i", "t", "s"),
+        mask=None if m is None else [m, m],
+        num_draws=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_are_read_alike_everywhere(name: str) -> None:
+    for mask in ([True, True], [1, 1], np.array([1, 1], dtype="int8"), (True, True)):
+        MASKED[name](mask)
+    for bad in ([2, 1], [-1, 1], [0.5, 1.0], [float("nan"), 1.0], ["yes", "no"], [None, True]):
+        with pytest.raises(errors.ShapeError, match="mask must be a boolean"):
+            MASKED[name](bad)

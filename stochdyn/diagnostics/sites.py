@@ -11,6 +11,8 @@ from pyro import poutine
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
+from stochdyn.errors import ShapeError
+
 __all__ = ["HasTimes", "Site", "is_delta", "read_sites"]
 
 Kind = Literal["latent", "deterministic", "observed", "factor"]
@@ -107,7 +109,16 @@ def _read(node: Any, grid: Tensor | None) -> Site:
     times = None
     if grid is not None and len(shape) >= 2 and grid.shape[0] - shape[-2] in (0, 1):
         times = grid[: shape[-2]]
-    data = value.expand(shape) if kind == "observed" else None
+    data = None
+    if kind == "observed":
+        if torch.broadcast_shapes(value.shape, shape) != shape:
+            raise ShapeError(
+                f"the values that site {node['name']!r} observes have more elements than its distribution",
+                got=f"shape {tuple(value.shape)}",
+                expected=shape,
+                hint="expand the parameters of the distribution to the shape of the data",
+            )
+        data = value.expand(shape)
     elements = shape[: len(shape) - fn.base_dist.event_dim] if isinstance(fn, dist.Independent) else batch
     seen = _seen(node, elements) if kind == "observed" else None
     return Site(

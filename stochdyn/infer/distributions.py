@@ -139,8 +139,11 @@ class DiffusionPath(LawDistribution):
         check_event_size(value, self.event_shape[1], "value", -1)
         if self._validate_args:
             self._validate_sample(value)
+        # Batch axes that only the parameters have would else be taken for times, which lead inside.
+        batch = torch.broadcast_shapes(value.shape[:-2], self.batch_shape)
+        value = value.expand(*batch, *self.event_shape)
         log_prob = euler_log_prob(stepped(self.sde, self.method, self.ts), self.initial, self.ts, value)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+        return log_prob.expand(batch)
 
     def _validate_sample(self, value: Tensor) -> None:
         """Raise a typed error unless ``value`` is finite, fits the batch and begins at a fixed start."""

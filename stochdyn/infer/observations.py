@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from stochdyn._checks import as_tensor, as_time_grid, check_bool, check_positive, check_type
+from stochdyn._checks import as_mask, as_tensor, as_time_grid, check_bool, check_positive, check_type
 from stochdyn.core.gaussian.gains import gain_log_evidence, times_with_start
 from stochdyn.core.gaussian.law import GaussianPathMeasure
 from stochdyn.core.gaussian.measure import LinearGaussianMeasure
@@ -69,7 +69,7 @@ def observe(name: str, distribution: Any, values: Any, mask: Any = None) -> Tens
         )
     seen = ~torch.isnan(data)
     if mask is not None:
-        seen = seen & torch.as_tensor(mask, device=data.device).bool()
+        seen = seen & as_mask(mask).to(data.device)
     base, events = distribution, 0
     while isinstance(base, dist.Independent):
         events += base.reinterpreted_batch_ndims

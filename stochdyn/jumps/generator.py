@@ -12,7 +12,7 @@ import torch
 from scipy.linalg.blas import dger
 from torch import Tensor, nn
 
-from stochdyn._checks import as_tensor, check_positive_int, copied
+from stochdyn._checks import as_mask, as_tensor, check_positive_int
 from stochdyn.core.forward.master import MasterEquation
 from stochdyn.errors import ApproximationWarning, InvalidInputError, ShapeError, SystemSizeError
 
@@ -68,9 +68,8 @@ class RateMatrix(nn.Module):
                 hint="rates[i, j] is the rate from i to j: pass the transpose if your columns sum to zero",
             )
         if mask is not None:
-            allowed = mask if isinstance(mask, Tensor) else copied(np.asarray(mask))
-            allowed = allowed.to(value.device)
-            if allowed.shape != value.shape[-2:] or allowed.dtype != torch.bool:
+            allowed = as_mask(mask).to(value.device)
+            if allowed.shape != value.shape[-2:]:
                 raise ShapeError(
                     "mask must hold True or False for every pair of states", got=tuple(allowed.shape)
                 )

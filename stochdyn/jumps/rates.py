@@ -7,11 +7,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_seed, check_bool, check_positive_int, check_real, check_type, copied
+from stochdyn._checks import as_mask, as_seed, check_bool, check_positive_int, check_real, check_type
 from stochdyn._transforms import recorded
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.errors import (
@@ -277,12 +276,12 @@ class _Problem:
         if mask is None:
             allowed[panel.exact_entry] = False
         else:
-            given = mask if isinstance(mask, Tensor) else copied(np.asarray(mask))
+            given = as_mask(mask)
             if given.shape != (size, size):
                 raise ShapeError(
                     "mask must hold True or False for every pair of states", got=tuple(given.shape)
                 )
-            allowed = allowed & given.bool()
+            allowed = allowed & given
             if bool(allowed[panel.exact_entry].any()):
                 raise InvalidInputError(
                     "the mask lets a state of exact entry be left again",

@@ -296,3 +296,57 @@ def test_leaking_master_operators_are_refused_in_any_unit_of_time(scale: float) 
         make(scale * flip)
         with pytest.raises(sd.errors.InvalidInputError, match="sum to zero"):
             make(scale * leak)
+
+
+# ------------------------------------------------------------------------- one path under a batch of laws
+RATES = torch.tensor([0.5, 0.9, 1.3, 0.7, 1.1], dtype=F64)
+STEPS = torch.linspace(0, 1, 6, dtype=F64)  # as many steps as there are laws
+ONE_PATH = torch.tensor([[1.0], [1.3], [0.7], [0.9], [1.6], [1.2]], dtype=F64)
+
+
+def _diffusion(rate: Tensor, start: Any = None) -> sd.DiffusionMeasure:
+    start = torch.ones(1, dtype=F64) if start is None else start
+    return sd.DiffusionMeasure(start, sd.SDE(lambda t, x: -rate[..., None] * x, 1.0))
+
+
+BATCHES: dict[str, Callable[[Tensor], Any]] = {
+    "drift": _diffusion,
+    "strength": lambda q: sd.DiffusionMeasure(
+        torch.ones(1, dtype=F64), sd.SDE(lambda t, x: -x, sd.Scalar(q))
+    ),
+    "control": lambda q: _diffusion(RATES[0]).controlled(lambda t, x: q[..., None] + 0 * x),
+    "coordinates": lambda q: _diffusion(q, torch.zeros(1, dtype=F64)).transformed("exp"),
+    "linear": lambda q: sd.LinearGaussianMeasure.ornstein_uhlenbeck(
+        q[..., None], initial_mean=torch.ones(1, dtype=F64)
+    ),
+    "square root": lambda q: sd.core.SquareRootProcess(
+        q[..., None], 1.0, 0.5, initial=torch.ones(1, dtype=F64)
+    ),
+    "jumps": lambda q: sd.core.JumpDiffusionMeasure(
+        torch.ones(1, dtype=F64),
+        _diffusion(q).sde,
+        2.0,
+        Independent(Normal(torch.zeros(1, dtype=F64), 0.3), 1),
+    ),
+    "site": lambda q: sd.infer.DiffusionPath(
+        sd.SDE(lambda t, x: -q[..., None] * x, 1.0), torch.ones(1, dtype=F64), STEPS
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_one_path_under_many_laws_is_as_under_each(name: str) -> None:
+    """As many laws as steps: the axis of the laws must not be taken for that of the times."""
+    make = BATCHES[name]
+    path: Any = ONE_PATH if name == "site" else sd.PathSample.of_states(STEPS, ONE_PATH)
+    together = make(RATES).log_prob(path)
+    alone = torch.stack([make(rate).log_prob(path) for rate in RATES])
+    torch.testing.assert_close(together, alone)
+    if name in ("drift", "control", "linear", "jumps"):
+        other = make(RATES[1])
+        torch.testing.assert_close(
+            make(RATES).log_rn(path, other), torch.stack([make(rate).log_rn(path, other) for rate in RATES])
+        )
+        torch.testing.assert_close(
+            other.log_rn(path, make(RATES)), torch.stack([other.log_rn(path, make(rate)) for rate in RATES])
+        )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stochdyn.core import SDE, Scalar
-from stochdyn.errors import InvalidInputError, UnknownSiteError
+from stochdyn.errors import ConvergenceWarning, InvalidInputError, UnknownSiteError
 from stochdyn.infer import GuideMethod, LaplaceMethod, NUTSMethod, fit_posterior, sample_path
 from tests.infer.exact import F64, linear_path
 
@@ -135,3 +135,23 @@ def test_a_picture_of_the_path():
     post = fit_posterior(model, Y, method="laplace", num_draws=100, progress=False)
     axes = post.plot(torch.linspace(0, 3, 16, dtype=F64))
     assert "x: median" in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("with_paths", [True, False])
+def test_guides_of_subsampled_plates_are_trained(with_paths):
+    y = 3 + 0.2 * torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("series", 40, subsample_size=10) as index:
+            if with_paths:
+                ts = torch.linspace(0, 1, 4)
+                x = sample_path("x", SDE(lambda t, x: 0 * x, 0.2), torch.zeros(1), ts)[..., 1:, 0]
+            else:
+                x = pyro.sample("x", dist.Normal(0.0, 0.1))[..., None].expand(10, 3)
+            pyro.sample("y", dist.Normal(x + mu[..., None], 0.1).to_event(1), obs=y[index])
+
+    with pytest.warns(ConvergenceWarning):
+        post = fit_posterior(model, y, method=GuideMethod(steps=60, lr=0.1), num_draws=100, progress=False)
+    # On its way from the prior's median, zero, to the data's mean, three.
+    assert float(post.idata.posterior["mu"].values.mean()) > 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stochdyn._checks import (
     as_generator,
+    as_mask,
     as_sample_shape,
     as_tensor,
     check_finite,
@@ -18,7 +19,7 @@ from stochdyn._checks import (
     check_same_dtype,
 )
 from stochdyn.core.gaussian import filter as kalman
-from stochdyn.core.gaussian.observations import Observed, as_mask, prepare, without_missing
+from stochdyn.core.gaussian.observations import Observed, prepare, without_missing
 from stochdyn.core.gaussian.recursion import (
     affine_states,
     broadcast_batches,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stochdyn._checks import (
+    as_mask,
     as_tensor,
     as_time_grid,
     check_finite,
@@ -19,7 +19,7 @@ from stochdyn._checks import (
 from stochdyn.core.gaussian.recursion import align, broadcast_batches, flatten_batch
 from stochdyn.errors import InvalidInputError, ShapeError
 
-__all__ = ["Observations", "Observed", "as_mask", "as_observations", "prepare", "union_of", "without_missing"]
+__all__ = ["Observations", "Observed", "as_observations", "prepare", "union_of", "without_missing"]
 
 
 @dataclass(frozen=True)
@@ -230,22 +230,6 @@ def as_observations(
     y = y.movedim(-2, 0)
     mask, y = without_missing(y, mask)
     return Observations(times, y, emission, _noise_covariance(obs_scale, y), mask)
-
-
-def as_mask(mask: object) -> Tensor:
-    """Turn data into a boolean tensor.
-
-    Raises:
-        ShapeError: If they aren't booleans.
-    """
-    if not isinstance(mask, Tensor):
-        array = np.asarray(mask)
-        if array.dtype != np.bool_:
-            raise ShapeError("mask must be a boolean tensor", got=repr(mask)[:60])
-        return torch.from_numpy(array.copy())
-    if mask.dtype != torch.bool:
-        raise ShapeError("mask must be a boolean tensor", got=mask.dtype)
-    return mask
 
 
 def without_missing(y: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor]:

@@ -435,7 +435,7 @@ class DiffusionMeasure(PathMeasure):
             ApproximationWarning: For reversed paths under noise that depends on the state: as the step goes to zero, the ratio of these
                 densities to those of the paths themselves tends to another number than that of the laws.
         """
-        path = self._check_path(path)
+        path = self._beside(self._check_path(path))
         if path._backwards and self.sde.state_dependent:
             warnings.warn(
                 "The ratio of Euler densities of paths and of their reversal is wrong at order one where the noise depends on the state, "
@@ -471,7 +471,9 @@ class DiffusionMeasure(PathMeasure):
         check_choice(estimator, girsanov.ESTIMATORS, "estimator")
         if not isinstance(other, DiffusionMeasure):
             raise DiffusionMismatchError("log_rn compares two DiffusionMeasures", got=type(other).__name__)
-        path = self._check_path(path)
+        path = self._beside(self._check_path(path))
+        if not (other.sde.control is None and other.sde.shares_base(self.sde)):
+            path = other._beside(path)
         relation = relate(self, other, path, recorded)
         start = self.initial.log_ratio(relation.p.initial, path.x[..., 0, :], estimator)
         if estimator == "rate":
@@ -509,6 +511,12 @@ class DiffusionMeasure(PathMeasure):
         """Return the states that controls see, time leading: ``(T, *sample, d + m K)``."""
         memory = path.aux.get("memory")
         return full_state(path.leading(), None if memory is None else memory.movedim(-3, 0))
+
+    def _beside(self, path: PathSample) -> PathSample:
+        """Return paths with the batch axes of the law, which would else be taken for their times when time leads."""
+        if path.law is self:
+            return path
+        return path.expanded(batch_shape_of(self.sde, path.x[..., 0, :], path.ts))
 
     def _check_path(self, path: Path) -> PathSample:
         """Return the paths on the grid of their simulation; raise a typed error unless they are finite and fit this law."""

@@ -179,7 +179,7 @@ class JumpDiffusionMeasure(PathMeasure):
             UnavailableError: If the sizes of jumps aren't Gaussian.
             SingularDiffusionError: If the diffusion is singular.
         """
-        path = self.diffusion._check_path(path)
+        path = self.diffusion._beside(self.diffusion._check_path(path))
         states = path.leading()
         return self.diffusion.initial.log_prob(states[0]) + self._transitions(path).sum(0)
 
@@ -203,7 +203,7 @@ class JumpDiffusionMeasure(PathMeasure):
             raise UnavailableError(
                 "the density ratio is known between diffusions with jumps, by estimator='density'"
             )
-        fine = self.diffusion._check_path(path)
+        fine = other.diffusion._beside(self.diffusion._beside(self.diffusion._check_path(path)))
         x = fine.leading()
         t = time_column(fine.ts[:-1], x[:-1])
         check_equivalent(self.sde, other.sde, t, x[:-1])

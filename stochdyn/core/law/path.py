@@ -126,6 +126,19 @@ class PathSample:
         """Return the states with time leading, ``(T, *sample, *batch, d)``."""
         return self.x.movedim(-2, 0)
 
+    def expanded(self, batch: torch.Size) -> PathSample:
+        """Return the same path with the leading axes of a batch of laws that it is seen under."""
+        batch = torch.broadcast_shapes(self.shape, batch)
+        if batch == self.shape:
+            return self
+        lead = len(self.shape)
+
+        def wide(value: Tensor) -> Tensor:
+            return value.expand(*batch, *value.shape[lead:])
+
+        aux = {name: wide(value) for name, value in self.aux.items()}
+        return replace(self, x=wide(self.x), dw=wide(self.dw), aux=aux)
+
     def detach(self) -> PathSample:
         """Return the same path cut off from the graph."""
         aux = {k: v.detach() for k, v in self.aux.items()}
