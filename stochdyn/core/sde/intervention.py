@@ -105,8 +105,14 @@ class _Changed(nn.Module):
     def __init__(self, sde: SDE, intervention: Intervention) -> None:
         super().__init__()
         self.sde, self.intervention = sde, intervention
-        # A module is registered, so that its parameters are found.
+        # A module is registered, so that its parameters are found; so are those that components are held at.
         self.change: Any = intervention.drift
+        given = {"start_time": intervention.start_time} | {
+            f"value_{k}": v for k, v in intervention.values.items()
+        }
+        for name, value in given.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         move: Tensor = self.sde.drift(t, x)
