@@ -143,7 +143,9 @@ def as_tensor(
         if value.is_complex():
             raise InvalidInputError(f"{name} must be real", got=value.dtype)
     else:
-        value = _from_array(x, name, torch.get_default_dtype() if like is None else like.dtype)
+        frame = like is None and _holds_floats(x)
+        dtype = torch.get_default_dtype() if like is None else like.dtype
+        value = _from_array(x, name, torch.float64 if frame else dtype)
     if not value.is_floating_point():
         value = value.to(torch.get_default_dtype() if like is None else like.dtype)
     if like is not None and not isinstance(x, Tensor):
@@ -161,6 +163,12 @@ def _has_precision(x: object) -> bool:
     dtype = getattr(x, "dtype", None)
     dtype = getattr(dtype, "numpy_dtype", dtype)  # what a nullable column of pandas holds
     return isinstance(dtype, np.dtype) and np.issubdtype(dtype, np.floating)
+
+
+def _holds_floats(x: object) -> bool:
+    """Return whether data are a table with a column in double precision, which an array of it then has too."""
+    dtypes = getattr(x, "dtypes", None)  # of a data frame
+    return isinstance(dtypes, Iterable) and any(getattr(d, "numpy_dtype", d) == np.float64 for d in dtypes)
 
 
 def without_mask(x: object) -> np.ndarray:
