@@ -148,7 +148,8 @@ def test_guides_of_subsampled_plates_are_trained(with_paths):
                 ts = torch.linspace(0, 1, 4)
                 x = sample_path("x", SDE(lambda t, x: 0 * x, 0.2), torch.zeros(1), ts)[..., 1:, 0]
             else:
-                x = pyro.sample("x", dist.Normal(0.0, 0.1))[..., None].expand(10, 3)
+                x = pyro.sample("x", dist.Normal(0.0, 0.1))[..., None]
+                x = x.expand(*x.shape[:-1], 3)
             pyro.sample("y", dist.Normal(x + mu[..., None], 0.1).to_event(1), obs=y[index])
 
     with pytest.warns(ConvergenceWarning):
