@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,18 @@ from stochdyn.interpolants.paths.interpolant import TARGETS, Interpolant
 
 __all__ = ["WhitenedField"]
 
-#: The inner time; the path and its rates; centre and variance; their rates; the widths.
-Coefficients = tuple[
-    Tensor,
-    tuple[Tensor, Tensor, Tensor, Tensor],
-    tuple[Tensor, Tensor],
-    tuple[Tensor, Tensor, Tensor],
-    Tensor,
-]
+
+class _AtTime(NamedTuple):
+    """What depends on time alone: y = (x - centre) scale, and the field is base + slope y + gain N, plus blur N' where there are two parts."""
+
+    centre: Tensor
+    scale: Tensor
+    base: Tensor
+    slope: Tensor
+    gain: Tensor
+    blur: Tensor
+    time: Tensor
+    widths: Tensor
 
 
 class WhitenedField(TimedNetwork):
@@ -123,7 +128,7 @@ class WhitenedField(TimedNetwork):
         check_real(clip, "clip", above=0.0, below=0.5)
         check_positive_int(frequencies, "frequencies", 0)
         check_real(finest, "finest", minimum=1.0)
-        self._ready: dict[float, Coefficients] = {}
+        self._ready: dict[float, _AtTime] = {}
         # not registered: what a path learns isn't the field's to train
         self._path, self.name, self.clip = (interpolant,), name, clip
         dim = mean1.shape[-1]
@@ -247,42 +252,38 @@ class WhitenedField(TimedNetwork):
         check_event_size(x, self.mean1.shape[-1], "x")
         time = as_time(t, x).to(x.dtype)
         time = time.reshape(1) if time.ndim == 0 else time
-        known = self._ready.get(float(time.reshape(-1)[0])) if self._ready and _is_one(time) else None
-        if known is None or known[0].dtype != x.dtype:
-            known = self._coefficients(time)
-        inner, path, (centre, variance), rates, widths = known
-        scale = variance.rsqrt()
+        at = self._ready.get(float(time.reshape(-1)[0])) if self._ready and _is_one(time) else None
+        if at is None or at.scale.dtype != x.dtype:
+            # who gave the times has looked at them
+            with values_unchecked():
+                at = self._at(time)
         state = x if self.basis is None else x @ self.basis
-        y = (state - centre) * scale
-        seen = [y, widths.expand(*x.shape[:-1], 2)]
+        y = (state - at.centre) * at.scale
+        seen = [y, at.widths.expand(*x.shape[:-1], 2)]
         if self.waves is not None:
             phase = y @ self.waves
             seen += [phase.sin(), phase.cos()]
-        net = self.network((2 * time - 1).expand(*x.shape[:-1], 1), torch.cat(seen, -1), condition)
-        field = self._field(inner, y, scale, path, rates, net)
+        net = self.network(at.time.expand(*x.shape[:-1], 1), torch.cat(seen, -1), condition)
+        field = at.base + at.slope * y
+        if self.two_parts:
+            even, blurred = net.chunk(2, -1)
+            field = field + at.gain * even + at.blur * blurred
+        else:
+            field = field + at.gain * net
         return field if self.basis is None else field @ self.basis.mT
 
     @contextmanager
     def at_times(self, times: Tensor) -> Iterator[None]:
         """Compute at once what depends on times ``(n,)`` alone; inside the block it serves evaluations at one of them for all points."""
-        inner, path, moments, rates, widths = self._coefficients(times.unsqueeze(-1))
-        rows = zip(*(v.split(1) for v in (inner, *path, *moments, *rates, widths)), strict=True)
-        self._ready = {
-            t: (row[0], row[1:5], row[5:7], row[7:10], row[10])
-            for t, row in zip(times.tolist(), rows, strict=True)
-        }
+        with values_unchecked():
+            rows = zip(*(v.split(1) for v in self._at(times.unsqueeze(-1))), strict=True)
+        self._ready = {t: _AtTime(*row) for t, row in zip(times.tolist(), rows, strict=True)}
         try:
             yield
         finally:
             self._ready = {}
 
-    def _coefficients(self, time: Tensor) -> Coefficients:
-        """Return what depends on time alone: times inside, the path with its rates, moments with theirs, and the widths as inputs."""
-        # who gave the times has looked at them
-        with values_unchecked():
-            return self._of_time(time)
-
-    def _of_time(self, time: Tensor) -> Coefficients:
+    def _at(self, time: Tensor) -> _AtTime:
         it, unit = self.interpolant, self.variance0.mean() + self.variance1.mean()
         inner = time.clamp(self.clip, 1 - self.clip)
         b, db = it.beta.value(time), it.beta.derivative(inner)
@@ -299,39 +300,44 @@ class WhitenedField(TimedNetwork):
         if it.has_latent:
             variance = variance + it.gamma.square(time)
             spread = spread + 0.5 * it.gamma.square_derivative(time)
-        low, width = self.log_ranges
-        widths = (self._log_widths(time, unit) - low) * (2 / width) - 1
-        return inner, (a, b, da, db), (centre, _positive(variance, unit)), (drift, spread, smooth), widths
-
-    def _field(
-        self,
-        t: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        path: tuple[Tensor, Tensor, Tensor, Tensor],
-        rates: tuple[Tensor, Tensor, Tensor],
-        net: Tensor,
-    ) -> Tensor:
-        """Return the Gaussian's field plus the network's, in the basis."""
-        it, (a, b, da, db), (drift, spread, smooth) = self.interpolant, path, rates
+        scale = _positive(variance, unit).rsqrt()
+        blur = time  # not used but for two parts
         # E[x1 | x_t] = m1 + b v1 V_t^{-1/2} y for the Gaussian, and likewise for the start
         if self.name == "data_prediction":
-            return self.mean1 + b * self.variance1 * scale * y + self.variance1.sqrt() * net
-        if self.name == "start_prediction" or (self.name == "noise_prediction" and it.kind == "one-sided"):
-            return self.mean0 + a * self.variance0 * scale * y + self.variance0.sqrt() * net
-        if self.name in ("velocity", "path_velocity"):
+            base, slope, gain = (
+                _at_each(self.mean1, centre),
+                b * self.variance1 * scale,
+                _at_each(self.variance1.sqrt(), centre),
+            )
+        elif self.name == "start_prediction" or (self.name == "noise_prediction" and it.kind == "one-sided"):
+            base, slope, gain = (
+                _at_each(self.mean0, centre),
+                a * self.variance0 * scale,
+                _at_each(self.variance0.sqrt(), centre),
+            )
+        elif self.name in ("velocity", "path_velocity"):
             # b = m_t' + V_t' / 2 V_t^{-1/2} y; the correction has the size of the rates of the two ends
-            pace = (da.square() * self.variance0 + db.square() * self.variance1).sqrt()
-            plain = drift + (spread if self.name == "velocity" else smooth) * scale * y
-            if not self.two_parts:
-                return plain + pace * net
-            even, blurred = net.chunk(2, -1)
-            return plain + pace * even + it.gamma.derivative(t) * blurred
+            base, slope = drift, (spread if self.name == "velocity" else smooth) * scale
+            gain = (da.square() * self.variance0 + db.square() * self.variance1).sqrt()
+            if self.two_parts:
+                blur = it.gamma.derivative(inner)
         # E[z | x_t] = gamma V_t^{-1/2} y, and the score is -1 / gamma times it
-        noise = it.noise.value(t)
-        if self.name == "noise_prediction":
-            return noise * scale * y + net
-        return -scale * y - net / noise
+        elif self.name == "noise_prediction":
+            base, slope, gain = (
+                torch.zeros_like(centre),
+                it.noise.value(inner) * scale,
+                torch.ones_like(centre),
+            )
+        else:
+            base, slope, gain = torch.zeros_like(centre), -scale, -1 / it.noise.value(inner)
+        low, width = self.log_ranges
+        widths = (self._log_widths(time, unit) - low) * (2 / width) - 1
+        return _AtTime(centre, scale, base, slope, gain, blur, 2 * time - 1, widths)
+
+
+def _at_each(value: Tensor, like: Tensor) -> Tensor:
+    """Return a constant beside what depends on time."""
+    return value.expand_as(like)
 
 
 def _is_one(time: Tensor) -> bool:

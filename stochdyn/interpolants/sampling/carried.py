@@ -14,7 +14,7 @@ from stochdyn.interpolants.fields.networks import Fields, evaluating
 from stochdyn.interpolants.sampling.methods import Adaptive, FlowMethod
 from stochdyn.interpolants.sampling.samplers import integrate_ode
 
-__all__ = ["carry"]
+__all__ = ["carry", "stages_of"]
 
 Velocity = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -30,6 +30,7 @@ def carry(
     ts: Tensor,
     method: FlowMethod,
     inside: tuple[bool, bool] = (False, False),
+    stages: Tensor | None = None,
 ) -> Tensor:
     r"""Carry points along :math:`\dot x=b(t,x)`, differentiably.
 
@@ -48,6 +49,7 @@ def carry(
         ts: The times, strictly increasing or strictly decreasing, ``(T,)``.
         method: How to take a step.
         inside: Whether the velocity is known at the first and at the last time as a limit only, as in :func:`integrate_ode`.
+        stages: The times that :func:`stages_of` returns for this grid, where they are known already.
 
     Returns:
         ``(n, d)``, with first and second derivatives in the points, the condition and the parameters.
@@ -56,7 +58,7 @@ def carry(
     plain = (
         not fields.owns_all or not torch.is_grad_enabled() or not x.requires_grad or transforms_are_active()
     )
-    way = _Way(fields, velocity, x, condition, ts, method, inside)
+    way = _Way(fields, velocity, x, condition, ts, method, inside, stages)
     if plain or not few or isinstance(method, Adaptive):
         return way.walk(x, condition)
     end: Tensor = _InStarts.apply(way, x)
@@ -65,16 +67,29 @@ def carry(
     return end + _InOthers.apply(way, *others) if others else end
 
 
+def stages_of(ts: Tensor, method: FlowMethod, inside: tuple[bool, bool]) -> Tensor:
+    """Return the times at which a method with fixed steps looks at the velocity, in order, ``(S,)``."""
+    times: list[Tensor] = []
+
+    def noted(t: Tensor, y: Tensor) -> Tensor:
+        times.append(t)
+        return y
+
+    integrate_ode(noted, torch.zeros_like(ts[:1]), ts, method, inside=inside)
+    return torch.stack(times)
+
+
 class _Way:
     """A flow on a grid, and what is to be remembered of the way of some points."""
 
     def __init__(
         self, fields: Fields, velocity: Velocity, x: Tensor, condition: Tensor | None, ts: Tensor, method: FlowMethod,
-        inside: tuple[bool, bool],
+        inside: tuple[bool, bool], stages: Tensor | None,
     ) -> None:  # fmt: skip
         self.fields, self.velocity, self.x, self.condition = fields, velocity, x, condition
         self.ts, self.method, self.inside = ts, method, inside
         self.parameters = tuple(p for p in fields.parameters() if p.requires_grad)
+        self.stages = stages
         self.times: list[Tensor] = []
         self.points: list[Tensor] = []
         self._jacobians: Tensor | None = None
@@ -102,21 +117,15 @@ class _Way:
             return self.velocity(t, y, condition)
 
         condition = None if self.condition is None else self.condition.detach()
-        with evaluating(self.fields), values_unchecked(), self.fields.at_times(self.stages):
+        with evaluating(self.fields), values_unchecked(), self.fields.at_times(self.known_stages):
             end = self.integrate(noted, self.x.detach())
         check_finite(end, "x")
         return end
 
-    def stages(self) -> Tensor:
-        """Return the times at which the method looks at the velocity."""
-        times: list[Tensor] = []
-
-        def noted(t: Tensor, y: Tensor) -> Tensor:
-            times.append(t)
-            return y
-
-        self.integrate(noted, torch.zeros_like(self.x[:1]))
-        return torch.stack(times)
+    def known_stages(self) -> Tensor:
+        if self.stages is None:
+            self.stages = stages_of(self.ts, self.method, self.inside)
+        return self.stages
 
     def slopes(self, condition: Tensor | None, copies: int = 1) -> tuple[Tensor, Tensor]:
         """Return copies of all points of the way and the velocity there, ``(copies S n, d)``, with a graph between them."""

@@ -16,8 +16,8 @@ from stochdyn._checks import check_positive_int
 from stochdyn.errors import ShapeError, UnavailableError
 from stochdyn.infer.law_distribution import LawDistribution
 from stochdyn.interpolants.fields.conditions import as_condition
-from stochdyn.interpolants.sampling.carried import carry
-from stochdyn.interpolants.sampling.methods import FLOW_METHODS, FlowMethod, as_method
+from stochdyn.interpolants.sampling.carried import carry, stages_of
+from stochdyn.interpolants.sampling.methods import FLOW_METHODS, Adaptive, FlowMethod, as_method
 
 if TYPE_CHECKING:
     from stochdyn.interpolants.sampling.generator import InterpolantGenerator
@@ -151,7 +151,7 @@ class InterpolantDistribution(FlowDistribution):
         UnavailableError: If the density of the starts isn't known.
     """
 
-    _carried = ("model", "num_steps", "guidance", "method", "law", "condition_axes")
+    _carried = ("model", "num_steps", "guidance", "method", "law", "condition_axes", "_stages")
 
     def __init__(
         self,
@@ -166,6 +166,7 @@ class InterpolantDistribution(FlowDistribution):
         self.model, self.num_steps, self.guidance = model, num_steps, guidance
         self.method = as_method(method, FLOW_METHODS, "flows")
         self.law = model.starts.law()
+        self._stages: Tensor | None = None
         event = torch.Size(model.event_shape or self.law.event_shape)
         given = None if condition is None else as_condition(condition, self.law.sample())
         axes = 0 if given is None or not given.is_floating_point() else 1
@@ -173,16 +174,20 @@ class InterpolantDistribution(FlowDistribution):
 
     def _carry(self, noise: Tensor, condition: Tensor | None) -> Tensor:
         model = self.model
+        inside, learnt = model._inside("velocity"), "velocity" in model.fields.names
         grid = model._grid(self.num_steps, None, noise)
-
-        learnt = "velocity" in model.fields.names
+        known = self._stages
+        if known is None or known.dtype != grid.dtype or known.device != grid.device:
+            self._stages = known = (
+                None if isinstance(self.method, Adaptive) else stages_of(grid, self.method, inside)
+            )
 
         def velocity(t: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
             if learnt:
                 return model.fields.guided("velocity", t.expand(*x.shape[:-1], 1), x, rows, self.guidance)
             return model.fields("velocity", t, x, rows, self.guidance)
 
-        return carry(model.fields, velocity, noise, condition, grid, self.method, model._inside("velocity"))
+        return carry(model.fields, velocity, noise, condition, grid, self.method, inside, known)
 
     def _density(self, flat: Tensor, condition: Tensor | None) -> Tensor:
         points = flat.reshape(-1, *self.event_shape)
