@@ -321,3 +321,14 @@ def test_masks_are_read_alike_everywhere(name: str) -> None:
     for bad in ([2, 1], [-1, 1], [0.5, 1.0], [float("nan"), 1.0], ["yes", "no"], [None, True]):
         with pytest.raises(errors.ShapeError, match="mask must be a boolean"):
             MASKED[name](bad)
+
+
+def test_tables_keep_their_precision_as_arrays_do() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": [1e9, 1e9 + 1], "b": [0.1, 0.2]})
+    for table in (frame, frame.astype("Float64"), frame.assign(b=[1, 2])):
+        value = _checks.as_tensor(table, "x")
+        assert value.dtype == F64
+        assert float(value[1, 0] - value[0, 0]) == 1.0
+    assert _checks.as_tensor(frame.astype("float32"), "x").dtype == torch.float32
+    assert _checks.as_tensor(frame, "x", like=torch.zeros(())).dtype == torch.float32

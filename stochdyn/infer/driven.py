@@ -89,6 +89,9 @@ def sample_driven(name: str, law: PathIncrements) -> Tensor:
     """
     with _Handed() as handed:
         dw = pyro.sample(f"{name}_dw", law, infer={"path": name})  # type: ignore[arg-type]
+    # Increments that a handler gives, once for all, drive one path under each of the parameters.
+    batch = torch.broadcast_shapes(dw.shape[:-2], law.batch_shape)
+    dw = dw.expand(*batch, *dw.shape[-2:]) if batch != dw.shape[:-2] else dw
     return _drive(law, dw, handed.path, name=name)
 
 

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import Predictive
 
 from stochdyn.core import SDE, Matrix, Scalar, integrate
 from stochdyn.errors import (
@@ -312,3 +313,20 @@ def test_times_in_any_form_give_the_same_path(noise_space):
     grid = Panel.from_arrays([[0.0, 1.0], [0.5, 2.0]], [[1.0, 2.0], [3.0, 4.0]]).grid(dt=0.25)
     assert torch.equal(draw(grid), draw(grid.ts))
     assert grid.read(draw(grid)).shape == (2, 2, 2)
+
+
+def test_increments_given_once_drive_a_path_under_each_draw_of_the_parameters():
+    ts = torch.linspace(0, 1, 6)
+
+    def model():
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 0.3))
+        start = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+        return sample_path("x", SDE(lambda t, x: -rate[..., None] * x, 0.5), start, ts, noise_space=True)
+
+    nodes = poutine.trace(model).get_trace().nodes
+    known = poutine.condition(model, {n: nodes[n]["value"] for n in ("x_0", "x_dw")})
+    # As many draws as steps.
+    rates = torch.tensor([0.5, 1.0, 1.5, 2.0, 0.7])
+    together = Predictive(known, posterior_samples={"rate": rates}, parallel=True, return_sites=["x"])()["x"]
+    alone = [poutine.condition(known, {"rate": rate})() for rate in rates]
+    torch.testing.assert_close(together, torch.stack(alone))
