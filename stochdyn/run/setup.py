@@ -15,9 +15,10 @@ from torch.optim import LBFGS, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from stochdyn._checks import as_seed, check_callable, check_choice, check_positive_int, check_real
-from stochdyn.errors import DeviceMismatchError, InvalidInputError, ShapeError
+from stochdyn.errors import DeviceMismatchError, DtypeMismatchError, InvalidInputError, ShapeError
 from stochdyn.objectives.base import Objective, ObjectiveValue
 from stochdyn.run.data import Batches
+from stochdyn.run.encoding import map_tensors
 from stochdyn.run.identity import held_by
 
 __all__ = [
@@ -112,14 +113,20 @@ class Call(nn.Module):
 
     def forward(self, batch: Any) -> ObjectiveValue:
         """Return the value of one batch."""
-        if isinstance(self.objective, Objective) or batch is None:
-            value = self.objective() if batch is None else self.objective(batch)
-        elif isinstance(batch, (tuple, list)):
-            value = self.objective(*batch)
-        elif isinstance(batch, Mapping):
-            value = self.objective(**batch)
-        else:
-            value = self.objective(batch)
+        try:
+            value = self._value(batch)
+        except RuntimeError as error:
+            ours = {p.dtype for p in self.objective.parameters() if p.is_floating_point()}
+            found: list[Tensor] = []
+            map_tensors(lambda x: found.append(x) or x, batch)  # type: ignore[func-returns-value]
+            theirs = {x.dtype for x in found if x.is_floating_point()}
+            if "dtype" not in str(error) or not theirs or theirs <= ours:
+                raise
+            raise DtypeMismatchError(
+                "the objective doesn't take the precision of the data",
+                got=f"data {', '.join(map(str, theirs))} and parameters {', '.join(map(str, ours))}: {error}",
+                hint="convert the data with .to(dtype), or the objective",
+            ) from error
         if isinstance(value, Tensor):
             return ObjectiveValue(value)
         if isinstance(value, ObjectiveValue):
@@ -127,6 +134,13 @@ class Call(nn.Module):
         raise InvalidInputError(
             "the objective must return an ObjectiveValue or a scalar tensor", got=type(value).__name__
         )
+
+    def _value(self, batch: Any) -> Any:
+        if isinstance(self.objective, Objective) or batch is None:
+            return self.objective() if batch is None else self.objective(batch)
+        if isinstance(batch, (tuple, list)):
+            return self.objective(*batch)
+        return self.objective(**batch) if isinstance(batch, Mapping) else self.objective(batch)
 
 
 def check_loss(loss: Any) -> None:

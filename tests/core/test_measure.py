@@ -458,3 +458,11 @@ def test_a_law_may_start_at_a_time_that_single_precision_rounds_up() -> None:
     assert path.fine is not None
     assert path.fine.ts.shape == (3,)
     assert law.marginal(torch.tensor(0.3, dtype=F64)).covariance.abs().max() == 0
+
+
+def test_a_network_of_another_precision_than_the_path_is_told() -> None:
+    law = sd.DiffusionMeasure(torch.zeros(2, dtype=torch.float64), sd.SDE(lambda t, x: -x, 1.0))
+    path = law.sample(torch.linspace(0, 1, 3), 2, 0)
+    net = torch.nn.Linear(2, 2)
+    with pytest.raises(sd.errors.DtypeMismatchError, match="control's drift"):
+        law.controlled(lambda t, x: net(x)).log_rn(path, law)

@@ -19,8 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stochdyn.run.progress as progress_module
 import stochdyn.run.training as training_module
-from stochdyn.errors import DeviceMismatchError, EmptyDataError, InvalidInputError, ShapeError
-from stochdyn.objectives import ObjectiveValue
+from stochdyn.errors import (
+    DeviceMismatchError,
+    DtypeMismatchError,
+    EmptyDataError,
+    InvalidInputError,
+    ShapeError,
+)
+from stochdyn.objectives import Objective, ObjectiveValue
 from stochdyn.run import FitResult, fit
 from stochdyn.run.guard import FiniteGuard
 from tests.run.toys import Quadratic, Regression, regression_data, same_bits, weights
@@ -494,3 +500,19 @@ def test_device_moves_objective_and_data() -> None:
     assert {p.device.type for p in objective.parameters()} == {"cuda"}
     assert result.losses.device.type == "cpu"
     assert result.losses[-1] < result.losses[0]
+
+
+def test_data_of_another_precision_than_the_network_are_told() -> None:
+    class Model(Objective):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(2, 1)
+
+        def forward(self, batch: Any = None) -> ObjectiveValue:
+            return ObjectiveValue(self.net(batch["x"]).square().mean())
+
+    data = {"x": torch.zeros(4, 2, dtype=torch.float64), "weights": torch.ones(4, dtype=torch.float64)}
+    told = r"data torch\.float64 and parameters torch\.float32"
+    with pytest.raises(DtypeMismatchError, match=told):
+        fit(Model(), data, steps=2, progress=False)
+    fit(Model().double(), data, steps=2, progress=False)

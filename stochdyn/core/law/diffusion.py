@@ -516,7 +516,13 @@ class DiffusionMeasure(PathMeasure):
         """Return paths with the batch axes of the law, which would else be taken for their times when time leads."""
         if path.law is self:
             return path
-        return path.expanded(batch_shape_of(self.sde, path.x[..., 0, :], path.ts))
+        first = path.x[..., 0, :]
+        try:
+            batch = batch_shape_of(self.sde, first, path.ts)
+        except RuntimeError:
+            self.sde.check(first_time(path.ts, first), first)  # which says what doesn't fit
+            raise
+        return path.expanded(batch)
 
     def _check_path(self, path: Path) -> PathSample:
         """Return the paths on the grid of their simulation; raise a typed error unless they are finite and fit this law."""
