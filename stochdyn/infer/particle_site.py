@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn._checks import as_tensor, check_callable, check_positive_int, values_unchecked
-from stochdyn.core.particles.filtering import run_particles
+from stochdyn.core.particles.filtering import run_unjudged
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import ShapeError, UnavailableError
 from stochdyn.infer.law_distribution import LawDistribution
@@ -121,10 +121,10 @@ class ParticleObservations(LawDistribution):
                 "the estimate of a particle filter has no gradient",
                 hint="fit_posterior(..., method='pmmh') needs none; NonlinearObservations has one",
             )
-        # Parameters of a chain may be wild, where a poor estimate is no news.
         with torch.no_grad(), values_unchecked():
             model = particles_of(self.seen, StateLikelihood(self.observe, value), self.method)
-            run = run_particles(model, self.num_particles, self.method.threshold)
+        # Parameters of a chain may be wild, where a poor estimate is no news.
+        run = run_unjudged(model, self.num_particles, self.method.threshold)
         return run.log_evidence.expand(batch)
 
 

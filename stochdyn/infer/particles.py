@@ -37,6 +37,7 @@ from stochdyn.infer.linearise import expand_likelihood, linear_posterior
 from stochdyn.infer.mode import fit_linearised
 from stochdyn.infer.seen import SeenEquation, draw_start
 from stochdyn.infer.start import StartPrior, is_unconstrained
+from stochdyn.infer.state_likelihood import StateLikelihood
 from stochdyn.infer.view import SiteView, view_site
 
 __all__ = ["BootstrapFilter", "GuidedFilter", "particle_filter"]
@@ -220,6 +221,7 @@ class _EquationParticles(ParticleModel):
         self.num_times, self.device = len(stops.counts), probe.device
         self.chain = EulerTransitions(sde, stops, probe)
         self.dim = self.chain.dim
+        self._nothing = probe.new_tensor(-torch.inf)
         self.factor = sde.noise.initial_factor(dtype=probe.dtype, device=probe.device)
 
     def start(self, num_particles: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -257,7 +259,7 @@ class _EquationParticles(ParticleModel):
     def weigh(self, step: int, z: Tensor) -> Tensor:
         """Return the log likelihood; a state of which it isn't a number is impossible."""
         found = self.log_likelihood(step, z[..., : self.dim])
-        return torch.where(torch.isnan(found), torch.full_like(found, -torch.inf), found)
+        return torch.fmax(found, self._nothing.to(found))
 
 
 class _GuidedParticles(ParticleModel):
@@ -322,6 +324,9 @@ class _GuidedParticles(ParticleModel):
         """Return the log likelihood ``(*batch,)`` of a path ``(T, *batch, d)``."""
         free = self.free
         seen = path.index_select(0, free.stops.index)
+        if isinstance(free.log_likelihood, StateLikelihood):
+            # One call for all times, where a function has to be asked for each.
+            return free.log_likelihood.along(seen).expand(free.num_times, *free.batch).sum(0)
         rows = [free.log_likelihood(k, seen[k].unsqueeze(0))[0] for k in range(free.num_times)]
         return torch.stack([r.expand(free.batch) for r in rows]).sum(0)
 

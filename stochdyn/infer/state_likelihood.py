@@ -48,20 +48,36 @@ class StateLikelihood:
         self.values = torch.where(self.seen, data, known[0] if self._any else torch.zeros_like(data))
         self._whole = bool(self.seen.all())
         self._events: tuple[int, int] | None = None
+        self._rows: tuple[Any, tuple[Tensor, ...]] | None = None
 
     def __call__(self, step: int, x: Tensor) -> Tensor:
         """Return the log likelihood ``(...)`` of observation ``step`` at states ``x (..., d)``."""
         law = self.observe(x)
         size = len(law.event_shape)
-        value = self.values.movedim(-1 - size, 0)[step].to(x)
+        value = self._row(step, size, x)
         if self._whole:
             return self._fitting(law, value)
+        return self._where_seen(law, value, self.seen.movedim(-1 - size, 0)[step])
+
+    def along(self, x: Tensor) -> Tensor:
+        """Return the log likelihoods ``(T, ...)`` of all observations at states ``x (T, ..., d)`` at their times."""
+        law = self.observe(x)
+        size = len(law.event_shape)
+        value, seen = (v.movedim(-1 - size, 0) for v in (self.values.to(x), self.seen))
+        # Axes that the data don't have stand between time and theirs; axes of size one that states don't have are no axes.
+        more = x.ndim - 1 - (value.ndim - size)
+        lead = (1,) * more
+        value, seen = (v.reshape(len(v), *lead, *v.shape[1 + max(0, -more) :]) for v in (value, seen))
+        return self._fitting(law, value) if self._whole else self._where_seen(law, value, seen)
+
+    def _where_seen(self, law: Any, value: Tensor, seen: Tensor) -> Tensor:
+        """Return the log likelihood of what was seen."""
+        size = len(law.event_shape)
         base, events = law, 0
         while isinstance(base, dist.Independent | torch.distributions.Independent):
             events += base.reinterpreted_batch_ndims
             base = base.base_dist
         inner = len(base.event_shape)
-        seen = self.seen.movedim(-1 - size, 0)[step]
         if inner:
             whole = seen.flatten(-inner)
             if self._events is None:
@@ -71,6 +87,13 @@ class StateLikelihood:
         pointwise = self._fitting(base, value)
         kept = torch.where(seen, pointwise, torch.zeros_like(pointwise))
         return kept.sum(tuple(range(-events, 0))) if events else kept
+
+    def _row(self, step: int, size: int, like: Tensor) -> Tensor:
+        """Return observation ``step`` in the precision of the states; all are converted at the first call."""
+        key = size, like.dtype, like.device
+        if self._rows is None or self._rows[0] != key:
+            self._rows = key, self.values.to(like).movedim(-1 - size, 0).unbind(0)
+        return self._rows[1][step]
 
     def _check_vectors(self, inner: int) -> None:
         whole = self.seen.flatten(-inner)

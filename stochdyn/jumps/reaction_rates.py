@@ -13,8 +13,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from stochdyn._checks import as_seed, check_positive_int, check_real, check_type, values_unchecked
-from stochdyn.core.particles.filtering import ParticleModel, run_particles
+from stochdyn._checks import as_seed, check_positive_int, check_real, check_type
+from stochdyn.core.particles.filtering import ParticleModel, run_unjudged
 from stochdyn.diagnostics.container import from_draws
 from stochdyn.errors import InvalidInputError, ZeroProbabilityError
 from stochdyn.jumps._runge_kutta import runge_kutta
@@ -254,8 +254,7 @@ class ParticleFilter(CountLikelihood):
         """Return estimates of log-likelihoods ``(n,)``."""
         particles = _Molecules(network, times, counts, constants, float(self.obs_scale or 1.0))
         # A chain of parameters asks for many runs, in which a poor one is no news.
-        with values_unchecked():
-            return run_particles(particles, self.num_particles, generator=source).log_evidence
+        return run_unjudged(particles, self.num_particles, generator=source).log_evidence
 
 
 class _Molecules(ParticleModel):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import stochdyn as sd
 from stochdyn import testing
+from stochdyn._checks import values_unchecked
 from stochdyn.core.particles import ParticleModel, effective_size, run_particles, systematic, take_particles
 from stochdyn.errors import (
     ApproximationWarning,
@@ -70,7 +71,41 @@ def test_weights_beyond_all_measure_and_single_precision():
     assert taken.tolist() == [[[0.0, 1.0], [10.0, 11.0]], [[4.0, 5.0], [6.0, 7.0]]]
 
 
+def test_many_draws_are_those_of_a_search():
+    """Indices of many points come from counts, without a search; a part of the same teeth comes from one."""
+    log_weights = torch.randn(3000, 2, generator=torch.Generator().manual_seed(0), dtype=F64) * 3
+    log_weights[:7] = log_weights[-5:] = -math.inf
+    for draws in (1000, 3000, 7000):
+        index = systematic(log_weights, draws, 1)
+        offset = torch.rand(2, 1, dtype=F64, generator=torch.Generator().manual_seed(1))
+        edges = log_weights.softmax(0).mT.cumsum(-1)
+        comb = (torch.arange(draws, dtype=F64) + offset) / draws
+        assert torch.equal(index.mT, torch.searchsorted(edges / edges[:, -1:], comb, right=True))
+
+
 # ---------------------------------------------------------------------------------------------- evidence
+@pytest.mark.parametrize("threshold", [0.5, 1.0])
+def test_a_look_at_the_weights_changes_no_bit(threshold):
+    """On the host the loop sees when nobody has to resample, and elsewhere it doesn't look."""
+    y = torch.tensor([[[0.2], [NAN], [0.4]], [[0.9], [0.3], [8.0]], [[NAN], [NAN], [NAN]]], dtype=F64)
+    noise = lambda x: dist.Normal(x @ H.mT, 0.2).to_event(1)  # noqa: E731
+
+    def run():
+        data = StateLikelihood(noise, y)
+        return particle_filter(
+            LINEAR, START, TIMES, data, 40, method=BootstrapFilter(threshold), dt=0.1, generator=0
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ApproximationWarning)
+        seen = run()
+    with values_unchecked():
+        blind = run()
+    for name in ("log_evidence", "ess", "states", "log_weights", "ancestors"):
+        assert torch.equal(getattr(seen, name), getattr(blind, name)), name
+    assert int((seen.ancestors[:, 1, 2] != torch.arange(40)).sum()) > 0
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("count", [5, 50])
 def test_the_evidence_is_unbiased_whatever_is_resampled(threshold, count):
@@ -252,6 +287,24 @@ def test_missing_values_of_any_law_count_nowhere(observe, y):
     else:
         want = law.log_prob(first)
     torch.testing.assert_close(data(0, x), want)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("batch", [(), (1,), (3,), (2, 3)])
+def test_all_times_at_once_are_those_one_by_one(batch, missing):
+    g = torch.Generator().manual_seed(0)
+    y = torch.randn(*batch, 4, 2, generator=g, dtype=F64)
+    if missing:
+        y[..., 1, 0] = y[..., 2, :] = NAN
+    data = StateLikelihood(lambda x: dist.Normal(x, 0.3).to_event(1), y)
+    axes = () if batch == (1,) else batch  # an axis of size one may be missing in the states
+    x = torch.randn(4, *axes, 2, generator=g, dtype=F64)
+    want = torch.stack([data(k, x[k]).reshape(axes) for k in range(4)])
+    torch.testing.assert_close(data.along(x), want)
+    # and data without the axes of the states
+    alone = StateLikelihood(lambda x: dist.Normal(x, 0.3).to_event(1), y.reshape(-1, 4, 2)[0])
+    wide = torch.randn(4, 5, 3, 2, generator=g, dtype=F64)
+    torch.testing.assert_close(alone.along(wide), torch.stack([alone(k, wide[k]) for k in range(4)]))
 
 
 def test_a_vector_missing_in_part_and_data_that_do_not_fit_are_told():

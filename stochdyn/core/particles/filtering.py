@@ -9,19 +9,25 @@ is an unbiased estimate of the evidence, whatever the proposals are and whenever
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from stochdyn._checks import as_generator, check_positive_int, check_real, values_are_checked
 from stochdyn.core.law.marginals import Generator
-from stochdyn.core.particles.resampling import effective_size, systematic, take_particles
+from stochdyn.core.particles.resampling import (
+    comb_indices,
+    comb_offset,
+    systematic,
+    take_particles,
+)
 from stochdyn.errors import ApproximationWarning
 
-__all__ = ["ParticleModel", "ParticleRun", "run_particles"]
+__all__ = ["ParticleModel", "ParticleRun", "run_particles", "run_unjudged"]
 
 # Fewer independent particles than this at some observation: the estimate there rests on almost nothing.
 _FEW = 10.0
@@ -61,23 +67,57 @@ class ParticleModel(ABC):
         """
 
 
-@dataclass(frozen=True, repr=False)
 class ParticleRun:
     """What a particle filter has found.
 
     Attributes:
         log_evidence: The logarithm ``(*batch,)`` of an unbiased estimate of the evidence.
         ess: The number of independent particles ``(*batch, T)`` that the weighted ones were worth at each observation.
-        states: The particles ``(num_particles, *batch, T, Z)`` at the observations, before they were resampled.
-        log_weights: The logarithms of their weights ``(num_particles, *batch, T)``, normalised at each observation.
-        ancestors: The particle ``(num_particles, *batch, T)`` at the observation before from which each one comes.
+
+    Args:
+        log_evidence: As above.
+        ess: As above.
+        states: The particles ``(num_particles, *batch, Z)`` at each observation.
+        log_weights: The logarithms of their weights ``(num_particles, *batch)``.
+        ancestors: The indices ``(num_particles, *batch)`` of those that they come from.
     """
 
-    log_evidence: Tensor
-    ess: Tensor
-    states: Tensor
-    log_weights: Tensor
-    ancestors: Tensor
+    def __init__(
+        self,
+        log_evidence: Tensor,
+        ess: Tensor,
+        states: Sequence[Tensor],
+        log_weights: Sequence[Tensor],
+        ancestors: Sequence[Tensor],
+    ) -> None:
+        self.log_evidence, self.ess = log_evidence, ess
+        # They are put together when they are asked for: an evidence alone needs none of them.
+        self._rows: dict[str, Sequence[Tensor] | Tensor] = {
+            "states": states,
+            "log_weights": log_weights,
+            "ancestors": ancestors,
+        }
+
+    def _together(self, name: str, axis: int) -> Tensor:
+        rows = self._rows[name]
+        if not isinstance(rows, Tensor):
+            rows = self._rows[name] = torch.stack(list(rows)).movedim(0, axis)
+        return rows
+
+    @property
+    def states(self) -> Tensor:
+        """The particles ``(num_particles, *batch, T, Z)`` at the observations, before they were resampled."""
+        return self._together("states", -2)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """The logarithms of their weights ``(num_particles, *batch, T)``, normalised at each observation."""
+        return self._together("log_weights", -1)
+
+    @property
+    def ancestors(self) -> Tensor:
+        """The particle ``(num_particles, *batch, T)`` at the observation before from which each one comes."""
+        return self._together("ancestors", -1)
 
     def __repr__(self) -> str:
         count, length = self.states.shape[0], self.states.shape[-2]
@@ -174,8 +214,7 @@ def run_particles(
     """
     check_positive_int(num_particles, "num_particles", 2)
     check_real(threshold, "threshold", minimum=0.0, maximum=1.0)
-    with torch.no_grad():
-        run = _run(model, num_particles, float(threshold), generator)
+    run = run_unjudged(model, num_particles, float(threshold), generator)
     if values_are_checked():
         least = float(run.ess.min())
         if not least >= min(_FEW, _SHARE * num_particles):
@@ -189,42 +228,63 @@ def run_particles(
     return run
 
 
-def _run(model: ParticleModel, count: int, threshold: float, generator: Generator) -> ParticleRun:
+@torch.no_grad()
+def run_unjudged(
+    model: ParticleModel, count: int, threshold: float = 0.5, generator: Generator = None
+) -> ParticleRun:
+    """Run a particle filter and say nothing about it, as a chain does whose parameters may be wild; see :func:`run_particles`."""
     source = as_generator(generator, model.device)
     z, log_weight = model.start(count, source)
     every = torch.arange(count, device=z.device).reshape(-1, *(1,) * (log_weight.ndim - 1))
     every = every.expand(log_weight.shape)
-    even = -torch.log(torch.full_like(log_weight[0], float(count)))
-    total = torch.logsumexp(log_weight, 0) + even
-    log_weight = torch.log_softmax(log_weight, 0)
+    even = torch.full_like(log_weight, -math.log(count))
+    # All at once, so that a draw doesn't depend on when others resample, nor on who looks.
+    offsets = comb_offset(log_weight, source, model.num_times).unbind(0)
+    # On the host a look costs next to nothing, and tells when there is nothing to do.
+    looks = z.device.type == "cpu" and values_are_checked()
+    bar = threshold * count if threshold < 1.0 else math.inf
+    log_weight, total, size = _normalised(log_weight + even)
+    log_weight, size = _possible(log_weight, size, even)
+    least = float(size.amin()) if looks else 0.0
     states, weights, sizes, ancestors = [], [], [], []
     for k in range(model.num_times):
-        if threshold > 0.0:
+        index = every
+        if threshold > 0.0 and not least >= bar:
             # Each member of the batch resamples when it has to; where none does, indices stay as they are.
-            index = systematic(log_weight, None, source)
-            if threshold < 1.0:
-                worn = effective_size(log_weight) < threshold * count
+            index = comb_indices(log_weight, offsets[k], count)
+            worn = size < bar
+            if looks and bool(worn.all()):
+                log_weight = even
+            else:
                 index = torch.where(worn, index, every)
                 log_weight = torch.where(worn, even, log_weight)
-            else:
-                log_weight = even.expand(log_weight.shape)
             z = take_particles(z, index)
-        else:
-            index = every
         z, gained = model.advance(k, z, source)
-        log_weight = log_weight + gained
-        step = torch.logsumexp(log_weight, 0)
+        log_weight, step, size = _normalised(log_weight + gained)
+        if looks:
+            least = float(size.amin())
+        if not looks or least != least:
+            log_weight, size = _possible(log_weight, size, even)
+            least = float(size.amin()) if looks else 0.0
         total = total + step
-        # Where no particle explains the data, all are alike and the evidence is zero.
-        log_weight = torch.where(torch.isneginf(step), even, log_weight - step)
         states.append(z)
         weights.append(log_weight)
         ancestors.append(index)
-        sizes.append(effective_size(log_weight))
-    return ParticleRun(
-        total,
-        torch.stack(sizes, -1),
-        torch.stack(states, -2),
-        torch.stack(weights, -1),
-        torch.stack(ancestors, -1),
-    )
+        sizes.append(size)
+    return ParticleRun(total, torch.stack(sizes, -1), states, weights, ancestors)
+
+
+def _normalised(log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return normalised log weights, the logarithm of their sum, and their effective number: NaN where the sum is zero."""
+    largest = log_weight.amax(0).clamp_min_(torch.finfo(log_weight.dtype).min)
+    weight = (log_weight - largest).exp_()
+    total = weight.sum(0)
+    size = total.square() / weight.square_().sum(0)
+    total = total.log_().add_(largest)
+    return log_weight - total, total, size
+
+
+def _possible(log_weight: Tensor, size: Tensor, even: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights and effective numbers that are those of equal particles where none explains the data."""
+    impossible = torch.isnan(size)
+    return torch.where(impossible, even, log_weight), torch.where(impossible, float(len(even)), size)

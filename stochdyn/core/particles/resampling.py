@@ -8,7 +8,10 @@ from torch import Tensor
 from stochdyn._checks import as_generator, check_positive_int
 from stochdyn.core.law.marginals import Generator
 
-__all__ = ["effective_size", "systematic", "take_particles"]
+__all__ = ["comb_indices", "comb_offset", "effective_size", "systematic", "take_particles"]
+
+# From this many draws on it costs less to count the teeth beyond each point than to look for the point of each.
+_MANY = 1000
 
 
 def systematic(log_weights: Tensor, num_draws: int | None = None, generator: Generator = None) -> Tensor:
@@ -37,14 +40,38 @@ def systematic(log_weights: Tensor, num_draws: int | None = None, generator: Gen
     draws = count if num_draws is None else num_draws
     check_positive_int(draws, "num_draws")
     source = as_generator(generator, log_weights.device)
+    return comb_indices(log_weights, comb_offset(log_weights, source), draws)
+
+
+def comb_offset(log_weights: Tensor, generator: torch.Generator | None, count: int | None = None) -> Tensor:
+    """Return a uniform number for each member of the batch, ``(*batch, 1)``, or ``count`` of them on an axis in front."""
+    lead = () if count is None else (count,)
+    shape = (*lead, *log_weights.shape[1:], 1)
+    return torch.rand(shape, dtype=torch.float64, device=log_weights.device, generator=generator)
+
+
+def comb_indices(log_weights: Tensor, offset: Tensor, draws: int) -> Tensor:
+    """Return the indices ``(draws, *batch)`` of the points under the teeth ``offset + 0, 1, ...`` of a comb.
+
+    Args:
+        log_weights: The logarithms of the weights ``(n, *batch)``.
+        offset: The place of the first tooth, ``(*batch, 1)``, between 0 and 1.
+        draws: The number of teeth.
+    """
     # Sums of many weights need double precision, whatever the states have.
     weights = torch.softmax(log_weights.detach().double(), 0)
     total = weights.movedim(0, -1).cumsum(-1)
-    shape = (*total.shape[:-1], 1)
-    offset = torch.rand(shape, dtype=torch.float64, device=total.device, generator=source)
-    comb = torch.arange(draws, dtype=torch.float64, device=total.device) + offset
-    index = torch.searchsorted(total / total[..., -1:], comb / draws, right=True)
-    return index.clamp_max_(count - 1).movedim(-1, 0)
+    share = total / total[..., -1:]
+    last = log_weights.shape[0] - 1
+    if draws < _MANY:
+        comb = torch.arange(draws, dtype=torch.float64, device=total.device) + offset
+        index = torch.searchsorted(share, comb / draws, right=True)
+    else:
+        # Tooth j lies beyond point i where j >= ceil(S c_i - u), so the index is the number of such points: no search.
+        edges = (share * draws - offset).ceil_().long()
+        counts = edges.new_zeros(*edges.shape[:-1], draws + 1)
+        index = counts.scatter_add_(-1, edges, torch.ones_like(edges)).cumsum(-1)[..., :draws]
+    return index.clamp_max_(last).movedim(-1, 0)
 
 
 def effective_size(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -74,6 +101,8 @@ def take_particles(x: Tensor, index: Tensor) -> Tensor:
         ``(m, *batch, *event)``.
     """
     if index.ndim == 1:
+        if x.numel() == x.shape[0]:  # four times as fast as one row after the other
+            return x.reshape(-1).index_select(0, index).reshape(-1, *x.shape[1:])
         return x.index_select(0, index)
     index = index.reshape(*index.shape, *(1,) * (x.ndim - index.ndim))
     return x.gather(0, index.expand(index.shape[0], *x.shape[1:]))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from stochdyn._checks import as_time_grid, check_positive
+from stochdyn.core.sde.coefficients import Diagonal, Scalar
 from stochdyn.core.sde.equation import SDE
 from stochdyn.core.sde.grids import first_time, remembered
 from stochdyn.core.sde.solvers import increment_scale, step_everywhere
@@ -124,6 +126,7 @@ class EulerTransitions:
         self.num_states = sde.noise.num_states
         self.size = self.dim + self.channels * self.num_states
         self.num_steps = ts.shape[-1] - 1
+        self._ends = (0, *accumulate(stops.counts))
         plain = not self.num_states and sde.control is None
         if self.num_states and ts.ndim > 1 and bool((ts[..., 1:] <= ts[..., :-1]).any()):
             raise UnavailableError(
@@ -135,13 +138,13 @@ class EulerTransitions:
         gaps = (ts[..., 1:] - ts[..., :-1]).to(x0.dtype)
         self._dt = (gaps if ts.ndim == 1 else gaps.movedim(-1, 0).unsqueeze(-1)).unbind(0)
         self._constant = None if sde.state_dependent else sde.diffusion(self._times[0], x0)
+        self._roots: tuple[Tensor, ...] | None = None
         if not plain and self.num_steps:
             self._scale = increment_scale(sde, ts, self.channels, x0.dtype)
 
     def span(self, step: int) -> range:
         """Return the steps of the grid that lead to observation ``step``."""
-        before = sum(self.stops.counts[:step])
-        return range(before, before + self.stops.counts[step])
+        return range(self._ends[step], self._ends[step + 1])
 
     def mean(self, n: int, z: Tensor) -> Tensor:
         """Return the mean ``(..., Z)`` of the state after step ``n``, given ``z (..., Z)`` before it."""
@@ -167,8 +170,20 @@ class EulerTransitions:
         """Return the states ``(..., Z)`` after step ``n`` that standard normals ``(..., M)`` drive."""
         if not self.plain:
             return self._push(n, z, normal * self._scale[n])
+        mean = torch.addcmul(z, self.sde.drift(self._times[n], z), self._dt[n])
+        if isinstance(self._constant, Scalar | Diagonal):
+            if self._roots is None:
+                self._roots = self._deviations(self._constant)
+            return torch.addcmul(mean, normal, self._roots[n])
         g = self._constant if self._constant is not None else self.sde.diffusion(self._times[n], z)
-        return z + self.sde.drift(self._times[n], z) * self._dt[n] + g.apply(normal * self._dt[n].sqrt())
+        return mean + g.apply(normal * self._dt[n].sqrt())
+
+    def _deviations(self, g: Scalar | Diagonal) -> tuple[Tensor, ...]:
+        """Return the standard deviations of all steps where every component has constant noise of its own."""
+        strength = g.value.unsqueeze(-1) if isinstance(g, Scalar) and g.value.ndim else g.value
+        root = torch.stack(self._dt).sqrt()
+        lead = (1,) * (strength.ndim - root.ndim + 1)
+        return (root.reshape(len(root), *lead, *root.shape[1:]) * strength.to(root)).unbind(0)
 
     @property
     def width(self) -> int:
