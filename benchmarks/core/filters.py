@@ -243,18 +243,24 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ApproximationWarning)
-    sizes = [(1, 100, 60), (1, 1000, 40), (1, 10_000, 12), (50, 100, 3), (50, 1000, 3)]
+    sizes = [(1, 100, 40), (1, 1000, 20), (1, 10_000, 8), (50, 100, 3), (50, 1000, 2)]
     length = 100
     if options.smoke:
         sizes, length = [(1, 50, 2), (3, 50, 2)], 10
-    rows = []
+    out = options.out or (None if options.smoke else RESULTS)
+    result: dict[str, Any] = {
+        "machine": machine("particles", "numpy", "numba"),
+        "smoke": options.smoke,
+        "length": length,
+        "rows": [],
+    }
     for case in cases(length):
         for series, count, repeats in sizes:
             y = case.data(series)
             exact = case.exact(y)
             for method in ("bootstrap", "guided"):
                 row = race(case, y, exact, method, count, repeats)
-                rows.append(row)
+                result["rows"].append(row)
                 peer = row["rows"]["particles"]
                 said = [f"{case.name}, {method}, {series} series, {count}:"]
                 for name, r in row["rows"].items():
@@ -265,15 +271,8 @@ def main() -> None:
                         f"{name} {r['milliseconds']:.1f} ms {r['variance']:.2g} x{gain:.2f} ({off:+.1f})"
                     )
                 print(" ".join(said), flush=True)
-    result = {
-        "machine": machine("particles", "numpy", "numba"),
-        "smoke": options.smoke,
-        "length": length,
-        "rows": rows,
-    }
-    out = options.out or (None if options.smoke else RESULTS)
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                if out is not None:
+                    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
