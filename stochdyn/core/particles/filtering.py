@@ -13,6 +13,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,36 +68,20 @@ class ParticleModel(ABC):
         """
 
 
+@dataclass(frozen=True, repr=False)
 class ParticleRun:
     """What a particle filter has found.
 
     Attributes:
         log_evidence: The logarithm ``(*batch,)`` of an unbiased estimate of the evidence.
         ess: The number of independent particles ``(*batch, T)`` that the weighted ones were worth at each observation.
-
-    Args:
-        log_evidence: As above.
-        ess: As above.
-        states: The particles ``(num_particles, *batch, Z)`` at each observation.
-        log_weights: The logarithms of their weights ``(num_particles, *batch)``.
-        ancestors: The indices ``(num_particles, *batch)`` of those that they come from.
     """
 
-    def __init__(
-        self,
-        log_evidence: Tensor,
-        ess: Tensor,
-        states: Sequence[Tensor],
-        log_weights: Sequence[Tensor],
-        ancestors: Sequence[Tensor],
-    ) -> None:
-        self.log_evidence, self.ess = log_evidence, ess
-        # They are put together when they are asked for: an evidence alone needs none of them.
-        self._rows: dict[str, Sequence[Tensor] | Tensor] = {
-            "states": states,
-            "log_weights": log_weights,
-            "ancestors": ancestors,
-        }
+    log_evidence: Tensor
+    ess: Tensor
+    # States, log weights and ancestors of each observation: they are put together when they are asked for, since an
+    # evidence alone needs none of them.
+    _rows: dict[str, Sequence[Tensor] | Tensor]
 
     def _together(self, name: str, axis: int) -> Tensor:
         rows = self._rows[name]
@@ -271,7 +256,9 @@ def run_unjudged(
         weights.append(log_weight)
         ancestors.append(index)
         sizes.append(size)
-    return ParticleRun(total, torch.stack(sizes, -1), states, weights, ancestors)
+    rows: dict[str, Sequence[Tensor] | Tensor]
+    rows = {"states": states, "log_weights": weights, "ancestors": ancestors}
+    return ParticleRun(total, torch.stack(sizes, -1), rows)
 
 
 def _normalised(log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
