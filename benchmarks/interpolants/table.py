@@ -317,9 +317,9 @@ def nuts(report: dict[str, Any]) -> list[str]:
     second = (
         "A chain of NUTS for each (FieldNetwork, heun, 10 steps; 100 steps of warm-up and 400 draws), with the number of independent draws that it "
         "is worth, and the posterior's moments beside those of 100 000 weighted draws of the same prior. "
-        f"An effective draw costs {per_draw['density'] / per_draw['noise']:.1f} times as much through the density as through the noise here: with "
-        "its prior of two modes this posterior is harder to walk in noise, where a chain takes more and shorter steps, and what a gradient saves on so "
-        "coarse a grid goes into them. On the default grid a gradient saves more."
+        f"An effective draw through the density costs {per_draw['density'] / per_draw['noise']:.1f} times what it costs through the noise. With two "
+        "modes in its prior this posterior is harder to walk in noise, where a chain takes more and shorter steps: on so coarse a grid they take "
+        "what a gradient saves. On the default grid a gradient saves more."
     )
     return [
         lead, "", *_rows(["network", "method", "steps", "density", "noise", "ratio"], rows), "", second, "",
