@@ -73,7 +73,8 @@ def infer_hurst(
     Returns:
         ArviZ container: ``posterior`` (``hurst``, ``mean``, ``scale``, and by option ``coefficients``, ``phi``,
         ``white_scale``, ``hurst_center`` and ``hurst_width``), ``posterior_predictive`` and ``observed_data``
-        (``series``), ``log_likelihood`` (each value given those before it); attributes ``check_memory``,
+        (``series``), ``log_likelihood`` (each value given those before it, of regular series of one
+        component without gaps); attributes ``check_memory``,
         ``check_season`` and ``check_outlier`` (p-values of the prediction errors), ``likelihood`` (``"exact"``, or
         ``"whittle"`` for more than 30 000 values), ``khat`` (minus infinity: exact draws), ``seed``.
         Several series have the axes ``series`` and ``component``.
