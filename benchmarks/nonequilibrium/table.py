@@ -123,6 +123,19 @@ def render(results: Path) -> str:
                 ]
             )
         lines += markdown_table(table)
+    if "trajectories" in found:
+        lines += [
+            "**The same swimmers, each from trajectories alone** (`short_time_entropy` with `PairCurrents`), a hundred of length 10 in steps of .01, "
+            "neither forces nor noise known. Pairs and terms linear in the propulsion can't express all of the current: a lower bound.",
+            "",
+        ]
+        table = [["swimmers", "mean of all", "before extrapolation", "lowest, highest", "scatter", "seconds"]]
+        for r in found["trajectories"]["rows"]:
+            table.append(
+                [str(r["swimmers"]), f"{r['rate']:.4f} ± {r['stderr']:.4f}", ", ".join(f"{v:.4f}" for v in r["per_lag"].values()),
+                 f"{r['lowest']:.2f}, {r['highest']:.2f}", f"{r['spread']:.3f}", f"{r['seconds']:.0f}"]
+            )  # fmt: skip
+        lines += markdown_table(table)
     if "counts" in found:
         lines += ["**A cycle of three states, from counted jumps.**", ""]
         table = [["length", "records", "exact", "mean", "scatter", "95 % intervals cover"]]

@@ -94,7 +94,10 @@ def sum_rule(
         rest = first - second
         return rest if base is None else rest - current.noise(y).times(current._score_at(y))
 
-    return Estimate.of((values + divergence(remainder, points)).detach())
+    # Without a graph: one through all the derivatives would be as many times larger as there are components.
+    with torch.no_grad():
+        spread = divergence(remainder, points)
+    return Estimate.of(values.detach() + spread)
 
 
 def _check_gradient(base: Callable[[Tensor, Tensor], Tensor], points: Tensor) -> None:

@@ -142,6 +142,22 @@ def test_the_sum_rule_with_a_base() -> None:
         sum_rule(equation(state), draws, base=3)  # type: ignore[arg-type]
 
 
+def test_the_sum_rule_keeps_no_graph() -> None:
+    """With many components a graph through all the derivatives took gigabytes; what is kept doesn't depend on their number."""
+    kept = []
+    for dim in (3, 12):
+        sizes = []
+
+        def keep(x: torch.Tensor, sizes: list[float] = sizes) -> torch.Tensor:
+            sizes.append(x.numel() / x.shape[-1] if x.ndim else 1.0)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            sum_rule(sd.SDE(lambda t, x: -(x**3), 1.0), torch.randn(5, dim).double())
+        kept.append(len(sizes))
+    assert kept[0] == kept[1]
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1e9])
 def test_rates_do_not_depend_on_coordinates_or_units(scale: float) -> None:
     state = beads(3)
