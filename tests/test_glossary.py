@@ -7,6 +7,7 @@ import inspect
 import re
 import types
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,11 @@ PAGE = Path(__file__).parent.parent / "docs" / "glossary.md"
 WORD = re.compile(r"^\| `(\w+)` \| (.+?) \|", flags=re.MULTILINE)
 
 
-def public_words(inherited: bool = False) -> dict[str, set[str]]:
-    """Return the argument names of all public functions, classes and methods, inherited ones if wanted, with who has them.
+def public_functions(inherited: bool = False) -> Iterator[tuple[str, Callable[..., object]]]:
+    """Yield all public functions, constructors and methods with their names, inherited ones if wanted.
 
-    Records that functions return aren't called by users, so the names of their fields are left out.
+    Records that functions return aren't made by users, so their constructors are left out.
     """
-    words: dict[str, set[str]] = defaultdict(set)
-
-    def add(owner: str, function: object) -> None:
-        for name in inspect.signature(function).parameters:  # type: ignore[arg-type]
-            if name not in ("self", "cls", "args", "kwargs") and not name.startswith("_"):
-                words[name].add(owner)
-
     packages = [sd, *(getattr(sd, n) for n in dir(sd) if isinstance(getattr(sd, n), types.ModuleType))]
     for package in packages:
         for name in dir(package):
@@ -37,17 +31,26 @@ def public_words(inherited: bool = False) -> dict[str, set[str]]:
                 continue
             owner = f"{package.__name__}.{name}"
             if inspect.isfunction(value):
-                add(owner, value)
+                yield owner, value
             if not inspect.isclass(value) or issubclass(value, BaseException):
                 continue
             if not (hasattr(value, "__dataclass_fields__") or hasattr(value, "_fields")):
-                add(owner, value.__init__)
+                yield owner, value.__init__
             kinds = value.__mro__ if inherited else (value,)
             own = [kind for kind in kinds if kind.__module__.startswith("stochdyn")]
             for attribute, member in (item for kind in own for item in vars(kind).items()):
                 function = getattr(member, "__func__", member)
                 if not attribute.startswith("_") and inspect.isfunction(function):
-                    add(f"{owner}.{attribute}", function)
+                    yield f"{owner}.{attribute}", function
+
+
+def public_words(inherited: bool = False) -> dict[str, set[str]]:
+    """Return the argument names of all public functions, with who has them."""
+    words: dict[str, set[str]] = defaultdict(set)
+    for owner, function in public_functions(inherited):
+        for name in inspect.signature(function).parameters:
+            if name not in ("self", "cls", "args", "kwargs") and not name.startswith("_"):
+                words[name].add(owner)
     return words
 
 
@@ -91,3 +94,18 @@ def test_documented_packages_can_be_imported() -> None:
         value = getattr(sd, name)
         if isinstance(value, types.ModuleType):
             assert importlib.import_module(value.__name__) is value
+
+
+def test_every_source_of_randomness_may_be_a_seed() -> None:
+    """But for the methods that subclasses write, which are given a generator."""
+    hooks = ("draw", "reset")
+    strict = {
+        owner
+        for owner, function in public_functions(inherited=True)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name == "generator"
+        and "int" not in str(parameter.annotation)
+        and str(parameter.annotation) != "Generator"
+        and owner.rpartition(".")[2] not in hooks
+    }
+    assert not strict

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import as_sample_shape, check_positive_int, check_type
-from stochdyn.bridges.data.snapshots import Snapshots
+from stochdyn.bridges.data.snapshots import Snapshot, Snapshots
 from stochdyn.bridges.refinement.history import History
 from stochdyn.core.law.marginals import SampleShape
 from stochdyn.core.law.measure import PathMeasure
@@ -81,7 +81,7 @@ def plot_trajectories(
         sample_shape: The number of trajectories.
         components: The two components to draw against one another; against time, the first one, if the snapshots have only one.
         num_times: The number of points of a curve.
-        held_out: The snapshots that weren't trained on, drawn as crosses.
+        held_out: The snapshots that weren't trained on, one or several, drawn as crosses.
         seed: The seed of the draws.
         axis: The matplotlib axis; a new one if None.
 
@@ -100,7 +100,11 @@ def plot_trajectories(
         raise ShapeError("there is no such component", got=pair, expected=f"below {snaps.dim}")
     axis = as_axes(axis, (5, 4))
     ts = torch.linspace(float(snaps.times[0]), float(snaps.times[-1]), num_times, dtype=torch.float64)
-    x = law.sample(ts.to(snaps.device), shape, torch.Generator(snaps.device).manual_seed(seed)).x.cpu()
+    x = (
+        law.sample(ts.to(snaps.device), shape, torch.Generator(snaps.device).manual_seed(seed))
+        .x.detach()
+        .cpu()
+    )
     x = x.reshape(-1, *x.shape[-2:])
     for path in x:
         first, second = (ts, path[:, 0]) if pair is None else (path[:, pair[0]], path[:, pair[1]])
@@ -113,7 +117,7 @@ def plot_trajectories(
 
     for snap in snaps:
         scatter(snap.time, snap.sample, s=10, label=f"t = {snap.time:g}")
-    for snap in held_out:
+    for snap in [held_out] if isinstance(held_out, Snapshot) else held_out:
         scatter(snap.time, snap.sample, s=14, marker="x", color="black", linewidth=0.7)
     axis.set_xlabel("t" if pair is None else f"component {pair[0] + 1}")
     axis.set_ylabel(f"component {1 if pair is None else pair[1] + 1}")

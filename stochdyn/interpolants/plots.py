@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_ndim, check_nonempty, check_positive_int
+from stochdyn._checks import as_tensor, check_nonempty, check_positive_int
 from stochdyn.diagnostics.figures import as_axes
 from stochdyn.errors import InvalidInputError, ShapeError
 
@@ -74,12 +74,12 @@ def plot_densities(
 
 def _image(law: Any, extent: tuple[float, float, float, float], bins: int) -> Tensor:
     left, right, bottom, top = extent
-    if not isinstance(law, Tensor):
+    if callable(law):
         x, y = (a + (torch.arange(bins) + 0.5) * (b - a) / bins for a, b in ((left, right), (bottom, top)))
         points = torch.cartesian_prod(x, y)
         with torch.no_grad():
             return torch.as_tensor(law(points)).exp().reshape(bins, bins).detach().cpu()
-    check_ndim(law, 2, "samples", "(n, 2)")
+    law = as_tensor(law, "samples", 2, "(n, 2)", finite=False)
     check_nonempty(law, "samples")
     if law.shape[1] != 2:
         raise ShapeError("samples must lie on the plane", got=tuple(law.shape), expected="(n, 2)")
@@ -110,7 +110,7 @@ def plot_trajectories(path: Tensor, ax: Any = None, num_paths: int = 200) -> Any
         >>> len(ax.collections)
         2
     """
-    check_ndim(path, 3, "path", "(T, n, 2)")
+    path = as_tensor(path, "path", 3, "(T, n, 2)", finite=False)
     if path.shape[-1] != 2:
         raise ShapeError("paths must lie on the plane", got=tuple(path.shape), expected="(T, n, 2)")
     check_positive_int(num_paths, "num_paths")

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_choice, check_event_size, check_ndim, check_nonempty, check_positive_int
+from stochdyn._checks import (
+    as_tensor,
+    check_choice,
+    check_event_size,
+    check_nonempty,
+    check_positive_int,
+)
 from stochdyn.diagnostics.figures import add_legend, as_axes
 from stochdyn.interpolants.sampling.reverse import ReverseDiffusion
 from stochdyn.interpolants.training.score import ScoreMatching
@@ -28,7 +34,7 @@ def plot_laws(
     num_steps: int = 100,
     bins: int = 100,
     bound: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     axes: tuple[Axes, Axes, Axes] | None = None,
 ) -> tuple[Axes, ...]:
     """Draw data, ODE and SDE beside each other: in one dimension as three densities in one picture, in two as maps.
@@ -50,7 +56,7 @@ def plot_laws(
         ShapeError: If ``data`` isn't ``(m, d)`` with the dimension of the model, or that isn't 1 or 2.
         EmptyDataError: If there are no data.
     """
-    check_ndim(data, 2, "data", "(m, d)")
+    data = as_tensor(data, "data", 2, "(m, d)")
     check_nonempty(data, "data")
     check_event_size(data, rev.dim, "data")
     check_choice(str(rev.dim), ("1", "2"), "the dimension")
@@ -113,7 +119,7 @@ def plot_residual_profile(
     Raises:
         ShapeError, EmptyDataError: If ``data`` isn't ``(n, d)`` with points in it.
     """
-    check_ndim(data, 2, "data", "(n, d)")
+    data = as_tensor(data, "data", 2, "(n, d)")
     check_nonempty(data, "data")
     check_positive_int(num_levels, "num_levels", 2)
     process = objective.process

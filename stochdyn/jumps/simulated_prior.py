@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_positive_int, check_real
+from stochdyn._checks import as_generator, check_positive_int, check_real
 from stochdyn.errors import InvalidInputError
 from stochdyn.jumps.uniformisation import paired_transition
 
@@ -107,7 +107,7 @@ class JumpPrior:
         self,
         num_states: int,
         sample_shape: int,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
         num_series: int | None = None,
         length: int | None = None,
         label_error: float | None = None,
@@ -118,14 +118,14 @@ class JumpPrior:
         Args:
             num_states: The number of states S.
             sample_shape: The number of data sets B.
-            generator: The source of randomness.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
             num_series: The number of series of all data sets; drawn if None.
             length: The number of visits per series; drawn if None, once for all data sets.
             label_error: The probability of a wrong label, known to the network; drawn if None, and then half of the
                 data sets hide it.
             dt: The interval between visits; drawn if None.
         """
-        sets, g, size = sample_shape, generator, num_states
+        sets, g, size = sample_shape, as_generator(generator), num_states
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=g)

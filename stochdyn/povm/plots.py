@@ -80,7 +80,7 @@ def plot_phase_diagram(
     Raises:
         InvalidInputError: If an observable hasn't one value for each parameter.
     """
-    x = torch.as_tensor(parameter, dtype=torch.float64)
+    x = np.asarray(parameter)
     for name, values in expect.items():
         if len(values) != len(x):
             raise InvalidInputError(
@@ -102,7 +102,7 @@ def plot_phase_diagram(
 
 def _parts(name: str, values: Any) -> list[tuple[str, Tensor]]:
     """Return the means of an observable as what can be drawn: themselves, or real and imaginary part of complex ones."""
-    own = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    own = values if isinstance(values, Tensor) else torch.as_tensor(np.array(values))
     return [(f"Re {name}", own.real), (f"Im {name}", own.imag)] if own.is_complex() else [(name, own)]
 
 

@@ -253,3 +253,17 @@ def test_sparse_cells_are_read():
     Cells.obsm = {"X_pca": np.array([["a"], ["b"], ["c"]])}
     with pytest.raises(sd.errors.ShapeError, match="X_pca"):
         from_anndata(Cells(), "day")
+
+
+@pytest.mark.parametrize(
+    "column", [["2024-01-01", "2024-01-03"], [np.timedelta64(1, "D"), np.timedelta64(3, "D")]]
+)
+def test_dates_need_a_unit(column) -> None:
+    days = np.array(column, dtype="datetime64[ns]" if isinstance(column[0], str) else "timedelta64[ns]")
+
+    class Cells:
+        obs = {"day": np.repeat(days, 3)}  # noqa: RUF012
+        obsm = {"X_pca": np.arange(12.0).reshape(6, 2)}  # noqa: RUF012
+
+    with pytest.raises(sd.errors.InvalidInputError, match="Timedelta"):
+        from_anndata(Cells(), "day")

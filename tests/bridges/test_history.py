@@ -68,6 +68,10 @@ def test_trajectories_and_snapshots_are_drawn(fit) -> None:
     mpl.pyplot.close("all")
     line = SchrodingerBridge(Snapshots([0.0, 1.0], torch.zeros(2, 3, 1)), diffusion=1.0).solve()
     assert plot_trajectories(line, line.snapshots, 2).get_xlabel() == "t"
+    one = plot_trajectories(
+        fit.reference, fit.snapshots, 3, held_out=fit.snapshots[1]
+    )  # parameters are part of its graph
+    assert len(one.lines) == 3
     mpl.pyplot.close("all")
 
 

@@ -75,3 +75,14 @@ def test_complex_means_are_drawn_by_their_parts(run: Evolution) -> None:
     drawn = [list(one.lines[0].get_ydata()) for one in figure.axes[0].containers]
     assert drawn == [[1, 3], [2, -1]]
     matplotlib.pyplot.close(figure)
+
+
+def test_a_phase_diagram_over_names_and_tables() -> None:
+    pandas = pytest.importorskip("pandas")
+    figure = plot_phase_diagram(["weak", "strong"], {"Z": [-0.9, -0.8]})
+    figure.canvas.draw()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["weak", "strong"]
+    days = pandas.Series(pandas.to_datetime(["2024-01-01", "2024-01-02"]))
+    dated = plot_phase_diagram(days, pandas.DataFrame({"Z": [-0.9, -0.8]}))
+    assert list(dated.axes[0].containers[0].lines[0].get_ydata()) == [-0.9, -0.8]
+    matplotlib.pyplot.close("all")

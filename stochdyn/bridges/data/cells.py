@@ -223,6 +223,12 @@ def _clock(column: np.ndarray, times: Mapping[Any, float] | None) -> np.ndarray:
     """The time of every cell; infinity for cells to be left out."""
     if times is not None:
         return np.array([float(times[v]) if v in times else np.inf for v in column.tolist()])
+    if column.dtype.kind in "mM":
+        raise InvalidInputError(
+            "the times are dates or durations, whose unit is up to you",
+            got=column.dtype,
+            hint="such as days: adata.obs[key] = (adata.obs[key] - adata.obs[key].min()) / pandas.Timedelta('1D')",
+        )
     try:
         clock = column.astype(float)
     except (TypeError, ValueError) as error:

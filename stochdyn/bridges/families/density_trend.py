@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import (
+    as_tensor,
     check_event_size,
     check_points,
     check_positive,
@@ -172,6 +173,7 @@ class DensityTrend:
         Raises:
             TimeGridError: If a time lies outside the span, where polynomials can't be trusted.
         """
+        x = as_tensor(x, "x", like=self.snapshots.samples[0], finite=False)
         check_points(x, "x", "(*batch, d)")
         check_event_size(x, self.snapshots.dim, "x")
         check_real(t, "t")
@@ -182,6 +184,7 @@ class DensityTrend:
     @torch.no_grad()
     def rate(self, x: Tensor, t: float) -> Tensor:
         """Return the time derivative of the log density at ``x (*batch, d)``, up to a constant, ``(*batch,)`` in nats per unit of time."""
+        x = as_tensor(x, "x", like=self.snapshots.samples[0], finite=False)
         check_points(x, "x", "(*batch, d)")
         check_event_size(x, self.snapshots.dim, "x")
         check_real(t, "t")

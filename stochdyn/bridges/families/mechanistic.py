@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stochdyn._checks import (
     as_sequence,
+    as_tensor,
     check_finite,
     check_positive,
     check_positive_int,
@@ -287,6 +288,7 @@ class LambOseen(DriftFamily):
         if centres is None:
             spread = torch.linspace(-0.5, 0.5, num_vortices) if num_vortices > 1 else torch.zeros(1)
             centres = torch.stack((spread, torch.zeros_like(spread)), -1)
+        centres = as_tensor(centres, "centres")
         if centres.shape != (num_vortices, 2):
             raise ShapeError("centres don't fit", got=tuple(centres.shape), expected=(num_vortices, 2))
         check_finite(centres, "centres")

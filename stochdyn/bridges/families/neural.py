@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from stochdyn._checks import (
     as_sequence,
+    as_tensor,
     check_nonempty,
     check_positive,
     check_positive_int,
     check_real,
     check_type,
+    is_real,
 )
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.families.base import DriftFamily
@@ -46,7 +48,8 @@ class _Scaled(DriftFamily):
         super().__init__(dim)
         check_positive_int(width, "width")
         self._awaits_units = centre is None and scale is None and horizon is None and start_time is None
-        scale = 1.0 if scale is None else scale
+        scale = 1.0 if scale is None else scale if is_real(scale) else as_tensor(scale, "scale")
+        centre = None if centre is None else as_tensor(centre, "centre", 1, "(d,)")
         horizon = 1.0 if horizon is None else horizon
         start_time = 0.0 if start_time is None else start_time
         check_positive(scale, "scale")

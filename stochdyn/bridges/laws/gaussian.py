@@ -174,6 +174,7 @@ class GaussianBridge(TiltedMeasure):
                 degenerate.
             x: The states, ``(..., d)``.
         """
+        x = as_tensor(x, "x", like=self.mean0, finite=False)
         check_event_size(x, self.dim, "x")
         check_same_dtype(x=x, mean0=self.mean0)
         return super().drift(t, x)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import (
+    as_generator,
     as_tensor,
     check_positive,
     check_positive_definite,
@@ -244,8 +245,9 @@ class HiddenStateBridge(HiddenChain):
         return choose_pairs(_Weights(weights / weights.sum()), num_pairs, generator)
 
     @torch.no_grad()
-    def nodes(self, num_nodes: int = 200_000, generator: torch.Generator | None = None) -> DriftNodes:
+    def nodes(self, num_nodes: int = 200_000, generator: torch.Generator | int | None = None) -> DriftNodes:
         """Return about ``num_nodes`` weighted states and drifts that stand for the bridge; see :class:`DriftNodes`."""
+        generator = as_generator(generator, self.snapshots.device)
         parts = []
         copies = 2 * self.dim if self.dim <= 8 else 2
         for k, part in enumerate(self._transitions):

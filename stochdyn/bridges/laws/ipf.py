@@ -285,13 +285,14 @@ class IPFBridge(LearnedBridge):
             raise UnavailableError("the bridge isn't solved yet", hint="call solve() first")
 
     @torch.no_grad()
-    def stitched(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def stitched(self, generator: torch.Generator | int | None = None) -> tuple[Tensor, Tensor]:
         """Return whole trajectories through every particle: forward from its snapshot, and backward from it.
 
         Returns:
             Times ``(T,)`` and states ``(n, T, d)``, ``n`` the number of all particles.
         """
         self._check_solved()
+        generator = as_generator(generator, self.snapshots.device)
         grids = [self._grid(i) for i in range(len(self.snapshots) - 1)]
         ts = torch.cat([grids[0][:1], *(grid[1:] for grid in grids)])
         paths = []
@@ -368,9 +369,10 @@ class IPFBridge(LearnedBridge):
         )
 
     @torch.no_grad()
-    def divergence(self, generator: torch.Generator | None = None, num_samples: int = 2000) -> Tensor:
+    def divergence(self, generator: torch.Generator | int | None = None, num_samples: int = 2000) -> Tensor:
         r"""Return :math:`\tfrac12\sigma^{-2}\,E\int|b_q-b|^2dt`, the divergence of the forward process from the reference."""
         self._check_solved()
+        generator = as_generator(generator, self.snapshots.device)
         total = torch.zeros((), dtype=torch.float64)
         for i, drift in enumerate(self.forward_drifts):
             ts = self._grid(i)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_event_size, check_inside, check_time_broadcast
+from stochdyn._checks import as_tensor, check_event_size, check_inside, check_time_broadcast
 from stochdyn.bridges.data.snapshots import Snapshots
 from stochdyn.bridges.laws.growth import Growth
 from stochdyn.bridges.laws.linearised import Transition
@@ -170,6 +170,7 @@ def at_times(
     snapshots: Snapshots, t: Tensor | float, x: Tensor, evaluate: Callable[[float, Tensor], Tensor]
 ) -> Tensor:
     """Evaluate a function of one time and states ``(n, d)`` at times that broadcast to ``x[..., :1]``, states ``x (*batch, d)``."""
+    x = as_tensor(x, "x", like=snapshots.samples[0], finite=False)
     check_event_size(x, snapshots.dim, "x")
     time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
     check_inside(time.reshape(-1), snapshots.times, "t", "the snapshots")

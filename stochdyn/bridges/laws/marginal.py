@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, as_sample_shape, check_event_size
+from stochdyn._checks import as_generator, as_sample_shape, as_tensor, check_event_size
 from stochdyn.core.law.marginals import Generator, Marginal, SampleShape
 from stochdyn.errors import UnavailableError
 
@@ -71,6 +71,7 @@ class BridgeMarginal(Marginal):
                 got=f"t={self.time:g}",
                 hint="ask at a time between two snapshots",
             )
+        x = as_tensor(x, "x", like=self.means, finite=False)
         check_event_size(x, self.means.shape[1], "x")
         flat = x.reshape(-1, x.shape[-1])
         # log sum_s w_s N(x; m_s, L_s L_s^T), in blocks of points

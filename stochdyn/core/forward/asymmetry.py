@@ -13,7 +13,6 @@ from stochdyn._checks import (
     as_tensor,
     check_callable,
     check_event_size,
-    check_ndim,
     check_nonempty,
     check_positive_int,
 )
@@ -76,7 +75,7 @@ def conservativity(
         Horvat and Pfister, "On gauge freedom, conservativity and intrinsic dimensionality estimation in diffusion models", 2024.
     """
     check_callable(score, "score", "a score, score(t, x)")
-    check_ndim(x, 2, "x", "(n, d)")
+    x = as_tensor(x, "x", 2, "(n, d)", finite=False)
     check_nonempty(x, "x")
     generator = as_generator(generator, x.device)
     check_positive_int(num_probes, "num_probes")

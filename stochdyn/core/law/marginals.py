@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stochdyn._checks import as_generator, as_sample_shape, check_event_size, check_points
+from stochdyn._checks import as_generator, as_sample_shape, as_tensor, check_event_size, check_points
 from stochdyn.core.gaussian.small import psd_factor
 from stochdyn.errors import SingularDiffusionError, UnavailableError
 
@@ -97,6 +97,7 @@ class GaussianMarginal(Marginal):
         Raises:
             SingularDiffusionError: If the covariance is singular.
         """
+        x = as_tensor(x, "x", like=self._mean, finite=False)
         check_points(x)
         check_event_size(x, self._mean.shape[-1], "x")
         factor, info = torch.linalg.cholesky_ex(self._covariance)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from stochdyn._checks import as_generator
 from stochdyn._transforms import ordinarily
 from stochdyn.core.sde._steps import Problem, Row, Step, check_method, full_state, remember
 from stochdyn.core.sde.control import Control
@@ -99,9 +100,10 @@ def batch_shape_of(sde: SDE, x0: Tensor, ts: Tensor, steps: NoiseSteps | None = 
 
 
 def draw_increments(
-    sde: SDE, x0: Tensor, ts: Tensor, generator: torch.Generator | None = None
+    sde: SDE, x0: Tensor, ts: Tensor, generator: torch.Generator | int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Draw the increments ``(N, *batch, m * R)`` and the initial memory ``(*batch, m, K)`` (None if it starts at 0)."""
+    generator = as_generator(generator, x0.device)
     channels = sde.noise_dim(first_time(ts, x0), x0)
     scale = increment_scale(sde, ts, channels, x0.dtype)
     batch = torch.broadcast_shapes(x0.shape[:-1], ts.shape[:-1])

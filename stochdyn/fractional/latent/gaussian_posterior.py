@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stochdyn._checks import check_callable, check_positive_int, check_time_grid, check_type
+from stochdyn._checks import as_generator, check_callable, check_positive_int, check_time_grid, check_type
 from stochdyn.core.gaussian.affine import LinearSteps, affine_steps, by_column
 from stochdyn.core.gaussian.feedback import (
     FeedbackDraws,
@@ -209,13 +209,15 @@ class GaussianPosterior(nn.Module):
 
     # ------------------------------------------------------------------------------------ the divergence
 
-    def divergence(self, num_particles: int = 8, generator: torch.Generator | None = None) -> Tensor:
+    def divergence(self, num_particles: int = 8, generator: torch.Generator | int | None = None) -> Tensor:
         """Return KL(Q || P) of paths, ``(*B)``: exact for an affine drift, else unbiased."""
         known = self.prepare()
         law = self.law(known)
         if self.exact:
             return law.divergence()
-        return self.estimate_divergence(law, known.noise, law.draw(num_particles, generator))
+        return self.estimate_divergence(
+            law, known.noise, law.draw(num_particles, as_generator(generator, self.ts.device))
+        )
 
     def estimate_divergence(self, law: FeedbackLaw, noise: NoiseSteps, draws: FeedbackDraws) -> Tensor:
         """Return the closed form, plus the mean over draws of what the nonlinear drift adds."""
@@ -229,7 +231,7 @@ class GaussianPosterior(nn.Module):
         matrix, offset = self._affine()
         return shift_of(self.prior.sde, self.ts, noise, draws.z, matrix, offset, self.dim)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[PathSample, Tensor]:
+    def sample(self, n: int, generator: torch.Generator | int | None = None) -> tuple[PathSample, Tensor]:
         """Draw ``n`` paths with their exact log density ratios.
 
         Returns:
@@ -239,7 +241,7 @@ class GaussianPosterior(nn.Module):
         check_positive_int(n, "n")
         known = self.prepare()
         noise, law = known.noise, self.law(known)
-        draws = law.draw(n, generator)
+        draws = law.draw(n, as_generator(generator, self.ts.device))
         e, _ = law.increments(draws)
         z = draws.z
         if not self.exact:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stochdyn._checks import (
+    as_generator,
     as_tensor,
     check_bool,
     check_callable,
@@ -208,12 +209,13 @@ class GaussianDecoder(nn.Module):
         seen = series.mask.movedim(1, 0).unsqueeze(1)
         return torch.where(seen, terms, torch.zeros_like(terms)).sum(-1)
 
-    def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, x: Tensor, generator: torch.Generator | int | None = None) -> Tensor:
         """Draw observations ``(..., p)`` of states ``(..., d)``."""
         x = as_tensor(x, "x", like=self.relative_log_scale)
         check_same_dtype(x=x, decoder=self.relative_log_scale)
         mean = self.mean(x)
-        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        source = as_generator(generator, mean.device)
+        noise = torch.randn(mean.shape, generator=source, dtype=mean.dtype, device=mean.device)
         return mean + self.obs_scale * noise
 
 

@@ -251,7 +251,7 @@ class VideoModel(Objective):
 
     @torch.no_grad()
     def reconstruct(
-        self, frames: Tensor, num_samples: int = 1, generator: torch.Generator | None = None
+        self, frames: Tensor, num_samples: int = 1, generator: torch.Generator | int | None = None
     ) -> Tensor:
         """Return the mean over posterior paths of the decoded frames, like ``frames`` but in [0, 1]."""
         encoded = self.encode(frames)
@@ -265,7 +265,7 @@ class VideoModel(Objective):
         frames: Tensor,
         num_frames: int,
         num_samples: int = 1,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
     ) -> Tensor:
         """Continue videos: posterior paths through the frames given, the prior's own noise after them.
 
@@ -273,7 +273,7 @@ class VideoModel(Objective):
             frames: The videos ``(batch, seen, channels, size, size)``, at least three frames each.
             num_frames: The number of frames of the result, those given included.
             num_samples: The number of continuations of each video.
-            generator: The source of randomness; None for torch's global one.
+            generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
 
         Returns:
             ``(num_samples, batch, num_frames, channels, size, size)`` in [0, 1].

@@ -11,7 +11,7 @@ from stochdyn._checks import as_generator, check_positive_int, check_real
 from stochdyn.core._distance import distance_between
 from stochdyn.core.law.path import Estimate
 from stochdyn.errors import InvalidInputError, UnavailableError
-from stochdyn.interpolants.paths.interpolant import Interpolant, check_pair
+from stochdyn.interpolants.paths.interpolant import Interpolant, as_points, check_pair
 from stochdyn.interpolants.sampling.noise_level import TabulatedEpsilon, as_epsilon
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def field_errors(
     Returns:
         Times ``(T,)``; :math:`\delta b` and :math:`\delta s`, ``(T, n, d)``.
     """
+    x0, x1, _ = as_points(x0, x1)
     check_pair(x0, x1)
     check_positive_int(num_times, "num_times")
     it, clip = model.interpolant, model.fields.clip

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stochdyn._checks import (
     as_generator,
+    as_tensor,
     check_event_size,
-    check_ndim,
     check_nonempty,
     check_positive_int,
     check_type,
@@ -74,7 +74,7 @@ def feynman_kac_log_density(
         torch.Size([2])
     """
     _check_model(potential, prior)
-    _check(potential.process, x)
+    x = _checked(potential.process, x)
     check_positive_int(num_steps, "num_steps")
     check_positive_int(num_particles, "num_particles", 2)
     process, generator = potential.process, as_generator(generator, x.device)
@@ -133,7 +133,7 @@ def evidence_bound(
         ShapeError, EmptyDataError: If ``x`` isn't ``(n, d)`` with points in it.
     """
     _check_model(potential, prior)
-    _check(potential.process, x)
+    x = _checked(potential.process, x)
     check_positive_int(num_draws, "num_draws", 2)
     process, generator = potential.process, as_generator(generator, x.device)
     n, like = x.shape[0], {"dtype": x.dtype, "device": x.device}
@@ -261,10 +261,11 @@ def _check_model(potential: Potential, prior: Any) -> None:
     check_type(prior, torch.distributions.Distribution, "prior", "a distribution with event (d,)")
 
 
-def _check(process: AffineProcess, x: Tensor) -> None:
-    check_ndim(x, 2, "x", "(n, d)")
+def _checked(process: AffineProcess, x: Any) -> Tensor:
+    if isinstance(x, Tensor) and not x.is_floating_point():
+        raise InvalidInputError("x must be floating", got=x.dtype)
+    x = as_tensor(x, "x", 2, "(n, d)", finite=False)
     check_nonempty(x, "x")
     if process.mean.ndim:
         check_event_size(x, process.mean.shape[-1], "x")
-    if not x.is_floating_point():
-        raise InvalidInputError("x must be floating", got=x.dtype)
+    return x

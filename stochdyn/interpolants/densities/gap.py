@@ -10,10 +10,10 @@ from torch import Tensor
 
 from stochdyn._checks import (
     as_generator,
+    as_tensor,
     check_bool,
     check_event_size,
     check_finite,
-    check_ndim,
     check_nonempty,
     check_positive_int,
     check_type,
@@ -131,7 +131,7 @@ def histogram_w2(x: Tensor, y: Tensor, bound: float = 3.5, bins: int = 64) -> fl
 
 
 def _count(x: Tensor, edges: Tensor, name: str) -> Tensor:
-    check_ndim(x, 2, name, "(n, 2)")
+    x = as_tensor(x, name, 2, "(n, 2)", finite=False)
     check_nonempty(x, name)
     check_event_size(x, 2, name)
     check_finite(x, name)

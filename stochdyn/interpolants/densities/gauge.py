@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stochdyn._checks import check_callable, check_ndim, check_nonempty, check_real
+from stochdyn._checks import as_tensor, check_callable, check_nonempty, check_real
 from stochdyn._transforms import recording
 from stochdyn.core.forward.divergences import attach, divergence, pull_back
 from stochdyn.core.forward.flow import as_time
@@ -43,7 +43,7 @@ def gauge_residual(score: Field, truth: Field, t: Tensor | float, x: Tensor) -> 
         Horvat and Pfister, 2024, theorem 1.
     """
     check_callable(score, "score", "a score, score(t, x)")
-    check_ndim(x, tuple(range(1, 12)), "x", "(..., d)")
+    x = as_tensor(x, "x", tuple(range(1, 12)), "(..., d)", finite=False)
     check_callable(truth, "truth", "a score, score(t, x)")
     time = as_time(t, x)
 
@@ -86,7 +86,8 @@ def intrinsic_dimension(score: Field, t: Tensor | float, x: Tensor, std: float, 
     check_callable(score, "score", "a score, score(t, x)")
     check_real(std, "std", above=0.0)
     check_real(drop, "drop", above=0.0, below=1.0)
-    _check_cloud(x)
+    x = as_tensor(x, "x", 2, "(n, d)", finite=False)
+    check_nonempty(x, "x")
     if not std > 0:
         raise InvalidInputError("std must be positive", got=std)
     time, d = as_time(t, x), x.shape[-1]
@@ -98,8 +99,3 @@ def intrinsic_dimension(score: Field, t: Tensor | float, x: Tensor, std: float, 
     # -sigma^2 J tends to the projector on the normal space: eigenvalues near 0 are tangent directions
     spectrum = torch.linalg.eigvalsh(-(std**2) * 0.5 * (jacobian + jacobian.mT))
     return (spectrum < drop).sum(-1)
-
-
-def _check_cloud(x: Tensor) -> None:
-    check_ndim(x, 2, "x", "(n, d)")
-    check_nonempty(x, "x")

@@ -131,6 +131,10 @@ class WhitenedField(TimedNetwork):
         self._ready: dict[float, _AtTime] = {}
         # not registered: what a path learns isn't the field's to train
         self._path, self.name, self.clip = (interpolant,), name, clip
+        mean1 = as_tensor(mean1, "mean1", 1, "(d,)")
+        mean0 = as_tensor(mean0, "mean0", 1, "(d,)", like=mean1)
+        variance0 = as_tensor(variance0, "variance0", like=mean1)
+        variance1 = as_tensor(variance1, "variance1", like=mean1)
         dim = mean1.shape[-1]
         self.register_buffer("mean0", mean0.detach().clone())
         self.register_buffer("variance0", variance0.detach().clone())

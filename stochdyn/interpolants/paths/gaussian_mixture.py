@@ -13,7 +13,6 @@ from stochdyn._checks import (
     as_sample_shape,
     as_tensor,
     check_finite,
-    check_ndim,
     check_nonempty,
     check_same_device,
     check_same_dtype,
@@ -79,10 +78,10 @@ class GaussianMixture(MixtureSameFamily):
 
 def _checked(weights: Tensor, means: Tensor, covariances: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     for name, value in (("weights", weights), ("means", means)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise InvalidInputError(f"{name} must be a floating tensor", got=type(value).__name__)
-    check_ndim(weights, 1, "weights", "(K,)")
-    check_ndim(means, 2, "means", "(K, d)")
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            raise InvalidInputError(f"{name} must be floating", got=value.dtype)
+    means = as_tensor(means, "means", 2, "(K, d)", finite=False)
+    weights = as_tensor(weights, "weights", 1, "(K,)", like=means, finite=False)
     check_nonempty(means, "means")
     check_finite(means, "means")
     check_finite(weights, "weights")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import (
+    as_generator,
+    as_tensor,
     check_bool,
     check_choice,
     check_event_size,
@@ -41,7 +43,7 @@ from stochdyn.interpolants.paths.schedules import (
     as_schedule,
 )
 
-__all__ = ["GAMMAS", "PATHS", "TARGETS", "Interpolant", "check_times"]
+__all__ = ["GAMMAS", "PATHS", "TARGETS", "Interpolant", "as_points", "check_pair", "check_times"]
 
 Kind = Literal["two-sided", "one-sided", "mirror"]
 Correction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -222,7 +224,7 @@ class Interpolant(nn.Module):
         x0: Tensor,
         x1: Tensor,
         z: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
     ) -> Tensor:
         r"""Return :math:`x_t`, ``(..., d)``.
 
@@ -239,11 +241,13 @@ class Interpolant(nn.Module):
             EmptyDataError: If there are none.
             DtypeMismatchError, DeviceMismatchError: If they differ in precision or device.
         """
+        x0, x1, z = as_points(x0, x1, z)
         check_pair(x0, x1, z)
         time = as_time(t, x1)
         check_times(time)
         if z is None and self.has_latent:
-            z = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
+            source = as_generator(generator, x1.device)
+            z = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=source)
         mixed = self.mean(time, x0, x1)
         return mixed + self.gamma.value(time) * z if self.has_latent and z is not None else mixed
 
@@ -314,6 +318,14 @@ def _check_ends_fit(x0: Tensor, x1: Tensor) -> None:
     fit = isinstance(x0, Tensor) and isinstance(x1, Tensor) and x0.shape == x1.shape and x0.dtype == x1.dtype
     if not fit or not x1.is_floating_point():
         check_pair(x0, x1)
+
+
+def as_points(x0: Any, x1: Any, z: Any = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return points of any form as tensors; those that are tensors stay as they are."""
+    x1 = x1 if isinstance(x1, Tensor) else as_tensor(x1, "x1")
+    x0 = x0 if isinstance(x0, Tensor) else as_tensor(x0, "x0", like=x1)
+    z = z if z is None or isinstance(z, Tensor) else as_tensor(z, "z", like=x1)
+    return x0, x1, z
 
 
 def check_pair(x0: Tensor, x1: Tensor, z: Tensor | None = None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from stochdyn._checks import (
     as_generator,
     as_sample_shape,
+    as_tensor,
     check_event_size,
     check_real,
     check_same_dtype,
@@ -135,6 +136,7 @@ class GaussianMixtureInterpolant(MarginalFlow):
         )  # fmt: skip
 
     def _solve(self, t: Tensor | float, x: Tensor) -> _Pairs:
+        x = as_tensor(x, "x", like=self.means0, finite=False)
         check_event_size(x, self.dim, "x")
         time = as_time(t, x)
         check_times(time)
@@ -171,6 +173,7 @@ class GaussianMixtureInterpolant(MarginalFlow):
         it = self.interpolant
         if it.kind != "one-sided" and not it.has_latent:
             raise UnavailableError("this path has no latent to estimate", hint="give the interpolant a gamma")
+        x = as_tensor(x, "x", like=self.means0, finite=False)
         time = as_time(t, x)
         return it.noise.value(time.to(x.dtype)) * self._solve(t, x).latent()
 

@@ -95,6 +95,7 @@ class NoisedMixture(MarginalFlow):
 
     def _components(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return coordinates along the axes and variances ``(..., K, d)``, and the log joint ``(..., K)``."""
+        x = as_tensor(x, "x", like=self.means, finite=False)
         check_event_size(x, self.means.shape[1], "x")
         check_floating(x)
         time = as_time(t, x).to(x.dtype)

@@ -162,6 +162,7 @@ class InterpolantGenerator(nn.Module):
         guidance: float = 1.0,
     ) -> Tensor:
         r"""Return the forward drift :math:`b+\varepsilon s` at vectors ``x (..., d)``."""
+        x = as_tensor(x, "x", finite=False)
         level = as_epsilon(epsilon, self.interpolant)
         strength = 0.0 if level.vanishes else level
         with evaluating(self.fields):

@@ -16,7 +16,6 @@ from stochdyn._checks import (
     check_bool,
     check_choice,
     check_event_size,
-    check_ndim,
     check_nonempty,
     check_positive_int,
     check_type,
@@ -264,6 +263,7 @@ class ReverseDiffusion(nn.Module):
 
     def velocity(self, t: Tensor, x: Tensor, condition: Any = None) -> Tensor:
         """Return the velocity of the probability-flow ODE on the forward clock, ``(..., d)``."""
+        x = as_tensor(x, "x", like=self.example, finite=False)
         return self.process.drift(t, x) - 0.5 * self.process.squared_diffusion(t) * self.score(
             t, x, condition
         )
@@ -271,7 +271,7 @@ class ReverseDiffusion(nn.Module):
     @ordinarily
     def flow(self, x: Tensor, num_steps: int = 50, condition: Any = None) -> Tensor:
         """Carry points ``(n, d)`` at the horizon to the start time along the ODE, by Runge-Kutta steps; differentiable."""
-        check_ndim(x, 2, "x", "(n, d)")
+        x = as_tensor(x, "x", 2, "(n, d)", like=self.example, finite=False)
         own = self._given(condition, None, tuple(x.shape[:-1]))[0]
         times = self.process.grid(num_steps).to(x.device)
         with evaluating(self):

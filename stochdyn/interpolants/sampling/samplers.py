@@ -414,7 +414,7 @@ def integrate_strang(
     x: Tensor,
     ts: Tensor,
     *,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     trajectory: bool = False,
 ) -> Tensor:
     r"""Integrate :math:`dX=(b+\varepsilon s)\,dt+\sqrt{2\varepsilon}\,dW` by splitting transport from Langevin dynamics.
@@ -430,7 +430,7 @@ def integrate_strang(
         epsilon: A number, one number per step, or a function of times ``(T-1,)``.
         x: The state at ``ts[0]``, ``(..., d)``.
         ts: The times, strictly monotone, ``(T,)``.
-        generator: The source of randomness; torch's global one if None.
+        generator: The source of randomness: a ``torch.Generator``, a seed, or None for torch's global one.
         trajectory: Whether to return the states at all times, ``(T, ..., d)``.
 
     Returns:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn._checks import (
+    as_generator,
+    as_tensor,
     check_bool,
     check_choice,
     check_finite,
@@ -21,7 +23,7 @@ from stochdyn._checks import (
 from stochdyn.core._distance import squared_distance
 from stochdyn.core.transport.entropic import TransportPlan, sinkhorn
 from stochdyn.errors import ConvergenceWarning, InvalidInputError, ShapeError
-from stochdyn.interpolants.paths.interpolant import check_pair
+from stochdyn.interpolants.paths.interpolant import as_points, check_pair
 
 __all__ = [
     "Coupling",
@@ -43,7 +45,7 @@ class Coupling(nn.Module, ABC):
 
     @abstractmethod
     def pair(
-        self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | None = None
+        self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | int | None = None
     ) -> Tensor:
         """Return the partner in ``x1`` of every point of ``x0``, ``(n,)`` indices.
 
@@ -64,10 +66,10 @@ class IndependentCoupling(Coupling):
     """
 
     def pair(
-        self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | None = None
+        self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | int | None = None
     ) -> Tensor:
         """Return the index of the end that goes with each start, ``(n,)``."""
-        check_ndim(x0, (1, 2), "x0", "(n, d)")
+        x0 = as_tensor(x0, "x0", (1, 2), "(n, d)", finite=False)
         return torch.arange(x0.shape[0], device=x0.device)
 
 
@@ -103,14 +105,14 @@ class ExactCoupling(Coupling):
         self.condition_weight = _weight(condition_weight)
 
     def pair(
-        self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | None = None
+        self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | int | None = None
     ) -> Tensor:
         """Return the index of the end that goes with each start, ``(n,)``.
 
         Raises:
             NonFiniteError: If a point isn't finite.
         """
-        _check_samples(x0, x1)
+        x0, x1 = _samples(x0, x1)
         if x0.shape[-1] == 1 and (self.condition_weight == 0.0 or condition is None):
             # on the line the sorted samples are matched
             partner = torch.empty(x0.shape[0], dtype=torch.long, device=x0.device)
@@ -202,7 +204,7 @@ class EntropicCoupling(Coupling):
             raise InvalidInputError(
                 "an entropic coupling needs reg", hint="give reg, in units of the squared distance"
             )
-        _check_samples(x0, x1)
+        x0, x1 = _samples(x0, x1)
         cost = coupling_cost(x0, x1, condition, self.condition_weight)
         if self.reg < 100 * torch.finfo(cost.dtype).eps * float(cost.max()):
             cost = cost.double()  # below what single precision tells apart
@@ -233,10 +235,10 @@ class EntropicCoupling(Coupling):
         return f, _soft_min(coupling_cost(x1, x0), f, self.reg)
 
     def pair(
-        self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | None = None
+        self, x0: Tensor, x1: Tensor, condition: Any = None, generator: torch.Generator | int | None = None
     ) -> Tensor:
         """Return the index of the end that goes with each start, ``(n,)``."""
-        _check_samples(x0, x1)
+        x0, x1 = _samples(x0, x1)
         plan = self.plan(x0, x1, condition)
         if not plan.converged:
             warnings.warn(
@@ -247,7 +249,7 @@ class EntropicCoupling(Coupling):
                 stacklevel=2,
             )
             return ExactCoupling(self.condition_weight).pair(x0, x1, condition, generator)
-        return torch.multinomial(plan.plan(), 1, generator=generator).squeeze(-1)
+        return torch.multinomial(plan.plan(), 1, generator=as_generator(generator, x0.device)).squeeze(-1)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Return the potentials that the next batch starts from."""
@@ -258,11 +260,13 @@ class EntropicCoupling(Coupling):
         self._last = (state["x1"], state["g"], state["x0"]) if state else None
 
 
-def _check_samples(x0: Tensor, x1: Tensor) -> None:
+def _samples(x0: Any, x1: Any) -> tuple[Tensor, Tensor]:
+    x0, x1, _ = as_points(x0, x1)
     check_pair(x0, x1)
     check_ndim(x0, 2, "x0", "(n, d)")
     check_finite(x0, "x0")
     check_finite(x1, "x1")
+    return x0, x1
 
 
 def _soft_min(cost: Tensor, potential: Tensor, reg: float) -> Tensor:

@@ -22,7 +22,7 @@ from stochdyn.core.forward.flow import as_time
 from stochdyn.core.law.marginals import Generator, SampleShape
 from stochdyn.errors import InvalidInputError, ShapeError
 from stochdyn.interpolants.fields.networks import evaluating
-from stochdyn.interpolants.paths.interpolant import check_pair, check_times
+from stochdyn.interpolants.paths.interpolant import as_points, check_pair, check_times
 from stochdyn.interpolants.sampling.samplers import integrate_sde, time_grid
 from stochdyn.objectives.base import Objective, ObjectiveValue
 
@@ -71,7 +71,7 @@ class PointSource(nn.Module):
         x0: Tensor,
         x1: Tensor,
         z: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
     ) -> Tensor:
         """Return ``x_t (..., d)``; latents ``z`` are drawn if None.
 
@@ -79,11 +79,13 @@ class PointSource(nn.Module):
             TimeGridError: If a time is outside [0, 1].
             ShapeError: If the points don't fit together.
         """
+        x0, x1, z = as_points(x0, x1, z)
         check_pair(x0, x1, z)
         time = as_time(t, x1)
         check_times(time)
         if z is None:
-            z = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
+            source = as_generator(generator, x1.device)
+            z = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=source)
         return (1 - time) * x0 + self._beta(time)[0] * x1 + self.scale * (1 - time) * time.sqrt() * z
 
     def target(self, t: Tensor, x0: Tensor, x1: Tensor, z: Tensor) -> Tensor:

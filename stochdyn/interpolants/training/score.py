@@ -171,6 +171,7 @@ class ScoreMatching(Objective):
 
     def score(self, t: Tensor | float, x: Tensor, condition: Any = None) -> Tensor:
         """Return the learned score ``(..., d)`` at ``x (..., d)``, for a condition per point."""
+        x = as_tensor(x, "x", finite=False)
         return self.learned.given(condition)(t, x)
 
     def flow(self) -> LearnedFlow:
@@ -213,6 +214,7 @@ class ScoreMatching(Objective):
             ShapeError: If ``t`` doesn't broadcast to ``x[..., :1]``.
             UnavailableError: If the log form is asked of a score network.
         """
+        x = as_tensor(x, "x", finite=False)
         if self.potential is not None and form != "score" and not options:
             return self.potential.score_and_residual(t, x).residuals[0]
         options["form"] = form or ("score" if self.potential is None else "log")
