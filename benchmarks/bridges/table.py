@@ -101,10 +101,10 @@ def atlas(record: dict[str, Any]) -> list[str]:
 
 
 def race(record: dict[str, Any]) -> list[str]:
-    """The first coupling of the atlas by several solvers, in one run."""
+    """The first coupling of the atlas by several solvers."""
     result, own = record["result"], record["machine"]
     lines = [
-        f"**The first coupling of the atlas by several packages**, in one run and each in a process of its own: regularisation 0.5, double "
+        f"**The first coupling of the atlas by several packages**, on one machine, each in a process of its own: regularisation 0.5, double "
         f"precision, to a marginal error of {result['tolerance']:g}, and about {result['limit']:g} s at most. POT {own['pot']}, "
         f"ott-jax {own.get('ott-jax') or 'not installed'} (jax {own.get('jax') or 'not installed'}, compiled before). Memory is the peak "
         "beyond what the loaded packages take. *Annealed* is ott's own schedule, from 4096 down by a tenth per iteration.",
