@@ -224,7 +224,7 @@ def race(
     for name, values in found.items():
         all_runs = np.stack(values)
         ratio = np.exp(all_runs - exact)
-        error = ratio.std(0, ddof=1).mean() / math.sqrt(ratio.size)
+        error = math.sqrt(ratio.var(0, ddof=1).mean() / ratio.size)
         rows[name] = {
             "milliseconds": least[name],
             "variance": float(all_runs.var(0, ddof=1).mean()),
