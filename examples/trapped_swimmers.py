@@ -7,8 +7,8 @@ Self-propelled particles repel each other. For two on a ring the steady density 
 For many in a harmonic trap the score, a local function of each particle and its neighbours, is learnt from snapshots and gives the
 rate of every particle. It prints rates by the score and by the sum rule, which agree where the score is right, and draws where entropy
 is produced to ``outputs/trapped_swimmers.png``. Two minutes; eight with 64 swimmers,
-most of them to draw snapshots. The rate of 64 then stays some fourteen per cent below the sum rule, more than twice its error: in a crowd
-the current depends on more than a few hundred snapshots can teach, so believe the map there and take the total from the rule.
+most of them to draw snapshots. The rate of 64 then stays below the sum rule by a
+seventh or more, on the snapshots of the training too: take the total from the rule.
 """
 
 from __future__ import annotations
