@@ -481,9 +481,10 @@ def _fit(
         guide = law = AutoHierarchicalNormal(model, init_to_median(num_samples=50))
     else:
         guide = AutoPathGuide(model, hidden=(), feedback="recomputed", rest=AutoHierarchicalNormal)
-    # An automatic guide has its parameters only once it has run.
-    with poutine.block():
-        drawn_anew(lambda: guide(*args, **kwargs))
+    if law is None:
+        # An automatic guide has its parameters only once it has run; the search for the mode runs the others.
+        with poutine.block():
+            drawn_anew(lambda: guide(*args, **kwargs))
     if paths and not subsampled:
         law = guide.rest
     if law is not None:

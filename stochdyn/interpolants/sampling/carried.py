@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_finite, values_unchecked
-from stochdyn._transforms import transforms_are_active
+from stochdyn._transforms import recording, transforms_are_active
 from stochdyn.interpolants.fields.networks import Fields, evaluating
 from stochdyn.interpolants.sampling.methods import Adaptive, FlowMethod
 from stochdyn.interpolants.sampling.samplers import integrate_ode
@@ -143,7 +143,7 @@ class _Way:
         if self._jacobians is None:
             n, d = self.x.shape
             count = len(self.times)
-            with torch.enable_grad():
+            with recording():
                 # copy i of the points is for row i: one large reverse pass in place of d small ones
                 points, values = self.slopes(None if self.condition is None else self.condition.detach(), d)
                 if values.requires_grad:
@@ -169,7 +169,7 @@ class _Way:
 
     def differentiate(self, inputs: tuple[Tensor, ...], slope: Tensor) -> tuple[Tensor | None, ...]:
         """Return derivatives that have derivatives themselves, by the graph of the whole way."""
-        with torch.enable_grad():
+        with recording():
             end = self.walk(self.x, self.condition)
             return torch.autograd.grad(end, inputs, slope, create_graph=True, allow_unused=True)
 
@@ -205,7 +205,7 @@ class _InOthers(torch.autograd.Function):
         way: _Way = ctx.way
         if torch.is_grad_enabled():
             return None, *way.differentiate(way.others, slope)
-        with torch.enable_grad():
+        with recording():
             # how much the end moves with each of the slopes on the way
             pushed = way.jacobians.new_zeros(way.jacobians.shape[:-1]).unsqueeze(-1).requires_grad_()
             end = way.tangents(torch.zeros_like(slope).unsqueeze(-1), pushed)
