@@ -103,9 +103,9 @@ def _against_quadrature(report: dict[str, Any]) -> list[str]:
         for k in (0, 1)
     ]
     return [
-        f"On the first {len(pairs)} of these data sets, ranks by `fit_posterior` are {sum(gaps) / len(gaps):.3f} off those of the exact "
+        f"On {len(pairs)} of these data sets, ranks by `fit_posterior` are {sum(gaps) / len(gaps):.3f} off those of the exact "
         f"posterior on average and {max(gaps):.3f} at most, where a thousand draws alone make about 0.01. Intervals of the index cover "
-        f"{covered[0]} % there, those of the exact posterior {covered[1]} %: a few data sets cover what they happen to cover.",
+        f"{covered[0]} % there, those of the exact posterior {covered[1]} %.",
         "",
     ]
 
