@@ -16,7 +16,15 @@ from torch import Tensor
 
 from stochdyn._checks import as_seed, as_tensor, check_bool, check_callable, check_positive_int, check_type
 from stochdyn.diagnostics.explosions import KeptShare, drawn_anew, warn_of_explosions
-from stochdyn.diagnostics.probe import Chunk, NotVectorisedError, Probe, Program, check_program, random_values
+from stochdyn.diagnostics.probe import (
+    Chunk,
+    NotVectorisedError,
+    Probe,
+    Program,
+    check_program,
+    random_values,
+    reason_of,
+)
 from stochdyn.diagnostics.sites import Site
 from stochdyn.errors import InvalidInputError, NonFiniteError, StochdynWarning, UnknownSiteError
 from stochdyn.run.randomness import fork_random_state
@@ -212,11 +220,10 @@ def _collect(probe: Probe, num_draws: int, chunk_size: int | None) -> PosteriorD
     except NonFiniteError:
         raise
     except Exception as error:  # whatever a model may raise on axes that it wasn't written for
-        reason = str(error).strip().splitlines()
         warnings.warn(
             "The model and guide can't be run on many draws at once, so they run once per draw, which is slow. "
             "Declare batch axes with pyro.plate and index from the right, as in x[..., 0], to speed this up. "
-            f"What went wrong: {reason[0] if reason else type(error).__name__}",
+            f"What went wrong: {reason_of(error)}",
             StochdynWarning,
             stacklevel=4,
         )

@@ -19,7 +19,16 @@ from stochdyn.diagnostics.explosions import MOST_DRAWS, drawn_anew
 from stochdyn.diagnostics.sites import Site, is_delta, read_sites
 from stochdyn.errors import ShapeError, UnknownSiteError
 
-__all__ = ["Chunk", "NotVectorisedError", "Probe", "Program", "SetValues", "check_program", "random_values"]
+__all__ = [
+    "Chunk",
+    "NotVectorisedError",
+    "Probe",
+    "Program",
+    "SetValues",
+    "check_program",
+    "random_values",
+    "reason_of",
+]
 
 _PLATE = "_stochdyn_draws"
 
@@ -33,6 +42,11 @@ def check_program(model: object, guide: object, args: object, kwargs: object) ->
         check_callable(guide, "guide", "a Pyro guide")
     check_type(args, (tuple, list), "args", hint="put the arguments of the model into a tuple")
     check_type(kwargs, (Mapping, type(None)), "kwargs")
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class NotVectorisedError(Exception):

@@ -25,6 +25,7 @@ from stochdyn._checks import (
     values_are_checked,
 )
 from stochdyn.diagnostics.explosions import drawn_anew, warn_of_explosions
+from stochdyn.diagnostics.probe import reason_of
 from stochdyn.errors import ExplosionError, NonFiniteError, ShapeError, StochdynError, StochdynWarning
 from stochdyn.run.callbacks import Callback
 from stochdyn.run.randomness import fork_random_state
@@ -260,7 +261,7 @@ def _obstacle_to_many_draws(
     except StochdynError:
         return None  # of these two draws, as of any others
     except Exception as error:  # whatever a model may raise on axes that it wasn't written for
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return reason_of(error)
     for name, number in one.items():
         if two[name] != 2 * number:
             return f"site {name!r} has {two[name]} densities on two draws, where {2 * number} were due"

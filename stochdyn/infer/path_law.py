@@ -34,6 +34,7 @@ from stochdyn.core.sde.grids import noise_steps
 from stochdyn.core.sde.intervention import Intervention
 from stochdyn.core.sde.methods import Method
 from stochdyn.core.sde.solvers import draw_increments, full_state, integrate
+from stochdyn.diagnostics.probe import reason_of
 from stochdyn.errors import (
     InvalidInputError,
     NonFiniteError,
@@ -335,11 +336,10 @@ def draw_paths(
     except NonFiniteError:
         raise
     except Exception as error:  # whatever a model may raise on axes that it wasn't written for
-        reason = str(error).strip().splitlines()
         warnings.warn(
             "the model can't be run on many draws at once, so paths are drawn one by one, which is slow. Declare batch axes with "
             "pyro.plate and give parameters their axes from the right, as in k[..., None]. "
-            f"What went wrong: {reason[0] if reason else type(error).__name__}",
+            f"What went wrong: {reason_of(error)}",
             StochdynWarning,
             stacklevel=2,
         )

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from stochdyn._checks import check_positive_int, check_real
-from stochdyn.errors import InvalidInputError, ShapeError
+from stochdyn.errors import InvalidInputError
+from stochdyn.nonequilibrium.particles import as_particles, nearest_image
 
 __all__ = ["PairCurrents"]
 
@@ -68,18 +69,9 @@ class PairCurrents:
         Raises:
             ShapeError: If a state doesn't hold whole particles.
         """
-        size = self.dim + self.num_extra
-        if x.shape[-1] % size:
-            raise ShapeError(
-                "a state must hold whole particles",
-                got=f"{x.shape[-1]} numbers",
-                expected=f"a multiple of {size}",
-            )
-        particles = x.unflatten(-1, (-1, size))
+        particles = as_particles(x, self.dim + self.num_extra)
         r, g = particles[..., : self.dim], particles[..., self.dim :]
-        gap = r.unsqueeze(-2) - r.unsqueeze(-3)
-        if self.box is not None:
-            gap = gap - self.box * (gap / self.box).round()
+        gap = nearest_image(r.unsqueeze(-2) - r.unsqueeze(-3), self.box)
         distance = gap.norm(dim=-1)
         # A particle isn't its own neighbour, and two at one place have no direction.
         apart = distance > 0

@@ -11,7 +11,27 @@ from stochdyn._checks import check_callable, check_positive_int, check_real
 from stochdyn.core.networks import MLP
 from stochdyn.errors import ShapeError
 
-__all__ = ["ParticleScore"]
+__all__ = ["ParticleScore", "as_particles", "nearest_image"]
+
+
+def as_particles(x: Tensor, size: int) -> Tensor:
+    """Return states ``(..., N * size)`` as particles ``(..., N, size)``.
+
+    Raises:
+        ShapeError: If a state doesn't hold whole particles.
+    """
+    if x.shape[-1] % size:
+        raise ShapeError(
+            "a state must hold whole particles",
+            got=f"{x.shape[-1]} numbers",
+            expected=f"a multiple of {size}",
+        )
+    return x.unflatten(-1, (-1, size))
+
+
+def nearest_image(gap: Tensor, side: float | None) -> Tensor:
+    """Return the ways to the nearest images in a periodic box of that side; None is open space."""
+    return gap if side is None else gap - side * (gap / side).round()
 
 
 class ParticleScore(nn.Module):
@@ -82,14 +102,7 @@ class ParticleScore(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the score ``(..., N * (dim + num_extra))``."""
-        size = self.dim + self.num_extra
-        if x.shape[-1] % size:
-            raise ShapeError(
-                "a state must hold whole particles",
-                got=f"{x.shape[-1]} numbers",
-                expected=f"a multiple of {size}",
-            )
-        particles = x.unflatten(-1, (-1, size))
+        particles = as_particles(x, self.dim + self.num_extra)
         length, strength = self.scale
         r, g = particles[..., : self.dim] / length, particles[..., self.dim :] / strength
         gap, mine, theirs, other = self._pairs(r, g)
@@ -111,7 +124,8 @@ class ParticleScore(nn.Module):
         """Return ways from each particle to those it sees, ``(..., N, K, dim)``, further variables of both, and where a pair is of two."""
         number = r.shape[-2]
         theirs = g.unsqueeze(-3).expand(*g.shape[:-2], number, number, self.num_extra)
-        gap = self._nearest_image(r.unsqueeze(-3) - r.unsqueeze(-2))
+        side = None if self.box is None else self.box / self.scale[0]
+        gap = nearest_image(r.unsqueeze(-3) - r.unsqueeze(-2), side)
         other = ~torch.eye(number, dtype=torch.bool, device=r.device).expand(gap.shape[:-1])
         if self.num_neighbors is not None and self.num_neighbors < number - 1:
             with torch.no_grad():
@@ -123,9 +137,3 @@ class ParticleScore(nn.Module):
             other = torch.ones_like(near, dtype=torch.bool)
         mine = g.unsqueeze(-2).expand(*gap.shape[:-1], self.num_extra)
         return gap, mine, theirs, other
-
-    def _nearest_image(self, gap: Tensor) -> Tensor:
-        if self.box is None:
-            return gap
-        side = self.box / self.scale[0]
-        return gap - side * (gap / side).round()

@@ -124,7 +124,7 @@ class Call(nn.Module):
                 raise
             raise DtypeMismatchError(
                 "the objective doesn't take the precision of the data",
-                got=f"data {', '.join(map(str, theirs))} and parameters {', '.join(map(str, ours))}: {error}",
+                got=f"data {', '.join(sorted(map(str, theirs)))} and parameters {', '.join(sorted(map(str, ours)))}: {error}",
                 hint="convert the data with .to(dtype), or the objective",
             ) from error
         if isinstance(value, Tensor):
