@@ -1,7 +1,8 @@
 """Particle filters against the package particles: processor time for the same variance of the log evidence, in one run.
 
 Three models with one component, whose evidence is known from a grid: an autoregression seen through precise Gaussian noise,
-stochastic volatility, and a growth model of two modes. The same series goes to both, once alone and once with others.
+stochastic volatility, and a growth model of two modes. The same series goes to both, once alone and once with others. The package
+runs with its defaults and as sequential quasi-Monte Carlo (``qmc=True``); ours with its defaults.
 
     pip install -c constraints.txt particles
     OMP_NUM_THREADS=1 python benchmarks/core/filters.py
@@ -117,12 +118,12 @@ class Case:
             total, density = total + scale.log(), density / scale[:, None]
         return total.numpy()
 
-    def run_theirs(self, y: np.ndarray, method: str, count: int) -> np.ndarray:
-        """Return log evidences ``(count,)`` by particles, one series after the other."""
+    def run_theirs(self, y: np.ndarray, method: str, count: int, even: bool) -> np.ndarray:
+        """Return log evidences ``(count,)`` by particles, one series after the other; by its SQMC if ``even``."""
         kind = {"bootstrap": models.Bootstrap, "guided": models.GuidedPF}[method]
         found = []
         for row in y:
-            run = particles.SMC(fk=kind(ssm=self.theirs, data=row), N=count)
+            run = particles.SMC(fk=kind(ssm=self.theirs, data=row), N=count, qmc=even)
             run.run()
             found.append(run.logLt)
         return np.array(found)
@@ -205,7 +206,10 @@ def race(
     Time is the least of all runs; the variance of the log evidence is that between runs, the mean over the series.
     """
     series = len(y)
-    runs: dict[str, Callable[[], np.ndarray]] = {"particles": lambda: case.run_theirs(y, method, count)}
+    runs: dict[str, Callable[[], np.ndarray]] = {
+        "particles": lambda: case.run_theirs(y, method, count, False),
+        "particles SQMC": lambda: case.run_theirs(y, method, count, True),
+    }
     for name, dtype in PRECISIONS.items():
         runs[name] = lambda dtype=dtype: case.run_ours(y, method, count, dtype)
     least = dict.fromkeys(runs, math.inf)

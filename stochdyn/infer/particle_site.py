@@ -16,7 +16,7 @@ from stochdyn.core.particles.filtering import run_unjudged
 from stochdyn.core.sde.equation import SDE
 from stochdyn.errors import ShapeError, UnavailableError
 from stochdyn.infer.law_distribution import LawDistribution
-from stochdyn.infer.particles import FilterMethod, as_filter, particles_of
+from stochdyn.infer.particles import FilterMethod, as_filter, particles_of, threshold_of
 from stochdyn.infer.seen import SeenEquation
 from stochdyn.infer.state_likelihood import StateLikelihood
 
@@ -124,7 +124,7 @@ class ParticleObservations(LawDistribution):
         with torch.no_grad(), values_unchecked():
             model = particles_of(self.seen, StateLikelihood(self.observe, value), self.method)
         # Parameters of a chain may be wild, where a poor estimate is no news.
-        run = run_unjudged(model, self.num_particles, self.method.threshold)
+        run = run_unjudged(model, self.num_particles, threshold_of(self.method, model))
         return run.log_evidence.expand(batch)
 
 

@@ -25,6 +25,7 @@ __all__ = ["ChainRun", "PMMHMethod", "run_chains"]
 # The variance of the log likelihood at which more particles no longer pay (Doucet et al., 2015: a deviation of 1 to 1.7).
 _VARIANCE = 1.2
 _REPLICAS = 50
+_ROUNDS = 5
 _FEWEST, _MOST = 10, 20_000
 # The share of accepted steps that the size of the steps is adapted to, with a noisy likelihood.
 _ACCEPTANCE = 0.2
@@ -255,10 +256,28 @@ def _factor(u: Tensor, share: Tensor) -> Tensor:
 
 
 def _tuned(target: _Target, u: Tensor) -> int:
-    """Return the number of particles at which the log likelihood has a variance of about one, which falls as their inverse."""
-    now = target.particles or target.default
-    found = target.at(u.expand(_REPLICAS, -1)).joint
-    variance = float(found[torch.isfinite(found)].var())
-    if not math.isfinite(variance):
-        return min(2 * now, _MOST)
-    return int(min(max(math.ceil(now * variance / _VARIANCE), _FEWEST), _MOST))
+    """Return a number of particles at which the log likelihood has a variance of about one.
+
+    The variance falls as a power of their number, between the first and the third, that two measurements tell.
+    """
+    before = target.particles
+    count, power, last = before or target.default, 1.0, (0, 0.0)
+    for _ in range(_ROUNDS):
+        target.particles = count
+        found = target.at(u.expand(_REPLICAS, -1)).joint
+        variance = float(found[torch.isfinite(found)].var())
+        if 0.5 * _VARIANCE < variance < 2 * _VARIANCE:
+            break
+        if not math.isfinite(variance):
+            wanted = 2.0 * count
+        else:
+            if last[0] and last[0] != count and min(variance, last[1]) > 0.0:
+                power = math.log(last[1] / variance) / math.log(count / last[0])
+                power = min(max(power, 1.0), 3.0)
+            wanted = count * (variance / _VARIANCE) ** (1 / power)
+            last = count, variance
+        now, count = count, int(min(max(math.ceil(wanted), _FEWEST), _MOST))
+        if now == count:
+            break
+    target.particles = before
+    return count

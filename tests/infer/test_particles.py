@@ -376,3 +376,104 @@ def test_a_model_of_ones_own():
     exact = 0.25 * (one * (math.exp(-0.5) + math.exp(-0.5)) + two * (math.exp(-0.5) + math.exp(-4.5)))
     ratio = run.log_evidence.exp() / exact
     assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / 3000**0.5
+
+
+# ---------------------------------------------------------------------------------------------- even noise
+RELAXING = sd.SDE(lambda t, x: -x, 0.7)
+LINE_START = dist.Normal(torch.zeros(1, dtype=F64), 0.5).to_event(1)
+LINE_TIMES = torch.tensor([0.0, 0.2, 0.4, 0.5, 0.9], dtype=F64)
+LINE_DATA = torch.tensor([[0.3], [NAN], [0.5], [0.1], [-0.4]], dtype=F64)
+
+
+def line_runs(count: int, runs: int, threshold: float | None, dtype: torch.dtype = F64, even: bool = True):
+    """Return log evidences of independent filters over the exact one."""
+    from stochdyn.infer.particles import particles_of, threshold_of
+    from stochdyn.infer.seen import SeenEquation
+
+    exact = NonlinearObservations(RELAXING, LINE_START, LINE_TIMES, lambda x: x, 0.2, dt=0.1)
+    data = StateLikelihood(lambda x: dist.Normal(x, 0.2).to_event(1), LINE_DATA.to(dtype).expand(runs, 5, 1))
+    start = dist.Normal(torch.zeros(1, dtype=dtype), 0.5).to_event(1)
+    way = BootstrapFilter(threshold)
+    model = particles_of(SeenEquation.at(RELAXING, start, LINE_TIMES.to(dtype), 0.0, 0.1), data, way)
+    model.ordered = even
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ApproximationWarning)
+        run = run_particles(model, count, threshold_of(way, model), 0)
+    return run.log_evidence.double() - exact.log_prob(LINE_DATA)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 1.0])
+@pytest.mark.parametrize("count", [3, 40])
+def test_even_noise_leaves_the_evidence_unbiased(threshold, count):
+    ratio = line_runs(count, 20_000, threshold).exp()
+    assert abs(float(ratio.mean()) - 1.0) < 5 * float(ratio.std()) / 20_000**0.5
+    assert float(ratio.std()) > 0.001
+
+
+def test_even_noise_takes_most_of_the_variance_and_all_the_more_with_more_particles():
+    variance = {
+        (count, even): float(line_runs(count, 400, None, even=even).var())
+        for count in (50, 500)
+        for even in (False, True)
+    }
+    gains = [variance[n, False] / variance[n, True] for n in (50, 500)]
+    assert gains[0] > 5.0
+    assert gains[1] > 2 * gains[0]
+    assert float(line_runs(500, 400, None, torch.float32).var()) < 3 * variance[500, True]
+
+
+def test_even_normals_are_normal_and_independent_of_the_comb():
+    from stochdyn.core.particles.lattice import even_normals, even_shares
+
+    like = torch.zeros((), dtype=F64)
+    g = torch.Generator().manual_seed(0)
+    x = torch.stack(list(even_normals(7, (16, 4000), like, g)))
+    error = 5 / 4000**0.5
+    # of each particle and each step, over runs
+    assert float(x.mean(-1).abs().max()) < error
+    assert float((x.square().mean(-1) - 1).abs().max()) < error * 2**0.5
+    assert float((x[1:] * x[:-1]).mean(-1).abs().max()) < error
+    # Neighbours that share a step are worth far more than independent ones.
+    assert float(x.mean(1).var()) < 0.3 / 16
+    share = even_shares((8, 3), like, g)
+    assert torch.equal((8 * share).floor()[:, 0], torch.arange(8.0, dtype=F64))
+
+
+def test_a_guide_that_misses_a_mode_is_left_aside_and_the_others_are_kept():
+    """Squares tell nothing of the sign: a guide along one sign is worse than none."""
+    length = 20
+    sde = sd.SDE(lambda t, x: 25 * x / (1 + x * x) - 0.5 * x + 8 * torch.cos(1.2 * (t + 1)), 10**0.5)
+    start = dist.Normal(torch.zeros(1, dtype=F64), 1.4).to_event(1)
+    times = torch.arange(length, dtype=F64)
+    g = torch.Generator().manual_seed(1)
+    x = [torch.randn(1, generator=g, dtype=F64)]
+    for t in times[:-1]:
+        x.append(x[-1] + sde.drift(t, x[-1]) + 10**0.5 * torch.randn(1, generator=g, dtype=F64))
+    y = torch.cat(x).square() / 20 + torch.randn(length, generator=g, dtype=F64)
+    data = StateLikelihood(lambda x: dist.Normal(x[..., 0] ** 2 / 20, 1.0), y.expand(200, length))
+    runs = {}
+    for method in ("bootstrap", "guided"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ApproximationWarning)
+            runs[method] = particle_filter(
+                sde, start, times, data, 200, method=method, dt=1.0, generator=1
+            ).log_evidence
+    assert float(runs["guided"].var()) < 2 * float(runs["bootstrap"].var())
+    gap = runs["guided"].exp().mean().log() - runs["bootstrap"].exp().mean().log()
+    error = sum(float((r - r.mean()).exp().var()) for r in runs.values()) / 200
+    assert abs(float(gap)) < 5 * error**0.5
+
+
+@pytest.mark.parametrize("method", ["bootstrap", "guided"])
+def test_particles_that_explode_are_impossible_and_all_of_them_are_an_error(method):
+    """Distributions that refuse states that aren't numbers don't end a filter."""
+    sde = sd.SDE(lambda t, x: -(x**3), 0.5)
+    times, y = torch.arange(1.0, 9.0, dtype=F64), torch.zeros(8, 1, dtype=F64)
+    data = StateLikelihood(lambda x: dist.Normal(x, 1.0, validate_args=True).to_event(1), y)
+    wide = dist.Normal(torch.zeros(1, dtype=F64), 1.0).to_event(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ApproximationWarning)
+        run = particle_filter(sde, wide, times, data, 300, method=method, dt=1.0, generator=0)
+    assert bool(torch.isfinite(run.log_evidence))
+    with pytest.raises(NonFiniteError, match="explode|no path"):
+        particle_filter(sde, torch.full((1,), 50.0, dtype=F64), times, data, 30, method=method, dt=1.0)

@@ -53,6 +53,14 @@ class ParticleModel(ABC):
     def start(self, num_particles: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Return states ``(num_particles, *batch, Z)`` before the first observation, and their log weights ``(num_particles, *batch)``."""
 
+    def order(self, z: Tensor) -> Tensor | None:
+        """Return the order ``(num_particles, *batch)`` in which alike particles are neighbours; None where there is no such order.
+
+        Particles are handed to :meth:`advance` in this order, and resampled in it, so that points which fill a square evenly can
+        choose both the particle and its noise: see :mod:`stochdyn.core.particles.lattice`.
+        """
+        return None
+
     @abstractmethod
     def advance(self, step: int, z: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Move states to an observation and weigh them.
@@ -228,28 +236,35 @@ def run_unjudged(
     # On the host a look costs next to nothing, and tells when there is nothing to do.
     looks = z.device.type == "cpu" and values_are_checked()
     bar = threshold * count if threshold < 1.0 else math.inf
-    log_weight, total, size = _normalised(log_weight + even)
-    log_weight, size = _possible(log_weight, size, even)
+    log_weight, weight, total, size = _normalised(log_weight + even)
+    log_weight, weight, size = _possible(log_weight, weight, size, even)
     least = float(size.amin()) if looks else 0.0
     states, weights, sizes, ancestors = [], [], [], []
     for k in range(model.num_times):
-        index = every
+        order = model.order(z)
+        index = every if order is None else order
+        if order is not None and bar < math.inf:
+            log_weight = log_weight.gather(0, order)
         if threshold > 0.0 and not least >= bar:
             # Each member of the batch resamples when it has to; where none does, indices stay as they are.
-            index = comb_indices(log_weight, offsets[k], count)
-            worn = size < bar
-            if looks and bool(worn.all()):
-                log_weight = even
+            if order is None:
+                drawn = comb_indices(weight, offsets[k], count)
             else:
-                index = torch.where(worn, index, every)
+                drawn = order.gather(0, comb_indices(weight.gather(0, order), offsets[k], count))
+            worn = size < bar if bar < math.inf else None
+            if worn is None or (looks and bool(worn.all())):
+                log_weight, index = even, drawn
+            else:
+                index = torch.where(worn, drawn, index)
                 log_weight = torch.where(worn, even, log_weight)
+        if index is not every:
             z = take_particles(z, index)
         z, gained = model.advance(k, z, source)
-        log_weight, step, size = _normalised(log_weight + gained)
+        log_weight, weight, step, size = _normalised(log_weight + gained)
         if looks:
             least = float(size.amin())
         if not looks or least != least:
-            log_weight, size = _possible(log_weight, size, even)
+            log_weight, weight, size = _possible(log_weight, weight, size, even)
             least = float(size.amin()) if looks else 0.0
         total = total + step
         states.append(z)
@@ -261,17 +276,26 @@ def run_unjudged(
     return ParticleRun(total, torch.stack(sizes, -1), rows)
 
 
-def _normalised(log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return normalised log weights, the logarithm of their sum, and their effective number: NaN where the sum is zero."""
+def _normalised(log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return normalised log weights, weights up to a factor, the logarithm of their sum, and their effective number.
+
+    The number is NaN where the sum is zero.
+    """
     largest = log_weight.amax(0).clamp_min_(torch.finfo(log_weight.dtype).min)
     weight = (log_weight - largest).exp_()
     total = weight.sum(0)
-    size = total.square() / weight.square_().sum(0)
+    size = total.square() / weight.square().sum(0)
     total = total.log_().add_(largest)
-    return log_weight - total, total, size
+    return log_weight - total, weight, total, size
 
 
-def _possible(log_weight: Tensor, size: Tensor, even: Tensor) -> tuple[Tensor, Tensor]:
+def _possible(
+    log_weight: Tensor, weight: Tensor, size: Tensor, even: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return weights and effective numbers that are those of equal particles where none explains the data."""
     impossible = torch.isnan(size)
-    return torch.where(impossible, even, log_weight), torch.where(impossible, float(len(even)), size)
+    return (
+        torch.where(impossible, even, log_weight),
+        torch.where(impossible, 1.0, weight),
+        torch.where(impossible, float(len(even)), size),
+    )

@@ -40,7 +40,9 @@ def systematic(log_weights: Tensor, num_draws: int | None = None, generator: Gen
     draws = count if num_draws is None else num_draws
     check_positive_int(draws, "num_draws")
     source = as_generator(generator, log_weights.device)
-    return comb_indices(log_weights, comb_offset(log_weights, source), draws)
+    # Sums of many weights need double precision, whatever the states have.
+    weights = torch.softmax(log_weights.detach().double(), 0)
+    return comb_indices(weights, comb_offset(log_weights, source), draws)
 
 
 def comb_offset(log_weights: Tensor, generator: torch.Generator | None, count: int | None = None) -> Tensor:
@@ -50,19 +52,17 @@ def comb_offset(log_weights: Tensor, generator: torch.Generator | None, count: i
     return torch.rand(shape, dtype=torch.float64, device=log_weights.device, generator=generator)
 
 
-def comb_indices(log_weights: Tensor, offset: Tensor, draws: int) -> Tensor:
+def comb_indices(weights: Tensor, offset: Tensor, draws: int) -> Tensor:
     """Return the indices ``(draws, *batch)`` of the points under the teeth ``offset + 0, 1, ...`` of a comb.
 
     Args:
-        log_weights: The logarithms of the weights ``(n, *batch)``.
+        weights: The weights ``(n, *batch)``, up to a factor per member of the batch.
         offset: The place of the first tooth, ``(*batch, 1)``, between 0 and 1.
         draws: The number of teeth.
     """
-    # Sums of many weights need double precision, whatever the states have.
-    weights = torch.softmax(log_weights.detach().double(), 0)
-    total = weights.movedim(0, -1).cumsum(-1)
+    total = weights.movedim(0, -1).cumsum(-1, dtype=torch.float64)
     share = total / total[..., -1:]
-    last = log_weights.shape[0] - 1
+    last = weights.shape[0] - 1
     if draws < _MANY:
         comb = torch.arange(draws, dtype=torch.float64, device=total.device) + offset
         index = torch.searchsorted(share, comb / draws, right=True)

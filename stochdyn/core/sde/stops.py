@@ -96,6 +96,8 @@ def _divide(grid: Tensor, begin: Tensor, dt: float) -> Stops:
     steps = ((gaps - slack) / dt).ceil().clamp_min(1.0)
     steps[..., 0] = torch.where(gaps[..., 0] <= slack, torch.zeros_like(steps[..., 0]), steps[..., 0])
     counts = tuple(int(n) for n in steps.reshape(-1, steps.shape[-1]).amax(0).tolist())
+    if max(counts) == 1:
+        return Stops(knots if counts[0] else grid, counts)
     pieces = [knots[..., :1] if counts[0] else grid[..., :1]]
     for k, count in enumerate(counts):
         if not count:
