@@ -166,6 +166,26 @@ def test_counts_are_growth_of_the_whole():
     assert law.growth_rate(1.0, snaps.samples[0]).mean() == pytest.approx(math.log(8) / 2, abs=1e-6)
 
 
+@pytest.mark.parametrize("relaxation", [None, 20.0])
+@pytest.mark.parametrize("factor", [None, 4.0])
+def test_rates_per_cell_are_absolute_and_counts_shift_them_evenly(relaxation, factor) -> None:
+    # nobody crosses; the right branch triples in two units of time, the left one stands still, and counts say how much more there is
+    snaps = still([(60, 60), (30, 90)])
+    rates = torch.cat((torch.zeros(60), torch.full((60,), 0.5 * math.log(3.0)))).double()
+    beyond = 0.0
+    if factor is not None:
+        weights = [torch.full((120,), c / 120, dtype=F64) for c in (100.0, 100.0 * 2.0 * factor)]
+        snaps, beyond = Snapshots(snaps.times, snaps.samples, weights), 0.5 * math.log(factor)
+    law = GrowingBridge(snaps, [rates], diffusion=0.5, relaxation=relaxation).solve()
+    ends = torch.tensor([[-4.0], [4.0]], dtype=F64)
+    wanted = torch.tensor([beyond, beyond + 0.5 * math.log(3.0)], dtype=F64)
+    # the middle of the interval; where marginals are relaxed the whole grows evenly in time, which the rates alone don't
+    for t in (0.2, 1.0, 1.8) if relaxation is None else (1.0,):
+        torch.testing.assert_close(law.growth_rate(t, ends), wanted, atol=0.02, rtol=0.0)
+    drawn = law.bootstrap_growth(1.0, ends, 60, 0).mean(0)
+    assert float((drawn - wanted).abs().max()) < 0.1
+
+
 def test_bad_rates():
     snaps = still([(3, 3), (3, 3)])
     with pytest.raises(ShapeError, match="one rate per cell"):

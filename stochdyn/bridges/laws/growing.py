@@ -35,6 +35,8 @@ _NODES = 17
 _DEAR = 10.0
 # Errors of marginals that are nothing beside what redrawing the cells does to them.
 _LOOSE = 1e-4
+# Totals of weights that differ by no more than rounding aren't counts.
+_EQUAL = 1e-5
 
 
 class GrowingBridge(Lineages, PathMeasure):
@@ -123,7 +125,9 @@ class GrowingBridge(Lineages, PathMeasure):
         # checks everything that a bridge does, before any work
         self.bridge = SchrodingerBridge(snapshots, reference, diffusion, **options)
         if self.growth or self._cell_rates is not None:
-            self.bridge._add_tilts(_NODES)
+            masses = self.snapshots.masses
+            counted = bool(((masses - masses[0]).abs() > _EQUAL * masses[0]).any())
+            self.bridge._add_tilts(_NODES, self._cell_rates is not None, counted)
 
     @property
     def snapshots(self) -> Snapshots:  # type: ignore[override]
@@ -164,11 +168,13 @@ class GrowingBridge(Lineages, PathMeasure):
         own = self.bridge
         trend = None if self.trend is None else self.trend.like(snapshots)
         growth = self.growth if self._cell_rates is None else self._cell_rates
-        return GrowingBridge(
+        like = GrowingBridge(
             snapshots, growth, trend, own.family, own.diffusion, dt=own.dt, tolerance=max(own.tolerance, _LOOSE),
             max_iterations=own.max_iterations, relaxation=own.relaxation, corrections=own.corrections,
             memory=own.memory,
         )  # fmt: skip
+        like.bridge._counted = own._counted
+        return like
 
     def _tilt(self, trend: DensityTrend) -> None:
         r"""Set the logs of the weights that growth gives to particles, and take from both snapshots half of what is between them.
@@ -247,8 +253,10 @@ class GrowingBridge(Lineages, PathMeasure):
     def growth_rate(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the rate of births less deaths at times ``t`` and states ``x (*batch, d)``, ``(*batch,)`` per unit of time.
 
-        Its mean over the population is the growth of the whole: the logarithm of the ratio of the snapshots' masses per time, zero where
-        snapshots were given without. Give total counts as weights, therefore: ``weights=[torch.full((n,), count / n), ...]``.
+        Its mean over the population is the growth of the whole: the logarithm of the ratio of the snapshots' masses per time. Give total
+        counts as weights, therefore: ``weights=[torch.full((n,), count / n), ...]``. Without, the whole grows by what given rates per
+        cell say, which are returned as they are then, and otherwise not at all. Counts that contradict given rates shift all of these
+        evenly.
         """
         return self.bridge.growth_rate(t, x)
 

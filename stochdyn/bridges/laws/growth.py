@@ -103,13 +103,22 @@ class Growth:
         plan: The coupling :math:`P`.
         rows: The log factors :math:`\alpha` of the rows, ``(K+1, n)`` at ``K + 1`` equally spaced times.
         columns: The log factors :math:`\beta` of the columns, ``(K+1, m)``.
-        log_mass: The log of the factor by which the whole population grows.
+        log_mass: The log of the factor by which the whole population grows, or grows beyond what absolute factors say.
+        absolute: Whether the factors say how much the whole population grows, and not only who grows more than others.
     """
 
-    def __init__(self, plan: TransportPlan, rows: Tensor, columns: Tensor, log_mass: float = 0.0) -> None:
+    def __init__(
+        self,
+        plan: TransportPlan,
+        rows: Tensor,
+        columns: Tensor,
+        log_mass: float = 0.0,
+        absolute: bool = False,
+    ) -> None:
         self.plan, self.log_mass = plan, log_mass
-        rows = rows.double() - rows.double().amax(1, keepdim=True)
-        columns = columns.double() - columns.double().amax(1, keepdim=True)
+        rows, columns = rows.double(), columns.double()
+        given = (rows, columns)
+        rows, columns = rows - rows.amax(1, keepdim=True), columns - columns.amax(1, keepdim=True)
         # normalising constants sum_ab P_ab exp(alpha_a + beta_b) at every node, by blocks of rows
         total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         self.row_sums = torch.zeros_like(rows)
@@ -119,6 +128,7 @@ class Growth:
             total += part.sum(1)
         self.rows, self.columns = rows - total.log()[:, None], columns
         self.row_sums /= total[:, None]
+        self._growing = given if absolute else (self.rows, self.columns)
 
     @staticmethod
     def even(plan: TransportPlan, first: Tensor, second: Tensor, log_mass: float = 0.0) -> Growth:
@@ -152,7 +162,7 @@ class Growth:
         """Return the derivatives of the log factors in the share, ``(n,)`` and ``(m,)``."""
         k = min(int(share * (len(self.rows) - 1)), len(self.rows) - 2)
         width = 1.0 / (len(self.rows) - 1)
-        first, second = ((p[k + 1] - p[k]) / width for p in (self.rows, self.columns))
+        first, second = ((p[k + 1] - p[k]) / width for p in self._growing)
         return first + self.log_mass, second
 
     def _place(self, share: float) -> tuple[int, float]:

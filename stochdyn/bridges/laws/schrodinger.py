@@ -158,7 +158,7 @@ class SchrodingerBridge(Lineages, PathMeasure):
         self.register_buffer("_report", empty)  # marginal errors, values, iterations
         self._report: Tensor
         self.register_load_state_dict_post_hook(_forget_solution)
-        self._tilted = False
+        self._tilted = self._by_rates = self._counted = False
         self._parts: list[Transition] | None = None
         self._plans: list[TransportPlan] | None = None
         self._growths: list[Growth | None] | None = None
@@ -231,9 +231,12 @@ class SchrodingerBridge(Lineages, PathMeasure):
             )
         return self
 
-    def _add_tilts(self, nodes: int) -> None:
-        """Let couplings be those of tilted snapshots, and growth undo the tilts; see :class:`GrowingBridge`."""
-        self._tilted = True
+    def _add_tilts(self, nodes: int, by_rates: bool = False, counted: bool = False) -> None:
+        """Let couplings be those of tilted snapshots, and growth undo the tilts; see :class:`GrowingBridge`.
+
+        Tilts of rates say how much the whole population grows, unless it was ``counted``.
+        """
+        self._tilted, self._by_rates, self._counted = True, by_rates, by_rates and counted
         for i, (n, m) in enumerate(itertools.pairwise(self.snapshots.sizes)):
             like = torch.zeros(nodes, n + m, dtype=torch.float64, device=self.spread.device)
             self.register_buffer(f"rows{i}", like[:, :n].clone())
@@ -352,13 +355,21 @@ class SchrodingerBridge(Lineages, PathMeasure):
             growths: list[Growth | None] = [None] * len(plans)
             for i, plan in enumerate(plans):
                 if self._tilted and self.relaxation is None:
-                    growths[i] = Growth(
-                        plan, getattr(self, f"rows{i}"), getattr(self, f"columns{i}"), masses[i]
-                    )
+                    tilts = (getattr(self, f"rows{i}"), getattr(self, f"columns{i}"))
+                    # where rates are given the counts say what the whole grows by beyond them
+                    beyond = masses[i] - self._of_rates(i) if self._counted else masses[i]
+                    growths[i] = Growth(plan, *tilts, beyond, absolute=self._by_rates)
                 elif self.relaxation is not None:
-                    growths[i] = Growth.even(plan, weights[i], weights[i + 1], masses[i])
+                    # without counts the whole grows as the rates that are the prior say
+                    own = self._of_rates(i) if self._by_rates and not self._counted else 0.0
+                    growths[i] = Growth.even(plan, weights[i], weights[i + 1], masses[i] + own)
             self._growths = growths
         return self._growths
+
+    def _of_rates(self, i: int) -> float:
+        """The log of the factor by which given rates let the whole population grow in an interval."""
+        log_weight = self.snapshots.weights[i].double().log()
+        return float(torch.logsumexp(log_weight - getattr(self, f"rows{i}")[0], 0))
 
     @property
     def converged(self) -> bool:
