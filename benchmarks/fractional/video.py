@@ -169,6 +169,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.steps, arguments.videos, arguments.test_videos, arguments.samples = 3, 64, 32, 2
+    if arguments.hours is not None:
+        # started in the background, a program doesn't hear the signal by which the hours end
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     models, rows = {}, []
     for noise in arguments.noise:
         models[noise], row = train(noise, arguments)

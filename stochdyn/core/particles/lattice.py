@@ -2,8 +2,9 @@ r"""Noise for particles that stand in an order: points that fill a square evenly
 
 Particle :math:`i` of :math:`N` ordered ones comes from the tooth :math:`(i+u)/N` of the comb that resamples, and takes the quantile
 :math:`v_i=\{i\alpha+s\}` of the noise, where :math:`u,s` are uniform and :math:`\alpha` is a random number that fractions approximate
-badly, all drawn anew at each step: with one :math:`\alpha` for all steps, particles whose ranks last would share their noise. Every :math:`v_i` is uniform and independent of the comb, so that means over particles are unbiased; pairs :math:`((i+u)/N,v_i)` fill
-the square evenly, so that means over neighbours with all their noise have an error that falls faster than :math:`N^{-1/2}`.
+badly, all drawn anew at each step: with one :math:`\alpha` for all steps, particles whose ranks last would share their noise. Every
+:math:`v_i` is uniform and independent of the comb, so that means over particles are unbiased; pairs :math:`((i+u)/N,v_i)` fill the
+square evenly, so that means over neighbours with all their noise have an error that falls faster than :math:`N^{-1/2}`.
 
 Reference:
     P. L'Ecuyer, C. Lecot and B. Tuffin, A randomized quasi-Monte Carlo simulation method for Markov chains, 2008; M. Gerber and
