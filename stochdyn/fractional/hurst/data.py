@@ -25,8 +25,9 @@ class Block:
     Attributes:
         values: The values ``(n,)`` less their least-squares fit, over ``unit``.
         times: The times ``(n,)`` in units of dt, or their index.
-        design: The columns ``(n, p)`` of the mean, each over its norm.
+        design: The columns ``(n, p)`` of the mean, orthogonal and of norm one.
         fit, unit, norms: The least-squares coefficients that were taken away, and the spread and the norms that were divided by.
+        mixing: What the columns, each over its norm, are of the orthogonal ones, ``(p, p)``.
         place: The places on the regular grid where values were observed.
         gaps: The number of columns that stand for missing values.
         series, axis: The series and the component that the block comes from.
@@ -44,6 +45,7 @@ class Block:
     fit: np.ndarray = field(default_factory=lambda: np.zeros(0))
     unit: float = 1.0
     norms: np.ndarray = field(default_factory=lambda: np.ones(0))
+    mixing: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     place: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
     gaps: int = 0
 
@@ -66,7 +68,8 @@ class Block:
 
     def mean_coefficients(self, coefficients: np.ndarray) -> np.ndarray:
         """Coefficients ``(S, p)`` of the mean in the units of the data, of those of the block."""
-        return np.asarray((self.fit + self.unit * coefficients[:, : len(self.fit)]) / self.norms)
+        rows = self.fit + self.unit * coefficients[:, : len(self.fit)]
+        return np.asarray(np.linalg.solve(self.mixing, rows.T).T / self.norms)
 
     def fitted(self, coefficients: np.ndarray) -> np.ndarray:
         """The mean ``(S, n)`` at the observed places."""
@@ -80,21 +83,23 @@ class Block:
         if (self.norms == 0).any():
             raise InvalidInputError("a regressor is zero throughout", got=name)
         self.design = self.design / self.norms
-        # in two passes: what is left after the first is free of the rounding of a large level
-        self.fit = np.zeros(self.design.shape[1])
-        rest = self.values
-        for _ in range(2):
-            step = np.linalg.lstsq(self.design, rest, rcond=None)[0]
-            self.fit, rest = self.fit + step, rest - self.design @ step
         if self.design.shape[1] and np.linalg.matrix_rank(self.design) < self.design.shape[1]:
             raise InvalidInputError(
                 "regressors are linearly dependent where the series was observed",
                 got=name,
                 hint="leave one out; a constant is always there",
             )
+        # Orthogonal columns, since those of a regressor that hardly varies beside its level are nearly one.
+        self.design, self.mixing = np.linalg.qr(self.design)
+        # in two passes: what is left after the first is free of the rounding of a large level
+        self.fit = np.zeros(self.design.shape[1])
+        rest = self.values
+        for _ in range(2):
+            step = self.design.T @ rest
+            self.fit, rest = self.fit + step, rest - self.design @ step
         free = len(rest) - self.design.shape[1]
-        self.unit = float(np.sqrt((rest**2).sum() / max(free, 1)))
-        level = float(np.abs(self.values).max())
+        level = float(np.abs(self.values).max()) or 1.0
+        self.unit = level * float(np.sqrt(((rest / level) ** 2).sum() / max(free, 1)))
         if not self.unit > 1e-12 * level or self.unit == 0:
             raise InvalidInputError(
                 f"{name} is constant, or a straight line"
@@ -106,6 +111,13 @@ class Block:
         self.values = rest / self.unit
 
 
+def _are_several(data: object) -> bool:
+    """Return whether data are a list of series, rather than the values of one."""
+    if not isinstance(data, list | tuple) or not data or isinstance(data[0], str):
+        return False
+    return hasattr(data[0], "__len__") and getattr(data[0], "ndim", 1) > 0
+
+
 def read_series(data: object, name: str, shortest: int) -> list[np.ndarray]:
     """Return series as float64 ``(n_i, d)`` arrays with NaN for missing values.
 
@@ -114,9 +126,7 @@ def read_series(data: object, name: str, shortest: int) -> list[np.ndarray]:
     Raises:
         EmptyDataError, InvalidInputError, NonFiniteError, ShapeError, TooFewDrawsError: For data that aren't such.
     """
-    several = isinstance(data, list | tuple) and len(data) > 0 and not np.isscalar(data[0])
-    if several and isinstance(data[0], torch.Tensor | np.ndarray) and np.ndim(data[0]) == 0:  # type: ignore[index]
-        several = False
+    several = _are_several(data)
     rows = list(data) if several else [data]  # type: ignore[call-overload]
     found = []
     for index, row in enumerate(rows):
@@ -139,11 +149,7 @@ def read_times(times: object, series: list[np.ndarray], dt: float) -> list[np.nd
     """Return times in units of dt, ``(n_i,)`` each: the index where none are given."""
     if times is None:
         return [np.arange(len(x), dtype=float) for x in series]
-    rows = (
-        list(times)
-        if isinstance(times, list | tuple) and not np.isscalar(times[0])
-        else [times] * len(series)
-    )
+    rows = list(times) if _are_several(times) else [times] * len(series)  # type: ignore[call-overload]
     if len(rows) != len(series):
         raise ShapeError("times must come for each series", got=len(rows), expected=len(series))
     found = []
@@ -177,7 +183,9 @@ def columns_of(regressors: object, series: list[np.ndarray]) -> list[np.ndarray]
         raise ShapeError("regressors must come for each series", got=len(rows), expected=len(series))
     found = []
     for index, (row, x) in enumerate(zip(rows, series, strict=True)):
-        given = as_tensor(row, f"regressors[{index}]", (1, 2), "(n,) or (n, k)", like=_F64).detach()
+        given = as_tensor(
+            row, f"regressors[{index}]", (1, 2), "(n,) or (n, k)", like=_F64, missing=True
+        ).detach()
         value = given.to("cpu", torch.float64).numpy()
         value = value[:, None] if value.ndim == 1 else value
         if value.shape[0] != x.shape[0]:

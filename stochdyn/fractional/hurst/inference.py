@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from scipy.signal import lfilter
 
-from stochdyn._checks import as_seed, check_bool, check_choice, check_positive, check_positive_int
+from stochdyn._checks import as_seed, as_tensor, check_bool, check_choice, check_positive, check_positive_int
 from stochdyn.diagnostics.container import from_draws
-from stochdyn.errors import InvalidInputError
+from stochdyn.errors import InvalidInputError, NonFiniteError
 from stochdyn.fractional.exact.fbm import sample_fgn
 from stochdyn.fractional.hurst.check import warn_of
 from stochdyn.fractional.hurst.data import Block, columns_of, read_series, read_times, steps_between
@@ -25,6 +25,7 @@ _SHORTEST = 5
 _SHORTEST_ALONE = 8
 _REPLICATED = 2e7  # numbers of posterior predictive draws
 _BURN_IN = 1e-12
+_NO_WAVE = 1e-6
 
 
 def infer_hurst(
@@ -73,8 +74,8 @@ def infer_hurst(
     Returns:
         ArviZ container: ``posterior`` (``hurst``, ``mean``, ``scale``, and by option ``coefficients``, ``phi``,
         ``white_scale``, ``hurst_center`` and ``hurst_width``), ``posterior_predictive`` and ``observed_data``
-        (``series``), ``log_likelihood`` (each value given those before it, of regular series of one
-        component without gaps); attributes ``check_memory``,
+        (``series``), ``log_likelihood`` (each observed value given those observed before it; where values are missing, the observed
+        ones alone, along ``series_seen``, whose coordinate is their position); attributes ``check_memory``,
         ``check_season`` and ``check_outlier`` (p-values of the prediction errors), ``likelihood`` (``"exact"``, or
         ``"whittle"`` for more than 30 000 values), ``khat`` (minus infinity: exact draws), ``seed``.
         Several series have the axes ``series`` and ``component``.
@@ -120,6 +121,8 @@ def infer_hurst(
     for s, (x, t, z) in enumerate(zip(data, ends, columns, strict=True)):
         for a in range(x.shape[1]):
             seen = ~np.isnan(x[:, a])
+            if np.isnan(z[seen]).any():
+                raise NonFiniteError("regressors must be there wherever the series was observed", got="NaN")
             if seen.sum() <= z.shape[1] + 2:
                 raise InvalidInputError(
                     "there are too few values for so many regressors", got=f"{int(seen.sum())} values, {z.shape[1]} regressors"
@@ -148,17 +151,23 @@ def _mean_columns(
     dt: float,
 ) -> list[np.ndarray]:
     """A constant, the slope, a sine and cosine per period, and the covariates, ``(n, p)`` for each series."""
-    periods = [] if season is None else [season] if isinstance(season, int | float) else list(season)
-    for period in periods:
-        check_positive(period, "season")
+    periods = (
+        []
+        if season is None
+        else as_tensor(season, "season", (0, 1), "one or several periods").reshape(-1).tolist()
+    )
+    if not all(period > 0 for period in periods):
+        raise InvalidInputError("season must be positive", got=periods)
     found = []
     for t, z in zip(ends, given, strict=True):
         columns = [np.ones((len(t), 1))]
         if trend:
             columns.append((t - t.mean())[:, None])
         for period in periods:
-            angle = 2 * math.pi * t * dt / float(period)
-            columns.append(np.stack([np.cos(angle), np.sin(angle)], 1))
+            angle = 2 * math.pi * np.mod(t * dt / float(period), 1.0)
+            cycle = np.stack([np.cos(angle), np.sin(angle)], 1)
+            # A sine that is zero at all times, such as that of two steps, leaves rounding errors.
+            columns.append(cycle[:, np.abs(cycle).max(0) > _NO_WAVE])
         found.append(np.concatenate([*columns, z], axis=1))
     return found
 
@@ -205,7 +214,7 @@ def _container(
         posterior["phi"] = by_block(list(other.T))
     if law.beside == "white":
         posterior["white_scale"] = by_block([w for w in white if w is not None])
-    observed, replicated, pointwise = {}, {}, {}
+    observed, replicated, pointwise, coords = {}, {}, {}, {}
     for s, x in enumerate(data):
         name = "series" if single else f"series_{s}"
         observed[name] = x[:, 0] if components == 1 else x
@@ -214,9 +223,24 @@ def _container(
         if predictive and all(blocks[g].length is not None for g in own) and x.size * count <= _REPLICATED:
             rows = [_replicate(blocks[g], law, draws, g, x.shape[0], rng) for g in own]
             replicated[name] = (rows[0] if components == 1 else np.stack(rows, -1))[None]
-        densities = [draws.log_likelihood[g][0] for g in own]
-        if len(own) == 1 and densities[0] is not None and blocks[own[0]].complete and not blocks[own[0]].gaps:
-            pointwise[name] = (densities[0] - math.log(blocks[own[0]].unit))[None]
+        seen = ~np.isnan(x)
+        rows = []
+        for g in own:
+            density = draws.log_likelihood[g][0]
+            if density is None:
+                break
+            row = np.full((count, len(x)), np.nan)
+            row[:, seen[:, blocks[g].axis]] = density - math.log(blocks[g].unit)
+            rows.append(row)
+        else:
+            table = rows[0] if components == 1 else np.stack(rows, -1)
+            if seen.all():
+                pointwise[name] = table[None]
+            else:
+                # What was missing is no observation: leave-one-out must not count it.
+                pointwise[name] = table.reshape(count, -1)[:, seen.reshape(-1)][None]
+                dims[f"log_likelihood/{name}"] = [f"{name}_seen"]
+                coords[f"{name}_seen"] = np.flatnonzero(seen)
     attrs: dict[str, str | int | float] = {
         "estimator": "exact",
         "khat": -math.inf,  # draws of the posterior itself need no weights
@@ -229,7 +253,7 @@ def _container(
         attrs["seed"] = seed
     return from_draws(
         posterior, posterior_predictive=replicated, log_likelihood=pointwise, observed_data=observed,
-        constant_data={"dt": np.asarray(dt)}, dims=dims, attrs=attrs,
+        constant_data={"dt": np.asarray(dt)}, coords=coords, dims=dims, attrs=attrs,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from stochdyn.fractional.exact.prediction import prediction_errors
 from stochdyn.fractional.hurst.data import Block
 from stochdyn.fractional.hurst.laws import Law
 
-__all__ = ["Fit", "fits_of", "marginal_of", "whittle_fit"]
+__all__ = ["Fit", "fits_of", "marginal_of", "whittle_fit", "without_gaps"]
 
 _ELEMENTS = 2e7  # numbers held at once by dense covariances
 
@@ -105,6 +105,42 @@ def _fit(block: Block, whitened: np.ndarray, log_variance: np.ndarray) -> Fit:
     log_det = log_variance.sum(-1) + 2 * np.log(np.diagonal(lower, axis1=1, axis2=2)).sum(-1)
     free = whitened.shape[-1] - z.shape[1]
     return Fit(free, log_det, (rest**2).sum(-1), coefficients, root, whitened, log_variance)
+
+
+def without_gaps(block: Block, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+    """Return prediction errors ``(M, 1 + p, n)`` of what was observed from what was observed before, and their log variances.
+
+    The errors of a filled grid are those given a free number u in each gap. A step over a gap makes u known up to the error of that
+    step; each observed value after it tells more of u, by a recursive least-squares step.
+    """
+    missing = np.setdiff1d(np.arange(fit.errors.shape[-1]), block.place)
+    which = {int(k): g for g, k in enumerate(missing)}
+    own = fit.errors.shape[1] - len(missing)
+    data, holes = fit.errors[:, :own], fit.errors[:, own:]
+    mean = np.zeros((len(data), own, len(missing)))  # of the numbers in the gaps, for data and each column
+    cov = np.zeros((len(data), len(missing), len(missing)))
+    errors, log_variance = data.copy(), fit.log_variance.copy()
+    known = 0
+    for k in range(fit.errors.shape[-1]):
+        if not known and k not in which:
+            continue
+        row = holes[:, :known, k]
+        pull = np.einsum("mgh,mh->mg", cov[:, :known, :known], row)
+        rest = data[:, :, k] - np.einsum("mcg,mg->mc", mean[:, :, :known], row)
+        spread = 1 + np.einsum("mg,mg->m", row, pull)
+        if k in which:
+            size = holes[:, known, k]
+            mean[:, :, known] = rest / size[:, None]
+            cov[:, known, known] = spread / size**2
+            cov[:, known, :known] = cov[:, :known, known] = -pull / size[:, None]
+            known += 1
+            continue
+        gain = pull / spread[:, None]
+        mean[:, :, :known] += rest[:, :, None] * gain[:, None, :]
+        cov[:, :known, :known] -= gain[:, :, None] * pull[:, None, :]
+        errors[:, :, k] = rest / np.sqrt(spread)[:, None]
+        log_variance[:, k] += np.log(spread)
+    return errors[:, :, block.place], log_variance[:, block.place]
 
 
 def _chunks(x: np.ndarray, size: int) -> list[np.ndarray]:

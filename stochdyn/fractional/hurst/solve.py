@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.sparse import csr_array
 from scipy.special import expit, logsumexp
 
 from stochdyn.fractional.hurst.check import Checks, check_errors, short_memory_test
 from stochdyn.fractional.hurst.data import Block
 from stochdyn.fractional.hurst.laws import Law
-from stochdyn.fractional.hurst.marginal import Fit, fits_of, whittle_fit
+from stochdyn.fractional.hurst.marginal import Fit, fits_of, whittle_fit, without_gaps
 from stochdyn.fractional.hurst.quadrature import (
     Grid,
     Table,
@@ -123,14 +124,14 @@ def solve(problem: Problem, count: int, rng: np.random.Generator) -> Draws:
             scale = eta * np.sqrt(2 / other[g])
         total.append(scale)
         rows_c, rows_d = [], []
-        for fit in table.fits:
+        for block, fit in zip(problem.groups[g], table.fits, strict=True):
             center = interpolate(table.grid, fit.coefficients.reshape(*shape, -1), x[:, g], a)
             p = center.shape[1]
             root = interpolate(table.grid, fit.root.reshape(*shape, p, p), x[:, g], a)
             normal = rng.standard_normal((count, p))
             beta = center + scale[:, None] * np.einsum("spq,sq->sp", root, normal)
             rows_c.append(beta)
-            rows_d.append(_pointwise(table.grid, fit, x[:, g], a, scale, beta))
+            rows_d.append(_pointwise(table.grid, block, fit, x[:, g], a, scale, beta))
         coefficients.append(rows_c)
         densities.append(rows_d)
     checks = check_errors(_residuals(problem, tables, priors, profiles, peak))
@@ -244,48 +245,48 @@ def _draw_other(table: Table, prior: np.ndarray, x: np.ndarray, rng: np.random.G
 
 
 def _pointwise(
-    grid: Grid, fit: Fit, x: np.ndarray, a: np.ndarray, scale: np.ndarray, beta: np.ndarray
+    grid: Grid, block: Block, fit: Fit, x: np.ndarray, a: np.ndarray, scale: np.ndarray, beta: np.ndarray
 ) -> np.ndarray | None:
-    """Log density of each value given those before it, ``(S, n)``, by the prediction errors of the nodes."""
+    """Log density of each observed value given those before it, ``(S, n)``, by the prediction errors of the nodes."""
     n = fit.errors.shape[-1]
     if n == 0 or n * len(x) > 2e7:
         return None
-    if len(grid.a) == 1 and len(grid.x) > 1:
-        w = _cubic_weights(grid.x, x)
-        rest = w @ fit.errors[:, 0]
-        for p in range(beta.shape[1]):
-            rest -= beta[:, p, None] * (w @ fit.errors[:, 1 + p])
-        log_variance = w @ fit.log_variance
-    else:
-        i = _nearest(grid.x, x) * len(grid.a) + _nearest(grid.a, a)
-        rest = fit.errors[i, 0] - np.einsum("sp,spn->sn", beta, fit.errors[i, 1:])
-        log_variance = fit.log_variance[i]
-    log_variance = log_variance + 2 * np.log(scale)[:, None]
+    if block.gaps:
+        errors, log_variance = without_gaps(block, fit)
+        fit = replace(fit, errors=errors, log_variance=log_variance)
+        beta = beta[:, : errors.shape[1] - 1]
+    w = _cubic_weights(grid, x, a)
+    rest = w @ fit.errors[:, 0]
+    for p in range(beta.shape[1]):
+        rest -= beta[:, p, None] * (w @ fit.errors[:, 1 + p])
+    log_variance = w @ fit.log_variance + 2 * np.log(scale)[:, None]
     return np.asarray(-0.5 * (math.log(2 * math.pi) + log_variance + (rest / scale[:, None]) ** 2))
 
 
-def _cubic_weights(nodes: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Return weights ``(S, I)`` that interpolate values at equally spaced nodes at ``x (S,)``: cubics through the nearest four.
+def _cubic_weights(grid: Grid, x: np.ndarray, a: np.ndarray) -> csr_array:
+    """Return weights ``(S, I J)`` that interpolate values at the nodes at points ``(S,)``: cubics through the nearest four on each axis.
 
     A chord would not do: the curvatures of log determinant and quadratic form, which nearly cancel, are of the order of n.
     """
+    (i, u), (j, v) = _along(grid.x, x), _along(grid.a, a)
+    column = (i[:, :, None] * len(grid.a) + j[:, None, :]).reshape(len(x), -1)
+    weight = (u[:, :, None] * v[:, None, :]).reshape(len(x), -1)
+    ends = np.arange(len(x) + 1) * column.shape[1]
+    return csr_array((weight.ravel(), column.ravel(), ends), shape=(len(x), len(grid.x) * len(grid.a)))
+
+
+def _along(nodes: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places and weights ``(S, 4)`` of the nodes that a cubic at ``x (S,)`` goes through."""
+    if len(nodes) == 1:
+        return np.zeros((len(x), 1), dtype=int), np.ones((len(x), 1))
     place = np.clip((x - nodes[0]) / (nodes[1] - nodes[0]), 0, len(nodes) - 1)
     order = min(4, len(nodes))
     first = np.clip(place.astype(int) - 1, 0, len(nodes) - order)
-    weights = np.zeros((len(x), len(nodes)))
-    for k in range(order):
-        others = [m for m in range(order) if m != k]
-        # Lagrange: prod_m (t - m) / (k - m)
-        weights[np.arange(len(x)), first + k] = np.prod(
-            [(place - first - m) / (k - m) for m in others], axis=0
-        )
-    return weights
-
-
-def _nearest(nodes: np.ndarray, x: np.ndarray) -> np.ndarray:
-    if len(nodes) == 1:
-        return np.zeros(len(x), dtype=int)
-    return np.clip(np.rint((x - nodes[0]) / (nodes[1] - nodes[0])).astype(int), 0, len(nodes) - 1)
+    # Lagrange: prod_m (t - m) / (k - m)
+    weights = [
+        np.prod([(place - first - m) / (k - m) for m in range(order) if m != k], axis=0) for k in range(order)
+    ]
+    return first[:, None] + np.arange(order), np.stack(weights, 1)
 
 
 def _residuals(
