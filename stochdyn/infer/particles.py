@@ -479,15 +479,14 @@ class _GuidedParticles(ParticleModel):
 
     def advance(self, step: int, z: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Move states to an observation by the feedback law, and weigh them."""
-        free, span = self.free, self.free.chain.span(step)
+        free = self.free
         weight = -self._potential(step, z)
-        if len(span):
-            for n in span:
-                normal = free.normal(n, z)
-                # e = k + K (z - c) + L e', so ln p(e) / q(e) = (|e'|^2 - |e|^2) / 2 + ln det L.
-                e = self.offset[n] + _rows(z - self.centre[n], self.gain[n]) + _times(self.factor[n], normal)
-                weight = weight + 0.5 * (normal.square() - e.square()).sum(-1) + self.shrink[n]
-                z = free.chain.push(n, z, e)
+        for n in free.chain.span(step):
+            normal = free.normal(n, z)
+            # e = k + K (z - c) + L e', so ln p(e) / q(e) = (|e'|^2 - |e|^2) / 2 + ln det L.
+            e = self.offset[n] + _rows(z - self.centre[n], self.gain[n]) + _times(self.factor[n], normal)
+            weight = weight + 0.5 * (normal.square() - e.square()).sum(-1) + self.shrink[n]
+            z = free.chain.push(n, z, e)
         weight = weight + free.weigh(step, z) + self._potential(step + 1, z)
         # Nothing keeps a particle that has exploded.
         return z, torch.fmax(weight, free.impossible.to(weight))
